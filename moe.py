@@ -1,0 +1,134 @@
+"""Mixture of experts as in MiniMax-M2 and M3: sigmoid scores, and a bias that moves the choice but never the weight.
+
+    s = sigmoid(W x)                        score of every expert, in fp32                          (T, E)
+    chosen = top-A of s + b                 the bias b steers load, it is not learned by gradient   (T, A)
+    w = scale * s[chosen] / sum s[chosen]   weights come from s alone                               (T, A)
+    y = sum_e w_e Expert_e(x) + Shared(x)   M3 adds one expert that every token visits; M2 has none
+    after each optimizer step:  b += u * sign(mean(load) - load)
+
+Worked example, 4 experts, A = 2:  s = [.9 .8 .1 .2],  b = [0 0 0 1].  s + b = [.9 .8 .1 1.2], so experts 3 and 0 are chosen,
+with weights .2/1.1 = .18 and .9/1.1 = .82: expert 3 gets tokens, but hardly any say in them.
+
+Differs from M2/M3: the report does not publish the balancing rule; the sign update is that of loss-free balancing
+(arXiv 2408.15664). No token is ever dropped. `experts_loop` is the specification; `experts_grouped` sorts tokens by expert and
+runs one grouped matrix product, with no host synchronisation.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def route(logits, bias, n_active, scale=1.0, idx=None):
+    """Choose experts. logits (T, E) fp32 or wider, bias (E,) -> weights (T, A) that sum to `scale`, idx (T, A) int64.
+    A recorded idx replaces the choice, not the weights. M2 report section 2 (sigmoid gate), DeepSeek-V3 eq. 16 (bias in
+    the top-k only). Raises if n_active > E."""
+    assert n_active <= logits.size(-1), f"cannot choose {n_active} of {logits.size(-1)} experts"
+    scores = logits.sigmoid()
+    # Why not weigh by the biased score? With bias +10 on one expert its weight would be > 0.9 for every token:
+    # a knob for load would rewrite the output.
+    if idx is None:
+        idx = (scores + bias).topk(n_active, dim=-1).indices                                              # (T, A)
+    weights = scores.gather(-1, idx)
+    return scale * weights / weights.sum(-1, keepdim=True), idx
+
+
+def gated(h, activation):
+    """[gate | up] (…, 2I) -> (…, I). "swiglu": silu(gate) * up (M2). "swiglu_oai": clamped, with up + 1 (M3)."""
+    gate, up = h.chunk(2, dim=-1)
+    if activation == "swiglu":
+        return F.silu(gate) * up
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
+def experts_loop(x, w13, w2, weights, idx, activation):
+    """Every expert in turn, on the tokens that chose it: the specification, and the path for fp64.
+    x (T, C), w13 (E, 2I, C), w2 (E, C, I), weights and idx (T, A) -> (T, C)."""
+    y = torch.zeros_like(x)
+    for e in range(w13.size(0)):
+        token, slot = (idx == e).nonzero(as_tuple=True)
+        out = gated(x[token] @ w13[e].T, activation) @ w2[e].T
+        y = y.index_add(0, token, out * weights[token, slot, None].to(x.dtype))
+    return y
+
+
+def experts_grouped(x, w13, w2, weights, idx, activation):
+    """The same, with tokens sorted by expert: contiguous groups of one matrix product. Shapes as in `experts_loop`."""
+    (T, C), A = x.shape, idx.size(1)
+    sorted_e, order = idx.flatten().sort(stable=True)                                                     # (T*A,)
+    ends = torch.searchsorted(sorted_e, torch.arange(w13.size(0), device=x.device), right=True).int()     # (E,)
+    # Copies of x are permuted, not gathered by token: the backward pass of x[order // A] adds rows by atomics on a GPU,
+    # and two runs would differ in the last bit.
+    rows = x[:, None].expand(T, A, C).reshape(T * A, C).index_select(0, order)
+    h = gated(F.grouped_mm(rows, w13.transpose(1, 2), offs=ends), activation)
+    out = F.grouped_mm(h, w2.transpose(1, 2), offs=ends)
+    out = out.index_select(0, order.argsort()).view(T, A, C)                                              # (T, A, C)
+    return (out * weights[..., None].to(x.dtype)).sum(1)
+
+
+class MLP(nn.Module):
+    """Gated feed-forward layer: M3's dense layers and its shared expert."""
+
+    def __init__(self, n_embd, dim, activation):
+        super().__init__()
+        self.activation = activation
+        self.w13 = nn.Linear(n_embd, 2 * dim, bias=False)
+        self.w2 = nn.Linear(dim, n_embd, bias=False)
+
+    def forward(self, x):
+        return self.w2(gated(self.w13(x), self.activation))
+
+
+class Router(nn.Module):
+    """Gate and bias. Both stay in fp32 when the model moves to bf16: near-ties in s + b would flip the choice."""
+
+    def __init__(self, n_embd, n_expert):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_expert, n_embd))
+        self.register_buffer("bias", torch.zeros(n_expert))
+
+    def _apply(self, fn, recurse=True):
+        def at_least_fp32(t):  # .to(bfloat16).float() would come back rounded: keep the values, take the device
+            out = fn(t)
+            return out if out.dtype.itemsize >= 4 else t.to(out.device)
+        return super()._apply(at_least_fp32, recurse)
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(self.weight.dtype), self.weight)
+
+
+class MoE(nn.Module):
+    """Router, E routed experts, and a shared one where cfg.shared_dim > 0."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.router = Router(cfg.n_embd, cfg.n_expert)
+        self.w13 = nn.Parameter(torch.empty(cfg.n_expert, 2 * cfg.expert_dim, cfg.n_embd))
+        self.w2 = nn.Parameter(torch.empty(cfg.n_expert, cfg.n_embd, cfg.expert_dim))
+        self.shared = MLP(cfg.n_embd, cfg.shared_dim, cfg.activation) if cfg.shared_dim else None
+
+    def forward(self, x, weight=None, replay=None):
+        """x (B, T, C) -> y (B, T, C), load (E,) fp32, experts (B, T, A). `weight` (B, T) counts a token that often (0 = pad);
+        `replay` (B, T, A) takes the choice from a recording, the weights still from the scores."""
+        cfg, flat = self.cfg, x.flatten(0, 1)                                                             # (B*T, C)
+        replay = None if replay is None else replay.flatten(0, 1).long()
+        weights, idx = route(self.router(flat), self.router.bias, cfg.n_expert_per_tok, cfg.routed_scale, replay)
+        experts = experts_loop if x.dtype == torch.float64 else experts_grouped  # grouped_mm has no fp64 kernel
+        y = experts(flat, self.w13, self.w2, weights, idx, cfg.activation).view_as(x)
+        count = flat.new_ones(flat.size(0)) if weight is None else weight.flatten()
+        count = count.float()[:, None].expand_as(idx)  # whole numbers: the sum is exact in any order, atomics included
+        load = torch.zeros(cfg.n_expert, device=x.device).index_add(0, idx.flatten(), count.flatten())
+        return y if self.shared is None else y + self.shared(x), load, idx.view(*x.shape[:2], -1)
+
+
+@torch.no_grad()
+def update_bias(bias, load, rate):
+    """b += rate * sign(mean load - load), in place, after the optimizer step (loss-free balancing, arXiv 2408.15664)."""
+    bias += rate * (load.mean() - load).sign()
+
+
+def max_violation(load):
+    """MaxVio of load (…, E): how far the busiest expert is above the mean; 0 = perfect balance, E - 1 = one takes all."""
+    return load.amax(-1) / load.mean(-1) - 1

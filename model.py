@@ -19,6 +19,7 @@ report is silent, and reads the trunk before its final norm. Initialisation is n
 """
 import dataclasses
 import json
+import math
 import os
 import re
 
@@ -26,7 +27,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from moe import MLP, MoE, update_bias
+from moe import MLP, Linear, MoE, update_bias
 from msa import block_recall, full_attention, index_kl_loss, msa_attention, msa_decode, select_blocks
 
 
@@ -55,7 +56,9 @@ class MiniMaxConfig:
     index_block_size: int = 1          # L
     index_topk_blocks: int = 1         # S
     index_warmup: bool = False         # "msa" layers attend to everything while their index branch learns
+    index_kl_stride: int = 1           # the index branch learns from every stride-th query
     n_mtp: int = 0                     # num_mtp_modules
+    mtp_share: float = 1.0             # the MTP modules learn from this share of a training batch's rows
     rope_theta: float = 5e6
     norm_eps: float = 1e-6             # rms_norm_eps
 
@@ -75,7 +78,8 @@ class MiniMaxConfig:
             vocab_size=4096, n_layer=4, n_embd=192, n_head=6, n_kv_head=2, head_dim=32, rotary_dim=16, max_seq_len=256,
             attn_types=["full"] + ["msa"] * 3, mlp_types=["dense"] + ["moe"] * 3, n_expert=8, n_expert_per_tok=2,
             expert_dim=128, shared_dim=128, dense_dim=512, routed_scale=2.0, activation="swiglu_oai", gemma_norm=True,
-            qk_norm="head", index_head_dim=32, index_block_size=16, index_topk_blocks=4, n_mtp=1), **kw})
+            qk_norm="head", index_head_dim=32, index_block_size=16, index_topk_blocks=4, index_kl_stride=4, n_mtp=1,
+            mtp_share=0.25), **kw})
 
     @classmethod
     def small(cls, **kw):
@@ -137,7 +141,8 @@ class KVCache:
     `length` (B,) int32 lives on the device; `used`, a bound on it that the host knows, spares reading it back."""
 
     def __init__(self, cfg, batch, capacity, device="cpu", dtype=torch.float32):
-        lanes = cfg.n_layer + cfg.n_mtp
+        lanes, self.L = cfg.n_layer + cfg.n_mtp, cfg.index_block_size
+        capacity = -(-capacity // self.L) * self.L  # whole key blocks, which gather_blocks can read in place
         self.k, self.v = (torch.zeros(lanes, batch, capacity, cfg.n_kv_head, cfg.head_dim, device=device, dtype=dtype)
                           for _ in range(2))
         self.ki = torch.zeros(lanes, batch, capacity, cfg.index_head_dim, device=device, dtype=dtype)
@@ -149,7 +154,7 @@ class KVCache:
 
     def append(self, layer, k, v, ki):
         """Write k, v (B, T, Hkv, D) and ki (B, T, D) (None without an index branch) after the first `length` slots. Returns
-        what the layer now holds, slots [0, used + T). `advance` moves `length` once all layers have written."""
+        what the layer now holds, up to a whole key block. `advance` moves `length` once all layers have written."""
         T = k.size(1)
         assert self.used + T <= self.capacity, f"{self.used} + {T} tokens do not fit a cache of {self.capacity}"
         slot = (self.length[:, None] + torch.arange(T, device=k.device)).long()                           # (B, T)
@@ -157,7 +162,8 @@ class KVCache:
         for lane, new in ((self.k, k), (self.v, v), (self.ki, ki)):
             if new is not None:
                 lane[layer].index_put_((rows, slot), new)
-        return tuple(lane[layer, :, :self.used + T] for lane in (self.k, self.v, self.ki))
+        held = -(-(self.used + T) // self.L) * self.L  # slots past the last token are invisible: no query has their index
+        return tuple(lane[layer, :, :held] for lane in (self.k, self.v, self.ki))
 
     def advance(self, T):
         self.length, self.used = self.length + T, self.used + T
@@ -191,8 +197,8 @@ class Indexer(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.q_proj = nn.Linear(cfg.n_embd, cfg.n_kv_head * cfg.index_head_dim, bias=False)
-        self.k_proj = nn.Linear(cfg.n_embd, cfg.index_head_dim, bias=False)
+        self.q_proj = Linear(cfg.n_embd, cfg.n_kv_head * cfg.index_head_dim, bias=False)
+        self.k_proj = Linear(cfg.n_embd, cfg.index_head_dim, bias=False)
         self.q_norm, self.k_norm = RMSNorm(cfg.index_head_dim, cfg), RMSNorm(cfg.index_head_dim, cfg)
 
     def forward(self, x, rope):
@@ -206,10 +212,10 @@ class Attention(nn.Module):
     def __init__(self, cfg, attn_type):
         super().__init__()
         self.cfg, H, Hkv, D = cfg, cfg.n_head, cfg.n_kv_head, cfg.head_dim
-        self.q_proj = nn.Linear(cfg.n_embd, H * D, bias=False)
-        self.k_proj = nn.Linear(cfg.n_embd, Hkv * D, bias=False)
-        self.v_proj = nn.Linear(cfg.n_embd, Hkv * D, bias=False)
-        self.o_proj = nn.Linear(H * D, cfg.n_embd, bias=False)
+        self.q_proj = Linear(cfg.n_embd, H * D, bias=False)
+        self.k_proj = Linear(cfg.n_embd, Hkv * D, bias=False)
+        self.v_proj = Linear(cfg.n_embd, Hkv * D, bias=False)
+        self.o_proj = Linear(H * D, cfg.n_embd, bias=False)
         # M2 normalises all heads' channels together: split over devices, this norm needs the sum of squares of every shard.
         self.q_norm, self.k_norm = (RMSNorm(D * (n if cfg.qk_norm == "layer" else 1), cfg) for n in (H, Hkv))
         self.indexer = Indexer(cfg) if attn_type == "msa" else None
@@ -249,7 +255,8 @@ class Attention(nn.Module):
         if block_idx is not None:
             aux["block_idx"] = block_idx
         if self.training:
-            aux["index_kl"] = index_kl_loss(qi, ki, q, k, block_idx, L, call.end, call.weight)
+            aux["index_kl"] = index_kl_loss(qi, ki, q, k, block_idx, L, call.end, call.weight,
+                                            self.cfg.index_kl_stride)
         elif call.cache is None:  # the dense reference, on the batch's first row alone
             end = None if call.end is None else call.end[:1]
             aux["block_recall"], aux["block_chance"] = block_recall(qi[:1], ki[:1], q[:1], k[:1], S, L, end)
@@ -279,7 +286,7 @@ class MTP(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.h_norm, self.e_norm, self.norm = (RMSNorm(cfg.n_embd, cfg) for _ in range(3))
-        self.proj = nn.Linear(2 * cfg.n_embd, cfg.n_embd, bias=False)
+        self.proj = Linear(2 * cfg.n_embd, cfg.n_embd, bias=False)
         self.block = Block(cfg, cfg.attn_types[-1], cfg.mlp_types[-1])
 
     def forward(self, h, emb, layer, call):
@@ -320,17 +327,19 @@ class _CrossEntropy(torch.autograd.Function):
 
 def cross_entropy(h, W, targets, chunk=2048):
     """Hidden (B, T, C), head (V, C), targets (B, T) with -1 = no loss -> scalar, fp32 or wider; 0 where no target is left."""
-    return _CrossEntropy.apply(h.flatten(0, 1), W, targets.flatten(), chunk)
+    return _CrossEntropy.apply(h.flatten(0, 1), W.to(h.dtype), targets.flatten(), chunk)
 
 
 class MiniMax(nn.Module):
-    def __init__(self, cfg):
+    """`dtype` is what activations are computed in; weights keep their own (fp32 in training) and are cast where used."""
+
+    def __init__(self, cfg, dtype=None):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.dtype = cfg, dtype
         self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.layers = nn.ModuleList(Block(cfg, a, m) for a, m in zip(cfg.attn_types, cfg.mlp_types))
         self.norm = RMSNorm(cfg.n_embd, cfg)
-        self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+        self.lm_head = Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         self.mtp = nn.ModuleList(MTP(cfg) for _ in range(cfg.n_mtp))
         self.init_weights()
 
@@ -360,14 +369,14 @@ class MiniMax(nn.Module):
             pos = torch.arange(T, device=idx.device).expand(B, T)
             pos = pos if cache is None else pos + cache.length[:, None]
         call = Call(rope_tables(pos, self.cfg.rotary_dim, self.cfg.rope_theta), end, weight, cache)
-        x, aux = self.embed(idx), {}
+        x, aux = self.embed(idx).to(self.dtype or self.embed.weight.dtype), {}
         blocks, experts = (iter(() if replay is None else replay[key]) for key in ("block_idx", "experts"))
         for i, layer in enumerate(self.layers):
             x, more = layer(x, i, call, next(blocks, None) if layer.attn.indexer else None,
                             next(experts, None) if isinstance(layer.mlp, MoE) else None)
             for key, value in more.items():
                 aux.setdefault(key, []).append(value)
-        mtp_loss = self.mtp_forward(x, idx, targets, call, pos, aux) if targets is not None and self.mtp else None
+        mtp_loss = self.mtp_forward(x, idx, targets, call, aux) if targets is not None and self.mtp else None
         if cache is not None:
             cache.advance(T)
         aux = {key: torch.stack(value) for key, value in aux.items()}
@@ -379,18 +388,19 @@ class MiniMax(nn.Module):
             return None, loss, aux
         return self.lm_head(x if n_logits is None else x[:, T - n_logits:]), loss, aux
 
-    def mtp_forward(self, h, idx, targets, call, pos, aux):
+    def mtp_forward(self, h, idx, targets, call, aux):
         """Mean loss of the MTP modules. Module k works on positions that have a k-th next token in the layout; what lies past
         the end of a document is seen by none and has no target."""
-        loss, T = 0.0, idx.size(1)
+        B, T = idx.shape
+        loss, B = 0.0, math.ceil(B * self.cfg.mtp_share) if self.training else B
         for k, module in enumerate(self.mtp, 1):
             n = T - k
-            end = None if call.end is None else call.end[:, :n]
-            shifted = targets[:, k:]
+            cos, sin, end, weight = (None if t is None else t[:B, :n] for t in (*call.rope, call.end, call.weight))
+            shifted = targets[:B, k:]
             if end is not None:
                 shifted = shifted.masked_fill(torch.arange(k, T, device=idx.device) >= end, -1)
-            part = Call(tuple(t[:, :n] for t in call.rope), end, None if call.weight is None else call.weight[:, :n])
-            h, more = module(h[:, :n], self.embed(idx[:, k:]), self.cfg.n_layer + k - 1, part)
+            h, more = module(h[:B, :n], self.embed(idx[:B, k:]).to(h.dtype), self.cfg.n_layer + k - 1,
+                             Call((cos, sin), end, weight))
             loss = loss + cross_entropy(module.norm(h), self.lm_head.weight, shifted) / len(self.mtp)
             for key in more.keys() & {"expert_load", "index_kl"}:
                 aux.setdefault(key, []).append(more[key])

@@ -66,14 +66,21 @@ def experts_grouped(x, w13, w2, weights, idx, activation):
     return (out * weights[..., None].to(x.dtype)).sum(1)
 
 
+class Linear(nn.Linear):
+    """Weights stay in the dtype they are trained in and are cast to the activations' where they are used."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
 class MLP(nn.Module):
     """Gated feed-forward layer: M3's dense layers and its shared expert."""
 
     def __init__(self, n_embd, dim, activation):
         super().__init__()
         self.activation = activation
-        self.w13 = nn.Linear(n_embd, 2 * dim, bias=False)
-        self.w2 = nn.Linear(dim, n_embd, bias=False)
+        self.w13 = Linear(n_embd, 2 * dim, bias=False)
+        self.w2 = Linear(dim, n_embd, bias=False)
 
     def forward(self, x):
         return self.w2(gated(self.w13(x), self.activation))
@@ -94,8 +101,7 @@ class Router(nn.Module):
         return super()._apply(at_least_fp32, recurse)
 
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(self.weight.dtype), self.weight)
+        return F.linear(x.to(self.weight.dtype), self.weight)
 
 
 class MoE(nn.Module):
@@ -116,7 +122,7 @@ class MoE(nn.Module):
         replay = None if replay is None else replay.flatten(0, 1).long()
         weights, idx = route(self.router(flat), self.router.bias, cfg.n_expert_per_tok, cfg.routed_scale, replay)
         experts = experts_loop if x.dtype == torch.float64 else experts_grouped  # grouped_mm has no fp64 kernel
-        y = experts(flat, self.w13, self.w2, weights, idx, cfg.activation).view_as(x)
+        y = experts(flat, self.w13.to(x.dtype), self.w2.to(x.dtype), weights, idx, cfg.activation).view_as(x)
         count = flat.new_ones(flat.size(0)) if weight is None else weight.flatten()
         count = count.float()[:, None].expand_as(idx)  # whole numbers: the sum is exact in any order, atomics included
         load = torch.zeros(cfg.n_expert, device=x.device).index_add(0, idx.flatten(), count.flatten())

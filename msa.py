@@ -33,7 +33,9 @@ def query_index(T, start, device):
 def visible(i, j, end):
     """j <= i < end[j] for queries i (B, T) and keys j (Tk,): bool (B, T, Tk)."""
     seen = j <= i[..., None]
-    return seen if end is None else seen & (i[..., None] < end[:, None])
+    if end is None:
+        return seen
+    return seen & (i[..., None] < F.pad(end, (0, j.numel() - end.size(1)))[:, None])  # a cache may hold spare slots
 
 
 def full_attention(q, k, v, end=None, start=None):
@@ -83,40 +85,43 @@ def select_blocks(qi, ki, S, L, end=None, start=None):
 def gather_blocks(x, block_idx, L):
     """Copy out the chosen blocks. x (B, Tk, Hkv, D), block_idx (B, T, Hkv, S) -> (B, T, Hkv, S*L, D).
     A block of -1 yields block 0 and a last partial block zeros; `selected` says which keys count."""
-    (B, Tk, Hkv, D), N = x.shape, -(-x.size(1) // L)
-    x = F.pad(x, (0, 0, 0, 0, 0, N * L - Tk)).unflatten(1, (N, L)).permute(0, 3, 1, 2, 4)                 # (B, Hkv, N, L, D)
-    first = torch.arange(B * Hkv, device=x.device).view(B, 1, Hkv, 1) * N
-    rows = (block_idx.clamp(min=0) + first).flatten()
-    return x.reshape(B * Hkv * N, L * D).index_select(0, rows).view(*block_idx.shape[:3], -1, D)
+    (B, Tk, Hkv, D), (T, S), N = x.shape, block_idx.shape[1::2], -(-x.size(1) // L)
+    x = (F.pad(x, (0, 0, 0, 0, 0, N * L - Tk)) if Tk % L else x).unflatten(1, (N, L))                     # (B, N, L, Hkv, D)
+    block, batch, head = block_idx.clamp(min=0), torch.arange(B, device=x.device), torch.arange(Hkv, device=x.device)
+    if T * S < N:  # decode: the few blocks alone; the copy into block order below would read the whole cache
+        return x[batch.view(B, 1, 1, 1), block.long(), :, head.view(Hkv, 1)].flatten(3, 4)
+    rows = (block + (batch[:, None] * Hkv + head)[:, None, :, None] * N).flatten()
+    return x.permute(0, 3, 1, 2, 4).reshape(B * Hkv * N, L * D).index_select(0, rows).view(B, T, Hkv, S * L, D)
 
 
-def selected(block_idx, i, L, Tk, end):
+def selected(block_idx, i, L, end):
     """Which gathered keys a query sees: bool (B, T, Hkv, S*L)."""
     j = (block_idx[..., None] * L + torch.arange(L, device=block_idx.device)).flatten(-2)
     seen = (j >= 0) & (j <= i[..., None, None])
     if end is None:
         return seen
-    j = j.clamp(0, Tk - 1).long()
+    j = j.clamp(0, end.size(1) - 1).long()
     return seen & (i[..., None, None] < end.gather(1, j.flatten(1)).view(j.shape))
 
 
 def group_probs(q, keys, seen):
     """Main-branch softmax of each head. q (B, T, H, D), keys (B, T, Hkv, J, D), seen (B, T, Hkv, J) -> (B, T, Hkv, G, J)."""
-    q = q.unflatten(2, (keys.size(2), -1))                                                                # (B, T, Hkv, G, D)
-    scores = (q @ keys.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * q.size(-1) ** -0.5
+    q = q.unflatten(2, (keys.size(2), -1)).transpose(-1, -2)                                              # (B, T, Hkv, D, G)
+    # keys @ q, not q @ keys^T: the gradient of the gathered keys, the largest tensor here, then needs no transposed copy
+    scores = (keys @ q).to(torch.promote_types(q.dtype, torch.float32)).transpose(-1, -2) * q.size(-2) ** -0.5
     return scores.masked_fill(~seen[..., None, :], float("-inf")).softmax(-1)
 
 
 def msa_attention(q, k, v, block_idx, L, end=None, start=None):
     """Exact attention over the chosen blocks (paper eq. 8): time and memory grow with T * S * L, never with T * T.
     q (B, T, H, D), k and v (B, Tk, Hkv, D), block_idx (B, T, Hkv, S) -> (B, T, H, D)."""
-    (B, T, H, D), (Hkv, S), Tk = q.shape, block_idx.shape[2:], k.size(1)
+    (B, T, H, D), (Hkv, S) = q.shape, block_idx.shape[2:]
     assert k.size(2) == Hkv and H % Hkv == 0, f"{H} heads, {k.size(2)} KV heads, a selection for {Hkv}"
     i = query_index(T, start, q.device)
     step, out = max(1, CHUNK // (B * Hkv * S * L * D)), []
     for t in range(0, T, step):
         blocks = block_idx[:, t:t + step]
-        p = group_probs(q[:, t:t + step], gather_blocks(k, blocks, L), selected(blocks, i[:, t:t + step], L, Tk, end))
+        p = group_probs(q[:, t:t + step], gather_blocks(k, blocks, L), selected(blocks, i[:, t:t + step], L, end))
         out.append((p.to(v.dtype) @ gather_blocks(v, blocks, L)).flatten(2, 3))                           # (B, t, H, D)
     return torch.cat(out, 1)
 
@@ -132,16 +137,17 @@ class _IndexKL(torch.autograd.Function):
     """KL and its gradient in one pass: d KL / d score = (index softmax - teacher) * weight / (Hkv * sum of weights)."""
 
     @staticmethod
-    def forward(ctx, qi, ki, q, k, block_idx, L, end, weight):
+    def forward(ctx, qi, ki, q, k, block_idx, L, end, weight, stride):
         (B, T, Hkv, D), Tk = qi.shape, ki.size(1)
         weight = torch.ones(B, T, device=q.device) if weight is None else weight
-        share = weight.to(torch.promote_types(q.dtype, torch.float32)) / (weight.sum() * Hkv)             # (B, T)
-        i, dqi, dki = query_index(T, None, q.device), torch.empty_like(qi), torch.zeros_like(ki)
+        share = weight.to(torch.promote_types(q.dtype, torch.float32))                                    # (B, T)
+        share = share / (share[:, stride - 1::stride].sum().clamp(min=1) * Hkv)
+        i, dqi, dki = query_index(T, None, q.device), torch.zeros_like(qi), torch.zeros_like(ki)
         loss = share.new_zeros(())
         width = Tk if block_idx is None else block_idx.size(-1) * L * D
-        step = max(1, CHUNK // (B * q.size(2) * width))
+        step = stride * max(1, CHUNK // (B * q.size(2) * width))
         for t in range(0, T, step):
-            c = slice(t, t + step)
+            c = slice(t + stride - 1, t + step, stride)
             blocks = None if block_idx is None else block_idx[:, c]
             part = _kl_prefix if blocks is None else _kl_selected
             kl, dqi[:, c], dk = part(qi[:, c], ki, q[:, c], k, blocks, L, i[:, c], end, share[:, c])
@@ -152,7 +158,7 @@ class _IndexKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dqi, dki = ctx.saved_tensors
-        return (grad * dqi).to(dqi.dtype), (grad * dki).to(dki.dtype), None, None, None, None, None, None
+        return (grad * dqi).to(dqi.dtype), (grad * dki).to(dki.dtype), *[None] * 7
 
 
 def _kl_terms(p, scores, seen, share):
@@ -165,7 +171,7 @@ def _kl_terms(p, scores, seen, share):
 def _kl_selected(qi, ki, q, k, blocks, L, i, end, share):
     """Support = the tokens of the chosen blocks (paper eq. 9-10)."""
     B, t, Hkv, D = qi.shape
-    seen = selected(blocks, i, L, ki.size(1), end)
+    seen = selected(blocks, i, L, end)
     p = group_probs(q, gather_blocks(k, blocks, L), seen).mean(3)
     keys = gather_blocks(ki[:, :, None].expand(-1, -1, Hkv, -1), blocks, L)                               # (B, t, Hkv, J, D)
     scores = (keys @ qi[..., None]).squeeze(-1).to(p.dtype) * D ** -0.5
@@ -200,11 +206,12 @@ def prefix_probs(q, k, seen):
     return scores.masked_fill(~seen[:, None, None, :, 0], float("-inf")).softmax(-1).mean(2).transpose(1, 2)
 
 
-def index_kl_loss(qi, ki, q, k, block_idx=None, L=1, end=None, weight=None):
+def index_kl_loss(qi, ki, q, k, block_idx=None, L=1, end=None, weight=None, stride=1):
     """KL(teacher || index softmax), mean over tokens (by weight (B, T)) and KV heads: a scalar with its real value.
     Teacher: mean over the group's heads of the main softmax, detached. Support: the chosen blocks, or the whole visible
-    prefix where block_idx is None. qi (B, T, Hkv, D), ki (B, T, D), q (B, T, H, D), k (B, T, Hkv, D). Gradient: qi, ki only."""
-    return _IndexKL.apply(qi, ki, q.detach(), k.detach(), block_idx, L, end, weight)
+    prefix where block_idx is None. qi (B, T, Hkv, D), ki (B, T, D), q (B, T, H, D), k (B, T, Hkv, D). Gradient: qi, ki only.
+    stride > 1 takes the mean over every stride-th query alone."""
+    return _IndexKL.apply(qi, ki, q.detach(), k.detach(), block_idx, L, end, weight, stride)
 
 
 @torch.no_grad()

@@ -1,0 +1,346 @@
+"""Everything that touches text: tokenizer, checkpoint reading, and the repository's only `generate`.
+
+    python sample.py --prompt "def "                          # from out/ckpt.pt, which holds tokenizer and config too
+    python sample.py --prompt "import os" --n-samples 3 --temperature 0.7 --seed 1
+    python sample.py --hf DIR --prompt-ids 1,2,3              # an M2 or M3 checkpoint of transformers, by token ids
+
+    prefill the part that all prompts share in length -> loop { one token a sequence through the KV cache; MSA picks its
+    blocks anew each time } ; a sequence still inside its prompt is forced, the others sample: temperature, top-k, top-p.
+"""
+import argparse
+import codecs
+import json
+import os
+import sys
+import time
+from collections import Counter, defaultdict
+from heapq import heapify, heappop, heappush
+
+import regex
+import tiktoken
+import torch
+
+from model import KVCache, MiniMax, MiniMaxConfig
+
+EOT = "<|endoftext|>"
+VERSION = 1                            # of the checkpoint's layout
+# a word with the space or mark before it; digits by three; marks; a line break with the indentation after it; spaces
+PATTERN = r"[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++|\s*\n[ \t]*|\s+(?!\S)|\s"
+
+
+class Tokenizer:
+    """A tiktoken encoding made from a spec: {pattern: str, ranks: [bytes], special: {str: int}}."""
+
+    def __init__(self, spec):
+        ranks = {token: rank for rank, token in enumerate(spec["ranks"])}
+        self.spec, self.eot = spec, spec["special"][EOT]
+        self.enc = tiktoken.Encoding("bpe", pat_str=spec["pattern"], mergeable_ranks=ranks,
+                                     special_tokens=spec["special"])
+        self.n_vocab = self.enc.n_vocab
+
+    def encode(self, text):
+        return self.enc.encode_ordinary(text)
+
+    def encode_batch(self, texts):
+        return self.enc.encode_ordinary_batch(texts, num_threads=2)
+
+    def decode_bytes(self, ids):
+        return self.enc.decode_bytes(ids)
+
+    def decode(self, ids):
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+
+def count_chunks(texts, pattern):
+    """Count the distinct chunks that the pattern cuts the texts into; no token crosses the border of a chunk."""
+    counts = Counter()
+    for text in texts:
+        chunks = regex.findall(pattern, text)
+        if sum(map(len, chunks)) != len(text):  # the encoder would drop, silently, what the pattern skips
+            raise ValueError("the pattern does not match all of the text")
+        counts.update(chunks)
+    return counts
+
+
+def pairs_of(word):
+    return map(str.__add__, word, word[1:])
+
+
+def merge_pair(pair, new, words, freqs, counts, where):
+    """Replace the pair by the token new in all words; keep counts and where right; return the pairs that hold new."""
+    born = set()
+    for i in where.pop(pair):
+        if pair not in words[i]:  # where may be stale: an earlier merge took a part of the pair
+            continue
+        for p in pairs_of(words[i]):
+            counts[p] -= freqs[i]
+        words[i] = words[i].replace(pair, new)
+        for p in pairs_of(words[i]):
+            counts[p] += freqs[i]
+            if new in p:
+                where[p].append(i)
+                born.add(p)
+    return born
+
+
+def learn_bpe(texts, vocab_size, pattern):
+    """Learn 256 bytes + merges + 1 special = vocab_size tokens (fewer if the text runs out of pairs); return the spec.
+    Each merge takes the most frequent pair, and of equals the one with the lowest ids."""
+    chunks = count_chunks(texts, pattern)
+    # A word is a str with one character, chr(id), per token. So a merge is str.replace, left to right at C speed,
+    # a pair is a str of length two, and strings sort as their ids do.
+    words, freqs = [chunk.encode().decode("latin-1") for chunk in chunks], list(chunks.values())
+    counts, where = defaultdict(int), defaultdict(list)  # of each pair: how often it occurs, and in which words
+    for i, word in enumerate(words):
+        for p in pairs_of(word):
+            counts[p] += freqs[i]
+            where[p].append(i)
+    heap = [(-n, p) for p, n in counts.items()]
+    heapify(heap)
+    ranks = [bytes([b]) for b in range(256)]
+    while heap and len(ranks) < vocab_size - 1:
+        n, pair = heappop(heap)
+        if n != -counts[pair]:  # a pair's count only falls once it is in the heap: a stale entry comes up too early,
+            if counts[pair]:    # never too late, so it is enough to put it back with the right count
+                heappush(heap, (-counts[pair], pair))
+            continue
+        born = merge_pair(pair, chr(len(ranks)), words, freqs, counts, where)
+        ranks.append(ranks[ord(pair[0])] + ranks[ord(pair[1])])
+        for p in born:
+            heappush(heap, (-counts[p], p))
+    return {"pattern": pattern, "ranks": ranks, "special": {EOT: len(ranks)}}
+
+
+# ---- device and checkpoint ----------------------------------------------------------------------------------------------------
+
+def pick_device(name=None):
+    """-> device, dtype of the activations, reason. ValueError if the device is asked for and absent."""
+    if name in (None, "auto"):
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: this torch ({torch.__version__}) sees no CUDA GPU; use --device cpu")
+    if not name.startswith(("cuda", "cpu", "mps")):
+        raise ValueError(f"--device {name}: cpu, cuda, cuda:N or mps")
+    if name.startswith("cuda") and torch.cuda.get_device_capability(name) >= (8, 0):
+        return torch.device(name), torch.bfloat16, f"{torch.cuda.get_device_name(name)} has bf16 tensor cores"
+    return torch.device(name), torch.float32, "bf16 products are 10-70 times slower than fp32 on CPUs without AMX"
+
+
+def checkpoint_path(folder):
+    return os.path.join(folder, "ckpt.pt")
+
+
+def load_checkpoint(folder, device="cpu"):
+    """Read FOLDER/ckpt.pt, a plain dict (weights_only). ValueError, naming the file, if it is absent, damaged or of another
+    version."""
+    path = checkpoint_path(folder)
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: no such checkpoint; train one with python train.py --out {folder}")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises half a dozen types, by where the file is broken
+        raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+    if not isinstance(state, dict) or state.get("version") != VERSION:
+        found = state.get("version") if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"{path}: checkpoint version {found}, this code reads version {VERSION}")
+    return state
+
+
+def load_model(state, device="cpu", dtype=torch.float32):
+    """Checkpoint -> model in evaluation mode, tokenizer."""
+    model = MiniMax(MiniMaxConfig(**state["config"]), dtype).to(device)
+    model.load_state_dict(state["model"])
+    return model.eval(), Tokenizer(state["tokenizer"])
+
+
+# ---- generation ---------------------------------------------------------------------------------------------------------------
+
+def truncate_logits(logits, temperature, top_p, top_k):
+    """Temperature, then the top_k largest, then the smallest set that holds top_p of what is left; the rest is -inf.
+    logits (B, V) fp32. top_k None or 0 and top_p 1 cut nothing."""
+    logits = logits / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    if top_p < 1:
+        p, order = logits.softmax(-1).sort(descending=True, stable=True)
+        beyond = p.cumsum(-1) - p >= top_p  # mass before a token: the first always stays, even where it alone exceeds top_p
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), float("-inf"))
+    return logits
+
+
+def sample_next(logits, temperature=1.0, top_p=1.0, top_k=None, generator=None):
+    """(B, V) -> token (B,). temperature 0 is greedy."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial(truncate_logits(logits, temperature, top_p, top_k).softmax(-1), 1, generator=generator)[:, 0]
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, n_samples=1, temperature=1.0, top_p=0.95, top_k=40, generator=None, stop=(),
+             allowed=None):
+    """Continue each prompt (a list of ids, not empty) n_samples times, all in step; rows of one prompt lie side by side.
+
+    Yields token (B,) int64 and logprob (B,) fp32 of it, under the model itself: temperature 1, nothing cut. A row still inside
+    its prompt yields the prompt's own token; a row that ended (a stop id, max_new_tokens, the context) yields -1.
+    `allowed` (V,) bool restricts the first new token. Raises ValueError where a prompt does not fit the model's context."""
+    context, lengths = model.cfg.max_seq_len, [len(p) for p in prompts for _ in range(n_samples)]
+    if max(lengths) > context or min(lengths) < 1:
+        raise ValueError(f"a prompt of {max(lengths) if max(lengths) > context else 0} tokens: the model's context is 1 to {context}")
+    device, shared = model.embed.weight.device, min(lengths)
+    rows = [p for p in prompts for _ in range(n_samples)]
+    cache = KVCache(model.cfg, len(prompts), min(context, max(lengths) + max_new_tokens), device, model.dtype)
+    idx = torch.tensor([p[:shared] for p in prompts], device=device)
+    logits = model(idx, cache=cache, n_logits=1)[0]
+    cache.expand(n_samples)
+    logits = logits.repeat_interleave(n_samples, 0)
+    running = [True] * len(rows)
+    for t in range(shared, min(context, max(lengths) + max_new_tokens)):
+        logits = logits[:, -1].float()
+        logprobs = logits.log_softmax(-1)
+        first = [t == n for n in lengths]
+        if allowed is not None and any(first):
+            banned = torch.tensor(first, device=device)[:, None] & ~allowed
+            logits = logits.masked_fill(banned, float("-inf"))
+        token = sample_next(logits, temperature, top_p, top_k, generator)
+        forced = torch.tensor([row[t] if t < len(row) else -1 for row in rows], device=device)
+        token = torch.where(forced >= 0, forced, token)
+        running = [on and t < n + max_new_tokens for on, n in zip(running, lengths)]
+        if not any(running):
+            return
+        on = torch.tensor(running, device=device)
+        yield torch.where(on, token, -1), logprobs.gather(-1, token[:, None])[:, 0]
+        ended = [i in stop for i in token.tolist()]
+        running = [on and not (end and t >= n) for on, end, n in zip(running, ended, lengths)]
+        if not any(running) or cache.used == cache.capacity:
+            return
+        logits = model(token[:, None], cache=cache, n_logits=1)[0]
+
+
+def heal(tokenizer, ids):
+    """Hold back the last token of a prompt: "def " ends in a lone space, which the tokenizer never puts before a name. The
+    first new token must start with the bytes held back -> ids without it, allowed (V,) bool."""
+    held = tokenizer.decode_bytes(ids[-1:])
+    allowed = torch.tensor([token.startswith(held) for token in tokenizer.spec["ranks"]] + [False] * len(tokenizer.spec["special"]))
+    return ids[:-1] or [tokenizer.eot], allowed
+
+
+def parse_args(argv):
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--out", default="out", help="folder of the checkpoint that train.py wrote")
+    p.add_argument("--hf", help="folder of a checkpoint of transformers (M2, or M3's text model) instead")
+    p.add_argument("--prompt", default="", help="text to continue; token ids, as in 1,2,3, with --hf")
+    p.add_argument("--max-new-tokens", type=int, default=200)
+    p.add_argument("--n-samples", type=int, default=1, help="continuations, drawn together")
+    p.add_argument("--temperature", type=float, default=0.8, help="0 = greedy")
+    p.add_argument("--top-p", type=float, default=0.95)
+    p.add_argument("--top-k", type=int, default=40, help="0 = off")
+    p.add_argument("--stop", action="append", default=[], help="end a sample at this text (may be repeated); end of text always does")
+    p.add_argument("--seed", type=int, default=1337)
+    p.add_argument("--device", help="cpu, cuda, cuda:N or mps; default: a GPU if there is one")
+    p.add_argument("--speculate", type=int, default=0, help="comes later: MTP drafts")
+    p.add_argument("--chat", action="store_true", help="comes later")
+    args = p.parse_args(argv)
+    for name, ok, want in (("max_new_tokens", args.max_new_tokens > 0, "1 or more"), ("n_samples", args.n_samples > 0, "1 or more"),
+                           ("temperature", args.temperature >= 0, "0 or more"), ("top_p", 0 < args.top_p <= 1, "in (0, 1]"),
+                           ("top_k", args.top_k >= 0, "0 or more"), ("speculate", not args.speculate, "0: drafts come later"),
+                           ("chat", not args.chat, "absent: chat comes later")):
+        if not ok:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be {want}")
+    return args
+
+
+class Stream:
+    """Text of one sample as its tokens arrive: characters are released whole, and nothing from a stop text on."""
+
+    def __init__(self, stops):
+        self.utf8, self.stops = codecs.getincrementaldecoder("utf-8")(errors="replace"), stops
+        self.text, self.shown, self.tokens, self.done = "", 0, 0, False
+
+    def feed(self, raw, final=False):
+        """Bytes of one token -> the text that may be shown now."""
+        if self.done:
+            return ""
+        self.text, self.tokens = self.text + self.utf8.decode(raw, final), self.tokens + (not final)
+        cuts = [i for i in (self.text.find(s) for s in self.stops) if i >= 0]
+        if cuts:
+            self.text, self.done = self.text[:min(cuts)], True
+        keep = 0 if final or self.done else max((len(s) for s in self.stops), default=1) - 1  # a stop text may be half here
+        new = self.text[self.shown:max(self.shown, len(self.text) - keep)]
+        self.shown += len(new)
+        return new
+
+
+def read_model(args, device, dtype):
+    """-> model, tokenizer (None for --hf: prompt and text are then token ids)."""
+    if args.hf is None:
+        return load_model(load_checkpoint(args.out, device), device, dtype)
+    try:
+        return MiniMax.from_hf(args.hf, device, dtype).eval(), None
+    except FileNotFoundError as error:
+        raise ValueError(f"--hf {args.hf}: {error}") from None
+
+
+def run(args):
+    device, dtype, why = pick_device(args.device)
+    model, tokenizer = read_model(args, device, dtype)
+    cfg, allowed, (total, active) = model.cfg, None, model.num_params()
+    if tokenizer:
+        ids, allowed = heal(tokenizer, tokenizer.encode(args.prompt)) if args.prompt else ([tokenizer.eot], None)
+        eot, text_of = tokenizer.eot, lambda i: tokenizer.decode_bytes([i])
+    else:
+        if not args.prompt or not all(w.strip().isdigit() and int(w) < cfg.vocab_size for w in args.prompt.split(",")):
+            raise ValueError(f"--prompt {args.prompt!r}: with --hf, ids below {cfg.vocab_size} with commas between, as in 1,2,3")
+        ids, eot, text_of = [int(w) for w in args.prompt.split(",")], -1, lambda i: f"{i},".encode()
+    if len(ids) >= cfg.max_seq_len:
+        raise ValueError(f"the prompt has {len(ids)} tokens, the model's context is {cfg.max_seq_len} and needs room for one more")
+    print(f"model   | {total:,} parameters, {active:,} active; attention {' '.join(cfg.attn_types)}; experts grouped_mm")
+    print(f"device  | {device}, {str(dtype).removeprefix('torch.')}: {why}")
+    print(f"prompt  | {len(ids)} tokens of a context of {cfg.max_seq_len}; temperature {args.temperature:g}, top-p {args.top_p:g}, "
+          f"top-k {args.top_k}, seed {args.seed}", flush=True)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    streams = [Stream(args.stop) for _ in range(args.n_samples)]
+    room = min(args.max_new_tokens, cfg.max_seq_len - len(ids))
+    held = args.prompt.encode() if tokenizer else b""
+    prefix = len(held) - len(b"".join(text_of(i) for i in ids if i != eot))  # bytes of the prompt the first token repeats
+    print(f"\n{args.prompt}", end="", flush=True)
+    start, prefill_s, ticks = time.perf_counter(), None, 0
+    for tokens, _ in generate(model, [ids], room, args.n_samples, args.temperature, args.top_p, args.top_k, generator, {eot},
+                              None if allowed is None else allowed.to(device)):
+        prefill_s = prefill_s or time.perf_counter() - start
+        for row, (stream, token) in enumerate(zip(streams, tokens.tolist())):
+            if token in (-1, eot):
+                continue
+            new = stream.feed(text_of(token)[prefix if ticks == 0 else 0:])
+            print(new if row == 0 else "", end="", flush=True)
+        ticks += 1
+        if all(s.done for s in streams):
+            break
+    seconds = time.perf_counter() - start
+    print(streams[0].feed(b"", final=True))
+    for stream in streams[1:]:
+        stream.feed(b"", final=True)
+        print(f"\n---\n{args.prompt}{stream.text}")
+    n = sum(s.tokens for s in streams)
+    if len(ids) + room == cfg.max_seq_len and room < args.max_new_tokens and ticks == room:
+        print(f"\nstopped at the model's context of {cfg.max_seq_len} tokens")
+    print(f"\n{n} tokens in {seconds:.2f} s, prefill and first token {prefill_s:.3f} s")
+    texts = [args.prompt + s.text for s in streams]
+    result = dict(text=texts[0], tokens=n, tokens_per_s=n / seconds, prefill_s=prefill_s, accepted=None, texts=texts)
+    print(json.dumps(result))
+    return result
+
+
+def main(argv=None):
+    try:
+        return run(parse_args(argv))
+    except (ValueError, OSError) as error:
+        print(f"sample.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nsample.py: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

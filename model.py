@@ -1,34 +1,36 @@
 """MiniMax-M2 and the text model of MiniMax-M3: one config, one cache, one forward for training, prefill and decode.
 
     x -> embedding -> n_layer x { x += attention(norm(x));  x += mlp(norm(x)) } -> norm -> head -> logits
-                                                                      \\-> MTP modules: the tokens after the next (DeepSeek-V3)
-    attention   grouped queries, norms on q and k, RoPE on the first rotary_dim channels; every visible key ("full": M2, the
-                first 3 layers of M3) or chosen blocks ("msa")
+                                                                                \\-> MTP modules: tokens after the next
+    attention   grouped queries, norms on q and k, RoPE on the first rotary_dim channels; every visible key ("full": M2,
+                the first 3 layers of M3) or chosen blocks ("msa")
     mlp         mixture of experts ("moe"), or one dense gated MLP (the first 3 layers of M3)
 
                 M2                                               M3
     norms       weight * x, q and k over all heads at once       (1 + weight) * x, q and k head by head
     experts     256, 8 active, SwiGLU                            128, 4 active, scaled by 2, + 1 shared, clamped SwiGLU
 
-Legend for every file: B T C batch, tokens, channels; H query heads, Hkv key/value heads, G = H // Hkv, D head dim; E experts, A
-active per token; N key blocks, S selected blocks, L tokens per key block. pos = position of a token on its own path, end = see
-msa.py. Layout (B, T, H, D).
+Legend for every file: B T C batch, tokens, channels; H query heads, Hkv key/value heads, G = H // Hkv, D head dim;
+E experts, A active per token; N key blocks, S selected blocks, L tokens per key block. pos = position of a token on its
+own path, end = see msa.py. Layout (B, T, H, D).
 
-Differs from M2/M3: no MTP weights were ever released, so MTP follows DeepSeek-V3 (arXiv 2412.19437, section 2.2) where the
-report is silent, and reads the trunk before its final norm. Initialisation is not published.
+Differs from M2/M3: no MTP weights were ever released, so MTP follows DeepSeek-V3 (arXiv 2412.19437, section 2.2) where
+the report is silent, and reads the trunk before its final norm. Initialisation is not published.
 """
 import dataclasses
 import json
-import math
 import os
 import re
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from moe import MLP, Linear, MoE, update_bias
-from msa import block_recall, full_attention, index_kl_loss, msa_attention, msa_decode, select_blocks
+from msa import KVCache, block_recall, full_attention, index_kl_loss, msa_attention, msa_decode, select_blocks
+
+M3_STYLE = dict(activation="swiglu_oai", gemma_norm=True, qk_norm="head")
 
 
 @dataclasses.dataclass
@@ -58,37 +60,38 @@ class MiniMaxConfig:
     index_warmup: bool = False         # "msa" layers attend to everything while their index branch learns
     index_kl_stride: int = 1           # the index branch learns from every stride-th query
     n_mtp: int = 0                     # num_mtp_modules
-    mtp_share: float = 1.0             # the MTP modules learn from this share of a training batch's rows
+    mtp_active: bool = True         # off, the MTP modules are skipped: train.py's small models learn them on some steps
     rope_theta: float = 5e6
     norm_eps: float = 1e-6             # rms_norm_eps
 
     def __post_init__(self):
         for name, allowed in (("attn_types", ("full", "msa")), ("mlp_types", ("dense", "moe"))):
             types = getattr(self, name)
-            assert len(types) == self.n_layer and set(types) <= set(allowed), f"{name} {types}: {self.n_layer} of {allowed}"
+            assert len(types) == self.n_layer, f"{name} {types}: {len(types)} of {self.n_layer} layers"
+            assert set(types) <= set(allowed), f"{name} {types}: {' or '.join(allowed)}"
         assert self.n_head % self.n_kv_head == 0, f"{self.n_head} query heads do not share {self.n_kv_head} KV heads"
-        assert self.rotary_dim % 2 == 0 and self.rotary_dim <= self.head_dim, f"rotary_dim {self.rotary_dim} of {self.head_dim}"
+        assert self.rotary_dim % 2 == 0, f"rotary_dim {self.rotary_dim}: channels rotate in pairs"
+        assert self.rotary_dim <= self.head_dim, f"rotary_dim {self.rotary_dim} of a head of {self.head_dim}"
         assert self.activation in ("swiglu", "swiglu_oai"), f"activation {self.activation}: swiglu or swiglu_oai"
         assert self.qk_norm in ("layer", "head"), f"qk_norm {self.qk_norm}: layer or head"
 
     @classmethod
     def tiny(cls, **kw):
         """M3's pattern at a size that two CPU cores train in three minutes."""
-        return cls(**{**dict(
-            vocab_size=4096, n_layer=4, n_embd=192, n_head=6, n_kv_head=2, head_dim=32, rotary_dim=16, max_seq_len=256,
-            attn_types=["full"] + ["msa"] * 3, mlp_types=["dense"] + ["moe"] * 3, n_expert=8, n_expert_per_tok=2,
-            expert_dim=128, shared_dim=128, dense_dim=512, routed_scale=2.0, activation="swiglu_oai", gemma_norm=True,
-            qk_norm="head", index_head_dim=32, index_block_size=16, index_topk_blocks=4, index_kl_stride=4, n_mtp=1,
-            mtp_share=0.25), **kw})
+        return cls(**{**M3_STYLE, **dict(
+            vocab_size=4096, n_layer=3, n_embd=128, n_head=4, n_kv_head=2, head_dim=32, rotary_dim=16, max_seq_len=1024,
+            attn_types=["full", "msa", "msa"], mlp_types=["dense", "moe", "moe"], n_expert=8, n_expert_per_tok=2,
+            expert_dim=96, shared_dim=96, dense_dim=384, routed_scale=2.0, index_head_dim=32, index_block_size=8,
+            index_topk_blocks=4, index_kl_stride=4, n_mtp=1), **kw})
 
     @classmethod
     def small(cls, **kw):
         """M3's pattern at the size of GPT-2 124M (85M active without embedding and head), for one H100."""
-        return cls(**{**dict(
-            vocab_size=50304, n_layer=12, n_embd=768, n_head=12, n_kv_head=2, head_dim=128, rotary_dim=64, max_seq_len=8192,
-            attn_types=["full"] * 3 + ["msa"] * 9, mlp_types=["dense"] * 3 + ["moe"] * 9, n_expert=32, n_expert_per_tok=4,
-            expert_dim=384, shared_dim=384, dense_dim=1920, routed_scale=2.0, activation="swiglu_oai", gemma_norm=True,
-            qk_norm="head", index_head_dim=128, index_block_size=128, index_topk_blocks=16, n_mtp=1), **kw})
+        return cls(**{**M3_STYLE, **dict(
+            vocab_size=50304, n_layer=12, n_embd=768, n_head=12, n_kv_head=2, head_dim=128, rotary_dim=64,
+            max_seq_len=8192, attn_types=["full"] * 3 + ["msa"] * 9, mlp_types=["dense"] * 3 + ["moe"] * 9, n_expert=32,
+            n_expert_per_tok=4, expert_dim=352, shared_dim=352, dense_dim=1920, routed_scale=2.0, index_head_dim=128,
+            index_block_size=128, index_topk_blocks=16, n_mtp=1), **kw})
 
     @classmethod
     def m2(cls, **kw):
@@ -99,11 +102,11 @@ class MiniMaxConfig:
 
     @classmethod
     def m3(cls, **kw):
-        return cls(**{**dict(
+        return cls(**{**M3_STYLE, **dict(
             vocab_size=200064, n_layer=60, n_embd=6144, n_head=64, n_kv_head=4, head_dim=128, rotary_dim=64,
-            max_seq_len=1048576, attn_types=["full"] * 3 + ["msa"] * 57, mlp_types=["dense"] * 3 + ["moe"] * 57, n_expert=128,
-            n_expert_per_tok=4, expert_dim=3072, shared_dim=3072, dense_dim=12288, routed_scale=2.0, activation="swiglu_oai",
-            gemma_norm=True, qk_norm="head", index_head_dim=128, index_block_size=128, index_topk_blocks=16), **kw})
+            max_seq_len=1048576, attn_types=["full"] * 3 + ["msa"] * 57, mlp_types=["dense"] * 3 + ["moe"] * 57,
+            n_expert=128, n_expert_per_tok=4, expert_dim=3072, shared_dim=3072, dense_dim=12288, routed_scale=2.0,
+            index_head_dim=128, index_block_size=128, index_topk_blocks=16), **kw})
 
 
 class RMSNorm(nn.Module):
@@ -120,67 +123,19 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(pos, rotary_dim, theta):
-    """cos and sin of the angle of each position, (B, T) -> two (B, T, 1, rotary_dim / 2), fp32 whatever the model's dtype."""
+    """cos and sin of each position's angles: (B, T) -> two (B, T, 1, rotary_dim / 2), fp32 in any model."""
     freq = theta ** (-torch.arange(0, rotary_dim, 2, device=pos.device, dtype=torch.float32) / rotary_dim)
     angle = pos[..., None, None].float() * freq
     return angle.cos(), angle.sin()
 
 
 def apply_rope(x, rope):
-    """Rotate the pairs (c, c + rotary_dim / 2) of the first rotary_dim channels of x (B, T, H, D); the rest is untouched."""
+    """Rotate the pairs (c, c + rotary_dim / 2) of the first rotary_dim channels of x (B, T, H, D), leave the others."""
     cos, sin = rope
     half = cos.size(-1)
     wide = torch.promote_types(x.dtype, torch.float32)
     a, b = x[..., :half].to(wide), x[..., half:2 * half].to(wide)
     return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), x[..., 2 * half:]], -1)
-
-
-class KVCache:
-    """Keys, values and index keys of every layer and every MTP module, in static buffers; slot = position on the path.
-
-    `length` (B,) int32 lives on the device; `used`, a bound on it that the host knows, spares reading it back."""
-
-    def __init__(self, cfg, batch, capacity, device="cpu", dtype=torch.float32):
-        lanes, self.L = cfg.n_layer + cfg.n_mtp, cfg.index_block_size
-        capacity = -(-capacity // self.L) * self.L  # whole key blocks, which gather_blocks can read in place
-        self.k, self.v = (torch.zeros(lanes, batch, capacity, cfg.n_kv_head, cfg.head_dim, device=device, dtype=dtype)
-                          for _ in range(2))
-        self.ki = torch.zeros(lanes, batch, capacity, cfg.index_head_dim, device=device, dtype=dtype)
-        self.length, self.used = torch.zeros(batch, dtype=torch.int32, device=device), 0
-
-    @property
-    def capacity(self):
-        return self.k.size(2)
-
-    def append(self, layer, k, v, ki):
-        """Write k, v (B, T, Hkv, D) and ki (B, T, D) (None without an index branch) after the first `length` slots. Returns
-        what the layer now holds, up to a whole key block. `advance` moves `length` once all layers have written."""
-        T = k.size(1)
-        assert self.used + T <= self.capacity, f"{self.used} + {T} tokens do not fit a cache of {self.capacity}"
-        slot = (self.length[:, None] + torch.arange(T, device=k.device)).long()                           # (B, T)
-        rows = torch.arange(k.size(0), device=k.device)[:, None]
-        for lane, new in ((self.k, k), (self.v, v), (self.ki, ki)):
-            if new is not None:
-                lane[layer].index_put_((rows, slot), new)
-        held = -(-(self.used + T) // self.L) * self.L  # slots past the last token are invisible: no query has their index
-        return tuple(lane[layer, :, :held] for lane in (self.k, self.v, self.ki))
-
-    def advance(self, T):
-        self.length, self.used = self.length + T, self.used + T
-
-    def crop(self, length):
-        """Forget every slot from `length` on: an int, or a tensor (B,)."""
-        self.length = torch.minimum(self.length, torch.as_tensor(length, dtype=torch.int32, device=self.length.device))
-        self.used = min(self.used, length) if isinstance(length, int) else self.used
-
-    def expand(self, n):
-        """n copies of every row, side by side: a group that shares its prompt."""
-        self.select(torch.arange(self.length.size(0), device=self.length.device).repeat_interleave(n))
-
-    def select(self, rows):
-        """Keep these rows (int64), in this order."""
-        self.k, self.v, self.ki = self.k[:, rows], self.v[:, rows], self.ki[:, rows]
-        self.length = self.length[rows]
 
 
 @dataclasses.dataclass
@@ -193,7 +148,7 @@ class Call:
 
 
 class Indexer(nn.Module):
-    """MSA's index branch: one query head per KV head, one shared key head. Its input is detached: only the KL trains it."""
+    """MSA's index branch: a query head per KV head, one shared key head. Input detached: only the KL trains it."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -203,7 +158,7 @@ class Indexer(nn.Module):
 
     def forward(self, x, rope):
         x, D = x.detach(), self.k_proj.out_features
-        qi = self.q_norm(self.q_proj(x).unflatten(-1, (-1, D)))                                           # (B, T, Hkv, D)
+        qi = self.q_norm(self.q_proj(x).unflatten(-1, (-1, D)))                                         # (B, T, Hkv, D)
         ki = self.k_norm(self.k_proj(x))[:, :, None]                                                      # (B, T, 1, D)
         return apply_rope(qi, rope), apply_rope(ki, rope)[:, :, 0]
 
@@ -216,7 +171,7 @@ class Attention(nn.Module):
         self.k_proj = Linear(cfg.n_embd, Hkv * D, bias=False)
         self.v_proj = Linear(cfg.n_embd, Hkv * D, bias=False)
         self.o_proj = Linear(H * D, cfg.n_embd, bias=False)
-        # M2 normalises all heads' channels together: split over devices, this norm needs the sum of squares of every shard.
+        # M2 normalises all heads' channels together: split over devices, the norm needs every shard's sum of squares
         self.q_norm, self.k_norm = (RMSNorm(D * (n if cfg.qk_norm == "layer" else 1), cfg) for n in (H, Hkv))
         self.indexer = Indexer(cfg) if attn_type == "msa" else None
 
@@ -228,7 +183,7 @@ class Attention(nn.Module):
     def forward(self, x, layer, call, replay=None):
         """x (B, T, C) -> y (B, T, C), aux. `replay` (B, T, Hkv, S) is a recorded block_idx."""
         q = apply_rope(self.heads(x, self.q_proj, self.q_norm), call.rope)                                # (B, T, H, D)
-        k = apply_rope(self.heads(x, self.k_proj, self.k_norm), call.rope)                                # (B, T, Hkv, D)
+        k = apply_rope(self.heads(x, self.k_proj, self.k_norm), call.rope)                              # (B, T, Hkv, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.cfg.head_dim))
         qi, ki = self.indexer(x, call.rope) if self.indexer else (None, None)
         start = None
@@ -254,7 +209,7 @@ class Attention(nn.Module):
             y = msa_attention(q, k, v, block_idx, L, call.end, start)
         if block_idx is not None:
             aux["block_idx"] = block_idx
-        if self.training:
+        if self.training and call.cache is None:
             aux["index_kl"] = index_kl_loss(qi, ki, q, k, block_idx, L, call.end, call.weight,
                                             self.cfg.index_kl_stride)
         elif call.cache is None:  # the dense reference, on the batch's first row alone
@@ -280,8 +235,8 @@ class Block(nn.Module):
 
 
 class MTP(nn.Module):
-    """Module k of multi-token prediction: from the hidden state at i of depth k-1 and the embedding of token i+k, the token
-    i+k+1. One Transformer block like the trunk's last; embedding and head are the trunk's."""
+    """Module k of multi-token prediction: from the hidden state at i of depth k-1 and the embedding of token i+k, the
+    token i+k+1. One Transformer block like the trunk's last; embedding and head are the trunk's."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -294,44 +249,22 @@ class MTP(nn.Module):
         return self.block(self.proj(torch.cat([self.e_norm(emb), self.h_norm(h)], -1)), layer, call)
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy over targets != -1, chunk by chunk: the (T, V) logits never exist at once. The gradient is taken on
-    the way, since a scalar loss only scales it: no second pass over the head."""
-
-    @staticmethod
-    def forward(ctx, h, W, targets, chunk):
-        need = any(ctx.needs_input_grad[:2])
-        n = (targets >= 0).sum().clamp(min=1)
-        wide = torch.promote_types(h.dtype, torch.float32)
-        loss, dh, dW = torch.zeros((), device=h.device, dtype=wide), [], torch.zeros_like(W, dtype=wide) if need else None
-        for t in range(0, h.size(0), chunk):
-            x, y = h[t:t + chunk], targets[t:t + chunk]
-            logp = (x @ W.T).to(wide).log_softmax(-1)                                                     # (chunk, V)
-            rows, keep = torch.arange(y.numel(), device=y.device), (y >= 0).to(wide) / n
-            loss = loss - (logp[rows, y.clamp(min=0)] * keep).sum()
-            if need:
-                grad = logp.exp_()
-                grad[rows, y.clamp(min=0)] -= 1
-                grad = grad.mul_(keep[:, None]).to(h.dtype)
-                dh.append(grad @ W)
-                dW += grad.T @ x
-        if need:
-            ctx.save_for_backward(torch.cat(dh), dW.to(W.dtype))
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        dh, dW = ctx.saved_tensors
-        return (grad * dh).to(dh.dtype), (grad * dW).to(dW.dtype), None, None
-
-
 def cross_entropy(h, W, targets, chunk=2048):
-    """Hidden (B, T, C), head (V, C), targets (B, T) with -1 = no loss -> scalar, fp32 or wider; 0 where no target is left."""
-    return _CrossEntropy.apply(h.flatten(0, 1), W.to(h.dtype), targets.flatten(), chunk)
+    """Mean loss of hidden (B, T, C) under head (V, C), fp32 or wider; targets (B, T), -1 = none, 0 if none is left.
+    In chunks, each recomputed in the backward pass, so that the logits of a large vocabulary never exist at once."""
+    def part(h, y):
+        logits = (h @ W.to(h.dtype).T).to(torch.promote_types(h.dtype, torch.float32))                    # (chunk, V)
+        return F.cross_entropy(logits, y, ignore_index=-1, reduction="sum")
+    h, y = h.flatten(0, 1), targets.flatten()
+    if y.numel() <= chunk:
+        total = part(h, y)
+    else:
+        total = sum(checkpoint(part, *c, use_reentrant=False) for c in zip(h.split(chunk), y.split(chunk)))
+    return total / (y >= 0).sum().clamp(min=1)
 
 
 class MiniMax(nn.Module):
-    """`dtype` is what activations are computed in; weights keep their own (fp32 in training) and are cast where used."""
+    """`dtype` is what activations are computed in; weights keep theirs (fp32 in training) and are cast where used."""
 
     def __init__(self, cfg, dtype=None):
         super().__init__()
@@ -345,25 +278,25 @@ class MiniMax(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Normal, std n_embd ** -0.5 (0.018 at M2's width); what writes to the residual stream starts smaller by
-        sqrt(2 n_layer), GPT-2's rule."""
+        """Normal, std n_embd ** -0.5 (0.018 at M2's width). What writes to the residual stream starts smaller by
+        sqrt(2 n_layer), GPT-2's rule; the head by 4, so that the first loss is ln V."""
         std = self.cfg.n_embd ** -0.5
         for name, p in self.named_parameters():
             if p.dim() == 1:
                 p.fill_(0.0 if self.cfg.gemma_norm else 1.0)
             else:
                 residual = name.endswith(("o_proj.weight", "w2", "w2.weight"))
-                p.normal_(0, std / (2 * self.cfg.n_layer) ** 0.5 if residual else std)
+                p.normal_(0, std / (4 if name == "lm_head.weight" else (2 * self.cfg.n_layer) ** 0.5 if residual else 1))
 
     def forward(self, idx, targets=None, weight=None, cache=None, pos=None, end=None, replay=None, n_logits=None):
         """idx (B, T) -> logits, loss, aux (flat dict of tensors).
 
-        targets (B, T): the token after each, -1 = no loss. Without n_logits they give the loss in chunks and logits None;
-        otherwise logits (B, n, V) of the last n_logits positions, None = all. loss: next-token cross-entropy alone.
-        weight (B, T): multiplicity, 0 = pad. pos (B, T): default counts from the cache. end (B, Tk): default plain causal.
+        targets (B, T): the token after each, -1 = no loss. Without n_logits they give the loss in chunks, and logits
+        None; otherwise logits (B, n, V) of the last n_logits positions, None = all. loss: next-token loss alone.
+        weight (B, T): multiplicity, 0 = pad. pos (B, T): default counts on from the cache. end (B, Tk): default causal.
         replay: an earlier aux, whose block_idx and experts are used again.
-        aux: expert_load (layers with experts, E), experts (…, B, T, A), block_idx (layers with MSA, B, T, Hkv, S); mtp_loss
-        with targets; index_kl (layers with MSA) in training, block_recall and block_chance in evaluation."""
+        aux: expert_load (layers with experts, E), experts (…, B, T, A), block_idx (layers with MSA, B, T, Hkv, S);
+        mtp_loss with targets; index_kl (layers with MSA) in training, block_recall and block_chance in evaluation."""
         B, T = idx.shape
         if pos is None:
             pos = torch.arange(T, device=idx.device).expand(B, T)
@@ -376,7 +309,8 @@ class MiniMax(nn.Module):
                             next(experts, None) if isinstance(layer.mlp, MoE) else None)
             for key, value in more.items():
                 aux.setdefault(key, []).append(value)
-        mtp_loss = self.mtp_forward(x, idx, targets, call, aux) if targets is not None and self.mtp else None
+        use_mtp = targets is not None and self.cfg.mtp_active and len(self.mtp) > 0
+        mtp_loss = self.mtp_forward(x, idx, targets, call, aux) if use_mtp else None
         if cache is not None:
             cache.advance(T)
         aux = {key: torch.stack(value) for key, value in aux.items()}
@@ -389,17 +323,16 @@ class MiniMax(nn.Module):
         return self.lm_head(x if n_logits is None else x[:, T - n_logits:]), loss, aux
 
     def mtp_forward(self, h, idx, targets, call, aux):
-        """Mean loss of the MTP modules. Module k works on positions that have a k-th next token in the layout; what lies past
-        the end of a document is seen by none and has no target."""
-        B, T = idx.shape
-        loss, B = 0.0, math.ceil(B * self.cfg.mtp_share) if self.training else B
+        """Mean loss of the MTP modules. Module k works on positions with a k-th next token in the layout; what lies
+        past the end of a document is seen by none and has no target."""
+        loss, T = 0.0, idx.size(1)
         for k, module in enumerate(self.mtp, 1):
             n = T - k
-            cos, sin, end, weight = (None if t is None else t[:B, :n] for t in (*call.rope, call.end, call.weight))
-            shifted = targets[:B, k:]
+            cos, sin, end, weight = (None if t is None else t[:, :n] for t in (*call.rope, call.end, call.weight))
+            shifted = targets[:, k:]
             if end is not None:
                 shifted = shifted.masked_fill(torch.arange(k, T, device=idx.device) >= end, -1)
-            h, more = module(h[:B, :n], self.embed(idx[:B, k:]).to(h.dtype), self.cfg.n_layer + k - 1,
+            h, more = module(h[:, :n], self.embed(idx[:, k:]).to(h.dtype), self.cfg.n_layer + k - 1,
                              Call((cos, sin), end, weight))
             loss = loss + cross_entropy(module.norm(h), self.lm_head.weight, shifted) / len(self.mtp)
             for key in more.keys() & {"expert_load", "index_kl"}:
@@ -407,11 +340,20 @@ class MiniMax(nn.Module):
         return loss
 
     def num_params(self):
-        """Total, and active for one token: without embedding and head, with the chosen experts alone (the report's 9.8B)."""
+        """Total, and active for one token: no embedding, no head, and the chosen experts alone (the report's 9.8B)."""
         total = sum(t.numel() for t in list(self.parameters()) + [m.router.bias for m in self.moe_layers()])
         idle = 1 - self.cfg.n_expert_per_tok / self.cfg.n_expert if self.cfg.n_expert else 0
         experts = sum(m.w13.numel() + m.w2.numel() for m in self.moe_layers())
         return total, total - 2 * self.embed.weight.numel() - round(experts * idle)
+
+    def flops_per_token(self, T):
+        """Executed FLOPs a token of a training step on rows of T: 6 per active parameter and head, 12 H D per key read
+        by the attention; the index branch scores T / 2 keys and learns (KL, teacher included) from the S * L chosen."""
+        cfg, chosen = self.cfg, min(T / 2, self.cfg.index_topk_blocks * self.cfg.index_block_size)
+        full, msa = (cfg.attn_types.count(kind) for kind in ("full", "msa"))
+        main, index = 12 * cfg.n_head * cfg.head_dim, 2 * cfg.n_kv_head * cfg.index_head_dim
+        attention = full * main * T / 2 + msa * (main * chosen + index * T / 2 + (main / 6 + 3 * index) * chosen)
+        return 6 * (self.num_params()[1] + self.embed.weight.numel()) + attention
 
     def moe_layers(self):
         """Every mixture of experts, trunk then MTP: the rows of aux["expert_load"]."""
@@ -424,61 +366,49 @@ class MiniMax(nn.Module):
 
     @classmethod
     def from_hf(cls, path, device="cpu", dtype=torch.float32):
-        """Read a checkpoint folder of transformers or of the release: M2, or M3's text model; one file or shards, fp8 too.
-        Raises ValueError for a tensor that is missing, unknown or of another shape."""
-        from safetensors import safe_open
+        """Read a checkpoint folder of transformers or of the release: M2, or M3's text model; shards and fp8 too.
+        ValueError for a tensor that is missing, unknown or of another shape."""
         with open(os.path.join(path, "config.json")) as f:
             cfg = config_from_hf(json.load(f))
         with torch.device("meta"):
             model = cls(cfg)
         model = model.to(dtype).to_empty(device=device)
-        params = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        params = model.state_dict()
         missing = {name: p.numel() for name, p in params.items()}
-        for file in sorted(f for f in os.listdir(path) if f.endswith(".safetensors")):
-            with safe_open(os.path.join(path, file), "pt") as tensors:
-                names = set(tensors.keys())
-                for name in sorted(names):
-                    if name.endswith("_scale_inv") or re.match(NOT_TEXT, name):
-                        continue
-                    t, scale = tensors.get_tensor(name), f"{name}_scale_inv"
-                    if scale in names:
-                        t = dequantize(t, tensors.get_tensor(scale))
-                    ours, part = locate(params, name)
-                    if ours is None or part.shape != t.shape:
-                        want = "no such tensor in the model" if ours is None else f"the model needs {tuple(part.shape)}"
-                        raise ValueError(f"{path}: {name} {tuple(t.shape)}: {want}")
-                    with torch.no_grad():
-                        part.copy_(t)
-                    missing[ours] -= t.numel()
+        for name, t in read_tensors(path):
+            ours, part = locate(params, name)
+            if ours is None or part.shape != t.shape:
+                want = "no such tensor in the model" if ours is None else f"the model needs {tuple(part.shape)}"
+                raise ValueError(f"{path}: {name} {tuple(t.shape)}: {want}")
+            part.copy_(t)
+            missing[ours] -= t.numel()
         if any(missing.values()):
             raise ValueError(f"{path}: missing or incomplete: {', '.join(n for n, m in missing.items() if m)}")
         return model
 
     def save_hf(self, path):
-        """Write an M2 checkpoint in the released names, one file; bit-equal when read back. ValueError for other models."""
+        """Write an M2 checkpoint in the released names; bit-equal when read back. ValueError for any other model."""
         from safetensors.torch import save_file
-        if self.cfg.qk_norm != "layer" or self.cfg.n_mtp or set(self.cfg.attn_types + self.cfg.mlp_types) != {"full", "moe"}:
-            raise ValueError("save_hf writes M2: full attention, experts in every layer, no MTP; this model is another one")
-        tensors = {}
-        for name, t in self.state_dict().items():
-            for pattern, ours in M2_NAMES:
-                name = re.sub(f"^{ours}$", pattern, name)
-            if name.endswith(("experts.w13", "experts.w2")):
-                for e, w in enumerate(t):
-                    halves = w.chunk(2) if name.endswith("w13") else [w]
-                    for part, key in zip(halves, ("w1", "w3") if len(halves) == 2 else ("w2",)):
-                        tensors[f"{name.rsplit('.', 1)[0]}.{e}.{key}.weight"] = part.contiguous()
-            else:
-                tensors[name] = t.contiguous()
+        kinds = set(self.cfg.attn_types + self.cfg.mlp_types)
+        if self.cfg.qk_norm != "layer" or self.cfg.n_mtp or kinds != {"full", "moe"}:
+            raise ValueError("save_hf writes M2: full attention, experts in every layer, no MTP; this is another model")
+        attn = [f"self_attn.{x}.weight" for x in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")]
+        experts = [f"experts.{e}.w{i}.weight" for e in range(self.cfg.n_expert) for i in (1, 2, 3)]
+        moe = [f"block_sparse_moe.{x}" for x in ("gate.weight", "e_score_correction_bias", *experts)]
+        layer = ["input_layernorm.weight", "post_attention_layernorm.weight", *attn, *moe]
+        names = [f"model.layers.{n}.{x}" for n in range(self.cfg.n_layer) for x in layer]
+        names += ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+        params = self.state_dict()
+        tensors = {name: locate(params, name)[1].contiguous() for name in names}
         os.makedirs(path, exist_ok=True)
         save_file(tensors, os.path.join(path, "model.safetensors"), {"format": "pt"})
         with open(os.path.join(path, "config.json"), "w") as f:
             json.dump(config_to_hf(self.cfg, str(self.embed.weight.dtype).removeprefix("torch.")), f, indent=2)
 
 
-# ---- checkpoints of others ----------------------------------------------------------------------------------------------------
+# ---- checkpoints of others -------------------------------------------------------------------------------------
 
-NOT_TEXT = r"(model\.)?(vision_tower|multi_modal_projector|patch_merge_mlp|mtp)\."  # M3's vision tower; MTP is not in M2's files
+NOT_TEXT = r"(model\.)?(vision_tower|multi_modal_projector|patch_merge_mlp|mtp)\."  # of M3; M2's files have no MTP
 HF_NAMES = (  # released names and transformers' in-memory names -> ours, in this order
     (r"^language_model\.", ""), (r"^model\.(language_model\.)?", ""), (r"^embed_tokens", "embed"),
     (r"\.input_layernorm", ".attn_norm"), (r"\.post_attention_layernorm", ".mlp_norm"),
@@ -486,14 +416,23 @@ HF_NAMES = (  # released names and transformers' in-memory names -> ours, in thi
     (r"\.mlp\.(gate\.)?e_score_correction_bias", ".mlp.router.bias"), (r"\.mlp\.gate\.", ".mlp.router."),
     (r"\.shared_experts", ".shared"), (r"\.experts\.gate_up_proj$", ".w13"), (r"\.experts\.down_proj$", ".w2"),
     (r"gate_up_proj", "w13"), (r"gate_proj", "w1"), (r"up_proj", "w3"), (r"down_proj", "w2"))
-M2_NAMES = (  # ours -> M2's released names, for writing
-    (r"model.embed_tokens.weight", r"embed\.weight"), (r"model.norm.weight", r"norm\.weight"),
-    (r"model.layers.\1.input_layernorm.weight", r"layers\.(\d+)\.attn_norm\.weight"),
-    (r"model.layers.\1.post_attention_layernorm.weight", r"layers\.(\d+)\.mlp_norm\.weight"),
-    (r"model.layers.\1.self_attn.\2", r"layers\.(\d+)\.attn\.(.*)"),
-    (r"model.layers.\1.block_sparse_moe.gate.weight", r"layers\.(\d+)\.mlp\.router\.weight"),
-    (r"model.layers.\1.block_sparse_moe.e_score_correction_bias", r"layers\.(\d+)\.mlp\.router\.bias"),
-    (r"model.layers.\1.block_sparse_moe.experts.\2", r"layers\.(\d+)\.mlp\.(w13|w2)"))
+
+
+def read_tensors(path):
+    """Yield (name, tensor) of every text tensor in a folder's safetensors files; fp8 comes back as fp32."""
+    from safetensors import safe_open
+    for file in sorted(f for f in os.listdir(path) if f.endswith(".safetensors")):
+        with safe_open(os.path.join(path, file), "pt") as tensors:
+            names = set(tensors.keys())
+            for name in sorted(names):
+                if name.endswith("_scale_inv") or re.match(NOT_TEXT, name):
+                    continue
+                t = tensors.get_tensor(name)
+                if f"{name}_scale_inv" in names:  # one scale per 128 x 128 tile
+                    scale = tensors.get_tensor(f"{name}_scale_inv").float()
+                    tiles = scale.repeat_interleave(128, 0)[:t.size(0)].repeat_interleave(128, 1)[:, :t.size(1)]
+                    t = t.float() * tiles
+                yield name, t
 
 
 def locate(params, name):
@@ -507,12 +446,14 @@ def locate(params, name):
     if name not in params or (expert and int(expert) >= params[name].size(0)):
         return None, None
     part = params[name][int(expert)] if expert else params[name]
-    return name, part if which == "w2" else part.chunk(2)[0 if which == "w1" else 1]  # gate and up are halves, not interleaved
+    return name, part if which == "w2" else part.chunk(2)[which == "w3"]  # gate and up are halves, not interleaved
 
 
-def dequantize(w, scale):
-    """fp8 weights (R, C) with one scale per 128 x 128 tile -> fp32."""
-    return w.float() * scale.float().repeat_interleave(128, 0)[:w.size(0)].repeat_interleave(128, 1)[:, :w.size(1)]
+CONFIG_NAMES = dict(
+    vocab_size="vocab_size", n_layer="num_hidden_layers", n_embd="hidden_size", n_head="num_attention_heads",
+    n_kv_head="num_key_value_heads", head_dim="head_dim", max_seq_len="max_position_embeddings",
+    norm_eps="rms_norm_eps", expert_dim="intermediate_size", n_expert="num_local_experts",
+    n_expert_per_tok="num_experts_per_tok")
 
 
 def config_from_hf(hf):
@@ -520,21 +461,19 @@ def config_from_hf(hf):
     hf = {**hf, **hf.get("text_config", {})}
     if not hf["model_type"].startswith(("minimax_m2", "minimax_m3")):
         raise ValueError(f"model_type {hf['model_type']}: minimax_m2 or minimax_m3_vl")
-    rope, sparse, n = hf.get("rope_parameters") or hf, hf.get("sparse_attention_config", {}), hf["num_hidden_layers"]
-    common = dict(
-        vocab_size=hf["vocab_size"], n_layer=n, n_embd=hf["hidden_size"], n_head=hf["num_attention_heads"],
-        n_kv_head=hf["num_key_value_heads"], head_dim=hf["head_dim"], max_seq_len=hf["max_position_embeddings"],
-        rotary_dim=hf.get("rotary_dim") or int(hf["head_dim"] * rope["partial_rotary_factor"]), norm_eps=hf["rms_norm_eps"],
-        rope_theta=float(rope["rope_theta"]), n_expert=hf["num_local_experts"], n_expert_per_tok=hf["num_experts_per_tok"],
-        expert_dim=hf["intermediate_size"])
+    rope, n = hf.get("rope_parameters") or hf, hf["num_hidden_layers"]
+    common = {ours: hf[theirs] for ours, theirs in CONFIG_NAMES.items()}
+    common["rope_theta"] = float(rope["rope_theta"])
+    common["rotary_dim"] = hf.get("rotary_dim") or int(hf["head_dim"] * rope["partial_rotary_factor"])
     if hf["model_type"].startswith("minimax_m2"):
         return MiniMaxConfig(**common, attn_types=["full"] * n, mlp_types=["moe"] * n)
+    sparse = hf.get("sparse_attention_config", {})  # the release's names; transformers flattens them
     attn = hf.get("layer_types") or ["sparse" if f else "full" for f in sparse.get("sparse_attention_freq", [0] * n)]
     mlp = hf.get("mlp_layer_types") or ["sparse" if f else "dense" for f in hf.get("moe_layer_freq", [1] * n)]
     return MiniMaxConfig(
-        **common, attn_types=["msa" if "sparse" in t else "full" for t in attn], routed_scale=hf["routed_scaling_factor"],
+        **common, **M3_STYLE, attn_types=["msa" if "sparse" in t else "full" for t in attn],
         mlp_types=["moe" if t == "sparse" else t for t in mlp], shared_dim=hf["shared_intermediate_size"],
-        dense_dim=hf["dense_intermediate_size"], activation="swiglu_oai", gemma_norm=True, qk_norm="head",
+        dense_dim=hf["dense_intermediate_size"], routed_scale=hf["routed_scaling_factor"],
         index_head_dim=hf.get("index_head_dim") or sparse["sparse_index_dim"],
         index_block_size=hf.get("index_block_size") or sparse["sparse_block_size"],
         index_topk_blocks=hf.get("index_topk_blocks") or sparse["sparse_topk_blocks"])
@@ -542,11 +481,8 @@ def config_from_hf(hf):
 
 def config_to_hf(cfg, dtype):
     """An M2 config in the released fields."""
-    return {"architectures": ["MiniMaxM2ForCausalLM"], "model_type": "minimax_m2", "dtype": dtype, "hidden_act": "silu",
-            "vocab_size": cfg.vocab_size, "hidden_size": cfg.n_embd, "intermediate_size": cfg.expert_dim,
-            "num_hidden_layers": cfg.n_layer, "num_attention_heads": cfg.n_head, "num_key_value_heads": cfg.n_kv_head,
-            "head_dim": cfg.head_dim, "max_position_embeddings": cfg.max_seq_len, "rms_norm_eps": cfg.norm_eps,
-            "rotary_dim": cfg.rotary_dim, "rope_theta": cfg.rope_theta, "num_local_experts": cfg.n_expert,
-            "num_experts_per_tok": cfg.n_expert_per_tok, "tie_word_embeddings": False, "bos_token_id": None,
-            "eos_token_id": None, "use_qk_norm": True, "qk_norm_type": "per_layer", "scoring_func": "sigmoid",
-            "use_routing_bias": True}
+    return {**{theirs: getattr(cfg, ours) for ours, theirs in CONFIG_NAMES.items()}, "model_type": "minimax_m2",
+            "architectures": ["MiniMaxM2ForCausalLM"], "dtype": dtype, "hidden_act": "silu",
+            "rotary_dim": cfg.rotary_dim, "rope_theta": cfg.rope_theta, "tie_word_embeddings": False,
+            "bos_token_id": None, "eos_token_id": None, "use_qk_norm": True, "qk_norm_type": "per_layer",
+            "scoring_func": "sigmoid", "use_routing_bias": True}

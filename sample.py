@@ -4,8 +4,8 @@
     python sample.py --prompt "import os" --n-samples 3 --temperature 0.7 --seed 1
     python sample.py --hf DIR --prompt-ids 1,2,3              # an M2 or M3 checkpoint of transformers, by token ids
 
-    prefill the part that all prompts share in length -> loop { one token a sequence through the KV cache; MSA picks its
-    blocks anew each time } ; a sequence still inside its prompt is forced, the others sample: temperature, top-k, top-p.
+    prefill as many tokens as the shortest prompt has -> loop { one token a sequence through the KV cache; MSA picks its
+    blocks anew each time }; a sequence still inside its prompt is forced, the others sample: temperature, top-k, top-p
 """
 import argparse
 import codecs
@@ -24,8 +24,8 @@ from model import KVCache, MiniMax, MiniMaxConfig
 
 EOT = "<|endoftext|>"
 VERSION = 1                            # of the checkpoint's layout
-# a word with the space or mark before it; digits by three; marks; a line break with the indentation after it; spaces
-PATTERN = r"[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++|\s*\n[ \t]*|\s+(?!\S)|\s"
+# a word with the space before it; one digit; marks; line breaks with the indentation after them; other spaces
+PATTERN = r" ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s*\n[ \t]*|\s+(?!\S)|\s"
 
 
 class Tokenizer:
@@ -111,7 +111,17 @@ def learn_bpe(texts, vocab_size, pattern):
     return {"pattern": pattern, "ranks": ranks, "special": {EOT: len(ranks)}}
 
 
-# ---- device and checkpoint ----------------------------------------------------------------------------------------------------
+# ---- command line, device, checkpoint -----------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """argparse with defaults in its help, and one line instead of the whole usage for a mistake."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message):
+        raise ValueError(message)
+
 
 def pick_device(name=None):
     """-> device, dtype of the activations, reason. ValueError if the device is asked for and absent."""
@@ -131,15 +141,16 @@ def checkpoint_path(folder):
 
 
 def load_checkpoint(folder, device="cpu"):
-    """Read FOLDER/ckpt.pt, a plain dict (weights_only). ValueError, naming the file, if it is absent, damaged or of another
-    version."""
+    """Read FOLDER/ckpt.pt, a plain dict (weights_only). ValueError, naming the file, if it is absent, damaged or of
+    another version."""
     path = checkpoint_path(folder)
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such checkpoint; train one with python train.py --out {folder}")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises half a dozen types, by where the file is broken
-        raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__}: {reason})") from None
     if not isinstance(state, dict) or state.get("version") != VERSION:
         found = state.get("version") if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"{path}: checkpoint version {found}, this code reads version {VERSION}")
@@ -153,7 +164,7 @@ def load_model(state, device="cpu", dtype=torch.float32):
     return model.eval(), Tokenizer(state["tokenizer"])
 
 
-# ---- generation ---------------------------------------------------------------------------------------------------------------
+# ---- generation ----------------------------------------------------------------------------------
 
 def truncate_logits(logits, temperature, top_p, top_k):
     """Temperature, then the top_k largest, then the smallest set that holds top_p of what is left; the rest is -inf.
@@ -164,7 +175,7 @@ def truncate_logits(logits, temperature, top_p, top_k):
         logits = logits.masked_fill(logits < kth, float("-inf"))
     if top_p < 1:
         p, order = logits.softmax(-1).sort(descending=True, stable=True)
-        beyond = p.cumsum(-1) - p >= top_p  # mass before a token: the first always stays, even where it alone exceeds top_p
+        beyond = p.cumsum(-1) - p >= top_p  # mass before a token: the first stays even where it alone exceeds top_p
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), float("-inf"))
     return logits
 
@@ -173,22 +184,24 @@ def sample_next(logits, temperature=1.0, top_p=1.0, top_k=None, generator=None):
     """(B, V) -> token (B,). temperature 0 is greedy."""
     if temperature == 0:
         return logits.argmax(-1)
-    return torch.multinomial(truncate_logits(logits, temperature, top_p, top_k).softmax(-1), 1, generator=generator)[:, 0]
+    p = truncate_logits(logits, temperature, top_p, top_k).softmax(-1)
+    return torch.multinomial(p, 1, generator=generator)[:, 0]
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, n_samples=1, temperature=1.0, top_p=0.95, top_k=40, generator=None, stop=(),
-             allowed=None):
-    """Continue each prompt (a list of ids, not empty) n_samples times, all in step; rows of one prompt lie side by side.
+def generate(model, prompts, max_new_tokens, n_samples=1, temperature=1.0, top_p=0.95, top_k=40, generator=None,
+             stop=(), allowed=None):
+    """Continue each prompt (a list of ids) n_samples times, all in step; rows of one prompt lie side by side.
 
-    Yields token (B,) int64 and logprob (B,) fp32 of it, under the model itself: temperature 1, nothing cut. A row still inside
-    its prompt yields the prompt's own token; a row that ended (a stop id, max_new_tokens, the context) yields -1.
-    `allowed` (V,) bool restricts the first new token. Raises ValueError where a prompt does not fit the model's context."""
-    context, lengths = model.cfg.max_seq_len, [len(p) for p in prompts for _ in range(n_samples)]
-    if max(lengths) > context or min(lengths) < 1:
-        raise ValueError(f"a prompt of {max(lengths) if max(lengths) > context else 0} tokens: the model's context is 1 to {context}")
+    Yields token (B,) int64 and its logprob (B,) fp32 under the model itself: temperature 1, nothing cut. A row still
+    inside its prompt yields the prompt's own token; one that ended (a stop id, max_new_tokens, the context) yields -1.
+    `allowed` (V,) bool restricts the first new token. ValueError for a prompt that is empty or exceeds the context."""
+    context, rows = model.cfg.max_seq_len, [p for p in prompts for _ in range(n_samples)]
+    lengths = [len(row) for row in rows]
+    for n in lengths:
+        if not 1 <= n <= context:
+            raise ValueError(f"a prompt of {n} tokens: the model's context holds 1 to {context}")
     device, shared = model.embed.weight.device, min(lengths)
-    rows = [p for p in prompts for _ in range(n_samples)]
     cache = KVCache(model.cfg, len(prompts), min(context, max(lengths) + max_new_tokens), device, model.dtype)
     idx = torch.tensor([p[:shared] for p in prompts], device=device)
     logits = model(idx, cache=cache, n_logits=1)[0]
@@ -198,10 +211,9 @@ def generate(model, prompts, max_new_tokens, n_samples=1, temperature=1.0, top_p
     for t in range(shared, min(context, max(lengths) + max_new_tokens)):
         logits = logits[:, -1].float()
         logprobs = logits.log_softmax(-1)
-        first = [t == n for n in lengths]
-        if allowed is not None and any(first):
-            banned = torch.tensor(first, device=device)[:, None] & ~allowed
-            logits = logits.masked_fill(banned, float("-inf"))
+        if allowed is not None:
+            first = torch.tensor([t == n for n in lengths], device=device)
+            logits = logits.masked_fill(first[:, None] & ~allowed, float("-inf"))
         token = sample_next(logits, temperature, top_p, top_k, generator)
         forced = torch.tensor([row[t] if t < len(row) else -1 for row in rows], device=device)
         token = torch.where(forced >= 0, forced, token)
@@ -218,15 +230,15 @@ def generate(model, prompts, max_new_tokens, n_samples=1, temperature=1.0, top_p
 
 
 def heal(tokenizer, ids):
-    """Hold back the last token of a prompt: "def " ends in a lone space, which the tokenizer never puts before a name. The
-    first new token must start with the bytes held back -> ids without it, allowed (V,) bool."""
-    held = tokenizer.decode_bytes(ids[-1:])
-    allowed = torch.tensor([token.startswith(held) for token in tokenizer.spec["ranks"]] + [False] * len(tokenizer.spec["special"]))
-    return ids[:-1] or [tokenizer.eot], allowed
+    """Hold back the last token of a prompt: "def " ends in a lone space, which the tokenizer never puts before a name.
+    The first new token must start with the bytes held back -> ids without it, allowed (V,) bool."""
+    held, spec = tokenizer.decode_bytes(ids[-1:]), tokenizer.spec
+    allowed = [token.startswith(held) for token in spec["ranks"]] + [False] * len(spec["special"])
+    return ids[:-1] or [tokenizer.eot], torch.tensor(allowed)
 
 
 def parse_args(argv):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(__doc__)
     p.add_argument("--out", default="out", help="folder of the checkpoint that train.py wrote")
     p.add_argument("--hf", help="folder of a checkpoint of transformers (M2, or M3's text model) instead")
     p.add_argument("--prompt", default="", help="text to continue; token ids, as in 1,2,3, with --hf")
@@ -235,15 +247,18 @@ def parse_args(argv):
     p.add_argument("--temperature", type=float, default=0.8, help="0 = greedy")
     p.add_argument("--top-p", type=float, default=0.95)
     p.add_argument("--top-k", type=int, default=40, help="0 = off")
-    p.add_argument("--stop", action="append", default=[], help="end a sample at this text (may be repeated); end of text always does")
+    p.add_argument("--stop", action="append", default=[], help="a text that ends a sample (may be repeated)")
     p.add_argument("--seed", type=int, default=1337)
     p.add_argument("--device", help="cpu, cuda, cuda:N or mps; default: a GPU if there is one")
     p.add_argument("--speculate", type=int, default=0, help="comes later: MTP drafts")
     p.add_argument("--chat", action="store_true", help="comes later")
     args = p.parse_args(argv)
-    for name, ok, want in (("max_new_tokens", args.max_new_tokens > 0, "1 or more"), ("n_samples", args.n_samples > 0, "1 or more"),
-                           ("temperature", args.temperature >= 0, "0 or more"), ("top_p", 0 < args.top_p <= 1, "in (0, 1]"),
-                           ("top_k", args.top_k >= 0, "0 or more"), ("speculate", not args.speculate, "0: drafts come later"),
+    for name, ok, want in (("max_new_tokens", args.max_new_tokens > 0, "1 or more"),
+                           ("n_samples", args.n_samples > 0, "1 or more"),
+                           ("temperature", args.temperature >= 0, "0 or more"),
+                           ("top_p", 0 < args.top_p <= 1, "above 0, at most 1"),
+                           ("top_k", args.top_k >= 0, "0 or more"),
+                           ("speculate", not args.speculate, "0: drafts come later"),
                            ("chat", not args.chat, "absent: chat comes later")):
         if not ok:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be {want}")
@@ -265,7 +280,8 @@ class Stream:
         cuts = [i for i in (self.text.find(s) for s in self.stops) if i >= 0]
         if cuts:
             self.text, self.done = self.text[:min(cuts)], True
-        keep = 0 if final or self.done else max((len(s) for s in self.stops), default=1) - 1  # a stop text may be half here
+        # the last characters may be the first half of a stop text
+        keep = 0 if final or self.done else max((len(s) for s in self.stops), default=1) - 1
         new = self.text[self.shown:max(self.shown, len(self.text) - keep)]
         self.shown += len(new)
         return new
@@ -281,51 +297,56 @@ def read_model(args, device, dtype):
         raise ValueError(f"--hf {args.hf}: {error}") from None
 
 
+def encode_prompt(args, tokenizer, cfg):
+    """-> prompt ids, allowed (V,) bool for the first new token or None, eot id (-1 for none), id -> bytes."""
+    if tokenizer:
+        ids, allowed = heal(tokenizer, tokenizer.encode(args.prompt)) if args.prompt else ([tokenizer.eot], None)
+        eot, to_bytes = tokenizer.eot, lambda i: tokenizer.decode_bytes([i])
+    else:
+        words = args.prompt.split(",")
+        if not all(w.strip().isdigit() and int(w) < cfg.vocab_size for w in words):
+            raise ValueError(f"--prompt {args.prompt!r}: with --hf, ids below {cfg.vocab_size}, as in 1,2,3")
+        ids, allowed, eot, to_bytes = [int(w) for w in words], None, -1, lambda i: f",{i}".encode()
+    if len(ids) >= cfg.max_seq_len:
+        raise ValueError(f"the prompt has {len(ids)} tokens; the model's context is {cfg.max_seq_len}, all included")
+    return ids, allowed, eot, to_bytes
+
+
+def card(args, model, device, why, n_prompt):
+    cfg, (total, active) = model.cfg, model.num_params()
+    print(f"model   | {total:,} parameters, {active:,} active; attention {' '.join(cfg.attn_types)}, torch; grouped_mm")
+    print(f"device  | {device}, {str(model.dtype).removeprefix('torch.')}: {why}")
+    print(f"prompt  | {n_prompt} tokens of a context of {cfg.max_seq_len}; temperature {args.temperature:g}, "
+          f"top-p {args.top_p:g}, top-k {args.top_k}, seed {args.seed}\n", flush=True)
+
+
 def run(args):
     device, dtype, why = pick_device(args.device)
     model, tokenizer = read_model(args, device, dtype)
-    cfg, allowed, (total, active) = model.cfg, None, model.num_params()
-    if tokenizer:
-        ids, allowed = heal(tokenizer, tokenizer.encode(args.prompt)) if args.prompt else ([tokenizer.eot], None)
-        eot, text_of = tokenizer.eot, lambda i: tokenizer.decode_bytes([i])
-    else:
-        if not args.prompt or not all(w.strip().isdigit() and int(w) < cfg.vocab_size for w in args.prompt.split(",")):
-            raise ValueError(f"--prompt {args.prompt!r}: with --hf, ids below {cfg.vocab_size} with commas between, as in 1,2,3")
-        ids, eot, text_of = [int(w) for w in args.prompt.split(",")], -1, lambda i: f"{i},".encode()
-    if len(ids) >= cfg.max_seq_len:
-        raise ValueError(f"the prompt has {len(ids)} tokens, the model's context is {cfg.max_seq_len} and needs room for one more")
-    print(f"model   | {total:,} parameters, {active:,} active; attention {' '.join(cfg.attn_types)}; experts grouped_mm")
-    print(f"device  | {device}, {str(dtype).removeprefix('torch.')}: {why}")
-    print(f"prompt  | {len(ids)} tokens of a context of {cfg.max_seq_len}; temperature {args.temperature:g}, top-p {args.top_p:g}, "
-          f"top-k {args.top_k}, seed {args.seed}", flush=True)
+    ids, allowed, eot, to_bytes = encode_prompt(args, tokenizer, model.cfg)
+    card(args, model, device, why, len(ids))
     generator = torch.Generator(device).manual_seed(args.seed)
-    streams = [Stream(args.stop) for _ in range(args.n_samples)]
-    room = min(args.max_new_tokens, cfg.max_seq_len - len(ids))
-    held = args.prompt.encode() if tokenizer else b""
-    prefix = len(held) - len(b"".join(text_of(i) for i in ids if i != eot))  # bytes of the prompt the first token repeats
-    print(f"\n{args.prompt}", end="", flush=True)
-    start, prefill_s, ticks = time.perf_counter(), None, 0
-    for tokens, _ in generate(model, [ids], room, args.n_samples, args.temperature, args.top_p, args.top_k, generator, {eot},
-                              None if allowed is None else allowed.to(device)):
-        prefill_s = prefill_s or time.perf_counter() - start
+    room = min(args.max_new_tokens, model.cfg.max_seq_len - len(ids))
+    known = len(args.prompt.encode()) - sum(len(to_bytes(i)) for i in ids if i != eot) if tokenizer else 0  # held back
+    streams, start, prefill_s = [Stream(args.stop) for _ in range(args.n_samples)], time.perf_counter(), None
+    print(args.prompt, end="", flush=True)
+    for tokens, _ in generate(model, [ids], room, args.n_samples, args.temperature, args.top_p, args.top_k, generator,
+                              {eot}, None if allowed is None else allowed.to(device)):
+        skip, prefill_s = (known, time.perf_counter() - start) if prefill_s is None else (0, prefill_s)
         for row, (stream, token) in enumerate(zip(streams, tokens.tolist())):
-            if token in (-1, eot):
-                continue
-            new = stream.feed(text_of(token)[prefix if ticks == 0 else 0:])
+            new = stream.feed(to_bytes(token)[skip:]) if token not in (-1, eot) else ""
             print(new if row == 0 else "", end="", flush=True)
-        ticks += 1
-        if all(s.done for s in streams):
+        if all(stream.done for stream in streams):
             break
     seconds = time.perf_counter() - start
-    print(streams[0].feed(b"", final=True))
-    for stream in streams[1:]:
-        stream.feed(b"", final=True)
-        print(f"\n---\n{args.prompt}{stream.text}")
-    n = sum(s.tokens for s in streams)
-    if len(ids) + room == cfg.max_seq_len and room < args.max_new_tokens and ticks == room:
-        print(f"\nstopped at the model's context of {cfg.max_seq_len} tokens")
-    print(f"\n{n} tokens in {seconds:.2f} s, prefill and first token {prefill_s:.3f} s")
-    texts = [args.prompt + s.text for s in streams]
+    for row, stream in enumerate(streams):
+        last = stream.feed(b"", final=True)
+        print(last if row == 0 else f"\n---\n{args.prompt}{stream.text}")
+    n = sum(stream.tokens for stream in streams)
+    if room < args.max_new_tokens and max(stream.tokens for stream in streams) == room:
+        print(f"\nstopped at the model's context of {model.cfg.max_seq_len} tokens")
+    print(f"\n{n} tokens, {n / seconds:.0f} tokens/s; {prefill_s:.3f} s to the first")
+    texts = [args.prompt + stream.text for stream in streams]
     result = dict(text=texts[0], tokens=n, tokens_per_s=n / seconds, prefill_s=prefill_s, accepted=None, texts=texts)
     print(json.dumps(result))
     return result

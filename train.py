@@ -1,19 +1,19 @@
 """Train M2/M3 on any text: one process, one device, one loop.
 
-    python train.py                                # tiny on the interpreter's standard library: CPU, minutes, no download
+    python train.py                              # tiny on the interpreter's standard library: CPU, minutes, no download
     python train.py --data notes/ --minutes 10     # any text file or folder
     python train.py --resume                       # go on from out/ckpt.pt
     python train.py --preset m2 --dry-run          # parameters and bytes, nothing is allocated
 
-    batch  = f(seed, split, step): evaluation cannot disturb training, and a resumed run sees the batches it would have seen
+    batch  = f(seed, split, step): evaluation cannot disturb training, and a resumed run sees what it would have seen
     loss   = next token + mtp_weight * MTP + sum over MSA layers of the index branch's KL
-    step   : Muon on matrices (orthogonalised momentum), AdamW on embeddings, head and norms; the index branch clipped apart
+    step   : Muon on matrices (orthogonalised momentum), AdamW on the rest; the index branch's gradient clipped apart
     rate   : warm-up, constant, linear decay to 0 (WSD), a function of progress = max(step / steps, seconds / budget)
+    rows   : short at first, longer later (M2: 8K, 32K, 192K tokens), the same number of tokens a step
     MSA    : full attention while the index branch learns to predict it, then sparse (paper section 3.4)
 
-Differs from M2/M3: neither report publishes optimizer, rates or the length of the warm-up; here they are chosen by measurement.
+Differs from M2/M3: neither report publishes optimizer, rates or the length of the warm-up; all are measured choices.
 """
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -29,21 +29,24 @@ import torch
 
 from model import MiniMax, MiniMaxConfig
 from moe import max_violation
-from sample import PATTERN, VERSION, Tokenizer, checkpoint_path, learn_bpe, load_checkpoint, pick_device
+from sample import PATTERN, VERSION, Parser, Tokenizer, checkpoint_path, learn_bpe, load_checkpoint, pick_device
 
 VAL_BYTES = 512 * 1024                 # val_bpb is measured on this much of the validation text
 MTP_WEIGHT = (0.3, 0.1)                # before and in the decay phase (M2 report)
 WARMUP, DECAY = 0.02, 0.6              # shares of the run
-MSA_WARMUP = 0.4                       # share of the run with full attention while the index branch learns
-LR, EMBED_SCALE, HEAD_SCALE = 6e-3, 2.0, 1.0
-TINY_T, TINY_B = 256, 4
-PEAK = {"H100": 989.4e12, "H200": 989.4e12, "H800": 989.4e12, "A100": 312e12}  # dense bf16 FLOP/s, by part of the GPU's name
+STAGES = ((0.0, 8), (0.2, 4), (0.45, 2), (0.75, 1))  # from this share of the run on, rows are cut into so many
+MSA_WARMUP = 0.5                       # share of the run with full attention while the index branch learns
+EMBED_SCALE = 12.0                     # rate of the embedding over that of the matrices
+RUNS = {  # what a preset trains with unless told otherwise; mtp_every: steps from one MTP loss to the next
+    "tiny": dict(seq_len=256, batch_size=4, lr=1.2e-2, minutes=2.5, mtp_every=8),
+    "small": dict(seq_len=8192, batch_size=4, lr=2e-3, minutes=10.0, mtp_every=1)}
+PEAK = {"H100": 989.4e12, "H200": 989.4e12, "H800": 989.4e12, "A100": 312e12}  # dense bf16 FLOP/s, by the GPU's name
 
 
-# ---- text ---------------------------------------------------------------------------------------------------------------------
+# ---- text ----------------------------------------------------------------------------------------
 
 def list_files(path):
-    """Files of the corpus, sorted: (name relative to it, path). None is the standard library of the running interpreter."""
+    """Files of the corpus, sorted: (name relative to it, path). None is the interpreter's own standard library."""
     if path and os.path.isfile(path):
         return [(os.path.basename(path), path)]
     root, files = path or sysconfig.get_paths()["stdlib"], []
@@ -55,14 +58,14 @@ def list_files(path):
 
 
 def read_corpus(path):
-    """-> [(name, text)], number of files skipped: empty, binary (a zero byte) or not UTF-8."""
+    """-> [(name, text)], number of files skipped: empty, unreadable, binary (a zero byte) or not UTF-8."""
     docs, skipped = [], 0
     for name, file in list_files(path):
-        with open(file, "rb") as f:
-            raw = f.read()
         try:
+            with open(file, "rb") as f:
+                raw = f.read()
             text = "" if b"\0" in raw else raw.decode("utf-8")
-        except UnicodeDecodeError:
+        except (UnicodeDecodeError, OSError):
             text = ""
         if text:
             docs.append((name, text))
@@ -72,13 +75,14 @@ def read_corpus(path):
 
 
 def split_corpus(docs):
-    """Validation = the files whose sha256(name) is in the lowest 5 %; the last 5 % of each file where that leaves a side
-    empty, as for a single file."""
+    """Validation = the files whose sha256(name) is in the lowest 5 %; the last 5 % of each file where that leaves a
+    side empty, as for a single file."""
     held_out = [int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) < 0.05 * 2 ** 32 for name, _ in docs]
     if any(held_out) and not all(held_out):
         return [d for d, h in zip(docs, held_out) if not h], [d for d, h in zip(docs, held_out) if h]
     cuts = [text.find("\n", int(0.95 * len(text))) + 1 or len(text) * 95 // 100 for _, text in docs]
-    return ([(n, t[:c]) for (n, t), c in zip(docs, cuts) if t[:c]], [(n, t[c:]) for (n, t), c in zip(docs, cuts) if t[c:]])
+    parts = [[(name, text[:c]) for (name, text), c in zip(docs, cuts)], [(n, t[c:]) for (n, t), c in zip(docs, cuts)]]
+    return tuple([(name, text) for name, text in part if text] for part in parts)
 
 
 def truncate(docs, n_bytes):
@@ -98,12 +102,13 @@ class Tokens:
     ids; begin, the slot where the document starts (-1 = pad); end, the slot after its last token (pad: itself + 1)."""
 
     def __init__(self, docs, tokenizer, L, seq_len):
-        pieces = [[text[i:i + 500_000] for i in range(0, len(text), 500_000)] for _, text in docs]  # encoded in parallel
+        pieces = [[text[i:i + 500_000] for i in range(0, len(text), 500_000)] for _, text in docs]  # for two threads
         encoded = iter(tokenizer.encode_batch([p for doc in pieces for p in doc]))
         starts, lengths, ids, size = [], [], [], 0
         for doc in pieces:
             row = np.concatenate([[tokenizer.eot], *(next(encoded) for _ in doc)]).astype(np.int32)
-            starts.append(size), lengths.append(len(row))
+            starts.append(size)
+            lengths.append(len(row))
             size += -(-len(row) // L) * L
             ids.append(np.pad(row, (0, -len(row) % L), constant_values=tokenizer.eot))
         size, self.eot, self.L = max(-(-size // seq_len) * seq_len, seq_len), tokenizer.eot, L
@@ -115,8 +120,8 @@ class Tokens:
             self.begin[s:s + n], self.end[s:s + n] = s, s + n
 
     def rows(self, starts, T):
-        """T slots from each start -> dict of idx, targets, pos, weight, end (B, T) on the CPU. A document's last token has the
-        end-of-text token as its target. weight and end are None where every row lies within one document."""
+        """T slots from each start -> dict of idx, targets, pos (B, T) on the CPU, and of weight, end (B, T) unless
+        every row lies within one document. The target of a document's last token is the end-of-text token."""
         slot = np.asarray(starts)[:, None] + np.arange(T)                                                 # (B, T)
         begin, end = self.begin[slot], self.end[slot]
         pad, last = begin < 0, end == slot + 1
@@ -125,8 +130,7 @@ class Tokens:
         out = dict(idx=self.ids[slot], targets=np.where(pad, -1, targets), pos=np.where(pad, 0, slot - first))
         if pad.any() or (end < slot[:, -1:] + 1).any():
             out.update(weight=(~pad).astype(np.float32), end=np.minimum(end - slot[:, :1], T).astype(np.int32))
-        return {k: torch.from_numpy(v if v.dtype.itemsize == 4 and k in ("weight", "end") else v.astype(np.int64))
-                for k, v in out.items()}
+        return {k: torch.from_numpy(v if k in ("weight", "end") else v.astype(np.int64)) for k, v in out.items()}
 
 
 def get_batch(tokens, seed, split, step, batch_size, T):
@@ -136,7 +140,7 @@ def get_batch(tokens, seed, split, step, batch_size, T):
     return tokens.rows(rng.integers(0, n_starts, batch_size) * tokens.L, T)
 
 
-# ---- optimizer ----------------------------------------------------------------------------------------------------------------
+# ---- optimizer -----------------------------------------------------------------------------------
 
 def orthogonalize(G, steps=5):
     """Newton-Schulz towards U V^T of G = U S V^T, for a stack (n, rows, cols) of matrices (Muon, K. Jordan 2024)."""
@@ -149,9 +153,9 @@ def orthogonalize(G, steps=5):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised; the step has the size of AdamW's (rms 0.2, arXiv 2502.16982), so that both share a rate.
-    A group's `stack` says how many matrices its parameters hold one under the other (2 for [gate | up]). torch.optim.Muon
-    takes no stacks of experts, and its bf16 iterations are 10-70 times slower than fp32 on a CPU."""
+    """Momentum, orthogonalised; the step has the size of AdamW's (rms 0.2, arXiv 2502.16982), so that both share a
+    rate. A group's `stack` says how many matrices its parameters hold one under the other (2 for [gate | up]).
+    torch.optim.Muon takes no stacks of experts, and its bf16 iterations are 10-70 times slower than fp32 on a CPU."""
 
     def __init__(self, groups, lr, momentum=0.95):
         super().__init__(groups, dict(lr=lr, momentum=momentum, stack=1))
@@ -166,39 +170,40 @@ class Muon(torch.optim.Optimizer):
                 shapes.setdefault(p.shape, []).append((p, p.grad.lerp(m, group["momentum"])))             # Nesterov
             for shape, items in shapes.items():
                 rows, cols = shape[-2] // group["stack"], shape[-1]
-                updates = orthogonalize(torch.stack([u for _, u in items]).view(-1, rows, cols)).reshape(len(items), *shape)
-                for (p, _), u in zip(items, updates):
+                updates = orthogonalize(torch.stack([u for _, u in items]).view(-1, rows, cols))
+                for (p, _), u in zip(items, updates.reshape(len(items), *shape)):
                     p.add_(u, alpha=-0.2 * max(rows, cols) ** 0.5 * group["lr"])
 
 
 def configure_optimizers(model, lr):
-    """Muon for matrices, AdamW for embedding, head, gates and norms; the index branch's parameters are returned as well, for
-    a clip of their own. Each group's rate is `scale` times the schedule's."""
-    named = list(model.named_parameters())
-    index = [p for n, p in named if ".indexer." in n]
-    def pick(test): return [p for n, p in named if test(n, p)]
-    def matrix(n, p): return p.dim() >= 2 and not n.startswith(("embed", "lm_head")) and "router" not in n
-    muon = Muon([dict(params=pick(lambda n, p: matrix(n, p) and "w13" not in n)),
-                 dict(params=pick(lambda n, p: matrix(n, p) and "w13" in n), stack=2)], lr)
-    adam = torch.optim.AdamW([dict(params=pick(lambda n, p: n.startswith("embed")), scale=EMBED_SCALE),
-                              dict(params=pick(lambda n, p: n.startswith("lm_head")), scale=HEAD_SCALE),
-                              dict(params=pick(lambda n, p: p.dim() == 1 or "router" in n), scale=1.0)],
-                             lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
-    return [muon, adam], index
+    """Muon for matrices, AdamW for embedding, head, gates and norms -> both, the index branch's parameters, the others'
+    (each side is clipped on its own). A group's rate is `scale` times the schedule's."""
+    kinds = {kind: [] for kind in ("matrix", "stacked", "embed", "head", "vector")}
+    for name, p in model.named_parameters():
+        kind = "embed" if name.startswith("embed") else "head" if name.startswith("lm_head") else \
+               "vector" if p.dim() == 1 or "router" in name else "stacked" if "w13" in name else "matrix"
+        kinds[kind].append(p)
+    muon = Muon([dict(params=kinds["matrix"]), dict(params=kinds["stacked"], stack=2)], lr)
+    adam = torch.optim.AdamW(
+        [dict(params=kinds["embed"], scale=EMBED_SCALE), dict(params=kinds["head"] + kinds["vector"])],
+        lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
+    index = [p for name, p in model.named_parameters() if ".indexer." in name]
+    return [muon, adam], index, [p for name, p in model.named_parameters() if ".indexer." not in name]
 
 
 def schedule(progress, warmup, decay):
-    """WSD: the rate's factor, in [0, 1]: linear warm-up, constant, linear decay to 0 over the last `decay` of the run."""
+    """WSD: the rate's factor, in [0, 1]: linear warm-up, constant, linear decay to 0 over the run's last `decay`."""
     return min(1.0, progress / warmup + 0.01, (1 - progress) / decay)
 
 
-# ---- evaluation and checkpoints -----------------------------------------------------------------------------------------------
+# ---- evaluation and checkpoints ------------------------------------------------------------------
 
 @torch.no_grad()
 def evaluate(model, tokens, n_bytes, T, batch_size, device):
     """Bits per byte over non-overlapping windows of T, every token of the text included, and what the layers report.
     -> dict: bpb, load (layers with experts, E), recall and chance (layers with MSA)."""
     model.eval()
+    model.cfg.mtp_active = False  # its loss is not part of the bits
     nats, load, recalls = 0.0, 0.0, []
     for s in range(0, len(tokens.begin), T * batch_size):
         batch = tokens.rows(range(s, min(s + T * batch_size, len(tokens.begin)), T), T)
@@ -210,12 +215,13 @@ def evaluate(model, tokens, n_bytes, T, batch_size, device):
             recalls.append(torch.stack([aux["block_recall"], aux["block_chance"]]))
     model.train()
     recall, chance = torch.stack(recalls).nanmean(0).tolist() if recalls else ([], [])
+    if any(map(math.isnan, recall)):  # rows so short that nothing is left to choose
+        recall, chance = [], []
     return dict(bpb=nats / math.log(2) / n_bytes, load=load, recall=recall, chance=chance)
 
 
 def save_checkpoint(path, **state):
-    """Write beside the old file, then rename: a crash at any moment leaves one whole checkpoint. OSError if it cannot be."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    """Write beside the old file, then rename: a crash at any moment leaves a whole checkpoint. OSError if it cannot."""
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as f:
@@ -229,62 +235,77 @@ def save_checkpoint(path, **state):
     os.replace(temporary, path)
 
 
-# ---- the run ------------------------------------------------------------------------------------------------------------------
+# ---- the run -------------------------------------------------------------------------------------
 
 def parse_args(argv):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """-> args, checkpoint (None for a new run). --resume takes what is not given again from the checkpoint."""
+    p = Parser(__doc__)
     p.add_argument("--preset", default="tiny", choices=["tiny", "small", "m2", "m3"], help="the model")
     p.add_argument("--data", help="a text file or a folder of them; default: the Python standard library")
     p.add_argument("--val-data", help="validation text; default: 5 %% of the files of --data")
     p.add_argument("--out", default="out", help="folder of the checkpoint")
-    p.add_argument("--steps", type=int, help="stop after this many steps")
-    p.add_argument("--minutes", type=float, help="stop after this much training time (default: 2.5 for tiny, 10 for small)")
-    p.add_argument("--seq-len", type=int, help="tokens in a row (default: the preset's)")
-    p.add_argument("--batch-size", type=int, help="rows in a step (default: the preset's)")
-    p.add_argument("--vocab-size", type=int, help="tokens the BPE learns (default: the preset's)")
-    p.add_argument("--lr", type=float, default=LR, help="peak rate of the matrices")
-    p.add_argument("--attn", default="msa", help="msa, or full attention in every layer")
+    p.add_argument("--steps", type=int, help="end after this many steps")
+    p.add_argument("--minutes", type=float, help="end after this much training time; default: the preset's")
+    p.add_argument("--seq-len", type=int, help="tokens in a row, at last; default: the preset's")
+    p.add_argument("--batch-size", type=int, help="rows in a step, at last; default: the preset's")
+    p.add_argument("--vocab-size", type=int, help="tokens that the BPE learns; default: the preset's")
+    p.add_argument("--lr", type=float, help="peak rate of the matrices; default: the preset's")
+    p.add_argument("--attn", default="msa", help="msa, or full for full attention in every layer")
     p.add_argument("--bias-rate", type=float, default=0.01, help="u of the router's load balancing, 0 = off")
-    p.add_argument("--eval-every", type=int, default=200, help="steps between evaluations, each followed by a checkpoint")
-    p.add_argument("--log-every", type=int, default=20, help="steps between progress lines")
+    p.add_argument("--eval-every", type=int, default=200, help="steps from one evaluation and checkpoint to the next")
+    p.add_argument("--log-every", type=int, default=20, help="steps from one progress line to the next")
     p.add_argument("--stop-after", type=int, help="save and leave after this step, as Ctrl-C would")
-    p.add_argument("--resume", action="store_true", help="go on from --out; what is not given again stays as it was")
+    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     p.add_argument("--seed", type=int, default=1337)
     p.add_argument("--device", help="cpu, cuda, cuda:N or mps; default: a GPU if there is one")
     p.add_argument("--dry-run", action="store_true", help="print parameters and bytes, allocate nothing")
-    args = p.parse_args(argv)
-    state = None
+    args, state = p.parse_args(argv), None
     if args.resume and not args.dry_run:
         state = load_checkpoint(args.out)
-        p.set_defaults(**state["args"])
+        p.set_defaults(**state["args"])  # mtp_every, which has no flag, among them
         args = p.parse_args(argv)
+        for name in ("preset", "attn", "seq_len", "vocab_size"):  # these made the model
+            if getattr(args, name) != state["args"][name]:
+                flag, was = f"--{name.replace('_', '-')}", state["args"][name]
+                raise ValueError(f"{flag} {getattr(args, name)}: the checkpoint was trained with {was}")
+    check_args(args)
+    return args, state
+
+
+def check_args(args):
+    """ValueError for what argparse lets through, naming the value."""
     for name in ("steps", "minutes", "seq_len", "batch_size", "log_every", "eval_every", "lr", "vocab_size"):
         value = getattr(args, name)
         if value is not None and value <= 0:
             raise ValueError(f"--{name.replace('_', '-')} {value}: it must be positive")
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed}: it must not be negative")
     if args.attn not in ("full", "msa"):
         raise ValueError(f"--attn {args.attn}: msa or full (swa and lightning come later)")
     if args.preset in ("m2", "m3") and not args.dry_run:
-        raise ValueError(f"--preset {args.preset}: terabytes of weights and optimizer state, only --dry-run is for one machine")
-    if args.steps is None and args.minutes is None:
-        args.minutes = {"tiny": 2.5, "small": 10.0}.get(args.preset)
-    return args, state
-
+        raise ValueError(f"--preset {args.preset}: its training state takes terabytes; --dry-run prints how many")
+    if args.vocab_size is not None and args.vocab_size < 257:
+        raise ValueError(f"--vocab-size {args.vocab_size}: 256 bytes and the end-of-text token need 257")
 
 def configure(args):
-    """Preset and flags -> MiniMaxConfig, with the run's own defaults filled into args."""
+    """Preset and flags -> MiniMaxConfig, with what the flags leave open filled into args."""
     cfg = getattr(MiniMaxConfig, args.preset)()
-    args.seq_len = args.seq_len or {"tiny": TINY_T, "small": 8192}.get(args.preset, cfg.max_seq_len)
-    args.batch_size = args.batch_size or {"tiny": TINY_B, "small": 4}.get(args.preset, 1)
-    args.vocab_size = args.vocab_size or cfg.vocab_size
+    defaults = dict(RUNS.get(args.preset, {}), vocab_size=cfg.vocab_size)
+    if args.steps is not None:
+        defaults["minutes"] = None
+    for name, value in defaults.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    if args.dry_run:
+        return cfg
     if args.seq_len > cfg.max_seq_len:
         raise ValueError(f"--seq-len {args.seq_len}: the context of {args.preset} is at most {cfg.max_seq_len}")
-    return dataclasses.replace(cfg, max_seq_len=args.seq_len, attn_types=["full"] * cfg.n_layer if args.attn == "full" else
-                               cfg.attn_types)
+    attn = ["full"] * cfg.n_layer if args.attn == "full" else cfg.attn_types
+    return dataclasses.replace(cfg, max_seq_len=args.seq_len, attn_types=attn)
 
 
 def load_data(args):
-    """Read and split -> train docs, val docs (their first VAL_BYTES), files skipped. ValueError if a side has no text."""
+    """Read and split -> training, validation (its first VAL_BYTES), files skipped. ValueError if a side has no text."""
     for path in (args.data, args.val_data):
         if path is not None and not os.path.exists(path):
             raise ValueError(f"{path}: no such file or folder")
@@ -306,42 +327,39 @@ def size_of(docs):
 def dry_run(cfg, preset):
     """Parameters and bytes from the meta device, and how the published figures come out."""
     with torch.device("meta"):
-        model = MiniMax(dataclasses.replace(cfg, n_mtp=0))
-        module = MiniMax(dataclasses.replace(cfg, n_mtp=1))
-    total, active = model.num_params()
-    table = cfg.vocab_size * cfg.n_embd
-    print(f"{preset}: {total:,} parameters, {active:,} active per token without embedding and head, {active + 2 * table:,} with")
+        total, active = MiniMax(dataclasses.replace(cfg, n_mtp=0)).num_params()
+        with_mtp, active_mtp = MiniMax(dataclasses.replace(cfg, n_mtp=1)).num_params()
+    table, msa = cfg.vocab_size * cfg.n_embd, cfg.attn_types.count("msa")
+    print(f"{preset}: {total:,} parameters, {active:,} active per token without embedding and head")
     if preset == "m2":
-        print(f"  229.9B = {total:,} + one more vocabulary matrix of {table:,} = {total + table:,} (which one is not published)")
-        print(f"  9.8B   = {active:,}: attention, norms, gates, and 8 of 256 experts in 62 layers; embedding and head left out")
+        print(f"  229.9B = {total + 2 * table:,}: with a second embedding and head of {table:,} each; not published")
+        print(f"  9.8B   = {active:,}: all but embedding, head and the 248 of 256 experts not chosen")
     if preset == "m3":
-        print(f"  428B (model card) = {total / 1e9:.3f}B text + vision tower; 23B active = {active / 1e9:.2f}B")
-    print(f"  an MTP module adds {module.num_params()[0] - total:,} parameters, {module.num_params()[1] - active:,} active")
-    msa = cfg.attn_types.count("msa")
+        print(f"  428B of the model card = {total / 1e9:.3f}B + the vision tower; 23B = {active / 1e9:.2f}B, or "
+              f"{(active + 2 * table) / 1e9:.3f}B with embedding and head")
+    print(f"  an MTP module adds {with_mtp - total:,} parameters, {active_mtp - active:,} active")
+    print(f"  weights   {2 * total / 1e9:10.3f} GB bf16, {4 * total / 1e9:.3f} GB fp32")
+    print(f"  optimizer {4 * (total + 2 * table) / 1e9:10.3f} GB fp32: one moment, two for embedding and head")
     per_token = 2 * (2 * cfg.n_layer * cfg.n_kv_head * cfg.head_dim + msa * cfg.index_head_dim)
-    matrices = total - 2 * table
-    print(f"  weights   {2 * total / 1e9:10.1f} GB bf16 | {4 * total / 1e9:10.1f} GB fp32")
-    print(f"  optimizer {4 * (matrices + 4 * table) / 1e9:10.1f} GB fp32 (Muon: one moment of the matrices; AdamW: two of the rest)")
     for T in (32_768, 196_608, 1_000_000):
-        print(f"  KV cache  {per_token * T / 1e9:10.2f} GB bf16 at {T:,} tokens ({per_token:,} bytes a token, {msa} layers with index keys)")
-    return dict(step=0, loss=None, val_bpb=None, tokens=0, tokens_per_s=None, mfu=None, params_total=total, params_active=active,
-                seconds=0.0)
+        print(f"  KV cache  {per_token * T / 1e9:10.3f} GB bf16 at {T:,} tokens: {per_token:,} bytes a token")
+    return dict(step=0, loss=None, val_bpb=None, tokens=0, tokens_per_s=None, mfu=None, params_total=total,
+                params_active=active, seconds=0.0)
 
 
-def card(model, args, device, why, train, val, n_bytes, skipped, setup):
+def card(model, args, device, why, data, setup):
     cfg, (total, active) = model.cfg, model.num_params()
-    S, L = cfg.index_topk_blocks, cfg.index_block_size
+    S, L, T = cfg.index_topk_blocks, cfg.index_block_size, args.seq_len
     print(f"model   | {args.preset}: {total:,} parameters, {active:,} active per token without embedding and head")
     print(f"device  | {device}, {str(model.dtype).removeprefix('torch.')}: {why}")
-    print(f"layers  | {cfg.n_layer}: attention {' '.join(cfg.attn_types)}; mlp {' '.join(cfg.mlp_types)}; {cfg.n_mtp} MTP")
+    print(f"layers  | attention {' '.join(cfg.attn_types)}; mlp {' '.join(cfg.mlp_types)}; {cfg.n_mtp} MTP module")
     if "msa" in cfg.attn_types:
-        print(f"msa     | torch: {S} blocks of {L} = {S * L} of {args.seq_len} keys, after full attention for the first "
-              f"{MSA_WARMUP:.0%} of the run")
-    print(f"experts | grouped_mm: {cfg.n_expert_per_tok} of {cfg.n_expert}" + " + 1 shared" * bool(cfg.shared_dim))
-    print(f"step    | {args.batch_size} rows x {args.seq_len} = {args.batch_size * args.seq_len:,} tokens, Muon + AdamW, "
-          f"rate {args.lr:g}, seed {args.seed}")
-    print(f"data    | {args.data or 'the Python standard library'}: {train.n_tokens:,} training tokens, validation "
-          f"{n_bytes:,} bytes = {val.n_tokens:,} tokens; {skipped} files skipped; vocabulary {cfg.vocab_size:,}")
+        print(f"msa     | torch; {S} blocks of {L}: {S * L} of {T} keys, from {MSA_WARMUP:.0%} of the run on")
+    print(f"experts | grouped_mm; {cfg.n_expert_per_tok} of {cfg.n_expert}{' + 1 shared' if cfg.shared_dim else ''}")
+    print(f"step    | {args.batch_size * T:,} tokens, in rows of {' then '.join(str(T // n) for _, n in STAGES)}; "
+          f"Muon + AdamW, rate {args.lr:g}, seed {args.seed}")
+    print(f"data    | {args.data or 'the Python standard library'}: {data['train'].n_tokens:,} tokens; validation "
+          f"{data['n_bytes']:,} bytes; {data['skipped']} files skipped; vocabulary {cfg.vocab_size:,}")
     print(f"ready   | {setup:.1f} s", flush=True)
 
 
@@ -349,11 +367,40 @@ def watch(loss, norm, history):
     """Raise FloatingPointError on a NaN, or when five losses in a row lie 1 nat above their running mean."""
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise FloatingPointError(f"loss {loss}, gradient norm {norm}: not finite")
-    mean, history["above"] = history["ema"], history["above"] + 1 if history["ema"] and loss > history["ema"] + 1 else 0
+    mean = history["ema"]
+    history["above"] = history["above"] + 1 if mean is not None and loss > mean + 1 else 0
     if history["above"] >= 5:
         raise FloatingPointError(f"loss spike: {loss:.3f} and four before it, where the running mean was {mean:.3f}")
     if not history["above"]:
-        history["ema"] = loss if mean is None else 0.95 * mean + 0.05 * loss
+        new = max(0.05, 1 / (history["step"] + 1))  # a plain mean at first
+        history["ema"] = loss if mean is None else (1 - new) * mean + new * loss
+
+
+def prepare(args, cfg, tokenizer):
+    """Text -> tokenizer (learned from the training side where there is none), and a dict of what the run reads."""
+    train, val, skipped = load_data(args)
+    tokenizer = tokenizer or Tokenizer(learn_bpe((text for _, text in train), args.vocab_size, PATTERN))
+    peek = truncate(val, VAL_BYTES // 8)  # for the evaluations on the way
+    L = cfg.index_block_size if "msa" in cfg.attn_types else 1
+    sides = dict(train=train, val=val, peek=peek)
+    sides = {name: Tokens(docs, tokenizer, L, args.seq_len) for name, docs in sides.items()}
+    return tokenizer, dict(sides, skipped=skipped, n_bytes=size_of(val), peek_bytes=size_of(peek))
+
+
+def learn(model, batch, optimizers, index, rest, mtp_weight, now):
+    """One step: forward, backward, clip, check, update -> aux with the gradient norm, detached."""
+    _, loss, aux = model(**batch)
+    total = loss + mtp_weight * aux.get("mtp_loss", 0.0) + (aux["index_kl"].sum() if "index_kl" in aux else 0.0)
+    # three roads back: experts through their weights (gate included), attention through q, k and v, and the index
+    # branch through the KL alone, since choosing blocks has no gradient
+    total.backward()
+    norm = torch.nn.utils.clip_grad_norm_(rest, 1.0)
+    torch.nn.utils.clip_grad_norm_(index, 1.0)
+    watch(loss.item(), norm.item(), now)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return {**{k: v.detach() for k, v in aux.items()}, "norm": norm}
 
 
 def run(args, state):
@@ -362,95 +409,95 @@ def run(args, state):
     if args.dry_run:
         return finish(dry_run(cfg, args.preset))
     device, dtype, why = pick_device(args.device)
-    train_docs, val_docs, skipped = load_data(args)
-    tokenizer = Tokenizer(state["tokenizer"] if state else learn_bpe((t for _, t in train_docs), args.vocab_size, PATTERN))
+    os.makedirs(args.out, exist_ok=True)  # now, not after an hour of training
+    tokenizer, data = prepare(args, cfg, Tokenizer(state["tokenizer"]) if state else None)
     cfg.vocab_size = tokenizer.n_vocab
-    L = cfg.index_block_size if "msa" in cfg.attn_types else 1
-    train, val = (Tokens(docs, tokenizer, L, args.seq_len) for docs in (train_docs, val_docs))
-    peek, n_bytes = truncate(val_docs, VAL_BYTES // 8), size_of(val_docs)
-    peek, peek_bytes = Tokens(peek, tokenizer, L, args.seq_len), size_of(peek)
     torch.manual_seed(args.seed)
-    model = MiniMax(cfg, dtype).to(device)
-    optimizers, index = configure_optimizers(model, args.lr)
-    rest = [p for n, p in model.named_parameters() if ".indexer." not in n]
+    model = MiniMax(cfg, dtype).to(device).train()
+    optimizers, index, rest = configure_optimizers(model, args.lr)
     now = dict(step=0, seconds=0.0, ema=None, above=0)
     if state:
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
         now = state["now"]
-    card(model, args, device, why, train, val, n_bytes, skipped, time.perf_counter() - started)
+    card(model, args, device, why, data, time.perf_counter() - started)
 
     def save():
-        save_checkpoint(checkpoint_path(args.out), version=VERSION, config=dataclasses.asdict(cfg), tokenizer=tokenizer.spec,
-                        model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], now=dict(now),
-                        args={k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "stop_after")})
+        kept = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "stop_after", "dry_run")}
+        config = dataclasses.asdict(dataclasses.replace(cfg, mtp_active=True))
+        save_checkpoint(checkpoint_path(args.out), version=VERSION, config=config, args=kept, tokenizer=tokenizer.spec,
+                        model=model.state_dict(), now=dict(now), optimizers=[o.state_dict() for o in optimizers])
 
     def progress():
-        return max(now["step"] / args.steps if args.steps else 0, now["seconds"] / (60 * args.minutes) if args.minutes else 0)
+        return max(now["step"] / args.steps if args.steps else 0.0,
+                   now["seconds"] / (60 * args.minutes) if args.minutes else 0.0)
 
-    stop, load = [], 0.0
+    stop, load, mtp, kl = [], 0.0, math.nan, math.nan
     handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
-    model.train()
     while progress() < 1 and not stop:
         tick, done = time.perf_counter(), progress()
-        cfg.index_warmup = done < MSA_WARMUP
+        cfg.index_warmup, cfg.mtp_active = done < MSA_WARMUP, now["step"] % args.mtp_every == 0
         factor = schedule(done, WARMUP, DECAY)
         for group in (g for o in optimizers for g in o.param_groups):
             group["lr"] = args.lr * factor * group.get("scale", 1.0)
-        batch = get_batch(train, args.seed, 0, now["step"], args.batch_size, args.seq_len)
-        _, loss, aux = model(**{k: v.to(device) for k, v in batch.items()})
-        total = loss + MTP_WEIGHT[done > 1 - DECAY] * aux.get("mtp_loss", 0.0) + aux.get("index_kl", torch.zeros(1)).sum()
-        # three roads back: experts through their weights (gate included), attention through q, k and v, and the index branch
-        # through the KL alone, since choosing blocks has no gradient
-        total.backward()
-        norm = torch.nn.utils.clip_grad_norm_(rest, 1.0)
-        torch.nn.utils.clip_grad_norm_(index, 1.0)
-        watch(loss.item(), norm.item(), now)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        cut = min([n for share, n in STAGES if done >= share][-1], max(1, args.seq_len // 16))
+        batch = get_batch(data["train"], args.seed, 0, now["step"], args.batch_size * cut, args.seq_len // cut)
+        batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+        aux = learn(model, batch, optimizers, index, rest, MTP_WEIGHT[done > 1 - DECAY], now)
         if "expert_load" in aux:
             model.update_router_bias(aux["expert_load"], args.bias_rate)
-            load = load + aux["expert_load"]
+            load = load + aux["expert_load"][:cfg.mlp_types.count("moe")]
         now["step"] += 1
         now["seconds"] += time.perf_counter() - tick
+        mtp = aux["mtp_loss"].item() if "mtp_loss" in aux else mtp
         if args.stop_after and now["step"] >= args.stop_after:
             stop.append(1)
         if now["step"] == 1 or now["step"] % args.log_every == 0:
-            left = now["seconds"] * (1 / max(progress(), 1e-9) - 1)
-            print(f"step {now['step']:05d} {progress():4.0%} | loss {now['ema']:.3f} | "
-                  f"mtp {aux.get('mtp_loss', torch.tensor(math.nan)).item():.3f} | "
-                  f"kl {aux.get('index_kl', torch.tensor(math.nan)).mean().item():.4f} | "
-                  f"lr {args.lr * factor:.1e} | norm {norm.item():.2f} | maxvio {max_violation(load).max().item():.2f} | "
-                  f"{now['step'] * args.batch_size * args.seq_len / now['seconds']:,.0f} tok/s | eta {left / 60:.1f}m", flush=True)
+            kl = aux["index_kl"].mean().item() if "index_kl" in aux else kl
+            violation = max_violation(load).max().item() if torch.is_tensor(load) else math.nan
+            rate, left = now["step"] * args.batch_size * args.seq_len / now["seconds"], now["seconds"] / progress()
+            print(f"step {now['step']:05d} {progress():4.0%} | loss {now['ema']:.3f} | mtp {mtp:.3f} | kl {kl:.4f} | "
+                  f"lr {args.lr * factor:.1e} | norm {aux['norm'].item():.2f} | maxvio {violation:.2f} | "
+                  f"{rate:,.0f} tok/s | eta {(left - now['seconds']) / 60:.1f}m", flush=True)
             load = 0.0
-        if now["step"] % args.eval_every == 0 and progress() < 1:
-            print(f"eval {now['step']:05d} | {report(evaluate(model, peek, peek_bytes, args.seq_len, 16, device))} | first "
-                  f"{peek_bytes:,} bytes", flush=True)
+        if now["step"] % args.eval_every == 0 and progress() < 1 and not stop:
+            found = evaluate(model, data["peek"], data["peek_bytes"], args.seq_len, 16, device)
+            print(f"eval {now['step']:05d} | {report(found)} | first {data['peek_bytes']:,} bytes", flush=True)
             save()
+    save()
     for s, handler in handlers.items():
         signal.signal(s, handler)
-    save()
     if stop:
         print(f"stopped after step {now['step']}, saved {checkpoint_path(args.out)}; go on with --resume", flush=True)
-    final = evaluate(model, val, n_bytes, args.seq_len, 16, device)
-    print(f"final {now['step']:04d} | {report(final)} | {n_bytes:,} bytes")
+        final = dict(bpb=None, load=0.0, recall=[], chance=[])
+    else:
+        final = evaluate(model, data["val"], data["n_bytes"], args.seq_len, 16, device)
+        print(f"final {now['step']:04d} | {report(final)} | {data['n_bytes']:,} bytes")
+    return finish(summary(model, args, now, final, device))
+
+
+def summary(model, args, now, final, device):
     tokens, (total, active) = now["step"] * args.batch_size * args.seq_len, model.num_params()
-    violation = max_violation(final["load"]).tolist() if torch.is_tensor(final["load"]) else []
-    return finish(dict(step=now["step"], loss=now["ema"], val_bpb=final["bpb"], tokens=tokens, tokens_per_s=tokens / now["seconds"],
-                  mfu=None, params_total=total, params_active=active, seconds=now["seconds"], max_vio=violation,
-                  dead_experts=int((final["load"] == 0).sum()) if violation else 0, block_recall=final["recall"],
-                  block_chance=final["chance"]))
+    rate = tokens / max(now["seconds"], 1e-9)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((flops for gpu, flops in PEAK.items() if gpu in name), None)
+    moe = torch.is_tensor(final["load"])
+    return dict(step=now["step"], loss=now["ema"], val_bpb=final["bpb"], tokens=tokens, tokens_per_s=rate,
+                mfu=rate * model.flops_per_token(args.seq_len) / peak if peak else None, params_total=total,
+                params_active=active, seconds=now["seconds"],
+                max_vio=max_violation(final["load"]).tolist() if moe else [],
+                dead_experts=int((final["load"] == 0).sum()) if moe else 0, block_recall=final["recall"],
+                block_chance=final["chance"])
 
 
 def report(result):
     """One line of an evaluation."""
     line = f"val_bpb {result['bpb']:.4f}"
     if result["recall"]:
-        line += " | block recall " + " ".join(f"{r:.2f}" for r in result["recall"]) + f" (chance {result['chance'][0]:.2f})"
+        line += f" | block recall {' '.join(f'{r:.2f}' for r in result['recall'])} (chance {result['chance'][0]:.2f})"
     if torch.is_tensor(result["load"]):
-        line += " | maxvio " + " ".join(f"{v:.2f}" for v in max_violation(result["load"]).tolist())
+        line += f" | maxvio {' '.join(f'{v:.2f}' for v in max_violation(result['load']).tolist())}"
     return line
 
 
@@ -469,7 +516,7 @@ def main(argv=None):
         print(f"train.py: stopped: {error}; the last good checkpoint is kept", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("train.py: interrupted before the first step, nothing was written", file=sys.stderr)
+        print("train.py: interrupted", file=sys.stderr)
         sys.exit(130)
 
 

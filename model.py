@@ -263,6 +263,14 @@ def cross_entropy(h, W, targets, chunk=2048):
     return total / (y >= 0).sum().clamp(min=1)
 
 
+def count_params(module):
+    """Parameters and router biases: all, and those that one token uses."""
+    moes = [m for m in module.modules() if isinstance(m, MoE)]
+    total = sum(t.numel() for t in [*module.parameters(), *(m.router.bias for m in moes)])
+    idle = [(m.w13[0].numel() + m.w2[0].numel()) * (m.cfg.n_expert - m.cfg.n_expert_per_tok) for m in moes]
+    return total, total - sum(idle)
+
+
 class MiniMax(nn.Module):
     """`dtype` is what activations are computed in; weights keep theirs (fp32 in training) and are cast where used."""
 
@@ -286,7 +294,8 @@ class MiniMax(nn.Module):
                 p.fill_(0.0 if self.cfg.gemma_norm else 1.0)
             else:
                 residual = name.endswith(("o_proj.weight", "w2", "w2.weight"))
-                p.normal_(0, std / (4 if name == "lm_head.weight" else (2 * self.cfg.n_layer) ** 0.5 if residual else 1))
+                less = 4 if name == "lm_head.weight" else (2 * self.cfg.n_layer) ** 0.5 if residual else 1
+                p.normal_(0, std / less)
 
     def forward(self, idx, targets=None, weight=None, cache=None, pos=None, end=None, replay=None, n_logits=None):
         """idx (B, T) -> logits, loss, aux (flat dict of tensors).
@@ -340,11 +349,9 @@ class MiniMax(nn.Module):
         return loss
 
     def num_params(self):
-        """Total, and active for one token: no embedding, no head, and the chosen experts alone (the report's 9.8B)."""
-        total = sum(t.numel() for t in list(self.parameters()) + [m.router.bias for m in self.moe_layers()])
-        idle = 1 - self.cfg.n_expert_per_tok / self.cfg.n_expert if self.cfg.n_expert else 0
-        experts = sum(m.w13.numel() + m.w2.numel() for m in self.moe_layers())
-        return total, total - 2 * self.embed.weight.numel() - round(experts * idle)
+        """Total, and active for one token: no embedding, head or MTP, of the experts the chosen (the report's 9.8B)."""
+        total, active = count_params(self)
+        return total, active - 2 * self.embed.weight.numel() - sum(count_params(module)[1] for module in self.mtp)
 
     def flops_per_token(self, T):
         """Executed FLOPs a token of a training step on rows of T: 6 per active parameter and head, 12 H D per key read
@@ -353,7 +360,8 @@ class MiniMax(nn.Module):
         full, msa = (cfg.attn_types.count(kind) for kind in ("full", "msa"))
         main, index = 12 * cfg.n_head * cfg.head_dim, 2 * cfg.n_kv_head * cfg.index_head_dim
         attention = full * main * T / 2 + msa * (main * chosen + index * T / 2 + (main / 6 + 3 * index) * chosen)
-        return 6 * (self.num_params()[1] + self.embed.weight.numel()) + attention
+        head = self.embed.weight.numel()
+        return 6 * (self.num_params()[1] + head + sum(count_params(m)[1] + head for m in self.mtp)) + attention
 
     def moe_layers(self):
         """Every mixture of experts, trunk then MTP: the rows of aux["expert_load"]."""

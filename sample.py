@@ -157,6 +157,23 @@ def load_checkpoint(folder, device="cpu"):
     return state
 
 
+def save_checkpoint(folder, **state):
+    """Write FOLDER/ckpt.pt beside the old file, then rename: a crash at any moment leaves a whole checkpoint. OSError,
+    with the old one untouched, if it cannot be written."""
+    path = checkpoint_path(folder)
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as f:
+            torch.save({"version": VERSION, **state}, f)
+            f.flush()
+            os.fsync(f.fileno())
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise OSError(f"cannot write {path}: {error}") from None
+    os.replace(temporary, path)
+
+
 def load_model(state, device="cpu", dtype=torch.float32):
     """Checkpoint -> model in evaluation mode, tokenizer."""
     model = MiniMax(MiniMaxConfig(**state["config"]), dtype).to(device)

@@ -27,9 +27,9 @@ import time
 import numpy as np
 import torch
 
-from model import MiniMax, MiniMaxConfig
+from model import MiniMax, MiniMaxConfig, count_params
 from moe import max_violation
-from sample import PATTERN, VERSION, Parser, Tokenizer, checkpoint_path, learn_bpe, load_checkpoint, pick_device
+from sample import PATTERN, Parser, Tokenizer, learn_bpe, load_checkpoint, pick_device, save_checkpoint
 
 VAL_BYTES = 512 * 1024                 # val_bpb is measured on this much of the validation text
 MTP_WEIGHT = (0.3, 0.1)                # before and in the decay phase (M2 report)
@@ -114,7 +114,7 @@ class Tokens:
         size, self.eot, self.L = max(-(-size // seq_len) * seq_len, seq_len), tokenizer.eot, L
         self.ids = np.full(size + 1, tokenizer.eot, dtype=np.int32)
         self.begin, self.end = np.full(size, -1, dtype=np.int32), np.arange(1, size + 1, dtype=np.int32)
-        self.n_tokens = sum(lengths)
+        self.n_tokens, self.n_bytes = sum(lengths), sum(len(text.encode()) for _, text in docs)
         for s, n, row in zip(starts, lengths, ids):
             self.ids[s:s + len(row)] = row
             self.begin[s:s + n], self.end[s:s + n] = s, s + n
@@ -199,7 +199,7 @@ def schedule(progress, warmup, decay):
 # ---- evaluation and checkpoints ------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(model, tokens, n_bytes, T, batch_size, device):
+def evaluate(model, tokens, T, batch_size, device):
     """Bits per byte over non-overlapping windows of T, every token of the text included, and what the layers report.
     -> dict: bpb, load (layers with experts, E), recall and chance (layers with MSA)."""
     model.eval()
@@ -217,22 +217,7 @@ def evaluate(model, tokens, n_bytes, T, batch_size, device):
     recall, chance = torch.stack(recalls).nanmean(0).tolist() if recalls else ([], [])
     if any(map(math.isnan, recall)):  # rows so short that nothing is left to choose
         recall, chance = [], []
-    return dict(bpb=nats / math.log(2) / n_bytes, load=load, recall=recall, chance=chance)
-
-
-def save_checkpoint(path, **state):
-    """Write beside the old file, then rename: a crash at any moment leaves a whole checkpoint. OSError if it cannot."""
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise OSError(f"cannot write {path}: {error}") from None
-    os.replace(temporary, path)
+    return dict(bpb=nats / math.log(2) / tokens.n_bytes, load=load, recall=recall, chance=chance)
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -320,15 +305,11 @@ def load_data(args):
     return train, truncate(val, VAL_BYTES), skipped + more
 
 
-def size_of(docs):
-    return sum(len(text.encode()) for _, text in docs)
-
-
 def dry_run(cfg, preset):
     """Parameters and bytes from the meta device, and how the published figures come out."""
     with torch.device("meta"):
         total, active = MiniMax(dataclasses.replace(cfg, n_mtp=0)).num_params()
-        with_mtp, active_mtp = MiniMax(dataclasses.replace(cfg, n_mtp=1)).num_params()
+        mtp, active_mtp = count_params(MiniMax(dataclasses.replace(cfg, n_mtp=1)).mtp[0])
     table, msa = cfg.vocab_size * cfg.n_embd, cfg.attn_types.count("msa")
     print(f"{preset}: {total:,} parameters, {active:,} active per token without embedding and head")
     if preset == "m2":
@@ -337,7 +318,7 @@ def dry_run(cfg, preset):
     if preset == "m3":
         print(f"  428B of the model card = {total / 1e9:.3f}B + the vision tower; 23B = {active / 1e9:.2f}B, or "
               f"{(active + 2 * table) / 1e9:.3f}B with embedding and head")
-    print(f"  an MTP module adds {with_mtp - total:,} parameters, {active_mtp - active:,} active")
+    print(f"  an MTP module adds {mtp:,} parameters, {active_mtp:,} active")
     print(f"  weights   {2 * total / 1e9:10.3f} GB bf16, {4 * total / 1e9:.3f} GB fp32")
     print(f"  optimizer {4 * (total + 2 * table) / 1e9:10.3f} GB fp32: one moment, two for embedding and head")
     per_token = 2 * (2 * cfg.n_layer * cfg.n_kv_head * cfg.head_dim + msa * cfg.index_head_dim)
@@ -359,7 +340,7 @@ def card(model, args, device, why, data, setup):
     print(f"step    | {args.batch_size * T:,} tokens, in rows of {' then '.join(str(T // n) for _, n in STAGES)}; "
           f"Muon + AdamW, rate {args.lr:g}, seed {args.seed}")
     print(f"data    | {args.data or 'the Python standard library'}: {data['train'].n_tokens:,} tokens; validation "
-          f"{data['n_bytes']:,} bytes; {data['skipped']} files skipped; vocabulary {cfg.vocab_size:,}")
+          f"{data['val'].n_bytes:,} bytes; {data['skipped']} files skipped; vocabulary {cfg.vocab_size:,}")
     print(f"ready   | {setup:.1f} s", flush=True)
 
 
@@ -367,13 +348,12 @@ def watch(loss, norm, history):
     """Raise FloatingPointError on a NaN, or when five losses in a row lie 1 nat above their running mean."""
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise FloatingPointError(f"loss {loss}, gradient norm {norm}: not finite")
-    mean = history["ema"]
-    history["above"] = history["above"] + 1 if mean is not None and loss > mean + 1 else 0
+    mean = loss if history["ema"] is None else history["ema"]
+    history["above"] = history["above"] + 1 if loss > mean + 1 else 0
     if history["above"] >= 5:
         raise FloatingPointError(f"loss spike: {loss:.3f} and four before it, where the running mean was {mean:.3f}")
     if not history["above"]:
-        new = max(0.05, 1 / (history["step"] + 1))  # a plain mean at first
-        history["ema"] = loss if mean is None else (1 - new) * mean + new * loss
+        history["ema"] = mean + max(0.05, 1 / (history["step"] + 1)) * (loss - mean)  # a plain mean at first
 
 
 def prepare(args, cfg, tokenizer):
@@ -384,7 +364,7 @@ def prepare(args, cfg, tokenizer):
     L = cfg.index_block_size if "msa" in cfg.attn_types else 1
     sides = dict(train=train, val=val, peek=peek)
     sides = {name: Tokens(docs, tokenizer, L, args.seq_len) for name, docs in sides.items()}
-    return tokenizer, dict(sides, skipped=skipped, n_bytes=size_of(val), peek_bytes=size_of(peek))
+    return tokenizer, dict(sides, skipped=skipped)
 
 
 def learn(model, batch, optimizers, index, rest, mtp_weight, now):
@@ -407,7 +387,7 @@ def run(args, state):
     started = time.perf_counter()
     cfg = MiniMaxConfig(**state["config"]) if state else configure(args)
     if args.dry_run:
-        return finish(dry_run(cfg, args.preset))
+        return dry_run(cfg, args.preset)
     device, dtype, why = pick_device(args.device)
     os.makedirs(args.out, exist_ok=True)  # now, not after an hour of training
     tokenizer, data = prepare(args, cfg, Tokenizer(state["tokenizer"]) if state else None)
@@ -426,8 +406,8 @@ def run(args, state):
     def save():
         kept = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "stop_after", "dry_run")}
         config = dataclasses.asdict(dataclasses.replace(cfg, mtp_active=True))
-        save_checkpoint(checkpoint_path(args.out), version=VERSION, config=config, args=kept, tokenizer=tokenizer.spec,
-                        model=model.state_dict(), now=dict(now), optimizers=[o.state_dict() for o in optimizers])
+        save_checkpoint(args.out, config=config, args=kept, tokenizer=tokenizer.spec, now=dict(now),
+                        model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers])
 
     def progress():
         return max(now["step"] / args.steps if args.steps else 0.0,
@@ -456,25 +436,26 @@ def run(args, state):
         if now["step"] == 1 or now["step"] % args.log_every == 0:
             kl = aux["index_kl"].mean().item() if "index_kl" in aux else kl
             violation = max_violation(load).max().item() if torch.is_tensor(load) else math.nan
-            rate, left = now["step"] * args.batch_size * args.seq_len / now["seconds"], now["seconds"] / progress()
-            print(f"step {now['step']:05d} {progress():4.0%} | loss {now['ema']:.3f} | mtp {mtp:.3f} | kl {kl:.4f} | "
+            rate = now["step"] * args.batch_size * args.seq_len / now["seconds"]
+            part = min(1.0, progress())
+            print(f"step {now['step']:05d} {part:4.0%} | loss {now['ema']:.3f} | mtp {mtp:.3f} | kl {kl:.4f} | "
                   f"lr {args.lr * factor:.1e} | norm {aux['norm'].item():.2f} | maxvio {violation:.2f} | "
-                  f"{rate:,.0f} tok/s | eta {(left - now['seconds']) / 60:.1f}m", flush=True)
+                  f"{rate:,.0f} tok/s | eta {now['seconds'] * (1 / part - 1) / 60:.1f}m", flush=True)
             load = 0.0
         if now["step"] % args.eval_every == 0 and progress() < 1 and not stop:
-            found = evaluate(model, data["peek"], data["peek_bytes"], args.seq_len, 16, device)
-            print(f"eval {now['step']:05d} | {report(found)} | first {data['peek_bytes']:,} bytes", flush=True)
+            found = evaluate(model, data["peek"], args.seq_len, 16, device)
+            print(f"eval {now['step']:05d} | {report(found)} | first {data['peek'].n_bytes:,} bytes", flush=True)
             save()
     save()
     for s, handler in handlers.items():
         signal.signal(s, handler)
     if stop:
-        print(f"stopped after step {now['step']}, saved {checkpoint_path(args.out)}; go on with --resume", flush=True)
+        print(f"stopped after step {now['step']}, saved in {args.out}; go on with --resume", flush=True)
         final = dict(bpb=None, load=0.0, recall=[], chance=[])
     else:
-        final = evaluate(model, data["val"], data["n_bytes"], args.seq_len, 16, device)
-        print(f"final {now['step']:04d} | {report(final)} | {data['n_bytes']:,} bytes")
-    return finish(summary(model, args, now, final, device))
+        final = evaluate(model, data["val"], args.seq_len, 16, device)
+        print(f"final {now['step']:04d} | {report(final)} | {data['val'].n_bytes:,} bytes")
+    return summary(model, args, now, final, device)
 
 
 def summary(model, args, now, final, device):
@@ -501,14 +482,11 @@ def report(result):
     return line
 
 
-def finish(result):
-    print(json.dumps(result))
-    return result
-
-
 def main(argv=None):
     try:
-        return run(*parse_args(argv))
+        result = run(*parse_args(argv))
+        print(json.dumps(result))
+        return result
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def chunk(device):
-    """Elements of the largest temporary: queries are taken in chunks, so that nothing here is ever T x T."""
+    """Elements of the largest temporary: index branch and MSA take queries in chunks and never hold a T x T matrix."""
     return 1 << 24 if device.type == "cpu" else 1 << 29
 
 

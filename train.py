@@ -214,9 +214,8 @@ def evaluate(model, tokens, T, batch_size, device):
         if "block_recall" in aux:
             recalls.append(torch.stack([aux["block_recall"], aux["block_chance"]]))
     model.train()
-    recall, chance = torch.stack(recalls).nanmean(0).tolist() if recalls else ([], [])
-    if any(map(math.isnan, recall)):  # rows so short that nothing is left to choose
-        recall, chance = [], []
+    mean = torch.stack(recalls).nanmean(0) if recalls else torch.zeros(2, 0)
+    recall, chance = ([], []) if mean.isnan().any() else mean.tolist()  # nan: rows so short that nothing is chosen
     return dict(bpb=nats / math.log(2) / tokens.n_bytes, load=load, recall=recall, chance=chance)
 
 
@@ -410,8 +409,7 @@ def run(args, state):
                         model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers])
 
     def progress():
-        return max(now["step"] / args.steps if args.steps else 0.0,
-                   now["seconds"] / (60 * args.minutes) if args.minutes else 0.0)
+        return max(now["step"] / (args.steps or math.inf), now["seconds"] / (60 * (args.minutes or math.inf)))
 
     stop, load, mtp, kl = [], 0.0, math.nan, math.nan
     handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}

@@ -312,7 +312,7 @@ class MiniMax(nn.Module):
             pos = pos if cache is None else pos + cache.length[:, None]
         call = Call(rope_tables(pos, self.cfg.rotary_dim, self.cfg.rope_theta), end, weight, cache)
         x, aux = self.embed(idx).to(self.dtype or self.embed.weight.dtype), {}
-        blocks, experts = (iter(() if replay is None else replay[key]) for key in ("block_idx", "experts"))
+        blocks, experts = (iter((replay or {}).get(key, ())) for key in ("block_idx", "experts"))
         for i, layer in enumerate(self.layers):
             x, more = layer(x, i, call, next(blocks, None) if layer.attn.indexer else None,
                             next(experts, None) if isinstance(layer.mlp, MoE) else None)
@@ -329,13 +329,13 @@ class MiniMax(nn.Module):
         loss = None if targets is None else cross_entropy(x, self.lm_head.weight, targets)
         if targets is not None and n_logits is None:
             return None, loss, aux
-        return self.lm_head(x if n_logits is None else x[:, T - n_logits:]), loss, aux
+        return self.lm_head(x if n_logits is None else x[:, max(0, T - n_logits):]), loss, aux
 
     def mtp_forward(self, h, idx, targets, call, aux):
         """Mean loss of the MTP modules. Module k works on positions with a k-th next token in the layout; what lies
         past the end of a document is seen by none and has no target."""
-        loss, T = 0.0, idx.size(1)
-        for k, module in enumerate(self.mtp, 1):
+        loss, T = h.new_zeros(()), idx.size(1)
+        for k, module in enumerate(self.mtp[:T - 1], 1):
             n = T - k
             cos, sin, end, weight = (None if t is None else t[:, :n] for t in (*call.rope, call.end, call.weight))
             shifted = targets[:, k:]
@@ -379,7 +379,7 @@ class MiniMax(nn.Module):
         with open(os.path.join(path, "config.json")) as f:
             cfg = config_from_hf(json.load(f))
         with torch.device("meta"):
-            model = cls(cfg)
+            model = cls(cfg, dtype)
         model = model.to(dtype).to_empty(device=device)
         params = model.state_dict()
         missing = {name: p.numel() for name, p in params.items()}
@@ -397,8 +397,7 @@ class MiniMax(nn.Module):
     def save_hf(self, path):
         """Write an M2 checkpoint in the released names; bit-equal when read back. ValueError for any other model."""
         from safetensors.torch import save_file
-        kinds = set(self.cfg.attn_types + self.cfg.mlp_types)
-        if self.cfg.qk_norm != "layer" or self.cfg.n_mtp or kinds != {"full", "moe"}:
+        if config_from_hf(config_to_hf(self.cfg, "")) != dataclasses.replace(self.cfg, mtp_active=True):
             raise ValueError("save_hf writes M2: full attention, experts in every layer, no MTP; this is another model")
         attn = [f"self_attn.{x}.weight" for x in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")]
         experts = [f"experts.{e}.w{i}.weight" for e in range(self.cfg.n_expert) for i in (1, 2, 3)]
@@ -429,18 +428,17 @@ HF_NAMES = (  # released names and transformers' in-memory names -> ours, in thi
 def read_tensors(path):
     """Yield (name, tensor) of every text tensor in a folder's safetensors files; fp8 comes back as fp32."""
     from safetensors import safe_open
-    for file in sorted(f for f in os.listdir(path) if f.endswith(".safetensors")):
-        with safe_open(os.path.join(path, file), "pt") as tensors:
-            names = set(tensors.keys())
-            for name in sorted(names):
-                if name.endswith("_scale_inv") or re.match(NOT_TEXT, name):
-                    continue
-                t = tensors.get_tensor(name)
-                if f"{name}_scale_inv" in names:  # one scale per 128 x 128 tile
-                    scale = tensors.get_tensor(f"{name}_scale_inv").float()
-                    tiles = scale.repeat_interleave(128, 0)[:t.size(0)].repeat_interleave(128, 1)[:, :t.size(1)]
-                    t = t.float() * tiles
-                yield name, t
+    files = [safe_open(os.path.join(path, f), "pt") for f in sorted(os.listdir(path)) if f.endswith(".safetensors")]
+    where = {name: file for file in files for name in file.keys()}  # a scale may lie in another shard
+    for name in sorted(where):
+        if name.endswith("_scale_inv") or re.match(NOT_TEXT, name):
+            continue
+        t = where[name].get_tensor(name)
+        if t.dtype.itemsize == 1:  # one scale per 128 x 128 tile
+            scale = where[f"{name}_scale_inv"].get_tensor(f"{name}_scale_inv").float()
+            tiles = scale.repeat_interleave(128, 0)[:t.size(0)].repeat_interleave(128, 1)[:, :t.size(1)]
+            t = t.float() * tiles
+        yield name, t
 
 
 def locate(params, name):
@@ -457,6 +455,8 @@ def locate(params, name):
     return name, part if which == "w2" else part.chunk(2)[which == "w3"]  # gate and up are halves, not interleaved
 
 
+FIXED = dict(swiglu_limit=7.0, swiglu_alpha=1.702, index_local_blocks=1, scoring_func="sigmoid", use_qk_norm=True,
+             tie_word_embeddings=False, rope_type="default")  # fields of which this code knows one value
 CONFIG_NAMES = dict(
     vocab_size="vocab_size", n_layer="num_hidden_layers", n_embd="hidden_size", n_head="num_attention_heads",
     n_kv_head="num_key_value_heads", head_dim="head_dim", max_seq_len="max_position_embeddings",
@@ -469,11 +469,15 @@ def config_from_hf(hf):
     hf = {**hf, **hf.get("text_config", {})}
     if not hf["model_type"].startswith(("minimax_m2", "minimax_m3")):
         raise ValueError(f"model_type {hf['model_type']}: minimax_m2 or minimax_m3_vl")
-    rope, n = hf.get("rope_parameters") or hf, hf["num_hidden_layers"]
+    m2, rope, n = "minimax_m2" in hf["model_type"], hf.get("rope_parameters") or hf, hf["num_hidden_layers"]
+    for key, only in dict(FIXED, use_gemma_norm=not m2, qk_norm_type="per_layer" if m2 else "per_head").items():
+        found = {**hf, **rope}.get(key, only)
+        if found != only:
+            raise ValueError(f"{key} {found}: only {only}")
     common = {ours: hf[theirs] for ours, theirs in CONFIG_NAMES.items()}
     common["rope_theta"] = float(rope["rope_theta"])
     common["rotary_dim"] = hf.get("rotary_dim") or int(hf["head_dim"] * rope["partial_rotary_factor"])
-    if hf["model_type"].startswith("minimax_m2"):
+    if m2:
         return MiniMaxConfig(**common, attn_types=["full"] * n, mlp_types=["moe"] * n)
     sparse = hf.get("sparse_attention_config", {})  # the release's names; transformers flattens them
     attn = hf.get("layer_types") or ["sparse" if f else "full" for f in sparse.get("sparse_attention_freq", [0] * n)]

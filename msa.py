@@ -111,9 +111,10 @@ def selected(block_idx, i, L, end):
 
 def group_probs(q, keys, seen):
     """Main softmax, head by head: q (B, T, H, D), keys (B, T, Hkv, J, D), seen (B, T, Hkv, J) -> (B, T, Hkv, G, J)."""
-    q = q.unflatten(2, (keys.size(2), -1)).transpose(-1, -2)                                         # (B, T, Hkv, D, G)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q = q.to(wide).unflatten(2, (keys.size(2), -1)).transpose(-1, -2)                                # (B, T, Hkv, D, G)
     # keys @ q, not q @ keys^T: the gradient of the gathered keys, the largest tensor here, needs no transposed copy
-    scores = (keys @ q).to(torch.promote_types(q.dtype, torch.float32)).transpose(-1, -2) * q.size(-2) ** -0.5
+    scores = (keys.to(wide) @ q).transpose(-1, -2) * q.size(-2) ** -0.5
     return scores.masked_fill(~seen[..., None, :], float("-inf")).softmax(-1)
 
 
@@ -148,7 +149,7 @@ class _IndexKL(torch.autograd.Function):
         (B, T, Hkv, D), Tk = qi.shape, ki.size(1)
         weight = torch.ones(B, T, device=q.device) if weight is None else weight
         share = weight.to(torch.promote_types(q.dtype, torch.float32))                                    # (B, T)
-        share = share / (share[:, stride - 1::stride].sum().clamp(min=1) * Hkv)
+        share = share / (share[:, stride - 1::stride].sum().clamp(min=1e-30) * Hkv)
         i, dqi, dki = query_index(T, None, q.device), torch.zeros_like(qi), torch.zeros_like(ki)
         loss = share.new_zeros(())
         width = Tk if block_idx is None else block_idx.size(-1) * L * D
@@ -181,7 +182,7 @@ def _kl_selected(qi, ki, q, k, blocks, L, i, end, share):
     seen = selected(blocks, i, L, end)
     p = group_probs(q, gather_blocks(k, blocks, L), seen).mean(3)
     keys = gather_blocks(ki[:, :, None].expand(-1, -1, Hkv, -1), blocks, L)                          # (B, t, Hkv, J, D)
-    scores = (keys @ qi[..., None]).squeeze(-1).to(p.dtype) * D ** -0.5
+    scores = (keys.to(p.dtype) @ qi.to(p.dtype)[..., None]).squeeze(-1) * D ** -0.5
     kl, ds = _kl_terms(p, scores, seen, share)
     ds = (ds * D ** -0.5).to(qi.dtype)
     dqi = (ds[..., None, :] @ keys).squeeze(-2)
@@ -197,7 +198,7 @@ def _kl_prefix(qi, ki, q, k, blocks, L, i, end, share):
     D, Hkv = qi.size(-1), qi.size(2)
     seen = visible(i, torch.arange(ki.size(1), device=ki.device), end)[:, :, None]                       # (B, t, 1, Tk)
     p = prefix_probs(q, k, seen)
-    scores = torch.einsum("bthd,bkd->bthk", qi, ki).to(p.dtype) * D ** -0.5
+    scores = torch.einsum("bthd,bkd->bthk", qi.to(p.dtype), ki.to(p.dtype)) * D ** -0.5
     kl, ds = _kl_terms(p, scores, seen, share)
     ds = (ds * D ** -0.5).to(qi.dtype)
     return kl, torch.einsum("bthk,bkd->bthd", ds, ki), torch.einsum("bthk,bthd->bkd", ds, qi)
@@ -206,10 +207,9 @@ def _kl_prefix(qi, ki, q, k, blocks, L, i, end, share):
 def prefix_probs(q, k, seen):
     """Mean over the group's heads of the full softmax. q (B, T, H, D), k (B, Tk, Hkv, D), seen (B, T, 1, Tk) ->
     (B, T, Hkv, Tk), fp32 or wider."""
-    Hkv = k.size(2)
-    q = q.unflatten(2, (Hkv, -1)).permute(0, 2, 3, 1, 4)                                             # (B, Hkv, G, T, D)
-    scores = q @ k.permute(0, 2, 3, 1)[:, :, None]                                                  # (B, Hkv, G, T, Tk)
-    scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * q.size(-1) ** -0.5
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q = q.to(wide).unflatten(2, (k.size(2), -1)).permute(0, 2, 3, 1, 4)                              # (B, Hkv, G, T, D)
+    scores = q @ k.to(wide).permute(0, 2, 3, 1)[:, :, None] * q.size(-1) ** -0.5                    # (B, Hkv, G, T, Tk)
     return scores.masked_fill(~seen[:, None, None, :, 0], float("-inf")).softmax(-1).mean(2).transpose(1, 2)
 
 

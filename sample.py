@@ -2,16 +2,19 @@
 
     python sample.py --prompt "def "                          # from out/ckpt.pt, which holds tokenizer and config too
     python sample.py --prompt "import os" --n-samples 3 --temperature 0.7 --seed 1
-    python sample.py --hf DIR --prompt-ids 1,2,3              # an M2 or M3 checkpoint of transformers, by token ids
+    python sample.py --hf DIR --prompt 1,2,3                  # an M2 or M3 checkpoint of transformers, by token ids
 
     prefill as many tokens as the shortest prompt has -> loop { one token a sequence through the KV cache; MSA picks its
     blocks anew each time }; a sequence still inside its prompt is forced, the others sample: temperature, top-k, top-p
 """
 import argparse
 import codecs
+import hashlib
 import json
+import math
 import os
 import sys
+import sysconfig
 import time
 from collections import Counter, defaultdict
 from heapq import heapify, heappop, heappush
@@ -89,7 +92,12 @@ def learn_bpe(texts, vocab_size, pattern):
     chunks = count_chunks(texts, pattern)
     # A word is a str with one character, chr(id), per token. So a merge is str.replace, left to right at C speed,
     # a pair is a str of length two, and strings sort as their ids do.
-    words, freqs = [chunk.encode().decode("latin-1") for chunk in chunks], list(chunks.values())
+    # Chunks are learned in pieces of 256: one run of 40,000 letters (DNA, say) would take minutes, pair by pair.
+    words, freqs = [], []
+    for chunk, n in chunks.items():
+        raw = chunk.encode().decode("latin-1")
+        words += [raw[i:i + 256] for i in range(0, len(raw), 256)]
+        freqs += [n] * -(-len(raw) // 256)
     counts, where = defaultdict(int), defaultdict(list)  # of each pair: how often it occurs, and in which words
     for i, word in enumerate(words):
         for p in pairs_of(word):
@@ -111,6 +119,60 @@ def learn_bpe(texts, vocab_size, pattern):
     return {"pattern": pattern, "ranks": ranks, "special": {EOT: len(ranks)}}
 
 
+# ---- corpus --------------------------------------------------------------------------------------
+
+def list_files(path):
+    """Files of the corpus, sorted: (name relative to it, path). None is the interpreter's own standard library."""
+    if path and os.path.isfile(path):
+        return [(os.path.basename(path), path)]
+    root, files = path or sysconfig.get_paths()["stdlib"], []
+    skip = set() if path else {"site-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings"}
+    for folder, dirs, names in os.walk(root):
+        dirs[:] = sorted(d for d in dirs if d not in skip and not d.startswith((".", "__pycache__")))
+        files += [os.path.join(folder, n) for n in sorted(names) if path or n.endswith(".py")]
+    return [(os.path.relpath(f, root), f) for f in files]
+
+
+def read_corpus(path):
+    """-> [(name, text)], number of files skipped: empty, unreadable, binary (a zero byte) or not UTF-8."""
+    docs, skipped = [], 0
+    for name, file in list_files(path):
+        try:
+            with open(file if os.path.isfile(file) else os.devnull, "rb") as f:  # a named pipe would wait for ever
+                raw = f.read()
+            text = "" if b"\0" in raw else raw.decode("utf-8")
+        except (UnicodeDecodeError, OSError):
+            text = ""
+        if text:
+            docs.append((name, text))
+        else:
+            skipped += 1
+    return docs, skipped
+
+
+def split_corpus(docs):
+    """Validation = the files whose sha256(name) is in the lowest 5 %; the last 5 % of each file where that leaves a
+    side empty, as for a single file."""
+    held_out = [int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) < 0.05 * 2 ** 32 for name, _ in docs]
+    if any(held_out) and not all(held_out):
+        return [d for d, h in zip(docs, held_out) if not h], [d for d, h in zip(docs, held_out) if h]
+    cuts = [text.find("\n", len(text) * 95 // 100, len(text) - 1) + 1 or len(text) * 95 // 100 for _, text in docs]
+    parts = [[(name, text[:c]) for (name, text), c in zip(docs, cuts)], [(n, t[c:]) for (n, t), c in zip(docs, cuts)]]
+    return tuple([(name, text) for name, text in part if text] for part in parts)
+
+
+def truncate(docs, n_bytes):
+    """The first n_bytes of the documents, cut between characters."""
+    out = []
+    for name, text in docs:
+        raw = text.encode()[:n_bytes]
+        n_bytes -= len(raw)
+        out.append((name, raw.decode("utf-8", errors="ignore")))
+        if n_bytes <= 0:
+            break
+    return out
+
+
 # ---- command line, device, checkpoint -----------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
@@ -129,8 +191,10 @@ def pick_device(name=None):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: this torch ({torch.__version__}) sees no CUDA GPU; use --device cpu")
-    if not name.startswith(("cuda", "cpu", "mps")):
-        raise ValueError(f"--device {name}: cpu, cuda, cuda:N or mps")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name}: cpu, cuda, cuda:N or mps; {str(error).splitlines()[0]}") from None
     if name.startswith("cuda") and torch.cuda.get_device_capability(name) >= (8, 0):
         return torch.device(name), torch.bfloat16, f"{torch.cuda.get_device_name(name)} has bf16 tensor cores"
     return torch.device(name), torch.float32, "bf16 products are 10-70 times slower than fp32 on CPUs without AMX"
@@ -154,6 +218,9 @@ def load_checkpoint(folder, device="cpu"):
     if not isinstance(state, dict) or state.get("version") != VERSION:
         found = state.get("version") if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"{path}: checkpoint version {found}, this code reads version {VERSION}")
+    lacks = {"config", "tokenizer", "model", "optimizers", "now", "args"} - set(state)
+    if lacks:
+        raise ValueError(f"{path}: the checkpoint lacks {', '.join(sorted(lacks))}")
     return state
 
 
@@ -175,10 +242,13 @@ def save_checkpoint(folder, **state):
 
 
 def load_model(state, device="cpu", dtype=torch.float32):
-    """Checkpoint -> model in evaluation mode, tokenizer."""
-    model = MiniMax(MiniMaxConfig(**state["config"]), dtype).to(device)
-    model.load_state_dict(state["model"])
-    return model.eval(), Tokenizer(state["tokenizer"])
+    """Checkpoint -> model in evaluation mode, tokenizer. ValueError if its parts do not fit together."""
+    try:
+        model = MiniMax(MiniMaxConfig(**state["config"]), dtype).to(device)
+        model.load_state_dict(state["model"])
+        return model.eval(), Tokenizer(state["tokenizer"])
+    except (TypeError, KeyError, AttributeError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"the checkpoint does not fit this code: {str(error).splitlines()[0]}") from None
 
 
 # ---- generation ----------------------------------------------------------------------------------
@@ -272,7 +342,9 @@ def parse_args(argv):
     args = p.parse_args(argv)
     for name, ok, want in (("max_new_tokens", args.max_new_tokens > 0, "1 or more"),
                            ("n_samples", args.n_samples > 0, "1 or more"),
-                           ("temperature", args.temperature >= 0, "0 or more"),
+                           ("temperature", args.temperature == 0 or 1e-3 <= args.temperature <= 1e3,
+                            "0, or 0.001 to 1000"),
+                           ("seed", 0 <= args.seed < 2 ** 63, "0 to 2**63 - 1"),
                            ("top_p", 0 < args.top_p <= 1, "above 0, at most 1"),
                            ("top_k", args.top_k >= 0, "0 or more"),
                            ("speculate", not args.speculate, "0: drafts come later"),
@@ -310,8 +382,8 @@ def read_model(args, device, dtype):
         return load_model(load_checkpoint(args.out, device), device, dtype)
     try:
         return MiniMax.from_hf(args.hf, device, dtype).eval(), None
-    except FileNotFoundError as error:
-        raise ValueError(f"--hf {args.hf}: {error}") from None
+    except Exception as error:  # of the file system, json, safetensors, or a field that is missing
+        raise ValueError(f"--hf {args.hf}: {type(error).__name__}: {error}") from None
 
 
 def encode_prompt(args, tokenizer, cfg):

@@ -158,8 +158,10 @@ def test_rmsnorm_matches_formula():
         torch.nn.init.normal_(norm.weight)
         want = x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * (norm.weight + gemma)
         assert worst(norm(x), want) < 1e-5
-        assert norm(x.bfloat16()).dtype == torch.bfloat16
-        assert worst(norm(x.bfloat16()), want) < 0.1  # 8 bits of mantissa on values up to ~10
+        low, want = torch.randn(50, 16).bfloat16(), None
+        want = low.float() / (low.float().pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * (norm.weight + gemma)
+        assert norm(low).dtype == torch.bfloat16
+        assert (norm(low) != want.bfloat16()).float().mean() < 0.01  # rounded once, at the end; a bf16 norm differs in a fifth
 
 
 def test_rope_is_relative_and_partial():
@@ -249,13 +251,17 @@ def test_ties_go_to_the_lowest_block():
 
 def test_selection_in_chunks(monkeypatch):
     """Queries are taken in chunks so that no T x T matrix exists; the chunk's size changes nothing."""
-    q, k, v, qi, ki = random_qkv(T=37)
+    q, k, v, qi, ki = (t.requires_grad_() for t in random_qkv(T=37))
     whole = msa.select_blocks(qi, ki, 3, 4)
     out = msa.msa_attention(q, k, v, whole, 4)
+    grads = torch.autograd.grad(out.pow(2).sum(), (q, k, v), retain_graph=True)
     kl = msa.index_kl_loss(qi, ki, q, k, whole, 4)
     monkeypatch.setattr(msa, "chunk", lambda device: 2 * 2 * 37 * 5)
     assert torch.equal(msa.select_blocks(qi, ki, 3, 4), whole)
-    assert worst(msa.msa_attention(q, k, v, whole, 4), out) < 1e-12
+    parts = msa.msa_attention(q, k, v, whole, 4)
+    assert worst(parts, out) < 1e-12
+    for a, b in zip(torch.autograd.grad(parts.pow(2).sum(), (q, k, v)), grads):
+        assert worst(a, b) < 1e-10
     assert worst(msa.index_kl_loss(qi, ki, q, k, whole, 4), kl) < 1e-12
 
 
@@ -291,6 +297,12 @@ def test_index_kl_value_and_gradient(support):
         for mine, ref in zip(grads[:2], torch.autograd.grad(2 * want, (qi, ki))):
             assert worst(mine, ref) < 1e-10
         assert worst(got, want) < 1e-10 and want > 0.01 and grads[2] is None and grads[3] is None
+        every3 = (torch.arange(29) % 3 == 2).double().expand(2, 29) * (1 if weight is None else weight)
+        want = kl_by_autograd(qi, ki, q.detach(), k.detach(), blocks, 4, end, every3)
+        got = msa.index_kl_loss(qi, ki, q, k, blocks, 4, end, weight, stride=3)
+        assert worst(got, want) < 1e-10
+        for mine, ref in zip(torch.autograd.grad(got, (qi, ki)), torch.autograd.grad(want, (qi, ki))):
+            assert worst(mine, ref) < 1e-10
 
 
 # ---- 6. MSA --------------------------------------------------------------------------------------
@@ -356,7 +368,7 @@ def test_cost_follows_the_selection():
 
 
 def test_recall_of_a_perfect_and_a_blind_index():
-    """Block recall is 1 when the index scores are the main branch's own, and near chance when they are noise."""
+    """Block recall is near 1 when the index scores are the main branch's own, and near chance when they are noise."""
     g = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, 256, 1, 16, generator=g) for _ in range(2))
     k = k * 4  # peaked, so that the heaviest block is the one with the largest score
@@ -524,11 +536,11 @@ M2_STYLE = dict(qk_norm="layer", gemma_norm=False, activation="swiglu", attn_typ
 def test_cached_equals_full(chunks, kw):
     """Token by token and in odd chunks, the cache gives the logits of one full forward (fp64, so 1e-10 and no luck)."""
     model, idx = make_model(dtype=torch.float64, **kw), torch.randint(0, 61, (2, 43))
-    full, cache, outs, t = model(idx)[0], KVCache(model.cfg, 2, 43, dtype=torch.float64), [], 0
+    full, cache, outs, t = model(idx)[0], KVCache(model.cfg, 2, 60, dtype=torch.float64), [], 0
     for n in chunks:
         outs.append(model(idx[:, t:t + n], cache=cache)[0])
         t += n
-    assert t == 43 and worst(torch.cat(outs, 1), full) < 1e-5  # rotary tables are fp32, but the same on both sides
+    assert t == 43
     assert worst(torch.cat(outs, 1), full) < 1e-10
 
 
@@ -608,6 +620,8 @@ def test_replay_reproduces_a_recorded_choice():
     """aux of one pass, replayed in another with perturbed index and router, gives the recorded blocks and experts."""
     model, idx = make_model(), torch.randint(0, 61, (2, 40))
     logits, _, aux = model(idx)
+    dense = make_model(**M2_STYLE)
+    assert worst(dense(idx, replay=dense(idx)[2])[0], dense(idx)[0]) < 1e-5
     with torch.no_grad():
         for m in model.moe_layers():
             m.router.bias.add_(torch.randn_like(m.router.bias) * 3)
@@ -702,6 +716,12 @@ def test_run_reports_its_contract(trained):
     assert set("step loss val_bpb tokens tokens_per_s mfu params_total params_active seconds".split()) <= set(result)
     assert result["step"] == 12 and result["tokens"] == 12 * 2 * 64 and 0 < result["val_bpb"] < 8
     assert result["loss"] < math.log(300) and result["mfu"] is None
+    state = sample.load_checkpoint(str(trained[0]))
+    trained_weights, fresh = state["model"], MiniMax(MiniMaxConfig(**state["config"]))
+    for name in ("mtp.0.proj.weight", "layers.1.attn.indexer.q_proj.weight", "layers.1.mlp.router.weight"):
+        start, end = fresh.state_dict()[name].std(), trained_weights[name].std()
+        assert abs(end / start - 1) > 1e-3, f"{name} did not learn"
+    assert trained_weights["layers.1.mlp.router.bias"].abs().max() > 0.02  # u = 0.01 a step
 
 
 def test_resume_is_exact_and_evaluation_harmless(trained, corpus, tmp_path):
@@ -760,8 +780,9 @@ def test_corpus_reader(tmp_path):
     (tmp_path / ".hidden" / "e.txt").write_text("no")
     docs, skipped = train.read_corpus(str(tmp_path))
     assert [n for n, _ in docs] == ["a.txt"] and skipped == 3
-    left, right = train.split_corpus(docs)
-    assert left[0][1] + right[0][1] == docs[0][1] and right[0][1]
+    for one in (docs, [("line", "hello " * 50 + "\n")]):  # the only newline at the end: cut in the line
+        left, right = train.split_corpus(one)
+        assert left[0][1] + right[0][1] == one[0][1] and right[0][1]
     names = [(f"file{i}", "text") for i in range(400)]
     left, right = train.split_corpus(names)
     assert 8 <= len(right) <= 35 and sorted(left + right) == sorted(names)
@@ -781,15 +802,22 @@ def test_schedule_shape():
         assert abs(train.schedule(progress, 0.1, 0.4) - want) < 1e-9
 
 
-def test_divergence_stops_the_run(corpus, tmp_path, capsys):
-    """A rate of 1000 ends in a message, exit 1, and the checkpoint from before is untouched."""
-    args = train_args(corpus, tmp_path, "--steps", 40, "--stop-after", 2)
-    quiet(train.main, args)
+@pytest.mark.parametrize("eval_every", [1, 200])
+def test_divergence_stops_the_run(trained, tmp_path, capsys, eval_every):
+    """A rate of 1000, or a NaN in the index branch, ends in a message and exit 1; the checkpoint stays as it was."""
+    (tmp_path / "ckpt.pt").write_bytes((trained[0] / "ckpt.pt").read_bytes())
     before = (tmp_path / "ckpt.pt").read_bytes()
+    again = ["--resume", "--out", tmp_path, "--device", "cpu", "--steps", "60", "--eval-every", eval_every]
     with pytest.raises(SystemExit) as stop:
-        quiet(train.main, ["--resume", "--out", tmp_path, "--device", "cpu", "--lr", "1000"])
+        quiet(train.main, [*again, "--lr", "1000"])
     assert stop.value.code == 1 and (tmp_path / "ckpt.pt").read_bytes() == before
-    assert re.search(r"stopped: (loss spike|loss .* not finite)", capsys.readouterr().err)
+    assert re.search(r"stopped: (loss spike|loss .* not finite|val_bpb)", capsys.readouterr().err)
+    state = sample.load_checkpoint(str(tmp_path))
+    state["model"]["layers.1.attn.indexer.q_proj.weight"].fill_(math.nan)
+    sample.save_checkpoint(str(tmp_path), **state)
+    with pytest.raises(SystemExit) as stop:
+        quiet(train.main, again)
+    assert stop.value.code == 1 and "not finite" in capsys.readouterr().err
     history = dict(ema=2.0, above=0, step=100)
     with pytest.raises(FloatingPointError):
         train.watch(math.nan, 1.0, history)
@@ -835,6 +863,24 @@ def test_generate_is_greedy_argmax_of_full_forwards():
         assert logits[token] > logits.max() - 1e-4
         row.append(token)
     assert len(out) == 30
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_generate_from_hf_in_any_dtype(dtype):
+    """A checkpoint read in another dtype generates in it: cache and activations follow the model."""
+    model = MiniMax.from_hf(os.path.join(GOLDEN, "m3"), dtype=dtype).eval()
+    out = [t.item() for t, _ in sample.generate(model, [[1, 2]], 20)]
+    assert len(out) == 20 and all(0 <= t < 101 for t in out)
+
+
+def test_minutes_end_a_run(corpus, tmp_path):
+    """--minutes bounds the training time; --steps on resume replaces it; a run without anything left says so."""
+    result, _ = quiet(train.main, train_args(corpus, tmp_path, "--minutes", 0.01))
+    assert 0.6 <= result["seconds"] < 3 and result["step"] > 1
+    more, _ = quiet(train.main, ["--resume", "--out", tmp_path, "--device", "cpu", "--steps", result["step"] + 3])
+    assert more["step"] == result["step"] + 3
+    _, text = quiet(train.main, ["--resume", "--out", tmp_path, "--device", "cpu"])
+    assert "nothing left to do" in text
 
 
 def test_generate_batches_ragged_prompts():
@@ -918,11 +964,13 @@ def test_bad_input_is_refused_in_one_line(trained, corpus, tmp_path, capsys):
                        (["--preset", "huge"], "huge"), (["--preset", "m2"], "dry-run"),
                        (["--seq-len", 10 ** 6], "1000000"), (["--attn", "swa"], "swa"), (["--steps", 0], "0"),
                        (["--steps", "x"], "x"),
-                       (["--resume", "--out", tmp_path / "none"], "none"), (["--vocab-size", 100], "100")):
+                       (["--resume", "--out", tmp_path / "none"], "none"), (["--vocab-size", 100], "100"),
+                       (["--lr", "inf"], "inf"), (["--minutes", "nan"], "nan"), (["--seq-len", 100], "100"),
+                       (["--seed", -1], "-1"), (["--device", "cpux"], "cpux"), (["--bias-rate", "nan"], "nan")):
         assert word in refused(train.main, argv, capsys), argv
     for argv, word in ((["--out", tmp_path], "ckpt.pt"), (["--temperature", -1], "-1"), (["--speculate", 2], "later"),
                        (["--prompt", "x " * 3000], "context"), (["--hf", tmp_path], "config.json"),
-                       (["--top-p", 0], "0")):
+                       (["--top-p", 0], "0"), (["--temperature", "inf"], "inf")):
         assert word in refused(sample.main, ["--out", trained[0], "--device", "cpu", *argv], capsys), argv
     if not torch.cuda.is_available():
         assert "cuda" in refused(train.main, ["--device", "cuda"], capsys)
@@ -934,14 +982,16 @@ def test_damaged_checkpoints_are_refused(trained, tmp_path, capsys):
     whole = (trained[0] / "ckpt.pt").read_bytes()
     state = sample.load_checkpoint(str(trained[0]))
     for name, write in (("half", lambda f: f.write(whole[:len(whole) // 2])), ("zero", lambda f: None),
+                        ("lacks", lambda f: torch.save({k: v for k, v in state.items() if k != "now"}, f)),
+                        ("config", lambda f: torch.save({**state, "config": {**state["config"], "new": 1}}, f)),
                         ("version", lambda f: torch.save({**state, "version": 99}, f)),
                         ("list", lambda f: torch.save([1, 2], f))):
         (tmp_path / name).mkdir()
         with open(tmp_path / name / "ckpt.pt", "wb") as f:
             write(f)
         before = (tmp_path / name / "ckpt.pt").read_bytes()
-        assert "ckpt.pt" in refused(sample.main, ["--out", tmp_path / name], capsys)
-        assert "ckpt.pt" in refused(train.main, ["--resume", "--out", tmp_path / name], capsys)
+        assert "checkpoint" in refused(sample.main, ["--out", tmp_path / name], capsys)
+        assert "checkpoint" in refused(train.main, ["--resume", "--out", tmp_path / name], capsys)
         assert (tmp_path / name / "ckpt.pt").read_bytes() == before
 
 
@@ -1077,7 +1127,7 @@ def test_mutants_are_caught(mutant, monkeypatch):
     _, owner, name, replacement, test = mutant
     test()
     monkeypatch.setattr(owner, name, replacement)
-    with pytest.raises((AssertionError, RuntimeError, IndexError)):
+    with pytest.raises(AssertionError):
         test()
 
 

@@ -15,13 +15,11 @@
 Differs from M2/M3: neither report publishes optimizer, rates or the length of the warm-up; all are measured choices.
 """
 import dataclasses
-import hashlib
 import json
 import math
 import os
 import signal
 import sys
-import sysconfig
 import time
 
 import numpy as np
@@ -29,7 +27,8 @@ import torch
 
 from model import MiniMax, MiniMaxConfig, count_params
 from moe import max_violation
-from sample import PATTERN, Parser, Tokenizer, learn_bpe, load_checkpoint, pick_device, save_checkpoint
+from sample import (PATTERN, Parser, Tokenizer, learn_bpe, load_checkpoint, load_model, pick_device, read_corpus,
+                    save_checkpoint, split_corpus, truncate)
 
 VAL_BYTES = 512 * 1024                 # val_bpb is measured on this much of the validation text
 MTP_WEIGHT = (0.3, 0.1)                # before and in the decay phase (M2 report)
@@ -43,59 +42,7 @@ RUNS = {  # what a preset trains with unless told otherwise; mtp_every: steps fr
 PEAK = {"H100": 989.4e12, "H200": 989.4e12, "H800": 989.4e12, "A100": 312e12}  # dense bf16 FLOP/s, by the GPU's name
 
 
-# ---- text ----------------------------------------------------------------------------------------
-
-def list_files(path):
-    """Files of the corpus, sorted: (name relative to it, path). None is the interpreter's own standard library."""
-    if path and os.path.isfile(path):
-        return [(os.path.basename(path), path)]
-    root, files = path or sysconfig.get_paths()["stdlib"], []
-    skip = set() if path else {"site-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings"}
-    for folder, dirs, names in os.walk(root):
-        dirs[:] = sorted(d for d in dirs if d not in skip and not d.startswith((".", "__pycache__", "config-")))
-        files += [os.path.join(folder, n) for n in sorted(names) if path or n.endswith(".py")]
-    return [(os.path.relpath(f, root), f) for f in files]
-
-
-def read_corpus(path):
-    """-> [(name, text)], number of files skipped: empty, unreadable, binary (a zero byte) or not UTF-8."""
-    docs, skipped = [], 0
-    for name, file in list_files(path):
-        try:
-            with open(file, "rb") as f:
-                raw = f.read()
-            text = "" if b"\0" in raw else raw.decode("utf-8")
-        except (UnicodeDecodeError, OSError):
-            text = ""
-        if text:
-            docs.append((name, text))
-        else:
-            skipped += 1
-    return docs, skipped
-
-
-def split_corpus(docs):
-    """Validation = the files whose sha256(name) is in the lowest 5 %; the last 5 % of each file where that leaves a
-    side empty, as for a single file."""
-    held_out = [int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) < 0.05 * 2 ** 32 for name, _ in docs]
-    if any(held_out) and not all(held_out):
-        return [d for d, h in zip(docs, held_out) if not h], [d for d, h in zip(docs, held_out) if h]
-    cuts = [text.find("\n", int(0.95 * len(text))) + 1 or len(text) * 95 // 100 for _, text in docs]
-    parts = [[(name, text[:c]) for (name, text), c in zip(docs, cuts)], [(n, t[c:]) for (n, t), c in zip(docs, cuts)]]
-    return tuple([(name, text) for name, text in part if text] for part in parts)
-
-
-def truncate(docs, n_bytes):
-    """The first n_bytes of the documents, cut between characters."""
-    out = []
-    for name, text in docs:
-        raw = text.encode()[:n_bytes]
-        n_bytes -= len(raw)
-        out.append((name, raw.decode("utf-8", errors="ignore")))
-        if n_bytes <= 0:
-            break
-    return out
-
+# ---- data ----------------------------------------------------------------------------------------
 
 class Tokens:
     """Documents laid out once, each from a multiple of L, pads between: three int32 vectors over all slots.
@@ -246,7 +193,8 @@ def parse_args(argv):
     args, state = p.parse_args(argv), None
     if args.resume and not args.dry_run:
         state = load_checkpoint(args.out)
-        p.set_defaults(**state["args"])  # mtp_every, which has no flag, among them
+        end = dict(steps=None, minutes=None) if args.steps or args.minutes else {}  # a new end replaces the old one
+        p.set_defaults(**{**state["args"], **end})  # mtp_every, which has no flag, among them
         args = p.parse_args(argv)
         for name in ("preset", "attn", "seq_len", "vocab_size"):  # these made the model
             if getattr(args, name) != state["args"][name]:
@@ -258,18 +206,16 @@ def parse_args(argv):
 
 def check_args(args):
     """ValueError for what argparse lets through, naming the value."""
-    for name in ("steps", "minutes", "seq_len", "batch_size", "log_every", "eval_every", "lr", "vocab_size"):
+    least = dict(steps=1, minutes=1e-6, seq_len=16, batch_size=1, log_every=1, eval_every=1, stop_after=1, lr=1e-12,
+                 vocab_size=257, bias_rate=0, seed=0)  # a vocabulary holds 256 bytes and the end-of-text token
+    for name, low in least.items():
         value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: it must be positive")
-    if args.seed < 0:
-        raise ValueError(f"--seed {args.seed}: it must not be negative")
+        if value is not None and not low <= value < 2 ** 63:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: it must be a number of at least {low}")
     if args.attn not in ("full", "msa"):
         raise ValueError(f"--attn {args.attn}: msa or full (swa and lightning come later)")
     if args.preset in ("m2", "m3") and not args.dry_run:
         raise ValueError(f"--preset {args.preset}: its training state takes terabytes; --dry-run prints how many")
-    if args.vocab_size is not None and args.vocab_size < 257:
-        raise ValueError(f"--vocab-size {args.vocab_size}: 256 bytes and the end-of-text token need 257")
 
 def configure(args):
     """Preset and flags -> MiniMaxConfig, with what the flags leave open filled into args."""
@@ -280,12 +226,14 @@ def configure(args):
     for name, value in defaults.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
+    cfg.attn_types = ["full"] * cfg.n_layer if args.attn == "full" else cfg.attn_types
     if args.dry_run:
         return cfg
     if args.seq_len > cfg.max_seq_len:
         raise ValueError(f"--seq-len {args.seq_len}: the context of {args.preset} is at most {cfg.max_seq_len}")
-    attn = ["full"] * cfg.n_layer if args.attn == "full" else cfg.attn_types
-    return dataclasses.replace(cfg, max_seq_len=args.seq_len, attn_types=attn)
+    if "msa" in cfg.attn_types and args.seq_len % cfg.index_block_size:
+        raise ValueError(f"--seq-len {args.seq_len}: rows hold whole key blocks, a multiple of {cfg.index_block_size}")
+    return dataclasses.replace(cfg, max_seq_len=args.seq_len)
 
 
 def load_data(args):
@@ -307,7 +255,10 @@ def load_data(args):
 def dry_run(cfg, preset):
     """Parameters and bytes from the meta device, and how the published figures come out."""
     with torch.device("meta"):
-        total, active = MiniMax(dataclasses.replace(cfg, n_mtp=0)).num_params()
+        model = MiniMax(dataclasses.replace(cfg, n_mtp=0))
+        total, active = model.num_params()
+        adam = configure_optimizers(model, 1.0)[0][1]
+        two = sum(p.numel() for group in adam.param_groups for p in group["params"])
         mtp, active_mtp = count_params(MiniMax(dataclasses.replace(cfg, n_mtp=1)).mtp[0])
     table, msa = cfg.vocab_size * cfg.n_embd, cfg.attn_types.count("msa")
     print(f"{preset}: {total:,} parameters, {active:,} active per token without embedding and head")
@@ -319,7 +270,7 @@ def dry_run(cfg, preset):
               f"{(active + 2 * table) / 1e9:.3f}B with embedding and head")
     print(f"  an MTP module adds {mtp:,} parameters, {active_mtp:,} active")
     print(f"  weights   {2 * total / 1e9:10.3f} GB bf16, {4 * total / 1e9:.3f} GB fp32")
-    print(f"  optimizer {4 * (total + 2 * table) / 1e9:10.3f} GB fp32: one moment, two for embedding and head")
+    print(f"  optimizer {4 * (total + two) / 1e9:10.3f} GB fp32: one moment, two where AdamW works (not the matrices)")
     per_token = 2 * (2 * cfg.n_layer * cfg.n_kv_head * cfg.head_dim + msa * cfg.index_head_dim)
     for T in (32_768, 196_608, 1_000_000):
         print(f"  KV cache  {per_token * T / 1e9:10.3f} GB bf16 at {T:,} tokens: {per_token:,} bytes a token")
@@ -334,9 +285,10 @@ def card(model, args, device, why, data, setup):
     print(f"device  | {device}, {str(model.dtype).removeprefix('torch.')}: {why}")
     print(f"layers  | attention {' '.join(cfg.attn_types)}; mlp {' '.join(cfg.mlp_types)}; {cfg.n_mtp} MTP module")
     if "msa" in cfg.attn_types:
-        print(f"msa     | torch; {S} blocks of {L}: {S * L} of {T} keys, from {MSA_WARMUP:.0%} of the run on")
+        print(f"msa     | torch; {S} blocks of {L}: {min(S * L, T)} of {T} keys, from {MSA_WARMUP:.0%} of the run on")
     print(f"experts | grouped_mm; {cfg.n_expert_per_tok} of {cfg.n_expert}{' + 1 shared' if cfg.shared_dim else ''}")
-    print(f"step    | {args.batch_size * T:,} tokens, in rows of {' then '.join(str(T // n) for _, n in STAGES)}; "
+    rows = dict.fromkeys(str(T // min(n, T // 16)) for _, n in STAGES)
+    print(f"step    | {args.batch_size * T:,} tokens, in rows of {' then '.join(rows)}; "
           f"Muon + AdamW, rate {args.lr:g}, seed {args.seed}")
     print(f"data    | {args.data or 'the Python standard library'}: {data['train'].n_tokens:,} tokens; validation "
           f"{data['val'].n_bytes:,} bytes; {data['skipped']} files skipped; vocabulary {cfg.vocab_size:,}")
@@ -373,9 +325,8 @@ def learn(model, batch, optimizers, index, rest, mtp_weight, now):
     # three roads back: experts through their weights (gate included), attention through q, k and v, and the index
     # branch through the KL alone, since choosing blocks has no gradient
     total.backward()
-    norm = torch.nn.utils.clip_grad_norm_(rest, 1.0)
-    torch.nn.utils.clip_grad_norm_(index, 1.0)
-    watch(loss.item(), norm.item(), now)
+    norm, index_norm = (torch.nn.utils.clip_grad_norm_(part, 1.0) for part in (rest, index))
+    watch(loss.item(), (norm + index_norm).item(), now)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -384,25 +335,31 @@ def learn(model, batch, optimizers, index, rest, mtp_weight, now):
 
 def run(args, state):
     started = time.perf_counter()
-    cfg = MiniMaxConfig(**state["config"]) if state else configure(args)
     if args.dry_run:
-        return dry_run(cfg, args.preset)
+        return dry_run(configure(args), args.preset)
     device, dtype, why = pick_device(args.device)
+    model, tokenizer = load_model(state, device, dtype) if state else (None, None)
+    cfg = model.cfg if model else configure(args)
     os.makedirs(args.out, exist_ok=True)  # now, not after an hour of training
-    tokenizer, data = prepare(args, cfg, Tokenizer(state["tokenizer"]) if state else None)
+    tokenizer, data = prepare(args, cfg, tokenizer)
     cfg.vocab_size = tokenizer.n_vocab
     torch.manual_seed(args.seed)
-    model = MiniMax(cfg, dtype).to(device).train()
+    model = (model or MiniMax(cfg, dtype).to(device)).train()
     optimizers, index, rest = configure_optimizers(model, args.lr)
-    now = dict(step=0, seconds=0.0, ema=None, above=0)
+    now = dict(step=0, seconds=0.0, ema=None, above=0, bpb=math.inf)
     if state:
-        model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
         now = state["now"]
     card(model, args, device, why, data, time.perf_counter() - started)
 
-    def save():
+    def checkpoint():
+        """Evaluate on the first bytes and save what passes: the last good checkpoint survives a divergence."""
+        found = evaluate(model, data["peek"], args.seq_len, 16, device)
+        print(f"eval {now['step']:05d} | {report(found)} | first {data['peek'].n_bytes:,} bytes", flush=True)
+        if not found["bpb"] <= 1.5 * now["bpb"]:
+            raise FloatingPointError(f"val_bpb {found['bpb']:.3f} after {now['bpb']:.3f}")
+        now["bpb"] = min(now["bpb"], found["bpb"])
         kept = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "stop_after", "dry_run")}
         config = dataclasses.asdict(dataclasses.replace(cfg, mtp_active=True))
         save_checkpoint(args.out, config=config, args=kept, tokenizer=tokenizer.spec, now=dict(now),
@@ -412,14 +369,17 @@ def run(args, state):
         return max(now["step"] / (args.steps or math.inf), now["seconds"] / (60 * (args.minutes or math.inf)))
 
     stop, load, mtp, kl = [], 0.0, math.nan, math.nan
-    handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, lambda *_: stop.append(1))
+    if progress() >= 1:
+        print(f"nothing left to do after step {now['step']}: give more --steps or --minutes", flush=True)
     while progress() < 1 and not stop:
         tick, done = time.perf_counter(), progress()
         cfg.index_warmup, cfg.mtp_active = done < MSA_WARMUP, now["step"] % args.mtp_every == 0
         factor = schedule(done, WARMUP, DECAY)
         for group in (g for o in optimizers for g in o.param_groups):
             group["lr"] = args.lr * factor * group.get("scale", 1.0)
-        cut = min([n for share, n in STAGES if done >= share][-1], max(1, args.seq_len // 16))
+        cut = min([n for share, n in STAGES if done >= share][-1], args.seq_len // 16)
         batch = get_batch(data["train"], args.seed, 0, now["step"], args.batch_size * cut, args.seq_len // cut)
         batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
         aux = learn(model, batch, optimizers, index, rest, MTP_WEIGHT[done > 1 - DECAY], now)
@@ -441,12 +401,8 @@ def run(args, state):
                   f"{rate:,.0f} tok/s | eta {now['seconds'] * (1 / part - 1) / 60:.1f}m", flush=True)
             load = 0.0
         if now["step"] % args.eval_every == 0 and progress() < 1 and not stop:
-            found = evaluate(model, data["peek"], args.seq_len, 16, device)
-            print(f"eval {now['step']:05d} | {report(found)} | first {data['peek'].n_bytes:,} bytes", flush=True)
-            save()
-    save()
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
+            checkpoint()
+    checkpoint()
     if stop:
         print(f"stopped after step {now['step']}, saved in {args.out}; go on with --resume", flush=True)
         final = dict(bpb=None, load=0.0, recall=[], chance=[])
@@ -481,6 +437,7 @@ def report(result):
 
 
 def main(argv=None):
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         result = run(*parse_args(argv))
         print(json.dumps(result))
@@ -494,6 +451,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("train.py: interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
 
 
 if __name__ == "__main__":

@@ -350,7 +350,8 @@ def run(args, state):
     if state:
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
-        now = state["now"]
+        same = all(state["args"][name] == getattr(args, name) for name in ("data", "val_data"))
+        now = {**state["now"], "bpb": state["now"]["bpb"] if same else math.inf}  # no comparison across texts
     card(model, args, device, why, data, time.perf_counter() - started)
 
     def checkpoint():
@@ -407,6 +408,7 @@ def run(args, state):
         print(f"stopped after step {now['step']}, saved in {args.out}; go on with --resume", flush=True)
         final = dict(bpb=None, load=0.0, recall=[], chance=[])
     else:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # all is saved: Ctrl-C may end the evaluation
         final = evaluate(model, data["val"], args.seq_len, 16, device)
         print(f"final {now['step']:04d} | {report(final)} | {data['val'].n_bytes:,} bytes")
     return summary(model, args, now, final, device)

@@ -18,14 +18,86 @@ document, or of the subtree in a prefix tree laid out depth first; None is plain
 
 Differs from the paper: scores are ranked without their 1/sqrt(D), which changes no ranking; the KL applies it.
 """
+from __future__ import annotations
+
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # no Triton on macOS: the torch half is complete
+    triton = tl = None
+
+QUERY_OUTER = 512  # queries a sequence up to which one program a query beats sorting them by block
+PROGRAMS = 528     # decode splits its keys into about this many programs: four for each multiprocessor of an H100
+GAMMA = 2.0 ** -16  # rounding of a score of D = 128 products, relative to |q| |k|
+
+
+def jit(kernel):
+    return kernel if triton is None else triton.jit(kernel)
 
 
 def chunk(device):
     """Elements of the largest temporary: index branch and MSA take queries in chunks and never hold a T x T matrix."""
     return 1 << 24 if device.type == "cpu" else 1 << 29
+
+
+def _expect(what, got, want):
+    if got != want:
+        raise ValueError(f"{what} is {got}, expected {want}")
+
+
+def _check(q, end, start, **others):
+    """ValueError unless every other tensor (x, expected shape) fits q's device and dtype, and end and start fit too."""
+    for name, (x, shape) in others.items():
+        _expect(f"shape of {name}", tuple(x.shape), tuple(shape))
+        _expect(f"device of {name}", x.device, q.device)
+        if x.is_floating_point():
+            _expect(f"dtype of {name}", x.dtype, q.dtype)
+    keys = next(iter(others.values()))[0].size(1)
+    if end is not None and (end.dim() != 2 or end.size(0) != q.size(0) or end.size(1) > keys
+                            or (start is None and end.size(1) != keys)):
+        raise ValueError(f"shape of end is {tuple(end.shape)}, expected {(q.size(0), keys)}, one end for each key")
+    for name, x in (("end", end), ("start", start)):
+        if x is not None:
+            _expect(f"dtype of {name}", x.dtype, torch.int32)
+            _expect(f"device of {name}", x.device, q.device)
+    if start is not None:
+        _expect("shape of start", tuple(start.shape), (q.size(0),))
+
+
+def _pick(impl, x, *sizes, grad=()):
+    """True for Triton. auto: on a GPU, in 16 bits, sizes powers of two from 16 to 128, no gradient; says why if not."""
+    if impl not in ("auto", "triton", "torch"):
+        raise ValueError(f"impl is {impl!r}, expected 'auto', 'triton' or 'torch'")
+    if impl == "torch" or (impl == "auto" and not x.is_cuda):
+        return False
+    why = None
+    if triton is None:
+        why = "Triton is not installed"
+    elif x.is_cuda and x.element_size() != 2:
+        why = f"the dtype is {x.dtype}, not bfloat16 or float16"
+    elif x.is_cuda and not all(16 <= n <= 128 and n & (n - 1) == 0 for n in sizes):
+        why = f"sizes {sizes} are not powers of two from 16 to 128"
+    elif torch.is_grad_enabled() and any(t.requires_grad for t in grad):
+        why = "a gradient is asked for"
+    if why and impl == "triton":
+        raise ValueError(f"impl='triton' does not fit: {why}")
+    if why:
+        warnings.warn(f"sparse attention runs in torch: {why}", stacklevel=3)
+    return why is None
+
+
+def _contiguous(**tensors):
+    """Kernels read q-like tensors as they lie, and each sequence of a cache as one piece."""
+    for name, x in tensors.items():
+        if not x[0].is_contiguous() or (x.size(0) > 1 and x.stride(0) < x[0].numel()):
+            raise ValueError(f"strides of {name} are {x.stride()}, expected contiguous {torch.empty(x.shape, device='meta').stride()}")
 
 
 def query_index(T, start, device):
@@ -42,9 +114,16 @@ def visible(i, j, end):
     return seen & (i[..., None] < F.pad(end, (0, j.numel() - end.size(1)))[:, None])  # a cache may hold spare slots
 
 
-def full_attention(q, k, v, end=None, start=None):
+def full_attention(q, k, v, end=None, start=None, impl="auto"):
     """Softmax attention over every visible key. q (B, T, H, D), k and v (B, Tk, Hkv, D) -> (B, T, H, D)."""
     T, Tk = q.size(1), k.size(1)
+    _check(q, end, start, k=(k, (q.size(0), Tk, k.size(2), q.size(3))), v=(v, k.shape))
+    _expect("heads over KV heads leave a rest that", q.size(2) % k.size(2), 0)
+    decode = start is not None and T <= 4
+    if (decode or impl == "triton") and _pick(impl, q, q.size(3), grad=(q, k, v)):
+        _expect("start is given and T <= 4 (all that the Triton kernel does)", decode, True)
+        _contiguous(q=q, k=k, v=v)
+        return _dense_triton(q, k, v, end, start)
     mask = None
     if end is not None or start is not None:
         i, j = query_index(T, start, q.device), torch.arange(Tk, device=q.device)
@@ -77,10 +156,14 @@ def top_blocks(scores, own, S):
 
 
 @torch.no_grad()
-def select_blocks(qi, ki, S, L, end=None, start=None):
+def select_blocks(qi, ki, S, L, end=None, start=None, impl="auto"):
     """The index branch's choice (paper eq. 5-7). qi (B, T, Hkv, D), ki (B, Tk, D) -> block_idx int32 (B, T, Hkv, S).
     Slot 0 is the query's own block; -1 fills rows with fewer than S visible blocks."""
-    (B, T, Hkv, _), Tk = qi.shape, ki.size(1)
+    (B, T, Hkv, D), Tk = qi.shape, ki.size(1)
+    _check(qi, end, start, ki=(ki, (B, Tk, D)))
+    if _pick(impl, qi, D, L):
+        _contiguous(qi=qi, ki=ki)
+        return _select_triton(qi, ki, S, L, end, start)
     i = query_index(T, start, qi.device)
     step = max(1, chunk(qi.device) // (B * Hkv * Tk))
     return torch.cat([top_blocks(block_max(index_scores(qi[:, t:t + step], ki, i[:, t:t + step], end), L),
@@ -118,11 +201,15 @@ def group_probs(q, keys, seen):
     return scores.masked_fill(~seen[..., None, :], float("-inf")).softmax(-1)
 
 
-def msa_attention(q, k, v, block_idx, L, end=None, start=None):
+def msa_attention(q, k, v, block_idx, L, end=None, start=None, impl="auto"):
     """Exact attention over the chosen blocks (paper eq. 8): time and memory grow with T * S * L, never with T * T.
-    q (B, T, H, D), k and v (B, Tk, Hkv, D), block_idx (B, T, Hkv, S) -> (B, T, H, D)."""
+    q (B, T, H, D), k and v (B, Tk, Hkv, D), block_idx (B, T, Hkv, S), own block in slot 0 -> (B, T, H, D)."""
     (B, T, H, D), (Hkv, S) = q.shape, block_idx.shape[2:]
-    assert k.size(2) == Hkv and H % Hkv == 0, f"{H} heads, {k.size(2)} KV heads, a selection for {Hkv}"
+    _check(q, end, start, k=(k, (B, k.size(1), Hkv, D)), v=(v, k.shape), block_idx=(block_idx, (B, T, Hkv, S)))
+    _expect("heads over KV heads leave a rest that", H % Hkv, 0)
+    if _pick(impl, q, D, L, grad=(q, k, v)):
+        _contiguous(q=q, k=k, v=v, block_idx=block_idx)
+        return _attend_triton(q, k, v, block_idx, L, end, start)
     def attend(q, i, blocks, k, v):
         p = group_probs(q, gather_blocks(k, blocks, L), selected(blocks, i, L, end))
         return (p.to(v.dtype) @ gather_blocks(v, blocks, L)).flatten(2, 3)                                # (B, t, H, D)
@@ -134,11 +221,37 @@ def msa_attention(q, k, v, block_idx, L, end=None, start=None):
                                  use_reentrant=False) for t in range(0, T, step)], 1)
 
 
-def msa_decode(q, k, v, qi, ki, S, L, length, end=None):
-    """One decode step: choose blocks, attend. q (B, 1, H, D) and qi (B, 1, Hkv, D) are the new token's, at slot length
-    (B,); k, v (B, Tk, Hkv, D) and ki (B, Tk, D) hold it too -> out (B, 1, H, D), block_idx (B, 1, Hkv, S)."""
-    block_idx = select_blocks(qi, ki, S, L, end, length)
-    return msa_attention(q, k, v, block_idx, L, end, length), block_idx
+def msa_decode(q, k, v, qi, ki, S, L, length, end=None, impl="auto", fp8=None):
+    """One decode step: choose blocks, attend. q (B, T, H, D) and qi (B, T, Hkv, D) are the new tokens', at slots length
+    (B,) and on; k, v (B, Tk, Hkv, D) and ki (B, Tk, D) hold them too -> out (B, T, H, D), block_idx (B, T, Hkv, S).
+    fp8 = quantize_index(ki, L) halves the bytes that the kernels read and changes nothing else: the same selection."""
+    (B, T, H, D), Tk, Hkv = q.shape, k.size(1), k.size(2)
+    if T <= 4 and _pick(impl, q, D, qi.size(3), L, grad=(q, k, v)):
+        _check(q, end, length, k=(k, (B, Tk, Hkv, D)), v=(v, k.shape))
+        _check(qi, end, length, ki=(ki, (B, Tk, qi.size(3))), qi=(qi, (B, T, Hkv, qi.size(3))))
+        _expect("heads over KV heads leave a rest that", H % Hkv, 0)
+        _contiguous(q=q, k=k, v=v, qi=qi, ki=ki)
+        return _decode_triton(q, k, v, qi, ki, S, L, length, end, fp8)
+    block_idx = select_blocks(qi, ki, S, L, end, length, impl)
+    return msa_attention(q, k, v, block_idx, L, end, length, impl), block_idx
+
+
+@torch.no_grad()
+def quantize_index(ki, L):
+    """An fp8 copy of the index keys with an error bound, for msa_decode. ki (B, Tk, D) -> ki8 (B, Tk, D) float8_e4m3fn,
+    scale (B, N), a power of two for each block, and slack (B, N): whatever the query, the maxima of q . k and of
+    scale * q . k8 over a block, both as computed, differ by at most |q| * slack. Cauchy-Schwarz gives the largest
+    residual |k - scale * k8|; GAMMA |k| on either side covers rounding, which grows with |q| |k|, not with the score
+    (keys that nearly cancel)."""
+    Tk, up = ki.size(1), 1 + 2.0 ** -15                                                   # up: norms are rounded up
+    k = F.pad(ki, (0, 0, 0, -Tk % L)).unflatten(1, (-1, L)).float()                                   # (B, N, L, D)
+    scale = (k.abs().amax((2, 3)).clamp(min=1e-30) / 448).log2().ceil().exp2()                # 448: the largest e4m3
+    k8 = (k / scale[..., None, None]).to(torch.float8_e4m3fn)
+    near = k8.float() * scale[..., None, None]
+    residual, norm = ((x.norm(dim=-1).amax(-1) * up) for x in (k - near, k))
+    slack = residual + GAMMA * (2 * norm + residual)
+    return k8.flatten(1, 2)[:, :Tk].contiguous(), scale, slack
+
 
 
 class _IndexKL(torch.autograd.Function):
@@ -283,3 +396,503 @@ class KVCache:
         """Keep these rows (int64), in this order."""
         self.k, self.v, self.ki = self.k[:, rows], self.v[:, rows], self.ki[:, rows]
         self.length = self.length[rows]
+
+
+# ---- Triton: the index branch of a prefill -------------------------------------------------------
+
+
+@jit
+def _key(score, block):
+    """int64 that orders as (score, lowest block first): the float's bits made monotonic, then the inverted id."""
+    bits = score.to(tl.int32, bitcast=True)
+    return (tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64) << 32) | (0x7FFFFFFF - block).to(tl.int64)
+
+
+@jit
+def _block_of(key):
+    """Block id of a key; -1 where its score is -inf, whose bits make -0x7F800001."""
+    return tl.where((key >> 32) > -0x7F800001, 0x7FFFFFFF - (key & 0x7FFFFFFF), -1).to(tl.int32)
+
+
+@jit
+def _merge(best, new):
+    """Top W of two rows of W keys, descending: best is, new has any order. Of a descending and an ascending row the
+    larger elements, place by place, are the top W, and already bitonic."""
+    return tl.bitonic_merge(tl.maximum(best, tl.sort(new, 1, False)), 1, True)
+
+
+# One program = ROWS (query, index head) pairs of one sequence against every earlier block; the longest start first.
+@jit
+def _index_kernel(qi, keys, end, block_end, start, block_idx, T, Tk, HKV: tl.constexpr, D: tl.constexpr,
+                  L: tl.constexpr, S: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr):
+    tile, b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    row, w, base = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, W), b.to(tl.int64) * T * HKV
+    first = 0 if start is None else tl.load(start + b)
+    i, mine = first + row // HKV, row < T * HKV
+    q = tl.load(qi + (base + row)[:, None] * D + tl.arange(0, D), mask=mine[:, None], other=0.0)      # [ROWS, D]
+    n = (first + (tl.minimum((tile + 1) * ROWS, T * HKV) - 1) // HKV) // L                   # blocks before the last own
+    best = tl.full([ROWS, W], -0x7FFFFFFFFFFFFFFF, tl.int64)
+    new = tl.full([ROWS, W], float("-inf"), tl.float32)
+    for blk in range(0, n):
+        earlier = blk < i // L  # such a block lies wholly before i: no other causal mask is needed
+        if end is None:
+            s = tl.dot(q, keys.load([b * Tk + blk * L, 0]).T, input_precision="ieee")                 # [ROWS, L]
+            score = tl.max(s, 1)
+        else:
+            score = tl.full([ROWS], float("-inf"), tl.float32)
+            if tl.load(block_end + b * tl.cdiv(Tk, L) + blk) > first + tile * ROWS // HKV:
+                s = tl.dot(q, keys.load([b * Tk + blk * L, 0]).T, input_precision="ieee")
+                last = tl.load(end + b.to(tl.int64) * Tk + blk * L + tl.arange(0, L))
+                score = tl.max(tl.where(i[:, None] < last, s, float("-inf")), 1)
+        new = tl.where(w == blk % W, tl.where(earlier, score, float("-inf"))[:, None], new)
+        if (blk % W == W - 1) | (blk == n - 1):
+            new = tl.where(w <= blk % W, new, float("-inf"))
+            best = _merge(best, _key(new, (blk // W * W + w)[None]))
+    out = block_idx + (base + row)[:, None] * S
+    tl.store(out + tl.zeros([1], tl.int32), (i // L)[:, None], mask=mine[:, None])
+    tl.store(out + 1 + w, _block_of(best), mask=mine[:, None] & (w < S - 1))
+
+
+def _select_triton(qi, ki, S, L, end, start):
+    (B, T, Hkv, D), Tk = qi.shape, ki.size(1)
+    block_idx = torch.empty(B, T, Hkv, S, dtype=torch.int32, device=qi.device)
+    end = None if end is None else F.pad(end, (0, Tk - end.size(1))).contiguous()
+    block_end = None if end is None else F.pad(end, (0, -Tk % L)).unflatten(1, (-1, L)).amax(2)
+    W, rows = max(2, triton.next_power_of_2(S - 1)), 128 if qi.is_cuda else 32
+    keys = TensorDescriptor.from_tensor(ki.view(B * Tk, D), [L, D])
+    # 128 registers a thread let two programs share a multiprocessor: one selects while the other multiplies
+    _index_kernel[triton.cdiv(T * Hkv, rows), B](qi, keys, end, block_end, start, block_idx, T, Tk, Hkv, D, L, S, W,
+                                                 rows, num_warps=8, num_stages=2, maxnreg=128)
+    return block_idx
+
+
+# ---- Triton: attention over the chosen blocks ----------------------------------------------------
+
+
+# One program = one query and one KV head: the G query heads that share its keys, block by block.
+@jit
+def _query_outer_kernel(q, k, v, end, start, block_idx, out, T, Tk, HKV: tl.constexpr, G: tl.constexpr,
+                        D: tl.constexpr, L: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr):
+    bt, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    b, g, d = bt // T, tl.arange(0, ROWS), tl.arange(0, D)
+    i = (bt % T + (0 if start is None else tl.load(start + b))).to(tl.int32)
+    rows, mine = ((bt * HKV + h) * G + g)[:, None] * D + d, (g < G)[:, None]
+    x = tl.load(q + rows, mask=mine, other=0.0)                                                       # [ROWS, D]
+    m, l = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, D], tl.float32)
+    for slot in range(0, S):
+        blk = tl.load(block_idx + (bt * HKV + h) * S + slot)
+        j = blk * L + tl.arange(0, L)
+        seen = (j >= 0) & (j <= i)
+        if end is not None:
+            seen = seen & (i < tl.load(end + b * Tk + j, mask=seen, other=0))
+        keys = ((b * Tk + j) * HKV + h)[:, None] * D + d                                              # [L, D]
+        s = tl.dot(x, tl.load(k + keys, mask=seen[:, None], other=0.0).T, input_precision="ieee")
+        s = tl.where(seen, s * (D ** -0.5 * 1.4426950408889634), float("-inf"))
+        new = tl.maximum(tl.maximum(m, tl.max(s, 1)), -1e30)  # -1e30: a row with no visible key gives 0, never nan
+        p, scale = tl.exp2(s - new[:, None]), tl.exp2(m - new)
+        value = tl.load(v + keys, mask=seen[:, None], other=0.0)
+        acc = acc * scale[:, None] + tl.dot(p.to(value.dtype), value, input_precision="ieee")
+        l, m = l * scale + tl.sum(p, 1), new
+    tl.store(out + rows, (acc / tl.maximum(l, 1e-30)[:, None]).to(x.dtype), mask=mine)
+
+
+# One program = up to RUN queries that chose one block, ROWS // G of them at a time: K and V are read once for all.
+@jit
+def _kv_outer_kernel(q, k, v, end, first, edges, tasks, part, lse, edge0, HKV: tl.constexpr, G: tl.constexpr,
+                     D: tl.constexpr, L: tl.constexpr, S1: tl.constexpr, ROWS: tl.constexpr):
+    task = tasks + tl.program_id(0) * 4
+    h, blk, lo, hi = tl.load(task), tl.load(task + 1), tl.load(task + 2), tl.load(task + 3)
+    r, d, j = tl.arange(0, ROWS), tl.arange(0, D), blk * L + tl.arange(0, L)
+    TOKENS: tl.constexpr = ROWS // G
+    if lo < hi:
+        keys = (j.to(tl.int64) * HKV + h)[:, None] * D + d
+        key, value = tl.load(k + keys), tl.load(v + keys)                                             # [L, D]
+        for e in range(lo, hi, TOKENS):
+            mine = (e + r // G < hi) & (r < TOKENS * G)
+            edge = tl.load(edges + e + r // G, mask=mine, other=0) - edge0       # (query, head, slot), counted in the chunk
+            row = ((edge // S1).to(tl.int64) * G + r % G)[:, None] * D + d
+            x = tl.load(q + row, mask=mine[:, None], other=0.0)                                       # [ROWS, D]
+            s = tl.dot(x, key.T, input_precision="ieee") * (D ** -0.5 * 1.4426950408889634)
+            if end is not None:
+                s = tl.where((tl.load(first) + edge // S1 // HKV)[:, None] < tl.load(end + j), s, float("-inf"))
+            m = tl.maximum(tl.max(s, 1), -1e30)
+            p = tl.exp2(s - m[:, None])
+            l = tl.sum(p, 1)
+            o = tl.dot(p.to(value.dtype), value, input_precision="ieee") / tl.maximum(l, 1e-30)[:, None]
+            slot = edge.to(tl.int64) * G + r % G  # every (query, head, slot) owns its place: no atomics
+            tl.store(part + slot[:, None] * D + d, o.to(x.dtype), mask=mine[:, None])
+            tl.store(lse + slot, m + tl.log2(l), mask=mine)
+
+
+# One program = ROWS // G queries of one block and one KV head: their own block here, then the parts of the others.
+@jit
+def _combine_kernel(q, k, v, end, first, block_idx, part, lse, out, n, HKV: tl.constexpr, G: tl.constexpr,
+                    D: tl.constexpr, L: tl.constexpr, S1: tl.constexpr, ROWS: tl.constexpr):
+    r, d, h, i0 = tl.arange(0, ROWS), tl.arange(0, D), tl.program_id(1), tl.load(first)
+    TOKENS: tl.constexpr = ROWS // G
+    TILES: tl.constexpr = (L + TOKENS - 1) // TOKENS
+    token = tl.program_id(0) % TILES * TOKENS + r // G                                            # within the block
+    blk = i0 // L + tl.program_id(0) // TILES
+    i, j = blk * L + token, blk * L + tl.arange(0, L)
+    t = (i - i0).to(tl.int64)
+    mine = (token < L) & (r < TOKENS * G) & (t >= 0) & (t < n)
+    row = ((t * HKV + h) * G + r % G)[:, None] * D + d
+    x = tl.load(q + row, mask=mine[:, None], other=0.0)                                               # [ROWS, D]
+    keys, held = (j.to(tl.int64) * HKV + h)[:, None] * D + d, (j < i0 + n)
+    s = tl.dot(x, tl.load(k + keys, mask=held[:, None], other=0.0).T, input_precision="ieee")
+    seen = j <= i[:, None]
+    if end is not None:
+        seen = seen & (i[:, None] < tl.load(end + j, mask=held, other=0))
+    s = tl.where(seen, s * (D ** -0.5 * 1.4426950408889634), float("-inf"))
+    m = tl.maximum(tl.max(s, 1), -1e30)
+    p = tl.exp2(s - m[:, None])
+    l = tl.sum(p, 1)
+    value = tl.load(v + keys, mask=held[:, None], other=0.0)
+    acc = tl.dot(p.to(value.dtype), value, input_precision="ieee")                                    # [ROWS, D]
+    for slot in tl.range(0, S1, num_stages=3):
+        edge = (t * HKV + h) * S1 + slot
+        chosen = mine & (tl.load(block_idx + (t * HKV + h) * (S1 + 1) + slot + 1, mask=mine, other=-1) >= 0)
+        other = tl.load(lse + edge * G + r % G, mask=chosen, other=float("-inf"))
+        new = tl.maximum(m, other)
+        o = tl.load(part + (edge * G + r % G)[:, None] * D + d, mask=chosen[:, None], other=0.0)
+        old, weight = tl.exp2(m - new), tl.exp2(other - new)
+        acc, l, m = acc * old[:, None] + o.to(tl.float32) * weight[:, None], l * old + weight, new
+    tl.store(out + row, (acc / tl.maximum(l, 1e-30)[:, None]).to(x.dtype), mask=mine[:, None])
+
+
+def _plan(block_idx, N, chunk_size, run):
+    """Turn the choice around: which queries chose each block. block_idx (B, T, Hkv, S); chunks of chunk_size queries ->
+    edges int32 (B*T*Hkv*(S-1),): ids of (query, head, slot) sorted by (chunk, head, block); tasks int32 (chunks, P, 4):
+    head, block, and a range of at most `run` edges. P is a bound known to the host, so nothing is read back."""
+    (B, T, Hkv, S), device = block_idx.shape, block_idx.device
+    chunks = -(-T // chunk_size)
+    buckets, P = Hkv * N, chunk_size * Hkv * (S - 1) // run + Hkv * N
+    c = torch.arange(T, device=device) // chunk_size + torch.arange(B, device=device)[:, None] * chunks       # (B, T)
+    blk = block_idx[..., 1:]
+    key = (c[..., None] * Hkv + torch.arange(Hkv, device=device))[..., None] * N + blk                  # (B, T, Hkv, S-1)
+    key = torch.where(blk < 0, B * chunks * buckets, key).int().flatten()
+    key, edges = key.sort(stable=True)
+    offset = torch.searchsorted(key, torch.arange(B * chunks * buckets + 1, device=device, dtype=torch.int32))
+    size = offset.diff().view(B * chunks, buckets)
+    ends = (-(-size // run)).cumsum(1)                                                    # tasks up to and with a bucket
+    p = torch.arange(P, device=device)
+    bucket = torch.searchsorted(ends, p.expand(B * chunks, P).contiguous(), right=True)
+    real, bucket = bucket < buckets, bucket.clamp(max=buckets - 1)
+    nth = p - (ends - -(-size // run)).gather(1, bucket)
+    lo = offset[:-1].view(B * chunks, buckets).gather(1, bucket) + nth * run
+    hi = torch.minimum(lo + run, offset[1:].view(B * chunks, buckets).gather(1, bucket))
+    tasks = torch.stack([bucket // N, bucket % N, lo, torch.where(real, hi, lo)], -1)
+    return edges.int(), tasks.int()
+
+
+def _attend_triton(q, k, v, block_idx, L, end, start, chunk_size=16384, run=256):
+    (B, T, H, D), (Tk, Hkv), S, device = q.shape, k.shape[1:3], block_idx.size(3), q.device
+    G, out = H // Hkv, torch.empty_like(q)
+    end = None if end is None else F.pad(end, (0, Tk - end.size(1))).contiguous()
+    if T <= QUERY_OUTER:
+        rows = max(16, triton.next_power_of_2(G))
+        _query_outer_kernel[B * T, Hkv](q, k, v, end, start, block_idx, out, T, Tk, Hkv, G, D, L, S, rows, num_stages=2)
+        return out
+    chunk_size, rows = min(chunk_size, T), max(64, triton.next_power_of_2(G))
+    edges, tasks = _plan(block_idx, -(-Tk // L), chunk_size, run)
+    part = torch.empty(chunk_size * H * (S - 1), D, dtype=q.dtype, device=device)
+    lse = torch.empty(chunk_size * H * (S - 1), device=device)
+    first = torch.arange(0, T, chunk_size, dtype=torch.int32, device=device).repeat(B, 1)
+    first = (first if start is None else first + start[:, None]).flatten()
+    tiles = -(-L // (rows // G))
+    for c, (b, t) in enumerate((b, t) for b in range(B) for t in range(0, T, chunk_size)):
+        n = min(chunk_size, T - t)
+        ends = None if end is None else end[b]
+        dims = Hkv, G, D, L, S - 1, rows
+        _kv_outer_kernel[tasks.size(1),](q[b, t:], k[b], v[b], ends, first[c:], edges, tasks[c], part, lse,
+                                         (b * T + t) * Hkv * (S - 1), *dims, num_stages=2)
+        _combine_kernel[(n // L + 2) * tiles, Hkv](q[b, t:], k[b], v[b], ends, first[c:], block_idx[b, t:], part, lse,
+                                                   out[b, t:], n, *dims)
+    return out
+
+
+# ---- Triton: decode ------------------------------------------------------------------------------
+
+
+@jit
+def _queries(qi, length, b, T, HKV: tl.constexpr, D: tl.constexpr, L: tl.constexpr, COLS: tl.constexpr):
+    """The T * HKV index queries of sequence b as columns [D, COLS], and each column's own index i."""
+    c = tl.arange(0, COLS)
+    x = tl.load(qi + (b.to(tl.int64) * T * HKV + c)[None] * D + tl.arange(0, D)[:, None], mask=c < T * HKV, other=0.0)
+    return x, tl.where(c < T * HKV, tl.load(length + b) + c // HKV, -1)
+
+
+@jit
+def _block_scores(x, key, end, i, b, blk, cap, L: tl.constexpr):
+    """Scores [COLS] of one block: max over its keys [L, D] of k . q, -inf where invisible. Scan and rescoring share it,
+    tile and order of summation included, so that their scores are equal to the last bit."""
+    s = tl.dot(key, x, input_precision="ieee")                                                        # [L, COLS]
+    if end is not None:
+        last = tl.load(end + b.to(tl.int64) * cap + blk * L + tl.arange(0, L))
+        s = tl.where(i[None] < last[:, None], s, float("-inf"))
+    return tl.where(blk < i // L, tl.max(s, 0), float("-inf"))
+
+
+@jit
+def _store_scores(scores, score, b, group, T, cap, HKV: tl.constexpr, L: tl.constexpr, GROUP: tl.constexpr,
+                  COLS: tl.constexpr):
+    """Block scores [COLS, GROUP] and their maximum: a row of scores holds all block scores, then all group maxima."""
+    c, groups = tl.arange(0, COLS), tl.cdiv(tl.cdiv(cap, L), GROUP)
+    row = scores + (b * T * HKV + c).to(tl.int64) * groups * (GROUP + 1)
+    tl.store(row[:, None] + group * GROUP + tl.arange(0, GROUP), score, mask=(c < T * HKV)[:, None])
+    tl.store(row + groups * GROUP + group, tl.max(score, 1), mask=c < T * HKV)
+
+
+# One program = GROUP neighbouring blocks of one sequence, for all its queries and index heads at once.
+@jit
+def _scan_kernel(qi, ki, scale, end, length, scores, done, T, cap, HKV: tl.constexpr, D: tl.constexpr,
+                 L: tl.constexpr, GROUP: tl.constexpr, COLS: tl.constexpr, PDL: tl.constexpr):
+    group, b = tl.program_id(0), tl.program_id(1)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    c, g = tl.arange(0, COLS), tl.arange(0, GROUP)
+    if group == 0:
+        tl.store(done + b * T * HKV + c, 0, mask=c < T * HKV)
+    n = (tl.load(length + b) + T - 1) // L                                                # blocks before the last own
+    if group * GROUP < n:
+        x, i = _queries(qi, length, b, T, HKV, D, L, COLS)
+        if scale is not None:  # fp8 widens to fp16 in one instruction; a power of two keeps q inside fp16's range
+            top = tl.max(tl.abs(x.to(tl.float32)), 0)
+            unit = tl.exp2(tl.ceil(tl.log2(tl.maximum(top, 1e-30))))
+            x = (x.to(tl.float32) / unit[None]).to(tl.float16)
+        score = tl.full([COLS, GROUP], float("-inf"), tl.float32)
+        for blk in range(group * GROUP, tl.minimum(group * GROUP + GROUP, n)):
+            j = b.to(tl.int64) * cap + blk * L + tl.arange(0, L)
+            key = tl.load(ki + j[:, None] * D + tl.arange(0, D))
+            if scale is None:
+                s = _block_scores(x, key, end, i, b, blk, cap, L)
+            else:
+                s = _block_scores(x, key.to(tl.float16), end, i, b, blk, cap, L)
+                s = s * unit * tl.load(scale + b * tl.cdiv(cap, L) + blk)
+            score = tl.where(g == blk - group * GROUP, s[:, None], score)
+        _store_scores(scores, score, b, group, T, cap, HKV, L, GROUP, COLS)
+
+
+@jit
+def _choose(scores, row, own, slot, groups, GROUP: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr):
+    """The block of rank slot >= 1 among those before own. Exact in two steps: the top W blocks lie in the top W
+    groups, because each group that beats theirs holds a block that beats them."""
+    row, g = scores + row.to(tl.int64) * groups * (GROUP + 1), tl.arange(0, GROUPS)
+    top = tl.load(row + groups * GROUP + g, mask=g * GROUP < own, other=float("-inf"))
+    group = _block_of(tl.topk(_key(top, g), W))                                                       # [W]
+    blk = tl.maximum(group, 0)[:, None] * GROUP + tl.arange(0, GROUP)  # not -1: its inverted id would carry over
+    score = tl.load(row + blk, mask=(group >= 0)[:, None] & (blk < own), other=float("-inf"))
+    best = _block_of(tl.topk(tl.reshape(_key(score, blk), [W * GROUP]), W))
+    return tl.max(tl.where(tl.arange(0, W) == slot - 1, best, -1))
+
+
+# One program = one of the W blocks that lead on fp8 scores, for one query and index head: its exact score.
+@jit
+def _probe_kernel(qi, ki, end, length, scores, exact, T, cap, HKV: tl.constexpr, D: tl.constexpr, L: tl.constexpr,
+                  GROUP: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr, PDL: tl.constexpr):
+    slot, row = tl.program_id(0) + 1, tl.program_id(1)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    b = row // (T * HKV)
+    x, i = _queries(qi, length, b, T, HKV, D, L, COLS)
+    own = (tl.load(length + b) + row % (T * HKV) // HKV) // L
+    blk = _choose(scores, row, own, slot, tl.cdiv(tl.cdiv(cap, L), GROUP), GROUP, GROUPS, W)
+    score = float("-inf")
+    if blk >= 0:
+        j = b.to(tl.int64) * cap + blk * L + tl.arange(0, L)
+        key = tl.load(ki + j[:, None] * D + tl.arange(0, D))
+        s = _block_scores(x, key, end, i, b, blk, cap, L)
+        score = tl.max(tl.where(tl.arange(0, COLS) == row % (T * HKV), s, float("-inf")))
+    tl.store(exact + row * W + slot - 1, score)
+
+
+# One program = GROUP blocks: those whose fp8 score plus error bound reaches the probes' minimum get their exact score.
+@jit
+def _rescore_kernel(qi, ki, slack, exact, end, length, scores, T, cap, HKV: tl.constexpr, D: tl.constexpr,
+                    L: tl.constexpr, GROUP: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr, PDL: tl.constexpr):
+    group, b = tl.program_id(0), tl.program_id(1)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    c, g = tl.arange(0, COLS), tl.arange(0, GROUP)
+    n = (tl.load(length + b) + T - 1) // L
+    if group * GROUP < n:
+        x, i = _queries(qi, length, b, T, HKV, D, L, COLS)
+        norm = tl.sqrt(tl.sum(x.to(tl.float32) * x.to(tl.float32), 0)) * (1 + 2.0 ** -15)  # rounded up
+        w, row = tl.arange(0, W), b * T * HKV + c
+        probe = tl.load(exact + row[:, None] * W + w, mask=(c < T * HKV)[:, None], other=float("inf"))
+        floor = tl.min(probe, 1)                # W >= S - 1 blocks score this or more: nothing below it can be chosen
+        groups = tl.cdiv(tl.cdiv(cap, L), GROUP)
+        blk8 = group * GROUP + g
+        at = scores + row.to(tl.int64)[:, None] * groups * (GROUP + 1) + blk8
+        near = tl.load(at, mask=(c < T * HKV)[:, None] & (blk8 < i[:, None] // L), other=float("-inf"))  # [COLS, GROUP]
+        bound = norm[:, None] * tl.load(slack + b * tl.cdiv(cap, L) + blk8, mask=blk8 < n, other=0.0)
+        live = (near > float("-inf")) & (near + bound >= floor[:, None])
+        score = tl.full([COLS, GROUP], float("-inf"), tl.float32)
+        for k in range(0, GROUP):
+            if tl.max(tl.where(g == k, live.to(tl.int32), 0)) > 0:
+                blk = group * GROUP + k
+                j = b.to(tl.int64) * cap + blk * L + tl.arange(0, L)
+                s = _block_scores(x, tl.load(ki + j[:, None] * D + tl.arange(0, D)), end, i, b, blk, cap, L)
+                score = tl.where((g == k) & live, s[:, None], score)
+        _store_scores(scores, score, b, group, T, cap, HKV, L, GROUP, COLS)
+
+
+# One program = one slot of one query and KV head: choose the block, attend; the last of the S programs combines.
+@jit
+def _attend_kernel(q, k, v, end, length, scores, block_idx, part, done, out, T, cap, DIMS: tl.constexpr,
+                   GROUP: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr):
+    HKV: tl.constexpr = DIMS[0]
+    G: tl.constexpr = DIMS[1]
+    D: tl.constexpr = DIMS[2]
+    L: tl.constexpr = DIMS[3]
+    S: tl.constexpr = DIMS[4]
+    W: tl.constexpr = DIMS[5]
+    ROWS: tl.constexpr = DIMS[6]
+    slot, row = tl.program_id(0), tl.program_id(1)                                        # row = (b * T + t) * HKV + h
+    b, h, g, d = row // (T * HKV), row % HKV, tl.arange(0, ROWS), tl.arange(0, D)
+    heads = (row.to(tl.int64) * G + g)[:, None] * D + d
+    x = tl.load(q + heads, mask=(g < G)[:, None], other=0.0)                                          # [ROWS, D]
+    i = tl.load(length + b) + row % (T * HKV) // HKV
+    blk = i // L
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    if slot > 0:
+        blk = _choose(scores, row, i // L, slot, tl.cdiv(tl.cdiv(cap, L), GROUP), GROUP, GROUPS, W)
+    tl.store(block_idx + row * S + slot, blk)
+    j = blk * L + tl.arange(0, L)
+    seen = (j >= 0) & (j <= i)
+    if end is not None:
+        seen = seen & (i < tl.load(end + b.to(tl.int64) * cap + j, mask=seen, other=0))
+    keys = ((b.to(tl.int64) * cap + j) * HKV + h)[:, None] * D + d
+    key, value = tl.load(k + keys, mask=seen[:, None], other=0.0), tl.load(v + keys, mask=seen[:, None], other=0.0)
+    s = tl.dot(x, key.T, input_precision="ieee")
+    s = tl.where(seen, s * (D ** -0.5 * 1.4426950408889634), float("-inf"))
+    m = tl.maximum(tl.max(s, 1), -1e30)
+    p = tl.exp2(s - m[:, None])
+    o = tl.dot(p.to(value.dtype), value, input_precision="ieee")
+    lse = part + tl.num_programs(0).to(tl.int64) * tl.num_programs(1) * G * D                  # (rows, S, 2, G)
+    at = row.to(tl.int64) * S + slot
+    tl.store(part + (at * G + g)[:, None] * D + d, o, mask=(g < G)[:, None])
+    tl.store(lse + at * 2 * G + g, m, mask=g < G)
+    tl.store(lse + at * 2 * G + G + g, tl.sum(p, 1), mask=g < G)
+    tl.debug_barrier()  # all threads' stores come before the one that counts
+    if tl.atomic_add(done + row, 1, sem="acq_rel") == S - 1:
+        base, w = row.to(tl.int64) * S, tl.arange(0, W * 2)
+        stat = lse + (base + w)[None] * 2 * G + g[:, None]                                            # [ROWS, 2W]
+        ok = (w < S)[None] & (g < G)[:, None]
+        m = tl.load(stat, mask=ok, other=-1e30, cache_modifier=".cg")
+        top = tl.max(m, 1)
+        l = tl.sum(tl.load(stat + G, mask=ok, other=0.0, cache_modifier=".cg") * tl.exp2(m - top[:, None]), 1)
+        acc = tl.zeros([ROWS, D], tl.float32)
+        for n in tl.static_range(S):
+            weight = tl.exp2(tl.load(lse + (base + n) * 2 * G + g, mask=g < G, other=-1e30, cache_modifier=".cg") - top)
+            o = tl.load(part + ((base + n) * G + g)[:, None] * D + d, mask=(g < G)[:, None], other=0.0,
+                        cache_modifier=".cg")
+            acc += o * weight[:, None]
+        tl.store(out + heads, (acc / tl.maximum(l, 1e-30)[:, None]).to(x.dtype), mask=(g < G)[:, None])
+
+
+# One program = one of SPLIT runs of keys of one sequence and KV head, for the T * G query rows at once.
+@jit
+def _dense_kernel(q, k, v, end, length, part, T, cap, HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+                  ROWS: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):
+    split, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    r, d = tl.arange(0, ROWS), tl.arange(0, D)
+    heads = ((b.to(tl.int64) * T + r // G) * HKV + h) * G + r % G
+    x = tl.load(q + heads[:, None] * D + d, mask=(r < T * G)[:, None], other=0.0)                     # [ROWS, D]
+    i, n = tl.load(length + b) + r // G, tl.load(length + b) + T
+    run = tl.cdiv(tl.cdiv(n, TILE), tl.num_programs(0)) * TILE
+    m, l = tl.full([ROWS], -1e30, tl.float32), tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, D], tl.float32)
+    for j0 in range(split * run, tl.minimum(split * run + run, n), TILE):
+        j = j0 + tl.arange(0, TILE)
+        keys, held = ((b.to(tl.int64) * cap + j) * HKV + h)[:, None] * D + d, (j < n)[:, None]
+        s = tl.dot(x, tl.load(k + keys, mask=held, other=0.0).T, input_precision="ieee")
+        seen = j[None] <= i[:, None]
+        if end is not None:
+            seen = seen & (i[:, None] < tl.load(end + b.to(tl.int64) * cap + j, mask=j < n, other=0)[None])
+        s = tl.where(seen, s * (D ** -0.5 * 1.4426950408889634), float("-inf"))
+        new = tl.maximum(m, tl.max(s, 1))
+        p, old = tl.exp2(s - new[:, None]), tl.exp2(m - new)
+        value = tl.load(v + keys, mask=held, other=0.0)
+        acc = acc * old[:, None] + tl.dot(p.to(value.dtype), value, input_precision="ieee")
+        l, m = l * old + tl.sum(p, 1), new
+    at = ((b * HKV + h).to(tl.int64) * tl.num_programs(0) + split) * T * G + r
+    lse = part + tl.num_programs(0).to(tl.int64) * HKV * tl.num_programs(2) * T * G * D
+    tl.store(part + at[:, None] * D + d, acc, mask=(r < T * G)[:, None])
+    tl.store(lse + 2 * at, m, mask=r < T * G)
+    tl.store(lse + 2 * at + 1, l, mask=r < T * G)
+
+
+# One program = one query row: the weighted sum of its SPLIT parts.
+@jit
+def _dense_sum_kernel(part, out, T, HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr,
+                      PADDED: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    r, h, b, w, d = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.arange(0, PADDED), tl.arange(0, D)
+    at = ((b * HKV + h).to(tl.int64) * SPLIT + w) * T * G + r
+    lse = part + tl.num_programs(0).to(tl.int64) * HKV * tl.num_programs(2) * SPLIT * D
+    m = tl.load(lse + 2 * at, mask=w < SPLIT, other=-1e30)
+    weight = tl.exp2(m - tl.max(m, 0))
+    l = tl.sum(weight * tl.load(lse + 2 * at + 1, mask=w < SPLIT, other=0.0), 0)
+    acc = tl.sum(tl.load(part + at[:, None] * D + d, mask=(w < SPLIT)[:, None], other=0.0) * weight[:, None], 0)
+    row = ((b.to(tl.int64) * T + r // G) * HKV + h) * G + r % G
+    tl.store(out + row * D + d, (acc / tl.maximum(l, 1e-30)).to(out.dtype.element_ty))
+
+
+def _capacity(x):
+    """Slots between two sequences of a cache lane (B, Tk, …), which may be a slice of a longer one."""
+    return x.size(1) if x.size(0) == 1 else x.stride(0) // x[0, 0].numel()
+
+
+def _pdl(q):
+    """Programmatic dependent launch: a kernel is set up while the one before it drains (Hopper and later)."""
+    return q.is_cuda and torch.cuda.get_device_capability(q.device)[0] >= 9
+
+
+def _decode_triton(q, k, v, qi, ki, S, L, length, end, fp8):
+    (B, T, H, D), Hkv, cap, dev = q.shape, k.size(2), _capacity(k), q.device
+    N, W, rows = -(-cap // L), max(2, triton.next_power_of_2(S - 1)), B * T * Hkv
+    group = min(16, triton.next_power_of_2(-(-B * N // PROGRAMS)))
+    groups = -(-N // group)
+    padded, cols, pdl = max(W, triton.next_power_of_2(groups)), max(16, triton.next_power_of_2(T * Hkv)), _pdl(q)
+    end = None if end is None else F.pad(end, (0, cap - end.size(1))).contiguous()
+    scores = torch.empty(rows, groups * (group + 1), device=dev)
+    done, out = torch.empty(rows, dtype=torch.int32, device=dev), torch.empty_like(q)
+    block_idx = torch.empty(B, T, Hkv, S, dtype=torch.int32, device=dev)
+    part = torch.empty(rows * S * (H // Hkv) * (D + 2), device=dev)
+    launch = dict(launch_pdl=pdl)
+    if fp8 is None:
+        _scan_kernel[groups, B](qi, ki, None, end, length, scores, done, T, cap, Hkv, qi.size(3), L, group, cols, pdl,
+                                num_warps=4, num_stages=4)
+    else:
+        ki8, scale, slack = fp8
+        exact = torch.empty(rows, W, device=dev)
+        _scan_kernel[groups, B](qi, ki8, scale, end, length, scores, done, T, cap, Hkv, qi.size(3), L, group, cols, pdl,
+                                num_warps=4, num_stages=4)
+        _probe_kernel[W, rows](qi, ki, end, length, scores, exact, T, cap, Hkv, qi.size(3), L, group, padded, W, cols,
+                               pdl, num_warps=4, **launch)
+        _rescore_kernel[groups, B](qi, ki, slack, exact, end, length, scores, T, cap, Hkv, qi.size(3), L, group, W,
+                                   cols, pdl, num_warps=4, **launch)
+    dims = Hkv, H // Hkv, D, L, S, W, max(16, triton.next_power_of_2(H // Hkv))
+    _attend_kernel[S, rows](q, k, v, end, length, scores, block_idx, part, done, out, T, cap, dims, group, padded, pdl,
+                            num_warps=4, **launch)
+    return out, block_idx
+
+
+def _dense_triton(q, k, v, end, start):
+    (B, T, H, D), Hkv, cap, tile = q.shape, k.size(2), _capacity(k), 64 if k.is_cuda else 32
+    split = max(1, min(PROGRAMS // (B * Hkv), -(-cap // (2 * tile))))
+    end = None if end is None else F.pad(end, (0, cap - end.size(1))).contiguous()
+    out, part = torch.empty_like(q), torch.empty(B * T * H * split * (D + 2), device=q.device)
+    rows, dims, pdl = max(16, triton.next_power_of_2(T * H // Hkv)), (Hkv, H // Hkv, D), _pdl(q)
+    _dense_kernel[split, Hkv, B](q, k, v, end, start, part, T, cap, *dims, rows, tile, pdl, num_warps=4, num_stages=3)
+    _dense_sum_kernel[T * H // Hkv, Hkv, B](part, out, T, *dims, split, triton.next_power_of_2(split), pdl,
+                                            num_warps=4, launch_pdl=pdl)
+    return out

@@ -34,7 +34,7 @@ except ImportError:  # no Triton on macOS: the torch half is complete
     triton = tl = None
 
 QUERY_OUTER = 512  # queries a sequence up to which one program a query beats sorting them by block
-PROGRAMS = 528     # decode splits its keys into about this many programs: four for each multiprocessor of an H100
+PROGRAMS = 264     # full attention's decode splits its keys into this many programs: two a multiprocessor of an H100
 GAMMA = 2.0 ** -16  # rounding of a score of D = 128 products, relative to |q| |k|
 
 
@@ -446,8 +446,8 @@ def _index_kernel(qi, keys, end, block_end, start, block_idx, T, Tk, HKV: tl.con
                 score = tl.max(tl.where(i[:, None] < last, s, float("-inf")), 1)
         new = tl.where(w == blk % W, tl.where(earlier, score, float("-inf"))[:, None], new)
         if (blk % W == W - 1) | (blk == n - 1):
-            new = tl.where(w <= blk % W, new, float("-inf"))
-            best = _merge(best, _key(new, (blk // W * W + w)[None]))
+            fresh = tl.where(w <= blk % W, new, float("-inf"))  # not `new` itself: the branch would have to return it
+            best = _merge(best, _key(fresh, (blk // W * W + w)[None]))
     out = block_idx + (base + row)[:, None] * S
     tl.store(out + tl.zeros([1], tl.int32), (i // L)[:, None], mask=mine[:, None])
     tl.store(out + 1 + w, _block_of(best), mask=mine[:, None] & (w < S - 1))
@@ -550,7 +550,7 @@ def _combine_kernel(q, k, v, end, first, block_idx, part, lse, out, n, HKV: tl.c
     l = tl.sum(p, 1)
     value = tl.load(v + keys, mask=held[:, None], other=0.0)
     acc = tl.dot(p.to(value.dtype), value, input_precision="ieee")                                    # [ROWS, D]
-    for slot in tl.range(0, S1, num_stages=3):
+    for slot in range(0, S1):
         edge = (t * HKV + h) * S1 + slot
         chosen = mine & (tl.load(block_idx + (t * HKV + h) * (S1 + 1) + slot + 1, mask=mine, other=-1) >= 0)
         other = tl.load(lse + edge * G + r % G, mask=chosen, other=float("-inf"))
@@ -635,70 +635,78 @@ def _block_scores(x, key, end, i, b, blk, cap, L: tl.constexpr):
 
 
 @jit
-def _store_scores(scores, score, b, group, T, cap, HKV: tl.constexpr, L: tl.constexpr, GROUP: tl.constexpr,
-                  COLS: tl.constexpr):
-    """Block scores [COLS, GROUP] and their maximum: a row of scores holds all block scores, then all group maxima."""
-    c, groups = tl.arange(0, COLS), tl.cdiv(tl.cdiv(cap, L), GROUP)
-    row = scores + (b * T * HKV + c).to(tl.int64) * groups * (GROUP + 1)
-    tl.store(row[:, None] + group * GROUP + tl.arange(0, GROUP), score, mask=(c < T * HKV)[:, None])
-    tl.store(row + groups * GROUP + group, tl.max(score, 1), mask=c < T * HKV)
+def _run_start(run, n, runs):
+    """The n blocks before the last query's own, cut into even runs: the first block of a run."""
+    return (run.to(tl.int64) * n // runs).to(tl.int32)
 
 
-# One program = GROUP neighbouring blocks of one sequence, for all its queries and index heads at once.
+@jit
+def _store_scores(scores, score, lo, hi, run, b, T, N, HKV: tl.constexpr, RUN: tl.constexpr, COLS: tl.constexpr):
+    """Scores [COLS, RUN] of the run lo … hi-1, and their maximum. A row of scores: all N blocks, then all runs."""
+    c, g = tl.arange(0, COLS), tl.arange(0, RUN)
+    row = scores + (b * T * HKV + c).to(tl.int64) * (N + tl.num_programs(0))
+    tl.store(row[:, None] + lo + g, score, mask=(c < T * HKV)[:, None] & (g < hi - lo))
+    tl.store(row + N + run, tl.max(score, 1), mask=c < T * HKV)
+
+
+# One program = one run of blocks of one sequence, for all its queries and index heads at once.
 @jit
 def _scan_kernel(qi, ki, scale, end, length, scores, done, T, cap, HKV: tl.constexpr, D: tl.constexpr,
-                 L: tl.constexpr, GROUP: tl.constexpr, COLS: tl.constexpr, PDL: tl.constexpr):
-    group, b = tl.program_id(0), tl.program_id(1)
+                 L: tl.constexpr, RUN: tl.constexpr, COLS: tl.constexpr, PDL: tl.constexpr):
+    run, b, N = tl.program_id(0), tl.program_id(1), tl.cdiv(cap, L)
+    c, g = tl.arange(0, COLS), tl.arange(0, RUN)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    n = (tl.load(length + b) + T - 1) // L
+    lo, hi = _run_start(run, n, tl.num_programs(0)), _run_start(run + 1, n, tl.num_programs(0))
+    x, i = _queries(qi, length, b, T, HKV, D, L, COLS)
+    if scale is not None:  # fp8 widens to fp16 in one instruction; a power of two keeps q inside fp16's range
+        top = tl.max(tl.abs(x.to(tl.float32)), 0)
+        unit = tl.exp2(tl.ceil(tl.log2(tl.maximum(top, 1e-30))))
+        x = (x.to(tl.float32) / unit[None]).to(tl.float16)
+    score = tl.full([COLS, RUN], float("-inf"), tl.float32)
+    for blk in range(lo, hi):
+        j = b.to(tl.int64) * cap + blk * L + tl.arange(0, L)
+        key = tl.load(ki + j[:, None] * D + tl.arange(0, D))
+        if scale is None:
+            s = _block_scores(x, key, end, i, b, blk, cap, L)
+        else:
+            s = _block_scores(x, key.to(tl.float16), end, i, b, blk, cap, L)
+            s = s * unit * tl.load(scale + b * N + blk)
+        score = tl.where(g == blk - lo, s[:, None], score)
+    _store_scores(scores, score, lo, hi, run, b, T, N, HKV, RUN, COLS)
+    if run == 0:
+        tl.store(done + b * T * HKV + c, 0, mask=c < T * HKV)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    c, g = tl.arange(0, COLS), tl.arange(0, GROUP)
-    if group == 0:
-        tl.store(done + b * T * HKV + c, 0, mask=c < T * HKV)
-    n = (tl.load(length + b) + T - 1) // L                                                # blocks before the last own
-    if group * GROUP < n:
-        x, i = _queries(qi, length, b, T, HKV, D, L, COLS)
-        if scale is not None:  # fp8 widens to fp16 in one instruction; a power of two keeps q inside fp16's range
-            top = tl.max(tl.abs(x.to(tl.float32)), 0)
-            unit = tl.exp2(tl.ceil(tl.log2(tl.maximum(top, 1e-30))))
-            x = (x.to(tl.float32) / unit[None]).to(tl.float16)
-        score = tl.full([COLS, GROUP], float("-inf"), tl.float32)
-        for blk in range(group * GROUP, tl.minimum(group * GROUP + GROUP, n)):
-            j = b.to(tl.int64) * cap + blk * L + tl.arange(0, L)
-            key = tl.load(ki + j[:, None] * D + tl.arange(0, D))
-            if scale is None:
-                s = _block_scores(x, key, end, i, b, blk, cap, L)
-            else:
-                s = _block_scores(x, key.to(tl.float16), end, i, b, blk, cap, L)
-                s = s * unit * tl.load(scale + b * tl.cdiv(cap, L) + blk)
-            score = tl.where(g == blk - group * GROUP, s[:, None], score)
-        _store_scores(scores, score, b, group, T, cap, HKV, L, GROUP, COLS)
 
 
 @jit
-def _choose(scores, row, own, slot, groups, GROUP: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr):
-    """The block of rank slot >= 1 among those before own. Exact in two steps: the top W blocks lie in the top W
-    groups, because each group that beats theirs holds a block that beats them."""
-    row, g = scores + row.to(tl.int64) * groups * (GROUP + 1), tl.arange(0, GROUPS)
-    top = tl.load(row + groups * GROUP + g, mask=g * GROUP < own, other=float("-inf"))
-    group = _block_of(tl.topk(_key(top, g), W))                                                       # [W]
-    blk = tl.maximum(group, 0)[:, None] * GROUP + tl.arange(0, GROUP)  # not -1: its inverted id would carry over
-    score = tl.load(row + blk, mask=(group >= 0)[:, None] & (blk < own), other=float("-inf"))
-    best = _block_of(tl.topk(tl.reshape(_key(score, blk), [W * GROUP]), W))
+def _choose(scores, row, slot, n, N, RUNS: tl.constexpr, PAIR: tl.constexpr, W: tl.constexpr):
+    """The block of rank slot >= 1 among those before the query's own, whose scores alone are above -inf. Exact in two
+    steps, on pairs of runs of up to PAIR blocks: the top W blocks lie in the top W pairs, because each pair that beats
+    theirs holds a block that beats them."""
+    row, p = scores + row.to(tl.int64) * (N + RUNS), tl.arange(0, RUNS // 2)
+    top = tl.maximum(tl.load(row + N + 2 * p), tl.load(row + N + 2 * p + 1))
+    pair = _block_of(tl.topk(_key(top, p), W))                                                        # [W]
+    lo, hi = _run_start(2 * tl.maximum(pair, 0), n, RUNS), _run_start(2 * pair + 2, n, RUNS)
+    blk = lo[:, None] + tl.arange(0, PAIR)
+    score = tl.load(row + blk, mask=(pair >= 0)[:, None] & (blk < hi[:, None]), other=float("-inf"))
+    best = _block_of(tl.topk(tl.reshape(_key(score, blk), [W * PAIR]), W))
     return tl.max(tl.where(tl.arange(0, W) == slot - 1, best, -1))
 
 
 # One program = one of the W blocks that lead on fp8 scores, for one query and index head: its exact score.
 @jit
 def _probe_kernel(qi, ki, end, length, scores, exact, T, cap, HKV: tl.constexpr, D: tl.constexpr, L: tl.constexpr,
-                  GROUP: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr, PDL: tl.constexpr):
+                  RUNS: tl.constexpr, PAIR: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr, PDL: tl.constexpr):
     slot, row = tl.program_id(0) + 1, tl.program_id(1)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     b = row // (T * HKV)
     x, i = _queries(qi, length, b, T, HKV, D, L, COLS)
-    own = (tl.load(length + b) + row % (T * HKV) // HKV) // L
-    blk = _choose(scores, row, own, slot, tl.cdiv(tl.cdiv(cap, L), GROUP), GROUP, GROUPS, W)
+    n = (tl.load(length + b) + T - 1) // L
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    blk = _choose(scores, row, slot, n, tl.cdiv(cap, L), RUNS, PAIR, W)
     score = float("-inf")
     if blk >= 0:
         j = b.to(tl.int64) * cap + blk * L + tl.arange(0, L)
@@ -706,44 +714,45 @@ def _probe_kernel(qi, ki, end, length, scores, exact, T, cap, HKV: tl.constexpr,
         s = _block_scores(x, key, end, i, b, blk, cap, L)
         score = tl.max(tl.where(tl.arange(0, COLS) == row % (T * HKV), s, float("-inf")))
     tl.store(exact + row * W + slot - 1, score)
-
-
-# One program = GROUP blocks: those whose fp8 score plus error bound reaches the probes' minimum get their exact score.
-@jit
-def _rescore_kernel(qi, ki, slack, exact, end, length, scores, T, cap, HKV: tl.constexpr, D: tl.constexpr,
-                    L: tl.constexpr, GROUP: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr, PDL: tl.constexpr):
-    group, b = tl.program_id(0), tl.program_id(1)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    c, g = tl.arange(0, COLS), tl.arange(0, GROUP)
+
+
+# One program = one run again: blocks whose fp8 score plus error bound reaches the probes' minimum get an exact score.
+@jit
+def _rescore_kernel(qi, ki, slack, exact, end, length, scores, T, cap, HKV: tl.constexpr, D: tl.constexpr,
+                    L: tl.constexpr, RUN: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr, PDL: tl.constexpr):
+    run, b, N = tl.program_id(0), tl.program_id(1), tl.cdiv(cap, L)
+    c, g, w = tl.arange(0, COLS), tl.arange(0, RUN), tl.arange(0, W)
     n = (tl.load(length + b) + T - 1) // L
-    if group * GROUP < n:
-        x, i = _queries(qi, length, b, T, HKV, D, L, COLS)
-        norm = tl.sqrt(tl.sum(x.to(tl.float32) * x.to(tl.float32), 0)) * (1 + 2.0 ** -15)  # rounded up
-        w, row = tl.arange(0, W), b * T * HKV + c
-        probe = tl.load(exact + row[:, None] * W + w, mask=(c < T * HKV)[:, None], other=float("inf"))
-        floor = tl.min(probe, 1)                # W >= S - 1 blocks score this or more: nothing below it can be chosen
-        groups = tl.cdiv(tl.cdiv(cap, L), GROUP)
-        blk8 = group * GROUP + g
-        at = scores + row.to(tl.int64)[:, None] * groups * (GROUP + 1) + blk8
-        near = tl.load(at, mask=(c < T * HKV)[:, None] & (blk8 < i[:, None] // L), other=float("-inf"))  # [COLS, GROUP]
-        bound = norm[:, None] * tl.load(slack + b * tl.cdiv(cap, L) + blk8, mask=blk8 < n, other=0.0)
-        live = (near > float("-inf")) & (near + bound >= floor[:, None])
-        score = tl.full([COLS, GROUP], float("-inf"), tl.float32)
-        for k in range(0, GROUP):
-            if tl.max(tl.where(g == k, live.to(tl.int32), 0)) > 0:
-                blk = group * GROUP + k
-                j = b.to(tl.int64) * cap + blk * L + tl.arange(0, L)
-                s = _block_scores(x, tl.load(ki + j[:, None] * D + tl.arange(0, D)), end, i, b, blk, cap, L)
-                score = tl.where((g == k) & live, s[:, None], score)
-        _store_scores(scores, score, b, group, T, cap, HKV, L, GROUP, COLS)
+    lo, hi = _run_start(run, n, tl.num_programs(0)), _run_start(run + 1, n, tl.num_programs(0))
+    x, i = _queries(qi, length, b, T, HKV, D, L, COLS)
+    norm = tl.sqrt(tl.sum(x.to(tl.float32) * x.to(tl.float32), 0)) * (1 + 2.0 ** -15)                 # rounded up
+    bound = norm[:, None] * tl.load(slack + b * N + lo + g, mask=g < hi - lo, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    row, mine = b * T * HKV + c, (c < T * HKV)[:, None]
+    probe = tl.load(exact + row[:, None] * W + w, mask=mine, other=float("inf"))
+    floor = tl.min(probe, 1)                    # W >= S - 1 blocks score this or more: nothing below it can be chosen
+    at = scores + row.to(tl.int64)[:, None] * (N + tl.num_programs(0)) + lo + g
+    near = tl.load(at, mask=mine & (g < hi - lo), other=float("-inf"))                                # [COLS, RUN]
+    live = (near > float("-inf")) & (near + bound >= floor[:, None])
+    wanted = tl.sum(tl.max(live.to(tl.int32), 0) << g)                                      # bit k: some column wants it
+    score = tl.full([COLS, RUN], float("-inf"), tl.float32)
+    for k in range(0, hi - lo):
+        if (wanted >> k) & 1:
+            j = b.to(tl.int64) * cap + (lo + k) * L + tl.arange(0, L)
+            s = _block_scores(x, tl.load(ki + j[:, None] * D + tl.arange(0, D)), end, i, b, lo + k, cap, L)
+            score = tl.where((g == k) & live, s[:, None], score)
+    _store_scores(scores, score, lo, hi, run, b, T, N, HKV, RUN, COLS)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 # One program = one slot of one query and KV head: choose the block, attend; the last of the S programs combines.
 @jit
-def _attend_kernel(q, k, v, end, length, scores, block_idx, part, done, out, T, cap, DIMS: tl.constexpr,
-                   GROUP: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr):
+def _attend_kernel(q, k, v, end, length, scores, block_idx, part, lse, done, out, T, cap, DIMS: tl.constexpr,
+                   PDL: tl.constexpr):
     HKV: tl.constexpr = DIMS[0]
     G: tl.constexpr = DIMS[1]
     D: tl.constexpr = DIMS[2]
@@ -751,6 +760,8 @@ def _attend_kernel(q, k, v, end, length, scores, block_idx, part, done, out, T, 
     S: tl.constexpr = DIMS[4]
     W: tl.constexpr = DIMS[5]
     ROWS: tl.constexpr = DIMS[6]
+    RUNS: tl.constexpr = DIMS[7]
+    PAIR: tl.constexpr = DIMS[8]
     slot, row = tl.program_id(0), tl.program_id(1)                                        # row = (b * T + t) * HKV + h
     b, h, g, d = row // (T * HKV), row % HKV, tl.arange(0, ROWS), tl.arange(0, D)
     heads = (row.to(tl.int64) * G + g)[:, None] * D + d
@@ -758,9 +769,10 @@ def _attend_kernel(q, k, v, end, length, scores, block_idx, part, done, out, T, 
     i = tl.load(length + b) + row % (T * HKV) // HKV
     blk = i // L
     if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     if slot > 0:
-        blk = _choose(scores, row, i // L, slot, tl.cdiv(tl.cdiv(cap, L), GROUP), GROUP, GROUPS, W)
+        blk = _choose(scores, row, slot, (tl.load(length + b) + T - 1) // L, tl.cdiv(cap, L), RUNS, PAIR, W)
     tl.store(block_idx + row * S + slot, blk)
     j = blk * L + tl.arange(0, L)
     seen = (j >= 0) & (j <= i)
@@ -772,27 +784,25 @@ def _attend_kernel(q, k, v, end, length, scores, block_idx, part, done, out, T, 
     s = tl.where(seen, s * (D ** -0.5 * 1.4426950408889634), float("-inf"))
     m = tl.maximum(tl.max(s, 1), -1e30)
     p = tl.exp2(s - m[:, None])
-    o = tl.dot(p.to(value.dtype), value, input_precision="ieee")
-    lse = part + tl.num_programs(0).to(tl.int64) * tl.num_programs(1) * G * D                  # (rows, S, 2, G)
-    at = row.to(tl.int64) * S + slot
-    tl.store(part + (at * G + g)[:, None] * D + d, o, mask=(g < G)[:, None])
-    tl.store(lse + at * 2 * G + g, m, mask=g < G)
-    tl.store(lse + at * 2 * G + G + g, tl.sum(p, 1), mask=g < G)
+    l = tl.sum(p, 1)
+    o = tl.dot(p.to(value.dtype), value, input_precision="ieee") / tl.maximum(l, 1e-30)[:, None]
+    at = (row.to(tl.int64) * S + slot) * G + g
+    tl.store(part + at[:, None] * D + d, o.to(x.dtype), mask=(g < G)[:, None])
+    tl.store(lse + at, m + tl.log2(l), mask=g < G)
     tl.debug_barrier()  # all threads' stores come before the one that counts
     if tl.atomic_add(done + row, 1, sem="acq_rel") == S - 1:
         base, w = row.to(tl.int64) * S, tl.arange(0, W * 2)
-        stat = lse + (base + w)[None] * 2 * G + g[:, None]                                            # [ROWS, 2W]
-        ok = (w < S)[None] & (g < G)[:, None]
-        m = tl.load(stat, mask=ok, other=-1e30, cache_modifier=".cg")
-        top = tl.max(m, 1)
-        l = tl.sum(tl.load(stat + G, mask=ok, other=0.0, cache_modifier=".cg") * tl.exp2(m - top[:, None]), 1)
+        stat = tl.load(lse + (base + w)[None] * G + g[:, None], mask=(w < S)[None] & (g < G)[:, None],
+                       other=float("-inf"), cache_modifier=".cg")                                     # [ROWS, 2W]
+        top = tl.maximum(tl.max(stat, 1), -1e30)
+        total = tl.sum(tl.exp2(stat - top[:, None]), 1)
         acc = tl.zeros([ROWS, D], tl.float32)
         for n in tl.static_range(S):
-            weight = tl.exp2(tl.load(lse + (base + n) * 2 * G + g, mask=g < G, other=-1e30, cache_modifier=".cg") - top)
-            o = tl.load(part + ((base + n) * G + g)[:, None] * D + d, mask=(g < G)[:, None], other=0.0,
-                        cache_modifier=".cg")
-            acc += o * weight[:, None]
-        tl.store(out + heads, (acc / tl.maximum(l, 1e-30)[:, None]).to(x.dtype), mask=(g < G)[:, None])
+            source = (base + n) * G + g
+            weight = tl.exp2(tl.load(lse + source, mask=g < G, other=float("-inf"), cache_modifier=".cg") - top)
+            other = tl.load(part + source[:, None] * D + d, mask=(g < G)[:, None], other=0.0, cache_modifier=".cg")
+            acc += other.to(tl.float32) * weight[:, None]
+        tl.store(out + heads, (acc / tl.maximum(total, 1e-30)[:, None]).to(x.dtype), mask=(g < G)[:, None])
 
 
 # One program = one of SPLIT runs of keys of one sequence and KV head, for the T * G query rows at once.
@@ -800,8 +810,6 @@ def _attend_kernel(q, k, v, end, length, scores, block_idx, part, done, out, T, 
 def _dense_kernel(q, k, v, end, length, part, T, cap, HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
                   ROWS: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):
     split, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     r, d = tl.arange(0, ROWS), tl.arange(0, D)
     heads = ((b.to(tl.int64) * T + r // G) * HKV + h) * G + r % G
     x = tl.load(q + heads[:, None] * D + d, mask=(r < T * G)[:, None], other=0.0)                     # [ROWS, D]
@@ -859,30 +867,31 @@ def _pdl(q):
 def _decode_triton(q, k, v, qi, ki, S, L, length, end, fp8):
     (B, T, H, D), Hkv, cap, dev = q.shape, k.size(2), _capacity(k), q.device
     N, W, rows = -(-cap // L), max(2, triton.next_power_of_2(S - 1)), B * T * Hkv
-    group = min(16, triton.next_power_of_2(-(-B * N // PROGRAMS)))
-    groups = -(-N // group)
-    padded, cols, pdl = max(W, triton.next_power_of_2(groups)), max(16, triton.next_power_of_2(T * Hkv)), _pdl(q)
+    # many more runs than multiprocessors: some start while others stream. Few sizes: _choose takes seconds to compile
+    runs = max(2 * W, 2 * triton.next_power_of_2(N) if N <= 32 else 512 if N <= 4096 else 1024)
+    run, pair = max(8, triton.next_power_of_2(-(-N // runs))), max(16, triton.next_power_of_2(-(-2 * N // runs)))
+    cols, pdl = max(16, triton.next_power_of_2(T * Hkv)), _pdl(q)
     end = None if end is None else F.pad(end, (0, cap - end.size(1))).contiguous()
-    scores = torch.empty(rows, groups * (group + 1), device=dev)
+    scores = torch.empty(rows, N + runs, device=dev)
     done, out = torch.empty(rows, dtype=torch.int32, device=dev), torch.empty_like(q)
     block_idx = torch.empty(B, T, Hkv, S, dtype=torch.int32, device=dev)
-    part = torch.empty(rows * S * (H // Hkv) * (D + 2), device=dev)
+    part, lse = torch.empty(rows * S * (H // Hkv), D, dtype=q.dtype, device=dev), torch.empty(rows * S * H // Hkv, device=dev)
     launch = dict(launch_pdl=pdl)
     if fp8 is None:
-        _scan_kernel[groups, B](qi, ki, None, end, length, scores, done, T, cap, Hkv, qi.size(3), L, group, cols, pdl,
-                                num_warps=4, num_stages=4)
+        _scan_kernel[runs, B](qi, ki, None, end, length, scores, done, T, cap, Hkv, qi.size(3), L, run, cols, pdl,
+                                num_warps=4, num_stages=3, **launch)
     else:
         ki8, scale, slack = fp8
         exact = torch.empty(rows, W, device=dev)
-        _scan_kernel[groups, B](qi, ki8, scale, end, length, scores, done, T, cap, Hkv, qi.size(3), L, group, cols, pdl,
-                                num_warps=4, num_stages=4)
-        _probe_kernel[W, rows](qi, ki, end, length, scores, exact, T, cap, Hkv, qi.size(3), L, group, padded, W, cols,
+        _scan_kernel[runs, B](qi, ki8, scale, end, length, scores, done, T, cap, Hkv, qi.size(3), L, run, cols, pdl,
+                                num_warps=2, num_stages=3, **launch)
+        _probe_kernel[W, rows](qi, ki, end, length, scores, exact, T, cap, Hkv, qi.size(3), L, runs, pair, W, cols,
                                pdl, num_warps=4, **launch)
-        _rescore_kernel[groups, B](qi, ki, slack, exact, end, length, scores, T, cap, Hkv, qi.size(3), L, group, W,
+        _rescore_kernel[runs, B](qi, ki, slack, exact, end, length, scores, T, cap, Hkv, qi.size(3), L, run, W,
                                    cols, pdl, num_warps=4, **launch)
-    dims = Hkv, H // Hkv, D, L, S, W, max(16, triton.next_power_of_2(H // Hkv))
-    _attend_kernel[S, rows](q, k, v, end, length, scores, block_idx, part, done, out, T, cap, dims, group, padded, pdl,
-                            num_warps=4, **launch)
+    dims = Hkv, H // Hkv, D, L, S, W, max(16, triton.next_power_of_2(H // Hkv)), runs, pair
+    _attend_kernel[S, rows](q, k, v, end, length, scores, block_idx, part, lse, done, out, T, cap, dims, pdl,
+                            num_warps=8, **launch)
     return out, block_idx
 
 
@@ -892,7 +901,7 @@ def _dense_triton(q, k, v, end, start):
     end = None if end is None else F.pad(end, (0, cap - end.size(1))).contiguous()
     out, part = torch.empty_like(q), torch.empty(B * T * H * split * (D + 2), device=q.device)
     rows, dims, pdl = max(16, triton.next_power_of_2(T * H // Hkv)), (Hkv, H // Hkv, D), _pdl(q)
-    _dense_kernel[split, Hkv, B](q, k, v, end, start, part, T, cap, *dims, rows, tile, pdl, num_warps=4, num_stages=3)
+    _dense_kernel[split, Hkv, B](q, k, v, end, start, part, T, cap, *dims, rows, tile, pdl, num_warps=4, num_stages=4)
     _dense_sum_kernel[T * H // Hkv, Hkv, B](part, out, T, *dims, split, triton.next_power_of_2(split), pdl,
                                             num_warps=4, launch_pdl=pdl)
     return out

@@ -193,16 +193,16 @@ class Attention(nn.Module):
         if self.indexer is None:
             y, aux = full_attention(q, k, v, call.end, start), {}
         else:
-            y, aux = self.sparse(q, k, v, qi, ki, start, call, replay)
+            y, aux = self.sparse(layer, q, k, v, qi, ki, start, call, replay)
         return self.o_proj(y.flatten(2)), aux
 
-    def sparse(self, q, k, v, qi, ki, start, call, replay):
+    def sparse(self, layer, q, k, v, qi, ki, start, call, replay):
         """MSA, or full attention while the indexer warms up; the KL in training, recall in evaluation."""
         S, L, block_idx, aux = self.cfg.index_topk_blocks, self.cfg.index_block_size, replay, {}
         if self.cfg.index_warmup:
             y, block_idx = full_attention(q, k, v, call.end, start), None
-        elif start is not None and q.size(1) == 1 and block_idx is None:
-            y, block_idx = msa_decode(q, k, v, qi, ki, S, L, start, call.end)
+        elif start is not None and block_idx is None:
+            y, block_idx = msa_decode(q, k, v, qi, ki, S, L, start, call.end, fp8=call.cache.fp8(layer, ki.size(1)))
         else:
             if block_idx is None:
                 block_idx = select_blocks(qi, ki, S, L, call.end, start)

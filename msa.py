@@ -97,7 +97,8 @@ def _contiguous(**tensors):
     """Kernels read q-like tensors as they lie, and each sequence of a cache as one piece."""
     for name, x in tensors.items():
         if not x[0].is_contiguous() or (x.size(0) > 1 and x.stride(0) < x[0].numel()):
-            raise ValueError(f"strides of {name} are {x.stride()}, expected contiguous {torch.empty(x.shape, device='meta').stride()}")
+            want = torch.empty(x.shape, device="meta").stride()
+            raise ValueError(f"strides of {name} are {x.stride()}, expected {want}, or more between sequences")
 
 
 def query_index(T, start, device):
@@ -357,15 +358,18 @@ def block_recall(qi, ki, q, k, S, L, end=None, n_query=256):
 
 class KVCache:
     """Keys, values and index keys of every layer and every MTP module, in static buffers; slot = position on the path.
-    `length` (B,) int32 lives on the device; `used`, a bound on it that the host knows, spares reading it back."""
+    `length` (B,) int32 lives on the device; `used`, a bound on it that the host knows, spares reading it back.
+    fp8 (default: on a GPU in 16 bits) keeps quantize_index of the index keys beside them, for the certified decode."""
 
-    def __init__(self, cfg, batch, capacity, device="cpu", dtype=torch.float32):
+    def __init__(self, cfg, batch, capacity, device="cpu", dtype=torch.float32, fp8=None):
         lanes, self.L = cfg.n_layer + cfg.n_mtp, cfg.index_block_size
         self.capacity = -(-capacity // self.L) * self.L  # whole key blocks, which gather_blocks can read in place
         size = (lanes, batch, self.capacity, cfg.n_kv_head, cfg.head_dim)
         self.k, self.v = (torch.zeros(size, device=device, dtype=dtype) for _ in range(2))
         self.ki = torch.zeros(*size[:3], cfg.index_head_dim, device=device, dtype=dtype)
-        self.length, self.used = torch.zeros(batch, dtype=torch.int32, device=device), 0
+        self.length, self.used, self.coded = torch.zeros(batch, dtype=torch.int32, device=device), 0, None
+        if self.ki.is_cuda and self.ki.element_size() == 2 if fp8 is None else fp8:
+            self.coded = [x.unflatten(0, size[:2]) for x in quantize_index(self.ki.flatten(0, 1), self.L)]
 
     def append(self, layer, k, v, ki):
         """Write k, v (B, T, Hkv, D) and ki (B, T, D), or None, from slot `length` on -> what the layer now holds, up to
@@ -377,8 +381,20 @@ class KVCache:
         for lane, new in ((self.k, k), (self.v, v), (self.ki, ki)):
             if new is not None:
                 lane[layer].index_put_((rows, slot), new)
+        if self.coded and ki is not None:  # the blocks that these tokens touch, anew: a scale may have grown
+            block = self.length[:, None] // self.L + torch.arange((T + self.L - 2) // self.L + 1, device=k.device)
+            block = block.clamp(max=self.capacity // self.L - 1).long()
+            fresh = quantize_index(self.ki[layer].unflatten(1, (-1, self.L))[rows, block].flatten(1, 2), self.L)
+            self.coded[0][layer].view(torch.uint8).unflatten(1, (-1, self.L))[rows, block] = (
+                fresh[0].view(torch.uint8).unflatten(1, (-1, self.L)))
+            for lane, new in zip(self.coded[1:], fresh[1:]):
+                lane[layer][rows, block] = new
         held = -(-(self.used + T) // self.L) * self.L  # spare slots are invisible: no query has their index
         return tuple(lane[layer, :, :held] for lane in (self.k, self.v, self.ki))
+
+    def fp8(self, layer, held):
+        """quantize_index of the first `held` slots of a layer, or None."""
+        return self.coded and tuple(x[layer, :, :n] for x, n in zip(self.coded, (held, held // self.L, held // self.L)))
 
     def advance(self, T):
         self.length, self.used = self.length + T, self.used + T
@@ -395,6 +411,8 @@ class KVCache:
     def select(self, rows):
         """Keep these rows (int64), in this order."""
         self.k, self.v, self.ki = self.k[:, rows], self.v[:, rows], self.ki[:, rows]
+        self.coded = self.coded and [x.view(torch.uint8)[:, rows].view(x.dtype) if x.element_size() == 1 else x[:, rows]
+                                     for x in self.coded]
         self.length = self.length[rows]
 
 
@@ -430,7 +448,7 @@ def _index_kernel(qi, keys, end, block_end, start, block_idx, T, Tk, HKV: tl.con
     first = 0 if start is None else tl.load(start + b)
     i, mine = first + row // HKV, row < T * HKV
     q = tl.load(qi + (base + row)[:, None] * D + tl.arange(0, D), mask=mine[:, None], other=0.0)      # [ROWS, D]
-    n = (first + (tl.minimum((tile + 1) * ROWS, T * HKV) - 1) // HKV) // L                   # blocks before the last own
+    n = (first + (tl.minimum((tile + 1) * ROWS, T * HKV) - 1) // HKV) // L                  # blocks before the last own
     best = tl.full([ROWS, W], -0x7FFFFFFFFFFFFFFF, tl.int64)
     new = tl.full([ROWS, W], float("-inf"), tl.float32)
     for blk in range(0, n):
@@ -510,7 +528,7 @@ def _kv_outer_kernel(q, k, v, end, first, edges, tasks, part, lse, edge0, HKV: t
         key, value = tl.load(k + keys), tl.load(v + keys)                                             # [L, D]
         for e in range(lo, hi, TOKENS):
             mine = (e + r // G < hi) & (r < TOKENS * G)
-            edge = tl.load(edges + e + r // G, mask=mine, other=0) - edge0       # (query, head, slot), counted in the chunk
+            edge = tl.load(edges + e + r // G, mask=mine, other=0) - edge0  # (query, head, slot) within the chunk
             row = ((edge // S1).to(tl.int64) * G + r % G)[:, None] * D + d
             x = tl.load(q + row, mask=mine[:, None], other=0.0)                                       # [ROWS, D]
             s = tl.dot(x, key.T, input_precision="ieee") * (D ** -0.5 * 1.4426950408889634)
@@ -550,7 +568,7 @@ def _combine_kernel(q, k, v, end, first, block_idx, part, lse, out, n, HKV: tl.c
     l = tl.sum(p, 1)
     value = tl.load(v + keys, mask=held[:, None], other=0.0)
     acc = tl.dot(p.to(value.dtype), value, input_precision="ieee")                                    # [ROWS, D]
-    for slot in range(0, S1):
+    for slot in tl.range(0, S1, num_stages=3):
         edge = (t * HKV + h) * S1 + slot
         chosen = mine & (tl.load(block_idx + (t * HKV + h) * (S1 + 1) + slot + 1, mask=mine, other=-1) >= 0)
         other = tl.load(lse + edge * G + r % G, mask=chosen, other=float("-inf"))
@@ -570,12 +588,12 @@ def _plan(block_idx, N, chunk_size, run):
     buckets, P = Hkv * N, chunk_size * Hkv * (S - 1) // run + Hkv * N
     c = torch.arange(T, device=device) // chunk_size + torch.arange(B, device=device)[:, None] * chunks       # (B, T)
     blk = block_idx[..., 1:]
-    key = (c[..., None] * Hkv + torch.arange(Hkv, device=device))[..., None] * N + blk                  # (B, T, Hkv, S-1)
+    key = (c[..., None] * Hkv + torch.arange(Hkv, device=device))[..., None] * N + blk                # (B, T, Hkv, S-1)
     key = torch.where(blk < 0, B * chunks * buckets, key).int().flatten()
     key, edges = key.sort(stable=True)
     offset = torch.searchsorted(key, torch.arange(B * chunks * buckets + 1, device=device, dtype=torch.int32))
     size = offset.diff().view(B * chunks, buckets)
-    ends = (-(-size // run)).cumsum(1)                                                    # tasks up to and with a bucket
+    ends = (-(-size // run)).cumsum(1)                                                     # tasks up to a bucket's last
     p = torch.arange(P, device=device)
     bucket = torch.searchsorted(ends, p.expand(B * chunks, P).contiguous(), right=True)
     real, bucket = bucket < buckets, bucket.clamp(max=buckets - 1)
@@ -600,15 +618,16 @@ def _attend_triton(q, k, v, block_idx, L, end, start, chunk_size=16384, run=256)
     lse = torch.empty(chunk_size * H * (S - 1), device=device)
     first = torch.arange(0, T, chunk_size, dtype=torch.int32, device=device).repeat(B, 1)
     first = (first if start is None else first + start[:, None]).flatten()
-    tiles = -(-L // (rows // G))
+    big = rows if G & (G - 1) == 0 else 128  # 64 rows of 10 tokens by 6 heads spill registers
+    tiles = -(-L // (big // G))
     for c, (b, t) in enumerate((b, t) for b in range(B) for t in range(0, T, chunk_size)):
         n = min(chunk_size, T - t)
         ends = None if end is None else end[b]
         dims = Hkv, G, D, L, S - 1, rows
         _kv_outer_kernel[tasks.size(1),](q[b, t:], k[b], v[b], ends, first[c:], edges, tasks[c], part, lse,
-                                         (b * T + t) * Hkv * (S - 1), *dims, num_stages=2)
+                                         (b * T + t) * Hkv * (S - 1), *dims, num_stages=3)
         _combine_kernel[(n // L + 2) * tiles, Hkv](q[b, t:], k[b], v[b], ends, first[c:], block_idx[b, t:], part, lse,
-                                                   out[b, t:], n, *dims)
+                                                   out[b, t:], n, *dims[:-1], big, num_warps=big // 16)
     return out
 
 
@@ -737,7 +756,7 @@ def _rescore_kernel(qi, ki, slack, exact, end, length, scores, T, cap, HKV: tl.c
     at = scores + row.to(tl.int64)[:, None] * (N + tl.num_programs(0)) + lo + g
     near = tl.load(at, mask=mine & (g < hi - lo), other=float("-inf"))                                # [COLS, RUN]
     live = (near > float("-inf")) & (near + bound >= floor[:, None])
-    wanted = tl.sum(tl.max(live.to(tl.int32), 0) << g)                                      # bit k: some column wants it
+    wanted = tl.sum(tl.max(live.to(tl.int32), 0) << g)                                    # bit k: some column wants it
     score = tl.full([COLS, RUN], float("-inf"), tl.float32)
     for k in range(0, hi - lo):
         if (wanted >> k) & 1:
@@ -868,14 +887,14 @@ def _decode_triton(q, k, v, qi, ki, S, L, length, end, fp8):
     (B, T, H, D), Hkv, cap, dev = q.shape, k.size(2), _capacity(k), q.device
     N, W, rows = -(-cap // L), max(2, triton.next_power_of_2(S - 1)), B * T * Hkv
     # many more runs than multiprocessors: some start while others stream. Few sizes: _choose takes seconds to compile
-    runs = max(2 * W, 2 * triton.next_power_of_2(N) if N <= 32 else 512 if N <= 4096 else 1024)
+    runs = max(2 * W, (512 if N <= 4096 else 1024) if q.is_cuda else 2 * triton.next_power_of_2(N))
     run, pair = max(8, triton.next_power_of_2(-(-N // runs))), max(16, triton.next_power_of_2(-(-2 * N // runs)))
     cols, pdl = max(16, triton.next_power_of_2(T * Hkv)), _pdl(q)
     end = None if end is None else F.pad(end, (0, cap - end.size(1))).contiguous()
     scores = torch.empty(rows, N + runs, device=dev)
     done, out = torch.empty(rows, dtype=torch.int32, device=dev), torch.empty_like(q)
     block_idx = torch.empty(B, T, Hkv, S, dtype=torch.int32, device=dev)
-    part, lse = torch.empty(rows * S * (H // Hkv), D, dtype=q.dtype, device=dev), torch.empty(rows * S * H // Hkv, device=dev)
+    part, lse = torch.empty(B * T * H * S, D, dtype=q.dtype, device=dev), torch.empty(B * T * H * S, device=dev)
     launch = dict(launch_pdl=pdl)
     if fp8 is None:
         _scan_kernel[runs, B](qi, ki, None, end, length, scores, done, T, cap, Hkv, qi.size(3), L, run, cols, pdl,

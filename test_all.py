@@ -355,8 +355,8 @@ def test_cost_follows_the_selection():
     """Nothing in a long decode step is as wide as T x Hkv x D: time at 16 times the context stays under 8 times."""
     def seconds(T):
         q, k, v, qi, ki = random_qkv(B=1, T=T, D=64, dtype=torch.float32)
-        blocks = msa.select_blocks(qi[:, -1:], ki, 4, 16, None, torch.tensor([T - 1]))
-        start = torch.tensor([T - 1])
+        blocks = msa.select_blocks(qi[:, -1:], ki, 4, 16, None, torch.tensor([T - 1], dtype=torch.int32))
+        start = torch.tensor([T - 1], dtype=torch.int32)
         msa.msa_attention(q[:, -1:], k, v, blocks, 16, None, start)
         best = math.inf
         for _ in range(5):

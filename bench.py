@@ -1,0 +1,518 @@
+"""MSA against full attention on this machine: one layer, up to --ctx tokens, both sides in one run.
+
+    python bench.py --ctx 1000000                            # prefill and decode, shapes of M2 (48/8) and M3 (64/4)
+    python bench.py --ctx 131072 --what decode --shape m3 --figure decode.svg
+
+    card with measured copy and matmul rates -> roofline prediction -> correctness gate -> rows -> ratios, crossover
+
+The sides take turns (A B A B) on the same tensors. Dense prefill is cuDNN SDPA, dense decode our split-KV kernel; on a
+CPU both are SDPA with a group's G heads as rows, which reads K and V once (enable_gqa: G times, 5 to 11 times slower).
+MSA's time has all its stages. Prefill is timed by CUDA events, decode in CUDA graphs over sets of buffers that push
+each other out of the L2. A CPU prefills the last 32 queries against the whole context; the whole is extrapolated.
+least ms = what the measured rates allow, stage by stage; util = useful FLOPs over the matmul rate (prefill), needed
+bytes over the copy rate (decode).
+"""
+import json
+import math
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from functools import partial
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import msa
+from sample import Parser, pick_device
+
+SHAPES = {"m2": (48, 8), "m3": (64, 4)}                    # query heads, KV heads = index heads
+D, S, L = 128, 16, 128
+# MiniMax's speed-ups at a million tokens: (what, shape of the dense side, shape of MSA). Same shape: arXiv 2606.13392
+PUBLISHED = {("prefill", "m3", "m3"): "14.2x on an H800", ("decode", "m3", "m3"): "7.6x on an H800",
+             ("prefill", "m2", "m3"): "9.7x, GPU not stated", ("decode", "m2", "m3"): "15.6x, GPU not stated"}
+BYTES = {"fp8": 1, "bf16": 2, "fp32": 4}
+HEAD = "what    shape     ctx  B  selection  index|   dense ms util |     MSA ms util | speed-up | least ms | runs"
+# Relative RMS. bf16 rounds the probabilities, the partial outputs and the output, 2^-9 each; fp32 only sums differently
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
+
+
+def work(shape, T, t, B=1, size=2, index=2):
+    """Stages of the last t of T queries (prefill t = T, decode t = 1), each (useful FLOPs, bytes read or written once),
+    for both sides. size: bytes of an element; index: of an index key's."""
+    (H, Hkv), pairs, i = SHAPES[shape], t * T - t * (t - 1) // 2, torch.arange(T - t, T)
+    chosen = int(torch.minimum(i + 1, (S - 1) * L + i % L + 1).sum())         # S - 1 whole blocks, the own one up to i
+    io, token = 2 * t * H * D * size, 2 * Hkv * D * size                              # q and out; k and v of one token
+    return {"dense": [(4 * B * H * D * pairs, B * (io + T * token))],
+            "msa": [(2 * B * Hkv * D * pairs, B * (T * D * index + t * Hkv * D * size)),
+                    (4 * B * H * D * chosen, B * (io + min(T, chosen) * token))]}
+
+
+def least_ms(stages, rates):
+    return 1e3 * sum(max(flops / rates["matmul"], moved / rates["copy"]) for flops, moved in stages)
+
+
+def timed(call, gpu, warm):
+    """-> ms, what the call returned."""
+    if not gpu:
+        start = time.perf_counter()
+        out = call()
+        return 1e3 * (time.perf_counter() - start), out
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    if not warm:  # the host plans the kernel, which takes cuDNN long, while the GPU waits: planning is not its time
+        torch.cuda._sleep(2 * 10 ** 9)
+    begin.record()
+    out = call()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end), out
+
+
+def alternate(sides, gpu, reps=5, seconds=3.0):
+    """Time (call, check, warm) sides in turn, each until it has reps runs or used up its seconds: all their ms. check
+    sees the first output; one output lives at a time (16 GB at a million tokens)."""
+    times = [[] for _ in sides]
+    for call, _, warm in sides:
+        if warm:
+            call()
+    for rep in range(reps):
+        for ms, (call, check, warm) in zip(times, sides):
+            if sum(ms) < 1e3 * seconds:
+                took, out = timed(call, gpu, warm)
+                ms.append(took)
+                if rep == 0:
+                    check(out)
+                del out
+    return times
+
+
+def measure_rates(args):
+    """Bytes/s of a large copy, read and written both; FLOP/s of a matmul of random numbers (zeros run faster)."""
+    x = torch.ones(2 ** (31 if args.gpu else 28), dtype=torch.int8, device=args.device)
+    n, y = 8192 if args.gpu else 2048, torch.empty_like(x)
+    a, b = (torch.randn(n, n, device=args.device, dtype=args.dtype) for _ in range(2))
+    times = alternate([(lambda: y.copy_(x), id, True), (lambda: a @ b, id, True)], args.gpu, 20)
+    copy, matmul = map(statistics.median, times)
+    return {"copy": 2e3 * x.numel() / copy, "matmul": 2e3 * n ** 3 / matmul}
+
+
+def dense_rows(q, k, v):
+    """CPU: the last t of T queries against all T keys. Rows are (t, g): one product serves a group's heads. Only the
+    last t keys need a mask: they are a call of their own, merged by log-sum-exp."""
+    (t, T, G), aten = (q.size(1), k.size(1), q.size(2) // k.size(2)), torch.ops.aten
+    x = q.unflatten(2, (-1, G)).transpose(1, 2).flatten(2, 3)                                    # (B, Hkv, t * G, D)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    flash = aten._scaled_dot_product_flash_attention_for_cpu  # unlike SDPA it returns the log-sum-exp
+    mask = torch.full((t, t), float("-inf")).triu(1).repeat_interleave(G, 0)[None, None]
+    out, lse = flash(x, k[:, :, T - t:], v[:, :, T - t:], attn_mask=mask)
+    if t < T:
+        early, early_lse = flash(x, k[:, :, :T - t], v[:, :, :T - t])
+        out = torch.lerp(out, early, (early_lse - lse).sigmoid()[..., None])
+    return out.unflatten(2, (t, G)).transpose(1, 2).flatten(2, 3)
+
+
+def dense_prefill(q, k, v):
+    """The best full attention there is. cuDNN raises where it cannot run; under one key block any backend will do."""
+    if not q.is_cuda:
+        return dense_rows(q, k, v)
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION] + [SDPBackend.MATH] * (q.size(1) < L)):
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
+                                              enable_gqa=True).transpose(1, 2)
+
+
+def dense_decode(q, k, v, length, T):
+    return msa.full_attention(q, k, v, None, length, "triton") if q.is_cuda else dense_rows(q, k[:, :T], v[:, :T])
+
+
+def sparse_prefill(q, k, v, qi, ki, start=None):
+    impl = "triton" if q.is_cuda else "torch"
+    block_idx = msa.select_blocks(qi, ki, S, L, None, start, impl)
+    return msa.msa_attention(q, k, v, block_idx, L, None, start, impl), block_idx
+
+
+def sparse_decode(q, k, v, qi, ki, length, fp8=None):
+    return msa.msa_decode(q, k, v, qi, ki, S, L, length, None, "triton" if q.is_cuda else "torch", fp8)
+
+
+# ---- checks: ArithmeticError, one line that names what differs -----------------------------------
+
+def near(name, got, want):
+    error = ((got.double() - want.double()).norm() / want.double().norm()).item()
+    if not error <= TOLERANCE[got.dtype]:  # also where it is nan
+        raise ArithmeticError(f"{name}: relative RMS error {error:.1e}, allowed {TOLERANCE[got.dtype]:.0e}")
+
+
+def brute_force(q, k, v, i, blocks=None):
+    """One query by the definition, fp32. q (H, D), k and v (Tk, Hkv, D), blocks (Hkv, S) or None for all -> (H, D)."""
+    out = []
+    for h, x in enumerate(q.float().unflatten(0, (k.size(1), -1))):                                         # (G, D)
+        j = slice(0, i + 1)
+        if blocks is not None:
+            j = (blocks[h, :, None] * L + torch.arange(L, device=k.device)).flatten()
+            j = j[(j >= 0) & (j <= i)]
+        out.append((x @ k[j, h].float().T * D ** -0.5).softmax(-1) @ v[j, h].float())
+    return torch.cat(out)
+
+
+def check_rows(name, out, block_idx, q, k, v, qi, ki, first, most=3):
+    """Nothing nan, and up to `most` queries against torch's choice and brute force. block_idx None: the dense side."""
+    if not math.isfinite(out.sum(dtype=torch.float32)):
+        raise ArithmeticError(f"{name}: the output holds nan or inf")
+    (B, t), most = q.shape[:2], most if q.is_cuda or most > 3 else 1  # a CPU takes seconds at a million tokens
+    for b, n in {((B - 1) * x // most, (t - 1) * x // most) for x in range(most == 1, most + 1)}:
+        blocks, i = None if block_idx is None else block_idx[b, n], first + n
+        if blocks is not None:
+            start, one = torch.tensor([i], dtype=torch.int32, device=q.device), qi[b, n][None, None].float()
+            want = msa.select_blocks(one, ki[b][None].float(), S, L, None, start, "torch")[0, 0]
+            missing = (want[:, :, None] != blocks[:, None]).all(2).sum(1).max()
+            if missing > 1 or (blocks[:, 0] != i // L).any():  # the last two candidates may nearly tie
+                raise ArithmeticError(f"{name}: query {i} misses {missing} of the {S} blocks that torch chooses")
+        near(f"{name}, query {i}", out[b, n], brute_force(q[b, n], k[b], v[b], i, blocks))
+
+
+def gate(args, shape):
+    """Every benched path on short contexts; MSA equals dense where S blocks are all there are. What a kernel fails to
+    write is nan: the memory that its output will get is poisoned."""
+    (H, Hkv), g = SHAPES[shape], torch.Generator(args.device).manual_seed(0)
+    new = lambda *size: torch.randn(*size, generator=g, device=args.device, dtype=args.dtype)
+    for what, T in product(("prefill", "decode"), (1, 100, S * L - 81, 2 * S * L + 17)):
+        B, t = (2, 1) if what == "decode" else (1, T if args.gpu else min(T, 32))
+        keys = T if what == "prefill" and args.gpu else capacity(T)
+        (q, qi), (k, v) = (new(B, t, n, D) for n in (H, Hkv)), (new(B, keys, Hkv, D) for _ in "kv")
+        ki = new(B, keys, D)
+        start = torch.full((B,), T - t, dtype=torch.int32, device=args.device)
+        torch.full_like(q, float("nan"))
+        if what == "prefill":
+            outs = {"MSA": sparse_prefill(q, k, v, qi, ki, start if t < T else None),
+                    "dense": (dense_prefill(q, k[:, :T], v[:, :T]), None)}
+        else:
+            outs = {"MSA": sparse_decode(q, k, v, qi, ki, start), "dense": (dense_decode(q, k, v, start, T), None),
+                    "certified fp8": sparse_decode(q, k, v, qi, ki, start, msa.quantize_index(ki, L))}
+            if not torch.equal(outs["MSA"][1], outs["certified fp8"][1]):
+                raise ArithmeticError(f"gate: certified fp8 chooses other blocks at T = {T}")
+        for side, out in outs.items():
+            check_rows(f"gate: {side}, {what} {shape} at T = {T}", *out, q, k, v, qi, ki, T - t, 15)
+        if T <= S * L:
+            near(f"gate: MSA against dense, {what} {shape} at T = {T} <= S * L", outs["MSA"][0], outs["dense"][0])
+
+
+# ---- inputs --------------------------------------------------------------------------------------
+
+def fill(args, g, *size):
+    """Standard normal. On a CPU row j is (a[j mod 4099] + b[j mod 4093]) / sqrt(2), 10 times faster: the periods are
+    primes, so that no two of 16 million rows are equal and no scores tie."""
+    x = torch.empty(size, device=args.device, dtype=args.dtype)
+    if args.gpu:
+        return x.normal_(generator=g)
+    for period, put in ((4099, torch.Tensor.copy_), (4093, torch.Tensor.add_)):
+        table = torch.randn(period, *size[1:], generator=g) * 0.5 ** 0.5
+        for rows in x.split(period):
+            put(rows, table[:rows.size(0)])
+    return x
+
+
+def structured(T, t, Hkv, ki, g):
+    """Index queries that turn slowly (a new direction every 512 tokens, lines between) and share one direction, which
+    the keys of block 0 have: neighbours agree, block 0 is a sink. -> qi of the last t (1, t, Hkv, D), ki (1, Tk, D)."""
+    make = lambda *size: torch.randn(*size, generator=g, device=ki.device)
+    common, turn, qi = make(D), make(T // 512 + 2, Hkv, D), ki.new_empty(1, t, Hkv, D)
+    for rows, i in zip(qi[0].split(2 ** 16), torch.arange(T - t, T, device=ki.device).split(2 ** 16)):
+        rows.copy_(torch.lerp(turn[i // 512], turn[i // 512 + 1], (i % 512 / 512)[:, None, None]) + common)
+    ki = ki.clone()
+    ki[:, :L] += common.to(ki.dtype)
+    return qi, ki
+
+
+def overlap(block_idx):
+    """Mean number of distinct blocks that 64 neighbouring queries of one head choose, over some 32 such windows."""
+    runs = block_idx[0].split(64)[::-1]
+    return statistics.mean(len(run[:, h][run[:, h] >= 0].unique()) for run in runs[::-(-len(runs) // 32)]
+                           for h in range(run.size(1)))
+
+
+def capacity(T):
+    return -(-T // L) * L
+
+
+def n_sets(args, shape, T, B):
+    """Sets of buffers of a decode row: what is read between two uses of a set exceeds three times the last cache."""
+    cache = torch.cuda.get_device_properties(args.device).L2_cache_size if args.gpu else 2 ** 25
+    least = work(shape, T, 1, B, args.size, 1 if args.gpu else args.size)["msa"]                    # 1: fp8 index keys
+    return min(64, math.ceil(3 * cache / sum(moved for _, moved in least)))  # more only below 4K
+
+
+def lengths_that_fit(args, what, shape, B):
+    """8K, 16K, ... below --ctx, then --ctx; 16K, 64K, ... on a CPU. Without those that do not fit the memory."""
+    if args.what not in (what, "all"):
+        return []
+    (H, Hkv), wide = SHAPES[shape], what == "prefill" and args.gpu
+    # q, an output, two index branches, the plan; the partial outputs of one chunk
+    query, chunk = wide * (2 * (H + Hkv + 1) * D * args.size + 48 * Hkv * S), wide * 2 ** 14 * H * S * D * args.size
+    key = D * ((2 * Hkv + 1) * args.size + 16 * args.gpu)                                # 16: quantize_index, in fp32
+    powers = range(13, 26) if args.gpu else range(14, 26, 2)
+    sweep, need = [2 ** n for n in powers if 2 ** n < args.ctx] + [args.ctx], {}
+    for T in sweep:
+        tokens = capacity(T) * B * (n_sets(args, shape, T, B) if what == "decode" else 1)
+        need[T] = 2 ** 30 + tokens * key + T * query + chunk
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() if args.gpu else \
+        0.7 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")                   # the system needs some, too
+    fit = [T for T in sweep if need[T] <= free]
+    if args.ctx not in fit:
+        print(f"memory  | {what} {shape}, batch {B}: {args.ctx:,} tokens need {need[args.ctx] / 1e9:.1f} GB of "
+              f"{free / 1e9:.1f}; the longest length that fits is {max(fit, default=0):,}", flush=True)
+    return fit
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+def make_row(args, what, shape, T, t, B, selection, index, dense, sparse):
+    """A row from both sides' times, printed at once."""
+    stages, unit = work(shape, T, t, B, args.size, BYTES[index]), what == "decode"
+    row = dict(what=what, shape=shape, ctx=T, dense_ms=statistics.median(dense), msa_ms=statistics.median(sparse))
+    for side in stages:
+        row[f"{side}_util"] = (sum(stage[unit] for stage in stages[side]) / row[f"{side}_ms"] * 1e3
+                               / args.rates["copy" if unit else "matmul"])
+    # a GPU's dense decode streams its keys, or it is no baseline; a CPU's may be bound by the products, not the bytes
+    fair = not (what == "decode" and args.gpu and T >= 2 ** 18 and row["dense_util"] < 0.97)
+    row.update(speedup=row["dense_ms"] / row["msa_ms"] if fair else None, selection=selection, batch=B, index=index,
+               queries=t, predicted_ms={side: least_ms(stages[side], args.rates) for side in stages}, extrapolated=None)
+    print(f"{what:8}{shape:4}{T:>10,} {B:>2}  {selection:11}{index:5}|{row['dense_ms']:11.3f} {row['dense_util']:4.0%} "
+          f"|{row['msa_ms']:12.3f} {row['msa_util']:4.0%} | " + (f"{row['speedup']:7.2f}x" if fair else "    none")
+          + " |{dense:11.3f} {msa:8.3f}".format(**row["predicted_ms"]) + f" | {len(dense)}, {len(sparse)}", flush=True)
+    if not fair:
+        print("        no ratio: dense decode is below 97 % of the measured copy rate")
+    if what == "prefill" and t < T:
+        flops = lambda stages, side: sum(stage[0] for stage in stages[side])
+        whole = work(shape, T, T, B, args.size, args.size)
+        row["extrapolated"] = {f"{s}_ms": row[f"{s}_ms"] * flops(whole, s) / flops(stages, s) for s in stages}
+        print(f"        of the last {t} queries; whole prefill, extrapolated by FLOPs: dense {{dense_ms:,.0f}} ms, MSA "
+              "{msa_ms:,.0f} ms".format(**row["extrapolated"]))
+    return row
+
+
+def prefill_rows(args, shape, cache, lengths, g):
+    """Random and structured index branches in turn with the dense side; q, k and v are the same for all three."""
+    (H, Hkv), (k, v, ki), rows = SHAPES[shape], (x[None] for x in cache), []
+    q_all, qi_all = (fill(args, g, max(lengths) if args.gpu else 32, heads, D)[None] for heads in (H, Hkv))
+    for T in lengths:
+        t = T if args.gpu else min(T, 32)
+        q, keys, union = q_all[:, :t], T if args.gpu else capacity(T), {}  # a CPU gathers whole key blocks in place
+        start = torch.tensor([T - t], dtype=torch.int32) if t < T else None
+        index = {"random": (qi_all[:, :t], ki[:, :keys]), "structured": structured(T, t, Hkv, ki[:, :keys], g)}
+
+        def check(name, qi, ki, out):
+            check_rows(f"prefill {shape}, {T} tokens, {name}", *out, q, k[:, :keys], v[:, :keys], qi, ki, T - t)
+            union[name] = overlap(out[1]) if name != "dense" else 0
+        # a dense run of seconds takes place once: the shorter lengths have warmed up all but its plan
+        short = args.gpu and least_ms(work(shape, T, t)["dense"], args.rates) < 2000
+        sides = [(lambda: (dense_prefill(q, k[:, :T], v[:, :T]), None), partial(check, "dense", qi_all, ki), short)]
+        for name, branch in index.items():
+            sides.append((partial(sparse_prefill, q, k[:, :keys], v[:, :keys], *branch, start),
+                          partial(check, name, *branch), args.gpu))
+        dense, *sparse = alternate(sides, args.gpu, seconds=3.0 if args.gpu else 0.3)
+        rows += [make_row(args, "prefill", shape, T, t, 1, name, "bf16" if args.gpu else "fp32", dense, ms)
+                 for name, ms in zip(index, sparse)]
+        print(f"        distinct blocks of {min(64, t)} neighbours, a head: random {union['random']:.0f}, structured "
+              f"{union['structured']:.0f}", flush=True)
+    return rows
+
+
+def repeat(call, sets, rounds):
+    """-> a function that calls on every set and returns the outputs; on a GPU one CUDA graph of `rounds` such rounds."""
+    if not sets[0][0].is_cuda:
+        return lambda: [call(*buffers) for buffers in sets]
+    call(*sets[0])  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(rounds):
+            outs = [call(*buffers) for buffers in sets]
+    for out, _ in outs:
+        out.fill_(float("nan"))  # capturing runs nothing: what the kernels then fail to write stays nan
+    return lambda: (graph.replay(), outs)[1]
+
+
+def decode_rows(args, shape, B, lengths, cache, g):
+    """Dense, MSA, and on a GPU MSA with certified fp8, in turn on the same sets of buffers: slices of the cache."""
+    (H, Hkv), rows = SHAPES[shape], []
+    coded = [x[0] for x in msa.quantize_index(cache[2][None], L)] if args.gpu else []
+    for T in lengths:
+        n, cap, chosen = n_sets(args, shape, T, B), capacity(T), {}
+        length = torch.full((B,), T - 1, dtype=torch.int32, device=args.device)
+        cut = lambda x, per=1: x[:n * B * cap // per].unflatten(0, (n, B, cap // per))
+        q, qi = (fill(args, g, n * B, heads, D).view(n, B, 1, heads, D) for heads in (H, Hkv))
+        fp8 = list(zip(*map(cut, coded, (1, L, L)))) if coded else [None] * n
+        sets = list(zip(q, *map(cut, cache[:2]), qi, cut(cache[2]), fp8))
+
+        def check(name, outs):
+            for (out, block_idx), buffers in list(zip(outs, sets))[::max(1, n - 1)]:
+                check_rows(f"decode {shape}, {T} tokens, {name}", out, block_idx, *buffers[:5], T - 1)
+            chosen[name] = [block_idx for _, block_idx in outs]
+        calls = {"dense": lambda q, k, v, qi, ki, fp8: (dense_decode(q, k, v, length, T), None),
+                 "bf16" if args.gpu else "fp32": lambda q, k, v, qi, ki, fp8: sparse_decode(q, k, v, qi, ki, length)}
+        if coded:
+            calls["fp8"] = lambda q, k, v, qi, ki, fp8: sparse_decode(q, k, v, qi, ki, length, fp8)
+        rounds = -(-16 // n) if args.gpu else 1  # starting a graph takes as long as a small kernel: 16 calls share it
+        times = alternate([(repeat(call, sets, rounds), partial(check, name), True) for name, call in calls.items()], args.gpu,
+                          *((20, 60.0) if args.gpu else (5, 0.6)))
+        if coded and not all(map(torch.equal, chosen["bf16"], chosen["fp8"])):
+            raise ArithmeticError(f"decode {shape}, {T} tokens: certified fp8 chooses other blocks than bf16")
+        dense, *sparse = ([ms / n / rounds for ms in side] for side in times)
+        rows += [make_row(args, "decode", shape, T, 1, B, "random", index, dense, ms)
+                 for index, ms in zip(list(calls)[1:], sparse)]
+    return rows
+
+
+def shape_rows(args, shape):
+    """All rows of one shape. Its buffers are freed on return."""
+    H, Hkv = SHAPES[shape]
+    g, rows = torch.Generator(args.device).manual_seed(args.seed), []
+    for B in (1, 8) if args.gpu else (1,):
+        prefill = lengths_that_fit(args, "prefill", shape, B) if B == 1 else []
+        decode = lengths_that_fit(args, "decode", shape, B)[0 if B == 1 else -1:]
+        tokens = max([L] + [capacity(T) for T in prefill]
+                     + [capacity(T) * B * n_sets(args, shape, T, B) for T in decode])
+        cache = None  # frees the last one first
+        cache = [fill(args, g, tokens, *heads, D) for heads in ((Hkv,), (Hkv,), ())]
+        rows += prefill_rows(args, shape, cache, prefill, g) if prefill else []
+        rows += decode_rows(args, shape, B, decode, cache, g) if decode else []
+    return rows
+
+
+def ratios(rows):
+    """Dense over MSA at the longest length measured, with the same batch, selection and index keys."""
+    out, keys = [], ("what", "ctx", "batch", "selection", "index")
+    for a, b in product(rows, rows):
+        last = max(row["ctx"] for row in rows if (row["what"], row["batch"]) == (a["what"], a["batch"]))
+        same, pair = {key: a[key] for key in keys}, (a["shape"], b["shape"])
+        if a["ctx"] == last and a["speedup"] and pair != ("m3", "m2") and all(same[key] == b[key] for key in keys):
+            published = PUBLISHED.get((a["what"], *pair), "nothing") if a["batch"] == 1 else "nothing"
+            out.append(dict(same, dense=pair[0], msa=pair[1], ratio=a["dense_ms"] / b["msa_ms"], published=published))
+            print("ratio   | {what} batch {batch}, {ctx:,} tokens, {dense} dense over {msa} MSA, {selection}, {index} "
+                  "index: {ratio:.2f}x (published, at 1M: {published})".format(**out[-1]))
+    return out
+
+
+def crossovers(rows):
+    """Smallest measured length at which MSA wins, at batch 1 and random selection."""
+    out = {}
+    for row in rows:  # a kind's rows come in rising order
+        if (row["batch"], row["selection"]) == (1, "random"):
+            name = f"{row['what']} {row['shape']} {row['index']}"
+            out[name] = out.get(name) or (row["ctx"] if row["dense_ms"] > row["msa_ms"] else None)
+    for name, T in out.items():
+        print(f"crossover | {name}: " + (f"MSA wins from {T:,} tokens on" if T else "MSA wins at no measured length"))
+    return out
+
+
+def draw(path, rows, title):
+    """One log-log chart for prefill and one for decode: both sides as measured, their least times dashed."""
+    from matplotlib.figure import Figure
+    kinds, styles = list(dict.fromkeys(row["what"] for row in rows)), dict(fp8=":", bf16="-", fp32="-")
+    figure = Figure((7 * len(kinds), 5), layout="constrained")
+    for axis, what in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
+        lines = [row for row in rows if (row["what"], row["batch"], row["selection"]) == (what, 1, "random")]
+        for n, (shape, side) in enumerate(product({row["shape"]: 0 for row in lines}, ("dense", "msa"))):
+            for index in {row["index"] for row in lines if side == "msa" or row["index"] != "fp8"}:
+                line = [row for row in lines if (row["shape"], row["index"]) == (shape, index)]
+                x, label = [row["ctx"] for row in line], f"{shape} {side}" + f", {index} index" * (side == "msa")
+                axis.loglog(x, [row[f"{side}_ms"] for row in line], f"C{n}o{styles[index]}", ms=3, label=label)
+                axis.loglog(x, [row["predicted_ms"][side] for row in line], f"C{n}--", lw=0.8)
+        part = "" if lines[0]["queries"] in (1, lines[0]["ctx"]) else f" of the last {lines[0]['queries']} queries"
+        axis.set(title=f"{what}{part}, one layer, {title}", xlabel="T (dashed: roofline)", ylabel="ms")
+        axis.legend()
+    figure.savefig(path)
+
+
+def card(args, why):
+    """Where, what, and what to expect, printed before either side runs."""
+    ask = lambda command: subprocess.getoutput(f"{command} 2> /dev/null") or "unknown"
+    commit = ask(f"git -C {shlex.quote(os.path.dirname(os.path.abspath(__file__)))} describe --always --dirty")
+    power = ask(f"nvidia-smi -i {args.device.index or 0} --query-gpu=power.limit,driver_version --format=csv,noheader")
+    print(f"run     | {time.strftime('%Y-%m-%d %H:%M')}, git {commit}, torch {torch.__version__}, triton "
+          f"{getattr(msa.triton, '__version__', 'absent')}, seed {args.seed}")
+    print(f"device  | {args.name}{f', power limit and driver {power}' * args.gpu}, {str(args.dtype)[6:]}: {why}")
+    args.rates = measure_rates(args)
+    print("rates   | measured: copy {copy:.3e} bytes/s, matmul {matmul:.3e} FLOP/s".format(**args.rates))
+    for shape in args.shapes:
+        print("shape   | {}: H = {}, Hkv = index heads = {}, ".format(shape, *SHAPES[shape])
+              + f"D = {D}, S = {S} blocks of L = {L} keys, one layer")
+        for what, index in product(("prefill", "decode") if args.what == "all" else (args.what,), (args.size, 1)):
+            if index == args.size or (what == "decode" and args.gpu):
+                stages = work(shape, args.ctx, args.ctx if what == "prefill" else 1, 1, args.size, index)
+                dense, sparse = (least_ms(stages[side], args.rates) for side in stages)
+                print(f"predict | roofline of {what} {shape} at {args.ctx:,}, index keys of {8 * index} bits: dense "
+                      f"{dense:,.3f} ms, MSA {sparse:,.3f} ms, {dense / sparse:.2f}x", flush=True)
+
+
+def parse_args(argv):
+    p = Parser(__doc__)
+    p.add_argument("--ctx", type=int, default=1_000_000, help="longest context, in tokens")
+    p.add_argument("--what", choices=("prefill", "decode", "train", "moe", "tree", "all"), default="all",
+                   help="train, moe and tree come later")
+    p.add_argument("--shape", choices=tuple(SHAPES), help="default: both")
+    p.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU if there is one")
+    p.add_argument("--figure", metavar="FILE", help="draw time against length; needs matplotlib")
+    p.add_argument("--seed", type=int, default=1337)
+    args = p.parse_args(argv)
+    args.shapes = [args.shape] if args.shape else list(SHAPES)
+    if args.what in ("train", "moe", "tree"):
+        raise ValueError(f"--what {args.what} comes later; prefill, decode and all are here")
+    for name, top, low in (("ctx", 2 ** 25, 1), ("seed", 2 ** 63 - 1, 0)):
+        if not low <= getattr(args, name) <= top:
+            raise ValueError(f"--{name} {getattr(args, name)}: it must be {low} to {top:,}")
+    if args.figure:  # what is wrong with it shows now, not after minutes
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise ValueError("--figure needs matplotlib: pip install matplotlib") from None
+        Figure().savefig(args.figure)
+    return args
+
+
+@torch.no_grad()
+def run(args):
+    args.device, args.dtype, why = pick_device(args.device)
+    args.gpu, args.size = args.device.type == "cuda", args.dtype.itemsize
+    if args.device.type not in ("cpu", "cuda") or (args.gpu and args.dtype != torch.bfloat16):
+        raise ValueError(f"--device {args.device}: a CPU, or a CUDA GPU with bf16 tensor cores")
+    if args.gpu:
+        args.device = torch.device("cuda", args.device.index or 0)  # "cuda" alone has no index to make current
+        torch.cuda.set_device(args.device)
+    args.name = torch.cuda.get_device_name() if args.gpu else f"CPU, {torch.get_num_threads()} threads"
+    card(args, why)
+    for shape in args.shapes:
+        gate(args, shape)
+    print(f"gate    | passed by {', '.join(args.shapes)}: choice against torch, output against brute force in fp32, "
+          f"relative RMS at most {TOLERANCE[args.dtype]:.0e}\n\n{HEAD}", flush=True)
+    rows = [row for shape in args.shapes for row in shape_rows(args, shape)]
+    print()
+    result = dict(device=args.name, rows=rows, rates=args.rates, ratios=ratios(rows), crossover=crossovers(rows))
+    if args.figure and rows:
+        draw(args.figure, rows, args.name)
+    print(json.dumps(result))
+    return result
+
+
+def main(argv=None):
+    try:
+        return run(parse_args(argv))
+    except (ValueError, OSError) as error:
+        status, message = 2, error
+    except ArithmeticError as error:
+        status, message = 1, f"wrong result, no time is valid: {error}"
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        status, message = 1, f"out of memory: {str(error).splitlines()[0]}"
+    except KeyboardInterrupt:
+        status, message = 130, "interrupted"
+    print(f"bench.py: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,14 +3,12 @@
     python bench.py --ctx 1000000                            # prefill and decode, shapes of M2 (48/8) and M3 (64/4)
     python bench.py --ctx 131072 --what decode --shape m3 --figure decode.svg
 
-    card with measured copy and matmul rates -> roofline prediction -> correctness gate -> rows -> ratios, crossover
-
 The sides take turns (A B A B) on the same tensors. Dense prefill is cuDNN SDPA, dense decode our split-KV kernel; on a
 CPU both are SDPA with a group's G heads as rows, which reads K and V once (enable_gqa: G times, 5 to 11 times slower).
 MSA's time has all its stages. Prefill is timed by CUDA events, decode in CUDA graphs over sets of buffers that push
-each other out of the L2. A CPU prefills the last 32 queries against the whole context; the whole is extrapolated.
+each other out of the L2. A CPU prefills the last 32 queries against the whole context and extrapolates nothing.
 least ms = what the measured rates allow, stage by stage; util = useful FLOPs over the matmul rate (prefill), needed
-bytes over the copy rate (decode).
+bytes over the copy rate (decode). At --ctx a GPU's time is also split by kernel.
 """
 import json
 import math
@@ -24,7 +22,6 @@ from functools import partial
 from itertools import product
 
 import torch
-import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import msa
@@ -91,16 +88,6 @@ def alternate(sides, gpu, reps=5, seconds=3.0):
     return times
 
 
-def measure_rates(args):
-    """Bytes/s of a large copy, read and written both; FLOP/s of a matmul of random numbers (zeros run faster)."""
-    x = torch.ones(2 ** (31 if args.gpu else 28), dtype=torch.int8, device=args.device)
-    n, y = 8192 if args.gpu else 2048, torch.empty_like(x)
-    a, b = (torch.randn(n, n, device=args.device, dtype=args.dtype) for _ in range(2))
-    times = alternate([(lambda: y.copy_(x), id, True), (lambda: a @ b, id, True)], args.gpu, 20)
-    copy, matmul = map(statistics.median, times)
-    return {"copy": 2e3 * x.numel() / copy, "matmul": 2e3 * n ** 3 / matmul}
-
-
 def dense_rows(q, k, v):
     """CPU: the last t of T queries against all T keys. Rows are (t, g): one product serves a group's heads. Only the
     last t keys need a mask: they are a call of their own, merged by log-sum-exp."""
@@ -121,8 +108,8 @@ def dense_prefill(q, k, v):
     if not q.is_cuda:
         return dense_rows(q, k, v)
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION] + [SDPBackend.MATH] * (q.size(1) < L)):
-        return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
-                                              enable_gqa=True).transpose(1, 2)
+        return torch.nn.functional.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
 def dense_decode(q, k, v, length, T):
@@ -139,9 +126,8 @@ def sparse_decode(q, k, v, qi, ki, length, fp8=None):
     return msa.msa_decode(q, k, v, qi, ki, S, L, length, None, "triton" if q.is_cuda else "torch", fp8)
 
 
-# ---- checks: ArithmeticError, one line that names what differs -----------------------------------
-
 def near(name, got, want):
+    """The checks raise an ArithmeticError, one line that names what differs."""
     error = ((got.double() - want.double()).norm() / want.double().norm()).item()
     if not error <= TOLERANCE[got.dtype]:  # also where it is nan
         raise ArithmeticError(f"{name}: relative RMS error {error:.1e}, allowed {TOLERANCE[got.dtype]:.0e}")
@@ -151,10 +137,9 @@ def brute_force(q, k, v, i, blocks=None):
     """One query by the definition, fp32. q (H, D), k and v (Tk, Hkv, D), blocks (Hkv, S) or None for all -> (H, D)."""
     out = []
     for h, x in enumerate(q.float().unflatten(0, (k.size(1), -1))):                                         # (G, D)
-        j = slice(0, i + 1)
-        if blocks is not None:
-            j = (blocks[h, :, None] * L + torch.arange(L, device=k.device)).flatten()
-            j = j[(j >= 0) & (j <= i)]
+        j = torch.arange(i + 1, device=k.device) if blocks is None else \
+            (blocks[h, :, None] * L + torch.arange(L, device=k.device)).flatten()
+        j = j[(j >= 0) & (j <= i)]
         out.append((x @ k[j, h].float().T * D ** -0.5).softmax(-1) @ v[j, h].float())
     return torch.cat(out)
 
@@ -184,8 +169,7 @@ def gate(args, shape):
         B, t = (2, 1) if what == "decode" else (1, T if args.gpu else min(T, 32))
         keys = T if what == "prefill" and args.gpu else capacity(T)
         (q, qi), (k, v) = (new(B, t, n, D) for n in (H, Hkv)), (new(B, keys, Hkv, D) for _ in "kv")
-        ki = new(B, keys, D)
-        start = torch.full((B,), T - t, dtype=torch.int32, device=args.device)
+        ki, start = new(B, keys, D), torch.full((B,), T - t, dtype=torch.int32, device=args.device)
         torch.full_like(q, float("nan"))
         if what == "prefill":
             outs = {"MSA": sparse_prefill(q, k, v, qi, ki, start if t < T else None),
@@ -201,19 +185,10 @@ def gate(args, shape):
             near(f"gate: MSA against dense, {what} {shape} at T = {T} <= S * L", outs["MSA"][0], outs["dense"][0])
 
 
-# ---- inputs --------------------------------------------------------------------------------------
-
 def fill(args, g, *size):
-    """Standard normal. On a CPU row j is (a[j mod 4099] + b[j mod 4093]) / sqrt(2), 10 times faster: the periods are
-    primes, so that no two of 16 million rows are equal and no scores tie."""
+    """Random numbers of variance 1: normal, on a CPU uniform, which takes a fifth of the time."""
     x = torch.empty(size, device=args.device, dtype=args.dtype)
-    if args.gpu:
-        return x.normal_(generator=g)
-    for period, put in ((4099, torch.Tensor.copy_), (4093, torch.Tensor.add_)):
-        table = torch.randn(period, *size[1:], generator=g) * 0.5 ** 0.5
-        for rows in x.split(period):
-            put(rows, table[:rows.size(0)])
-    return x
+    return x.normal_(generator=g) if args.gpu else x.uniform_(-3 ** 0.5, 3 ** 0.5, generator=g)
 
 
 def structured(T, t, Hkv, ki, g):
@@ -242,8 +217,8 @@ def capacity(T):
 def n_sets(args, shape, T, B):
     """Sets of buffers of a decode row: what is read between two uses of a set exceeds three times the last cache."""
     cache = torch.cuda.get_device_properties(args.device).L2_cache_size if args.gpu else 2 ** 25
-    least = work(shape, T, 1, B, args.size, 1 if args.gpu else args.size)["msa"]                    # 1: fp8 index keys
-    return min(64, math.ceil(3 * cache / sum(moved for _, moved in least)))  # more only below 4K
+    stages = work(shape, T, 1, B, args.size, 1 if args.gpu else args.size)["msa"]                   # 1: fp8 index keys
+    return min(64, math.ceil(3 * cache / sum(moved for _, moved in stages)))  # more only below 4K
 
 
 def lengths_that_fit(args, what, shape, B):
@@ -255,44 +230,53 @@ def lengths_that_fit(args, what, shape, B):
     query, chunk = wide * (2 * (H + Hkv + 1) * D * args.size + 48 * Hkv * S), wide * 2 ** 14 * H * S * D * args.size
     key = D * ((2 * Hkv + 1) * args.size + 16 * args.gpu)                                # 16: quantize_index, in fp32
     powers = range(13, 26) if args.gpu else range(14, 26, 2)
-    sweep, need = [2 ** n for n in powers if 2 ** n < args.ctx] + [args.ctx], {}
-    for T in sweep:
-        tokens = capacity(T) * B * (n_sets(args, shape, T, B) if what == "decode" else 1)
-        need[T] = 2 ** 30 + tokens * key + T * query + chunk
+    sets = {T: n_sets(args, shape, T, B) if what == "decode" else 1
+            for T in [2 ** n for n in powers if 2 ** n < args.ctx] + [args.ctx]}
+    need = {T: 2 ** 30 + capacity(T) * B * n * key + T * query + chunk for T, n in sets.items()}
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() if args.gpu else \
         0.7 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")                   # the system needs some, too
-    fit = [T for T in sweep if need[T] <= free]
+    fit = [T for T in need if need[T] <= free]
     if args.ctx not in fit:
         print(f"memory  | {what} {shape}, batch {B}: {args.ctx:,} tokens need {need[args.ctx] / 1e9:.1f} GB of "
               f"{free / 1e9:.1f}; the longest length that fits is {max(fit, default=0):,}", flush=True)
     return fit
 
 
-# ---- rows ----------------------------------------------------------------------------------------
-
 def make_row(args, what, shape, T, t, B, selection, index, dense, sparse):
     """A row from both sides' times, printed at once."""
     stages, unit = work(shape, T, t, B, args.size, BYTES[index]), what == "decode"
     row = dict(what=what, shape=shape, ctx=T, dense_ms=statistics.median(dense), msa_ms=statistics.median(sparse))
-    for side in stages:
-        row[f"{side}_util"] = (sum(stage[unit] for stage in stages[side]) / row[f"{side}_ms"] * 1e3
-                               / args.rates["copy" if unit else "matmul"])
+    rate = args.rates["copy" if unit else "matmul"] / 1e3
+    row.update({f"{s}_util": sum(stage[unit] for stage in stages[s]) / row[f"{s}_ms"] / rate for s in stages})
     # a GPU's dense decode streams its keys, or it is no baseline; a CPU's may be bound by the products, not the bytes
     fair = not (what == "decode" and args.gpu and T >= 2 ** 18 and row["dense_util"] < 0.97)
     row.update(speedup=row["dense_ms"] / row["msa_ms"] if fair else None, selection=selection, batch=B, index=index,
-               queries=t, predicted_ms={side: least_ms(stages[side], args.rates) for side in stages}, extrapolated=None)
+               queries=t, predicted_ms={side: least_ms(stages[side], args.rates) for side in stages})
     print(f"{what:8}{shape:4}{T:>10,} {B:>2}  {selection:11}{index:5}|{row['dense_ms']:11.3f} {row['dense_util']:4.0%} "
-          f"|{row['msa_ms']:12.3f} {row['msa_util']:4.0%} | " + (f"{row['speedup']:7.2f}x" if fair else "    none")
-          + " |{dense:11.3f} {msa:8.3f}".format(**row["predicted_ms"]) + f" | {len(dense)}, {len(sparse)}", flush=True)
-    if not fair:
-        print("        no ratio: dense decode is below 97 % of the measured copy rate")
-    if what == "prefill" and t < T:
-        flops = lambda stages, side: sum(stage[0] for stage in stages[side])
-        whole = work(shape, T, T, B, args.size, args.size)
-        row["extrapolated"] = {f"{s}_ms": row[f"{s}_ms"] * flops(whole, s) / flops(stages, s) for s in stages}
-        print(f"        of the last {t} queries; whole prefill, extrapolated by FLOPs: dense {{dense_ms:,.0f}} ms, MSA "
-              "{msa_ms:,.0f} ms".format(**row["extrapolated"]))
+          f"|{row['msa_ms']:12.3f} {row['msa_util']:4.0%} | {row['speedup'] or math.nan:7.2f}x |"
+          + "{dense:11.3f} {msa:8.3f}".format(**row["predicted_ms"]) + f" | {len(dense)}, {len(sparse)}"
+          + " no ratio: dense decode is below 97 % of the copy rate" * (not fair), flush=True)
     return row
+
+
+def kernel_rows(args, row, call, calls=1):
+    """Print a call's GPU time by kernel, over `calls` steps, beside the least its design allows: KV-outer writes S - 1
+    partial outputs a query and head and gathers q as often, and the combine kernel reads them."""
+    shape, T, B, size = row["shape"], row["ctx"], row["batch"], args.size
+    index, attend = work(shape, T, row["queries"], B, size, BYTES[row["index"]])["msa"]
+    io, probe = B * row["queries"] * SHAPES[shape][0] * D * size, B * SHAPES[shape][1] * (S - 1) * L * D * size
+    least = {"_index_kernel": index, "_scan_kernel": index, "_attend_kernel": attend, "_probe_kernel": (0, probe),
+             "_kv_outer_kernel": (attend[0] * (S - 1) / S, 2 * (S - 1) * io), "_combine_kernel": (0, (S + 2) * io)}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    times = row["kernels"] = {}
+    for event in profile.key_averages():
+        name = event.key if event.key in (*least, "_rescore_kernel") else "all others"
+        times[name] = times.get(name, 0) + event.self_device_time_total / 1e3 / calls
+    for name, ms in times.items():
+        floor = least_ms([least[name]], args.rates) if name in least else 0
+        print(f"        {name:16} {ms:10.4f} ms" + (f", at least {floor:.4f}: {floor / ms:.0%}" if floor else ""))
 
 
 def prefill_rows(args, shape, cache, lengths, g):
@@ -309,21 +293,23 @@ def prefill_rows(args, shape, cache, lengths, g):
             check_rows(f"prefill {shape}, {T} tokens, {name}", *out, q, k[:, :keys], v[:, :keys], qi, ki, T - t)
             union[name] = overlap(out[1]) if name != "dense" else 0
         # a dense run of seconds takes place once: the shorter lengths have warmed up all but its plan
-        short = args.gpu and least_ms(work(shape, T, t)["dense"], args.rates) < 2000
+        short = least_ms(work(shape, T, t)["dense"], args.rates) < (2000 if args.gpu else 500)
         sides = [(lambda: (dense_prefill(q, k[:, :T], v[:, :T]), None), partial(check, "dense", qi_all, ki), short)]
         for name, branch in index.items():
             sides.append((partial(sparse_prefill, q, k[:, :keys], v[:, :keys], *branch, start),
-                          partial(check, name, *branch), args.gpu))
+                          partial(check, name, *branch), short or args.gpu))
         dense, *sparse = alternate(sides, args.gpu, seconds=3.0 if args.gpu else 0.3)
         rows += [make_row(args, "prefill", shape, T, t, 1, name, "bf16" if args.gpu else "fp32", dense, ms)
                  for name, ms in zip(index, sparse)]
         print(f"        distinct blocks of {min(64, t)} neighbours, a head: random {union['random']:.0f}, structured "
               f"{union['structured']:.0f}", flush=True)
+        if args.gpu and T == args.ctx:
+            kernel_rows(args, rows[-2], sides[1][0])
     return rows
 
 
 def repeat(call, sets, rounds):
-    """-> a function that calls on every set and returns the outputs; on a GPU one CUDA graph of `rounds` such rounds."""
+    """-> a function that calls on every set and returns the outputs; on a GPU a CUDA graph of `rounds` such rounds."""
     if not sets[0][0].is_cuda:
         return lambda: [call(*buffers) for buffers in sets]
     call(*sets[0])  # compiles
@@ -358,20 +344,22 @@ def decode_rows(args, shape, B, lengths, cache, g):
         if coded:
             calls["fp8"] = lambda q, k, v, qi, ki, fp8: sparse_decode(q, k, v, qi, ki, length, fp8)
         rounds = -(-16 // n) if args.gpu else 1  # starting a graph takes as long as a small kernel: 16 calls share it
-        times = alternate([(repeat(call, sets, rounds), partial(check, name), True) for name, call in calls.items()], args.gpu,
-                          *((20, 60.0) if args.gpu else (5, 0.6)))
+        sides = [(repeat(call, sets, rounds), partial(check, name), True) for name, call in calls.items()]
+        times = alternate(sides, args.gpu, *((20, 60.0) if args.gpu else (5, 0.6)))
         if coded and not all(map(torch.equal, chosen["bf16"], chosen["fp8"])):
             raise ArithmeticError(f"decode {shape}, {T} tokens: certified fp8 chooses other blocks than bf16")
         dense, *sparse = ([ms / n / rounds for ms in side] for side in times)
-        rows += [make_row(args, "decode", shape, T, 1, B, "random", index, dense, ms)
-                 for index, ms in zip(list(calls)[1:], sparse)]
+        for index, ms, (call, _, _) in zip(list(calls)[1:], sparse, sides[1:]):
+            rows.append(make_row(args, "decode", shape, T, 1, B, "random", index, dense, ms))
+            if args.gpu and T == args.ctx:
+                kernel_rows(args, rows[-1], call, n * rounds)
     return rows
 
 
 def shape_rows(args, shape):
     """All rows of one shape. Its buffers are freed on return."""
     H, Hkv = SHAPES[shape]
-    g, rows = torch.Generator(args.device).manual_seed(args.seed), []
+    g, rows = torch.Generator(args.device).manual_seed(1337), []
     for B in (1, 8) if args.gpu else (1,):
         prefill = lengths_that_fit(args, "prefill", shape, B) if B == 1 else []
         decode = lengths_that_fit(args, "decode", shape, B)[0 if B == 1 else -1:]
@@ -411,20 +399,20 @@ def crossovers(rows):
 
 
 def draw(path, rows, title):
-    """One log-log chart for prefill and one for decode: both sides as measured, their least times dashed."""
+    """Time against length, log-log, as measured at batch 1: one chart for prefill, one for decode."""
     from matplotlib.figure import Figure
-    kinds, styles = list(dict.fromkeys(row["what"] for row in rows)), dict(fp8=":", bf16="-", fp32="-")
+    kinds = list(dict.fromkeys(row["what"] for row in rows))
     figure = Figure((7 * len(kinds), 5), layout="constrained")
     for axis, what in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
-        lines = [row for row in rows if (row["what"], row["batch"], row["selection"]) == (what, 1, "random")]
-        for n, (shape, side) in enumerate(product({row["shape"]: 0 for row in lines}, ("dense", "msa"))):
-            for index in {row["index"] for row in lines if side == "msa" or row["index"] != "fp8"}:
-                line = [row for row in lines if (row["shape"], row["index"]) == (shape, index)]
-                x, label = [row["ctx"] for row in line], f"{shape} {side}" + f", {index} index" * (side == "msa")
-                axis.loglog(x, [row[f"{side}_ms"] for row in line], f"C{n}o{styles[index]}", ms=3, label=label)
-                axis.loglog(x, [row["predicted_ms"][side] for row in line], f"C{n}--", lw=0.8)
-        part = "" if lines[0]["queries"] in (1, lines[0]["ctx"]) else f" of the last {lines[0]['queries']} queries"
-        axis.set(title=f"{what}{part}, one layer, {title}", xlabel="T (dashed: roofline)", ylabel="ms")
+        lines = {}
+        for row, side in product(rows, ("dense", "msa")):
+            if (row["what"], row["batch"], row["selection"]) == (what, 1, "random"):
+                name = f"{row['shape']} {side}" + f", {row['index']} index" * (side == "msa")
+                lines.setdefault(name, []).append((row["ctx"], row[f"{side}_ms"]))
+        for name, line in lines.items():
+            axis.loglog(*zip(*line), "o--" if "dense" in name else "o-", ms=3, label=name)
+        last = " of the last 32 queries" * (what == "prefill" and title.startswith("CPU"))
+        axis.set(title=f"{what}{last}, one layer, {title}", xlabel="tokens of context", ylabel="ms")
         axis.legend()
     figure.savefig(path)
 
@@ -435,42 +423,38 @@ def card(args, why):
     commit = ask(f"git -C {shlex.quote(os.path.dirname(os.path.abspath(__file__)))} describe --always --dirty")
     power = ask(f"nvidia-smi -i {args.device.index or 0} --query-gpu=power.limit,driver_version --format=csv,noheader")
     print(f"run     | {time.strftime('%Y-%m-%d %H:%M')}, git {commit}, torch {torch.__version__}, triton "
-          f"{getattr(msa.triton, '__version__', 'absent')}, seed {args.seed}")
+          f"{getattr(msa.triton, '__version__', 'absent')}")
     print(f"device  | {args.name}{f', power limit and driver {power}' * args.gpu}, {str(args.dtype)[6:]}: {why}")
-    args.rates = measure_rates(args)
+    x, n = torch.ones(2 ** (31 if args.gpu else 28), dtype=torch.int8, device=args.device), 8192 if args.gpu else 2048
+    y, (a, b) = torch.empty_like(x), (torch.randn(n, n, device=args.device, dtype=args.dtype) for _ in "ab")
+    copy, matmul = map(statistics.median, alternate([(lambda: y.copy_(x), id, True), (lambda: a @ b, id, True)],
+                                                    args.gpu, 20))
+    args.rates = {"copy": 2e3 * x.numel() / copy, "matmul": 2e3 * n ** 3 / matmul}  # bytes read and written; FLOPs
     print("rates   | measured: copy {copy:.3e} bytes/s, matmul {matmul:.3e} FLOP/s".format(**args.rates))
-    for shape in args.shapes:
-        print("shape   | {}: H = {}, Hkv = index heads = {}, ".format(shape, *SHAPES[shape])
-              + f"D = {D}, S = {S} blocks of L = {L} keys, one layer")
-        for what, index in product(("prefill", "decode") if args.what == "all" else (args.what,), (args.size, 1)):
-            if index == args.size or (what == "decode" and args.gpu):
-                stages = work(shape, args.ctx, args.ctx if what == "prefill" else 1, 1, args.size, index)
-                dense, sparse = (least_ms(stages[side], args.rates) for side in stages)
-                print(f"predict | roofline of {what} {shape} at {args.ctx:,}, index keys of {8 * index} bits: dense "
-                      f"{dense:,.3f} ms, MSA {sparse:,.3f} ms, {dense / sparse:.2f}x", flush=True)
+    print("shape   | one layer, {}; D = {}, S = {} blocks of L = {} keys".format(" or ".join(
+        "{}: {} query heads, {} KV and index heads".format(shape, *SHAPES[shape]) for shape in args.shapes), D, S, L))
+    for shape, what in product(args.shapes, ("prefill", "decode") if args.what == "all" else (args.what,)):
+        t = 1 if what == "decode" else args.ctx if args.gpu else min(args.ctx, 32)
+        dense, sparse = (least_ms(x, args.rates) for x in work(shape, args.ctx, t, 1, *[args.size] * 2).values())
+        print(f"predict | roofline of {what} {shape} at {args.ctx:,}: dense {dense:,.3f} ms, MSA {sparse:,.3f} ms, "
+              f"{dense / sparse:.2f}x", flush=True)
 
 
 def parse_args(argv):
     p = Parser(__doc__)
     p.add_argument("--ctx", type=int, default=1_000_000, help="longest context, in tokens")
-    p.add_argument("--what", choices=("prefill", "decode", "train", "moe", "tree", "all"), default="all",
-                   help="train, moe and tree come later")
+    p.add_argument("--what", choices=("prefill", "decode", "train", "moe", "tree", "all"), default="all")
     p.add_argument("--shape", choices=tuple(SHAPES), help="default: both")
     p.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU if there is one")
     p.add_argument("--figure", metavar="FILE", help="draw time against length; needs matplotlib")
-    p.add_argument("--seed", type=int, default=1337)
     args = p.parse_args(argv)
     args.shapes = [args.shape] if args.shape else list(SHAPES)
     if args.what in ("train", "moe", "tree"):
         raise ValueError(f"--what {args.what} comes later; prefill, decode and all are here")
-    for name, top, low in (("ctx", 2 ** 25, 1), ("seed", 2 ** 63 - 1, 0)):
-        if not low <= getattr(args, name) <= top:
-            raise ValueError(f"--{name} {getattr(args, name)}: it must be {low} to {top:,}")
+    if not 1 <= args.ctx <= 2 ** 25:
+        raise ValueError(f"--ctx {args.ctx}: it must be 1 to {2 ** 25:,}")
     if args.figure:  # what is wrong with it shows now, not after minutes
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise ValueError("--figure needs matplotlib: pip install matplotlib") from None
+        from matplotlib.figure import Figure
         Figure().savefig(args.figure)
     return args
 
@@ -482,16 +466,15 @@ def run(args):
     if args.device.type not in ("cpu", "cuda") or (args.gpu and args.dtype != torch.bfloat16):
         raise ValueError(f"--device {args.device}: a CPU, or a CUDA GPU with bf16 tensor cores")
     if args.gpu:
-        args.device = torch.device("cuda", args.device.index or 0)  # "cuda" alone has no index to make current
-        torch.cuda.set_device(args.device)
+        torch.cuda.set_device(args.device.index or 0)
     args.name = torch.cuda.get_device_name() if args.gpu else f"CPU, {torch.get_num_threads()} threads"
     card(args, why)
     for shape in args.shapes:
         gate(args, shape)
     print(f"gate    | passed by {', '.join(args.shapes)}: choice against torch, output against brute force in fp32, "
-          f"relative RMS at most {TOLERANCE[args.dtype]:.0e}\n\n{HEAD}", flush=True)
+          f"relative RMS at most {TOLERANCE[args.dtype]:.0e}\n"
+          + "prefill | of the last 32 queries, against the whole context\n" * (not args.gpu) + f"\n{HEAD}", flush=True)
     rows = [row for shape in args.shapes for row in shape_rows(args, shape)]
-    print()
     result = dict(device=args.name, rows=rows, rates=args.rates, ratios=ratios(rows), crossover=crossovers(rows))
     if args.figure and rows:
         draw(args.figure, rows, args.name)
@@ -502,16 +485,15 @@ def run(args):
 def main(argv=None):
     try:
         return run(parse_args(argv))
-    except (ValueError, OSError) as error:
-        status, message = 2, error
-    except ArithmeticError as error:
-        status, message = 1, f"wrong result, no time is valid: {error}"
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        status, message = 1, f"out of memory: {str(error).splitlines()[0]}"
+    except (ValueError, OSError, ImportError) as error:
+        print(f"bench.py: {error}" + "; pip install matplotlib" * isinstance(error, ImportError), file=sys.stderr)
+        sys.exit(2)
+    except (ArithmeticError, torch.OutOfMemoryError, MemoryError) as error:
+        why = "wrong result, no time is valid" if isinstance(error, ArithmeticError) else "out of memory"
+        sys.exit(f"bench.py: {why}: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:
-        status, message = 130, "interrupted"
-    print(f"bench.py: {message}", file=sys.stderr)
-    sys.exit(status)
+        print("bench.py: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

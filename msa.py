@@ -16,7 +16,19 @@ One visibility rule everywhere: key j is visible to query i iff j <= i < end[j].
 document, or of the subtree in a prefix tree laid out depth first; None is plain causal. With a cache, keys are slots
 0 … Tk-1 and the first query has index start (B,): T queries see Tk >= T keys. Layout (B, T, H, D) throughout.
 
-Differs from the paper: scores are ranked without their 1/sqrt(D), which changes no ranking; the KL applies it.
+The torch half is the whole specification; the Triton half has a kernel for each step, forward only:
+    prefill   _index_kernel        scores, block maxima and a running top S - 1 in registers: no score matrix
+              _query_outer_kernel  one query a program; short prompts
+              _kv_outer_kernel     one block a program, for the queries that chose it (_plan turns the choice around)
+              _combine_kernel      the own block, and the sum of what the other S - 1 blocks gave
+    decode    _scan_kernel         the index keys once, bf16 or fp8, for all heads and drafts
+              _probe_kernel        fp8: exact scores of the leaders, a floor for what can be chosen
+              _rescore_kernel      fp8: exact scores wherever fp8 plus its error bound reaches that floor
+              _attend_kernel       choice, attention over one block a program, sum by the last to arrive
+    baseline  _dense_kernel        full attention's decode, keys split over programs; _dense_sum_kernel joins them
+
+Differs from the paper: scores are ranked without their 1/sqrt(D), which changes no ranking; the KL applies it. The
+certified fp8 decode is ours: the paper's choice exactly, from half the bytes.
 """
 from __future__ import annotations
 
@@ -120,9 +132,9 @@ def full_attention(q, k, v, end=None, start=None, impl="auto"):
     T, Tk = q.size(1), k.size(1)
     _check(q, end, start, k=(k, (q.size(0), Tk, k.size(2), q.size(3))), v=(v, k.shape))
     _expect("heads over KV heads leave a rest that", q.size(2) % k.size(2), 0)
-    decode = start is not None and T <= 4
-    if (decode or impl == "triton") and _pick(impl, q, q.size(3), grad=(q, k, v)):
-        _expect("start is given and T <= 4 (all that the Triton kernel does)", decode, True)
+    decode = start is not None and T <= 4  # all that our kernel does: a prefill is SDPA's
+    if _pick("torch" if impl == "auto" and not decode else impl, q, q.size(3), grad=(q, k, v)):
+        _expect("start is given and T <= 4, which impl='triton' needs,", decode, True)
         _contiguous(q=q, k=k, v=v)
         return _dense_triton(q, k, v, end, start)
     mask = None
@@ -252,7 +264,6 @@ def quantize_index(ki, L):
     residual, norm = ((x.norm(dim=-1).amax(-1) * up) for x in (k - near, k))
     slack = residual + GAMMA * (2 * norm + residual)
     return k8.flatten(1, 2)[:, :Tk].contiguous(), scale, slack
-
 
 
 class _IndexKL(torch.autograd.Function):
@@ -679,10 +690,12 @@ def _scan_kernel(qi, ki, scale, end, length, scores, done, T, cap, HKV: tl.const
     n = (tl.load(length + b) + T - 1) // L
     lo, hi = _run_start(run, n, tl.num_programs(0)), _run_start(run + 1, n, tl.num_programs(0))
     x, i = _queries(qi, length, b, T, HKV, D, L, COLS)
-    if scale is not None:  # fp8 widens to fp16 in one instruction; a power of two keeps q inside fp16's range
+    # fp8 widens to fp16 in one instruction; fp16 holds a 16-bit q over a power of two, but not an fp32 one
+    WIDE: tl.constexpr = tl.float32 if qi.dtype.element_ty == tl.float32 else tl.float16
+    if scale is not None:
         top = tl.max(tl.abs(x.to(tl.float32)), 0)
         unit = tl.exp2(tl.ceil(tl.log2(tl.maximum(top, 1e-30))))
-        x = (x.to(tl.float32) / unit[None]).to(tl.float16)
+        x = (x.to(tl.float32) / unit[None]).to(WIDE)
     score = tl.full([COLS, RUN], float("-inf"), tl.float32)
     for blk in range(lo, hi):
         j = b.to(tl.int64) * cap + blk * L + tl.arange(0, L)
@@ -690,7 +703,7 @@ def _scan_kernel(qi, ki, scale, end, length, scores, done, T, cap, HKV: tl.const
         if scale is None:
             s = _block_scores(x, key, end, i, b, blk, cap, L)
         else:
-            s = _block_scores(x, key.to(tl.float16), end, i, b, blk, cap, L)
+            s = _block_scores(x, key.to(WIDE), end, i, b, blk, cap, L)
             s = s * unit * tl.load(scale + b * N + blk)
         score = tl.where(g == blk - lo, s[:, None], score)
     _store_scores(scores, score, lo, hi, run, b, T, N, HKV, RUN, COLS)

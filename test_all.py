@@ -1,5 +1,5 @@
 """The suite, and a guided tour in the order of a token's walk: text, config, parts, attention, index branch, MSA,
-router, model, cache, training, sampling, bad input, and last the mutants that show each checker can fail.
+kernels, router, model, cache, training, sampling, bad input, and last the mutants that show each checker can fail.
 
     python -m pytest test_all.py           # everything, offline, under 150 s on 2 cores
     python test_all.py                     # the same, with each test's one-line lesson
@@ -17,7 +17,9 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import timeit
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -26,6 +28,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before msa is imported: a kernel's decorator reads the flag
+
+import bench
 import moe
 import msa
 import sample
@@ -37,12 +43,10 @@ HERE = Path(__file__).resolve().parent
 GOLDEN = HERE / ".ci" / "golden"
 TEXT = (HERE / "msa.py").read_text(encoding="utf-8") + "na\u00efve \u4e2d\u6587 \U0001f600\n"
 
-
 def worst(a, b):
     """Largest absolute difference; inf where either is not finite, so that no NaN passes a comparison."""
     d = (a.double() - b.double()).abs().max().item()
     return d if math.isfinite(d) else math.inf
-
 
 def small_config(**kw):
     """Three layers with everything in them, at a size where a forward takes milliseconds."""
@@ -50,7 +54,6 @@ def small_config(**kw):
         vocab_size=61, n_layer=3, n_embd=32, n_head=4, n_kv_head=2, head_dim=8, rotary_dim=4, max_seq_len=256,
         attn_types=["full", "msa", "msa"], mlp_types=["dense", "moe", "moe"], n_expert=4, expert_dim=8, shared_dim=8,
         dense_dim=24, index_head_dim=8, index_block_size=4, index_topk_blocks=3, index_kl_stride=1), **kw})
-
 
 def make_model(seed=0, dtype=torch.float32, **kw):
     """A model whose norms and biases are random too: a port that ignores them must fail."""
@@ -62,17 +65,14 @@ def make_model(seed=0, dtype=torch.float32, **kw):
                 p.add_(torch.randn_like(p) * 0.2)
     return model.to(dtype).eval()
 
-
 def random_qkv(B=2, T=37, H=4, Hkv=2, D=8, dtype=torch.float64, seed=0):
     g = torch.Generator().manual_seed(seed)
     shapes = [(B, T, H, D), (B, T, Hkv, D), (B, T, Hkv, D), (B, T, Hkv, D), (B, T, D)]
     return [torch.randn(s, generator=g, dtype=dtype) for s in shapes]                                     # q k v qi ki
 
-
 def packed_end(T, cuts, B=2):
     """end for documents that stop at each cut and at T: (B, T) int32."""
     return torch.tensor([[min(c for c in (*cuts, T) if c > j) for j in range(T)]] * B, dtype=torch.int32)
-
 
 # ---- 1. text -------------------------------------------------------------------------------------
 def brute_bpe(text, n_merges, pattern):
@@ -90,13 +90,11 @@ def brute_bpe(text, n_merges, pattern):
                     w[i:i + 2] = [len(tokens) - 1]
     return tokens
 
-
 def test_bpe_equals_brute_force():
     """The BPE learner with its heap and index makes exactly the merges of the textbook loop."""
     spec = sample.learn_bpe([TEXT[:3000]], 256 + 60 + 1, sample.PATTERN)
     assert spec["ranks"] == brute_bpe(TEXT[:3000], 60, sample.PATTERN)
     assert len(set(spec["ranks"])) == len(spec["ranks"]) and all(spec["ranks"])
-
 
 def test_text_roundtrip():
     """Any text survives encoding, the special token's name included, which in data is plain text."""
@@ -106,7 +104,6 @@ def test_text_roundtrip():
         assert tok.decode(ids) == text and tok.eot not in ids
     assert tok.n_vocab == 400 and tok.eot == 399
 
-
 def test_big_vocabulary_fits_the_token_file():
     """Token ids are stored as int32: uint16, the usual choice, would turn M2's id 200063 into 3455."""
     class Wide:
@@ -114,7 +111,6 @@ def test_big_vocabulary_fits_the_token_file():
         def encode_batch(self, texts): return [[200_062] * len(t) for t in texts]
     tokens = train.Tokens([("a", "xyz")], Wide(), 4, 8)
     assert tokens.ids[0] == 200_063 and tokens.ids[1] == 200_062
-
 
 # ---- 2. config -----------------------------------------------------------------------------------
 def test_published_parameter_counts():
@@ -127,14 +123,12 @@ def test_published_parameter_counts():
     assert round(total / 1e9, 3) == 426.175 and round(active / 1e9, 2) == 23.50
     assert mtp == (3_687_602_432, 176_969_984) and 0.95 * 85e6 < small < 1.05 * 85e6, (mtp, small)
 
-
 def test_bad_configs_are_refused():
     """A config that cannot work says so when it is made, with the value in the message."""
     for key, value in (("n_head", 5), ("rotary_dim", 10), ("activation", "relu"), ("mlp_types", ["moe"]),
                        ("attn_types", ["full", "swa", "msa"]), ("qk_norm", "batch")):
         with pytest.raises(AssertionError, match=re.escape(str(value))):
             small_config(**{key: value})
-
 
 # ---- 3. parts ------------------------------------------------------------------------------------
 def test_rmsnorm_matches_formula():
@@ -148,7 +142,6 @@ def test_rmsnorm_matches_formula():
         want = formula(low.float(), norm.weight + gemma).bfloat16()  # rounded once, at the end
         assert norm(low).dtype == torch.bfloat16 and (norm(low) != want).float().mean() < 0.01
 
-
 def test_rope_is_relative_and_partial():
     """Rotated q . k depends on the distance alone, and channels from rotary_dim on are untouched."""
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
@@ -156,7 +149,6 @@ def test_rope_is_relative_and_partial():
     assert worst((at(q, 9) * at(k, 4)).sum(), (at(q, 105) * at(k, 100)).sum()) < 1e-5  # the tables are fp32
     assert worst((at(q, 9) * at(k, 4)).sum(), (at(q, 9) * at(k, 5)).sum()) > 1e-3
     assert torch.equal(at(q, 9)[..., 8:], q[..., 8:])
-
 
 def test_cross_entropy_in_chunks():
     """The chunked loss and its gradients equal torch's at any chunk, with ignored targets; with no target it is 0."""
@@ -170,7 +162,6 @@ def test_cross_entropy_in_chunks():
         assert max(worst(got, want), worst(gh, 3 * dh), worst(gW, 3 * dW)) < 1e-12
     assert cross_entropy(h, W, torch.full_like(y, -1)).item() == 0
 
-
 # ---- 4. full attention and the one visibility rule -----------------------------------------------
 def loop_attention(q, k, v, keys_of):
     """Softmax attention, query by query, over the keys that keys_of(b, i, kv_head) lists."""
@@ -182,7 +173,6 @@ def loop_attention(q, k, v, keys_of):
         out[b, i, h] = p @ v[b, js, h // G]
     return out
 
-
 def test_full_attention_obeys_visibility():
     """Key j is seen by query i iff j <= i < end[j]: plain causal, packed documents and a tree, against a loop."""
     q, k, v, _, _ = random_qkv(T=13)
@@ -190,7 +180,6 @@ def test_full_attention_obeys_visibility():
     for end in (None, packed_end(13, [4, 5]), tree):
         want = loop_attention(q, k, v, lambda b, i, r: [j for j in range(i + 1) if end is None or i < end[b, j]])
         assert worst(msa.full_attention(q, k, v, end), want) < 1e-10
-
 
 # ---- 5. index branch -----------------------------------------------------------------------------
 def brute_blocks(qi, ki, S, L, end):
@@ -207,7 +196,6 @@ def brute_blocks(qi, ki, S, L, end):
         out[b, i, r, :len(row)] = torch.tensor(row)
     return out
 
-
 @pytest.mark.parametrize("T,L,S", [(1, 4, 3), (3, 4, 3), (4, 4, 1), (5, 4, 2), (37, 4, 3), (40, 8, 8)])
 def test_selection_equals_brute_force(T, L, S):
     """Own block first, then the best earlier blocks, -1 if there are fewer; odd lengths, documents, a cached start."""
@@ -218,13 +206,11 @@ def test_selection_equals_brute_force(T, L, S):
         got = msa.select_blocks(qi[:, 2:], ki, S, L, None, torch.tensor([2, 2], dtype=torch.int32))
         assert torch.equal(got, brute_blocks(qi, ki, S, L, None)[:, 2:])
 
-
 def test_ties_go_to_the_lowest_block():
     """Equal scores are common (repeated tokens, zero keys): the lowest id wins, on every machine."""
     qi, ki = torch.ones(1, 40, 1, 4), torch.ones(1, 40, 4)
     assert msa.select_blocks(qi, ki, 3, 4)[0, 39, 0].tolist() == [9, 0, 1]
     assert msa.select_blocks(torch.zeros_like(qi), ki, 3, 4)[0, 21, 0].tolist() == [5, 0, 1]
-
 
 def test_selection_in_chunks(monkeypatch):
     """Queries are taken in chunks so that no T x T matrix exists; the chunk's size changes nothing."""
@@ -238,7 +224,6 @@ def test_selection_in_chunks(monkeypatch):
     parts = msa.msa_attention(q, k, v, whole, 4)
     assert max(worst(parts, out), worst(msa.index_kl_loss(qi, ki, q, k, whole, 4), kl)) < 1e-12
     assert max(map(worst, torch.autograd.grad(parts.pow(2).sum(), (q, k, v)), grads)) < 1e-10
-
 
 def kl_by_autograd(qi, ki, q, k, block_idx, L, end, weight):
     """The paper's loss, eq. 9-10, written as a masked dense softmax and left to autograd."""
@@ -255,7 +240,6 @@ def kl_by_autograd(qi, ki, q, k, block_idx, L, end, weight):
     kl = torch.where(seen.expand_as(teacher), teacher * (teacher.clamp(min=1e-300).log() - logp), 0.0).sum(-1)
     return (kl.mean(1) * weight).sum() / weight.sum()
 
-
 @pytest.mark.parametrize("support", ["prefix", "blocks"])
 def test_index_kl_value_and_gradient(support):
     """The KL's value and its closed-form gradient equal autograd through the definition; q and k get none."""
@@ -270,7 +254,6 @@ def test_index_kl_value_and_gradient(support):
             assert max(map(worst, grads, torch.autograd.grad(2 * want, (qi, ki)))) < 1e-10
             assert worst(got, want) < 1e-10 and want > 0.01 and dq is None and dk is None
 
-
 # ---- 6. MSA --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("T,L,S", [(1, 4, 2), (7, 4, 2), (37, 4, 3), (33, 16, 2)])
 def test_msa_equals_loop(T, L, S):
@@ -281,7 +264,6 @@ def test_msa_equals_loop(T, L, S):
         want = loop_attention(q, k, v, lambda b, i, r: [j for j in range(i + 1) if j // L in blocks[b, i, r].tolist()
                                                         and (end is None or i < end[b, j])])
         assert worst(msa.msa_attention(q, k, v, blocks, L, end), want) < 1e-10
-
 
 def test_msa_gradients_equal_masked_dense():
     """dq, dk and dv of the gathered form equal those of dense attention under the same mask (fp64)."""
@@ -295,14 +277,12 @@ def test_msa_gradients_equal_masked_dense():
     got = torch.autograd.grad((msa.msa_attention(q, k, v, blocks, 4) * probe).sum(), (q, k, v))
     assert max(map(worst, got, want)) < 1e-10
 
-
 def test_few_tokens_make_msa_dense():
     """T <= S * L: every visible block is chosen and MSA is full attention; one block more and it is not."""
     for T, same in ((12, True), (16, False), (40, False)):
         q, k, v, qi, ki = random_qkv(T=T)
         gap = worst(msa.msa_attention(q, k, v, msa.select_blocks(qi, ki, 3, 4), 4), msa.full_attention(q, k, v))
         assert (gap < 1e-12) if same else (gap > 0.05), (T, gap)
-
 
 def test_decode_is_a_row_of_prefill():
     """msa_decode with rows of unequal length gives the rows that prefill computes, and the same blocks."""
@@ -311,7 +291,6 @@ def test_decode_is_a_row_of_prefill():
     full, at, rows = msa.msa_attention(q, k, v, blocks, 4), torch.tensor([36, 17]), torch.arange(2)
     out, chosen = msa.msa_decode(q[rows, at][:, None], k, v, qi[rows, at][:, None], ki, 3, 4, at.int())
     assert torch.equal(chosen[:, 0], blocks[rows, at]) and worst(out[:, 0], full[rows, at]) < 1e-12
-
 
 def test_cost_follows_the_selection():
     """Nothing in a long decode step is as wide as T x Hkv x D: time at 16 times the context stays under 8 times."""
@@ -323,7 +302,6 @@ def test_cost_follows_the_selection():
         return min(timeit.repeat(step, number=1, repeat=6)[1:])  # the first one warms up
     assert seconds(65536) < 8 * seconds(4096)
 
-
 def test_recall_of_a_perfect_and_a_blind_index():
     """Block recall is near 1 when the index scores are the main branch's own, and near chance when they are noise."""
     g = torch.Generator().manual_seed(0)
@@ -333,8 +311,176 @@ def test_recall_of_a_perfect_and_a_blind_index():
     blind, _ = msa.block_recall(*noise, q, k, 4, 16)
     assert perfect > 0.85 and abs(blind - chance) < 0.1 and 0.2 < chance < 0.5
 
+# ---- 7. kernels: interpreted on a CPU, compiled for sm_90, run where there is a GPU --------------
+interpreted = pytest.mark.skipif(msa.triton is None or torch.cuda.is_available(), reason="needs Triton and no GPU")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # a marker can be declared only in a file that pytest reads before this one
+    gpu = pytest.mark.gpu
 
-# ---- 7. router and experts -----------------------------------------------------------------------
+@contextlib.contextmanager
+def poisoned():
+    """What a kernel fails to write is NaN, or a block that no one has."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, make in (("empty", torch.empty), ("empty_like", torch.empty_like)):
+            patch.setattr(torch, name, lambda *args, make=make, **kw: (x := make(*args, **kw)).fill_(
+                math.nan if x.is_floating_point() else -2 ** 30))
+        yield
+
+def kernel_qkv(B, T, Tk, Hkv, G, D=16):
+    """q k v qi ki between bands of NaN: the interpreter lets a load out of bounds pass, but what it read shows."""
+    g, out = torch.Generator().manual_seed(T + Tk), []
+    for shape in ((B, T, Hkv * G, D), (B, Tk, Hkv, D), (B, Tk, Hkv, D), (B, T, Hkv, D), (B, Tk, D)):
+        band = torch.full((math.prod(shape) + 4096,), math.nan)
+        out.append(band[2048:-2048].view(shape).normal_(generator=g))
+    return out
+
+TREE = torch.full((2, 37), 37, dtype=torch.int32)
+TREE[0, :13], TREE[0, 16:24], TREE[1, :16] = 13, 24, 16
+KERNEL_CASES = [  # B, T, Tk, Hkv, G, S, end, start; the last four are decode steps: ragged, drafts, short, documents
+    (2, 37, 37, 2, 3, 4, None, None), (1, 1, 1, 1, 2, 3, None, None), (1, 20, 20, 1, 16, 3, None, None),
+    (1, 17, 17, 1, 2, 1, None, None), (2, 37, 37, 2, 3, 4, TREE, None), (2, 10, 64, 2, 3, 4, None, [20, 50]),
+    (2, 1, 96, 2, 3, 4, None, [90, 33]), (1, 3, 64, 2, 3, 4, None, [46]), (2, 1, 64, 2, 3, 4, None, [0, 9]),
+    (2, 2, 40, 2, 3, 4, TREE, [35, 30])]
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:divide by zero")  # log2(0) = -inf is what a query without visible keys gives
+@pytest.mark.parametrize("case", range(len(KERNEL_CASES)))
+def test_kernels_equal_torch(case):
+    """Every kernel against the torch half: the choice exactly, with fp8 keys too, outputs to rounding, all written."""
+    *shape, S, end, start = KERNEL_CASES[case]
+    start = start and torch.tensor(start, dtype=torch.int32)
+    (q, k, v, qi, ki), L = kernel_qkv(*shape), 8
+    blocks = msa.select_blocks(qi, ki, S, L, end, start, "torch")
+    want = msa.msa_attention(q, k, v, blocks, L, end, start, "torch")
+    with poisoned(), pytest.MonkeyPatch.context() as patch:
+        if start is None or q.size(1) > 4:
+            assert torch.equal(msa.select_blocks(qi, ki, S, L, end, start, "triton"), blocks)
+            for most in (512, 0):  # query-outer, KV-outer
+                patch.setattr(msa, "QUERY_OUTER", most)
+                assert worst(msa.msa_attention(q, k, v, blocks, L, end, start, "triton"), want) < 2e-6
+            return
+        for fp8 in (None, msa.quantize_index(ki, L)):
+            out, got = msa.msa_decode(q, k, v, qi, ki, S, L, start, end, "triton", fp8)
+            assert torch.equal(got, blocks) and worst(out, want) < 2e-6
+        dense = msa.full_attention(q, k, v, end, start, "triton")
+    assert worst(dense, msa.full_attention(q, k, v, end, start, "torch")) < 2e-6
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:divide by zero")
+def test_certified_fp8_is_exact_where_fp8_errs():
+    """Keys so alike that fp8 misranks them, or equal: bound and rescoring choose what torch does, ties included."""
+    q, k, v, qi, ki = kernel_qkv(1, 40, 40, 2, 3)
+    last = torch.tensor([39], dtype=torch.int32)
+    q, qi, errs = q[:, -1:], qi[:, -1:].abs(), []
+    for keys in (ki[:, :1] + 0.01 * ki, (torch.arange(40) // 8 % 2)[None, :, None].expand(1, 40, 16).float()):
+        keys = keys.contiguous()
+        ki8, scale, slack = msa.quantize_index(keys, 8)
+        near = (ki8.float().unflatten(1, (-1, 8)) * scale[..., None, None]).flatten(1, 2)
+        want, alone = (msa.select_blocks(qi, x, 3, 8, None, last, "torch") for x in (keys, near))
+        errs.append(not torch.equal(want, alone))
+        for fp8 in (None, (ki8, scale, slack)):
+            assert torch.equal(msa.msa_decode(q, k, v, qi, keys, 3, 8, last, None, "triton", fp8)[1], want)
+    assert errs == [True, False] and want.tolist() == [[[[4, 1, 3]] * 2]]
+
+def test_fp8_bound_holds_and_is_tight():
+    """|max q.k - max scale q.k8| <= |q| slack for any q, in fp64; e4m3 has 3 bits, so slack is at most |k| / 16."""
+    for make in (torch.randn, lambda *s: torch.randn(*s) ** 5, lambda *s: 1e-6 * torch.randn(*s) + 1, torch.zeros):
+        ki, q = make(2, 40, 16), torch.randn(500, 16).double()
+        k8, scale, slack = msa.quantize_index(ki, 8)
+        exact, near = ki.double().unflatten(1, (-1, 8)), k8.double().unflatten(1, (-1, 8)) * scale[..., None, None]
+        gap = ((exact @ q.T).amax(2) - (near @ q.T).amax(2)).abs() / q.norm(dim=-1)                        # (B, N, 500)
+        assert (gap <= slack[..., None]).all() and (scale.log2() % 1 == 0).all()
+        assert (slack <= exact.norm(dim=-1).amax(-1) / 16 * 1.01 + 1e-30).all()
+
+def test_cache_keeps_fp8_keys():
+    """The cache's fp8 lane is quantize_index of what it holds, after appends of any size, a crop and a copy of rows."""
+    cache, g = KVCache(small_config(), 2, 32, fp8=True), torch.Generator().manual_seed(0)
+    for n, T in enumerate((5, 1, 9, 4)):
+        for layer in range(3):
+            kv, ki = torch.randn(2, T, 2, 8, generator=g), torch.randn(2, T, 8, generator=g) * 10 ** n
+            cache.append(layer, kv, kv, ki)
+        cache.advance(T)
+        cache.crop(13) if n == 2 else cache.select(torch.tensor([1, 0]))
+        for layer in range(3):
+            for mine, want in zip(cache.fp8(layer, 32), msa.quantize_index(cache.ki[layer], 4)):
+                assert torch.equal(mine.float(), want.float())
+
+def test_wrong_tensors_are_refused():
+    """Dtype, shape, heads, the length of end, device, impl, layout: a ValueError that states both values."""
+    q, k, v, qi, ki = random_qkv()
+    blocks, end = msa.select_blocks(qi, ki, 3, 4), torch.full((2, 37), 37, dtype=torch.int32)
+    attend, select = msa.msa_attention, msa.select_blocks
+    for call, words in ((lambda: attend(q, k.float(), v, blocks, 4), "float32.*float64"),
+                        (lambda: attend(q, k, v[:, :9], blocks, 4), "9.*37"),
+                        (lambda: attend(q[:, :, :3], k, v, blocks, 4), "is 1.*0"),
+                        (lambda: select(qi, ki, 3, 4, end[:, :30]), "30.*37"),
+                        (lambda: select(qi, ki, 3, 4, end.long()), "int64.*int32"),
+                        (lambda: select(qi, ki.to("meta"), 3, 4), "meta.*cpu"),
+                        (lambda: msa.full_attention(q, k, v, impl="cuda"), "cuda.*triton"),
+                        (lambda: select(qi.mT.contiguous().mT, ki, 3, 4, impl="triton"), "strides.*expected")):
+        with pytest.raises(ValueError, match=words):
+            call()
+
+def compile_kernels():
+    """Every kernel for sm_90 as launched at M3's sizes, and what else M2's change -> [name, registers, stack bytes]."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    base = dict(HKV=4, G=16, D=128, L=128, S=16, S1=15, W=16, RUN=8, COLS=16, RUNS=1024, PAIR=16, TILE=64, SPLIT=66,
+                PADDED=128, PDL=True, ROWS=16, DIMS=(4, 16, 128, 128, 16, 16, 16, 1024, 16),
+                keys="tensordesc<bf16[128, 128]>", **dict.fromkeys("q k v qi ki out part".split(), "*bf16"),
+                **dict.fromkeys("lse scores exact scale slack".split(), "*fp32"),
+                **dict.fromkeys("T Tk cap n edge0".split(), "i32"))
+    index = dict(num_warps=8, num_stages=2, maxnreg=128, ROWS=128)
+    for name, change in (("index", index), ("index", dict(index, end=None, block_end=None, start=None)),
+                         ("query_outer", dict(num_stages=2)), ("attend", dict(num_warps=8)), ("probe", {}),
+                         ("kv_outer", dict(ROWS=64)), ("kv_outer", dict(ROWS=64, HKV=8, G=6)), ("rescore", {}),
+                         ("combine", dict(ROWS=64)), ("combine", dict(ROWS=128, HKV=8, G=6, num_warps=8)),
+                         ("scan", dict(scale=None)), ("scan", dict(ki="*fp8e4nv", num_warps=2)),
+                         ("dense", dict(part="*fp32", num_stages=4)), ("dense_sum", dict(part="*fp32"))):
+        fn = getattr(msa, f"_{name}_kernel")
+        args = {p: {**base, **change}.get(p, None if p in change else "*i32") for p in fn.arg_names}
+        const = {p: x for p, x in args.items() if not isinstance(x, str)}
+        aligned = {(n,): [["tt.divisibility", 16]] for n, x in enumerate(args.values()) if str(x)[0] == "*"}
+        source = ASTSource(fn, {p: "constexpr" if p in const else x for p, x in args.items()}, const, aligned)
+        options = {"num_warps": 4, "num_stages": 3, **{p: x for p, x in change.items() if p not in args}}
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(msa.triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["cubin"])
+            file.flush()
+            tool = Path(msa.triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+            text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+        yield [fn.__name__, *map(int, re.search(r"REG:(\d+) STACK:(\d+)", text).groups())]
+
+@pytest.mark.skipif(msa.triton is None, reason="needs Triton")
+def test_no_spills_for_sm_90():
+    """Every kernel compiles for Hopper without spilling a register: in a process without the interpreter."""
+    code = "import json, test_all; print(json.dumps([*test_all.compile_kernels()]))"
+    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    kernels = json.loads(run.stdout.splitlines()[-1])
+    assert {name for name, *_ in kernels} == set(re.findall(r"^def (_\w+_kernel)", TEXT, re.M))
+    assert all(stack == 0 and 16 <= registers <= 255 for _, registers, stack in kernels), kernels
+
+@gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("T,Hkv,G", [(T, *h) for T in (1, 127, 128, 129, 2047, 2048, 2049) for h in ((4, 16), (8, 6))])
+def test_kernels_on_a_gpu(T, Hkv, G):
+    """bf16 against torch in fp32: 2^-9 each for p, parts and output; blocks may swap where scores nearly tie."""
+    g, S, L = torch.Generator("cuda").manual_seed(T), 16, 128
+    q, k, v, qi, ki = (torch.randn(2, T, *s, 128, generator=g, device="cuda").bfloat16()
+                       for s in ((Hkv * G,), (Hkv,), (Hkv,), (Hkv,), ()))
+    blocks, last = msa.select_blocks(qi, ki, S, L, impl="triton"), torch.full((2,), T - 1, device="cuda").int()
+    other = blocks.sort().values != msa.select_blocks(qi.float(), ki.float(), S, L, impl="torch").sort().values
+    want = msa.msa_attention(q.float(), k.float(), v.float(), blocks, L, impl="torch")
+    runs = [msa.msa_attention(q, k, v, blocks, L, impl="triton") for _ in range(2)]
+    assert torch.equal(*runs) and other.any(-1).float().mean() <= 1e-3
+    step = [msa.msa_decode(q[:, -1:].contiguous(), k, v, qi[:, -1:].contiguous(), ki, S, L, last, None, "triton", fp8)
+            for fp8 in (None, msa.quantize_index(ki, L))]
+    assert torch.equal(step[0][1], step[1][1])
+    for out, ref in ((runs[0], want), (step[0][0], want[:, -1:]), (step[1][0], want[:, -1:])):
+        assert ((out - ref).norm() / ref.norm()).item() < 5e-3
+
+# ---- 8. router and experts -----------------------------------------------------------------------
 def test_bias_moves_choice_never_weight():
     """With bias +10 every token takes expert 3, but its weight stays that of its score; weights sum to the scale."""
     s, bias = torch.tensor([[0.9, 0.8, 0.1, 0.2]]), torch.tensor([0.0, 0.0, 0.0, 1.0])  # route's worked example
@@ -346,7 +492,6 @@ def test_bias_moves_choice_never_weight():
     assert (idx == 3).any(1).all() and worst(weights.sum(1), torch.full((50,), 2.0)) < 1e-5
     scores = logits.sigmoid().gather(1, idx)
     assert worst(weights, 2 * scores / scores.sum(1, keepdim=True)) < 1e-6
-
 
 @pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai"])
 def test_loop_equals_grouped(activation):
@@ -360,7 +505,6 @@ def test_loop_equals_grouped(activation):
         for a, b in zip(*grads):
             assert worst(a, b) < 1e-3 * max(1, a.abs().max().item())
 
-
 def test_swiglu_oai_clamps():
     """M3's activation in scalar arithmetic: gate at most 7, up within +-7 and one added, sigmoid of 1.702 gate."""
     h = torch.tensor([[9.0, -3.0, 0.5, 20.0, -20.0, 1.5]], dtype=torch.float64)
@@ -369,7 +513,6 @@ def test_swiglu_oai_clamps():
         return (u + 1) * g / (1 + math.exp(-1.702 * g))
     want = torch.tensor([[one(9, 20), one(-3, -20), one(0.5, 1.5)]], dtype=torch.float64)
     assert worst(moe.gated(h, "swiglu_oai"), want) < 1e-12
-
 
 def test_bias_update_balances():
     """Loss-free balancing brings a router with a strong favourite from MaxVio > 1.5 to < 0.2; u = 0 changes nothing."""
@@ -382,7 +525,6 @@ def test_bias_update_balances():
             moe.update_bias(bias, load, rate)
         return moe.max_violation(load).item()
     assert run(0.0) > 1.5 and run(0.003) < 0.2
-
 
 def test_router_keeps_fp32_and_multiplicity_counts():
     """.to(bfloat16) leaves gate and bias exact in fp32; a token of weight 3 counts three times, a pad not at all."""
@@ -397,14 +539,12 @@ def test_router_keeps_fp32_and_multiplicity_counts():
     want = sum(w * torch.bincount(e, minlength=4) for w, e in zip((3, 1, 0), experts[0]))
     assert torch.equal(load, want.float())
 
-
-# ---- 8. model: transformers' numbers -------------------------------------------------------------
+# ---- 9. model: transformers' numbers -------------------------------------------------------------
 def golden(name):
     z = dict(np.load(GOLDEN / name / "expected.npz"))
     idx = torch.from_numpy(z["ids"])
     targets = torch.cat([idx[:, 1:], torch.full((idx.size(0), 1), -1)], 1)
     return MiniMax.from_hf(GOLDEN / name), z, idx, targets
-
 
 @pytest.mark.parametrize("name", ["m2", "m3"])
 def test_parity_with_transformers(name):
@@ -426,7 +566,6 @@ def test_parity_with_transformers(name):
     unreached = [n for n, p in model.named_parameters() if p.grad is None]
     assert all(".indexer." in n for n in unreached), unreached  # the language-model loss never reaches the index branch
 
-
 def test_save_hf_is_bit_equal(tmp_path):
     """M2 written in the released names reads back bit for bit, config included; M3 is refused."""
     model = golden("m2")[0]
@@ -435,7 +574,6 @@ def test_save_hf_is_bit_equal(tmp_path):
     assert again.cfg == model.cfg and all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
     with pytest.raises(ValueError, match="writes M2"):
         golden("m3")[0].save_hf(tmp_path / "m3")
-
 
 def test_released_m3_names_and_fp8(tmp_path):
     """M3's released names (experts apart, a prefix, a vision tower beside) and fp8 tiles read as the same weights."""
@@ -467,11 +605,9 @@ def test_released_m3_names_and_fp8(tmp_path):
     with pytest.raises(ValueError, match="norm.weight"):
         MiniMax.from_hf(tmp_path)
 
-
-# ---- 9. one forward, one cache -------------------------------------------------------------------
+# ---- 10. one forward, one cache ------------------------------------------------------------------
 M2_STYLE = dict(qk_norm="layer", gemma_norm=False, activation="swiglu", attn_types=["full"] * 3, mlp_types=["moe"] * 3,
                 shared_dim=0)
-
 
 @pytest.mark.parametrize("kw", [dict(), M2_STYLE])
 @pytest.mark.parametrize("chunks", [[1] * 43, [5, 1, 7, 3, 16, 11]])
@@ -481,7 +617,6 @@ def test_cached_equals_full(chunks, kw):
     full, cache = model(idx)[0], KVCache(model.cfg, 2, 60, dtype=torch.float64)
     outs = [model(part, cache=cache)[0] for part in idx.split(chunks, 1)]
     assert sum(chunks) == 43 and worst(torch.cat(outs, 1), full) < 1e-10
-
 
 def test_cache_crop_select_expand_and_ragged():
     """Cropping and replaying, picking rows, sharing a prefix, rows of unequal length: always the uncached logits."""
@@ -503,7 +638,6 @@ def test_cache_crop_select_expand_and_ragged():
     with pytest.raises(AssertionError, match="do not fit"):
         model(idx[:1].expand(6, -1), cache=cache)
 
-
 def test_causality_by_gradient():
     """No logit depends on a later token, in any layer type: the gradient is exactly zero."""
     model = make_model()
@@ -513,7 +647,6 @@ def test_causality_by_gradient():
     grad, = torch.autograd.grad(logits[0, 17].sum(), x)
     assert grad[0, 18:].abs().max() == 0 and grad[0, :18].abs().sum(-1).min() > 0
 
-
 def mtp_losses(model, doc, targets):
     """The losses of the two MTP modules apart: the first alone, then twice the mean of both, less the first."""
     both, keep = model(doc, targets)[2]["mtp_loss"], model.mtp
@@ -521,7 +654,6 @@ def mtp_losses(model, doc, targets):
     first = model(doc, targets)[2]["mtp_loss"]
     model.mtp = keep
     return first, 2 * both - first
-
 
 def test_documents_do_not_see_each_other():
     """Packed rows equal their documents run apart: logits, MTP loss and KL, with pads that nothing sees."""
@@ -545,7 +677,6 @@ def test_documents_do_not_see_each_other():
     assert worst(aux["mtp_loss"], want) < 1e-6
     assert torch.equal(aux["expert_load"][:2], sum(a[2]["expert_load"][:2] for a in apart))
 
-
 def test_replay_reproduces_a_recorded_choice():
     """aux of one pass, replayed in another with perturbed index and router, gives the recorded blocks and experts."""
     model, idx = make_model(), torch.randint(0, 61, (2, 40))
@@ -563,7 +694,6 @@ def test_replay_reproduces_a_recorded_choice():
     assert worst(again, logits) < 1e-5
     assert torch.equal(aux2["block_idx"], aux["block_idx"]) and torch.equal(aux2["experts"], aux["experts"])
 
-
 def test_mtp_predicts_the_token_after_next():
     """Module k's loss is the cross-entropy of token i+k+1 given the trunk at i and token i+k: rebuilt here by hand."""
     model, idx = make_model(n_mtp=1), torch.randint(0, 61, (2, 21))
@@ -576,7 +706,6 @@ def test_mtp_predicts_the_token_after_next():
     want = F.cross_entropy(model.lm_head(m.norm(x)).flatten(0, 1), targets[:, 1:].flatten())
     assert worst(aux["mtp_loss"], want) < 1e-5
 
-
 def test_gradients_take_three_roads():
     """Every parameter learns; the KL reaches the index branch alone, and the index branch learns from nothing else."""
     model, idx = make_model(n_mtp=1).train(), torch.randint(0, 61, (2, 40))
@@ -587,7 +716,6 @@ def test_gradients_take_three_roads():
     for name, kl, lm in zip(params, by_kl, by_lm):
         assert (kl is not None and kl.abs().sum() > 0) == (".indexer." in name), name
         assert (lm is None) == (".indexer." in name), name
-
 
 def test_loss_at_init_is_log_vocab_and_one_batch_overfits():
     """Fresh weights know nothing (ln V within 10 %); 60 steps on one batch leave a loss under 0.1."""
@@ -603,8 +731,7 @@ def test_loss_at_init_is_log_vocab_and_one_batch_overfits():
             o.zero_grad()
     assert loss < 0.1, loss
 
-
-# ---- 10. training --------------------------------------------------------------------------------
+# ---- 11. training --------------------------------------------------------------------------------
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
@@ -612,11 +739,9 @@ def corpus(tmp_path_factory):
         (folder / f"part{i}.py").write_text(TEXT[3000 * i:3000 * (i + 1)], encoding="utf-8")
     return folder
 
-
 def train_args(corpus, out, *more):
     return ["--data", str(corpus), "--out", str(out), "--device", "cpu", "--seq-len", "64", "--batch-size", "2",
             "--vocab-size", "300", *map(str, more)]
-
 
 def quiet(main, argv):
     """Run a script's main -> its result and what it printed."""
@@ -624,7 +749,6 @@ def quiet(main, argv):
     with contextlib.redirect_stdout(text):
         result = main([str(a) for a in argv])
     return result, text.getvalue()
-
 
 def refused(main, argv, capsys, code=2):
     """The exit code and one line on stderr, no traceback -> the line."""
@@ -634,13 +758,11 @@ def refused(main, argv, capsys, code=2):
     assert stop.value.code == code and "Traceback" not in err, err
     return err.strip().splitlines()[-1]
 
-
 @pytest.fixture(scope="session")
 def trained(corpus, tmp_path_factory):
     """A short run: its folder, result and output."""
     out = tmp_path_factory.mktemp("run")
     return out, *quiet(train.main, train_args(corpus, out, "--steps", 12, "--eval-every", 5, "--log-every", 4))
-
 
 def test_run_reports_its_contract(trained):
     """The last line of stdout is JSON with the promised keys, and the loss falls below ln V."""
@@ -655,7 +777,6 @@ def test_run_reports_its_contract(trained):
         assert abs(learned[name].std() / fresh[name].std() - 1) > 1e-3, f"{name} did not learn"
     assert learned["layers.1.mlp.router.bias"].abs().max() > 0.02  # u = 0.01 a step
 
-
 def test_resume_is_exact_and_evaluation_harmless(trained, corpus, tmp_path):
     """12 steps = 5 + resume + 7, bit for bit, through the switch to sparse attention; --eval-every changes nothing."""
     def weights(out): return torch.load(out / "ckpt.pt", weights_only=True)["model"]
@@ -666,7 +787,6 @@ def test_resume_is_exact_and_evaluation_harmless(trained, corpus, tmp_path):
         assert torch.equal(a, b), name
     quiet(train.main, train_args(corpus, tmp_path / "b", "--steps", 12, "--seed", 7))
     assert not torch.equal(weights(tmp_path / "b")["lm_head.weight"], weights(trained[0])["lm_head.weight"])
-
 
 def test_batches_are_a_pure_function():
     """(seed, split, step) fixes a batch; rows obey documents: targets, positions, pads and end by their definitions."""
@@ -688,7 +808,6 @@ def test_batches_are_a_pure_function():
     counted = sum((tokens.rows([s], 64)["targets"] >= 0).sum().item() for s in range(0, len(tokens.begin), 64))
     assert counted == sum(map(len, ids)), "every token, and each document's end, is predicted once"
 
-
 def test_bits_per_byte_of_a_uniform_model(corpus):
     """A model with all logits equal codes every token in log2 V bits: val_bpb is that times tokens over bytes."""
     tok = sample.Tokenizer(sample.learn_bpe([TEXT], 300, sample.PATTERN))
@@ -698,7 +817,6 @@ def test_bits_per_byte_of_a_uniform_model(corpus):
     n = sum(len(tok.encode(t)) + 1 for _, t in docs)
     got = train.evaluate(model, train.Tokens(docs, tok, 4, 48), 48, 3, "cpu")["bpb"]
     assert abs(got - n * math.log2(300) / sum(len(text.encode()) for _, text in docs)) < 1e-4
-
 
 def test_corpus_reader(tmp_path):
     """Folders are read in order; binary, empty and undecodable files are skipped and counted; splits never overlap."""
@@ -716,19 +834,16 @@ def test_corpus_reader(tmp_path):
     assert 8 <= len(right) <= 35 and sorted(left + right) == sorted(names)
     assert all(int(hashlib.sha256(n.encode()).hexdigest()[:8], 16) < 0.05 * 2 ** 32 for n, _ in right)
 
-
 def test_muon_orthogonalises():
     """Newton-Schulz brings every singular value near 1, for wide, tall, square and stacked matrices."""
     for shape in ((3, 16, 48), (3, 48, 16), (1, 32, 32)):
         values = torch.linalg.svdvals(train.orthogonalize(torch.randn(shape)))
         assert 0.3 < values.min() and values.max() < 1.4, values
 
-
 def test_schedule_shape():
     """Warm-up, constant, decay to 0."""
     for progress, want in ((0.0, 0.01), (0.05, 0.51), (0.3, 1), (0.6, 1), (0.8, 0.5), (1, 0)):
         assert abs(train.schedule(progress, 0.1, 0.4) - want) < 1e-9
-
 
 @pytest.mark.parametrize("eval_every", [1, 200])
 def test_divergence_stops_the_run(trained, tmp_path, capsys, eval_every):
@@ -752,7 +867,6 @@ def test_divergence_stops_the_run(trained, tmp_path, capsys, eval_every):
     train.watch(2.1, 1.0, history)  # one calm step clears the count
     assert history["above"] == 0
 
-
 def test_interrupt_saves_and_kill_is_harmless(corpus, tmp_path):
     """Ctrl-C ends the run with a checkpoint and exit 0; SIGKILL in the middle of a save leaves the checkpoint whole."""
     args = train_args(corpus, tmp_path, "--steps", 100000, "--log-every", 1, "--eval-every", 3)
@@ -771,8 +885,7 @@ def test_interrupt_saves_and_kill_is_harmless(corpus, tmp_path):
     assert run.returncode == -signal.SIGKILL and (tmp_path / "ckpt.pt.tmp").stat().st_size == 1000
     assert sample.load_checkpoint(str(tmp_path))["now"]["step"] == step
 
-
-# ---- 11. sampling --------------------------------------------------------------------------------
+# ---- 12. sampling --------------------------------------------------------------------------------
 def test_generate_is_greedy_argmax_of_full_forwards():
     """Temperature 0: generation through cache and MSA decode equals argmax over a full forward at every step."""
     model, prompt = make_model(), [3, 1, 4, 1, 5]
@@ -782,14 +895,12 @@ def test_generate_is_greedy_argmax_of_full_forwards():
         assert logits[token] > logits.max() - 1e-4
     assert len(out) == 30
 
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_generate_from_hf_in_any_dtype(dtype):
     """A checkpoint read in another dtype generates in it: cache and activations follow the model."""
     model = MiniMax.from_hf(GOLDEN / "m3", dtype=dtype).eval()
     out = [t.item() for t, _ in sample.generate(model, [[1, 2]], 20)]
     assert len(out) == 20 and all(0 <= t < 101 for t in out)
-
 
 def test_minutes_end_a_run(corpus, tmp_path):
     """--minutes bounds the training time; --steps on resume replaces it; a run without anything left says so."""
@@ -799,7 +910,6 @@ def test_minutes_end_a_run(corpus, tmp_path):
     assert more["step"] == result["step"] + 3
     _, text = quiet(train.main, ["--resume", "--out", tmp_path, "--device", "cpu"])
     assert "nothing left to do" in text
-
 
 def test_generate_batches_ragged_prompts():
     """Prompts of unequal length, in step: tokens and log-probabilities as of each alone; forced tokens come back."""
@@ -813,7 +923,6 @@ def test_generate_batches_ragged_prompts():
         assert [t for t, _ in got] == [t for t, _ in want]
         assert worst(*(torch.tensor([p for _, p in x]) for x in (got, want))) < 1e-4
 
-
 def test_generate_stops_and_fits():
     """Stop tokens end a row (-1 after), the context ends all, and a prompt too long is refused with both numbers."""
     model = make_model()
@@ -823,7 +932,6 @@ def test_generate_stops_and_fits():
     assert len(list(sample.generate(model, [[1] * 12], 100))) == 8
     with pytest.raises(ValueError, match="21.*20"):
         next(sample.generate(model, [[1] * 21], 1))
-
 
 def test_samples_are_seeded_and_follow_the_distribution():
     """One seed, one text; 20,000 draws match softmax(logits) by chi-square; top-k and top-p keep what they promise."""
@@ -842,7 +950,6 @@ def test_samples_are_seeded_and_follow_the_distribution():
     assert runs[0] == runs[1] != runs[2]
     assert any(a != b for a, b in runs[0]), "samples of one prompt must differ"
 
-
 def test_sample_speaks_from_the_checkpoint(trained):
     """sample.py needs the checkpoint alone; its JSON has the text, and a prompt that ends in a space is healed."""
     result, text = quiet(sample.main, ["--out", trained[0], "--prompt", "def ", "--max-new-tokens", 20,
@@ -854,15 +961,13 @@ def test_sample_speaks_from_the_checkpoint(trained):
     ids, allowed = sample.heal(tok, tok.encode("def "))
     assert tok.decode(ids) == "def" and all(tok.spec["ranks"][i].startswith(b" ") for i in allowed.nonzero()[:, 0])
 
-
 def test_stream_releases_whole_characters_and_hides_stops():
     """A character split over tokens appears once it is whole; a stop text never appears, not even its first half."""
     s = sample.Stream(["END"])
     assert [s.feed(b) for b in (b"\xe4", b"\xb8\xad", b"abE")] == ["", "", "\u4e2da"] and not s.done
     assert s.feed(b"ND tail") == "b" and s.done and s.text == "\u4e2dabE"[:-1]
 
-
-# ---- 12. bad input, documents, mutants -----------------------------------------------------------
+# ---- 13. bad input, documents, mutants -----------------------------------------------------------
 def test_bad_input_is_refused_in_one_line(trained, corpus, tmp_path, capsys):
     """Missing and empty data, unknown names, wrong sizes, absent GPU, later features: exit 2, the value named."""
     (tmp_path / "empty.txt").write_text("")
@@ -881,7 +986,6 @@ def test_bad_input_is_refused_in_one_line(trained, corpus, tmp_path, capsys):
         assert "cuda" in refused(train.main, ["--device", "cuda"], capsys)
         assert "cuda" in refused(sample.main, ["--out", trained[0], "--device", "cuda"], capsys)
 
-
 def test_damaged_checkpoints_are_refused(trained, tmp_path, capsys):
     """Half a file, another version, a foreign object: exit 2, and the file stays as it was."""
     whole, state = (trained[0] / "ckpt.pt").read_bytes(), sample.load_checkpoint(str(trained[0]))
@@ -898,7 +1002,6 @@ def test_damaged_checkpoints_are_refused(trained, tmp_path, capsys):
         assert "checkpoint" in refused(train.main, ["--resume", "--out", tmp_path / name], capsys)
         assert (tmp_path / name / "ckpt.pt").read_bytes() == before
 
-
 def test_full_disk_keeps_the_old_checkpoint(trained, tmp_path, capsys, monkeypatch):
     """No space left: exit 2 with the reason, the old checkpoint whole, no half file beside it."""
     (tmp_path / "ckpt.pt").write_bytes((trained[0] / "ckpt.pt").read_bytes())
@@ -908,7 +1011,6 @@ def test_full_disk_keeps_the_old_checkpoint(trained, tmp_path, capsys, monkeypat
     assert "No space left" in line and os.listdir(tmp_path) == ["ckpt.pt"]
     assert (tmp_path / "ckpt.pt").read_bytes() == (trained[0] / "ckpt.pt").read_bytes()
 
-
 def test_dry_run_prints_the_published_sizes(capsys):
     """train.py --preset m2 --dry-run: totals to the digit, how 229.9B and 9.8B come out, the cache at three lengths."""
     result, text = quiet(train.main, ["--preset", "m2", "--dry-run"])
@@ -917,18 +1019,36 @@ def test_dry_run_prints_the_published_sizes(capsys):
         assert part in text, part
     assert f"{2 * 62 * 8 * 128 * 2 * 196_608 / 1e9:.3f} GB" in text
 
+def test_bench_reports_its_contract(capsys):
+    """bench.py at a short context: gate, rows, ratios and one JSON object at the end; wrong flags are one line."""
+    result, text = quiet(bench.main, ["--ctx", 300, "--shape", "m3", "--device", "cpu"])
+    assert json.loads(text.strip().splitlines()[-1]) == result and "gate    | passed by m3" in text
+    for row in result["rows"]:
+        assert set("what shape ctx dense_ms msa_ms speedup dense_util msa_util selection".split()) <= set(row)
+        assert row["speedup"] == row["dense_ms"] / row["msa_ms"] and row["ctx"] == 300
+    assert [row["what"] for row in result["rows"]] == ["prefill", "prefill", "decode"]
+    for argv, word in ((["--ctx", 0], "0"), (["--ctx", "1M"], "1M"), (["--what", "train"], "later"),
+                       (["--shape", "m4"], "m4"), (["--device", "cpux"], "cpux"), (["--figure", "no/x.png"], "no/x")):
+        assert word in refused(bench.main, argv, capsys), argv
+
+def test_bench_refuses_to_time_wrong_results(monkeypatch, capsys):
+    """An MSA that is off by one percent: no row is printed, the exit code is 1 and the line says what differs."""
+    real = msa.msa_attention
+    monkeypatch.setattr(msa, "msa_attention", lambda *args, **kw: real(*args, **kw) * 1.01)
+    with pytest.raises(SystemExit) as stop:
+        quiet(bench.main, ["--ctx", 300, "--shape", "m3", "--device", "cpu"])
+    assert "MSA, prefill m3 at T = 1" in stop.value.code
 
 def test_readme_commands_exist():
     """Every flag of every python command in README is one that the script's --help knows."""
     commands = re.findall(r"python (\w+)\.py([^\n`#|]*)", (HERE / "README.md").read_text(encoding="utf-8"))
-    for script in (train, sample):
+    for script in (train, sample, bench):
         with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out:
             script.main(["--help"])
         mine = [rest for name, rest in commands if name == script.__name__]
         assert mine, script
         for flag in re.findall(r"--[\w-]+", " ".join(mine)):
             assert flag in out.getvalue(), (script, flag)
-
 
 def test_walk(trained, capsys):
     """One prompt through the five files: text, tokens, batch, forward, loss, gradient, checkpoint, text."""
@@ -950,24 +1070,20 @@ def test_walk(trained, capsys):
     with capsys.disabled():
         print("\n" + "\n".join(lines))
 
-
 def sabotaged_teacher(q, keys, seen):
     """The softmax of the group's mean logit, not the mean of the heads' softmaxes."""
     q = q.unflatten(2, (keys.size(2), -1)).mean(3, keepdim=True)
     scores = (q @ keys.mT * q.size(-1) ** -0.5).masked_fill(~seen[..., None, :], -math.inf)
     return scores.softmax(-1)
 
-
 def sabotaged_route(logits, bias, n_active, scale=1.0, idx=None):
     """Weights from the biased score."""
     weights, idx = (logits.sigmoid() + bias).topk(n_active, -1)
     return scale * weights / weights.sum(-1, keepdim=True), idx
 
-
 def sabotaged_rows(self, starts, T, rows=train.Tokens.rows):
     """Targets two tokens ahead."""
     return {k: v.roll(-1, 1) if k == "targets" else v for k, v in rows(self, starts, T).items()}
-
 
 def sabotaged_cut(logits, temperature, top_p, top_k):
     """top-p that drops the token with which the mass is reached."""
@@ -975,11 +1091,20 @@ def sabotaged_cut(logits, temperature, top_p, top_k):
         return logits.masked_fill(logits.softmax(-1).cumsum(-1) > top_p, -math.inf)
     return logits.masked_fill(logits < logits.topk(top_k or logits.size(-1)).values[:, -1:], -math.inf)
 
-
 def sabotaged_advance(self, T):
     """A slot is left free after every call."""
     self.length, self.used = self.length + T + 1, self.used + T + 1
 
+def sabotaged_plan(*args, real=msa._plan):
+    """The first task does nothing."""
+    edges, tasks = real(*args)
+    tasks[:, 0, 3] = tasks[:, 0, 2]
+    return edges, tasks
+
+def sabotaged_codes(ki, L, real=msa.quantize_index):
+    """Codes are taken for exact."""
+    ki8, scale, slack = real(ki, L)
+    return ki8, scale, 0 * slack
 
 HERE_MODULE = sys.modules[__name__]
 MUTANTS = [  # what is sabotaged, its owner, its name, what it becomes, the test that must fail
@@ -1014,11 +1139,13 @@ MUTANTS = [  # what is sabotaged, its owner, its name, what it becomes, the test
     ("top-p one token short", sample, "truncate_logits", sabotaged_cut,
      test_samples_are_seeded_and_follow_the_distribution),
     ("targets shifted twice", train.Tokens, "rows", sabotaged_rows, test_batches_are_a_pure_function),
+    ("queries of a block forgotten", msa, "_plan", sabotaged_plan, lambda: test_kernels_equal_torch(0)),
+    ("fp8 without its error bound", msa, "quantize_index", sabotaged_codes, test_certified_fp8_is_exact_where_fp8_errs),
     ("embedding scaled", torch.nn.Embedding, "forward", lambda self, idx: self.weight[idx] * 0.9,
      lambda: test_parity_with_transformers("m2")),
 ]
 
-
+@pytest.mark.filterwarnings("ignore:divide by zero")
 @pytest.mark.parametrize("owner,name,replacement,test", [m[1:] for m in MUTANTS], ids=[m[0] for m in MUTANTS])
 def test_mutants_are_caught(owner, name, replacement, test, monkeypatch):
     """Each sabotage makes the test that guards it fail."""
@@ -1026,7 +1153,6 @@ def test_mutants_are_caught(owner, name, replacement, test, monkeypatch):
     monkeypatch.setattr(owner, name, replacement)
     with pytest.raises(AssertionError):
         test()
-
 
 if __name__ == "__main__":
     class Lessons:

@@ -6,10 +6,10 @@
 The sides take turns (A B A B) on the same tensors. Dense prefill is cuDNN SDPA, dense decode our split-KV kernel; on a
 CPU both are SDPA with a group's G heads as rows, which reads K and V once (enable_gqa: G times, 5 to 11 times slower).
 MSA's time has all its stages. Prefill is timed by CUDA events, decode in CUDA graphs over sets of buffers that push
-each other out of the L2. A CPU prefills the last 32 queries against the whole context and extrapolates nothing.
-least ms = what the measured rates allow, stage by stage; util = useful FLOPs over the matmul rate (prefill), needed
-bytes over the copy rate (decode). At --ctx a GPU's time is also split by kernel.
+each other out of the L2. A CPU prefills the last 32 queries against the whole context. least ms = what the measured
+rates allow; util = useful FLOPs over the matmul rate (prefill), needed bytes over the copy rate (decode).
 """
+import io
 import json
 import math
 import os
@@ -71,12 +71,10 @@ def timed(call, gpu, warm):
 
 
 def alternate(sides, gpu, reps=5, seconds=3.0):
-    """Time (call, check, warm) sides in turn, each until it has reps runs or used up its seconds: all their ms. check
-    sees the first output; one output lives at a time (16 GB at a million tokens)."""
+    """Time (call, check, warm) sides in turn, up to reps runs or its seconds: all ms. One output is alive at a time."""
     times = [[] for _ in sides]
-    for call, _, warm in sides:
-        if warm:
-            call()
+    for call in (call for call, _, warm in sides if warm):
+        call()
     for rep in range(reps):
         for ms, (call, check, warm) in zip(times, sides):
             if sum(ms) < 1e3 * seconds:
@@ -89,8 +87,7 @@ def alternate(sides, gpu, reps=5, seconds=3.0):
 
 
 def dense_rows(q, k, v):
-    """CPU: the last t of T queries against all T keys. Rows are (t, g): one product serves a group's heads. Only the
-    last t keys need a mask: they are a call of their own, merged by log-sum-exp."""
+    """CPU: the last t of T queries, a group's heads as rows of one product; only the last t keys need a mask."""
     (t, T, G), aten = (q.size(1), k.size(1), q.size(2) // k.size(2)), torch.ops.aten
     x = q.unflatten(2, (-1, G)).transpose(1, 2).flatten(2, 3)                                    # (B, Hkv, t * G, D)
     k, v = k.transpose(1, 2), v.transpose(1, 2)
@@ -103,23 +100,20 @@ def dense_rows(q, k, v):
     return out.unflatten(2, (t, G)).transpose(1, 2).flatten(2, 3)
 
 
-def dense_prefill(q, k, v):
+def full(q, k, v, length=None):
     """The best full attention there is. cuDNN raises where it cannot run; under one key block any backend will do."""
     if not q.is_cuda:
         return dense_rows(q, k, v)
+    if length is not None:
+        return msa.full_attention(q, k, v, None, length, "triton")
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION] + [SDPBackend.MATH] * (q.size(1) < L)):
         return torch.nn.functional.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
-def dense_decode(q, k, v, length, T):
-    return msa.full_attention(q, k, v, None, length, "triton") if q.is_cuda else dense_rows(q, k[:, :T], v[:, :T])
-
-
 def sparse_prefill(q, k, v, qi, ki, start=None):
-    impl = "triton" if q.is_cuda else "torch"
-    block_idx = msa.select_blocks(qi, ki, S, L, None, start, impl)
-    return msa.msa_attention(q, k, v, block_idx, L, None, start, impl), block_idx
+    block_idx = msa.select_blocks(qi, ki, S, L, None, start, "triton" if q.is_cuda else "torch")
+    return msa.msa_attention(q, k, v, block_idx, L, None, start, "triton" if q.is_cuda else "torch"), block_idx
 
 
 def sparse_decode(q, k, v, qi, ki, length, fp8=None):
@@ -127,55 +121,62 @@ def sparse_decode(q, k, v, qi, ki, length, fp8=None):
 
 
 def near(name, got, want):
-    """The checks raise an ArithmeticError, one line that names what differs."""
     error = ((got.double() - want.double()).norm() / want.double().norm()).item()
     if not error <= TOLERANCE[got.dtype]:  # also where it is nan
         raise ArithmeticError(f"{name}: relative RMS error {error:.1e}, allowed {TOLERANCE[got.dtype]:.0e}")
 
 
 def brute_force(q, k, v, i, blocks=None):
-    """One query by the definition, fp32. q (H, D), k and v (Tk, Hkv, D), blocks (Hkv, S) or None for all -> (H, D)."""
-    out = []
-    for h, x in enumerate(q.float().unflatten(0, (k.size(1), -1))):                                         # (G, D)
+    """One query by the definition. q (H, D), k and v (Tk, Hkv, D), blocks (Hkv, S) or None for all -> (H, D)."""
+    out, wide = [], torch.float64 if q.is_cuda else torch.float32
+    for h, x in enumerate(q.to(wide).unflatten(0, (k.size(1), -1))):                                        # (G, D)
         j = torch.arange(i + 1, device=k.device) if blocks is None else \
             (blocks[h, :, None] * L + torch.arange(L, device=k.device)).flatten()
         j = j[(j >= 0) & (j <= i)]
-        out.append((x @ k[j, h].float().T * D ** -0.5).softmax(-1) @ v[j, h].float())
+        out.append((x @ k[j, h].to(wide).T * D ** -0.5).softmax(-1) @ v[j, h].to(wide))
     return torch.cat(out)
 
 
-def check_rows(name, out, block_idx, q, k, v, qi, ki, first, most=3):
-    """Nothing nan, and up to `most` queries against torch's choice and brute force. block_idx None: the dense side."""
+def check_choice(name, qi, keys, blocks, i):
+    """blocks (Hkv, S): i's own, then at each rank one whose score belongs there within 2^-15 |q| max |k|, then -1."""
+    scores = (qi.to(keys.dtype) @ keys[:i // L * L].T).view(len(qi), i // L, L).amax(2)         # the blocks before i's
+    want = scores.topk(min(S - 1, i // L)).values
+    rest, none = blocks[:, 1:].split((want.size(1), S - 1 - want.size(1)), 1)
+    gap = (scores.gather(1, rest.clamp(min=0).long()) - want).abs() / qi.norm(dim=-1, keepdim=True)
+    fine = (blocks[:, 0] == i // L).all() and (rest >= 0).all() and (none == -1).all()
+    if not fine or (gap > 2 ** -15 * keys.norm(dim=-1).max()).any() or any(len({*x}) < len(x) for x in rest.tolist()):
+        raise ArithmeticError(f"{name}: query {i} reads blocks {blocks.tolist()}, not those of highest score")
+
+
+def check_rows(name, out, block_idx, q, k, v, qi, ki, first, most=256):
+    """Nothing nan, and `most` queries, first and last too, against brute force. block_idx None: the dense side."""
     if not math.isfinite(out.sum(dtype=torch.float32)):
         raise ArithmeticError(f"{name}: the output holds nan or inf")
-    (B, t), most = q.shape[:2], most if q.is_cuda or most > 3 else 1  # a CPU takes seconds at a million tokens
-    for b, n in {((B - 1) * x // most, (t - 1) * x // most) for x in range(most == 1, most + 1)}:
-        blocks, i = None if block_idx is None else block_idx[b, n], first + n
-        if blocks is not None:
-            start, one = torch.tensor([i], dtype=torch.int32, device=q.device), qi[b, n][None, None].float()
-            want = msa.select_blocks(one, ki[b][None].float(), S, L, None, start, "torch")[0, 0]
-            missing = (want[:, :, None] != blocks[:, None]).all(2).sum(1).max()
-            if missing > 1 or (blocks[:, 0] != i // L).any():  # the last two candidates may nearly tie
-                raise ArithmeticError(f"{name}: query {i} misses {missing} of the {S} blocks that torch chooses")
-        near(f"{name}, query {i}", out[b, n], brute_force(q[b, n], k[b], v[b], i, blocks))
+    most = min(most, 16 if q.is_cuda else 1) if block_idx is None else most
+    for b, keys in enumerate(ki):
+        keys = keys.double() if q.is_cuda else keys
+        for n in {(q.size(1) - 1) * (x + 1) // most for x in range(-1 if most > 1 else 0, most)}:
+            blocks = None if block_idx is None else block_idx[b, n]
+            if blocks is not None and (q.is_cuda or (q.size(1) - 1 - n) % 8 == 0):
+                check_choice(name, qi[b, n], keys, blocks, first + n)
+            near(f"{name}, query {first + n}", out[b, n], brute_force(q[b, n], k[b], v[b], first + n, blocks))
 
 
 def gate(args, shape):
-    """Every benched path on short contexts; MSA equals dense where S blocks are all there are. What a kernel fails to
-    write is nan: the memory that its output will get is poisoned."""
+    """Every benched path on short contexts, into memory full of nan; MSA is dense where S blocks are all there are."""
     (H, Hkv), g = SHAPES[shape], torch.Generator(args.device).manual_seed(0)
     new = lambda *size: torch.randn(*size, generator=g, device=args.device, dtype=args.dtype)
-    for what, T in product(("prefill", "decode"), (1, 100, S * L - 81, 2 * S * L + 17)):
+    for what, T in product(("prefill", "decode"), (1, 100, S * L - 81, 2 * S * L + 17, *[20_000] * args.gpu)):
         B, t = (2, 1) if what == "decode" else (1, T if args.gpu else min(T, 32))
         keys = T if what == "prefill" and args.gpu else capacity(T)
         (q, qi), (k, v) = (new(B, t, n, D) for n in (H, Hkv)), (new(B, keys, Hkv, D) for _ in "kv")
         ki, start = new(B, keys, D), torch.full((B,), T - t, dtype=torch.int32, device=args.device)
-        torch.full_like(q, float("nan"))
+        [torch.full_like(q, math.nan) for _ in range(3)]
         if what == "prefill":
             outs = {"MSA": sparse_prefill(q, k, v, qi, ki, start if t < T else None),
-                    "dense": (dense_prefill(q, k[:, :T], v[:, :T]), None)}
+                    "dense": (full(q, k[:, :T], v[:, :T]), None)}
         else:
-            outs = {"MSA": sparse_decode(q, k, v, qi, ki, start), "dense": (dense_decode(q, k, v, start, T), None),
+            outs = {"MSA": sparse_decode(q, k, v, qi, ki, start), "dense": (full(q, k[:, :T], v[:, :T], start), None),
                     "certified fp8": sparse_decode(q, k, v, qi, ki, start, msa.quantize_index(ki, L))}
             if not torch.equal(outs["MSA"][1], outs["certified fp8"][1]):
                 raise ArithmeticError(f"gate: certified fp8 chooses other blocks at T = {T}")
@@ -255,7 +256,7 @@ def make_row(args, what, shape, T, t, B, selection, index, dense, sparse):
     print(f"{what:8}{shape:4}{T:>10,} {B:>2}  {selection:11}{index:5}|{row['dense_ms']:11.3f} {row['dense_util']:4.0%} "
           f"|{row['msa_ms']:12.3f} {row['msa_util']:4.0%} | {row['speedup'] or math.nan:7.2f}x |"
           + "{dense:11.3f} {msa:8.3f}".format(**row["predicted_ms"]) + f" | {len(dense)}, {len(sparse)}"
-          + " no ratio: dense decode is below 97 % of the copy rate" * (not fair), flush=True)
+          + " no ratio: dense decode below 97 % of the copy rate" * (not fair), flush=True)
     return row
 
 
@@ -294,7 +295,7 @@ def prefill_rows(args, shape, cache, lengths, g):
             union[name] = overlap(out[1]) if name != "dense" else 0
         # a dense run of seconds takes place once: the shorter lengths have warmed up all but its plan
         short = least_ms(work(shape, T, t)["dense"], args.rates) < (2000 if args.gpu else 500)
-        sides = [(lambda: (dense_prefill(q, k[:, :T], v[:, :T]), None), partial(check, "dense", qi_all, ki), short)]
+        sides = [(lambda: (full(q, k[:, :T], v[:, :T]), None), partial(check, "dense", qi_all, ki), short)]
         for name, branch in index.items():
             sides.append((partial(sparse_prefill, q, k[:, :keys], v[:, :keys], *branch, start),
                           partial(check, name, *branch), short or args.gpu))
@@ -313,7 +314,6 @@ def repeat(call, sets, rounds):
     if not sets[0][0].is_cuda:
         return lambda: [call(*buffers) for buffers in sets]
     call(*sets[0])  # compiles
-    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(rounds):
@@ -339,7 +339,7 @@ def decode_rows(args, shape, B, lengths, cache, g):
             for (out, block_idx), buffers in list(zip(outs, sets))[::max(1, n - 1)]:
                 check_rows(f"decode {shape}, {T} tokens, {name}", out, block_idx, *buffers[:5], T - 1)
             chosen[name] = [block_idx for _, block_idx in outs]
-        calls = {"dense": lambda q, k, v, qi, ki, fp8: (dense_decode(q, k, v, length, T), None),
+        calls = {"dense": lambda q, k, v, qi, ki, fp8: (full(q, k[:, :T], v[:, :T], length), None),
                  "bf16" if args.gpu else "fp32": lambda q, k, v, qi, ki, fp8: sparse_decode(q, k, v, qi, ki, length)}
         if coded:
             calls["fp8"] = lambda q, k, v, qi, ki, fp8: sparse_decode(q, k, v, qi, ki, length, fp8)
@@ -358,7 +358,6 @@ def decode_rows(args, shape, B, lengths, cache, g):
 
 def shape_rows(args, shape):
     """All rows of one shape. Its buffers are freed on return."""
-    H, Hkv = SHAPES[shape]
     g, rows = torch.Generator(args.device).manual_seed(1337), []
     for B in (1, 8) if args.gpu else (1,):
         prefill = lengths_that_fit(args, "prefill", shape, B) if B == 1 else []
@@ -366,7 +365,7 @@ def shape_rows(args, shape):
         tokens = max([L] + [capacity(T) for T in prefill]
                      + [capacity(T) * B * n_sets(args, shape, T, B) for T in decode])
         cache = None  # frees the last one first
-        cache = [fill(args, g, tokens, *heads, D) for heads in ((Hkv,), (Hkv,), ())]
+        cache = [fill(args, g, tokens, *heads, D) for heads in (SHAPES[shape][1:], SHAPES[shape][1:], ())]
         rows += prefill_rows(args, shape, cache, prefill, g) if prefill else []
         rows += decode_rows(args, shape, B, decode, cache, g) if decode else []
     return rows
@@ -379,22 +378,22 @@ def ratios(rows):
         last = max(row["ctx"] for row in rows if (row["what"], row["batch"]) == (a["what"], a["batch"]))
         same, pair = {key: a[key] for key in keys}, (a["shape"], b["shape"])
         if a["ctx"] == last and a["speedup"] and pair != ("m3", "m2") and all(same[key] == b[key] for key in keys):
-            published = PUBLISHED.get((a["what"], *pair), "nothing") if a["batch"] == 1 else "nothing"
+            published = PUBLISHED.get((a["what"], *pair)) if a["batch"] == 1 else None
             out.append(dict(same, dense=pair[0], msa=pair[1], ratio=a["dense_ms"] / b["msa_ms"], published=published))
             print("ratio   | {what} batch {batch}, {ctx:,} tokens, {dense} dense over {msa} MSA, {selection}, {index} "
-                  "index: {ratio:.2f}x (published, at 1M: {published})".format(**out[-1]))
+                  "index: {ratio:.2f}x".format(**out[-1]) + f" (published, at 1M: {published})" * bool(published))
     return out
 
 
 def crossovers(rows):
-    """Smallest measured length at which MSA wins, at batch 1 and random selection."""
+    """Smallest measured length from which on MSA wins, at batch 1 and random selection."""
     out = {}
     for row in rows:  # a kind's rows come in rising order
         if (row["batch"], row["selection"]) == (1, "random"):
             name = f"{row['what']} {row['shape']} {row['index']}"
-            out[name] = out.get(name) or (row["ctx"] if row["dense_ms"] > row["msa_ms"] else None)
+            out[name] = (out.get(name) or row["ctx"]) if row["dense_ms"] > row["msa_ms"] else None
     for name, T in out.items():
-        print(f"crossover | {name}: " + (f"MSA wins from {T:,} tokens on" if T else "MSA wins at no measured length"))
+        print(f"crossover | {name}: MSA won " + (f"from {T:,} tokens on" if T else "at no measured length"))
     return out
 
 
@@ -410,9 +409,9 @@ def draw(path, rows, title):
                 name = f"{row['shape']} {side}" + f", {row['index']} index" * (side == "msa")
                 lines.setdefault(name, []).append((row["ctx"], row[f"{side}_ms"]))
         for name, line in lines.items():
-            axis.loglog(*zip(*line), "o--" if "dense" in name else "o-", ms=3, label=name)
+            axis.semilogx(*zip(*line), "o--" if "dense" in name else "o-", base=2, ms=3, label=name)
         last = " of the last 32 queries" * (what == "prefill" and title.startswith("CPU"))
-        axis.set(title=f"{what}{last}, one layer, {title}", xlabel="tokens of context", ylabel="ms")
+        axis.set(title=f"{what}{last}, one layer, {title}", xlabel="tokens of context", ylabel="ms", yscale="log")
         axis.legend()
     figure.savefig(path)
 
@@ -431,8 +430,7 @@ def card(args, why):
                                                     args.gpu, 20))
     args.rates = {"copy": 2e3 * x.numel() / copy, "matmul": 2e3 * n ** 3 / matmul}  # bytes read and written; FLOPs
     print("rates   | measured: copy {copy:.3e} bytes/s, matmul {matmul:.3e} FLOP/s".format(**args.rates))
-    print("shape   | one layer, {}; D = {}, S = {} blocks of L = {} keys".format(" or ".join(
-        "{}: {} query heads, {} KV and index heads".format(shape, *SHAPES[shape]) for shape in args.shapes), D, S, L))
+    print(f"shape   | one layer; query heads, KV = index heads: {SHAPES}; D = {D}, S = {S} blocks of L = {L} keys")
     for shape, what in product(args.shapes, ("prefill", "decode") if args.what == "all" else (args.what,)):
         t = 1 if what == "decode" else args.ctx if args.gpu else min(args.ctx, 32)
         dense, sparse = (least_ms(x, args.rates) for x in work(shape, args.ctx, t, 1, *[args.size] * 2).values())
@@ -443,7 +441,8 @@ def card(args, why):
 def parse_args(argv):
     p = Parser(__doc__)
     p.add_argument("--ctx", type=int, default=1_000_000, help="longest context, in tokens")
-    p.add_argument("--what", choices=("prefill", "decode", "train", "moe", "tree", "all"), default="all")
+    p.add_argument("--what", choices=("prefill", "decode", "train", "moe", "tree", "all"), default="all",
+                   help="what to time; train, moe and tree come later")
     p.add_argument("--shape", choices=tuple(SHAPES), help="default: both")
     p.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU if there is one")
     p.add_argument("--figure", metavar="FILE", help="draw time against length; needs matplotlib")
@@ -455,7 +454,8 @@ def parse_args(argv):
         raise ValueError(f"--ctx {args.ctx}: it must be 1 to {2 ** 25:,}")
     if args.figure:  # what is wrong with it shows now, not after minutes
         from matplotlib.figure import Figure
-        Figure().savefig(args.figure)
+        Figure().savefig(io.BytesIO(), format=os.path.splitext(args.figure)[1][1:] or "png")
+        os.stat(os.path.dirname(args.figure) or ".")
     return args
 
 
@@ -473,10 +473,11 @@ def run(args):
         gate(args, shape)
     print(f"gate    | passed by {', '.join(args.shapes)}: choice against torch, output against brute force in fp32, "
           f"relative RMS at most {TOLERANCE[args.dtype]:.0e}\n"
-          + "prefill | of the last 32 queries, against the whole context\n" * (not args.gpu) + f"\n{HEAD}", flush=True)
+          + "prefill | of the last 32 queries, against the whole context\n" * (args.what != "decode" and not args.gpu)
+          + f"\n{HEAD}", flush=True)
     rows = [row for shape in args.shapes for row in shape_rows(args, shape)]
     result = dict(device=args.name, rows=rows, rates=args.rates, ratios=ratios(rows), crossover=crossovers(rows))
-    if args.figure and rows:
+    if args.figure:
         draw(args.figure, rows, args.name)
     print(json.dumps(result))
     return result
@@ -492,8 +493,7 @@ def main(argv=None):
         why = "wrong result, no time is valid" if isinstance(error, ArithmeticError) else "out of memory"
         sys.exit(f"bench.py: {why}: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:
-        print("bench.py: interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(print("bench.py: interrupted", file=sys.stderr) or 130)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ One visibility rule everywhere: key j is visible to query i iff j <= i < end[j].
 document, or of the subtree in a prefix tree laid out depth first; None is plain causal. With a cache, keys are slots
 0 … Tk-1 and the first query has index start (B,): T queries see Tk >= T keys. Layout (B, T, H, D) throughout.
 
-The torch half is the whole specification; the Triton half has a kernel for each step, forward only:
+The torch half is the whole specification; the Triton half has a kernel for each step:
     prefill   _index_kernel        scores, block maxima and a running top S - 1 in registers: no score matrix
               _query_outer_kernel  one query a program; short prompts
               _kv_outer_kernel     one block a program, for the queries that chose it (_plan turns the choice around)
@@ -25,6 +25,9 @@ The torch half is the whole specification; the Triton half has a kernel for each
               _probe_kernel        fp8: exact scores of the leaders, a floor for what can be chosen
               _rescore_kernel      fp8: exact scores wherever fp8 plus its error bound reaches that floor
               _attend_kernel       choice, attention over one block a program, sum by the last to arrive
+    training  _backward_kernel     dK, dV and parts of dQ of one block, for the queries that chose it
+              _kl_kernel           the index branch's KL and its gradient, in the same order
+              _task_sum_kernel     adds the parts of dK and dV; _slot_sum_kernel those of dQ: no atomics anywhere
     baseline  _dense_kernel        full attention's decode, keys split over programs; _dense_sum_kernel joins them
 
 Differs from the paper: scores are ranked without their 1/sqrt(D), which changes no ranking; the KL applies it. The
@@ -75,27 +78,31 @@ def _check(q, end, start, **others):
     if end is not None and (end.dim() != 2 or end.size(0) != q.size(0) or end.size(1) > keys
                             or (start is None and end.size(1) != keys)):
         raise ValueError(f"shape of end is {tuple(end.shape)}, expected {(q.size(0), keys)}, one end for each key")
-    for name, x in (("end", end), ("start", start)):
+    for name, x in (("end", end), ("start (a cache's length)", start)):
         if x is not None:
+            _expect(f"type of {name}", type(x), torch.Tensor)
             _expect(f"dtype of {name}", x.dtype, torch.int32)
             _expect(f"device of {name}", x.device, q.device)
     if start is not None:
-        _expect("shape of start", tuple(start.shape), (q.size(0),))
+        _expect("shape of start (a cache's length)", tuple(start.shape), (q.size(0),))
 
 
 def _pick(impl, x, *sizes, grad=()):
-    """True for Triton. auto: on a GPU, in 16 bits, sizes powers of two from 16 to 128, no gradient; says why if not."""
+    """True for Triton. auto: on a GPU, in 16 bits, sizes powers of two from 16 to 128, no gradient; says why if not.
+    On a CPU the interpreter runs the kernels, for tests: TRITON_INTERPRET=1 before this file is imported, fp32."""
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f"impl is {impl!r}, expected 'auto', 'triton' or 'torch'")
     if impl == "torch" or (impl == "auto" and not x.is_cuda):
         return False
-    why = None
+    low, high, why = (16, 128, None) if x.is_cuda else (1, 2 ** 20, None)
     if triton is None:
         why = "Triton is not installed"
-    elif x.is_cuda and x.element_size() != 2:
-        why = f"the dtype is {x.dtype}, not bfloat16 or float16"
-    elif x.is_cuda and not all(16 <= n <= 128 and n & (n - 1) == 0 for n in sizes):
-        why = f"sizes {sizes} are not powers of two from 16 to 128"
+    elif not x.is_cuda and isinstance(_key, triton.JITFunction):
+        why = f"the device is {x.device}, and TRITON_INTERPRET was not set"
+    elif x.dtype not in ((torch.bfloat16, torch.float16) if x.is_cuda else (torch.float32, torch.float16)):
+        why = f"the dtype is {x.dtype}, expected " + ("bfloat16 or float16" if x.is_cuda else "float32 or float16")
+    elif not all(low <= n <= high and n & (n - 1) == 0 for n in sizes):
+        why = f"sizes {sizes} are not powers of two from {low} to {high}"
     elif torch.is_grad_enabled() and any(t.requires_grad for t in grad):
         why = "a gradient is asked for"
     if why and impl == "triton":
@@ -105,12 +112,19 @@ def _pick(impl, x, *sizes, grad=()):
     return why is None
 
 
-def _contiguous(**tensors):
-    """Kernels read q-like tensors as they lie, and each sequence of a cache as one piece."""
-    for name, x in tensors.items():
-        if not x[0].is_contiguous() or (x.size(0) > 1 and x.stride(0) < x[0].numel()):
-            want = torch.empty(x.shape, device="meta").stride()
-            raise ValueError(f"strides of {name} are {x.stride()}, expected {want}, or more between sequences")
+def _capacity(x):
+    """Slots between two sequences of a cache lane (B, Tk, …), which may be a slice of a longer one."""
+    return x.size(1) if x.size(0) == 1 else x.stride(0) // x[0, 0].numel()
+
+
+def _lanes(**lanes):
+    """Slots a sequence. Kernels read each sequence of a cache lane as one piece, all lanes with the same capacity."""
+    cap = _capacity(next(iter(lanes.values())))
+    for name, x in lanes.items():
+        if not x[0].is_contiguous() or _capacity(x) * (x.size(0) > 1) != cap * (x.size(0) > 1):
+            want = (cap * x[0, 0].numel(), *torch.empty(x.shape, device="meta").stride()[1:])
+            raise ValueError(f"strides of {name} are {x.stride()}, expected {want}")
+    return cap
 
 
 def query_index(T, start, device):
@@ -128,15 +142,16 @@ def visible(i, j, end):
 
 
 def full_attention(q, k, v, end=None, start=None, impl="auto"):
-    """Softmax attention over every visible key. q (B, T, H, D), k and v (B, Tk, Hkv, D) -> (B, T, H, D)."""
+    """Softmax attention over every visible key. q (B, T, H, D), k and v (B, Tk, Hkv, D), end (B, Tk) and start (B,)
+    int32 or None -> (B, T, H, D). impl: auto, triton (decode alone: a start, T <= 4) or torch."""
     T, Tk = q.size(1), k.size(1)
     _check(q, end, start, k=(k, (q.size(0), Tk, k.size(2), q.size(3))), v=(v, k.shape))
-    _expect("heads over KV heads leave a rest that", q.size(2) % k.size(2), 0)
+    _expect(f"{q.size(2)} query heads modulo {k.size(2)} KV heads", q.size(2) % k.size(2), 0)
     decode = start is not None and T <= 4  # all that our kernel does: a prefill is SDPA's
     if _pick("torch" if impl == "auto" and not decode else impl, q, q.size(3), grad=(q, k, v)):
-        _expect("start is given and T <= 4, which impl='triton' needs,", decode, True)
-        _contiguous(q=q, k=k, v=v)
-        return _dense_triton(q, k, v, end, start)
+        if not decode:
+            raise ValueError(f"impl='triton' does not fit: T is {T}, start is {start}, expected T <= 4 with a start")
+        return _dense_triton(q.contiguous(), k, v, end, start.contiguous())
     mask = None
     if end is not None or start is not None:
         i, j = query_index(T, start, q.device), torch.arange(Tk, device=q.device)
@@ -171,12 +186,13 @@ def top_blocks(scores, own, S):
 @torch.no_grad()
 def select_blocks(qi, ki, S, L, end=None, start=None, impl="auto"):
     """The index branch's choice (paper eq. 5-7). qi (B, T, Hkv, D), ki (B, Tk, D) -> block_idx int32 (B, T, Hkv, S).
-    Slot 0 is the query's own block; -1 fills rows with fewer than S visible blocks."""
+    Slot 0 is the query's own block; -1 fills rows with fewer than S visible blocks. end, start: see full_attention."""
     (B, T, Hkv, D), Tk = qi.shape, ki.size(1)
+    if S < 1 or L < 1:
+        raise ValueError(f"S is {S} and L is {L}, expected 1 or more")
     _check(qi, end, start, ki=(ki, (B, Tk, D)))
     if _pick(impl, qi, D, L):
-        _contiguous(qi=qi, ki=ki)
-        return _select_triton(qi, ki, S, L, end, start)
+        return _select_triton(qi.contiguous(), ki, S, L, end, start if start is None else start.contiguous())
     i = query_index(T, start, qi.device)
     step = max(1, chunk(qi.device) // (B * Hkv * Tk))
     return torch.cat([top_blocks(block_max(index_scores(qi[:, t:t + step], ki, i[:, t:t + step], end), L),
@@ -201,8 +217,8 @@ def selected(block_idx, i, L, end):
     seen = (j >= 0) & (j <= i[..., None, None])
     if end is None:
         return seen
-    j = j.clamp(0, end.size(1) - 1).long()
-    return seen & (i[..., None, None] < end.gather(1, j.flatten(1)).view(j.shape))
+    j = j.clamp(0, end.size(1)).long()  # the 0 put behind the last: a slot without an end is invisible
+    return seen & (i[..., None, None] < F.pad(end, (0, 1)).gather(1, j.flatten(1)).view(j.shape))
 
 
 def group_probs(q, keys, seen):
@@ -216,17 +232,18 @@ def group_probs(q, keys, seen):
 
 def msa_attention(q, k, v, block_idx, L, end=None, start=None, impl="auto"):
     """Exact attention over the chosen blocks (paper eq. 8): time and memory grow with T * S * L, never with T * T.
-    q (B, T, H, D), k and v (B, Tk, Hkv, D), block_idx (B, T, Hkv, S), own block in slot 0 -> (B, T, H, D)."""
+    q (B, T, H, D), k and v (B, Tk, Hkv, D), block_idx (B, T, Hkv, S) as select_blocks gives it for the same L, own
+    block in slot 0 and ids distinct (nothing checks the values) -> (B, T, H, D)."""
     (B, T, H, D), (Hkv, S) = q.shape, block_idx.shape[2:]
     _check(q, end, start, k=(k, (B, k.size(1), Hkv, D)), v=(v, k.shape), block_idx=(block_idx, (B, T, Hkv, S)))
-    _expect("heads over KV heads leave a rest that", H % Hkv, 0)
+    _expect(f"{H} query heads modulo {Hkv} KV heads", H % Hkv, 0)
     if _pick(impl, q, D, L, grad=(q, k, v)):
-        _contiguous(q=q, k=k, v=v, block_idx=block_idx)
-        return _attend_triton(q, k, v, block_idx, L, end, start)
+        return _attend_triton(q.contiguous(), k, v, block_idx.contiguous(), L, end, start)
     def attend(q, i, blocks, k, v):
         p = group_probs(q, gather_blocks(k, blocks, L), selected(blocks, i, L, end))
         return (p.to(v.dtype) @ gather_blocks(v, blocks, L)).flatten(2, 3)                                # (B, t, H, D)
-    i, step = query_index(T, start, q.device), max(1, chunk(q.device) // (B * Hkv * S * L * D))
+    block_idx = block_idx[..., :-(-k.size(1) // L)]  # in a short context the slots beyond its blocks hold -1
+    i, step = query_index(T, start, q.device), max(1, chunk(q.device) // (B * block_idx[0, 0].numel() * L * D))
     if T <= step:
         return attend(q, i, block_idx, k, v)
     # the gathered blocks of all chunks are S * L / G times the size of q: the backward pass gathers them again
@@ -236,33 +253,34 @@ def msa_attention(q, k, v, block_idx, L, end=None, start=None, impl="auto"):
 
 def msa_decode(q, k, v, qi, ki, S, L, length, end=None, impl="auto", fp8=None):
     """One decode step: choose blocks, attend. q (B, T, H, D) and qi (B, T, Hkv, D) are the new tokens', at slots length
-    (B,) and on; k, v (B, Tk, Hkv, D) and ki (B, Tk, D) hold them too -> out (B, T, H, D), block_idx (B, T, Hkv, S).
-    fp8 = quantize_index(ki, L) halves the bytes that the kernels read and changes nothing else: the same selection."""
+    (B,) int32 and on, length + T <= Tk; k, v (B, Tk, Hkv, D) and ki (B, Tk, D) hold them too -> out (B, T, H, D),
+    block_idx (B, T, Hkv, S). fp8 = quantize_index(ki, L) halves the bytes that the kernels read, not the choice."""
     (B, T, H, D), Tk, Hkv = q.shape, k.size(1), k.size(2)
-    if T <= 4 and _pick(impl, q, D, qi.size(3), L, grad=(q, k, v)):
+    for name, x, want in zip(("ki8", "scale", "slack"), fp8 or (), (ki.shape, *[(B, -(-Tk // L))] * 2)):
+        _expect(f"shape of {name}", tuple(x.shape), tuple(want))
+    if T <= 4 and T * Hkv <= 64 and _pick(impl, q, D, qi.size(3), L, grad=(q, k, v)):  # more columns spill registers
         _check(q, end, length, k=(k, (B, Tk, Hkv, D)), v=(v, k.shape))
         _check(qi, end, length, ki=(ki, (B, Tk, qi.size(3))), qi=(qi, (B, T, Hkv, qi.size(3))))
-        _expect("heads over KV heads leave a rest that", H % Hkv, 0)
-        _contiguous(q=q, k=k, v=v, qi=qi, ki=ki)
-        return _decode_triton(q, k, v, qi, ki, S, L, length, end, fp8)
+        _expect(f"{H} query heads modulo {Hkv} KV heads", H % Hkv, 0)
+        return _decode_triton(q.contiguous(), k, v, qi.contiguous(), ki, S, L, length.contiguous(), end, fp8)
     block_idx = select_blocks(qi, ki, S, L, end, length, impl)
     return msa_attention(q, k, v, block_idx, L, end, length, impl), block_idx
 
 
 @torch.no_grad()
 def quantize_index(ki, L):
-    """An fp8 copy of the index keys with an error bound, for msa_decode. ki (B, Tk, D) -> ki8 (B, Tk, D) float8_e4m3fn,
-    scale (B, N), a power of two for each block, and slack (B, N): whatever the query, the maxima of q . k and of
-    scale * q . k8 over a block, both as computed, differ by at most |q| * slack. Cauchy-Schwarz gives the largest
+    """An fp8 copy of finite index keys with an error bound, for msa_decode. ki (B, Tk, D) -> ki8 (B, Tk, D)
+    float8_e4m3fn, scale (B, N), a power of two for each block, and slack (B, N): for every query, the maxima of q . k
+    and scale * q . k8 over a block, both as computed, differ by at most |q| * slack. Cauchy-Schwarz gives the largest
     residual |k - scale * k8|; GAMMA |k| on either side covers rounding, which grows with |q| |k|, not with the score
     (keys that nearly cancel)."""
     Tk, up = ki.size(1), 1 + 2.0 ** -15                                                   # up: norms are rounded up
     k = F.pad(ki, (0, 0, 0, -Tk % L)).unflatten(1, (-1, L)).float()                                   # (B, N, L, D)
     scale = (k.abs().amax((2, 3)).clamp(min=1e-30) / 448).log2().ceil().exp2()                # 448: the largest e4m3
-    k8 = (k / scale[..., None, None]).to(torch.float8_e4m3fn)
-    near = k8.float() * scale[..., None, None]
-    residual, norm = ((x.norm(dim=-1).amax(-1) * up) for x in (k - near, k))
-    slack = residual + GAMMA * (2 * norm + residual)
+    k = k / scale[..., None, None]  # norms of scaled keys: the square of 1e-24 is 0
+    k8 = k.to(torch.float8_e4m3fn)
+    residual, norm = (x.norm(dim=-1).amax(-1) * up * scale for x in (k - k8.float(), k))
+    slack = residual + GAMMA * (2 * norm + residual) + 1e-30
     return k8.flatten(1, 2)[:, :Tk].contiguous(), scale, slack
 
 
@@ -346,6 +364,25 @@ def index_kl_loss(qi, ki, q, k, block_idx=None, L=1, end=None, weight=None, stri
     return _IndexKL.apply(qi, ki, q.detach(), k.detach(), block_idx, L, end, weight, stride)
 
 
+def msa_train(q, k, v, qi, ki, block_idx, L, end=None, weight=None, stride=1, impl="auto"):
+    """msa_attention and index_kl_loss of one layer in training -> out (B, T, H, D), KL, both with gradients. The Triton
+    kernels take the whole sequence, T = Tk, and compute the KL and its gradient in one pass over the main scores.
+    auto is torch: these kernels are exact in the interpreter and compile for sm_90, but have not run on a GPU yet."""
+    if impl == "triton" and _pick(impl, q, q.size(3), qi.size(3), L):
+        (B, T, H, D), Hkv = q.shape, k.size(2)
+        _check(q, end, None, k=(k, (B, T, Hkv, D)), v=(v, k.shape))
+        _check(qi, end, None, ki=(ki, (B, T, qi.size(3))), qi=(qi, (B, T, Hkv, qi.size(3))))
+        _expect("shape of block_idx", tuple(block_idx.shape[:3]), (B, T, Hkv))
+        _expect(f"{H} query heads modulo {Hkv} KV heads", H % Hkv, 0)
+        q, k, v, qi, ki, block_idx = (x.contiguous() for x in (q, k, v, qi, ki, block_idx))
+        end = None if end is None else end.contiguous()
+        share = torch.ones(B, T, device=q.device) if weight is None else weight.float()
+        share = share * (torch.arange(T, device=q.device) % stride == stride - 1)
+        return _Train.apply(q, k, v, qi, ki, block_idx, L, end, share / (share.sum().clamp(min=1e-30) * Hkv))
+    kl = index_kl_loss(qi, ki, q, k, block_idx, L, end, weight, stride)
+    return msa_attention(q, k, v, block_idx, L, end, None, "torch" if impl == "torch" else "auto"), kl
+
+
 @torch.no_grad()
 def block_recall(qi, ki, q, k, S, L, end=None, n_query=256):
     """Share of the S-1 heaviest earlier blocks (group-mean mass of the dense softmax) that the index branch finds, and
@@ -370,7 +407,7 @@ def block_recall(qi, ki, q, k, S, L, end=None, n_query=256):
 class KVCache:
     """Keys, values and index keys of every layer and every MTP module, in static buffers; slot = position on the path.
     `length` (B,) int32 lives on the device; `used`, a bound on it that the host knows, spares reading it back.
-    fp8 (default: on a GPU in 16 bits) keeps quantize_index of the index keys beside them, for the certified decode."""
+    fp8 (default: on a GPU that has it, in 16 bits) keeps quantize_index of the index keys too, for msa_decode."""
 
     def __init__(self, cfg, batch, capacity, device="cpu", dtype=torch.float32, fp8=None):
         lanes, self.L = cfg.n_layer + cfg.n_mtp, cfg.index_block_size
@@ -379,7 +416,8 @@ class KVCache:
         self.k, self.v = (torch.zeros(size, device=device, dtype=dtype) for _ in range(2))
         self.ki = torch.zeros(*size[:3], cfg.index_head_dim, device=device, dtype=dtype)
         self.length, self.used, self.coded = torch.zeros(batch, dtype=torch.int32, device=device), 0, None
-        if self.ki.is_cuda and self.ki.element_size() == 2 if fp8 is None else fp8:
+        able = self.ki.is_cuda and torch.cuda.get_device_capability(device) >= (8, 9) and self.ki.element_size() == 2
+        if able if fp8 is None else fp8:
             self.coded = [x.unflatten(0, size[:2]) for x in quantize_index(self.ki.flatten(0, 1), self.L)]
 
     def append(self, layer, k, v, ki):
@@ -452,7 +490,7 @@ def _merge(best, new):
 
 # One program = ROWS (query, index head) pairs of one sequence against every earlier block; the longest start first.
 @jit
-def _index_kernel(qi, keys, end, block_end, start, block_idx, T, Tk, HKV: tl.constexpr, D: tl.constexpr,
+def _index_kernel(qi, keys, end, block_end, start, block_idx, T, cap, HKV: tl.constexpr, D: tl.constexpr,
                   L: tl.constexpr, S: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr):
     tile, b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     row, w, base = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, W), b.to(tl.int64) * T * HKV
@@ -465,13 +503,13 @@ def _index_kernel(qi, keys, end, block_end, start, block_idx, T, Tk, HKV: tl.con
     for blk in range(0, n):
         earlier = blk < i // L  # such a block lies wholly before i: no other causal mask is needed
         if end is None:
-            s = tl.dot(q, keys.load([b * Tk + blk * L, 0]).T, input_precision="ieee")                 # [ROWS, L]
+            s = tl.dot(q, keys.load([b * cap + blk * L, 0]).T, input_precision="ieee")                 # [ROWS, L]
             score = tl.max(s, 1)
         else:
             score = tl.full([ROWS], float("-inf"), tl.float32)
-            if tl.load(block_end + b * tl.cdiv(Tk, L) + blk) > first + tile * ROWS // HKV:
-                s = tl.dot(q, keys.load([b * Tk + blk * L, 0]).T, input_precision="ieee")
-                last = tl.load(end + b.to(tl.int64) * Tk + blk * L + tl.arange(0, L))
+            if tl.load(block_end + b * tl.cdiv(cap, L) + blk) > first + tile * ROWS // HKV:
+                s = tl.dot(q, keys.load([b * cap + blk * L, 0]).T, input_precision="ieee")
+                last = tl.load(end + b.to(tl.int64) * cap + blk * L + tl.arange(0, L))
                 score = tl.max(tl.where(i[:, None] < last, s, float("-inf")), 1)
         new = tl.where(w == blk % W, tl.where(earlier, score, float("-inf"))[:, None], new)
         if (blk % W == W - 1) | (blk == n - 1):
@@ -483,14 +521,14 @@ def _index_kernel(qi, keys, end, block_end, start, block_idx, T, Tk, HKV: tl.con
 
 
 def _select_triton(qi, ki, S, L, end, start):
-    (B, T, Hkv, D), Tk = qi.shape, ki.size(1)
+    (B, T, Hkv, D), cap = qi.shape, _lanes(ki=ki)
     block_idx = torch.empty(B, T, Hkv, S, dtype=torch.int32, device=qi.device)
-    end = None if end is None else F.pad(end, (0, Tk - end.size(1))).contiguous()
-    block_end = None if end is None else F.pad(end, (0, -Tk % L)).unflatten(1, (-1, L)).amax(2)
+    end = None if end is None else F.pad(end, (0, cap - end.size(1))).contiguous()
+    block_end = None if end is None else F.pad(end, (0, -cap % L)).unflatten(1, (-1, L)).amax(2)
     W, rows = max(2, triton.next_power_of_2(S - 1)), 128 if qi.is_cuda else 32
-    keys = TensorDescriptor.from_tensor(ki.view(B * Tk, D), [L, D])
+    keys = TensorDescriptor.from_tensor(ki.as_strided(((B - 1) * cap + ki.size(1), D), (D, 1)), [L, D])
     # 128 registers a thread let two programs share a multiprocessor: one selects while the other multiplies
-    _index_kernel[triton.cdiv(T * Hkv, rows), B](qi, keys, end, block_end, start, block_idx, T, Tk, Hkv, D, L, S, W,
+    _index_kernel[triton.cdiv(T * Hkv, rows), B](qi, keys, end, block_end, start, block_idx, T, cap, Hkv, D, L, S, W,
                                                  rows, num_warps=8, num_stages=2, maxnreg=128)
     return block_idx
 
@@ -500,7 +538,7 @@ def _select_triton(qi, ki, S, L, end, start):
 
 # One program = one query and one KV head: the G query heads that share its keys, block by block.
 @jit
-def _query_outer_kernel(q, k, v, end, start, block_idx, out, T, Tk, HKV: tl.constexpr, G: tl.constexpr,
+def _query_outer_kernel(q, k, v, end, start, block_idx, out, stat, T, cap, HKV: tl.constexpr, G: tl.constexpr,
                         D: tl.constexpr, L: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr):
     bt, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, g, d = bt // T, tl.arange(0, ROWS), tl.arange(0, D)
@@ -514,8 +552,8 @@ def _query_outer_kernel(q, k, v, end, start, block_idx, out, T, Tk, HKV: tl.cons
         j = blk * L + tl.arange(0, L)
         seen = (j >= 0) & (j <= i)
         if end is not None:
-            seen = seen & (i < tl.load(end + b * Tk + j, mask=seen, other=0))
-        keys = ((b * Tk + j) * HKV + h)[:, None] * D + d                                              # [L, D]
+            seen = seen & (i < tl.load(end + b * cap + j, mask=seen, other=0))
+        keys = ((b * cap + j) * HKV + h)[:, None] * D + d                                              # [L, D]
         s = tl.dot(x, tl.load(k + keys, mask=seen[:, None], other=0.0).T, input_precision="ieee")
         s = tl.where(seen, s * (D ** -0.5 * 1.4426950408889634), float("-inf"))
         new = tl.maximum(tl.maximum(m, tl.max(s, 1)), -1e30)  # -1e30: a row with no visible key gives 0, never nan
@@ -524,6 +562,8 @@ def _query_outer_kernel(q, k, v, end, start, block_idx, out, T, Tk, HKV: tl.cons
         acc = acc * scale[:, None] + tl.dot(p.to(value.dtype), value, input_precision="ieee")
         l, m = l * scale + tl.sum(p, 1), new
     tl.store(out + rows, (acc / tl.maximum(l, 1e-30)[:, None]).to(x.dtype), mask=mine)
+    if stat is not None:
+        tl.store(stat + (bt * HKV + h) * G + g, m + tl.log2(l), mask=g < G)
 
 
 # One program = up to RUN queries that chose one block, ROWS // G of them at a time: K and V are read once for all.
@@ -556,9 +596,9 @@ def _kv_outer_kernel(q, k, v, end, first, edges, tasks, part, lse, edge0, HKV: t
 
 # One program = ROWS // G queries of one block and one KV head: their own block here, then the parts of the others.
 @jit
-def _combine_kernel(q, k, v, end, first, block_idx, part, lse, out, n, HKV: tl.constexpr, G: tl.constexpr,
-                    D: tl.constexpr, L: tl.constexpr, S1: tl.constexpr, ROWS: tl.constexpr):
-    r, d, h, i0 = tl.arange(0, ROWS), tl.arange(0, D), tl.program_id(1), tl.load(first)
+def _combine_kernel(q, k, v, end, first, block_idx, part, lse, out, stat, n, G: tl.constexpr, D: tl.constexpr,
+                    L: tl.constexpr, S1: tl.constexpr, ROWS: tl.constexpr):
+    r, d, h, HKV, i0 = tl.arange(0, ROWS), tl.arange(0, D), tl.program_id(1), tl.num_programs(1), tl.load(first)
     TOKENS: tl.constexpr = ROWS // G
     TILES: tl.constexpr = (L + TOKENS - 1) // TOKENS
     token = tl.program_id(0) % TILES * TOKENS + r // G                                            # within the block
@@ -588,23 +628,25 @@ def _combine_kernel(q, k, v, end, first, block_idx, part, lse, out, n, HKV: tl.c
         old, weight = tl.exp2(m - new), tl.exp2(other - new)
         acc, l, m = acc * old[:, None] + o.to(tl.float32) * weight[:, None], l * old + weight, new
     tl.store(out + row, (acc / tl.maximum(l, 1e-30)[:, None]).to(x.dtype), mask=mine[:, None])
+    if stat is not None:
+        tl.store(stat + (t * HKV + h) * G + r % G, m + tl.log2(l), mask=mine)
 
 
-def _plan(block_idx, N, chunk_size, run):
-    """Turn the choice around: which queries chose each block. block_idx (B, T, Hkv, S); chunks of chunk_size queries ->
-    edges int32 (B*T*Hkv*(S-1),): ids of (query, head, slot) sorted by (chunk, head, block); tasks int32 (chunks, P, 4):
-    head, block, and a range of at most `run` edges. P is a bound known to the host, so nothing is read back."""
-    (B, T, Hkv, S), device = block_idx.shape, block_idx.device
+def _plan(blk, N, chunk_size, run):
+    """Turn the choice around: which queries chose each block. blk (B, T, Hkv, S); chunks of chunk_size queries ->
+    edges int32 (B*T*Hkv*S,): ids of (query, head, slot) sorted by (chunk, head, block); tasks int32 (chunks, P, 4):
+    head, block, and a range of at most `run` edges; ends int64 (chunks, Hkv * N): tasks up to a (head, block)'s last.
+    P is a bound known to the host, so nothing is read back."""
+    (B, T, Hkv, S), device = blk.shape, blk.device
     chunks = -(-T // chunk_size)
-    buckets, P = Hkv * N, chunk_size * Hkv * (S - 1) // run + Hkv * N
+    buckets, P = Hkv * N, chunk_size * Hkv * S // run + Hkv * N
     c = torch.arange(T, device=device) // chunk_size + torch.arange(B, device=device)[:, None] * chunks       # (B, T)
-    blk = block_idx[..., 1:]
     key = (c[..., None] * Hkv + torch.arange(Hkv, device=device))[..., None] * N + blk                # (B, T, Hkv, S-1)
     key = torch.where(blk < 0, B * chunks * buckets, key).int().flatten()
     key, edges = key.sort(stable=True)
     offset = torch.searchsorted(key, torch.arange(B * chunks * buckets + 1, device=device, dtype=torch.int32))
     size = offset.diff().view(B * chunks, buckets)
-    ends = (-(-size // run)).cumsum(1)                                                     # tasks up to a bucket's last
+    ends = (-(-size // run)).cumsum(1)
     p = torch.arange(P, device=device)
     bucket = torch.searchsorted(ends, p.expand(B * chunks, P).contiguous(), right=True)
     real, bucket = bucket < buckets, bucket.clamp(max=buckets - 1)
@@ -612,34 +654,236 @@ def _plan(block_idx, N, chunk_size, run):
     lo = offset[:-1].view(B * chunks, buckets).gather(1, bucket) + nth * run
     hi = torch.minimum(lo + run, offset[1:].view(B * chunks, buckets).gather(1, bucket))
     tasks = torch.stack([bucket // N, bucket % N, lo, torch.where(real, hi, lo)], -1)
-    return edges.int(), tasks.int()
+    return edges.int(), tasks.int(), ends
 
 
-def _attend_triton(q, k, v, block_idx, L, end, start, chunk_size=16384, run=256):
+def _attend_triton(q, k, v, block_idx, L, end, start, stat=None, chunk_size=16384, run=256):
     (B, T, H, D), (Tk, Hkv), S, device = q.shape, k.shape[1:3], block_idx.size(3), q.device
-    G, out = H // Hkv, torch.empty_like(q)
-    end = None if end is None else F.pad(end, (0, Tk - end.size(1))).contiguous()
+    G, out, cap = H // Hkv, torch.empty_like(q), _lanes(k=k, v=v)
+    end = None if end is None else F.pad(end, (0, cap - end.size(1))).contiguous()
+    start = None if start is None else start.contiguous()
     if T <= QUERY_OUTER:
         rows = max(16, triton.next_power_of_2(G))
-        _query_outer_kernel[B * T, Hkv](q, k, v, end, start, block_idx, out, T, Tk, Hkv, G, D, L, S, rows, num_stages=2)
+        _query_outer_kernel[B * T, Hkv](q, k, v, end, start, block_idx, out, stat, T, cap, Hkv, G, D, L, S, rows,
+                                        num_stages=2)
         return out
     chunk_size, rows = min(chunk_size, T), max(64, triton.next_power_of_2(G))
-    edges, tasks = _plan(block_idx, -(-Tk // L), chunk_size, run)
+    edges, tasks, _ = _plan(block_idx[..., 1:], -(-Tk // L), chunk_size, run)
     part = torch.empty(chunk_size * H * (S - 1), D, dtype=q.dtype, device=device)
     lse = torch.empty(chunk_size * H * (S - 1), device=device)
     first = torch.arange(0, T, chunk_size, dtype=torch.int32, device=device).repeat(B, 1)
     first = (first if start is None else first + start[:, None]).flatten()
-    big = rows if G & (G - 1) == 0 else 128  # 64 rows of 10 tokens by 6 heads spill registers
+    big = rows if G & (G - 1) == 0 else max(128, rows)  # 64 rows of 10 tokens by 6 heads spill registers
     tiles = -(-L // (big // G))
     for c, (b, t) in enumerate((b, t) for b in range(B) for t in range(0, T, chunk_size)):
         n = min(chunk_size, T - t)
-        ends = None if end is None else end[b]
-        dims = Hkv, G, D, L, S - 1, rows
+        ends, dims = None if end is None else end[b], (G, D, L, S - 1)
         _kv_outer_kernel[tasks.size(1),](q[b, t:], k[b], v[b], ends, first[c:], edges, tasks[c], part, lse,
-                                         (b * T + t) * Hkv * (S - 1), *dims, num_stages=3)
-        _combine_kernel[(n // L + 2) * tiles, Hkv](q[b, t:], k[b], v[b], ends, first[c:], block_idx[b, t:], part, lse,
-                                                   out[b, t:], n, *dims[:-1], big, num_warps=big // 16)
+                                         (b * T + t) * Hkv * (S - 1), Hkv, *dims, rows, num_stages=3)
+        _combine_kernel[(n // L + 2) * tiles, Hkv](
+            q[b, t:], k[b], v[b], ends, first[c:], block_idx[b, t:], part, lse, out[b, t:],
+            None if stat is None else stat[b, t:], n, *dims, big, num_warps=big // 16)
     return out
+
+
+# ---- Triton: gradients -----------------------------------------------------------------------------
+
+
+# One program = up to RUN queries that chose one block, ROWS // G of them at a time: their dK and dV, and parts of dQ.
+@jit
+def _backward_kernel(q, k, v, grad, stat, delta, end, edges, tasks, dq, dk, dv, edge0, T, DIMS: tl.constexpr):
+    HKV: tl.constexpr = DIMS[0]
+    G: tl.constexpr = DIMS[1]
+    D: tl.constexpr = DIMS[2]
+    L: tl.constexpr = DIMS[3]
+    S: tl.constexpr = DIMS[4]
+    ROWS: tl.constexpr = DIMS[5]
+    task = tasks + tl.program_id(0) * 4
+    h, blk, lo, hi = tl.load(task), tl.load(task + 1), tl.load(task + 2), tl.load(task + 3)
+    r, d, j = tl.arange(0, ROWS), tl.arange(0, D), blk * L + tl.arange(0, L)
+    TOKENS: tl.constexpr = ROWS // G
+    if lo < hi:
+        keys, held = (j.to(tl.int64) * HKV + h)[:, None] * D + d, (j < T)[:, None]
+        key, value = tl.load(k + keys, mask=held, other=0.0), tl.load(v + keys, mask=held, other=0.0)     # [L, D]
+        dkey, dvalue = tl.zeros([L, D], tl.float32), tl.zeros([L, D], tl.float32)
+        for e in range(lo, hi, TOKENS):
+            mine = (e + r // G < hi) & (r < TOKENS * G)
+            edge = tl.load(edges + e + r // G, mask=mine, other=0) - edge0  # (query, head, slot) within the chunk
+            head = edge // S * G + r % G
+            i = (edge + edge0) // S // HKV % T
+            x = tl.load(q + head[:, None] * D + d, mask=mine[:, None], other=0.0)                         # [ROWS, D]
+            s = tl.dot(key, x.T, input_precision="ieee") * (D ** -0.5 * 1.4426950408889634)               # [L, ROWS]
+            seen = (j[:, None] <= i[None]) & mine[None]
+            if end is not None:
+                seen = seen & (i[None] < tl.load(end + j, mask=j < T, other=0)[:, None])
+            p = tl.where(seen, tl.exp2(s - tl.load(stat + head, mask=mine, other=0.0)[None]), 0.0)
+            dout = tl.load(grad + head[:, None] * D + d, mask=mine[:, None], other=0.0)
+            dvalue += tl.dot(p.to(x.dtype), dout, input_precision="ieee")
+            dp = tl.dot(value, dout.T, input_precision="ieee")
+            ds = (p * (dp - tl.load(delta + head, mask=mine, other=0.0)[None])).to(x.dtype)
+            dkey += tl.dot(ds, x, input_precision="ieee")
+            dx = tl.dot(ds.T, key, input_precision="ieee") * D ** -0.5
+            tl.store(dq + (edge * G + r % G)[:, None] * D + d, dx.to(x.dtype), mask=mine[:, None])
+        at = (tl.program_id(0).to(tl.int64) * L + tl.arange(0, L))[:, None] * D + d
+        tl.store(dk + at, dkey * D ** -0.5)
+        tl.store(dv + at, dvalue)
+
+
+# One program = up to RUN queries that chose one block: FIRST, the log-sum-exp of their index scores there; then KL and
+# its gradient. The teacher, the mean over G heads, is a product with the matrix that averages them.
+@jit
+def _kl_kernel(q, k, qi, ki, stat, index_stat, share, end, edges, tasks, value, dqi, dki, edge0, T, DIMS: tl.constexpr):
+    HKV: tl.constexpr = DIMS[0]
+    G: tl.constexpr = DIMS[1]
+    D: tl.constexpr = DIMS[2]
+    DI: tl.constexpr = DIMS[3]
+    L: tl.constexpr = DIMS[4]
+    S: tl.constexpr = DIMS[5]
+    ROWS: tl.constexpr = DIMS[6]
+    COLS: tl.constexpr = DIMS[7]
+    TOKENS: tl.constexpr = ROWS // G if index_stat is not None else COLS
+    task = tasks + tl.program_id(0) * 4
+    h, blk, lo, hi = tl.load(task), tl.load(task + 1), tl.load(task + 2), tl.load(task + 3)
+    r, c, j = tl.arange(0, ROWS), tl.arange(0, COLS), blk * L + tl.arange(0, L)
+    d, di = tl.arange(0, D), tl.arange(0, DI)
+    if lo < hi:
+        held = (j < T)[:, None]
+        index_key = tl.load(ki + j.to(tl.int64)[:, None] * DI + di, mask=held, other=0.0)                 # [L, DI]
+        key = tl.load(k + (j.to(tl.int64) * HKV + h)[:, None] * D + d, mask=held, other=0.0)
+        dkey = tl.zeros([L, DI], tl.float32)
+        for e in range(lo, hi, TOKENS):
+            mine = (e + c < hi) & (c < TOKENS)
+            edge = tl.load(edges + e + c, mask=mine, other=0) - edge0      # (query, head, slot) within the chunk
+            i = (edge + edge0) // S // HKV % T
+            seen = (j[:, None] <= i[None]) & mine[None]
+            if end is not None:
+                seen = seen & (i[None] < tl.load(end + j, mask=j < T, other=0)[:, None])
+            x = tl.load(qi + (edge // S)[:, None] * DI + di, mask=mine[:, None], other=0.0)               # [COLS, DI]
+            s = tl.dot(index_key, x.T, input_precision="ieee") * (DI ** -0.5 * 1.4426950408889634)        # [L, COLS]
+            if index_stat is None:
+                s = tl.where(seen, s, float("-inf"))
+                m = tl.maximum(tl.max(s, 0), -1e30)
+                tl.store(value + edge, m + tl.log2(tl.sum(tl.exp2(s - m[None]), 0)), mask=mine)
+            else:
+                own = (e + r // G < hi) & (r < TOKENS * G)
+                head = (tl.load(edges + e + r // G, mask=own, other=0) - edge0) // S * G + r % G
+                y = tl.load(q + head[:, None] * D + d, mask=own[:, None], other=0.0)                      # [ROWS, D]
+                p = tl.dot(key, y.T, input_precision="ieee") * (D ** -0.5 * 1.4426950408889634)           # [L, ROWS]
+                # at most 1 where visible; elsewhere it could be inf, and 0 * inf in the product below nan
+                p = tl.exp2(tl.minimum(p - tl.load(stat + head, mask=own, other=float("inf"))[None], 0.0))
+                mean = tl.where((r[:, None] // G == c[None]) & own[:, None], 1.0 / G, 0.0)                # [ROWS, COLS]
+                p = tl.where(seen, tl.dot(p, mean, input_precision="tf32"), 0.0)                          # [L, COLS]
+                weight = tl.load(share + (edge // S // HKV), mask=mine, other=0.0)
+                s -= tl.load(index_stat + edge // S, mask=mine, other=0.0)[None]
+                kl = tl.sum(tl.where(p > 0, p * (tl.log2(tl.maximum(p, 1e-30)) - s), 0.0), 0)
+                tl.store(value + edge, kl * weight * 0.6931471805599453, mask=mine)
+                ds = (tl.where(seen, tl.exp2(s) - p, 0.0) * (weight * DI ** -0.5)[None]).to(x.dtype)
+                dkey += tl.dot(ds, x, input_precision="ieee")
+                dx = tl.dot(ds.T, index_key, input_precision="ieee")
+                tl.store(dqi + edge[:, None] * DI + di, dx.to(x.dtype), mask=mine[:, None])
+        if index_stat is not None:
+            tl.store(dki + (tl.program_id(0).to(tl.int64) * L + tl.arange(0, L))[:, None] * DI + di, dkey)
+
+
+# One program = one block and KV head: the parts of a gradient of its keys, task after task, always in this order.
+@jit
+def _task_sum_kernel(part, ends, out, N, T, HKV: tl.constexpr, D: tl.constexpr, L: tl.constexpr):
+    blk, h, d = tl.program_id(0), tl.program_id(1), tl.arange(0, D)
+    bucket, j = h * N + blk, blk * L + tl.arange(0, L)
+    lo, hi = tl.load(ends + bucket - 1, mask=bucket > 0, other=0), tl.load(ends + bucket)
+    if lo < hi:
+        rows, held = (j.to(tl.int64) * HKV + h)[:, None] * D + d, (j < T)[:, None]
+        acc = tl.load(out + rows, mask=held, other=0.0)
+        parts = part + lo * L * D + tl.arange(0, L)[:, None] * D + d                                      # lo: int64
+        for _ in range(lo, hi):
+            acc += tl.load(parts)
+            parts += L * D
+        tl.store(out + rows, acc, mask=held)
+
+
+# One program = one query and KV head: the parts of a gradient of its query, summed over the slots.
+@jit
+def _slot_sum_kernel(part, block_idx, out, HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
+                     ROWS: tl.constexpr):
+    row, g, d = tl.program_id(0).to(tl.int64) * HKV + tl.program_id(1), tl.arange(0, ROWS), tl.arange(0, D)
+    acc = tl.zeros([ROWS, D], tl.float32)
+    for slot in range(0, S):
+        chosen = (g < G) & (tl.load(block_idx + row * S + slot) >= 0)
+        x = tl.load(part + ((row * S + slot) * G + g)[:, None] * D + d, mask=chosen[:, None], other=0.0)
+        acc += x.to(tl.float32)
+    tl.store(out + (row * G + g)[:, None] * D + d, acc.to(out.dtype.element_ty), mask=(g < G)[:, None])
+
+
+class _Train(torch.autograd.Function):
+    """Attention over chosen blocks and the index branch's KL, with gradients. No atomics: two runs, equal bits."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, qi, ki, block_idx, L, end, share):
+        ctx.L, ctx.end, stat = L, end, torch.empty(q.shape[:3], device=q.device)
+        out = _attend_triton(q, k, v, block_idx, L, end, None, stat)
+        kl, *ctx.index = _kl_triton(q, k, qi, ki, block_idx, L, end, stat, share)
+        ctx.save_for_backward(q, k, v, block_idx, out, stat)
+        return out, kl
+
+    @staticmethod
+    def backward(ctx, grad, grad_kl):
+        index = [(grad_kl * x).to(x.dtype) for x in ctx.index]
+        return *_attend_backward(*ctx.saved_tensors, grad.contiguous(), ctx.L, ctx.end), *index, *[None] * 4
+
+
+def _chunks(q, block_idx, L, run=1024, most=8192):
+    """Sort whole chunks of queries by all their blocks, own one included. -> [(chunk, sequence, its queries as a slice,
+    id of its first edge)], edges, tasks, ends. Offsets within a chunk are int32."""
+    (B, T, H, D), (Hkv, S) = q.shape, block_idx.shape[2:]
+    size = min(T, most, (2 ** 31 - 1) // (H * S * D))
+    chunks = [(b, slice(t, min(T, t + size)), (b * T + t) * Hkv * S) for b in range(B) for t in range(0, T, size)]
+    return [(c, *x) for c, x in enumerate(chunks)], *_plan(block_idx, -(-T // L), size, run)
+
+
+def _kl_triton(q, k, qi, ki, block_idx, L, end, stat, share):
+    """-> KL, dqi, dki. stat (B, T, H): log2-sum-exp of the main branch; share (B, T): a query's weight in the mean."""
+    (B, T, H, D), (Hkv, S), Di, dev = q.shape, block_idx.shape[2:], qi.size(3), q.device
+    chunks, edges, tasks, ends = _chunks(q, block_idx, L)
+    dqi, dki, kl = torch.empty_like(qi), torch.zeros(B, T, Hkv, Di, device=dev), torch.zeros((), device=dev)
+    size = max(len(range(T)[at]) for _, _, at, _ in chunks)
+    part = torch.empty(size * Hkv * S, Di, dtype=q.dtype, device=dev)
+    keys = torch.empty(tasks.size(1) * L, Di, device=dev)
+    G, rows = H // Hkv, max(64, triton.next_power_of_2(H // Hkv))
+    for c, b, at, edge0 in chunks:
+        value = torch.full((len(range(T)[at]), Hkv, S), float("-inf"), device=dev)
+        args = q[b, at], k[b], qi[b, at], ki[b], stat[b, at]
+        rest = share[b, at], None if end is None else end[b], edges, tasks[c], value, part, keys, edge0, T
+        dims = Hkv, G, D, Di, L, S, rows
+        _kl_kernel[tasks.size(1),](*args, None, *rest, (*dims, 64), num_warps=4, num_stages=2)
+        index_stat = (value * 0.6931471805599453).logsumexp(-1) * 1.4426950408889634
+        value.zero_()
+        _kl_kernel[tasks.size(1),](*args, index_stat, *rest, (*dims, max(16, triton.next_power_of_2(rows // G))),
+                                   num_warps=8, num_stages=2)
+        kl += value.sum()
+        _task_sum_kernel[-(-T // L), Hkv](keys, ends[c], dki[b], -(-T // L), T, Hkv, Di, L, num_warps=8)
+        _slot_sum_kernel[len(value), Hkv](part, block_idx[b, at], dqi[b, at], Hkv, 1, Di, S, 16)
+    return kl, dqi, dki.sum(2).to(ki.dtype)
+
+
+def _attend_backward(q, k, v, block_idx, out, stat, grad, L, end):
+    """-> dq, dk, dv."""
+    (B, T, H, D), (Hkv, S), N, dev = q.shape, block_idx.shape[2:], -(-q.size(1) // L), q.device
+    chunks, edges, tasks, ends = _chunks(q, block_idx, L)
+    dq, (dk, dv) = torch.empty_like(q), (torch.zeros(k.shape, device=dev) for _ in "kv")
+    size, G = max(len(range(T)[at]) for _, _, at, _ in chunks), H // Hkv
+    part = torch.empty(size * H * S, D, dtype=q.dtype, device=dev)
+    keys, values = (torch.empty(tasks.size(1) * L, D, device=dev) for _ in "kv")
+    rows = max(64 if G & (G - 1) == 0 else 32, triton.next_power_of_2(G))
+    for c, b, at, edge0 in chunks:
+        delta = (out[b, at].float() * grad[b, at].float()).sum(-1)
+        _backward_kernel[tasks.size(1),](
+            q[b, at], k[b], v[b], grad[b, at], stat[b, at], delta, None if end is None else end[b], edges, tasks[c],
+            part, keys, values, edge0, T, (Hkv, G, D, L, S, rows), num_warps=8, num_stages=2)
+        for x, total in ((keys, dk), (values, dv)):
+            _task_sum_kernel[N, Hkv](x, ends[c], total[b], N, T, Hkv, D, L, num_warps=8)
+        _slot_sum_kernel[len(delta), Hkv](part, block_idx[b, at], dq[b, at], Hkv, G, D, S,
+                                          max(16, triton.next_power_of_2(G)))
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
 # ---- Triton: decode ------------------------------------------------------------------------------
@@ -662,6 +906,12 @@ def _block_scores(x, key, end, i, b, blk, cap, L: tl.constexpr):
         last = tl.load(end + b.to(tl.int64) * cap + blk * L + tl.arange(0, L))
         s = tl.where(i[None] < last[:, None], s, float("-inf"))
     return tl.where(blk < i // L, tl.max(s, 0), float("-inf"))
+
+
+@jit
+def _unit(x):
+    """Powers of two, at least the largest element of each column of x [D, COLS]."""
+    return tl.exp2(tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(x.to(tl.float32)), 0), 2.0 ** -126))))
 
 
 @jit
@@ -690,11 +940,10 @@ def _scan_kernel(qi, ki, scale, end, length, scores, done, T, cap, HKV: tl.const
     n = (tl.load(length + b) + T - 1) // L
     lo, hi = _run_start(run, n, tl.num_programs(0)), _run_start(run + 1, n, tl.num_programs(0))
     x, i = _queries(qi, length, b, T, HKV, D, L, COLS)
-    # fp8 widens to fp16 in one instruction; fp16 holds a 16-bit q over a power of two, but not an fp32 one
+    # fp8 widens to fp16 in one instruction; what fp16 loses of a 16-bit q over its maximum is within GAMMA
     WIDE: tl.constexpr = tl.float32 if qi.dtype.element_ty == tl.float32 else tl.float16
     if scale is not None:
-        top = tl.max(tl.abs(x.to(tl.float32)), 0)
-        unit = tl.exp2(tl.ceil(tl.log2(tl.maximum(top, 1e-30))))
+        unit = _unit(x)
         x = (x.to(tl.float32) / unit[None]).to(WIDE)
     score = tl.full([COLS, RUN], float("-inf"), tl.float32)
     for blk in range(lo, hi):
@@ -704,7 +953,8 @@ def _scan_kernel(qi, ki, scale, end, length, scores, done, T, cap, HKV: tl.const
             s = _block_scores(x, key, end, i, b, blk, cap, L)
         else:
             s = _block_scores(x, key.to(WIDE), end, i, b, blk, cap, L)
-            s = s * unit * tl.load(scale + b * N + blk)
+            near = s * tl.minimum(unit * tl.load(scale + b * N + blk), 3e38)
+            s = tl.where(s > float("-inf"), tl.minimum(tl.maximum(near, -3e38), 3e38), s)  # -inf means invisible alone
         score = tl.where(g == blk - lo, s[:, None], score)
     _store_scores(scores, score, lo, hi, run, b, T, N, HKV, RUN, COLS)
     if run == 0:
@@ -759,8 +1009,11 @@ def _rescore_kernel(qi, ki, slack, exact, end, length, scores, T, cap, HKV: tl.c
     n = (tl.load(length + b) + T - 1) // L
     lo, hi = _run_start(run, n, tl.num_programs(0)), _run_start(run + 1, n, tl.num_programs(0))
     x, i = _queries(qi, length, b, T, HKV, D, L, COLS)
-    norm = tl.sqrt(tl.sum(x.to(tl.float32) * x.to(tl.float32), 0)) * (1 + 2.0 ** -15)                 # rounded up
-    bound = norm[:, None] * tl.load(slack + b * N + lo + g, mask=g < hi - lo, other=0.0)
+    unit = _unit(x)
+    y = x.to(tl.float32) / unit[None]
+    norm = tl.sqrt(tl.sum(y * y, 0)) * (1 + 2.0 ** -15) * unit                                        # rounded up
+    # + 2^-120: scores so small that they round to 0 are all rescored
+    bound = norm[:, None] * tl.load(slack + b * N + lo + g, mask=g < hi - lo, other=0.0) + 2.0 ** -120
     if PDL:
         tl.extra.cuda.gdc_wait()
     row, mine = b * T * HKV + c, (c < T * HKV)[:, None]
@@ -843,6 +1096,8 @@ def _dense_kernel(q, k, v, end, length, part, T, cap, HKV: tl.constexpr, G: tl.c
                   ROWS: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):
     split, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     r, d = tl.arange(0, ROWS), tl.arange(0, D)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     heads = ((b.to(tl.int64) * T + r // G) * HKV + h) * G + r % G
     x = tl.load(q + heads[:, None] * D + d, mask=(r < T * G)[:, None], other=0.0)                     # [ROWS, D]
     i, n = tl.load(length + b) + r // G, tl.load(length + b) + T
@@ -886,21 +1141,17 @@ def _dense_sum_kernel(part, out, T, HKV: tl.constexpr, G: tl.constexpr, D: tl.co
     tl.store(out + row * D + d, (acc / tl.maximum(l, 1e-30)).to(out.dtype.element_ty))
 
 
-def _capacity(x):
-    """Slots between two sequences of a cache lane (B, Tk, …), which may be a slice of a longer one."""
-    return x.size(1) if x.size(0) == 1 else x.stride(0) // x[0, 0].numel()
-
-
 def _pdl(q):
     """Programmatic dependent launch: a kernel is set up while the one before it drains (Hopper and later)."""
     return q.is_cuda and torch.cuda.get_device_capability(q.device)[0] >= 9
 
 
 def _decode_triton(q, k, v, qi, ki, S, L, length, end, fp8):
-    (B, T, H, D), Hkv, cap, dev = q.shape, k.size(2), _capacity(k), q.device
+    (B, T, H, D), Hkv, cap, dev = q.shape, k.size(2), _lanes(k=k, v=v, ki=ki), q.device
     N, W, rows = -(-cap // L), max(2, triton.next_power_of_2(S - 1)), B * T * Hkv
     # many more runs than multiprocessors: some start while others stream. Few sizes: _choose takes seconds to compile
-    runs = max(2 * W, (512 if N <= 4096 else 1024) if q.is_cuda else 2 * triton.next_power_of_2(N))
+    runs = (512 if N <= 4096 else max(1024, triton.next_power_of_2(-(-N // 32)))) if q.is_cuda else 2 * N
+    runs = triton.next_power_of_2(max(runs, 2 * W))
     run, pair = max(8, triton.next_power_of_2(-(-N // runs))), max(16, triton.next_power_of_2(-(-2 * N // runs)))
     cols, pdl = max(16, triton.next_power_of_2(T * Hkv)), _pdl(q)
     end = None if end is None else F.pad(end, (0, cap - end.size(1))).contiguous()
@@ -914,6 +1165,9 @@ def _decode_triton(q, k, v, qi, ki, S, L, length, end, fp8):
                                 num_warps=4, num_stages=3, **launch)
     else:
         ki8, scale, slack = fp8
+        if B > 1 and (_lanes(ki8=ki8.view(torch.uint8)), scale.stride(0), slack.stride(0)) != (cap, N, N):
+            raise ValueError(f"fp8 keys have {_capacity(ki8)} slots a sequence and {scale.stride(0)} blocks, expected "
+                             f"{cap} and {N}: quantize whole cache lanes, then slice")
         exact = torch.empty(rows, W, device=dev)
         _scan_kernel[runs, B](qi, ki8, scale, end, length, scores, done, T, cap, Hkv, qi.size(3), L, run, cols, pdl,
                                 num_warps=2, num_stages=3, **launch)
@@ -928,12 +1182,13 @@ def _decode_triton(q, k, v, qi, ki, S, L, length, end, fp8):
 
 
 def _dense_triton(q, k, v, end, start):
-    (B, T, H, D), Hkv, cap, tile = q.shape, k.size(2), _capacity(k), 64 if k.is_cuda else 32
+    (B, T, H, D), Hkv, cap, tile = q.shape, k.size(2), _lanes(k=k, v=v), 64 if k.is_cuda else 32
     split = max(1, min(PROGRAMS // (B * Hkv), -(-cap // (2 * tile))))
     end = None if end is None else F.pad(end, (0, cap - end.size(1))).contiguous()
     out, part = torch.empty_like(q), torch.empty(B * T * H * split * (D + 2), device=q.device)
     rows, dims, pdl = max(16, triton.next_power_of_2(T * H // Hkv)), (Hkv, H // Hkv, D), _pdl(q)
-    _dense_kernel[split, Hkv, B](q, k, v, end, start, part, T, cap, *dims, rows, tile, pdl, num_warps=4, num_stages=4)
+    _dense_kernel[split, Hkv, B](q, k, v, end, start, part, T, cap, *dims, rows, tile, pdl, num_warps=4,
+                                 num_stages=4 if pdl else 2, launch_pdl=pdl)
     _dense_sum_kernel[T * H // Hkv, Hkv, B](part, out, T, *dims, split, triton.next_power_of_2(split), pdl,
                                             num_warps=4, launch_pdl=pdl)
     return out

@@ -327,12 +327,12 @@ def poisoned():
         yield
 
 def kernel_qkv(B, T, Tk, Hkv, G, D=16):
-    """q k v qi ki between bands of NaN: the interpreter lets a load out of bounds pass, but what it read shows."""
-    g, out = torch.Generator().manual_seed(T + Tk), []
-    for shape in ((B, T, Hkv * G, D), (B, Tk, Hkv, D), (B, Tk, Hkv, D), (B, T, Hkv, D), (B, Tk, D)):
+    """q k v qi ki, slices of longer buffers between bands of NaN: an interpreter's load out of bounds shows."""
+    g, out, more = torch.Generator().manual_seed(T + Tk), [], Tk + 8
+    for shape in ((B, more, Hkv * G, D), (B, more, Hkv, D), (B, more, Hkv, D), (B, more, Hkv, D), (B, more, D)):
         band = torch.full((math.prod(shape) + 4096,), math.nan)
         out.append(band[2048:-2048].view(shape).normal_(generator=g))
-    return out
+    return [x[:, :n] for x, n in zip(out, (T, Tk, Tk, T, Tk))]
 
 TREE = torch.full((2, 37), 37, dtype=torch.int32)
 TREE[0, :13], TREE[0, 16:24], TREE[1, :16] = 13, 24, 16
@@ -359,28 +359,55 @@ def test_kernels_equal_torch(case):
                 patch.setattr(msa, "QUERY_OUTER", most)
                 assert worst(msa.msa_attention(q, k, v, blocks, L, end, start, "triton"), want) < 2e-6
             return
-        for fp8 in (None, msa.quantize_index(ki, L)):
+        whole = ki.as_strided((ki.size(0), ki.size(1) + 8, ki.size(2)), ki.stride())
+        fp8 = [x[:, :n] for x, n in zip(msa.quantize_index(whole, L), (ki.size(1), -(-ki.size(1) // L), None))]
+        fp8[2] = fp8[2][:, :fp8[1].size(1)]
+        for fp8 in (None, fp8):
             out, got = msa.msa_decode(q, k, v, qi, ki, S, L, start, end, "triton", fp8)
             assert torch.equal(got, blocks) and worst(out, want) < 2e-6
         dense = msa.full_attention(q, k, v, end, start, "triton")
     assert worst(dense, msa.full_attention(q, k, v, end, start, "torch")) < 2e-6
 
 @interpreted
-@pytest.mark.filterwarnings("ignore:divide by zero")
+@pytest.mark.filterwarnings("ignore:divide by zero", "ignore:overflow")
+@pytest.mark.parametrize("shape,S,end,run,most", [((2, 29, 29, 2, 3), 3, TREE[:, :29].clamp(max=29), 5, 16),
+                                                  ((1, 21, 21, 1, 16), 2, None, 1024, 8192)])
+def test_training_kernels_equal_autograd(shape, S, end, run, most):
+    """Attention, KL and all gradients equal the torch half's, hot blocks and chunks split; two runs are bit-equal."""
+    inputs = [x.requires_grad_() for x in kernel_qkv(*shape)]
+    q, k, v, qi, ki = inputs
+    with torch.no_grad():
+        q[:, 4] *= 100  # its scores with keys to come, which no one may see, are beyond the range of exp
+    weight, upstream = torch.rand(shape[:2]), torch.randn(q.shape)
+    blocks = msa.select_blocks(qi, ki, S, 8, end)
+    def run_once(impl):
+        out, kl = msa.msa_train(q, k, v, qi, ki, blocks, 8, end, weight, 2, impl)
+        return out, kl, *torch.autograd.grad([out, kl], inputs, [upstream, torch.tensor(3.0)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(msa, "QUERY_OUTER", 512 * (most == 16))
+        patch.setattr(msa, "_chunks", lambda *args, real=msa._chunks: real(*args, run, most))
+        with poisoned():
+            got, again = run_once("triton"), run_once("triton")
+    assert all(map(torch.equal, got, again))
+    for mine, want in zip(got, run_once("torch")):
+        assert worst(mine, want) < 1e-4 * want.abs().max()  # scores of 500 round to 3e-5, which exp passes on
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
 def test_certified_fp8_is_exact_where_fp8_errs():
-    """Keys so alike that fp8 misranks them, or equal: bound and rescoring choose what torch does, ties included."""
-    q, k, v, qi, ki = kernel_qkv(1, 40, 40, 2, 3)
-    last = torch.tensor([39], dtype=torch.int32)
-    q, qi, errs = q[:, -1:], qi[:, -1:].abs(), []
-    for keys in (ki[:, :1] + 0.01 * ki, (torch.arange(40) // 8 % 2)[None, :, None].expand(1, 40, 16).float()):
-        keys = keys.contiguous()
-        ki8, scale, slack = msa.quantize_index(keys, 8)
-        near = (ki8.float().unflatten(1, (-1, 8)) * scale[..., None, None]).flatten(1, 2)
-        want, alone = (msa.select_blocks(qi, x, 3, 8, None, last, "torch") for x in (keys, near))
+    """Keys so alike that fp8 misranks them, equal ones, scales whose squares or products leave fp32: torch's choice."""
+    q, k, v, qi, ki = kernel_qkv(1, 96, 96, 2, 3)
+    last, alike = torch.tensor([95], dtype=torch.int32), ki[:, :1] + 0.01 * ki
+    equal, errs = (torch.arange(96) // 8 % 2)[None, :, None].expand(1, 96, 16).float(), []
+    for keys, scale in ((alike, 1), (equal, 1), (alike * 1e-24, 1), (alike, 1e-23), (alike * 1e-2, -1e36)):
+        keys, x = keys.contiguous(), qi[:, -1:].abs() * scale
+        fp8 = msa.quantize_index(keys, 8)
+        near = (fp8[0].float().unflatten(1, (-1, 8)) * fp8[1][..., None, None]).flatten(1, 2)
+        want, alone = (msa.select_blocks(x, y, 4, 8, None, last, "torch") for y in (keys, near))
         errs.append(not torch.equal(want, alone))
-        for fp8 in (None, (ki8, scale, slack)):
-            assert torch.equal(msa.msa_decode(q, k, v, qi, keys, 3, 8, last, None, "triton", fp8)[1], want)
-    assert errs == [True, False] and want.tolist() == [[[[4, 1, 3]] * 2]]
+        assert torch.equal(msa.msa_decode(q[:, -1:], k, v, x, keys, 4, 8, last, None, "triton", fp8)[1], want), scale
+    ties = [msa.select_blocks(qi[:, 40:].abs(), keys * 0, 4, 8, None, last - 55, x) for x in ("triton", "torch")]
+    assert errs == [True, False, True, True, True] and torch.equal(*ties)
 
 def test_fp8_bound_holds_and_is_tight():
     """|max q.k - max scale q.k8| <= |q| slack for any q, in fp64; e4m3 has 3 bits, so slack is at most |k| / 16."""
@@ -390,7 +417,7 @@ def test_fp8_bound_holds_and_is_tight():
         exact, near = ki.double().unflatten(1, (-1, 8)), k8.double().unflatten(1, (-1, 8)) * scale[..., None, None]
         gap = ((exact @ q.T).amax(2) - (near @ q.T).amax(2)).abs() / q.norm(dim=-1)                        # (B, N, 500)
         assert (gap <= slack[..., None]).all() and (scale.log2() % 1 == 0).all()
-        assert (slack <= exact.norm(dim=-1).amax(-1) / 16 * 1.01 + 1e-30).all()
+        assert (slack <= exact.norm(dim=-1).amax(-1) / 16 * 1.01 + 1e-29).all()
 
 def test_cache_keeps_fp8_keys():
     """The cache's fp8 lane is quantize_index of what it holds, after appends of any size, a crop and a copy of rows."""
@@ -417,7 +444,9 @@ def test_wrong_tensors_are_refused():
                         (lambda: select(qi, ki, 3, 4, end.long()), "int64.*int32"),
                         (lambda: select(qi, ki.to("meta"), 3, 4), "meta.*cpu"),
                         (lambda: msa.full_attention(q, k, v, impl="cuda"), "cuda.*triton"),
-                        (lambda: select(qi.mT.contiguous().mT, ki, 3, 4, impl="triton"), "strides.*expected")):
+                        (lambda: select(qi, ki, 3, 4, impl="triton"), "float64.*float32|TRITON"),
+                        (lambda: select(qi.float(), ki.float().mT.contiguous().mT, 3, 4, impl="triton"),
+                         "strides.*expected|TRITON"), (lambda: select(qi, ki, 0, 4), "S is 0.*1 or more")):
         with pytest.raises(ValueError, match=words):
             call()
 
@@ -428,15 +457,21 @@ def compile_kernels():
     base = dict(HKV=4, G=16, D=128, L=128, S=16, S1=15, W=16, RUN=8, COLS=16, RUNS=1024, PAIR=16, TILE=64, SPLIT=66,
                 PADDED=128, PDL=True, ROWS=16, DIMS=(4, 16, 128, 128, 16, 16, 16, 1024, 16),
                 keys="tensordesc<bf16[128, 128]>", **dict.fromkeys("q k v qi ki out part".split(), "*bf16"),
-                **dict.fromkeys("lse scores exact scale slack".split(), "*fp32"),
-                **dict.fromkeys("T Tk cap n edge0".split(), "i32"))
-    index = dict(num_warps=8, num_stages=2, maxnreg=128, ROWS=128)
+                **dict.fromkeys("lse scores exact scale slack stat delta index_stat share value dki".split(), "*fp32"),
+                **dict.fromkeys("T Tk N cap n edge0".split(), "i32"), **dict.fromkeys("grad dq dqi".split(), "*bf16"),
+                **dict.fromkeys(("dk", "dv"), "*fp32"), ends="*i64")
+    index, train = dict(num_warps=8, num_stages=2, maxnreg=128, ROWS=128), dict(num_warps=8, num_stages=2)
+    total = dict.fromkeys(("part", "out"), "*fp32")
     for name, change in (("index", index), ("index", dict(index, end=None, block_end=None, start=None)),
                          ("query_outer", dict(num_stages=2)), ("attend", dict(num_warps=8)), ("probe", {}),
                          ("kv_outer", dict(ROWS=64)), ("kv_outer", dict(ROWS=64, HKV=8, G=6)), ("rescore", {}),
                          ("combine", dict(ROWS=64)), ("combine", dict(ROWS=128, HKV=8, G=6, num_warps=8)),
                          ("scan", dict(scale=None)), ("scan", dict(ki="*fp8e4nv", num_warps=2)),
-                         ("dense", dict(part="*fp32", num_stages=4)), ("dense_sum", dict(part="*fp32"))):
+                         ("dense", dict(part="*fp32", num_stages=4)), ("dense_sum", dict(part="*fp32")),
+                         ("backward", dict(train, DIMS=(4, 16, 128, 128, 16, 64))), ("slot_sum", {}),
+                         ("backward", dict(train, DIMS=(8, 6, 128, 128, 16, 32))), ("task_sum", dict(train, **total)),
+                         ("kl", dict(DIMS=(4, 16, 128, 128, 128, 16, 64, 64), num_stages=2, index_stat=None)),
+                         ("kl", dict(train, DIMS=(8, 6, 128, 128, 128, 16, 64, 16)))):
         fn = getattr(msa, f"_{name}_kernel")
         args = {p: {**base, **change}.get(p, None if p in change else "*i32") for p in fn.arg_names}
         const = {p: x for p, x in args.items() if not isinstance(x, str)}
@@ -473,11 +508,11 @@ def test_kernels_on_a_gpu(T, Hkv, G):
     other = blocks.sort().values != msa.select_blocks(qi.float(), ki.float(), S, L, impl="torch").sort().values
     want = msa.msa_attention(q.float(), k.float(), v.float(), blocks, L, impl="torch")
     runs = [msa.msa_attention(q, k, v, blocks, L, impl="triton") for _ in range(2)]
-    assert torch.equal(*runs) and other.any(-1).float().mean() <= 1e-3
-    step = [msa.msa_decode(q[:, -1:].contiguous(), k, v, qi[:, -1:].contiguous(), ki, S, L, last, None, "triton", fp8)
-            for fp8 in (None, msa.quantize_index(ki, L))]
-    assert torch.equal(step[0][1], step[1][1])
-    for out, ref in ((runs[0], want), (step[0][0], want[:, -1:]), (step[1][0], want[:, -1:])):
+    step, fp8 = (msa.msa_decode(q[:, -1:], k, v, qi[:, -1:], ki, S, L, last, None, "triton", fp8)
+                 for fp8 in (None, msa.quantize_index(ki, L)))
+    print(f"T {T}: the choice differs in {other.any(-1).sum()} of {other[..., 0].numel()} rows")
+    assert torch.equal(*runs) and torch.equal(step[1], fp8[1]) and other.any(-1).float().mean() <= 1e-3
+    for out, ref in ((runs[0], want), (step[0], want[:, -1:]), (fp8[0], want[:, -1:])):
         assert ((out - ref).norm() / ref.norm()).item() < 5e-3
 
 # ---- 8. router and experts -----------------------------------------------------------------------
@@ -1028,7 +1063,7 @@ def test_bench_reports_its_contract(capsys):
         assert row["speedup"] == row["dense_ms"] / row["msa_ms"] and row["ctx"] == 300
     assert [row["what"] for row in result["rows"]] == ["prefill", "prefill", "decode"]
     for argv, word in ((["--ctx", 0], "0"), (["--ctx", "1M"], "1M"), (["--what", "train"], "later"),
-                       (["--shape", "m4"], "m4"), (["--device", "cpux"], "cpux"), (["--figure", "no/x.png"], "no/x")):
+                       (["--shape", "m4"], "m4"), (["--device", "cpux"], "cpux"), (["--figure", "no/x.png"], "no")):
         assert word in refused(bench.main, argv, capsys), argv
 
 def test_bench_refuses_to_time_wrong_results(monkeypatch, capsys):
@@ -1097,9 +1132,9 @@ def sabotaged_advance(self, T):
 
 def sabotaged_plan(*args, real=msa._plan):
     """The first task does nothing."""
-    edges, tasks = real(*args)
+    edges, tasks, ends = real(*args)
     tasks[:, 0, 3] = tasks[:, 0, 2]
-    return edges, tasks
+    return edges, tasks, ends
 
 def sabotaged_codes(ki, L, real=msa.quantize_index):
     """Codes are taken for exact."""
@@ -1145,7 +1180,7 @@ MUTANTS = [  # what is sabotaged, its owner, its name, what it becomes, the test
      lambda: test_parity_with_transformers("m2")),
 ]
 
-@pytest.mark.filterwarnings("ignore:divide by zero")
+@pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
 @pytest.mark.parametrize("owner,name,replacement,test", [m[1:] for m in MUTANTS], ids=[m[0] for m in MUTANTS])
 def test_mutants_are_caught(owner, name, replacement, test, monkeypatch):
     """Each sabotage makes the test that guards it fail."""

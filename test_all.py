@@ -360,9 +360,8 @@ def test_kernels_equal_torch(case):
                 assert worst(msa.msa_attention(q, k, v, blocks, L, end, start, "triton"), want) < 2e-6
             return
         whole = ki.as_strided((ki.size(0), ki.size(1) + 8, ki.size(2)), ki.stride())
-        fp8 = [x[:, :n] for x, n in zip(msa.quantize_index(whole, L), (ki.size(1), -(-ki.size(1) // L), None))]
-        fp8[2] = fp8[2][:, :fp8[1].size(1)]
-        for fp8 in (None, fp8):
+        sizes = ki.size(1), *[-(-ki.size(1) // L)] * 2
+        for fp8 in (None, [x[:, :n] for x, n in zip(msa.quantize_index(whole, L), sizes)]):
             out, got = msa.msa_decode(q, k, v, qi, ki, S, L, start, end, "triton", fp8)
             assert torch.equal(got, blocks) and worst(out, want) < 2e-6
         dense = msa.full_attention(q, k, v, end, start, "triton")
@@ -374,20 +373,17 @@ def test_kernels_equal_torch(case):
                                                   ((1, 21, 21, 1, 16), 2, None, 1024, 8192)])
 def test_training_kernels_equal_autograd(shape, S, end, run, most):
     """Attention, KL and all gradients equal the torch half's, hot blocks and chunks split; two runs are bit-equal."""
-    inputs = [x.requires_grad_() for x in kernel_qkv(*shape)]
-    q, k, v, qi, ki = inputs
-    with torch.no_grad():
-        q[:, 4] *= 100  # its scores with keys to come, which no one may see, are beyond the range of exp
+    q, k, v, qi, ki = inputs = [x.requires_grad_() for x in kernel_qkv(*shape)]
+    q.data[:, 4] *= 100  # its scores with keys to come, which no one may see, are beyond the range of exp
     weight, upstream = torch.rand(shape[:2]), torch.randn(q.shape)
     blocks = msa.select_blocks(qi, ki, S, 8, end)
     def run_once(impl):
         out, kl = msa.msa_train(q, k, v, qi, ki, blocks, 8, end, weight, 2, impl)
         return out, kl, *torch.autograd.grad([out, kl], inputs, [upstream, torch.tensor(3.0)])
-    with pytest.MonkeyPatch.context() as patch:
+    with poisoned(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(msa, "QUERY_OUTER", 512 * (most == 16))
         patch.setattr(msa, "_chunks", lambda *args, real=msa._chunks: real(*args, run, most))
-        with poisoned():
-            got, again = run_once("triton"), run_once("triton")
+        got, again = run_once("triton"), run_once("triton")
     assert all(map(torch.equal, got, again))
     for mine, want in zip(got, run_once("torch")):
         assert worst(mine, want) < 1e-4 * want.abs().max()  # scores of 500 round to 3e-5, which exp passes on
@@ -452,8 +448,7 @@ def test_wrong_tensors_are_refused():
 
 def compile_kernels():
     """Every kernel for sm_90 as launched at M3's sizes, and what else M2's change -> [name, registers, stack bytes]."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.compiler.compiler import ASTSource, GPUTarget
     base = dict(HKV=4, G=16, D=128, L=128, S=16, S1=15, W=16, RUN=8, COLS=16, RUNS=1024, PAIR=16, TILE=64, SPLIT=66,
                 PADDED=128, PDL=True, ROWS=16, DIMS=(4, 16, 128, 128, 16, 16, 16, 1024, 16),
                 keys="tensordesc<bf16[128, 128]>", **dict.fromkeys("q k v qi ki out part".split(), "*bf16"),
@@ -461,7 +456,6 @@ def compile_kernels():
                 **dict.fromkeys("T Tk N cap n edge0".split(), "i32"), **dict.fromkeys("grad dq dqi".split(), "*bf16"),
                 **dict.fromkeys(("dk", "dv"), "*fp32"), ends="*i64")
     index, train = dict(num_warps=8, num_stages=2, maxnreg=128, ROWS=128), dict(num_warps=8, num_stages=2)
-    total = dict.fromkeys(("part", "out"), "*fp32")
     for name, change in (("index", index), ("index", dict(index, end=None, block_end=None, start=None)),
                          ("query_outer", dict(num_stages=2)), ("attend", dict(num_warps=8)), ("probe", {}),
                          ("kv_outer", dict(ROWS=64)), ("kv_outer", dict(ROWS=64, HKV=8, G=6)), ("rescore", {}),
@@ -469,7 +463,8 @@ def compile_kernels():
                          ("scan", dict(scale=None)), ("scan", dict(ki="*fp8e4nv", num_warps=2)),
                          ("dense", dict(part="*fp32", num_stages=4)), ("dense_sum", dict(part="*fp32")),
                          ("backward", dict(train, DIMS=(4, 16, 128, 128, 16, 64))), ("slot_sum", {}),
-                         ("backward", dict(train, DIMS=(8, 6, 128, 128, 16, 32))), ("task_sum", dict(train, **total)),
+                         ("backward", dict(train, DIMS=(8, 6, 128, 128, 16, 32))),
+                         ("task_sum", dict(train, part="*fp32", out="*fp32")),
                          ("kl", dict(DIMS=(4, 16, 128, 128, 128, 16, 64, 64), num_stages=2, index_stat=None)),
                          ("kl", dict(train, DIMS=(8, 6, 128, 128, 128, 16, 64, 16)))):
         fn = getattr(msa, f"_{name}_kernel")
@@ -823,6 +818,17 @@ def test_resume_is_exact_and_evaluation_harmless(trained, corpus, tmp_path):
     quiet(train.main, train_args(corpus, tmp_path / "b", "--steps", 12, "--seed", 7))
     assert not torch.equal(weights(tmp_path / "b")["lm_head.weight"], weights(trained[0])["lm_head.weight"])
 
+def test_a_full_attention_run_becomes_sparse(corpus, tmp_path, capsys):
+    """--resume --attn msa: every weight is kept, an index branch joins, learns, then chooses; there is no way back."""
+    again = ["--resume", "--out", tmp_path, "--device", "cpu", "--lr", 1e-12]
+    quiet(train.main, train_args(corpus, tmp_path, "--attn", "full", "--steps", 6))
+    old = sample.load_checkpoint(str(tmp_path))["model"]
+    assert "nothing is left" in refused(train.main, [*again, "--attn", "msa"], capsys)
+    assert "from 75% of the run on" in quiet(train.main, [*again, "--attn", "msa", "--steps", 12])[1]
+    new = sample.load_checkpoint(str(tmp_path))["model"]
+    assert all(worst(new[k], old[k]) < 1e-6 if k in old else ".indexer." in k for k in new if "bias" not in k)
+    assert "trained with msa" in refused(train.main, [*again, "--attn", "full"], capsys)
+
 def test_batches_are_a_pure_function():
     """(seed, split, step) fixes a batch; rows obey documents: targets, positions, pads and end by their definitions."""
     tok = sample.Tokenizer(sample.learn_bpe([TEXT], 300, sample.PATTERN))
@@ -1068,8 +1074,7 @@ def test_bench_reports_its_contract(capsys):
 
 def test_bench_refuses_to_time_wrong_results(monkeypatch, capsys):
     """An MSA that is off by one percent: no row is printed, the exit code is 1 and the line says what differs."""
-    real = msa.msa_attention
-    monkeypatch.setattr(msa, "msa_attention", lambda *args, **kw: real(*args, **kw) * 1.01)
+    monkeypatch.setattr(msa, "msa_attention", lambda *args, real=msa.msa_attention: real(*args) * 1.01)
     with pytest.raises(SystemExit) as stop:
         quiet(bench.main, ["--ctx", 300, "--shape", "m3", "--device", "cpu"])
     assert "MSA, prefill m3 at T = 1" in stop.value.code
@@ -1136,11 +1141,6 @@ def sabotaged_plan(*args, real=msa._plan):
     tasks[:, 0, 3] = tasks[:, 0, 2]
     return edges, tasks, ends
 
-def sabotaged_codes(ki, L, real=msa.quantize_index):
-    """Codes are taken for exact."""
-    ki8, scale, slack = real(ki, L)
-    return ki8, scale, 0 * slack
-
 HERE_MODULE = sys.modules[__name__]
 MUTANTS = [  # what is sabotaged, its owner, its name, what it becomes, the test that must fail
     ("MSA without its causal mask", msa, "selected",
@@ -1173,7 +1173,9 @@ MUTANTS = [  # what is sabotaged, its owner, its name, what it becomes, the test
      test_samples_are_seeded_and_follow_the_distribution),
     ("targets shifted twice", train.Tokens, "rows", sabotaged_rows, test_batches_are_a_pure_function),
     ("queries of a block forgotten", msa, "_plan", sabotaged_plan, lambda: test_kernels_equal_torch(0)),
-    ("fp8 without its error bound", msa, "quantize_index", sabotaged_codes, test_certified_fp8_is_exact_where_fp8_errs),
+    ("fp8 without its error bound", msa, "quantize_index",
+     lambda ki, L, real=msa.quantize_index: (*real(ki, L)[:2], 0 * real(ki, L)[2]),
+     test_certified_fp8_is_exact_where_fp8_errs),
     ("embedding scaled", torch.nn.Embedding, "forward", lambda self, idx: self.weight[idx] * 0.9,
      lambda: test_parity_with_transformers("m2")),
 ]

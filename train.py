@@ -3,6 +3,7 @@
     python train.py                              # tiny on the interpreter's standard library: CPU, minutes, no download
     python train.py --data notes/ --minutes 10     # any text file or folder
     python train.py --resume                       # go on from out/ckpt.pt
+    python train.py --resume --attn msa --steps 800  # a run with --attn full goes on with sparse attention
     python train.py --preset m2 --dry-run          # parameters and bytes, nothing is allocated
 
     batch  = f(seed, split, step): evaluation cannot disturb training, and a resumed run sees what it would have seen
@@ -196,8 +197,9 @@ def parse_args(argv):
         end = dict(steps=None, minutes=None) if args.steps or args.minutes else {}  # a new end replaces the old one
         p.set_defaults(**{**state["args"], **end})  # mtp_every, which has no flag, among them
         args = p.parse_args(argv)
+        convert = (state["args"]["attn"], args.attn) == ("full", "msa")
         for name in ("preset", "attn", "seq_len", "vocab_size"):  # these made the model
-            if getattr(args, name) != state["args"][name]:
+            if getattr(args, name) != state["args"][name] and not (name == "attn" and convert):
                 flag, was = f"--{name.replace('_', '-')}", state["args"][name]
                 raise ValueError(f"{flag} {getattr(args, name)}: the checkpoint was trained with {was}")
     check_args(args)
@@ -278,14 +280,22 @@ def dry_run(cfg, preset):
                 params_active=active, seconds=0.0)
 
 
-def card(model, args, device, why, data, setup):
+def convert(model, args):
+    """A model trained with full attention -> the same weights with the preset's MSA layers, their index branch new."""
+    new = MiniMax(dataclasses.replace(configure(args), vocab_size=model.cfg.vocab_size), model.dtype)
+    missing, unexpected = new.load_state_dict(model.state_dict(), strict=False)
+    assert not unexpected and all(".indexer." in name for name in missing), (missing, unexpected)
+    return new.to(next(model.parameters()).device)
+
+
+def card(model, args, device, why, data, setup, sparse_from):
     cfg, (total, active) = model.cfg, model.num_params()
     S, L, T = cfg.index_topk_blocks, cfg.index_block_size, args.seq_len
     print(f"model   | {args.preset}: {total:,} parameters, {active:,} active per token without embedding and head")
     print(f"device  | {device}, {str(model.dtype).removeprefix('torch.')}: {why}")
     print(f"layers  | attention {' '.join(cfg.attn_types)}; mlp {' '.join(cfg.mlp_types)}; {cfg.n_mtp} MTP module")
     if "msa" in cfg.attn_types:
-        print(f"msa     | torch; {S} blocks of {L}: {min(S * L, T)} of {T} keys, from {MSA_WARMUP:.0%} of the run on")
+        print(f"msa     | torch; {S} blocks of {L}: {min(S * L, T)} of {T} keys, from {sparse_from:.0%} of the run on")
     print(f"experts | grouped_mm; {cfg.n_expert_per_tok} of {cfg.n_expert}{' + 1 shared' if cfg.shared_dim else ''}")
     rows = dict.fromkeys(str(T // min(n, T // 16)) for _, n in STAGES)
     print(f"step    | {args.batch_size * T:,} tokens, in rows of {' then '.join(rows)}; "
@@ -339,20 +349,29 @@ def run(args, state):
         return dry_run(configure(args), args.preset)
     device, dtype, why = pick_device(args.device)
     model, tokenizer = load_model(state, device, dtype) if state else (None, None)
+    torch.manual_seed(args.seed)
+    converted = bool(state) and args.attn != state["args"]["attn"]
+    model = convert(model, args) if converted else model
     cfg = model.cfg if model else configure(args)
     os.makedirs(args.out, exist_ok=True)  # now, not after an hour of training
     tokenizer, data = prepare(args, cfg, tokenizer)
     cfg.vocab_size = tokenizer.n_vocab
-    torch.manual_seed(args.seed)
     model = (model or MiniMax(cfg, dtype).to(device)).train()
     optimizers, index, rest = configure_optimizers(model, args.lr)
-    now = dict(step=0, seconds=0.0, ema=None, above=0, bpb=math.inf)
+    now = dict(step=0, seconds=0.0, ema=None, above=0, bpb=math.inf, sparse_from=MSA_WARMUP)
     if state:
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
+        for optimizer, saved in zip(optimizers, state["optimizers"] if not converted else ()):
             optimizer.load_state_dict(saved)
         same = all(state["args"][name] == getattr(args, name) for name in ("data", "val_data"))
-        now = {**state["now"], "bpb": state["now"]["bpb"] if same else math.inf}  # no comparison across texts
-    card(model, args, device, why, data, time.perf_counter() - started)
+        now = {**now, **state["now"], "bpb": state["now"]["bpb"] if same else math.inf}  # no comparison across texts
+
+    def progress():
+        return max(now["step"] / (args.steps or math.inf), now["seconds"] / (60 * (args.minutes or math.inf)))
+    if converted:  # the index branch learns for the same share of what is left
+        now["sparse_from"] = progress() + (1 - progress()) * MSA_WARMUP
+        if progress() >= 1:
+            raise ValueError("--attn msa: nothing is left of the run to convert in; give more --steps or --minutes")
+    card(model, args, device, why, data, time.perf_counter() - started, now["sparse_from"])
 
     def checkpoint():
         """Evaluate on the first bytes and save what passes: the last good checkpoint survives a divergence."""
@@ -366,9 +385,6 @@ def run(args, state):
         save_checkpoint(args.out, config=config, args=kept, tokenizer=tokenizer.spec, now=dict(now),
                         model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers])
 
-    def progress():
-        return max(now["step"] / (args.steps or math.inf), now["seconds"] / (60 * (args.minutes or math.inf)))
-
     stop, load, mtp, kl = [], 0.0, math.nan, math.nan
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, lambda *_: stop.append(1))
@@ -376,7 +392,7 @@ def run(args, state):
         print(f"nothing left to do after step {now['step']}: give more --steps or --minutes", flush=True)
     while progress() < 1 and not stop:
         tick, done = time.perf_counter(), progress()
-        cfg.index_warmup, cfg.mtp_active = done < MSA_WARMUP, now["step"] % args.mtp_every == 0
+        cfg.index_warmup, cfg.mtp_active = done < now["sparse_from"], now["step"] % args.mtp_every == 0
         factor = schedule(done, WARMUP, DECAY)
         for group in (g for o in optimizers for g in o.param_groups):
             group["lr"] = args.lr * factor * group.get("scale", 1.0)

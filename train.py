@@ -288,6 +288,14 @@ def convert(model, args):
     return new.to(next(model.parameters()).device)
 
 
+def carry_over(saved, old, model, optimizers, lr):
+    """Give the optimizers of `model` what the saved ones held of `old`'s parameters, by name."""
+    new = dict(model.named_parameters())
+    for source, state, optimizer in zip(configure_optimizers(old, lr)[0], saved, optimizers):
+        source.load_state_dict(state)
+        optimizer.state.update({new[name]: source.state[p] for name, p in old.named_parameters() if p in source.state})
+
+
 def card(model, args, device, why, data, setup, sparse_from):
     cfg, (total, active) = model.cfg, model.num_params()
     S, L, T = cfg.index_topk_blocks, cfg.index_block_size, args.seq_len
@@ -351,7 +359,7 @@ def run(args, state):
     model, tokenizer = load_model(state, device, dtype) if state else (None, None)
     torch.manual_seed(args.seed)
     converted = bool(state) and args.attn != state["args"]["attn"]
-    model = convert(model, args) if converted else model
+    old, model = model, convert(model, args) if converted else model
     cfg = model.cfg if model else configure(args)
     os.makedirs(args.out, exist_ok=True)  # now, not after an hour of training
     tokenizer, data = prepare(args, cfg, tokenizer)
@@ -360,6 +368,9 @@ def run(args, state):
     optimizers, index, rest = configure_optimizers(model, args.lr)
     now = dict(step=0, seconds=0.0, ema=None, above=0, bpb=math.inf, sparse_from=MSA_WARMUP)
     if state:
+        if converted:
+            carry_over(state["optimizers"], old, model, optimizers, args.lr)
+            old = None  # frees it
         for optimizer, saved in zip(optimizers, state["optimizers"] if not converted else ()):
             optimizer.load_state_dict(saved)
         same = all(state["args"][name] == getattr(args, name) for name in ("data", "val_data"))

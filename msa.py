@@ -182,6 +182,7 @@ def block_scores(qi, ki, i, end, L):
 
 def top_blocks(scores, own, S):
     """Block scores (B, T, Hkv, N), own block (B, T) -> int32 (B, T, Hkv, S): own, then by descending score, then -1."""
+    scores = scores.clamp(max=torch.finfo(scores.dtype).max)  # where scores overflow, the own block still leads
     scores = scores.scatter(-1, own[:, :, None, None].expand(*scores.shape[:3], 1), float("inf"))
     # A stable sort, not topk: [1., 1., 0.] must give block 0 before block 1, and topk promises no order among ties.
     value, block = scores.sort(dim=-1, descending=True, stable=True)
@@ -297,6 +298,7 @@ class _IndexKL(torch.autograd.Function):
     def forward(ctx, qi, ki, q, k, block_idx, L, end, weight, stride):
         (B, T, Hkv, D), Tk = qi.shape, ki.size(1)
         weight = torch.ones(B, T, device=q.device) if weight is None else weight
+        _expect("shape of weight", tuple(weight.shape), (B, T))
         share = weight.to(torch.promote_types(q.dtype, torch.float32))                                    # (B, T)
         share = share / (share[:, stride - 1::stride].sum().clamp(min=1e-30) * Hkv)
         i, dqi, dki = query_index(T, None, q.device), torch.zeros_like(qi), torch.zeros_like(ki)
@@ -372,17 +374,18 @@ def index_kl_loss(qi, ki, q, k, block_idx=None, L=1, end=None, weight=None, stri
 
 def msa_train(q, k, v, qi, ki, block_idx, L, end=None, weight=None, stride=1, impl="auto"):
     """msa_attention and index_kl_loss of one layer in training -> out (B, T, H, D), KL, both with gradients. The Triton
-    kernels take the whole sequence, T = Tk, and compute the KL and its gradient in one pass over the main scores.
-    auto is torch: these kernels are exact in the interpreter and compile for sm_90, but have not run on a GPU yet."""
-    if impl == "triton" and _pick(impl, q, q.size(3), qi.size(3), L):
+    kernels take whole sequences, T = Tk; the KL and its gradient are one pass over the main scores. auto is torch: the
+    kernels are exact in the interpreter and compile for sm_90, but have not run on a GPU yet."""
+    if impl != "auto" and _pick(impl, q, q.size(3), qi.size(3), L):
         (B, T, H, D), Hkv = q.shape, k.size(2)
         _check(q, end, None, k=(k, (B, T, Hkv, D)), v=(v, k.shape))
         _check(qi, end, None, ki=(ki, (B, T, qi.size(3))), qi=(qi, (B, T, Hkv, qi.size(3))))
         _expect("shape of block_idx", tuple(block_idx.shape[:3]), (B, T, Hkv))
         _expect(f"{H} query heads modulo {Hkv} KV heads", H % Hkv, 0)
         q, k, v, qi, ki, block_idx = (x.contiguous() for x in (q, k, v, qi, ki, block_idx))
-        end = None if end is None else end.contiguous()
-        share = torch.ones(B, T, device=q.device) if weight is None else weight.float()
+        end = end if end is None else end.contiguous()
+        share = torch.ones(B, T, device=q.device) if weight is None else weight.float().contiguous()
+        _expect("shape of weight", tuple(share.shape), (B, T))
         share = share * (torch.arange(T, device=q.device) % stride == stride - 1)
         return _Train.apply(q, k, v, qi, ki, block_idx, L, end, share / (share.sum().clamp(min=1e-30) * Hkv))
     kl = index_kl_loss(qi, ki, q, k, block_idx, L, end, weight, stride)
@@ -472,7 +475,6 @@ class KVCache:
 
 # ---- Triton: the index branch of a prefill -------------------------------------------------------
 
-
 @jit
 def _key(score, block):
     """int64 that orders as (score, lowest block first): the float's bits made monotonic, then the inverted id."""
@@ -539,7 +541,6 @@ def _select_triton(qi, ki, S, L, end, start):
 
 
 # ---- Triton: attention over the chosen blocks ----------------------------------------------------
-
 
 # One program = one query and one KV head: the G query heads that share its keys, block by block.
 @jit
@@ -693,7 +694,6 @@ def _attend_triton(q, k, v, block_idx, L, end, start, stat=None, chunk_size=1638
 
 # ---- Triton: gradients -----------------------------------------------------------------------------
 
-
 # One program = up to RUN queries that chose one block, ROWS // G of them at a time: their dK and dV, and parts of dQ.
 @jit
 def _backward_kernel(q, k, v, grad, stat, delta, end, edges, tasks, dq, dk, dv, edge0, T, DIMS: tl.constexpr):
@@ -735,7 +735,7 @@ def _backward_kernel(q, k, v, grad, stat, delta, end, edges, tasks, dq, dk, dv, 
 
 
 # One program = up to RUN queries that chose one block: FIRST, the log-sum-exp of their index scores there; then KL and
-# its gradient. The teacher, the mean over G heads, is a product with the matrix that averages them.
+# its gradient. The teacher, the mean over G heads, is a product with a matrix of zeros and ones.
 @jit
 def _kl_kernel(q, k, qi, ki, stat, index_stat, share, end, edges, tasks, value, dqi, dki, edge0, T, DIMS: tl.constexpr):
     HKV: tl.constexpr = DIMS[0]
@@ -747,6 +747,7 @@ def _kl_kernel(q, k, qi, ki, stat, index_stat, share, end, edges, tasks, value, 
     ROWS: tl.constexpr = DIMS[6]
     COLS: tl.constexpr = DIMS[7]
     TOKENS: tl.constexpr = ROWS // G if index_stat is not None else COLS
+    WIDE: tl.constexpr = tl.float32 if q.dtype.element_ty == tl.float32 else tl.float16  # tf32 cuts off: a biased mean
     task = tasks + tl.program_id(0) * 4
     h, blk, lo, hi = tl.load(task), tl.load(task + 1), tl.load(task + 2), tl.load(task + 3)
     r, c, j = tl.arange(0, ROWS), tl.arange(0, COLS), blk * L + tl.arange(0, L)
@@ -776,8 +777,8 @@ def _kl_kernel(q, k, qi, ki, stat, index_stat, share, end, edges, tasks, value, 
                 p = tl.dot(key, y.T, input_precision="ieee") * (D ** -0.5 * 1.4426950408889634)           # [L, ROWS]
                 # at most 1 where visible; elsewhere it could be inf, and 0 * inf in the product below nan
                 p = tl.exp2(tl.minimum(p - tl.load(stat + head, mask=own, other=float("inf"))[None], 0.0))
-                mean = tl.where((r[:, None] // G == c[None]) & own[:, None], 1.0 / G, 0.0)                # [ROWS, COLS]
-                p = tl.where(seen, tl.dot(p, mean, input_precision="tf32"), 0.0)                          # [L, COLS]
+                group = tl.where((r[:, None] // G == c[None]) & own[:, None], 1.0, 0.0).to(WIDE)          # [ROWS, COLS]
+                p = tl.where(seen, tl.dot(p.to(WIDE), group, input_precision="ieee") / G, 0.0)            # [L, COLS]
                 weight = tl.load(share + (edge // S // HKV), mask=mine, other=0.0)
                 s -= tl.load(index_stat + edge // S, mask=mine, other=0.0)[None]
                 kl = tl.sum(tl.where(p > 0, p * (tl.log2(tl.maximum(p, 1e-30)) - s), 0.0), 0)
@@ -892,7 +893,6 @@ def _attend_backward(q, k, v, block_idx, out, stat, grad, L, end):
 
 
 # ---- Triton: decode ------------------------------------------------------------------------------
-
 
 @jit
 def _queries(qi, length, b, T, HKV: tl.constexpr, D: tl.constexpr, L: tl.constexpr, COLS: tl.constexpr):

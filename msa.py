@@ -121,7 +121,7 @@ def _lanes(**lanes):
     """Slots a sequence. Kernels read each sequence of a cache lane as one piece, all lanes with the same capacity."""
     cap = _capacity(next(iter(lanes.values())))
     for name, x in lanes.items():
-        if not x[0].is_contiguous() or _capacity(x) * (x.size(0) > 1) != cap * (x.size(0) > 1):
+        if not (x[0].is_contiguous() and (x.size(0) == 1 or x.size(1) <= cap == _capacity(x))):
             want = (cap * x[0, 0].numel(), *torch.empty(x.shape, device="meta").stride()[1:])
             raise ValueError(f"strides of {name} are {x.stride()}, expected {want}")
     return cap

@@ -453,9 +453,9 @@ def parse_args(argv):
     if not 1 <= args.ctx <= 2 ** 25:
         raise ValueError(f"--ctx {args.ctx}: it must be 1 to {2 ** 25:,}")
     if args.figure:  # what is wrong with it shows now, not after minutes
+        os.stat(os.path.dirname(args.figure) or ".")
         from matplotlib.figure import Figure
         Figure().savefig(io.BytesIO(), format=os.path.splitext(args.figure)[1][1:] or "png")
-        os.stat(os.path.dirname(args.figure) or ".")
     return args
 
 

@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from moe import MLP, Linear, MoE, update_bias
-from msa import KVCache, block_recall, full_attention, index_kl_loss, msa_attention, msa_decode, select_blocks
+from msa import (KVCache, block_recall, full_attention, index_kl_loss, msa_attention, msa_decode, msa_train,
+                 select_blocks)
 
 M3_STYLE = dict(activation="swiglu_oai", gemma_norm=True, qk_norm="head")
 
@@ -199,6 +200,7 @@ class Attention(nn.Module):
     def sparse(self, layer, q, k, v, qi, ki, start, call, replay):
         """MSA, or full attention while the indexer warms up; the KL in training, recall in evaluation."""
         S, L, block_idx, aux = self.cfg.index_topk_blocks, self.cfg.index_block_size, replay, {}
+        learns, share = self.training and call.cache is None, (call.end, call.weight, self.cfg.index_kl_stride)
         if self.cfg.index_warmup:
             y, block_idx = full_attention(q, k, v, call.end, start), None
         elif start is not None and block_idx is None:
@@ -206,13 +208,15 @@ class Attention(nn.Module):
         else:
             if block_idx is None:
                 block_idx = select_blocks(qi, ki, S, L, call.end, start)
-            y = msa_attention(q, k, v, block_idx, L, call.end, start)
+            if learns:
+                y, aux["index_kl"] = msa_train(q, k, v, qi, ki, block_idx, L, *share)
+            else:
+                y = msa_attention(q, k, v, block_idx, L, call.end, start)
         if block_idx is not None:
             aux["block_idx"] = block_idx
-        if self.training and call.cache is None:
-            aux["index_kl"] = index_kl_loss(qi, ki, q, k, block_idx, L, call.end, call.weight,
-                                            self.cfg.index_kl_stride)
-        elif call.cache is None:  # the dense reference, on the batch's first row alone
+        elif learns:
+            aux["index_kl"] = index_kl_loss(qi, ki, q, k, None, L, *share)
+        if call.cache is None and not learns:  # the dense reference, on the batch's first row alone
             end = None if call.end is None else call.end[:1]
             aux["block_recall"], aux["block_chance"] = block_recall(qi[:1], ki[:1], q[:1], k[:1], S, L, end)
         return y, aux

@@ -374,9 +374,8 @@ def index_kl_loss(qi, ki, q, k, block_idx=None, L=1, end=None, weight=None, stri
 
 def msa_train(q, k, v, qi, ki, block_idx, L, end=None, weight=None, stride=1, impl="auto"):
     """msa_attention and index_kl_loss of one layer in training -> out (B, T, H, D), KL, both with gradients. The Triton
-    kernels take whole sequences, T = Tk; the KL and its gradient are one pass over the main scores. auto is torch: the
-    kernels are exact in the interpreter and compile for sm_90, but have not run on a GPU yet."""
-    if impl != "auto" and _pick(impl, q, q.size(3), qi.size(3), L):
+    kernels take whole sequences, T = Tk; the KL and its gradient are one pass over the main scores."""
+    if _pick(impl, q, q.size(3), qi.size(3), L):
         (B, T, H, D), Hkv = q.shape, k.size(2)
         _check(q, end, None, k=(k, (B, T, Hkv, D)), v=(v, k.shape))
         _check(qi, end, None, ki=(ki, (B, T, qi.size(3))), qi=(qi, (B, T, Hkv, qi.size(3))))
@@ -389,7 +388,7 @@ def msa_train(q, k, v, qi, ki, block_idx, L, end=None, weight=None, stride=1, im
         share = share * (torch.arange(T, device=q.device) % stride == stride - 1)
         return _Train.apply(q, k, v, qi, ki, block_idx, L, end, share / (share.sum().clamp(min=1e-30) * Hkv))
     kl = index_kl_loss(qi, ki, q, k, block_idx, L, end, weight, stride)
-    return msa_attention(q, k, v, block_idx, L, end, None, "torch" if impl == "torch" else "auto"), kl
+    return msa_attention(q, k, v, block_idx, L, end, None, "torch"), kl
 
 
 @torch.no_grad()
@@ -1154,8 +1153,8 @@ def _pdl(q):
 def _decode_triton(q, k, v, qi, ki, S, L, length, end, fp8):
     (B, T, H, D), Hkv, cap, dev = q.shape, k.size(2), _lanes(k=k, v=v, ki=ki), q.device
     N, W, rows = -(-cap // L), max(2, triton.next_power_of_2(S - 1)), B * T * Hkv
-    # many more runs than multiprocessors: some start while others stream. Few sizes: _choose takes seconds to compile
-    runs = (512 if N <= 4096 else max(1024, triton.next_power_of_2(-(-N // 32)))) if q.is_cuda else 2 * N
+    # more runs than multiprocessors hold: some start while others stream. Few sizes: _choose takes seconds to compile
+    runs = (128 if N <= 256 else max(512, triton.next_power_of_2(-(-N // 32)))) if q.is_cuda else 2 * N
     runs = triton.next_power_of_2(max(runs, 2 * W))
     run, pair = max(8, triton.next_power_of_2(-(-N // runs))), max(16, triton.next_power_of_2(-(-2 * N // runs)))
     cols, pdl = max(16, triton.next_power_of_2(T * Hkv)), _pdl(q)

@@ -92,7 +92,7 @@ class MiniMaxConfig:
             vocab_size=50304, n_layer=12, n_embd=768, n_head=12, n_kv_head=2, head_dim=128, rotary_dim=64,
             max_seq_len=8192, attn_types=["full"] * 3 + ["msa"] * 9, mlp_types=["dense"] * 3 + ["moe"] * 9, n_expert=32,
             n_expert_per_tok=4, expert_dim=352, shared_dim=352, dense_dim=1920, routed_scale=2.0, index_head_dim=128,
-            index_block_size=128, index_topk_blocks=16, n_mtp=1), **kw})
+            index_block_size=128, index_topk_blocks=16, index_kl_stride=8, n_mtp=1), **kw})
 
     @classmethod
     def m2(cls, **kw):

@@ -925,10 +925,10 @@ def _run_start(run, n, runs):
 
 
 @jit
-def _store_scores(scores, score, lo, hi, run, b, T, N, HKV: tl.constexpr, RUN: tl.constexpr, COLS: tl.constexpr):
+def _store_scores(scores, score, lo, hi, run, runs, b, T, N, HKV: tl.constexpr, RUN: tl.constexpr, COLS: tl.constexpr):
     """Scores [COLS, RUN] of the run lo … hi-1, and their maximum. A row of scores: all N blocks, then all runs."""
     c, g = tl.arange(0, COLS), tl.arange(0, RUN)
-    row = scores + (b * T * HKV + c).to(tl.int64) * (N + tl.num_programs(0))
+    row = scores + (b * T * HKV + c).to(tl.int64) * (N + runs)
     tl.store(row[:, None] + lo + g, score, mask=(c < T * HKV)[:, None] & (g < hi - lo))
     tl.store(row + N + run, tl.max(score, 1), mask=c < T * HKV)
 
@@ -936,11 +936,9 @@ def _store_scores(scores, score, lo, hi, run, b, T, N, HKV: tl.constexpr, RUN: t
 # One program = one run of blocks of one sequence, for all its queries and index heads at once.
 @jit
 def _scan_kernel(qi, ki, scale, end, length, scores, done, T, cap, HKV: tl.constexpr, D: tl.constexpr,
-                 L: tl.constexpr, RUN: tl.constexpr, COLS: tl.constexpr, PDL: tl.constexpr):
+                 L: tl.constexpr, RUN: tl.constexpr, COLS: tl.constexpr):
     run, b, N = tl.program_id(0), tl.program_id(1), tl.cdiv(cap, L)
     c, g = tl.arange(0, COLS), tl.arange(0, RUN)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     n = (tl.load(length + b) + T - 1) // L
     lo, hi = _run_start(run, n, tl.num_programs(0)), _run_start(run + 1, n, tl.num_programs(0))
     x, i = _queries(qi, length, b, T, HKV, D, L, COLS)
@@ -960,11 +958,9 @@ def _scan_kernel(qi, ki, scale, end, length, scores, done, T, cap, HKV: tl.const
             near = s * tl.minimum(unit * tl.load(scale + b * N + blk), 3e38)
             s = tl.where(s > float("-inf"), tl.minimum(tl.maximum(near, -3e38), 3e38), s)  # -inf means invisible alone
         score = tl.where(g == blk - lo, s[:, None], score)
-    _store_scores(scores, score, lo, hi, run, b, T, N, HKV, RUN, COLS)
+    _store_scores(scores, score, lo, hi, run, tl.num_programs(0), b, T, N, HKV, RUN, COLS)
     if run == 0:
         tl.store(done + b * T * HKV + c, 0, mask=c < T * HKV)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 @jit
@@ -985,13 +981,11 @@ def _choose(scores, row, slot, n, N, RUNS: tl.constexpr, PAIR: tl.constexpr, W: 
 # One program = one of the W blocks that lead on fp8 scores, for one query and index head: its exact score.
 @jit
 def _probe_kernel(qi, ki, end, length, scores, exact, T, cap, HKV: tl.constexpr, D: tl.constexpr, L: tl.constexpr,
-                  RUNS: tl.constexpr, PAIR: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr, PDL: tl.constexpr):
+                  RUNS: tl.constexpr, PAIR: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr):
     slot, row = tl.program_id(0) + 1, tl.program_id(1)
     b = row // (T * HKV)
     x, i = _queries(qi, length, b, T, HKV, D, L, COLS)
     n = (tl.load(length + b) + T - 1) // L
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     blk = _choose(scores, row, slot, n, tl.cdiv(cap, L), RUNS, PAIR, W)
     score = float("-inf")
     if blk >= 0:
@@ -1000,48 +994,43 @@ def _probe_kernel(qi, ki, end, length, scores, exact, T, cap, HKV: tl.constexpr,
         s = _block_scores(x, key, end, i, b, blk, cap, L)
         score = tl.max(tl.where(tl.arange(0, COLS) == row % (T * HKV), s, float("-inf")))
     tl.store(exact + row * W + slot - 1, score)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
 
 
-# One program = one run again: blocks whose fp8 score plus error bound reaches the probes' minimum get an exact score.
+# One program = MANY runs again: blocks whose fp8 score plus error bound reaches the probes' minimum get an exact score.
 @jit
 def _rescore_kernel(qi, ki, slack, exact, end, length, scores, T, cap, HKV: tl.constexpr, D: tl.constexpr,
-                    L: tl.constexpr, RUN: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr, PDL: tl.constexpr):
-    run, b, N = tl.program_id(0), tl.program_id(1), tl.cdiv(cap, L)
+                    L: tl.constexpr, RUN: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr, MANY: tl.constexpr):
+    b, N, runs = tl.program_id(1), tl.cdiv(cap, L), tl.num_programs(0) * MANY
     c, g, w = tl.arange(0, COLS), tl.arange(0, RUN), tl.arange(0, W)
     n = (tl.load(length + b) + T - 1) // L
-    lo, hi = _run_start(run, n, tl.num_programs(0)), _run_start(run + 1, n, tl.num_programs(0))
     x, i = _queries(qi, length, b, T, HKV, D, L, COLS)
     unit = _unit(x)
     y = x.to(tl.float32) / unit[None]
     norm = tl.sqrt(tl.sum(y * y, 0)) * (1 + 2.0 ** -15) * unit                                        # rounded up
-    # + 2^-120: scores so small that they round to 0 are all rescored
-    bound = norm[:, None] * tl.load(slack + b * N + lo + g, mask=g < hi - lo, other=0.0) + 2.0 ** -120
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     row, mine = b * T * HKV + c, (c < T * HKV)[:, None]
     probe = tl.load(exact + row[:, None] * W + w, mask=mine, other=float("inf"))
     floor = tl.min(probe, 1)                    # W >= S - 1 blocks score this or more: nothing below it can be chosen
-    at = scores + row.to(tl.int64)[:, None] * (N + tl.num_programs(0)) + lo + g
-    near = tl.load(at, mask=mine & (g < hi - lo), other=float("-inf"))                                # [COLS, RUN]
-    live = (near > float("-inf")) & (near + bound >= floor[:, None])
-    wanted = tl.sum(tl.max(live.to(tl.int32), 0) << g)                                    # bit k: some column wants it
-    score = tl.full([COLS, RUN], float("-inf"), tl.float32)
-    for k in range(0, hi - lo):
-        if (wanted >> k) & 1:
-            j = b.to(tl.int64) * cap + (lo + k) * L + tl.arange(0, L)
-            s = _block_scores(x, tl.load(ki + j[:, None] * D + tl.arange(0, D)), end, i, b, lo + k, cap, L)
-            score = tl.where((g == k) & live, s[:, None], score)
-    _store_scores(scores, score, lo, hi, run, b, T, N, HKV, RUN, COLS)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+    for r in range(MANY):
+        run = tl.program_id(0) * MANY + r
+        lo, hi = _run_start(run, n, runs), _run_start(run + 1, n, runs)
+        # + 2^-120: scores so small that they round to 0 are all rescored
+        bound = norm[:, None] * tl.load(slack + b * N + lo + g, mask=g < hi - lo, other=0.0) + 2.0 ** -120
+        at = scores + row.to(tl.int64)[:, None] * (N + runs) + lo + g
+        near = tl.load(at, mask=mine & (g < hi - lo), other=float("-inf"))                            # [COLS, RUN]
+        live = (near > float("-inf")) & (near + bound >= floor[:, None])
+        wanted = tl.sum(tl.max(live.to(tl.int32), 0) << g)                                # bit k: some column wants it
+        score = tl.full([COLS, RUN], float("-inf"), tl.float32)
+        for k in range(0, hi - lo):
+            if (wanted >> k) & 1:
+                j = b.to(tl.int64) * cap + (lo + k) * L + tl.arange(0, L)
+                s = _block_scores(x, tl.load(ki + j[:, None] * D + tl.arange(0, D)), end, i, b, lo + k, cap, L)
+                score = tl.where((g == k) & live, s[:, None], score)
+        _store_scores(scores, score, lo, hi, run, runs, b, T, N, HKV, RUN, COLS)
 
 
 # One program = one slot of one query and KV head: choose the block, attend; the last of the S programs combines.
 @jit
-def _attend_kernel(q, k, v, end, length, scores, block_idx, part, lse, done, out, T, cap, DIMS: tl.constexpr,
-                   PDL: tl.constexpr):
+def _attend_kernel(q, k, v, end, length, scores, block_idx, part, lse, done, out, T, cap, DIMS: tl.constexpr):
     HKV: tl.constexpr = DIMS[0]
     G: tl.constexpr = DIMS[1]
     D: tl.constexpr = DIMS[2]
@@ -1057,9 +1046,6 @@ def _attend_kernel(q, k, v, end, length, scores, block_idx, part, lse, done, out
     x = tl.load(q + heads, mask=(g < G)[:, None], other=0.0)                                          # [ROWS, D]
     i = tl.load(length + b) + row % (T * HKV) // HKV
     blk = i // L
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     if slot > 0:
         blk = _choose(scores, row, slot, (tl.load(length + b) + T - 1) // L, tl.cdiv(cap, L), RUNS, PAIR, W)
     tl.store(block_idx + row * S + slot, blk)
@@ -1097,11 +1083,9 @@ def _attend_kernel(q, k, v, end, length, scores, block_idx, part, lse, done, out
 # One program = one of SPLIT runs of keys of one sequence and KV head, for the T * G query rows at once.
 @jit
 def _dense_kernel(q, k, v, end, length, part, T, cap, HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-                  ROWS: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):
+                  ROWS: tl.constexpr, TILE: tl.constexpr):
     split, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     r, d = tl.arange(0, ROWS), tl.arange(0, D)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     heads = ((b.to(tl.int64) * T + r // G) * HKV + h) * G + r % G
     x = tl.load(q + heads[:, None] * D + d, mask=(r < T * G)[:, None], other=0.0)                     # [ROWS, D]
     i, n = tl.load(length + b) + r // G, tl.load(length + b) + T
@@ -1131,9 +1115,7 @@ def _dense_kernel(q, k, v, end, length, part, T, cap, HKV: tl.constexpr, G: tl.c
 # One program = one query row: the weighted sum of its SPLIT parts.
 @jit
 def _dense_sum_kernel(part, out, T, HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr,
-                      PADDED: tl.constexpr, PDL: tl.constexpr):
-    if PDL:
-        tl.extra.cuda.gdc_wait()
+                      PADDED: tl.constexpr):
     r, h, b, w, d = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.arange(0, PADDED), tl.arange(0, D)
     at = ((b * HKV + h).to(tl.int64) * SPLIT + w) * T * G + r
     lse = part + tl.num_programs(0).to(tl.int64) * HKV * tl.num_programs(2) * SPLIT * D
@@ -1145,11 +1127,6 @@ def _dense_sum_kernel(part, out, T, HKV: tl.constexpr, G: tl.constexpr, D: tl.co
     tl.store(out + row * D + d, (acc / tl.maximum(l, 1e-30)).to(out.dtype.element_ty))
 
 
-def _pdl(q):
-    """Programmatic dependent launch: a kernel is set up while the one before it drains (Hopper and later)."""
-    return q.is_cuda and torch.cuda.get_device_capability(q.device)[0] >= 9
-
-
 def _decode_triton(q, k, v, qi, ki, S, L, length, end, fp8):
     (B, T, H, D), Hkv, cap, dev = q.shape, k.size(2), _lanes(k=k, v=v, ki=ki), q.device
     N, W, rows = -(-cap // L), max(2, triton.next_power_of_2(S - 1)), B * T * Hkv
@@ -1157,31 +1134,30 @@ def _decode_triton(q, k, v, qi, ki, S, L, length, end, fp8):
     runs = (128 if N <= 256 else max(512, triton.next_power_of_2(-(-N // 32)))) if q.is_cuda else 2 * N
     runs = triton.next_power_of_2(max(runs, 2 * W))
     run, pair = max(8, triton.next_power_of_2(-(-N // runs))), max(16, triton.next_power_of_2(-(-2 * N // runs)))
-    cols, pdl = max(16, triton.next_power_of_2(T * Hkv)), _pdl(q)
+    cols = max(16, triton.next_power_of_2(T * Hkv))
     end = None if end is None else F.pad(end, (0, cap - end.size(1))).contiguous()
     scores = torch.empty(rows, N + runs, device=dev)
     done, out = torch.empty(rows, dtype=torch.int32, device=dev), torch.empty_like(q)
     block_idx = torch.empty(B, T, Hkv, S, dtype=torch.int32, device=dev)
     part, lse = torch.empty(B * T * H * S, D, dtype=q.dtype, device=dev), torch.empty(B * T * H * S, device=dev)
-    launch = dict(launch_pdl=pdl)
     if fp8 is None:
-        _scan_kernel[runs, B](qi, ki, None, end, length, scores, done, T, cap, Hkv, qi.size(3), L, run, cols, pdl,
-                                num_warps=4, num_stages=3, **launch)
+        _scan_kernel[runs, B](qi, ki, None, end, length, scores, done, T, cap, Hkv, qi.size(3), L, run, cols,
+                              num_warps=4, num_stages=3)
     else:
         ki8, scale, slack = fp8
         if B > 1 and (_lanes(ki8=ki8.view(torch.uint8)), scale.stride(0), slack.stride(0)) != (cap, N, N):
             raise ValueError(f"fp8 keys have {_capacity(ki8)} slots a sequence and {scale.stride(0)} blocks, expected "
                              f"{cap} and {N}: quantize whole cache lanes, then slice")
         exact = torch.empty(rows, W, device=dev)
-        _scan_kernel[runs, B](qi, ki8, scale, end, length, scores, done, T, cap, Hkv, qi.size(3), L, run, cols, pdl,
-                                num_warps=2, num_stages=3, **launch)
+        _scan_kernel[runs, B](qi, ki8, scale, end, length, scores, done, T, cap, Hkv, qi.size(3), L, run, cols,
+                              num_warps=2, num_stages=3)
         _probe_kernel[W, rows](qi, ki, end, length, scores, exact, T, cap, Hkv, qi.size(3), L, runs, pair, W, cols,
-                               pdl, num_warps=4, **launch)
-        _rescore_kernel[runs, B](qi, ki, slack, exact, end, length, scores, T, cap, Hkv, qi.size(3), L, run, W,
-                                   cols, pdl, num_warps=4, **launch)
+                               num_warps=4)
+        many = 4 if runs * B >= 2048 else 1  # all programs at once on the multiprocessors
+        _rescore_kernel[runs // many, B](qi, ki, slack, exact, end, length, scores, T, cap, Hkv, qi.size(3), L, run, W,
+                                         cols, many, num_warps=4)
     dims = Hkv, H // Hkv, D, L, S, W, max(16, triton.next_power_of_2(H // Hkv)), runs, pair
-    _attend_kernel[S, rows](q, k, v, end, length, scores, block_idx, part, lse, done, out, T, cap, dims, pdl,
-                            num_warps=8, **launch)
+    _attend_kernel[S, rows](q, k, v, end, length, scores, block_idx, part, lse, done, out, T, cap, dims, num_warps=8)
     return out, block_idx
 
 
@@ -1190,9 +1166,9 @@ def _dense_triton(q, k, v, end, start):
     split = max(1, min(PROGRAMS // (B * Hkv), -(-cap // (2 * tile))))
     end = None if end is None else F.pad(end, (0, cap - end.size(1))).contiguous()
     out, part = torch.empty_like(q), torch.empty(B * T * H * split * (D + 2), device=q.device)
-    rows, dims, pdl = max(16, triton.next_power_of_2(T * H // Hkv)), (Hkv, H // Hkv, D), _pdl(q)
-    _dense_kernel[split, Hkv, B](q, k, v, end, start, part, T, cap, *dims, rows, tile, pdl, num_warps=4,
-                                 num_stages=4 if pdl else 2, launch_pdl=pdl)
-    _dense_sum_kernel[T * H // Hkv, Hkv, B](part, out, T, *dims, split, triton.next_power_of_2(split), pdl,
-                                            num_warps=4, launch_pdl=pdl)
+    rows, dims = max(16, triton.next_power_of_2(T * H // Hkv)), (Hkv, H // Hkv, D)
+    hopper = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] >= 9  # others lack the shared memory
+    _dense_kernel[split, Hkv, B](q, k, v, end, start, part, T, cap, *dims, rows, tile, num_warps=4,
+                                 num_stages=4 if hopper else 2)
+    _dense_sum_kernel[T * H // Hkv, Hkv, B](part, out, T, *dims, split, triton.next_power_of_2(split), num_warps=4)
     return out

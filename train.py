@@ -92,7 +92,8 @@ def get_batch(tokens, seed, split, step, batch_size, T):
 
 def orthogonalize(G, steps=5):
     """Newton-Schulz towards U V^T of G = U S V^T, for a stack (n, rows, cols) of matrices (Muon, K. Jordan 2024)."""
-    X = G.mT if G.size(-2) > G.size(-1) else G
+    X = G.bfloat16() if G.is_cuda else G  # five steps need no more; on a CPU bf16 is slow
+    X = X.mT if G.size(-2) > G.size(-1) else X
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         A = X @ X.mT

@@ -61,8 +61,8 @@ def timed(call, gpu, warm):
         return 1e3 * (time.perf_counter() - start), out
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    if not warm:  # the host plans the kernel, which takes cuDNN long, while the GPU waits: planning is not its time
-        torch.cuda._sleep(2 * 10 ** 9)
+    # the GPU waits while the host launches a graph (ms) or plans a cuDNN kernel (s): neither is the kernels' time
+    torch.cuda._sleep(10 ** 6 if warm else 2 * 10 ** 9)
     begin.record()
     out = call()
     end.record()

@@ -14,8 +14,7 @@ Legend for every file: B T C batch, tokens, channels; H query heads, Hkv key/val
 E experts, A active per token; N key blocks, S selected blocks, L tokens per key block. pos = position of a token on its
 own path, end = see msa.py. Layout (B, T, H, D).
 
-Differs from M2/M3: no MTP weights were ever released, so MTP follows DeepSeek-V3 (arXiv 2412.19437, section 2.2) where
-the report is silent, and reads the trunk before its final norm. Initialisation is not published.
+Not published: initialisation, MTP's weights. MTP follows DeepSeek-V3 (arXiv 2412.19437) and reads before `norm`.
 """
 import dataclasses
 import json
@@ -28,8 +27,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from moe import MLP, Linear, MoE, update_bias
-from msa import (KVCache, block_recall, full_attention, index_kl_loss, msa_attention, msa_decode, msa_train,
-                 select_blocks)
+from msa import KVCache, block_recall, full_attention, index_kl_loss, msa_attention
+from msa import msa_decode, msa_train, select_blocks
 
 M3_STYLE = dict(activation="swiglu_oai", gemma_norm=True, qk_norm="head")
 
@@ -212,14 +211,12 @@ class Attention(nn.Module):
                 y, aux["index_kl"] = msa_train(q, k, v, qi, ki, block_idx, L, *share)
             else:
                 y = msa_attention(q, k, v, block_idx, L, call.end, start)
-        if block_idx is not None:
-            aux["block_idx"] = block_idx
-        elif learns:
+        if learns and block_idx is None:
             aux["index_kl"] = index_kl_loss(qi, ki, q, k, None, L, *share)
         if call.cache is None and not learns:  # the dense reference, on the batch's first row alone
             end = None if call.end is None else call.end[:1]
             aux["block_recall"], aux["block_chance"] = block_recall(qi[:1], ki[:1], q[:1], k[:1], S, L, end)
-        return y, aux
+        return y, aux if block_idx is None else {**aux, "block_idx": block_idx}
 
 
 class Block(nn.Module):
@@ -260,10 +257,8 @@ def cross_entropy(h, W, targets, chunk=2048):
         logits = (h @ W.to(h.dtype).T).to(torch.promote_types(h.dtype, torch.float32))                    # (chunk, V)
         return F.cross_entropy(logits, y, ignore_index=-1, reduction="sum")
     h, y = h.flatten(0, 1), targets.flatten()
-    if y.numel() <= chunk:
-        total = part(h, y)
-    else:
-        total = sum(checkpoint(part, *c, use_reentrant=False) for c in zip(h.split(chunk), y.split(chunk)))
+    chunks = list(zip(h.split(chunk), y.split(chunk)))
+    total = sum(checkpoint(part, *c, use_reentrant=False) if len(chunks) > 1 else part(*c) for c in chunks)
     return total / (y >= 0).sum().clamp(min=1)
 
 

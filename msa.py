@@ -925,10 +925,10 @@ def _run_start(run, n, runs):
 
 
 @jit
-def _store_scores(scores, score, lo, hi, run, runs, b, T, N, HKV: tl.constexpr, RUN: tl.constexpr, COLS: tl.constexpr):
+def _store_scores(scores, score, lo, hi, run, b, T, N, HKV: tl.constexpr, RUN: tl.constexpr, COLS: tl.constexpr):
     """Scores [COLS, RUN] of the run lo … hi-1, and their maximum. A row of scores: all N blocks, then all runs."""
     c, g = tl.arange(0, COLS), tl.arange(0, RUN)
-    row = scores + (b * T * HKV + c).to(tl.int64) * (N + runs)
+    row = scores + (b * T * HKV + c).to(tl.int64) * (N + tl.num_programs(0))
     tl.store(row[:, None] + lo + g, score, mask=(c < T * HKV)[:, None] & (g < hi - lo))
     tl.store(row + N + run, tl.max(score, 1), mask=c < T * HKV)
 
@@ -958,7 +958,7 @@ def _scan_kernel(qi, ki, scale, end, length, scores, done, T, cap, HKV: tl.const
             near = s * tl.minimum(unit * tl.load(scale + b * N + blk), 3e38)
             s = tl.where(s > float("-inf"), tl.minimum(tl.maximum(near, -3e38), 3e38), s)  # -inf means invisible alone
         score = tl.where(g == blk - lo, s[:, None], score)
-    _store_scores(scores, score, lo, hi, run, tl.num_programs(0), b, T, N, HKV, RUN, COLS)
+    _store_scores(scores, score, lo, hi, run, b, T, N, HKV, RUN, COLS)
     if run == 0:
         tl.store(done + b * T * HKV + c, 0, mask=c < T * HKV)
 
@@ -996,36 +996,34 @@ def _probe_kernel(qi, ki, end, length, scores, exact, T, cap, HKV: tl.constexpr,
     tl.store(exact + row * W + slot - 1, score)
 
 
-# One program = MANY runs again: blocks whose fp8 score plus error bound reaches the probes' minimum get an exact score.
+# One program = one run again: blocks whose fp8 score plus error bound reaches the probes' minimum get an exact score.
 @jit
 def _rescore_kernel(qi, ki, slack, exact, end, length, scores, T, cap, HKV: tl.constexpr, D: tl.constexpr,
-                    L: tl.constexpr, RUN: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr, MANY: tl.constexpr):
-    b, N, runs = tl.program_id(1), tl.cdiv(cap, L), tl.num_programs(0) * MANY
+                    L: tl.constexpr, RUN: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr):
+    run, b, N = tl.program_id(0), tl.program_id(1), tl.cdiv(cap, L)
     c, g, w = tl.arange(0, COLS), tl.arange(0, RUN), tl.arange(0, W)
     n = (tl.load(length + b) + T - 1) // L
+    lo, hi = _run_start(run, n, tl.num_programs(0)), _run_start(run + 1, n, tl.num_programs(0))
     x, i = _queries(qi, length, b, T, HKV, D, L, COLS)
     unit = _unit(x)
     y = x.to(tl.float32) / unit[None]
     norm = tl.sqrt(tl.sum(y * y, 0)) * (1 + 2.0 ** -15) * unit                                        # rounded up
+    # + 2^-120: scores so small that they round to 0 are all rescored
+    bound = norm[:, None] * tl.load(slack + b * N + lo + g, mask=g < hi - lo, other=0.0) + 2.0 ** -120
     row, mine = b * T * HKV + c, (c < T * HKV)[:, None]
     probe = tl.load(exact + row[:, None] * W + w, mask=mine, other=float("inf"))
     floor = tl.min(probe, 1)                    # W >= S - 1 blocks score this or more: nothing below it can be chosen
-    for r in range(MANY):
-        run = tl.program_id(0) * MANY + r
-        lo, hi = _run_start(run, n, runs), _run_start(run + 1, n, runs)
-        # + 2^-120: scores so small that they round to 0 are all rescored
-        bound = norm[:, None] * tl.load(slack + b * N + lo + g, mask=g < hi - lo, other=0.0) + 2.0 ** -120
-        at = scores + row.to(tl.int64)[:, None] * (N + runs) + lo + g
-        near = tl.load(at, mask=mine & (g < hi - lo), other=float("-inf"))                            # [COLS, RUN]
-        live = (near > float("-inf")) & (near + bound >= floor[:, None])
-        wanted = tl.sum(tl.max(live.to(tl.int32), 0) << g)                                # bit k: some column wants it
-        score = tl.full([COLS, RUN], float("-inf"), tl.float32)
-        for k in range(0, hi - lo):
-            if (wanted >> k) & 1:
-                j = b.to(tl.int64) * cap + (lo + k) * L + tl.arange(0, L)
-                s = _block_scores(x, tl.load(ki + j[:, None] * D + tl.arange(0, D)), end, i, b, lo + k, cap, L)
-                score = tl.where((g == k) & live, s[:, None], score)
-        _store_scores(scores, score, lo, hi, run, runs, b, T, N, HKV, RUN, COLS)
+    at = scores + row.to(tl.int64)[:, None] * (N + tl.num_programs(0)) + lo + g
+    near = tl.load(at, mask=mine & (g < hi - lo), other=float("-inf"))                                # [COLS, RUN]
+    live = (near > float("-inf")) & (near + bound >= floor[:, None])
+    wanted = tl.sum(tl.max(live.to(tl.int32), 0) << g)                                    # bit k: some column wants it
+    score = tl.full([COLS, RUN], float("-inf"), tl.float32)
+    for k in range(0, hi - lo):
+        if (wanted >> k) & 1:
+            j = b.to(tl.int64) * cap + (lo + k) * L + tl.arange(0, L)
+            s = _block_scores(x, tl.load(ki + j[:, None] * D + tl.arange(0, D)), end, i, b, lo + k, cap, L)
+            score = tl.where((g == k) & live, s[:, None], score)
+    _store_scores(scores, score, lo, hi, run, b, T, N, HKV, RUN, COLS)
 
 
 # One program = one slot of one query and KV head: choose the block, attend; the last of the S programs combines.
@@ -1153,9 +1151,8 @@ def _decode_triton(q, k, v, qi, ki, S, L, length, end, fp8):
                               num_warps=2, num_stages=3)
         _probe_kernel[W, rows](qi, ki, end, length, scores, exact, T, cap, Hkv, qi.size(3), L, runs, pair, W, cols,
                                num_warps=4)
-        many = 4 if runs * B >= 2048 else 1  # all programs at once on the multiprocessors
-        _rescore_kernel[runs // many, B](qi, ki, slack, exact, end, length, scores, T, cap, Hkv, qi.size(3), L, run, W,
-                                         cols, many, num_warps=4)
+        _rescore_kernel[runs, B](qi, ki, slack, exact, end, length, scores, T, cap, Hkv, qi.size(3), L, run, W, cols,
+                                 num_warps=4)
     dims = Hkv, H // Hkv, D, L, S, W, max(16, triton.next_power_of_2(H // Hkv)), runs, pair
     _attend_kernel[S, rows](q, k, v, end, length, scores, block_idx, part, lse, done, out, T, cap, dims, num_warps=8)
     return out, block_idx

@@ -978,7 +978,7 @@ def _choose(scores, row, slot, n, N, RUNS: tl.constexpr, PAIR: tl.constexpr, W: 
     return tl.max(tl.where(tl.arange(0, W) == slot - 1, best, -1))
 
 
-# One program = one of the W blocks that lead on fp8 scores, for one query and index head: its exact score.
+# One program = one of the W blocks that lead on fp8 scores, for one query and index head: its exact score, and its id.
 @jit
 def _probe_kernel(qi, ki, end, length, scores, exact, T, cap, HKV: tl.constexpr, D: tl.constexpr, L: tl.constexpr,
                   RUNS: tl.constexpr, PAIR: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr):
@@ -993,37 +993,40 @@ def _probe_kernel(qi, ki, end, length, scores, exact, T, cap, HKV: tl.constexpr,
         key = tl.load(ki + j[:, None] * D + tl.arange(0, D))
         s = _block_scores(x, key, end, i, b, blk, cap, L)
         score = tl.max(tl.where(tl.arange(0, COLS) == row % (T * HKV), s, float("-inf")))
-    tl.store(exact + row * W + slot - 1, score)
+    tl.store(exact + 2 * row * W + slot - 1, score)
+    tl.store(exact + (2 * row + 1) * W + slot - 1, blk.to(tl.float32))  # exact: blocks of int32 tokens end below 2^24
 
 
-# One program = one run again: blocks whose fp8 score plus error bound reaches the probes' minimum get an exact score.
+# One program = R runs of one query and index head: blocks whose fp8 score plus error bound reaches the probes' minimum
+# get an exact score, the others none.
 @jit
 def _rescore_kernel(qi, ki, slack, exact, end, length, scores, T, cap, HKV: tl.constexpr, D: tl.constexpr,
-                    L: tl.constexpr, RUN: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr):
-    run, b, N = tl.program_id(0), tl.program_id(1), tl.cdiv(cap, L)
-    c, g, w = tl.arange(0, COLS), tl.arange(0, RUN), tl.arange(0, W)
-    n = (tl.load(length + b) + T - 1) // L
-    lo, hi = _run_start(run, n, tl.num_programs(0)), _run_start(run + 1, n, tl.num_programs(0))
+                    L: tl.constexpr, R: tl.constexpr, RUN: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr):
+    row, runs, N = tl.program_id(1), tl.num_programs(0) * R, tl.cdiv(cap, L)
+    b, mine = row // (T * HKV), tl.arange(0, COLS) == row % (T * HKV)
     x, i = _queries(qi, length, b, T, HKV, D, L, COLS)
+    n, run = (tl.load(length + b) + T - 1) // L, tl.program_id(0) * R + tl.arange(0, R)
+    blk = _run_start(run, n, runs)[:, None] + tl.arange(0, RUN)                                         # [R, RUN]
+    held = blk < _run_start(run + 1, n, runs)[:, None]
     unit = _unit(x)
     y = x.to(tl.float32) / unit[None]
-    norm = tl.sqrt(tl.sum(y * y, 0)) * (1 + 2.0 ** -15) * unit                                        # rounded up
+    norm = tl.sum(tl.where(mine, tl.sqrt(tl.sum(y * y, 0)) * (1 + 2.0 ** -15) * unit, 0.0))         # |q|, rounded up
     # + 2^-120: scores so small that they round to 0 are all rescored
-    bound = norm[:, None] * tl.load(slack + b * N + lo + g, mask=g < hi - lo, other=0.0) + 2.0 ** -120
-    row, mine = b * T * HKV + c, (c < T * HKV)[:, None]
-    probe = tl.load(exact + row[:, None] * W + w, mask=mine, other=float("inf"))
-    floor = tl.min(probe, 1)                    # W >= S - 1 blocks score this or more: nothing below it can be chosen
-    at = scores + row.to(tl.int64)[:, None] * (N + tl.num_programs(0)) + lo + g
-    near = tl.load(at, mask=mine & (g < hi - lo), other=float("-inf"))                                # [COLS, RUN]
-    live = (near > float("-inf")) & (near + bound >= floor[:, None])
-    wanted = tl.sum(tl.max(live.to(tl.int32), 0) << g)                                    # bit k: some column wants it
-    score = tl.full([COLS, RUN], float("-inf"), tl.float32)
-    for k in range(0, hi - lo):
-        if (wanted >> k) & 1:
-            j = b.to(tl.int64) * cap + (lo + k) * L + tl.arange(0, L)
-            s = _block_scores(x, tl.load(ki + j[:, None] * D + tl.arange(0, D)), end, i, b, lo + k, cap, L)
-            score = tl.where((g == k) & live, s[:, None], score)
-    _store_scores(scores, score, lo, hi, run, b, T, N, HKV, RUN, COLS)
+    bound = norm * tl.load(slack + b * N + blk, mask=held, other=0.0) + 2.0 ** -120
+    probe = exact + 2 * row * W + tl.arange(0, W)
+    known, probed = tl.load(probe), held[:, :, None] & (blk[:, :, None] == tl.load(probe + W).to(tl.int32))
+    floor = tl.min(known)                       # W >= S - 1 blocks score this or more: nothing below it can be chosen
+    at = scores + row.to(tl.int64) * (N + runs)
+    near = tl.load(at + blk, mask=held, other=float("-inf"))
+    live = (near > float("-inf")) & (near + bound >= floor) & (tl.sum(probed.to(tl.int32), 2) == 0)
+    score, last = tl.max(tl.where(probed, known, float("-inf")), 2), -1
+    for _ in range(tl.sum(live.to(tl.int32))):
+        last = tl.min(tl.where(live & (blk > last), blk, 2 ** 31 - 1))
+        j = b.to(tl.int64) * cap + last * L + tl.arange(0, L)
+        s = _block_scores(x, tl.load(ki + j[:, None] * D + tl.arange(0, D)), end, i, b, last, cap, L)
+        score = tl.where(blk == last, tl.max(tl.where(mine, s, float("-inf"))), score)
+    tl.store(at + blk, score, mask=held)
+    tl.store(at + N + run, tl.max(score, 1))
 
 
 # One program = one slot of one query and KV head: choose the block, attend; the last of the S programs combines.
@@ -1146,13 +1149,14 @@ def _decode_triton(q, k, v, qi, ki, S, L, length, end, fp8):
         if B > 1 and (_lanes(ki8=ki8.view(torch.uint8)), scale.stride(0), slack.stride(0)) != (cap, N, N):
             raise ValueError(f"fp8 keys have {_capacity(ki8)} slots a sequence and {scale.stride(0)} blocks, expected "
                              f"{cap} and {N}: quantize whole cache lanes, then slice")
-        exact = torch.empty(rows, W, device=dev)
+        exact = torch.empty(rows, 2, W, device=dev)
         _scan_kernel[runs, B](qi, ki8, scale, end, length, scores, done, T, cap, Hkv, qi.size(3), L, run, cols,
                               num_warps=2, num_stages=3)
         _probe_kernel[W, rows](qi, ki, end, length, scores, exact, T, cap, Hkv, qi.size(3), L, runs, pair, W, cols,
-                               num_warps=4)
-        _rescore_kernel[runs, B](qi, ki, slack, exact, end, length, scores, T, cap, Hkv, qi.size(3), L, run, W, cols,
-                                 num_warps=4)
+                               num_warps=8)
+        parts = min(32, runs)
+        _rescore_kernel[parts, rows](qi, ki, slack, exact, end, length, scores, T, cap, Hkv, qi.size(3), L,
+                                     runs // parts, run, W, cols, num_warps=4)
     dims = Hkv, H // Hkv, D, L, S, W, max(16, triton.next_power_of_2(H // Hkv)), runs, pair
     _attend_kernel[S, rows](q, k, v, end, length, scores, block_idx, part, lse, done, out, T, cap, dims, num_warps=8)
     return out, block_idx

@@ -448,7 +448,7 @@ def compile_kernels():
     """Every kernel for sm_90 as launched at M3's sizes, and what else M2's change -> [name, registers, stack bytes]."""
     from triton.compiler.compiler import ASTSource, GPUTarget
     base = dict(HKV=4, G=16, D=128, L=128, S=16, S1=15, W=16, RUN=16, COLS=16, RUNS=512, PAIR=32, TILE=64, SPLIT=66,
-                PADDED=128, ROWS=16, DIMS=(4, 16, 128, 128, 16, 16, 16, 512, 32),
+                PADDED=128, ROWS=16, R=16, DIMS=(4, 16, 128, 128, 16, 16, 16, 512, 32),
                 keys="tensordesc<bf16[128, 128]>", **dict.fromkeys("q k v qi ki out part".split(), "*bf16"),
                 **dict.fromkeys("lse scores exact scale slack stat delta index_stat share value dki".split(), "*fp32"),
                 **dict.fromkeys("T Tk N cap n edge0".split(), "i32"), **dict.fromkeys("grad dq dqi".split(), "*bf16"),

@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from moe import MLP, Linear, MoE, update_bias
+from moe import MLP, Linear, MoE, count_params, update_bias
 from msa import KVCache, block_recall, full_attention, index_kl_loss, msa_attention
 from msa import msa_decode, msa_train, select_blocks
 
@@ -60,7 +60,7 @@ class MiniMaxConfig:
     index_warmup: bool = False         # "msa" layers attend to everything while their index branch learns
     index_kl_stride: int = 1           # the index branch learns from every stride-th query
     n_mtp: int = 0                     # num_mtp_modules
-    mtp_active: bool = True         # off, the MTP modules are skipped: train.py's small models learn them on some steps
+    mtp_active: bool = True            # off, the MTP modules are skipped: train.py learns them on some steps alone
     rope_theta: float = 5e6
     norm_eps: float = 1e-6             # rms_norm_eps
 
@@ -70,8 +70,7 @@ class MiniMaxConfig:
             assert len(types) == self.n_layer, f"{name} {types}: {len(types)} of {self.n_layer} layers"
             assert set(types) <= set(allowed), f"{name} {types}: {' or '.join(allowed)}"
         assert self.n_head % self.n_kv_head == 0, f"{self.n_head} query heads do not share {self.n_kv_head} KV heads"
-        assert self.rotary_dim % 2 == 0, f"rotary_dim {self.rotary_dim}: channels rotate in pairs"
-        assert self.rotary_dim <= self.head_dim, f"rotary_dim {self.rotary_dim} of a head of {self.head_dim}"
+        assert self.rotary_dim in range(0, self.head_dim + 1, 2), f"rotary_dim {self.rotary_dim} of {self.head_dim}"
         assert self.activation in ("swiglu", "swiglu_oai"), f"activation {self.activation}: swiglu or swiglu_oai"
         assert self.qk_norm in ("layer", "head"), f"qk_norm {self.qk_norm}: layer or head"
 
@@ -88,10 +87,10 @@ class MiniMaxConfig:
     def small(cls, **kw):
         """M3's pattern at the size of GPT-2 124M (85M active without embedding and head), for one H100."""
         return cls(**{**M3_STYLE, **dict(
-            vocab_size=50304, n_layer=12, n_embd=768, n_head=12, n_kv_head=2, head_dim=128, rotary_dim=64,
-            max_seq_len=8192, attn_types=["full"] * 3 + ["msa"] * 9, mlp_types=["dense"] * 3 + ["moe"] * 9, n_expert=32,
-            n_expert_per_tok=4, expert_dim=352, shared_dim=352, dense_dim=1920, routed_scale=2.0, index_head_dim=128,
-            index_block_size=128, index_topk_blocks=16, index_kl_stride=8, n_mtp=1), **kw})
+            vocab_size=50304, n_layer=12, n_embd=768, n_head=8, n_kv_head=2, head_dim=128, rotary_dim=64,
+            max_seq_len=2 ** 20, attn_types=["full"] * 3 + ["msa"] * 9, mlp_types=["dense"] * 3 + ["moe"] * 9,
+            n_expert=32, n_expert_per_tok=4, expert_dim=448, shared_dim=448, dense_dim=1920, routed_scale=2.0,
+            index_head_dim=128, index_block_size=128, index_topk_blocks=16, index_kl_stride=8, n_mtp=1), **kw})
 
     @classmethod
     def m2(cls, **kw):
@@ -180,13 +179,15 @@ class Attention(nn.Module):
         x, D = proj(x), self.cfg.head_dim
         return norm(x).unflatten(-1, (-1, D)) if self.cfg.qk_norm == "layer" else norm(x.unflatten(-1, (-1, D)))
 
+    def project(self, x, rope):
+        q = apply_rope(self.heads(x, self.q_proj, self.q_norm), rope)                                     # (B, T, H, D)
+        k = apply_rope(self.heads(x, self.k_proj, self.k_norm), rope)                                   # (B, T, Hkv, D)
+        v = self.v_proj(x).unflatten(-1, (-1, self.cfg.head_dim))
+        return q, k, v, *(self.indexer(x, rope) if self.indexer else (None, None))
+
     def forward(self, x, layer, call, replay=None):
         """x (B, T, C) -> y (B, T, C), aux. `replay` (B, T, Hkv, S) is a recorded block_idx."""
-        q = apply_rope(self.heads(x, self.q_proj, self.q_norm), call.rope)                                # (B, T, H, D)
-        k = apply_rope(self.heads(x, self.k_proj, self.k_norm), call.rope)                              # (B, T, Hkv, D)
-        v = self.v_proj(x).unflatten(-1, (-1, self.cfg.head_dim))
-        qi, ki = self.indexer(x, call.rope) if self.indexer else (None, None)
-        start = None
+        (q, k, v, qi, ki), start = self.project(x, call.rope), None
         if call.cache is not None:
             start = call.cache.length
             k, v, ki = call.cache.append(layer, k, v, ki)
@@ -226,13 +227,16 @@ class Block(nn.Module):
         self.attn = Attention(cfg, attn_type)
         self.mlp = MoE(cfg) if mlp_type == "moe" else MLP(cfg.n_embd, cfg.dense_dim, cfg.activation)
 
+    def feed(self, x, weight, experts):
+        if isinstance(self.mlp, MLP):
+            return x + self.mlp(self.mlp_norm(x)), {}
+        y, load, experts = self.mlp(self.mlp_norm(x), weight, experts)
+        return x + y, dict(expert_load=load, experts=experts)
+
     def forward(self, x, layer, call, block_idx=None, experts=None):
         y, aux = self.attn(self.attn_norm(x), layer, call, block_idx)
-        x = x + y
-        if isinstance(self.mlp, MLP):
-            return x + self.mlp(self.mlp_norm(x)), aux
-        y, aux["expert_load"], aux["experts"] = self.mlp(self.mlp_norm(x), call.weight, experts)
-        return x + y, aux
+        x, more = self.feed(x + y, call.weight, experts)
+        return x, {**aux, **more}
 
 
 class MTP(nn.Module):
@@ -250,24 +254,18 @@ class MTP(nn.Module):
         return self.block(self.proj(torch.cat([self.e_norm(emb), self.h_norm(h)], -1)), layer, call)
 
 
-def cross_entropy(h, W, targets, chunk=2048):
-    """Mean loss of hidden (B, T, C) under head (V, C), fp32 or wider; targets (B, T), -1 = none, 0 if none is left.
-    In chunks, each recomputed in the backward pass, so that the logits of a large vocabulary never exist at once."""
-    def part(h, y):
-        logits = (h @ W.to(h.dtype).T).to(torch.promote_types(h.dtype, torch.float32))                    # (chunk, V)
-        return F.cross_entropy(logits, y, ignore_index=-1, reduction="sum")
-    h, y = h.flatten(0, 1), targets.flatten()
-    chunks = list(zip(h.split(chunk), y.split(chunk)))
-    total = sum(checkpoint(part, *c, use_reentrant=False) if len(chunks) > 1 else part(*c) for c in chunks)
-    return total / (y >= 0).sum().clamp(min=1)
+def token_loss(h, W, y):
+    """Sum of the losses of hidden (n, C) under head (V, C), fp32 or wider; targets y (n,), -1 = none."""
+    logits = (h @ W.to(h.dtype).T).to(torch.promote_types(h.dtype, torch.float32))                            # (n, V)
+    return F.cross_entropy(logits, y, ignore_index=-1, reduction="sum")
 
 
-def count_params(module):
-    """Parameters and router biases: all, and those that one token uses."""
-    moes = [m for m in module.modules() if isinstance(m, MoE)]
-    total = sum(t.numel() for t in [*module.parameters(), *(m.router.bias for m in moes)])
-    idle = [(m.w13[0].numel() + m.w2[0].numel()) * (m.cfg.n_expert - m.cfg.n_expert_per_tok) for m in moes]
-    return total, total - sum(idle)
+def cross_entropy(h, W, targets, part=token_loss, chunk=4096):
+    """Mean loss of hidden (B, T, C), 0 if there is no target. In chunks, each recomputed in the backward pass, so that
+    the logits of a large vocabulary never exist at once."""
+    chunks = list(zip(h.flatten(0, 1).split(chunk), targets.flatten().split(chunk)))
+    total = sum(checkpoint(part, x, W, t, use_reentrant=False) if len(chunks) > 1 else part(x, W, t) for x, t in chunks)
+    return total / (targets >= 0).sum().clamp(min=1)
 
 
 class MiniMax(nn.Module):
@@ -275,7 +273,7 @@ class MiniMax(nn.Module):
 
     def __init__(self, cfg, dtype=None):
         super().__init__()
-        self.cfg, self.dtype = cfg, dtype
+        self.cfg, self.dtype, self.recompute, self.token_loss = cfg, dtype, False, token_loss
         self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.layers = nn.ModuleList(Block(cfg, a, m) for a, m in zip(cfg.attn_types, cfg.mlp_types))
         self.norm = RMSNorm(cfg.n_embd, cfg)
@@ -313,8 +311,9 @@ class MiniMax(nn.Module):
         x, aux = self.embed(idx).to(self.dtype or self.embed.weight.dtype), {}
         blocks, experts = (iter((replay or {}).get(key, ())) for key in ("block_idx", "experts"))
         for i, layer in enumerate(self.layers):
-            x, more = layer(x, i, call, next(blocks, None) if layer.attn.indexer else None,
-                            next(experts, None) if isinstance(layer.mlp, MoE) else None)
+            args = (x, i, call, next(blocks, None) if layer.attn.indexer else None,
+                    next(experts, None) if isinstance(layer.mlp, MoE) else None)
+            x, more = checkpoint(layer, *args, use_reentrant=False) if self.recompute else layer(*args)
             for key, value in more.items():
                 aux.setdefault(key, []).append(value)
         use_mtp = targets is not None and self.cfg.mtp_active and len(self.mtp) > 0
@@ -325,7 +324,7 @@ class MiniMax(nn.Module):
         if mtp_loss is not None:
             aux["mtp_loss"] = mtp_loss
         x = self.norm(x)
-        loss = None if targets is None else cross_entropy(x, self.lm_head.weight, targets)
+        loss = None if targets is None else cross_entropy(x, self.lm_head.weight, targets, self.token_loss)
         if targets is not None and n_logits is None:
             return None, loss, aux
         return self.lm_head(x if n_logits is None else x[:, max(0, T - n_logits):]), loss, aux
@@ -342,7 +341,7 @@ class MiniMax(nn.Module):
                 shifted = shifted.masked_fill(torch.arange(k, T, device=idx.device) >= end, -1)
             h, more = module(h[:, :n], self.embed(idx[:, k:]).to(h.dtype), self.cfg.n_layer + k - 1,
                              Call((cos, sin), end, weight))
-            loss = loss + cross_entropy(module.norm(h), self.lm_head.weight, shifted) / len(self.mtp)
+            loss = loss + cross_entropy(module.norm(h), self.lm_head.weight, shifted, self.token_loss) / len(self.mtp)
             for key in more.keys() & {"expert_load", "index_kl"}:
                 aux.setdefault(key, []).append(more[key])
         return loss
@@ -353,14 +352,16 @@ class MiniMax(nn.Module):
         return total, active - 2 * self.embed.weight.numel() - sum(count_params(module)[1] for module in self.mtp)
 
     def flops_per_token(self, T):
-        """Executed FLOPs a token of a training step on rows of T: 6 per active parameter and head, 12 H D per key read
-        by the attention; the index branch scores T / 2 keys and learns (KL, teacher included) from the S * L chosen."""
-        cfg, chosen = self.cfg, min(T / 2, self.cfg.index_topk_blocks * self.cfg.index_block_size)
-        full, msa = (cfg.attn_types.count(kind) for kind in ("full", "msa"))
+        """Executed FLOPs a token of a training step on rows of T, MTP and warm-up as they stand: 6 per active parameter
+        and head, 12 H D per key read by the attention; the index branch scores T / 2 keys unless it warms up, and
+        every stride-th query learns (KL, teacher included) from the keys read."""
+        cfg, mtp, head = self.cfg, self.mtp if self.cfg.mtp_active else [], self.embed.weight.numel()
+        read = T / 2 if cfg.index_warmup else min(T / 2, cfg.index_topk_blocks * cfg.index_block_size)
+        kinds = cfg.attn_types + cfg.attn_types[-1:] * len(mtp)
         main, index = 12 * cfg.n_head * cfg.head_dim, 2 * cfg.n_kv_head * cfg.index_head_dim
-        attention = full * main * T / 2 + msa * (main * chosen + index * T / 2 + (main / 6 + 3 * index) * chosen)
-        head = self.embed.weight.numel()
-        return 6 * (self.num_params()[1] + head + sum(count_params(m)[1] + head for m in self.mtp)) + attention
+        learn = (main / 6 + 3 * index) * read / cfg.index_kl_stride + index * T / 2 * (not cfg.index_warmup)
+        attention = main * T / 2 * kinds.count("full") + (main * read + learn) * kinds.count("msa")
+        return 6 * (self.num_params()[1] + head + sum(count_params(m)[1] + head for m in mtp)) + attention
 
     def moe_layers(self):
         """Every mixture of experts, trunk then MTP: the rows of aux["expert_load"]."""

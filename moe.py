@@ -53,17 +53,32 @@ def experts_loop(x, w13, w2, weights, idx, activation):
     return y
 
 
+class _Rows(torch.autograd.Function):
+    """x[index] of which every row of x appears n times, `back` its places: the gradient is gathered and summed over n.
+    Indexing's own gradient adds rows by atomics on a GPU: slower, and two runs differ in the last bit."""
+
+    @staticmethod
+    def forward(ctx, x, index, back, n):
+        ctx.save_for_backward(back)
+        ctx.n = n
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.index_select(0, *ctx.saved_tensors)
+        return grad if ctx.n == 1 else grad.view(-1, ctx.n, grad.size(1)).sum(1), None, None, None
+
+
 def experts_grouped(x, w13, w2, weights, idx, activation):
     """The same, with tokens sorted by expert: contiguous groups of one matrix product. Shapes as in `experts_loop`."""
     (T, C), A = x.shape, idx.size(1)
     sorted_e, order = idx.flatten().sort(stable=True)                                                     # (T*A,)
+    inverse = order.argsort()
     ends = torch.searchsorted(sorted_e, torch.arange(w13.size(0), device=x.device), right=True).int()     # (E,)
-    # Copies of x are permuted, not gathered by token: the backward pass of x[order // A] adds rows by atomics on a GPU,
-    # and two runs would differ in the last bit.
-    rows = x[:, None].expand(T, A, C).reshape(T * A, C).index_select(0, order)
+    rows = _Rows.apply(x, order // A, inverse, A)
     h = gated(F.grouped_mm(rows, w13.transpose(1, 2), offs=ends), activation)
     out = F.grouped_mm(h, w2.transpose(1, 2), offs=ends)
-    out = out.index_select(0, order.argsort()).view(T, A, C)                                              # (T, A, C)
+    out = _Rows.apply(out, inverse, order, 1).view(T, A, C)
     return (out * weights[..., None].to(x.dtype)).sum(1)
 
 
@@ -128,6 +143,14 @@ class MoE(nn.Module):
         count = count.float()[:, None].expand_as(idx)  # whole numbers: the sum is exact in any order, atomics included
         load = torch.zeros(cfg.n_expert, device=x.device).index_add(0, idx.flatten(), count.flatten())
         return y if self.shared is None else y + self.shared(x), load, idx.view(*x.shape[:2], -1)
+
+
+def count_params(module):
+    """Parameters and router biases: all, and those that one token uses."""
+    moes = [m for m in module.modules() if isinstance(m, MoE)]
+    total = sum(t.numel() for t in [*module.parameters(), *(m.router.bias for m in moes)])
+    idle = [(m.w13[0].numel() + m.w2[0].numel()) * (m.cfg.n_expert - m.cfg.n_expert_per_tok) for m in moes]
+    return total, total - sum(idle)
 
 
 @torch.no_grad()

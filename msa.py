@@ -35,6 +35,7 @@ certified fp8 decode is ours: the paper's choice exactly, from half the bytes.
 """
 from __future__ import annotations
 
+import functools
 import warnings
 
 import torch
@@ -152,6 +153,9 @@ def full_attention(q, k, v, end=None, start=None, impl="auto"):
         if not decode:
             raise ValueError(f"impl='triton' does not fit: T is {T}, start is {start}, expected T <= 4 with a start")
         return _dense_triton(q.contiguous(), k, v, end, start.contiguous())
+    fits = q.is_cuda and q.dtype.itemsize == 2 and T == Tk and start is None
+    if fits and end is not None and torch.is_grad_enabled():
+        return _flex(q, k, v, end)
     mask = None
     if end is not None or start is not None:
         i, j = query_index(T, start, q.device), torch.arange(Tk, device=q.device)
@@ -159,6 +163,26 @@ def full_attention(q, k, v, end=None, start=None, impl="auto"):
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
                                          is_causal=mask is None, enable_gqa=True)
     return out.transpose(1, 2)
+
+
+@functools.cache
+def _compiled(function):
+    return torch.compile(function, dynamic=False)
+
+
+def _flex(q, k, v, end, tile=128):
+    """Full attention over documents or trees in training on a GPU: FlexAttention, which skips tiles that are invisible
+    as a whole; a mask of T x T would cost more than the attention. Compiled once for each shape."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+    (B, T), i = end.shape, torch.arange(0, end.size(1), tile, device=end.device)[:, None]  # a tile's first query
+    ends = F.pad(end, (0, -T % tile)).view(B, 1, -1, tile)
+    seen, whole = (i.T <= i) & (ends.amax(-1) > i), (i.T < i) & (ends.amin(-1) >= i + tile)         # (B, queries, keys)
+    parts = [(x[:, None].sum(-1, dtype=torch.int32), x[:, None].int().argsort(stable=True, descending=True).int())
+             for x in (seen & ~whole, whole)]
+    mask = BlockMask.from_kv_blocks(*parts[0], *parts[1], BLOCK_SIZE=tile, seq_lengths=(T, T),
+                                    mask_mod=lambda b, h, i, j: (j <= i) & (i < end[b, j]))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return _compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
 
 
 def block_scores(qi, ki, i, end, L):
@@ -848,6 +872,7 @@ def _chunks(q, block_idx, L, run=1024, most=8192):
 def _kl_triton(q, k, qi, ki, block_idx, L, end, stat, share):
     """-> KL, dqi, dki. stat (B, T, H): log2-sum-exp of the main branch; share (B, T): a query's weight in the mean."""
     (B, T, H, D), (Hkv, S), Di, dev = q.shape, block_idx.shape[2:], qi.size(3), q.device
+    block_idx = torch.where(share[..., None, None] > 0, block_idx, -1)  # queries that do not learn: no task
     chunks, edges, tasks, ends = _chunks(q, block_idx, L)
     dqi, dki, kl = torch.empty_like(qi), torch.zeros(B, T, Hkv, Di, device=dev), torch.zeros((), device=dev)
     size = max(len(range(T)[at]) for _, _, at, _ in chunks)
@@ -1013,13 +1038,14 @@ def _rescore_kernel(qi, ki, slack, exact, end, length, scores, T, cap, HKV: tl.c
     norm = tl.sum(tl.where(mine, tl.sqrt(tl.sum(y * y, 0)) * (1 + 2.0 ** -15) * unit, 0.0))         # |q|, rounded up
     # + 2^-120: scores so small that they round to 0 are all rescored
     bound = norm * tl.load(slack + b * N + blk, mask=held, other=0.0) + 2.0 ** -120
-    probe = exact + 2 * row * W + tl.arange(0, W)
-    known, probed = tl.load(probe), held[:, :, None] & (blk[:, :, None] == tl.load(probe + W).to(tl.int32))
-    floor = tl.min(known)                       # W >= S - 1 blocks score this or more: nothing below it can be chosen
+    probe = exact + 2 * row * W
+    floor = tl.min(tl.load(probe + tl.arange(0, W)))  # W >= S - 1 blocks score this or more: nothing less can be chosen
     at = scores + row.to(tl.int64) * (N + runs)
     near = tl.load(at + blk, mask=held, other=float("-inf"))
-    live = (near > float("-inf")) & (near + bound >= floor) & (tl.sum(probed.to(tl.int32), 2) == 0)
-    score, last = tl.max(tl.where(probed, known, float("-inf")), 2), -1
+    score, last = tl.full([R, RUN], float("-inf"), tl.float32), -1
+    for w in tl.static_range(W):  # the probed blocks have theirs
+        score = tl.where(held & (blk == tl.load(probe + W + w).to(tl.int32)), tl.load(probe + w), score)
+    live = (near > float("-inf")) & (near + bound >= floor) & (score == float("-inf"))
     for _ in range(tl.sum(live.to(tl.int32))):
         last = tl.min(tl.where(live & (blk > last), blk, 2 ** 31 - 1))
         j = b.to(tl.int64) * cap + last * L + tl.arange(0, L)

@@ -173,6 +173,22 @@ def truncate(docs, n_bytes):
     return out
 
 
+def load_data(path, val_path, val_bytes):
+    """Read and split -> training, validation (its first val_bytes), files skipped. ValueError if a side has no text."""
+    for p in (path, val_path):
+        if p is not None and not os.path.exists(p):
+            raise ValueError(f"{p}: no such file or folder")
+    docs, skipped = read_corpus(path)
+    val, more = read_corpus(val_path) if val_path else ([], 0)
+    for p, found in ((path, docs), (val_path, val or not val_path)):
+        if not found:
+            raise ValueError(f"{p}: no text in it ({skipped + more} files empty, binary or not UTF-8)")
+    train, val = (docs, val) if val_path else split_corpus(docs)
+    if not train or not val:
+        raise ValueError(f"{path}: too little text to hold some out for validation; give --val-data")
+    return train, truncate(val, val_bytes), skipped + more
+
+
 # ---- command line, device, checkpoint -----------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):

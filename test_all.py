@@ -157,7 +157,7 @@ def test_cross_entropy_in_chunks():
     want = F.cross_entropy((h @ W.T).flatten(0, 1), y.flatten(), ignore_index=-1)
     dh, dW = torch.autograd.grad(want, (h, W))
     for chunk in (1, 5, 38, 1000):
-        got = cross_entropy(h, W, y, chunk)
+        got = cross_entropy(h, W, y, chunk=chunk)
         gh, gW = torch.autograd.grad(3 * got, (h, W))
         assert max(worst(got, want), worst(gh, 3 * dh), worst(gW, 3 * dW)) < 1e-12
     assert cross_entropy(h, W, torch.full_like(y, -1)).item() == 0

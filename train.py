@@ -28,18 +28,19 @@ import torch
 
 from model import MiniMax, MiniMaxConfig, count_params
 from moe import max_violation
-from sample import (PATTERN, Parser, Tokenizer, learn_bpe, load_checkpoint, load_model, pick_device, read_corpus,
-                    save_checkpoint, split_corpus, truncate)
+from sample import (PATTERN, Parser, Tokenizer, learn_bpe, load_checkpoint, load_data, load_model, pick_device,
+                    save_checkpoint, truncate)
 
 VAL_BYTES = 512 * 1024                 # val_bpb is measured on this much of the validation text
 MTP_WEIGHT = (0.3, 0.1)                # before and in the decay phase (M2 report)
 WARMUP, DECAY = 0.02, 0.6              # shares of the run
-STAGES = ((0.0, 8), (0.2, 4), (0.45, 2), (0.75, 1))  # from this share of the run on, rows are cut into so many
-MSA_WARMUP = 0.5                       # share of the run with full attention while the index branch learns
 EMBED_SCALE = 12.0                     # rate of the embedding over that of the matrices
-RUNS = {  # what a preset trains with unless told otherwise; mtp_every: steps from one MTP loss to the next
-    "tiny": dict(seq_len=256, batch_size=4, lr=1.2e-2, minutes=2.5, mtp_every=8),
-    "small": dict(seq_len=8192, batch_size=4, lr=2e-3, minutes=10.0, mtp_every=1)}
+# What a preset trains with unless told otherwise. mtp_every: steps from one MTP loss to the next; msa_from: share of
+# the run with full attention while the index branch learns; stages: share of the run -> parts that rows are cut into
+RUNS = {
+    "tiny": dict(seq_len=256, batch_size=4, lr=1.2e-2, minutes=2.5, mtp_every=8, msa_from=0.5,
+                 stages=((0.0, 8), (0.2, 4), (0.45, 2), (0.75, 1))),
+    "small": dict(seq_len=8192, batch_size=8, lr=2e-3, minutes=10.0, mtp_every=4, msa_from=0.25, stages=((0.0, 1),))}
 PEAK = {"H100": 989.4e12, "H200": 989.4e12, "H800": 989.4e12, "A100": 312e12}  # dense bf16 FLOP/s, by the GPU's name
 
 
@@ -182,6 +183,8 @@ def parse_args(argv):
     p.add_argument("--seq-len", type=int, help="tokens in a row, at last; default: the preset's")
     p.add_argument("--batch-size", type=int, help="rows in a step, at last; default: the preset's")
     p.add_argument("--vocab-size", type=int, help="tokens that the BPE learns; default: the preset's")
+    p.add_argument("--accumulate", type=int, default=1, help="gradient accumulation: a step's rows in so many parts")
+    p.add_argument("--recompute", action="store_true", help="activation checkpointing: less memory, slower")
     p.add_argument("--lr", type=float, help="peak rate of the matrices; default: the preset's")
     p.add_argument("--attn", default="msa", help="msa, or full for full attention in every layer")
     p.add_argument("--bias-rate", type=float, default=0.01, help="u of the router's load balancing, 0 = off")
@@ -210,7 +213,7 @@ def parse_args(argv):
 def check_args(args):
     """ValueError for what argparse lets through, naming the value."""
     least = dict(steps=1, minutes=1e-6, seq_len=16, batch_size=1, log_every=1, eval_every=1, stop_after=1, lr=1e-12,
-                 vocab_size=257, bias_rate=0, seed=0)  # a vocabulary holds 256 bytes and the end-of-text token
+                 vocab_size=257, bias_rate=0, seed=0, accumulate=1)  # 257: all bytes and the end-of-text token
     for name, low in least.items():
         value = getattr(args, name)
         if value is not None and not low <= value < 2 ** 63:
@@ -237,22 +240,6 @@ def configure(args):
     if "msa" in cfg.attn_types and args.seq_len % cfg.index_block_size:
         raise ValueError(f"--seq-len {args.seq_len}: rows hold whole key blocks, a multiple of {cfg.index_block_size}")
     return dataclasses.replace(cfg, max_seq_len=args.seq_len)
-
-
-def load_data(args):
-    """Read and split -> training, validation (its first VAL_BYTES), files skipped. ValueError if a side has no text."""
-    for path in (args.data, args.val_data):
-        if path is not None and not os.path.exists(path):
-            raise ValueError(f"{path}: no such file or folder")
-    docs, skipped = read_corpus(args.data)
-    val, more = read_corpus(args.val_data) if args.val_data else ([], 0)
-    for path, found in ((args.data, docs), (args.val_data, val or not args.val_data)):
-        if not found:
-            raise ValueError(f"{path}: no text in it ({skipped + more} files empty, binary or not UTF-8)")
-    train, val = (docs, val) if args.val_data else split_corpus(docs)
-    if not train or not val:
-        raise ValueError(f"{args.data}: too little text to hold some out for validation; give --val-data")
-    return train, truncate(val, VAL_BYTES), skipped + more
 
 
 def dry_run(cfg, preset):
@@ -304,9 +291,10 @@ def card(model, args, device, why, data, setup, sparse_from):
     print(f"device  | {device}, {str(model.dtype).removeprefix('torch.')}: {why}")
     print(f"layers  | attention {' '.join(cfg.attn_types)}; mlp {' '.join(cfg.mlp_types)}; {cfg.n_mtp} MTP module")
     if "msa" in cfg.attn_types:
-        print(f"msa     | torch; {S} blocks of {L}: {min(S * L, T)} of {T} keys, from {sparse_from:.0%} of the run on")
+        kernels = "Triton" if device.type == "cuda" else "torch"
+        print(f"msa     | {kernels}; {S} blocks of {L}: {min(S * L, T)} of {T} keys, from {sparse_from:.0%} of the run")
     print(f"experts | grouped_mm; {cfg.n_expert_per_tok} of {cfg.n_expert}{' + 1 shared' if cfg.shared_dim else ''}")
-    rows = dict.fromkeys(str(T // min(n, T // 16)) for _, n in STAGES)
+    rows = dict.fromkeys(str(T // min(n, T // 16)) for _, n in args.stages)
     print(f"step    | {args.batch_size * T:,} tokens, in rows of {' then '.join(rows)}; "
           f"Muon + AdamW, rate {args.lr:g}, seed {args.seed}")
     print(f"data    | {args.data or 'the Python standard library'}: {data['train'].n_tokens:,} tokens; validation "
@@ -328,7 +316,7 @@ def watch(loss, norm, history):
 
 def prepare(args, cfg, tokenizer):
     """Text -> tokenizer (learned from the training side where there is none), and a dict of what the run reads."""
-    train, val, skipped = load_data(args)
+    train, val, skipped = load_data(args.data, args.val_data, VAL_BYTES)
     tokenizer = tokenizer or Tokenizer(learn_bpe((text for _, text in train), args.vocab_size, PATTERN))
     peek = truncate(val, VAL_BYTES // 8)  # for the evaluations on the way
     L = cfg.index_block_size if "msa" in cfg.attn_types else 1
@@ -337,19 +325,34 @@ def prepare(args, cfg, tokenizer):
     return tokenizer, dict(sides, skipped=skipped)
 
 
-def learn(model, batch, optimizers, index, rest, mtp_weight, now):
-    """One step: forward, backward, clip, check, update -> aux with the gradient norm, detached."""
-    _, loss, aux = model(**batch)
-    total = loss + mtp_weight * aux.get("mtp_loss", 0.0) + (aux["index_kl"].sum() if "index_kl" in aux else 0.0)
-    # three roads back: experts through their weights (gate included), attention through q, k and v, and the index
-    # branch through the KL alone, since choosing blocks has no gradient
-    total.backward()
+def fuse(model):
+    """torch.compile what lies between the attention kernels: norms, projections, rotations, experts and the loss."""
+    for block in [*model.layers, *(module.block for module in model.mtp)]:
+        block.attn.project = torch.compile(block.attn.project, dynamic=False)
+        block.feed = torch.compile(block.feed, dynamic=False)
+    model.token_loss = torch.compile(model.token_loss, dynamic=False)
+
+
+def learn(model, batch, n, optimizers, index, rest, mtp_weight, now):
+    """One step on a batch in n parts: forward, backward, clip, check, update -> aux with loss and gradient norm."""
+    count, total = (batch["targets"] >= 0).sum(), {}
+    for part in zip(*(x.chunk(n) for x in batch.values())):
+        part = dict(zip(batch, part))
+        _, loss, aux = model(**part)
+        share = (part["targets"] >= 0).sum() / count  # each token weighs the same, wherever it was cut off
+        aux = dict(loss=share * loss, mtp_loss=share * aux.get("mtp_loss", 0.0),
+                   index_kl=aux.get("index_kl", torch.zeros(0)) * (len(part["idx"]) / len(batch["idx"])),
+                   expert_load=aux.get("expert_load", torch.zeros(0)))
+        # three roads back: experts through their weights (gate included), attention through q, k and v, and the index
+        # branch through the KL alone, since choosing blocks has no gradient
+        (aux["loss"] + mtp_weight * aux["mtp_loss"] + aux["index_kl"].sum()).backward()
+        total = {key: total.get(key, 0.0) + value.detach() for key, value in aux.items()}
     norm, index_norm = (torch.nn.utils.clip_grad_norm_(part, 1.0) for part in (rest, index))
-    watch(loss.item(), (norm + index_norm).item(), now)
+    watch(total["loss"].item(), (norm + index_norm).item(), now)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return {**{k: v.detach() for k, v in aux.items()}, "norm": norm}
+    return dict(total, norm=norm)
 
 
 def run(args, state):
@@ -366,8 +369,11 @@ def run(args, state):
     tokenizer, data = prepare(args, cfg, tokenizer)
     cfg.vocab_size = tokenizer.n_vocab
     model = (model or MiniMax(cfg, dtype).to(device)).train()
+    model.recompute = args.recompute
+    if device.type == "cuda":
+        fuse(model)
     optimizers, index, rest = configure_optimizers(model, args.lr)
-    now = dict(step=0, seconds=0.0, ema=None, above=0, bpb=math.inf, sparse_from=MSA_WARMUP)
+    now = dict(step=0, seconds=0.0, flops=0.0, ema=None, above=0, bpb=math.inf, sparse_from=args.msa_from)
     if state:
         if converted:
             carry_over(state["optimizers"], old, model, optimizers, args.lr)
@@ -380,7 +386,7 @@ def run(args, state):
     def progress():
         return max(now["step"] / (args.steps or math.inf), now["seconds"] / (60 * (args.minutes or math.inf)))
     if converted:  # the index branch learns for the same share of what is left
-        now["sparse_from"] = progress() + (1 - progress()) * MSA_WARMUP
+        now["sparse_from"] = progress() + (1 - progress()) * args.msa_from
         if progress() >= 1:
             raise ValueError("--attn msa: nothing is left of the run to convert in; give more --steps or --minutes")
     card(model, args, device, why, data, time.perf_counter() - started, now["sparse_from"])
@@ -408,20 +414,21 @@ def run(args, state):
         factor = schedule(done, WARMUP, DECAY)
         for group in (g for o in optimizers for g in o.param_groups):
             group["lr"] = args.lr * factor * group.get("scale", 1.0)
-        cut = min([n for share, n in STAGES if done >= share][-1], args.seq_len // 16)
+        cut = min([n for share, n in args.stages if done >= share][-1], args.seq_len // 16)
         batch = get_batch(data["train"], args.seed, 0, now["step"], args.batch_size * cut, args.seq_len // cut)
         batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-        aux = learn(model, batch, optimizers, index, rest, MTP_WEIGHT[done > 1 - DECAY], now)
-        if "expert_load" in aux:
+        aux = learn(model, batch, args.accumulate, optimizers, index, rest, MTP_WEIGHT[done > 1 - DECAY], now)
+        if len(aux["expert_load"]):
             model.update_router_bias(aux["expert_load"], args.bias_rate)
             load = load + aux["expert_load"][:cfg.mlp_types.count("moe")]
         now["step"] += 1
         now["seconds"] += time.perf_counter() - tick
-        mtp = aux["mtp_loss"].item() if "mtp_loss" in aux else mtp
+        now["flops"] += model.flops_per_token(args.seq_len // cut) * args.batch_size * args.seq_len
+        mtp = aux["mtp_loss"].item() if cfg.mtp_active and cfg.n_mtp else mtp
         if args.stop_after and now["step"] >= args.stop_after:
             stop.append(1)
         if now["step"] == 1 or now["step"] % args.log_every == 0:
-            kl = aux["index_kl"].mean().item() if "index_kl" in aux else kl
+            kl = aux["index_kl"].mean().item() if len(aux["index_kl"]) else kl
             violation = max_violation(load).max().item() if torch.is_tensor(load) else math.nan
             rate = now["step"] * args.batch_size * args.seq_len / now["seconds"]
             part = min(1.0, progress())
@@ -449,7 +456,7 @@ def summary(model, args, now, final, device):
     peak = next((flops for gpu, flops in PEAK.items() if gpu in name), None)
     moe = torch.is_tensor(final["load"])
     return dict(step=now["step"], loss=now["ema"], val_bpb=final["bpb"], tokens=tokens, tokens_per_s=rate,
-                mfu=rate * model.flops_per_token(args.seq_len) / peak if peak else None, params_total=total,
+                mfu=now["flops"] / max(now["seconds"], 1e-9) / peak if peak else None, params_total=total,
                 params_active=active, seconds=now["seconds"],
                 max_vio=max_violation(final["load"]).tolist() if moe else [],
                 dead_experts=int((final["load"] == 0).sum()) if moe else 0, block_recall=final["recall"],

@@ -153,8 +153,7 @@ def full_attention(q, k, v, end=None, start=None, impl="auto"):
         if not decode:
             raise ValueError(f"impl='triton' does not fit: T is {T}, start is {start}, expected T <= 4 with a start")
         return _dense_triton(q.contiguous(), k, v, end, start.contiguous())
-    fits = q.is_cuda and q.dtype.itemsize == 2 and T == Tk and start is None
-    if fits and end is not None and torch.is_grad_enabled():
+    if end is not None and start is None and q.is_cuda and q.dtype.itemsize == 2 and torch.is_grad_enabled():
         return _flex(q, k, v, end)
     mask = None
     if end is not None or start is not None:
@@ -1180,7 +1179,7 @@ def _decode_triton(q, k, v, qi, ki, S, L, length, end, fp8):
                               num_warps=2, num_stages=3)
         _probe_kernel[W, rows](qi, ki, end, length, scores, exact, T, cap, Hkv, qi.size(3), L, runs, pair, W, cols,
                                num_warps=8)
-        parts = min(32, runs)
+        parts = min(64 if rows < 16 else 32, runs)  # programs for a row: each meets one or two blocks of random keys
         _rescore_kernel[parts, rows](qi, ki, slack, exact, end, length, scores, T, cap, Hkv, qi.size(3), L,
                                      runs // parts, run, W, cols, num_warps=4)
     dims = Hkv, H // Hkv, D, L, S, W, max(16, triton.next_power_of_2(H // Hkv)), runs, pair

@@ -1049,7 +1049,7 @@ def _rescore_kernel(qi, ki, slack, exact, end, length, scores, T, cap, HKV: tl.c
         last = tl.min(tl.where(live & (blk > last), blk, 2 ** 31 - 1))
         j = b.to(tl.int64) * cap + last * L + tl.arange(0, L)
         s = _block_scores(x, tl.load(ki + j[:, None] * D + tl.arange(0, D)), end, i, b, last, cap, L)
-        score = tl.where(blk == last, tl.max(tl.where(mine, s, float("-inf"))), score)
+        score = tl.where(held & (blk == last), tl.max(tl.where(mine, s, float("-inf"))), score)
     tl.store(at + blk, score, mask=held)
     tl.store(at + N + run, tl.max(score, 1))
 
@@ -1179,7 +1179,7 @@ def _decode_triton(q, k, v, qi, ki, S, L, length, end, fp8):
                               num_warps=2, num_stages=3)
         _probe_kernel[W, rows](qi, ki, end, length, scores, exact, T, cap, Hkv, qi.size(3), L, runs, pair, W, cols,
                                num_warps=8)
-        parts = min(64 if rows < 16 else 32, runs)  # programs for a row: each meets one or two blocks of random keys
+        parts = min(64 if rows < 16 else 32, runs // 4)  # of a row; each meets one or two blocks of random keys
         _rescore_kernel[parts, rows](qi, ki, slack, exact, end, length, scores, T, cap, Hkv, qi.size(3), L,
                                      runs // parts, run, W, cols, num_warps=4)
     dims = Hkv, H // Hkv, D, L, S, W, max(16, triton.next_power_of_2(H // Hkv)), runs, pair

@@ -860,7 +860,7 @@ def test_a_full_attention_run_becomes_sparse(corpus, tmp_path, capsys):
     quiet(train.main, train_args(corpus, tmp_path, "--attn", "full", "--steps", 6))
     old = sample.load_checkpoint(str(tmp_path))["model"]
     assert "nothing is left" in refused(train.main, [*again, "msa"], capsys)
-    assert "from 75% of the run on" in quiet(train.main, [*again, "msa", "--steps", 12])[1]
+    assert "from 75% of the run" in quiet(train.main, [*again, "msa", "--steps", 12])[1]
     new = sample.load_checkpoint(str(tmp_path))["model"]
     assert all(worst(new[k], old[k]) < 1e-6 if k in old else ".indexer." in k for k in new if "bias" not in k)
     assert "trained with msa" in refused(train.main, [*again, "full"], capsys)
@@ -901,13 +901,13 @@ def test_corpus_reader(tmp_path):
     for name, data in (("a.txt", b"alpha\n" * 50), ("b.bin", b"x\0y"), ("c.txt", b"\xff\xfe\xfa"), ("d.txt", b""),
                        (".hidden/e.txt", b"no")):
         (tmp_path / name).write_bytes(data)
-    docs, skipped = train.read_corpus(str(tmp_path))
+    docs, skipped = sample.read_corpus(str(tmp_path))
     assert [n for n, _ in docs] == ["a.txt"] and skipped == 3
     for one in (docs, [("line", "hello " * 50 + "\n")]):  # the only newline at the end: cut in the line
-        left, right = train.split_corpus(one)
+        left, right = sample.split_corpus(one)
         assert left[0][1] + right[0][1] == one[0][1] and right[0][1]
     names = [(f"file{i}", "text") for i in range(400)]
-    left, right = train.split_corpus(names)
+    left, right = sample.split_corpus(names)
     assert 8 <= len(right) <= 35 and sorted(left + right) == sorted(names)
     assert all(int(hashlib.sha256(n.encode()).hexdigest()[:8], 16) < 0.05 * 2 ** 32 for n, _ in right)
 

@@ -334,11 +334,11 @@ class MiniMax(nn.Module):
         past the end of a document is seen by none and has no target."""
         loss, T = h.new_zeros(()), idx.size(1)
         for k, module in enumerate(self.mtp[:T - 1], 1):
-            n = T - k
+            n, shifted = T - k, targets[:, k:]
             cos, sin, end, weight = (None if t is None else t[:, :n] for t in (*call.rope, call.end, call.weight))
-            shifted = targets[:, k:]
             if end is not None:
-                shifted = shifted.masked_fill(torch.arange(k, T, device=idx.device) >= end, -1)
+                has = torch.arange(k, T, device=idx.device) < end  # where not: no target, KL or count of the router's
+                shifted, weight = shifted.where(has, -1), has.float() if weight is None else weight * has
             h, more = module(h[:, :n], self.embed(idx[:, k:]).to(h.dtype), self.cfg.n_layer + k - 1,
                              Call((cos, sin), end, weight))
             loss = loss + cross_entropy(module.norm(h), self.lm_head.weight, shifted, self.token_loss) / len(self.mtp)

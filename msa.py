@@ -405,8 +405,8 @@ def msa_train(q, k, v, qi, ki, block_idx, L, end=None, weight=None, stride=1, im
         _expect("shape of block_idx", tuple(block_idx.shape[:3]), (B, T, Hkv))
         _expect(f"{H} query heads modulo {Hkv} KV heads", H % Hkv, 0)
         q, k, v, qi, ki, block_idx = (x.contiguous() for x in (q, k, v, qi, ki, block_idx))
-        end = end if end is None else end.contiguous()
-        share = torch.ones(B, T, device=q.device) if weight is None else weight.float().contiguous()
+        end, wide = end if end is None else end.contiguous(), torch.promote_types(q.dtype, torch.float32)
+        share = torch.ones(B, T, device=q.device) if weight is None else weight.to(wide).contiguous()
         _expect("shape of weight", tuple(share.shape), (B, T))
         share = share * (torch.arange(T, device=q.device) % stride == stride - 1)
         return _Train.apply(q, k, v, qi, ki, block_idx, L, end, share / (share.sum().clamp(min=1e-30) * Hkv))
@@ -769,7 +769,7 @@ def _kl_kernel(q, k, qi, ki, stat, index_stat, share, end, edges, tasks, value, 
     ROWS: tl.constexpr = DIMS[6]
     COLS: tl.constexpr = DIMS[7]
     TOKENS: tl.constexpr = ROWS // G if index_stat is not None else COLS
-    WIDE: tl.constexpr = tl.float32 if q.dtype.element_ty == tl.float32 else tl.float16  # tf32 cuts off: a biased mean
+    WIDE: tl.constexpr = tl.float16 if q.dtype.element_ty == tl.bfloat16 else q.dtype.element_ty  # tf32: a biased mean
     task = tasks + tl.program_id(0) * 4
     h, blk, lo, hi = tl.load(task), tl.load(task + 1), tl.load(task + 2), tl.load(task + 3)
     r, c, j = tl.arange(0, ROWS), tl.arange(0, COLS), blk * L + tl.arange(0, L)
@@ -838,7 +838,7 @@ def _slot_sum_kernel(part, block_idx, out, HKV: tl.constexpr, G: tl.constexpr, D
     for slot in range(0, S):
         chosen = (g < G) & (tl.load(block_idx + row * S + slot) >= 0)
         x = tl.load(part + ((row * S + slot) * G + g)[:, None] * D + d, mask=chosen[:, None], other=0.0)
-        acc += x.to(tl.float32)
+        acc += x  # in fp32, or in fp64 if x is
     tl.store(out + (row * G + g)[:, None] * D + d, acc.to(out.dtype.element_ty), mask=(g < G)[:, None])
 
 
@@ -904,7 +904,7 @@ def _attend_backward(q, k, v, block_idx, out, stat, grad, L, end):
     keys, values = (torch.empty(tasks.size(1) * L, D, device=dev) for _ in "kv")
     rows = max(64 if G & (G - 1) == 0 else 32, triton.next_power_of_2(G))
     for c, b, at, edge0 in chunks:
-        delta = (out[b, at].float() * grad[b, at].float()).sum(-1)
+        delta = (out[b, at].to(stat.dtype) * grad[b, at].to(stat.dtype)).sum(-1)
         _backward_kernel[tasks.size(1),](
             q[b, at], k[b], v[b], grad[b, at], stat[b, at], delta, None if end is None else end[b], edges, tasks[c],
             part, keys, values, edge0, T, (Hkv, G, D, L, S, rows), num_warps=8, num_stages=2)

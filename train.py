@@ -160,7 +160,7 @@ def evaluate(model, tokens, T, batch_size, device):
         batch = tokens.rows(range(s, min(s + T * batch_size, len(tokens.begin)), T), T)
         batch = {k: v.to(device) for k, v in batch.items()}
         # on a GPU what was compiled for a step's shape would be compiled anew for these
-        with torch.compiler.set_stance("force_eager") if device.type == "cuda" else contextlib.nullcontext():
+        with torch.compiler.set_stance("force_eager") if model.embed.weight.is_cuda else contextlib.nullcontext():
             _, loss, aux = model(**batch)
         nats += loss.item() * (batch["targets"] >= 0).sum().item()
         load = load + aux["expert_load"] if "expert_load" in aux else load

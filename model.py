@@ -215,8 +215,8 @@ class Attention(nn.Module):
         if learns and block_idx is None:
             aux["index_kl"] = index_kl_loss(qi, ki, q, k, None, L, *share)
         if call.cache is None and not learns:  # the dense reference, on the batch's first row alone
-            end = None if call.end is None else call.end[:1]
-            aux["block_recall"], aux["block_chance"] = block_recall(qi[:1], ki[:1], q[:1], k[:1], S, L, end)
+            names, x = ("block_recall", "score_recall", "block_chance"), (qi[:1], ki[:1], q[:1], k[:1])
+            aux.update(zip(names, block_recall(*x, S, L, None if call.end is None else call.end[:1])))
         return y, aux if block_idx is None else {**aux, "block_idx": block_idx}
 
 
@@ -302,7 +302,7 @@ class MiniMax(nn.Module):
         weight (B, T): multiplicity, 0 = pad. pos (B, T): default counts on from the cache. end (B, Tk): default causal.
         replay: an earlier aux, whose block_idx and experts are used again.
         aux: expert_load (layers with experts, E), experts (…, B, T, A), block_idx (layers with MSA, B, T, Hkv, S);
-        mtp_loss with targets; index_kl (layers with MSA) in training, block_recall and block_chance in evaluation."""
+        mtp_loss with targets; index_kl in training; block_recall, score_recall, block_chance in evaluation."""
         B, T = idx.shape
         if pos is None:
             pos = torch.arange(T, device=idx.device).expand(B, T)

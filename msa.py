@@ -416,22 +416,22 @@ def msa_train(q, k, v, qi, ki, block_idx, L, end=None, weight=None, stride=1, im
 
 @torch.no_grad()
 def block_recall(qi, ki, q, k, S, L, end=None, n_query=256):
-    """Share of the S-1 heaviest earlier blocks (group-mean mass of the dense softmax) that the index branch finds, and
-    what a random choice would, on about n_query evenly spaced queries that have more than S earlier blocks (paper 5.2).
-    -> recall, chance: scalars, nan where there is no such query."""
+    """Share of the S-1 heaviest earlier blocks (group-mean mass of the dense softmax) that the index branch finds, the
+    mass of what it finds over theirs, and the share that a random choice would find, on about n_query evenly spaced
+    queries with more than S earlier blocks (paper 5.2). -> recall, score recall, chance; nan without such a query."""
     T = q.size(1)
     rows = torch.arange(T - 1, -1, -max(1, T // n_query), device=q.device).flip(0)
-    i = rows[None]
-    seen = visible(i, torch.arange(T, device=q.device), end)[:, :, None]
+    seen = visible(rows[None], torch.arange(T, device=q.device), end)[:, :, None]
     mass = prefix_probs(q[:, rows], k, seen)
     mass = F.pad(mass, (0, -T % L)).unflatten(-1, (-1, L)).sum(-1)                                      # (B, t, Hkv, N)
-    scores = block_scores(qi[:, rows], ki, i, end, L)
+    scores = block_scores(qi[:, rows], ki, rows[None], end, L)
     hidden = scores == float("-inf")  # the own block and what comes after it, too
     n_earlier = (~hidden).sum(-1)
     true, found = (x.masked_fill(hidden, -1e30).topk(min(S - 1, x.size(-1)), -1).indices for x in (mass, scores))
     hits = (true[..., :, None] == found[..., None, :]).any(-1).float().mean(-1)                           # (B, t, Hkv)
+    best, held = (mass.gather(-1, x).sum(-1) for x in (true, found))
     counts = n_earlier > S
-    return hits[counts].mean(), ((S - 1) / n_earlier[counts]).mean()
+    return hits[counts].mean(), (held / best)[counts].mean(), ((S - 1) / n_earlier[counts]).mean()
 
 
 class KVCache:

@@ -152,7 +152,7 @@ def schedule(progress, warmup, decay):
 @torch.no_grad()
 def evaluate(model, tokens, T, batch_size, device):
     """Bits per byte over non-overlapping windows of T, every token of the text included, and what the layers report.
-    -> dict: bpb, load (layers with experts, E), recall and chance (layers with MSA)."""
+    -> dict: bpb, load (layers with experts, E), recall, mass (the score recall) and chance (layers with MSA)."""
     model.eval()
     model.cfg.mtp_active = False  # its loss is not part of the bits
     nats, load, recalls = 0.0, 0.0, []
@@ -165,11 +165,11 @@ def evaluate(model, tokens, T, batch_size, device):
         nats += loss.item() * (batch["targets"] >= 0).sum().item()
         load = load + aux["expert_load"] if "expert_load" in aux else load
         if "block_recall" in aux:
-            recalls.append(torch.stack([aux["block_recall"], aux["block_chance"]]))
+            recalls.append(torch.stack([aux["block_recall"], aux["score_recall"], aux["block_chance"]]))
     model.train()
-    mean = torch.stack(recalls).nanmean(0) if recalls else torch.zeros(2, 0)
-    recall, chance = ([], []) if mean.isnan().any() else mean.tolist()  # nan: rows so short that nothing is chosen
-    return dict(bpb=nats / math.log(2) / tokens.n_bytes, load=load, recall=recall, chance=chance)
+    mean = torch.stack(recalls).nanmean(0) if recalls else torch.zeros(3, 0)
+    recall, mass, chance = [[]] * 3 if mean.isnan().any() else mean.tolist()  # nan: rows too short to choose in
+    return dict(bpb=nats / math.log(2) / tokens.n_bytes, load=load, recall=recall, mass=mass, chance=chance)
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -225,6 +225,7 @@ def check_args(args):
         raise ValueError(f"--attn {args.attn}: msa or full (swa and lightning come later)")
     if args.preset in ("m2", "m3") and not args.dry_run:
         raise ValueError(f"--preset {args.preset}: its training state takes terabytes; --dry-run prints how many")
+
 
 def configure(args):
     """Preset and flags -> MiniMaxConfig, with what the flags leave open filled into args."""
@@ -444,7 +445,7 @@ def run(args, state):
     checkpoint()
     if stop:
         print(f"stopped after step {now['step']}, saved in {args.out}; go on with --resume", flush=True)
-        final = dict(bpb=None, load=0.0, recall=[], chance=[])
+        final = dict(bpb=None, load=0.0, recall=[], mass=[], chance=[])
     else:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # all is saved: Ctrl-C may end the evaluation
         final = evaluate(model, data["val"], args.seq_len, 16, device)
@@ -454,23 +455,22 @@ def run(args, state):
 
 def summary(model, args, now, final, device):
     tokens, (total, active) = now["step"] * args.batch_size * args.seq_len, model.num_params()
-    rate = tokens / max(now["seconds"], 1e-9)
+    rate, moe = tokens / max(now["seconds"], 1e-9), torch.is_tensor(final["load"])
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((flops for gpu, flops in PEAK.items() if gpu in name), None)
-    moe = torch.is_tensor(final["load"])
     return dict(step=now["step"], loss=now["ema"], val_bpb=final["bpb"], tokens=tokens, tokens_per_s=rate,
                 mfu=now["flops"] / max(now["seconds"], 1e-9) / peak if peak else None, params_total=total,
-                params_active=active, seconds=now["seconds"],
-                max_vio=max_violation(final["load"]).tolist() if moe else [],
-                dead_experts=int((final["load"] == 0).sum()) if moe else 0, block_recall=final["recall"],
-                block_chance=final["chance"])
+                params_active=active, seconds=now["seconds"], block_recall=final["recall"], score_recall=final["mass"],
+                block_chance=final["chance"], dead_experts=int((final["load"] == 0).sum()) if moe else 0,
+                max_vio=max_violation(final["load"]).tolist() if moe else [])
 
 
 def report(result):
     """One line of an evaluation."""
     line = f"val_bpb {result['bpb']:.4f}"
     if result["recall"]:
-        line += f" | block recall {' '.join(f'{r:.2f}' for r in result['recall'])} (chance {result['chance'][0]:.2f})"
+        recall, mass = (" ".join(f"{r:.2f}" for r in result[key]) for key in ("recall", "mass"))
+        line += f" | block recall {recall} (chance {result['chance'][0]:.2f}), of mass {mass}"
     if torch.is_tensor(result["load"]):
         line += f" | maxvio {' '.join(f'{v:.2f}' for v in max_violation(result['load']).tolist())}"
     return line

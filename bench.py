@@ -37,7 +37,6 @@ HEAD = "what    shape     ctx  B  selection  index|   dense ms util |     MSA ms
 # Relative RMS. bf16 rounds the probabilities, the partial outputs and the output, 2^-9 each; fp32 only sums differently
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
 
-
 def work(shape, T, t, B=1, size=2, index=2):
     """Stages of the last t of T queries (prefill t = T, decode t = 1), each (useful FLOPs, bytes read or written once),
     for both sides. size: bytes of an element; index: of an index key's."""
@@ -48,10 +47,8 @@ def work(shape, T, t, B=1, size=2, index=2):
             "msa": [(2 * B * Hkv * D * pairs, B * (T * D * index + t * Hkv * D * size)),
                     (4 * B * H * D * chosen, B * (io + min(T, chosen) * token))]}
 
-
 def least_ms(stages, rates):
     return 1e3 * sum(max(flops / rates["matmul"], moved / rates["copy"]) for flops, moved in stages)
-
 
 def timed(call, gpu, warm):
     """-> ms, what the call returned."""
@@ -69,7 +66,6 @@ def timed(call, gpu, warm):
     torch.cuda.synchronize()
     return begin.elapsed_time(end), out
 
-
 def alternate(sides, gpu, reps=5, seconds=3.0):
     """Time (call, check, warm) sides in turn, up to reps runs or its seconds: all ms. One output is alive at a time."""
     times = [[] for _ in sides]
@@ -85,7 +81,6 @@ def alternate(sides, gpu, reps=5, seconds=3.0):
                 del out
     return times
 
-
 def dense_rows(q, k, v):
     """CPU: the last t of T queries, a group's heads as rows of one product; only the last t keys need a mask."""
     (t, T, G), aten = (q.size(1), k.size(1), q.size(2) // k.size(2)), torch.ops.aten
@@ -99,7 +94,6 @@ def dense_rows(q, k, v):
         out = torch.lerp(out, early, (early_lse - lse).sigmoid()[..., None])
     return out.unflatten(2, (t, G)).transpose(1, 2).flatten(2, 3)
 
-
 def full(q, k, v, length=None):
     """The best full attention there is. cuDNN raises where it cannot run; under one key block any backend will do."""
     if not q.is_cuda:
@@ -110,21 +104,17 @@ def full(q, k, v, length=None):
         return torch.nn.functional.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True).transpose(1, 2)
 
-
 def sparse_prefill(q, k, v, qi, ki, start=None):
     block_idx = msa.select_blocks(qi, ki, S, L, None, start, "triton" if q.is_cuda else "torch")
     return msa.msa_attention(q, k, v, block_idx, L, None, start, "triton" if q.is_cuda else "torch"), block_idx
 
-
 def sparse_decode(q, k, v, qi, ki, length, fp8=None):
     return msa.msa_decode(q, k, v, qi, ki, S, L, length, None, "triton" if q.is_cuda else "torch", fp8)
-
 
 def near(name, got, want):
     error = ((got.double() - want.double()).norm() / want.double().norm()).item()
     if not error <= TOLERANCE[got.dtype]:  # also where it is nan
         raise ArithmeticError(f"{name}: relative RMS error {error:.1e}, allowed {TOLERANCE[got.dtype]:.0e}")
-
 
 def brute_force(q, k, v, i, blocks=None):
     """One query by the definition. q (H, D), k and v (Tk, Hkv, D), blocks (Hkv, S) or None for all -> (H, D)."""
@@ -136,7 +126,6 @@ def brute_force(q, k, v, i, blocks=None):
         out.append((x @ k[j, h].to(wide).T * D ** -0.5).softmax(-1) @ v[j, h].to(wide))
     return torch.cat(out)
 
-
 def check_choice(name, qi, keys, blocks, i):
     """blocks (Hkv, S): i's own, then at each rank one whose score belongs there within 2^-15 |q| max |k|, then -1."""
     scores = (qi.to(keys.dtype) @ keys[:i // L * L].T).view(len(qi), i // L, L).amax(2)         # the blocks before i's
@@ -146,7 +135,6 @@ def check_choice(name, qi, keys, blocks, i):
     fine = (blocks[:, 0] == i // L).all() and (rest >= 0).all() and (none == -1).all()
     if not fine or (gap > 2 ** -15 * keys.norm(dim=-1).max()).any() or any(len({*x}) < len(x) for x in rest.tolist()):
         raise ArithmeticError(f"{name}: query {i} reads blocks {blocks.tolist()}, not those of highest score")
-
 
 def check_rows(name, out, block_idx, q, k, v, qi, ki, first, most=256):
     """Nothing nan, and `most` queries, first and last too, against brute force. block_idx None: the dense side."""
@@ -160,7 +148,6 @@ def check_rows(name, out, block_idx, q, k, v, qi, ki, first, most=256):
             if blocks is not None and (q.is_cuda or (q.size(1) - 1 - n) % 8 == 0):
                 check_choice(name, qi[b, n], keys, blocks, first + n)
             near(f"{name}, query {first + n}", out[b, n], brute_force(q[b, n], k[b], v[b], first + n, blocks))
-
 
 def gate(args, shape):
     """Every benched path on short contexts, into memory full of nan; MSA is dense where S blocks are all there are."""
@@ -185,12 +172,10 @@ def gate(args, shape):
         if T <= S * L:
             near(f"gate: MSA against dense, {what} {shape} at T = {T} <= S * L", outs["MSA"][0], outs["dense"][0])
 
-
 def fill(args, g, *size):
     """Random numbers of variance 1: normal, on a CPU uniform, which takes a fifth of the time."""
     x = torch.empty(size, device=args.device, dtype=args.dtype)
     return x.normal_(generator=g) if args.gpu else x.uniform_(-3 ** 0.5, 3 ** 0.5, generator=g)
-
 
 def structured(T, t, Hkv, ki, g):
     """Index queries that turn slowly (a new direction every 512 tokens, lines between) and share one direction, which
@@ -203,24 +188,20 @@ def structured(T, t, Hkv, ki, g):
     ki[:, :L] += common.to(ki.dtype)
     return qi, ki
 
-
 def overlap(block_idx):
     """Mean number of distinct blocks that 64 neighbouring queries of one head choose, over some 32 such windows."""
     runs = block_idx[0].split(64)[::-1]
     return statistics.mean(len(run[:, h][run[:, h] >= 0].unique()) for run in runs[::-(-len(runs) // 32)]
                            for h in range(run.size(1)))
 
-
 def capacity(T):
     return -(-T // L) * L
-
 
 def n_sets(args, shape, T, B):
     """Sets of buffers of a decode row: what is read between two uses of a set exceeds three times the last cache."""
     cache = torch.cuda.get_device_properties(args.device).L2_cache_size if args.gpu else 2 ** 25
     stages = work(shape, T, 1, B, args.size, 1 if args.gpu else args.size)["msa"]                   # 1: fp8 index keys
     return min(64, math.ceil(3 * cache / sum(moved for _, moved in stages)))  # more only below 4K
-
 
 def lengths_that_fit(args, what, shape, B):
     """8K, 16K, ... below --ctx, then --ctx; 16K, 64K, ... on a CPU. Without those that do not fit the memory."""
@@ -242,7 +223,6 @@ def lengths_that_fit(args, what, shape, B):
               f"{free / 1e9:.1f}; the longest length that fits is {max(fit, default=0):,}", flush=True)
     return fit
 
-
 def make_row(args, what, shape, T, t, B, selection, index, dense, sparse):
     """A row from both sides' times, printed at once."""
     stages, unit = work(shape, T, t, B, args.size, BYTES[index]), what == "decode"
@@ -258,7 +238,6 @@ def make_row(args, what, shape, T, t, B, selection, index, dense, sparse):
           + "{dense:11.3f} {msa:8.3f}".format(**row["predicted_ms"]) + f" | {len(dense)}, {len(sparse)}"
           + " no ratio: dense decode below 97 % of the copy rate" * (not fair), flush=True)
     return row
-
 
 def kernel_rows(args, row, call, calls=1):
     """Print a call's GPU time by kernel, over `calls` steps, beside the least its design allows: KV-outer writes S - 1
@@ -278,7 +257,6 @@ def kernel_rows(args, row, call, calls=1):
     for name, ms in times.items():
         floor = least_ms([least[name]], args.rates) if name in least else 0
         print(f"        {name:16} {ms:10.4f} ms" + (f", at least {floor:.4f}: {floor / ms:.0%}" if floor else ""))
-
 
 def prefill_rows(args, shape, cache, lengths, g):
     """Random and structured index branches in turn with the dense side; q, k and v are the same for all three."""
@@ -308,7 +286,6 @@ def prefill_rows(args, shape, cache, lengths, g):
             kernel_rows(args, rows[-2], sides[1][0])
     return rows
 
-
 def repeat(call, sets, rounds):
     """-> a function that calls on every set and returns the outputs; on a GPU a CUDA graph of `rounds` such rounds."""
     if not sets[0][0].is_cuda:
@@ -321,7 +298,6 @@ def repeat(call, sets, rounds):
     for out, _ in outs:
         out.fill_(float("nan"))  # capturing runs nothing: what the kernels then fail to write stays nan
     return lambda: (graph.replay(), outs)[1]
-
 
 def decode_rows(args, shape, B, lengths, cache, g):
     """Dense, MSA, and on a GPU MSA with certified fp8, in turn on the same sets of buffers: slices of the cache."""
@@ -355,7 +331,6 @@ def decode_rows(args, shape, B, lengths, cache, g):
                 kernel_rows(args, rows[-1], call, n * rounds)
     return rows
 
-
 def shape_rows(args, shape):
     """All rows of one shape. Its buffers are freed on return."""
     g, rows = torch.Generator(args.device).manual_seed(1337), []
@@ -370,7 +345,6 @@ def shape_rows(args, shape):
         rows += decode_rows(args, shape, B, decode, cache, g) if decode else []
     return rows
 
-
 def ratios(rows):
     """Dense over MSA at the longest length measured, with the same batch, selection and index keys."""
     out, keys = [], ("what", "ctx", "batch", "selection", "index")
@@ -384,7 +358,6 @@ def ratios(rows):
                   "index: {ratio:.2f}x".format(**out[-1]) + f" (published, at 1M: {published})" * bool(published))
     return out
 
-
 def crossovers(rows):
     """Smallest measured length from which on MSA wins, at batch 1 and random selection."""
     out = {}
@@ -395,7 +368,6 @@ def crossovers(rows):
     for name, T in out.items():
         print(f"crossover | {name}: MSA won " + (f"from {T:,} tokens on" if T else "at no measured length"))
     return out
-
 
 def draw(path, rows, title):
     """Time against length, log-log, as measured at batch 1: one chart for prefill, one for decode."""
@@ -414,7 +386,6 @@ def draw(path, rows, title):
         axis.set(title=f"{what}{last}, one layer, {title}", xlabel="tokens of context", ylabel="ms", yscale="log")
         axis.legend()
     figure.savefig(path)
-
 
 def card(args, why):
     """Where, what, and what to expect, printed before either side runs."""
@@ -437,7 +408,6 @@ def card(args, why):
         print(f"predict | roofline of {what} {shape} at {args.ctx:,}: dense {dense:,.3f} ms, MSA {sparse:,.3f} ms, "
               f"{dense / sparse:.2f}x", flush=True)
 
-
 def parse_args(argv):
     p = Parser(__doc__)
     p.add_argument("--ctx", type=int, default=1_000_000, help="longest context, in tokens")
@@ -457,7 +427,6 @@ def parse_args(argv):
         from matplotlib.figure import Figure
         Figure().savefig(io.BytesIO(), format=os.path.splitext(args.figure)[1][1:] or "png")
     return args
-
 
 @torch.no_grad()
 def run(args):
@@ -482,7 +451,6 @@ def run(args):
     print(json.dumps(result))
     return result
 
-
 def main(argv=None):
     try:
         return run(parse_args(argv))
@@ -494,7 +462,6 @@ def main(argv=None):
         sys.exit(f"bench.py: {why}: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:
         sys.exit(print("bench.py: interrupted", file=sys.stderr) or 130)
-
 
 if __name__ == "__main__":
     main()

@@ -32,7 +32,6 @@ from msa import msa_decode, msa_train, select_blocks
 
 M3_STYLE = dict(activation="swiglu_oai", gemma_norm=True, qk_norm="head")
 
-
 @dataclasses.dataclass
 class MiniMaxConfig:
     vocab_size: int
@@ -107,7 +106,6 @@ class MiniMaxConfig:
             n_expert=128, n_expert_per_tok=4, expert_dim=3072, shared_dim=3072, dense_dim=12288, routed_scale=2.0,
             index_head_dim=128, index_block_size=128, index_topk_blocks=16), **kw})
 
-
 class RMSNorm(nn.Module):
     """Computed in fp32 or wider. Gemma's form stores the weight's distance from 1."""
 
@@ -120,13 +118,11 @@ class RMSNorm(nn.Module):
         weight = self.weight.to(torch.promote_types(x.dtype, torch.float32))
         return F.rms_norm(x.to(weight.dtype), weight.shape, 1 + weight if self.gemma else weight, self.eps).to(x.dtype)
 
-
 def rope_tables(pos, rotary_dim, theta):
     """cos and sin of each position's angles: (B, T) -> two (B, T, 1, rotary_dim / 2), fp32 in any model."""
     freq = theta ** (-torch.arange(0, rotary_dim, 2, device=pos.device, dtype=torch.float32) / rotary_dim)
     angle = pos[..., None, None].float() * freq
     return angle.cos(), angle.sin()
-
 
 def apply_rope(x, rope):
     """Rotate the pairs (c, c + rotary_dim / 2) of the first rotary_dim channels of x (B, T, H, D), leave the others."""
@@ -136,7 +132,6 @@ def apply_rope(x, rope):
     a, b = x[..., :half].to(wide), x[..., half:2 * half].to(wide)
     return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), x[..., 2 * half:]], -1)
 
-
 @dataclasses.dataclass
 class Call:
     """What one forward pass tells every layer."""
@@ -144,7 +139,6 @@ class Call:
     end: torch.Tensor = None           # (B, Tk) int32, visibility
     weight: torch.Tensor = None        # (B, T) multiplicity
     cache: KVCache = None
-
 
 class Indexer(nn.Module):
     """MSA's index branch: a query head per KV head, one shared key head. Input detached: only the KL trains it."""
@@ -160,7 +154,6 @@ class Indexer(nn.Module):
         qi = self.q_norm(self.q_proj(x).unflatten(-1, (-1, D)))                                         # (B, T, Hkv, D)
         ki = self.k_norm(self.k_proj(x))[:, :, None]                                                      # (B, T, 1, D)
         return apply_rope(qi, rope), apply_rope(ki, rope)[:, :, 0]
-
 
 class Attention(nn.Module):
     def __init__(self, cfg, attn_type):
@@ -219,7 +212,6 @@ class Attention(nn.Module):
             aux.update(zip(names, block_recall(*x, S, L, None if call.end is None else call.end[:1])))
         return y, aux if block_idx is None else {**aux, "block_idx": block_idx}
 
-
 class Block(nn.Module):
     def __init__(self, cfg, attn_type, mlp_type):
         super().__init__()
@@ -238,7 +230,6 @@ class Block(nn.Module):
         x, more = self.feed(x + y, call.weight, experts)
         return x, {**aux, **more}
 
-
 class MTP(nn.Module):
     """Module k of multi-token prediction: from the hidden state at i of depth k-1 and the embedding of token i+k, the
     token i+k+1. One Transformer block like the trunk's last; embedding and head are the trunk's."""
@@ -253,12 +244,10 @@ class MTP(nn.Module):
         # not published: the order of the two halves; DeepSeek-V3's code has the embedding first
         return self.block(self.proj(torch.cat([self.e_norm(emb), self.h_norm(h)], -1)), layer, call)
 
-
 def token_loss(h, W, y):
     """Sum of the losses of hidden (n, C) under head (V, C), fp32 or wider; targets y (n,), -1 = none."""
     logits = (h @ W.to(h.dtype).T).to(torch.promote_types(h.dtype, torch.float32))                            # (n, V)
     return F.cross_entropy(logits, y, ignore_index=-1, reduction="sum")
-
 
 def cross_entropy(h, W, targets, part=token_loss, chunk=4096):
     """Mean loss of hidden (B, T, C), 0 if there is no target. In chunks, each recomputed in the backward pass, so that
@@ -266,7 +255,6 @@ def cross_entropy(h, W, targets, part=token_loss, chunk=4096):
     chunks = list(zip(h.flatten(0, 1).split(chunk), targets.flatten().split(chunk)))
     total = sum(checkpoint(part, x, W, t, use_reentrant=False) if len(chunks) > 1 else part(x, W, t) for x, t in chunks)
     return total / (targets >= 0).sum().clamp(min=1)
-
 
 class MiniMax(nn.Module):
     """`dtype` is what activations are computed in; weights keep theirs (fp32 in training) and are cast where used."""
@@ -412,7 +400,6 @@ class MiniMax(nn.Module):
         with open(os.path.join(path, "config.json"), "w") as f:
             json.dump(config_to_hf(self.cfg, str(self.embed.weight.dtype).removeprefix("torch.")), f, indent=2)
 
-
 # ---- checkpoints of others -------------------------------------------------------------------------------------
 
 NOT_TEXT = r"(model\.)?(vision_tower|multi_modal_projector|patch_merge_mlp|mtp)\."  # of M3; M2's files have no MTP
@@ -423,7 +410,6 @@ HF_NAMES = (  # released names and transformers' in-memory names -> ours, in thi
     (r"\.mlp\.(gate\.)?e_score_correction_bias", ".mlp.router.bias"), (r"\.mlp\.gate\.", ".mlp.router."),
     (r"\.shared_experts", ".shared"), (r"\.experts\.gate_up_proj$", ".w13"), (r"\.experts\.down_proj$", ".w2"),
     (r"gate_up_proj", "w13"), (r"gate_proj", "w1"), (r"up_proj", "w3"), (r"down_proj", "w2"))
-
 
 def read_tensors(path):
     """Yield (name, tensor) of every text tensor in a folder's safetensors files; fp8 comes back as fp32."""
@@ -440,7 +426,6 @@ def read_tensors(path):
             t = t.float() * tiles
         yield name, t
 
-
 def locate(params, name):
     """The part of our parameters that a tensor of that name fills -> (our name, a view of it), or (None, None)."""
     for pattern, ours in HF_NAMES:
@@ -454,7 +439,6 @@ def locate(params, name):
     part = params[name][int(expert)] if expert else params[name]
     return name, part if which == "w2" else part.chunk(2)[which == "w3"]  # gate and up are halves, not interleaved
 
-
 FIXED = dict(swiglu_limit=7.0, swiglu_alpha=1.702, index_local_blocks=1, scoring_func="sigmoid", use_qk_norm=True,
              tie_word_embeddings=False, rope_type="default")  # fields of which this code knows one value
 CONFIG_NAMES = dict(
@@ -462,7 +446,6 @@ CONFIG_NAMES = dict(
     n_kv_head="num_key_value_heads", head_dim="head_dim", max_seq_len="max_position_embeddings",
     norm_eps="rms_norm_eps", expert_dim="intermediate_size", n_expert="num_local_experts",
     n_expert_per_tok="num_experts_per_tok")
-
 
 def config_from_hf(hf):
     """config.json of MiniMax-M2, or of M3 (its text part) -> MiniMaxConfig. ValueError for any other model."""
@@ -489,7 +472,6 @@ def config_from_hf(hf):
         index_head_dim=hf.get("index_head_dim") or sparse["sparse_index_dim"],
         index_block_size=hf.get("index_block_size") or sparse["sparse_block_size"],
         index_topk_blocks=hf.get("index_topk_blocks") or sparse["sparse_topk_blocks"])
-
 
 def config_to_hf(cfg, dtype):
     """An M2 config in the released fields."""

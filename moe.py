@@ -17,7 +17,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
 def route(logits, bias, n_active, scale=1.0, idx=None):
     """Choose experts. logits (T, E) fp32 or wider, bias (E,) -> weights (T, A) that sum to `scale`, idx (T, A) int64.
     A recorded idx replaces the choice, not the weights. M2 report section 2 (sigmoid gate), DeepSeek-V3 eq. 16 (bias in
@@ -31,7 +30,6 @@ def route(logits, bias, n_active, scale=1.0, idx=None):
     weights = scores.gather(-1, idx)
     return scale * weights / weights.sum(-1, keepdim=True), idx
 
-
 def gated(h, activation):
     """[gate | up] (…, 2I) -> (…, I). "swiglu": silu(gate) * up (M2). "swiglu_oai": clamped, with up + 1 (M3)."""
     gate, up = h.chunk(2, dim=-1)
@@ -40,7 +38,6 @@ def gated(h, activation):
     # (up + 1) * gate * sigmoid(1.702 * gate) with gate <= 7 and |up| <= 7, in the fewest passes over memory
     swish = F.silu(1.702 * gate.clamp(max=7.0)) * (1 / 1.702)
     return torch.addcmul(swish, swish, up.clamp(-7.0, 7.0))
-
 
 def experts_loop(x, w13, w2, weights, idx, activation):
     """Every expert in turn, on the tokens that chose it: the specification, and the path for fp64.
@@ -51,7 +48,6 @@ def experts_loop(x, w13, w2, weights, idx, activation):
         out = gated(x[token] @ w13[e].T, activation) @ w2[e].T
         y = y.index_add(0, token, out * weights[token, slot, None].to(x.dtype))
     return y
-
 
 class _Rows(torch.autograd.Function):
     """x[index] of which every row of x appears n times, `back` its places: the gradient is gathered and summed over n.
@@ -68,7 +64,6 @@ class _Rows(torch.autograd.Function):
         grad = grad.index_select(0, *ctx.saved_tensors)
         return grad if ctx.n == 1 else grad.view(-1, ctx.n, grad.size(1)).sum(1), None, None, None
 
-
 def experts_grouped(x, w13, w2, weights, idx, activation):
     """The same, with tokens sorted by expert: contiguous groups of one matrix product. Shapes as in `experts_loop`."""
     (T, C), A = x.shape, idx.size(1)
@@ -81,13 +76,11 @@ def experts_grouped(x, w13, w2, weights, idx, activation):
     out = _Rows.apply(out, inverse, order, 1).view(T, A, C)
     return (out * weights[..., None].to(x.dtype)).sum(1)
 
-
 class Linear(nn.Linear):
     """Weights stay in the dtype they are trained in and are cast to the activations' where they are used."""
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
-
 
 class MLP(nn.Module):
     """Gated feed-forward layer: M3's dense layers and its shared expert."""
@@ -100,7 +93,6 @@ class MLP(nn.Module):
 
     def forward(self, x):
         return self.w2(gated(self.w13(x), self.activation))
-
 
 class Router(nn.Module):
     """Gate and bias. Both stay in fp32 when the model moves to bf16: near-ties in s + b would flip the choice."""
@@ -118,7 +110,6 @@ class Router(nn.Module):
 
     def forward(self, x):
         return F.linear(x.to(self.weight.dtype), self.weight)
-
 
 class MoE(nn.Module):
     """Router, E routed experts, and a shared one where cfg.shared_dim > 0."""
@@ -144,7 +135,6 @@ class MoE(nn.Module):
         load = torch.zeros(cfg.n_expert, device=x.device).index_add(0, idx.flatten(), count.flatten())
         return y if self.shared is None else y + self.shared(x), load, idx.view(*x.shape[:2], -1)
 
-
 def count_params(module):
     """Parameters and router biases: all, and those that one token uses."""
     moes = [m for m in module.modules() if isinstance(m, MoE)]
@@ -152,12 +142,10 @@ def count_params(module):
     idle = [(m.w13[0].numel() + m.w2[0].numel()) * (m.cfg.n_expert - m.cfg.n_expert_per_tok) for m in moes]
     return total, total - sum(idle)
 
-
 @torch.no_grad()
 def update_bias(bias, load, rate):
     """b += rate * sign(mean load - load), in place, after the optimizer step (arXiv 2408.15664, algorithm 1)."""
     bias += rate * (load.mean() - load).sign()
-
 
 def max_violation(load):
     """MaxVio of load (…, E): how far the busiest expert is above the mean; 0 = balanced, E - 1 = one takes all."""

@@ -53,20 +53,16 @@ QUERY_OUTER = 512  # queries a sequence up to which one program a query beats so
 PROGRAMS = 264     # full attention's decode splits its keys into this many programs: two a multiprocessor of an H100
 GAMMA = 2.0 ** -16  # rounding of a score of D = 128 products, relative to |q| |k|
 
-
 def jit(kernel):
     return kernel if triton is None else triton.jit(kernel)
-
 
 def chunk(device):
     """Elements of the largest temporary: index branch and MSA take queries in chunks and never hold a T x T matrix."""
     return 1 << 24 if device.type == "cpu" else 1 << 29
 
-
 def _expect(what, got, want):
     if got != want:
         raise ValueError(f"{what} is {got}, expected {want}")
-
 
 def _check(q, end, start, **others):
     """ValueError unless every other tensor (x, expected shape) fits q's device and dtype, and end and start fit too."""
@@ -86,7 +82,6 @@ def _check(q, end, start, **others):
             _expect(f"device of {name}", x.device, q.device)
     if start is not None:
         _expect("shape of start (a cache's length)", tuple(start.shape), (q.size(0),))
-
 
 def _pick(impl, x, *sizes, grad=()):
     """True for Triton. auto: on a GPU, in 16 bits, sizes powers of two from 16 to 128, no gradient; says why if not.
@@ -112,11 +107,9 @@ def _pick(impl, x, *sizes, grad=()):
         warnings.warn(f"sparse attention runs in torch: {why}", stacklevel=3)
     return why is None
 
-
 def _capacity(x):
     """Slots between two sequences of a cache lane (B, Tk, …), which may be a slice of a longer one."""
     return x.size(1) if x.size(0) == 1 else x.stride(0) // x[0, 0].numel()
-
 
 def _lanes(**lanes):
     """Slots a sequence. Kernels read each sequence of a cache lane as one piece, all lanes with the same capacity."""
@@ -127,12 +120,10 @@ def _lanes(**lanes):
             raise ValueError(f"strides of {name} are {x.stride()}, expected {want}")
     return cap
 
-
 def query_index(T, start, device):
     """Layout index i of each query: (1, T), or (B, T) where start (B,) is given."""
     i = torch.arange(T, device=device)[None]
     return i if start is None else i + start[:, None]
-
 
 def visible(i, j, end):
     """j <= i < end[j] for queries i (B, T) and keys j (Tk,): bool (B, T, Tk)."""
@@ -140,7 +131,6 @@ def visible(i, j, end):
     if end is None:
         return seen
     return seen & (i[..., None] < F.pad(end, (0, j.numel() - end.size(1)))[:, None])  # a cache may hold spare slots
-
 
 def full_attention(q, k, v, end=None, start=None, impl="auto"):
     """Softmax attention over every visible key. q (B, T, H, D), k and v (B, Tk, Hkv, D), end (B, Tk) and start (B,)
@@ -163,11 +153,9 @@ def full_attention(q, k, v, end=None, start=None, impl="auto"):
                                          is_causal=mask is None, enable_gqa=True)
     return out.transpose(1, 2)
 
-
 @functools.cache
 def _compiled(function):
     return torch.compile(function, dynamic=False)
-
 
 def _flex(q, k, v, end, tile=128):
     """Full attention over documents or trees in training on a GPU: FlexAttention, which skips tiles that are invisible
@@ -182,7 +170,6 @@ def _flex(q, k, v, end, tile=128):
                                     mask_mod=lambda b, h, i, j: (j <= i) & (i < end[b, j]))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return _compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
-
 
 def block_scores(qi, ki, i, end, L):
     """The index branch's score of every block (paper eq. 5-6): max over its visible keys of qi . ki, in fp32 or wider;
@@ -202,7 +189,6 @@ def block_scores(qi, ki, i, end, L):
     hidden = torch.arange(N, device=i.device)[:, None] >= (i // L)[:, None]                                # (B, N, T)
     return out.masked_fill(hidden[..., None], float("-inf")).permute(0, 2, 3, 1)
 
-
 def top_blocks(scores, own, S):
     """Block scores (B, T, Hkv, N), own block (B, T) -> int32 (B, T, Hkv, S): own, then by descending score, then -1."""
     scores = scores.clamp(max=torch.finfo(scores.dtype).max)  # where scores overflow, the own block still leads
@@ -211,7 +197,6 @@ def top_blocks(scores, own, S):
     value, block = scores.sort(dim=-1, descending=True, stable=True)
     block = block.masked_fill(value == float("-inf"), -1)[..., :S]
     return F.pad(block, (0, S - block.size(-1)), value=-1).int()
-
 
 @torch.no_grad()
 def select_blocks(qi, ki, S, L, end=None, start=None, impl="auto"):
@@ -228,7 +213,6 @@ def select_blocks(qi, ki, S, L, end=None, start=None, impl="auto"):
     return torch.cat([top_blocks(block_scores(qi[:, t:t + step], ki, i[:, t:t + step], end, L),
                                  (i[:, t:t + step] // L).expand(B, -1), S) for t in range(0, T, step)], 1)
 
-
 def gather_blocks(x, block_idx, L):
     """Copy out the chosen blocks. x (B, Tk, Hkv, D), block_idx (B, T, Hkv, S) -> (B, T, Hkv, S*L, D).
     A block of -1 yields block 0 and a last partial block zeros; `selected` says which keys count."""
@@ -240,7 +224,6 @@ def gather_blocks(x, block_idx, L):
     rows = (block + (batch[:, None] * Hkv + head)[:, None, :, None] * N).flatten()
     return x.permute(0, 3, 1, 2, 4).reshape(B * Hkv * N, L * D).index_select(0, rows).view(B, T, Hkv, S * L, D)
 
-
 def selected(block_idx, i, L, end):
     """Which gathered keys a query sees: bool (B, T, Hkv, S*L)."""
     j = (block_idx[..., None] * L + torch.arange(L, device=block_idx.device)).flatten(-2)
@@ -250,7 +233,6 @@ def selected(block_idx, i, L, end):
     j = j.clamp(0, end.size(1)).long()  # the 0 put behind the last: a slot without an end is invisible
     return seen & (i[..., None, None] < F.pad(end, (0, 1)).gather(1, j.flatten(1)).view(j.shape))
 
-
 def group_probs(q, keys, seen):
     """Main softmax, head by head: q (B, T, H, D), keys (B, T, Hkv, J, D), seen (B, T, Hkv, J) -> (B, T, Hkv, G, J)."""
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -258,7 +240,6 @@ def group_probs(q, keys, seen):
     # keys @ q, not q @ keys^T: the gradient of the gathered keys, the largest tensor here, needs no transposed copy
     scores = (keys.to(wide) @ q).transpose(-1, -2) * q.size(-2) ** -0.5
     return scores.masked_fill(~seen[..., None, :], float("-inf")).softmax(-1)
-
 
 def msa_attention(q, k, v, block_idx, L, end=None, start=None, impl="auto"):
     """Exact attention over the chosen blocks (paper eq. 8): time and memory grow with T * S * L, never with T * T.
@@ -280,7 +261,6 @@ def msa_attention(q, k, v, block_idx, L, end=None, start=None, impl="auto"):
     return torch.cat([checkpoint(attend, q[:, t:t + step], i[:, t:t + step], block_idx[:, t:t + step], k, v,
                                  use_reentrant=False) for t in range(0, T, step)], 1)
 
-
 def msa_decode(q, k, v, qi, ki, S, L, length, end=None, impl="auto", fp8=None):
     """One decode step: choose blocks, attend. q (B, T, H, D) and qi (B, T, Hkv, D) are the new tokens', at slots length
     (B,) int32 and on, length + T <= Tk; k, v (B, Tk, Hkv, D) and ki (B, Tk, D) hold them too -> out (B, T, H, D),
@@ -295,7 +275,6 @@ def msa_decode(q, k, v, qi, ki, S, L, length, end=None, impl="auto", fp8=None):
         return _decode_triton(q.contiguous(), k, v, qi.contiguous(), ki, S, L, length.contiguous(), end, fp8)
     block_idx = select_blocks(qi, ki, S, L, end, length, impl)
     return msa_attention(q, k, v, block_idx, L, end, length, impl), block_idx
-
 
 @torch.no_grad()
 def quantize_index(ki, L):
@@ -312,7 +291,6 @@ def quantize_index(ki, L):
     residual, norm = (x.norm(dim=-1).amax(-1) * up * scale for x in (k - k8.float(), k))
     slack = residual + GAMMA * (2 * norm + residual) + 1e-30
     return k8.flatten(1, 2)[:, :Tk].contiguous(), scale, slack
-
 
 class _IndexKL(torch.autograd.Function):
     """KL and its gradient in one pass: d KL / d score = (index softmax - teacher) * weight / (Hkv * sum of weights)."""
@@ -342,13 +320,11 @@ class _IndexKL(torch.autograd.Function):
         dqi, dki = ctx.saved_tensors
         return (grad * dqi).to(dqi.dtype), (grad * dki).to(dki.dtype), *[None] * 7
 
-
 def _kl_terms(p, scores, seen, share):
     """Teacher p, scaled index scores (B, t, Hkv, J), share (B, t) -> weighted KL (scalar), d KL / d scores."""
     logp = scores.masked_fill(~seen, float("-inf")).log_softmax(-1)
     kl = torch.where(p > 0, p * (p.log() - logp), 0.0).sum(-1)  # p = 0 gives 0 * inf where a key is invisible
     return (kl * share[..., None]).sum(), (logp.exp() - p) * share[..., None, None]
-
 
 def _kl_selected(qi, ki, q, k, blocks, L, i, end, share):
     """Support = the tokens of the chosen blocks (paper eq. 9-10)."""
@@ -366,7 +342,6 @@ def _kl_selected(qi, ki, q, k, blocks, L, i, end, share):
     dki = dkeys.new_zeros(B * N, L * D).index_add_(0, rows, dkeys).view(B, N * L, D)[:, :ki.size(1)]
     return kl, dqi, dki
 
-
 def _kl_prefix(qi, ki, q, k, blocks, L, i, end, share):
     """Support = the whole visible prefix: the warm-up, before anything is selected."""
     D, Hkv = qi.size(-1), qi.size(2)
@@ -377,7 +352,6 @@ def _kl_prefix(qi, ki, q, k, blocks, L, i, end, share):
     ds = (ds * D ** -0.5).to(qi.dtype)
     return kl, torch.einsum("bthk,bkd->bthd", ds, ki), torch.einsum("bthk,bthd->bkd", ds, qi)
 
-
 def prefix_probs(q, k, seen):
     """Mean over the group's heads of the full softmax. q (B, T, H, D), k (B, Tk, Hkv, D), seen (B, T, 1, Tk) ->
     (B, T, Hkv, Tk), fp32 or wider."""
@@ -386,14 +360,12 @@ def prefix_probs(q, k, seen):
     scores = q @ k.to(wide).permute(0, 2, 3, 1)[:, :, None] * q.size(-1) ** -0.5                    # (B, Hkv, G, T, Tk)
     return scores.masked_fill(~seen[:, None, None, :, 0], float("-inf")).softmax(-1).mean(2).transpose(1, 2)
 
-
 def index_kl_loss(qi, ki, q, k, block_idx=None, L=1, end=None, weight=None, stride=1):
     """KL(teacher || index softmax), mean over tokens (by weight (B, T)) and KV heads: a scalar with its real value.
     Teacher: mean over the group's heads of the main softmax, detached. Support: the chosen blocks, or the whole visible
     prefix where block_idx is None. qi (B, T, Hkv, D), ki (B, T, D), q (B, T, H, D), k (B, T, Hkv, D). Gradient: qi, ki
     alone. stride > 1 takes the mean over every stride-th query."""
     return _IndexKL.apply(qi, ki, q.detach(), k.detach(), block_idx, L, end, weight, stride)
-
 
 def msa_train(q, k, v, qi, ki, block_idx, L, end=None, weight=None, stride=1, impl="auto"):
     """msa_attention and index_kl_loss of one layer in training -> out (B, T, H, D), KL, both with gradients. The Triton
@@ -413,7 +385,6 @@ def msa_train(q, k, v, qi, ki, block_idx, L, end=None, weight=None, stride=1, im
     kl = index_kl_loss(qi, ki, q, k, block_idx, L, end, weight, stride)
     return msa_attention(q, k, v, block_idx, L, end, None, "torch"), kl
 
-
 @torch.no_grad()
 def block_recall(qi, ki, q, k, S, L, end=None, n_query=256):
     """Share of the S-1 heaviest earlier blocks (group-mean mass of the dense softmax) that the index branch finds, the
@@ -432,7 +403,6 @@ def block_recall(qi, ki, q, k, S, L, end=None, n_query=256):
     best, held = (mass.gather(-1, x).sum(-1) for x in (true, found))
     counts = n_earlier > S
     return hits[counts].mean(), (held / best)[counts].mean(), ((S - 1) / n_earlier[counts]).mean()
-
 
 class KVCache:
     """Keys, values and index keys of every layer and every MTP module, in static buffers; slot = position on the path.
@@ -494,7 +464,6 @@ class KVCache:
                                      for x in self.coded]
         self.length = self.length[rows]
 
-
 # ---- Triton: the index branch of a prefill -------------------------------------------------------
 
 @jit
@@ -503,19 +472,16 @@ def _key(score, block):
     bits = score.to(tl.int32, bitcast=True)
     return (tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64) << 32) | (0x7FFFFFFF - block).to(tl.int64)
 
-
 @jit
 def _block_of(key):
     """Block id of a key; -1 where its score is -inf, whose bits make -0x7F800001."""
     return tl.where((key >> 32) > -0x7F800001, 0x7FFFFFFF - (key & 0x7FFFFFFF), -1).to(tl.int32)
-
 
 @jit
 def _merge(best, new):
     """Top W of two rows of W keys, descending: best is, new has any order. Of a descending and an ascending row the
     larger elements, place by place, are the top W, and already bitonic."""
     return tl.bitonic_merge(tl.maximum(best, tl.sort(new, 1, False)), 1, True)
-
 
 # One program = ROWS (query, index head) pairs of one sequence against every earlier block; the longest start first.
 @jit
@@ -548,7 +514,6 @@ def _index_kernel(qi, keys, end, block_end, start, block_idx, T, cap, HKV: tl.co
     tl.store(out + tl.zeros([1], tl.int32), (i // L)[:, None], mask=mine[:, None])
     tl.store(out + 1 + w, _block_of(best), mask=mine[:, None] & (w < S - 1))
 
-
 def _select_triton(qi, ki, S, L, end, start):
     (B, T, Hkv, D), cap = qi.shape, _lanes(ki=ki)
     block_idx = torch.empty(B, T, Hkv, S, dtype=torch.int32, device=qi.device)
@@ -560,7 +525,6 @@ def _select_triton(qi, ki, S, L, end, start):
     _index_kernel[triton.cdiv(T * Hkv, rows), B](qi, keys, end, block_end, start, block_idx, T, cap, Hkv, D, L, S, W,
                                                  rows, num_warps=8, num_stages=2, maxnreg=128)
     return block_idx
-
 
 # ---- Triton: attention over the chosen blocks ----------------------------------------------------
 
@@ -593,7 +557,6 @@ def _query_outer_kernel(q, k, v, end, start, block_idx, out, stat, T, cap, HKV: 
     if stat is not None:
         tl.store(stat + (bt * HKV + h) * G + g, m + tl.log2(l), mask=g < G)
 
-
 # One program = up to RUN queries that chose one block, ROWS // G of them at a time: K and V are read once for all.
 @jit
 def _kv_outer_kernel(q, k, v, end, first, edges, tasks, part, lse, edge0, HKV: tl.constexpr, G: tl.constexpr,
@@ -620,7 +583,6 @@ def _kv_outer_kernel(q, k, v, end, first, edges, tasks, part, lse, edge0, HKV: t
             slot = edge.to(tl.int64) * G + r % G  # every (query, head, slot) owns its place: no atomics
             tl.store(part + slot[:, None] * D + d, o.to(x.dtype), mask=mine[:, None])
             tl.store(lse + slot, m + tl.log2(l), mask=mine)
-
 
 # One program = ROWS // G queries of one block and one KV head: their own block here, then the parts of the others.
 @jit
@@ -659,7 +621,6 @@ def _combine_kernel(q, k, v, end, first, block_idx, part, lse, out, stat, n, G: 
     if stat is not None:
         tl.store(stat + (t * HKV + h) * G + r % G, m + tl.log2(l), mask=mine)
 
-
 def _plan(blk, N, chunk_size, run):
     """Turn the choice around: which queries chose each block. blk (B, T, Hkv, S); chunks of chunk_size queries ->
     edges int32 (B*T*Hkv*S,): ids of (query, head, slot) sorted by (chunk, head, block); tasks int32 (chunks, P, 4):
@@ -683,7 +644,6 @@ def _plan(blk, N, chunk_size, run):
     hi = torch.minimum(lo + run, offset[1:].view(B * chunks, buckets).gather(1, bucket))
     tasks = torch.stack([bucket // N, bucket % N, lo, torch.where(real, hi, lo)], -1)
     return edges.int(), tasks.int(), ends
-
 
 def _attend_triton(q, k, v, block_idx, L, end, start, stat=None, chunk_size=16384, run=256):
     (B, T, H, D), (Tk, Hkv), S, device = q.shape, k.shape[1:3], block_idx.size(3), q.device
@@ -712,7 +672,6 @@ def _attend_triton(q, k, v, block_idx, L, end, start, stat=None, chunk_size=1638
             q[b, t:], k[b], v[b], ends, first[c:], block_idx[b, t:], part, lse, out[b, t:],
             None if stat is None else stat[b, t:], n, *dims, big, num_warps=big // 16)
     return out
-
 
 # ---- Triton: gradients -----------------------------------------------------------------------------
 
@@ -754,7 +713,6 @@ def _backward_kernel(q, k, v, grad, stat, delta, end, edges, tasks, dq, dk, dv, 
         at = (tl.program_id(0).to(tl.int64) * L + tl.arange(0, L))[:, None] * D + d
         tl.store(dk + at, dkey * D ** -0.5)
         tl.store(dv + at, dvalue)
-
 
 # One program = up to RUN queries that chose one block: FIRST, the log-sum-exp of their index scores there; then KL and
 # its gradient. The teacher, the mean over G heads, is a product with a matrix of zeros and ones.
@@ -812,7 +770,6 @@ def _kl_kernel(q, k, qi, ki, stat, index_stat, share, end, edges, tasks, value, 
         if index_stat is not None:
             tl.store(dki + (tl.program_id(0).to(tl.int64) * L + tl.arange(0, L))[:, None] * DI + di, dkey)
 
-
 # One program = one block and KV head: the parts of a gradient of its keys, task after task, always in this order.
 @jit
 def _task_sum_kernel(part, ends, out, N, T, HKV: tl.constexpr, D: tl.constexpr, L: tl.constexpr):
@@ -828,7 +785,6 @@ def _task_sum_kernel(part, ends, out, N, T, HKV: tl.constexpr, D: tl.constexpr, 
             parts += L * D
         tl.store(out + rows, acc, mask=held)
 
-
 # One program = one query and KV head: the parts of a gradient of its query, summed over the slots.
 @jit
 def _slot_sum_kernel(part, block_idx, out, HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
@@ -840,7 +796,6 @@ def _slot_sum_kernel(part, block_idx, out, HKV: tl.constexpr, G: tl.constexpr, D
         x = tl.load(part + ((row * S + slot) * G + g)[:, None] * D + d, mask=chosen[:, None], other=0.0)
         acc += x  # in fp32, or in fp64 if x is
     tl.store(out + (row * G + g)[:, None] * D + d, acc.to(out.dtype.element_ty), mask=(g < G)[:, None])
-
 
 class _Train(torch.autograd.Function):
     """Attention over chosen blocks and the index branch's KL, with gradients. No atomics: two runs, equal bits."""
@@ -858,7 +813,6 @@ class _Train(torch.autograd.Function):
         index = [(grad_kl * x).to(x.dtype) for x in ctx.index]
         return *_attend_backward(*ctx.saved_tensors, grad.contiguous(), ctx.L, ctx.end), *index, *[None] * 4
 
-
 def _chunks(q, block_idx, L, run=1024, most=8192):
     """Sort whole chunks of queries by all their blocks, own one included. -> [(chunk, sequence, its queries as a slice,
     id of its first edge)], edges, tasks, ends. Offsets within a chunk are int32."""
@@ -866,7 +820,6 @@ def _chunks(q, block_idx, L, run=1024, most=8192):
     size = min(T, most, (2 ** 31 - 1) // (H * S * D))
     chunks = [(b, slice(t, min(T, t + size)), (b * T + t) * Hkv * S) for b in range(B) for t in range(0, T, size)]
     return [(c, *x) for c, x in enumerate(chunks)], *_plan(block_idx, -(-T // L), size, run)
-
 
 def _kl_triton(q, k, qi, ki, block_idx, L, end, stat, share):
     """-> KL, dqi, dki. stat (B, T, H): log2-sum-exp of the main branch; share (B, T): a query's weight in the mean."""
@@ -893,7 +846,6 @@ def _kl_triton(q, k, qi, ki, block_idx, L, end, stat, share):
         _slot_sum_kernel[len(value), Hkv](part, block_idx[b, at], dqi[b, at], Hkv, 1, Di, S, 16)
     return kl, dqi, dki.sum(2).to(ki.dtype)
 
-
 def _attend_backward(q, k, v, block_idx, out, stat, grad, L, end):
     """-> dq, dk, dv."""
     (B, T, H, D), (Hkv, S), N, dev = q.shape, block_idx.shape[2:], -(-q.size(1) // L), q.device
@@ -914,7 +866,6 @@ def _attend_backward(q, k, v, block_idx, out, stat, grad, L, end):
                                           max(16, triton.next_power_of_2(G)))
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
-
 # ---- Triton: decode ------------------------------------------------------------------------------
 
 @jit
@@ -923,7 +874,6 @@ def _queries(qi, length, b, T, HKV: tl.constexpr, D: tl.constexpr, L: tl.constex
     c = tl.arange(0, COLS)
     x = tl.load(qi + (b.to(tl.int64) * T * HKV + c)[None] * D + tl.arange(0, D)[:, None], mask=c < T * HKV, other=0.0)
     return x, tl.where(c < T * HKV, tl.load(length + b) + c // HKV, -1)
-
 
 @jit
 def _block_scores(x, key, end, i, b, blk, cap, L: tl.constexpr):
@@ -935,18 +885,15 @@ def _block_scores(x, key, end, i, b, blk, cap, L: tl.constexpr):
         s = tl.where(i[None] < last[:, None], s, float("-inf"))
     return tl.where(blk < i // L, tl.max(s, 0), float("-inf"))
 
-
 @jit
 def _unit(x):
     """Powers of two, at least the largest element of each column of x [D, COLS]."""
     return tl.exp2(tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(x.to(tl.float32)), 0), 2.0 ** -126))))
 
-
 @jit
 def _run_start(run, n, runs):
     """The n blocks before the last query's own, cut into even runs: the first block of a run."""
     return (run.to(tl.int64) * n // runs).to(tl.int32)
-
 
 @jit
 def _store_scores(scores, score, lo, hi, run, b, T, N, HKV: tl.constexpr, RUN: tl.constexpr, COLS: tl.constexpr):
@@ -955,7 +902,6 @@ def _store_scores(scores, score, lo, hi, run, b, T, N, HKV: tl.constexpr, RUN: t
     row = scores + (b * T * HKV + c).to(tl.int64) * (N + tl.num_programs(0))
     tl.store(row[:, None] + lo + g, score, mask=(c < T * HKV)[:, None] & (g < hi - lo))
     tl.store(row + N + run, tl.max(score, 1), mask=c < T * HKV)
-
 
 # One program = one run of blocks of one sequence, for all its queries and index heads at once.
 @jit
@@ -986,7 +932,6 @@ def _scan_kernel(qi, ki, scale, end, length, scores, done, T, cap, HKV: tl.const
     if run == 0:
         tl.store(done + b * T * HKV + c, 0, mask=c < T * HKV)
 
-
 @jit
 def _choose(scores, row, slot, n, N, RUNS: tl.constexpr, PAIR: tl.constexpr, W: tl.constexpr):
     """The block of rank slot >= 1 among those before the query's own, whose scores alone are above -inf. Exact in two
@@ -1000,7 +945,6 @@ def _choose(scores, row, slot, n, N, RUNS: tl.constexpr, PAIR: tl.constexpr, W: 
     score = tl.load(row + blk, mask=(pair >= 0)[:, None] & (blk < hi[:, None]), other=float("-inf"))
     best = _block_of(tl.topk(tl.reshape(_key(score, blk), [W * PAIR]), W))
     return tl.max(tl.where(tl.arange(0, W) == slot - 1, best, -1))
-
 
 # One program = one of the W blocks that lead on fp8 scores, for one query and index head: its exact score, and its id.
 @jit
@@ -1019,7 +963,6 @@ def _probe_kernel(qi, ki, end, length, scores, exact, T, cap, HKV: tl.constexpr,
         score = tl.max(tl.where(tl.arange(0, COLS) == row % (T * HKV), s, float("-inf")))
     tl.store(exact + 2 * row * W + slot - 1, score)
     tl.store(exact + (2 * row + 1) * W + slot - 1, blk.to(tl.float32))  # exact: blocks of int32 tokens end below 2^24
-
 
 # One program = R runs of one query and index head: blocks whose fp8 score plus error bound reaches the probes' minimum
 # get an exact score, the others none.
@@ -1052,7 +995,6 @@ def _rescore_kernel(qi, ki, slack, exact, end, length, scores, T, cap, HKV: tl.c
         score = tl.where(held & (blk == last), tl.max(tl.where(mine, s, float("-inf"))), score)
     tl.store(at + blk, score, mask=held)
     tl.store(at + N + run, tl.max(score, 1))
-
 
 # One program = one slot of one query and KV head: choose the block, attend; the last of the S programs combines.
 @jit
@@ -1105,7 +1047,6 @@ def _attend_kernel(q, k, v, end, length, scores, block_idx, part, lse, done, out
             acc += other.to(tl.float32) * weight[:, None]
         tl.store(out + heads, (acc / tl.maximum(total, 1e-30)[:, None]).to(x.dtype), mask=(g < G)[:, None])
 
-
 # One program = one of SPLIT runs of keys of one sequence and KV head, for the T * G query rows at once.
 @jit
 def _dense_kernel(q, k, v, end, length, part, T, cap, HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
@@ -1137,7 +1078,6 @@ def _dense_kernel(q, k, v, end, length, part, T, cap, HKV: tl.constexpr, G: tl.c
     tl.store(lse + 2 * at, m, mask=r < T * G)
     tl.store(lse + 2 * at + 1, l, mask=r < T * G)
 
-
 # One program = one query row: the weighted sum of its SPLIT parts.
 @jit
 def _dense_sum_kernel(part, out, T, HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr,
@@ -1151,7 +1091,6 @@ def _dense_sum_kernel(part, out, T, HKV: tl.constexpr, G: tl.constexpr, D: tl.co
     acc = tl.sum(tl.load(part + at[:, None] * D + d, mask=(w < SPLIT)[:, None], other=0.0) * weight[:, None], 0)
     row = ((b.to(tl.int64) * T + r // G) * HKV + h) * G + r % G
     tl.store(out + row * D + d, (acc / tl.maximum(l, 1e-30)).to(out.dtype.element_ty))
-
 
 def _decode_triton(q, k, v, qi, ki, S, L, length, end, fp8):
     (B, T, H, D), Hkv, cap, dev = q.shape, k.size(2), _lanes(k=k, v=v, ki=ki), q.device
@@ -1185,7 +1124,6 @@ def _decode_triton(q, k, v, qi, ki, S, L, length, end, fp8):
     dims = Hkv, H // Hkv, D, L, S, W, max(16, triton.next_power_of_2(H // Hkv)), runs, pair
     _attend_kernel[S, rows](q, k, v, end, length, scores, block_idx, part, lse, done, out, T, cap, dims, num_warps=8)
     return out, block_idx
-
 
 def _dense_triton(q, k, v, end, start):
     (B, T, H, D), Hkv, cap, tile = q.shape, k.size(2), _lanes(k=k, v=v), 64 if k.is_cuda else 32

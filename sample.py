@@ -30,7 +30,6 @@ VERSION = 1                            # of the checkpoint's layout
 # a word with the space before it; one digit; marks; line breaks with the indentation after them; other spaces
 PATTERN = r" ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s*\n[ \t]*|\s+(?!\S)|\s"
 
-
 class Tokenizer:
     """A tiktoken encoding made from a spec: {pattern: str, ranks: [bytes], special: {str: int}}."""
 
@@ -53,7 +52,6 @@ class Tokenizer:
     def decode(self, ids):
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
-
 def count_chunks(texts, pattern):
     """Count the distinct chunks that the pattern cuts the texts into; no token crosses the border of a chunk."""
     counts = Counter()
@@ -64,10 +62,8 @@ def count_chunks(texts, pattern):
         counts.update(chunks)
     return counts
 
-
 def pairs_of(word):
     return map(str.__add__, word, word[1:])
-
 
 def merge_pair(pair, new, words, freqs, counts, where):
     """Replace the pair by the token new in all words; keep counts and where right; return the pairs that hold new."""
@@ -84,7 +80,6 @@ def merge_pair(pair, new, words, freqs, counts, where):
                 where[p].append(i)
                 born.add(p)
     return born
-
 
 def learn_bpe(texts, vocab_size, pattern):
     """Learn 256 bytes + merges + 1 special = vocab_size tokens (fewer if the text runs out of pairs); return the spec.
@@ -118,7 +113,6 @@ def learn_bpe(texts, vocab_size, pattern):
             heappush(heap, (-counts[p], p))
     return {"pattern": pattern, "ranks": ranks, "special": {EOT: len(ranks)}}
 
-
 # ---- corpus --------------------------------------------------------------------------------------
 
 def list_files(path):
@@ -131,7 +125,6 @@ def list_files(path):
         dirs[:] = sorted(d for d in dirs if d not in skip and not d.startswith((".", "__pycache__")))
         files += [os.path.join(folder, n) for n in sorted(names) if path or n.endswith(".py")]
     return [(os.path.relpath(f, root), f) for f in files]
-
 
 def read_corpus(path):
     """-> [(name, text)], number of files skipped: empty, unreadable, binary (a zero byte) or not UTF-8."""
@@ -149,7 +142,6 @@ def read_corpus(path):
             skipped += 1
     return docs, skipped
 
-
 def split_corpus(docs):
     """Validation = the files whose sha256(name) is in the lowest 5 %; the last 5 % of each file where that leaves a
     side empty, as for a single file."""
@@ -159,7 +151,6 @@ def split_corpus(docs):
     cuts = [text.find("\n", len(text) * 95 // 100, len(text) - 1) + 1 or len(text) * 95 // 100 for _, text in docs]
     parts = [[(name, text[:c]) for (name, text), c in zip(docs, cuts)], [(n, t[c:]) for (n, t), c in zip(docs, cuts)]]
     return tuple([(name, text) for name, text in part if text] for part in parts)
-
 
 def truncate(docs, n_bytes):
     """The first n_bytes of the documents, cut between characters."""
@@ -171,7 +162,6 @@ def truncate(docs, n_bytes):
         if n_bytes <= 0:
             break
     return out
-
 
 def load_data(path, val_path, val_bytes):
     """Read and split -> training, validation (its first val_bytes), files skipped. ValueError if a side has no text."""
@@ -188,7 +178,6 @@ def load_data(path, val_path, val_bytes):
         raise ValueError(f"{path}: too little text to hold some out for validation; give --val-data")
     return train, truncate(val, val_bytes), skipped + more
 
-
 # ---- command line, device, checkpoint -----------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
@@ -199,7 +188,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise ValueError(message)
-
 
 def pick_device(name=None):
     """-> device, dtype of the activations, reason. ValueError if the device is asked for and absent."""
@@ -215,10 +203,8 @@ def pick_device(name=None):
         return torch.device(name), torch.bfloat16, f"{torch.cuda.get_device_name(name)} has bf16 tensor cores"
     return torch.device(name), torch.float32, "bf16 products are 10-70 times slower than fp32 on CPUs without AMX"
 
-
 def checkpoint_path(folder):
     return os.path.join(folder, "ckpt.pt")
-
 
 def load_checkpoint(folder, device="cpu"):
     """Read FOLDER/ckpt.pt, a plain dict (weights_only). ValueError, naming the file, if it is absent, damaged or of
@@ -239,7 +225,6 @@ def load_checkpoint(folder, device="cpu"):
         raise ValueError(f"{path}: the checkpoint lacks {', '.join(sorted(lacks))}")
     return state
 
-
 def save_checkpoint(folder, **state):
     """Write FOLDER/ckpt.pt beside the old file, then rename: a crash at any moment leaves a whole checkpoint. OSError,
     with the old one untouched, if it cannot be written."""
@@ -256,7 +241,6 @@ def save_checkpoint(folder, **state):
         raise OSError(f"cannot write {path}: {error}") from None
     os.replace(temporary, path)
 
-
 def load_model(state, device="cpu", dtype=torch.float32):
     """Checkpoint -> model in evaluation mode, tokenizer. ValueError if its parts do not fit together."""
     try:
@@ -265,7 +249,6 @@ def load_model(state, device="cpu", dtype=torch.float32):
         return model.eval(), Tokenizer(state["tokenizer"])
     except (TypeError, KeyError, AttributeError, RuntimeError, AssertionError) as error:
         raise ValueError(f"the checkpoint does not fit this code: {str(error).splitlines()[0]}") from None
-
 
 # ---- generation ----------------------------------------------------------------------------------
 
@@ -282,14 +265,12 @@ def truncate_logits(logits, temperature, top_p, top_k):
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), float("-inf"))
     return logits
 
-
 def sample_next(logits, temperature=1.0, top_p=1.0, top_k=None, generator=None):
     """(B, V) -> token (B,). temperature 0 is greedy."""
     if temperature == 0:
         return logits.argmax(-1)
     p = truncate_logits(logits, temperature, top_p, top_k).softmax(-1)
     return torch.multinomial(p, 1, generator=generator)[:, 0]
-
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, n_samples=1, temperature=1.0, top_p=0.95, top_k=40, generator=None,
@@ -331,14 +312,12 @@ def generate(model, prompts, max_new_tokens, n_samples=1, temperature=1.0, top_p
             return
         logits = model(token[:, None], cache=cache, n_logits=1)[0]
 
-
 def heal(tokenizer, ids):
     """Hold back the last token of a prompt: "def " ends in a lone space, which the tokenizer never puts before a name.
     The first new token must start with the bytes held back -> ids without it, allowed (V,) bool."""
     held, spec = tokenizer.decode_bytes(ids[-1:]), tokenizer.spec
     allowed = [token.startswith(held) for token in spec["ranks"]] + [False] * len(spec["special"])
     return ids[:-1] or [tokenizer.eot], torch.tensor(allowed)
-
 
 def parse_args(argv):
     p = Parser(__doc__)
@@ -369,7 +348,6 @@ def parse_args(argv):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be {want}")
     return args
 
-
 class Stream:
     """Text of one sample as its tokens arrive: characters are released whole, and nothing from a stop text on."""
 
@@ -391,7 +369,6 @@ class Stream:
         self.shown += len(new)
         return new
 
-
 def read_model(args, device, dtype):
     """-> model, tokenizer (None for --hf: prompt and text are then token ids)."""
     if args.hf is None:
@@ -400,7 +377,6 @@ def read_model(args, device, dtype):
         return MiniMax.from_hf(args.hf, device, dtype).eval(), None
     except Exception as error:  # of the file system, json, safetensors, or a field that is missing
         raise ValueError(f"--hf {args.hf}: {type(error).__name__}: {error}") from None
-
 
 def encode_prompt(args, tokenizer, cfg):
     """-> prompt ids, allowed (V,) bool for the first new token or None, eot id (-1 for none), id -> bytes."""
@@ -416,14 +392,12 @@ def encode_prompt(args, tokenizer, cfg):
         raise ValueError(f"the prompt has {len(ids)} tokens; the model's context is {cfg.max_seq_len}, all included")
     return ids, allowed, eot, to_bytes
 
-
 def card(args, model, device, why, n_prompt):
     cfg, (total, active) = model.cfg, model.num_params()
     print(f"model   | {total:,} parameters, {active:,} active; attention {' '.join(cfg.attn_types)}, torch; grouped_mm")
     print(f"device  | {device}, {str(model.dtype).removeprefix('torch.')}: {why}")
     print(f"prompt  | {n_prompt} tokens of a context of {cfg.max_seq_len}; temperature {args.temperature:g}, "
           f"top-p {args.top_p:g}, top-k {args.top_k}, seed {args.seed}\n", flush=True)
-
 
 def run(args):
     device, dtype, why = pick_device(args.device)
@@ -456,7 +430,6 @@ def run(args):
     print(json.dumps(result))
     return result
 
-
 def main(argv=None):
     try:
         return run(parse_args(argv))
@@ -466,7 +439,6 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("\nsample.py: interrupted", file=sys.stderr)
         sys.exit(130)
-
 
 if __name__ == "__main__":
     main()

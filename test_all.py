@@ -733,7 +733,11 @@ def test_packed_documents_learn_as_apart(dtype, near):
     assert relative(torch.stack(terms), torch.stack(means)) < near
     names, params = zip(*model.named_parameters())
     grads = (torch.autograd.grad(sum(s * x for s, x in zip(share, xs)), params) for xs in (terms, means))
-    for name, mine, want in zip(names, *grads): assert relative(mine, want) < near, name
+    # In fp32 a gradient that is a sum of cancelling terms keeps their rounding: it is held against the largest one
+    top = 0.0 if dtype == torch.float64 else 0.01
+    mine, want = ([g.double() for g in side] for side in grads)
+    for name, x, y in zip(names, mine, want):
+        assert (x - y).norm() < near * max(y.norm(), top * max(w.norm() for w in want)), name
 
 @gpu
 @pytest.mark.filterwarnings("error:sparse attention runs in torch")

@@ -44,7 +44,6 @@ RUNS = {
     "small": dict(seq_len=8192, batch_size=8, lr=2e-3, minutes=10.0, mtp_every=4, msa_from=0.25, stages=((0.0, 1),))}
 PEAK = {"H100": 989.4e12, "H200": 989.4e12, "H800": 989.4e12, "A100": 312e12}  # dense bf16 FLOP/s, by the GPU's name
 
-
 # ---- data ----------------------------------------------------------------------------------------
 
 class Tokens:
@@ -82,13 +81,11 @@ class Tokens:
             out.update(weight=(~pad).astype(np.float32), end=np.minimum(end - slot[:, :1], T).astype(np.int32))
         return {k: torch.from_numpy(v if k in ("weight", "end") else v.astype(np.int64)) for k, v in out.items()}
 
-
 def get_batch(tokens, seed, split, step, batch_size, T):
     """A pure function of (seed, split, step): rows of T slots from random multiples of L."""
     rng = np.random.default_rng((seed, split, step))
     n_starts = (len(tokens.begin) - T) // tokens.L + 1
     return tokens.rows(rng.integers(0, n_starts, batch_size) * tokens.L, T)
-
 
 # ---- optimizer -----------------------------------------------------------------------------------
 
@@ -101,7 +98,6 @@ def orthogonalize(G, steps=5):
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
     return X.mT if G.size(-2) > G.size(-1) else X
-
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised; the step has the size of AdamW's (rms 0.2, arXiv 2502.16982), so that both share a
@@ -125,7 +121,6 @@ class Muon(torch.optim.Optimizer):
                 for (p, _), u in zip(items, updates.reshape(len(items), *shape)):
                     p.add_(u, alpha=-0.2 * max(rows, cols) ** 0.5 * group["lr"])
 
-
 def configure_optimizers(model, lr):
     """Muon for matrices, AdamW for embedding, head, gates and norms -> both, the index branch's parameters, the others'
     (each side is clipped on its own). A group's rate is `scale` times the schedule's."""
@@ -141,11 +136,9 @@ def configure_optimizers(model, lr):
     index = [p for name, p in model.named_parameters() if ".indexer." in name]
     return [muon, adam], index, [p for name, p in model.named_parameters() if ".indexer." not in name]
 
-
 def schedule(progress, warmup, decay):
     """WSD: the rate's factor, in [0, 1]: linear warm-up, constant, linear decay to 0 over the run's last `decay`."""
     return min(1.0, progress / warmup + 0.01, (1 - progress) / decay)
-
 
 # ---- evaluation and checkpoints ------------------------------------------------------------------
 
@@ -170,7 +163,6 @@ def evaluate(model, tokens, T, batch_size, device):
     mean = torch.stack(recalls).nanmean(0) if recalls else torch.zeros(3, 0)
     recall, mass, chance = [[]] * 3 if mean.isnan().any() else mean.tolist()  # nan: rows too short to choose in
     return dict(bpb=nats / math.log(2) / tokens.n_bytes, load=load, recall=recall, mass=mass, chance=chance)
-
 
 # ---- the run -------------------------------------------------------------------------------------
 
@@ -212,7 +204,6 @@ def parse_args(argv):
     check_args(args)
     return args, state
 
-
 def check_args(args):
     """ValueError for what argparse lets through, naming the value."""
     least = dict(steps=1, minutes=1e-6, seq_len=16, batch_size=1, log_every=1, eval_every=1, stop_after=1, lr=1e-12,
@@ -225,7 +216,6 @@ def check_args(args):
         raise ValueError(f"--attn {args.attn}: msa or full (swa and lightning come later)")
     if args.preset in ("m2", "m3") and not args.dry_run:
         raise ValueError(f"--preset {args.preset}: its training state takes terabytes; --dry-run prints how many")
-
 
 def configure(args):
     """Preset and flags -> MiniMaxConfig, with what the flags leave open filled into args."""
@@ -244,7 +234,6 @@ def configure(args):
     if "msa" in cfg.attn_types and args.seq_len % cfg.index_block_size:
         raise ValueError(f"--seq-len {args.seq_len}: rows hold whole key blocks, a multiple of {cfg.index_block_size}")
     return dataclasses.replace(cfg, max_seq_len=args.seq_len)
-
 
 def dry_run(cfg, preset):
     """Parameters and bytes from the meta device, and how the published figures come out."""
@@ -271,7 +260,6 @@ def dry_run(cfg, preset):
     return dict(step=0, loss=None, val_bpb=None, tokens=0, tokens_per_s=None, mfu=None, params_total=total,
                 params_active=active, seconds=0.0)
 
-
 def convert(model, args):
     """A model trained with full attention -> the same weights with the preset's MSA layers, their index branch new."""
     new = MiniMax(dataclasses.replace(configure(args), vocab_size=model.cfg.vocab_size), model.dtype)
@@ -279,14 +267,12 @@ def convert(model, args):
     assert not unexpected and all(".indexer." in name for name in missing), (missing, unexpected)
     return new.to(next(model.parameters()).device)
 
-
 def carry_over(saved, old, model, optimizers, lr):
     """Give the optimizers of `model` what the saved ones held of `old`'s parameters, by name."""
     new = dict(model.named_parameters())
     for source, state, optimizer in zip(configure_optimizers(old, lr)[0], saved, optimizers):
         source.load_state_dict(state)
         optimizer.state.update({new[name]: source.state[p] for name, p in old.named_parameters() if p in source.state})
-
 
 def card(model, args, device, why, data, setup, sparse_from):
     cfg, (total, active) = model.cfg, model.num_params()
@@ -305,7 +291,6 @@ def card(model, args, device, why, data, setup, sparse_from):
           f"{data['val'].n_bytes:,} bytes; {data['skipped']} files skipped; vocabulary {cfg.vocab_size:,}")
     print(f"ready   | {setup:.1f} s", flush=True)
 
-
 def watch(loss, norm, history):
     """Raise FloatingPointError on a NaN, or when five losses in a row lie 1 nat above their running mean."""
     if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -317,7 +302,6 @@ def watch(loss, norm, history):
     if not history["above"]:
         history["ema"] = mean + max(0.05, 1 / (history["step"] + 1)) * (loss - mean)  # a plain mean at first
 
-
 def prepare(args, cfg, tokenizer):
     """Text -> tokenizer (learned from the training side where there is none), and a dict of what the run reads."""
     train, val, skipped = load_data(args.data, args.val_data, VAL_BYTES)
@@ -328,14 +312,12 @@ def prepare(args, cfg, tokenizer):
     sides = {name: Tokens(docs, tokenizer, L, args.seq_len) for name, docs in sides.items()}
     return tokenizer, dict(sides, skipped=skipped)
 
-
 def fuse(model):
     """torch.compile what lies between the attention kernels: norms, projections, rotations, experts and the loss."""
     for block in [*model.layers, *(module.block for module in model.mtp)]:
         block.attn.project = torch.compile(block.attn.project, dynamic=False)
         block.feed = torch.compile(block.feed, dynamic=False)
     model.token_loss = torch.compile(model.token_loss, dynamic=False)
-
 
 def learn(model, batch, n, optimizers, index, rest, mtp_weight, now):
     """One step on a batch in n parts: forward, backward, clip, check, update -> aux with loss and gradient norm."""
@@ -357,7 +339,6 @@ def learn(model, batch, n, optimizers, index, rest, mtp_weight, now):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return dict(total, norm=norm)
-
 
 def run(args, state):
     started = time.perf_counter()
@@ -452,7 +433,6 @@ def run(args, state):
         print(f"final {now['step']:04d} | {report(final)} | {data['val'].n_bytes:,} bytes")
     return summary(model, args, now, final, device)
 
-
 def summary(model, args, now, final, device):
     tokens, (total, active) = now["step"] * args.batch_size * args.seq_len, model.num_params()
     rate, moe = tokens / max(now["seconds"], 1e-9), torch.is_tensor(final["load"])
@@ -464,7 +444,6 @@ def summary(model, args, now, final, device):
                 block_chance=final["chance"], dead_experts=int((final["load"] == 0).sum()) if moe else 0,
                 max_vio=max_violation(final["load"]).tolist() if moe else [])
 
-
 def report(result):
     """One line of an evaluation."""
     line = f"val_bpb {result['bpb']:.4f}"
@@ -474,7 +453,6 @@ def report(result):
     if torch.is_tensor(result["load"]):
         line += f" | maxvio {' '.join(f'{v:.2f}' for v in max_violation(result['load']).tolist())}"
     return line
-
 
 def main(argv=None):
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -494,7 +472,6 @@ def main(argv=None):
     finally:
         for s, handler in handlers.items():
             signal.signal(s, handler)
-
 
 if __name__ == "__main__":
     main()

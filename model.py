@@ -290,7 +290,8 @@ class MiniMax(nn.Module):
         weight (B, T): multiplicity, 0 = pad. pos (B, T): default counts on from the cache. end (B, Tk): default causal.
         replay: an earlier aux, whose block_idx and experts are used again.
         aux: expert_load (layers with experts, E), experts (…, B, T, A), block_idx (layers with MSA, B, T, Hkv, S);
-        mtp_loss with targets; index_kl in training; block_recall, score_recall, block_chance in evaluation."""
+        hidden (B, T, C) before the last norm; mtp_loss with targets; index_kl in training; block_recall, score_recall,
+        block_chance in evaluation."""
         B, T = idx.shape
         if pos is None:
             pos = torch.arange(T, device=idx.device).expand(B, T)
@@ -311,7 +312,7 @@ class MiniMax(nn.Module):
         aux = {key: torch.stack(value) for key, value in aux.items()}
         if mtp_loss is not None:
             aux["mtp_loss"] = mtp_loss
-        x = self.norm(x)
+        x, aux["hidden"] = self.norm(x), x
         loss = None if targets is None else cross_entropy(x, self.lm_head.weight, targets, self.token_loss)
         if targets is not None and n_logits is None:
             return None, loss, aux

@@ -18,6 +18,7 @@ import sysconfig
 import time
 from collections import Counter, defaultdict
 from heapq import heapify, heappop, heappush
+from types import SimpleNamespace
 
 import regex
 import tiktoken
@@ -311,6 +312,48 @@ def generate(model, prompts, max_new_tokens, n_samples=1, temperature=1.0, top_p
         if not any(running) or cache.used == cache.capacity:
             return
         logits = model(token[:, None], cache=cache, n_logits=1)[0]
+
+@torch.no_grad()
+def lockstep(model, players, group=1, generator=None, record=None):
+    """Drive coroutines in step, one token a row and forward. A player yields how many tokens of its cache it keeps and
+    the tokens to feed next; after the last of them it is sent a token sampled at temperature 1, nothing cut, its
+    logprob, and, with `record` (aux -> (B, T, r) array), r numbers for every token in its cache. It ends by returning.
+    Players lie side by side in groups of one first prompt, whose keys and values are computed once."""
+    cfg, device, notes = model.cfg, model.embed.weight.device, None
+    model.eval()
+    firsts = [next(player, None) for player in players]  # None: over before it began
+    rows = [SimpleNamespace(player=p, feed=first[1], notes=[]) for p, first in zip(players, firsts) if first]
+    heads = rows[::group] if len(rows) == len(players) else rows
+    shared = min((len(r.feed) for r in rows), default=1) - 1
+    cache = KVCache(cfg, len(heads), cfg.max_seq_len, device, model.dtype)
+    if shared:
+        aux = model(torch.tensor([r.feed[:shared] for r in heads], device=device), cache=cache, n_logits=0)[2]
+        notes = record and record(aux)
+    cache.expand(len(rows) // max(len(heads), 1))
+    for i, r in enumerate(rows):
+        r.feed, r.length = r.feed[shared:], shared
+        r.notes = [] if notes is None else list(notes[i * len(heads) // len(rows)])
+    while rows:
+        logits, _, aux = model(torch.tensor([r.feed[:1] for r in rows], device=device), cache=cache, n_logits=1)
+        logits, notes, rewritten = logits[:, 0].float(), record and record(aux), False
+        token = sample_next(logits, generator=generator)
+        logprob = logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
+        for i, (r, t, p) in enumerate(zip(rows, token.tolist(), logprob.tolist())):
+            r.feed, r.length = r.feed[1:], r.length + 1
+            r.notes += [] if notes is None else [notes[i, 0]]
+            if not r.feed:
+                try:
+                    kept, r.feed = r.player.send((t, p, r.notes))
+                except StopIteration:
+                    continue
+                rewritten |= kept < r.length
+                r.length, r.notes = kept, r.notes[:kept]
+        if rewritten:
+            cache.crop(torch.tensor([r.length for r in rows], dtype=torch.int32, device=device))
+        alive = [i for i, r in enumerate(rows) if r.feed]
+        if len(alive) < len(rows):
+            rows = [rows[i] for i in alive]
+            cache.select(torch.tensor(alive, dtype=torch.int64, device=device))
 
 def heal(tokenizer, ids):
     """Hold back the last token of a prompt: "def " ends in a lone space, which the tokenizer never puts before a name.

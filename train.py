@@ -454,24 +454,28 @@ def report(result):
         line += f" | maxvio {' '.join(f'{v:.2f}' for v in max_violation(result['load']).tolist())}"
     return line
 
-def main(argv=None):
+def command(script, run):
+    """Call run() -> its result, printed as JSON. Bad input is one line and status 2, divergence 1, Ctrl-C 130."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        result = run(*parse_args(argv))
+        result = run()
         print(json.dumps(result))
         return result
     except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        print(f"{script}: {error}", file=sys.stderr)
         sys.exit(2)
     except FloatingPointError as error:
-        print(f"train.py: stopped: {error}; the last good checkpoint is kept", file=sys.stderr)
+        print(f"{script}: stopped: {error}; the last good checkpoint is kept", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("train.py: interrupted", file=sys.stderr)
+        print(f"{script}: interrupted", file=sys.stderr)
         sys.exit(130)
     finally:
         for s, handler in handlers.items():
             signal.signal(s, handler)
+
+def main(argv=None):
+    return command("train.py", lambda: run(*parse_args(argv)))
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,934 @@
+"""Forge, MiniMax's agent-RL system, in one file: agents, gateway, windowed FIFO, prefix trees, CISPO.
+
+    python rl.py                                # a model learns to use a calculator: two CPU cores, three minutes
+    python rl.py --task maze --turns 40         # key-value maze; --task cap: the same in a context that is too small
+    python rl.py --schedule all                 # strict FIFO, window and greedy on one virtual clock
+    python rl.py --serve 8000                   # agents in other processes, through OpenAI's chat-completions protocol
+
+    agents   know a completion interface and nothing else: messages -> text
+    gateway  records what crosses it, by token: id, log-prob, version of the policy; nothing is tokenised twice
+    queue    windowed FIFO over groups: the trainer takes finished ones from [head, head + W - 1]
+    rollout  all episodes in lock step, a token a forward; prompts and tool results are forced tokens
+    train    a turn is a sample (context, action); the samples of a group merge into a prefix tree
+    loss     CISPO: -1/Z sum sg(min(pi / pi_old, 1 + eps)) A log pi;  A = reward to go - mean return of the others
+
+Differs from M2: the report publishes neither clip, rewards' weights nor baseline: ours are marked. A stuck task ends at
+a deadline with a failure, where the report's window would wait for ever. Generation is not interrupted: a rollout ends
+under the version that it started with; several versions in one episode occur only with --serve.
+"""
+import argparse
+import dataclasses
+import hmac
+import http.server
+import json
+import math
+import os
+import random
+import re
+import secrets
+import signal
+import string
+import time
+from collections import defaultdict
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from model import Call, MiniMax, MiniMaxConfig, rope_tables
+from sample import (Parser, Tokenizer, learn_bpe, load_checkpoint, load_model, lockstep, pick_device, save_checkpoint)
+from train import command, configure_optimizers
+
+EPS_HIGH = 4.0                         # not published: upper clip of the ratio, 1 + 4
+PROCESS, SPEED, FAILURE = -0.1, 0.1, -0.1  # not published: a malformed call; the weight of speed; a task that got stuck
+CALL_S, CHAR_S, TRAIN_S = 1.0, 0.02, 4.0   # virtual seconds of a call, of a character, of a training step
+MAX_NEW, STOP = 16, (*b"].",)           # tokens of one completion at most; a call or an answer ends with one of these
+WARM_LR, NOISE = 1.2e-2, 0.15          # of the imitation: its rate, the share of the teacher's characters that is wrong
+MAX_BODY = 1 << 20                     # bytes of a request to the gateway
+MADE_BY = ("task", "turns", "preset", "attn", "mtp")  # what the model of a checkpoint depends on
+
+# ---- agents: they see messages and text, nothing of the model ------------------------------------
+
+def say(role, content):
+    return {"role": role, "content": content}
+
+class Task:
+    """Calls of a tool, then an answer. A subclass has prompt, answer, difficulty (about the calls that it takes), tool
+    (text -> observation, None for a malformed call) and expert (messages -> text), a teacher."""
+    cap = math.inf                     # characters of context; an episode that needs more fails
+
+    def agent(self):
+        """One episode: yields messages, is sent the completion's text -> a reward for each, success, virtual seconds.
+        Outcome and speed, h(x) = clip(1 - x, -1, 1) of time over a baseline, for those who succeed. An answer that no
+        tool gave is malformed, as a wrong call is: guessing must not look safe. Under a cap D] drops all but prompt and
+        last observation: what to forget is an action, and the next context is rewritten, not extended."""
+        prompt, baseline = say("user", self.prompt), 2 * self.difficulty * (CALL_S + 8 * CHAR_S)
+        messages, rewards, seconds = [prompt], [], 0.0
+        for _ in range(self.difficulty * (1 if self.cap == math.inf else 2) + 3):
+            if sum(len(m["content"]) for m in messages) > self.cap:
+                break
+            text, last = (yield messages), messages[-1]["content"][1:-1]
+            seconds += CALL_S + CHAR_S * len(text)
+            if text.startswith("A"):
+                success, known = text == f"A{self.answer}.", text == f"A{last}."
+                outcome = 1.0 + SPEED * max(-1.0, min(1.0, 1 - seconds / baseline)) if success else 0.0
+                return [*rewards, outcome + (0.0 if known else PROCESS)], success, seconds
+            if text == "D]" and self.cap < math.inf:
+                messages, observation = [prompt, *messages[1:][-1:]], ""
+            else:
+                observation = self.tool(text)
+                messages = [*messages, say("assistant", text), say("tool", f"={observation or '?;'}")]
+            rewards.append(PROCESS if observation is None else 0.0)
+        return rewards or [0.0], False, seconds
+
+class Calculator(Task):
+    """One to three operations, left to right: Q12*3+45; t2[12*3] =36; t1[36+45] =81; A81. The thought: how many remain.
+    One operation a call, so that the tool is necessary."""
+    OPS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+
+    def __init__(self, rng):
+        self.difficulty, results = rng.randint(1, 3), [-1]
+        while not all(0 <= r <= 999 for r in results):
+            self.terms, results = [str(rng.randint(2, 99))], []
+            for _ in range(self.difficulty):
+                op = rng.choice("+-*")
+                self.terms += [op, str(rng.randint(2, 9 if op == "*" else 99))]
+                results.append(self.OPS[op](results[-1] if results else int(self.terms[0]), int(self.terms[-1])))
+        self.prompt, self.answer = f"Q{''.join(self.terms)};", results[-1]
+
+    def tool(self, text):
+        """Parsed, never evaluated; None for what is too large as well."""
+        call = re.fullmatch(r"t\d\[(\d{1,4})([+*-])(\d{1,4})\]", text)
+        result = self.OPS[call[2]](int(call[1]), int(call[3])) if call else -1
+        return f"{result};" if 0 <= result <= 9999 else None
+
+    def expert(self, messages, rng, noise):
+        done, last = len(messages) // 2, messages[-1]["content"][1:-1]
+        if done >= self.difficulty or last == "?":
+            return f"A{last.replace('?', '0')}."
+        call = f"{last if done else self.terms[0]}{self.terms[2 * done + 1]}{self.terms[2 * done + 2]}"
+        return f"t{self.difficulty - done}[{smudge(call, string.digits, rng, noise)}]"
+
+class Maze(Task):
+    """A chain of keys: Mqa; t0[qa] =xk; t1[xk] =bd! Abd. Each call yields the next key, the last is marked with "!"."""
+
+    def __init__(self, rng, turns, cap=math.inf):
+        pairs, letters = rng.sample(range(26 * 26), turns), string.ascii_lowercase
+        self.difficulty, self.cap = turns, cap
+        self.keys = [letters[p // 26] + letters[p % 26] for p in pairs]  # turns - 1 calls and an answer
+        self.prompt, self.answer = f"M{self.keys[0]};", self.keys[-1]
+        self.next = dict(zip(self.keys, self.keys[1:]))
+
+    def tool(self, text):
+        call = re.fullmatch(r"t\d\[([a-z]{2})\]", text)
+        key = self.next.get(call[1]) if call else None
+        return key and key + ("!" if key == self.answer else ";")
+
+    def expert(self, messages, rng, noise):
+        last, size = messages[-1]["content"], sum(len(m["content"]) for m in messages)
+        if size + 10 > self.cap and len(messages) > 2:
+            return "D]"
+        key = last[1:3]
+        if last.endswith("!") or key not in self.next:
+            return f"A{key}."
+        return f"t{len(messages) // 2 % 10}[{smudge(key, string.ascii_lowercase, rng, noise)}]"
+
+def smudge(text, alphabet, rng, noise):
+    return "".join(rng.choice(alphabet) if c in alphabet and rng.random() < noise else c for c in text)
+
+def make_task(args, number, split=0):
+    """Task `number` of a split: a pure function of the seed, so that every group of a run is a fresh problem."""
+    rng = random.Random(f"{args.seed} {split} {number}")
+    if args.task == "calculator":
+        return Calculator(rng)
+    return Maze(rng, args.turns, 64 if args.task == "cap" else math.inf)
+
+# ---- gateway and data pool -----------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Sample:
+    """One completion as the trainer sees it: ids[start:] is the action, before it the whole context."""
+    ids: torch.Tensor                  # (n,)
+    start: int
+    logprobs: torch.Tensor             # (n - start,) at temperature 1 when it was sampled; NaN: a demonstration
+    versions: torch.Tensor             # (n - start,) of the policy
+    routes: torch.Tensor = None        # (n - 1, r) experts and blocks of every token that was fed: see pack_routes
+    advantage: float = 1.0
+
+@dataclasses.dataclass
+class Trajectory:
+    """An episode: its samples, a reward for each, and, while it runs, the gateway's memory of what was said."""
+    task: int
+    samples: list = dataclasses.field(default_factory=list)
+    rewards: list = dataclasses.field(default_factory=list)
+    success: bool = False
+    seconds: float = 0.0
+    said: dict = dataclasses.field(default_factory=dict)  # text of a completion -> its tokens
+
+    def finish(self, rewards, success, seconds):
+        """What was earned beyond the last completion goes to that one."""
+        n = len(self.samples)
+        self.rewards = ([*rewards] + [0.0] * n)[:n]
+        if n:
+            self.rewards[-1] += sum(rewards[n:])
+        self.success, self.seconds, self.said = success, seconds, {}
+
+    def fail(self):
+        self.finish([0.0] * (len(self.samples) - 1) + [FAILURE], False, self.seconds)
+
+class Gateway:
+    """The only place where text and tokens meet. The chat template is concatenation. A completion that comes back in a
+    context becomes the tokens that were sampled: with merges "12" may be one token or two, and the text cannot tell."""
+
+    def __init__(self):
+        self.tokenizer = Tokenizer(learn_bpe([], 257, "(?s:.)"))  # bytes
+
+    def context(self, episode, messages):
+        known = [episode.said.get(m["content"]) if m["role"] == "assistant" else None for m in messages]
+        return [i for m, ids in zip(messages, known) for i in ids or self.tokenizer.encode(m["content"])]
+
+    def record(self, episode, context, ids, logprobs, version, routes=None):
+        """Keep one completion -> its text."""
+        text, logprobs = self.tokenizer.decode(ids), torch.tensor(logprobs, dtype=torch.float64)
+        versions = torch.full((len(ids),), version)
+        episode.samples.append(Sample(torch.tensor(context + ids), len(context), logprobs, versions, routes))
+        episode.said[text] = ids
+        return text
+
+def common_prefix(a, b):
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+# ---- rollout engine ------------------------------------------------------------------------------
+
+def play(episode, agent, gateway, version, room):
+    """One row of the lock step: feeds the agent's contexts, and hands it what was sampled by way of the gateway. Of a
+    context that was rewritten the cache keeps what it has in common with the last."""
+    path, reply, routes = [], None, []
+    while True:
+        try:
+            context = gateway.context(episode, agent.send(reply))
+        except StopIteration as stop:
+            return stop.value and episode.finish(*stop.value)  # an agent of another process reports by itself, later
+        if not 1 <= len(context) <= room:
+            return episode.fail()
+        kept = min(common_prefix(path, context), len(context) - 1)  # one is fed, for its logits
+        ids, logprobs, feed = [], [], context[kept:]
+        while len(ids) < MAX_NEW and not (ids and ids[-1] in STOP):
+            token, logprob, routes = yield kept, feed
+            kept, feed = len(context) + len(ids), [token]
+            ids, logprobs = ids + [token], logprobs + [logprob]
+        path, routes = context + ids[:-1], torch.from_numpy(np.stack(routes)) if routes else None
+        reply = gateway.record(episode, context, ids, logprobs, version, routes)
+
+def rollout(model, gateway, episodes, version, generator=None, group=1, replay=False):
+    """Play episodes [(trajectory, agent)] to their ends, in lock step. `replay` records experts and blocks."""
+    rows = [play(*episode, gateway, version, model.cfg.max_seq_len - MAX_NEW) for episode in episodes]
+    lockstep(model, rows, group, generator, pack_routes if replay else None)
+
+# ---- scheduler: windowed FIFO on a clock that is an argument -------------------------------------
+
+class WindowedFIFO:
+    """`slots` groups are in flight. The trainer may take a finished one from [head, head + window - 1] alone, in any
+    order; head, the oldest not consumed, moves when it is. A slot is free, and the next group admitted, once the step
+    that consumed it has published its weights. window 1 is strict FIFO. Greedy is window = inf, not window = slots:
+    refilled slots reach beyond head + slots - 1. A group that is late is completed, as a failure, not dropped.
+    Ages: at most slots + window - 2 groups, floor((slots + window - 2) / P) steps of P groups, pass a group by."""
+
+    def __init__(self, slots, window, deadline=math.inf):
+        self.slots, self.window, self.deadline = slots, window, deadline
+        self.head = self.next = 0
+        self.born = {}                 # admitted, its step not yet published: group -> (time, version)
+        self.done, self.taken = set(), set()  # finished, not consumed; consumed, beyond the head
+        self.batch = []                # consumed for the trainer's next step
+
+    def admit(self, now, version):
+        """Fill the free slots -> the new groups."""
+        new = range(self.next, self.next + self.slots - len(self.born))
+        self.born.update((task, (now, version)) for task in new)
+        self.next += len(new)
+        return list(new)
+
+    def waiting(self):
+        """Groups whose rollout has not finished."""
+        return [t for t in self.born if t >= self.head and t not in self.done and t not in self.taken]
+
+    def finish(self, task):
+        if task in self.waiting():  # a group that was completed at its deadline may still report later
+            self.done.add(task)
+
+    def expire(self, now):
+        """Complete what is past its deadline -> those groups; the caller gives them a failure's reward."""
+        late = [t for t in self.waiting() if now >= self.born[t][0] + self.deadline]
+        self.done.update(late)
+        return late
+
+    def take(self, n):
+        """Add finished groups of the window to the batch, oldest first -> it, once it holds n; None until then."""
+        while len(self.batch) < n:
+            ready = [t for t in self.done if t < self.head + self.window]
+            if not ready:
+                return None
+            task = min(ready)
+            self.done.remove(task)
+            self.taken.add(task)
+            self.batch.append(task)
+            while self.head in self.taken:
+                self.taken.remove(self.head)
+                self.head += 1
+        return self.batch
+
+    def publish(self, version):
+        """The step that consumed the batch is out as `version`: free its slots -> its groups' lags, in steps."""
+        lags = [version - 1 - self.born.pop(task)[1] for task in self.batch]
+        self.batch = []
+        return lags
+
+class Clock:
+    """The virtual clock: when each running group will finish, and how long the trainer stood idle."""
+
+    def __init__(self):
+        self.now, self.idle, self.running = 0.0, 0.0, {}
+
+    def wait(self, queue, n):
+        """Let time pass until the trainer's batch holds n groups -> those that missed their deadline meanwhile."""
+        late = []
+        while True:
+            for task in [t for t, when in self.running.items() if when <= self.now]:
+                queue.finish(task)
+                del self.running[task]
+            late += queue.expire(self.now)
+            self.running = {t: when for t, when in self.running.items() if t not in late}
+            if queue.take(n):
+                return late
+            deadlines = [queue.born[t][0] + queue.deadline for t in self.running]
+            then = max(self.now, min([*self.running.values(), *deadlines]))
+            self.idle, self.now = self.idle + then - self.now, then
+
+# ---- prefix tree ---------------------------------------------------------------------------------
+
+class PrefixTree:
+    """Samples of a group as one row: a token that several samples share at one place of their paths is computed once.
+
+        samples   a b c d        layout   a b | c d   c e f      depth first; `end` = where a token's subtree ends
+                  a b c e f      pos      0 1   2 3   2 3 4      branches part after c: c is copied into each, so that
+                  a b            weight   3 3   1 1   1 1 1      every position has one next token
+
+    Samples that part at depth p fork at L * ((p - max(K, 1)) // L): segments start at multiples of L, so that a key
+    block of the layout is one of a path, and module K of MTP finds its token K places on. `path` maps each sample's
+    depths to slots; what samples say about their tokens is summed into slots: weight[k] counts those that go on for k
+    more tokens (a pad: none), draft[k] those of whose action the token k + 1 places on is part."""
+
+    def __init__(self, samples, L=1, K=0):
+        keys = [sort_key(s) for s in samples]
+        order = sorted(range(len(samples)), key=keys.__getitem__)  # what is shorter first
+        self.samples, self.L, self.back = [samples[i] for i in order], L, max(K, 1)
+        self.part = [parting(keys[a], keys[b]) for a, b in zip(order, order[1:])]
+        depths = [np.arange(len(s.ids)) for s in self.samples]
+        self.size, self.segments, self.path = 0, [], [d.copy() for d in depths]
+        self.place(0, len(order), 0)
+        self.size += -self.size % L
+        self.idx, self.pos, self.end = np.zeros(self.size, int), np.zeros(self.size, int), np.arange(self.size) + 1
+        for s, path, depth in zip(self.samples, self.path, depths):
+            self.idx[path], self.pos[path] = s.ids.numpy(), depth
+        for start, stop, end in self.segments:
+            self.end[start:stop] = end
+        self.weight = np.stack([self.sum([d + k < len(d) for d in depths]) for k in range(K + 1)])
+        self.draft = np.stack([self.sum([(s.start <= d + k + 1) & (d + k + 1 < len(d))
+                                         for d, s in zip(depths, self.samples)]) for k in range(K + 1)])
+        self.n_naive = sum(map(len, depths))
+
+    def place(self, lo, hi, start):
+        """Lay out samples [lo, hi), which agree up to where they part, from depth `start` on; then their children."""
+        p = min(self.part[lo:hi - 1], default=math.inf)  # sorted: the closest neighbours are where the first parting is
+        fork = len(self.path[hi - 1]) if p == math.inf else max(start, self.L * ((p - self.back) // self.L))
+        base = self.size + -self.size % self.L
+        self.size = stop = base + fork - start
+        for path in self.path[lo:hi]:
+            path[start:fork] = base + np.arange(len(path[start:fork]))
+        if p != math.inf:
+            cuts = [lo, *(i + 1 for i in range(lo, hi - 1) if self.part[i] == p), hi]
+            for a, b in zip(cuts, cuts[1:]):  # a sample that ends before p sorts first: it belongs to the first child
+                self.place(a, b, fork)
+        self.segments.append((base, stop, self.size))
+
+    def sum(self, vectors):
+        return np.bincount(np.concatenate(self.path), np.concatenate(vectors), self.size)
+
+    def routes(self, T):
+        """Recorded experts and blocks of a row of T slots, (T, r). A path's block number becomes the layout's; a
+        sample's last token, never fed, takes what the one before chose, a pad its own block."""
+        own = -2 - np.arange(T)[:, None] // self.L
+        out = np.where(self.samples[0].routes.numpy()[:1] < 0, own, 0).astype(np.int32)
+        for s, path in zip(self.samples, self.path):
+            codes = np.concatenate([s.routes, s.routes[-1:]])
+            block = np.where(codes < -1, -2 - codes, 0)
+            out[path] = np.where(codes < -1, -2 - path[block * self.L] // self.L, codes)
+        return out
+
+def sort_key(sample):
+    """Tokens, with their routes where those were recorded: equal tokens that went to other experts are other nodes."""
+    ids, routes = sample.ids.tolist(), sample.routes
+    return ids if routes is None else list(zip(ids, map(tuple, [*routes.tolist(), routes[-1].tolist()])))
+
+def parting(a, b):
+    """Depth at which two keys part; inf if one is the other's beginning."""
+    depth = common_prefix(a, b)
+    return depth if depth < min(len(a), len(b)) else math.inf
+
+def pack_routes(aux):
+    """aux of a forward -> (B, T, r) int32: experts of every layer, and blocks as -2 - block (-1 stays -1)."""
+    parts = [aux["experts"].int()]
+    if "block_idx" in aux:
+        blocks = aux["block_idx"].flatten(3)
+        parts.append(torch.where(blocks >= 0, -2 - blocks, -1))
+    return torch.cat([x.permute(1, 2, 0, 3).flatten(2) for x in parts], -1).int().cpu().numpy()
+
+def unpack_routes(codes, cfg):
+    """(B, T, r) -> what MiniMax.forward takes as replay."""
+    n, A = cfg.mlp_types.count("moe"), cfg.n_expert_per_tok
+    replay = dict(experts=codes[..., :n * A].unflatten(-1, (n, A)).permute(2, 0, 1, 3))
+    if "msa" in cfg.attn_types:
+        shape = (cfg.attn_types.count("msa"), cfg.n_kv_head, -1)
+        blocks = codes[..., n * A:].unflatten(-1, shape).permute(2, 0, 1, 3, 4)
+        replay["block_idx"] = torch.where(blocks < -1, -2 - blocks, -1).int().contiguous()
+    return replay
+
+# ---- CISPO and the train engine ------------------------------------------------------------------
+
+def advantages(group):
+    """Reward to go of each turn, less the mean return of the group's other episodes -> samples of each episode.
+    # not published: the baseline; leaving the own return out keeps it unbiased."""
+    returns = [sum(t.rewards) for t in group]
+    for t, own in zip(group, returns):
+        others = (sum(returns) - own) / max(1, len(group) - 1)
+        for i, sample in enumerate(t.samples):
+            sample.advantage = sum(t.rewards[i:]) - others
+    return [t.samples for t in group]
+
+def cispo_loss(logprob, entry, old, advantage, Z, eps_high=EPS_HIGH):
+    """logprob (n,) of the slots; entry (m,) the slot of each action token of each sample, with its log-prob at rollout
+    and its advantage -> -1/Z sum sg(min(pi / pi_old, 1 + eps)) A log pi, ratios (m,).
+    The weight is detached, so the loss is linear in log pi, and all samples through a slot collapse to one coefficient.
+    Its value is near 0 by construction (advantages sum to about 0): read the reward, not the loss."""
+    ratio = (logprob.detach()[entry] - old).exp()
+    coefficient = torch.zeros_like(logprob).index_add(0, entry, ratio.clamp(max=1 + eps_high) * advantage)
+    return -(coefficient * logprob).sum() / Z, ratio
+
+def collate(trees, device):
+    """Trees as rows of one micro-batch, padded at the end -> dict of tensors."""
+    T = max(t.size for t in trees)
+    wide = lambda x: np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, T - x.shape[-1])])
+    out = {name: np.stack([wide(getattr(t, name)) for t in trees]) for name in ("idx", "pos")}               # (B, T)
+    out |= {name: np.stack([wide(getattr(t, name)) for t in trees], 1) for name in ("weight", "draft")}  # (K + 1, B, T)
+    if any((t.end < t.size).any() for t in trees):  # rows without a fork are plain causal, which is faster
+        out["end"] = np.stack([np.append(t.end, np.arange(t.size, T) + 1) for t in trees]).astype(np.int32)
+    parts = [(b * T + path[s.start - 1:-1], s) for b, t in enumerate(trees) for s, path in zip(t.samples, t.path)]
+    slots, first, entry = np.unique(np.concatenate([at for at, _ in parts]), return_index=True, return_inverse=True)
+    out.update(slots=slots, entry=entry, target=np.concatenate([s.ids[s.start:] for _, s in parts])[first],
+               old=np.concatenate([s.logprobs for _, s in parts]),
+               version=np.concatenate([s.versions for _, s in parts]),
+               advantage=np.concatenate([np.full(len(at), s.advantage) for at, s in parts]))
+    if all(s.routes is not None for _, s in parts):
+        out["routes"] = np.stack([t.routes(T) for t in trees])
+    return {name: torch.from_numpy(x).to(device) for name, x in out.items()}
+
+def policy(model, batch):
+    """Forward over a micro-batch -> log-prob of the action token after each slot that has one, entropy there, aux."""
+    replay = unpack_routes(batch["routes"], model.cfg) if "routes" in batch else None
+    aux = model(batch["idx"], weight=batch["weight"][0], pos=batch["pos"], end=batch.get("end"), replay=replay,
+                n_logits=0)[2]
+    logits = model.lm_head(model.norm(aux["hidden"].flatten(0, 1)[batch["slots"]]))
+    logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
+    return logp.gather(-1, batch["target"][:, None])[:, 0], entropy, aux
+
+def mtp_losses(model, batch, hidden, top=8):
+    """Keep drafts aligned while the policy moves: KL of the policy's distribution k tokens on (its `top` tokens,
+    renormalised) to module k's, summed over drafted action tokens by multiplicity; trunk, embedding and head detached.
+    The teacher, unlike a hard target, is the same for every branch. -> loss, expert loads, index KLs.
+    # not published: the form of the report's top-K KL."""
+    h, wide, loss, loads, kls = hidden.detach(), torch.promote_types(hidden.dtype, torch.float32), 0.0, [], []
+    head = model.lm_head.weight.detach().to(h.dtype)
+    teacher = (model.norm(h).detach() @ head.T).to(wide).softmax(-1)
+    embedded = F.embedding(batch["idx"], model.embed.weight.detach()).to(h.dtype)
+    cos, sin = rope_tables(batch["pos"], model.cfg.rotary_dim, model.cfg.rope_theta)
+    for k, module in enumerate(model.mtp, 1):
+        n, weight = h.size(1) - 1, batch["weight"][k][:, :-k]
+        call = Call((cos[:, :-k], sin[:, :-k]), batch["end"][:, :-k] if "end" in batch else None, weight)
+        h, aux = module(h[:, :n], embedded[:, k:], model.cfg.n_layer + k - 1, call)                      # (B, T - k, C)
+        logp = (module.norm(h) @ head.T).to(wide).log_softmax(-1)
+        q, token = teacher[:, k:].topk(min(top, teacher.size(-1)))
+        q = q / q.sum(-1, keepdim=True)
+        kl = (q * (q.log() - logp.gather(-1, token))).nan_to_num(0.0).sum(-1)                             # (B, T - k)
+        loss = loss + (kl * batch["draft"][k][:, :-k]).sum() / len(model.mtp)
+        loads += [aux["expert_load"]] if "expert_load" in aux else []
+        kls += [aux["index_kl"] * weight.sum()] if "index_kl" in aux else []
+    return loss, loads, kls
+
+def tree_shape(cfg):
+    """L and K of the layout."""
+    return cfg.index_block_size if "msa" in cfg.attn_types else 1, cfg.n_mtp
+
+def plan_rows(groups, model, merge):
+    """Groups (samples of each episode) -> trees, one a row. A row is a whole group, or one an episode where computing
+    the shared prompt again costs less than masked attention across all branches."""
+    cfg, shape, out = model.cfg, tree_shape(model.cfg), []
+    a_token, a_key = 2 * model.num_params()[1], 4 * cfg.n_layer * cfg.n_head * cfg.head_dim
+    for episodes in groups:
+        episodes = [samples for samples in episodes if samples]
+        rows = [sum(episodes, [])], episodes
+        plans = [[PrefixTree(samples, *shape) for samples in row if samples] for row in rows] if merge else \
+            [[PrefixTree([s], *shape) for samples in episodes for s in samples]]
+        out += min(plans, key=lambda trees: sum(t.size * (a_token + a_key * t.size) for t in trees))
+    return out
+
+def micro_batches(trees, tokens):
+    """Rows of similar length together, padded to at most so many tokens (one row is never cut)."""
+    batches = []
+    for tree in sorted(trees, key=lambda t: -t.size):
+        if not batches or batches[-1][0].size * (len(batches[-1]) + 1) > tokens:
+            batches.append([])
+        batches[-1].append(tree)
+    return batches
+
+def backward(model, trees, tokens=16384, mtp_weight=0.1):
+    """Gradients of one step's loss over all samples of the trees, in micro-batches; each term is normalised over the
+    samples as they were before merging -> statistics, expert loads."""
+    Z, naive = sum(len(s.logprobs) for t in trees for s in t.samples), sum(t.n_naive for t in trees)
+    load, stats = 0.0, defaultdict(list)
+    model.train()
+    for part in micro_batches(trees, tokens):
+        batch = collate(part, model.embed.weight.device)
+        logprob, entropy, aux = policy(model, batch)
+        old = batch["old"].to(logprob.dtype)
+        old = torch.where(old.isnan(), logprob.detach()[batch["entry"]], old)  # a demonstration has none: ratio 1
+        loss, ratio = cispo_loss(logprob, batch["entry"], old, batch["advantage"].to(logprob.dtype), Z)
+        loads = [aux["expert_load"]] if "expert_load" in aux else []
+        if "index_kl" in aux:
+            loss = loss + aux["index_kl"].sum() * batch["weight"][0].sum() / naive
+        if len(model.mtp):
+            mtp, more, kls = mtp_losses(model, batch, aux["hidden"])
+            loss, loads = loss + mtp_weight * mtp / Z + sum(kls) / naive, loads + [x[None] for x in more]
+        loss.backward()
+        load = load + torch.cat(loads)
+        for name, x in dict(loss=loss.detach()[None], entropy=entropy[batch["entry"]], ratio=ratio,
+                            version=batch["version"]).items():
+            stats[name].append(x.cpu())
+    stats = {name: torch.cat(x) for name, x in stats.items()}
+    return dict(stats, loss=stats["loss"].sum().item(), entropy=stats["entropy"].mean().item(), naive=naive,
+                slots=sum(t.size for t in trees)), load
+
+def train_step(model, optimizers, trees, rate, bias_rate=1e-3, tokens=16384):
+    """Backward, clip, update, balance the router -> statistics with the gradient norm."""
+    for group in (g for o in optimizers for g in o.param_groups):
+        group["lr"] = rate * group.get("scale", 1.0)
+    stats, load = backward(model, trees, tokens)
+    stats["norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+    if not math.isfinite(stats["norm"]):
+        raise FloatingPointError(f"gradient norm {stats['norm']}: not finite")
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    model.update_router_bias(load, bias_rate)
+    return stats
+
+# ---- where episodes come from --------------------------------------------------------------------
+
+class Local:
+    """Agents of this process. A group is rolled out when it is admitted, and has finished when the virtual clock says
+    so: after its slowest episode, times a log-normal tail (sigma) that is the machines', not the agents'."""
+
+    def __init__(self, model, gateway, args, queue):
+        self.model, self.gateway, self.args, self.queue = model, gateway, args, queue
+        self.clock, self.pool = Clock(), {}  # pool: group -> its trajectories, until they have been trained on
+
+    def start(self, tasks, version):
+        args = self.args
+        self.pool.update((n, [Trajectory(n) for _ in range(args.rollouts)]) for n in tasks)
+        episodes = [(t, make_task(args, n).agent()) for n in tasks for t in self.pool[n]]
+        generator = torch.Generator(self.model.embed.weight.device)
+        generator.manual_seed(random.Random(f"{args.seed} {tasks[:1]}").getrandbits(62))
+        rollout(self.model, self.gateway, episodes, version, generator, args.rollouts, args.replay)
+        for n in tasks:
+            tail = math.exp(args.sigma * random.Random(f"{args.seed} tail {n}").gauss(0, 1))
+            self.clock.running[n] = self.clock.now + tail * max(t.seconds for t in self.pool[n])
+
+    def wait(self, stop):
+        """Fill the trainer's batch; a group past its deadline gets the reward of a failure."""
+        for task in self.clock.wait(self.queue, self.args.groups):
+            for t in self.pool[task]:
+                t.fail()
+        self.clock.now += TRAIN_S
+
+class Refused(Exception):
+    """A request that is not for us: status, reason."""
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """POST of a JSON object -> a JSON object; what is refused gets a 4xx and OpenAI's error object."""
+    timeout, log_message = 2, lambda self, *args: None  # seconds: one that stalls must not hold up the others
+
+    def do_POST(self):
+        try:
+            code, reply = 200, self.server.answer(self.path, self.read_body())
+        except Refused as error:
+            code, reply = error.args[0], dict(error=dict(message=error.args[1], type="invalid_request_error"))
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(reply).encode())
+
+    def read_body(self):
+        size, key = self.headers.get("Content-Length", ""), f"Bearer {self.server.token}"
+        size = int(size) if re.fullmatch("[0-9]{1,9}", size) else -1
+        raw = self.rfile.read(max(0, min(size, 16 * MAX_BODY)))  # too much is heard out, or the client never hears us
+        if not hmac.compare_digest(self.headers.get("Authorization", "").encode(), key.encode()):
+            raise Refused(401, "wrong token")
+        if not 0 <= size <= MAX_BODY:
+            raise Refused(413, f"a body of {size} bytes: its Content-Length must be 0 to {MAX_BODY}")
+        try:
+            return dict(json.loads(raw).items())
+        except (ValueError, AttributeError, RecursionError):
+            raise Refused(400, "the body is not a JSON object") from None
+
+class Served:
+    """Agents of other processes, in real seconds, on loopback. One thread: requests are answered between two steps.
+
+        POST /v1/tasks {}                                        -> {task, messages}: one episode is claimed
+        POST /v1/chat/completions {model: task, messages}          one turn of it, OpenAI's protocol
+        POST /v1/finish {task, rewards: [numbers], success: bool}  its end"""
+
+    def __init__(self, model, gateway, args, queue):
+        self.model, self.gateway, self.args, self.queue = model, gateway, args, queue
+        self.clock, self.pool, self.open, self.unclaimed = Clock(), {}, {}, []
+        self.server = http.server.HTTPServer(("127.0.0.1", args.serve), Handler)
+        self.server.timeout, self.server.handle_error = 0.05, lambda *_: None  # a client that hangs up is no news
+        self.server.socket.listen(1024)  # who comes during a training step waits for its end
+        self.server.answer, self.server.token = self.answer, args.token or secrets.token_hex(16)
+        print(f"gateway | http://127.0.0.1:{self.server.server_port}/v1 key {self.server.token}", flush=True)
+
+    def start(self, tasks, version):
+        self.version = version
+        self.pool.update((n, []) for n in tasks)
+        self.open.update((f"{n}.{row}", Trajectory(n)) for n in tasks for row in range(self.args.rollouts))
+        self.unclaimed += [f"{n}.{row}" for n in tasks for row in range(self.args.rollouts)]
+
+    def answer(self, path, body):
+        if path == "/v1/tasks":
+            if not self.unclaimed:
+                raise Refused(409, "no task is waiting")
+            name = self.unclaimed.pop(0)
+            return dict(task=name, messages=next(make_task(self.args, self.open[name].task).agent()))
+        name = body.get({"/v1/chat/completions": "model", "/v1/finish": "task"}.get(path))
+        episode = self.open.get(name) if isinstance(name, str) else None
+        if episode is None:
+            raise Refused(404, f"unknown path or task: {path}, {name!r}"[:200])
+        return self.complete(name, episode, body) if "model" in body else self.finish(name, episode, body)
+
+    def finish(self, name, episode, body):
+        rewards, success = body.get("rewards"), body.get("success") is True
+        if not (isinstance(rewards, list) and all(type(r) in (int, float) and abs(r) <= 1e3 for r in rewards)):
+            raise Refused(400, "rewards must be a list of numbers of at most 1000")
+        episode.finish(rewards, success, self.clock.now - self.queue.born[episode.task][0])
+        self.close(name)
+        return dict(turns=len(episode.samples))
+
+    def complete(self, name, episode, body):
+        messages, room = body.get("messages"), self.model.cfg.max_seq_len - MAX_NEW
+        if not (isinstance(messages, list) and all(isinstance(m, dict) and isinstance(m.get("content"), str)
+                                                   and isinstance(m.get("role"), str) for m in messages)):
+            raise Refused(400, "messages must be a list of {role, content}, both text")
+        n = len(self.gateway.context(episode, messages))
+        if not 1 <= n <= room:
+            raise Refused(400, f"a context of {n} tokens: 1 to {room}")
+        rollout(self.model, self.gateway, [(episode, (m for m in [messages]))], self.version)  # an agent that asks once
+        ids = episode.samples[-1].ids[n:].tolist()
+        choice = dict(index=0, message=say("assistant", self.gateway.tokenizer.decode(ids)), finish_reason="stop")
+        return dict(id=f"{name}-{n}", object="chat.completion", created=int(time.time()), model=name, choices=[choice],
+                    usage=dict(prompt_tokens=n, completion_tokens=len(ids), total_tokens=n + len(ids)))
+
+    def close(self, name):
+        episode = self.open.pop(name)
+        self.pool[episode.task].append(episode)
+        if len(self.pool[episode.task]) == self.args.rollouts:
+            self.queue.finish(episode.task)
+
+    def wait(self, stop):
+        started = time.monotonic() - self.clock.now
+        while not self.queue.take(self.args.groups) and not stop:
+            self.server.handle_request()
+            self.clock.now = time.monotonic() - started
+            late = self.queue.expire(self.clock.now)
+            for name in [name for name, t in self.open.items() if t.task in late]:
+                self.open[name].fail()
+                self.close(name)
+
+# ---- the run -------------------------------------------------------------------------------------
+
+def demonstrate(gateway, task, rng, noise, wander=0.0):
+    """Play one task with its teacher, with random thoughts now and then -> its trajectory."""
+    episode, agent, text = Trajectory(-1), task.agent(), None
+    try:
+        while True:
+            messages = agent.send(text)
+            text = task.expert(messages, rng, noise)
+            text = f"t{rng.randrange(10)}{text[2:]}" if text[0] == "t" and rng.random() < wander else text
+            ids = gateway.tokenizer.encode(text)
+            gateway.record(episode, gateway.context(episode, messages), ids, [math.nan] * len(ids), 0)
+    except StopIteration:
+        return episode
+
+def warm_start(model, gateway, args):
+    """Imitate a teacher whose calls are often wrong, so that the model speaks the protocol and solves little: the train
+    step with advantage 1 and ratio 1. Cached in --out."""
+    folder, started = os.path.join(args.out, "warm"), time.perf_counter()
+    key = {name: getattr(args, name) for name in (*MADE_BY, "seed", "warm_steps")}
+    if os.path.exists(os.path.join(folder, "ckpt.pt")):
+        state = load_checkpoint(folder)
+        if state["args"] == key:
+            model.load_state_dict(state["model"])
+            return print(f"warm    | read from {folder}", flush=True)
+    optimizers = configure_optimizers(model, WARM_LR)[0]
+    for step in range(args.warm_steps):
+        rng, rate = random.Random(f"{args.seed} warm {step}"), min(1, (step + 1) / 20, 1.1 - step / args.warm_steps)
+        demos = [demonstrate(gateway, make_task(args, step * 64 + i, 1), rng, NOISE) for i in range(64)]
+        trees = [PrefixTree(d.samples, *tree_shape(model.cfg)) for d in demos]
+        stats = train_step(model, optimizers, trees, WARM_LR * rate)
+        if (step + 1) % 20 == 0 or step + 1 == args.warm_steps:
+            print(f"warm {step + 1:04d} | loss {stats['loss']:.3f} | norm {stats['norm']:.2f} | "
+                  f"{time.perf_counter() - started:.0f} s", flush=True)
+    os.makedirs(folder, exist_ok=True)
+    save_checkpoint(folder, config=dataclasses.asdict(model.cfg), tokenizer=gateway.tokenizer.spec, args=key, now={},
+                    model=model.state_dict(), optimizers=[])
+
+def make_model(args, device, dtype):
+    """Task and preset -> model, with full attention, as in the M2 that Forge trained, unless --attn msa."""
+    torch.manual_seed(args.seed)
+    room = dict(calculator=96, maze=-(-(14 * args.turns + 48) // 128) * 128, cap=128)[args.task]
+    micro = dict(vocab_size=257, n_layer=3, n_embd=64, n_head=4, n_kv_head=2, head_dim=16, rotary_dim=8,
+                 attn_types=["full"] * 3, mlp_types=["moe"] * 3, n_expert=8, n_expert_per_tok=2, expert_dim=64,
+                 index_head_dim=16, index_block_size=8, index_topk_blocks=4)
+    cfg = (MiniMaxConfig(**micro, max_seq_len=room, n_mtp=args.mtp) if args.preset == "micro"
+           else MiniMaxConfig.small(max_seq_len=room, n_mtp=args.mtp))
+    cfg.index_kl_stride = 1  # a stride counts positions of the layout: it would know of the merging
+    cfg.attn_types = ["full"] + ["full" if args.attn == "full" else "msa"] * (cfg.n_layer - 1)
+    return MiniMax(cfg, dtype).to(device)
+
+def number(low, high=2 ** 31 - 1, kind=int):
+    """A type for argparse: what is no number from low to high is refused."""
+    def read(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text}: it must be {low} to {high}")
+        return value
+    read.__name__ = kind.__name__
+    return read
+
+def parse_args(argv):
+    """-> args, checkpoint (None for a new run). --resume takes what is not given again from the checkpoint."""
+    p, state = Parser(__doc__), None
+    p.add_argument("--task", choices=["calculator", "maze", "cap"], default="calculator", help="what is learned")
+    p.add_argument("--turns", type=number(2, 600), default=8, help="keys of a maze")
+    p.add_argument("--schedule", choices=["window", "fifo", "greedy", "all"], default="window", nargs="?", const="all",
+                   help="alone, or all: compare the three")
+    p.add_argument("--window", type=number(1), help="groups in the window; default: 0.3 of --slots")
+    p.add_argument("--slots", type=number(1), default=48, help="groups in flight")
+    p.add_argument("--groups", type=number(1), default=24, help="groups a step")
+    p.add_argument("--rollouts", type=number(2), default=4, help="episodes of a group")
+    p.add_argument("--minutes", type=number(1e-6, 1e6, float), help="end after so many, all included; default: 2.9")
+    p.add_argument("--steps", type=number(1), help="end after this many")
+    p.add_argument("--lr", type=number(0, 10, float), default=2e-3, help="rate of the matrices")
+    p.add_argument("--warm-steps", type=number(0), default=260, help="steps of imitation at the start")
+    p.add_argument("--sigma", type=number(0, 10, float), default=0.5, help="of the log-normal tail of completion times")
+    p.add_argument("--deadline", type=number(1e-6, 1e9, float), default=600.0,
+                   help="virtual seconds (--serve: real ones) until a group has failed")
+    p.add_argument("--no-merge", action="store_true", help="train on every turn alone")
+    p.add_argument("--replay", action="store_true", help="train with the experts and blocks recorded at rollout")
+    p.add_argument("--preset", choices=["micro", "small"], default="micro", help="the model")
+    p.add_argument("--attn", choices=["full", "msa"], default="full", help="the model's attention")
+    p.add_argument("--mtp", type=number(0, 8), default=0, help="MTP modules, kept aligned with the policy")
+    p.add_argument("--show-every", type=number(1), default=50, help="steps from one example episode to the next")
+    p.add_argument("--save-every", type=number(1), default=20, help="steps from one checkpoint to the next")
+    p.add_argument("--serve", type=number(0, 65535), help="port of the gateway, for agents of other processes; 0 = any")
+    p.add_argument("--token", help="their API key; default: a random one")
+    p.add_argument("--figure", help="file for the reward curve (needs matplotlib)")
+    p.add_argument("--seed", type=number(0), default=1337, help="of problems, weights and sampling")
+    p.add_argument("--out", default="out_rl", help="folder of the checkpoints")
+    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    p.add_argument("--device", help="cpu, cuda, cuda:N or mps; default: a GPU if there is one")
+    args = p.parse_args(argv)
+    if args.resume:
+        state = load_checkpoint(args.out)
+        if "queue" not in state:
+            raise ValueError(f"--out {args.out}: a checkpoint, but not one of rl.py")
+        p.set_defaults(**{**state["args"], **(dict(steps=None, minutes=None) if args.steps or args.minutes else {})})
+        args = p.parse_args(argv)
+        for flag in (*MADE_BY, "slots"):
+            if getattr(args, flag) != state["args"][flag]:
+                raise ValueError(f"--{flag} {getattr(args, flag)}: the checkpoint was made with {state['args'][flag]}")
+    if args.groups > args.slots:
+        raise ValueError(f"--groups {args.groups}: at most --slots, {args.slots}")
+    if args.steps is None and args.minutes is None:
+        args.minutes = 2.9
+    return args, state
+
+def card(args, model, queue, device, why):
+    cfg, (total, active) = model.cfg, model.num_params()
+    print(f"model   | {args.preset}: {total:,} parameters, {active:,} active; attention {' '.join(cfg.attn_types)}; "
+          f"{cfg.n_expert_per_tok} of {cfg.n_expert} experts, {cfg.n_mtp} MTP modules\n"
+          f"device  | {device}, {str(model.dtype).removeprefix('torch.')}: {why}\n"
+          f"task    | {args.task}: {args.groups} groups of {args.rollouts} episodes a step, {args.slots} in flight\n"
+          f"queue   | {args.schedule}: window {queue.window}, deadline {args.deadline:g} s, tail sigma {args.sigma:g}\n"
+          f"train   | CISPO, ratio up to {1 + EPS_HIGH:g}; {'turn by turn' if args.no_merge else 'prefix trees'}; "
+          f"Muon + AdamW, rate {args.lr:g}, seed {args.seed}", flush=True)
+
+def report(now, args, groups, stats, lags, decode):
+    """Add one step to the run's record, and print it; now and then an episode, what the policy wrote in <>."""
+    episodes = [t for group in groups for t in group]
+    solved, reward = (sum(x) / len(episodes) for x in zip(*((t.success, sum(t.rewards)) for t in episodes)))
+    ema = solved if now["ema"] is None else 0.9 * now["ema"] + 0.1 * solved
+    now.update(step=now["step"] + 1, ema=ema, curve=now["curve"] + [[solved, ema]], max_lag=max(now["max_lag"], *lags),
+               naive=now["naive"] + stats["naive"], slots=now["slots"] + stats["slots"],
+               reward=now["reward"] + reward * len(episodes))
+    lag = now["step"] - 1 - stats["version"]
+    ratios = " ".join(f"{v}:{stats['ratio'][lag == v].quantile(0.99):.2f}" for v in lag.unique().tolist())
+    print(f"step {now['step']:04d} | reward {reward:+.3f} | solved {solved:.3f} ema {ema:.3f} | "
+          f"norm {stats['norm']:.2f} | entropy {stats['entropy']:.2f} | lag {max(lags)}, ratio q99 {ratios} | "
+          f"merge {stats['naive'] / stats['slots']:.1f}x, {stats['naive'] - stats['slots']:,} tokens saved | "
+          f"{now['seconds']:.0f} s", flush=True)
+    if now["step"] % args.show_every == 1 % args.show_every:
+        text, path, t = "", [], episodes[0]
+        for s in t.samples:
+            ids = s.ids.tolist()
+            text += f"{decode(ids[common_prefix(path, ids):s.start])}<{decode(ids[s.start:])}>"
+            path = ids
+        text = text.encode("unicode_escape").decode()  # a young policy writes anything
+        print(f"  {'solved' if t.success else 'failed'}: {text} rewards {' '.join(f'{r:+.2f}' for r in t.rewards)}")
+
+def run(args, state):
+    started = time.perf_counter()
+    device, dtype, why = pick_device(args.device)
+    os.makedirs(args.out, exist_ok=True)  # now, not after minutes of training
+    gateway = Gateway()
+    model = load_model(state, device, dtype)[0] if state else make_model(args, device, dtype)
+    window = dict(fifo=1, greedy=math.inf).get(args.schedule, args.window or max(1, int(0.3 * args.slots)))
+    queue = WindowedFIFO(args.slots, window, args.deadline)
+    card(args, model, queue, device, why)
+    if not state:
+        warm_start(model, gateway, args)
+    optimizers = configure_optimizers(model, args.lr)[0]
+    warm = time.perf_counter() - started
+    source = (Local if args.serve is None else Served)(model, gateway, args, queue)
+    now = restore(state, source, optimizers) if state else dict(
+        step=0, seconds=warm, warm=warm, ema=None, curve=[], max_lag=0, naive=0, slots=0, reward=0.0)
+
+    def progress():
+        budget = 60 * (args.minutes or math.inf) - now["warm"]
+        return max(now["step"] / (args.steps or math.inf), (now["seconds"] - now["warm"]) / max(budget, 1e-9))
+    stop = []
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, lambda *_: stop.append(1))
+    while progress() < 1 and not stop:
+        tick, rate = time.perf_counter(), args.lr * min(1.0, 2 * (1 - progress()))
+        source.start(queue.admit(source.clock.now, now["step"]), now["step"])
+        source.wait(stop)
+        if len(queue.batch) < args.groups:  # stopped while agents of other processes were at work
+            break
+        groups = [source.pool[task] for task in queue.batch]
+        stats = train_step(model, optimizers, plan_rows(map(advantages, groups), model, not args.no_merge), rate)
+        source.pool = {task: group for task, group in source.pool.items() if task not in queue.batch}
+        lags = queue.publish(now["step"] + 1)  # the step's weights are out: now, and not before, its slots are free
+        now["seconds"] += time.perf_counter() - tick
+        report(now, args, groups, stats, lags, gateway.tokenizer.decode)
+        if now["step"] % args.save_every == 0:
+            save(args, source, optimizers, now)
+    save(args, source, optimizers, now)
+    if stop:
+        print(f"stopped after step {now['step']}, saved in {args.out}; go on with --resume", flush=True)
+    if args.figure:
+        draw(now["curve"], args)
+    virtual = max(source.clock.now, 1e-9)
+    return dict(reward_start=now["curve"][0][0] if now["curve"] else None, reward_end=now["ema"], steps=now["step"],
+                merge_ratio=now["naive"] / max(now["slots"], 1), max_lag=now["max_lag"], seconds=now["seconds"],
+                virtual_seconds=virtual, idle=source.clock.idle / virtual, reward_per_virtual_s=now["reward"] / virtual)
+
+def save(args, source, optimizers, now):
+    """All there is between two steps: weights, momenta, who is in flight, what has finished, the clock."""
+    kept = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "figure", "token")}
+    pool = {task: [{**vars(t), "samples": [vars(s) for s in t.samples]} for t in group]
+            for task, group in source.pool.items()}
+    save_checkpoint(args.out, config=dataclasses.asdict(source.model.cfg), tokenizer=source.gateway.tokenizer.spec,
+                    args=kept, now=now, model=source.model.state_dict(),
+                    optimizers=[o.state_dict() for o in optimizers],
+                    queue=vars(source.queue), pool=pool, clock=vars(source.clock))
+
+def restore(state, source, optimizers):
+    """Put a checkpoint back -> now. What other processes had begun starts again: not lost, not counted twice."""
+    for optimizer, saved in zip(optimizers, state["optimizers"]):
+        optimizer.load_state_dict(saved)
+    queue = source.queue
+    vars(queue).update({**state["queue"], "window": queue.window, "deadline": queue.deadline})
+    vars(source.clock).update(state["clock"])
+    source.pool = {task: [Trajectory(**{**t, "samples": [Sample(**s) for s in t["samples"]]}) for t in group]
+                   for task, group in state["pool"].items()}
+    if isinstance(source, Served):
+        source.start(queue.waiting(), state["now"]["step"])
+    return state["now"]
+
+def draw(curve, args):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError(f"--figure {args.figure}: pip install matplotlib") from None
+    figure, (solved, ema) = Figure(figsize=(7, 3.5)), zip(*curve)
+    axis = figure.subplots()
+    axis.plot(solved, ".", alpha=0.4, label="a batch of fresh problems")
+    axis.plot(ema, label="EMA")
+    axis.set(xlabel="step", ylabel="share solved, sampled", ylim=(0, 1.02), title=f"python rl.py --task {args.task}")
+    axis.legend(loc="lower right")
+    figure.savefig(args.figure, bbox_inches="tight")
+
+# ---- what the ideas buy --------------------------------------------------------------------------
+
+def simulate(window, steps, sigma, seed, slots=64, groups=8, train_s=6.0):
+    """The queue without a model: tasks of 20 s, every fourth of 80 s, log-normal tails -> figures."""
+    queue, clock, hard, lags, mix = WindowedFIFO(slots, window), Clock(), {}, [], []
+    for step in range(steps):
+        for n in queue.admit(clock.now, step):
+            rng = random.Random(f"{seed} {n}")
+            hard[n] = rng.random() < 0.25
+            clock.running[n] = clock.now + (80 if hard[n] else 20) * math.exp(sigma * rng.gauss(0, 1))
+        clock.wait(queue, groups)
+        mix.append(sum(hard[n] for n in queue.batch) / groups)
+        lags += queue.publish(step + 1)
+        clock.now += train_s
+    return dict(rate=1000 * steps / clock.now, idle=clock.idle / clock.now, lag=sum(lags) / len(lags),
+                max_lag=max(lags), early=sum(mix[:10]) / 10, hard=sum(mix) / steps)
+
+def compare(args):
+    """Strict FIFO, window and greedy: the queue alone, then short trainings from one warm start, same seeds."""
+    windows, rows, trained = dict(fifo=1, window=19, greedy=math.inf), {}, {}
+    print("queue: 64 groups in flight, 8 a step of 6 s, window 19 = 0.3 N; the same tasks and tails in every row")
+    for sigma in sorted({args.sigma, 0.8, 1.3}):
+        for name, window in windows.items():
+            r = rows[f"{name} {sigma}"] = simulate(window, 1000, sigma, args.seed)
+            gain = r["rate"] / rows[f"fifo {sigma}"]["rate"] - 1
+            print(f"sigma {sigma:.1f} {name:6s} | {r['rate']:5.1f} steps/1000 s {gain:+5.0%} | idle {r['idle']:3.0%} | "
+                  f"lag mean {r['lag']:4.1f} max {r['max_lag']:3d} | hard tasks: first 10 batches {r['early']:.2f}, "
+                  f"all {r['hard']:.2f}", flush=True)
+    for name in windows:
+        changed = dict(vars(args), schedule=name, steps=args.steps or 20, minutes=None)
+        trained[name] = run(type(args)(**changed), None)
+    for name, r in trained.items():
+        print(f"trained {name:6s} | {r['steps']} steps in {r['virtual_seconds']:4.0f} virtual s | "
+              f"idle {r['idle']:3.0%} | reward {r['reward_per_virtual_s']:.2f} a virtual s | "
+              f"solved {r['reward_start']:.2f} -> {r['reward_end']:.2f} | lag {r['max_lag']}")
+    return dict(trained["window"], trained=trained, queue=rows)
+
+def main(argv=None):
+    def choose():
+        args, state = parse_args(argv)
+        return compare(args) if args.schedule == "all" else run(args, state)
+    return command("rl.py", choose)
+
+if __name__ == "__main__":
+    main()

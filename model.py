@@ -74,6 +74,14 @@ class MiniMaxConfig:
         assert self.qk_norm in ("layer", "head"), f"qk_norm {self.qk_norm}: layer or head"
 
     @classmethod
+    def micro(cls, **kw):
+        """M2's pattern at the size of rl.py's tasks, in bytes."""
+        return cls(**{**dict(
+            vocab_size=257, n_layer=3, n_embd=64, n_head=4, n_kv_head=2, head_dim=16, rotary_dim=8,
+            attn_types=["full"] * 3, mlp_types=["moe"] * 3, n_expert=8, n_expert_per_tok=2, expert_dim=64,
+            index_head_dim=16, index_block_size=8, index_topk_blocks=4), **kw})
+
+    @classmethod
     def tiny(cls, **kw):
         """M3's pattern at a size that two CPU cores train in three minutes."""
         return cls(**{**M3_STYLE, **dict(

@@ -150,3 +150,22 @@ def update_bias(bias, load, rate):
 def max_violation(load):
     """MaxVio of load (…, E): how far the busiest expert is above the mean; 0 = balanced, E - 1 = one takes all."""
     return load.amax(-1) / load.mean(-1) - 1
+
+def pack_routes(aux):
+    """aux of a forward -> (B, T, r) int32, to be recorded: experts of every layer, and the blocks of layers with MSA as
+    -2 - block (-1 stays -1)."""
+    parts = [aux["experts"].int()]
+    if "block_idx" in aux:
+        blocks = aux["block_idx"].flatten(3)
+        parts.append(torch.where(blocks >= 0, -2 - blocks, -1))
+    return torch.cat([x.permute(1, 2, 0, 3).flatten(2) for x in parts], -1).int().cpu().numpy()
+
+def unpack_routes(codes, cfg):
+    """(B, T, r) -> what MiniMax.forward takes as replay."""
+    n, A = cfg.mlp_types.count("moe"), cfg.n_expert_per_tok
+    replay = dict(experts=codes[..., :n * A].unflatten(-1, (n, A)).permute(2, 0, 1, 3))
+    if "msa" in cfg.attn_types:
+        shape = (cfg.attn_types.count("msa"), cfg.n_kv_head, -1)
+        blocks = codes[..., n * A:].unflatten(-1, shape).permute(2, 0, 1, 3, 4)
+        replay["block_idx"] = torch.where(blocks < -1, -2 - blocks, -1).int().contiguous()
+    return replay

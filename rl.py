@@ -16,7 +16,6 @@ Differs from M2: the report publishes neither clip, rewards' weights nor baselin
 a deadline with a failure, where the report's window would wait for ever. Generation is not interrupted: a rollout ends
 under the version that it started with; several versions in one episode occur only with --serve.
 """
-import argparse
 import dataclasses
 import hmac
 import http.server
@@ -25,19 +24,17 @@ import math
 import os
 import random
 import re
-import secrets
-import signal
 import string
 import time
-from collections import defaultdict
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from model import Call, MiniMax, MiniMaxConfig, rope_tables
-from sample import (Parser, Tokenizer, learn_bpe, load_checkpoint, load_model, lockstep, pick_device, save_checkpoint)
-from train import command, configure_optimizers
+from moe import pack_routes, unpack_routes
+from sample import (Parser, Tokenizer, learn_bpe, load_checkpoint, load_model, lockstep, number, pick_device,
+                    save_checkpoint)
+from train import command, configure_optimizers, on_signals
 
 EPS_HIGH = 4.0                         # not published: upper clip of the ratio, 1 + 4
 PROCESS, SPEED, FAILURE = -0.1, 0.1, -0.1  # not published: a malformed call; the weight of speed; a task that got stuck
@@ -52,6 +49,9 @@ MADE_BY = ("task", "turns", "preset", "attn", "mtp")  # what the model of a chec
 def say(role, content):
     return {"role": role, "content": content}
 
+def size(messages):
+    return sum(len(m["content"]) for m in messages)
+
 class Task:
     """Calls of a tool, then an answer. A subclass has prompt, answer, difficulty (about the calls that it takes), tool
     (text -> observation, None for a malformed call) and expert (messages -> text), a teacher."""
@@ -63,17 +63,15 @@ class Task:
         tool gave is malformed, as a wrong call is: guessing must not look safe. Under a cap D] drops all but prompt and
         last observation: what to forget is an action, and the next context is rewritten, not extended."""
         prompt, baseline = say("user", self.prompt), 2 * self.difficulty * (CALL_S + 8 * CHAR_S)
-        messages, rewards, seconds = [prompt], [], 0.0
-        for _ in range(self.difficulty * (1 if self.cap == math.inf else 2) + 3):
-            if sum(len(m["content"]) for m in messages) > self.cap:
-                break
+        messages, rewards, seconds, capped = [prompt], [], 0.0, self.cap < math.inf
+        while len(rewards) < self.difficulty * (1 + capped) + 3 and size(messages) <= self.cap:
             text, last = (yield messages), messages[-1]["content"][1:-1]
             seconds += CALL_S + CHAR_S * len(text)
             if text.startswith("A"):
                 success, known = text == f"A{self.answer}.", text == f"A{last}."
                 outcome = 1.0 + SPEED * max(-1.0, min(1.0, 1 - seconds / baseline)) if success else 0.0
                 return [*rewards, outcome + (0.0 if known else PROCESS)], success, seconds
-            if text == "D]" and self.cap < math.inf:
+            if text == "D]" and capped:
                 messages, observation = [prompt, *messages[1:][-1:]], ""
             else:
                 observation = self.tool(text)
@@ -125,11 +123,10 @@ class Maze(Task):
         return key and key + ("!" if key == self.answer else ";")
 
     def expert(self, messages, rng, noise):
-        last, size = messages[-1]["content"], sum(len(m["content"]) for m in messages)
-        if size + 10 > self.cap and len(messages) > 2:
+        key = messages[-1]["content"][1:3]
+        if size(messages) + 10 > self.cap and len(messages) > 2:
             return "D]"
-        key = last[1:3]
-        if last.endswith("!") or key not in self.next:
+        if key not in self.next:
             return f"A{key}."
         return f"t{len(messages) // 2 % 10}[{smudge(key, string.ascii_lowercase, rng, noise)}]"
 
@@ -167,10 +164,8 @@ class Trajectory:
 
     def finish(self, rewards, success, seconds):
         """What was earned beyond the last completion goes to that one."""
-        n = len(self.samples)
-        self.rewards = ([*rewards] + [0.0] * n)[:n]
-        if n:
-            self.rewards[-1] += sum(rewards[n:])
+        n = max(1, len(self.samples))
+        self.rewards = [*rewards[:n - 1], *[0.0] * (n - 1 - len(rewards)), sum(rewards[n - 1:])]
         self.success, self.seconds, self.said = success, seconds, {}
 
     def fail(self):
@@ -375,24 +370,6 @@ def parting(a, b):
     depth = common_prefix(a, b)
     return depth if depth < min(len(a), len(b)) else math.inf
 
-def pack_routes(aux):
-    """aux of a forward -> (B, T, r) int32: experts of every layer, and blocks as -2 - block (-1 stays -1)."""
-    parts = [aux["experts"].int()]
-    if "block_idx" in aux:
-        blocks = aux["block_idx"].flatten(3)
-        parts.append(torch.where(blocks >= 0, -2 - blocks, -1))
-    return torch.cat([x.permute(1, 2, 0, 3).flatten(2) for x in parts], -1).int().cpu().numpy()
-
-def unpack_routes(codes, cfg):
-    """(B, T, r) -> what MiniMax.forward takes as replay."""
-    n, A = cfg.mlp_types.count("moe"), cfg.n_expert_per_tok
-    replay = dict(experts=codes[..., :n * A].unflatten(-1, (n, A)).permute(2, 0, 1, 3))
-    if "msa" in cfg.attn_types:
-        shape = (cfg.attn_types.count("msa"), cfg.n_kv_head, -1)
-        blocks = codes[..., n * A:].unflatten(-1, shape).permute(2, 0, 1, 3, 4)
-        replay["block_idx"] = torch.where(blocks < -1, -2 - blocks, -1).int().contiguous()
-    return replay
-
 # ---- CISPO and the train engine ------------------------------------------------------------------
 
 def advantages(group):
@@ -450,7 +427,7 @@ def mtp_losses(model, batch, hidden, top=8):
     h, wide, loss, loads, kls = hidden.detach(), torch.promote_types(hidden.dtype, torch.float32), 0.0, [], []
     head = model.lm_head.weight.detach().to(h.dtype)
     teacher = (model.norm(h).detach() @ head.T).to(wide).softmax(-1)
-    embedded = F.embedding(batch["idx"], model.embed.weight.detach()).to(h.dtype)
+    embedded = model.embed(batch["idx"]).detach().to(h.dtype)
     cos, sin = rope_tables(batch["pos"], model.cfg.rotary_dim, model.cfg.rope_theta)
     for k, module in enumerate(model.mtp, 1):
         n, weight = h.size(1) - 1, batch["weight"][k][:, :-k]
@@ -475,10 +452,8 @@ def plan_rows(groups, model, merge):
     cfg, shape, out = model.cfg, tree_shape(model.cfg), []
     a_token, a_key = 2 * model.num_params()[1], 4 * cfg.n_layer * cfg.n_head * cfg.head_dim
     for episodes in groups:
-        episodes = [samples for samples in episodes if samples]
-        rows = [sum(episodes, [])], episodes
-        plans = [[PrefixTree(samples, *shape) for samples in row if samples] for row in rows] if merge else \
-            [[PrefixTree([s], *shape) for samples in episodes for s in samples]]
+        rows = ([sum(episodes, [])], episodes) if merge else ([[s] for samples in episodes for s in samples],)
+        plans = [[PrefixTree(samples, *shape) for samples in row if samples] for row in rows]
         out += min(plans, key=lambda trees: sum(t.size * (a_token + a_key * t.size) for t in trees))
     return out
 
@@ -495,7 +470,7 @@ def backward(model, trees, tokens=16384, mtp_weight=0.1):
     """Gradients of one step's loss over all samples of the trees, in micro-batches; each term is normalised over the
     samples as they were before merging -> statistics, expert loads."""
     Z, naive = sum(len(s.logprobs) for t in trees for s in t.samples), sum(t.n_naive for t in trees)
-    load, stats = 0.0, defaultdict(list)
+    load, stats = 0.0, dict(loss=[], entropy=[], ratio=[], version=[])
     model.train()
     for part in micro_batches(trees, tokens):
         batch = collate(part, model.embed.weight.device)
@@ -511,9 +486,8 @@ def backward(model, trees, tokens=16384, mtp_weight=0.1):
             loss, loads = loss + mtp_weight * mtp / Z + sum(kls) / naive, loads + [x[None] for x in more]
         loss.backward()
         load = load + torch.cat(loads)
-        for name, x in dict(loss=loss.detach()[None], entropy=entropy[batch["entry"]], ratio=ratio,
-                            version=batch["version"]).items():
-            stats[name].append(x.cpu())
+        for seen, x in zip(stats.values(), (loss.detach()[None], entropy[batch["entry"]], ratio, batch["version"])):
+            seen.append(x.cpu())
     stats = {name: torch.cat(x) for name, x in stats.items()}
     return dict(stats, loss=stats["loss"].sum().item(), entropy=stats["entropy"].mean().item(), naive=naive,
                 slots=sum(t.size for t in trees)), load
@@ -561,7 +535,7 @@ class Local:
         self.clock.now += TRAIN_S
 
 class Refused(Exception):
-    """A request that is not for us: status, reason."""
+    """Status, reason."""
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """POST of a JSON object -> a JSON object; what is refused gets a 4xx and OpenAI's error object."""
@@ -578,10 +552,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(json.dumps(reply).encode())
 
     def read_body(self):
-        size, key = self.headers.get("Content-Length", ""), f"Bearer {self.server.token}"
+        size, key = self.headers.get("Content-Length", ""), self.headers.get("Authorization", "")
         size = int(size) if re.fullmatch("[0-9]{1,9}", size) else -1
         raw = self.rfile.read(max(0, min(size, 16 * MAX_BODY)))  # too much is heard out, or the client never hears us
-        if not hmac.compare_digest(self.headers.get("Authorization", "").encode(), key.encode()):
+        if not hmac.compare_digest(key.encode(), f"Bearer {self.server.token}".encode()):
             raise Refused(401, "wrong token")
         if not 0 <= size <= MAX_BODY:
             raise Refused(413, f"a body of {size} bytes: its Content-Length must be 0 to {MAX_BODY}")
@@ -600,17 +574,17 @@ class Served:
     def __init__(self, model, gateway, args, queue):
         self.model, self.gateway, self.args, self.queue = model, gateway, args, queue
         self.clock, self.pool, self.open, self.unclaimed = Clock(), {}, {}, []
-        self.server = http.server.HTTPServer(("127.0.0.1", args.serve), Handler)
-        self.server.timeout, self.server.handle_error = 0.05, lambda *_: None  # a client that hangs up is no news
-        self.server.socket.listen(1024)  # who comes during a training step waits for its end
-        self.server.answer, self.server.token = self.answer, args.token or secrets.token_hex(16)
-        print(f"gateway | http://127.0.0.1:{self.server.server_port}/v1 key {self.server.token}", flush=True)
+        self.server = server = http.server.HTTPServer(("127.0.0.1", args.serve), Handler)
+        server.answer, server.token = self.answer, args.token or os.urandom(16).hex()
+        server.timeout, server.handle_error = 0.05, lambda *_: None  # a client that hangs up is no news
+        server.socket.listen(1024)  # who comes during a training step waits for its end
+        print(f"gateway | http://127.0.0.1:{server.server_port}/v1 key {server.token}", flush=True)
 
     def start(self, tasks, version):
-        self.version = version
+        names = [f"{n}.{row}" for n in tasks for row in range(self.args.rollouts)]
+        self.version, self.unclaimed = version, self.unclaimed + names
         self.pool.update((n, []) for n in tasks)
-        self.open.update((f"{n}.{row}", Trajectory(n)) for n in tasks for row in range(self.args.rollouts))
-        self.unclaimed += [f"{n}.{row}" for n in tasks for row in range(self.args.rollouts)]
+        self.open.update((name, Trajectory(int(name.split(".")[0]))) for name in names)
 
     def answer(self, path, body):
         if path == "/v1/tasks":
@@ -622,25 +596,20 @@ class Served:
         episode = self.open.get(name) if isinstance(name, str) else None
         if episode is None:
             raise Refused(404, f"unknown path or task: {path}, {name!r}"[:200])
-        return self.complete(name, episode, body) if "model" in body else self.finish(name, episode, body)
-
-    def finish(self, name, episode, body):
-        rewards, success = body.get("rewards"), body.get("success") is True
-        if not (isinstance(rewards, list) and all(type(r) in (int, float) and abs(r) <= 1e3 for r in rewards)):
-            raise Refused(400, "rewards must be a list of numbers of at most 1000")
-        episode.finish(rewards, success, self.clock.now - self.queue.born[episode.task][0])
-        self.close(name)
-        return dict(turns=len(episode.samples))
-
-    def complete(self, name, episode, body):
-        messages, room = body.get("messages"), self.model.cfg.max_seq_len - MAX_NEW
-        if not (isinstance(messages, list) and all(isinstance(m, dict) and isinstance(m.get("content"), str)
-                                                   and isinstance(m.get("role"), str) for m in messages)):
-            raise Refused(400, "messages must be a list of {role, content}, both text")
-        n = len(self.gateway.context(episode, messages))
-        if not 1 <= n <= room:
-            raise Refused(400, f"a context of {n} tokens: 1 to {room}")
-        rollout(self.model, self.gateway, [(episode, (m for m in [messages]))], self.version)  # an agent that asks once
+        try:
+            if path == "/v1/finish":
+                rewards = [float(r) for r in body["rewards"]]
+                if not all(abs(r) <= 1e3 for r in rewards):
+                    raise ValueError(f"rewards of at most 1000: {rewards}"[:200])
+                episode.finish(rewards, body["success"] is True, self.clock.now - self.queue.born[episode.task][0])
+                return self.close(name)
+            n, room = len(self.gateway.context(episode, body["messages"])), self.model.cfg.max_seq_len - MAX_NEW
+            if not 1 <= n <= room:
+                raise ValueError(f"a context of {n} tokens: 1 to {room}")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise Refused(400, f"rewards are numbers, messages {{role, content}}: {error!r}") from None
+        agent = (messages for messages in [body["messages"]])  # it asks once
+        rollout(self.model, self.gateway, [(episode, agent)], self.version)
         ids = episode.samples[-1].ids[n:].tolist()
         choice = dict(index=0, message=say("assistant", self.gateway.tokenizer.decode(ids)), finish_reason="stop")
         return dict(id=f"{name}-{n}", object="chat.completion", created=int(time.time()), model=name, choices=[choice],
@@ -651,6 +620,7 @@ class Served:
         self.pool[episode.task].append(episode)
         if len(self.pool[episode.task]) == self.args.rollouts:
             self.queue.finish(episode.task)
+        return dict(turns=len(episode.samples))
 
     def wait(self, stop):
         started = time.monotonic() - self.clock.now
@@ -704,43 +674,27 @@ def make_model(args, device, dtype):
     """Task and preset -> model, with full attention, as in the M2 that Forge trained, unless --attn msa."""
     torch.manual_seed(args.seed)
     room = dict(calculator=96, maze=-(-(14 * args.turns + 48) // 128) * 128, cap=128)[args.task]
-    micro = dict(vocab_size=257, n_layer=3, n_embd=64, n_head=4, n_kv_head=2, head_dim=16, rotary_dim=8,
-                 attn_types=["full"] * 3, mlp_types=["moe"] * 3, n_expert=8, n_expert_per_tok=2, expert_dim=64,
-                 index_head_dim=16, index_block_size=8, index_topk_blocks=4)
-    cfg = (MiniMaxConfig(**micro, max_seq_len=room, n_mtp=args.mtp) if args.preset == "micro"
-           else MiniMaxConfig.small(max_seq_len=room, n_mtp=args.mtp))
+    cfg = getattr(MiniMaxConfig, args.preset)(max_seq_len=room, n_mtp=args.mtp)
     cfg.index_kl_stride = 1  # a stride counts positions of the layout: it would know of the merging
-    cfg.attn_types = ["full"] + ["full" if args.attn == "full" else "msa"] * (cfg.n_layer - 1)
+    cfg.attn_types = ["full"] + [args.attn] * (cfg.n_layer - 1)
     return MiniMax(cfg, dtype).to(device)
-
-def number(low, high=2 ** 31 - 1, kind=int):
-    """A type for argparse: what is no number from low to high is refused."""
-    def read(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text}: it must be {low} to {high}")
-        return value
-    read.__name__ = kind.__name__
-    return read
 
 def parse_args(argv):
     """-> args, checkpoint (None for a new run). --resume takes what is not given again from the checkpoint."""
     p, state = Parser(__doc__), None
     p.add_argument("--task", choices=["calculator", "maze", "cap"], default="calculator", help="what is learned")
     p.add_argument("--turns", type=number(2, 600), default=8, help="keys of a maze")
-    p.add_argument("--schedule", choices=["window", "fifo", "greedy", "all"], default="window", nargs="?", const="all",
-                   help="alone, or all: compare the three")
+    p.add_argument("--schedule", choices=["window", "fifo", "greedy", "all"], default="window", nargs="?", const="all")
     p.add_argument("--window", type=number(1), help="groups in the window; default: 0.3 of --slots")
     p.add_argument("--slots", type=number(1), default=48, help="groups in flight")
     p.add_argument("--groups", type=number(1), default=24, help="groups a step")
     p.add_argument("--rollouts", type=number(2), default=4, help="episodes of a group")
     p.add_argument("--minutes", type=number(1e-6, 1e6, float), help="end after so many, all included; default: 2.9")
     p.add_argument("--steps", type=number(1), help="end after this many")
-    p.add_argument("--lr", type=number(0, 10, float), default=2e-3, help="rate of the matrices")
+    p.add_argument("--lr", type=number(0, 10, float), default=1e-3, help="rate of the matrices")
     p.add_argument("--warm-steps", type=number(0), default=260, help="steps of imitation at the start")
     p.add_argument("--sigma", type=number(0, 10, float), default=0.5, help="of the log-normal tail of completion times")
-    p.add_argument("--deadline", type=number(1e-6, 1e9, float), default=600.0,
-                   help="virtual seconds (--serve: real ones) until a group has failed")
+    p.add_argument("--deadline", type=number(1e-6, 1e9, float), default=600.0, help="seconds until a group has failed")
     p.add_argument("--no-merge", action="store_true", help="train on every turn alone")
     p.add_argument("--replay", action="store_true", help="train with the experts and blocks recorded at rollout")
     p.add_argument("--preset", choices=["micro", "small"], default="micro", help="the model")
@@ -772,9 +726,9 @@ def parse_args(argv):
     return args, state
 
 def card(args, model, queue, device, why):
-    cfg, (total, active) = model.cfg, model.num_params()
-    print(f"model   | {args.preset}: {total:,} parameters, {active:,} active; attention {' '.join(cfg.attn_types)}; "
-          f"{cfg.n_expert_per_tok} of {cfg.n_expert} experts, {cfg.n_mtp} MTP modules\n"
+    cfg = model.cfg
+    print("model   | {}: {:,} parameters, {:,} active; ".format(args.preset, *model.num_params())
+          + f"{args.attn} attention; {cfg.n_expert_per_tok} of {cfg.n_expert} experts, {cfg.n_mtp} MTP modules\n"
           f"device  | {device}, {str(model.dtype).removeprefix('torch.')}: {why}\n"
           f"task    | {args.task}: {args.groups} groups of {args.rollouts} episodes a step, {args.slots} in flight\n"
           f"queue   | {args.schedule}: window {queue.window}, deadline {args.deadline:g} s, tail sigma {args.sigma:g}\n"
@@ -824,9 +778,7 @@ def run(args, state):
     def progress():
         budget = 60 * (args.minutes or math.inf) - now["warm"]
         return max(now["step"] / (args.steps or math.inf), (now["seconds"] - now["warm"]) / max(budget, 1e-9))
-    stop = []
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, lambda *_: stop.append(1))
+    stop = on_signals()
     while progress() < 1 and not stop:
         tick, rate = time.perf_counter(), args.lr * min(1.0, 2 * (1 - progress()))
         source.start(queue.admit(source.clock.now, now["step"]), now["step"])
@@ -854,38 +806,31 @@ def run(args, state):
 def save(args, source, optimizers, now):
     """All there is between two steps: weights, momenta, who is in flight, what has finished, the clock."""
     kept = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "figure", "token")}
-    pool = {task: [{**vars(t), "samples": [vars(s) for s in t.samples]} for t in group]
-            for task, group in source.pool.items()}
+    pool = {task: list(map(dataclasses.asdict, group)) for task, group in source.pool.items()}
     save_checkpoint(args.out, config=dataclasses.asdict(source.model.cfg), tokenizer=source.gateway.tokenizer.spec,
-                    args=kept, now=now, model=source.model.state_dict(),
-                    optimizers=[o.state_dict() for o in optimizers],
-                    queue=vars(source.queue), pool=pool, clock=vars(source.clock))
+                    args=kept, now=now, model=source.model.state_dict(), pool=pool, clock=vars(source.clock),
+                    queue=vars(source.queue), optimizers=[o.state_dict() for o in optimizers])
 
 def restore(state, source, optimizers):
     """Put a checkpoint back -> now. What other processes had begun starts again: not lost, not counted twice."""
     for optimizer, saved in zip(optimizers, state["optimizers"]):
         optimizer.load_state_dict(saved)
-    queue = source.queue
-    vars(queue).update({**state["queue"], "window": queue.window, "deadline": queue.deadline})
+    given = dict(window=source.queue.window, deadline=source.queue.deadline)
+    vars(source.queue).update(state["queue"] | given)
     vars(source.clock).update(state["clock"])
     source.pool = {task: [Trajectory(**{**t, "samples": [Sample(**s) for s in t["samples"]]}) for t in group]
                    for task, group in state["pool"].items()}
     if isinstance(source, Served):
-        source.start(queue.waiting(), state["now"]["step"])
+        source.start(source.queue.waiting(), state["now"]["step"])
     return state["now"]
 
 def draw(curve, args):
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError(f"--figure {args.figure}: pip install matplotlib") from None
-    figure, (solved, ema) = Figure(figsize=(7, 3.5)), zip(*curve)
-    axis = figure.subplots()
-    axis.plot(solved, ".", alpha=0.4, label="a batch of fresh problems")
-    axis.plot(ema, label="EMA")
-    axis.set(xlabel="step", ylabel="share solved, sampled", ylim=(0, 1.02), title=f"python rl.py --task {args.task}")
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axis = figure.subplots(subplot_kw=dict(ylim=(0, 1.02), xlabel="step", ylabel=f"{args.task}: share solved, sampled"))
+    axis.plot(curve, label=["a batch of fresh problems", "EMA"])
     axis.legend(loc="lower right")
-    figure.savefig(args.figure, bbox_inches="tight")
+    figure.savefig(args.figure)
 
 # ---- what the ideas buy --------------------------------------------------------------------------
 
@@ -916,8 +861,8 @@ def compare(args):
                   f"lag mean {r['lag']:4.1f} max {r['max_lag']:3d} | hard tasks: first 10 batches {r['early']:.2f}, "
                   f"all {r['hard']:.2f}", flush=True)
     for name in windows:
-        changed = dict(vars(args), schedule=name, steps=args.steps or 20, minutes=None)
-        trained[name] = run(type(args)(**changed), None)
+        changed = dict(schedule=name, steps=args.steps or 20, minutes=None)
+        trained[name] = run(type(args)(**vars(args) | changed), None)
     for name, r in trained.items():
         print(f"trained {name:6s} | {r['steps']} steps in {r['virtual_seconds']:4.0f} virtual s | "
               f"idle {r['idle']:3.0%} | reward {r['reward_per_virtual_s']:.2f} a virtual s | "

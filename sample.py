@@ -190,6 +190,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(message)
 
+def number(low, high=2 ** 31 - 1, kind=int):
+    """A type for argparse: what is no number from low to high is refused."""
+    def read(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text}: it must be {low} to {high}")
+        return value
+    read.__name__ = kind.__name__
+    return read
+
 def pick_device(name=None):
     """-> device, dtype of the activations, reason. ValueError if the device is asked for and absent."""
     if name in (None, "auto"):

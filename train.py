@@ -388,9 +388,7 @@ def run(args, state):
         save_checkpoint(args.out, config=config, args=kept, tokenizer=tokenizer.spec, now=dict(now),
                         model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers])
 
-    stop, load, mtp, kl = [], 0.0, math.nan, math.nan
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, lambda *_: stop.append(1))
+    stop, load, mtp, kl = on_signals(), 0.0, math.nan, math.nan
     if progress() >= 1:
         print(f"nothing left to do after step {now['step']}: give more --steps or --minutes", flush=True)
     while progress() < 1 and not stop:
@@ -454,6 +452,13 @@ def report(result):
         line += f" | maxvio {' '.join(f'{v:.2f}' for v in max_violation(result['load']).tolist())}"
     return line
 
+def on_signals():
+    """-> a list that Ctrl-C and SIGTERM fill from now on."""
+    stop = []
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, lambda *_: stop.append(1))
+    return stop
+
 def command(script, run):
     """Call run() -> its result, printed as JSON. Bad input is one line and status 2, divergence 1, Ctrl-C 130."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -461,7 +466,7 @@ def command(script, run):
         result = run()
         print(json.dumps(result))
         return result
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"{script}: {error}", file=sys.stderr)
         sys.exit(2)
     except FloatingPointError as error:

@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import random
 import shlex
 import statistics
 import subprocess
@@ -25,6 +26,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import msa
+import rl
 from sample import Parser, pick_device
 
 SHAPES = {"m2": (48, 8), "m3": (64, 4)}                    # query heads, KV heads = index heads
@@ -387,6 +389,33 @@ def draw(path, rows, title):
         axis.legend()
     figure.savefig(path)
 
+@torch.enable_grad()
+def tree_rows(args):
+    """A training step of rl.py on prefix trees, against the same samples packed: all turns of four episodes of a maze,
+    the same tokens a micro-batch at most; laying out and updating included, the least of three."""
+    rows, preset, gateway = [], "small" if args.gpu else "micro", rl.Gateway()
+    print("tree    | turns longest |  packed: tokens         ms |  merged: tokens         ms | tokens | speed-up")
+    for turns in (n for n in (5, 10, 20, 40, 80) if 14 * n + 48 <= args.ctx):
+        asked = rl.parse_args(["--task", "maze", "--preset", preset, "--turns", str(turns)])[0]
+        rng, model = random.Random(turns), rl.make_model(asked, args.device, args.dtype)
+        group = [rl.demonstrate(gateway, rl.make_task(asked, 0), rng, 0.0, 0.1) for _ in range(4)]  # thoughts differ
+        for t in group:
+            t.finish([rng.gauss(0, 1) for _ in t.samples], True, 0.0)
+        samples, optimizers, least = [rl.advantages(group)], rl.configure_optimizers(model, 1e-3)[0], {}
+        for merge in (False, True) * 3:
+            start = time.perf_counter()
+            stats = rl.train_step(model, optimizers, rl.plan_rows(samples, model, merge), 0.0, 0.0)  # weights stay
+            model.embed.weight[0, 0].item()  # waits for the device
+            least[merge] = min(least.get(merge, (math.inf,)), (1e3 * (time.perf_counter() - start), stats))
+        (packed, a), (merged, b) = least[False], least[True]
+        near(f"tree: gradient norm at {turns} turns", *(torch.tensor([x["norm"]], dtype=args.dtype) for x in (b, a)))
+        rows.append(dict(what="tree", shape=preset, ctx=max(len(s.ids) for t in group for s in t.samples), turns=turns,
+                         dense_ms=packed, msa_ms=merged, speedup=packed / merged, tokens=b["naive"] / b["slots"],
+                         dense_util=None, msa_util=None, selection=None))
+        print(f"tree    | {turns:5} {rows[-1]['ctx']:7} | {a['slots']:15,} {packed:10.1f} | {b['slots']:15,} {merged:10.1f} | "
+              f"{rows[-1]['tokens']:5.1f}x | {packed / merged:7.1f}x", flush=True)
+    return rows
+
 def card(args, why):
     """Where, what, and what to expect, printed before either side runs."""
     ask = lambda command: subprocess.getoutput(f"{command} 2> /dev/null") or "unknown"
@@ -402,7 +431,8 @@ def card(args, why):
     args.rates = {"copy": 2e3 * x.numel() / copy, "matmul": 2e3 * n ** 3 / matmul}  # bytes read and written; FLOPs
     print("rates   | measured: copy {copy:.3e} bytes/s, matmul {matmul:.3e} FLOP/s".format(**args.rates))
     print(f"shape   | one layer; query heads, KV = index heads: {SHAPES}; D = {D}, S = {S} blocks of L = {L} keys")
-    for shape, what in product(args.shapes, ("prefill", "decode") if args.what == "all" else (args.what,)):
+    kinds = dict(all=("prefill", "decode"), tree=()).get(args.what, (args.what,))
+    for shape, what in product(args.shapes, kinds):
         t = 1 if what == "decode" else args.ctx if args.gpu else min(args.ctx, 32)
         dense, sparse = (least_ms(x, args.rates) for x in work(shape, args.ctx, t, 1, *[args.size] * 2).values())
         print(f"predict | roofline of {what} {shape} at {args.ctx:,}: dense {dense:,.3f} ms, MSA {sparse:,.3f} ms, "
@@ -412,14 +442,14 @@ def parse_args(argv):
     p = Parser(__doc__)
     p.add_argument("--ctx", type=int, default=1_000_000, help="longest context, in tokens")
     p.add_argument("--what", choices=("prefill", "decode", "train", "moe", "tree", "all"), default="all",
-                   help="what to time; train, moe and tree come later")
+                   help="what to time; tree: rl.py's training step; train and moe come later")
     p.add_argument("--shape", choices=tuple(SHAPES), help="default: both")
     p.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU if there is one")
     p.add_argument("--figure", metavar="FILE", help="draw time against length; needs matplotlib")
     args = p.parse_args(argv)
     args.shapes = [args.shape] if args.shape else list(SHAPES)
-    if args.what in ("train", "moe", "tree"):
-        raise ValueError(f"--what {args.what} comes later; prefill, decode and all are here")
+    if args.what in ("train", "moe"):
+        raise ValueError(f"--what {args.what} comes later; prefill, decode, tree and all are here")
     if not 1 <= args.ctx <= 2 ** 25:
         raise ValueError(f"--ctx {args.ctx}: it must be 1 to {2 ** 25:,}")
     if args.figure:  # what is wrong with it shows now, not after minutes
@@ -438,6 +468,9 @@ def run(args):
         torch.cuda.set_device(args.device.index or 0)
     args.name = torch.cuda.get_device_name() if args.gpu else f"CPU, {torch.get_num_threads()} threads"
     card(args, why)
+    if args.what == "tree":
+        print(json.dumps(result := dict(device=args.name, rows=tree_rows(args))))
+        return result
     for shape in args.shapes:
         gate(args, shape)
     print(f"gate    | passed by {', '.join(args.shapes)}: choice against torch, output against brute force in fp32, "

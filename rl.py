@@ -644,7 +644,8 @@ def demonstrate(gateway, task, rng, noise, wander=0.0):
             text = f"t{rng.randrange(10)}{text[2:]}" if text[0] == "t" and rng.random() < wander else text
             ids = gateway.tokenizer.encode(text)
             gateway.record(episode, gateway.context(episode, messages), ids, [math.nan] * len(ids), 0)
-    except StopIteration:
+    except StopIteration as stop:
+        episode.finish(*stop.value)
         return episode
 
 def warm_start(model, gateway, args):

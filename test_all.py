@@ -1,5 +1,5 @@
 """The suite, and a guided tour in the order of a token's walk: text, config, parts, attention, index branch, MSA,
-kernels, router, model, cache, training, sampling, bad input, and last the mutants that show each checker can fail.
+kernels, router, model, cache, training, sampling, agents, bad input, and last the mutants: each checker can fail.
 
     python -m pytest test_all.py           # everything, offline, under 150 s on 2 cores
     python test_all.py                     # the same, with each test's one-line lesson
@@ -7,43 +7,39 @@ kernels, router, model, cache, training, sampling, bad input, and last the mutan
 What is compared against is not ours: outputs that transformers 5.23 computed (.ci/golden), torch's operators,
 brute-force loops, closed forms, published counts. fp32 tolerances are a few roundings of such sums; fp64 ones 1e-10.
 """
-import contextlib, hashlib, io, json, math, os, re, signal, subprocess, sys, tempfile, timeit, warnings
+import contextlib, copy, hashlib, io, json, math, os, random, re, signal, subprocess, sys, tempfile, timeit, warnings
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from urllib import error, request
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before msa is imported: a kernel's decorator reads the flag
-
-import bench, moe, msa, sample, train
+import bench, moe, msa, rl, sample, train
 from model import (Call, KVCache, MiniMax, MiniMaxConfig, RMSNorm, apply_rope, count_params, cross_entropy, locate,
                    rope_tables)
 
 HERE = Path(__file__).resolve().parent
 GOLDEN = HERE / ".ci" / "golden"
 TEXT = (HERE / "msa.py").read_text(encoding="utf-8") + "na\u00efve \u4e2d\u6587 \U0001f600\n"
-
 def worst(a, b):
     """Largest absolute difference; inf where either is not finite, so that no NaN passes a comparison."""
     d = (a.double() - b.double()).abs().max().item()
     return d if math.isfinite(d) else math.inf
-
 def relative(a, b):
     """RMS of the difference over RMS of b; inf where either is not finite, or b is zero."""
     d = ((a.double() - b.double()).norm() / b.double().norm()).item()
     return d if math.isfinite(d) else math.inf
-
 def small_config(**kw):
     """Three layers with everything in them, at a size where a forward takes milliseconds."""
     return MiniMaxConfig.tiny(**{**dict(
         vocab_size=61, n_layer=3, n_embd=32, n_head=4, n_kv_head=2, head_dim=8, rotary_dim=4, max_seq_len=256,
         attn_types=["full", "msa", "msa"], mlp_types=["dense", "moe", "moe"], n_expert=4, expert_dim=8, shared_dim=8,
         dense_dim=24, index_head_dim=8, index_block_size=4, index_topk_blocks=3, index_kl_stride=1), **kw})
-
 def make_model(seed=0, dtype=torch.float32, **kw):
     """A model whose norms and biases are random too: a port that ignores them must fail."""
     torch.manual_seed(seed)
@@ -52,22 +48,18 @@ def make_model(seed=0, dtype=torch.float32, **kw):
         for name, p in list(model.named_parameters()) + list(model.named_buffers()):
             if p.dim() == 1: p.add_(torch.randn_like(p) * 0.2)
     return model.to(dtype).eval()
-
 def random_qkv(B=2, T=37, H=4, Hkv=2, D=8, dtype=torch.float64, seed=0):
     g = torch.Generator().manual_seed(seed)
     shapes = [(B, T, H, D), (B, T, Hkv, D), (B, T, Hkv, D), (B, T, Hkv, D), (B, T, D)]
     return [torch.randn(s, generator=g, dtype=dtype) for s in shapes]                                     # q k v qi ki
-
 def packed_end(T, cuts, B=2):
     """end for documents that stop at each cut and at T: (B, T) int32."""
     return torch.tensor([[min(c for c in (*cuts, T) if c > j) for j in range(T)]] * B, dtype=torch.int32)
-
 def quiet(main, argv):
     """Run a script's main -> its result, and what it printed, whose last line is the result in JSON."""
     with contextlib.redirect_stdout(io.StringIO()) as text: result = main([str(a) for a in argv])
     assert json.loads(text.getvalue().strip().splitlines()[-1]) == result
     return result, text.getvalue()
-
 # ---- 1. text -------------------------------------------------------------------------------------
 def brute_bpe(text, n_merges, pattern):
     """BPE from its definition: count every pair, merge the most frequent (lowest ids on ties), again."""
@@ -82,12 +74,10 @@ def brute_bpe(text, n_merges, pattern):
             for i in range(len(w)):  # w may shrink: past its end the slice is short, and no pair
                 if tuple(w[i:i + 2]) == pair: w[i:i + 2] = [len(tokens) - 1]
     return tokens
-
 def test_bpe_equals_brute_force():
     """The BPE learner with its heap and index makes exactly the merges of the textbook loop."""
     ranks = sample.learn_bpe([TEXT[:3000]], 256 + 60 + 1, sample.PATTERN)["ranks"]
     assert ranks == brute_bpe(TEXT[:3000], 60, sample.PATTERN) and len(set(ranks)) == len(ranks) and all(ranks)
-
 def test_text_roundtrip():
     """Any text survives, the special token's name included, which in data is plain text; ids past uint16 do, too."""
     tok = sample.Tokenizer(sample.learn_bpe([TEXT], 400, sample.PATTERN))
@@ -97,7 +87,6 @@ def test_text_roundtrip():
     class Wide:  # M2's vocabulary: uint16, the usual choice, would store its id 200063 as 3455
         eot, encode_batch = 200_063, lambda self, texts: [[200_062] * len(t) for t in texts]
     assert train.Tokens([("a", "xyz")], Wide(), 4, 8).ids[:2].tolist() == [200_063, 200_062]
-
 # ---- 2. config -----------------------------------------------------------------------------------
 def test_published_parameter_counts():
     """M2 has 228,689,764,864 parameters, 9,801,359,872 active; M3's text model 426.175B, 23.5B; --dry-run says why."""
@@ -113,13 +102,11 @@ def test_published_parameter_counts():
     for part in ("228,689,764,864", "9,801,359,872", "229,918,958,080", "3,687,602,432", "253,952 bytes a token",
                  f"{2 * 62 * 8 * 128 * 2 * 196_608 / 1e9:.3f} GB"):
         assert part in text, part
-
 def test_bad_configs_are_refused():
     """A config that cannot work says so when it is made, with the value in the message."""
     for key, value in (("n_head", 5), ("rotary_dim", 10), ("activation", "relu"), ("mlp_types", ["moe"]),
                        ("attn_types", ["full", "swa", "msa"]), ("qk_norm", "batch")):
         with pytest.raises(AssertionError, match=re.escape(str(value))): small_config(**{key: value})
-
 # ---- 3. parts ------------------------------------------------------------------------------------
 def test_rmsnorm_matches_formula():
     """x / rms(x) * weight, or * (1 + weight) in Gemma's form, computed in fp32 even for bf16 input."""
@@ -131,7 +118,6 @@ def test_rmsnorm_matches_formula():
         assert worst(norm(x), formula(x, norm.weight + gemma)) < 1e-5
         want = formula(low.float(), norm.weight + gemma).bfloat16()  # rounded once, at the end
         assert norm(low).dtype == torch.bfloat16 and (norm(low) != want).float().mean() < 0.01
-
 def test_rope_is_relative_and_partial():
     """Rotated q . k depends on the distance alone, and channels from rotary_dim on are untouched."""
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
@@ -139,7 +125,6 @@ def test_rope_is_relative_and_partial():
     assert worst((at(q, 9) * at(k, 4)).sum(), (at(q, 105) * at(k, 100)).sum()) < 1e-5  # the tables are fp32
     assert worst((at(q, 9) * at(k, 4)).sum(), (at(q, 9) * at(k, 5)).sum()) > 1e-3
     assert torch.equal(at(q, 9)[..., 8:], q[..., 8:])
-
 def test_cross_entropy_in_chunks():
     """The chunked loss and its gradients equal torch's at any chunk, with ignored targets; with no target it is 0."""
     h, W = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 19, 8), (31, 8)))
@@ -148,7 +133,6 @@ def test_cross_entropy_in_chunks():
     want = grads(F.cross_entropy((h @ W.T).flatten(0, 1), y.flatten(), ignore_index=-1))
     for chunk in (1, 5, 38, 1000): assert max(map(worst, grads(cross_entropy(h, W, y, chunk=chunk)), want)) < 1e-12
     assert cross_entropy(h, W, torch.full_like(y, -1)).item() == 0
-
 # ---- 4. full attention and the one visibility rule -----------------------------------------------
 def loop_attention(q, k, v, keys_of):
     """Softmax attention, query by query, over the keys that keys_of(b, i, kv_head) lists."""
@@ -159,7 +143,6 @@ def loop_attention(q, k, v, keys_of):
         p = (k[b, js, h // G] @ q[b, i, h] / D ** 0.5).softmax(0)
         out[b, i, h] = p @ v[b, js, h // G]
     return out
-
 def test_full_attention_obeys_visibility():
     """Key j is seen by query i iff j <= i < end[j]: plain causal, packed documents and a tree, against a loop."""
     q, k, v, _, _ = random_qkv(T=13)
@@ -167,7 +150,6 @@ def test_full_attention_obeys_visibility():
     for end in (None, packed_end(13, [4, 5]), tree):
         want = loop_attention(q, k, v, lambda b, i, r: [j for j in range(i + 1) if end is None or i < end[b, j]])
         assert worst(msa.full_attention(q, k, v, end), want) < 1e-10
-
 # ---- 5. index branch -----------------------------------------------------------------------------
 def brute_blocks(qi, ki, S, L, end):
     """block_idx from its definition, in Python floats: own block, then by (-max visible score, block id)."""
@@ -181,7 +163,6 @@ def brute_blocks(qi, ki, S, L, end):
         row = [i // L] + sorted(best, key=lambda n: (-best[n], n))[:S - 1]
         out[b, i, r, :len(row)] = torch.tensor(row)
     return out
-
 @pytest.mark.parametrize("T,L,S", [(1, 4, 3), (3, 4, 3), (4, 4, 1), (5, 4, 2), (37, 4, 3), (40, 8, 8)])
 def test_selection_equals_brute_force(T, L, S):
     """Own block first, then the best earlier blocks, -1 if there are fewer; odd lengths, documents, a cached start."""
@@ -191,13 +172,11 @@ def test_selection_equals_brute_force(T, L, S):
     if T > 2:
         got = msa.select_blocks(qi[:, 2:], ki, S, L, None, torch.tensor([2, 2], dtype=torch.int32))
         assert torch.equal(got, brute_blocks(qi, ki, S, L, None)[:, 2:])
-
 def test_ties_go_to_the_lowest_block():
     """Equal scores are common (repeated tokens, zero keys): the lowest id wins, on every machine."""
     qi, ki = torch.ones(1, 40, 1, 4), torch.ones(1, 40, 4)
     assert msa.select_blocks(qi, ki, 3, 4)[0, 39, 0].tolist() == [9, 0, 1]
     assert msa.select_blocks(torch.zeros_like(qi), ki, 3, 4)[0, 21, 0].tolist() == [5, 0, 1]
-
 def test_selection_in_chunks(monkeypatch):
     """Queries are taken in chunks so that no T x T matrix exists; the chunk's size changes nothing."""
     q, k, v, qi, ki = (t.requires_grad_() for t in random_qkv(T=37))
@@ -208,7 +187,6 @@ def test_selection_in_chunks(monkeypatch):
     whole = run()
     monkeypatch.setattr(msa, "chunk", lambda device: 2 * 2 * 37 * 5)
     assert max(map(worst, run(), whole)) < 1e-12
-
 def kl_by_autograd(qi, ki, q, k, block_idx, L, end, weight):
     """The paper's loss, eq. 9-10, written as a masked dense softmax and left to autograd."""
     (B, T, Hkv, D), G = qi.shape, q.size(2) // k.size(2)
@@ -223,7 +201,6 @@ def kl_by_autograd(qi, ki, q, k, block_idx, L, end, weight):
     logp = (torch.einsum("birh,bjh->brij", qi, ki) / D ** 0.5).masked_fill(~seen, -math.inf).log_softmax(-1)
     kl = torch.where(seen.expand_as(teacher), teacher * (teacher.clamp(min=1e-300).log() - logp), 0.0).sum(-1)
     return (kl.mean(1) * weight).sum() / weight.sum()
-
 @pytest.mark.parametrize("support", ["prefix", "blocks"])
 def test_index_kl_value_and_gradient(support):
     """The KL's value and its closed-form gradient equal autograd through the definition; q and k get none."""
@@ -237,7 +214,6 @@ def test_index_kl_value_and_gradient(support):
             *grads, dq, dk = torch.autograd.grad(2 * got, (qi, ki, q, k), allow_unused=True)
             assert max(map(worst, grads, torch.autograd.grad(2 * want, (qi, ki)))) < 1e-10
             assert worst(got, want) < 1e-10 and want > 0.01 and dq is None and dk is None
-
 # ---- 6. MSA --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("T,L,S", [(1, 4, 2), (7, 4, 2), (37, 4, 3), (33, 16, 2)])
 def test_msa_equals_loop(T, L, S):
@@ -249,7 +225,6 @@ def test_msa_equals_loop(T, L, S):
         want = loop_attention(q, k, v, lambda b, i, r: [j for j in range(i + 1) if j // L in blocks[b, i, r].tolist()
                                                         and (end is None or i < end[b, j])])
         assert max(map(worst, grads(msa.msa_attention(q, k, v, blocks, L, end)), grads(want))) < 1e-10
-
 @pytest.mark.parametrize("dtype,near", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 def test_few_tokens_make_msa_dense(dtype, near):
     """T <= S * L: every visible block is chosen, output and gradients are full attention's; a block more, and not."""
@@ -259,14 +234,12 @@ def test_few_tokens_make_msa_dense(dtype, near):
         ours, dense = ((o, *torch.autograd.grad(o, (q, k, v), torch.ones_like(o).cumsum(-1))) for o in outs)
         for mine, want in zip(ours, dense):
             assert (relative(mine, want) < near) if same else (worst(mine, want) > 0.05), T
-
 def test_decode_is_a_row_of_prefill():
     """msa_decode with rows of unequal length gives the rows that prefill computes, and the same blocks."""
     (q, k, v, qi, ki), at, rows = random_qkv(T=37), torch.tensor([36, 17]), torch.arange(2)
     full = msa.msa_attention(q, k, v, blocks := msa.select_blocks(qi, ki, 3, 4), 4)
     out, chosen = msa.msa_decode(q[rows, at][:, None], k, v, qi[rows, at][:, None], ki, 3, 4, at.int())
     assert torch.equal(chosen[:, 0], blocks[rows, at]) and worst(out[:, 0], full[rows, at]) < 1e-12
-
 def test_cost_follows_the_selection():
     """Nothing in a long decode step is as wide as T x Hkv x D: time at 16 times the context stays under 8 times."""
     def seconds(T):
@@ -275,7 +248,6 @@ def test_cost_follows_the_selection():
         def step(): msa.msa_attention(q[:, -1:], k, v, blocks, 16, None, start)
         return min(timeit.repeat(step, number=1, repeat=6)[1:])  # the first one warms up
     assert seconds(65536) < 8 * seconds(4096)
-
 def test_recall_of_a_perfect_and_a_blind_index():
     """Block recall is near 1 when the index scores are the main branch's own, and near chance when they are noise."""
     q, k, _, qi, ki = random_qkv(1, 256, 1, 1, 16)
@@ -283,17 +255,14 @@ def test_recall_of_a_perfect_and_a_blind_index():
     perfect, mass, chance = msa.block_recall(q, k[:, :, 0], q, k, 4, 16)
     blind, less, _ = msa.block_recall(qi, ki, q, k, 4, 16)
     assert perfect > 0.85 and abs(blind - chance) < 0.1 and 0.2 < chance < 0.5 and less < 0.8 < 0.95 < mass <= 1
-
 # ---- 7. kernels: interpreted on a CPU, compiled for sm_90, run where there is a GPU --------------
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # a marker can be declared only in a file that pytest reads before this one
     gpu = pytest.mark.gpu
 lax = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid", "ignore:overflow")  # log2(0) in numpy
-
 def needs(fits, what):
     """Skip unless it fits: here and not in a marker, because mutants call the tests, too."""
     fits or pytest.skip(f"needs {what}")
-
 @contextlib.contextmanager
 def poisoned():
     """What a kernel fails to write is NaN, or a block that no one has."""
@@ -302,7 +271,6 @@ def poisoned():
             patch.setattr(torch, name, lambda *args, make=make, **kw: (x := make(*args, **kw)).fill_(
                 math.nan if x.is_floating_point() else -2 ** 30))
         yield
-
 def kernel_qkv(B, T, Tk, Hkv, G, D=16):
     """q k v qi ki, slices of longer buffers between bands of NaN: an interpreter's load out of bounds shows."""
     needs(msa.triton and not torch.cuda.is_available(), "Triton, and no GPU: the interpreter stands in for one")
@@ -311,7 +279,6 @@ def kernel_qkv(B, T, Tk, Hkv, G, D=16):
         band = torch.full((math.prod(shape) + 4096,), math.nan)
         out.append(band[2048:-2048].view(shape).normal_(generator=g))
     return [x[:, :n] for x, n in zip(out, (T, Tk, Tk, T, Tk))]
-
 TREE = torch.full((2, 37), 37, dtype=torch.int32)
 TREE[0, :13], TREE[0, 16:24], TREE[1, :16] = 13, 24, 16
 KERNEL_CASES = [  # B, T, Tk, Hkv, G, S, end, start; the last four are decode steps: ragged, drafts, short, documents
@@ -319,7 +286,6 @@ KERNEL_CASES = [  # B, T, Tk, Hkv, G, S, end, start; the last four are decode st
     (1, 17, 17, 1, 2, 1, None, None), (2, 37, 37, 2, 3, 4, TREE, None), (2, 10, 64, 2, 3, 4, None, [20, 50]),
     (2, 1, 96, 2, 3, 4, None, [90, 33]), (1, 3, 64, 2, 3, 4, None, [46]), (2, 1, 24, 2, 3, 4, None, [0, 9]),
     (2, 2, 40, 2, 3, 4, TREE, [35, 30])]
-
 @lax
 @pytest.mark.parametrize("case", range(len(KERNEL_CASES)))
 def test_kernels_equal_torch(case):
@@ -342,7 +308,6 @@ def test_kernels_equal_torch(case):
             assert torch.equal(got, blocks) and worst(out, want) < 2e-6
         dense = msa.full_attention(q, k, v, end, start, "triton")
     assert worst(dense, msa.full_attention(q, k, v, end, start, "torch")) < 2e-6
-
 @lax
 @pytest.mark.parametrize("shape,S,end,run,most", [((2, 29, 29, 2, 3), 3, TREE[:, :29].clamp(max=29), 5, 16),
                                                   ((1, 21, 21, 1, 16), 2, None, 1024, 8192)])
@@ -362,7 +327,6 @@ def test_training_kernels_equal_autograd(shape, S, end, run, most):
         assert most == 16 or all(map(torch.equal, got, run_once("triton")))  # once: an interpreter runs in order
     for mine, want in zip(got, run_once("torch")):
         assert worst(mine, want) < 1e-4 * want.abs().max()  # scores of 500 round to 3e-5, which exp passes on
-
 @contextlib.contextmanager
 def fp64_kernels():
     """Kernels work in their inputs' precision and scratch memory in torch's default: interpreted, both may be fp64."""
@@ -373,7 +337,6 @@ def fp64_kernels():
             yield
         finally:
             torch.set_default_dtype(torch.float32)
-
 @lax
 @pytest.mark.parametrize("part", ["attention", "KL"])
 def test_training_kernels_pass_gradcheck(part):
@@ -395,7 +358,6 @@ def test_training_kernels_pass_gradcheck(part):
             outs = run(8)[0], msa.full_attention(q, k, v, end)
             ours, dense = ((o, *torch.autograd.grad(o, args, torch.ones_like(o).cumsum(-1))) for o in outs)
             assert max(map(relative, ours, dense)) < 1e-12
-
 @lax
 def test_certified_fp8_is_exact_where_fp8_errs():
     """Keys so alike that fp8 misranks them, equal ones, scales whose squares or products leave fp32: torch's choice."""
@@ -411,7 +373,6 @@ def test_certified_fp8_is_exact_where_fp8_errs():
         assert torch.equal(msa.msa_decode(q[:, -1:], k, v, x, keys, 4, 8, last, None, "triton", fp8)[1], want), scale
     ties = [msa.select_blocks(qi[:, 40:].abs(), keys * 0, 4, 8, None, last - 55, x) for x in ("triton", "torch")]
     assert errs == [True, False, True, True, True] and torch.equal(*ties)
-
 def test_fp8_bound_holds_and_is_tight():
     """|max q.k - max scale q.k8| <= |q| slack for any q, in fp64; e4m3 has 3 bits, so slack is at most |k| / 16."""
     for make in (torch.randn, lambda *s: torch.randn(*s) ** 5, lambda *s: 1e-6 * torch.randn(*s) + 1, torch.zeros):
@@ -421,7 +382,6 @@ def test_fp8_bound_holds_and_is_tight():
         gap = ((exact @ q.T).amax(2) - (near @ q.T).amax(2)).abs() / q.norm(dim=-1)                        # (B, N, 500)
         assert (gap <= slack[..., None]).all() and (scale.log2() % 1 == 0).all()
         assert (slack <= exact.norm(dim=-1).amax(-1) / 16 * 1.01 + 1e-29).all()
-
 def test_cache_keeps_fp8_keys():
     """The cache's fp8 lane is quantize_index of what it holds, after appends of any size, a crop and a copy of rows."""
     cache, g = KVCache(small_config(), 2, 32, fp8=True), torch.Generator().manual_seed(0)
@@ -434,7 +394,6 @@ def test_cache_keeps_fp8_keys():
         for layer in range(3):
             want = msa.quantize_index(cache.ki[layer], 4)
             assert all(torch.equal(a.float(), b.float()) for a, b in zip(cache.fp8(layer, 32), want))
-
 def test_wrong_tensors_are_refused():
     """Dtype, shape, heads, the length of end, device, impl, layout: a ValueError that states both values."""
     q, k, v, qi, ki = random_qkv()
@@ -449,56 +408,18 @@ def test_wrong_tensors_are_refused():
             (select, (qi.float(), strided, 3, 4, None, None, "triton"), "strides.*expected|TRITON"),
             (select, (qi, ki, 0, 4), "S is 0.*1 or more")):
         with pytest.raises(ValueError, match=words): f(*args)
-
-def compile_kernels():
-    """Every kernel for sm_90 as launched at M3's sizes, and what else M2's change -> [name, registers, stack bytes]."""
-    from triton.compiler.compiler import ASTSource, GPUTarget
-    base = dict(HKV=4, G=16, D=128, L=128, S=16, S1=15, W=16, RUN=16, COLS=16, RUNS=512, PAIR=32, TILE=64, SPLIT=66,
-                PADDED=128, ROWS=16, R=16, DIMS=(4, 16, 128, 128, 16, 16, 16, 512, 32),
-                keys="tensordesc<bf16[128, 128]>", **dict.fromkeys("q k v qi ki out part".split(), "*bf16"),
-                **dict.fromkeys("lse scores exact scale slack stat delta index_stat share value dki".split(), "*fp32"),
-                **dict.fromkeys("T Tk N cap n edge0".split(), "i32"), **dict.fromkeys("grad dq dqi".split(), "*bf16"),
-                **dict.fromkeys(("dk", "dv"), "*fp32"), ends="*i64")
-    index, train = dict(num_warps=8, num_stages=2, maxnreg=128, ROWS=128), dict(num_warps=8, num_stages=2)
-    for name, change in (("index", index), ("index", dict(index, end=None, block_end=None, start=None)),
-                         ("query_outer", dict(num_stages=2)), ("attend", dict(num_warps=8)), ("probe", {}),
-                         ("kv_outer", dict(ROWS=64)), ("kv_outer", dict(ROWS=64, HKV=8, G=6)), ("rescore", {}),
-                         ("combine", dict(ROWS=64)), ("combine", dict(ROWS=128, HKV=8, G=6, num_warps=8)),
-                         ("scan", dict(scale=None)), ("scan", dict(ki="*fp8e4nv", num_warps=2)),
-                         ("dense", dict(part="*fp32", num_stages=4)), ("dense_sum", dict(part="*fp32")),
-                         ("backward", dict(train, DIMS=(4, 16, 128, 128, 16, 64))), ("slot_sum", {}),
-                         ("backward", dict(train, DIMS=(8, 6, 128, 128, 16, 32))),
-                         ("task_sum", dict(train, part="*fp32", out="*fp32")),
-                         ("kl", dict(DIMS=(4, 16, 128, 128, 128, 16, 64, 64), num_stages=2, index_stat=None)),
-                         ("kl", dict(train, DIMS=(8, 6, 128, 128, 128, 16, 64, 16)))):
-        fn = getattr(msa, f"_{name}_kernel")
-        args = {p: {**base, **change}.get(p, None if p in change else "*i32") for p in fn.arg_names}
-        const = {p: x for p, x in args.items() if not isinstance(x, str)}
-        aligned = {(n,): [["tt.divisibility", 16]] for n, x in enumerate(args.values()) if str(x)[0] == "*"}
-        source = ASTSource(fn, {p: "constexpr" if p in const else x for p, x in args.items()}, const, aligned)
-        options = {"num_warps": 4, "num_stages": 3, **{p: x for p, x in change.items() if p not in args}}
-        tool = Path(msa.triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        with tempfile.NamedTemporaryFile(buffering=0) as file:
-            file.write(msa.triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["cubin"])
-            text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
-        yield [fn.__name__, *map(int, re.search(r"REG:(\d+) STACK:(\d+)", text).groups())]
-
 @pytest.mark.skipif(msa.triton is None, reason="needs Triton")
 def test_no_spills_for_sm_90():
     """Every kernel compiles for Hopper without spilling a register: in a process without the interpreter."""
-    code = "import json, test_all; print(json.dumps([*test_all.compile_kernels()]))"
-    run = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True,
-                         env={**os.environ, "TRITON_INTERPRET": "0"})
+    run = subprocess.run([sys.executable, HERE / ".ci" / "compile.py"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     kernels = json.loads(run.stdout.splitlines()[-1])
     assert {name for name, *_ in kernels} == set(re.findall(r"^def (_\w+_kernel)", TEXT, re.M))
     assert all(stack == 0 and 16 <= registers <= 255 for _, registers, stack in kernels), kernels
-
 def gpu_qkv(B, T, Hkv, G):
     needs(torch.cuda.is_available(), "a CUDA GPU")
     g, sizes = torch.Generator("cuda").manual_seed(T), ((Hkv * G,), (Hkv,), (Hkv,), (Hkv,), ())
     return [torch.randn(B, T, *s, 128, generator=g, device="cuda").bfloat16() for s in sizes]             # q k v qi ki
-
 @gpu
 @pytest.mark.parametrize("T,Hkv,G", [(T, *h) for T in (1, 127, 128, 129, 2047, 2048, 2049) for h in ((4, 16), (8, 6))])
 def test_kernels_on_a_gpu(T, Hkv, G):
@@ -520,7 +441,6 @@ def test_kernels_on_a_gpu(T, Hkv, G):
                         for dtype in (torch.float32, torch.bfloat16))
         ours = grads(lambda *x: msa.msa_train(*x, qi, ki, blocks, L, impl="triton")[0], q, k, v)
         assert all(relative(x, z) < relative(y, z) + 1e-3 for x, y, z in zip(ours, dense, exact))
-
 @gpu
 @pytest.mark.parametrize("kind", ["plain", "alike", "cancelling", "sink", "equal"])
 def test_fp8_choice_is_exact_on_a_gpu(kind, rounds=20, B=64, T=8192, D=128, L=128, S=16, device="cuda"):
@@ -544,7 +464,6 @@ def test_fp8_choice_is_exact_on_a_gpu(kind, rounds=20, B=64, T=8192, D=128, L=12
         assert torch.equal(fp8, exact)
         rows += exact[..., 0].numel()
     assert rows == rounds * B * 16 and (rounds < 20 or rows == 20_480)
-
 # ---- 8. router and experts -----------------------------------------------------------------------
 def test_bias_moves_choice_never_weight():
     """With bias +10 every token takes expert 3, but its weight stays that of its score; weights sum to the scale."""
@@ -556,7 +475,6 @@ def test_bias_moves_choice_never_weight():
     assert (idx == 3).any(1).all() and worst(weights.sum(1), torch.full((50,), 2.0)) < 1e-5
     scores = logits.sigmoid().gather(1, idx)
     assert worst(weights, 2 * scores / scores.sum(1, keepdim=True)) < 1e-6
-
 @pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai"])
 def test_loop_equals_grouped(activation):
     """Sorted experts equal the loop, forward and backward, with experts that no token chose or that all chose."""
@@ -567,14 +485,12 @@ def test_loop_equals_grouped(activation):
         assert worst(*outs) < 1e-4  # fp32 sums of 24 products of size ~4
         for a, b in zip(*(torch.autograd.grad(o, (x, w13, w2, weights), probe) for o in outs)):
             assert worst(a, b) < 1e-3 * max(1, a.abs().max().item())
-
 def test_swiglu_oai_clamps():
     """M3's activation in scalar arithmetic: gate at most 7, up within +-7 and one added, sigmoid of 1.702 gate."""
     pairs = ((9.0, 20.0), (-3.0, -20.0), (0.5, 1.5))  # gate, up
     want = [(max(min(u, 7.0), -7.0) + 1) * min(g, 7.0) / (1 + math.exp(-1.702 * min(g, 7.0))) for g, u in pairs]
     h = torch.tensor(pairs, dtype=torch.float64).T.reshape(1, 6)
     assert worst(moe.gated(h, "swiglu_oai"), torch.tensor([want], dtype=torch.float64)) < 1e-12
-
 def test_bias_update_balances():
     """Loss-free balancing brings a router with a strong favourite from MaxVio > 1.5 to < 0.2; u = 0 changes nothing."""
     logits = torch.randn(2000, 8, generator=torch.Generator().manual_seed(0))
@@ -586,7 +502,6 @@ def test_bias_update_balances():
             moe.update_bias(bias, load, rate)
         return moe.max_violation(load).item()
     assert run(0.0) > 1.5 and run(0.003) < 0.2
-
 def test_router_keeps_fp32_and_multiplicity_counts():
     """.to(bfloat16) leaves gate and bias exact in fp32; a token of weight 3 counts three times, a pad not at all."""
     model, x = make_model(), torch.randn(1, 3, 32)
@@ -597,12 +512,10 @@ def test_router_keeps_fp32_and_multiplicity_counts():
     _, load, experts = model.moe_layers()[0](x, torch.tensor([[3.0, 1.0, 0.0]]))
     want = sum(w * torch.bincount(e, minlength=4) for w, e in zip((3, 1, 0), experts[0]))
     assert torch.equal(load, want.float())
-
 # ---- 9. model: transformers' numbers -------------------------------------------------------------
 def golden(name):
     idx = torch.from_numpy((z := dict(np.load(GOLDEN / name / "expected.npz")))["ids"])
     return MiniMax.from_hf(GOLDEN / name), z, idx, F.pad(idx[:, 1:], (0, 1), value=-1)
-
 @pytest.mark.parametrize("name", ["m2", "m3"])
 def test_parity_with_transformers(name):
     """Logits within 1e-4, loss within 1e-5, the same experts and blocks for every token, gradient norms within 1e-3."""
@@ -621,7 +534,6 @@ def test_parity_with_transformers(name):
         assert part is not None and abs(part.norm().item() - norm) <= 1e-3 * norm, (key, part, norm)
     # the language-model loss never reaches the index branch
     assert len(expected) > 20 and all(".indexer." in n for n, _ in model.named_parameters() if n not in grads)
-
 def test_save_hf_is_bit_equal(tmp_path):
     """M2 written in the released names reads back bit for bit, config included; M3 is refused."""
     model = golden("m2")[0]
@@ -629,7 +541,6 @@ def test_save_hf_is_bit_equal(tmp_path):
     again = MiniMax.from_hf(tmp_path / "m2")
     assert again.cfg == model.cfg and all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
     with pytest.raises(ValueError, match="writes M2"): golden("m3")[0].save_hf(tmp_path / "m3")
-
 def test_released_m3_names_and_fp8(tmp_path):
     """M3's released names (experts apart, a prefix, a vision tower beside) and fp8 tiles read as the same weights."""
     from safetensors.torch import load_file, save_file
@@ -657,11 +568,9 @@ def test_released_m3_names_and_fp8(tmp_path):
     del out["language_model.model.norm.weight"]
     save_file(out, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="norm.weight"): MiniMax.from_hf(tmp_path)
-
 # ---- 10. one forward, one cache ------------------------------------------------------------------
 M2_STYLE = dict(qk_norm="layer", gemma_norm=False, activation="swiglu", attn_types=["full"] * 3, mlp_types=["moe"] * 3,
                 shared_dim=0)
-
 @pytest.mark.parametrize("kw", [dict(), M2_STYLE])
 @pytest.mark.parametrize("chunks", [[1] * 43, [5, 1, 7, 3, 16, 11]])
 def test_cached_equals_full(chunks, kw):
@@ -670,7 +579,6 @@ def test_cached_equals_full(chunks, kw):
     cache = KVCache(model.cfg, 2, 60, dtype=torch.float64)
     outs = [model(part, cache=cache)[0] for part in idx.split(chunks, 1)]
     assert worst(torch.cat(outs, 1), model(idx)[0]) < 1e-10
-
 def test_cache_crop_select_expand_and_ragged():
     """Cropping and replaying, picking rows, sharing a prefix, rows of unequal length: always the uncached logits."""
     model, idx = make_model(dtype=torch.float64), torch.randint(0, 61, (2, 40))
@@ -690,7 +598,6 @@ def test_cache_crop_select_expand_and_ragged():
     assert cache.length.tolist() == [11] * 4 + [27] * 2
     step([1] * 4 + [0] * 2, [11] * 4 + [27] * 2, 1)
     with pytest.raises(AssertionError, match="do not fit"): model(idx[:1].expand(6, -1), cache=cache)
-
 def test_causality_by_gradient():
     """No logit depends on a later token, in any layer type: the gradient is exactly zero."""
     model = make_model()
@@ -698,7 +605,6 @@ def test_causality_by_gradient():
     model.embed.forward = lambda idx: x
     grad, = torch.autograd.grad(model(torch.zeros(1, 30, dtype=torch.long))[0][0, 17].sum(), x)
     assert grad[0, 18:].abs().max() == 0 and grad[0, :18].abs().sum(-1).min() > 0
-
 def packed(sizes, L, dtype):
     """Documents laid out in one row from multiples of L -> the row as `forward` takes it, and each document apart."""
     starts, docs = np.cumsum([0] + [-(-n // L) * L for n in sizes]).tolist(), []
@@ -711,7 +617,6 @@ def packed(sizes, L, dtype):
         for key, value in dict(docs[-1], pos=torch.arange(n), weight=1, end=at + n).items():
             row[key][:, at:at + n] = value
     return row, docs
-
 def losses(model, n, call):
     """The loss, those of two MTP modules apart (the second: twice their mean, less the first), KL by KL; for each, its
     share in the sum that is trained and the tokens it is a mean over; logits and loads."""
@@ -720,7 +625,6 @@ def losses(model, n, call):
     first, model.mtp = model(**call)[2]["mtp_loss"], keep
     terms = [loss, first, 2 * aux["mtp_loss"] - first, *aux["index_kl"]]
     return terms, [1, 0.5, 0.5, 1, 1, 1, 1], [n, n - 1, n - 2, n, n, n - 1, n - 2], logits, aux["expert_load"]
-
 @pytest.mark.parametrize("dtype,near", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 def test_packed_documents_learn_as_apart(dtype, near):
     """A packed row equals its documents run apart: logits, loads, each loss by its own count, every gradient."""
@@ -738,7 +642,6 @@ def test_packed_documents_learn_as_apart(dtype, near):
     mine, want = ([g.double() for g in side] for side in grads)
     for name, x, y in zip(names, mine, want):
         assert (x - y).norm() < near * max(y.norm(), top * max(w.norm() for w in want)), name
-
 @gpu
 @pytest.mark.filterwarnings("error:sparse attention runs in torch")
 def test_gradients_are_bit_equal_on_a_gpu(device="cuda", dtype=torch.bfloat16):
@@ -753,7 +656,6 @@ def test_gradients_are_bit_equal_on_a_gpu(device="cuda", dtype=torch.bfloat16):
         _, loss, aux = model(**row)
         runs.append(torch.autograd.grad(loss + aux["mtp_loss"] + aux["index_kl"].sum(), params.values()))
     for name, a, b in zip(params, *runs): assert a.isfinite().all() and a.abs().max() > 0 and torch.equal(a, b), name
-
 def test_replay_reproduces_a_recorded_choice():
     """aux of one pass, replayed in another with perturbed index and router, gives the recorded blocks and experts."""
     model, dense, idx = make_model(), make_model(**M2_STYLE), torch.randint(0, 61, (2, 40))
@@ -765,7 +667,6 @@ def test_replay_reproduces_a_recorded_choice():
     assert worst(model(idx)[0], logits) > 1e-2
     again, _, aux2 = model(idx, replay=aux)
     assert worst(again, logits) < 1e-5 and all(torch.equal(aux2[key], aux[key]) for key in ("block_idx", "experts"))
-
 def test_mtp_predicts_the_token_after_next():
     """Module k's loss is the cross-entropy of token i+k+1 given the trunk at i and token i+k: rebuilt here by hand."""
     model, idx = make_model(n_mtp=1), torch.randint(0, 61, (2, 21))
@@ -777,7 +678,6 @@ def test_mtp_predicts_the_token_after_next():
     x = m.block(x, 3, Call(rope_tables(torch.arange(n).expand(2, n), 4, 5e6)))[0]
     want = F.cross_entropy(model.lm_head(m.norm(x)).flatten(0, 1), targets[:, 1:].flatten())
     assert worst(aux["mtp_loss"], want) < 1e-5
-
 def test_gradients_take_three_roads():
     """Every parameter learns; the KL reaches the index branch alone, and the index branch learns from nothing else."""
     model, idx = make_model(n_mtp=1).train(), torch.randint(0, 61, (2, 40))
@@ -788,7 +688,6 @@ def test_gradients_take_three_roads():
     for name, kl, lm in zip(params, by_kl, by_lm):
         assert (kl is not None and kl.abs().sum() > 0) == (".indexer." in name), name
         assert (lm is None) == (".indexer." in name), name
-
 def test_loss_at_init_is_log_vocab_and_one_batch_overfits():
     """Fresh weights know nothing (ln V within 10 %); 60 steps on one batch leave a loss under 0.1."""
     torch.manual_seed(0)
@@ -800,34 +699,28 @@ def test_loss_at_init_is_log_vocab_and_one_batch_overfits():
         (loss + aux["mtp_loss"] + aux["index_kl"].sum()).backward()
         for o in optimizers: o.step(), o.zero_grad()
     assert loss < 0.1, loss
-
 # ---- 11. training --------------------------------------------------------------------------------
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     for i in range(4): (folder / f"part{i}.py").write_text(TEXT[3000 * i:3000 * (i + 1)], encoding="utf-8")
     return folder
-
 def train_args(corpus, out, *more):
     return ["--data", corpus, "--out", out, "--device", "cpu", "--seq-len", 64, "--batch-size", 2, "--vocab-size", 300,
             *more]
-
 def resume(out, *more):
     return ["--resume", "--out", out, "--device", "cpu", *more]
-
 def refused(main, argv, capsys, code=2):
     """The exit code and one line on stderr, no traceback -> the line."""
     with pytest.raises(SystemExit) as stop: quiet(main, argv)
     err = capsys.readouterr().err
     assert stop.value.code == code and "Traceback" not in err, err
     return err.strip().splitlines()[-1]
-
 @pytest.fixture(scope="session")
 def trained(corpus, tmp_path_factory):
     """A short run: its folder, result and output."""
     out = tmp_path_factory.mktemp("run")
     return out, *quiet(train.main, train_args(corpus, out, "--steps", 12, "--eval-every", 5, "--log-every", 4))
-
 def test_run_reports_its_contract(trained):
     """The last line of stdout is JSON with the promised keys, the loss falls below ln V, and every part learned."""
     _, result, _ = trained
@@ -839,7 +732,6 @@ def test_run_reports_its_contract(trained):
     for name in ("mtp.0.proj.weight", "layers.1.attn.indexer.q_proj.weight", "layers.1.mlp.router.weight"):
         assert abs(learned[name].std() / fresh[name].std() - 1) > 1e-3, f"{name} did not learn"
     assert learned["layers.1.mlp.router.bias"].abs().max() > 0.02  # u = 0.01 a step
-
 def test_resume_is_exact_and_evaluation_harmless(trained, corpus, tmp_path):
     """12 steps = 5 + resume + 7, bit for bit, through the switch to sparse attention; --eval-every changes nothing."""
     def now(out): return sample.load_checkpoint(str(out))
@@ -850,14 +742,12 @@ def test_resume_is_exact_and_evaluation_harmless(trained, corpus, tmp_path):
     same, other, want = (now(out)["model"] for out in (tmp_path / "a", tmp_path / "b", trained[0]))
     assert [name for name in want if not torch.equal(same[name], want[name])] == []
     assert not torch.equal(other["lm_head.weight"], want["lm_head.weight"])
-
 def test_minutes_end_a_run(corpus, tmp_path):
     """--minutes bounds the training time; --steps on resume replaces it; a run without anything left says so."""
     result, _ = quiet(train.main, train_args(corpus, tmp_path, "--minutes", 0.01))
     assert 0.6 <= result["seconds"] < 3 and result["step"] > 1
     more, _ = quiet(train.main, resume(tmp_path, "--steps", result["step"] + 3))
     assert more["step"] == result["step"] + 3 and "nothing left to do" in quiet(train.main, resume(tmp_path))[1]
-
 def test_a_full_attention_run_becomes_sparse(corpus, tmp_path, capsys):
     """--resume --attn msa: every weight is kept, an index branch joins, learns, then chooses; there is no way back."""
     again = resume(tmp_path, "--lr", 1e-12, "--attn")
@@ -868,9 +758,7 @@ def test_a_full_attention_run_becomes_sparse(corpus, tmp_path, capsys):
     new = sample.load_checkpoint(str(tmp_path))["model"]
     assert all(worst(new[k], old[k]) < 1e-6 if k in old else ".indexer." in k for k in new if "bias" not in k)
     assert "trained with msa" in refused(train.main, [*again, "full"], capsys)
-
 LEARNED = sample.learn_bpe([TEXT], 300, sample.PATTERN)
-
 def test_batches_are_a_pure_function():
     """(seed, split, step) fixes a batch; rows obey documents: targets, positions, pads and end by their definitions."""
     tok, docs = sample.Tokenizer(LEARNED), [("a", TEXT[:50]), ("b", TEXT[100:103]), ("c", TEXT[200:700])]
@@ -889,7 +777,6 @@ def test_batches_are_a_pure_function():
     assert row["end"][0, pad].tolist() == list(range(pad.start + 1, pad.stop + 1))
     counted = sum((tokens.rows([s], 64)["targets"] >= 0).sum().item() for s in range(0, len(tokens.begin), 64))
     assert counted == sum(map(len, ids)), "every token, and each document's end, is predicted once"
-
 def test_bits_per_byte_of_a_uniform_model():
     """A model with all logits equal codes every token in log2 V bits: val_bpb is that times tokens over bytes."""
     tok, docs = sample.Tokenizer(LEARNED), [("a", TEXT[:3000]), ("b", TEXT[3000:3500])]
@@ -898,7 +785,6 @@ def test_bits_per_byte_of_a_uniform_model():
     n = sum(len(tok.encode(t)) + 1 for _, t in docs)
     got = train.evaluate(model, train.Tokens(docs, tok, 4, 48), 48, 3, "cpu")["bpb"]
     assert abs(got - n * math.log2(300) / sum(len(text.encode()) for _, text in docs)) < 1e-4
-
 def test_corpus_reader(tmp_path):
     """Folders are read in order; binary, empty and undecodable files are skipped and counted; splits never overlap."""
     (tmp_path / ".hidden").mkdir()
@@ -914,7 +800,6 @@ def test_corpus_reader(tmp_path):
     left, right = sample.split_corpus(names)
     assert 8 <= len(right) <= 35 and sorted(left + right) == sorted(names)
     assert all(int(hashlib.sha256(n.encode()).hexdigest()[:8], 16) < 0.05 * 2 ** 32 for n, _ in right)
-
 def test_muon_and_schedule():
     """Newton-Schulz brings singular values near 1, wide, tall or stacked; the rate warms up, stays, decays to 0."""
     for shape in ((3, 16, 48), (3, 48, 16), (1, 32, 32)):
@@ -922,7 +807,6 @@ def test_muon_and_schedule():
         assert 0.3 < values.min() and values.max() < 1.4, values
     for progress, want in ((0.0, 0.01), (0.05, 0.51), (0.3, 1), (0.6, 1), (0.8, 0.5), (1, 0)):
         assert abs(train.schedule(progress, 0.1, 0.4) - want) < 1e-9
-
 @pytest.mark.parametrize("eval_every", [1, 200])
 def test_divergence_stops_the_run(trained, tmp_path, capsys, eval_every):
     """A rate of 1000, or a NaN in the index branch, ends in a message and exit 1; the checkpoint stays as it was."""
@@ -941,7 +825,6 @@ def test_divergence_stops_the_run(trained, tmp_path, capsys, eval_every):
     assert history["ema"] == 2.0
     train.watch(2.1, 1.0, history)  # one calm step clears the count
     assert history["above"] == 0
-
 def test_interrupt_saves_and_kill_is_harmless(corpus, tmp_path):
     """Ctrl-C ends the run with a checkpoint and exit 0; SIGKILL in the middle of a save leaves the checkpoint whole."""
     args = map(str, train_args(corpus, tmp_path, "--steps", 100000, "--log-every", 1, "--eval-every", 3))
@@ -958,12 +841,10 @@ def test_interrupt_saves_and_kill_is_harmless(corpus, tmp_path):
     run = subprocess.run([sys.executable, "-c", slow], cwd=HERE, capture_output=True)
     assert run.returncode == -signal.SIGKILL and (tmp_path / "ckpt.pt.tmp").stat().st_size == 1000
     assert sample.load_checkpoint(str(tmp_path))["now"]["step"] == step
-
 # ---- 12. sampling --------------------------------------------------------------------------------
 def greedy(model, prompts, n, **kw):
     """Generation at temperature 0 -> [(tokens, log-probabilities)], one of each a prompt."""
     return [(t.tolist(), p.tolist()) for t, p in sample.generate(model, prompts, n, temperature=0, **kw)]
-
 def test_generate_is_greedy_argmax_of_full_forwards():
     """Temperature 0: generation through cache and MSA decode equals argmax over a full forward at every step."""
     model, prompt = make_model(), [3, 1, 4, 1, 5]
@@ -972,13 +853,11 @@ def test_generate_is_greedy_argmax_of_full_forwards():
         logits = model(torch.tensor([prompt + out[:n]]))[0][0, -1]
         assert logits[token] > logits.max() - 1e-4
     assert len(out) == 30
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_generate_from_hf_in_any_dtype(dtype):
     """A checkpoint read in another dtype generates in it: cache and activations follow the model."""
     out = [t.item() for t, _ in sample.generate(MiniMax.from_hf(GOLDEN / "m3", dtype=dtype).eval(), [[1, 2]], 20)]
     assert len(out) == 20 and all(0 <= t < 101 for t in out)
-
 def test_generate_batches_ragged_prompts():
     """Unequal prompts in step give each alone's tokens and log-probabilities; stop tokens and the context end them."""
     model, prompts = make_model(), [[3, 1, 4, 1, 5, 9, 2], [2, 7], [8, 8, 8, 8]]
@@ -993,7 +872,6 @@ def test_generate_batches_ragged_prompts():
     model.cfg.max_seq_len = 20
     assert len(greedy(model, [[1] * 12], 100)) == 8
     with pytest.raises(ValueError, match="21.*20"): greedy(model, [[1] * 21], 1)
-
 def test_samples_are_seeded_and_follow_the_distribution():
     """One seed, one text; 20,000 draws match softmax(logits) by chi-square; top-k and top-p keep what they promise."""
     logits = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0]])
@@ -1010,7 +888,6 @@ def test_samples_are_seeded_and_follow_the_distribution():
             for s in (1, 1, 2)]
     assert runs[0] == runs[1] != runs[2]
     assert any(a != b for a, b in runs[0]), "samples of one prompt must differ"
-
 def test_sample_speaks_from_the_checkpoint(trained):
     """sample.py needs the checkpoint alone; a prompt's last space is healed; characters appear whole, stops never."""
     result, text = quiet(sample.main, ["--out", trained[0], "--prompt", "def ", "--max-new-tokens", 20,
@@ -1023,8 +900,137 @@ def test_sample_speaks_from_the_checkpoint(trained):
     s = sample.Stream(["END"])  # a character split over tokens appears once whole, a stop text not even by half
     assert [s.feed(b) for b in (b"\xe4", b"\xb8\xad", b"abE")] == ["", "", "\u4e2da"] and not s.done
     assert s.feed(b"ND tail") == "b" and s.done and s.text == "\u4e2dabE"[:-1]
-
-# ---- 13. bad input, documents, mutants -----------------------------------------------------------
+# ---- 13. agent RL --------------------------------------------------------------------------------
+def random_samples(seed):
+    """Turns of a random tree of depth >= 3: branches that part after few tokens, a duplicate, a sample in another."""
+    rng = random.Random(seed)
+    paths = [[rng.randrange(5) for _ in range(rng.randint(6, 18))]]
+    while len(paths) < 7:
+        old = rng.choice(paths)
+        paths.append(old[:rng.randint(2, len(old))] + [rng.randrange(5) for _ in range(rng.randint(1, 9))])
+    paths += [paths[1], paths[0][:5]]
+    return [rl.Sample(torch.tensor(path), start, torch.tensor([rng.uniform(-6, -1) for _ in path[start:]]).double(),
+                      torch.zeros(len(path) - start).long(), None, rng.gauss(0, 1))
+            for path in paths for start in [rng.randint(1, len(path) - 1)]]
+@pytest.mark.parametrize("first,seeds", [("full", 8), ("msa", 8)])
+def test_merged_equals_separate(first, seeds):
+    """One row for all samples equals each alone, fp64: loss, gradients, loads, weights and biases after a step."""
+    model = make_model(dtype=torch.float64, attn_types=["full", first, first], index_topk_blocks=2, n_mtp=2)
+    for samples in map(random_samples, range(seeds)):
+        sides = []
+        for row in ([samples], [[s] for s in samples]):
+            m, trees = copy.deepcopy(model), [rl.PrefixTree(x, *rl.tree_shape(model.cfg)) for x in row]
+            stats, load = rl.backward(m, trees)
+            grads = [p.grad.clone() for p in m.parameters() if p.grad is not None]
+            rl.train_step(m, train.configure_optimizers(m, 1.0)[0], trees, 1e-3)
+            sides.append([torch.tensor(stats["loss"]), *grads, load, *m.state_dict().values()])
+        assert max(map(worst, *sides)) < 1e-12
+def test_prefix_tree_by_hand():
+    """abcd, abcef and ab are one row: c is copied into each branch, and every position has one next token."""
+    tree = rl.PrefixTree([rl.Sample(torch.tensor(x), 1, None, None) for x in ([1, 2, 3, 4], [1, 2, 3, 5, 6], [1, 2])])
+    assert tree.idx.tolist() == [1, 2, 3, 4, 3, 5, 6] and tree.pos.tolist() == [0, 1, 2, 3, 2, 3, 4]
+    assert tree.end.tolist() == [7, 7, 4, 4, 7, 7, 7] and tree.weight[0].tolist() == [3, 3, 1, 1, 1, 1, 1]
+def test_window_of_figure_5():
+    """N = 8, W = 4, group 7 stuck: 0 to 6, 8, 9, 10 are trained on, then none; its lag is 10. W = N is not greedy."""
+    def play(window, slots=8, groups=1, stuck=7):
+        queue, order, version = rl.WindowedFIFO(slots, window), [], 0
+        while version < 30:
+            for task in {*queue.admit(0, version)} - {stuck}: queue.finish(task)
+            if queue.take(groups) is None: break
+            order, version = order + queue.batch, version + 1
+            queue.publish(version)
+        queue.finish(stuck)
+        assert queue.take(groups) and stuck in queue.batch
+        return order, max(queue.publish(version + 1))
+    assert play(4) == ([*range(7), 8, 9, 10], 10) and play(1)[0] == [*range(7)] and len(play(8)[0]) == 14
+    assert len(play(math.inf)[0]) == 30
+    for slots, window, groups in ((8, 4, 4), (24, 7, 12), (64, 19, 8)):  # the bound is attained
+        assert play(window, slots, groups, slots - 1)[1] == (slots + window - 2) // groups
+def test_what_windows_buy():
+    """A window beats strict FIFO by 12 %; greedy by more, and pays in lag and bias. A deadline ends what is stuck."""
+    fifo, window, greedy = (rl.simulate(w, 400, 0.5, 0) for w in (1, 19, math.inf))
+    assert greedy["rate"] > window["rate"] > 1.12 * fifo["rate"] and window["max_lag"] <= 81 // 8 < greedy["max_lag"]
+    assert greedy["early"] < 0.8 * fifo["early"] and abs(window["early"] - fifo["early"]) < 0.05
+    queue = rl.WindowedFIFO(2, 1, deadline=50)
+    assert queue.admit(0, 0) == [0, 1] and queue.finish(1) is None and queue.take(2) is None and queue.expire(49) == []
+    assert queue.expire(50) == [0] and queue.take(2) == [0, 1]
+def test_cispo_by_hand():
+    """d loss / d log pi = -min(pi / pi_old, 1 + eps) A / Z, and no token drops out; advantages are rewards to go."""
+    logp, old = torch.tensor([-1.0, -0.1]).double().requires_grad_(), torch.tensor([-1.5, -0.5, -4.0]).double()
+    rl.cispo_loss(logp, torch.tensor([0, 0, 1]), old, torch.tensor([1.0, -2.0, 0.5]).double(), 3)[0].backward()
+    want = [-(math.exp(0.5) - 2 * math.exp(-0.5)) / 3, -min(math.exp(3.9), 5.0) * 0.5 / 3]
+    assert worst(logp.grad, torch.tensor(want)) < 1e-7
+    group = [rl.Trajectory(0, [rl.Sample(*[None] * 4) for _ in r], r) for r in ([0.0, 1.0], [-0.1, 0.0], [0.0, 0.0])]
+    assert [round(s.advantage, 9) for e in rl.advantages(group) for s in e] == [1.05, 1.05, -0.6, -0.5, -0.45, -0.45]
+def test_agents_are_paid_for_what_they_do():
+    """Tools are parsed; a right answer pays, fast more; a guess and a wrong call cost; past the cap D] alone saves."""
+    calc, maze, cap = rl.Calculator(random.Random(1)), *(rl.Maze(random.Random(2), 12, c) for c in (math.inf, 64))
+    assert [calc.tool(x) for x in ("t1[12*3]", "t1[2**9]", "t1[1-2]", "[1+1]", "t1[9999*9]")] == ["36;"] + [None] * 4
+    play = lambda task, text=None: rl.demonstrate(rl.Gateway(), task, random, 0.0) if text is None else play(
+        SimpleNamespace(agent=task.agent, expert=lambda messages, *_: text(messages)))
+    for task, t in ((task, play(task)) for task in (calc, maze, cap)):
+        assert t.success and sum(t.rewards) == pytest.approx(1 + 0.1 * (1 - t.seconds / (2.32 * task.difficulty)))
+    assert play(maze, lambda messages: f"A{maze.answer}.").rewards == [pytest.approx(1 - 0.1 * 1.08 / 27.84)]
+    assert play(maze, lambda messages: "t0[A]").rewards == [-0.1] * 15
+    assert not play(cap, lambda messages: cap.expert(messages, random, 0.0).replace("D]", "t0[aa]")).success
+@pytest.mark.parametrize("argv", ["--task calculator --mtp 1", "--task maze --attn msa --replay", "--task cap"])
+def test_rollout_logprobs_are_the_trainers(argv):
+    """What was recorded through the cache is what the merged trainer finds, rewritten contexts and replay included."""
+    args, gateway = rl.parse_args(argv.split())[0], rl.Gateway()
+    model = rl.make_model(args, "cpu", None)
+    demos = [rl.demonstrate(gateway, rl.make_task(args, i, 1), random.Random(i), 0.1) for i in range(16)]
+    trees = [rl.PrefixTree(d.samples, *rl.tree_shape(model.cfg)) for d in demos]
+    for _ in range(8): rl.train_step(model, train.configure_optimizers(model, 1e-2)[0], trees, 1e-2)
+    episodes = [(rl.Trajectory(i // 4), rl.make_task(args, i // 4).agent()) for i in range(16)]
+    rl.rollout(model, gateway, episodes, 0, torch.Generator().manual_seed(0), 4, args.replay)
+    groups = [rl.advantages([t for t, _ in episodes[i:i + 4]]) for i in range(0, 16, 4)]
+    batch = rl.collate(rl.plan_rows(groups, model, True), "cpu")
+    assert worst(rl.policy(model.train(), batch)[0][batch["entry"]], batch["old"]) < 1e-5
+    assert ("routes" in batch) == args.replay and all(
+        len(s.ids) - s.start == len(s.logprobs) == len(s.versions) for t, _ in episodes for s in t.samples)
+def rl_args(out, *more):
+    return ["--out", str(out), "--device", "cpu", *"--warm-steps 2 --slots 4 --groups 2 --rollouts 2".split(), *more]
+def test_rl_resume_loses_no_task(tmp_path):
+    """Killed in step 5 of 6, resumed from the save after 3: the run that was not, bit for bit, with queue and pool."""
+    more = "--steps", "6", "--save-every", "3"
+    result, text = quiet(rl.main, rl_args(tmp_path / "a", *more))
+    assert json.loads(text.splitlines()[-1]) == result and result["steps"] == 6
+    assert {*"reward_start reward_end steps merge_ratio max_lag seconds".split()} <= {*result}
+    code = ("import os, rl; real = rl.report\n"
+            "rl.report = lambda now, *rest: os.kill(os.getpid(), 9) if now['step'] == 4 else real(now, *rest)\n"
+            f"rl.main({rl_args(tmp_path / 'b', *more)})")
+    assert subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True).returncode == -9
+    quiet(rl.main, rl_args(tmp_path / "b", "--resume"))
+    a, b = (sample.load_checkpoint(str(tmp_path / x)) for x in "ab")
+    assert all(map(torch.equal, a["model"].values(), b["model"].values())) and a["now"]["curve"] == b["now"]["curve"]
+    assert all(str(a[key]) == str(b[key]) for key in ("queue", "pool", "clock")) and len(a["queue"]["born"]) == 2
+def test_openai_client_is_trained_on(tmp_path):
+    """--serve: OpenAI's client, if installed, is trained on; what is not for the gateway gets a 4xx; it serves on."""
+    run = subprocess.Popen([sys.executable, "rl.py", *rl_args(tmp_path, *"--steps 2 --serve 0 --token k".split())],
+                           cwd=HERE, stdout=subprocess.PIPE, text=True)
+    url = next(line.split()[2] for line in run.stdout if line.startswith("gateway"))
+    def post(path, body, key="k"):
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        ask = request.Request(url + path, body, dict(Authorization=f"Bearer {key}"))
+        try: return 200, json.load(request.urlopen(ask, timeout=60))
+        except error.HTTPError as refusal: return refusal.code, json.load(refusal)["error"]["message"]
+    def ask(**body):
+        try: import openai
+        except ImportError: return post("/chat/completions", body)[1]["choices"][0]["message"]
+        client = openai.OpenAI(base_url=url, api_key="k", max_retries=0)
+        return client.chat.completions.create(**body).choices[0].message.model_dump(include={"role", "content"})
+    for episode in range(8):
+        task = post("/tasks", {})[1]
+        good = dict(model=task["task"], messages=task["messages"])
+        bad = [b"{", [1], dict(good, messages=[1]), dict(good, messages=[dict(role="user", content="x" * 500)])]
+        bad = [(401, "/tasks", {}, "no"), (404, "/x", good), (404, "/chat/completions", dict(good, model="9.9")),
+               (413, "/tasks", b"x" * (rl.MAX_BODY + 1)), *((400, "/chat/completions", body) for body in bad),
+               *((400, "/finish", dict(task=task["task"], success=True, rewards=r)) for r in ("x", [math.nan]))]
+        assert all(post(*call)[0] == code for code, *call in bad * (episode == 0))
+        ask(**dict(good, messages=good["messages"] + [ask(**good), dict(role="tool", content="=5;")]))
+        assert post("/finish", dict(task=task["task"], rewards=[0.1, 1.0], success=True)) == (200, dict(turns=2))
+    assert run.wait(60) == 0 and json.loads(run.stdout.read().splitlines()[-1])["steps"] == 2
+# ---- 14. bad input, documents, mutants -----------------------------------------------------------
 def test_bad_input_is_refused_in_one_line(trained, corpus, tmp_path, capsys):
     """Missing and empty data, unknown names, wrong sizes, absent GPU, later features: exit 2, the value named."""
     (tmp_path / "empty.txt").write_text("")
@@ -1039,10 +1045,12 @@ def test_bad_input_is_refused_in_one_line(trained, corpus, tmp_path, capsys):
                        (["--prompt", "x " * 3000], "context"), (["--hf", tmp_path], "config.json"),
                        (["--top-p", 0], "0"), (["--temperature", "inf"], "inf")):
         assert word in refused(sample.main, ["--out", trained[0], "--device", "cpu", *argv], capsys), argv
-    if not torch.cuda.is_available():
-        assert "cuda" in refused(train.main, ["--device", "cuda"], capsys)
-        assert "cuda" in refused(sample.main, ["--out", trained[0], "--device", "cuda"], capsys)
-
+    for argv, word in ((["--task", "chess"], "chess"), (["--groups", 50], "50"), (["--window", 0], "0"),
+                       (["--lr", "nan"], "nan"), (["--resume", "--out", tmp_path / "none"], "none"),
+                       (["--serve", 70000], "70000"), (["--device", "cpux"], "cpux"), (["--steps", "x"], "x")):
+        assert word in refused(rl.main, argv, capsys), argv
+    for script in (train, rl) * (not torch.cuda.is_available()):
+        assert "cuda" in refused(script.main, ["--device", "cuda", "--out", tmp_path], capsys)
 def test_damaged_checkpoints_are_refused(trained, tmp_path, capsys, monkeypatch):
     """Half a file, another version, a foreign object, a full disk: exit 2, and the file stays as it was."""
     whole, state = (trained[0] / "ckpt.pt").read_bytes(), sample.load_checkpoint(str(trained[0]))
@@ -1060,7 +1068,6 @@ def test_damaged_checkpoints_are_refused(trained, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(os, "fsync", full)
     assert "No space left" in refused(train.main, resume(tmp_path, "--steps", 14), capsys)
     assert os.listdir(tmp_path) == ["ckpt.pt"] and (tmp_path / "ckpt.pt").read_bytes() == whole
-
 def test_bench_reports_its_contract(monkeypatch, capsys):
     """bench.py: gate, rows, ratios, JSON; wrong flags are one line; an MSA off by one percent is never timed."""
     short = ["--ctx", 300, "--shape", "m3", "--device", "cpu"]
@@ -1075,15 +1082,13 @@ def test_bench_reports_its_contract(monkeypatch, capsys):
     monkeypatch.setattr(msa, "msa_attention", lambda *args, real=msa.msa_attention: real(*args) * 1.01)
     with pytest.raises(SystemExit) as stop: quiet(bench.main, short)
     assert "MSA, prefill m3 at T = 1" in stop.value.code
-
 def test_readme_commands_exist():
     """Every flag of every python command in README is one that the script's --help knows."""
     commands = re.findall(r"python (\w+)\.py([^\n`#|]*)", (HERE / "README.md").read_text(encoding="utf-8"))
-    for script in (train, sample, bench):
+    for script in (train, sample, bench, rl):
         with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out: script.main(["--help"])
         mine = [rest for name, rest in commands if name == script.__name__]
         assert mine and all(f in out.getvalue() for f in re.findall(r"--[\w-]+", " ".join(mine))), script
-
 def test_walk(trained, capsys):
     """One prompt through the five files: text, tokens, batch, forward, loss, gradient, checkpoint, text."""
     model, tok = sample.load_model(sample.load_checkpoint(str(trained[0])))
@@ -1103,10 +1108,8 @@ def test_walk(trained, capsys):
 5. moe.MoE             it went to experts {aux['experts'][0, 0, -1].tolist()}
 6. backward            the gate's gradient has norm {gate:.4f}
 7. sample.generate     {text!r}""")
-
 HERE_MODULE = sys.modules[__name__]
 def on(test, *args): return lambda: test(*args)
-
 MUTANTS = [  # what is sabotaged, its owner, its name, what it becomes, the tests that must fail
     ("MSA without its causal mask", msa, "selected", lambda b, i, L, end: (
         (b[..., None] >= 0).expand(*b.shape, L).flatten(-2)), on(test_msa_equals_loop, 37, 4, 3),
@@ -1162,9 +1165,22 @@ MUTANTS = [  # what is sabotaged, its owner, its name, what it becomes, the test
     ("documents averaged, not their tokens", HERE_MODULE, "losses", lambda model, n, call, real=losses: [
         x if k != 2 else [1] * 7 for k, x in enumerate(real(model, n, call))],
      on(test_packed_documents_learn_as_apart, torch.float32, 1e-6)),
+    ("flat positions in a tree", rl, "collate", lambda *a, real=rl.collate: (b := real(*a)) | dict(
+        pos=torch.arange(b["pos"].size(1)).expand_as(b["pos"])), on(test_merged_equals_separate, "full", 2)),
+    ("multiplicity missing", rl, "collate", lambda *a, real=rl.collate: (b := real(*a)) | dict(
+        weight=(b["weight"] > 0).double()), on(test_merged_equals_separate, "full", 2)),
+    ("a sibling seen", rl, "collate", lambda *a, real=rl.collate: (b := real(*a)) | dict(
+        end=torch.full_like(b["idx"], b["idx"].size(1)).int()), on(test_merged_equals_separate, "msa", 2)),
+    ("an expert drops what exceeds 8 tokens", moe, "experts_loop", lambda *a, real=moe.experts_loop: real(
+        *a[:3], a[3] * (F.one_hot(a[4], len(a[1])).sum(1).cumsum(0).gather(1, a[4]) <= 8), *a[4:]),
+     on(test_merged_equals_separate, "full", 2)),
+    ("W = N taken for greedy", rl.WindowedFIFO, "__init__", lambda self, N, W, deadline=math.inf,
+     real=rl.WindowedFIFO.__init__: real(self, N, min(N, W), deadline), test_window_of_figure_5),
+    ("replay of other experts", rl, "pack_routes", lambda aux, real=rl.pack_routes: real(aux | dict(experts=(
+        aux["experts"] + 1) % 8)), on(test_rollout_logprobs_are_the_trainers, "--task maze --attn msa --replay")),
+    ("no clip", rl, "cispo_loss", lambda *a, real=rl.cispo_loss: real(*a, eps_high=math.inf), test_cispo_by_hand),
     ("embedding scaled", torch.nn.Embedding, "forward", lambda self, idx: self.weight[idx] * 0.9,
      on(test_parity_with_transformers, "m2"))]
-
 @lax
 @pytest.mark.parametrize("owner,name,becomes,tests", [(*m[1:4], m[4:]) for m in MUTANTS], ids=[m[0] for m in MUTANTS])
 def test_mutants_are_caught(owner, name, becomes, tests, monkeypatch):

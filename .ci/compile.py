@@ -1,0 +1,47 @@
+"""Compile every kernel of msa.py for sm_90, without a GPU: registers and stack bytes (spills) as one line of JSON."""
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"  # before msa is imported: a kernel's decorator reads the flag
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import msa
+
+def compile_kernels():
+    """Every kernel for sm_90 as launched at M3's sizes, and what else M2's change -> [name, registers, stack bytes]."""
+    from triton.compiler.compiler import ASTSource, GPUTarget
+    base = dict(HKV=4, G=16, D=128, L=128, S=16, S1=15, W=16, RUN=16, COLS=16, RUNS=512, PAIR=32, TILE=64, SPLIT=66,
+                PADDED=128, ROWS=16, R=16, DIMS=(4, 16, 128, 128, 16, 16, 16, 512, 32),
+                keys="tensordesc<bf16[128, 128]>", **dict.fromkeys("q k v qi ki out part".split(), "*bf16"),
+                **dict.fromkeys("lse scores exact scale slack stat delta index_stat share value dki".split(), "*fp32"),
+                **dict.fromkeys("T Tk N cap n edge0".split(), "i32"), **dict.fromkeys("grad dq dqi".split(), "*bf16"),
+                **dict.fromkeys(("dk", "dv"), "*fp32"), ends="*i64")
+    index, train = dict(num_warps=8, num_stages=2, maxnreg=128, ROWS=128), dict(num_warps=8, num_stages=2)
+    for name, change in (("index", index), ("index", dict(index, end=None, block_end=None, start=None)),
+                         ("query_outer", dict(num_stages=2)), ("attend", dict(num_warps=8)), ("probe", {}),
+                         ("kv_outer", dict(ROWS=64)), ("kv_outer", dict(ROWS=64, HKV=8, G=6)), ("rescore", {}),
+                         ("combine", dict(ROWS=64)), ("combine", dict(ROWS=128, HKV=8, G=6, num_warps=8)),
+                         ("scan", dict(scale=None)), ("scan", dict(ki="*fp8e4nv", num_warps=2)),
+                         ("dense", dict(part="*fp32", num_stages=4)), ("dense_sum", dict(part="*fp32")),
+                         ("backward", dict(train, DIMS=(4, 16, 128, 128, 16, 64))), ("slot_sum", {}),
+                         ("backward", dict(train, DIMS=(8, 6, 128, 128, 16, 32))),
+                         ("task_sum", dict(train, part="*fp32", out="*fp32")),
+                         ("kl", dict(DIMS=(4, 16, 128, 128, 128, 16, 64, 64), num_stages=2, index_stat=None)),
+                         ("kl", dict(train, DIMS=(8, 6, 128, 128, 128, 16, 64, 16)))):
+        fn = getattr(msa, f"_{name}_kernel")
+        args = {p: {**base, **change}.get(p, None if p in change else "*i32") for p in fn.arg_names}
+        const = {p: x for p, x in args.items() if not isinstance(x, str)}
+        aligned = {(n,): [["tt.divisibility", 16]] for n, x in enumerate(args.values()) if str(x)[0] == "*"}
+        source = ASTSource(fn, {p: "constexpr" if p in const else x for p, x in args.items()}, const, aligned)
+        options = {"num_warps": 4, "num_stages": 3, **{p: x for p, x in change.items() if p not in args}}
+        tool = Path(msa.triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        with tempfile.NamedTemporaryFile(buffering=0) as file:
+            file.write(msa.triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["cubin"])
+            text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+        yield [fn.__name__, *map(int, re.search(r"REG:(\d+) STACK:(\d+)", text).groups())]
+
+print(json.dumps([*compile_kernels()]))

@@ -205,7 +205,7 @@ class Attention(nn.Module):
         if self.cfg.index_warmup:
             y, block_idx = full_attention(q, k, v, call.end, start), None
         elif start is not None and block_idx is None:
-            y, block_idx = msa_decode(q, k, v, qi, ki, S, L, start, call.end, fp8=call.cache.fp8(layer, ki.size(1)))
+            y, block_idx = msa_decode(q, k, v, qi, ki, S, L, start, call.end, int8=call.cache.int8(layer, ki.size(1)))
         else:
             if block_idx is None:
                 block_idx = select_blocks(qi, ki, S, L, call.end, start)

@@ -21,9 +21,8 @@ The torch half is the whole specification; the Triton half has a kernel for each
               _query_outer_kernel  one query a program; short prompts
               _kv_outer_kernel     one block a program, for the queries that chose it (_plan turns the choice around)
               _combine_kernel      the own block, and the sum of what the other S - 1 blocks gave
-    decode    _scan_kernel         the index keys once, bf16 or fp8, for all heads and drafts
-              _probe_kernel        fp8: exact scores of the leaders, a floor for what can be chosen
-              _rescore_kernel      fp8: exact scores wherever fp8 plus its error bound reaches that floor
+    decode    _scan_kernel         the index keys once, for all heads and drafts; of an int8 copy, bounds on the scores
+              _rescore_kernel      int8: exact scores wherever the upper bound reaches the 15th best lower bound
               _attend_kernel       choice, attention over one block a program, sum by the last to arrive
     training  _backward_kernel     dK, dV and parts of dQ of one block, for the queries that chose it
               _kl_kernel           the index branch's KL and its gradient, in the same order
@@ -31,7 +30,7 @@ The torch half is the whole specification; the Triton half has a kernel for each
     baseline  _dense_kernel        full attention's decode, keys split over programs; _dense_sum_kernel joins them
 
 Differs from the paper: scores are ranked without their 1/sqrt(D), which changes no ranking; the KL applies it. The
-certified fp8 decode is ours: the paper's choice exactly, from half the bytes.
+certified int8 decode is ours: the paper's choice exactly, from half the bytes.
 """
 from __future__ import annotations
 
@@ -261,36 +260,34 @@ def msa_attention(q, k, v, block_idx, L, end=None, start=None, impl="auto"):
     return torch.cat([checkpoint(attend, q[:, t:t + step], i[:, t:t + step], block_idx[:, t:t + step], k, v,
                                  use_reentrant=False) for t in range(0, T, step)], 1)
 
-def msa_decode(q, k, v, qi, ki, S, L, length, end=None, impl="auto", fp8=None):
+def msa_decode(q, k, v, qi, ki, S, L, length, end=None, impl="auto", int8=None):
     """One decode step: choose blocks, attend. q (B, T, H, D) and qi (B, T, Hkv, D) are the new tokens', at slots length
     (B,) int32 and on, length + T <= Tk; k, v (B, Tk, Hkv, D) and ki (B, Tk, D) hold them too -> out (B, T, H, D),
-    block_idx (B, T, Hkv, S). fp8 = quantize_index(ki, L) halves the bytes that the kernels read, not the choice."""
+    block_idx (B, T, Hkv, S). int8 = quantize_index(ki, L) halves the bytes that the kernels read, not the choice."""
     (B, T, H, D), Tk, Hkv = q.shape, k.size(1), k.size(2)
-    for name, x, want in zip(("ki8", "scale", "slack"), fp8 or (), (ki.shape, *[(B, -(-Tk // L))] * 2)):
+    for name, x, want in zip(("ki8", "scale", "slack"), int8 or (), (ki.shape, (B, Tk), (B, -(-Tk // L)))):
         _expect(f"shape of {name}", tuple(x.shape), tuple(want))
     if T <= 4 and T * Hkv <= 64 and _pick(impl, q, D, qi.size(3), L, grad=(q, k, v)):  # more columns spill registers
         _check(q, end, length, k=(k, (B, Tk, Hkv, D)), v=(v, k.shape))
         _check(qi, end, length, ki=(ki, (B, Tk, qi.size(3))), qi=(qi, (B, T, Hkv, qi.size(3))))
         _expect(f"{H} query heads modulo {Hkv} KV heads", H % Hkv, 0)
-        return _decode_triton(q.contiguous(), k, v, qi.contiguous(), ki, S, L, length.contiguous(), end, fp8)
+        return _decode_triton(q.contiguous(), k, v, qi.contiguous(), ki, S, L, length.contiguous(), end, int8)
     block_idx = select_blocks(qi, ki, S, L, end, length, impl)
     return msa_attention(q, k, v, block_idx, L, end, length, impl), block_idx
 
 @torch.no_grad()
 def quantize_index(ki, L):
-    """An fp8 copy of finite index keys with an error bound, for msa_decode. ki (B, Tk, D) -> ki8 (B, Tk, D)
-    float8_e4m3fn, scale (B, N), a power of two for each block, and slack (B, N): for every query, the maxima of q . k
-    and scale * q . k8 over a block, both as computed, differ by at most |q| * slack. Cauchy-Schwarz gives the largest
-    residual |k - scale * k8|; GAMMA |k| on either side covers rounding, which grows with |q| |k|, not with the score
-    (keys that nearly cancel)."""
+    """An int8 copy of finite index keys with an error bound, for msa_decode. ki (B, Tk, D) -> ki8 (B, Tk, D) int8,
+    scale (B, Tk) bf16 for each key, slack (B, N) for each block: for every query and key of the block, q . k and
+    scale * (q rounded to 16 bits) . k8, both as computed, differ by at most |q| * scale * slack. Cauchy-Schwarz gives
+    |k / scale - k8|, the rounding of q at most |q| sqrt(D) 2^-15 |k8|, and GAMMA |k / scale| on either side covers
+    sums, whose error grows with |q| |k|, not with the score (keys that nearly cancel)."""
     Tk, up = ki.size(1), 1 + 2.0 ** -15                                                   # up: norms are rounded up
-    k = F.pad(ki, (0, 0, 0, -Tk % L)).unflatten(1, (-1, L)).float()                                   # (B, N, L, D)
-    scale = (k.abs().amax((2, 3)).clamp(min=1e-30) / 448).log2().ceil().exp2()                # 448: the largest e4m3
-    k = k / scale[..., None, None]  # norms of scaled keys: the square of 1e-24 is 0
-    k8 = k.to(torch.float8_e4m3fn)
-    residual, norm = (x.norm(dim=-1).amax(-1) * up * scale for x in (k - k8.float(), k))
-    slack = residual + GAMMA * (2 * norm + residual) + 1e-30
-    return k8.flatten(1, 2)[:, :Tk].contiguous(), scale, slack
+    scale = (ki.abs().amax(2).float().clamp(min=2.0 ** -90) * (1.01 / 127)).bfloat16()  # 1.01: bf16 rounds by 0.4 %
+    k = ki.float() / scale.float()[..., None]  # norms of scaled keys: the square of 1e-24 is 0
+    residual, norm = (x.norm(dim=-1) * up for x in (k - k.round(), k))
+    slack = residual + (2 * GAMMA + ki.size(2) ** 0.5 * 2.0 ** -15) * (norm + residual)
+    return k.round().to(torch.int8), scale, F.pad(slack, (0, -Tk % L)).unflatten(1, (-1, L)).amax(2)
 
 class _IndexKL(torch.autograd.Function):
     """KL and its gradient in one pass: d KL / d score = (index softmax - teacher) * weight / (Hkv * sum of weights)."""
@@ -407,17 +404,16 @@ def block_recall(qi, ki, q, k, S, L, end=None, n_query=256):
 class KVCache:
     """Keys, values and index keys of every layer and every MTP module, in static buffers; slot = position on the path.
     `length` (B,) int32 lives on the device; `used`, a bound on it that the host knows, spares reading it back.
-    fp8 (default: on a GPU that has it, in 16 bits) keeps quantize_index of the index keys too, for msa_decode."""
+    int8 (default: on a GPU, in 16 bits) keeps quantize_index of the index keys too, for msa_decode."""
 
-    def __init__(self, cfg, batch, capacity, device="cpu", dtype=torch.float32, fp8=None):
+    def __init__(self, cfg, batch, capacity, device="cpu", dtype=torch.float32, int8=None):
         lanes, self.L = cfg.n_layer + cfg.n_mtp, cfg.index_block_size
         self.capacity = -(-capacity // self.L) * self.L  # whole key blocks, which gather_blocks can read in place
         size = (lanes, batch, self.capacity, cfg.n_kv_head, cfg.head_dim)
         self.k, self.v = (torch.zeros(size, device=device, dtype=dtype) for _ in range(2))
         self.ki = torch.zeros(*size[:3], cfg.index_head_dim, device=device, dtype=dtype)
         self.length, self.used, self.coded = torch.zeros(batch, dtype=torch.int32, device=device), 0, None
-        able = self.ki.is_cuda and torch.cuda.get_device_capability(device) >= (8, 9) and self.ki.element_size() == 2
-        if able if fp8 is None else fp8:
+        if self.ki.is_cuda and self.ki.element_size() == 2 if int8 is None else int8:
             self.coded = [x.unflatten(0, size[:2]) for x in quantize_index(self.ki.flatten(0, 1), self.L)]
 
     def append(self, layer, k, v, ki):
@@ -430,20 +426,19 @@ class KVCache:
         for lane, new in ((self.k, k), (self.v, v), (self.ki, ki)):
             if new is not None:
                 lane[layer].index_put_((rows, slot), new)
-        if self.coded and ki is not None:  # the blocks that these tokens touch, anew: a scale may have grown
+        if self.coded and ki is not None:  # the blocks that these tokens touch, anew: the bound is a block's
             block = self.length[:, None] // self.L + torch.arange((T + self.L - 2) // self.L + 1, device=k.device)
             block = block.clamp(max=self.capacity // self.L - 1).long()
             fresh = quantize_index(self.ki[layer].unflatten(1, (-1, self.L))[rows, block].flatten(1, 2), self.L)
-            self.coded[0][layer].view(torch.uint8).unflatten(1, (-1, self.L))[rows, block] = (
-                fresh[0].view(torch.uint8).unflatten(1, (-1, self.L)))
-            for lane, new in zip(self.coded[1:], fresh[1:]):
-                lane[layer][rows, block] = new
+            for lane, new in zip(self.coded[:2], fresh):
+                lane[layer].unflatten(1, (-1, self.L))[rows, block] = new.unflatten(1, (-1, self.L))
+            self.coded[2][layer][rows, block] = fresh[2]
         held = -(-(self.used + T) // self.L) * self.L  # spare slots are invisible: no query has their index
         return tuple(lane[layer, :, :held] for lane in (self.k, self.v, self.ki))
 
-    def fp8(self, layer, held):
+    def int8(self, layer, held):
         """quantize_index of the first `held` slots of a layer, or None."""
-        return self.coded and tuple(x[layer, :, :n] for x, n in zip(self.coded, (held, held // self.L, held // self.L)))
+        return self.coded and tuple(x[layer, :, :n] for x, n in zip(self.coded, (held, held, held // self.L)))
 
     def advance(self, T):
         self.length, self.used = self.length + T, self.used + T
@@ -460,8 +455,7 @@ class KVCache:
     def select(self, rows):
         """Keep these rows (int64), in this order."""
         self.k, self.v, self.ki = self.k[:, rows], self.v[:, rows], self.ki[:, rows]
-        self.coded = self.coded and [x.view(torch.uint8)[:, rows].view(x.dtype) if x.element_size() == 1 else x[:, rows]
-                                     for x in self.coded]
+        self.coded = self.coded and [x[:, rows] for x in self.coded]
         self.length = self.length[rows]
 
 # ---- Triton: the index branch of a prefill -------------------------------------------------------
@@ -896,109 +890,146 @@ def _run_start(run, n, runs):
     return (run.to(tl.int64) * n // runs).to(tl.int32)
 
 @jit
-def _store_scores(scores, score, lo, hi, run, b, T, N, HKV: tl.constexpr, RUN: tl.constexpr, COLS: tl.constexpr):
-    """Scores [COLS, RUN] of the run lo … hi-1, and their maximum. A row of scores: all N blocks, then all runs."""
-    c, g = tl.arange(0, COLS), tl.arange(0, RUN)
-    row = scores + (b * T * HKV + c).to(tl.int64) * (N + tl.num_programs(0))
-    tl.store(row[:, None] + lo + g, score, mask=(c < T * HKV)[:, None] & (g < hi - lo))
-    tl.store(row + N + run, tl.max(score, 1), mask=c < T * HKV)
+def _digits(x, unit):
+    """Queries x [D, COLS] in steps of unit / 32512 as two int8 digits, base 256, and |x| in steps, rounded up."""
+    x = x.to(tl.float32) / unit[None] * 32512
+    n = tl.floor(x + 0.5).to(tl.int32)
+    high = (n + 128) >> 8
+    return high.to(tl.int8), (n - high * 256).to(tl.int8), tl.sqrt(tl.sum(x * x, 0)) * (1 + 2.0 ** -15)
 
-# One program = one run of blocks of one sequence, for all its queries and index heads at once.
 @jit
-def _scan_kernel(qi, ki, scale, end, length, scores, done, T, cap, HKV: tl.constexpr, D: tl.constexpr,
-                 L: tl.constexpr, RUN: tl.constexpr, COLS: tl.constexpr):
-    run, b, N = tl.program_id(0), tl.program_id(1), tl.cdiv(cap, L)
+def _unscale(x, unit, more):
+    """From steps to scores, more added (what rounds to 0), finite where x is: -inf means invisible alone."""
+    y = tl.minimum(tl.maximum(x * (unit / 32512 * 2.0 ** 15) * 2.0 ** 15 + more, -3e38), 3e38)
+    return tl.where(x > float("-inf"), y, x)
+
+# One program = one run of blocks of one sequence, for all its queries and index heads at once. A row of scores: all N
+# blocks, the maximum of each run, and if keys are int8, so that scores are upper bounds: those again, to be kept, and
+# the best lower bound of each run.
+@jit
+def _scan_kernel(qi, ki, scale, slack, end, length, scores, done, T, cap, HKV: tl.constexpr, D: tl.constexpr,
+                 L: tl.constexpr, RUN: tl.constexpr, COLS: tl.constexpr, PDL: tl.constexpr):
+    run, b, N, runs = tl.program_id(0), tl.program_id(1), tl.cdiv(cap, L), tl.num_programs(0)
     c, g = tl.arange(0, COLS), tl.arange(0, RUN)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     n = (tl.load(length + b) + T - 1) // L
-    lo, hi = _run_start(run, n, tl.num_programs(0)), _run_start(run + 1, n, tl.num_programs(0))
+    lo, hi = _run_start(run, n, runs), _run_start(run + 1, n, runs)
     x, i = _queries(qi, length, b, T, HKV, D, L, COLS)
-    # fp8 widens to fp16 in one instruction; what fp16 loses of a 16-bit q over its maximum is within GAMMA
-    WIDE: tl.constexpr = tl.float32 if qi.dtype.element_ty == tl.float32 else tl.float16
+    score = tl.full([COLS, RUN], float("-inf"), tl.float32)
     if scale is not None:
         unit = _unit(x)
-        x = (x.to(tl.float32) / unit[None]).to(WIDE)
-    score = tl.full([COLS, RUN], float("-inf"), tl.float32)
+        high, low, norm = _digits(x, unit)
+        least = tl.full([L, COLS], float("-inf"), tl.float32)
+        step = tl.load(scale + b.to(tl.int64) * cap + lo * L + tl.arange(0, L), mask=(lo < hi), other=0.0)
+        margin = tl.load(slack + b * N + lo, mask=lo < hi, other=0.0)
     for blk in range(lo, hi):
         j = b.to(tl.int64) * cap + blk * L + tl.arange(0, L)
-        key = tl.load(ki + j[:, None] * D + tl.arange(0, D))
         if scale is None:
-            s = _block_scores(x, key, end, i, b, blk, cap, L)
+            s = _block_scores(x, tl.load(ki + j[:, None] * D + tl.arange(0, D)), end, i, b, blk, cap, L)
         else:
-            s = _block_scores(x, key.to(WIDE), end, i, b, blk, cap, L)
-            near = s * tl.minimum(unit * tl.load(scale + b * N + blk), 3e38)
-            s = tl.where(s > float("-inf"), tl.minimum(tl.maximum(near, -3e38), 3e38), s)  # -inf means invisible alone
+            key, wide = tl.load(ki + j[:, None] * D + tl.arange(0, D)), norm * margin
+            this = step.to(tl.float32)[:, None] * 2.0 ** -30  # the products below stay finite
+            step = tl.load(scale + j + L, mask=(blk + 1 < hi), other=0.0)  # one ahead: too small to be pipelined
+            margin = tl.load(slack + b * N + blk + 1, mask=blk + 1 < hi, other=0.0)
+            s = tl.dot(key, low, tl.dot(key, high, out_dtype=tl.int32) * 256, out_dtype=tl.int32).to(tl.float32)
+            seen = tl.broadcast_to((blk < i // L)[None], [L, COLS])
+            if end is not None:
+                seen = seen & (i[None] < tl.load(end + j)[:, None])
+            least = tl.maximum(least, tl.where(seen, (s - wide[None]) * this, float("-inf")))
+            s = tl.max(tl.where(seen, (s + wide[None]) * this, float("-inf")), 0)
         score = tl.where(g == blk - lo, s[:, None], score)
-    _store_scores(scores, score, lo, hi, run, b, T, N, HKV, RUN, COLS)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()  # not before: programs that wait would crowd where room is first
+    row, mine = scores + (b * T * HKV + c).to(tl.int64) * (N + 3 * runs), c < T * HKV
+    if scale is not None:
+        score, lower = _unscale(score, unit[:, None], 2.0 ** -120), _unscale(tl.max(least, 0), unit, -2.0 ** -120)
+        tl.store(row + N + runs + run, tl.max(score, 1), mask=mine)
+        tl.store(row + N + 2 * runs + run, lower, mask=mine)
+    tl.store(row[:, None] + lo + g, score, mask=mine[:, None] & (g < hi - lo))
+    tl.store(row + N + run, tl.max(score, 1), mask=mine)
     if run == 0:
-        tl.store(done + b * T * HKV + c, 0, mask=c < T * HKV)
+        tl.store(done + b * T * HKV + c, 0, mask=mine)
 
 @jit
-def _choose(scores, row, slot, n, N, RUNS: tl.constexpr, PAIR: tl.constexpr, W: tl.constexpr):
+def _choose(scores, row, slot, n, N, W: tl.constexpr, RUNS: tl.constexpr, PAIR: tl.constexpr):
     """The block of rank slot >= 1 among those before the query's own, whose scores alone are above -inf. Exact in two
     steps, on pairs of runs of up to PAIR blocks: the top W blocks lie in the top W pairs, because each pair that beats
-    theirs holds a block that beats them."""
-    row, p = scores + row.to(tl.int64) * (N + RUNS), tl.arange(0, RUNS // 2)
+    theirs holds a block that beats them. The leaders of those pairs are merged with whatever else beats one of them."""
+    row, p = scores + row.to(tl.int64) * (N + 3 * RUNS), tl.arange(0, RUNS // 2)
     top = tl.maximum(tl.load(row + N + 2 * p), tl.load(row + N + 2 * p + 1))
     pair = _block_of(tl.topk(_key(top, p), W))                                                        # [W]
     lo, hi = _run_start(2 * tl.maximum(pair, 0), n, RUNS), _run_start(2 * pair + 2, n, RUNS)
     blk = lo[:, None] + tl.arange(0, PAIR)
-    score = tl.load(row + blk, mask=(pair >= 0)[:, None] & (blk < hi[:, None]), other=float("-inf"))
-    best = _block_of(tl.topk(tl.reshape(_key(score, blk), [W * PAIR]), W))
-    return tl.max(tl.where(tl.arange(0, W) == slot - 1, best, -1))
+    key = _key(tl.load(row + blk, mask=(pair >= 0)[:, None] & (blk < hi[:, None]), other=float("-inf")), blk)
+    best = tl.max(key, 1)
+    rank = tl.sum((best[None] > best[:, None]).to(tl.int32), 1)
+    NONE: tl.constexpr = -0x7FFFFFFFFFFFFFFF
+    key = tl.where(key == best[:, None], NONE, key)
+    found, nth, other = -1, 0, tl.max(tl.max(key, 1))
+    while (other > tl.min(best)) & (nth < W):  # random scores: about once in two rows
+        if tl.sum((best > other).to(tl.int32)) + nth == slot - 1:
+            found = _block_of(other)
+        rank, nth, key = rank + (other > best).to(tl.int32), nth + 1, tl.where(key == other, NONE, key)
+        other = tl.max(tl.max(key, 1))
+    return tl.maximum(found, tl.max(tl.where(rank == slot - 1, _block_of(best), -1)))
 
-# One program = one of the W blocks that lead on fp8 scores, for one query and index head: its exact score, and its id.
+# One program = every so many-th run of one query and index head whose best upper bound reaches the (S - 1)-th best
+# lower bound: its blocks that do get their exact score. All others keep bounds below the floor: they are not chosen.
 @jit
-def _probe_kernel(qi, ki, end, length, scores, exact, T, cap, HKV: tl.constexpr, D: tl.constexpr, L: tl.constexpr,
-                  RUNS: tl.constexpr, PAIR: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr):
-    slot, row = tl.program_id(0) + 1, tl.program_id(1)
-    b = row // (T * HKV)
-    x, i = _queries(qi, length, b, T, HKV, D, L, COLS)
-    n = (tl.load(length + b) + T - 1) // L
-    blk = _choose(scores, row, slot, n, tl.cdiv(cap, L), RUNS, PAIR, W)
-    score = float("-inf")
-    if blk >= 0:
-        j = b.to(tl.int64) * cap + blk * L + tl.arange(0, L)
-        key = tl.load(ki + j[:, None] * D + tl.arange(0, D))
-        s = _block_scores(x, key, end, i, b, blk, cap, L)
-        score = tl.max(tl.where(tl.arange(0, COLS) == row % (T * HKV), s, float("-inf")))
-    tl.store(exact + 2 * row * W + slot - 1, score)
-    tl.store(exact + (2 * row + 1) * W + slot - 1, blk.to(tl.float32))  # exact: blocks of int32 tokens end below 2^24
-
-# One program = R runs of one query and index head: blocks whose fp8 score plus error bound reaches the probes' minimum
-# get an exact score, the others none.
-@jit
-def _rescore_kernel(qi, ki, slack, exact, end, length, scores, T, cap, HKV: tl.constexpr, D: tl.constexpr,
-                    L: tl.constexpr, R: tl.constexpr, RUN: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr):
-    row, runs, N = tl.program_id(1), tl.num_programs(0) * R, tl.cdiv(cap, L)
+def _rescore_kernel(qi, ki, end, length, scores, T, cap, HKV: tl.constexpr, D: tl.constexpr, L: tl.constexpr,
+                    S: tl.constexpr, W: tl.constexpr, RUN: tl.constexpr, COLS: tl.constexpr, RUNS: tl.constexpr,
+                    PDL: tl.constexpr):
+    row, N, r, w = tl.program_id(1), tl.cdiv(cap, L), tl.arange(0, RUNS), tl.arange(0, W)
     b, mine = row // (T * HKV), tl.arange(0, COLS) == row % (T * HKV)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     x, i = _queries(qi, length, b, T, HKV, D, L, COLS)
-    n, run = (tl.load(length + b) + T - 1) // L, tl.program_id(0) * R + tl.arange(0, R)
-    blk = _run_start(run, n, runs)[:, None] + tl.arange(0, RUN)                                         # [R, RUN]
-    held = blk < _run_start(run + 1, n, runs)[:, None]
-    unit = _unit(x)
-    y = x.to(tl.float32) / unit[None]
-    norm = tl.sum(tl.where(mine, tl.sqrt(tl.sum(y * y, 0)) * (1 + 2.0 ** -15) * unit, 0.0))         # |q|, rounded up
-    # + 2^-120: scores so small that they round to 0 are all rescored
-    bound = norm * tl.load(slack + b * N + blk, mask=held, other=0.0) + 2.0 ** -120
-    probe = exact + 2 * row * W
-    floor = tl.min(tl.load(probe + tl.arange(0, W)))  # W >= S - 1 blocks score this or more: nothing less can be chosen
-    at = scores + row.to(tl.int64) * (N + runs)
-    near = tl.load(at + blk, mask=held, other=float("-inf"))
-    score, last = tl.full([R, RUN], float("-inf"), tl.float32), -1
-    for w in tl.static_range(W):  # the probed blocks have theirs
-        score = tl.where(held & (blk == tl.load(probe + W + w).to(tl.int32)), tl.load(probe + w), score)
-    live = (near > float("-inf")) & (near + bound >= floor) & (score == float("-inf"))
-    for _ in range(tl.sum(live.to(tl.int32))):
-        last = tl.min(tl.where(live & (blk > last), blk, 2 ** 31 - 1))
-        j = b.to(tl.int64) * cap + last * L + tl.arange(0, L)
-        s = _block_scores(x, tl.load(ki + j[:, None] * D + tl.arange(0, D)), end, i, b, last, cap, L)
-        score = tl.where(held & (blk == last), tl.max(tl.where(mine, s, float("-inf"))), score)
-    tl.store(at + blk, score, mask=held)
-    tl.store(at + N + run, tl.max(score, 1))
+    n, at = (tl.load(length + b) + T - 1) // L, scores + row.to(tl.int64) * (N + 3 * RUNS)
+    low = at + N + 2 * RUNS + 2 * tl.arange(0, RUNS // 2)
+    low = tl.topk(tl.maximum(tl.load(low), tl.load(low + 1)), W)
+    floor = tl.max(tl.where(w == S - 2, low, float("-inf")))  # reached by S - 1 pairs, hence by S - 1 blocks
+    high = tl.load(at + N + RUNS + r)
+    live = (high >= floor) & (high > float("-inf"))
+    place = tl.cumsum(live.to(tl.int32), 0)
+    for nth in range(tl.program_id(0), tl.max(place, 0), tl.num_programs(0)):
+        run = tl.sum(tl.where(live & (place == nth + 1), r, 0))
+        blk = _run_start(run, n, RUNS) + tl.arange(0, RUN)
+        held = blk < _run_start(run + 1, n, RUNS)
+        score, last = tl.load(at + blk, mask=held, other=float("-inf")), -1
+        wanted = (score > float("-inf")) & (score >= floor)
+        for _ in range(tl.sum(wanted.to(tl.int32))):
+            last = tl.min(tl.where(wanted & (blk > last), blk, 2 ** 31 - 1))
+            j = b.to(tl.int64) * cap + last * L + tl.arange(0, L)
+            s = _block_scores(x, tl.load(ki + j[:, None] * D + tl.arange(0, D)), end, i, b, last, cap, L)
+            score = tl.where(blk == last, tl.max(tl.where(mine, s, float("-inf"))), score)
+        tl.store(at + blk, score, mask=held)
+        tl.store(at + N + run, tl.max(score, 0))
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+@jit
+def _join(part, lse, out, row, S: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
+    """Sum of a row's S parts by weight. A thread loads eight channels and, itself, their head's log-sum-exp: with the
+    weights in a vector of heads each part would wait for threads to exchange them (3.5 us, not 2.4)."""
+    g, c, e = tl.arange(0, ROWS)[:, None], tl.arange(0, D // 8)[None], tl.arange(0, 8)
+    real, place = (g < G) & (c >= 0), c[:, :, None] * 8 + e
+    m, l = tl.full([ROWS, D // 8], -1e30, tl.float32), tl.zeros([ROWS, D // 8], tl.float32)
+    acc = tl.zeros([ROWS, D // 8, 8], tl.float32)
+    for slot in tl.static_range(S):
+        source = (row * S + slot) * G + g
+        stat = tl.load(lse + source + c * 0, mask=real, other=float("-inf"), cache_modifier=".cg")
+        other = tl.load(part + source[:, :, None] * D + place, mask=real[:, :, None], other=0.0, cache_modifier=".cg")
+        new = tl.maximum(m, stat)
+        old, weight = tl.exp2(m - new), tl.exp2(stat - new)
+        acc, l, m = acc * old[:, :, None] + other.to(tl.float32) * weight[:, :, None], l * old + weight, new
+    acc = acc / tl.maximum(l, 1e-30)[:, :, None]
+    tl.store(out + (row * G + g)[:, :, None] * D + place, acc.to(out.dtype.element_ty), mask=real[:, :, None])
 
 # One program = one slot of one query and KV head: choose the block, attend; the last of the S programs combines.
 @jit
-def _attend_kernel(q, k, v, end, length, scores, block_idx, part, lse, done, out, T, cap, DIMS: tl.constexpr):
+def _attend_kernel(q, k, v, end, length, scores, block_idx, part, lse, done, out, T, cap, DIMS: tl.constexpr,
+                   PDL: tl.constexpr):
     HKV: tl.constexpr = DIMS[0]
     G: tl.constexpr = DIMS[1]
     D: tl.constexpr = DIMS[2]
@@ -1012,10 +1043,13 @@ def _attend_kernel(q, k, v, end, length, scores, block_idx, part, lse, done, out
     b, h, g, d = row // (T * HKV), row % HKV, tl.arange(0, ROWS), tl.arange(0, D)
     heads = (row.to(tl.int64) * G + g)[:, None] * D + d
     x = tl.load(q + heads, mask=(g < G)[:, None], other=0.0)                                          # [ROWS, D]
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     i = tl.load(length + b) + row % (T * HKV) // HKV
     blk = i // L
     if slot > 0:
-        blk = _choose(scores, row, slot, (tl.load(length + b) + T - 1) // L, tl.cdiv(cap, L), RUNS, PAIR, W)
+        blk = _choose(scores, row, slot, (tl.load(length + b) + T - 1) // L, tl.cdiv(cap, L), W, RUNS, PAIR)
     tl.store(block_idx + row * S + slot, blk)
     j = blk * L + tl.arange(0, L)
     seen = (j >= 0) & (j <= i)
@@ -1034,18 +1068,7 @@ def _attend_kernel(q, k, v, end, length, scores, block_idx, part, lse, done, out
     tl.store(lse + at, m + tl.log2(l), mask=g < G)
     tl.debug_barrier()  # all threads' stores come before the one that counts
     if tl.atomic_add(done + row, 1, sem="acq_rel") == S - 1:
-        base, w = row.to(tl.int64) * S, tl.arange(0, W * 2)
-        stat = tl.load(lse + (base + w)[None] * G + g[:, None], mask=(w < S)[None] & (g < G)[:, None],
-                       other=float("-inf"), cache_modifier=".cg")                                     # [ROWS, 2W]
-        top = tl.maximum(tl.max(stat, 1), -1e30)
-        total = tl.sum(tl.exp2(stat - top[:, None]), 1)
-        acc = tl.zeros([ROWS, D], tl.float32)
-        for n in tl.static_range(S):
-            source = (base + n) * G + g
-            weight = tl.exp2(tl.load(lse + source, mask=g < G, other=float("-inf"), cache_modifier=".cg") - top)
-            other = tl.load(part + source[:, None] * D + d, mask=(g < G)[:, None], other=0.0, cache_modifier=".cg")
-            acc += other.to(tl.float32) * weight[:, None]
-        tl.store(out + heads, (acc / tl.maximum(total, 1e-30)[:, None]).to(x.dtype), mask=(g < G)[:, None])
+        _join(part, lse, out, row.to(tl.int64), S, G, D, ROWS)
 
 # One program = one of SPLIT runs of keys of one sequence and KV head, for the T * G query rows at once.
 @jit
@@ -1092,7 +1115,7 @@ def _dense_sum_kernel(part, out, T, HKV: tl.constexpr, G: tl.constexpr, D: tl.co
     row = ((b.to(tl.int64) * T + r // G) * HKV + h) * G + r % G
     tl.store(out + row * D + d, (acc / tl.maximum(l, 1e-30)).to(out.dtype.element_ty))
 
-def _decode_triton(q, k, v, qi, ki, S, L, length, end, fp8):
+def _decode_triton(q, k, v, qi, ki, S, L, length, end, int8):
     (B, T, H, D), Hkv, cap, dev = q.shape, k.size(2), _lanes(k=k, v=v, ki=ki), q.device
     N, W, rows = -(-cap // L), max(2, triton.next_power_of_2(S - 1)), B * T * Hkv
     # more runs than multiprocessors hold: some start while others stream. Few sizes: _choose takes seconds to compile
@@ -1101,28 +1124,29 @@ def _decode_triton(q, k, v, qi, ki, S, L, length, end, fp8):
     run, pair = max(8, triton.next_power_of_2(-(-N // runs))), max(16, triton.next_power_of_2(-(-2 * N // runs)))
     cols = max(16, triton.next_power_of_2(T * Hkv))
     end = None if end is None else F.pad(end, (0, cap - end.size(1))).contiguous()
-    scores = torch.empty(rows, N + runs, device=dev)
+    scores = torch.empty(rows, N + 3 * runs, device=dev)
     done, out = torch.empty(rows, dtype=torch.int32, device=dev), torch.empty_like(q)
     block_idx = torch.empty(B, T, Hkv, S, dtype=torch.int32, device=dev)
     part, lse = torch.empty(B * T * H * S, D, dtype=q.dtype, device=dev), torch.empty(B * T * H * S, device=dev)
-    if fp8 is None:
-        _scan_kernel[runs, B](qi, ki, None, end, length, scores, done, T, cap, Hkv, qi.size(3), L, run, cols,
-                              num_warps=4, num_stages=3)
+    pdl = dict(PDL=False)
+    if q.is_cuda and torch.cuda.get_device_capability(dev)[0] >= 9:
+        pdl = dict(PDL=True, launch_pdl=True)  # a kernel's launch, about 1 us, hides behind the one before
+    if int8 is None:
+        _scan_kernel[runs, B](qi, ki, None, None, end, length, scores, done, T, cap, Hkv, qi.size(3), L, run, cols,
+                              num_warps=4, num_stages=3, **pdl)
     else:
-        ki8, scale, slack = fp8
-        if B > 1 and (_lanes(ki8=ki8.view(torch.uint8)), scale.stride(0), slack.stride(0)) != (cap, N, N):
-            raise ValueError(f"fp8 keys have {_capacity(ki8)} slots a sequence and {scale.stride(0)} blocks, expected "
-                             f"{cap} and {N}: quantize whole cache lanes, then slice")
-        exact = torch.empty(rows, 2, W, device=dev)
-        _scan_kernel[runs, B](qi, ki8, scale, end, length, scores, done, T, cap, Hkv, qi.size(3), L, run, cols,
-                              num_warps=2, num_stages=3)
-        _probe_kernel[W, rows](qi, ki, end, length, scores, exact, T, cap, Hkv, qi.size(3), L, runs, pair, W, cols,
-                               num_warps=8)
-        parts = min(64 if rows < 16 else 32, runs // 4)  # of a row; each meets one or two blocks of random keys
-        _rescore_kernel[parts, rows](qi, ki, slack, exact, end, length, scores, T, cap, Hkv, qi.size(3), L,
-                                     runs // parts, run, W, cols, num_warps=4)
+        ki8, scale, slack = int8
+        if B > 1 and (_lanes(ki8=ki8), scale.stride(0), slack.stride(0)) != (cap, cap, N):
+            raise ValueError(f"int8 keys, scales and slacks have {_capacity(ki8)}, {scale.stride(0)} and {slack.stride(0)}"
+                             f" a sequence, expected {cap}, {cap} and {N}: quantize whole cache lanes, then slice")
+        _scan_kernel[runs, B](qi, ki8, scale, slack, end, length, scores, done, T, cap, Hkv, qi.size(3), L, run, cols,
+                              num_warps=2, num_stages=3, **pdl)
+        programs = max(16, min(64, 256 // rows))  # of a row, which has some 30 live runs if keys are random
+        _rescore_kernel[programs, rows](qi, ki, end, length, scores, T, cap, Hkv, qi.size(3), L, S, W, run, cols, runs,
+                                        num_warps=4, **pdl)
     dims = Hkv, H // Hkv, D, L, S, W, max(16, triton.next_power_of_2(H // Hkv)), runs, pair
-    _attend_kernel[S, rows](q, k, v, end, length, scores, block_idx, part, lse, done, out, T, cap, dims, num_warps=8)
+    _attend_kernel[S, rows](q, k, v, end, length, scores, block_idx, part, lse, done, out, T, cap, dims, num_warps=8,
+                            **pdl)
     return out, block_idx
 
 def _dense_triton(q, k, v, end, start):

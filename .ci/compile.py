@@ -14,18 +14,18 @@ import msa
 def compile_kernels():
     """Every kernel for sm_90 as launched at M3's sizes, and what else M2's change -> [name, registers, stack bytes]."""
     from triton.compiler.compiler import ASTSource, GPUTarget
-    base = dict(HKV=4, G=16, D=128, L=128, S=16, S1=15, W=16, RUN=16, COLS=16, RUNS=512, PAIR=32, TILE=64, SPLIT=66,
-                PADDED=128, ROWS=16, R=16, DIMS=(4, 16, 128, 128, 16, 16, 16, 512, 32),
-                keys="tensordesc<bf16[128, 128]>", **dict.fromkeys("q k v qi ki out part".split(), "*bf16"),
-                **dict.fromkeys("lse scores exact scale slack stat delta index_stat share value dki".split(), "*fp32"),
+    base = dict(HKV=4, G=16, D=128, L=128, S=16, S1=15, W=16, RUN=16, COLS=16, RUNS=512, TILE=64, SPLIT=66,
+                PADDED=128, ROWS=16, PDL=True, DIMS=(4, 16, 128, 128, 16, 16, 16, 512, 32),
+                keys="tensordesc<bf16[128, 128]>", **dict.fromkeys("q k v qi ki scale out part".split(), "*bf16"),
+                **dict.fromkeys("lse scores slack stat delta index_stat share value dki".split(), "*fp32"),
                 **dict.fromkeys("T Tk N cap n edge0".split(), "i32"), **dict.fromkeys("grad dq dqi".split(), "*bf16"),
                 **dict.fromkeys(("dk", "dv"), "*fp32"), ends="*i64")
     index, train = dict(num_warps=8, num_stages=2, maxnreg=128, ROWS=128), dict(num_warps=8, num_stages=2)
     for name, change in (("index", index), ("index", dict(index, end=None, block_end=None, start=None)),
-                         ("query_outer", dict(num_stages=2)), ("attend", dict(num_warps=8)), ("probe", {}),
-                         ("kv_outer", dict(ROWS=64)), ("kv_outer", dict(ROWS=64, HKV=8, G=6)), ("rescore", {}),
+                         ("query_outer", dict(num_stages=2)), ("attend", dict(num_warps=8)), ("rescore", {}),
+                         ("kv_outer", dict(ROWS=64)), ("kv_outer", dict(ROWS=64, HKV=8, G=6)),
                          ("combine", dict(ROWS=64)), ("combine", dict(ROWS=128, HKV=8, G=6, num_warps=8)),
-                         ("scan", dict(scale=None)), ("scan", dict(ki="*fp8e4nv", num_warps=2)),
+                         ("scan", dict(scale=None, slack=None)), ("scan", dict(ki="*i8", num_warps=2)),
                          ("dense", dict(part="*fp32", num_stages=4)), ("dense_sum", dict(part="*fp32")),
                          ("backward", dict(train, DIMS=(4, 16, 128, 128, 16, 64))), ("slot_sum", {}),
                          ("backward", dict(train, DIMS=(8, 6, 128, 128, 16, 32))),

@@ -903,9 +903,9 @@ def _unscale(x, unit, more):
     y = tl.minimum(tl.maximum(x * (unit / 32512 * 2.0 ** 15) * 2.0 ** 15 + more, -3e38), 3e38)
     return tl.where(x > float("-inf"), y, x)
 
-# One program = one run of blocks of one sequence, for all its queries and index heads at once. A row of scores: all N
-# blocks, the maximum of each run, and if keys are int8, so that scores are upper bounds: those again, to be kept, and
-# the best lower bound of each run.
+# One program = one run of blocks of one sequence, for all its queries and index heads. A row of scores: all N blocks,
+# the maximum of each run; and where keys are int8, so that these are upper bounds: the maxima again, since rescoring
+# writes the first, and the best lower bound of each run.
 @jit
 def _scan_kernel(qi, ki, scale, slack, end, length, scores, done, T, cap, HKV: tl.constexpr, D: tl.constexpr,
                  L: tl.constexpr, RUN: tl.constexpr, COLS: tl.constexpr, PDL: tl.constexpr):
@@ -962,11 +962,9 @@ def _choose(scores, row, slot, n, N, W: tl.constexpr, RUNS: tl.constexpr, PAIR: 
     lo, hi = _run_start(2 * tl.maximum(pair, 0), n, RUNS), _run_start(2 * pair + 2, n, RUNS)
     blk = lo[:, None] + tl.arange(0, PAIR)
     key = _key(tl.load(row + blk, mask=(pair >= 0)[:, None] & (blk < hi[:, None]), other=float("-inf")), blk)
-    best = tl.max(key, 1)
-    rank = tl.sum((best[None] > best[:, None]).to(tl.int32), 1)
-    NONE: tl.constexpr = -0x7FFFFFFFFFFFFFFF
+    best, NONE = tl.max(key, 1), tl.full([], -0x7FFFFFFFFFFFFFFF, tl.int64)                            # descending
     key = tl.where(key == best[:, None], NONE, key)
-    found, nth, other = -1, 0, tl.max(tl.max(key, 1))
+    rank, found, nth, other = tl.arange(0, W), -1, 0, tl.max(tl.max(key, 1))
     while (other > tl.min(best)) & (nth < W):  # random scores: about once in two rows
         if tl.sum((best > other).to(tl.int32)) + nth == slot - 1:
             found = _block_of(other)
@@ -1073,7 +1071,9 @@ def _attend_kernel(q, k, v, end, length, scores, block_idx, part, lse, done, out
 # One program = one of SPLIT runs of keys of one sequence and KV head, for the T * G query rows at once.
 @jit
 def _dense_kernel(q, k, v, end, length, part, T, cap, HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-                  ROWS: tl.constexpr, TILE: tl.constexpr):
+                  ROWS: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     split, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     r, d = tl.arange(0, ROWS), tl.arange(0, D)
     heads = ((b.to(tl.int64) * T + r // G) * HKV + h) * G + r % G
@@ -1095,6 +1095,8 @@ def _dense_kernel(q, k, v, end, length, part, T, cap, HKV: tl.constexpr, G: tl.c
         value = tl.load(v + keys, mask=held, other=0.0)
         acc = acc * old[:, None] + tl.dot(p.to(value.dtype), value, input_precision="ieee")
         l, m = l * old + tl.sum(p, 1), new
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     at = ((b * HKV + h).to(tl.int64) * tl.num_programs(0) + split) * T * G + r
     lse = part + tl.num_programs(0).to(tl.int64) * HKV * tl.num_programs(2) * T * G * D
     tl.store(part + at[:, None] * D + d, acc, mask=(r < T * G)[:, None])
@@ -1104,7 +1106,10 @@ def _dense_kernel(q, k, v, end, length, part, T, cap, HKV: tl.constexpr, G: tl.c
 # One program = one query row: the weighted sum of its SPLIT parts.
 @jit
 def _dense_sum_kernel(part, out, T, HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr,
-                      PADDED: tl.constexpr):
+                      PADDED: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     r, h, b, w, d = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.arange(0, PADDED), tl.arange(0, D)
     at = ((b * HKV + h).to(tl.int64) * SPLIT + w) * T * G + r
     lse = part + tl.num_programs(0).to(tl.int64) * HKV * tl.num_programs(2) * SPLIT * D
@@ -1115,11 +1120,16 @@ def _dense_sum_kernel(part, out, T, HKV: tl.constexpr, G: tl.constexpr, D: tl.co
     row = ((b.to(tl.int64) * T + r // G) * HKV + h) * G + r % G
     tl.store(out + row * D + d, (acc / tl.maximum(l, 1e-30)).to(out.dtype.element_ty))
 
+def _overlap(x):
+    """Programmatic dependent launch where the GPU has it: a launch, about 1 us, hides behind the kernel before."""
+    able = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
+    return dict(PDL=True, launch_pdl=True) if able else dict(PDL=False)
+
 def _decode_triton(q, k, v, qi, ki, S, L, length, end, int8):
     (B, T, H, D), Hkv, cap, dev = q.shape, k.size(2), _lanes(k=k, v=v, ki=ki), q.device
     N, W, rows = -(-cap // L), max(2, triton.next_power_of_2(S - 1)), B * T * Hkv
     # more runs than multiprocessors hold: some start while others stream. Few sizes: _choose takes seconds to compile
-    runs = (128 if N <= 256 else max(512, triton.next_power_of_2(-(-N // 32)))) if q.is_cuda else 2 * N
+    runs = (128 if N <= 256 else max(512, triton.next_power_of_2(-(-N // 32)))) if q.is_cuda else N // 2
     runs = triton.next_power_of_2(max(runs, 2 * W))
     run, pair = max(8, triton.next_power_of_2(-(-N // runs))), max(16, triton.next_power_of_2(-(-2 * N // runs)))
     cols = max(16, triton.next_power_of_2(T * Hkv))
@@ -1128,20 +1138,19 @@ def _decode_triton(q, k, v, qi, ki, S, L, length, end, int8):
     done, out = torch.empty(rows, dtype=torch.int32, device=dev), torch.empty_like(q)
     block_idx = torch.empty(B, T, Hkv, S, dtype=torch.int32, device=dev)
     part, lse = torch.empty(B * T * H * S, D, dtype=q.dtype, device=dev), torch.empty(B * T * H * S, device=dev)
-    pdl = dict(PDL=False)
-    if q.is_cuda and torch.cuda.get_device_capability(dev)[0] >= 9:
-        pdl = dict(PDL=True, launch_pdl=True)  # a kernel's launch, about 1 us, hides behind the one before
+    pdl = _overlap(q)
     if int8 is None:
         _scan_kernel[runs, B](qi, ki, None, None, end, length, scores, done, T, cap, Hkv, qi.size(3), L, run, cols,
                               num_warps=4, num_stages=3, **pdl)
     else:
         ki8, scale, slack = int8
         if B > 1 and (_lanes(ki8=ki8), scale.stride(0), slack.stride(0)) != (cap, cap, N):
-            raise ValueError(f"int8 keys, scales and slacks have {_capacity(ki8)}, {scale.stride(0)} and {slack.stride(0)}"
-                             f" a sequence, expected {cap}, {cap} and {N}: quantize whole cache lanes, then slice")
+            held = _capacity(ki8), scale.stride(0), slack.stride(0)
+            raise ValueError(f"int8 keys, scales and slacks have {held} a sequence, expected {(cap, cap, N)}: quantize "
+                             "whole cache lanes, then slice")
         _scan_kernel[runs, B](qi, ki8, scale, slack, end, length, scores, done, T, cap, Hkv, qi.size(3), L, run, cols,
                               num_warps=2, num_stages=3, **pdl)
-        programs = max(16, min(64, 256 // rows))  # of a row, which has some 30 live runs if keys are random
+        programs = max(16, min(64, 256 // rows)) if q.is_cuda else 2  # a row of random keys has some 30 live runs
         _rescore_kernel[programs, rows](qi, ki, end, length, scores, T, cap, Hkv, qi.size(3), L, S, W, run, cols, runs,
                                         num_warps=4, **pdl)
     dims = Hkv, H // Hkv, D, L, S, W, max(16, triton.next_power_of_2(H // Hkv)), runs, pair
@@ -1155,8 +1164,9 @@ def _dense_triton(q, k, v, end, start):
     end = None if end is None else F.pad(end, (0, cap - end.size(1))).contiguous()
     out, part = torch.empty_like(q), torch.empty(B * T * H * split * (D + 2), device=q.device)
     rows, dims = max(16, triton.next_power_of_2(T * H // Hkv)), (Hkv, H // Hkv, D)
-    hopper = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] >= 9  # others lack the shared memory
+    pdl = _overlap(q)
     _dense_kernel[split, Hkv, B](q, k, v, end, start, part, T, cap, *dims, rows, tile, num_warps=4,
-                                 num_stages=4 if hopper else 2)
-    _dense_sum_kernel[T * H // Hkv, Hkv, B](part, out, T, *dims, split, triton.next_power_of_2(split), num_warps=4)
+                                 num_stages=4 if pdl["PDL"] else 2, **pdl)  # before Hopper: less shared memory
+    _dense_sum_kernel[T * H // Hkv, Hkv, B](part, out, T, *dims, split, triton.next_power_of_2(split), num_warps=4,
+                                            **pdl)
     return out

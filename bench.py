@@ -2,6 +2,7 @@
 
     python bench.py --ctx 1000000                            # prefill and decode, shapes of M2 (48/8) and M3 (64/4)
     python bench.py --ctx 131072 --what decode --shape m3 --figure decode.svg
+    python bench.py --what tree                              # a training step of rl.py, prefixes merged and not
 
 The sides take turns (A B A B) on the same tensors. Dense prefill is cuDNN SDPA, dense decode our split-KV kernel; on a
 CPU both are SDPA with a group's G heads as rows, which reads K and V once (enable_gqa: G times, 5 to 11 times slower).
@@ -9,12 +10,10 @@ MSA's time has all its stages. Prefill is timed by CUDA events, decode in CUDA g
 each other out of the L2. A CPU prefills the last 32 queries against the whole context. least ms = what the measured
 rates allow; util = useful FLOPs over the matmul rate (prefill), needed bytes over the copy rate (decode).
 """
-import io
 import json
 import math
 import os
 import random
-import shlex
 import statistics
 import subprocess
 import sys
@@ -35,10 +34,10 @@ D, S, L = 128, 16, 128
 PUBLISHED = {("prefill", "m3", "m3"): "14.2x on an H800", ("decode", "m3", "m3"): "7.6x on an H800",
              ("prefill", "m2", "m3"): "9.7x, GPU not stated", ("decode", "m2", "m3"): "15.6x, GPU not stated"}
 BYTES = {"int8": 1 + 2 / D, "bf16": 2, "fp32": 4}          # int8 has a bf16 scale a key
-# What to expect of a kernel: its share of the roofline, ms of latency, and where the rest goes. Written before it ran
+# What to expect of a kernel, written before it ran: its share of the roofline, ms of latency, where the rest goes
 KERNELS = {"_index_kernel": (0.8, 0, "a running top 16 between products"), "_scan_kernel": (1, 3e-3, "ramp-up"),
            "_kv_outer_kernel": (0.55, 0, "gathers of q, parts written"), "_combine_kernel": (0.85, 0, "the own block"),
-           "_rescore_kernel": (1, 6e-3, "latency: a floor, some 30 blocks a head"),
+           "_rescore_kernel": (1, 6e-3, "latency: find a floor, load blocks"),
            "_attend_kernel": (1, 10e-3, "latency: choose, load, join")}
 HEAD = "what    shape     ctx  B  selection  index|   dense ms util |     MSA ms util | speed-up | least ms | runs"
 # Relative RMS. bf16 rounds the probabilities, the partial outputs and the output, 2^-9 each; fp32 only sums differently
@@ -76,8 +75,7 @@ def timed(call, gpu, warm):
 def alternate(sides, gpu, reps=5, seconds=3.0):
     """Time (call, check, warm) sides in turn, up to reps runs or its seconds: all ms. One output is alive at a time."""
     times = [[] for _ in sides]
-    for call in (call for call, _, warm in sides if warm):
-        call()
+    [call() for call, _, warm in sides if warm]
     for rep in range(reps):
         for ms, (call, check, warm) in zip(times, sides):
             if sum(ms) < 1e3 * seconds:
@@ -100,6 +98,8 @@ def dense_rows(q, k, v):
         early, early_lse = flash(x, k[:, :, :T - t], v[:, :, :T - t])
         out = torch.lerp(out, early, (early_lse - lse).sigmoid()[..., None])
     return out.unflatten(2, (t, G)).transpose(1, 2).flatten(2, 3)
+
+def capacity(T): return -(-T // L) * L
 
 def full(q, k, v, length=None):
     """The best full attention there is. cuDNN raises where it cannot run; under one key block any backend will do."""
@@ -201,9 +201,6 @@ def overlap(block_idx):
     return statistics.mean(len(run[:, h][run[:, h] >= 0].unique()) for run in runs[::-(-len(runs) // 32)]
                            for h in range(run.size(1)))
 
-def capacity(T):
-    return -(-T // L) * L
-
 def n_sets(args, shape, T, B):
     """Sets of buffers of a decode row: what is read between two uses of a set exceeds three times the last cache."""
     cache = torch.cuda.get_device_properties(args.device).L2_cache_size if args.gpu else 2 ** 25
@@ -252,11 +249,11 @@ def kernel_rows(args, row, call, calls=1):
     shape, T, B, size, times = row["shape"], row["ctx"], row["batch"], args.size, {}
     index, attend = work(shape, T, row["queries"], B, size, BYTES[row["index"]])["msa"]
     io = B * row["queries"] * SHAPES[shape][0] * D * size
-    least = {"_index_kernel": index, "_scan_kernel": index, "_attend_kernel": attend, "_rescore_kernel": (0, 0),
+    least = {"_index_kernel": index, "_scan_kernel": index, "_attend_kernel": attend,
+             "_rescore_kernel": (0, B * SHAPES[shape][1] * 2 * S * L * D * size),  # random keys: some 2 S blocks a head
              "_kv_outer_kernel": (attend[0] * (S - 1) / S, 2 * (S - 1) * io), "_combine_kernel": (0, (S + 2) * io)}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        call()
-        torch.cuda.synchronize()
+        call(), torch.cuda.synchronize()
     for event in profile.key_averages():
         name = event.key if event.key in least else "all others"
         times[name] = times.get(name, 0) + event.self_device_time_total / 1e3 / calls
@@ -304,8 +301,7 @@ def repeat(call, sets, rounds):
     with torch.cuda.graph(graph):
         for _ in range(rounds):
             outs = [call(*buffers) for buffers in sets]
-    for out, _ in outs:
-        out.fill_(float("nan"))  # capturing runs nothing: what the kernels then fail to write stays nan
+    [out.fill_(math.nan) for out, _ in outs]  # capturing runs nothing: what the kernels then fail to write stays nan
     return lambda: (graph.replay(), outs)[1]
 
 def decode_rows(args, shape, B, lengths, cache, g):
@@ -391,8 +387,7 @@ def draw(path, rows, title):
                 lines.setdefault(name, []).append((row["ctx"], row[f"{side}_ms"]))
         for name, line in lines.items():
             axis.semilogx(*zip(*line), "o--" if "dense" in name else "o-", base=2, ms=3, label=name)
-        last = " of the last 32 queries" * (what == "prefill" and title.startswith("CPU"))
-        axis.set(title=f"{what}{last}, one layer, {title}", xlabel="tokens of context", ylabel="ms", yscale="log")
+        axis.set(title=f"{what}, one layer, {title}", xlabel="tokens of context", ylabel="ms", yscale="log")
         axis.legend()
     figure.savefig(path)
 
@@ -406,8 +401,7 @@ def tree_rows(args):
         asked = rl.parse_args(["--task", "maze", "--preset", preset, "--turns", str(turns)])[0]
         rng, model = random.Random(turns), rl.make_model(asked, args.device, args.dtype)
         group = [rl.demonstrate(gateway, rl.make_task(asked, 0), rng, 0.0, 0.1) for _ in range(4)]  # thoughts differ
-        for t in group:
-            t.finish([rng.gauss(0, 1) for _ in t.samples], True, 0.0)
+        [t.finish([rng.gauss(0, 1) for _ in t.samples], True, 0.0) for t in group]
         samples, optimizers, least = [rl.advantages(group)], rl.configure_optimizers(model, 1e-3)[0], {}
         for merge in (False, True) * 3:
             start = time.perf_counter()
@@ -426,9 +420,8 @@ def tree_rows(args):
 def card(args, why):
     """Where, what, and what to expect, printed before either side runs."""
     ask = lambda command: subprocess.getoutput(f"{command} 2> /dev/null") or "unknown"
-    commit = ask(f"git -C {shlex.quote(os.path.dirname(os.path.abspath(__file__)))} describe --always --dirty")
     power = ask(f"nvidia-smi -i {args.device.index or 0} --query-gpu=power.limit,driver_version --format=csv,noheader")
-    print(f"run     | {time.strftime('%Y-%m-%d %H:%M')}, git {commit}, torch {torch.__version__}, triton "
+    print(f"run     | {time.strftime('%Y-%m-%d %H:%M')}, torch {torch.__version__}, triton "
           f"{getattr(msa.triton, '__version__', 'absent')}")
     print(f"device  | {args.name}{f', power limit and driver {power}' * args.gpu}, {str(args.dtype)[6:]}: {why}")
     x, n = torch.ones(2 ** (31 if args.gpu else 28), dtype=torch.int8, device=args.device), 8192 if args.gpu else 2048
@@ -462,7 +455,7 @@ def parse_args(argv):
     if args.figure:  # what is wrong with it shows now, not after minutes
         os.stat(os.path.dirname(args.figure) or ".")
         from matplotlib.figure import Figure
-        Figure().savefig(io.BytesIO(), format=os.path.splitext(args.figure)[1][1:] or "png")
+        Figure().savefig(os.devnull, format=os.path.splitext(args.figure)[1][1:] or "png")
     return args
 
 @torch.no_grad()

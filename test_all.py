@@ -283,7 +283,7 @@ TREE = torch.full((2, 37), 37, dtype=torch.int32)
 TREE[0, :13], TREE[0, 16:24], TREE[1, :16] = 13, 24, 16
 KERNEL_CASES = [  # B, T, Tk, Hkv, G, S, end, start; the last four are decode steps: ragged, drafts, short, documents
     (2, 37, 37, 2, 3, 4, None, None), (1, 1, 1, 1, 2, 3, None, None), (1, 20, 20, 1, 16, 3, None, None),
-    (1, 17, 17, 1, 2, 1, None, None), (2, 37, 37, 2, 3, 4, TREE, None), (2, 10, 64, 2, 3, 4, None, [20, 50]),
+    (1, 17, 17, 1, 2, 1, None, None), (2, 37, 37, 2, 3, 4, TREE, None), (2, 10, 64, 2, 3, 3, None, [20, 50]),
     (2, 1, 96, 2, 3, 4, None, [90, 33]), (1, 3, 64, 2, 3, 4, None, [46]), (2, 1, 24, 2, 3, 4, None, [0, 9]),
     (2, 2, 40, 2, 3, 4, TREE, [35, 30])]
 @lax

@@ -472,14 +472,19 @@ def _block_of(key):
     return tl.where((key >> 32) > -0x7F800001, 0x7FFFFFFF - (key & 0x7FFFFFFF), -1).to(tl.int32)
 
 @jit
+def _merge(best, new):
+    """Top W of two rows of W keys, descending: best is, new has any order. Of a descending and an ascending row the
+    larger elements, place by place, are the top W, and already bitonic."""
+    return tl.bitonic_merge(tl.maximum(best, tl.sort(new, 1, False)), 1, True)
+
+@jit
 def _admit(best, new):
     """Top W of two rows of W distinct keys, in any order. Far into a sequence few new ones make it: up to two a row
-    take the place of the least (4 % faster at a million tokens). More of them: of a descending and an ascending row
-    the larger elements, place by place, are the top W, and already bitonic."""
+    take the place of the least, which is 4 % faster at a million tokens than to merge them all."""
     least = tl.min(best, 1)
     rivals = tl.max(tl.sum((new > least[:, None]).to(tl.int32), 1))
     if rivals > 2:
-        best = tl.bitonic_merge(tl.maximum(tl.sort(best, 1, True), tl.sort(new, 1, False)), 1, True)
+        best = _merge(tl.sort(best, 1, True), new)
     elif rivals > 0:
         for _ in tl.static_range(2):
             most, least = tl.max(new, 1), tl.min(best, 1)
@@ -497,7 +502,9 @@ def _index_kernel(qi, keys, end, block_end, start, block_idx, T, cap, HKV: tl.co
     i, mine = first + row // HKV, row < T * HKV
     q = tl.load(qi + (base + row)[:, None] * D + tl.arange(0, D), mask=mine[:, None], other=0.0)      # [ROWS, D]
     n = (first + (tl.minimum((tile + 1) * ROWS, T * HKV) - 1) // HKV) // L                  # blocks before the last own
-    best = tl.full([ROWS, W], -0x7FFFFFFFFFFFFFFF, tl.int64) + w[None]  # distinct, and no block's
+    best = tl.full([ROWS, W], -0x7FFFFFFFFFFFFFFF, tl.int64)
+    if end is None:
+        best += w[None]  # distinct
     new = tl.full([ROWS, W], float("-inf"), tl.float32)
     for blk in range(0, n):
         earlier = blk < i // L  # such a block lies wholly before i: no other causal mask is needed
@@ -513,8 +520,10 @@ def _index_kernel(qi, keys, end, block_end, start, block_idx, T, cap, HKV: tl.co
         new = tl.where(w == blk % W, tl.where(earlier, score, float("-inf"))[:, None], new)
         if (blk % W == W - 1) | (blk == n - 1):
             fresh = tl.where(w <= blk % W, new, float("-inf"))  # not `new` itself: the branch would have to return it
-            best = _admit(best, _key(fresh, (blk // W * W + w)[None]))
-    best = tl.sort(best, 1, True)
+            key = _key(fresh, (blk // W * W + w)[None])
+            best = _admit(best, key) if end is None else _merge(best, key)  # beside an end, two places spill registers
+    if end is None:
+        best = tl.sort(best, 1, True)
     out = block_idx + (base + row)[:, None] * S
     tl.store(out + tl.zeros([1], tl.int32), (i // L)[:, None], mask=mine[:, None])
     tl.store(out + 1 + w, _block_of(best), mask=mine[:, None] & (w < S - 1))

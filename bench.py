@@ -393,26 +393,28 @@ def draw(path, rows, title):
 
 @torch.enable_grad()
 def tree_rows(args):
-    """A training step of rl.py on prefix trees, against the same samples packed: all turns of four episodes of a maze,
-    the same tokens a micro-batch at most; laying out and updating included, the least of three."""
-    rows, preset, gateway = [], "small" if args.gpu else "micro", rl.Gateway()
+    """A training step of rl.py on prefix trees, against the same samples packed: all turns of groups of four episodes
+    of a maze (a GPU takes 16 groups, since one does not fill it), the same tokens a micro-batch at most; laying out and
+    updating included, the least of three."""
+    rows, preset, n, gateway = [], *(("small", 16) if args.gpu else ("micro", 1)), rl.Gateway()
     print("tree    | turns longest |  packed: tokens         ms |  merged: tokens         ms | tokens | speed-up")
-    for turns in (n for n in (5, 10, 20, 40, 80) if 14 * n + 48 <= args.ctx):
+    for turns in (n for n in (5, 10, 20, 40, 80)[3 * args.gpu:] if 14 * n + 48 <= args.ctx):
         asked = rl.parse_args(["--task", "maze", "--preset", preset, "--turns", str(turns)])[0]
-        rng, model = random.Random(turns), rl.make_model(asked, args.device, args.dtype)
-        group = [rl.demonstrate(gateway, rl.make_task(asked, 0), rng, 0.0, 0.1) for _ in range(4)]  # thoughts differ
-        [t.finish([rng.gauss(0, 1) for _ in t.samples], True, 0.0) for t in group]
-        samples, optimizers, least = [rl.advantages(group)], rl.configure_optimizers(model, 1e-3)[0], {}
+        rng, model, least = random.Random(turns), rl.make_model(asked, args.device, args.dtype), {}
+        groups = [[rl.demonstrate(gateway, rl.make_task(asked, g), rng, 0.0, 0.1) for _ in range(4)] for g in range(n)]
+        [t.finish([rng.gauss(0, 1) for _ in t.samples], True, 0.0) for group in groups for t in group]
+        samples, optimizers = [*map(rl.advantages, groups)], rl.configure_optimizers(model, 1e-3)[0]
         for merge in (False, True) * 3:
             start = time.perf_counter()
             stats = rl.train_step(model, optimizers, rl.plan_rows(samples, model, merge), 0.0, 0.0)  # weights stay
             model.embed.weight[0, 0].item()  # waits for the device
             least[merge] = min(least.get(merge, (math.inf,)), (1e3 * (time.perf_counter() - start), stats))
         (packed, a), (merged, b) = least[False], least[True]
-        near(f"tree: gradient norm at {turns} turns", *(torch.tensor([x["norm"]], dtype=args.dtype) for x in (b, a)))
-        rows.append(dict(what="tree", shape=preset, ctx=max(len(s.ids) for t in group for s in t.samples), turns=turns,
-                         dense_ms=packed, msa_ms=merged, speedup=packed / merged, tokens=b["naive"] / b["slots"],
-                         dense_util=None, msa_util=None, selection=None))
+        if not abs(b["norm"] / a["norm"] - 1) < (0.05 if args.gpu else 1e-4):  # bf16 adds up many micro-batches
+            raise ArithmeticError(f"tree: gradient norm {b['norm']} merged, {a['norm']} packed at {turns} turns")
+        rows.append(dict(what="tree", shape=preset, ctx=max(len(s.ids) for g in groups for t in g for s in t.samples),
+                         turns=turns, dense_ms=packed, msa_ms=merged, speedup=packed / merged,
+                         tokens=b["naive"] / b["slots"], dense_util=None, msa_util=None, selection=None))
         print(f"tree    | {turns:5} {rows[-1]['ctx']:7} | {a['slots']:15,} {packed:10.1f} | {b['slots']:15,} "
               f"{merged:10.1f} | {rows[-1]['tokens']:5.1f}x | {packed / merged:7.1f}x", flush=True)
     return rows

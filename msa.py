@@ -142,7 +142,8 @@ def full_attention(q, k, v, end=None, start=None, impl="auto"):
         if not decode:
             raise ValueError(f"impl='triton' does not fit: T is {T}, start is {start}, expected T <= 4 with a start")
         return _dense_triton(q.contiguous(), k, v, end, start.contiguous())
-    if end is not None and start is None and q.is_cuda and q.dtype.itemsize == 2 and torch.is_grad_enabled():
+    half = q.is_cuda and q.dtype.itemsize == 2
+    if end is not None and start is None and half and torch.is_grad_enabled() and T >= 4096:  # below, a mask is cheap
         return _flex(q, k, v, end)
     mask = None
     if end is not None or start is not None:
@@ -477,21 +478,6 @@ def _merge(best, new):
     larger elements, place by place, are the top W, and already bitonic."""
     return tl.bitonic_merge(tl.maximum(best, tl.sort(new, 1, False)), 1, True)
 
-@jit
-def _admit(best, new):
-    """Top W of two rows of W distinct keys, in any order. Far into a sequence few new ones make it: up to two a row
-    take the place of the least, which is 4 % faster at a million tokens than to merge them all."""
-    least = tl.min(best, 1)
-    rivals = tl.max(tl.sum((new > least[:, None]).to(tl.int32), 1))
-    if rivals > 2:
-        best = _merge(tl.sort(best, 1, True), new)
-    elif rivals > 0:
-        for _ in tl.static_range(2):
-            most, least = tl.max(new, 1), tl.min(best, 1)
-            best = tl.where((best == least[:, None]) & (most > least)[:, None], most[:, None], best)
-            new = tl.where(new == most[:, None], -0x7FFFFFFFFFFFFFFF, new)
-    return best
-
 # One program = ROWS (query, index head) pairs of one sequence against every earlier block; the longest start first.
 @jit
 def _index_kernel(qi, keys, end, block_end, start, block_idx, T, cap, HKV: tl.constexpr, D: tl.constexpr,
@@ -503,8 +489,6 @@ def _index_kernel(qi, keys, end, block_end, start, block_idx, T, cap, HKV: tl.co
     q = tl.load(qi + (base + row)[:, None] * D + tl.arange(0, D), mask=mine[:, None], other=0.0)      # [ROWS, D]
     n = (first + (tl.minimum((tile + 1) * ROWS, T * HKV) - 1) // HKV) // L                  # blocks before the last own
     best = tl.full([ROWS, W], -0x7FFFFFFFFFFFFFFF, tl.int64)
-    if end is None:
-        best += w[None]  # distinct
     new = tl.full([ROWS, W], float("-inf"), tl.float32)
     for blk in range(0, n):
         earlier = blk < i // L  # such a block lies wholly before i: no other causal mask is needed
@@ -520,10 +504,7 @@ def _index_kernel(qi, keys, end, block_end, start, block_idx, T, cap, HKV: tl.co
         new = tl.where(w == blk % W, tl.where(earlier, score, float("-inf"))[:, None], new)
         if (blk % W == W - 1) | (blk == n - 1):
             fresh = tl.where(w <= blk % W, new, float("-inf"))  # not `new` itself: the branch would have to return it
-            key = _key(fresh, (blk // W * W + w)[None])
-            best = _admit(best, key) if end is None else _merge(best, key)  # beside an end, two places spill registers
-    if end is None:
-        best = tl.sort(best, 1, True)
+            best = _merge(best, _key(fresh, (blk // W * W + w)[None]))
     out = block_idx + (base + row)[:, None] * S
     tl.store(out + tl.zeros([1], tl.int32), (i // L)[:, None], mask=mine[:, None])
     tl.store(out + 1 + w, _block_of(best), mask=mine[:, None] & (w < S - 1))

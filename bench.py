@@ -393,10 +393,9 @@ def draw(path, rows, title):
 
 @torch.enable_grad()
 def tree_rows(args):
-    """A training step of rl.py on prefix trees, against the same samples packed: all turns of groups of four episodes
-    of a maze (a GPU takes 16 groups, since one does not fill it), the same tokens a micro-batch at most; laying out and
-    updating included, the least of three."""
-    rows, preset, n, gateway = [], *(("small", 16) if args.gpu else ("micro", 1)), rl.Gateway()
+    """A training step of rl.py on prefix trees, against the same samples packed: all turns of four episodes of a maze,
+    of 16 mazes on a GPU; the same tokens a micro-batch; laying out and updating included. The least of three."""
+    rows, (preset, n), gateway = [], ("small", 16) if args.gpu else ("micro", 1), rl.Gateway()
     print("tree    | turns longest |  packed: tokens         ms |  merged: tokens         ms | tokens | speed-up")
     for turns in (n for n in (5, 10, 20, 40, 80)[3 * args.gpu:] if 14 * n + 48 <= args.ctx):
         asked = rl.parse_args(["--task", "maze", "--preset", preset, "--turns", str(turns)])[0]
@@ -405,11 +404,9 @@ def tree_rows(args):
         [t.finish([rng.gauss(0, 1) for _ in t.samples], True, 0.0) for group in groups for t in group]
         samples, optimizers = [*map(rl.advantages, groups)], rl.configure_optimizers(model, 1e-3)[0]
         for merge in (False, True) * 3:
-            start = time.perf_counter()
-            stats = rl.train_step(model, optimizers, rl.plan_rows(samples, model, merge), 0.0, 0.0)  # weights stay
-            model.embed.weight[0, 0].item()  # waits for the device
-            least[merge] = min(least.get(merge, (math.inf,)), (1e3 * (time.perf_counter() - start), stats))
-        (packed, a), (merged, b) = least[False], least[True]
+            step = lambda: rl.train_step(model, optimizers, rl.plan_rows(samples, model, merge), 0.0, 0.0)  # rate 0
+            least[merge] = min(least.get(merge, (math.inf,)), timed(step, args.gpu, True))
+        (packed, a), (merged, b) = least.values()
         if not abs(b["norm"] / a["norm"] - 1) < (0.05 if args.gpu else 1e-4):  # bf16 adds up many micro-batches
             raise ArithmeticError(f"tree: gradient norm {b['norm']} merged, {a['norm']} packed at {turns} turns")
         rows.append(dict(what="tree", shape=preset, ctx=max(len(s.ids) for g in groups for t in g for s in t.samples),

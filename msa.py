@@ -405,7 +405,8 @@ def block_recall(qi, ki, q, k, S, L, end=None, n_query=256):
 class KVCache:
     """Keys, values and index keys of every layer and every MTP module, in static buffers; slot = position on the path.
     `length` (B,) int32 lives on the device; `used`, a bound on it that the host knows, spares reading it back.
-    int8 (default: on a GPU, in 16 bits) keeps quantize_index of the index keys too, for msa_decode."""
+    int8 keeps quantize_index of the index keys too, for msa_decode; default: on a GPU, in 16 bits, from 2^18 slots in
+    all, since it saves bytes and costs a kernel."""
 
     def __init__(self, cfg, batch, capacity, device="cpu", dtype=torch.float32, int8=None):
         lanes, self.L = cfg.n_layer + cfg.n_mtp, cfg.index_block_size
@@ -414,7 +415,8 @@ class KVCache:
         self.k, self.v = (torch.zeros(size, device=device, dtype=dtype) for _ in range(2))
         self.ki = torch.zeros(*size[:3], cfg.index_head_dim, device=device, dtype=dtype)
         self.length, self.used, self.coded = torch.zeros(batch, dtype=torch.int32, device=device), 0, None
-        if self.ki.is_cuda and self.ki.element_size() == 2 if int8 is None else int8:
+        pays = self.ki.is_cuda and self.ki.element_size() == 2 and batch * self.capacity >= 2 ** 18
+        if pays if int8 is None else int8:
             self.coded = [x.unflatten(0, size[:2]) for x in quantize_index(self.ki.flatten(0, 1), self.L)]
 
     def append(self, layer, k, v, ki):

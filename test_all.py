@@ -7,12 +7,11 @@ kernels, router, model, cache, training, sampling, agents, bad input, and last t
 What is compared against is not ours: outputs that transformers 5.23 computed (.ci/golden), torch's operators,
 brute-force loops, closed forms, published counts. fp32 tolerances are a few roundings of such sums; fp64 ones 1e-10.
 """
-import contextlib, copy, hashlib, io, json, math, os, random, re, signal, subprocess, sys, tempfile, timeit, warnings
+import contextlib, copy, hashlib, io, json, math, os, random, re, signal, subprocess, sys, tempfile, warnings
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from urllib import error, request
-
 import numpy as np
 import pytest
 import torch
@@ -240,14 +239,6 @@ def test_decode_is_a_row_of_prefill():
     full = msa.msa_attention(q, k, v, blocks := msa.select_blocks(qi, ki, 3, 4), 4)
     out, chosen = msa.msa_decode(q[rows, at][:, None], k, v, qi[rows, at][:, None], ki, 3, 4, at.int())
     assert torch.equal(chosen[:, 0], blocks[rows, at]) and worst(out[:, 0], full[rows, at]) < 1e-12
-def test_cost_follows_the_selection():
-    """Nothing in a long decode step is as wide as T x Hkv x D: time at 16 times the context stays under 8 times."""
-    def seconds(T):
-        (q, k, v, qi, ki), start = random_qkv(B=1, T=T, D=64, dtype=torch.float32), torch.tensor([T - 1]).int()
-        blocks = msa.select_blocks(qi[:, -1:], ki, 4, 16, None, start)
-        def step(): msa.msa_attention(q[:, -1:], k, v, blocks, 16, None, start)
-        return min(timeit.repeat(step, number=1, repeat=6)[1:])  # the first one warms up
-    assert seconds(65536) < 8 * seconds(4096)
 def test_recall_of_a_perfect_and_a_blind_index():
     """Block recall is near 1 when the index scores are the main branch's own, and near chance when they are noise."""
     q, k, _, qi, ki = random_qkv(1, 256, 1, 1, 16)
@@ -374,14 +365,21 @@ def test_certified_int8_is_exact_where_int8_errs():
     ties = [msa.select_blocks(qi[:, 40:].abs(), keys * 0, 4, 8, None, last - 55, x) for x in ("triton", "torch")]
     assert errs == [True, False, True, True, True] and torch.equal(*ties)
 def test_int8_bound_holds_and_is_tight():
-    """|q.k - scale q.k8| <= |q| scale slack for any q, in fp64; a step of 1 in 126 leaves at most |k| sqrt(D) / 240."""
+    """|q.k - scale q.k8| <= |q| scale slack for any q, in fp64; few blocks stay in doubt, with fp8 five times more."""
     for make in (torch.randn, lambda *s: torch.randn(*s) ** 5, lambda *s: 1e-6 * torch.randn(*s) + 1, torch.zeros):
         ki, q = make(2, 40, 16), torch.randn(500, 16).double()
         k8, scale, slack = msa.quantize_index(ki, 8)
         bound = scale.double() * slack.double().repeat_interleave(8, 1)
-        gap = ((ki.double() - k8.double() * scale.double()[..., None]) @ q.T).abs() / q.norm(dim=-1)   # (B, T, 500)
+        gap = ((ki.double() - k8.double() * scale.double()[..., None]) @ q.T).abs() / q.norm(dim=-1)       # (B, T, 500)
         assert (gap <= bound[..., None]).all() and k8.abs().max() <= 127
-        assert (slack <= 16 ** 0.5 / 240 * 126 + 0.1).all()
+    (ki, q), rescored = torch.randn(2 ** 16 + 16, 128, generator=torch.Generator().manual_seed(0)).split(2 ** 16), []
+    (k8, scale, slack), fp8 = msa.quantize_index(ki[None], 128), ki.to(torch.float8_e4m3fn).float()  # in e4m3's range
+    for near, bound in ((k8[0] * scale.float()[0, :, None], scale[0] * slack[0].repeat_interleave(128)),
+                        (fp8, (ki - fp8).norm(dim=-1).view(-1, 128).amax(1).repeat_interleave(128))):
+        up, low = ((near @ q.T + sign * bound[:, None] * q.norm(dim=-1)).view(512, 128, 16).amax(1) for sign in (1, -1))
+        rescored.append((up >= low.topk(15, 0).values[-1]).float().sum(0).mean().item())
+    print(f"of 512 blocks, rescored: {rescored[0]:.0f} with int8, {rescored[1]:.0f} with fp8")
+    assert rescored[0] < 32 and rescored[1] > 5 * rescored[0]
 def test_cache_keeps_int8_keys():
     """The cache's int8 lane is quantize_index of what it holds, after appends of any size, a crop, a copy of rows."""
     cache, g = KVCache(small_config(), 2, 32, int8=True), torch.Generator().manual_seed(0)
@@ -1134,8 +1132,6 @@ MUTANTS = [  # what is sabotaged, its owner, its name, what it becomes, the test
      test_bias_moves_choice_never_weight),
     ("bias falls where load is low", moe, "update_bias", lambda bias, load, rate: bias.sub_(
         rate * (load.mean() - load).sign()), test_bias_update_balances),
-    ("silu for M3's activation", moe, "gated", lambda h, a: F.silu(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1],
-     test_swiglu_oai_clamps),
     ("experts unweighted", moe, "experts_grouped", lambda x, a, b, w, idx, act: moe.experts_loop(
         x, a, b, torch.ones_like(w), idx, act), on(test_loop_equals_grouped, "swiglu")),
     ("RoPE on every channel", HERE_MODULE, "apply_rope", lambda x, r, real=apply_rope: real(
@@ -1153,7 +1149,7 @@ MUTANTS = [  # what is sabotaged, its owner, its name, what it becomes, the test
      test_batches_are_a_pure_function),
     ("the first task does nothing", msa, "_plan", lambda *args, real=msa._plan: [  # no edges
         x.index_fill(1, torch.tensor(0), 0) if x.dim() == 3 else x for x in real(*args)],
-     on(test_kernels_equal_torch, 0)),
+     on(test_kernels_equal_torch, 2)),
     ("int8 without its error bound", msa, "quantize_index", UNBOUND := lambda ki, L, real=msa.quantize_index: (
         *real(ki, L)[:2], 0 * real(ki, L)[2]), test_certified_int8_is_exact_where_int8_errs),
     ("int8 without its error bound, on a GPU", msa, "quantize_index", UNBOUND,
@@ -1164,7 +1160,7 @@ MUTANTS = [  # what is sabotaged, its owner, its name, what it becomes, the test
         (x := real(*args))[0], x[1], x[2] * 1.001), on(test_training_kernels_pass_gradcheck, "KL")),
     ("dK with 1 % of noise, on a GPU", msa, "_attend_backward", lambda *args, real=msa._attend_backward: (
         (x := real(*args))[0], x[1] * (1 + 0.01 * torch.randn_like(x[1])), x[2]),
-     test_gradients_are_bit_equal_on_a_gpu, on(test_kernels_on_a_gpu, 129, 4, 16)),
+     test_gradients_are_bit_equal_on_a_gpu, on(test_kernels_on_a_gpu, 129, 4, 16, "random")),
     ("MTP and its KL past a document's end", MiniMax, "mtp_forward", lambda self, h, idx, targets, call, aux,
      real=MiniMax.mtp_forward: real(self, h, idx, targets, Call(call.rope, None, call.weight), aux),
      on(test_packed_documents_learn_as_apart, torch.float32, 1e-6)),
@@ -1184,9 +1180,7 @@ MUTANTS = [  # what is sabotaged, its owner, its name, what it becomes, the test
      real=rl.WindowedFIFO.__init__: real(self, N, min(N, W), deadline), test_window_of_figure_5),
     ("replay of other experts", rl, "pack_routes", lambda aux, real=rl.pack_routes: real(aux | dict(experts=(
         aux["experts"] + 1) % 8)), on(test_rollout_logprobs_are_the_trainers, "--task maze --attn msa --replay")),
-    ("no clip", rl, "cispo_loss", lambda *a, real=rl.cispo_loss: real(*a, eps_high=math.inf), test_cispo_by_hand),
-    ("embedding scaled", torch.nn.Embedding, "forward", lambda self, idx: self.weight[idx] * 0.9,
-     on(test_parity_with_transformers, "m2"))]
+    ("no clip", rl, "cispo_loss", lambda *a, real=rl.cispo_loss: real(*a, eps_high=math.inf), test_cispo_by_hand)]
 @lax
 @pytest.mark.parametrize("owner,name,becomes,tests", [(*m[1:4], m[4:]) for m in MUTANTS], ids=[m[0] for m in MUTANTS])
 def test_mutants_are_caught(owner, name, becomes, tests, monkeypatch):

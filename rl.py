@@ -315,7 +315,7 @@ class PrefixTree:
 
     def __init__(self, samples, L=1, K=0):
         keys = [sort_key(s) for s in samples]
-        order = sorted(range(len(samples)), key=keys.__getitem__)  # what is shorter first
+        order = sorted(range(len(samples)), key=[k.tobytes() for k in keys].__getitem__)  # what is shorter first
         self.samples, self.L, self.back = [samples[i] for i in order], L, max(K, 1)
         self.part = [parting(keys[a], keys[b]) for a, b in zip(order, order[1:])]
         depths = [np.arange(len(s.ids)) for s in self.samples]
@@ -361,14 +361,17 @@ class PrefixTree:
         return out
 
 def sort_key(sample):
-    """Tokens, with their routes where those were recorded: equal tokens that went to other experts are other nodes."""
-    ids, routes = sample.ids.tolist(), sample.routes
-    return ids if routes is None else list(zip(ids, map(tuple, [*routes.tolist(), routes[-1].tolist()])))
+    """A record a token, (n, 1 + r), whose bytes sort as the tokens do: its id, and its routes where those were
+    recorded, since equal tokens that went to other experts are other nodes."""
+    ids, routes = sample.ids[:, None], sample.routes
+    record = ids if routes is None else torch.cat([ids, torch.cat([routes, routes[-1:]])], 1)
+    return record.numpy().astype(">i4")
 
 def parting(a, b):
     """Depth at which two keys part; inf if one is the other's beginning."""
-    depth = common_prefix(a, b)
-    return depth if depth < min(len(a), len(b)) else math.inf
+    n = min(len(a), len(b))
+    apart = (a[:n] != b[:n]).any(1)
+    return int(apart.argmax()) if apart.any() else math.inf
 
 # ---- CISPO and the train engine ------------------------------------------------------------------
 

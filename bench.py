@@ -426,7 +426,7 @@ def card(args, why):
     x, n = torch.ones(2 ** (31 if args.gpu else 28), dtype=torch.int8, device=args.device), 8192 if args.gpu else 2048
     y, (a, b) = torch.empty_like(x), (torch.randn(n, n, device=args.device, dtype=args.dtype) for _ in "ab")
     copy, matmul = map(statistics.median, alternate([(lambda: y.copy_(x), id, True), (lambda: a @ b, id, True)],
-                                                    args.gpu, 20))
+                                                    args.gpu, 20 if args.gpu else 5))
     args.rates = {"copy": 2e3 * x.numel() / copy, "matmul": 2e3 * n ** 3 / matmul}  # bytes read and written; FLOPs
     print("rates   | measured: copy {copy:.3e} bytes/s, matmul {matmul:.3e} FLOP/s".format(**args.rates))
     print(f"shape   | one layer; query heads, KV = index heads: {SHAPES}; D = {D}, S = {S} blocks of L = {L} keys")

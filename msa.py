@@ -142,8 +142,8 @@ def full_attention(q, k, v, end=None, start=None, impl="auto"):
         if not decode:
             raise ValueError(f"impl='triton' does not fit: T is {T}, start is {start}, expected T <= 4 with a start")
         return _dense_triton(q.contiguous(), k, v, end, start.contiguous())
-    half = q.is_cuda and q.dtype.itemsize == 2
-    if end is not None and start is None and half and torch.is_grad_enabled() and T >= 4096:  # below, a mask is cheap
+    if (end is not None and start is None and q.is_cuda and q.dtype.itemsize == 2 and torch.is_grad_enabled()
+            and T % 128 == 0):  # train.py's rows; rl.py's are all of other lengths, and each would be compiled anew
         return _flex(q, k, v, end)
     mask = None
     if end is not None or start is not None:

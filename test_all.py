@@ -273,7 +273,7 @@ def kernel_qkv(B, T, Tk, Hkv, G, D=16):
 TREE = torch.full((2, 37), 37, dtype=torch.int32)
 TREE[0, :13], TREE[0, 16:24], TREE[1, :16] = 13, 24, 16
 KERNEL_CASES = [  # B, T, Tk, Hkv, G, S, end, start; the last four are decode steps: ragged, drafts, short, documents
-    (2, 37, 37, 2, 3, 4, None, None), (1, 1, 1, 1, 2, 3, None, None), (1, 20, 20, 1, 16, 3, None, None),
+    (1, 37, 37, 2, 3, 4, None, None), (1, 1, 1, 1, 2, 3, None, None), (1, 20, 20, 1, 16, 3, None, None),
     (1, 17, 17, 1, 2, 1, None, None), (2, 37, 37, 2, 3, 4, TREE, None), (2, 10, 64, 2, 3, 3, None, [20, 50]),
     (2, 1, 96, 2, 3, 4, None, [90, 33]), (1, 3, 64, 2, 3, 4, None, [46]), (2, 1, 24, 2, 3, 4, None, [0, 9]),
     (2, 2, 40, 2, 3, 4, TREE, [35, 30])]
@@ -299,9 +299,9 @@ def test_kernels_equal_torch(case):
             assert torch.equal(got, blocks) and worst(out, want) < 2e-6
         dense = msa.full_attention(q, k, v, end, start, "triton")
     assert worst(dense, msa.full_attention(q, k, v, end, start, "torch")) < 2e-6
+SMALL = (1, 21, 21, 1, 16), 2, None, 1024, 8192
 @lax
-@pytest.mark.parametrize("shape,S,end,run,most", [((2, 29, 29, 2, 3), 3, TREE[:, :29].clamp(max=29), 5, 16),
-                                                  ((1, 21, 21, 1, 16), 2, None, 1024, 8192)])
+@pytest.mark.parametrize("shape,S,end,run,most", [((2, 29, 29, 2, 3), 3, TREE[:, :29].clamp(max=29), 5, 16), SMALL])
 def test_training_kernels_equal_autograd(shape, S, end, run, most):
     """Attention, KL and all gradients equal the torch half's, hot blocks and chunks split; two runs are bit-equal."""
     q, k, v, qi, ki = inputs = [x.requires_grad_() for x in kernel_qkv(*shape)]
@@ -995,13 +995,13 @@ def test_rollout_logprobs_are_the_trainers(argv):
 def rl_args(out, *more):
     return ["--out", str(out), "--device", "cpu", *"--warm-steps 2 --slots 4 --groups 2 --rollouts 2".split(), *more]
 def test_rl_resume_loses_no_task(tmp_path):
-    """Killed in step 5 of 6, resumed from the save after 3: the run that was not, bit for bit, with queue and pool."""
-    more = "--steps", "6", "--save-every", "3"
+    """Killed in step 3 of 4, resumed from the save after 2: the run that was not, bit for bit, with queue and pool."""
+    more = "--steps", "4", "--save-every", "2"
     result, text = quiet(rl.main, rl_args(tmp_path / "a", *more))
-    assert json.loads(text.splitlines()[-1]) == result and result["steps"] == 6
+    assert json.loads(text.splitlines()[-1]) == result and result["steps"] == 4
     assert {*"reward_start reward_end steps merge_ratio max_lag seconds".split()} <= {*result}
     code = ("import os, rl; real = rl.report\n"
-            "rl.report = lambda now, *rest: os.kill(os.getpid(), 9) if now['step'] == 4 else real(now, *rest)\n"
+            "rl.report = lambda now, *rest: os.kill(os.getpid(), 9) if now['step'] == 2 else real(now, *rest)\n"
             f"rl.main({rl_args(tmp_path / 'b', *more)})")
     assert subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True).returncode == -9
     quiet(rl.main, rl_args(tmp_path / "b", "--resume"))
@@ -1155,9 +1155,9 @@ MUTANTS = [  # what is sabotaged, its owner, its name, what it becomes, the test
     ("int8 without its error bound, on a GPU", msa, "quantize_index", UNBOUND,
      *(on(test_int8_choice_is_exact_on_a_gpu, kind, 1) for kind in ("plain", "cancelling", "sink"))),
     ("dV a thousandth too large", msa, "_attend_backward", lambda *args, real=msa._attend_backward: (
-        (x := real(*args))[0], x[1], x[2] * 1.001), on(test_training_kernels_pass_gradcheck, "attention")),
+        (x := real(*args))[0], x[1], x[2] * 1.001), on(test_training_kernels_equal_autograd, *SMALL)),
     ("dKI a thousandth too large", msa, "_kl_triton", lambda *args, real=msa._kl_triton: (
-        (x := real(*args))[0], x[1], x[2] * 1.001), on(test_training_kernels_pass_gradcheck, "KL")),
+        (x := real(*args))[0], x[1], x[2] * 1.001), on(test_training_kernels_equal_autograd, *SMALL)),
     ("dK with 1 % of noise, on a GPU", msa, "_attend_backward", lambda *args, real=msa._attend_backward: (
         (x := real(*args))[0], x[1] * (1 + 0.01 * torch.randn_like(x[1])), x[2]),
      test_gradients_are_bit_equal_on_a_gpu, on(test_kernels_on_a_gpu, 129, 4, 16, "random")),

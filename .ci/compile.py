@@ -1,5 +1,6 @@
 """Compile every kernel of msa.py for sm_90, without a GPU: registers and stack bytes (spills) as one line of JSON."""
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -11,9 +12,8 @@ os.environ["TRITON_INTERPRET"] = "0"  # before msa is imported: a kernel's decor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import msa
 
-def compile_kernels():
-    """Every kernel for sm_90 as launched at M3's sizes, and what else M2's change -> [name, registers, stack bytes]."""
-    from triton.compiler.compiler import ASTSource, GPUTarget
+def variants():
+    """Every kernel as launched at M3's sizes, and what else M2's change -> (name, its arguments, options)."""
     base = dict(HKV=4, G=16, D=128, L=128, S=16, S1=15, W=16, RUN=16, COLS=16, RUNS=512, TILE=64, SPLIT=66,
                 PADDED=128, ROWS=16, PDL=True, DIMS=(4, 16, 128, 128, 16, 16, 16, 512, 32),
                 keys="tensordesc<bf16[128, 128]>", **dict.fromkeys("q k v qi ki scale out part".split(), "*bf16"),
@@ -32,16 +32,22 @@ def compile_kernels():
                          ("task_sum", dict(train, part="*fp32", out="*fp32")),
                          ("kl", dict(DIMS=(4, 16, 128, 128, 128, 16, 64, 64), num_stages=2, index_stat=None)),
                          ("kl", dict(train, DIMS=(8, 6, 128, 128, 128, 16, 64, 16)))):
-        fn = getattr(msa, f"_{name}_kernel")
-        args = {p: {**base, **change}.get(p, None if p in change else "*i32") for p in fn.arg_names}
-        const = {p: x for p, x in args.items() if not isinstance(x, str)}
-        aligned = {(n,): [["tt.divisibility", 16]] for n, x in enumerate(args.values()) if str(x)[0] == "*"}
-        source = ASTSource(fn, {p: "constexpr" if p in const else x for p, x in args.items()}, const, aligned)
-        options = {"num_warps": 4, "num_stages": 3, **{p: x for p, x in change.items() if p not in args}}
-        tool = Path(msa.triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        with tempfile.NamedTemporaryFile(buffering=0) as file:
-            file.write(msa.triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["cubin"])
-            text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
-        yield [fn.__name__, *map(int, re.search(r"REG:(\d+) STACK:(\d+)", text).groups())]
+        names = getattr(msa, f"_{name}_kernel").arg_names
+        yield (name, {p: {**base, **change}.get(p, None if p in change else "*i32") for p in names},
+               {"num_warps": 4, "num_stages": 3, **{p: x for p, x in change.items() if p not in names}})
 
-print(json.dumps([*compile_kernels()]))
+def compile_kernel(variant):
+    """For sm_90 -> [name, registers, stack bytes]."""
+    from triton.compiler.compiler import ASTSource, GPUTarget
+    (name, args, options), tool = variant, Path(msa.triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    fn, const = getattr(msa, f"_{name}_kernel"), {p: x for p, x in args.items() if not isinstance(x, str)}
+    aligned = {(n,): [["tt.divisibility", 16]] for n, x in enumerate(args.values()) if str(x)[0] == "*"}
+    source = ASTSource(fn, {p: "constexpr" if p in const else x for p, x in args.items()}, const, aligned)
+    with tempfile.NamedTemporaryFile(buffering=0) as file:
+        file.write(msa.triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["cubin"])
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+    return [fn.__name__, *map(int, re.search(r"REG:(\d+) STACK:(\d+)", text).groups())]
+
+if __name__ == "__main__":
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        print(json.dumps(pool.map(compile_kernel, variants(), 1)))

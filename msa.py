@@ -266,8 +266,11 @@ def msa_decode(q, k, v, qi, ki, S, L, length, end=None, impl="auto", int8=None):
     (B,) int32 and on, length + T <= Tk; k, v (B, Tk, Hkv, D) and ki (B, Tk, D) hold them too -> out (B, T, H, D),
     block_idx (B, T, Hkv, S). int8 = quantize_index(ki, L) halves the bytes that the kernels read, not the choice."""
     (B, T, H, D), Tk, Hkv = q.shape, k.size(1), k.size(2)
-    for name, x, want in zip(("ki8", "scale", "slack"), int8 or (), (ki.shape, (B, Tk), (B, -(-Tk // L)))):
-        _expect(f"shape of {name}", tuple(x.shape), tuple(want))
+    kinds = (ki.shape, torch.int8), ((B, Tk), torch.bfloat16), ((B, -(-Tk // L)), torch.float32)
+    for name, x, (want, dtype) in zip(("ki8", "scale", "slack"), int8 or (), kinds):
+        _expect(f"shape, dtype, device of {name}", (tuple(x.shape), x.dtype, x.device), (tuple(want), dtype, ki.device))
+    if q.is_cuda and qi.size(3) < 32:
+        int8 = None  # the tensor cores multiply 32 bytes at a time
     if T <= 4 and T * Hkv <= 64 and _pick(impl, q, D, qi.size(3), L, grad=(q, k, v)):  # more columns spill registers
         _check(q, end, length, k=(k, (B, Tk, Hkv, D)), v=(v, k.shape))
         _check(qi, end, length, ki=(ki, (B, Tk, qi.size(3))), qi=(qi, (B, T, Hkv, qi.size(3))))
@@ -282,13 +285,15 @@ def quantize_index(ki, L):
     scale (B, Tk) bf16 for each key, slack (B, N) for each block: for every query and key of the block, q . k and
     scale * (q rounded to 16 bits) . k8, both as computed, differ by at most |q| * scale * slack. Cauchy-Schwarz gives
     |k / scale - k8|, the rounding of q at most |q| sqrt(D) 2^-15 |k8|, and GAMMA |k / scale| on either side covers
-    sums, whose error grows with |q| |k|, not with the score (keys that nearly cancel)."""
+    sums, whose error grows with |q| |k|, not with the score (keys that nearly cancel). Beyond fp32's normal numbers,
+    keys under 2^-96 or queries over 2^127, nothing is proven."""
     Tk, up = ki.size(1), 1 + 2.0 ** -15                                                   # up: norms are rounded up
     scale = (ki.abs().amax(2).float().clamp(min=2.0 ** -90) * (1.01 / 127)).bfloat16()  # 1.01: bf16 rounds by 0.4 %
     k = ki.float() / scale.float()[..., None]  # norms of scaled keys: the square of 1e-24 is 0
     residual, norm = (x.norm(dim=-1) * up for x in (k - k.round(), k))
     slack = residual + (2 * GAMMA + ki.size(2) ** 0.5 * 2.0 ** -15) * (norm + residual)
-    return k.round().to(torch.int8), scale, F.pad(slack, (0, -Tk % L)).unflatten(1, (-1, L)).amax(2)
+    slack = F.pad(slack, (0, -Tk % L)).unflatten(1, (-1, L)).amax(2)
+    return tuple(x.contiguous() for x in (k.round().to(torch.int8), scale, slack))
 
 class _IndexKL(torch.autograd.Function):
     """KL and its gradient in one pass: d KL / d score = (index softmax - teacher) * weight / (Hkv * sum of weights)."""
@@ -405,8 +410,8 @@ def block_recall(qi, ki, q, k, S, L, end=None, n_query=256):
 class KVCache:
     """Keys, values and index keys of every layer and every MTP module, in static buffers; slot = position on the path.
     `length` (B,) int32 lives on the device; `used`, a bound on it that the host knows, spares reading it back.
-    int8 keeps quantize_index of the index keys too, for msa_decode; default: on a GPU, in 16 bits, from 2^18 slots in
-    all, since it saves bytes and costs a kernel."""
+    int8 keeps quantize_index of the index keys too, for msa_decode; default: where kernels can use it, from 2^22 slots
+    in all, where the bytes saved outweigh what `append` then launches, some 28 small kernels more."""
 
     def __init__(self, cfg, batch, capacity, device="cpu", dtype=torch.float32, int8=None):
         lanes, self.L = cfg.n_layer + cfg.n_mtp, cfg.index_block_size
@@ -415,7 +420,8 @@ class KVCache:
         self.k, self.v = (torch.zeros(size, device=device, dtype=dtype) for _ in range(2))
         self.ki = torch.zeros(*size[:3], cfg.index_head_dim, device=device, dtype=dtype)
         self.length, self.used, self.coded = torch.zeros(batch, dtype=torch.int32, device=device), 0, None
-        pays = self.ki.is_cuda and self.ki.element_size() == 2 and batch * self.capacity >= 2 ** 18
+        able = self.ki.is_cuda and self.ki.element_size() == 2 and cfg.index_head_dim >= 32 and self.L >= 16
+        pays = able and batch * self.capacity >= 2 ** 22
         if pays if int8 is None else int8:
             self.coded = [x.unflatten(0, size[:2]) for x in quantize_index(self.ki.flatten(0, 1), self.L)]
 
@@ -1043,6 +1049,7 @@ def _attend_kernel(q, k, v, end, length, scores, block_idx, part, lse, done, out
     slot, row = tl.program_id(0), tl.program_id(1)                                        # row = (b * T + t) * HKV + h
     b, h, g, d = row // (T * HKV), row % HKV, tl.arange(0, ROWS), tl.arange(0, D)
     heads = (row.to(tl.int64) * G + g)[:, None] * D + d
+    # q may be read before the wait: the scan let this kernel start after its own wait, so that q was whole
     x = tl.load(q + heads, mask=(g < G)[:, None], other=0.0)                                          # [ROWS, D]
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -1147,8 +1154,8 @@ def _decode_triton(q, k, v, qi, ki, S, L, length, end, int8):
                               num_warps=4, num_stages=3, **pdl)
     else:
         ki8, scale, slack = int8
-        if B > 1 and (_lanes(ki8=ki8), scale.stride(0), slack.stride(0)) != (cap, cap, N):
-            held = _capacity(ki8), scale.stride(0), slack.stride(0)
+        held = _lanes(ki8=ki8), _lanes(scale=scale[..., None]), _lanes(slack=slack[..., None])
+        if B > 1 and held != (cap, cap, N):
             raise ValueError(f"int8 keys, scales and slacks have {held} a sequence, expected {(cap, cap, N)}: quantize "
                              "whole cache lanes, then slice")
         _scan_kernel[runs, B](qi, ki8, scale, slack, end, length, scores, done, T, cap, Hkv, qi.size(3), L, run, cols,

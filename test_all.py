@@ -404,7 +404,8 @@ def test_wrong_tensors_are_refused():
             (msa.full_attention, (q, k, v, None, None, "cuda"), "cuda.*triton"),
             (select, (qi, ki, 3, 4, None, None, "triton"), "float64.*float32|TRITON"),
             (select, (qi.float(), strided, 3, 4, None, None, "triton"), "strides.*expected|TRITON"),
-            (select, (qi, ki, 0, 4), "S is 0.*1 or more")):
+            (select, (qi, ki, 0, 4), "S is 0.*1 or more"), (msa.msa_decode, (
+                q[:, :1], k, v, qi[:, :1], ki, 3, 4, end[:, 0], None, "torch", [ki] * 3), "float64.*int8")):
         with pytest.raises(ValueError, match=words): f(*args)
 @pytest.mark.skipif(msa.triton is None, reason="needs Triton")
 def test_no_spills_for_sm_90():
@@ -838,7 +839,6 @@ def test_interrupt_saves_and_kill_is_harmless(corpus, tmp_path):
     rest = run.stdout.read()
     assert run.wait() == 0 and "go on with --resume" in rest and json.loads(rest.strip().splitlines()[-1])["step"] >= 4
     step = sample.load_checkpoint(str(tmp_path))["now"]["step"]
-    assert step >= 4
     slow = ("import os, signal, train\n"
             "def kill(fd):\n    os.ftruncate(fd, 1000)\n    os.kill(os.getpid(), signal.SIGKILL)\nos.fsync = kill\n"
             f"train.main({list(map(str, resume(tmp_path, '--stop-after', step + 1)))})")

@@ -449,8 +449,9 @@ def parse_args(argv):
     args.shapes = [args.shape] if args.shape else list(SHAPES)
     if args.what in ("train", "moe"):
         raise ValueError(f"--what {args.what} comes later; prefill, decode, tree and all are here")
-    if not 1 <= args.ctx <= 2 ** 25:
-        raise ValueError(f"--ctx {args.ctx}: it must be 1 to {2 ** 25:,}")
+    least = 608 if args.what == "tree" else 1  # a maze of 40 turns, the shortest that a GPU takes
+    if not least <= args.ctx <= 2 ** 25:
+        raise ValueError(f"--ctx {args.ctx}: it must be {least} to {2 ** 25:,}")
     if args.figure:  # what is wrong with it shows now, not after minutes
         os.stat(os.path.dirname(args.figure) or ".")
         from matplotlib.figure import Figure

@@ -544,8 +544,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """POST of a JSON object -> a JSON object; what is refused gets a 4xx and OpenAI's error object."""
     timeout, log_message = 2, lambda self, *args: None  # seconds: one that stalls must not hold up the others
 
+    def do_GET(self):
+        self.do_POST()
+
     def do_POST(self):
         try:
+            if self.command != "POST":
+                raise Refused(405, f"{self.command} {self.path[:99]}: only POST is served")
             code, reply = 200, self.server.answer(self.path, self.read_body())
         except Refused as error:
             code, reply = error.args[0], dict(error=dict(message=error.args[1], type="invalid_request_error"))
@@ -571,8 +576,11 @@ class Served:
     """Agents of other processes, in real seconds, on loopback. One thread: requests are answered between two steps.
 
         POST /v1/tasks {}                                        -> {task, messages}: one episode is claimed
-        POST /v1/chat/completions {model: task, messages}          one turn of it, OpenAI's protocol
-        POST /v1/finish {task, rewards: [numbers], success: bool}  its end"""
+        POST /v1/chat/completions {model: task, messages}          one turn of it, OpenAI's protocol; temperature is 1,
+                                                                   and a turn 16 tokens, whatever is asked for
+        POST /v1/finish {task, rewards, success: bool}             its end; a reward for each turn
+
+    Once the last step has its groups, the server is gone."""
 
     def __init__(self, model, gateway, args, queue):
         self.model, self.gateway, self.args, self.queue = model, gateway, args, queue
@@ -602,19 +610,23 @@ class Served:
         try:
             if path == "/v1/finish":
                 rewards = [float(r) for r in body["rewards"]]
-                if not all(abs(r) <= 1e3 for r in rewards):
-                    raise ValueError(f"rewards of at most 1000: {rewards}"[:200])
+                if len(rewards) != len(episode.samples) or not all(abs(r) <= 1e3 for r in rewards):
+                    raise ValueError(f"{len(episode.samples)} turns, a reward of at most 1000 each: {rewards}"[:200])
                 episode.finish(rewards, body["success"] is True, self.clock.now - self.queue.born[episode.task][0])
                 return self.close(name)
+            if body.get("stream") or body.get("n", 1) != 1:
+                raise ValueError("stream, and n over 1, are not served")
             n, room = len(self.gateway.context(episode, body["messages"])), self.model.cfg.max_seq_len - MAX_NEW
             if not 1 <= n <= room:
                 raise ValueError(f"a context of {n} tokens: 1 to {room}")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise Refused(400, f"rewards are numbers, messages {{role, content}}: {error!r}") from None
+            why = error if type(error) is ValueError else f"rewards are numbers, messages {{role, content}}: {error!r}"
+            raise Refused(400, str(why)) from None
         agent = (messages for messages in [body["messages"]])  # it asks once
         rollout(self.model, self.gateway, [(episode, agent)], self.version)
         ids = episode.samples[-1].ids[n:].tolist()
-        choice = dict(index=0, message=say("assistant", self.gateway.tokenizer.decode(ids)), finish_reason="stop")
+        choice = dict(index=0, message=say("assistant", self.gateway.tokenizer.decode(ids)),
+                      finish_reason="stop" if ids[-1] in STOP else "length")
         return dict(id=f"{name}-{n}", object="chat.completion", created=int(time.time()), model=name, choices=[choice],
                     usage=dict(prompt_tokens=n, completion_tokens=len(ids), total_tokens=n + len(ids)))
 
@@ -720,9 +732,14 @@ def parse_args(argv):
             raise ValueError(f"--out {args.out}: a checkpoint, but not one of rl.py")
         p.set_defaults(**{**state["args"], **(dict(steps=None, minutes=None) if args.steps or args.minutes else {})})
         args = p.parse_args(argv)
+        if args.schedule == "all":
+            raise ValueError(f"--schedule all: resume its runs one by one, --resume --out {args.out}/fifo and so on")
         for flag in (*MADE_BY, "slots"):
             if getattr(args, flag) != state["args"][flag]:
                 raise ValueError(f"--{flag} {getattr(args, flag)}: the checkpoint was made with {state['args'][flag]}")
+    if args.figure:  # what is wrong with it shows now, not after minutes
+        os.stat(os.path.dirname(args.figure) or ".")
+        import matplotlib  # noqa: F401
     if args.groups > args.slots:
         raise ValueError(f"--groups {args.groups}: at most --slots, {args.slots}")
     if args.steps is None and args.minutes is None:
@@ -865,8 +882,10 @@ def compare(args):
                   f"lag mean {r['lag']:4.1f} max {r['max_lag']:3d} | hard tasks: first 10 batches {r['early']:.2f}, "
                   f"all {r['hard']:.2f}", flush=True)
     for name in windows:
-        changed = dict(schedule=name, steps=args.steps or 20, minutes=None)
+        changed = dict(schedule=name, steps=args.steps or 20, minutes=None, out=os.path.join(args.out, name))
         trained[name] = run(type(args)(**vars(args) | changed), None)
+        if trained[name]["steps"] < changed["steps"]:  # stopped
+            return dict(trained[name], trained=trained, queue=rows)
     for name, r in trained.items():
         print(f"trained {name:6s} | {r['steps']} steps in {r['virtual_seconds']:4.0f} virtual s | "
               f"idle {r['idle']:3.0%} | reward {r['reward_per_virtual_s']:.2f} a virtual s | "

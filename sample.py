@@ -222,7 +222,7 @@ def load_checkpoint(folder, device="cpu"):
     another version."""
     path = checkpoint_path(folder)
     if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such checkpoint; train one with python train.py --out {folder}")
+        raise ValueError(f"{path}: no such checkpoint; python train.py --out {folder} makes one, rl.py its own")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises half a dozen types, by where the file is broken

@@ -94,9 +94,9 @@ class MiniMaxConfig:
     def small(cls, **kw):
         """M3's pattern at the size of GPT-2 124M (85M active without embedding and head), for one H100."""
         return cls(**{**M3_STYLE, **dict(
-            vocab_size=50304, n_layer=12, n_embd=768, n_head=8, n_kv_head=2, head_dim=128, rotary_dim=64,
+            vocab_size=50304, n_layer=12, n_embd=768, n_head=4, n_kv_head=2, head_dim=128, rotary_dim=64,
             max_seq_len=2 ** 20, attn_types=["full"] * 3 + ["msa"] * 9, mlp_types=["dense"] * 3 + ["moe"] * 9,
-            n_expert=32, n_expert_per_tok=4, expert_dim=448, shared_dim=448, dense_dim=1920, routed_scale=2.0,
+            n_expert=16, n_expert_per_tok=4, expert_dim=512, shared_dim=512, dense_dim=2304, routed_scale=2.0,
             index_head_dim=128, index_block_size=128, index_topk_blocks=16, index_kl_stride=8, n_mtp=1), **kw})
 
     @classmethod
@@ -186,17 +186,15 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (-1, self.cfg.head_dim))
         return q, k, v, *(self.indexer(x, rope) if self.indexer else (None, None))
 
-    def forward(self, x, layer, call, replay=None):
-        """x (B, T, C) -> y (B, T, C), aux. `replay` (B, T, Hkv, S) is a recorded block_idx."""
-        (q, k, v, qi, ki), start = self.project(x, call.rope), None
+    def forward(self, q, k, v, qi, ki, layer, call, replay=None):
+        """What `project` gives -> y (B, T, H, D), aux. `replay` (B, T, Hkv, S) is a recorded block_idx."""
+        start = None
         if call.cache is not None:
             start = call.cache.length
             k, v, ki = call.cache.append(layer, k, v, ki)
         if self.indexer is None:
-            y, aux = full_attention(q, k, v, call.end, start), {}
-        else:
-            y, aux = self.sparse(layer, q, k, v, qi, ki, start, call, replay)
-        return self.o_proj(y.flatten(2)), aux
+            return full_attention(q, k, v, call.end, start), {}
+        return self.sparse(layer, q, k, v, qi, ki, start, call, replay)
 
     def sparse(self, layer, q, k, v, qi, ki, start, call, replay):
         """MSA, or full attention while the indexer warms up; the KL in training, recall in evaluation."""
@@ -227,15 +225,20 @@ class Block(nn.Module):
         self.attn = Attention(cfg, attn_type)
         self.mlp = MoE(cfg) if mlp_type == "moe" else MLP(cfg.n_embd, cfg.dense_dim, cfg.activation)
 
-    def feed(self, x, weight, experts):
+    def enter(self, x, rope):
+        return self.attn.project(self.attn_norm(x), rope)
+
+    def leave(self, x, y, weight, experts):
+        x = x + self.attn.o_proj(y.flatten(2))
         if isinstance(self.mlp, MLP):
             return x + self.mlp(self.mlp_norm(x)), {}
         y, load, experts = self.mlp(self.mlp_norm(x), weight, experts)
         return x + y, dict(expert_load=load, experts=experts)
 
     def forward(self, x, layer, call, block_idx=None, experts=None):
-        y, aux = self.attn(self.attn_norm(x), layer, call, block_idx)
-        x, more = self.feed(x + y, call.weight, experts)
+        """Attention lies between two halves that torch.compile can fuse (train.py, on a GPU)."""
+        y, aux = self.attn(*self.enter(x, call.rope), layer, call, block_idx)
+        x, more = self.leave(x, y, call.weight, experts)
         return x, {**aux, **more}
 
 class MTP(nn.Module):
@@ -257,12 +260,34 @@ def token_loss(h, W, y):
     logits = (h @ W.to(h.dtype).T).to(torch.promote_types(h.dtype, torch.float32))                            # (n, V)
     return F.cross_entropy(logits, y, ignore_index=-1, reduction="sum")
 
-def cross_entropy(h, W, targets, part=token_loss, chunk=4096):
-    """Mean loss of hidden (B, T, C), 0 if there is no target. In chunks, each recomputed in the backward pass, so that
-    the logits of a large vocabulary never exist at once."""
-    chunks = list(zip(h.flatten(0, 1).split(chunk), targets.flatten().split(chunk)))
-    total = sum(checkpoint(part, x, W, t, use_reentrant=False) if len(chunks) > 1 else part(x, W, t) for x, t in chunks)
-    return total / (targets >= 0).sum().clamp(min=1)
+class _InChunks(torch.autograd.Function):
+    """token_loss over chunks of rows. A chunk's gradient is taken at once: its logits are not kept, or made again."""
+
+    @staticmethod
+    def forward(ctx, h, W, y, part, chunk):
+        dh, dW, w, total = torch.empty_like(h), torch.zeros_like(W), W.detach().to(h.dtype).requires_grad_(), 0.0
+        for x, t, dx in zip(h.split(chunk), y.split(chunk), dh.split(chunk)):
+            x = x.detach().requires_grad_()
+            with torch.enable_grad():
+                loss = part(x, w, t)
+            grad, dw = torch.autograd.grad(loss, (x, w))
+            dx.copy_(grad)
+            total, dW = total + loss.detach(), dW.add_(dw)
+        ctx.save_for_backward(dh, dW)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *((grad * x).to(x.dtype) for x in ctx.saved_tensors), None, None, None
+
+def cross_entropy(h, W, targets, part=token_loss, chunk=None):
+    """Mean loss of hidden (B, T, C), 0 if there is no target. At most 2^29 logits exist at once."""
+    h, y, chunk = h.flatten(0, 1), targets.flatten(), chunk or 2 ** (29 - len(W).bit_length())
+    if len(y) > chunk and torch.is_grad_enabled():
+        total = _InChunks.apply(h, W, y, part, chunk)
+    else:
+        total = sum(part(x, W, t) for x, t in zip(h.split(chunk), y.split(chunk)))
+    return total / (y >= 0).sum().clamp(min=1)
 
 class MiniMax(nn.Module):
     """`dtype` is what activations are computed in; weights keep theirs (fp32 in training) and are cast where used."""

@@ -17,6 +17,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from msa import jit, tl, triton
+
 def route(logits, bias, n_active, scale=1.0, idx=None):
     """Choose experts. logits (T, E) fp32 or wider, bias (E,) -> weights (T, A) that sum to `scale`, idx (T, A) int64.
     A recorded idx replaces the choice, not the weights. M2 report section 2 (sigmoid gate), DeepSeek-V3 eq. 16 (bias in
@@ -30,14 +32,75 @@ def route(logits, bias, n_active, scale=1.0, idx=None):
     weights = scores.gather(-1, idx)
     return scale * weights / weights.sum(-1, keepdim=True), idx
 
-def gated(h, activation):
-    """[gate | up] (…, 2I) -> (…, I). "swiglu": silu(gate) * up (M2). "swiglu_oai": clamped, with up + 1 (M3)."""
+def gated(h, activation, weight=None, impl="auto"):
+    """[gate | up] (n, 2I) -> (n, I), times weight (n, 1). "swiglu": silu(gate) * up (M2). "swiglu_oai": clamped, with
+    up + 1 (M3). impl: auto (Triton on a GPU in 16 bits: forward and backward read and write each number once), triton
+    or torch."""
+    if impl == "triton" or (impl == "auto" and triton and h.is_cuda and h.dtype.itemsize == 2):
+        return _Gated.apply(h, weight, activation)
     gate, up = h.chunk(2, dim=-1)
     if activation == "swiglu":
-        return F.silu(gate) * up
-    # (up + 1) * gate * sigmoid(1.702 * gate) with gate <= 7 and |up| <= 7, in the fewest passes over memory
-    swish = F.silu(1.702 * gate.clamp(max=7.0)) * (1 / 1.702)
-    return torch.addcmul(swish, swish, up.clamp(-7.0, 7.0))
+        y = F.silu(gate) * up
+    else:  # (up + 1) * gate * sigmoid(1.702 * gate) with gate <= 7 and |up| <= 7, in the fewest passes over memory
+        swish = F.silu(1.702 * gate.clamp(max=7.0)) * (1 / 1.702)
+        y = torch.addcmul(swish, swish, up.clamp(-7.0, 7.0))
+    return y if weight is None else y * weight.to(h.dtype)
+
+@jit
+def _gate(gate, up, OAI: tl.constexpr):
+    """The product, and its slopes in gate and in up, in fp32."""
+    gate, up = gate.to(tl.float32), up.to(tl.float32)
+    if OAI:
+        g, u = tl.minimum(gate, 7.0), tl.minimum(tl.maximum(up, -7.0), 7.0) + 1
+        s = 1 / (1 + tl.exp(-1.702 * g))
+        slope = tl.where(gate <= 7.0, u * s * (1 + 1.702 * g * (1 - s)), 0.0)
+        return u * g * s, slope, tl.where(tl.abs(up) <= 7.0, g * s, 0.0)
+    s = 1 / (1 + tl.exp(-gate))
+    return up * gate * s, up * s * (1 + gate * (1 - s)), gate * s
+
+# One program = ROWS rows: what passes the gate.
+@jit
+def _gated_kernel(h, weight, out, n, I: tl.constexpr, OAI: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    r, c = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)
+    held, at = (r < n)[:, None] & (c < I), r[:, None] * (2 * I) + c
+    y, _, _ = _gate(tl.load(h + at, mask=held, other=0.0), tl.load(h + at + I, mask=held, other=0.0), OAI)
+    if weight is not None:
+        y *= tl.load(weight + r, mask=r < n, other=0.0)[:, None]
+    tl.store(out + r[:, None] * I + c, y.to(out.dtype.element_ty), mask=held)
+
+# One program = ROWS rows: the gradients of gate and up, and of the rows' weights.
+@jit
+def _gated_grad_kernel(h, weight, grad, dh, dweight, n, I: tl.constexpr, OAI: tl.constexpr, ROWS: tl.constexpr,
+                       COLS: tl.constexpr):
+    r, c = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)
+    held, at = (r < n)[:, None] & (c < I), r[:, None] * (2 * I) + c
+    y, dgate, dup = _gate(tl.load(h + at, mask=held, other=0.0), tl.load(h + at + I, mask=held, other=0.0), OAI)
+    dy = tl.load(grad + r[:, None] * I + c, mask=held, other=0.0).to(tl.float32)
+    if weight is not None:
+        tl.store(dweight + r, tl.sum(dy * y, 1), mask=r < n)
+        dy *= tl.load(weight + r, mask=r < n, other=0.0)[:, None]
+    tl.store(dh + at, (dy * dgate).to(dh.dtype.element_ty), mask=held)
+    tl.store(dh + at + I, (dy * dup).to(dh.dtype.element_ty), mask=held)
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, weight, activation):
+        I = h.size(-1) // 2
+        cols = triton.next_power_of_2(I)
+        ctx.tile = I, activation == "swiglu_oai", max(1, 2048 // cols), cols
+        ctx.save_for_backward(h, weight)
+        out = h.new_empty(*h.shape[:-1], I)
+        n = out.numel() // I
+        _gated_kernel[triton.cdiv(n, ctx.tile[2]),](h, weight, out, n, *ctx.tile, num_warps=4 if cols < 4096 else 8)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        (h, weight), (I, _, rows, cols), dh = ctx.saved_tensors, ctx.tile, torch.empty_like(ctx.saved_tensors[0])
+        dweight, n = None if weight is None else torch.empty_like(weight), h.numel() // (2 * I)
+        _gated_grad_kernel[triton.cdiv(n, rows),](h, weight, grad.contiguous(), dh, dweight, n, *ctx.tile,
+                                                  num_warps=4 if cols < 4096 else 8)
+        return dh, dweight, None
 
 def experts_loop(x, w13, w2, weights, idx, activation):
     """Every expert in turn, on the tokens that chose it: the specification, and the path for fp64.
@@ -67,14 +130,17 @@ class _Rows(torch.autograd.Function):
 def experts_grouped(x, w13, w2, weights, idx, activation):
     """The same, with tokens sorted by expert: contiguous groups of one matrix product. Shapes as in `experts_loop`."""
     (T, C), A = x.shape, idx.size(1)
-    sorted_e, order = idx.flatten().sort(stable=True)                                                     # (T*A,)
-    inverse = order.argsort()
-    ends = torch.searchsorted(sorted_e, torch.arange(w13.size(0), device=x.device), right=True).int()     # (E,)
+    small = torch.uint8 if w13.size(0) <= 256 else torch.int32  # a GPU sorts bytes in an eighth of the passes
+    sorted_e, order = idx.flatten().to(small).sort(stable=True)                                           # (T*A,)
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
+    experts = torch.arange(w13.size(0), dtype=torch.int32, device=x.device)
+    ends = torch.searchsorted(sorted_e.int(), experts, right=True).int()                                  # (E,)
     rows = _Rows.apply(x, order // A, inverse, A)
-    h = gated(F.grouped_mm(rows, w13.transpose(1, 2), offs=ends), activation)
+    # weighted before w2 and not after: a row's I channels are fewer than its C
+    by_row = _Rows.apply(weights.reshape(-1, 1), order, inverse, 1)
+    h = gated(F.grouped_mm(rows, w13.transpose(1, 2), offs=ends), activation, by_row)
     out = F.grouped_mm(h, w2.transpose(1, 2), offs=ends)
-    out = _Rows.apply(out, inverse, order, 1).view(T, A, C)
-    return (out * weights[..., None].to(x.dtype)).sum(1)
+    return _Rows.apply(out, inverse, order, 1).view(T, A, C).sum(1)
 
 class Linear(nn.Linear):
     """Weights stay in the dtype they are trained in and are cast to the activations' where they are used."""

@@ -142,8 +142,7 @@ def full_attention(q, k, v, end=None, start=None, impl="auto"):
         if not decode:
             raise ValueError(f"impl='triton' does not fit: T is {T}, start is {start}, expected T <= 4 with a start")
         return _dense_triton(q.contiguous(), k, v, end, start.contiguous())
-    if (end is not None and start is None and q.is_cuda and q.dtype.itemsize == 2 and torch.is_grad_enabled()
-            and T % 128 == 0):  # train.py's rows; rl.py's are all of other lengths, and each would be compiled anew
+    if end is not None and start is None and q.is_cuda and q.dtype.itemsize == 2 and torch.is_grad_enabled():
         return _flex(q, k, v, end)
     mask = None
     if end is not None or start is not None:
@@ -155,14 +154,18 @@ def full_attention(q, k, v, end=None, start=None, impl="auto"):
 
 @functools.cache
 def _compiled(function):
-    return torch.compile(function, dynamic=False)
+    return torch.compile(function)
 
 def _flex(q, k, v, end, tile=128):
     """Full attention over documents or trees in training on a GPU: FlexAttention, which skips tiles that are invisible
-    as a whole; a mask of T x T would cost more than the attention. Compiled once for each shape."""
+    as a whole; a mask of T x T would cost more than the attention."""
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
+    more = -q.size(1) % tile
+    if more:  # whole tiles: it wants masks as long as its tensors
+        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, more)) for x in (q, k, v))
+        return _flex(q, k, v, F.pad(end, (0, more)), tile)[:, :-more]
     (B, T), i = end.shape, torch.arange(0, end.size(1), tile, device=end.device)[:, None]  # a tile's first query
-    ends = F.pad(end, (0, -T % tile)).view(B, 1, -1, tile)
+    ends = end.view(B, 1, -1, tile)
     seen, whole = (i.T <= i) & (ends.amax(-1) > i), (i.T < i) & (ends.amin(-1) >= i + tile)         # (B, queries, keys)
     parts = [(x[:, None].sum(-1, dtype=torch.int32), x[:, None].int().argsort(stable=True, descending=True).int())
              for x in (seen & ~whole, whole)]
@@ -383,8 +386,8 @@ def msa_train(q, k, v, qi, ki, block_idx, L, end=None, weight=None, stride=1, im
         end, wide = end if end is None else end.contiguous(), torch.promote_types(q.dtype, torch.float32)
         share = torch.ones(B, T, device=q.device) if weight is None else weight.to(wide).contiguous()
         _expect("shape of weight", tuple(share.shape), (B, T))
-        share = share * (torch.arange(T, device=q.device) % stride == stride - 1)
-        return _Train.apply(q, k, v, qi, ki, block_idx, L, end, share / (share.sum().clamp(min=1e-30) * Hkv))
+        share = share[:, stride - 1::stride]
+        return _Train.apply(q, k, v, qi, ki, block_idx, L, end, share / (share.sum().clamp(min=1e-30) * Hkv), stride)
     kl = index_kl_loss(qi, ki, q, k, block_idx, L, end, weight, stride)
     return msa_attention(q, k, v, block_idx, L, end, None, "torch"), kl
 
@@ -562,14 +565,19 @@ def _query_outer_kernel(q, k, v, end, start, block_idx, out, stat, T, cap, HKV: 
 
 # One program = up to RUN queries that chose one block, ROWS // G of them at a time: K and V are read once for all.
 @jit
-def _kv_outer_kernel(q, k, v, end, first, edges, tasks, part, lse, edge0, HKV: tl.constexpr, G: tl.constexpr,
-                     D: tl.constexpr, L: tl.constexpr, S1: tl.constexpr, ROWS: tl.constexpr):
-    task = tasks + tl.program_id(0) * 4
+def _kv_outer_kernel(q, k, v, end, first, edges, tasks, part, lse, edge0, n, cap, HKV: tl.constexpr, DIMS: tl.constexpr,
+                     S1: tl.constexpr, ROWS: tl.constexpr):
+    G: tl.constexpr = DIMS[0]
+    D: tl.constexpr = DIMS[1]
+    L: tl.constexpr = DIMS[2]
+    TOKENS: tl.constexpr = ROWS // G
+    c = tl.program_id(1)  # sequence of the launch
+    task = tasks + (c * tl.num_programs(0) + tl.program_id(0)) * 4
     h, blk, lo, hi = tl.load(task), tl.load(task + 1), tl.load(task + 2), tl.load(task + 3)
     r, d, j = tl.arange(0, ROWS), tl.arange(0, D), blk * L + tl.arange(0, L)
-    TOKENS: tl.constexpr = ROWS // G
     if lo < hi:
-        keys = (j.to(tl.int64) * HKV + h)[:, None] * D + d
+        i0 = tl.load(first + c) - c * n
+        keys = ((c.to(tl.int64) * cap + j) * HKV + h)[:, None] * D + d
         key, value = tl.load(k + keys), tl.load(v + keys)                                             # [L, D]
         for e in range(lo, hi, TOKENS):
             mine = (e + r // G < hi) & (r < TOKENS * G)
@@ -578,7 +586,7 @@ def _kv_outer_kernel(q, k, v, end, first, edges, tasks, part, lse, edge0, HKV: t
             x = tl.load(q + row, mask=mine[:, None], other=0.0)                                       # [ROWS, D]
             s = tl.dot(x, key.T, input_precision="ieee") * (D ** -0.5 * 1.4426950408889634)
             if end is not None:
-                s = tl.where((tl.load(first) + edge // S1 // HKV)[:, None] < tl.load(end + j), s, float("-inf"))
+                s = tl.where((i0 + edge // S1 // HKV)[:, None] < tl.load(end + c * cap + j), s, float("-inf"))
             m = tl.maximum(tl.max(s, 1), -1e30)
             p = tl.exp2(s - m[:, None])
             l = tl.sum(p, 1)
@@ -589,23 +597,28 @@ def _kv_outer_kernel(q, k, v, end, first, edges, tasks, part, lse, edge0, HKV: t
 
 # One program = ROWS // G queries of one block and one KV head: their own block here, then the parts of the others.
 @jit
-def _combine_kernel(q, k, v, end, first, block_idx, part, lse, out, stat, n, G: tl.constexpr, D: tl.constexpr,
-                    L: tl.constexpr, S1: tl.constexpr, ROWS: tl.constexpr):
-    r, d, h, HKV, i0 = tl.arange(0, ROWS), tl.arange(0, D), tl.program_id(1), tl.num_programs(1), tl.load(first)
+def _combine_kernel(q, k, v, end, first, block_idx, part, lse, out, stat, n, cap, HKV: tl.constexpr, DIMS: tl.constexpr,
+                    S1: tl.constexpr, ROWS: tl.constexpr):
+    G: tl.constexpr = DIMS[0]
+    D: tl.constexpr = DIMS[1]
+    L: tl.constexpr = DIMS[2]
     TOKENS: tl.constexpr = ROWS // G
     TILES: tl.constexpr = (L + TOKENS - 1) // TOKENS
+    h, c, r, d = tl.program_id(1), tl.program_id(2), tl.arange(0, ROWS), tl.arange(0, D)
+    i0 = tl.load(first + c)
     token = tl.program_id(0) % TILES * TOKENS + r // G                                            # within the block
     blk = i0 // L + tl.program_id(0) // TILES
     i, j = blk * L + token, blk * L + tl.arange(0, L)
     t = (i - i0).to(tl.int64)
     mine = (token < L) & (r < TOKENS * G) & (t >= 0) & (t < n)
+    t += c * n
     row = ((t * HKV + h) * G + r % G)[:, None] * D + d
     x = tl.load(q + row, mask=mine[:, None], other=0.0)                                               # [ROWS, D]
-    keys, held = (j.to(tl.int64) * HKV + h)[:, None] * D + d, (j < i0 + n)
+    keys, held = ((c.to(tl.int64) * cap + j) * HKV + h)[:, None] * D + d, (j < i0 + n)
     s = tl.dot(x, tl.load(k + keys, mask=held[:, None], other=0.0).T, input_precision="ieee")
     seen = j <= i[:, None]
     if end is not None:
-        seen = seen & (i[:, None] < tl.load(end + j, mask=held, other=0))
+        seen = seen & (i[:, None] < tl.load(end + c * cap + j, mask=held, other=0))
     s = tl.where(seen, s * (D ** -0.5 * 1.4426950408889634), float("-inf"))
     m = tl.maximum(tl.max(s, 1), -1e30)
     p = tl.exp2(s - m[:, None])
@@ -634,9 +647,9 @@ def _plan(blk, N, chunk_size, run):
     buckets, P = Hkv * N, chunk_size * Hkv * S // run + Hkv * N
     c = torch.arange(T, device=device) // chunk_size + torch.arange(B, device=device)[:, None] * chunks       # (B, T)
     key = (c[..., None] * Hkv + torch.arange(Hkv, device=device))[..., None] * N + blk                # (B, T, Hkv, S-1)
-    key = torch.where(blk < 0, B * chunks * buckets, key).int().flatten()
-    key, edges = key.sort(stable=True)
-    offset = torch.searchsorted(key, torch.arange(B * chunks * buckets + 1, device=device, dtype=torch.int32))
+    small = torch.int16 if B * chunks * buckets < 2 ** 15 else torch.int32  # sorted in half the passes
+    key, edges = torch.where(blk < 0, B * chunks * buckets, key).to(small).flatten().sort(stable=True)
+    offset = torch.searchsorted(key, torch.arange(B * chunks * buckets + 1, device=device, dtype=small))
     size = offset.diff().view(B * chunks, buckets)
     ends = (-(-size // run)).cumsum(1)
     p = torch.arange(P, device=device)
@@ -648,6 +661,15 @@ def _plan(blk, N, chunk_size, run):
     tasks = torch.stack([bucket // N, bucket % N, lo, torch.where(real, hi, lo)], -1)
     return edges.int(), tasks.int(), ends
 
+def _launches(B, T, size):
+    """Queries in launches of at most `size` of them: several whole sequences, or a part of one. -> queries a chunk,
+    [(first chunk, first sequence, chunks in the launch, its queries as a slice of all B * T)]."""
+    if T > size:
+        steps = [(b, t) for b in range(B) for t in range(0, T, size)]
+        return size, [(c, b, 1, slice(b * T + t, b * T + min(T, t + size))) for c, (b, t) in enumerate(steps)]
+    n = size // T
+    return T, [(b, b, min(n, B - b), slice(b * T, min(b + n, B) * T)) for b in range(0, B, n)]
+
 def _attend_triton(q, k, v, block_idx, L, end, start, stat=None, chunk_size=16384, run=256):
     (B, T, H, D), (Tk, Hkv), S, device = q.shape, k.shape[1:3], block_idx.size(3), q.device
     G, out, cap = H // Hkv, torch.empty_like(q), _lanes(k=k, v=v)
@@ -658,22 +680,25 @@ def _attend_triton(q, k, v, block_idx, L, end, start, stat=None, chunk_size=1638
         _query_outer_kernel[B * T, Hkv](q, k, v, end, start, block_idx, out, stat, T, cap, Hkv, G, D, L, S, rows,
                                         num_stages=2)
         return out
-    chunk_size, rows = min(chunk_size, T), max(64, triton.next_power_of_2(G))
-    edges, tasks, _ = _plan(block_idx[..., 1:], -(-Tk // L), chunk_size, run)
-    part = torch.empty(chunk_size * H * (S - 1), D, dtype=q.dtype, device=device)
-    lse = torch.empty(chunk_size * H * (S - 1), device=device)
-    first = torch.arange(0, T, chunk_size, dtype=torch.int32, device=device).repeat(B, 1)
+    rows = max(64, triton.next_power_of_2(G))
+    size, launches = _launches(B, T, chunk_size if T > chunk_size else max(T, 2 ** 20 // H))
+    edges, tasks, _ = _plan(block_idx[..., 1:], -(-Tk // L), size, run)
+    most = max(len(range(B * T)[at]) for *_, at in launches)
+    part, lse = (torch.empty(most * H * (S - 1), *more, dtype=dtype, device=device)
+                 for more, dtype in (((D,), q.dtype), ((), None)))
+    first = torch.arange(0, T, size, dtype=torch.int32, device=device).repeat(B, 1)
     first = (first if start is None else first + start[:, None]).flatten()
     big = rows if G & (G - 1) == 0 else max(128, rows)  # 64 rows of 10 tokens by 6 heads spill registers
     tiles = -(-L // (big // G))
-    for c, (b, t) in enumerate((b, t) for b in range(B) for t in range(0, T, chunk_size)):
-        n = min(chunk_size, T - t)
-        ends, dims = None if end is None else end[b], (G, D, L, S - 1)
-        _kv_outer_kernel[tasks.size(1),](q[b, t:], k[b], v[b], ends, first[c:], edges, tasks[c], part, lse,
-                                         (b * T + t) * Hkv * (S - 1), Hkv, *dims, rows, num_stages=3)
-        _combine_kernel[(n // L + 2) * tiles, Hkv](
-            q[b, t:], k[b], v[b], ends, first[c:], block_idx[b, t:], part, lse, out[b, t:],
-            None if stat is None else stat[b, t:], n, *dims, big, num_warps=big // 16)
+    flat = [None if x is None else x.flatten(0, 1) for x in (q, block_idx, out, stat)]
+    for c, b, n, at in launches:
+        x, blocks, y, stats = (None if x is None else x[at] for x in flat)
+        keys, length = (k[b:], v[b:], None if end is None else end[b:], first[c:]), len(x) // n
+        dims = length, cap, Hkv, (G, D, L), S - 1
+        _kv_outer_kernel[tasks.size(1), n](x, *keys, edges, tasks[c], part, lse, at.start * Hkv * (S - 1), *dims, rows,
+                                           num_stages=3)
+        _combine_kernel[(length // L + 2) * tiles, Hkv, n](x, *keys, blocks, part, lse, y, stats, *dims, big,
+                                                           num_warps=big // 16)
     return out
 
 # ---- Triton: gradients -----------------------------------------------------------------------------
@@ -687,12 +712,14 @@ def _backward_kernel(q, k, v, grad, stat, delta, end, edges, tasks, dq, dk, dv, 
     L: tl.constexpr = DIMS[3]
     S: tl.constexpr = DIMS[4]
     ROWS: tl.constexpr = DIMS[5]
-    task = tasks + tl.program_id(0) * 4
-    h, blk, lo, hi = tl.load(task), tl.load(task + 1), tl.load(task + 2), tl.load(task + 3)
-    r, d, j = tl.arange(0, ROWS), tl.arange(0, D), blk * L + tl.arange(0, L)
     TOKENS: tl.constexpr = ROWS // G
+    c = tl.program_id(1).to(tl.int64)  # sequence of the launch
+    n = c * tl.num_programs(0) + tl.program_id(0)
+    tasks += n * 4
+    h, blk, lo, hi = tl.load(tasks), tl.load(tasks + 1), tl.load(tasks + 2), tl.load(tasks + 3)
+    r, d, j = tl.arange(0, ROWS), tl.arange(0, D), blk * L + tl.arange(0, L)
     if lo < hi:
-        keys, held = (j.to(tl.int64) * HKV + h)[:, None] * D + d, (j < T)[:, None]
+        keys, held = ((c * T + j) * HKV + h)[:, None] * D + d, (j < T)[:, None]
         key, value = tl.load(k + keys, mask=held, other=0.0), tl.load(v + keys, mask=held, other=0.0)     # [L, D]
         dkey, dvalue = tl.zeros([L, D], tl.float32), tl.zeros([L, D], tl.float32)
         for e in range(lo, hi, TOKENS):
@@ -704,7 +731,7 @@ def _backward_kernel(q, k, v, grad, stat, delta, end, edges, tasks, dq, dk, dv, 
             s = tl.dot(key, x.T, input_precision="ieee") * (D ** -0.5 * 1.4426950408889634)               # [L, ROWS]
             seen = (j[:, None] <= i[None]) & mine[None]
             if end is not None:
-                seen = seen & (i[None] < tl.load(end + j, mask=j < T, other=0)[:, None])
+                seen = seen & (i[None] < tl.load(end + c * T + j, mask=j < T, other=0)[:, None])
             p = tl.where(seen, tl.exp2(s - tl.load(stat + head, mask=mine, other=0.0)[None]), 0.0)
             dout = tl.load(grad + head[:, None] * D + d, mask=mine[:, None], other=0.0)
             dvalue += tl.dot(p.to(x.dtype), dout, input_precision="ieee")
@@ -713,7 +740,7 @@ def _backward_kernel(q, k, v, grad, stat, delta, end, edges, tasks, dq, dk, dv, 
             dkey += tl.dot(ds, x, input_precision="ieee")
             dx = tl.dot(ds.T, key, input_precision="ieee") * D ** -0.5
             tl.store(dq + (edge * G + r % G)[:, None] * D + d, dx.to(x.dtype), mask=mine[:, None])
-        at = (tl.program_id(0).to(tl.int64) * L + tl.arange(0, L))[:, None] * D + d
+        at = (n * L + tl.arange(0, L))[:, None] * D + d
         tl.store(dk + at, dkey * D ** -0.5)
         tl.store(dv + at, dvalue)
 
@@ -729,24 +756,27 @@ def _kl_kernel(q, k, qi, ki, stat, index_stat, share, end, edges, tasks, value, 
     S: tl.constexpr = DIMS[5]
     ROWS: tl.constexpr = DIMS[6]
     COLS: tl.constexpr = DIMS[7]
+    STRIDE: tl.constexpr = DIMS[8]  # every so many queries one learns, and is here
     TOKENS: tl.constexpr = ROWS // G if index_stat is not None else COLS
     WIDE: tl.constexpr = tl.float16 if q.dtype.element_ty == tl.bfloat16 else q.dtype.element_ty  # tf32: a biased mean
-    task = tasks + tl.program_id(0) * 4
-    h, blk, lo, hi = tl.load(task), tl.load(task + 1), tl.load(task + 2), tl.load(task + 3)
+    b = tl.program_id(1).to(tl.int64)  # sequence of the launch
+    n = b * tl.num_programs(0) + tl.program_id(0)
+    tasks += n * 4
+    h, blk, lo, hi = tl.load(tasks), tl.load(tasks + 1), tl.load(tasks + 2), tl.load(tasks + 3)
     r, c, j = tl.arange(0, ROWS), tl.arange(0, COLS), blk * L + tl.arange(0, L)
     d, di = tl.arange(0, D), tl.arange(0, DI)
     if lo < hi:
         held = (j < T)[:, None]
-        index_key = tl.load(ki + j.to(tl.int64)[:, None] * DI + di, mask=held, other=0.0)                 # [L, DI]
-        key = tl.load(k + (j.to(tl.int64) * HKV + h)[:, None] * D + d, mask=held, other=0.0)
+        index_key = tl.load(ki + (b * T + j)[:, None] * DI + di, mask=held, other=0.0)                    # [L, DI]
+        key = tl.load(k + ((b * T + j) * HKV + h)[:, None] * D + d, mask=held, other=0.0)
         dkey = tl.zeros([L, DI], tl.float32)
         for e in range(lo, hi, TOKENS):
             mine = (e + c < hi) & (c < TOKENS)
             edge = tl.load(edges + e + c, mask=mine, other=0) - edge0      # (query, head, slot) within the chunk
-            i = (edge + edge0) // S // HKV % T
+            i = (edge + edge0) // S // HKV % (T // STRIDE) * STRIDE + STRIDE - 1
             seen = (j[:, None] <= i[None]) & mine[None]
             if end is not None:
-                seen = seen & (i[None] < tl.load(end + j, mask=j < T, other=0)[:, None])
+                seen = seen & (i[None] < tl.load(end + b * T + j, mask=j < T, other=0)[:, None])
             x = tl.load(qi + (edge // S)[:, None] * DI + di, mask=mine[:, None], other=0.0)               # [COLS, DI]
             s = tl.dot(index_key, x.T, input_precision="ieee") * (DI ** -0.5 * 1.4426950408889634)        # [L, COLS]
             if index_stat is None:
@@ -771,102 +801,119 @@ def _kl_kernel(q, k, qi, ki, stat, index_stat, share, end, edges, tasks, value, 
                 dx = tl.dot(ds.T, index_key, input_precision="ieee")
                 tl.store(dqi + edge[:, None] * DI + di, dx.to(x.dtype), mask=mine[:, None])
         if index_stat is not None:
-            tl.store(dki + (tl.program_id(0).to(tl.int64) * L + tl.arange(0, L))[:, None] * DI + di, dkey)
+            tl.store(dki + (n * L + tl.arange(0, L))[:, None] * DI + di, dkey)
 
 # One program = one block and KV head: the parts of a gradient of its keys, task after task, always in this order.
 @jit
-def _task_sum_kernel(part, ends, out, N, T, HKV: tl.constexpr, D: tl.constexpr, L: tl.constexpr):
-    blk, h, d = tl.program_id(0), tl.program_id(1), tl.arange(0, D)
-    bucket, j = h * N + blk, blk * L + tl.arange(0, L)
+def _task_sum_kernel(part, ends, out, P, T, HKV: tl.constexpr, D: tl.constexpr, L: tl.constexpr):
+    blk, h, c, d = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64), tl.arange(0, D)
+    bucket, j = h * tl.num_programs(0) + blk, blk * L + tl.arange(0, L)
+    ends += c * HKV * tl.num_programs(0)
     lo, hi = tl.load(ends + bucket - 1, mask=bucket > 0, other=0), tl.load(ends + bucket)
     if lo < hi:
-        rows, held = (j.to(tl.int64) * HKV + h)[:, None] * D + d, (j < T)[:, None]
+        rows, held = ((c * T + j) * HKV + h)[:, None] * D + d, (j < T)[:, None]
         acc = tl.load(out + rows, mask=held, other=0.0)
-        parts = part + lo * L * D + tl.arange(0, L)[:, None] * D + d                                      # lo: int64
+        parts = part + (c * P + lo) * L * D + tl.arange(0, L)[:, None] * D + d
         for _ in range(lo, hi):
             acc += tl.load(parts)
             parts += L * D
         tl.store(out + rows, acc, mask=held)
 
-# One program = one query and KV head: the parts of a gradient of its query, summed over the slots.
+# One program = ROWS rows: a . b of each.
 @jit
-def _slot_sum_kernel(part, block_idx, out, HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
-                     ROWS: tl.constexpr):
-    row, g, d = tl.program_id(0).to(tl.int64) * HKV + tl.program_id(1), tl.arange(0, ROWS), tl.arange(0, D)
+def _dot_kernel(a, b, out, n, D: tl.constexpr, ROWS: tl.constexpr):
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    at, held = r[:, None] * D + tl.arange(0, D), (r < n)[:, None]
+    x, y = tl.load(a + at, mask=held, other=0.0), tl.load(b + at, mask=held, other=0.0)
+    kind: tl.constexpr = out.dtype.element_ty
+    tl.store(out + r, tl.sum(x.to(kind) * y.to(kind), 1), mask=r < n)
+
+# One program = one or more (query, KV head) rows: the parts of a gradient of a query, summed over the slots.
+@jit
+def _slot_sum_kernel(part, block_idx, out, n, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr):
+    r, d = tl.arange(0, ROWS), tl.arange(0, D)
+    row, g = (tl.program_id(0).to(tl.int64) * ROWS + r) // G, (tl.program_id(0).to(tl.int64) * ROWS + r) % G
     acc = tl.zeros([ROWS, D], tl.float32)
-    for slot in range(0, S):
-        chosen = (g < G) & (tl.load(block_idx + row * S + slot) >= 0)
+    for slot in tl.range(0, S, num_stages=3):
+        chosen = (row < n) & (tl.load(block_idx + row * S + slot, mask=row < n, other=-1) >= 0)
         x = tl.load(part + ((row * S + slot) * G + g)[:, None] * D + d, mask=chosen[:, None], other=0.0)
         acc += x  # in fp32, or in fp64 if x is
-    tl.store(out + (row * G + g)[:, None] * D + d, acc.to(out.dtype.element_ty), mask=(g < G)[:, None])
+    tl.store(out + (row * G + g)[:, None] * D + d, acc.to(out.dtype.element_ty), mask=(row < n)[:, None])
 
 class _Train(torch.autograd.Function):
     """Attention over chosen blocks and the index branch's KL, with gradients. No atomics: two runs, equal bits."""
 
     @staticmethod
-    def forward(ctx, q, k, v, qi, ki, block_idx, L, end, share):
+    def forward(ctx, q, k, v, qi, ki, block_idx, L, end, share, stride):
         ctx.L, ctx.end, stat = L, end, torch.empty(q.shape[:3], device=q.device)
         out = _attend_triton(q, k, v, block_idx, L, end, None, stat)
-        kl, *ctx.index = _kl_triton(q, k, qi, ki, block_idx, L, end, stat, share)
+        some, dqi = slice(stride - 1, None, stride), torch.zeros_like(qi)
+        rows = (x[:, some].contiguous() for x in (q, qi, stat, block_idx))
+        kl, dqi[:, some], dki = _kl_triton(*rows, k, ki, L, end, share, stride)
+        ctx.index = dqi, dki
         ctx.save_for_backward(q, k, v, block_idx, out, stat)
         return out, kl
 
     @staticmethod
     def backward(ctx, grad, grad_kl):
         index = [(grad_kl * x).to(x.dtype) for x in ctx.index]
-        return *_attend_backward(*ctx.saved_tensors, grad.contiguous(), ctx.L, ctx.end), *index, *[None] * 4
+        return *_attend_backward(*ctx.saved_tensors, grad.contiguous(), ctx.L, ctx.end), *index, *[None] * 5
 
-def _chunks(q, block_idx, L, run=1024, most=8192):
-    """Sort whole chunks of queries by all their blocks, own one included. -> [(chunk, sequence, its queries as a slice,
-    id of its first edge)], edges, tasks, ends. Offsets within a chunk are int32."""
-    (B, T, H, D), (Hkv, S) = q.shape, block_idx.shape[2:]
-    size = min(T, most, (2 ** 31 - 1) // (H * S * D))
-    chunks = [(b, slice(t, min(T, t + size)), (b * T + t) * Hkv * S) for b in range(B) for t in range(0, T, size)]
-    return [(c, *x) for c, x in enumerate(chunks)], *_plan(block_idx, -(-T // L), size, run)
+def _chunks(q, block_idx, N, run=1024, most=2 ** 19):
+    """Sort the queries of each chunk by all their blocks, own one included, at most `most` query heads a launch.
+    -> launches, edges, tasks, ends. Offsets within a launch are int32."""
+    (B, T, H, D), S = q.shape, block_idx.size(3)
+    size, launches = _launches(B, T, max(1, min(most, (2 ** 31 - 1) // (S * D)) // H))
+    return launches, *_plan(block_idx, N, size, run)
 
-def _kl_triton(q, k, qi, ki, block_idx, L, end, stat, share):
-    """-> KL, dqi, dki. stat (B, T, H): log2-sum-exp of the main branch; share (B, T): a query's weight in the mean."""
-    (B, T, H, D), (Hkv, S), Di, dev = q.shape, block_idx.shape[2:], qi.size(3), q.device
-    block_idx = torch.where(share[..., None, None] > 0, block_idx, -1)  # queries that do not learn: no task
-    chunks, edges, tasks, ends = _chunks(q, block_idx, L)
+def _kl_triton(q, qi, stat, block_idx, k, ki, L, end, share, stride):
+    """-> KL, dqi, dki, for the queries that learn, every stride-th of the T that ki has. stat (B, t, H): log2-sum-exp
+    of the main branch; share (B, t): a query's weight in the mean."""
+    (B, t, H, D), (Hkv, S), T, Di, dev = q.shape, block_idx.shape[2:], *ki.shape[1:], q.device
     dqi, dki, kl = torch.empty_like(qi), torch.zeros(B, T, Hkv, Di, device=dev), torch.zeros((), device=dev)
-    size = max(len(range(T)[at]) for _, _, at, _ in chunks)
-    part = torch.empty(size * Hkv * S, Di, dtype=q.dtype, device=dev)
-    keys = torch.empty(tasks.size(1) * L, Di, device=dev)
-    G, rows = H // Hkv, max(64, triton.next_power_of_2(H // Hkv))
-    for c, b, at, edge0 in chunks:
-        value = torch.full((len(range(T)[at]), Hkv, S), float("-inf"), device=dev)
-        args = q[b, at], k[b], qi[b, at], ki[b], stat[b, at]
-        rest = share[b, at], None if end is None else end[b], edges, tasks[c], value, part, keys, edge0, T
+    if not t:
+        return kl, dqi, dki.sum(2).to(ki.dtype)
+    block_idx = torch.where(share[..., None, None] > 0, block_idx, -1)  # a pad learns nothing: no task
+    launches, edges, tasks, ends = _chunks(q, block_idx, -(-T // L))
+    P, G, rows = tasks.size(1), H // Hkv, max(64, triton.next_power_of_2(H // Hkv))
+    part = torch.empty(max(len(range(B * t)[at]) for *_, at in launches) * Hkv * S, Di, dtype=q.dtype, device=dev)
+    keys = torch.empty(max(n for _, _, n, _ in launches) * P * L, Di, device=dev)
+    flat = [x.flatten(0, 1) for x in (q, qi, stat, share, block_idx, dqi)]
+    for c, b, n, at in launches:
+        x, xi, stats, shares, blocks, dx = (x[at] for x in flat)
+        value = torch.full((len(x), Hkv, S), float("-inf"), device=dev)
+        args = x, k[b:], xi, ki[b:], stats
+        rest = shares, None if end is None else end[b:], edges, tasks[c], value, part, keys, at.start * Hkv * S, T
         dims = Hkv, G, D, Di, L, S, rows
-        _kl_kernel[tasks.size(1),](*args, None, *rest, (*dims, 64), num_warps=4, num_stages=2)
+        _kl_kernel[P, n](*args, None, *rest, (*dims, 64, stride), num_warps=4, num_stages=2)
         index_stat = (value * 0.6931471805599453).logsumexp(-1) * 1.4426950408889634
         value.zero_()
-        _kl_kernel[tasks.size(1),](*args, index_stat, *rest, (*dims, max(16, triton.next_power_of_2(rows // G))),
-                                   num_warps=8, num_stages=2)
+        cols = max(16, triton.next_power_of_2(rows // G))
+        _kl_kernel[P, n](*args, index_stat, *rest, (*dims, cols, stride), num_warps=8, num_stages=2)
         kl += value.sum()
-        _task_sum_kernel[-(-T // L), Hkv](keys, ends[c], dki[b], -(-T // L), T, Hkv, Di, L, num_warps=8)
-        _slot_sum_kernel[len(value), Hkv](part, block_idx[b, at], dqi[b, at], Hkv, 1, Di, S, 16)
+        _task_sum_kernel[-(-T // L), Hkv, n](keys, ends[c], dki[b], P, T, Hkv, Di, L, num_warps=8)
+        _slot_sum_kernel[-(-len(x) * Hkv // 16),](part, blocks, dx, len(x) * Hkv, 1, Di, S, 16)
     return kl, dqi, dki.sum(2).to(ki.dtype)
 
 def _attend_backward(q, k, v, block_idx, out, stat, grad, L, end):
     """-> dq, dk, dv."""
-    (B, T, H, D), (Hkv, S), N, dev = q.shape, block_idx.shape[2:], -(-q.size(1) // L), q.device
-    chunks, edges, tasks, ends = _chunks(q, block_idx, L)
+    (B, T, H, D), (Hkv, S), dev = q.shape, block_idx.shape[2:], q.device
+    launches, edges, tasks, ends = _chunks(q, block_idx, -(-T // L))
     dq, (dk, dv) = torch.empty_like(q), (torch.zeros(k.shape, device=dev) for _ in "kv")
-    size, G = max(len(range(T)[at]) for _, _, at, _ in chunks), H // Hkv
-    part = torch.empty(size * H * S, D, dtype=q.dtype, device=dev)
-    keys, values = (torch.empty(tasks.size(1) * L, D, device=dev) for _ in "kv")
+    P, G, delta = tasks.size(1), H // Hkv, torch.empty_like(stat)
+    _dot_kernel[-(-delta.numel() // 64),](out, grad, delta, delta.numel(), D, 64)
+    part = torch.empty(max(len(range(B * T)[at]) for *_, at in launches) * H * S, D, dtype=q.dtype, device=dev)
+    keys, values = (torch.empty(max(n for _, _, n, _ in launches) * P * L, D, device=dev) for _ in "kv")
     rows = max(64 if G & (G - 1) == 0 else 32, triton.next_power_of_2(G))
-    for c, b, at, edge0 in chunks:
-        delta = (out[b, at].to(stat.dtype) * grad[b, at].to(stat.dtype)).sum(-1)
-        _backward_kernel[tasks.size(1),](
-            q[b, at], k[b], v[b], grad[b, at], stat[b, at], delta, None if end is None else end[b], edges, tasks[c],
-            part, keys, values, edge0, T, (Hkv, G, D, L, S, rows), num_warps=8, num_stages=2)
-        for x, total in ((keys, dk), (values, dv)):
-            _task_sum_kernel[N, Hkv](x, ends[c], total[b], N, T, Hkv, D, L, num_warps=8)
-        _slot_sum_kernel[len(delta), Hkv](part, block_idx[b, at], dq[b, at], Hkv, G, D, S,
-                                          max(16, triton.next_power_of_2(G)))
+    flat = [x.flatten(0, 1) for x in (q, grad, stat, delta, block_idx, dq)]
+    for c, b, n, at in launches:
+        x, dy, stats, deltas, blocks, dx = (x[at] for x in flat)
+        _backward_kernel[P, n](x, k[b:], v[b:], dy, stats, deltas, None if end is None else end[b:], edges, tasks[c],
+                               part, keys, values, at.start * Hkv * S, T, (Hkv, G, D, L, S, rows), num_warps=8,
+                               num_stages=2)
+        for y, total in ((keys, dk), (values, dv)):
+            _task_sum_kernel[-(-T // L), Hkv, n](y, ends[c], total[b], P, T, Hkv, D, L, num_warps=8)
+        _slot_sum_kernel[-(-len(x) * H // 16),](part, blocks, dx, len(x) * Hkv, G, D, S, 16)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 # ---- Triton: decode ------------------------------------------------------------------------------

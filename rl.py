@@ -309,69 +309,99 @@ class PrefixTree:
                   a b            weight   3 3   1 1   1 1 1      every position has one next token
 
     Samples that part at depth p fork at L * ((p - max(K, 1)) // L): segments start at multiples of L, so that a key
-    block of the layout is one of a path, and module K of MTP finds its token K places on. `path` maps each sample's
-    depths to slots; what samples say about their tokens is summed into slots: weight[k] counts those that go on for k
-    more tokens (a pad: none), draft[k] those of whose action the token k + 1 places on is part."""
+    block of the layout is one of a path, and module K of MTP finds its token K places on. A leaf is the path of its
+    longest sample, as slots, and the samples that end on it. The row itself is made by `unfold`, of many trees at once:
+    idx, pos, end, weight, draft, for this tree alone when they are asked for."""
 
     def __init__(self, samples, L=1, K=0):
-        keys = [sort_key(s) for s in samples]
-        order = sorted(range(len(samples)), key=[k.tobytes() for k in keys].__getitem__)  # what is shorter first
-        self.samples, self.L, self.back = [samples[i] for i in order], L, max(K, 1)
-        self.part = [parting(keys[a], keys[b]) for a, b in zip(order, order[1:])]
-        depths = [np.arange(len(s.ids)) for s in self.samples]
-        self.size, self.segments, self.path = 0, [], [d.copy() for d in depths]
-        self.place(0, len(order), 0)
+        keys = [sort_key(s) for s in samples] if len(samples) > 1 else [b""]
+        order = sorted(range(len(samples)), key=keys.__getitem__)  # what is shorter first
+        self.samples, self.L, self.K = [samples[i] for i in order], L, K
+        self.lengths = [s.ids.numel() for s in self.samples]
+        width = len(keys[0]) // samples[0].ids.numel()
+        self.part = [parting(keys[a], keys[b], width) for a, b in zip(order, order[1:])]
+        self.size, self.n_naive, self.segments, self.leaves = 0, sum(self.lengths), [], []
+        self.place(0, len(order), np.arange(0))
         self.size += -self.size % L
-        self.idx, self.pos, self.end = np.zeros(self.size, int), np.zeros(self.size, int), np.arange(self.size) + 1
-        for s, path, depth in zip(self.samples, self.path, depths):
-            self.idx[path], self.pos[path] = s.ids.numpy(), depth
-        for start, stop, end in self.segments:
-            self.end[start:stop] = end
-        self.weight = np.stack([self.sum([d + k < len(d) for d in depths]) for k in range(K + 1)])
-        self.draft = np.stack([self.sum([(s.start <= d + k + 1) & (d + k + 1 < len(d))
-                                         for d, s in zip(depths, self.samples)]) for k in range(K + 1)])
-        self.n_naive = sum(map(len, depths))
 
-    def place(self, lo, hi, start):
-        """Lay out samples [lo, hi), which agree up to where they part, from depth `start` on; then their children."""
+    def place(self, lo, hi, path):
+        """Lay out samples [lo, hi), which agree up to where they part, from where `path` ends; then their children."""
         p = min(self.part[lo:hi - 1], default=math.inf)  # sorted: the closest neighbours are where the first parting is
-        fork = len(self.path[hi - 1]) if p == math.inf else max(start, self.L * ((p - self.back) // self.L))
+        fork = self.lengths[hi - 1] if p == math.inf else max(len(path), self.L * ((p - max(self.K, 1)) // self.L))
         base = self.size + -self.size % self.L
-        self.size = stop = base + fork - start
-        for path in self.path[lo:hi]:
-            path[start:fork] = base + np.arange(len(path[start:fork]))
-        if p != math.inf:
+        self.size = stop = base + fork - len(path)
+        path = np.concatenate([path, np.arange(base, stop)])
+        if p == math.inf:
+            self.leaves.append((path, self.samples[lo:hi]))
+        else:
             cuts = [lo, *(i + 1 for i in range(lo, hi - 1) if self.part[i] == p), hi]
             for a, b in zip(cuts, cuts[1:]):  # a sample that ends before p sorts first: it belongs to the first child
-                self.place(a, b, fork)
+                self.place(a, b, path)
         self.segments.append((base, stop, self.size))
 
-    def sum(self, vectors):
-        return np.bincount(np.concatenate(self.path), np.concatenate(vectors), self.size)
+    def __getattr__(self, name):
+        """The row, when it is first asked for: idx, pos, end (size,), weight, draft (K + 1, size). Plans need sizes."""
+        if name not in ("idx", "pos", "end", "weight", "draft"):
+            raise AttributeError(name)
+        vars(self).update((key, x[..., 0, :]) for key, x in unfold([self], self.size)[0].items())
+        return vars(self)[name]
 
     def routes(self, T):
         """Recorded experts and blocks of a row of T slots, (T, r). A path's block number becomes the layout's; a
         sample's last token, never fed, takes what the one before chose, a pad its own block."""
         own = -2 - np.arange(T)[:, None] // self.L
         out = np.where(self.samples[0].routes.numpy()[:1] < 0, own, 0).astype(np.int32)
-        for s, path in zip(self.samples, self.path):
-            codes = np.concatenate([s.routes, s.routes[-1:]])
+        for path, samples in self.leaves:
+            codes = samples[-1].routes.numpy()
+            codes = np.concatenate([codes, codes[-1:]])
             block = np.where(codes < -1, -2 - codes, 0)
             out[path] = np.where(codes < -1, -2 - path[block * self.L] // self.L, codes)
         return out
 
 def sort_key(sample):
-    """A record a token, (n, 1 + r), whose bytes sort as the tokens do: its id, and its routes where those were
-    recorded, since equal tokens that went to other experts are other nodes."""
-    ids, routes = sample.ids[:, None], sample.routes
-    record = ids if routes is None else torch.cat([ids, torch.cat([routes, routes[-1:]])], 1)
-    return record.numpy().astype(">i4")
+    """Bytes that sort as the tokens do, the same number for each: its id, and its routes where those were recorded,
+    since equal tokens that went to other experts are other nodes."""
+    record, routes = sample.ids, sample.routes
+    if routes is not None:
+        record = torch.cat([record[:, None], torch.cat([routes, routes[-1:]])], 1)
+    return record.numpy().astype(">i4").tobytes()
 
-def parting(a, b):
-    """Depth at which two keys part; inf if one is the other's beginning."""
+def parting(a, b, width):
+    """Depth at which two keys part, the first of which sorts first; inf if it is the other's beginning."""
+    if b.startswith(a):
+        return math.inf
     n = min(len(a), len(b))
-    apart = (a[:n] != b[:n]).any(1)
-    return int(apart.argmax()) if apart.any() else math.inf
+    apart = np.frombuffer(a, np.uint8, n) != np.frombuffer(b, np.uint8, n)
+    return int(apart.argmax()) // width
+
+def unfold(trees, T):
+    """Trees as rows of T slots, filled all at once -> dict of idx, pos, end (B, T), weight, draft (K + 1, B, T); the
+    slot before each action token of each sample, counted through all rows; the token. What samples say about
+    their tokens is summed into slots: weight[k] counts those that go on for k more tokens (a pad: none), draft[k] those
+    of whose action the token k + 1 places on is part."""
+    B, K = len(trees), trees[0].K
+    leaves = [(b * T + path, samples) for b, t in enumerate(trees) for path, samples in t.leaves]
+    slot, ids = np.concatenate([p for p, _ in leaves]), torch.cat([s[-1].ids for _, s in leaves]).numpy()      # (n,)
+    sizes = [len(path) for path, _ in leaves]
+    origin = np.cumsum(sizes) - sizes
+    first = np.repeat(origin, [len(samples) for _, samples in leaves])  # (m,), of each sample: where its path begins
+    start, length = np.array([(s.start, s.ids.numel()) for _, samples in leaves for s in samples]).T          # (m,)
+
+    def count(lo, hi):
+        """In how many samples each slot is one of tokens lo to hi - 1."""
+        lo, hi = (np.bincount(first + np.maximum(x, 0), minlength=len(slot) + 1) for x in (lo, hi))
+        return np.bincount(slot, np.cumsum(lo - hi)[:-1], B * T).reshape(B, T)
+    idx, pos, end = np.zeros((B, T), int), np.zeros((B, T), int), np.tile(np.arange(1, T + 1, dtype=np.int32), (B, 1))
+    np.put(idx, slot, ids)
+    np.put(pos, slot, np.arange(len(slot)) - np.repeat(origin, sizes))
+    for row, tree in zip(end, trees):
+        for lo, hi, stop in tree.segments:
+            row[lo:hi] = stop
+    weight = np.stack([count(0, length - k) for k in range(K + 1)])
+    draft = np.stack([count(start - k - 1, length - k - 1) for k in range(K + 1)])
+    total = np.cumsum(length - start)
+    acts = np.repeat(first + length - total, length - start) + np.arange(total[-1])
+    return dict(idx=idx, pos=pos, end=end, weight=weight, draft=draft), slot[acts - 1], ids[acts]
 
 # ---- CISPO and the train engine ------------------------------------------------------------------
 
@@ -396,21 +426,18 @@ def cispo_loss(logprob, entry, old, advantage, Z, eps_high=EPS_HIGH):
 
 def collate(trees, device):
     """Trees as rows of one micro-batch, padded at the end -> dict of tensors."""
-    T = max(t.size for t in trees)
-    wide = lambda x: np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, T - x.shape[-1])])
-    out = {name: np.stack([wide(getattr(t, name)) for t in trees]) for name in ("idx", "pos")}               # (B, T)
-    out |= {name: np.stack([wide(getattr(t, name)) for t in trees], 1) for name in ("weight", "draft")}  # (K + 1, B, T)
-    if any((t.end < t.size).any() for t in trees):  # rows without a fork are plain causal, which is faster
-        out["end"] = np.stack([np.append(t.end, np.arange(t.size, T) + 1) for t in trees]).astype(np.int32)
-    parts = [(b * T + path[s.start - 1:-1], s) for b, t in enumerate(trees) for s, path in zip(t.samples, t.path)]
-    slots, first, entry = np.unique(np.concatenate([at for at, _ in parts]), return_index=True, return_inverse=True)
-    out.update(slots=slots, entry=entry, target=np.concatenate([s.ids[s.start:] for _, s in parts])[first],
-               old=np.concatenate([s.logprobs for _, s in parts]),
-               version=np.concatenate([s.versions for _, s in parts]),
-               advantage=np.concatenate([np.full(len(at), s.advantage) for at, s in parts]))
-    if all(s.routes is not None for _, s in parts):
+    T, samples = max(t.size for t in trees), [s for t in trees for s in t.samples]
+    out, before, token = unfold(trees, T)
+    if all(t.segments[0][1] == t.size for t in trees):  # rows without a fork are plain causal, which is faster
+        del out["end"]
+    slots, first, entry = np.unique(before, return_index=True, return_inverse=True)
+    out.update(slots=slots, entry=entry, target=token[first],
+               advantage=np.repeat([s.advantage for s in samples], [s.logprobs.numel() for s in samples]))
+    if all(s.routes is not None for s in samples):
         out["routes"] = np.stack([t.routes(T) for t in trees])
-    return {name: torch.from_numpy(x).to(device) for name, x in out.items()}
+    out = {name: torch.from_numpy(x) for name, x in out.items()}
+    out.update(old=torch.cat([s.logprobs for s in samples]), version=torch.cat([s.versions for s in samples]))
+    return {name: x.to(device) for name, x in out.items()}
 
 def policy(model, batch):
     """Forward over a micro-batch -> log-prob of the action token after each slot that has one, entropy there, aux."""

@@ -301,7 +301,8 @@ def test_kernels_equal_torch(case):
     assert worst(dense, msa.full_attention(q, k, v, end, start, "torch")) < 2e-6
 SMALL = (1, 21, 21, 1, 16), 2, None, 1024, 8192
 @lax
-@pytest.mark.parametrize("shape,S,end,run,most", [((2, 29, 29, 2, 3), 3, TREE[:, :29].clamp(max=29), 5, 16), SMALL])
+@pytest.mark.parametrize("shape,S,end,run,most", [((2, 29, 29, 2, 3), 3, TREE[:, :29].clamp(max=29), 5, 16), SMALL,
+                                                ((2, 13, 13, 2, 2), 3, TREE[:, :13].clamp(max=13), 5, 64)])
 def test_training_kernels_equal_autograd(shape, S, end, run, most):
     """Attention, KL and all gradients equal the torch half's, hot blocks and chunks split; two runs are bit-equal."""
     q, k, v, qi, ki = inputs = [x.requires_grad_() for x in kernel_qkv(*shape)]
@@ -313,11 +314,23 @@ def test_training_kernels_equal_autograd(shape, S, end, run, most):
         return out, kl, *torch.autograd.grad([out, kl], inputs, [upstream, torch.tensor(3.0)])
     with poisoned(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(msa, "QUERY_OUTER", 512 * (most == 16))
-        patch.setattr(msa, "_chunks", lambda *args, real=msa._chunks: real(*args, run, most))
+        patch.setattr(msa, "_chunks", lambda *args, real=msa._chunks: real(*args, run, most * q.size(2)))
         got = run_once("triton")
         assert most == 16 or all(map(torch.equal, got, run_once("triton")))  # once: an interpreter runs in order
     for mine, want in zip(got, run_once("torch")):
         assert worst(mine, want) < 1e-4 * want.abs().max()  # scores of 500 round to 3e-5, which exp passes on
+@lax
+@pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai"])
+def test_gated_kernels_equal_autograd(activation):
+    """The gate's kernels against the torch half, beyond its clamps too, on rows that fill no tile; a weight a row."""
+    needs(msa.triton and not torch.cuda.is_available(), "Triton, and no GPU: the interpreter stands in for one")
+    h, w, up = 9 * torch.randn(5, 44), torch.rand(5, 1), torch.randn(5, 22)
+    for weight in (None, w.requires_grad_()):
+        inputs = [h.requires_grad_()] + ([] if weight is None else [weight])
+        with poisoned():
+            ours, want = ((y, *torch.autograd.grad(y, inputs, up)) for y in (
+                moe.gated(h, activation, weight, impl) for impl in ("triton", "torch")))
+        assert max(map(worst, ours, want)) < 1e-4 * want[1].abs().max()  # fp32: exp differs in its last bits
 @contextlib.contextmanager
 def fp64_kernels():
     """Kernels work in their inputs' precision and scratch memory in torch's default: interpreted, both may be fp64."""

@@ -39,9 +39,10 @@ EMBED_SCALE = 12.0                     # rate of the embedding over that of the 
 # What a preset trains with unless told otherwise. mtp_every: steps from one MTP loss to the next; msa_from: share of
 # the run with full attention while the index branch learns; stages: share of the run -> parts that rows are cut into
 RUNS = {
-    "tiny": dict(seq_len=256, batch_size=4, lr=1.2e-2, minutes=2.5, mtp_every=8, msa_from=0.5,
+    "tiny": dict(seq_len=256, batch_size=4, accumulate=1, lr=1.2e-2, minutes=2.5, mtp_every=8, msa_from=0.5,
                  stages=((0.0, 8), (0.2, 4), (0.45, 2), (0.75, 1))),
-    "small": dict(seq_len=8192, batch_size=8, lr=2e-3, minutes=10.0, mtp_every=4, msa_from=0.25, stages=((0.0, 1),))}
+    "small": dict(seq_len=8192, batch_size=16, accumulate=1, lr=2e-3, minutes=10.0, mtp_every=8, msa_from=0.25,
+                  stages=((0.0, 1),))}
 PEAK = {"H100": 989.4e12, "H200": 989.4e12, "H800": 989.4e12, "A100": 312e12}  # dense bf16 FLOP/s, by the GPU's name
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -91,8 +92,7 @@ def get_batch(tokens, seed, split, step, batch_size, T):
 
 def orthogonalize(G, steps=5):
     """Newton-Schulz towards U V^T of G = U S V^T, for a stack (n, rows, cols) of matrices (Muon, K. Jordan 2024)."""
-    X = G.bfloat16() if G.is_cuda else G  # five steps need no more; on a CPU bf16 is slow
-    X = X.mT if G.size(-2) > G.size(-1) else X
+    X = G.mT if G.size(-2) > G.size(-1) else G
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         A = X @ X.mT
@@ -107,18 +107,25 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, groups, lr, momentum=0.95):
         super().__init__(groups, dict(lr=lr, momentum=momentum, stack=1))
 
+    @staticmethod
+    def blend(m, grad, momentum):
+        """Nesterov: m moves on; the update, on a GPU in bf16: five steps need no more, and on a CPU bf16 is slow."""
+        m.lerp_(grad, 1 - momentum)
+        return grad.lerp(m, momentum).to(torch.bfloat16 if m.is_cuda else m.dtype)
+
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             shapes = {}
             for p in (p for p in group["params"] if p.grad is not None):
                 m = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                m.lerp_(p.grad, 1 - group["momentum"])
-                shapes.setdefault(p.shape, []).append((p, p.grad.lerp(m, group["momentum"])))             # Nesterov
-            for shape, items in shapes.items():
-                rows, cols = shape[-2] // group["stack"], shape[-1]
-                updates = orthogonalize(torch.stack([u for _, u in items]).view(-1, rows, cols))
-                for (p, _), u in zip(items, updates.reshape(len(items), *shape)):
+                u = self.blend(m.flatten(), p.grad.flatten(), group["momentum"]).view_as(p)
+                shapes.setdefault(p.shape if p.dim() == 2 else p, []).append((p, u))  # experts are a stack already
+            for items in shapes.values():
+                rows, cols = items[0][1].size(-2) // group["stack"], items[0][1].size(-1)
+                stack = torch.stack([u for _, u in items]) if len(items) > 1 else items[0][1]
+                updates = orthogonalize(stack.view(-1, rows, cols))
+                for (p, _), u in zip(items, updates.reshape(len(items), *items[0][1].shape)):
                     p.add_(u, alpha=-0.2 * max(rows, cols) ** 0.5 * group["lr"])
 
 def configure_optimizers(model, lr):
@@ -178,7 +185,7 @@ def parse_args(argv):
     p.add_argument("--seq-len", type=int, help="tokens in a row, at last; default: the preset's")
     p.add_argument("--batch-size", type=int, help="rows in a step, at last; default: the preset's")
     p.add_argument("--vocab-size", type=int, help="tokens that the BPE learns; default: the preset's")
-    p.add_argument("--accumulate", type=int, default=1, help="gradient accumulation: a step's rows in so many parts")
+    p.add_argument("--accumulate", type=int, help="gradient accumulation: a step's rows in so many parts")
     p.add_argument("--recompute", action="store_true", help="activation checkpointing: less memory, slower")
     p.add_argument("--lr", type=float, help="peak rate of the matrices; default: the preset's")
     p.add_argument("--attn", default="msa", help="msa, or full for full attention in every layer")
@@ -312,15 +319,16 @@ def prepare(args, cfg, tokenizer):
     sides = {name: Tokens(docs, tokenizer, L, args.seq_len) for name, docs in sides.items()}
     return tokenizer, dict(sides, skipped=skipped)
 
-def fuse(model):
-    """torch.compile what lies between the attention kernels: norms, projections, rotations, experts and the loss."""
+def fuse(model, muon):
+    """torch.compile what lies between the kernels: norms, projections, rotations, experts, loss, momentum."""
     for block in [*model.layers, *(module.block for module in model.mtp)]:
-        block.attn.project = torch.compile(block.attn.project, dynamic=False)
-        block.feed = torch.compile(block.feed, dynamic=False)
+        block.enter, block.leave = (torch.compile(half, dynamic=False) for half in (block.enter, block.leave))
     model.token_loss = torch.compile(model.token_loss, dynamic=False)
+    model.norm.forward = torch.compile(model.norm.forward, dynamic=False)
+    muon.blend = torch.compile(muon.blend, dynamic=True)
 
-def learn(model, batch, n, optimizers, index, rest, mtp_weight, now):
-    """One step on a batch in n parts: forward, backward, clip, check, update -> aux with loss and gradient norm."""
+def learn(model, batch, n, optimizers, index, rest, mtp_weight):
+    """One step on a batch in n parts: forward, backward, clip, update -> aux with loss and gradient norms."""
     count, total = (batch["targets"] >= 0).sum(), {}
     for part in zip(*(x.chunk(n) for x in batch.values())):
         part = dict(zip(batch, part))
@@ -334,11 +342,10 @@ def learn(model, batch, n, optimizers, index, rest, mtp_weight, now):
         (aux["loss"] + mtp_weight * aux["mtp_loss"] + aux["index_kl"].sum()).backward()
         total = {key: total.get(key, 0.0) + value.detach() for key, value in aux.items()}
     norm, index_norm = (torch.nn.utils.clip_grad_norm_(part, 1.0) for part in (rest, index))
-    watch(total["loss"].item(), (norm + index_norm).item(), now)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return dict(total, norm=norm)
+    return dict(total, norm=norm, index_norm=index_norm)
 
 def run(args, state):
     started = time.perf_counter()
@@ -355,9 +362,9 @@ def run(args, state):
     cfg.vocab_size = tokenizer.n_vocab
     model = (model or MiniMax(cfg, dtype).to(device)).train()
     model.recompute = args.recompute
-    if device.type == "cuda":
-        fuse(model)
-    optimizers, index, rest = configure_optimizers(model, args.lr)
+    (optimizers, index, rest), on_gpu = configure_optimizers(model, args.lr), device.type == "cuda"
+    if on_gpu:
+        fuse(model, optimizers[0])
     now = dict(step=0, seconds=0.0, flops=0.0, ema=None, above=0, bpb=math.inf, sparse_from=args.msa_from)
     if state:
         if converted:
@@ -376,8 +383,14 @@ def run(args, state):
             raise ValueError("--attn msa: nothing is left of the run to convert in; give more --steps or --minutes")
     card(model, args, device, why, data, time.perf_counter() - started, now["sparse_from"])
 
+    def settle(running=0):
+        """Check the steps that are done; waiting for the last one would leave a GPU idle while the next is prepared."""
+        while len(pending) > running:
+            watch(*(x.item() for x in pending.pop(0)), now)
+
     def checkpoint():
         """Evaluate on the first bytes and save what passes: the last good checkpoint survives a divergence."""
+        settle()
         found = evaluate(model, data["peek"], args.seq_len, 16, device)
         print(f"eval {now['step']:05d} | {report(found)} | first {data['peek'].n_bytes:,} bytes", flush=True)
         if not found["bpb"] <= 1.5 * now["bpb"]:
@@ -388,7 +401,7 @@ def run(args, state):
         save_checkpoint(args.out, config=config, args=kept, tokenizer=tokenizer.spec, now=dict(now),
                         model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers])
 
-    stop, load, mtp, kl = on_signals(), 0.0, math.nan, math.nan
+    stop, pending, load, mtp, kl = on_signals(), [], 0.0, torch.tensor(math.nan), math.nan
     if progress() >= 1:
         print(f"nothing left to do after step {now['step']}: give more --steps or --minutes", flush=True)
     while progress() < 1 and not stop:
@@ -399,23 +412,26 @@ def run(args, state):
             group["lr"] = args.lr * factor * group.get("scale", 1.0)
         cut = min([n for share, n in args.stages if done >= share][-1], args.seq_len // 16)
         batch = get_batch(data["train"], args.seed, 0, now["step"], args.batch_size * cut, args.seq_len // cut)
-        batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-        aux = learn(model, batch, args.accumulate, optimizers, index, rest, MTP_WEIGHT[done > 1 - DECAY], now)
+        batch = {k: (v.pin_memory() if on_gpu else v).to(device, non_blocking=True) for k, v in batch.items()}
+        aux = learn(model, batch, args.accumulate, optimizers, index, rest, MTP_WEIGHT[done > 1 - DECAY])
+        pending.append((aux["loss"], aux["norm"] + aux["index_norm"]))
+        settle(running=on_gpu)
         if len(aux["expert_load"]):
             model.update_router_bias(aux["expert_load"], args.bias_rate)
             load = load + aux["expert_load"][:cfg.mlp_types.count("moe")]
         now["step"] += 1
         now["seconds"] += time.perf_counter() - tick
         now["flops"] += model.flops_per_token(args.seq_len // cut) * args.batch_size * args.seq_len
-        mtp = aux["mtp_loss"].item() if cfg.mtp_active and cfg.n_mtp else mtp
+        mtp = aux["mtp_loss"] if cfg.mtp_active and cfg.n_mtp else mtp
         if args.stop_after and now["step"] >= args.stop_after:
             stop.append(1)
         if now["step"] == 1 or now["step"] % args.log_every == 0:
+            settle()
             kl = aux["index_kl"].mean().item() if len(aux["index_kl"]) else kl
             violation = max_violation(load).max().item() if torch.is_tensor(load) else math.nan
             rate = now["step"] * args.batch_size * args.seq_len / now["seconds"]
             part = min(1.0, progress())
-            print(f"step {now['step']:05d} {part:4.0%} | loss {now['ema']:.3f} | mtp {mtp:.3f} | kl {kl:.4f} | "
+            print(f"step {now['step']:05d} {part:4.0%} | loss {now['ema']:.3f} | mtp {mtp.item():.3f} | kl {kl:.4f} | "
                   f"lr {args.lr * factor:.1e} | norm {aux['norm'].item():.2f} | maxvio {violation:.2f} | "
                   f"{rate:,.0f} tok/s | eta {now['seconds'] * (1 / part - 1) / 60:.1f}m", flush=True)
             load = 0.0

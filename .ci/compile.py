@@ -18,20 +18,22 @@ def variants():
                 PADDED=128, ROWS=16, PDL=True, DIMS=(4, 16, 128, 128, 16, 16, 16, 512, 32),
                 keys="tensordesc<bf16[128, 128]>", **dict.fromkeys("q k v qi ki scale out part".split(), "*bf16"),
                 **dict.fromkeys("lse scores slack stat delta index_stat share value dki".split(), "*fp32"),
-                **dict.fromkeys("T Tk N cap n edge0".split(), "i32"), **dict.fromkeys("grad dq dqi".split(), "*bf16"),
+                **dict.fromkeys("T Tk N P cap n edge0".split(), "i32"), **dict.fromkeys("grad dq dqi a b".split(), "*bf16"),
                 **dict.fromkeys(("dk", "dv"), "*fp32"), ends="*i64")
     index, train = dict(num_warps=8, num_stages=2, maxnreg=128, ROWS=128), dict(num_warps=8, num_stages=2)
     for name, change in (("index", index), ("index", dict(index, end=None, block_end=None, start=None)),
                          ("query_outer", dict(num_stages=2)), ("attend", dict(num_warps=8)), ("rescore", {}),
-                         ("kv_outer", dict(ROWS=64)), ("kv_outer", dict(ROWS=64, HKV=8, G=6)),
-                         ("combine", dict(ROWS=64)), ("combine", dict(ROWS=128, HKV=8, G=6, num_warps=8)),
+                         ("kv_outer", dict(ROWS=64, DIMS=(16, 128, 128))),
+                         ("kv_outer", dict(ROWS=64, HKV=8, DIMS=(6, 128, 128))), ("dot", dict(out="*fp32", ROWS=64)),
+                         ("combine", dict(ROWS=64, DIMS=(16, 128, 128))),
+                         ("combine", dict(ROWS=128, HKV=8, DIMS=(6, 128, 128), num_warps=8)),
                          ("scan", dict(scale=None, slack=None)), ("scan", dict(ki="*i8", num_warps=2)),
                          ("dense", dict(part="*fp32", num_stages=4)), ("dense_sum", dict(part="*fp32")),
                          ("backward", dict(train, DIMS=(4, 16, 128, 128, 16, 64))), ("slot_sum", {}),
                          ("backward", dict(train, DIMS=(8, 6, 128, 128, 16, 32))),
                          ("task_sum", dict(train, part="*fp32", out="*fp32")),
-                         ("kl", dict(DIMS=(4, 16, 128, 128, 128, 16, 64, 64), num_stages=2, index_stat=None)),
-                         ("kl", dict(train, DIMS=(8, 6, 128, 128, 128, 16, 64, 16)))):
+                         ("kl", dict(DIMS=(4, 16, 128, 128, 128, 16, 64, 64, 1), num_stages=2, index_stat=None)),
+                         ("kl", dict(train, DIMS=(8, 6, 128, 128, 128, 16, 64, 16, 8)))):
         names = getattr(msa, f"_{name}_kernel").arg_names
         yield (name, {p: {**base, **change}.get(p, None if p in change else "*i32") for p in names},
                {"num_warps": 4, "num_stages": 3, **{p: x for p, x in change.items() if p not in names}})

@@ -80,8 +80,7 @@ class Task:
         return rewards or [0.0], False, seconds
 
 class Calculator(Task):
-    """One to three operations, left to right: Q12*3+45; t2[12*3] =36; t1[36+45] =81; A81. The thought: how many remain.
-    One operation a call, so that the tool is necessary."""
+    """One to three operations, one a call: Q12*3+45; t2[12*3] =36; t1[36+45] =81; A81. The thought: how many remain."""
     OPS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 
     def __init__(self, rng):
@@ -135,10 +134,8 @@ def smudge(text, alphabet, rng, noise):
 
 def make_task(args, number, split=0):
     """Task `number` of a split: a pure function of the seed, so that every group of a run is a fresh problem."""
-    rng = random.Random(f"{args.seed} {split} {number}")
-    if args.task == "calculator":
-        return Calculator(rng)
-    return Maze(rng, args.turns, 64 if args.task == "cap" else math.inf)
+    rng, cap = random.Random(f"{args.seed} {split} {number}"), 64 if args.task == "cap" else math.inf
+    return Calculator(rng) if args.task == "calculator" else Maze(rng, args.turns, cap)
 
 # ---- gateway and data pool -----------------------------------------------------------------------
 
@@ -163,10 +160,7 @@ class Trajectory:
     said: dict = dataclasses.field(default_factory=dict)  # text of a completion -> its tokens
 
     def finish(self, rewards, success, seconds):
-        """What was earned beyond the last completion goes to that one."""
-        n = max(1, len(self.samples))
-        self.rewards = [*rewards[:n - 1], *[0.0] * (n - 1 - len(rewards)), sum(rewards[n - 1:])]
-        self.success, self.seconds, self.said = success, seconds, {}
+        self.rewards, self.success, self.seconds, self.said = rewards, success, seconds, {}
 
     def fail(self):
         self.finish([0.0] * (len(self.samples) - 1) + [FAILURE], False, self.seconds)
@@ -191,7 +185,9 @@ class Gateway:
         return text
 
 def common_prefix(a, b):
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    n = min(len(a), len(b))
+    apart = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))
+    return int(apart[0]) if len(apart) else n
 
 # ---- rollout engine ------------------------------------------------------------------------------
 
@@ -231,10 +227,8 @@ class WindowedFIFO:
 
     def __init__(self, slots, window, deadline=math.inf):
         self.slots, self.window, self.deadline = slots, window, deadline
-        self.head = self.next = 0
-        self.born = {}                 # admitted, its step not yet published: group -> (time, version)
-        self.done, self.taken = set(), set()  # finished, not consumed; consumed, beyond the head
-        self.batch = []                # consumed for the trainer's next step
+        self.next, self.born = 0, {}   # group -> (time, version) of its admission, until its step is published
+        self.done, self.batch = set(), []  # finished, not consumed; consumed for the trainer's next step
 
     def admit(self, now, version):
         """Fill the free slots -> the new groups."""
@@ -245,7 +239,7 @@ class WindowedFIFO:
 
     def waiting(self):
         """Groups whose rollout has not finished."""
-        return [t for t in self.born if t >= self.head and t not in self.done and t not in self.taken]
+        return [t for t in self.born if t not in self.done and t not in self.batch]
 
     def finish(self, task):
         if task in self.waiting():  # a group that was completed at its deadline may still report later
@@ -260,23 +254,18 @@ class WindowedFIFO:
     def take(self, n):
         """Add finished groups of the window to the batch, oldest first -> it, once it holds n; None until then."""
         while len(self.batch) < n:
-            ready = [t for t in self.done if t < self.head + self.window]
+            head = min(self.born.keys() - self.batch, default=self.next)
+            ready = [t for t in self.done if t < head + self.window]
             if not ready:
                 return None
-            task = min(ready)
-            self.done.remove(task)
-            self.taken.add(task)
-            self.batch.append(task)
-            while self.head in self.taken:
-                self.taken.remove(self.head)
-                self.head += 1
+            self.batch.append(min(ready))
+            self.done.remove(min(ready))
         return self.batch
 
     def publish(self, version):
         """The step that consumed the batch is out as `version`: free its slots -> its groups' lags, in steps."""
-        lags = [version - 1 - self.born.pop(task)[1] for task in self.batch]
-        self.batch = []
-        return lags
+        batch, self.batch = self.batch, []
+        return [version - 1 - self.born.pop(task)[1] for task in batch]
 
 class Clock:
     """The virtual clock: when each running group will finish, and how long the trainer stood idle."""
@@ -285,18 +274,14 @@ class Clock:
         self.now, self.idle, self.running = 0.0, 0.0, {}
 
     def wait(self, queue, n):
-        """Let time pass until the trainer's batch holds n groups -> those that missed their deadline meanwhile."""
-        late = []
+        """Let time pass until the trainer's batch holds n groups."""
         while True:
             for task in [t for t, when in self.running.items() if when <= self.now]:
                 queue.finish(task)
                 del self.running[task]
-            late += queue.expire(self.now)
-            self.running = {t: when for t, when in self.running.items() if t not in late}
             if queue.take(n):
-                return late
-            deadlines = [queue.born[t][0] + queue.deadline for t in self.running]
-            then = max(self.now, min([*self.running.values(), *deadlines]))
+                return
+            then = min(self.running.values())
             self.idle, self.now = self.idle + then - self.now, then
 
 # ---- prefix tree ---------------------------------------------------------------------------------
@@ -309,29 +294,27 @@ class PrefixTree:
                   a b            weight   3 3   1 1   1 1 1      every position has one next token
 
     Samples that part at depth p fork at L * ((p - max(K, 1)) // L): segments start at multiples of L, so that a key
-    block of the layout is one of a path, and module K of MTP finds its token K places on. A leaf is the path of its
-    longest sample, as slots, and the samples that end on it. The row itself is made by `unfold`, of many trees at once:
-    idx, pos, end, weight, draft, for this tree alone when they are asked for."""
+    block of the layout is one of a path, and module K of MTP finds its token K places on. A leaf: the slots of its
+    longest sample, and the samples that end there. A plan needs no more; `unfold` makes the rows, of many trees."""
 
     def __init__(self, samples, L=1, K=0):
         keys = [sort_key(s) for s in samples] if len(samples) > 1 else [b""]
         order = sorted(range(len(samples)), key=keys.__getitem__)  # what is shorter first
-        self.samples, self.L, self.K = [samples[i] for i in order], L, K
-        self.lengths = [s.ids.numel() for s in self.samples]
-        width = len(keys[0]) // samples[0].ids.numel()
-        self.part = [parting(keys[a], keys[b], width) for a, b in zip(order, order[1:])]
-        self.size, self.n_naive, self.segments, self.leaves = 0, sum(self.lengths), [], []
+        self.samples, self.L, self.K, self.back = [samples[i] for i in order], L, K, max(K, 1)
+        self.part = [parting(keys[a], keys[b], samples[b].ids.numel()) for a, b in zip(order, order[1:])]
+        self.size, self.segments, self.leaves, self.n_naive = 0, [], [], sum(s.ids.numel() for s in samples)
         self.place(0, len(order), np.arange(0))
         self.size += -self.size % L
 
     def place(self, lo, hi, path):
         """Lay out samples [lo, hi), which agree up to where they part, from where `path` ends; then their children."""
         p = min(self.part[lo:hi - 1], default=math.inf)  # sorted: the closest neighbours are where the first parting is
-        fork = self.lengths[hi - 1] if p == math.inf else max(len(path), self.L * ((p - max(self.K, 1)) // self.L))
+        leaf, length = p == math.inf, self.samples[hi - 1].ids.numel()
+        fork = length if leaf else max(len(path), self.L * ((p - self.back) // self.L))
         base = self.size + -self.size % self.L
         self.size = stop = base + fork - len(path)
         path = np.concatenate([path, np.arange(base, stop)])
-        if p == math.inf:
+        if leaf:
             self.leaves.append((path, self.samples[lo:hi]))
         else:
             cuts = [lo, *(i + 1 for i in range(lo, hi - 1) if self.part[i] == p), hi]
@@ -340,68 +323,58 @@ class PrefixTree:
         self.segments.append((base, stop, self.size))
 
     def __getattr__(self, name):
-        """The row, when it is first asked for: idx, pos, end (size,), weight, draft (K + 1, size). Plans need sizes."""
+        """The row of this tree alone, to look at."""
         if name not in ("idx", "pos", "end", "weight", "draft"):
             raise AttributeError(name)
-        vars(self).update((key, x[..., 0, :]) for key, x in unfold([self], self.size)[0].items())
-        return vars(self)[name]
-
-    def routes(self, T):
-        """Recorded experts and blocks of a row of T slots, (T, r). A path's block number becomes the layout's; a
-        sample's last token, never fed, takes what the one before chose, a pad its own block."""
-        own = -2 - np.arange(T)[:, None] // self.L
-        out = np.where(self.samples[0].routes.numpy()[:1] < 0, own, 0).astype(np.int32)
-        for path, samples in self.leaves:
-            codes = samples[-1].routes.numpy()
-            codes = np.concatenate([codes, codes[-1:]])
-            block = np.where(codes < -1, -2 - codes, 0)
-            out[path] = np.where(codes < -1, -2 - path[block * self.L] // self.L, codes)
-        return out
+        return unfold([self], self.size)[0][name][..., 0, :]
 
 def sort_key(sample):
-    """Bytes that sort as the tokens do, the same number for each: its id, and its routes where those were recorded,
-    since equal tokens that went to other experts are other nodes."""
-    record, routes = sample.ids, sample.routes
-    if routes is not None:
-        record = torch.cat([record[:, None], torch.cat([routes, routes[-1:]])], 1)
+    """Bytes that sort as the tokens do: ids, and recorded routes, since equal tokens of other experts are others."""
+    ids, routes = sample.ids, sample.routes
+    record = ids if routes is None else torch.cat([ids[:, None], torch.cat([routes, routes[-1:]])], 1)
     return record.numpy().astype(">i4").tobytes()
 
-def parting(a, b, width):
-    """Depth at which two keys part, the first of which sorts first; inf if it is the other's beginning."""
+def parting(a, b, n):
+    """Depth at which key b, of n tokens, parts from key a, which sorts before it; inf if a is its beginning."""
     if b.startswith(a):
         return math.inf
-    n = min(len(a), len(b))
-    apart = np.frombuffer(a, np.uint8, n) != np.frombuffer(b, np.uint8, n)
-    return int(apart.argmax()) // width
+    return common_prefix(*(np.frombuffer(key, np.uint8) for key in (a, b))) * n // len(b)
 
 def unfold(trees, T):
-    """Trees as rows of T slots, filled all at once -> dict of idx, pos, end (B, T), weight, draft (K + 1, B, T); the
-    slot before each action token of each sample, counted through all rows; the token. What samples say about
-    their tokens is summed into slots: weight[k] counts those that go on for k more tokens (a pad: none), draft[k] those
-    of whose action the token k + 1 places on is part."""
-    B, K = len(trees), trees[0].K
-    leaves = [(b * T + path, samples) for b, t in enumerate(trees) for path, samples in t.leaves]
-    slot, ids = np.concatenate([p for p, _ in leaves]), torch.cat([s[-1].ids for _, s in leaves]).numpy()      # (n,)
-    sizes = [len(path) for path, _ in leaves]
-    origin = np.cumsum(sizes) - sizes
-    first = np.repeat(origin, [len(samples) for _, samples in leaves])  # (m,), of each sample: where its path begins
-    start, length = np.array([(s.start, s.ids.numel()) for _, samples in leaves for s in samples]).T          # (m,)
+    """Trees as rows of T slots -> dict of idx, pos, end (B, T), weight, draft (K + 1, B, T), and routes (B, T, r) if
+    recorded; of each action token of each sample the slot before it, counted through all rows, and the token.
+    weight[k] counts the samples that go on for k more tokens (a pad: none), draft[k] those of whose action the token
+    k + 1 places on is part. A sample's last token, never fed, has the routes of the one before, a pad its own block."""
+    B, L, leaves = len(trees), trees[0].L, [(b * T + path, s) for b, t in enumerate(trees) for path, s in t.leaves]
+    # the paths of all leaves, end to end: n tokens, of which a sample is those from `first` to first + length - 1
+    slot, ids = np.concatenate([path for path, _ in leaves]), torch.cat([s[-1].ids for _, s in leaves]).numpy()
+    n, sizes = len(slot), [len(path) for path, _ in leaves]
+    origin = np.repeat(np.cumsum(sizes) - sizes, sizes)                         # (n,) where a token's path begins
+    first = np.repeat(np.cumsum(sizes) - sizes, [len(s) for _, s in leaves])    # (m,) where a sample's path begins
+    start, length = np.array([(s.start, s.ids.numel()) for _, samples in leaves for s in samples]).T
 
     def count(lo, hi):
-        """In how many samples each slot is one of tokens lo to hi - 1."""
-        lo, hi = (np.bincount(first + np.maximum(x, 0), minlength=len(slot) + 1) for x in (lo, hi))
-        return np.bincount(slot, np.cumsum(lo - hi)[:-1], B * T).reshape(B, T)
-    idx, pos, end = np.zeros((B, T), int), np.zeros((B, T), int), np.tile(np.arange(1, T + 1, dtype=np.int32), (B, 1))
+        """Samples of which a slot is one of the tokens lo to hi - 1."""
+        lo, hi = (np.bincount(first + np.maximum(x, 0), minlength=n + 1) for x in (lo, hi))
+        return np.bincount(slot, np.cumsum(lo - hi)[:n], B * T).reshape(B, T)
+    shifts, idx, pos = range(trees[0].K + 1), np.zeros((B, T), int), np.zeros((B, T), int)
     np.put(idx, slot, ids)
-    np.put(pos, slot, np.arange(len(slot)) - np.repeat(origin, sizes))
-    for row, tree in zip(end, trees):
+    np.put(pos, slot, np.arange(n) - origin)
+    rows = dict(idx=idx, pos=pos, end=np.tile(np.arange(1, T + 1, dtype=np.int32), (B, 1)),
+                weight=np.stack([count(0, length - k) for k in shifts]),
+                draft=np.stack([count(start - k - 1, length - k - 1) for k in shifts]))
+    for row, tree in zip(rows["end"], trees):
         for lo, hi, stop in tree.segments:
             row[lo:hi] = stop
-    weight = np.stack([count(0, length - k) for k in range(K + 1)])
-    draft = np.stack([count(start - k - 1, length - k - 1) for k in range(K + 1)])
+    if all(s.routes is not None for _, samples in leaves for s in samples):
+        codes = torch.cat([x for _, s in leaves for x in (s[-1].routes, s[-1].routes[-1:])]).numpy()        # (n, r)
+        block = slot[origin[:, None] + L * np.where(codes < -1, -2 - codes, 0)] % T // L  # the path's -> the layout's
+        pads = np.where(codes[:1] < 0, -2 - np.arange(T)[:, None] // L, 0).astype(np.int32)
+        rows["routes"] = np.tile(pads, (B, 1, 1))
+        rows["routes"].reshape(B * T, -1)[slot] = np.where(codes < -1, -2 - block, codes)
     total = np.cumsum(length - start)
-    acts = np.repeat(first + length - total, length - start) + np.arange(total[-1])
-    return dict(idx=idx, pos=pos, end=end, weight=weight, draft=draft), slot[acts - 1], ids[acts]
+    action = np.repeat(first + length - total, length - start) + np.arange(total[-1])
+    return rows, slot[action - 1], ids[action]
 
 # ---- CISPO and the train engine ------------------------------------------------------------------
 
@@ -433,8 +406,6 @@ def collate(trees, device):
     slots, first, entry = np.unique(before, return_index=True, return_inverse=True)
     out.update(slots=slots, entry=entry, target=token[first],
                advantage=np.repeat([s.advantage for s in samples], [s.logprobs.numel() for s in samples]))
-    if all(s.routes is not None for s in samples):
-        out["routes"] = np.stack([t.routes(T) for t in trees])
     out = {name: torch.from_numpy(x) for name, x in out.items()}
     out.update(old=torch.cat([s.logprobs for s in samples]), version=torch.cat([s.versions for s in samples]))
     return {name: x.to(device) for name, x in out.items()}
@@ -468,7 +439,7 @@ def mtp_losses(model, batch, hidden, top=8):
         q = q / q.sum(-1, keepdim=True)
         kl = (q * (q.log() - logp.gather(-1, token))).nan_to_num(0.0).sum(-1)                             # (B, T - k)
         loss = loss + (kl * batch["draft"][k][:, :-k]).sum() / len(model.mtp)
-        loads += [aux["expert_load"]] if "expert_load" in aux else []
+        loads.append(aux["expert_load"][None])
         kls += [aux["index_kl"] * weight.sum()] if "index_kl" in aux else []
     return loss, loads, kls
 
@@ -500,7 +471,7 @@ def backward(model, trees, tokens=16384, mtp_weight=0.1):
     """Gradients of one step's loss over all samples of the trees, in micro-batches; each term is normalised over the
     samples as they were before merging -> statistics, expert loads."""
     Z, naive = sum(len(s.logprobs) for t in trees for s in t.samples), sum(t.n_naive for t in trees)
-    load, stats = 0.0, dict(loss=[], entropy=[], ratio=[], version=[])
+    load, parts = 0.0, []
     model.train()
     for part in micro_batches(trees, tokens):
         batch = collate(part, model.embed.weight.device)
@@ -508,18 +479,17 @@ def backward(model, trees, tokens=16384, mtp_weight=0.1):
         old = batch["old"].to(logprob.dtype)
         old = torch.where(old.isnan(), logprob.detach()[batch["entry"]], old)  # a demonstration has none: ratio 1
         loss, ratio = cispo_loss(logprob, batch["entry"], old, batch["advantage"].to(logprob.dtype), Z)
-        loads = [aux["expert_load"]] if "expert_load" in aux else []
+        loads = [aux["expert_load"]]
         if "index_kl" in aux:
             loss = loss + aux["index_kl"].sum() * batch["weight"][0].sum() / naive
         if len(model.mtp):
             mtp, more, kls = mtp_losses(model, batch, aux["hidden"])
-            loss, loads = loss + mtp_weight * mtp / Z + sum(kls) / naive, loads + [x[None] for x in more]
+            loss, loads = loss + mtp_weight * mtp / Z + sum(kls) / naive, loads + more
         loss.backward()
         load = load + torch.cat(loads)
-        for seen, x in zip(stats.values(), (loss.detach()[None], entropy[batch["entry"]], ratio, batch["version"])):
-            seen.append(x.cpu())
-    stats = {name: torch.cat(x) for name, x in stats.items()}
-    return dict(stats, loss=stats["loss"].sum().item(), entropy=stats["entropy"].mean().item(), naive=naive,
+        parts.append((loss.detach()[None], entropy[batch["entry"]], ratio, batch["version"]))
+    loss, entropy, ratio, version = (torch.cat(x).cpu() for x in zip(*parts))
+    return dict(loss=loss.sum().item(), entropy=entropy.mean().item(), ratio=ratio, version=version, naive=naive,
                 slots=sum(t.size for t in trees)), load
 
 def train_step(model, optimizers, trees, rate, bias_rate=1e-3, tokens=16384):
@@ -555,13 +525,14 @@ class Local:
         rollout(self.model, self.gateway, episodes, version, generator, args.rollouts, args.replay)
         for n in tasks:
             tail = math.exp(args.sigma * random.Random(f"{args.seed} tail {n}").gauss(0, 1))
-            self.clock.running[n] = self.clock.now + tail * max(t.seconds for t in self.pool[n])
+            seconds = tail * max(t.seconds for t in self.pool[n])
+            if seconds > self.queue.deadline:  # by then it is given up
+                for t in self.pool[n]:
+                    t.fail()
+            self.clock.running[n] = self.clock.now + min(seconds, self.queue.deadline)
 
     def wait(self, stop):
-        """Fill the trainer's batch; a group past its deadline gets the reward of a failure."""
-        for task in self.clock.wait(self.queue, self.args.groups):
-            for t in self.pool[task]:
-                t.fail()
+        self.clock.wait(self.queue, self.args.groups)
         self.clock.now += TRAIN_S
 
 class Refused(Exception):
@@ -570,9 +541,6 @@ class Refused(Exception):
 class Handler(http.server.BaseHTTPRequestHandler):
     """POST of a JSON object -> a JSON object; what is refused gets a 4xx and OpenAI's error object."""
     timeout, log_message = 2, lambda self, *args: None  # seconds: one that stalls must not hold up the others
-
-    def do_GET(self):
-        self.do_POST()
 
     def do_POST(self):
         try:
@@ -585,6 +553,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.end_headers()
         self.wfile.write(json.dumps(reply).encode())
+    do_GET = do_POST
 
     def read_body(self):
         size, key = self.headers.get("Content-Length", ""), self.headers.get("Authorization", "")
@@ -599,7 +568,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except (ValueError, AttributeError, RecursionError):
             raise Refused(400, "the body is not a JSON object") from None
 
-class Served:
+class Served(http.server.HTTPServer):
     """Agents of other processes, in real seconds, on loopback. One thread: requests are answered between two steps.
 
         POST /v1/tasks {}                                        -> {task, messages}: one episode is claimed
@@ -608,15 +577,15 @@ class Served:
         POST /v1/finish {task, rewards, success: bool}             its end; a reward for each turn
 
     Once the last step has its groups, the server is gone."""
+    timeout, handle_error = 0.05, lambda *_: None  # a client that hangs up is no news
+    request_queue_size = 1024          # who comes during a training step waits for its end
 
     def __init__(self, model, gateway, args, queue):
+        super().__init__(("127.0.0.1", args.serve), Handler)
         self.model, self.gateway, self.args, self.queue = model, gateway, args, queue
         self.clock, self.pool, self.open, self.unclaimed = Clock(), {}, {}, []
-        self.server = server = http.server.HTTPServer(("127.0.0.1", args.serve), Handler)
-        server.answer, server.token = self.answer, args.token or os.urandom(16).hex()
-        server.timeout, server.handle_error = 0.05, lambda *_: None  # a client that hangs up is no news
-        server.socket.listen(1024)  # who comes during a training step waits for its end
-        print(f"gateway | http://127.0.0.1:{server.server_port}/v1 key {server.token}", flush=True)
+        self.token = args.token or os.urandom(16).hex()
+        print(f"gateway | http://127.0.0.1:{self.server_port}/v1 key {self.token}", flush=True)
 
     def start(self, tasks, version):
         names = [f"{n}.{row}" for n in tasks for row in range(self.args.rollouts)]
@@ -667,7 +636,7 @@ class Served:
     def wait(self, stop):
         started = time.monotonic() - self.clock.now
         while not self.queue.take(self.args.groups) and not stop:
-            self.server.handle_request()
+            self.handle_request()
             self.clock.now = time.monotonic() - started
             late = self.queue.expire(self.clock.now)
             for name in [name for name, t in self.open.items() if t.task in late]:
@@ -798,15 +767,16 @@ def report(now, args, groups, stats, lags, decode):
           f"merge {stats['naive'] / stats['slots']:.1f}x, {stats['naive'] - stats['slots']:,} tokens saved | "
           f"{now['seconds']:.0f} s", flush=True)
     if now["step"] % args.show_every == 1 % args.show_every:
-        text, path, t = "", [], episodes[0]
-        for s in t.samples:
-            ids = s.ids.tolist()
-            text += f"{decode(ids[common_prefix(path, ids):s.start])}<{decode(ids[s.start:])}>"
-            path = ids
+        t = episodes[0]
+        ids = [[], *(s.ids.tolist() for s in t.samples)]
+        text = "".join(f"{decode(b[common_prefix(a, b):s.start])}<{decode(b[s.start:])}>"
+                       for a, b, s in zip(ids, ids[1:], t.samples))
         text = text.encode("unicode_escape").decode()  # a young policy writes anything
         print(f"  {'solved' if t.success else 'failed'}: {text} rewards {' '.join(f'{r:+.2f}' for r in t.rewards)}")
 
 def run(args, state):
+    if args.schedule == "all":
+        return compare(args)
     started = time.perf_counter()
     device, dtype, why = pick_device(args.device)
     os.makedirs(args.out, exist_ok=True)  # now, not after minutes of training
@@ -833,9 +803,8 @@ def run(args, state):
         source.wait(stop)
         if len(queue.batch) < args.groups:  # stopped while agents of other processes were at work
             break
-        groups = [source.pool[task] for task in queue.batch]
+        groups = [source.pool.pop(task) for task in queue.batch]
         stats = train_step(model, optimizers, plan_rows(map(advantages, groups), model, not args.no_merge), rate)
-        source.pool = {task: group for task, group in source.pool.items() if task not in queue.batch}
         lags = queue.publish(now["step"] + 1)  # the step's weights are out: now, and not before, its slots are free
         now["seconds"] += time.perf_counter() - tick
         report(now, args, groups, stats, lags, gateway.tokenizer.decode)
@@ -863,8 +832,7 @@ def restore(state, source, optimizers):
     """Put a checkpoint back -> now. What other processes had begun starts again: not lost, not counted twice."""
     for optimizer, saved in zip(optimizers, state["optimizers"]):
         optimizer.load_state_dict(saved)
-    given = dict(window=source.queue.window, deadline=source.queue.deadline)
-    vars(source.queue).update(state["queue"] | given)
+    vars(source.queue).update(state["queue"], window=source.queue.window, deadline=source.queue.deadline)
     vars(source.clock).update(state["clock"])
     source.pool = {task: [Trajectory(**{**t, "samples": [Sample(**s) for s in t["samples"]]}) for t in group]
                    for task, group in state["pool"].items()}
@@ -874,11 +842,11 @@ def restore(state, source, optimizers):
 
 def draw(curve, args):
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axis = figure.subplots(subplot_kw=dict(ylim=(0, 1.02), xlabel="step", ylabel=f"{args.task}: share solved, sampled"))
+    axis = Figure(figsize=(7, 3.5), layout="constrained").subplots()
     axis.plot(curve, label=["a batch of fresh problems", "EMA"])
+    axis.set(ylim=(0, 1.02), xlabel="step", ylabel=f"{args.task}: share solved, sampled")
     axis.legend(loc="lower right")
-    figure.savefig(args.figure)
+    axis.figure.savefig(args.figure)
 
 # ---- what the ideas buy --------------------------------------------------------------------------
 
@@ -920,10 +888,7 @@ def compare(args):
     return dict(trained["window"], trained=trained, queue=rows)
 
 def main(argv=None):
-    def choose():
-        args, state = parse_args(argv)
-        return compare(args) if args.schedule == "all" else run(args, state)
-    return command("rl.py", choose)
+    return command("rl.py", lambda: run(*parse_args(argv)))
 
 if __name__ == "__main__":
     main()

@@ -41,7 +41,7 @@ EMBED_SCALE = 12.0                     # rate of the embedding over that of the 
 RUNS = {
     "tiny": dict(seq_len=256, batch_size=4, accumulate=1, lr=1.2e-2, minutes=2.5, mtp_every=8, msa_from=0.5,
                  stages=((0.0, 8), (0.2, 4), (0.45, 2), (0.75, 1))),
-    "small": dict(seq_len=8192, batch_size=16, accumulate=1, lr=2e-3, minutes=10.0, mtp_every=8, msa_from=0.25,
+    "small": dict(seq_len=8192, batch_size=16, accumulate=1, lr=4e-3, minutes=10.0, mtp_every=8, msa_from=0.25,
                   stages=((0.0, 1),))}
 PEAK = {"H100": 989.4e12, "H200": 989.4e12, "H800": 989.4e12, "A100": 312e12}  # dense bf16 FLOP/s, by the GPU's name
 
@@ -347,6 +347,13 @@ def learn(model, batch, n, optimizers, index, rest, mtp_weight):
         optimizer.zero_grad(set_to_none=True)
     return dict(total, norm=norm, index_norm=index_norm)
 
+def rehearse(model, batch, n, index, rest):
+    """Compile what the steps of a run need before its clock starts; the model is left as it was."""
+    for model.cfg.index_warmup in (True, False):
+        for model.cfg.mtp_active in (True, False):
+            learn(model, batch, n, [], index, rest, 1.0)
+    model.zero_grad(set_to_none=True)
+
 def run(args, state):
     started = time.perf_counter()
     if args.dry_run:
@@ -381,12 +388,18 @@ def run(args, state):
         now["sparse_from"] = progress() + (1 - progress()) * args.msa_from
         if progress() >= 1:
             raise ValueError("--attn msa: nothing is left of the run to convert in; give more --steps or --minutes")
+    if on_gpu:
+        batch = get_batch(data["train"], args.seed, 0, 0, args.batch_size, args.seq_len)
+        rehearse(model, {k: v.to(device) for k, v in batch.items()}, args.accumulate, index, rest)
     card(model, args, device, why, data, time.perf_counter() - started, now["sparse_from"])
 
     def settle(running=0):
         """Check the steps that are done; waiting for the last one would leave a GPU idle while the next is prepared."""
         while len(pending) > running:
-            watch(*(x.item() for x in pending.pop(0)), now)
+            seen, event = pending.pop(0)
+            if event:
+                event.synchronize()
+            watch(*seen.tolist(), now)
 
     def checkpoint():
         """Evaluate on the first bytes and save what passes: the last good checkpoint survives a divergence."""
@@ -401,7 +414,7 @@ def run(args, state):
         save_checkpoint(args.out, config=config, args=kept, tokenizer=tokenizer.spec, now=dict(now),
                         model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers])
 
-    stop, pending, load, mtp, kl = on_signals(), [], 0.0, torch.tensor(math.nan), math.nan
+    stop, pending, load, mtp, kl, last = on_signals(), [], 0.0, torch.tensor(math.nan), math.nan, dict(now)
     if progress() >= 1:
         print(f"nothing left to do after step {now['step']}: give more --steps or --minutes", flush=True)
     while progress() < 1 and not stop:
@@ -414,8 +427,10 @@ def run(args, state):
         batch = get_batch(data["train"], args.seed, 0, now["step"], args.batch_size * cut, args.seq_len // cut)
         batch = {k: (v.pin_memory() if on_gpu else v).to(device, non_blocking=True) for k, v in batch.items()}
         aux = learn(model, batch, args.accumulate, optimizers, index, rest, MTP_WEIGHT[done > 1 - DECAY])
-        pending.append((aux["loss"], aux["norm"] + aux["index_norm"]))
-        settle(running=on_gpu)
+        seen = torch.stack([aux["loss"], aux["norm"] + aux["index_norm"]]).to("cpu", non_blocking=True)
+        pending.append((seen, torch.cuda.current_stream().record_event() if on_gpu else None))
+        shows = now["step"] == 0 or (now["step"] + 1) % args.log_every == 0
+        settle(running=on_gpu and not shows)
         if len(aux["expert_load"]):
             model.update_router_bias(aux["expert_load"], args.bias_rate)
             load = load + aux["expert_load"][:cfg.mlp_types.count("moe")]
@@ -425,15 +440,15 @@ def run(args, state):
         mtp = aux["mtp_loss"] if cfg.mtp_active and cfg.n_mtp else mtp
         if args.stop_after and now["step"] >= args.stop_after:
             stop.append(1)
-        if now["step"] == 1 or now["step"] % args.log_every == 0:
-            settle()
+        if shows:
             kl = aux["index_kl"].mean().item() if len(aux["index_kl"]) else kl
             violation = max_violation(load).max().item() if torch.is_tensor(load) else math.nan
-            rate = now["step"] * args.batch_size * args.seq_len / now["seconds"]
-            part = min(1.0, progress())
+            rate, mfu = speed(args, now, last, device)
+            part, last = min(1.0, progress()), dict(now)
             print(f"step {now['step']:05d} {part:4.0%} | loss {now['ema']:.3f} | mtp {mtp.item():.3f} | kl {kl:.4f} | "
                   f"lr {args.lr * factor:.1e} | norm {aux['norm'].item():.2f} | maxvio {violation:.2f} | "
-                  f"{rate:,.0f} tok/s | eta {now['seconds'] * (1 / part - 1) / 60:.1f}m", flush=True)
+                  f"{rate:,.0f} tok/s{f', mfu {mfu:.1%}' if mfu else ''} | "
+                  f"eta {now['seconds'] * (1 / part - 1) / 60:.1f}m", flush=True)
             load = 0.0
         if now["step"] % args.eval_every == 0 and progress() < 1 and not stop:
             checkpoint()
@@ -447,14 +462,19 @@ def run(args, state):
         print(f"final {now['step']:04d} | {report(final)} | {data['val'].n_bytes:,} bytes")
     return summary(model, args, now, final, device)
 
-def summary(model, args, now, final, device):
-    tokens, (total, active) = now["step"] * args.batch_size * args.seq_len, model.num_params()
-    rate, moe = tokens / max(now["seconds"], 1e-9), torch.is_tensor(final["load"])
+def speed(args, now, since, device):
+    """-> tokens a second since then, and executed FLOPs over the GPU's dense bf16 peak, None where that is unknown."""
+    seconds = max(now["seconds"] - since["seconds"], 1e-9)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((flops for gpu, flops in PEAK.items() if gpu in name), None)
-    return dict(step=now["step"], loss=now["ema"], val_bpb=final["bpb"], tokens=tokens, tokens_per_s=rate,
-                mfu=now["flops"] / max(now["seconds"], 1e-9) / peak if peak else None, params_total=total,
-                params_active=active, seconds=now["seconds"], block_recall=final["recall"], score_recall=final["mass"],
+    rate = (now["step"] - since["step"]) * args.batch_size * args.seq_len / seconds
+    return rate, (now["flops"] - since["flops"]) / seconds / peak if peak else None
+
+def summary(model, args, now, final, device):
+    (rate, mfu), (total, active) = speed(args, now, dict(step=0, seconds=0.0, flops=0.0), device), model.num_params()
+    moe = torch.is_tensor(final["load"])
+    return dict(step=now["step"], loss=now["ema"], val_bpb=final["bpb"], tokens_per_s=rate, mfu=mfu,
+                tokens=now["step"] * args.batch_size * args.seq_len, params_total=total, params_active=active, seconds=now["seconds"], block_recall=final["recall"], score_recall=final["mass"],
                 block_chance=final["chance"], dead_experts=int((final["load"] == 0).sum()) if moe else 0,
                 max_vio=max_violation(final["load"]).tolist() if moe else [])
 

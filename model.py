@@ -18,8 +18,8 @@ Not published: initialisation, MTP's weights. MTP follows DeepSeek-V3 (arXiv 241
 """
 import dataclasses
 import json
-import os
 import re
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe import MLP, Linear, MoE, count_params, update_bias
 from msa import KVCache, block_recall, full_attention, index_kl_loss, msa_attention
-from msa import msa_decode, msa_train, select_blocks
+from msa import msa_decode, msa_train, query_index, select_blocks
 
 M3_STYLE = dict(activation="swiglu_oai", gemma_norm=True, qk_norm="head")
 
@@ -120,7 +120,7 @@ class RMSNorm(nn.Module):
     def __init__(self, dim, cfg):
         super().__init__()
         self.eps, self.gemma = cfg.norm_eps, cfg.gemma_norm
-        self.weight = nn.Parameter(torch.empty(dim))
+        self.weight = nn.Parameter(torch.full((dim,), 0.0 if cfg.gemma_norm else 1.0))
 
     def forward(self, x):
         weight = self.weight.to(torch.promote_types(x.dtype, torch.float32))
@@ -134,9 +134,8 @@ def rope_tables(pos, rotary_dim, theta):
 
 def apply_rope(x, rope):
     """Rotate the pairs (c, c + rotary_dim / 2) of the first rotary_dim channels of x (B, T, H, D), leave the others."""
-    cos, sin = rope
+    (cos, sin), wide = rope, torch.promote_types(x.dtype, torch.float32)
     half = cos.size(-1)
-    wide = torch.promote_types(x.dtype, torch.float32)
     a, b = x[..., :half].to(wide), x[..., half:2 * half].to(wide)
     return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), x[..., 2 * half:]], -1)
 
@@ -187,33 +186,29 @@ class Attention(nn.Module):
         return q, k, v, *(self.indexer(x, rope) if self.indexer else (None, None))
 
     def forward(self, q, k, v, qi, ki, layer, call, replay=None):
-        """What `project` gives -> y (B, T, H, D), aux. `replay` (B, T, Hkv, S) is a recorded block_idx."""
-        start = None
+        """What `project` gives -> y (B, T, H, D), aux. `replay` (B, T, Hkv, S) is a recorded block_idx.
+        MSA has full attention while the indexer warms up, adds the KL in training, and its recall in evaluation."""
+        start, aux = None, {}
         if call.cache is not None:
             start = call.cache.length
             k, v, ki = call.cache.append(layer, k, v, ki)
         if self.indexer is None:
-            return full_attention(q, k, v, call.end, start), {}
-        return self.sparse(layer, q, k, v, qi, ki, start, call, replay)
-
-    def sparse(self, layer, q, k, v, qi, ki, start, call, replay):
-        """MSA, or full attention while the indexer warms up; the KL in training, recall in evaluation."""
-        S, L, block_idx, aux = self.cfg.index_topk_blocks, self.cfg.index_block_size, replay, {}
-        learns, share = self.training and call.cache is None, (call.end, call.weight, self.cfg.index_kl_stride)
+            return full_attention(q, k, v, call.end, start), aux
+        S, L, learns = self.cfg.index_topk_blocks, self.cfg.index_block_size, self.training and call.cache is None
+        share = call.end, call.weight, self.cfg.index_kl_stride
         if self.cfg.index_warmup:
             y, block_idx = full_attention(q, k, v, call.end, start), None
-        elif start is not None and block_idx is None:
+            if learns:
+                aux["index_kl"] = index_kl_loss(qi, ki, q, k, None, L, *share)
+        elif start is not None and replay is None:
             y, block_idx = msa_decode(q, k, v, qi, ki, S, L, start, call.end, int8=call.cache.int8(layer, ki.size(1)))
         else:
-            if block_idx is None:
-                block_idx = select_blocks(qi, ki, S, L, call.end, start)
+            block_idx = select_blocks(qi, ki, S, L, call.end, start) if replay is None else replay
             if learns:
                 y, aux["index_kl"] = msa_train(q, k, v, qi, ki, block_idx, L, *share)
             else:
                 y = msa_attention(q, k, v, block_idx, L, call.end, start)
-        if learns and block_idx is None:
-            aux["index_kl"] = index_kl_loss(qi, ki, q, k, None, L, *share)
-        if call.cache is None and not learns:  # the dense reference, on the batch's first row alone
+        if call.cache is None and not self.training:  # the dense reference, on the batch's first row alone
             names, x = ("block_recall", "score_recall", "block_chance"), (qi[:1], ki[:1], q[:1], k[:1])
             aux.update(zip(names, block_recall(*x, S, L, None if call.end is None else call.end[:1])))
         return y, aux if block_idx is None else {**aux, "block_idx": block_idx}
@@ -270,8 +265,7 @@ class _InChunks(torch.autograd.Function):
             x = x.detach().requires_grad_()
             with torch.enable_grad():
                 loss = part(x, w, t)
-            grad, dw = torch.autograd.grad(loss, (x, w))
-            dx.copy_(grad)
+            dx[:], dw = torch.autograd.grad(loss, (x, w))
             total, dW = total + loss.detach(), dW.add_(dw)
         ctx.save_for_backward(dh, dW)
         return total
@@ -308,27 +302,22 @@ class MiniMax(nn.Module):
         sqrt(2 n_layer), GPT-2's rule; the head by 4, so that the first loss is ln V."""
         std = self.cfg.n_embd ** -0.5
         for name, p in self.named_parameters():
-            if p.dim() == 1:
-                p.fill_(0.0 if self.cfg.gemma_norm else 1.0)
-            else:
+            if p.dim() > 1:  # a norm starts as the identity
                 residual = name.endswith(("o_proj.weight", "w2", "w2.weight"))
                 less = 4 if name == "lm_head.weight" else (2 * self.cfg.n_layer) ** 0.5 if residual else 1
                 p.normal_(0, std / less)
 
     def forward(self, idx, targets=None, weight=None, cache=None, pos=None, end=None, replay=None, n_logits=None):
         """idx (B, T) -> logits, loss, aux (flat dict of tensors).
-
         targets (B, T): the token after each, -1 = no loss. Without n_logits they give the loss in chunks, and logits
         None; otherwise logits (B, n, V) of the last n_logits positions, None = all. loss: next-token loss alone.
         weight (B, T): multiplicity, 0 = pad. pos (B, T): default counts on from the cache. end (B, Tk): default causal.
-        replay: an earlier aux, whose block_idx and experts are used again.
-        aux: expert_load (layers with experts, E), experts (…, B, T, A), block_idx (layers with MSA, B, T, Hkv, S);
-        hidden (B, T, C) before the last norm; mtp_loss with targets; index_kl in training; block_recall, score_recall,
-        block_chance in evaluation."""
+        replay: an earlier aux, whose block_idx and experts are used again. aux: expert_load (layers with experts, E),
+        experts (…, B, T, A), block_idx (layers with MSA, B, T, Hkv, S), hidden (B, T, C) before the last norm; mtp_loss
+        with targets; index_kl in training; block_recall, score_recall, block_chance in evaluation."""
         B, T = idx.shape
         if pos is None:
-            pos = torch.arange(T, device=idx.device).expand(B, T)
-            pos = pos if cache is None else pos + cache.length[:, None]
+            pos = query_index(T, None if cache is None else cache.length, idx.device).expand(B, T)
         call = Call(rope_tables(pos, self.cfg.rotary_dim, self.cfg.rope_theta), end, weight, cache)
         x, aux = self.embed(idx).to(self.dtype or self.embed.weight.dtype), {}
         blocks, experts = (iter((replay or {}).get(key, ())) for key in ("block_idx", "experts"))
@@ -338,13 +327,12 @@ class MiniMax(nn.Module):
             x, more = checkpoint(layer, *args, use_reentrant=False) if self.recompute else layer(*args)
             for key, value in more.items():
                 aux.setdefault(key, []).append(value)
-        use_mtp = targets is not None and self.cfg.mtp_active and len(self.mtp) > 0
-        mtp_loss = self.mtp_forward(x, idx, targets, call, aux) if use_mtp else None
+        mtp = {}
+        if targets is not None and self.cfg.mtp_active and self.mtp:
+            mtp["mtp_loss"] = self.mtp_forward(x, idx, targets, call, aux)
         if cache is not None:
             cache.advance(T)
-        aux = {key: torch.stack(value) for key, value in aux.items()}
-        if mtp_loss is not None:
-            aux["mtp_loss"] = mtp_loss
+        aux = {key: torch.stack(value) for key, value in aux.items()} | mtp
         x, aux["hidden"] = self.norm(x), x
         loss = None if targets is None else cross_entropy(x, self.lm_head.weight, targets, self.token_loss)
         if targets is not None and n_logits is None:
@@ -398,11 +386,9 @@ class MiniMax(nn.Module):
     def from_hf(cls, path, device="cpu", dtype=torch.float32):
         """Read a checkpoint folder of transformers or of the release: M2, or M3's text model; shards and fp8 too.
         ValueError for a tensor that is missing, unknown or of another shape."""
-        with open(os.path.join(path, "config.json")) as f:
-            cfg = config_from_hf(json.load(f))
+        cfg = config_from_hf(json.loads(Path(path, "config.json").read_text()))
         with torch.device("meta"):
-            model = cls(cfg, dtype)
-        model = model.to(dtype).to_empty(device=device)
+            model = cls(cfg, dtype).to(dtype).to_empty(device=device)
         params = model.state_dict()
         missing = {name: p.numel() for name, p in params.items()}
         for name, t in read_tensors(path):
@@ -429,10 +415,10 @@ class MiniMax(nn.Module):
         names += ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
         params = self.state_dict()
         tensors = {name: locate(params, name)[1].contiguous() for name in names}
-        os.makedirs(path, exist_ok=True)
-        save_file(tensors, os.path.join(path, "model.safetensors"), {"format": "pt"})
-        with open(os.path.join(path, "config.json"), "w") as f:
-            json.dump(config_to_hf(self.cfg, str(self.embed.weight.dtype).removeprefix("torch.")), f, indent=2)
+        Path(path).mkdir(parents=True, exist_ok=True)
+        save_file(tensors, Path(path, "model.safetensors"), {"format": "pt"})
+        config = config_to_hf(self.cfg, str(self.embed.weight.dtype).removeprefix("torch."))
+        Path(path, "config.json").write_text(json.dumps(config, indent=2))
 
 # ---- checkpoints of others -------------------------------------------------------------------------------------
 
@@ -448,16 +434,13 @@ HF_NAMES = (  # released names and transformers' in-memory names -> ours, in thi
 def read_tensors(path):
     """Yield (name, tensor) of every text tensor in a folder's safetensors files; fp8 comes back as fp32."""
     from safetensors import safe_open
-    files = [safe_open(os.path.join(path, f), "pt") for f in sorted(os.listdir(path)) if f.endswith(".safetensors")]
+    files = [safe_open(f, "pt") for f in sorted(Path(path).glob("*.safetensors"))]
     where = {name: file for file in files for name in file.keys()}  # a scale may lie in another shard
-    for name in sorted(where):
-        if name.endswith("_scale_inv") or re.match(NOT_TEXT, name):
-            continue
+    for name in sorted(n for n in where if not (n.endswith("_scale_inv") or re.match(NOT_TEXT, n))):
         t = where[name].get_tensor(name)
         if t.dtype.itemsize == 1:  # one scale per 128 x 128 tile
             scale = where[f"{name}_scale_inv"].get_tensor(f"{name}_scale_inv").float()
-            tiles = scale.repeat_interleave(128, 0)[:t.size(0)].repeat_interleave(128, 1)[:, :t.size(1)]
-            t = t.float() * tiles
+            t = t.float() * scale.repeat_interleave(128, 0)[:t.size(0)].repeat_interleave(128, 1)[:, :t.size(1)]
         yield name, t
 
 def locate(params, name):
@@ -465,13 +448,12 @@ def locate(params, name):
     for pattern, ours in HF_NAMES:
         name = re.sub(pattern, ours, name)
     name, expert, which = re.fullmatch(r"(.*?)(?:\.experts\.(\d+))?(?:\.(w[123])\.weight)?", name).groups()
-    if which is None:
-        return (name, params[name]) if name in params else (None, None)
-    name = f"{name}.{'w2' if which == 'w2' else 'w13'}" + ("" if expert else ".weight")
+    if which:
+        name = f"{name}.{'w2' if which == 'w2' else 'w13'}" + ("" if expert else ".weight")
     if name not in params or (expert and int(expert) >= params[name].size(0)):
         return None, None
     part = params[name][int(expert)] if expert else params[name]
-    return name, part if which == "w2" else part.chunk(2)[which == "w3"]  # gate and up are halves, not interleaved
+    return name, part.chunk(2)[which == "w3"] if which in ("w1", "w3") else part  # gate and up: halves
 
 FIXED = dict(swiglu_limit=7.0, swiglu_alpha=1.702, index_local_blocks=1, scoring_func="sigmoid", use_qk_norm=True,
              tie_word_embeddings=False, rope_type="default")  # fields of which this code knows one value

@@ -3,15 +3,13 @@
     keys     |  block 0 |  block 1 |  block 2 |  block 3 |  block 4 |     one row = one query of one key/value head
     query i  |  ######  |          |          |  ######  |  ###     |  S = 3: two blocks chosen, its own always there
 
-    score[i, j]  = qi[i] . ki[j]                                one index head per KV head, one shared index key
-    block score  = max over the visible tokens of the block
-    block_idx[i] = own block, then the top S-1 earlier blocks   ties: lowest block id; -1 where there are fewer
-    out[i]       = softmax(q[i] . k / sqrt(D)) v                exact, over the tokens of those blocks alone
+    block score  = max over its visible tokens of qi[i] . ki[j]   one index head per KV head, one shared index key
+    block_idx[i] = own block, then the top S-1 earlier blocks     ties: lowest block id; -1 where there are fewer
+    out[i]       = softmax(q[i] . k / sqrt(D)) v                  exact, over the tokens of those blocks alone
     KL(mean over the group's heads of the main softmax || index softmax)  is all that ever trains qi and ki
 
 Cost per token: the index reads T keys of one head, the attention S * L keys of Hkv heads; full attention T of Hkv.
 At T <= S * L every visible block is chosen and MSA is full attention.
-
 One visibility rule everywhere: key j is visible to query i iff j <= i < end[j]. `end` (B, Tk) is the end of the
 document, or of the subtree in a prefix tree laid out depth first; None is plain causal. With a cache, keys are slots
 0 … Tk-1 and the first query has index start (B,): T queries see Tk >= T keys. Layout (B, T, H, D) throughout.
@@ -29,8 +27,8 @@ The torch half is the whole specification; the Triton half has a kernel for each
               _task_sum_kernel     adds the parts of dK and dV; _slot_sum_kernel those of dQ: no atomics anywhere
     baseline  _dense_kernel        full attention's decode, keys split over programs; _dense_sum_kernel joins them
 
-Differs from the paper: scores are ranked without their 1/sqrt(D), which changes no ranking; the KL applies it. The
-certified int8 decode is ours: the paper's choice exactly, from half the bytes.
+Differs from the paper: scores are ranked without their 1/sqrt(D), which changes no ranking; the KL applies it.
+Certified int8 decode is ours: the paper's choice exactly, from half the bytes.
 """
 from __future__ import annotations
 
@@ -51,9 +49,8 @@ except ImportError:  # no Triton on macOS: the torch half is complete
 QUERY_OUTER = 512  # queries a sequence up to which one program a query beats sorting them by block
 PROGRAMS = 264     # full attention's decode splits its keys into this many programs: two a multiprocessor of an H100
 GAMMA = 2.0 ** -16  # rounding of a score of D = 128 products, relative to |q| |k|
-
-def jit(kernel):
-    return kernel if triton is None else triton.jit(kernel)
+jit = triton.jit if triton else lambda kernel: kernel
+_compiled = functools.cache(torch.compile)
 
 def chunk(device):
     """Elements of the largest temporary: index branch and MSA take queries in chunks and never hold a T x T matrix."""
@@ -70,6 +67,8 @@ def _check(q, end, start, **others):
         _expect(f"device of {name}", x.device, q.device)
         if x.is_floating_point():
             _expect(f"dtype of {name}", x.dtype, q.dtype)
+        if name == "k":
+            _expect(f"{q.size(2)} query heads modulo {x.size(2)} KV heads", q.size(2) % x.size(2), 0)
     keys = next(iter(others.values()))[0].size(1)
     if end is not None and (end.dim() != 2 or end.size(0) != q.size(0) or end.size(1) > keys
                             or (start is None and end.size(1) != keys)):
@@ -106,18 +105,15 @@ def _pick(impl, x, *sizes, grad=()):
         warnings.warn(f"sparse attention runs in torch: {why}", stacklevel=3)
     return why is None
 
-def _capacity(x):
-    """Slots between two sequences of a cache lane (B, Tk, …), which may be a slice of a longer one."""
-    return x.size(1) if x.size(0) == 1 else x.stride(0) // x[0, 0].numel()
-
-def _lanes(**lanes):
-    """Slots a sequence. Kernels read each sequence of a cache lane as one piece, all lanes with the same capacity."""
-    cap = _capacity(next(iter(lanes.values())))
-    for name, x in lanes.items():
-        if not (x[0].is_contiguous() and (x.size(0) == 1 or x.size(1) <= cap == _capacity(x))):
-            want = (cap * x[0, 0].numel(), *torch.empty(x.shape, device="meta").stride()[1:])
+def _lanes(end=None, **lanes):
+    """-> slots from one sequence of a cache lane (B, Tk, …) to the next (it may be a slice of a longer one), and end
+    padded to as many. Kernels read each sequence of a lane as one piece, all lanes with the same capacity."""
+    caps = [x.size(1) if x.size(0) == 1 else x.stride(0) // x[0, 0].numel() for x in lanes.values()]
+    for (name, x), cap in zip(lanes.items(), caps):
+        if not (x[0].is_contiguous() and (x.size(0) == 1 or x.size(1) <= caps[0] == cap)):
+            want = (caps[0] * x[0, 0].numel(), *torch.empty(x.shape, device="meta").stride()[1:])
             raise ValueError(f"strides of {name} are {x.stride()}, expected {want}")
-    return cap
+    return caps[0], None if end is None else F.pad(end, (0, caps[0] - end.size(1))).contiguous()
 
 def query_index(T, start, device):
     """Layout index i of each query: (1, T), or (B, T) where start (B,) is given."""
@@ -136,7 +132,6 @@ def full_attention(q, k, v, end=None, start=None, impl="auto"):
     int32 or None -> (B, T, H, D). impl: auto, triton (decode alone: a start, T <= 4) or torch."""
     T, Tk = q.size(1), k.size(1)
     _check(q, end, start, k=(k, (q.size(0), Tk, k.size(2), q.size(3))), v=(v, k.shape))
-    _expect(f"{q.size(2)} query heads modulo {k.size(2)} KV heads", q.size(2) % k.size(2), 0)
     decode = start is not None and T <= 4  # all that our kernel does: a prefill is SDPA's
     if _pick("torch" if impl == "auto" and not decode else impl, q, q.size(3), grad=(q, k, v)):
         if not decode:
@@ -151,10 +146,6 @@ def full_attention(q, k, v, end=None, start=None, impl="auto"):
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
                                          is_causal=mask is None, enable_gqa=True)
     return out.transpose(1, 2)
-
-@functools.cache
-def _compiled(function):
-    return torch.compile(function)
 
 def _flex(q, k, v, end, tile=128):
     """Full attention over documents or trees in training on a GPU: FlexAttention, which skips tiles that are invisible
@@ -248,9 +239,8 @@ def msa_attention(q, k, v, block_idx, L, end=None, start=None, impl="auto"):
     """Exact attention over the chosen blocks (paper eq. 8): time and memory grow with T * S * L, never with T * T.
     q (B, T, H, D), k and v (B, Tk, Hkv, D), block_idx (B, T, Hkv, S) as select_blocks gives it for the same L, own
     block in slot 0 and ids distinct (nothing checks the values) -> (B, T, H, D)."""
-    (B, T, H, D), (Hkv, S) = q.shape, block_idx.shape[2:]
+    (B, T, _, D), (Hkv, S) = q.shape, block_idx.shape[2:]
     _check(q, end, start, k=(k, (B, k.size(1), Hkv, D)), v=(v, k.shape), block_idx=(block_idx, (B, T, Hkv, S)))
-    _expect(f"{H} query heads modulo {Hkv} KV heads", H % Hkv, 0)
     if _pick(impl, q, D, L, grad=(q, k, v)):
         return _attend_triton(q.contiguous(), k, v, block_idx.contiguous(), L, end, start)
     def attend(q, i, blocks, k, v):
@@ -268,7 +258,7 @@ def msa_decode(q, k, v, qi, ki, S, L, length, end=None, impl="auto", int8=None):
     """One decode step: choose blocks, attend. q (B, T, H, D) and qi (B, T, Hkv, D) are the new tokens', at slots length
     (B,) int32 and on, length + T <= Tk; k, v (B, Tk, Hkv, D) and ki (B, Tk, D) hold them too -> out (B, T, H, D),
     block_idx (B, T, Hkv, S). int8 = quantize_index(ki, L) halves the bytes that the kernels read, not the choice."""
-    (B, T, H, D), Tk, Hkv = q.shape, k.size(1), k.size(2)
+    (B, T, _, D), Tk, Hkv = q.shape, k.size(1), k.size(2)
     kinds = (ki.shape, torch.int8), ((B, Tk), torch.bfloat16), ((B, -(-Tk // L)), torch.float32)
     for name, x, (want, dtype) in zip(("ki8", "scale", "slack"), int8 or (), kinds):
         _expect(f"shape, dtype, device of {name}", (tuple(x.shape), x.dtype, x.device), (tuple(want), dtype, ki.device))
@@ -277,7 +267,6 @@ def msa_decode(q, k, v, qi, ki, S, L, length, end=None, impl="auto", int8=None):
     if T <= 4 and T * Hkv <= 64 and _pick(impl, q, D, qi.size(3), L, grad=(q, k, v)):  # more columns spill registers
         _check(q, end, length, k=(k, (B, Tk, Hkv, D)), v=(v, k.shape))
         _check(qi, end, length, ki=(ki, (B, Tk, qi.size(3))), qi=(qi, (B, T, Hkv, qi.size(3))))
-        _expect(f"{H} query heads modulo {Hkv} KV heads", H % Hkv, 0)
         return _decode_triton(q.contiguous(), k, v, qi.contiguous(), ki, S, L, length.contiguous(), end, int8)
     block_idx = select_blocks(qi, ki, S, L, end, length, impl)
     return msa_attention(q, k, v, block_idx, L, end, length, impl), block_idx
@@ -286,10 +275,9 @@ def msa_decode(q, k, v, qi, ki, S, L, length, end=None, impl="auto", int8=None):
 def quantize_index(ki, L):
     """An int8 copy of finite index keys with an error bound, for msa_decode. ki (B, Tk, D) -> ki8 (B, Tk, D) int8,
     scale (B, Tk) bf16 for each key, slack (B, N) for each block: for every query and key of the block, q . k and
-    scale * (q rounded to 16 bits) . k8, both as computed, differ by at most |q| * scale * slack. Cauchy-Schwarz gives
-    |k / scale - k8|, the rounding of q at most |q| sqrt(D) 2^-15 |k8|, and GAMMA |k / scale| on either side covers
-    sums, whose error grows with |q| |k|, not with the score (keys that nearly cancel). Beyond fp32's normal numbers,
-    keys under 2^-96 or queries over 2^127, nothing is proven."""
+    scale * (q rounded to 16 bits) . k8, both as computed, differ by at most |q| * scale * slack: Cauchy-Schwarz gives
+    |k / scale - k8|, the rounding of q at most |q| sqrt(D) 2^-15 |k8|; GAMMA |k / scale| on either side covers sums,
+    whose error grows with |q| |k|, not with the score. Nothing is proven for keys under 2^-96, queries over 2^127."""
     Tk, up = ki.size(1), 1 + 2.0 ** -15                                                   # up: norms are rounded up
     scale = (ki.abs().amax(2).float().clamp(min=2.0 ** -90) * (1.01 / 127)).bfloat16()  # 1.01: bf16 rounds by 0.4 %
     k = ki.float() / scale.float()[..., None]  # norms of scaled keys: the square of 1e-24 is 0
@@ -308,14 +296,13 @@ class _IndexKL(torch.autograd.Function):
         _expect("shape of weight", tuple(weight.shape), (B, T))
         share = weight.to(torch.promote_types(q.dtype, torch.float32))                                    # (B, T)
         share = share / (share[:, stride - 1::stride].sum().clamp(min=1e-30) * Hkv)
-        i, dqi, dki = query_index(T, None, q.device), torch.zeros_like(qi), torch.zeros_like(ki)
-        loss = share.new_zeros(())
-        width = Tk if block_idx is None else block_idx.size(-1) * L * D
+        i, loss = query_index(T, None, q.device), share.new_zeros(())
+        dqi, dki = torch.zeros_like(qi), torch.zeros_like(ki)
+        part, width = (_kl_prefix, Tk) if block_idx is None else (_kl_selected, block_idx.size(-1) * L * D)
         step = stride * max(1, chunk(q.device) // (B * q.size(2) * width))
         for t in range(0, T, step):
             c = slice(t + stride - 1, t + step, stride)
             blocks = None if block_idx is None else block_idx[:, c]
-            part = _kl_prefix if blocks is None else _kl_selected
             kl, dqi[:, c], dk = part(qi[:, c], ki, q[:, c], k, blocks, L, i[:, c], end, share[:, c])
             loss, dki = loss + kl, dki + dk
         ctx.save_for_backward(dqi, dki)
@@ -326,23 +313,20 @@ class _IndexKL(torch.autograd.Function):
         dqi, dki = ctx.saved_tensors
         return (grad * dqi).to(dqi.dtype), (grad * dki).to(dki.dtype), *[None] * 7
 
-def _kl_terms(p, scores, seen, share):
-    """Teacher p, scaled index scores (B, t, Hkv, J), share (B, t) -> weighted KL (scalar), d KL / d scores."""
-    logp = scores.masked_fill(~seen, float("-inf")).log_softmax(-1)
+def _kl_terms(p, scores, seen, share, qi):
+    """Teacher p, index scores (B, t, Hkv, J), share (B, t) -> weighted KL (scalar), d KL / d scores in qi's dtype."""
+    scale = qi.size(-1) ** -0.5
+    logp = (scores * scale).masked_fill(~seen, float("-inf")).log_softmax(-1)
     kl = torch.where(p > 0, p * (p.log() - logp), 0.0).sum(-1)  # p = 0 gives 0 * inf where a key is invisible
-    return (kl * share[..., None]).sum(), (logp.exp() - p) * share[..., None, None]
+    return (kl * share[..., None]).sum(), ((logp.exp() - p) * share[..., None, None] * scale).to(qi.dtype)
 
 def _kl_selected(qi, ki, q, k, blocks, L, i, end, share):
     """Support = the tokens of the chosen blocks (paper eq. 9-10)."""
-    B, t, Hkv, D = qi.shape
-    seen = selected(blocks, i, L, end)
+    (B, _, Hkv, D), N, seen = qi.shape, -(-ki.size(1) // L), selected(blocks, i, L, end)
     p = group_probs(q, gather_blocks(k, blocks, L), seen).mean(3)
     keys = gather_blocks(ki[:, :, None].expand(-1, -1, Hkv, -1), blocks, L)                          # (B, t, Hkv, J, D)
-    scores = (keys.to(p.dtype) @ qi.to(p.dtype)[..., None]).squeeze(-1) * D ** -0.5
-    kl, ds = _kl_terms(p, scores, seen, share)
-    ds = (ds * D ** -0.5).to(qi.dtype)
+    kl, ds = _kl_terms(p, (keys.to(p.dtype) @ qi.to(p.dtype)[..., None]).squeeze(-1), seen, share, qi)
     dqi = (ds[..., None, :] @ keys).squeeze(-2)
-    N = -(-ki.size(1) // L)
     rows = (blocks.clamp(min=0) + torch.arange(B, device=q.device).view(B, 1, 1, 1) * N).flatten()        # (B*t*Hkv*S,)
     dkeys = (ds[..., None] * qi[..., None, :]).reshape(rows.numel(), L * D)
     dki = dkeys.new_zeros(B * N, L * D).index_add_(0, rows, dkeys).view(B, N * L, D)[:, :ki.size(1)]
@@ -350,12 +334,9 @@ def _kl_selected(qi, ki, q, k, blocks, L, i, end, share):
 
 def _kl_prefix(qi, ki, q, k, blocks, L, i, end, share):
     """Support = the whole visible prefix: the warm-up, before anything is selected."""
-    D, Hkv = qi.size(-1), qi.size(2)
     seen = visible(i, torch.arange(ki.size(1), device=ki.device), end)[:, :, None]                       # (B, t, 1, Tk)
     p = prefix_probs(q, k, seen)
-    scores = torch.einsum("bthd,bkd->bthk", qi.to(p.dtype), ki.to(p.dtype)) * D ** -0.5
-    kl, ds = _kl_terms(p, scores, seen, share)
-    ds = (ds * D ** -0.5).to(qi.dtype)
+    kl, ds = _kl_terms(p, torch.einsum("bthd,bkd->bthk", qi.to(p.dtype), ki.to(p.dtype)), seen, share, qi)
     return kl, torch.einsum("bthk,bkd->bthd", ds, ki), torch.einsum("bthk,bthd->bkd", ds, qi)
 
 def prefix_probs(q, k, seen):
@@ -377,11 +358,10 @@ def msa_train(q, k, v, qi, ki, block_idx, L, end=None, weight=None, stride=1, im
     """msa_attention and index_kl_loss of one layer in training -> out (B, T, H, D), KL, both with gradients. The Triton
     kernels take whole sequences, T = Tk; the KL and its gradient are one pass over the main scores."""
     if _pick(impl, q, q.size(3), qi.size(3), L):
-        (B, T, H, D), Hkv = q.shape, k.size(2)
+        (B, T, _, D), Hkv = q.shape, k.size(2)
         _check(q, end, None, k=(k, (B, T, Hkv, D)), v=(v, k.shape))
         _check(qi, end, None, ki=(ki, (B, T, qi.size(3))), qi=(qi, (B, T, Hkv, qi.size(3))))
         _expect("shape of block_idx", tuple(block_idx.shape[:3]), (B, T, Hkv))
-        _expect(f"{H} query heads modulo {Hkv} KV heads", H % Hkv, 0)
         q, k, v, qi, ki, block_idx = (x.contiguous() for x in (q, k, v, qi, ki, block_idx))
         end, wide = end if end is None else end.contiguous(), torch.promote_types(q.dtype, torch.float32)
         share = torch.ones(B, T, device=q.device) if weight is None else weight.to(wide).contiguous()
@@ -424,8 +404,7 @@ class KVCache:
         self.ki = torch.zeros(*size[:3], cfg.index_head_dim, device=device, dtype=dtype)
         self.length, self.used, self.coded = torch.zeros(batch, dtype=torch.int32, device=device), 0, None
         able = self.ki.is_cuda and self.ki.element_size() == 2 and cfg.index_head_dim >= 32 and self.L >= 16
-        pays = able and batch * self.capacity >= 2 ** 22
-        if pays if int8 is None else int8:
+        if (able and batch * self.capacity >= 2 ** 22) if int8 is None else int8:
             self.coded = [x.unflatten(0, size[:2]) for x in quantize_index(self.ki.flatten(0, 1), self.L)]
 
     def append(self, layer, k, v, ki):
@@ -439,12 +418,12 @@ class KVCache:
             if new is not None:
                 lane[layer].index_put_((rows, slot), new)
         if self.coded and ki is not None:  # the blocks that these tokens touch, anew: the bound is a block's
+            N = self.capacity // self.L
             block = self.length[:, None] // self.L + torch.arange((T + self.L - 2) // self.L + 1, device=k.device)
-            block = block.clamp(max=self.capacity // self.L - 1).long()
-            fresh = quantize_index(self.ki[layer].unflatten(1, (-1, self.L))[rows, block].flatten(1, 2), self.L)
-            for lane, new in zip(self.coded[:2], fresh):
-                lane[layer].unflatten(1, (-1, self.L))[rows, block] = new.unflatten(1, (-1, self.L))
-            self.coded[2][layer][rows, block] = fresh[2]
+            block = block.clamp(max=N - 1).long()                                                         # (B, n)
+            fresh = quantize_index(self.ki[layer].unflatten(1, (N, -1))[rows, block].flatten(1, 2), self.L)
+            for lane, new in zip(self.coded, fresh):
+                lane[layer].unflatten(1, (N, -1))[rows, block] = new.unflatten(1, (block.size(1), -1))
         held = -(-(self.used + T) // self.L) * self.L  # spare slots are invisible: no query has their index
         return tuple(lane[layer, :, :held] for lane in (self.k, self.v, self.ki))
 
@@ -521,9 +500,8 @@ def _index_kernel(qi, keys, end, block_end, start, block_idx, T, cap, HKV: tl.co
     tl.store(out + 1 + w, _block_of(best), mask=mine[:, None] & (w < S - 1))
 
 def _select_triton(qi, ki, S, L, end, start):
-    (B, T, Hkv, D), cap = qi.shape, _lanes(ki=ki)
+    (B, T, Hkv, D), (cap, end) = qi.shape, _lanes(end, ki=ki)
     block_idx = torch.empty(B, T, Hkv, S, dtype=torch.int32, device=qi.device)
-    end = None if end is None else F.pad(end, (0, cap - end.size(1))).contiguous()
     block_end = None if end is None else F.pad(end, (0, -cap % L)).unflatten(1, (-1, L)).amax(2)
     W, rows = max(2, triton.next_power_of_2(S - 1)), 128 if qi.is_cuda else 32
     keys = TensorDescriptor.from_tensor(ki.as_strided(((B - 1) * cap + ki.size(1), D), (D, 1)), [L, D])
@@ -643,27 +621,26 @@ def _plan(blk, N, chunk_size, run):
     head, block, and a range of at most `run` edges; ends int64 (chunks, Hkv * N): tasks up to a (head, block)'s last.
     P is a bound known to the host, so nothing is read back."""
     (B, T, Hkv, S), device = blk.shape, blk.device
-    chunks = -(-T // chunk_size)
-    buckets, P = Hkv * N, chunk_size * Hkv * S // run + Hkv * N
+    chunks, buckets, P = -(-T // chunk_size), Hkv * N, chunk_size * Hkv * S // run + Hkv * N
     c = torch.arange(T, device=device) // chunk_size + torch.arange(B, device=device)[:, None] * chunks       # (B, T)
     key = (c[..., None] * Hkv + torch.arange(Hkv, device=device))[..., None] * N + blk                # (B, T, Hkv, S-1)
     small = torch.int16 if B * chunks * buckets < 2 ** 15 else torch.int32  # sorted in half the passes
     key, edges = torch.where(blk < 0, B * chunks * buckets, key).to(small).flatten().sort(stable=True)
     offset = torch.searchsorted(key, torch.arange(B * chunks * buckets + 1, device=device, dtype=small))
-    size = offset.diff().view(B * chunks, buckets)
-    ends = (-(-size // run)).cumsum(1)
+    count = -(-offset.diff().view(B * chunks, buckets) // run)  # tasks of each (head, block)
+    ends = count.cumsum(1)
     p = torch.arange(P, device=device)
     bucket = torch.searchsorted(ends, p.expand(B * chunks, P).contiguous(), right=True)
     real, bucket = bucket < buckets, bucket.clamp(max=buckets - 1)
-    nth = p - (ends - -(-size // run)).gather(1, bucket)
+    nth = p - (ends - count).gather(1, bucket)
     lo = offset[:-1].view(B * chunks, buckets).gather(1, bucket) + nth * run
     hi = torch.minimum(lo + run, offset[1:].view(B * chunks, buckets).gather(1, bucket))
     tasks = torch.stack([bucket // N, bucket % N, lo, torch.where(real, hi, lo)], -1)
     return edges.int(), tasks.int(), ends
 
 def _launches(B, T, size):
-    """Queries in launches of at most `size` of them: several whole sequences, or a part of one. -> queries a chunk,
-    [(first chunk, first sequence, chunks in the launch, its queries as a slice of all B * T)]."""
+    """Queries in launches of at most `size`: several whole sequences, or a part of one; the first is the largest.
+    -> queries a chunk, [(first chunk, first sequence, chunks in the launch, its queries as a slice of all B * T)]."""
     if T > size:
         steps = [(b, t) for b in range(B) for t in range(0, T, size)]
         return size, [(c, b, 1, slice(b * T + t, b * T + min(T, t + size))) for c, (b, t) in enumerate(steps)]
@@ -672,8 +649,7 @@ def _launches(B, T, size):
 
 def _attend_triton(q, k, v, block_idx, L, end, start, stat=None, chunk_size=16384, run=256):
     (B, T, H, D), (Tk, Hkv), S, device = q.shape, k.shape[1:3], block_idx.size(3), q.device
-    G, out, cap = H // Hkv, torch.empty_like(q), _lanes(k=k, v=v)
-    end = None if end is None else F.pad(end, (0, cap - end.size(1))).contiguous()
+    G, out, (cap, end) = H // Hkv, torch.empty_like(q), _lanes(end, k=k, v=v)
     start = None if start is None else start.contiguous()
     if T <= QUERY_OUTER:
         rows = max(16, triton.next_power_of_2(G))
@@ -683,9 +659,8 @@ def _attend_triton(q, k, v, block_idx, L, end, start, stat=None, chunk_size=1638
     rows = max(64, triton.next_power_of_2(G))
     size, launches = _launches(B, T, chunk_size if T > chunk_size else max(T, 2 ** 20 // H))
     edges, tasks, _ = _plan(block_idx[..., 1:], -(-Tk // L), size, run)
-    most = max(len(range(B * T)[at]) for *_, at in launches)
-    part, lse = (torch.empty(most * H * (S - 1), *more, dtype=dtype, device=device)
-                 for more, dtype in (((D,), q.dtype), ((), None)))
+    parts = launches[0][3].stop * H * (S - 1)
+    part, lse = torch.empty(parts, D, dtype=q.dtype, device=device), torch.empty(parts, device=device)
     first = torch.arange(0, T, size, dtype=torch.int32, device=device).repeat(B, 1)
     first = (first if start is None else first + start[:, None]).flatten()
     big = rows if G & (G - 1) == 0 else max(128, rows)  # 64 rows of 10 tokens by 6 heads spill registers
@@ -861,10 +836,10 @@ class _Train(torch.autograd.Function):
 
 def _chunks(q, block_idx, N, run=1024, most=2 ** 19):
     """Sort the queries of each chunk by all their blocks, own one included, at most `most` query heads a launch.
-    -> launches, edges, tasks, ends. Offsets within a launch are int32."""
+    -> launches, queries and sequences of the largest, edges, tasks, ends. Offsets within a launch are int32."""
     (B, T, H, D), S = q.shape, block_idx.size(3)
     size, launches = _launches(B, T, max(1, min(most, (2 ** 31 - 1) // (S * D)) // H))
-    return launches, *_plan(block_idx, N, size, run)
+    return launches, launches[0][3].stop, launches[0][2], *_plan(block_idx, N, size, run)
 
 def _kl_triton(q, qi, stat, block_idx, k, ki, L, end, share, stride):
     """-> KL, dqi, dki, for the queries that learn, every stride-th of the T that ki has. stat (B, t, H): log2-sum-exp
@@ -874,21 +849,20 @@ def _kl_triton(q, qi, stat, block_idx, k, ki, L, end, share, stride):
     if not t:
         return kl, dqi, dki.sum(2).to(ki.dtype)
     block_idx = torch.where(share[..., None, None] > 0, block_idx, -1)  # a pad learns nothing: no task
-    launches, edges, tasks, ends = _chunks(q, block_idx, -(-T // L))
+    launches, queries, sequences, edges, tasks, ends = _chunks(q, block_idx, -(-T // L))
     P, G, rows = tasks.size(1), H // Hkv, max(64, triton.next_power_of_2(H // Hkv))
-    part = torch.empty(max(len(range(B * t)[at]) for *_, at in launches) * Hkv * S, Di, dtype=q.dtype, device=dev)
-    keys = torch.empty(max(n for _, _, n, _ in launches) * P * L, Di, device=dev)
+    dims, cols = (Hkv, G, D, Di, L, S, rows), max(16, triton.next_power_of_2(rows // G))
+    part = torch.empty(queries * Hkv * S, Di, dtype=q.dtype, device=dev)
+    keys = torch.empty(sequences * P * L, Di, device=dev)
     flat = [x.flatten(0, 1) for x in (q, qi, stat, share, block_idx, dqi)]
     for c, b, n, at in launches:
         x, xi, stats, shares, blocks, dx = (x[at] for x in flat)
         value = torch.full((len(x), Hkv, S), float("-inf"), device=dev)
         args = x, k[b:], xi, ki[b:], stats
         rest = shares, None if end is None else end[b:], edges, tasks[c], value, part, keys, at.start * Hkv * S, T
-        dims = Hkv, G, D, Di, L, S, rows
         _kl_kernel[P, n](*args, None, *rest, (*dims, 64, stride), num_warps=4, num_stages=2)
         index_stat = (value * 0.6931471805599453).logsumexp(-1) * 1.4426950408889634
         value.zero_()
-        cols = max(16, triton.next_power_of_2(rows // G))
         _kl_kernel[P, n](*args, index_stat, *rest, (*dims, cols, stride), num_warps=8, num_stages=2)
         kl += value.sum()
         _task_sum_kernel[-(-T // L), Hkv, n](keys, ends[c], dki[b], P, T, Hkv, Di, L, num_warps=8)
@@ -898,12 +872,12 @@ def _kl_triton(q, qi, stat, block_idx, k, ki, L, end, share, stride):
 def _attend_backward(q, k, v, block_idx, out, stat, grad, L, end):
     """-> dq, dk, dv."""
     (B, T, H, D), (Hkv, S), dev = q.shape, block_idx.shape[2:], q.device
-    launches, edges, tasks, ends = _chunks(q, block_idx, -(-T // L))
+    launches, queries, sequences, edges, tasks, ends = _chunks(q, block_idx, -(-T // L))
     dq, (dk, dv) = torch.empty_like(q), (torch.zeros(k.shape, device=dev) for _ in "kv")
     P, G, delta = tasks.size(1), H // Hkv, torch.empty_like(stat)
     _dot_kernel[-(-delta.numel() // 64),](out, grad, delta, delta.numel(), D, 64)
-    part = torch.empty(max(len(range(B * T)[at]) for *_, at in launches) * H * S, D, dtype=q.dtype, device=dev)
-    keys, values = (torch.empty(max(n for _, _, n, _ in launches) * P * L, D, device=dev) for _ in "kv")
+    part = torch.empty(queries * H * S, D, dtype=q.dtype, device=dev)
+    keys, values = (torch.empty(sequences * P * L, D, device=dev) for _ in "kv")
     rows = max(64 if G & (G - 1) == 0 else 32, triton.next_power_of_2(G))
     flat = [x.flatten(0, 1) for x in (q, grad, stat, delta, block_idx, dq)]
     for c, b, n, at in launches:
@@ -1183,30 +1157,25 @@ def _overlap(x):
     return dict(PDL=True, launch_pdl=True) if able else dict(PDL=False)
 
 def _decode_triton(q, k, v, qi, ki, S, L, length, end, int8):
-    (B, T, H, D), Hkv, cap, dev = q.shape, k.size(2), _lanes(k=k, v=v, ki=ki), q.device
+    (B, T, H, D), Hkv, (cap, end), dev = q.shape, k.size(2), _lanes(end, k=k, v=v, ki=ki), q.device
     N, W, rows = -(-cap // L), max(2, triton.next_power_of_2(S - 1)), B * T * Hkv
     # more runs than multiprocessors hold: some start while others stream. Few sizes: _choose takes seconds to compile
     runs = (128 if N <= 256 else max(512, triton.next_power_of_2(-(-N // 32)))) if q.is_cuda else N // 2
     runs = triton.next_power_of_2(max(runs, 2 * W))
     run, pair = max(8, triton.next_power_of_2(-(-N // runs))), max(16, triton.next_power_of_2(-(-2 * N // runs)))
-    cols = max(16, triton.next_power_of_2(T * Hkv))
-    end = None if end is None else F.pad(end, (0, cap - end.size(1))).contiguous()
-    scores = torch.empty(rows, N + 3 * runs, device=dev)
-    done, out = torch.empty(rows, dtype=torch.int32, device=dev), torch.empty_like(q)
-    block_idx = torch.empty(B, T, Hkv, S, dtype=torch.int32, device=dev)
+    cols, pdl = max(16, triton.next_power_of_2(T * Hkv)), _overlap(q)
+    scores, out = torch.empty(rows, N + 3 * runs, device=dev), torch.empty_like(q)
+    done, block_idx = (torch.empty(n, dtype=torch.int32, device=dev) for n in (rows, (B, T, Hkv, S)))
     part, lse = torch.empty(B * T * H * S, D, dtype=q.dtype, device=dev), torch.empty(B * T * H * S, device=dev)
-    pdl = _overlap(q)
-    if int8 is None:
-        _scan_kernel[runs, B](qi, ki, None, None, end, length, scores, done, T, cap, Hkv, qi.size(3), L, run, cols,
-                              num_warps=4, num_stages=3, **pdl)
-    else:
-        ki8, scale, slack = int8
-        held = _lanes(ki8=ki8), _lanes(scale=scale[..., None]), _lanes(slack=slack[..., None])
+    scanned, scale, slack = int8 or (ki, None, None)
+    if int8:
+        held = _lanes(ki8=scanned)[0], _lanes(scale=scale[..., None])[0], _lanes(slack=slack[..., None])[0]
         if B > 1 and held != (cap, cap, N):
             raise ValueError(f"int8 keys, scales and slacks have {held} a sequence, expected {(cap, cap, N)}: quantize "
                              "whole cache lanes, then slice")
-        _scan_kernel[runs, B](qi, ki8, scale, slack, end, length, scores, done, T, cap, Hkv, qi.size(3), L, run, cols,
-                              num_warps=2, num_stages=3, **pdl)
+    _scan_kernel[runs, B](qi, scanned, scale, slack, end, length, scores, done, T, cap, Hkv, qi.size(3), L, run, cols,
+                          num_warps=2 if int8 else 4, num_stages=3, **pdl)
+    if int8:
         programs = max(16, min(64, 256 // rows)) if q.is_cuda else 2  # a row of random keys has some 30 live runs
         _rescore_kernel[programs, rows](qi, ki, end, length, scores, T, cap, Hkv, qi.size(3), L, S, W, run, cols, runs,
                                         num_warps=4, **pdl)
@@ -1216,9 +1185,8 @@ def _decode_triton(q, k, v, qi, ki, S, L, length, end, int8):
     return out, block_idx
 
 def _dense_triton(q, k, v, end, start):
-    (B, T, H, D), Hkv, cap, tile = q.shape, k.size(2), _lanes(k=k, v=v), 64 if k.is_cuda else 32
+    (B, T, H, D), Hkv, (cap, end), tile = q.shape, k.size(2), _lanes(end, k=k, v=v), 64 if k.is_cuda else 32
     split = max(1, min(PROGRAMS // (B * Hkv), -(-cap // (2 * tile))))
-    end = None if end is None else F.pad(end, (0, cap - end.size(1))).contiguous()
     out, part = torch.empty_like(q), torch.empty(B * T * H * split * (D + 2), device=q.device)
     rows, dims = max(16, triton.next_power_of_2(T * H // Hkv)), (Hkv, H // Hkv, D)
     pdl = _overlap(q)

@@ -804,7 +804,11 @@ def run(args, state):
         if len(queue.batch) < args.groups:  # stopped while agents of other processes were at work
             break
         groups = [source.pool.pop(task) for task in queue.batch]
-        stats = train_step(model, optimizers, plan_rows(map(advantages, groups), model, not args.no_merge), rate)
+        trees = plan_rows(map(advantages, groups), model, not args.no_merge)
+        if not trees:  # served groups that all passed their deadline without a word: nothing to learn from
+            queue.publish(now["step"])
+            continue
+        stats = train_step(model, optimizers, trees, rate)
         lags = queue.publish(now["step"] + 1)  # the step's weights are out: now, and not before, its slots are free
         now["seconds"] += time.perf_counter() - tick
         report(now, args, groups, stats, lags, gateway.tokenizer.decode)

@@ -54,39 +54,32 @@ class Tokens:
     def __init__(self, docs, tokenizer, L, seq_len):
         pieces = [[text[i:i + 500_000] for i in range(0, len(text), 500_000)] for _, text in docs]  # for two threads
         encoded = iter(tokenizer.encode_batch([p for doc in pieces for p in doc]))
-        starts, lengths, ids, size = [], [], [], 0
-        for doc in pieces:
-            row = np.concatenate([[tokenizer.eot], *(next(encoded) for _ in doc)]).astype(np.int32)
-            starts.append(size)
-            lengths.append(len(row))
-            size += -(-len(row) // L) * L
-            ids.append(np.pad(row, (0, -len(row) % L), constant_values=tokenizer.eot))
+        rows = [np.concatenate([[tokenizer.eot], *(next(encoded) for _ in doc)]).astype(np.int32) for doc in pieces]
+        *starts, size = np.cumsum([0] + [-(-len(row) // L) * L for row in rows]).tolist()
         size, self.eot, self.L = max(-(-size // seq_len) * seq_len, seq_len), tokenizer.eot, L
         self.ids = np.full(size + 1, tokenizer.eot, dtype=np.int32)
         self.begin, self.end = np.full(size, -1, dtype=np.int32), np.arange(1, size + 1, dtype=np.int32)
-        self.n_tokens, self.n_bytes = sum(lengths), sum(len(text.encode()) for _, text in docs)
-        for s, n, row in zip(starts, lengths, ids):
-            self.ids[s:s + len(row)] = row
-            self.begin[s:s + n], self.end[s:s + n] = s, s + n
+        self.n_tokens, self.n_bytes = sum(map(len, rows)), sum(len(text.encode()) for _, text in docs)
+        for s, row in zip(starts, rows):
+            e = s + len(row)
+            self.ids[s:e], self.begin[s:e], self.end[s:e] = row, s, e
 
     def rows(self, starts, T):
         """T slots from each start -> dict of idx, targets, pos (B, T) on the CPU, and of weight, end (B, T) unless
         every row lies within one document. The target of a document's last token is the end-of-text token."""
         slot = np.asarray(starts)[:, None] + np.arange(T)                                                 # (B, T)
-        begin, end = self.begin[slot], self.end[slot]
-        pad, last = begin < 0, end == slot + 1
-        targets = np.where(last, self.eot, self.ids[slot + 1])
-        first = np.maximum(begin, slot[:, :1])
-        out = dict(idx=self.ids[slot], targets=np.where(pad, -1, targets), pos=np.where(pad, 0, slot - first))
+        begin, end, pad = self.begin[slot], self.end[slot], self.begin[slot] < 0
+        targets = np.where(pad, -1, np.where(end == slot + 1, self.eot, self.ids[slot + 1]))
+        pos = np.where(pad, 0, slot - np.maximum(begin, slot[:, :1]))
+        out = dict(idx=self.ids[slot], targets=targets, pos=pos)
         if pad.any() or (end < slot[:, -1:] + 1).any():
             out.update(weight=(~pad).astype(np.float32), end=np.minimum(end - slot[:, :1], T).astype(np.int32))
         return {k: torch.from_numpy(v if k in ("weight", "end") else v.astype(np.int64)) for k, v in out.items()}
 
 def get_batch(tokens, seed, split, step, batch_size, T):
     """A pure function of (seed, split, step): rows of T slots from random multiples of L."""
-    rng = np.random.default_rng((seed, split, step))
     n_starts = (len(tokens.begin) - T) // tokens.L + 1
-    return tokens.rows(rng.integers(0, n_starts, batch_size) * tokens.L, T)
+    return tokens.rows(np.random.default_rng((seed, split, step)).integers(0, n_starts, batch_size) * tokens.L, T)
 
 # ---- optimizer -----------------------------------------------------------------------------------
 
@@ -147,15 +140,15 @@ def schedule(progress, warmup, decay):
     """WSD: the rate's factor, in [0, 1]: linear warm-up, constant, linear decay to 0 over the run's last `decay`."""
     return min(1.0, progress / warmup + 0.01, (1 - progress) / decay)
 
-# ---- evaluation and checkpoints ------------------------------------------------------------------
+# ---- evaluation ----------------------------------------------------------------------------------
 
 @torch.no_grad()
 def evaluate(model, tokens, T, batch_size, device):
-    """Bits per byte over non-overlapping windows of T, every token of the text included, and what the layers report.
-    -> dict: bpb, load (layers with experts, E), recall, mass (the score recall) and chance (layers with MSA)."""
+    """Bits per byte over non-overlapping windows of T, every token of the text included, and what the layers report ->
+    dict: val_bpb; block_recall, score_recall, block_chance (layers with MSA); dead_experts; max_vio (with experts)."""
     model.eval()
     model.cfg.mtp_active = False  # its loss is not part of the bits
-    nats, load, recalls = 0.0, 0.0, []
+    nats, load, recalls, names = 0.0, 0.0, [], ("block_recall", "score_recall", "block_chance")
     for s in range(0, len(tokens.begin), T * batch_size):
         batch = tokens.rows(range(s, min(s + T * batch_size, len(tokens.begin)), T), T)
         batch = {k: v.to(device) for k, v in batch.items()}
@@ -163,13 +156,13 @@ def evaluate(model, tokens, T, batch_size, device):
         with torch.compiler.set_stance("force_eager") if model.embed.weight.is_cuda else contextlib.nullcontext():
             _, loss, aux = model(**batch)
         nats += loss.item() * (batch["targets"] >= 0).sum().item()
-        load = load + aux["expert_load"] if "expert_load" in aux else load
-        if "block_recall" in aux:
-            recalls.append(torch.stack([aux["block_recall"], aux["score_recall"], aux["block_chance"]]))
+        load = load + aux.get("expert_load", torch.zeros(0, 1))
+        recalls.append(torch.stack([aux.get(name, torch.zeros(0)) for name in names]))
     model.train()
-    mean = torch.stack(recalls).nanmean(0) if recalls else torch.zeros(3, 0)
-    recall, mass, chance = [[]] * 3 if mean.isnan().any() else mean.tolist()  # nan: rows too short to choose in
-    return dict(bpb=nats / math.log(2) / tokens.n_bytes, load=load, recall=recall, mass=mass, chance=chance)
+    mean = torch.stack(recalls).nanmean(0)                                                   # (3, layers with MSA)
+    recalls = [[]] * 3 if mean.isnan().any() else mean.tolist()  # nan: rows too short to choose in
+    return dict(zip(names, recalls), val_bpb=nats / math.log(2) / tokens.n_bytes,
+                dead_experts=int((load == 0).sum()), max_vio=max_violation(load).tolist())
 
 # ---- the run -------------------------------------------------------------------------------------
 
@@ -203,11 +196,10 @@ def parse_args(argv):
         end = dict(steps=None, minutes=None) if args.steps or args.minutes else {}  # a new end replaces the old one
         p.set_defaults(**{**state["args"], **end})  # mtp_every, which has no flag, among them
         args = p.parse_args(argv)
-        convert = (state["args"]["attn"], args.attn) == ("full", "msa")
         for name in ("preset", "attn", "seq_len", "vocab_size"):  # these made the model
-            if getattr(args, name) != state["args"][name] and not (name == "attn" and convert):
-                flag, was = f"--{name.replace('_', '-')}", state["args"][name]
-                raise ValueError(f"{flag} {getattr(args, name)}: the checkpoint was trained with {was}")
+            value, was = getattr(args, name), state["args"][name]
+            if value != was and (was, value) != ("full", "msa"):  # full attention may become sparse
+                raise ValueError(f"--{name.replace('_', '-')} {value}: the checkpoint was trained with {was}")
     check_args(args)
     return args, state
 
@@ -247,8 +239,7 @@ def dry_run(cfg, preset):
     with torch.device("meta"):
         model = MiniMax(dataclasses.replace(cfg, n_mtp=0))
         total, active = model.num_params()
-        adam = configure_optimizers(model, 1.0)[0][1]
-        two = sum(p.numel() for group in adam.param_groups for p in group["params"])
+        two = sum(p.numel() for group in configure_optimizers(model, 1.0)[0][1].param_groups for p in group["params"])
         mtp, active_mtp = count_params(MiniMax(dataclasses.replace(cfg, n_mtp=1)).mtp[0])
     table, msa = cfg.vocab_size * cfg.n_embd, cfg.attn_types.count("msa")
     print(f"{preset}: {total:,} parameters, {active:,} active per token without embedding and head")
@@ -267,19 +258,18 @@ def dry_run(cfg, preset):
     return dict(step=0, loss=None, val_bpb=None, tokens=0, tokens_per_s=None, mfu=None, params_total=total,
                 params_active=active, seconds=0.0)
 
-def convert(model, args):
-    """A model trained with full attention -> the same weights with the preset's MSA layers, their index branch new."""
-    new = MiniMax(dataclasses.replace(configure(args), vocab_size=model.cfg.vocab_size), model.dtype)
-    missing, unexpected = new.load_state_dict(model.state_dict(), strict=False)
+def convert(old, saved, args):
+    """A model trained with full attention and its optimizers' states -> the same weights with the preset's MSA layers,
+    their index branch new, and the same states, carried over by name."""
+    new = MiniMax(dataclasses.replace(configure(args), vocab_size=old.cfg.vocab_size), old.dtype)
+    missing, unexpected = new.load_state_dict(old.state_dict(), strict=False)
     assert not unexpected and all(".indexer." in name for name in missing), (missing, unexpected)
-    return new.to(next(model.parameters()).device)
-
-def carry_over(saved, old, model, optimizers, lr):
-    """Give the optimizers of `model` what the saved ones held of `old`'s parameters, by name."""
-    new = dict(model.named_parameters())
-    for source, state, optimizer in zip(configure_optimizers(old, lr)[0], saved, optimizers):
+    params = dict(new.to(old.embed.weight.device).named_parameters())
+    sources, targets = (configure_optimizers(model, args.lr)[0] for model in (old, new))
+    for source, state, target in zip(sources, saved, targets):
         source.load_state_dict(state)
-        optimizer.state.update({new[name]: source.state[p] for name, p in old.named_parameters() if p in source.state})
+        target.state.update({params[name]: source.state[p] for name, p in old.named_parameters() if p in source.state})
+    return new, [target.state_dict() for target in targets]
 
 def card(model, args, device, why, data, setup, sparse_from):
     cfg, (total, active) = model.cfg, model.num_params()
@@ -309,15 +299,21 @@ def watch(loss, norm, history):
     if not history["above"]:
         history["ema"] = mean + max(0.05, 1 / (history["step"] + 1)) * (loss - mean)  # a plain mean at first
 
+def settle(pending, history, running=0):
+    """Watch the steps that are done; waiting for the last one would leave a GPU idle while the next is prepared."""
+    while len(pending) > running:
+        seen, event = pending.pop(0)
+        if event:
+            event.synchronize()
+        watch(*seen.tolist(), history)
+
 def prepare(args, cfg, tokenizer):
     """Text -> tokenizer (learned from the training side where there is none), and a dict of what the run reads."""
     train, val, skipped = load_data(args.data, args.val_data, VAL_BYTES)
     tokenizer = tokenizer or Tokenizer(learn_bpe((text for _, text in train), args.vocab_size, PATTERN))
-    peek = truncate(val, VAL_BYTES // 8)  # for the evaluations on the way
+    docs = dict(train=train, val=val, peek=truncate(val, VAL_BYTES // 8))  # peek: for the evaluations on the way
     L = cfg.index_block_size if "msa" in cfg.attn_types else 1
-    sides = dict(train=train, val=val, peek=peek)
-    sides = {name: Tokens(docs, tokenizer, L, args.seq_len) for name, docs in sides.items()}
-    return tokenizer, dict(sides, skipped=skipped)
+    return tokenizer, {x: Tokens(docs[x], tokenizer, L, args.seq_len) for x in docs} | dict(skipped=skipped)
 
 def fuse(model, muon):
     """torch.compile what lies between the kernels: norms, projections, rotations, experts, loss, momentum."""
@@ -362,7 +358,8 @@ def run(args, state):
     model, tokenizer = load_model(state, device, dtype) if state else (None, None)
     torch.manual_seed(args.seed)
     converted = bool(state) and args.attn != state["args"]["attn"]
-    old, model = model, convert(model, args) if converted else model
+    if converted:
+        model, state["optimizers"] = convert(model, state["optimizers"], args)
     cfg = model.cfg if model else configure(args)
     os.makedirs(args.out, exist_ok=True)  # now, not after an hour of training
     tokenizer, data = prepare(args, cfg, tokenizer)
@@ -370,18 +367,12 @@ def run(args, state):
     model = (model or MiniMax(cfg, dtype).to(device)).train()
     model.recompute = args.recompute
     (optimizers, index, rest), on_gpu = configure_optimizers(model, args.lr), device.type == "cuda"
-    if on_gpu:
-        fuse(model, optimizers[0])
     now = dict(step=0, seconds=0.0, flops=0.0, ema=None, above=0, bpb=math.inf, sparse_from=args.msa_from)
     if state:
-        if converted:
-            carry_over(state["optimizers"], old, model, optimizers, args.lr)
-            old = None  # frees it
-        for optimizer, saved in zip(optimizers, state["optimizers"] if not converted else ()):
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
         same = all(state["args"][name] == getattr(args, name) for name in ("data", "val_data"))
         now = {**now, **state["now"], "bpb": state["now"]["bpb"] if same else math.inf}  # no comparison across texts
-
     def progress():
         return max(now["step"] / (args.steps or math.inf), now["seconds"] / (60 * (args.minutes or math.inf)))
     if converted:  # the index branch learns for the same share of what is left
@@ -389,31 +380,22 @@ def run(args, state):
         if progress() >= 1:
             raise ValueError("--attn msa: nothing is left of the run to convert in; give more --steps or --minutes")
     if on_gpu:
+        fuse(model, optimizers[0])
         batch = get_batch(data["train"], args.seed, 0, 0, args.batch_size, args.seq_len)
         rehearse(model, {k: v.to(device) for k, v in batch.items()}, args.accumulate, index, rest)
     card(model, args, device, why, data, time.perf_counter() - started, now["sparse_from"])
-
-    def settle(running=0):
-        """Check the steps that are done; waiting for the last one would leave a GPU idle while the next is prepared."""
-        while len(pending) > running:
-            seen, event = pending.pop(0)
-            if event:
-                event.synchronize()
-            watch(*seen.tolist(), now)
-
     def checkpoint():
         """Evaluate on the first bytes and save what passes: the last good checkpoint survives a divergence."""
-        settle()
+        settle(pending, now)
         found = evaluate(model, data["peek"], args.seq_len, 16, device)
         print(f"eval {now['step']:05d} | {report(found)} | first {data['peek'].n_bytes:,} bytes", flush=True)
-        if not found["bpb"] <= 1.5 * now["bpb"]:
-            raise FloatingPointError(f"val_bpb {found['bpb']:.3f} after {now['bpb']:.3f}")
-        now["bpb"] = min(now["bpb"], found["bpb"])
+        if not found["val_bpb"] <= 1.5 * now["bpb"]:
+            raise FloatingPointError(f"val_bpb {found['val_bpb']:.3f} after {now['bpb']:.3f}")
+        now["bpb"] = min(now["bpb"], found["val_bpb"])
         kept = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "stop_after", "dry_run")}
         config = dataclasses.asdict(dataclasses.replace(cfg, mtp_active=True))
         save_checkpoint(args.out, config=config, args=kept, tokenizer=tokenizer.spec, now=dict(now),
                         model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers])
-
     stop, pending, load, mtp, kl, last = on_signals(), [], 0.0, torch.tensor(math.nan), math.nan, dict(now)
     if progress() >= 1:
         print(f"nothing left to do after step {now['step']}: give more --steps or --minutes", flush=True)
@@ -430,10 +412,9 @@ def run(args, state):
         seen = torch.stack([aux["loss"], aux["norm"] + aux["index_norm"]]).to("cpu", non_blocking=True)
         pending.append((seen, torch.cuda.current_stream().record_event() if on_gpu else None))
         shows = now["step"] == 0 or (now["step"] + 1) % args.log_every == 0
-        settle(running=on_gpu and not shows)
-        if len(aux["expert_load"]):
-            model.update_router_bias(aux["expert_load"], args.bias_rate)
-            load = load + aux["expert_load"][:cfg.mlp_types.count("moe")]
+        settle(pending, now, running=on_gpu and not shows)
+        model.update_router_bias(aux["expert_load"], args.bias_rate)
+        load = load + aux["expert_load"][:cfg.mlp_types.count("moe")]
         now["step"] += 1
         now["seconds"] += time.perf_counter() - tick
         now["flops"] += model.flops_per_token(args.seq_len // cut) * args.batch_size * args.seq_len
@@ -442,20 +423,19 @@ def run(args, state):
             stop.append(1)
         if shows:
             kl = aux["index_kl"].mean().item() if len(aux["index_kl"]) else kl
-            violation = max_violation(load).max().item() if torch.is_tensor(load) else math.nan
+            violation = max_violation(load).max().item() if "moe" in cfg.mlp_types else math.nan
             rate, mfu = speed(args, now, last, device)
-            part, last = min(1.0, progress()), dict(now)
+            part, last, load = min(1.0, progress()), dict(now), 0.0
             print(f"step {now['step']:05d} {part:4.0%} | loss {now['ema']:.3f} | mtp {mtp.item():.3f} | kl {kl:.4f} | "
                   f"lr {args.lr * factor:.1e} | norm {aux['norm'].item():.2f} | maxvio {violation:.2f} | "
                   f"{rate:,.0f} tok/s{f', mfu {mfu:.1%}' if mfu else ''} | "
                   f"eta {now['seconds'] * (1 / part - 1) / 60:.1f}m", flush=True)
-            load = 0.0
         if now["step"] % args.eval_every == 0 and progress() < 1 and not stop:
             checkpoint()
     checkpoint()
     if stop:
         print(f"stopped after step {now['step']}, saved in {args.out}; go on with --resume", flush=True)
-        final = dict(bpb=None, load=0.0, recall=[], mass=[], chance=[])
+        final = {}
     else:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # all is saved: Ctrl-C may end the evaluation
         final = evaluate(model, data["val"], args.seq_len, 16, device)
@@ -472,21 +452,18 @@ def speed(args, now, since, device):
 
 def summary(model, args, now, final, device):
     (rate, mfu), (total, active) = speed(args, now, dict(step=0, seconds=0.0, flops=0.0), device), model.num_params()
-    moe = torch.is_tensor(final["load"])
-    return dict(step=now["step"], loss=now["ema"], val_bpb=final["bpb"], tokens_per_s=rate, mfu=mfu,
-                tokens=now["step"] * args.batch_size * args.seq_len, params_total=total, params_active=active, seconds=now["seconds"], block_recall=final["recall"], score_recall=final["mass"],
-                block_chance=final["chance"], dead_experts=int((final["load"] == 0).sum()) if moe else 0,
-                max_vio=max_violation(final["load"]).tolist() if moe else [])
+    tokens = now["step"] * args.batch_size * args.seq_len
+    return dict(step=now["step"], loss=now["ema"], val_bpb=None, tokens_per_s=rate, mfu=mfu, tokens=tokens,
+                params_total=total, params_active=active, seconds=now["seconds"],
+                block_recall=[], score_recall=[], block_chance=[], dead_experts=0, max_vio=[]) | final
 
 def report(result):
     """One line of an evaluation."""
-    line = f"val_bpb {result['bpb']:.4f}"
-    if result["recall"]:
-        recall, mass = (" ".join(f"{r:.2f}" for r in result[key]) for key in ("recall", "mass"))
-        line += f" | block recall {recall} (chance {result['chance'][0]:.2f}), of mass {mass}"
-    if torch.is_tensor(result["load"]):
-        line += f" | maxvio {' '.join(f'{v:.2f}' for v in max_violation(result['load']).tolist())}"
-    return line
+    line, chance = f"val_bpb {result['val_bpb']:.4f}", result["block_chance"]
+    recall, mass, violation = (" ".join(f"{x:.2f}" for x in result[key])
+                               for key in ("block_recall", "score_recall", "max_vio"))
+    line += f" | block recall {recall} (chance {chance[0]:.2f}), of mass {mass}" if recall else ""
+    return line + (f" | maxvio {violation}" if violation else "")
 
 def on_signals():
     """-> a list that Ctrl-C and SIGTERM fill from now on."""
@@ -503,17 +480,16 @@ def command(script, run):
         print(json.dumps(result))
         return result
     except (ValueError, OSError, ImportError) as error:
-        print(f"{script}: {error}", file=sys.stderr)
-        sys.exit(2)
+        line, code = error, 2
     except FloatingPointError as error:
-        print(f"{script}: stopped: {error}; the last good checkpoint is kept", file=sys.stderr)
-        sys.exit(1)
+        line, code = f"stopped: {error}; the last good checkpoint is kept", 1
     except KeyboardInterrupt:
-        print(f"{script}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        line, code = "interrupted", 130
     finally:
         for s, handler in handlers.items():
             signal.signal(s, handler)
+    print(f"{script}: {line}", file=sys.stderr)
+    sys.exit(code)
 
 def main(argv=None):
     return command("train.py", lambda: run(*parse_args(argv)))

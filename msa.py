@@ -24,7 +24,7 @@ The torch half is the whole specification; the Triton half has a kernel for each
               _attend_kernel       choice, attention over one block a program, sum by the last to arrive
     training  _backward_kernel     dK, dV and parts of dQ of one block, for the queries that chose it
               _kl_kernel           the index branch's KL and its gradient, in the same order
-              _task_sum_kernel     adds the parts of dK and dV; _slot_sum_kernel those of dQ: no atomics anywhere
+              _task_sum_kernel     adds the parts of dK, dV; _slot_sum_kernel of dQ; _dot_kernel out . dout: no atomics
     baseline  _dense_kernel        full attention's decode, keys split over programs; _dense_sum_kernel joins them
 
 Differs from the paper: scores are ranked without their 1/sqrt(D), which changes no ranking; the KL applies it.

@@ -823,12 +823,14 @@ def test_divergence_stops_the_run(trained, tmp_path, capsys, eval_every):
     state["model"]["layers.1.attn.indexer.q_proj.weight"].fill_(math.nan)
     sample.save_checkpoint(str(tmp_path), **state)
     assert "not finite" in refused(train.main, again, capsys, code=1)
-    history = dict(ema=2.0, above=0, step=100)
+    history = dict(ema=2.0, spread=0.2, above=0, step=100)
     with pytest.raises(FloatingPointError): train.watch(math.nan, 1.0, history)
     for _ in range(4): train.watch(3.5, 1.0, history)
     assert history["ema"] == 2.0
     train.watch(2.1, 1.0, history)  # one calm step clears the count
     assert history["above"] == 0
+    history["spread"] = 0.5
+    for _ in range(5): train.watch(3.5, 1.0, history)  # where losses usually lie 0.5 apart, this is no spike
 def test_interrupt_saves_and_kill_is_harmless(corpus, tmp_path):
     """Ctrl-C ends the run with a checkpoint and exit 0; SIGKILL in the middle of a save leaves the checkpoint whole."""
     args = map(str, train_args(corpus, tmp_path, "--steps", 100000, "--log-every", 1, "--eval-every", 3))

@@ -289,15 +289,17 @@ def card(model, args, device, why, data, setup, sparse_from):
     print(f"ready   | {setup:.1f} s", flush=True)
 
 def watch(loss, norm, history):
-    """Raise FloatingPointError on a NaN, or when five losses in a row lie 1 nat above their running mean."""
+    """Raise FloatingPointError on a NaN, or on five losses in a row 1 nat, and 4 usual distances, over their mean."""
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise FloatingPointError(f"loss {loss}, gradient norm {norm}: not finite")
     mean = loss if history["ema"] is None else history["ema"]
-    history["above"] = history["above"] + 1 if loss > mean + 1 else 0
+    history["above"] = history["above"] + 1 if loss > mean + max(1.0, 4 * history["spread"]) else 0
     if history["above"] >= 5:
         raise FloatingPointError(f"loss spike: {loss:.3f} and four before it, where the running mean was {mean:.3f}")
     if not history["above"]:
-        history["ema"] = mean + max(0.05, 1 / (history["step"] + 1)) * (loss - mean)  # a plain mean at first
+        share = max(0.05, 1 / (history["step"] + 1))  # a plain mean at first
+        history["spread"] += share * (abs(loss - mean) - history["spread"])
+        history["ema"] = mean + share * (loss - mean)
 
 def settle(pending, history, running=0):
     """Watch the steps that are done; waiting for the last one would leave a GPU idle while the next is prepared."""
@@ -367,7 +369,7 @@ def run(args, state):
     model = (model or MiniMax(cfg, dtype).to(device)).train()
     model.recompute = args.recompute
     (optimizers, index, rest), on_gpu = configure_optimizers(model, args.lr), device.type == "cuda"
-    now = dict(step=0, seconds=0.0, flops=0.0, ema=None, above=0, bpb=math.inf, sparse_from=args.msa_from)
+    now = dict(step=0, seconds=0.0, flops=0.0, ema=None, spread=0.0, above=0, bpb=math.inf, sparse_from=args.msa_from)
     if state:
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)

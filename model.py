@@ -77,7 +77,7 @@ class MiniMaxConfig:
     def micro(cls, **kw):
         """M2's pattern at the size of rl.py's tasks, in bytes."""
         return cls(**{**dict(
-            vocab_size=257, n_layer=3, n_embd=64, n_head=4, n_kv_head=2, head_dim=16, rotary_dim=8,
+            vocab_size=257, n_layer=3, n_embd=64, n_head=4, n_kv_head=2, head_dim=16, rotary_dim=8, max_seq_len=1024,
             attn_types=["full"] * 3, mlp_types=["moe"] * 3, n_expert=8, n_expert_per_tok=2, expert_dim=64,
             index_head_dim=16, index_block_size=8, index_topk_blocks=4), **kw})
 

@@ -11,7 +11,7 @@ chosen, with weights .2/1.1 = .18 and .9/1.1 = .82: expert 3 gets tokens, but ha
 
 Differs from M2/M3: the report does not publish the balancing rule; the sign update is that of loss-free balancing
 (arXiv 2408.15664). No token is ever dropped. `experts_loop` is the specification; `experts_grouped` sorts tokens by
-expert and runs one grouped matrix product, with no host synchronisation.
+expert and runs one grouped matrix product, with no host synchronisation, `gated` in between as one Triton kernel.
 """
 import torch
 import torch.nn as nn

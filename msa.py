@@ -69,15 +69,15 @@ def _check(q, end, start, **others):
             _expect(f"dtype of {name}", x.dtype, q.dtype)
         if name == "k":
             _expect(f"{q.size(2)} query heads modulo {x.size(2)} KV heads", q.size(2) % x.size(2), 0)
-    keys = next(iter(others.values()))[0].size(1)
-    if end is not None and (end.dim() != 2 or end.size(0) != q.size(0) or end.size(1) > keys
-                            or (start is None and end.size(1) != keys)):
-        raise ValueError(f"shape of end is {tuple(end.shape)}, expected {(q.size(0), keys)}, one end for each key")
     for name, x in (("end", end), ("start (a cache's length)", start)):
         if x is not None:
             _expect(f"type of {name}", type(x), torch.Tensor)
             _expect(f"dtype of {name}", x.dtype, torch.int32)
             _expect(f"device of {name}", x.device, q.device)
+    keys = next(iter(others.values()))[0].size(1)
+    if end is not None and (end.dim() != 2 or end.size(0) != q.size(0) or end.size(1) > keys
+                            or (start is None and end.size(1) != keys)):
+        raise ValueError(f"shape of end is {tuple(end.shape)}, expected {(q.size(0), keys)}, one end for each key")
     if start is not None:
         _expect("shape of start (a cache's length)", tuple(start.shape), (q.size(0),))
 

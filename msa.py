@@ -448,6 +448,7 @@ class KVCache:
         self.k, self.v, self.ki = self.k[:, rows], self.v[:, rows], self.ki[:, rows]
         self.coded = self.coded and [x[:, rows] for x in self.coded]
         self.length = self.length[rows]
+        self.used = int(self.length.max()) if len(rows) else 0  # read back: the longest row may be gone
 
 # ---- Triton: the index branch of a prefill -------------------------------------------------------
 

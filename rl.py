@@ -157,7 +157,7 @@ class Trajectory:
     rewards: list = dataclasses.field(default_factory=list)
     success: bool = False
     seconds: float = 0.0
-    said: dict = dataclasses.field(default_factory=dict)  # text of a completion -> its tokens
+    said: dict = dataclasses.field(default_factory=dict)  # text of a completion -> its tokens, each time
 
     def finish(self, rewards, success, seconds):
         self.rewards, self.success, self.seconds, self.said = rewards, success, seconds, {}
@@ -173,15 +173,21 @@ class Gateway:
         self.tokenizer = Tokenizer(learn_bpe([], 257, "(?s:.)"))  # bytes
 
     def context(self, episode, messages):
-        known = [episode.said.get(m["content"]) if m["role"] == "assistant" else None for m in messages]
-        return [i for m, ids in zip(messages, known) for i in ids or self.tokenizer.encode(m["content"])]
+        """Token ids. Completions of one text may be of other tokens (bytes that are no UTF-8): the last is the last."""
+        said, out = {text: list(known) for text, known in episode.said.items()}, []
+        for m in reversed(messages):
+            known = said.get(m["content"]) if m["role"] == "assistant" else None
+            out.append(known[-1] if known else self.tokenizer.encode(m["content"]))
+            if known and len(known) > 1:
+                known.pop()
+        return [i for ids in reversed(out) for i in ids]
 
     def record(self, episode, context, ids, logprobs, version, routes=None):
         """Keep one completion -> its text."""
         text, logprobs = self.tokenizer.decode(ids), torch.tensor(logprobs, dtype=torch.float64)
         versions = torch.full((len(ids),), version)
         episode.samples.append(Sample(torch.tensor(context + ids), len(context), logprobs, versions, routes))
-        episode.said[text] = ids
+        episode.said.setdefault(text, []).append(ids)
         return text
 
 def common_prefix(a, b):
@@ -430,7 +436,7 @@ def mtp_losses(model, batch, hidden, top=8):
     teacher = (model.norm(h).detach() @ head.T).to(wide).softmax(-1)
     embedded = model.embed(batch["idx"]).detach().to(h.dtype)
     cos, sin = rope_tables(batch["pos"], model.cfg.rotary_dim, model.cfg.rope_theta)
-    for k, module in enumerate(model.mtp, 1):
+    for k, module in enumerate(model.mtp[:h.size(1) - 1], 1):
         n, weight = h.size(1) - 1, batch["weight"][k][:, :-k]
         call = Call((cos[:, :-k], sin[:, :-k]), batch["end"][:, :-k] if "end" in batch else None, weight)
         h, aux = module(h[:, :n], embedded[:, k:], model.cfg.n_layer + k - 1, call)                      # (B, T - k, C)
@@ -531,7 +537,7 @@ class Local:
                     t.fail()
             self.clock.running[n] = self.clock.now + min(seconds, self.queue.deadline)
 
-    def wait(self, stop):
+    def wait(self, stop, seconds):
         self.clock.wait(self.queue, self.args.groups)
         self.clock.now += TRAIN_S
 
@@ -553,13 +559,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.end_headers()
         self.wfile.write(json.dumps(reply).encode())
-    do_GET = do_POST
+    do_GET = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_POST
 
     def read_body(self):
         size, key = self.headers.get("Content-Length", ""), self.headers.get("Authorization", "")
         size = int(size) if re.fullmatch("[0-9]{1,9}", size) else -1
-        raw = self.rfile.read(max(0, min(size, 16 * MAX_BODY)))  # too much is heard out, or the client never hears us
-        if not hmac.compare_digest(key.encode(), f"Bearer {self.server.token}".encode()):
+        known = hmac.compare_digest(key.encode(), f"Bearer {self.server.token}".encode())
+        raw = self.rfile.read(max(0, min(size, 16 * MAX_BODY if known else MAX_BODY)))  # heard out, or no one hears us
+        if not known:
             raise Refused(401, "wrong token")
         if not 0 <= size <= MAX_BODY:
             raise Refused(413, f"a body of {size} bytes: its Content-Length must be 0 to {MAX_BODY}")
@@ -615,7 +622,7 @@ class Served(http.server.HTTPServer):
             n, room = len(self.gateway.context(episode, body["messages"])), self.model.cfg.max_seq_len - MAX_NEW
             if not 1 <= n <= room:
                 raise ValueError(f"a context of {n} tokens: 1 to {room}")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             why = error if type(error) is ValueError else f"rewards are numbers, messages {{role, content}}: {error!r}"
             raise Refused(400, str(why)) from None
         agent = (messages for messages in [body["messages"]])  # it asks once
@@ -633,15 +640,17 @@ class Served(http.server.HTTPServer):
             self.queue.finish(episode.task)
         return dict(turns=len(episode.samples))
 
-    def wait(self, stop):
+    def wait(self, stop, seconds):
         started = time.monotonic() - self.clock.now
-        while not self.queue.take(self.args.groups) and not stop:
+        until = self.clock.now + seconds
+        while not self.queue.take(self.args.groups) and not stop and self.clock.now < until:
             self.handle_request()
             self.clock.now = time.monotonic() - started
             late = self.queue.expire(self.clock.now)
             for name in [name for name, t in self.open.items() if t.task in late]:
                 self.open[name].fail()
                 self.close(name)
+            self.unclaimed = [name for name in self.unclaimed if name in self.open]
 
 # ---- the run -------------------------------------------------------------------------------------
 
@@ -797,16 +806,18 @@ def run(args, state):
         budget = 60 * (args.minutes or math.inf) - now["warm"]
         return max(now["step"] / (args.steps or math.inf), (now["seconds"] - now["warm"]) / max(budget, 1e-9))
     stop = on_signals()
+    save(args, source, optimizers, now)  # killed from here on, a run can go on
     while progress() < 1 and not stop:
         tick, rate = time.perf_counter(), args.lr * min(1.0, 2 * (1 - progress()))
         source.start(queue.admit(source.clock.now, now["step"]), now["step"])
-        source.wait(stop)
-        if len(queue.batch) < args.groups:  # stopped while agents of other processes were at work
+        source.wait(stop, 60 * (args.minutes or math.inf) - now["seconds"])
+        if len(queue.batch) < args.groups:  # stopped, or out of time, while agents of other processes were at work
             break
         groups = [source.pool.pop(task) for task in queue.batch]
         trees = plan_rows(map(advantages, groups), model, not args.no_merge)
         if not trees:  # served groups that all passed their deadline without a word: nothing to learn from
             queue.publish(now["step"])
+            now["seconds"] += time.perf_counter() - tick
             continue
         stats = train_step(model, optimizers, trees, rate)
         lags = queue.publish(now["step"] + 1)  # the step's weights are out: now, and not before, its slots are free
@@ -870,7 +881,7 @@ def simulate(window, steps, sigma, seed, slots=64, groups=8, train_s=6.0):
                 max_lag=max(lags), early=sum(mix[:10]) / 10, hard=sum(mix) / steps)
 
 def compare(args):
-    """Strict FIFO, window and greedy: the queue alone, then short trainings from one warm start, same seeds."""
+    """Strict FIFO, window and greedy: the queue alone, then short trainings, same seeds and imitation."""
     windows, rows, trained = dict(fifo=1, window=19, greedy=math.inf), {}, {}
     print("queue: 64 groups in flight, 8 a step of 6 s, window 19 = 0.3 N; the same tasks and tails in every row")
     for sigma in sorted({args.sigma, 0.8, 1.3}):

@@ -35,14 +35,11 @@ from sample import (PATTERN, Parser, Tokenizer, learn_bpe, load_checkpoint, load
 VAL_BYTES = 512 * 1024                 # val_bpb is measured on this much of the validation text
 MTP_WEIGHT = (0.3, 0.1)                # before and in the decay phase (M2 report)
 WARMUP, DECAY = 0.02, 0.6              # shares of the run
-EMBED_SCALE = 12.0                     # rate of the embedding over that of the matrices
-# What a preset trains with unless told otherwise. mtp_every: steps from one MTP loss to the next; msa_from: share of
-# the run with full attention while the index branch learns; stages: share of the run -> parts that rows are cut into
+# mtp_every: steps between MTP losses; msa_from: share of the run under full attention; stages: share -> cuts of a row
 RUNS = {
-    "tiny": dict(seq_len=256, batch_size=4, accumulate=1, lr=1.2e-2, minutes=2.5, mtp_every=8, msa_from=0.5,
+    "tiny": dict(seq_len=256, batch_size=4, lr=1.2e-2, minutes=2.5, mtp_every=8, msa_from=0.5,
                  stages=((0.0, 8), (0.2, 4), (0.45, 2), (0.75, 1))),
-    "small": dict(seq_len=8192, batch_size=16, accumulate=1, lr=4e-3, minutes=10.0, mtp_every=8, msa_from=0.25,
-                  stages=((0.0, 1),))}
+    "small": dict(seq_len=8192, batch_size=16, lr=4e-3, minutes=10.0, mtp_every=8, msa_from=0.25, stages=((0, 1),))}
 PEAK = {"H100": 989.4e12, "H200": 989.4e12, "H800": 989.4e12, "A100": 312e12}  # dense bf16 FLOP/s, by the GPU's name
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -130,9 +127,8 @@ def configure_optimizers(model, lr):
                "vector" if p.dim() == 1 or "router" in name else "stacked" if "w13" in name else "matrix"
         kinds[kind].append(p)
     muon = Muon([dict(params=kinds["matrix"]), dict(params=kinds["stacked"], stack=2)], lr)
-    adam = torch.optim.AdamW(
-        [dict(params=kinds["embed"], scale=EMBED_SCALE), dict(params=kinds["head"] + kinds["vector"])],
-        lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
+    adam = torch.optim.AdamW([dict(params=kinds["embed"], scale=12.0), dict(params=kinds["head"] + kinds["vector"])],
+                             lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
     index = [p for name, p in model.named_parameters() if ".indexer." in name]
     return [muon, adam], index, [p for name, p in model.named_parameters() if ".indexer." not in name]
 
@@ -178,7 +174,7 @@ def parse_args(argv):
     p.add_argument("--seq-len", type=int, help="tokens in a row, at last; default: the preset's")
     p.add_argument("--batch-size", type=int, help="rows in a step, at last; default: the preset's")
     p.add_argument("--vocab-size", type=int, help="tokens that the BPE learns; default: the preset's")
-    p.add_argument("--accumulate", type=int, help="gradient accumulation: a step's rows in so many parts")
+    p.add_argument("--accumulate", type=int, default=1, help="gradient accumulation: a step's rows in so many parts")
     p.add_argument("--recompute", action="store_true", help="activation checkpointing: less memory, slower")
     p.add_argument("--lr", type=float, help="peak rate of the matrices; default: the preset's")
     p.add_argument("--attn", default="msa", help="msa, or full for full attention in every layer")
@@ -208,8 +204,7 @@ def check_args(args):
     least = dict(steps=1, minutes=1e-6, seq_len=16, batch_size=1, log_every=1, eval_every=1, stop_after=1, lr=1e-12,
                  vocab_size=257, bias_rate=0, seed=0, accumulate=1)  # 257: all bytes and the end-of-text token
     for name, low in least.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value < 2 ** 63:
+        if (value := getattr(args, name)) is not None and not low <= value < 2 ** 63:
             raise ValueError(f"--{name.replace('_', '-')} {value}: it must be a number of at least {low}")
     if args.attn not in ("full", "msa"):
         raise ValueError(f"--attn {args.attn}: msa or full (swa and lightning come later)")
@@ -259,8 +254,7 @@ def dry_run(cfg, preset):
                 params_active=active, seconds=0.0)
 
 def convert(old, saved, args):
-    """A model trained with full attention and its optimizers' states -> the same weights with the preset's MSA layers,
-    their index branch new, and the same states, carried over by name."""
+    """A full-attention model and its optimizers' states -> the preset's MSA layers, weights and states kept by name."""
     new = MiniMax(dataclasses.replace(configure(args), vocab_size=old.cfg.vocab_size), old.dtype)
     missing, unexpected = new.load_state_dict(old.state_dict(), strict=False)
     assert not unexpected and all(".indexer." in name for name in missing), (missing, unexpected)
@@ -325,18 +319,25 @@ def fuse(model, muon):
     model.norm.forward = torch.compile(model.norm.forward, dynamic=False)
     muon.blend = torch.compile(muon.blend, dynamic=True)
 
+def loss_counts(part, stride):
+    """Tokens that a part's next-token loss, KL, and an MTP module's loss and KL are means over: (4,)."""
+    real, weight = part["targets"] >= 0, part.get("weight", torch.ones_like(part["targets"]))
+    i = torch.arange(1, real.size(1), device=real.device)
+    ahead = i < part["end"][:, :-1] if "end" in part else i > 0
+    means = real, weight[:, stride - 1::stride], real[:, 1:] & ahead, (weight[:, :-1] * ahead)[:, stride - 1::stride]
+    return torch.stack([x.sum() for x in means]).double()
+
 def learn(model, batch, n, optimizers, index, rest, mtp_weight):
     """One step on a batch in n parts: forward, backward, clip, update -> aux with loss and gradient norms."""
-    count, total = (batch["targets"] >= 0).sum(), {}
-    for part in zip(*(x.chunk(n) for x in batch.values())):
-        part = dict(zip(batch, part))
+    parts, total = [dict(zip(batch, part)) for part in zip(*(x.chunk(n) for x in batch.values()))], {}
+    counts = torch.stack([loss_counts(part, model.cfg.index_kl_stride) for part in parts])                    # (n, 4)
+    for part, (share, learns, ahead, drafts) in zip(parts, (counts / counts.sum(0).clamp(min=1)).float()):
         _, loss, aux = model(**part)
-        share = (part["targets"] >= 0).sum() / count  # each token weighs the same, wherever it was cut off
-        aux = dict(loss=share * loss, mtp_loss=share * aux.get("mtp_loss", 0.0),
-                   index_kl=aux.get("index_kl", torch.zeros(0)) * (len(part["idx"]) / len(batch["idx"])),
-                   expert_load=aux.get("expert_load", torch.zeros(0)))
-        # three roads back: experts through their weights (gate included), attention through q, k and v, and the index
-        # branch through the KL alone, since choosing blocks has no gradient
+        kl = aux.get("index_kl", torch.zeros(0, device=loss.device))
+        trunk = torch.arange(len(kl), device=loss.device) < model.cfg.attn_types.count("msa")
+        aux = dict(loss=share * loss, mtp_loss=ahead * aux.get("mtp_loss", 0.0),
+                   index_kl=torch.where(trunk, learns, drafts) * kl, expert_load=aux.get("expert_load", torch.zeros(0)))
+        # experts learn through their weights, attention through q, k and v, the index branch through the KL alone
         (aux["loss"] + mtp_weight * aux["mtp_loss"] + aux["index_kl"].sum()).backward()
         total = {key: total.get(key, 0.0) + value.detach() for key, value in aux.items()}
     norm, index_norm = (torch.nn.utils.clip_grad_norm_(part, 1.0) for part in (rest, index))
@@ -447,24 +448,23 @@ def run(args, state):
 def speed(args, now, since, device):
     """-> tokens a second since then, and executed FLOPs over the GPU's dense bf16 peak, None where that is unknown."""
     seconds = max(now["seconds"] - since["seconds"], 1e-9)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak = next((flops for gpu, flops in PEAK.items() if gpu in name), None)
-    rate = (now["step"] - since["step"]) * args.batch_size * args.seq_len / seconds
-    return rate, (now["flops"] - since["flops"]) / seconds / peak if peak else None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
+    peak = next((flops for gpu, flops in PEAK.items() if gpu in name), math.inf)
+    rate, mfu = ((now[key] - since[key]) / seconds for key in ("step", "flops"))
+    return rate * args.batch_size * args.seq_len, mfu / peak or None
 
 def summary(model, args, now, final, device):
     (rate, mfu), (total, active) = speed(args, now, dict(step=0, seconds=0.0, flops=0.0), device), model.num_params()
-    tokens = now["step"] * args.batch_size * args.seq_len
-    return dict(step=now["step"], loss=now["ema"], val_bpb=None, tokens_per_s=rate, mfu=mfu, tokens=tokens,
-                params_total=total, params_active=active, seconds=now["seconds"],
+    return dict(step=now["step"], loss=now["ema"], val_bpb=None, tokens_per_s=rate, mfu=mfu, params_total=total,
+                params_active=active, tokens=now["step"] * args.batch_size * args.seq_len, seconds=now["seconds"],
                 block_recall=[], score_recall=[], block_chance=[], dead_experts=0, max_vio=[]) | final
 
 def report(result):
     """One line of an evaluation."""
-    line, chance = f"val_bpb {result['val_bpb']:.4f}", result["block_chance"]
+    line = f"val_bpb {result['val_bpb']:.4f}"
     recall, mass, violation = (" ".join(f"{x:.2f}" for x in result[key])
                                for key in ("block_recall", "score_recall", "max_vio"))
-    line += f" | block recall {recall} (chance {chance[0]:.2f}), of mass {mass}" if recall else ""
+    line += f" | block recall {recall} (chance {result['block_chance'][0]:.2f}), of mass {mass}" if recall else ""
     return line + (f" | maxvio {violation}" if violation else "")
 
 def on_signals():

@@ -806,7 +806,8 @@ def run(args, state):
         budget = 60 * (args.minutes or math.inf) - now["warm"]
         return max(now["step"] / (args.steps or math.inf), (now["seconds"] - now["warm"]) / max(budget, 1e-9))
     stop = on_signals()
-    save(args, source, optimizers, now)  # killed from here on, a run can go on
+    if not state:
+        save(args, source, optimizers, now, fresh=True)  # killed from here on, the run can go on
     while progress() < 1 and not stop:
         tick, rate = time.perf_counter(), args.lr * min(1.0, 2 * (1 - progress()))
         source.start(queue.admit(source.clock.now, now["step"]), now["step"])
@@ -835,12 +836,12 @@ def run(args, state):
                 merge_ratio=now["naive"] / max(now["slots"], 1), max_lag=now["max_lag"], seconds=now["seconds"],
                 virtual_seconds=virtual, idle=source.clock.idle / virtual, reward_per_virtual_s=now["reward"] / virtual)
 
-def save(args, source, optimizers, now):
+def save(args, source, optimizers, now, fresh=False):
     """All there is between two steps: weights, momenta, who is in flight, what has finished, the clock."""
     kept = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "figure", "token")}
     pool = {task: list(map(dataclasses.asdict, group)) for task, group in source.pool.items()}
-    save_checkpoint(args.out, config=dataclasses.asdict(source.model.cfg), tokenizer=source.gateway.tokenizer.spec,
-                    args=kept, now=now, model=source.model.state_dict(), pool=pool, clock=vars(source.clock),
+    save_checkpoint(args.out, fresh, config=dataclasses.asdict(source.model.cfg), model=source.model.state_dict(),
+                    tokenizer=source.gateway.tokenizer.spec, args=kept, now=now, pool=pool, clock=vars(source.clock),
                     queue=vars(source.queue), optimizers=[o.state_dict() for o in optimizers])
 
 def restore(state, source, optimizers):

@@ -236,9 +236,9 @@ def load_checkpoint(folder, device="cpu"):
         raise ValueError(f"{path}: the checkpoint lacks {', '.join(sorted(lacks))}")
     return state
 
-def save_checkpoint(folder, **state):
+def save_checkpoint(folder, fresh=False, **state):
     """Write FOLDER/ckpt.pt beside the old file, then rename: a crash at any moment leaves a whole checkpoint. OSError,
-    with the old one untouched, if it cannot be written."""
+    with the old one untouched, if it cannot be written. fresh: a run's first; what another left becomes ckpt.pt.old."""
     path = checkpoint_path(folder)
     temporary = f"{path}.tmp"
     try:
@@ -250,6 +250,8 @@ def save_checkpoint(folder, **state):
         if os.path.exists(temporary):
             os.remove(temporary)
         raise OSError(f"cannot write {path}: {error}") from None
+    if fresh and os.path.exists(path):
+        os.replace(path, f"{path}.old")
     os.replace(temporary, path)
 
 def load_model(state, device="cpu", dtype=torch.float32):

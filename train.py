@@ -396,8 +396,8 @@ def run(args, state):
             raise FloatingPointError(f"val_bpb {found['val_bpb']:.3f} after {now['bpb']:.3f}")
         now["bpb"] = min(now["bpb"], found["val_bpb"])
         kept = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "stop_after", "dry_run")}
-        config = dataclasses.asdict(dataclasses.replace(cfg, mtp_active=True))
-        save_checkpoint(args.out, config=config, args=kept, tokenizer=tokenizer.spec, now=dict(now),
+        save_checkpoint(args.out, fresh=not args.resume and now["step"] <= args.eval_every, args=kept, now=dict(now),
+                        config=dataclasses.asdict(dataclasses.replace(cfg, mtp_active=True)), tokenizer=tokenizer.spec,
                         model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers])
     stop, pending, load, mtp, kl, last = on_signals(), [], 0.0, torch.tensor(math.nan), math.nan, dict(now)
     if progress() >= 1:

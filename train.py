@@ -193,7 +193,7 @@ def parse_args(argv):
         p.set_defaults(**{**state["args"], **end})  # mtp_every, which has no flag, among them
         args = p.parse_args(argv)
         for name in ("preset", "attn", "seq_len", "vocab_size"):  # these made the model
-            value, was = getattr(args, name), state["args"].get(name)  # None: a checkpoint of rl.py
+            value, was = getattr(args, name), state["args"].get(name, "no such flag, by rl.py")
             if value != was and (was, value) != ("full", "msa"):  # full attention may become sparse
                 raise ValueError(f"--{name.replace('_', '-')} {value}: the checkpoint was trained with {was}")
     check_args(args)

@@ -565,7 +565,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         size, key = self.headers.get("Content-Length", ""), self.headers.get("Authorization", "")
         size = int(size) if re.fullmatch("[0-9]{1,9}", size) else -1
         known = hmac.compare_digest(key.encode(), f"Bearer {self.server.token}".encode())
-        raw = self.rfile.read(max(0, min(size, 16 * MAX_BODY if known else MAX_BODY)))  # heard out, or no one hears us
+        raw, until = bytearray(), time.monotonic() + self.timeout  # in all: one that drips must not hold up the others
+        while len(raw) < min(size, 16 * MAX_BODY) and time.monotonic() < until:  # heard out, or no one hears the answer
+            piece = self.rfile.read1(min(size - len(raw), MAX_BODY))
+            if not piece:
+                break
+            raw += piece
         if not known:
             raise Refused(401, "wrong token")
         if not 0 <= size <= MAX_BODY:

@@ -313,7 +313,7 @@ class MiniMax(nn.Module):
         None; otherwise logits (B, n, V) of the last n_logits positions, None = all. loss: next-token loss alone.
         weight (B, T): multiplicity, 0 = pad. pos (B, T): default counts on from the cache. end (B, Tk): default causal.
         replay: an earlier aux, whose block_idx and experts are used again. aux: expert_load (layers with experts, E),
-        experts (…, B, T, A), block_idx (layers with MSA, B, T, Hkv, S), hidden (B, T, C) before the last norm; mtp_loss
+        experts (n, B, T, A), block_idx (layers with MSA, B, T, Hkv, S), hidden (B, T, C) before the last norm; mtp_loss
         with targets; index_kl in training; block_recall, score_recall, block_chance in evaluation."""
         B, T = idx.shape
         if pos is None:

@@ -463,12 +463,6 @@ def _block_of(key):
     """Block id of a key; -1 where its score is -inf, whose bits make -0x7F800001."""
     return tl.where((key >> 32) > -0x7F800001, 0x7FFFFFFF - (key & 0x7FFFFFFF), -1).to(tl.int32)
 
-@jit
-def _merge(best, new):
-    """Top W of two rows of W keys, descending: best is, new has any order. Of a descending and an ascending row the
-    larger elements, place by place, are the top W, and already bitonic."""
-    return tl.bitonic_merge(tl.maximum(best, tl.sort(new, 1, False)), 1, True)
-
 # One program = ROWS (query, index head) pairs of one sequence against every earlier block; the longest start first.
 @jit
 def _index_kernel(qi, keys, end, block_end, start, block_idx, T, cap, HKV: tl.constexpr, D: tl.constexpr,
@@ -479,8 +473,7 @@ def _index_kernel(qi, keys, end, block_end, start, block_idx, T, cap, HKV: tl.co
     i, mine = first + row // HKV, row < T * HKV
     q = tl.load(qi + (base + row)[:, None] * D + tl.arange(0, D), mask=mine[:, None], other=0.0)      # [ROWS, D]
     n = (first + (tl.minimum((tile + 1) * ROWS, T * HKV) - 1) // HKV) // L                  # blocks before the last own
-    best = tl.full([ROWS, W], -0x7FFFFFFFFFFFFFFF, tl.int64)
-    new = tl.full([ROWS, W], float("-inf"), tl.float32)
+    best, new = tl.full([ROWS, W], -0x7FFFFFFFFFFFFFFF, tl.int64), tl.full([ROWS, W], float("-inf"), tl.float32)
     for blk in range(0, n):
         earlier = blk < i // L  # such a block lies wholly before i: no other causal mask is needed
         if end is None:
@@ -495,7 +488,9 @@ def _index_kernel(qi, keys, end, block_end, start, block_idx, T, cap, HKV: tl.co
         new = tl.where(w == blk % W, tl.where(earlier, score, float("-inf"))[:, None], new)
         if (blk % W == W - 1) | (blk == n - 1):
             fresh = tl.where(w <= blk % W, new, float("-inf"))  # not `new` itself: the branch would have to return it
-            best = _merge(best, _key(fresh, (blk // W * W + w)[None]))
+            # of a descending and an ascending row the larger elements, place by place, are the top W, and bitonic
+            key = tl.sort(_key(fresh, (blk // W * W + w)[None]), 1, False)
+            best = tl.bitonic_merge(tl.maximum(best, key), 1, True)
     out = block_idx + (base + row)[:, None] * S
     tl.store(out + tl.zeros([1], tl.int32), (i // L)[:, None], mask=mine[:, None])
     tl.store(out + 1 + w, _block_of(best), mask=mine[:, None] & (w < S - 1))
@@ -522,8 +517,8 @@ def _query_outer_kernel(q, k, v, end, start, block_idx, out, stat, T, cap, HKV: 
     i = (bt % T + (0 if start is None else tl.load(start + b))).to(tl.int32)
     rows, mine = ((bt * HKV + h) * G + g)[:, None] * D + d, (g < G)[:, None]
     x = tl.load(q + rows, mask=mine, other=0.0)                                                       # [ROWS, D]
-    m, l = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, D], tl.float32)
+    # -1e30, not -inf: a row with no visible key gives 0, never nan
+    m, l, acc = tl.full([ROWS], -1e30, tl.float32), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, D], tl.float32)
     for slot in range(0, S):
         blk = tl.load(block_idx + (bt * HKV + h) * S + slot)
         j = blk * L + tl.arange(0, L)
@@ -533,7 +528,7 @@ def _query_outer_kernel(q, k, v, end, start, block_idx, out, stat, T, cap, HKV: 
         keys = ((b * cap + j) * HKV + h)[:, None] * D + d                                              # [L, D]
         s = tl.dot(x, tl.load(k + keys, mask=seen[:, None], other=0.0).T, input_precision="ieee")
         s = tl.where(seen, s * (D ** -0.5 * 1.4426950408889634), float("-inf"))
-        new = tl.maximum(tl.maximum(m, tl.max(s, 1)), -1e30)  # -1e30: a row with no visible key gives 0, never nan
+        new = tl.maximum(m, tl.max(s, 1))
         p, scale = tl.exp2(s - new[:, None]), tl.exp2(m - new)
         value = tl.load(v + keys, mask=seen[:, None], other=0.0)
         acc = acc * scale[:, None] + tl.dot(p.to(value.dtype), value, input_precision="ieee")
@@ -911,28 +906,33 @@ def _block_scores(x, key, end, i, b, blk, cap, L: tl.constexpr):
     return tl.where(blk < i // L, tl.max(s, 0), float("-inf"))
 
 @jit
-def _unit(x):
-    """Powers of two, at least the largest element of each column of x [D, COLS]."""
-    return tl.exp2(tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(x.to(tl.float32)), 0), 2.0 ** -126))))
-
-@jit
 def _run_start(run, n, runs):
     """The n blocks before the last query's own, cut into even runs: the first block of a run."""
     return (run.to(tl.int64) * n // runs).to(tl.int32)
 
 @jit
-def _digits(x, unit):
-    """Queries x [D, COLS] in steps of unit / 32512 as two int8 digits, base 256, and |x| in steps, rounded up."""
+def _digits(x):
+    """Queries x [D, COLS] in steps of unit / 32512, units powers of two, at least a column's largest element -> two
+    int8 digits, base 256; |x| in steps, rounded up; units."""
+    unit = tl.exp2(tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(x.to(tl.float32)), 0), 2.0 ** -126))))
     x = x.to(tl.float32) / unit[None] * 32512
     n = tl.floor(x + 0.5).to(tl.int32)
     high = (n + 128) >> 8
-    return high.to(tl.int8), (n - high * 256).to(tl.int8), tl.sqrt(tl.sum(x * x, 0)) * (1 + 2.0 ** -15)
+    return high.to(tl.int8), (n - high * 256).to(tl.int8), tl.sqrt(tl.sum(x * x, 0)) * (1 + 2.0 ** -15), unit
 
 @jit
 def _unscale(x, unit, more):
     """From steps to scores, more added (what rounds to 0), finite where x is: -inf means invisible alone."""
     y = tl.minimum(tl.maximum(x * (unit / 32512 * 2.0 ** 15) * 2.0 ** 15 + more, -3e38), 3e38)
     return tl.where(x > float("-inf"), y, x)
+
+@jit
+def _prefetch(start, n):
+    """One thread asks the L2 for n elements, 64 KB at most: no value is read, so that none can be stale."""
+    size = tl.minimum(n * (start.dtype.element_ty.primitive_bitwidth // 8), 1 << 16)
+    tl.inline_asm_elementwise("""{ .reg .pred first; .reg .u32 thread; mov.u32 thread, %tid.x;
+        setp.eq.u32 first, thread, 0; @first cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, thread; }""",
+                              "=r,l,r", [start.to(tl.int64), size], tl.int32, is_pure=False, pack=1)
 
 # One program = one run of blocks of one sequence, for all its queries and index heads. A row of scores: all N blocks,
 # the maximum of each run; and where keys are int8, so that these are upper bounds: the maxima again, since rescoring
@@ -943,14 +943,17 @@ def _scan_kernel(qi, ki, scale, slack, end, length, scores, done, T, cap, HKV: t
     run, b, N, runs = tl.program_id(0), tl.program_id(1), tl.cdiv(cap, L), tl.num_programs(0)
     c, g = tl.arange(0, COLS), tl.arange(0, RUN)
     if PDL:
+        n = (tl.load(length + b, volatile=True) + T - 1) // L  # may still be written: read again after the wait
+        lo, hi = _run_start(run, n, runs), _run_start(run + 1, n, runs)
+        if (lo < hi) & (b == 0):  # the programs of later sequences find the memory busy
+            _prefetch(ki + lo.to(tl.int64) * L * D, (hi - lo) * L * D)
         tl.extra.cuda.gdc_wait()
     n = (tl.load(length + b) + T - 1) // L
     lo, hi = _run_start(run, n, runs), _run_start(run + 1, n, runs)
     x, i = _queries(qi, length, b, T, HKV, D, L, COLS)
     score = tl.full([COLS, RUN], float("-inf"), tl.float32)
     if scale is not None:
-        unit = _unit(x)
-        high, low, norm = _digits(x, unit)
+        high, low, norm, unit = _digits(x)
         least = tl.full([L, COLS], float("-inf"), tl.float32)
         step = tl.load(scale + b.to(tl.int64) * cap + lo * L + tl.arange(0, L), mask=(lo < hi), other=0.0)
         margin = tl.load(slack + b * N + lo, mask=lo < hi, other=0.0)
@@ -979,8 +982,7 @@ def _scan_kernel(qi, ki, scale, slack, end, length, scores, done, T, cap, HKV: t
         tl.store(row + N + 2 * runs + run, lower, mask=mine)
     tl.store(row[:, None] + lo + g, score, mask=mine[:, None] & (g < hi - lo))
     tl.store(row + N + run, tl.max(score, 1), mask=mine)
-    if run == 0:
-        tl.store(done + b * T * HKV + c, 0, mask=mine)
+    tl.store(done + b * T * HKV + c, 0, mask=mine & (run == 0))
 
 @jit
 def _choose(scores, row, slot, n, N, W: tl.constexpr, RUNS: tl.constexpr, PAIR: tl.constexpr):
@@ -1071,15 +1073,17 @@ def _attend_kernel(q, k, v, end, length, scores, block_idx, part, lse, done, out
     slot, row = tl.program_id(0), tl.program_id(1)                                        # row = (b * T + t) * HKV + h
     b, h, g, d = row // (T * HKV), row % HKV, tl.arange(0, ROWS), tl.arange(0, D)
     heads = (row.to(tl.int64) * G + g)[:, None] * D + d
-    # q may be read before the wait: the scan let this kernel start after its own wait, so that q was whole
+    # these may be read before the wait: the scan let this kernel start after its own wait, so that they were whole
     x = tl.load(q + heads, mask=(g < G)[:, None], other=0.0)                                          # [ROWS, D]
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    i = tl.load(length + b) + row % (T * HKV) // HKV
+    n = tl.load(length + b)
+    i = n + row % (T * HKV) // HKV
     blk = i // L
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     if slot > 0:
-        blk = _choose(scores, row, slot, (tl.load(length + b) + T - 1) // L, tl.cdiv(cap, L), W, RUNS, PAIR)
+        blk = _choose(scores, row, slot, (n + T - 1) // L, tl.cdiv(cap, L), W, RUNS, PAIR)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()  # not before: the next step's index keys would delay the choice
     tl.store(block_idx + row * S + slot, blk)
     j = blk * L + tl.arange(0, L)
     seen = (j >= 0) & (j <= i)
@@ -1112,8 +1116,7 @@ def _dense_kernel(q, k, v, end, length, part, T, cap, HKV: tl.constexpr, G: tl.c
     x = tl.load(q + heads[:, None] * D + d, mask=(r < T * G)[:, None], other=0.0)                     # [ROWS, D]
     i, n = tl.load(length + b) + r // G, tl.load(length + b) + T
     run = tl.cdiv(tl.cdiv(n, TILE), tl.num_programs(0)) * TILE
-    m, l = tl.full([ROWS], -1e30, tl.float32), tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, D], tl.float32)
+    m, l, acc = tl.full([ROWS], -1e30, tl.float32), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, D], tl.float32)
     for j0 in range(split * run, tl.minimum(split * run + run, n), TILE):
         j = j0 + tl.arange(0, TILE)
         keys, held = ((b.to(tl.int64) * cap + j) * HKV + h)[:, None] * D + d, (j < n)[:, None]
@@ -1154,19 +1157,18 @@ def _dense_sum_kernel(part, out, T, HKV: tl.constexpr, G: tl.constexpr, D: tl.co
 
 def _overlap(x):
     """Programmatic dependent launch where the GPU has it: a launch, about 1 us, hides behind the kernel before."""
-    able = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
-    return dict(PDL=True, launch_pdl=True) if able else dict(PDL=False)
+    return dict.fromkeys(("PDL", "launch_pdl"), x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9)
 
 def _decode_triton(q, k, v, qi, ki, S, L, length, end, int8):
     (B, T, H, D), Hkv, (cap, end), dev = q.shape, k.size(2), _lanes(end, k=k, v=v, ki=ki), q.device
     N, W, rows = -(-cap // L), max(2, triton.next_power_of_2(S - 1)), B * T * Hkv
     # more runs than multiprocessors hold: some start while others stream. Few sizes: _choose takes seconds to compile
-    runs = (128 if N <= 256 else max(512, triton.next_power_of_2(-(-N // 32)))) if q.is_cuda else N // 2
-    runs = triton.next_power_of_2(max(runs, 2 * W))
+    runs = max(512, 1024 * (N > 4096 and not int8), triton.next_power_of_2(-(-N // 32))) if N > 256 else 128
+    runs = triton.next_power_of_2(max(runs if q.is_cuda else N // 2, 2 * W))
     run, pair = max(8, triton.next_power_of_2(-(-N // runs))), max(16, triton.next_power_of_2(-(-2 * N // runs)))
     cols, pdl = max(16, triton.next_power_of_2(T * Hkv)), _overlap(q)
-    scores, out = torch.empty(rows, N + 3 * runs, device=dev), torch.empty_like(q)
     done, block_idx = (torch.empty(n, dtype=torch.int32, device=dev) for n in (rows, (B, T, Hkv, S)))
+    scores, out = torch.empty(rows, N + 3 * runs, device=dev), torch.empty_like(q)
     part, lse = torch.empty(B * T * H * S, D, dtype=q.dtype, device=dev), torch.empty(B * T * H * S, device=dev)
     scanned, scale, slack = int8 or (ki, None, None)
     if int8:

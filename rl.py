@@ -12,13 +12,14 @@
     train    a turn is a sample (context, action); the samples of a group merge into a prefix tree
     loss     CISPO: -1/Z sum sg(min(pi / pi_old, 1 + eps)) A log pi;  A = reward to go - mean return of the others
 
-Differs from M2: the report publishes neither clip, rewards' weights nor baseline: ours are marked. A stuck task ends at
-a deadline with a failure, where the report's window would wait for ever. Generation is not interrupted: a rollout ends
-under the version that it started with; several versions in one episode occur only with --serve.
+Differs from M2: clip, rewards' weights and baseline, not published, are ours, and marked. A stuck task fails at a
+deadline, where the report's window would wait for ever. A rollout ends under the version of the policy that it started
+with: several in one episode occur only with --serve.
 """
 import dataclasses
 import hmac
 import http.server
+import io
 import json
 import math
 import os
@@ -31,9 +32,9 @@ import numpy as np
 import torch
 
 from model import Call, MiniMax, MiniMaxConfig, rope_tables
-from moe import pack_routes, unpack_routes
-from sample import (Parser, Tokenizer, learn_bpe, load_checkpoint, load_model, lockstep, number, pick_device,
-                    save_checkpoint)
+from moe import lay_routes, pack_routes, unpack_routes
+from sample import (Parser, Tokenizer, checkpoint_path, learn_bpe, load_checkpoint, load_model, lockstep, number,
+                    pick_device, save_checkpoint)
 from train import command, configure_optimizers, on_signals
 
 EPS_HIGH = 4.0                         # not published: upper clip of the ratio, 1 + 4
@@ -86,11 +87,12 @@ class Calculator(Task):
     def __init__(self, rng):
         self.difficulty, results = rng.randint(1, 3), [-1]
         while not all(0 <= r <= 999 for r in results):
-            self.terms, results = [str(rng.randint(2, 99))], []
-            for _ in range(self.difficulty):
-                op = rng.choice("+-*")
-                self.terms += [op, str(rng.randint(2, 9 if op == "*" else 99))]
-                results.append(self.OPS[op](results[-1] if results else int(self.terms[0]), int(self.terms[-1])))
+            results = [rng.randint(2, 99)]
+            self.terms = [str(results[0])]
+            for op in map(rng.choice, ["+-*"] * self.difficulty):
+                n = rng.randint(2, 9 if op == "*" else 99)
+                self.terms.append(f"{op}{n}")
+                results.append(self.OPS[op](results[-1], n))
         self.prompt, self.answer = f"Q{''.join(self.terms)};", results[-1]
 
     def tool(self, text):
@@ -103,18 +105,16 @@ class Calculator(Task):
         done, last = len(messages) // 2, messages[-1]["content"][1:-1]
         if done >= self.difficulty or last == "?":
             return f"A{last.replace('?', '0')}."
-        call = f"{last if done else self.terms[0]}{self.terms[2 * done + 1]}{self.terms[2 * done + 2]}"
+        call = (last if done else self.terms[0]) + self.terms[done + 1]
         return f"t{self.difficulty - done}[{smudge(call, string.digits, rng, noise)}]"
 
 class Maze(Task):
     """A chain of keys: Mqa; t0[qa] =xk; t1[xk] =bd! Abd. Each call yields the next key, the last is marked with "!"."""
 
     def __init__(self, rng, turns, cap=math.inf):
-        pairs, letters = rng.sample(range(26 * 26), turns), string.ascii_lowercase
-        self.difficulty, self.cap = turns, cap
-        self.keys = [letters[p // 26] + letters[p % 26] for p in pairs]  # turns - 1 calls and an answer
-        self.prompt, self.answer = f"M{self.keys[0]};", self.keys[-1]
-        self.next = dict(zip(self.keys, self.keys[1:]))
+        self.difficulty, self.cap, az = turns, cap, string.ascii_lowercase
+        keys = [az[p // 26] + az[p % 26] for p in rng.sample(range(26 * 26), turns)]  # turns - 1 calls and an answer
+        self.prompt, self.answer, self.next = f"M{keys[0]};", keys[-1], dict(zip(keys, keys[1:]))
 
     def tool(self, text):
         call = re.fullmatch(r"t\d\[([a-z]{2})\]", text)
@@ -146,7 +146,7 @@ class Sample:
     start: int
     logprobs: torch.Tensor             # (n - start,) at temperature 1 when it was sampled; NaN: a demonstration
     versions: torch.Tensor             # (n - start,) of the policy
-    routes: torch.Tensor = None        # (n - 1, r) experts and blocks of every token that was fed: see pack_routes
+    routes: torch.Tensor = None        # (n, r) experts and blocks (see pack_routes); the last, never fed, as before it
     advantage: float = 1.0
 
 @dataclasses.dataclass
@@ -168,9 +168,7 @@ class Trajectory:
 class Gateway:
     """The only place where text and tokens meet. The chat template is concatenation. A completion that comes back in a
     context becomes the tokens that were sampled: with merges "12" may be one token or two, and the text cannot tell."""
-
-    def __init__(self):
-        self.tokenizer = Tokenizer(learn_bpe([], 257, "(?s:.)"))  # bytes
+    tokenizer = Tokenizer(learn_bpe([], 257, "(?s:.)"))  # bytes
 
     def context(self, episode, messages):
         """Token ids. Completions of one text may be of other tokens (bytes that are no UTF-8): the last is the last."""
@@ -192,8 +190,8 @@ class Gateway:
 
 def common_prefix(a, b):
     n = min(len(a), len(b))
-    apart = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))
-    return int(apart[0]) if len(apart) else n
+    apart = np.argwhere(np.asarray(a[:n]) != np.asarray(b[:n]))
+    return int(apart[0, 0]) if len(apart) else n
 
 # ---- rollout engine ------------------------------------------------------------------------------
 
@@ -214,7 +212,7 @@ def play(episode, agent, gateway, version, room):
             token, logprob, routes = yield kept, feed
             kept, feed = len(context) + len(ids), [token]
             ids, logprobs = ids + [token], logprobs + [logprob]
-        path, routes = context + ids[:-1], torch.from_numpy(np.stack(routes)) if routes else None
+        path, routes = context + ids[:-1], torch.from_numpy(np.stack(routes + routes[-1:])) if routes else None
         reply = gateway.record(episode, context, ids, logprobs, version, routes)
 
 def rollout(model, gateway, episodes, version, generator=None, group=1, replay=False):
@@ -222,50 +220,43 @@ def rollout(model, gateway, episodes, version, generator=None, group=1, replay=F
     rows = [play(*episode, gateway, version, model.cfg.max_seq_len - MAX_NEW) for episode in episodes]
     lockstep(model, rows, group, generator, pack_routes if replay else None)
 
-# ---- scheduler: windowed FIFO on a clock that is an argument -------------------------------------
+# ---- scheduler: windowed FIFO, on a clock that others set ----------------------------------------
 
 class WindowedFIFO:
     """`slots` groups are in flight. The trainer may take a finished one from [head, head + window - 1] alone, in any
     order; head, the oldest not consumed, moves when it is. A slot is free, and the next group admitted, once the step
     that consumed it has published its weights. window 1 is strict FIFO. Greedy is window = inf, not window = slots:
-    refilled slots reach beyond head + slots - 1. A group that is late is completed, as a failure, not dropped.
+    refilled slots reach beyond head + slots - 1. A group that is late is over, as a failure, and not dropped.
     Ages: at most slots + window - 2 groups, floor((slots + window - 2) / P) steps of P groups, pass a group by."""
 
     def __init__(self, slots, window, deadline=math.inf):
         self.slots, self.window, self.deadline = slots, window, deadline
         self.next, self.born = 0, {}   # group -> (time, version) of its admission, until its step is published
-        self.done, self.batch = set(), []  # finished, not consumed; consumed for the trainer's next step
+        self.due, self.batch = {}, []  # group -> when it is over, until consumed; consumed for the trainer's next step
+        self.now, self.idle = 0.0, 0.0  # the time, and for how much of it the trainer waited
 
-    def admit(self, now, version):
+    def admit(self, version):
         """Fill the free slots -> the new groups."""
         new = range(self.next, self.next + self.slots - len(self.born))
-        self.born.update((task, (now, version)) for task in new)
+        self.born.update((task, (self.now, version)) for task in new)
+        self.due.update((task, self.now + self.deadline) for task in new)
         self.next += len(new)
         return list(new)
 
-    def waiting(self):
-        """Groups whose rollout has not finished."""
-        return [t for t in self.born if t not in self.done and t not in self.batch]
-
-    def finish(self, task):
-        if task in self.waiting():  # a group that was completed at its deadline may still report later
-            self.done.add(task)
-
-    def expire(self, now):
-        """Complete what is past its deadline -> those groups; the caller gives them a failure's reward."""
-        late = [t for t in self.waiting() if now >= self.born[t][0] + self.deadline]
-        self.done.update(late)
-        return late
+    def finish(self, task, when=0.0):
+        """A rollout ends then, or has ended."""
+        if task in self.due:  # a group that was consumed at its deadline may still report later
+            self.due[task] = min(self.due[task], when)
 
     def take(self, n):
-        """Add finished groups of the window to the batch, oldest first -> it, once it holds n; None until then."""
+        """Add groups that are over, and in the window, to the batch, oldest first -> it, if it holds n, or None."""
         while len(self.batch) < n:
             head = min(self.born.keys() - self.batch, default=self.next)
-            ready = [t for t in self.done if t < head + self.window]
+            ready = [t for t, when in self.due.items() if when <= self.now and t < head + self.window]
             if not ready:
                 return None
             self.batch.append(min(ready))
-            self.done.remove(min(ready))
+            del self.due[min(ready)]
         return self.batch
 
     def publish(self, version):
@@ -273,21 +264,10 @@ class WindowedFIFO:
         batch, self.batch = self.batch, []
         return [version - 1 - self.born.pop(task)[1] for task in batch]
 
-class Clock:
-    """The virtual clock: when each running group will finish, and how long the trainer stood idle."""
-
-    def __init__(self):
-        self.now, self.idle, self.running = 0.0, 0.0, {}
-
-    def wait(self, queue, n):
-        """Let time pass until the trainer's batch holds n groups."""
-        while True:
-            for task in [t for t, when in self.running.items() if when <= self.now]:
-                queue.finish(task)
-                del self.running[task]
-            if queue.take(n):
-                return
-            then = min(self.running.values())
+    def wait(self, n):
+        """On a virtual clock: let time pass until the batch holds n groups."""
+        while not self.take(n):
+            then = min(when for when in self.due.values() if when > self.now)
             self.idle, self.now = self.idle + then - self.now, then
 
 # ---- prefix tree ---------------------------------------------------------------------------------
@@ -301,13 +281,15 @@ class PrefixTree:
 
     Samples that part at depth p fork at L * ((p - max(K, 1)) // L): segments start at multiples of L, so that a key
     block of the layout is one of a path, and module K of MTP finds its token K places on. A leaf: the slots of its
-    longest sample, and the samples that end there. A plan needs no more; `unfold` makes the rows, of many trees."""
+    longest sample, and the samples that end there. A plan needs no more; `collate` makes rows."""
 
     def __init__(self, samples, L=1, K=0):
-        keys = [sort_key(s) for s in samples] if len(samples) > 1 else [b""]
-        order = sorted(range(len(samples)), key=keys.__getitem__)  # what is shorter first
+        # tokens sort by id and recorded routes: an equal token of other experts is another
+        rows = [(s.ids if s.routes is None else torch.cat([s.ids[:, None], s.routes], 1)).numpy() for s in samples]
+        order = sorted(range(len(rows)), key=lambda i: rows[i].astype(">i4").tobytes())  # what is shorter first
+        parts = [common_prefix(rows[a], rows[b]) for a, b in zip(order, order[1:])]
+        self.part = [p if p < len(rows[a]) else math.inf for p, a in zip(parts, order)]  # inf: a is the beginning of b
         self.samples, self.L, self.K, self.back = [samples[i] for i in order], L, K, max(K, 1)
-        self.part = [parting(keys[a], keys[b], samples[b].ids.numel()) for a, b in zip(order, order[1:])]
         self.size, self.segments, self.leaves, self.n_naive = 0, [], [], sum(s.ids.numel() for s in samples)
         self.place(0, len(order), np.arange(0))
         self.size += -self.size % L
@@ -327,60 +309,6 @@ class PrefixTree:
             for a, b in zip(cuts, cuts[1:]):  # a sample that ends before p sorts first: it belongs to the first child
                 self.place(a, b, path)
         self.segments.append((base, stop, self.size))
-
-    def __getattr__(self, name):
-        """The row of this tree alone, to look at."""
-        if name not in ("idx", "pos", "end", "weight", "draft"):
-            raise AttributeError(name)
-        return unfold([self], self.size)[0][name][..., 0, :]
-
-def sort_key(sample):
-    """Bytes that sort as the tokens do: ids, and recorded routes, since equal tokens of other experts are others."""
-    ids, routes = sample.ids, sample.routes
-    record = ids if routes is None else torch.cat([ids[:, None], torch.cat([routes, routes[-1:]])], 1)
-    return record.numpy().astype(">i4").tobytes()
-
-def parting(a, b, n):
-    """Depth at which key b, of n tokens, parts from key a, which sorts before it; inf if a is its beginning."""
-    if b.startswith(a):
-        return math.inf
-    return common_prefix(*(np.frombuffer(key, np.uint8) for key in (a, b))) * n // len(b)
-
-def unfold(trees, T):
-    """Trees as rows of T slots -> dict of idx, pos, end (B, T), weight, draft (K + 1, B, T), and routes (B, T, r) if
-    recorded; of each action token of each sample the slot before it, counted through all rows, and the token.
-    weight[k] counts the samples that go on for k more tokens (a pad: none), draft[k] those of whose action the token
-    k + 1 places on is part. A sample's last token, never fed, has the routes of the one before, a pad its own block."""
-    B, L, leaves = len(trees), trees[0].L, [(b * T + path, s) for b, t in enumerate(trees) for path, s in t.leaves]
-    # the paths of all leaves, end to end: n tokens, of which a sample is those from `first` to first + length - 1
-    slot, ids = np.concatenate([path for path, _ in leaves]), torch.cat([s[-1].ids for _, s in leaves]).numpy()
-    n, sizes = len(slot), [len(path) for path, _ in leaves]
-    origin = np.repeat(np.cumsum(sizes) - sizes, sizes)                         # (n,) where a token's path begins
-    first = np.repeat(np.cumsum(sizes) - sizes, [len(s) for _, s in leaves])    # (m,) where a sample's path begins
-    start, length = np.array([(s.start, s.ids.numel()) for _, samples in leaves for s in samples]).T
-
-    def count(lo, hi):
-        """Samples of which a slot is one of the tokens lo to hi - 1."""
-        lo, hi = (np.bincount(first + np.maximum(x, 0), minlength=n + 1) for x in (lo, hi))
-        return np.bincount(slot, np.cumsum(lo - hi)[:n], B * T).reshape(B, T)
-    shifts, idx, pos = range(trees[0].K + 1), np.zeros((B, T), int), np.zeros((B, T), int)
-    np.put(idx, slot, ids)
-    np.put(pos, slot, np.arange(n) - origin)
-    rows = dict(idx=idx, pos=pos, end=np.tile(np.arange(1, T + 1, dtype=np.int32), (B, 1)),
-                weight=np.stack([count(0, length - k) for k in shifts]),
-                draft=np.stack([count(start - k - 1, length - k - 1) for k in shifts]))
-    for row, tree in zip(rows["end"], trees):
-        for lo, hi, stop in tree.segments:
-            row[lo:hi] = stop
-    if all(s.routes is not None for _, samples in leaves for s in samples):
-        codes = torch.cat([x for _, s in leaves for x in (s[-1].routes, s[-1].routes[-1:])]).numpy()        # (n, r)
-        block = slot[origin[:, None] + L * np.where(codes < -1, -2 - codes, 0)] % T // L  # the path's -> the layout's
-        pads = np.where(codes[:1] < 0, -2 - np.arange(T)[:, None] // L, 0).astype(np.int32)
-        rows["routes"] = np.tile(pads, (B, 1, 1))
-        rows["routes"].reshape(B * T, -1)[slot] = np.where(codes < -1, -2 - block, codes)
-    total = np.cumsum(length - start)
-    action = np.repeat(first + length - total, length - start) + np.arange(total[-1])
-    return rows, slot[action - 1], ids[action]
 
 # ---- CISPO and the train engine ------------------------------------------------------------------
 
@@ -404,14 +332,40 @@ def cispo_loss(logprob, entry, old, advantage, Z, eps_high=EPS_HIGH):
     return -(coefficient * logprob).sum() / Z, ratio
 
 def collate(trees, device):
-    """Trees as rows of one micro-batch, padded at the end -> dict of tensors."""
-    T, samples = max(t.size for t in trees), [s for t in trees for s in t.samples]
-    out, before, token = unfold(trees, T)
+    """Trees as the rows of a micro-batch, padded to T slots -> dict of tensors: idx, pos, end (B, T); weight, draft
+    (K + 1, B, T): weight[k] counts the samples that go on for k more tokens (a pad: none), draft[k] those whose action
+    has the token k + 1 places on; routes (B, T, r) if recorded; slots that come before an action token, and the target
+    there; of each action token of each sample its entry in slots, advantage, old log-prob and version."""
+    B, T, samples = len(trees), max(t.size for t in trees), [s for t in trees for s in t.samples]
+    # the paths of all leaves, end to end: n tokens, of which a sample is those from `first` to first + length - 1
+    leaves = [(b * T + path, ended) for b, t in enumerate(trees) for path, ended in t.leaves]
+    slot, ids = np.concatenate([path for path, _ in leaves]), torch.cat([s[-1].ids for _, s in leaves]).numpy()
+    n, sizes = len(slot), [len(path) for path, _ in leaves]
+    origin = np.repeat(np.cumsum(sizes) - sizes, sizes)                         # (n,) where a token's path begins
+    first = np.repeat(np.cumsum(sizes) - sizes, [len(s) for _, s in leaves])    # (m,) where a sample's path begins
+    start, length = np.array([(s.start, s.ids.numel()) for s in samples]).T
+
+    def count(lo, hi):
+        """Samples of which a slot is one of the tokens lo to hi - 1."""
+        lo, hi = (np.bincount(first + np.maximum(x, 0), minlength=n + 1) for x in (lo, hi))
+        return np.bincount(slot, np.cumsum(lo - hi)[:n], B * T).reshape(B, T)
+    out = dict(idx=np.zeros((B, T), int), pos=np.zeros((B, T), int),
+               end=np.tile(np.arange(1, T + 1, dtype=np.int32), (B, 1)),
+               weight=np.stack([count(0, length - k) for k in range(trees[0].K + 1)]),
+               draft=np.stack([count(start - k - 1, length - k - 1) for k in range(trees[0].K + 1)]))
+    np.put(out["idx"], slot, ids)
+    np.put(out["pos"], slot, np.arange(n) - origin)
+    for row, (lo, hi, stop) in ((row, segment) for row, t in zip(out["end"], trees) for segment in t.segments):
+        row[lo:hi] = stop
     if all(t.segments[0][1] == t.size for t in trees):  # rows without a fork are plain causal, which is faster
         del out["end"]
-    slots, first, entry = np.unique(before, return_index=True, return_inverse=True)
-    out.update(slots=slots, entry=entry, target=token[first],
-               advantage=np.repeat([s.advantage for s in samples], [s.logprobs.numel() for s in samples]))
+    if all(s.routes is not None for s in samples):
+        codes = torch.cat([s[-1].routes for _, s in leaves]).numpy()
+        out["routes"] = lay_routes(codes, slot, origin, B, T, trees[0].L)
+    total = np.cumsum(length - start)
+    action = np.repeat(first + length - total, length - start) + np.arange(total[-1])
+    out["slots"], once, out["entry"] = np.unique(slot[action - 1], return_index=True, return_inverse=True)
+    out.update(target=ids[action][once], advantage=np.repeat([s.advantage for s in samples], length - start))
     out = {name: torch.from_numpy(x) for name, x in out.items()}
     out.update(old=torch.cat([s.logprobs for s in samples]), version=torch.cat([s.versions for s in samples]))
     return {name: x.to(device) for name, x in out.items()}
@@ -464,7 +418,7 @@ def plan_rows(groups, model, merge):
         out += min(plans, key=lambda trees: sum(t.size * (a_token + a_key * t.size) for t in trees))
     return out
 
-def micro_batches(trees, tokens):
+def micro_batches(trees, tokens=16384):
     """Rows of similar length together, padded to at most so many tokens (one row is never cut)."""
     batches = []
     for tree in sorted(trees, key=lambda t: -t.size):
@@ -473,13 +427,13 @@ def micro_batches(trees, tokens):
         batches[-1].append(tree)
     return batches
 
-def backward(model, trees, tokens=16384, mtp_weight=0.1):
+def backward(model, trees, mtp_weight=0.1):
     """Gradients of one step's loss over all samples of the trees, in micro-batches; each term is normalised over the
     samples as they were before merging -> statistics, expert loads."""
     Z, naive = sum(len(s.logprobs) for t in trees for s in t.samples), sum(t.n_naive for t in trees)
     load, parts = 0.0, []
     model.train()
-    for part in micro_batches(trees, tokens):
+    for part in micro_batches(trees):
         batch = collate(part, model.embed.weight.device)
         logprob, entropy, aux = policy(model, batch)
         old = batch["old"].to(logprob.dtype)
@@ -498,11 +452,11 @@ def backward(model, trees, tokens=16384, mtp_weight=0.1):
     return dict(loss=loss.sum().item(), entropy=entropy.mean().item(), ratio=ratio, version=version, naive=naive,
                 slots=sum(t.size for t in trees)), load
 
-def train_step(model, optimizers, trees, rate, bias_rate=1e-3, tokens=16384):
+def train_step(model, optimizers, trees, rate, bias_rate=1e-3):
     """Backward, clip, update, balance the router -> statistics with the gradient norm."""
     for group in (g for o in optimizers for g in o.param_groups):
         group["lr"] = rate * group.get("scale", 1.0)
-    stats, load = backward(model, trees, tokens)
+    stats, load = backward(model, trees)
     stats["norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
     if not math.isfinite(stats["norm"]):
         raise FloatingPointError(f"gradient norm {stats['norm']}: not finite")
@@ -518,9 +472,9 @@ class Local:
     """Agents of this process. A group is rolled out when it is admitted, and has finished when the virtual clock says
     so: after its slowest episode, times a log-normal tail (sigma) that is the machines', not the agents'."""
 
-    def __init__(self, model, gateway, args, queue):
-        self.model, self.gateway, self.args, self.queue = model, gateway, args, queue
-        self.clock, self.pool = Clock(), {}  # pool: group -> its trajectories, until they have been trained on
+    def __init__(self, model, args, queue):
+        self.model, self.gateway, self.args, self.queue = model, Gateway(), args, queue
+        self.pool = {}                 # group -> its trajectories, until they have been trained on
 
     def start(self, tasks, version):
         args = self.args
@@ -532,111 +486,106 @@ class Local:
         for n in tasks:
             tail = math.exp(args.sigma * random.Random(f"{args.seed} tail {n}").gauss(0, 1))
             seconds = tail * max(t.seconds for t in self.pool[n])
-            if seconds > self.queue.deadline:  # by then it is given up
-                for t in self.pool[n]:
-                    t.fail()
-            self.clock.running[n] = self.clock.now + min(seconds, self.queue.deadline)
+            for t in self.pool[n] * (seconds > self.queue.deadline):  # by then it is given up
+                t.fail()
+            self.queue.finish(n, self.queue.now + seconds)
 
     def wait(self, stop, seconds):
-        self.clock.wait(self.queue, self.args.groups)
-        self.clock.now += TRAIN_S
+        self.queue.wait(self.args.groups)
+        self.queue.now += TRAIN_S
 
-class Refused(Exception):
-    """Status, reason."""
+class Hearing(io.RawIOBase):
+    """What a client sends, headers and body, within so many seconds in all: one that drips must not hold up others."""
+    readable = lambda self: True
+
+    def __init__(self, connection, seconds):
+        self.connection, self.until = connection, time.monotonic() + seconds
+
+    def readinto(self, buffer):
+        self.connection.settimeout(max(1e-3, self.until - time.monotonic()))
+        return self.connection.recv_into(buffer)
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """POST of a JSON object -> a JSON object; what is refused gets a 4xx and OpenAI's error object."""
-    timeout, log_message = 2, lambda self, *args: None  # seconds: one that stalls must not hold up the others
+    timeout, log_message = 2, lambda self, *args: None  # seconds; then the client is hung up on
+
+    def setup(self):
+        super().setup()
+        self.rfile = io.BufferedReader(Hearing(self.connection, self.timeout))
 
     def do_POST(self):
-        try:
-            if self.command != "POST":
-                raise Refused(405, f"{self.command} {self.path[:99]}: only POST is served")
-            code, reply = 200, self.server.answer(self.path, self.read_body())
-        except Refused as error:
-            code, reply = error.args[0], dict(error=dict(message=error.args[1], type="invalid_request_error"))
+        size, key = self.headers.get("Content-Length", ""), self.headers.get("Authorization", "")
+        size = int(size) if re.fullmatch("[0-9]{1,9}", size) else -1
+        raw = self.rfile.read(min(max(size, 0), 16 * MAX_BODY))  # heard out, or no one hears the answer
+        if self.command != "POST":
+            code, reply = 405, f"{self.command} {self.path[:99]}: only POST is served"
+        elif not hmac.compare_digest(key.encode(), f"Bearer {self.server.token}".encode()):
+            code, reply = 401, "wrong token"
+        elif not 0 <= size <= MAX_BODY:
+            code, reply = 413, f"a body of {size} bytes: its Content-Length must be 0 to {MAX_BODY}"
+        else:
+            code, reply = self.server.answer(self.path, raw)
         self.send_response(code)
         self.send_header("Content-Type", "application/json")
         self.end_headers()
-        self.wfile.write(json.dumps(reply).encode())
-    do_GET = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_POST
-
-    def read_body(self):
-        size, key = self.headers.get("Content-Length", ""), self.headers.get("Authorization", "")
-        size = int(size) if re.fullmatch("[0-9]{1,9}", size) else -1
-        known = hmac.compare_digest(key.encode(), f"Bearer {self.server.token}".encode())
-        raw, until = bytearray(), time.monotonic() + self.timeout  # in all: one that drips must not hold up the others
-        while len(raw) < min(size, 16 * MAX_BODY) and time.monotonic() < until:  # heard out, or no one hears the answer
-            piece = self.rfile.read1(min(size - len(raw), MAX_BODY))
-            if not piece:
-                break
-            raw += piece
-        if not known:
-            raise Refused(401, "wrong token")
-        if not 0 <= size <= MAX_BODY:
-            raise Refused(413, f"a body of {size} bytes: its Content-Length must be 0 to {MAX_BODY}")
-        try:
-            return dict(json.loads(raw).items())
-        except (ValueError, AttributeError, RecursionError):
-            raise Refused(400, "the body is not a JSON object") from None
+        reply = reply if code == 200 else dict(error=dict(message=reply, type="invalid_request_error"))
+        self.wfile.write(json.dumps(reply).encode() * (self.command != "HEAD"))
+    do_GET = do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_POST
 
 class Served(http.server.HTTPServer):
-    """Agents of other processes, in real seconds, on loopback. One thread: requests are answered between two steps.
+    """Agents of other processes, in real seconds, on loopback; one thread, which answers between two steps, not later.
 
-        POST /v1/tasks {}                                        -> {task, messages}: one episode is claimed
-        POST /v1/chat/completions {model: task, messages}          one turn of it, OpenAI's protocol; temperature is 1,
-                                                                   and a turn 16 tokens, whatever is asked for
-        POST /v1/finish {task, rewards, success: bool}             its end; a reward for each turn
-
-    Once the last step has its groups, the server is gone."""
+        POST /v1/tasks {}                                  -> {task, messages}: one episode is claimed
+        POST /v1/chat/completions {model: task, messages}  -> one turn of it, OpenAI's protocol; temperature is 1, and a
+                                                              turn 16 tokens, whatever is asked for
+        POST /v1/finish {task, rewards, success: bool}     -> its end; a reward for each turn"""
     timeout, handle_error = 0.05, lambda *_: None  # a client that hangs up is no news
     request_queue_size = 1024          # who comes during a training step waits for its end
 
-    def __init__(self, model, gateway, args, queue):
+    def __init__(self, model, args, queue):
         super().__init__(("127.0.0.1", args.serve), Handler)
-        self.model, self.gateway, self.args, self.queue = model, gateway, args, queue
-        self.clock, self.pool, self.open, self.unclaimed = Clock(), {}, {}, []
+        self.model, self.gateway, self.args, self.queue = model, Gateway(), args, queue
+        self.pool, self.open, self.claimed = {}, {}, set()
         self.token = args.token or os.urandom(16).hex()
-        print(f"gateway | http://127.0.0.1:{self.server_port}/v1 key {self.token}", flush=True)
 
     def start(self, tasks, version):
-        names = [f"{n}.{row}" for n in tasks for row in range(self.args.rollouts)]
-        self.version, self.unclaimed = version, self.unclaimed + names
+        self.version = version
         self.pool.update((n, []) for n in tasks)
-        self.open.update((name, Trajectory(int(name.split(".")[0]))) for name in names)
+        self.open.update((f"{n}.{row}", Trajectory(n)) for n in tasks for row in range(self.args.rollouts))
 
-    def answer(self, path, body):
-        if path == "/v1/tasks":
-            if not self.unclaimed:
-                raise Refused(409, "no task is waiting")
-            name = self.unclaimed.pop(0)
-            return dict(task=name, messages=next(make_task(self.args, self.open[name].task).agent()))
-        name = body.get({"/v1/chat/completions": "model", "/v1/finish": "task"}.get(path))
-        episode = self.open.get(name) if isinstance(name, str) else None
-        if episode is None:
-            raise Refused(404, f"unknown path or task: {path}, {name!r}"[:200])
+    def answer(self, path, raw):
+        """-> status, and a JSON object or what is wrong."""
         try:
+            body = dict(json.loads(raw).items())
+            if path == "/v1/tasks":
+                name = next((name for name in self.open if name not in self.claimed), None)
+                if name is None:
+                    return 409, "no task is waiting"
+                self.claimed.add(name)
+                return 200, dict(task=name, messages=next(make_task(self.args, self.open[name].task).agent()))
+            name = str(body.get({"/v1/chat/completions": "model", "/v1/finish": "task"}.get(path)))
+            if name not in self.open:
+                return 404, f"unknown path or task: {path}, {name}"[:200]
+            episode = self.open[name]
             if path == "/v1/finish":
                 rewards = [float(r) for r in body["rewards"]]
                 if len(rewards) != len(episode.samples) or not all(abs(r) <= 1e3 for r in rewards):
                     raise ValueError(f"{len(episode.samples)} turns, a reward of at most 1000 each: {rewards}"[:200])
-                episode.finish(rewards, body["success"] is True, self.clock.now - self.queue.born[episode.task][0])
-                return self.close(name)
-            if body.get("stream") or body.get("n", 1) != 1:
-                raise ValueError("stream, and n over 1, are not served")
+                episode.finish(rewards, body["success"] is True, self.queue.now - self.queue.born[episode.task][0])
+                return 200, self.close(name)
             n, room = len(self.gateway.context(episode, body["messages"])), self.model.cfg.max_seq_len - MAX_NEW
-            if not 1 <= n <= room:
-                raise ValueError(f"a context of {n} tokens: 1 to {room}")
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            why = error if type(error) is ValueError else f"rewards are numbers, messages {{role, content}}: {error!r}"
-            raise Refused(400, str(why)) from None
+            if not 1 <= n <= room or body.get("stream") or body.get("n", 1) != 1:
+                raise ValueError(f"{n} tokens of context, 1 to {room} are served; no stream, and n is 1")
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+            return 400, f"a JSON object, rewards numbers, messages [{{role, content}}]: {error!r}"
         agent = (messages for messages in [body["messages"]])  # it asks once
-        rollout(self.model, self.gateway, [(episode, agent)], self.version)
+        rollout(self.model, self.gateway, [(episode, agent)], self.version, replay=self.args.replay)
         ids = episode.samples[-1].ids[n:].tolist()
         choice = dict(index=0, message=say("assistant", self.gateway.tokenizer.decode(ids)),
                       finish_reason="stop" if ids[-1] in STOP else "length")
-        return dict(id=f"{name}-{n}", object="chat.completion", created=int(time.time()), model=name, choices=[choice],
-                    usage=dict(prompt_tokens=n, completion_tokens=len(ids), total_tokens=n + len(ids)))
+        usage = dict(prompt_tokens=n, completion_tokens=len(ids), total_tokens=n + len(ids))
+        return 200, dict(id=f"{name}-{n}", object="chat.completion", created=int(time.time()), model=name,
+                         choices=[choice], usage=usage)
 
     def close(self, name):
         episode = self.open.pop(name)
@@ -646,16 +595,13 @@ class Served(http.server.HTTPServer):
         return dict(turns=len(episode.samples))
 
     def wait(self, stop, seconds):
-        started = time.monotonic() - self.clock.now
-        until = self.clock.now + seconds
-        while not self.queue.take(self.args.groups) and not stop and self.clock.now < until:
+        queue, started, until = self.queue, time.monotonic() - self.queue.now, self.queue.now + seconds
+        while not queue.take(self.args.groups) and not stop and queue.now < until:
             self.handle_request()
-            self.clock.now = time.monotonic() - started
-            late = self.queue.expire(self.clock.now)
-            for name in [name for name, t in self.open.items() if t.task in late]:
+            queue.now = time.monotonic() - started
+            for name in [name for name, t in self.open.items() if queue.due[t.task] <= queue.now]:
                 self.open[name].fail()
                 self.close(name)
-            self.unclaimed = [name for name in self.unclaimed if name in self.open]
 
 # ---- the run -------------------------------------------------------------------------------------
 
@@ -673,28 +619,26 @@ def demonstrate(gateway, task, rng, noise, wander=0.0):
         episode.finish(*stop.value)
         return episode
 
-def warm_start(model, gateway, args):
+def warm_start(source, args, stop):
     """Imitate a teacher whose calls are often wrong, so that the model speaks the protocol and solves little: the train
-    step with advantage 1 and ratio 1. Cached in --out."""
-    folder, started = os.path.join(args.out, "warm"), time.perf_counter()
-    key = {name: getattr(args, name) for name in (*MADE_BY, "seed", "warm_steps")}
-    if os.path.exists(os.path.join(folder, "ckpt.pt")):
-        state = load_checkpoint(folder)
-        if state["args"] == key:
-            model.load_state_dict(state["model"])
-            return print(f"warm    | read from {folder}", flush=True)
+    step with advantage 1 and ratio 1 -> whether it is over. --out/warm keeps it, or as much as was done of it."""
+    model, folder, started, step = source.model, os.path.join(args.out, "warm"), time.perf_counter(), 0
     optimizers = configure_optimizers(model, WARM_LR)[0]
-    for step in range(args.warm_steps):
+    state = load_checkpoint(folder) if os.path.exists(checkpoint_path(folder)) else dict(args={})
+    if all(state["args"].get(name) == getattr(args, name) for name in (*MADE_BY, "seed", "warm_steps")):
+        model.load_state_dict(state["model"])
+        step = restore(state, optimizers)["step"]
+        print(f"warm    | {step} steps read from {folder}", flush=True)
+    while step < args.warm_steps and not stop:
         rng, rate = random.Random(f"{args.seed} warm {step}"), min(1, (step + 1) / 20, 1.1 - step / args.warm_steps)
-        demos = [demonstrate(gateway, make_task(args, step * 64 + i, 1), rng, NOISE) for i in range(64)]
+        demos = [demonstrate(source.gateway, make_task(args, step * 64 + i, 1), rng, NOISE) for i in range(64)]
         trees = [PrefixTree(d.samples, *tree_shape(model.cfg)) for d in demos]
-        stats = train_step(model, optimizers, trees, WARM_LR * rate)
-        if (step + 1) % 20 == 0 or step + 1 == args.warm_steps:
-            print(f"warm {step + 1:04d} | loss {stats['loss']:.3f} | norm {stats['norm']:.2f} | "
+        stats, step = train_step(model, optimizers, trees, WARM_LR * rate), step + 1
+        if step % 20 == 0 or step == args.warm_steps:
+            print(f"warm {step:04d} | loss {stats['loss']:.3f} | norm {stats['norm']:.2f} | "
                   f"{time.perf_counter() - started:.0f} s", flush=True)
-    os.makedirs(folder, exist_ok=True)
-    save_checkpoint(folder, config=dataclasses.asdict(model.cfg), tokenizer=gateway.tokenizer.spec, args=key, now={},
-                    model=model.state_dict(), optimizers=[])
+    save(folder, args, source, optimizers, dict(step=step))
+    return step == args.warm_steps
 
 def make_model(args, device, dtype):
     """Task and preset -> model, with full attention, as in the M2 that Forge trained, unless --attn msa."""
@@ -707,37 +651,37 @@ def make_model(args, device, dtype):
 
 def parse_args(argv):
     """-> args, checkpoint (None for a new run). --resume takes what is not given again from the checkpoint."""
-    p, state = Parser(__doc__), None
-    p.add_argument("--task", choices=["calculator", "maze", "cap"], default="calculator", help="what is learned")
-    p.add_argument("--turns", type=number(2, 600), default=8, help="keys of a maze")
+    p, state, count, positive = Parser(__doc__), None, number(1), number(1e-6, 1e9, float)
     p.add_argument("--schedule", choices=["window", "fifo", "greedy", "all"], default="window", nargs="?", const="all")
-    p.add_argument("--window", type=number(1), help="groups in the window; default: 0.3 of --slots")
-    p.add_argument("--slots", type=number(1), default=48, help="groups in flight")
-    p.add_argument("--groups", type=number(1), default=24, help="groups a step")
-    p.add_argument("--rollouts", type=number(2), default=4, help="episodes of a group")
-    p.add_argument("--minutes", type=number(1e-6, 1e6, float), help="end after so many, all included; default: 2.9")
-    p.add_argument("--steps", type=number(1), help="end after this many")
-    p.add_argument("--lr", type=number(0, 10, float), default=1e-3, help="rate of the matrices")
-    p.add_argument("--warm-steps", type=number(0), default=260, help="steps of imitation at the start")
-    p.add_argument("--sigma", type=number(0, 10, float), default=0.5, help="of the log-normal tail of completion times")
-    p.add_argument("--deadline", type=number(1e-6, 1e9, float), default=600.0, help="seconds until a group has failed")
-    p.add_argument("--no-merge", action="store_true", help="train on every turn alone")
-    p.add_argument("--replay", action="store_true", help="train with the experts and blocks recorded at rollout")
-    p.add_argument("--preset", choices=["micro", "small"], default="micro", help="the model")
-    p.add_argument("--attn", choices=["full", "msa"], default="full", help="the model's attention")
-    p.add_argument("--mtp", type=number(0, 8), default=0, help="MTP modules, kept aligned with the policy")
-    p.add_argument("--show-every", type=number(1), default=50, help="steps from one example episode to the next")
-    p.add_argument("--save-every", type=number(1), default=20, help="steps from one checkpoint to the next")
-    p.add_argument("--serve", type=number(0, 65535), help="port of the gateway, for agents of other processes; 0 = any")
-    p.add_argument("--token", help="their API key; default: a random one")
-    p.add_argument("--figure", help="file for the reward curve (needs matplotlib)")
-    p.add_argument("--seed", type=number(0), default=1337, help="of problems, weights and sampling")
-    p.add_argument("--out", default="out_rl", help="folder of the checkpoints")
-    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    p.add_argument("--device", help="cpu, cuda, cuda:N or mps; default: a GPU if there is one")
+    for flag, kind, default, text in (
+            ("task", ["calculator", "maze", "cap"], "calculator", "what is learned"),
+            ("preset", ["micro", "small"], "micro", "the model"), ("attn", ["full", "msa"], "full", "its attention"),
+            ("mtp", number(0, 8), 0, "MTP modules, kept aligned with the policy"),
+            ("turns", number(2, 600), 8, "keys of a maze"), ("rollouts", number(2), 4, "episodes of a group"),
+            ("groups", count, 24, "groups a step"), ("slots", count, 48, "groups in flight"),
+            ("window", count, None, "groups in the window; default: 0.3 of --slots"),
+            ("minutes", positive, None, "end after so many, all included; default: 2.9"),
+            ("steps", count, None, "end after this many"), ("lr", number(0, 10, float), 1e-3, "rate of the matrices"),
+            ("warm-steps", number(0), 260, "steps of imitation at the start"),
+            ("sigma", number(0, 10, float), 0.5, "of the log-normal tail of completion times"),
+            ("deadline", positive, 600.0, "seconds until a group has failed"),
+            ("show-every", count, 50, "steps from one example episode to the next"),
+            ("save-every", count, 20, "steps from one checkpoint to the next"),
+            ("serve", number(0, 65535), None, "port of the gateway, for agents of other processes; 0 = any"),
+            ("token", str, None, "their API key; default: a random one"),
+            ("seed", number(0), 1337, "of problems, weights and sampling"), ("out", str, "out_rl", "folder of the run"),
+            ("figure", str, None, "file for the reward curve (needs matplotlib)"),
+            ("device", str, None, "cpu, cuda, cuda:N or mps; default: a GPU if there is one"),
+            ("no-merge", bool, False, "train on every turn alone"),
+            ("replay", bool, False, "train with the experts and blocks recorded at rollout"),
+            ("resume", bool, False, "go on from the checkpoint in --out")):
+        how = dict(action="store_true") if kind is bool else {"choices" if isinstance(kind, list) else "type": kind}
+        p.add_argument(f"--{flag}", default=default, help=text, **how)
     args = p.parse_args(argv)
     if args.resume:
-        state = load_checkpoint(args.out)
+        warm = os.path.join(args.out, "warm")
+        early = os.path.exists(checkpoint_path(warm)) and not os.path.exists(checkpoint_path(args.out))
+        state = load_checkpoint(warm if early else args.out)
         if "queue" not in state:
             raise ValueError(f"--out {args.out}: a checkpoint, but not one of rl.py")
         p.set_defaults(**{**state["args"], **(dict(steps=None, minutes=None) if args.steps or args.minutes else {})})
@@ -747,13 +691,13 @@ def parse_args(argv):
         for flag in (*MADE_BY, "slots"):
             if getattr(args, flag) != state["args"][flag]:
                 raise ValueError(f"--{flag} {getattr(args, flag)}: the checkpoint was made with {state['args'][flag]}")
-    if args.figure:  # what is wrong with it shows now, not after minutes
-        os.stat(os.path.dirname(args.figure) or ".")
-        import matplotlib  # noqa: F401
+        state = None if early else state  # stopped in the imitation: its weights are read where they are needed
     if args.groups > args.slots:
         raise ValueError(f"--groups {args.groups}: at most --slots, {args.slots}")
     if args.steps is None and args.minutes is None:
         args.minutes = 2.9
+    if args.figure:
+        draw({}, args)  # what is wrong with it shows now, not after minutes
     return args, state
 
 def card(args, model, queue, device, why):
@@ -788,102 +732,106 @@ def report(now, args, groups, stats, lags, decode):
         text = text.encode("unicode_escape").decode()  # a young policy writes anything
         print(f"  {'solved' if t.success else 'failed'}: {text} rewards {' '.join(f'{r:+.2f}' for r in t.rewards)}")
 
-def run(args, state):
+def run(args, state, whole=None):
+    """A run; one of --schedule all where `whole` is given: the arguments of all, which share their imitation."""
     if args.schedule == "all":
         return compare(args)
-    started = time.perf_counter()
-    device, dtype, why = pick_device(args.device)
+    started, (device, dtype, why) = time.perf_counter(), pick_device(args.device)
     os.makedirs(args.out, exist_ok=True)  # now, not after minutes of training
-    gateway = Gateway()
     model = load_model(state, device, dtype)[0] if state else make_model(args, device, dtype)
     window = dict(fifo=1, greedy=math.inf).get(args.schedule, args.window or max(1, int(0.3 * args.slots)))
     queue = WindowedFIFO(args.slots, window, args.deadline)
+    source = (Local if args.serve is None else Served)(model, args, queue)
     card(args, model, queue, device, why)
-    if not state:
-        warm_start(model, gateway, args)
-    optimizers = configure_optimizers(model, args.lr)[0]
-    warm = time.perf_counter() - started
-    source = (Local if args.serve is None else Served)(model, gateway, args, queue)
-    now = restore(state, source, optimizers) if state else dict(
+    stop = on_signals()
+    ready = bool(state) or warm_start(source, whole or args, stop)
+    optimizers, warm = configure_optimizers(model, args.lr)[0], time.perf_counter() - started
+    now = restore(state, optimizers, source) if state else dict(
         step=0, seconds=warm, warm=warm, ema=None, curve=[], max_lag=0, naive=0, slots=0, reward=0.0)
+    if not ready:
+        print(f"stopped in the imitation, saved in {args.out}; the same command goes on", flush=True)
+        return outcome(now, queue)
 
     def progress():
         budget = 60 * (args.minutes or math.inf) - now["warm"]
         return max(now["step"] / (args.steps or math.inf), (now["seconds"] - now["warm"]) / max(budget, 1e-9))
-    stop = on_signals()
     if not state:
-        save(args, source, optimizers, now, fresh=True)  # killed from here on, the run can go on
+        save(args.out, args, source, optimizers, now, fresh=True)  # killed from here on, the run can go on
+    if args.serve is not None:
+        print(f"gateway | http://127.0.0.1:{source.server_port}/v1 key {source.token}", flush=True)
     while progress() < 1 and not stop:
         tick, rate = time.perf_counter(), args.lr * min(1.0, 2 * (1 - progress()))
-        source.start(queue.admit(source.clock.now, now["step"]), now["step"])
+        source.start(queue.admit(now["step"]), now["step"])
         source.wait(stop, 60 * (args.minutes or math.inf) - now["seconds"])
         if len(queue.batch) < args.groups:  # stopped, or out of time, while agents of other processes were at work
             break
         groups = [source.pool.pop(task) for task in queue.batch]
         trees = plan_rows(map(advantages, groups), model, not args.no_merge)
-        if not trees:  # served groups that all passed their deadline without a word: nothing to learn from
-            queue.publish(now["step"])
-            now["seconds"] += time.perf_counter() - tick
-            continue
-        stats = train_step(model, optimizers, trees, rate)
-        lags = queue.publish(now["step"] + 1)  # the step's weights are out: now, and not before, its slots are free
+        stats = train_step(model, optimizers, trees, rate) if trees else None  # None: no one said a word in time
+        lags = queue.publish(now["step"] + bool(trees))  # the step's weights are out: now, not before, slots are free
         now["seconds"] += time.perf_counter() - tick
-        report(now, args, groups, stats, lags, gateway.tokenizer.decode)
+        if stats:
+            report(now, args, groups, stats, lags, source.gateway.tokenizer.decode)
         if now["step"] % args.save_every == 0:
-            save(args, source, optimizers, now)
-    save(args, source, optimizers, now)
+            save(args.out, args, source, optimizers, now)
+    save(args.out, args, source, optimizers, now)
     if stop:
         print(f"stopped after step {now['step']}, saved in {args.out}; go on with --resume", flush=True)
     if args.figure:
-        draw(now["curve"], args)
-    virtual = max(source.clock.now, 1e-9)
+        draw(dict(zip(("a batch of fresh problems", "EMA"), zip(*now["curve"]))), args)
+    return outcome(now, queue)
+
+def outcome(now, queue):
+    virtual = max(queue.now, 1e-9)
     return dict(reward_start=now["curve"][0][0] if now["curve"] else None, reward_end=now["ema"], steps=now["step"],
                 merge_ratio=now["naive"] / max(now["slots"], 1), max_lag=now["max_lag"], seconds=now["seconds"],
-                virtual_seconds=virtual, idle=source.clock.idle / virtual, reward_per_virtual_s=now["reward"] / virtual)
+                virtual_seconds=virtual, idle=queue.idle / virtual, reward_per_virtual_s=now["reward"] / virtual)
 
-def save(args, source, optimizers, now, fresh=False):
+def save(folder, args, source, optimizers, now, fresh=False):
     """All there is between two steps: weights, momenta, who is in flight, what has finished, the clock."""
     kept = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "figure", "token")}
     pool = {task: list(map(dataclasses.asdict, group)) for task, group in source.pool.items()}
-    save_checkpoint(args.out, fresh, config=dataclasses.asdict(source.model.cfg), model=source.model.state_dict(),
-                    tokenizer=source.gateway.tokenizer.spec, args=kept, now=now, pool=pool, clock=vars(source.clock),
-                    queue=vars(source.queue), optimizers=[o.state_dict() for o in optimizers])
+    os.makedirs(folder, exist_ok=True)
+    save_checkpoint(folder, fresh, config=dataclasses.asdict(source.model.cfg), model=source.model.state_dict(),
+                    tokenizer=source.gateway.tokenizer.spec, args=kept, now=now, pool=pool, queue=vars(source.queue),
+                    optimizers=[o.state_dict() for o in optimizers])
 
-def restore(state, source, optimizers):
+def restore(state, optimizers, source=None):
     """Put a checkpoint back -> now. What other processes had begun starts again: not lost, not counted twice."""
     for optimizer, saved in zip(optimizers, state["optimizers"]):
         optimizer.load_state_dict(saved)
-    vars(source.queue).update(state["queue"], window=source.queue.window, deadline=source.queue.deadline)
-    vars(source.clock).update(state["clock"])
-    source.pool = {task: [Trajectory(**{**t, "samples": [Sample(**s) for s in t["samples"]]}) for t in group]
-                   for task, group in state["pool"].items()}
+    if source:
+        vars(source.queue).update(state["queue"], window=source.queue.window, deadline=source.queue.deadline)
+        source.pool = {task: [Trajectory(**{**t, "samples": [Sample(**s) for s in t["samples"]]}) for t in group]
+                       for task, group in state["pool"].items()}
     if isinstance(source, Served):
-        source.start(source.queue.waiting(), state["now"]["step"])
+        source.start(list(source.queue.due), state["now"]["step"])
     return state["now"]
 
-def draw(curve, args):
+def draw(lines, args):
     from matplotlib.figure import Figure
     axis = Figure(figsize=(7, 3.5), layout="constrained").subplots()
-    axis.plot(curve, label=["a batch of fresh problems", "EMA"])
+    for name, values in lines.items():
+        axis.plot(values, label=name)
     axis.set(ylim=(0, 1.02), xlabel="step", ylabel=f"{args.task}: share solved, sampled")
-    axis.legend(loc="lower right")
+    axis.figure.legend(loc="outside right upper")
     axis.figure.savefig(args.figure)
 
 # ---- what the ideas buy --------------------------------------------------------------------------
 
 def simulate(window, steps, sigma, seed, slots=64, groups=8, train_s=6.0):
     """The queue without a model: tasks of 20 s, every fourth of 80 s, log-normal tails -> figures."""
-    queue, clock, hard, lags, mix = WindowedFIFO(slots, window), Clock(), {}, [], []
+    queue, hard, lags, mix = WindowedFIFO(slots, window), {}, [], []
     for step in range(steps):
-        for n in queue.admit(clock.now, step):
+        for n in queue.admit(step):
             rng = random.Random(f"{seed} {n}")
             hard[n] = rng.random() < 0.25
-            clock.running[n] = clock.now + (80 if hard[n] else 20) * math.exp(sigma * rng.gauss(0, 1))
-        clock.wait(queue, groups)
+            queue.finish(n, queue.now + (80 if hard[n] else 20) * math.exp(sigma * rng.gauss(0, 1)))
+        queue.wait(groups)
         mix.append(sum(hard[n] for n in queue.batch) / groups)
         lags += queue.publish(step + 1)
-        clock.now += train_s
-    return dict(rate=1000 * steps / clock.now, idle=clock.idle / clock.now, lag=sum(lags) / len(lags),
+        queue.now += train_s
+    return dict(rate=1000 * steps / queue.now, idle=queue.idle / queue.now, lag=sum(lags) / len(lags),
                 max_lag=max(lags), early=sum(mix[:10]) / 10, hard=sum(mix) / steps)
 
 def compare(args):
@@ -898,14 +846,17 @@ def compare(args):
                   f"lag mean {r['lag']:4.1f} max {r['max_lag']:3d} | hard tasks: first 10 batches {r['early']:.2f}, "
                   f"all {r['hard']:.2f}", flush=True)
     for name in windows:
-        changed = dict(schedule=name, steps=args.steps or 20, minutes=None, out=os.path.join(args.out, name))
-        trained[name] = run(type(args)(**vars(args) | changed), None)
+        changed = dict(schedule=name, steps=args.steps or 20, minutes=None, figure=None, out=f"{args.out}/{name}")
+        trained[name] = run(type(args)(**vars(args) | changed), None, args)
         if trained[name]["steps"] < changed["steps"]:  # stopped
             return dict(trained[name], trained=trained, queue=rows)
     for name, r in trained.items():
         print(f"trained {name:6s} | {r['steps']} steps in {r['virtual_seconds']:4.0f} virtual s | "
               f"idle {r['idle']:3.0%} | reward {r['reward_per_virtual_s']:.2f} a virtual s | "
               f"solved {r['reward_start']:.2f} -> {r['reward_end']:.2f} | lag {r['max_lag']}")
+    if args.figure:
+        curves = {name: load_checkpoint(os.path.join(args.out, name))["now"]["curve"] for name in windows}
+        draw({name: [ema for _, ema in curve] for name, curve in curves.items()}, args)
     return dict(trained["window"], trained=trained, queue=rows)
 
 def main(argv=None):

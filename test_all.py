@@ -932,15 +932,16 @@ def test_merged_equals_separate(first, seeds):
         assert max(map(worst, *sides)) < 1e-12
 def test_prefix_tree_by_hand():
     """abcd, abcef and ab are one row: c is copied into each branch, and every position has one next token."""
-    tree = rl.PrefixTree([rl.Sample(torch.tensor(x), 1, None, None) for x in ([1, 2, 3, 4], [1, 2, 3, 5, 6], [1, 2])])
-    assert tree.idx.tolist() == [1, 2, 3, 4, 3, 5, 6] and tree.pos.tolist() == [0, 1, 2, 3, 2, 3, 4]
-    assert tree.end.tolist() == [7, 7, 4, 4, 7, 7, 7] and tree.weight[0].tolist() == [3, 3, 1, 1, 1, 1, 1]
+    paths = map(torch.tensor, ([1, 2, 3, 4], [1, 2, 3, 5, 6], [1, 2]))
+    row = rl.collate([rl.PrefixTree([rl.Sample(x, 1, x[1:], x[1:]) for x in paths])], "cpu")
+    assert row["idx"].tolist() == [[1, 2, 3, 4, 3, 5, 6]] and row["pos"].tolist() == [[0, 1, 2, 3, 2, 3, 4]]
+    assert row["end"].tolist() == [[7, 7, 4, 4, 7, 7, 7]] and row["weight"].tolist() == [[[3, 3, 1, 1, 1, 1, 1]]]
 def test_window_of_figure_5():
     """N = 8, W = 4, group 7 stuck: 0 to 6, 8, 9, 10 are trained on, then none; its lag is 10. W = N is not greedy."""
     def play(window, slots=8, groups=1, stuck=7):
         queue, order, version = rl.WindowedFIFO(slots, window), [], 0
         while version < 30:
-            for task in {*queue.admit(0, version)} - {stuck}: queue.finish(task)
+            for task in {*queue.admit(version)} - {stuck}: queue.finish(task)
             if queue.take(groups) is None: break
             order, version = order + queue.batch, version + 1
             queue.publish(version)
@@ -957,8 +958,9 @@ def test_what_windows_buy():
     assert greedy["rate"] > window["rate"] > 1.12 * fifo["rate"] and window["max_lag"] <= 81 // 8 < greedy["max_lag"]
     assert greedy["early"] < 0.8 * fifo["early"] and abs(window["early"] - fifo["early"]) < 0.05
     queue = rl.WindowedFIFO(2, 1, deadline=50)
-    assert queue.admit(0, 0) == [0, 1] and queue.finish(1) is None and queue.take(2) is None and queue.expire(49) == []
-    assert queue.expire(50) == [0] and queue.take(2) == [0, 1]
+    assert queue.admit(0) == [0, 1] and queue.finish(1) is None and queue.take(2) is None
+    queue.now = 50
+    assert queue.take(2) == [0, 1]
 def test_cispo_by_hand():
     """d loss / d log pi = -min(pi / pi_old, 1 + eps) A / Z, and no token drops out; advantages are rewards to go."""
     logp, old = torch.tensor([-1.0, -0.1]).double().requires_grad_(), torch.tensor([-1.5, -0.5, -4.0]).double()
@@ -1008,7 +1010,7 @@ def test_rl_resume_loses_no_task(tmp_path):
     quiet(rl.main, rl_args(tmp_path / "b", "--resume"))
     a, b = (sample.load_checkpoint(str(tmp_path / x)) for x in "ab")
     assert all(map(torch.equal, a["model"].values(), b["model"].values())) and a["now"]["curve"] == b["now"]["curve"]
-    assert all(str(a[key]) == str(b[key]) for key in ("queue", "pool", "clock")) and len(a["queue"]["born"]) == 2
+    assert all(str(a[key]) == str(b[key]) for key in ("queue", "pool")) and len(a["queue"]["born"]) == 2
 def test_openai_client_is_trained_on(tmp_path):
     """--serve: OpenAI's client, if installed, is trained on; what is not for the gateway gets a 4xx; it serves on."""
     run = subprocess.Popen([sys.executable, "rl.py", *rl_args(tmp_path, *"--steps 2 --serve 0 --token k".split())],

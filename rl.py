@@ -137,7 +137,7 @@ def make_task(args, number, split=0):
     rng, cap = random.Random(f"{args.seed} {split} {number}"), 64 if args.task == "cap" else math.inf
     return Calculator(rng) if args.task == "calculator" else Maze(rng, args.turns, cap)
 
-# ---- gateway and data pool -----------------------------------------------------------------------
+# ---- gateway, data pool, rollout engine ----------------------------------------------------------
 
 @dataclasses.dataclass
 class Sample:
@@ -170,6 +170,10 @@ class Gateway:
     context becomes the tokens that were sampled: with merges "12" may be one token or two, and the text cannot tell."""
     tokenizer = Tokenizer(learn_bpe([], 257, "(?s:.)"))  # bytes
 
+    def __init__(self, model=None, args=None, queue=None):
+        self.model, self.args, self.queue = model, args, queue
+        self.pool = {}                 # group -> its trajectories, until they have been trained on
+
     def context(self, episode, messages):
         """Token ids. Completions of one text may be of other tokens (bytes that are no UTF-8): the last is the last."""
         said, out = {text: list(known) for text, known in episode.said.items()}, []
@@ -183,8 +187,8 @@ class Gateway:
     def record(self, episode, context, ids, logprobs, version, routes=None):
         """Keep one completion -> its text."""
         text, logprobs = self.tokenizer.decode(ids), torch.tensor(logprobs, dtype=torch.float64)
-        versions = torch.full((len(ids),), version)
-        episode.samples.append(Sample(torch.tensor(context + ids), len(context), logprobs, versions, routes))
+        episode.samples.append(Sample(torch.tensor(context + ids), len(context), logprobs,
+                                      torch.full((len(ids),), version), routes))
         episode.said.setdefault(text, []).append(ids)
         return text
 
@@ -192,8 +196,6 @@ def common_prefix(a, b):
     n = min(len(a), len(b))
     apart = np.argwhere(np.asarray(a[:n]) != np.asarray(b[:n]))
     return int(apart[0, 0]) if len(apart) else n
-
-# ---- rollout engine ------------------------------------------------------------------------------
 
 def play(episode, agent, gateway, version, room):
     """One row of the lock step: feeds the agent's contexts, and hands it what was sampled by way of the gateway. Of a
@@ -270,7 +272,7 @@ class WindowedFIFO:
             then = min(when for when in self.due.values() if when > self.now)
             self.idle, self.now = self.idle + then - self.now, then
 
-# ---- prefix tree ---------------------------------------------------------------------------------
+# ---- train engine: prefix trees, CISPO -----------------------------------------------------------
 
 class PrefixTree:
     """Samples of a group as one row: a token that several samples share at one place of their paths is computed once.
@@ -283,7 +285,8 @@ class PrefixTree:
     block of the layout is one of a path, and module K of MTP finds its token K places on. A leaf: the slots of its
     longest sample, and the samples that end there. A plan needs no more; `collate` makes rows."""
 
-    def __init__(self, samples, L=1, K=0):
+    def __init__(self, samples, cfg=None):
+        L, K = cfg.index_block_size if cfg and "msa" in cfg.attn_types else 1, cfg.n_mtp if cfg else 0
         # tokens sort by id and recorded routes: an equal token of other experts is another
         rows = [(s.ids if s.routes is None else torch.cat([s.ids[:, None], s.routes], 1)).numpy() for s in samples]
         order = sorted(range(len(rows)), key=lambda i: rows[i].astype(">i4").tobytes())  # what is shorter first
@@ -309,8 +312,6 @@ class PrefixTree:
             for a, b in zip(cuts, cuts[1:]):  # a sample that ends before p sorts first: it belongs to the first child
                 self.place(a, b, path)
         self.segments.append((base, stop, self.size))
-
-# ---- CISPO and the train engine ------------------------------------------------------------------
 
 def advantages(group):
     """Reward to go of each turn, less the mean return of the group's other episodes -> samples of each episode.
@@ -344,7 +345,6 @@ def collate(trees, device):
     origin = np.repeat(np.cumsum(sizes) - sizes, sizes)                         # (n,) where a token's path begins
     first = np.repeat(np.cumsum(sizes) - sizes, [len(s) for _, s in leaves])    # (m,) where a sample's path begins
     start, length = np.array([(s.start, s.ids.numel()) for s in samples]).T
-
     def count(lo, hi):
         """Samples of which a slot is one of the tokens lo to hi - 1."""
         lo, hi = (np.bincount(first + np.maximum(x, 0), minlength=n + 1) for x in (lo, hi))
@@ -403,18 +403,14 @@ def mtp_losses(model, batch, hidden, top=8):
         kls += [aux["index_kl"] * weight.sum()] if "index_kl" in aux else []
     return loss, loads, kls
 
-def tree_shape(cfg):
-    """L and K of the layout."""
-    return cfg.index_block_size if "msa" in cfg.attn_types else 1, cfg.n_mtp
-
 def plan_rows(groups, model, merge):
     """Groups (samples of each episode) -> trees, one a row. A row is a whole group, or one an episode where computing
     the shared prompt again costs less than masked attention across all branches."""
-    cfg, shape, out = model.cfg, tree_shape(model.cfg), []
+    cfg, out = model.cfg, []
     a_token, a_key = 2 * model.num_params()[1], 4 * cfg.n_layer * cfg.n_head * cfg.head_dim
     for episodes in groups:
         rows = ([sum(episodes, [])], episodes) if merge else ([[s] for samples in episodes for s in samples],)
-        plans = [[PrefixTree(samples, *shape) for samples in row if samples] for row in rows]
+        plans = [[PrefixTree(samples, cfg) for samples in row if samples] for row in rows]
         out += min(plans, key=lambda trees: sum(t.size * (a_token + a_key * t.size) for t in trees))
     return out
 
@@ -468,13 +464,9 @@ def train_step(model, optimizers, trees, rate, bias_rate=1e-3):
 
 # ---- where episodes come from --------------------------------------------------------------------
 
-class Local:
+class Local(Gateway):
     """Agents of this process. A group is rolled out when it is admitted, and has finished when the virtual clock says
     so: after its slowest episode, times a log-normal tail (sigma) that is the machines', not the agents'."""
-
-    def __init__(self, model, args, queue):
-        self.model, self.gateway, self.args, self.queue = model, Gateway(), args, queue
-        self.pool = {}                 # group -> its trajectories, until they have been trained on
 
     def start(self, tasks, version):
         args = self.args
@@ -482,7 +474,7 @@ class Local:
         episodes = [(t, make_task(args, n).agent()) for n in tasks for t in self.pool[n]]
         generator = torch.Generator(self.model.embed.weight.device)
         generator.manual_seed(random.Random(f"{args.seed} {tasks[:1]}").getrandbits(62))
-        rollout(self.model, self.gateway, episodes, version, generator, args.rollouts, args.replay)
+        rollout(self.model, self, episodes, version, generator, args.rollouts, args.replay)
         for n in tasks:
             tail = math.exp(args.sigma * random.Random(f"{args.seed} tail {n}").gauss(0, 1))
             seconds = tail * max(t.seconds for t in self.pool[n])
@@ -532,7 +524,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(json.dumps(reply).encode() * (self.command != "HEAD"))
     do_GET = do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_POST
 
-class Served(http.server.HTTPServer):
+class Served(Gateway, http.server.HTTPServer):
     """Agents of other processes, in real seconds, on loopback; one thread, which answers between two steps, not later.
 
         POST /v1/tasks {}                                  -> {task, messages}: one episode is claimed
@@ -543,15 +535,14 @@ class Served(http.server.HTTPServer):
     request_queue_size = 1024          # who comes during a training step waits for its end
 
     def __init__(self, model, args, queue):
-        super().__init__(("127.0.0.1", args.serve), Handler)
-        self.model, self.gateway, self.args, self.queue = model, Gateway(), args, queue
-        self.pool, self.open, self.claimed = {}, {}, set()
-        self.token = args.token or os.urandom(16).hex()
+        super().__init__(model, args, queue)
+        http.server.HTTPServer.__init__(self, ("127.0.0.1", args.serve), Handler)
+        self.open, self.claimed, self.token = {}, set(), args.token or os.urandom(16).hex()
 
     def start(self, tasks, version):
         self.version = version
-        self.pool.update((n, []) for n in tasks)
-        self.open.update((f"{n}.{row}", Trajectory(n)) for n in tasks for row in range(self.args.rollouts))
+        self.pool.update((n, [Trajectory(n) for _ in range(self.args.rollouts)]) for n in tasks)
+        self.open.update((f"{n}.{row}", t) for n in tasks for row, t in enumerate(self.pool[n]))
 
     def answer(self, path, raw):
         """-> status, and a JSON object or what is wrong."""
@@ -572,27 +563,26 @@ class Served(http.server.HTTPServer):
                 if len(rewards) != len(episode.samples) or not all(abs(r) <= 1e3 for r in rewards):
                     raise ValueError(f"{len(episode.samples)} turns, a reward of at most 1000 each: {rewards}"[:200])
                 episode.finish(rewards, body["success"] is True, self.queue.now - self.queue.born[episode.task][0])
-                return 200, self.close(name)
-            n, room = len(self.gateway.context(episode, body["messages"])), self.model.cfg.max_seq_len - MAX_NEW
+                self.close(name)
+                return 200, dict(turns=len(rewards))
+            n, room = len(self.context(episode, body["messages"])), self.model.cfg.max_seq_len - MAX_NEW
             if not 1 <= n <= room or body.get("stream") or body.get("n", 1) != 1:
                 raise ValueError(f"{n} tokens of context, 1 to {room} are served; no stream, and n is 1")
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             return 400, f"a JSON object, rewards numbers, messages [{{role, content}}]: {error!r}"
         agent = (messages for messages in [body["messages"]])  # it asks once
-        rollout(self.model, self.gateway, [(episode, agent)], self.version, replay=self.args.replay)
+        rollout(self.model, self, [(episode, agent)], self.version, replay=self.args.replay)
         ids = episode.samples[-1].ids[n:].tolist()
-        choice = dict(index=0, message=say("assistant", self.gateway.tokenizer.decode(ids)),
+        choice = dict(index=0, message=say("assistant", self.tokenizer.decode(ids)),
                       finish_reason="stop" if ids[-1] in STOP else "length")
         usage = dict(prompt_tokens=n, completion_tokens=len(ids), total_tokens=n + len(ids))
         return 200, dict(id=f"{name}-{n}", object="chat.completion", created=int(time.time()), model=name,
                          choices=[choice], usage=usage)
 
     def close(self, name):
-        episode = self.open.pop(name)
-        self.pool[episode.task].append(episode)
-        if len(self.pool[episode.task]) == self.args.rollouts:
-            self.queue.finish(episode.task)
-        return dict(turns=len(episode.samples))
+        task = self.open.pop(name).task
+        if all(t.task != task for t in self.open.values()):
+            self.queue.finish(task)
 
     def wait(self, stop, seconds):
         queue, started, until = self.queue, time.monotonic() - self.queue.now, self.queue.now + seconds
@@ -631,8 +621,8 @@ def warm_start(source, args, stop):
         print(f"warm    | {step} steps read from {folder}", flush=True)
     while step < args.warm_steps and not stop:
         rng, rate = random.Random(f"{args.seed} warm {step}"), min(1, (step + 1) / 20, 1.1 - step / args.warm_steps)
-        demos = [demonstrate(source.gateway, make_task(args, step * 64 + i, 1), rng, NOISE) for i in range(64)]
-        trees = [PrefixTree(d.samples, *tree_shape(model.cfg)) for d in demos]
+        demos = [demonstrate(source, make_task(args, step * 64 + i, 1), rng, NOISE) for i in range(64)]
+        trees = [PrefixTree(d.samples, model.cfg) for d in demos]
         stats, step = train_step(model, optimizers, trees, WARM_LR * rate), step + 1
         if step % 20 == 0 or step == args.warm_steps:
             print(f"warm {step:04d} | loss {stats['loss']:.3f} | norm {stats['norm']:.2f} | "
@@ -671,7 +661,6 @@ def parse_args(argv):
             ("token", str, None, "their API key; default: a random one"),
             ("seed", number(0), 1337, "of problems, weights and sampling"), ("out", str, "out_rl", "folder of the run"),
             ("figure", str, None, "file for the reward curve (needs matplotlib)"),
-            ("device", str, None, "cpu, cuda, cuda:N or mps; default: a GPU if there is one"),
             ("no-merge", bool, False, "train on every turn alone"),
             ("replay", bool, False, "train with the experts and blocks recorded at rollout"),
             ("resume", bool, False, "go on from the checkpoint in --out")):
@@ -694,8 +683,7 @@ def parse_args(argv):
         state = None if early else state  # stopped in the imitation: its weights are read where they are needed
     if args.groups > args.slots:
         raise ValueError(f"--groups {args.groups}: at most --slots, {args.slots}")
-    if args.steps is None and args.minutes is None:
-        args.minutes = 2.9
+    args.minutes = args.minutes or (None if args.steps else 2.9)
     if args.figure:
         draw({}, args)  # what is wrong with it shows now, not after minutes
     return args, state
@@ -748,16 +736,12 @@ def run(args, state, whole=None):
     optimizers, warm = configure_optimizers(model, args.lr)[0], time.perf_counter() - started
     now = restore(state, optimizers, source) if state else dict(
         step=0, seconds=warm, warm=warm, ema=None, curve=[], max_lag=0, naive=0, slots=0, reward=0.0)
-    if not ready:
-        print(f"stopped in the imitation, saved in {args.out}; the same command goes on", flush=True)
-        return outcome(now, queue)
-
     def progress():
         budget = 60 * (args.minutes or math.inf) - now["warm"]
         return max(now["step"] / (args.steps or math.inf), (now["seconds"] - now["warm"]) / max(budget, 1e-9))
-    if not state:
+    if ready and not state:
         save(args.out, args, source, optimizers, now, fresh=True)  # killed from here on, the run can go on
-    if args.serve is not None:
+    if ready and args.serve is not None:
         print(f"gateway | http://127.0.0.1:{source.server_port}/v1 key {source.token}", flush=True)
     while progress() < 1 and not stop:
         tick, rate = time.perf_counter(), args.lr * min(1.0, 2 * (1 - progress()))
@@ -771,17 +755,16 @@ def run(args, state, whole=None):
         lags = queue.publish(now["step"] + bool(trees))  # the step's weights are out: now, not before, slots are free
         now["seconds"] += time.perf_counter() - tick
         if stats:
-            report(now, args, groups, stats, lags, source.gateway.tokenizer.decode)
+            report(now, args, groups, stats, lags, source.tokenizer.decode)
         if now["step"] % args.save_every == 0:
             save(args.out, args, source, optimizers, now)
-    save(args.out, args, source, optimizers, now)
+    if ready:
+        save(args.out, args, source, optimizers, now)
     if stop:
-        print(f"stopped after step {now['step']}, saved in {args.out}; go on with --resume", flush=True)
+        print(f"stopped after step {now['step']}, saved in {args.out}; go on with --resume" if ready else
+              f"stopped in the imitation, saved in {args.out}/warm; the same command goes on", flush=True)
     if args.figure:
         draw(dict(zip(("a batch of fresh problems", "EMA"), zip(*now["curve"]))), args)
-    return outcome(now, queue)
-
-def outcome(now, queue):
     virtual = max(queue.now, 1e-9)
     return dict(reward_start=now["curve"][0][0] if now["curve"] else None, reward_end=now["ema"], steps=now["step"],
                 merge_ratio=now["naive"] / max(now["slots"], 1), max_lag=now["max_lag"], seconds=now["seconds"],
@@ -793,7 +776,7 @@ def save(folder, args, source, optimizers, now, fresh=False):
     pool = {task: list(map(dataclasses.asdict, group)) for task, group in source.pool.items()}
     os.makedirs(folder, exist_ok=True)
     save_checkpoint(folder, fresh, config=dataclasses.asdict(source.model.cfg), model=source.model.state_dict(),
-                    tokenizer=source.gateway.tokenizer.spec, args=kept, now=now, pool=pool, queue=vars(source.queue),
+                    tokenizer=source.tokenizer.spec, args=kept, now=now, pool=pool, queue=vars(source.queue),
                     optimizers=[o.state_dict() for o in optimizers])
 
 def restore(state, optimizers, source=None):
@@ -805,7 +788,7 @@ def restore(state, optimizers, source=None):
         source.pool = {task: [Trajectory(**{**t, "samples": [Sample(**s) for s in t["samples"]]}) for t in group]
                        for task, group in state["pool"].items()}
     if isinstance(source, Served):
-        source.start(list(source.queue.due), state["now"]["step"])
+        source.start([t for t, when in source.queue.due.items() if when > source.queue.now], state["now"]["step"])
     return state["now"]
 
 def draw(lines, args):
@@ -816,8 +799,6 @@ def draw(lines, args):
     axis.set(ylim=(0, 1.02), xlabel="step", ylabel=f"{args.task}: share solved, sampled")
     axis.figure.legend(loc="outside right upper")
     axis.figure.savefig(args.figure)
-
-# ---- what the ideas buy --------------------------------------------------------------------------
 
 def simulate(window, steps, sigma, seed, slots=64, groups=8, train_s=6.0):
     """The queue without a model: tasks of 20 s, every fourth of 80 s, log-normal tails -> figures."""
@@ -838,13 +819,12 @@ def compare(args):
     """Strict FIFO, window and greedy: the queue alone, then short trainings, same seeds and imitation."""
     windows, rows, trained = dict(fifo=1, window=19, greedy=math.inf), {}, {}
     print("queue: 64 groups in flight, 8 a step of 6 s, window 19 = 0.3 N; the same tasks and tails in every row")
-    for sigma in sorted({args.sigma, 0.8, 1.3}):
-        for name, window in windows.items():
-            r = rows[f"{name} {sigma}"] = simulate(window, 1000, sigma, args.seed)
-            gain = r["rate"] / rows[f"fifo {sigma}"]["rate"] - 1
-            print(f"sigma {sigma:.1f} {name:6s} | {r['rate']:5.1f} steps/1000 s {gain:+5.0%} | idle {r['idle']:3.0%} | "
-                  f"lag mean {r['lag']:4.1f} max {r['max_lag']:3d} | hard tasks: first 10 batches {r['early']:.2f}, "
-                  f"all {r['hard']:.2f}", flush=True)
+    for sigma, name in ((sigma, name) for sigma in sorted({args.sigma, 0.8, 1.3}) for name in windows):
+        r = rows[f"{name} {sigma}"] = simulate(windows[name], 1000, sigma, args.seed)
+        gain = r["rate"] / rows[f"fifo {sigma}"]["rate"] - 1
+        print(f"sigma {sigma:.1f} {name:6s} | {r['rate']:5.1f} steps/1000 s {gain:+5.0%} | idle {r['idle']:3.0%} | "
+              f"lag mean {r['lag']:4.1f} max {r['max_lag']:3d} | hard tasks: first 10 batches {r['early']:.2f}, "
+              f"all {r['hard']:.2f}", flush=True)
     for name in windows:
         changed = dict(schedule=name, steps=args.steps or 20, minutes=None, figure=None, out=f"{args.out}/{name}")
         trained[name] = run(type(args)(**vars(args) | changed), None, args)

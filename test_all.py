@@ -924,7 +924,7 @@ def test_merged_equals_separate(first, seeds):
     for samples in map(random_samples, range(seeds)):
         sides = []
         for row in ([samples], [[s] for s in samples]):
-            m, trees = copy.deepcopy(model), [rl.PrefixTree(x, *rl.tree_shape(model.cfg)) for x in row]
+            m, trees = copy.deepcopy(model), [rl.PrefixTree(x, model.cfg) for x in row]
             stats, load = rl.backward(m, trees)
             grads = [p.grad.clone() for p in m.parameters() if p.grad is not None]
             rl.train_step(m, train.configure_optimizers(m, 1.0)[0], trees, 1e-3)
@@ -986,7 +986,7 @@ def test_rollout_logprobs_are_the_trainers(argv):
     args, gateway = rl.parse_args(argv.split())[0], rl.Gateway()
     model = rl.make_model(args, "cpu", None)
     demos = [rl.demonstrate(gateway, rl.make_task(args, i, 1), random.Random(i), 0.1) for i in range(16)]
-    trees = [rl.PrefixTree(d.samples, *rl.tree_shape(model.cfg)) for d in demos]
+    trees = [rl.PrefixTree(d.samples, model.cfg) for d in demos]
     for _ in range(8): rl.train_step(model, train.configure_optimizers(model, 1e-2)[0], trees, 1e-2)
     episodes = [(rl.Trajectory(i // 4), rl.make_task(args, i // 4).agent()) for i in range(16)]
     rl.rollout(model, gateway, episodes, 0, torch.Generator().manual_seed(0), 4, args.replay)

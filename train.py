@@ -184,7 +184,6 @@ def parse_args(argv):
     p.add_argument("--stop-after", type=int, help="save and leave after this step, as Ctrl-C would")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     p.add_argument("--seed", type=int, default=1337)
-    p.add_argument("--device", help="cpu, cuda, cuda:N or mps; default: a GPU if there is one")
     p.add_argument("--dry-run", action="store_true", help="print parameters and bytes, allocate nothing")
     args, state = p.parse_args(argv), None
     if args.resume and not args.dry_run:

@@ -227,13 +227,14 @@ def pack_routes(aux):
         parts.append(torch.where(blocks >= 0, -2 - blocks, -1))
     return torch.cat([x.permute(1, 2, 0, 3).flatten(2) for x in parts], -1).int().cpu().numpy()
 
-def lay_routes(codes, slot, origin, B, T, L):
-    """Routes (n, r) of tokens that lie in `slot` (n,) of B rows of T, on paths that begin at token `origin` (n,), ->
-    (B, T, r): a block of a path becomes the layout's block of L slots; a pad has its own, and the first experts."""
-    block = slot[origin[:, None] + L * np.where(codes < -1, -2 - codes, 0)] % T // L                       # (n, r)
-    pads = np.where(codes[:1] < 0, -2 - np.arange(T)[:, None] // L, 0).astype(np.int32)                    # (T, r)
+def lay_routes(paths, B, T, L):
+    """Paths, each as slots (n,) of B rows of T and recorded routes (n, r), -> (B, T, r): a block of a path becomes the
+    layout's block of L slots; a pad has its own block, and the first expert."""
+    pads = np.where(paths[0][1][:1] < 0, -2 - np.arange(T)[:, None] // L, 0).astype(np.int32)              # (T, r)
     rows = np.tile(pads, (B, 1))
-    rows[slot] = np.where(codes < -1, -2 - block, codes)
+    for slot, codes in paths:
+        first = slot[L * np.where(codes < -1, -2 - codes, 0)]                                              # (n, r)
+        rows[slot] = np.where(codes < -1, -2 - first % T // L, codes)
     return rows.reshape(B, T, -1)
 
 def unpack_routes(codes, cfg):

@@ -13,8 +13,7 @@
     loss     CISPO: -1/Z sum sg(min(pi / pi_old, 1 + eps)) A log pi;  A = reward to go - mean return of the others
 
 Differs from M2: clip, rewards' weights and baseline, not published, are ours, and marked. A stuck task fails at a
-deadline, where the report's window would wait for ever. A rollout ends under the version of the policy that it started
-with: several in one episode occur only with --serve.
+deadline, where the report's window would wait for ever. Several versions in one episode occur only with --serve.
 """
 import dataclasses
 import hmac
@@ -25,7 +24,6 @@ import math
 import os
 import random
 import re
-import string
 import time
 
 import numpy as np
@@ -47,23 +45,20 @@ MADE_BY = ("task", "turns", "preset", "attn", "mtp")  # what the model of a chec
 
 # ---- agents: they see messages and text, nothing of the model ------------------------------------
 
-def say(role, content):
-    return {"role": role, "content": content}
-
 def size(messages):
     return sum(len(m["content"]) for m in messages)
 
 class Task:
     """Calls of a tool, then an answer. A subclass has prompt, answer, difficulty (about the calls that it takes), tool
-    (text -> observation, None for a malformed call) and expert (messages -> text), a teacher."""
+    (text -> observation, None for a malformed call), expert (messages -> text), a teacher, and its calls' alphabet."""
     cap = math.inf                     # characters of context; an episode that needs more fails
 
     def agent(self):
         """One episode: yields messages, is sent the completion's text -> a reward for each, success, virtual seconds.
-        Outcome and speed, h(x) = clip(1 - x, -1, 1) of time over a baseline, for those who succeed. An answer that no
-        tool gave is malformed, as a wrong call is: guessing must not look safe. Under a cap D] drops all but prompt and
-        last observation: what to forget is an action, and the next context is rewritten, not extended."""
-        prompt, baseline = say("user", self.prompt), 2 * self.difficulty * (CALL_S + 8 * CHAR_S)
+        Success pays 1, and for speed h(x) = clip(1 - x, -1, 1) of time over a baseline. An answer that no tool gave is
+        malformed, as a wrong call is: guessing must not look safe. Under a cap D] drops all but prompt and last
+        observation: what to forget is an action, and the next context is rewritten, not extended."""
+        prompt, baseline = dict(role="user", content=self.prompt), 2 * self.difficulty * (CALL_S + 8 * CHAR_S)
         messages, rewards, seconds, capped = [prompt], [], 0.0, self.cap < math.inf
         while len(rewards) < self.difficulty * (1 + capped) + 3 and size(messages) <= self.cap:
             text, last = (yield messages), messages[-1]["content"][1:-1]
@@ -76,13 +71,14 @@ class Task:
                 messages, observation = [prompt, *messages[1:][-1:]], ""
             else:
                 observation = self.tool(text)
-                messages = [*messages, say("assistant", text), say("tool", f"={observation or '?;'}")]
+                reply = dict(role="tool", content=f"={observation or '?;'}")
+                messages = [*messages, dict(role="assistant", content=text), reply]
             rewards.append(PROCESS if observation is None else 0.0)
         return rewards or [0.0], False, seconds
 
 class Calculator(Task):
     """One to three operations, one a call: Q12*3+45; t2[12*3] =36; t1[36+45] =81; A81. The thought: how many remain."""
-    OPS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+    OPS, alphabet = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}, "0123456789"
 
     def __init__(self, rng):
         self.difficulty, results = rng.randint(1, 3), [-1]
@@ -95,24 +91,23 @@ class Calculator(Task):
                 results.append(self.OPS[op](results[-1], n))
         self.prompt, self.answer = f"Q{''.join(self.terms)};", results[-1]
 
-    def tool(self, text):
-        """Parsed, never evaluated; None for what is too large as well."""
+    def tool(self, text):  # parsed, never evaluated; None for what is too large as well
         call = re.fullmatch(r"t\d\[(\d{1,4})([+*-])(\d{1,4})\]", text)
         result = self.OPS[call[2]](int(call[1]), int(call[3])) if call else -1
         return f"{result};" if 0 <= result <= 9999 else None
 
-    def expert(self, messages, rng, noise):
+    def expert(self, messages):
         done, last = len(messages) // 2, messages[-1]["content"][1:-1]
         if done >= self.difficulty or last == "?":
             return f"A{last.replace('?', '0')}."
-        call = (last if done else self.terms[0]) + self.terms[done + 1]
-        return f"t{self.difficulty - done}[{smudge(call, string.digits, rng, noise)}]"
+        return f"t{self.difficulty - done}[{last if done else self.terms[0]}{self.terms[done + 1]}]"
 
 class Maze(Task):
     """A chain of keys: Mqa; t0[qa] =xk; t1[xk] =bd! Abd. Each call yields the next key, the last is marked with "!"."""
+    alphabet = "abcdefghijklmnopqrstuvwxyz"
 
     def __init__(self, rng, turns, cap=math.inf):
-        self.difficulty, self.cap, az = turns, cap, string.ascii_lowercase
+        self.difficulty, self.cap, az = turns, cap, self.alphabet
         keys = [az[p // 26] + az[p % 26] for p in rng.sample(range(26 * 26), turns)]  # turns - 1 calls and an answer
         self.prompt, self.answer, self.next = f"M{keys[0]};", keys[-1], dict(zip(keys, keys[1:]))
 
@@ -121,16 +116,13 @@ class Maze(Task):
         key = self.next.get(call[1]) if call else None
         return key and key + ("!" if key == self.answer else ";")
 
-    def expert(self, messages, rng, noise):
+    def expert(self, messages):
         key = messages[-1]["content"][1:3]
         if size(messages) + 10 > self.cap and len(messages) > 2:
             return "D]"
         if key not in self.next:
             return f"A{key}."
-        return f"t{len(messages) // 2 % 10}[{smudge(key, string.ascii_lowercase, rng, noise)}]"
-
-def smudge(text, alphabet, rng, noise):
-    return "".join(rng.choice(alphabet) if c in alphabet and rng.random() < noise else c for c in text)
+        return f"t{len(messages) // 2 % 10}[{key}]"
 
 def make_task(args, number, split=0):
     """Task `number` of a split: a pure function of the seed, so that every group of a run is a fresh problem."""
@@ -197,39 +189,37 @@ def common_prefix(a, b):
     apart = np.argwhere(np.asarray(a[:n]) != np.asarray(b[:n]))
     return int(apart[0, 0]) if len(apart) else n
 
-def play(episode, agent, gateway, version, room):
-    """One row of the lock step: feeds the agent's contexts, and hands it what was sampled by way of the gateway. Of a
-    context that was rewritten the cache keeps what it has in common with the last."""
-    path, reply, routes = [], None, []
-    while True:
-        try:
-            context = gateway.context(episode, agent.send(reply))
-        except StopIteration as stop:
-            return stop.value and episode.finish(*stop.value)  # an agent of another process reports by itself, later
-        if not 1 <= len(context) <= room:
-            return episode.fail()
-        kept = min(common_prefix(path, context), len(context) - 1)  # one is fed, for its logits
-        ids, logprobs, feed = [], [], context[kept:]
-        while len(ids) < MAX_NEW and not (ids and ids[-1] in STOP):
-            token, logprob, routes = yield kept, feed
-            kept, feed = len(context) + len(ids), [token]
-            ids, logprobs = ids + [token], logprobs + [logprob]
-        path, routes = context + ids[:-1], torch.from_numpy(np.stack(routes + routes[-1:])) if routes else None
-        reply = gateway.record(episode, context, ids, logprobs, version, routes)
-
 def rollout(model, gateway, episodes, version, generator=None, group=1, replay=False):
     """Play episodes [(trajectory, agent)] to their ends, in lock step. `replay` records experts and blocks."""
-    rows = [play(*episode, gateway, version, model.cfg.max_seq_len - MAX_NEW) for episode in episodes]
-    lockstep(model, rows, group, generator, pack_routes if replay else None)
+    def play(episode, agent):
+        """Feeds the agent's contexts, and hands it what was sampled by way of the gateway. Of a context that was
+        rewritten the cache keeps what it has in common with the last."""
+        path, reply, routes = [], None, []
+        while True:
+            try:
+                context = gateway.context(episode, agent.send(reply))
+            except StopIteration as stop:
+                return stop.value and episode.finish(*stop.value)  # one of another process reports by itself, later
+            if not 1 <= len(context) <= model.cfg.max_seq_len - MAX_NEW:
+                return episode.fail()
+            kept = min(common_prefix(path, context), len(context) - 1)  # one is fed, for its logits
+            ids, logprobs, feed = [], [], context[kept:]
+            while len(ids) < MAX_NEW and not (ids and ids[-1] in STOP):
+                token, logprob, routes = yield kept, feed
+                kept, feed = len(context) + len(ids), [token]
+                ids, logprobs = ids + [token], logprobs + [logprob]
+            path, routes = context + ids[:-1], torch.from_numpy(np.stack(routes + routes[-1:])) if routes else None
+            reply = gateway.record(episode, context, ids, logprobs, version, routes)
+    lockstep(model, [play(*episode) for episode in episodes], group, generator, pack_routes if replay else None)
 
 # ---- scheduler: windowed FIFO, on a clock that others set ----------------------------------------
 
 class WindowedFIFO:
-    """`slots` groups are in flight. The trainer may take a finished one from [head, head + window - 1] alone, in any
-    order; head, the oldest not consumed, moves when it is. A slot is free, and the next group admitted, once the step
-    that consumed it has published its weights. window 1 is strict FIFO. Greedy is window = inf, not window = slots:
-    refilled slots reach beyond head + slots - 1. A group that is late is over, as a failure, and not dropped.
-    Ages: at most slots + window - 2 groups, floor((slots + window - 2) / P) steps of P groups, pass a group by."""
+    """`slots` groups are in flight. The trainer may take finished ones of [head, head + window - 1] alone, in any order;
+    head, the oldest not consumed, moves when it is. A slot is free for the next group once the step that consumed its
+    own has published its weights. window 1 is strict FIFO; greedy is window = inf, not window = slots: refilled slots
+    reach beyond head + slots - 1. A group that is late is over, as a failure, and not dropped. Ages: at most
+    slots + window - 2 groups, floor((slots + window - 2) / P) steps of P groups, pass a group by."""
 
     def __init__(self, slots, window, deadline=math.inf):
         self.slots, self.window, self.deadline = slots, window, deadline
@@ -245,8 +235,7 @@ class WindowedFIFO:
         self.next += len(new)
         return list(new)
 
-    def finish(self, task, when=0.0):
-        """A rollout ends then, or has ended."""
+    def finish(self, task, when=0.0):  # 0: already
         if task in self.due:  # a group that was consumed at its deadline may still report later
             self.due[task] = min(self.due[task], when)
 
@@ -283,35 +272,28 @@ class PrefixTree:
 
     Samples that part at depth p fork at L * ((p - max(K, 1)) // L): segments start at multiples of L, so that a key
     block of the layout is one of a path, and module K of MTP finds its token K places on. A leaf: the slots of its
-    longest sample, and the samples that end there. A plan needs no more; `collate` makes rows."""
+    longest sample, and the samples that end in it. A plan needs no more; `collate` makes rows."""
 
     def __init__(self, samples, cfg=None):
         L, K = cfg.index_block_size if cfg and "msa" in cfg.attn_types else 1, cfg.n_mtp if cfg else 0
         # tokens sort by id and recorded routes: an equal token of other experts is another
         rows = [(s.ids if s.routes is None else torch.cat([s.ids[:, None], s.routes], 1)).numpy() for s in samples]
         order = sorted(range(len(rows)), key=lambda i: rows[i].astype(">i4").tobytes())  # what is shorter first
-        parts = [common_prefix(rows[a], rows[b]) for a, b in zip(order, order[1:])]
-        self.part = [p if p < len(rows[a]) else math.inf for p, a in zip(parts, order)]  # inf: a is the beginning of b
-        self.samples, self.L, self.K, self.back = [samples[i] for i in order], L, K, max(K, 1)
-        self.size, self.segments, self.leaves, self.n_naive = 0, [], [], sum(s.ids.numel() for s in samples)
-        self.place(0, len(order), np.arange(0))
+        self.samples, self.L, self.K, self.n_naive = [samples[i] for i in order], L, K, sum(map(len, rows))
+        self.leaves, self.ends, self.size, path, ended = [], [], 0, np.arange(0), []
+        for last, i in zip([order[0], *order], order):
+            depth = common_prefix(rows[last], rows[i])
+            if depth < len(rows[last]):  # they part; where not, i goes on from the last, in the same leaf
+                fork = max(0, L * ((depth - max(K, 1)) // L))
+                self.leaves.append((path, ended))
+                self.ends.append((path[fork:], self.size))
+                path, ended, self.size = path[:fork], [], self.size + -self.size % L
+            start, self.size = self.size, self.size + len(rows[i]) - len(path)
+            path = np.concatenate([path, np.arange(start, self.size)])
+            ended.append(samples[i])
+        self.leaves.append((path, ended))
+        self.ends.append((path, self.size))
         self.size += -self.size % L
-
-    def place(self, lo, hi, path):
-        """Lay out samples [lo, hi), which agree up to where they part, from where `path` ends; then their children."""
-        p = min(self.part[lo:hi - 1], default=math.inf)  # sorted: the closest neighbours are where the first parting is
-        leaf, length = p == math.inf, self.samples[hi - 1].ids.numel()
-        fork = length if leaf else max(len(path), self.L * ((p - self.back) // self.L))
-        base = self.size + -self.size % self.L
-        self.size = stop = base + fork - len(path)
-        path = np.concatenate([path, np.arange(base, stop)])
-        if leaf:
-            self.leaves.append((path, self.samples[lo:hi]))
-        else:
-            cuts = [lo, *(i + 1 for i in range(lo, hi - 1) if self.part[i] == p), hi]
-            for a, b in zip(cuts, cuts[1:]):  # a sample that ends before p sorts first: it belongs to the first child
-                self.place(a, b, path)
-        self.segments.append((base, stop, self.size))
 
 def advantages(group):
     """Reward to go of each turn, less the mean return of the group's other episodes -> samples of each episode.
@@ -324,10 +306,9 @@ def advantages(group):
     return [t.samples for t in group]
 
 def cispo_loss(logprob, entry, old, advantage, Z, eps_high=EPS_HIGH):
-    """logprob (n,) of the slots; entry (m,) the slot of each action token of each sample, with its log-prob at rollout
-    and its advantage -> -1/Z sum sg(min(pi / pi_old, 1 + eps)) A log pi, ratios (m,).
-    The weight is detached, so the loss is linear in log pi, and all samples through a slot collapse to one coefficient.
-    Its value is near 0 by construction (advantages sum to about 0): read the reward, not the loss."""
+    """logprob (n,) of the slots; of each action token of each sample (m,): entry, its slot, old, its log-prob at rollout,
+    and its advantage -> -1/Z sum sg(min(pi / pi_old, 1 + eps)) A log pi, ratios (m,). The weight is detached: all samples
+    through a slot are one coefficient. Near 0, as advantages sum to about 0: read the reward, not the loss."""
     ratio = (logprob.detach()[entry] - old).exp()
     coefficient = torch.zeros_like(logprob).index_add(0, entry, ratio.clamp(max=1 + eps_high) * advantage)
     return -(coefficient * logprob).sum() / Z, ratio
@@ -337,35 +318,27 @@ def collate(trees, device):
     (K + 1, B, T): weight[k] counts the samples that go on for k more tokens (a pad: none), draft[k] those whose action
     has the token k + 1 places on; routes (B, T, r) if recorded; slots that come before an action token, and the target
     there; of each action token of each sample its entry in slots, advantage, old log-prob and version."""
-    B, T, samples = len(trees), max(t.size for t in trees), [s for t in trees for s in t.samples]
-    # the paths of all leaves, end to end: n tokens, of which a sample is those from `first` to first + length - 1
+    B, T, K, samples = len(trees), max(t.size for t in trees), trees[0].K, [s for t in trees for s in t.samples]
     leaves = [(b * T + path, ended) for b, t in enumerate(trees) for path, ended in t.leaves]
-    slot, ids = np.concatenate([path for path, _ in leaves]), torch.cat([s[-1].ids for _, s in leaves]).numpy()
-    n, sizes = len(slot), [len(path) for path, _ in leaves]
-    origin = np.repeat(np.cumsum(sizes) - sizes, sizes)                         # (n,) where a token's path begins
-    first = np.repeat(np.cumsum(sizes) - sizes, [len(s) for _, s in leaves])    # (m,) where a sample's path begins
-    start, length = np.array([(s.start, s.ids.numel()) for s in samples]).T
-    def count(lo, hi):
-        """Samples of which a slot is one of the tokens lo to hi - 1."""
-        lo, hi = (np.bincount(first + np.maximum(x, 0), minlength=n + 1) for x in (lo, hi))
-        return np.bincount(slot, np.cumsum(lo - hi)[:n], B * T).reshape(B, T)
-    out = dict(idx=np.zeros((B, T), int), pos=np.zeros((B, T), int),
-               end=np.tile(np.arange(1, T + 1, dtype=np.int32), (B, 1)),
-               weight=np.stack([count(0, length - k) for k in range(trees[0].K + 1)]),
-               draft=np.stack([count(start - k - 1, length - k - 1) for k in range(trees[0].K + 1)]))
-    np.put(out["idx"], slot, ids)
-    np.put(out["pos"], slot, np.arange(n) - origin)
-    for row, (lo, hi, stop) in ((row, segment) for row, t in zip(out["end"], trees) for segment in t.segments):
-        row[lo:hi] = stop
-    if all(t.segments[0][1] == t.size for t in trees):  # rows without a fork are plain causal, which is faster
-        del out["end"]
+    idx, pos, end = np.zeros(B * T, int), np.zeros(B * T, int), np.tile(np.arange(1, T + 1, dtype=np.int32), (B, 1))
+    weight, draft, before = np.zeros((K + 1, B * T), int), np.zeros((K + 1, B * T), int), []
+    for path, ended in leaves:
+        idx[path], pos[path] = ended[-1].ids, np.arange(len(path))
+        for start, length in ((s.start, len(s.ids)) for s in ended):
+            before.append(path[start - 1:length - 1])
+            for k in range(K + 1):
+                weight[k, path[:max(length - k, 0)]] += 1
+                draft[k, path[max(start - k - 1, 0):max(length - k - 1, 0)]] += 1
+    for row, (path, stop) in ((row, done) for row, t in zip(end, trees) for done in t.ends):
+        row[path] = stop
+    slots, once, entry = np.unique(np.concatenate(before), return_index=True, return_inverse=True)
+    out = dict(idx=idx.reshape(B, T), pos=pos.reshape(B, T), weight=weight.reshape(-1, B, T), slots=slots, entry=entry,
+               draft=draft.reshape(-1, B, T), advantage=np.repeat([s.advantage for s in samples], [*map(len, before)]),
+               target=torch.cat([s.ids[s.start:] for s in samples]).numpy()[once])
+    if any(t.ends[0][1] < t.size for t in trees):  # without a fork rows are plain causal, which is faster
+        out["end"] = end
     if all(s.routes is not None for s in samples):
-        codes = torch.cat([s[-1].routes for _, s in leaves]).numpy()
-        out["routes"] = lay_routes(codes, slot, origin, B, T, trees[0].L)
-    total = np.cumsum(length - start)
-    action = np.repeat(first + length - total, length - start) + np.arange(total[-1])
-    out["slots"], once, out["entry"] = np.unique(slot[action - 1], return_index=True, return_inverse=True)
-    out.update(target=ids[action][once], advantage=np.repeat([s.advantage for s in samples], length - start))
+        out["routes"] = lay_routes([(path, ended[-1].routes.numpy()) for path, ended in leaves], B, T, trees[0].L)
     out = {name: torch.from_numpy(x) for name, x in out.items()}
     out.update(old=torch.cat([s.logprobs for s in samples]), version=torch.cat([s.versions for s in samples]))
     return {name: x.to(device) for name, x in out.items()}
@@ -424,8 +397,7 @@ def micro_batches(trees, tokens=16384):
     return batches
 
 def backward(model, trees, mtp_weight=0.1):
-    """Gradients of one step's loss over all samples of the trees, in micro-batches; each term is normalised over the
-    samples as they were before merging -> statistics, expert loads."""
+    """Gradients of a step's loss, each term normalised over the samples before merging -> statistics, expert loads."""
     Z, naive = sum(len(s.logprobs) for t in trees for s in t.samples), sum(t.n_naive for t in trees)
     load, parts = 0.0, []
     model.train()
@@ -469,14 +441,13 @@ class Local(Gateway):
     so: after its slowest episode, times a log-normal tail (sigma) that is the machines', not the agents'."""
 
     def start(self, tasks, version):
-        args = self.args
-        self.pool.update((n, [Trajectory(n) for _ in range(args.rollouts)]) for n in tasks)
-        episodes = [(t, make_task(args, n).agent()) for n in tasks for t in self.pool[n]]
+        self.pool.update((n, [Trajectory(n) for _ in range(self.args.rollouts)]) for n in tasks)
+        episodes = [(t, make_task(self.args, n).agent()) for n in tasks for t in self.pool[n]]
         generator = torch.Generator(self.model.embed.weight.device)
-        generator.manual_seed(random.Random(f"{args.seed} {tasks[:1]}").getrandbits(62))
-        rollout(self.model, self, episodes, version, generator, args.rollouts, args.replay)
+        generator.manual_seed(random.Random(f"{self.args.seed} {tasks[:1]}").getrandbits(62))
+        rollout(self.model, self, episodes, version, generator, self.args.rollouts, self.args.replay)
         for n in tasks:
-            tail = math.exp(args.sigma * random.Random(f"{args.seed} tail {n}").gauss(0, 1))
+            tail = math.exp(self.args.sigma * random.Random(f"{self.args.seed} tail {n}").gauss(0, 1))
             seconds = tail * max(t.seconds for t in self.pool[n])
             for t in self.pool[n] * (seconds > self.queue.deadline):  # by then it is given up
                 t.fail()
@@ -526,11 +497,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 class Served(Gateway, http.server.HTTPServer):
     """Agents of other processes, in real seconds, on loopback; one thread, which answers between two steps, not later.
-
-        POST /v1/tasks {}                                  -> {task, messages}: one episode is claimed
-        POST /v1/chat/completions {model: task, messages}  -> one turn of it, OpenAI's protocol; temperature is 1, and a
-                                                              turn 16 tokens, whatever is asked for
-        POST /v1/finish {task, rewards, success: bool}     -> its end; a reward for each turn"""
+    POST /v1/tasks {} -> {task, messages}, an episode is claimed; /v1/chat/completions {model: task, messages}, a turn of
+    it, OpenAI's protocol, at temperature 1, of 16 tokens at most, whatever is asked for; /v1/finish {task, rewards,
+    success: bool}, its end, with a reward for each turn."""
     timeout, handle_error = 0.05, lambda *_: None  # a client that hangs up is no news
     request_queue_size = 1024          # who comes during a training step waits for its end
 
@@ -573,11 +542,10 @@ class Served(Gateway, http.server.HTTPServer):
         agent = (messages for messages in [body["messages"]])  # it asks once
         rollout(self.model, self, [(episode, agent)], self.version, replay=self.args.replay)
         ids = episode.samples[-1].ids[n:].tolist()
-        choice = dict(index=0, message=say("assistant", self.tokenizer.decode(ids)),
-                      finish_reason="stop" if ids[-1] in STOP else "length")
-        usage = dict(prompt_tokens=n, completion_tokens=len(ids), total_tokens=n + len(ids))
-        return 200, dict(id=f"{name}-{n}", object="chat.completion", created=int(time.time()), model=name,
-                         choices=[choice], usage=usage)
+        message = dict(role="assistant", content=self.tokenizer.decode(ids))
+        turn = dict(index=0, message=message, finish_reason="stop" if ids[-1] in STOP else "length")
+        return 200, dict(id=f"{name}-{n}", object="chat.completion", created=int(time.time()), model=name, choices=[turn],
+                         usage=dict(prompt_tokens=n, completion_tokens=len(ids), total_tokens=n + len(ids)))
 
     def close(self, name):
         task = self.open.pop(name).task
@@ -596,13 +564,16 @@ class Served(Gateway, http.server.HTTPServer):
 # ---- the run -------------------------------------------------------------------------------------
 
 def demonstrate(gateway, task, rng, noise, wander=0.0):
-    """Play one task with its teacher, with random thoughts now and then -> its trajectory."""
+    """Play one task with its teacher -> trajectory. noise, wander: share of a call's characters, of thoughts, at random."""
     episode, agent, text = Trajectory(-1), task.agent(), None
     try:
         while True:
             messages = agent.send(text)
-            text = task.expert(messages, rng, noise)
-            text = f"t{rng.randrange(10)}{text[2:]}" if text[0] == "t" and rng.random() < wander else text
+            text = task.expert(messages)
+            if text[0] == "t":
+                az = task.alphabet
+                call = "".join(rng.choice(az) if c in az and rng.random() < noise else c for c in text[3:])
+                text = f"t{rng.randrange(10) if rng.random() < wander else text[1]}[{call}"
             ids = gateway.tokenizer.encode(text)
             gateway.record(episode, gateway.context(episode, messages), ids, [math.nan] * len(ids), 0)
     except StopIteration as stop:
@@ -645,25 +616,23 @@ def parse_args(argv):
     p.add_argument("--schedule", choices=["window", "fifo", "greedy", "all"], default="window", nargs="?", const="all")
     for flag, kind, default, text in (
             ("task", ["calculator", "maze", "cap"], "calculator", "what is learned"),
-            ("preset", ["micro", "small"], "micro", "the model"), ("attn", ["full", "msa"], "full", "its attention"),
-            ("mtp", number(0, 8), 0, "MTP modules, kept aligned with the policy"),
             ("turns", number(2, 600), 8, "keys of a maze"), ("rollouts", number(2), 4, "episodes of a group"),
             ("groups", count, 24, "groups a step"), ("slots", count, 48, "groups in flight"),
             ("window", count, None, "groups in the window; default: 0.3 of --slots"),
             ("minutes", positive, None, "end after so many, all included; default: 2.9"),
             ("steps", count, None, "end after this many"), ("lr", number(0, 10, float), 1e-3, "rate of the matrices"),
-            ("warm-steps", number(0), 260, "steps of imitation at the start"),
+            ("warm-steps", number(0), 260, "steps of imitation at the start"), ("out", str, "out_rl", "the folder"),
             ("sigma", number(0, 10, float), 0.5, "of the log-normal tail of completion times"),
             ("deadline", positive, 600.0, "seconds until a group has failed"),
-            ("show-every", count, 50, "steps from one example episode to the next"),
-            ("save-every", count, 20, "steps from one checkpoint to the next"),
+            ("show-every", count, 50, "steps between example episodes"), ("save-every", count, 20, "and between saves"),
             ("serve", number(0, 65535), None, "port of the gateway, for agents of other processes; 0 = any"),
             ("token", str, None, "their API key; default: a random one"),
-            ("seed", number(0), 1337, "of problems, weights and sampling"), ("out", str, "out_rl", "folder of the run"),
+            ("seed", number(0), 1337, "of problems, weights and sampling"),
             ("figure", str, None, "file for the reward curve (needs matplotlib)"),
-            ("no-merge", bool, False, "train on every turn alone"),
-            ("replay", bool, False, "train with the experts and blocks recorded at rollout"),
-            ("resume", bool, False, "go on from the checkpoint in --out")):
+            ("preset", ["micro", "small"], "micro", "the model"), ("attn", ["full", "msa"], "full", "its attention"),
+            ("mtp", number(0, 8), 0, "MTP modules, kept aligned with the policy"),
+            ("no-merge", bool, False, "train on every turn alone"), ("resume", bool, False, "go on from --out"),
+            ("replay", bool, False, "train with the experts and blocks recorded at rollout")):
         how = dict(action="store_true") if kind is bool else {"choices" if isinstance(kind, list) else "type": kind}
         p.add_argument(f"--{flag}", default=default, help=text, **how)
     args = p.parse_args(argv)
@@ -671,15 +640,13 @@ def parse_args(argv):
         warm = os.path.join(args.out, "warm")
         early = os.path.exists(checkpoint_path(warm)) and not os.path.exists(checkpoint_path(args.out))
         state = load_checkpoint(warm if early else args.out)
-        if "queue" not in state:
-            raise ValueError(f"--out {args.out}: a checkpoint, but not one of rl.py")
         p.set_defaults(**{**state["args"], **(dict(steps=None, minutes=None) if args.steps or args.minutes else {})})
         args = p.parse_args(argv)
         if args.schedule == "all":
             raise ValueError(f"--schedule all: resume its runs one by one, --resume --out {args.out}/fifo and so on")
         for flag in (*MADE_BY, "slots"):
-            if getattr(args, flag) != state["args"][flag]:
-                raise ValueError(f"--{flag} {getattr(args, flag)}: the checkpoint was made with {state['args'][flag]}")
+            if getattr(args, flag) != (was := state["args"].get(flag, "no such flag, by train.py")):
+                raise ValueError(f"--{flag} {getattr(args, flag)}: the checkpoint was made with {was}")
         state = None if early else state  # stopped in the imitation: its weights are read where they are needed
     if args.groups > args.slots:
         raise ValueError(f"--groups {args.groups}: at most --slots, {args.slots}")
@@ -702,22 +669,19 @@ def report(now, args, groups, stats, lags, decode):
     """Add one step to the run's record, and print it; now and then an episode, what the policy wrote in <>."""
     episodes = [t for group in groups for t in group]
     solved, reward = (sum(x) / len(episodes) for x in zip(*((t.success, sum(t.rewards)) for t in episodes)))
-    ema = solved if now["ema"] is None else 0.9 * now["ema"] + 0.1 * solved
+    ema, naive, slots = 0.9 * now["ema"] + 0.1 * solved if now["curve"] else solved, stats["naive"], stats["slots"]
     now.update(step=now["step"] + 1, ema=ema, curve=now["curve"] + [[solved, ema]], max_lag=max(now["max_lag"], *lags),
-               naive=now["naive"] + stats["naive"], slots=now["slots"] + stats["slots"],
-               reward=now["reward"] + reward * len(episodes))
+               naive=now["naive"] + naive, slots=now["slots"] + slots, reward=now["reward"] + reward * len(episodes))
     lag = now["step"] - 1 - stats["version"]
     ratios = " ".join(f"{v}:{stats['ratio'][lag == v].quantile(0.99):.2f}" for v in lag.unique().tolist())
-    print(f"step {now['step']:04d} | reward {reward:+.3f} | solved {solved:.3f} ema {ema:.3f} | "
-          f"norm {stats['norm']:.2f} | entropy {stats['entropy']:.2f} | lag {max(lags)}, ratio q99 {ratios} | "
-          f"merge {stats['naive'] / stats['slots']:.1f}x, {stats['naive'] - stats['slots']:,} tokens saved | "
-          f"{now['seconds']:.0f} s", flush=True)
+    print(f"step {now['step']:04d} | reward {reward:+.3f} | solved {solved:.3f} ema {ema:.3f} | norm {stats['norm']:.2f} | "
+          f"entropy {stats['entropy']:.2f} | lag {max(lags)}, ratio q99 {ratios} | merge {naive / slots:.1f}x, "
+          f"{naive - slots:,} tokens saved | {now['seconds']:.0f} s", flush=True)
     if now["step"] % args.show_every == 1 % args.show_every:
         t = episodes[0]
         ids = [[], *(s.ids.tolist() for s in t.samples)]
         text = "".join(f"{decode(b[common_prefix(a, b):s.start])}<{decode(b[s.start:])}>"
-                       for a, b, s in zip(ids, ids[1:], t.samples))
-        text = text.encode("unicode_escape").decode()  # a young policy writes anything
+                       for a, b, s in zip(ids, ids[1:], t.samples)).encode("unicode_escape").decode()  # or garbles
         print(f"  {'solved' if t.success else 'failed'}: {text} rewards {' '.join(f'{r:+.2f}' for r in t.rewards)}")
 
 def run(args, state, whole=None):
@@ -835,8 +799,8 @@ def compare(args):
               f"idle {r['idle']:3.0%} | reward {r['reward_per_virtual_s']:.2f} a virtual s | "
               f"solved {r['reward_start']:.2f} -> {r['reward_end']:.2f} | lag {r['max_lag']}")
     if args.figure:
-        curves = {name: load_checkpoint(os.path.join(args.out, name))["now"]["curve"] for name in windows}
-        draw({name: [ema for _, ema in curve] for name, curve in curves.items()}, args)
+        states = {name: load_checkpoint(f"{args.out}/{name}") for name in windows}
+        draw({name: [ema for _, ema in state["now"]["curve"]] for name, state in states.items()}, args)
     return dict(trained["window"], trained=trained, queue=rows)
 
 def main(argv=None):

@@ -974,12 +974,12 @@ def test_agents_are_paid_for_what_they_do():
     calc, maze, cap = rl.Calculator(random.Random(1)), *(rl.Maze(random.Random(2), 12, c) for c in (math.inf, 64))
     assert [calc.tool(x) for x in ("t1[12*3]", "t1[2**9]", "t1[1-2]", "[1+1]", "t1[9999*9]")] == ["36;"] + [None] * 4
     play = lambda task, text=None: rl.demonstrate(rl.Gateway(), task, random, 0.0) if text is None else play(
-        SimpleNamespace(agent=task.agent, expert=lambda messages, *_: text(messages)))
+        SimpleNamespace(agent=task.agent, alphabet="", expert=text))
     for task, t in ((task, play(task)) for task in (calc, maze, cap)):
         assert t.success and sum(t.rewards) == pytest.approx(1 + 0.1 * (1 - t.seconds / (2.32 * task.difficulty)))
     assert play(maze, lambda messages: f"A{maze.answer}.").rewards == [pytest.approx(1 - 0.1 * 1.08 / 27.84)]
     assert play(maze, lambda messages: "t0[A]").rewards == [-0.1] * 15
-    assert not play(cap, lambda messages: cap.expert(messages, random, 0.0).replace("D]", "t0[aa]")).success
+    assert not play(cap, lambda messages: cap.expert(messages).replace("D]", "t0[aa]")).success
 @pytest.mark.parametrize("argv", ["--task calculator --mtp 1", "--task maze --attn msa --replay", "--task cap"])
 def test_rollout_logprobs_are_the_trainers(argv):
     """What was recorded through the cache is what the merged trainer finds, rewritten contexts and replay included."""

@@ -13,7 +13,7 @@
     loss     CISPO: -1/Z sum sg(min(pi / pi_old, 1 + eps)) A log pi;  A = reward to go - mean return of the others
 
 Differs from M2: clip, rewards' weights and baseline, not published, are ours, and marked. A stuck task fails at a
-deadline, where the report's window would wait for ever. Several versions in one episode occur only with --serve.
+deadline; the report's window would wait for ever. Several versions in one episode occur only with --serve.
 """
 import dataclasses
 import hmac
@@ -192,8 +192,7 @@ def common_prefix(a, b):
 def rollout(model, gateway, episodes, version, generator=None, group=1, replay=False):
     """Play episodes [(trajectory, agent)] to their ends, in lock step. `replay` records experts and blocks."""
     def play(episode, agent):
-        """Feeds the agent's contexts, and hands it what was sampled by way of the gateway. Of a context that was
-        rewritten the cache keeps what it has in common with the last."""
+        """Feed contexts, hand back what was sampled. The cache keeps what a new context shares with the last one."""
         path, reply, routes = [], None, []
         while True:
             try:
@@ -215,7 +214,7 @@ def rollout(model, gateway, episodes, version, generator=None, group=1, replay=F
 # ---- scheduler: windowed FIFO, on a clock that others set ----------------------------------------
 
 class WindowedFIFO:
-    """`slots` groups are in flight. The trainer may take finished ones of [head, head + window - 1] alone, in any order;
+    """`slots` groups are in flight. The trainer takes finished ones of [head, head + window - 1] alone, in any order;
     head, the oldest not consumed, moves when it is. A slot is free for the next group once the step that consumed its
     own has published its weights. window 1 is strict FIFO; greedy is window = inf, not window = slots: refilled slots
     reach beyond head + slots - 1. A group that is late is over, as a failure, and not dropped. Ages: at most
@@ -272,7 +271,7 @@ class PrefixTree:
 
     Samples that part at depth p fork at L * ((p - max(K, 1)) // L): segments start at multiples of L, so that a key
     block of the layout is one of a path, and module K of MTP finds its token K places on. A leaf: the slots of its
-    longest sample, and the samples that end in it. A plan needs no more; `collate` makes rows."""
+    longest sample, the samples that end in it, how many of its slots others go on from, where the rest ends."""
 
     def __init__(self, samples, cfg=None):
         L, K = cfg.index_block_size if cfg and "msa" in cfg.attn_types else 1, cfg.n_mtp if cfg else 0
@@ -280,20 +279,16 @@ class PrefixTree:
         rows = [(s.ids if s.routes is None else torch.cat([s.ids[:, None], s.routes], 1)).numpy() for s in samples]
         order = sorted(range(len(rows)), key=lambda i: rows[i].astype(">i4").tobytes())  # what is shorter first
         self.samples, self.L, self.K, self.n_naive = [samples[i] for i in order], L, K, sum(map(len, rows))
-        self.leaves, self.ends, self.size, path, ended = [], [], 0, np.arange(0), []
-        for last, i in zip([order[0], *order], order):
-            depth = common_prefix(rows[last], rows[i])
-            if depth < len(rows[last]):  # they part; where not, i goes on from the last, in the same leaf
-                fork = max(0, L * ((depth - max(K, 1)) // L))
-                self.leaves.append((path, ended))
-                self.ends.append((path[fork:], self.size))
-                path, ended, self.size = path[:fork], [], self.size + -self.size % L
+        self.leaves, self.size, path, ended = [], 0, np.arange(0), []
+        for i, after in zip(order, [*order[1:], None]):
             start, self.size = self.size, self.size + len(rows[i]) - len(path)
             path = np.concatenate([path, np.arange(start, self.size)])
             ended.append(samples[i])
-        self.leaves.append((path, ended))
-        self.ends.append((path, self.size))
-        self.size += -self.size % L
+            depth = 0 if after is None else common_prefix(rows[i], rows[after])
+            if depth < len(rows[i]):  # they part: what is beyond the fork ends here; or the next goes on from i
+                fork = max(0, L * ((depth - max(K, 1)) // L))
+                self.leaves.append((path, ended, fork, self.size))
+                path, ended, self.size = path[:fork], [], self.size + -self.size % L
 
 def advantages(group):
     """Reward to go of each turn, less the mean return of the group's other episodes -> samples of each episode.
@@ -306,9 +301,9 @@ def advantages(group):
     return [t.samples for t in group]
 
 def cispo_loss(logprob, entry, old, advantage, Z, eps_high=EPS_HIGH):
-    """logprob (n,) of the slots; of each action token of each sample (m,): entry, its slot, old, its log-prob at rollout,
-    and its advantage -> -1/Z sum sg(min(pi / pi_old, 1 + eps)) A log pi, ratios (m,). The weight is detached: all samples
-    through a slot are one coefficient. Near 0, as advantages sum to about 0: read the reward, not the loss."""
+    """logprob (n,) of the slots; of each action token of each sample (m,): entry, its slot; old, its log-prob at
+    rollout; its advantage -> -1/Z sum sg(min(pi / pi_old, 1 + eps)) A log pi, ratios (m,). The weight is detached: all
+    samples through a slot are one coefficient. Near 0, as advantages sum to about 0: read the reward, not the loss."""
     ratio = (logprob.detach()[entry] - old).exp()
     coefficient = torch.zeros_like(logprob).index_add(0, entry, ratio.clamp(max=1 + eps_high) * advantage)
     return -(coefficient * logprob).sum() / Z, ratio
@@ -319,29 +314,26 @@ def collate(trees, device):
     has the token k + 1 places on; routes (B, T, r) if recorded; slots that come before an action token, and the target
     there; of each action token of each sample its entry in slots, advantage, old log-prob and version."""
     B, T, K, samples = len(trees), max(t.size for t in trees), trees[0].K, [s for t in trees for s in t.samples]
-    leaves = [(b * T + path, ended) for b, t in enumerate(trees) for path, ended in t.leaves]
-    idx, pos, end = np.zeros(B * T, int), np.zeros(B * T, int), np.tile(np.arange(1, T + 1, dtype=np.int32), (B, 1))
+    leaves = [(b * T + path, *more) for b, t in enumerate(trees) for path, *more in t.leaves]
+    idx, pos, end = np.zeros(B * T, int), np.zeros(B * T, int), np.tile(np.arange(1, T + 1, dtype=np.int32), B)
     weight, draft, before = np.zeros((K + 1, B * T), int), np.zeros((K + 1, B * T), int), []
-    for path, ended in leaves:
-        idx[path], pos[path] = ended[-1].ids, np.arange(len(path))
+    for path, ended, fork, stop in leaves:
+        idx[path], pos[path], end[path[fork:]] = ended[-1].ids, np.arange(len(path)), stop
         for start, length in ((s.start, len(s.ids)) for s in ended):
             before.append(path[start - 1:length - 1])
             for k in range(K + 1):
                 weight[k, path[:max(length - k, 0)]] += 1
                 draft[k, path[max(start - k - 1, 0):max(length - k - 1, 0)]] += 1
-    for row, (path, stop) in ((row, done) for row, t in zip(end, trees) for done in t.ends):
-        row[path] = stop
     slots, once, entry = np.unique(np.concatenate(before), return_index=True, return_inverse=True)
     out = dict(idx=idx.reshape(B, T), pos=pos.reshape(B, T), weight=weight.reshape(-1, B, T), slots=slots, entry=entry,
-               draft=draft.reshape(-1, B, T), advantage=np.repeat([s.advantage for s in samples], [*map(len, before)]),
-               target=torch.cat([s.ids[s.start:] for s in samples]).numpy()[once])
-    if any(t.ends[0][1] < t.size for t in trees):  # without a fork rows are plain causal, which is faster
-        out["end"] = end
+               draft=draft.reshape(-1, B, T), target=torch.cat([s.ids[s.start:] for s in samples]).numpy()[once],
+               advantage=np.repeat([s.advantage for s in samples], [*map(len, before)]),
+               old=torch.cat([s.logprobs for s in samples]), version=torch.cat([s.versions for s in samples]))
+    if any(t.leaves[0][-1] < t.size for t in trees):  # without a fork rows are plain causal, which is faster
+        out["end"] = end.reshape(B, T)
     if all(s.routes is not None for s in samples):
-        out["routes"] = lay_routes([(path, ended[-1].routes.numpy()) for path, ended in leaves], B, T, trees[0].L)
-    out = {name: torch.from_numpy(x) for name, x in out.items()}
-    out.update(old=torch.cat([s.logprobs for s in samples]), version=torch.cat([s.versions for s in samples]))
-    return {name: x.to(device) for name, x in out.items()}
+        out["routes"] = lay_routes([(path, ended[-1].routes.numpy()) for path, ended, *_ in leaves], B, T, trees[0].L)
+    return {name: torch.as_tensor(x, device=device) for name, x in out.items()}
 
 def policy(model, batch):
     """Forward over a micro-batch -> log-prob of the action token after each slot that has one, entropy there, aux."""
@@ -497,8 +489,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 class Served(Gateway, http.server.HTTPServer):
     """Agents of other processes, in real seconds, on loopback; one thread, which answers between two steps, not later.
-    POST /v1/tasks {} -> {task, messages}, an episode is claimed; /v1/chat/completions {model: task, messages}, a turn of
-    it, OpenAI's protocol, at temperature 1, of 16 tokens at most, whatever is asked for; /v1/finish {task, rewards,
+    POST /v1/tasks {} -> {task, messages}, an episode is claimed; /v1/chat/completions {model: task, messages}, a turn
+    of it, OpenAI's protocol, at temperature 1, of 16 tokens at most, whatever is asked for; /v1/finish {task, rewards,
     success: bool}, its end, with a reward for each turn."""
     timeout, handle_error = 0.05, lambda *_: None  # a client that hangs up is no news
     request_queue_size = 1024          # who comes during a training step waits for its end
@@ -518,21 +510,21 @@ class Served(Gateway, http.server.HTTPServer):
         try:
             body = dict(json.loads(raw).items())
             if path == "/v1/tasks":
-                name = next((name for name in self.open if name not in self.claimed), None)
-                if name is None:
+                key = next((key for key in self.open if key not in self.claimed), None)
+                if key is None:
                     return 409, "no task is waiting"
-                self.claimed.add(name)
-                return 200, dict(task=name, messages=next(make_task(self.args, self.open[name].task).agent()))
-            name = str(body.get({"/v1/chat/completions": "model", "/v1/finish": "task"}.get(path)))
-            if name not in self.open:
-                return 404, f"unknown path or task: {path}, {name}"[:200]
-            episode = self.open[name]
+                self.claimed.add(key)
+                return 200, dict(task=key, messages=next(make_task(self.args, self.open[key].task).agent()))
+            key = str(body.get({"/v1/chat/completions": "model", "/v1/finish": "task"}.get(path)))
+            if key not in self.open:
+                return 404, f"unknown path or task: {path}, {key}"[:200]
+            episode = self.open[key]
             if path == "/v1/finish":
                 rewards = [float(r) for r in body["rewards"]]
                 if len(rewards) != len(episode.samples) or not all(abs(r) <= 1e3 for r in rewards):
                     raise ValueError(f"{len(episode.samples)} turns, a reward of at most 1000 each: {rewards}"[:200])
                 episode.finish(rewards, body["success"] is True, self.queue.now - self.queue.born[episode.task][0])
-                self.close(name)
+                self.close(key)
                 return 200, dict(turns=len(rewards))
             n, room = len(self.context(episode, body["messages"])), self.model.cfg.max_seq_len - MAX_NEW
             if not 1 <= n <= room or body.get("stream") or body.get("n", 1) != 1:
@@ -544,7 +536,7 @@ class Served(Gateway, http.server.HTTPServer):
         ids = episode.samples[-1].ids[n:].tolist()
         message = dict(role="assistant", content=self.tokenizer.decode(ids))
         turn = dict(index=0, message=message, finish_reason="stop" if ids[-1] in STOP else "length")
-        return 200, dict(id=f"{name}-{n}", object="chat.completion", created=int(time.time()), model=name, choices=[turn],
+        return 200, dict(id=f"{key}-{n}", object="chat.completion", created=int(time.time()), model=key, choices=[turn],
                          usage=dict(prompt_tokens=n, completion_tokens=len(ids), total_tokens=n + len(ids)))
 
     def close(self, name):
@@ -564,14 +556,13 @@ class Served(Gateway, http.server.HTTPServer):
 # ---- the run -------------------------------------------------------------------------------------
 
 def demonstrate(gateway, task, rng, noise, wander=0.0):
-    """Play one task with its teacher -> trajectory. noise, wander: share of a call's characters, of thoughts, at random."""
-    episode, agent, text = Trajectory(-1), task.agent(), None
+    """Play one task with its teacher -> trajectory; noise, wander: shares of call characters and thoughts at random."""
+    episode, agent, text, az = Trajectory(-1), task.agent(), None, task.alphabet
     try:
         while True:
             messages = agent.send(text)
             text = task.expert(messages)
             if text[0] == "t":
-                az = task.alphabet
                 call = "".join(rng.choice(az) if c in az and rng.random() < noise else c for c in text[3:])
                 text = f"t{rng.randrange(10) if rng.random() < wander else text[1]}[{call}"
             ids = gateway.tokenizer.encode(text)
@@ -656,9 +647,9 @@ def parse_args(argv):
     return args, state
 
 def card(args, model, queue, device, why):
-    cfg = model.cfg
-    print("model   | {}: {:,} parameters, {:,} active; ".format(args.preset, *model.num_params())
-          + f"{args.attn} attention; {cfg.n_expert_per_tok} of {cfg.n_expert} experts, {cfg.n_mtp} MTP modules\n"
+    total, active = model.num_params()
+    print(f"model   | {args.preset}: {total:,} parameters, {active:,} active; {args.attn} attention; "
+          f"{model.cfg.n_expert_per_tok} of {model.cfg.n_expert} experts, {args.mtp} MTP modules\n"
           f"device  | {device}, {str(model.dtype).removeprefix('torch.')}: {why}\n"
           f"task    | {args.task}: {args.groups} groups of {args.rollouts} episodes a step, {args.slots} in flight\n"
           f"queue   | {args.schedule}: window {queue.window}, deadline {args.deadline:g} s, tail sigma {args.sigma:g}\n"
@@ -674,12 +665,11 @@ def report(now, args, groups, stats, lags, decode):
                naive=now["naive"] + naive, slots=now["slots"] + slots, reward=now["reward"] + reward * len(episodes))
     lag = now["step"] - 1 - stats["version"]
     ratios = " ".join(f"{v}:{stats['ratio'][lag == v].quantile(0.99):.2f}" for v in lag.unique().tolist())
-    print(f"step {now['step']:04d} | reward {reward:+.3f} | solved {solved:.3f} ema {ema:.3f} | norm {stats['norm']:.2f} | "
-          f"entropy {stats['entropy']:.2f} | lag {max(lags)}, ratio q99 {ratios} | merge {naive / slots:.1f}x, "
-          f"{naive - slots:,} tokens saved | {now['seconds']:.0f} s", flush=True)
+    print(f"step {now['step']:04d} | reward {reward:+.3f} | solved {solved:.3f} ema {ema:.3f} | "
+          f"norm {stats['norm']:.2f} | entropy {stats['entropy']:.2f} | lag {max(lags)}, ratio q99 {ratios} | "
+          f"merge {naive / slots:.1f}x, {naive - slots:,} tokens saved | {now['seconds']:.0f} s", flush=True)
     if now["step"] % args.show_every == 1 % args.show_every:
-        t = episodes[0]
-        ids = [[], *(s.ids.tolist() for s in t.samples)]
+        t, ids = episodes[0], [[], *(s.ids.tolist() for s in episodes[0].samples)]
         text = "".join(f"{decode(b[common_prefix(a, b):s.start])}<{decode(b[s.start:])}>"
                        for a, b, s in zip(ids, ids[1:], t.samples)).encode("unicode_escape").decode()  # or garbles
         print(f"  {'solved' if t.success else 'failed'}: {text} rewards {' '.join(f'{r:+.2f}' for r in t.rewards)}")
@@ -799,8 +789,8 @@ def compare(args):
               f"idle {r['idle']:3.0%} | reward {r['reward_per_virtual_s']:.2f} a virtual s | "
               f"solved {r['reward_start']:.2f} -> {r['reward_end']:.2f} | lag {r['max_lag']}")
     if args.figure:
-        states = {name: load_checkpoint(f"{args.out}/{name}") for name in windows}
-        draw({name: [ema for _, ema in state["now"]["curve"]] for name, state in states.items()}, args)
+        curves = (load_checkpoint(f"{args.out}/{name}")["now"]["curve"] for name in windows)
+        draw({name: [ema for _, ema in curve] for name, curve in zip(windows, curves)}, args)
     return dict(trained["window"], trained=trained, queue=rows)
 
 def main(argv=None):

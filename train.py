@@ -460,11 +460,10 @@ def summary(model, args, now, final, device):
 
 def report(result):
     """One line of an evaluation."""
-    line = f"val_bpb {result['val_bpb']:.4f}"
     recall, mass, violation = (" ".join(f"{x:.2f}" for x in result[key])
                                for key in ("block_recall", "score_recall", "max_vio"))
-    line += f" | block recall {recall} (chance {result['block_chance'][0]:.2f}), of mass {mass}" if recall else ""
-    return line + (f" | maxvio {violation}" if violation else "")
+    recalled = f" | block recall {recall} (chance {result['block_chance'][0]:.2f}), of mass {mass}" if recall else ""
+    return f"val_bpb {result['val_bpb']:.4f}{recalled}" + (f" | maxvio {violation}" if violation else "")
 
 def on_signals():
     """-> a list that Ctrl-C and SIGTERM fill from now on."""
@@ -474,12 +473,14 @@ def on_signals():
     return stop
 
 def command(script, run):
-    """Call run() -> its result, printed as JSON. Bad input is one line and status 2, divergence 1, Ctrl-C 130."""
+    """Call run() -> result, printed as JSON. Bad input: one line, status 2; divergence 1, Ctrl-C 130, `| head` 141."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         result = run()
-        print(json.dumps(result))
+        print(json.dumps(result), flush=True)
         return result
+    except BrokenPipeError:
+        sys.exit(141)
     except (ValueError, OSError, ImportError) as error:
         line, code = error, 2
     except FloatingPointError as error:

@@ -716,7 +716,7 @@ def run(args, state, whole=None):
         save(args.out, args, source, optimizers, now)
     if stop:
         print(f"stopped after step {now['step']}, saved in {args.out}; go on with --resume" if ready else
-              f"stopped in the imitation, saved in {args.out}/warm; the same command goes on", flush=True)
+              f"stopped in the imitation, saved in {(whole or args).out}/warm; the same command goes on", flush=True)
     if args.figure:
         draw(dict(zip(("a batch of fresh problems", "EMA"), zip(*now["curve"]))), args)
     virtual = max(queue.now, 1e-9)
@@ -751,7 +751,7 @@ def draw(lines, args):
     for name, values in lines.items():
         axis.plot(values, label=name)
     axis.set(ylim=(0, 1.02), xlabel="step", ylabel=f"{args.task}: share solved, sampled")
-    axis.figure.legend(loc="outside right upper")
+    axis.figure.legend(handles=axis.lines, loc="outside right upper")
     axis.figure.savefig(args.figure)
 
 def simulate(window, steps, sigma, seed, slots=64, groups=8, train_s=6.0):

@@ -482,7 +482,7 @@ def command(script, run):
     except BrokenPipeError:
         sys.exit(141)
     except (ValueError, OSError, ImportError) as error:
-        line, code = error, 2
+        line, code = f"{error}{'; pip install matplotlib' * isinstance(error, ImportError)}", 2
     except FloatingPointError as error:
         line, code = f"stopped: {error}; the last good checkpoint is kept", 1
     except KeyboardInterrupt:

@@ -186,8 +186,8 @@ class Gateway:
 
 def common_prefix(a, b):
     n = min(len(a), len(b))
-    apart = np.argwhere(np.asarray(a[:n]) != np.asarray(b[:n]))
-    return int(apart[0, 0]) if len(apart) else n
+    apart = (np.asarray(a[:n]) != np.asarray(b[:n])).ravel()
+    return int(apart.argmax()) * n // apart.size if apart.any() else n
 
 def rollout(model, gateway, episodes, version, generator=None, group=1, replay=False):
     """Play episodes [(trajectory, agent)] to their ends, in lock step. `replay` records experts and blocks."""
@@ -318,12 +318,12 @@ def collate(trees, device):
     idx, pos, end = np.zeros(B * T, int), np.zeros(B * T, int), np.tile(np.arange(1, T + 1, dtype=np.int32), B)
     weight, draft, before = np.zeros((K + 1, B * T), int), np.zeros((K + 1, B * T), int), []
     for path, ended, fork, stop in leaves:
-        idx[path], pos[path], end[path[fork:]] = ended[-1].ids, np.arange(len(path)), stop
-        for start, length in ((s.start, len(s.ids)) for s in ended):
-            before.append(path[start - 1:length - 1])
-            for k in range(K + 1):
-                weight[k, path[:max(length - k, 0)]] += 1
-                draft[k, path[max(start - k - 1, 0):max(length - k - 1, 0)]] += 1
+        depth, (start, length) = np.arange(len(path)), np.array([(s.start, len(s.ids)) for s in ended]).T[..., None]
+        idx[path], pos[path], end[path[fork:]] = ended[-1].ids, depth, stop
+        for k in range(K + 1):
+            weight[k, path] += (depth < length - k).sum(0)
+            draft[k, path] += ((start - 1 <= depth + k) & (depth + k < length - 1)).sum(0)
+        before += [path[s.start - 1:len(s.ids) - 1] for s in ended]
     slots, once, entry = np.unique(np.concatenate(before), return_index=True, return_inverse=True)
     out = dict(idx=idx.reshape(B, T), pos=pos.reshape(B, T), weight=weight.reshape(-1, B, T), slots=slots, entry=entry,
                draft=draft.reshape(-1, B, T), target=torch.cat([s.ids[s.start:] for s in samples]).numpy()[once],

@@ -24,6 +24,7 @@ import math
 import os
 import random
 import re
+import sys
 import time
 
 import numpy as np
@@ -492,8 +493,9 @@ class Served(Gateway, http.server.HTTPServer):
     POST /v1/tasks {} -> {task, messages}, an episode is claimed; /v1/chat/completions {model: task, messages}, a turn
     of it, OpenAI's protocol, at temperature 1, of 16 tokens at most, whatever is asked for; /v1/finish {task, rewards,
     success: bool}, its end, with a reward for each turn."""
-    timeout, handle_error = 0.05, lambda *_: None  # a client that hangs up is no news
-    request_queue_size = 1024          # who comes during a training step waits for its end
+    timeout, request_queue_size = 0.05, 1024  # who comes during a training step waits for its end
+    # a client that hangs up is no news
+    handle_error = lambda self, *who: isinstance(sys.exc_info()[1], OSError) or super(Served, self).handle_error(*who)
 
     def __init__(self, model, args, queue):
         super().__init__(model, args, queue)
@@ -579,7 +581,7 @@ def warm_start(source, args, stop):
     state = load_checkpoint(folder) if os.path.exists(checkpoint_path(folder)) else dict(args={})
     if all(state["args"].get(name) == getattr(args, name) for name in (*MADE_BY, "seed", "warm_steps")):
         model.load_state_dict(state["model"])
-        step = restore(state, optimizers)["step"]
+        step = restore(state, optimizers).get("step", args.warm_steps)  # absent: a whole one, of an earlier version
         print(f"warm    | {step} steps read from {folder}", flush=True)
     while step < args.warm_steps and not stop:
         rng, rate = random.Random(f"{args.seed} warm {step}"), min(1, (step + 1) / 20, 1.1 - step / args.warm_steps)
@@ -628,9 +630,8 @@ def parse_args(argv):
         p.add_argument(f"--{flag}", default=default, help=text, **how)
     args = p.parse_args(argv)
     if args.resume:
-        warm = os.path.join(args.out, "warm")
-        early = os.path.exists(checkpoint_path(warm)) and not os.path.exists(checkpoint_path(args.out))
-        state = load_checkpoint(warm if early else args.out)
+        early = os.path.exists(checkpoint_path(f"{args.out}/warm")) and not os.path.exists(checkpoint_path(args.out))
+        state = load_checkpoint(f"{args.out}/warm" if early else args.out)
         p.set_defaults(**{**state["args"], **(dict(steps=None, minutes=None) if args.steps or args.minutes else {})})
         args = p.parse_args(argv)
         if args.schedule == "all":
@@ -647,9 +648,8 @@ def parse_args(argv):
     return args, state
 
 def card(args, model, queue, device, why):
-    total, active = model.num_params()
-    print(f"model   | {args.preset}: {total:,} parameters, {active:,} active; {args.attn} attention; "
-          f"{model.cfg.n_expert_per_tok} of {model.cfg.n_expert} experts, {args.mtp} MTP modules\n"
+    print(f"model   | {args.preset}: {'{:,} parameters, {:,} active'.format(*model.num_params())}; {args.attn} "
+          f"attention; {model.cfg.n_expert_per_tok} of {model.cfg.n_expert} experts, {args.mtp} MTP modules\n"
           f"device  | {device}, {str(model.dtype).removeprefix('torch.')}: {why}\n"
           f"task    | {args.task}: {args.groups} groups of {args.rollouts} episodes a step, {args.slots} in flight\n"
           f"queue   | {args.schedule}: window {queue.window}, deadline {args.deadline:g} s, tail sigma {args.sigma:g}\n"

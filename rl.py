@@ -72,8 +72,8 @@ class Task:
                 messages, observation = [prompt, *messages[1:][-1:]], ""
             else:
                 observation = self.tool(text)
-                reply = dict(role="tool", content=f"={observation or '?;'}")
-                messages = [*messages, dict(role="assistant", content=text), reply]
+                reply = f"={observation or '?;'}"
+                messages = [*messages, dict(role="assistant", content=text), dict(role="tool", content=reply)]
             rewards.append(PROCESS if observation is None else 0.0)
         return rewards or [0.0], False, seconds
 
@@ -338,9 +338,8 @@ def collate(trees, device):
 
 def policy(model, batch):
     """Forward over a micro-batch -> log-prob of the action token after each slot that has one, entropy there, aux."""
-    replay = unpack_routes(batch["routes"], model.cfg) if "routes" in batch else None
-    aux = model(batch["idx"], weight=batch["weight"][0], pos=batch["pos"], end=batch.get("end"), replay=replay,
-                n_logits=0)[2]
+    aux = model(batch["idx"], weight=batch["weight"][0], pos=batch["pos"], end=batch.get("end"), n_logits=0,
+                replay=unpack_routes(batch["routes"], model.cfg) if "routes" in batch else None)[2]
     logits = model.lm_head(model.norm(aux["hidden"].flatten(0, 1)[batch["slots"]]))
     logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
@@ -562,8 +561,7 @@ def demonstrate(gateway, task, rng, noise, wander=0.0):
     episode, agent, text, az = Trajectory(-1), task.agent(), None, task.alphabet
     try:
         while True:
-            messages = agent.send(text)
-            text = task.expert(messages)
+            text = task.expert(messages := agent.send(text))
             if text[0] == "t":
                 call = "".join(rng.choice(az) if c in az and rng.random() < noise else c for c in text[3:])
                 text = f"t{rng.randrange(10) if rng.random() < wander else text[1]}[{call}"
@@ -614,17 +612,17 @@ def parse_args(argv):
             ("window", count, None, "groups in the window; default: 0.3 of --slots"),
             ("minutes", positive, None, "end after so many, all included; default: 2.9"),
             ("steps", count, None, "end after this many"), ("lr", number(0, 10, float), 1e-3, "rate of the matrices"),
-            ("warm-steps", number(0), 260, "steps of imitation at the start"), ("out", str, "out_rl", "the folder"),
+            ("warm-steps", number(0), 260, "steps of imitation at the start"),
             ("sigma", number(0, 10, float), 0.5, "of the log-normal tail of completion times"),
             ("deadline", positive, 600.0, "seconds until a group has failed"),
-            ("show-every", count, 50, "steps between example episodes"), ("save-every", count, 20, "and between saves"),
+            ("show-every", count, 50, "steps between examples"), ("save-every", count, 20, "steps between saves"),
             ("serve", number(0, 65535), None, "port of the gateway, for agents of other processes; 0 = any"),
             ("token", str, None, "their API key; default: a random one"),
             ("seed", number(0), 1337, "of problems, weights and sampling"),
             ("figure", str, None, "file for the reward curve (needs matplotlib)"),
             ("preset", ["micro", "small"], "micro", "the model"), ("attn", ["full", "msa"], "full", "its attention"),
-            ("mtp", number(0, 8), 0, "MTP modules, kept aligned with the policy"),
-            ("no-merge", bool, False, "train on every turn alone"), ("resume", bool, False, "go on from --out"),
+            ("mtp", number(0, 8), 0, "MTP modules, kept aligned"), ("resume", bool, False, "go on from --out"),
+            ("no-merge", bool, False, "train on every turn alone"), ("out", str, "out_rl", "folder of the run"),
             ("replay", bool, False, "train with the experts and blocks recorded at rollout")):
         how = dict(action="store_true") if kind is bool else {"choices" if isinstance(kind, list) else "type": kind}
         p.add_argument(f"--{flag}", default=default, help=text, **how)
@@ -632,13 +630,15 @@ def parse_args(argv):
     if args.resume:
         early = os.path.exists(checkpoint_path(f"{args.out}/warm")) and not os.path.exists(checkpoint_path(args.out))
         state = load_checkpoint(f"{args.out}/warm" if early else args.out)
+        if not early and "due" not in state.get("queue", {}):
+            raise ValueError(f"--out {args.out}: a checkpoint, but not one of this rl.py")
         p.set_defaults(**{**state["args"], **(dict(steps=None, minutes=None) if args.steps or args.minutes else {})})
         args = p.parse_args(argv)
         if args.schedule == "all":
             raise ValueError(f"--schedule all: resume its runs one by one, --resume --out {args.out}/fifo and so on")
         for flag in (*MADE_BY, "slots"):
-            if getattr(args, flag) != (was := state["args"].get(flag, "no such flag, by train.py")):
-                raise ValueError(f"--{flag} {getattr(args, flag)}: the checkpoint was made with {was}")
+            if getattr(args, flag) != state["args"][flag]:
+                raise ValueError(f"--{flag} {getattr(args, flag)}: the checkpoint was made with {state['args'][flag]}")
         state = None if early else state  # stopped in the imitation: its weights are read where they are needed
     if args.groups > args.slots:
         raise ValueError(f"--groups {args.groups}: at most --slots, {args.slots}")

@@ -1058,7 +1058,7 @@ def test_bad_input_is_refused_in_one_line(trained, corpus, tmp_path, capsys):
     for argv, word in ((["--task", "chess"], "chess"), (["--groups", 50], "50"), (["--window", 0], "0"),
                        (["--lr", "nan"], "nan"), (["--resume", "--out", tmp_path / "none"], "none"),
                        (["--serve", 70000], "70000"), (["--device", "cpux"], "cpux"), (["--steps", "x"], "x"),
-                       (["--resume", "--out", trained[0]], "train.py")): assert word in refused(rl.main, argv, capsys)
+                       (["--resume", "--out", trained[0]], "not one")): assert word in refused(rl.main, argv, capsys)
     for script in (train, rl) * (not torch.cuda.is_available()):
         assert "cuda" in refused(script.main, ["--device", "cuda", "--out", tmp_path], capsys)
 def test_damaged_checkpoints_are_refused(trained, tmp_path, capsys, monkeypatch):

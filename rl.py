@@ -317,7 +317,7 @@ def collate(trees, device):
     B, T, K, samples = len(trees), max(t.size for t in trees), trees[0].K, [s for t in trees for s in t.samples]
     leaves = [(b * T + path, *more) for b, t in enumerate(trees) for path, *more in t.leaves]
     idx, pos, end = np.zeros(B * T, int), np.zeros(B * T, int), np.tile(np.arange(1, T + 1, dtype=np.int32), B)
-    weight, draft, before = np.zeros((K + 1, B * T), int), np.zeros((K + 1, B * T), int), []
+    weight, draft, before = np.zeros((K + 1, B * T)), np.zeros((K + 1, B * T)), []
     for path, ended, fork, stop in leaves:
         depth, (start, length) = np.arange(len(path)), np.array([(s.start, len(s.ids)) for s in ended]).T[..., None]
         idx[path], pos[path], end[path[fork:]] = ended[-1].ids, depth, stop

@@ -443,7 +443,6 @@ def parse_args(argv):
     p.add_argument("--what", choices=("prefill", "decode", "train", "moe", "tree", "all"), default="all",
                    help="what to time; tree: rl.py's training step; train and moe come later")
     p.add_argument("--shape", choices=tuple(SHAPES), help="default: both")
-    p.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU if there is one")
     p.add_argument("--figure", metavar="FILE", help="draw time against length; needs matplotlib")
     args = p.parse_args(argv)
     args.shapes = [args.shape] if args.shape else list(SHAPES)

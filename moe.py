@@ -13,6 +13,7 @@ Differs from M2/M3: the report does not publish the balancing rule; the sign upd
 (arXiv 2408.15664). No token is ever dropped. `experts_loop` is the specification; `experts_grouped` sorts tokens by
 expert and runs one grouped matrix product, with no host synchronisation, `gated` in between as one Triton kernel.
 """
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -225,6 +226,16 @@ def pack_routes(aux):
         blocks = aux["block_idx"].flatten(3)
         parts.append(torch.where(blocks >= 0, -2 - blocks, -1))
     return torch.cat([x.permute(1, 2, 0, 3).flatten(2) for x in parts], -1).int().cpu().numpy()
+
+def lay_routes(paths, B, T, L):
+    """Paths, each as slots (n,) of B rows of T and recorded routes (n, r), -> (B, T, r): a block of a path becomes the
+    layout's block of L slots; a pad has its own block, and the first expert."""
+    pads = np.where(paths[0][1][:1] < 0, -2 - np.arange(T)[:, None] // L, 0).astype(np.int32)              # (T, r)
+    rows = np.tile(pads, (B, 1))
+    for slot, codes in paths:
+        first = slot[L * np.where(codes < -1, -2 - codes, 0)]                                              # (n, r)
+        rows[slot] = np.where(codes < -1, -2 - first % T // L, codes)
+    return rows.reshape(B, T, -1)
 
 def unpack_routes(codes, cfg):
     """(B, T, r) -> what MiniMax.forward takes as replay."""

@@ -12,28 +12,28 @@
     train    a turn is a sample (context, action); the samples of a group merge into a prefix tree
     loss     CISPO: -1/Z sum sg(min(pi / pi_old, 1 + eps)) A log pi;  A = reward to go - mean return of the others
 
-Differs from M2: the report publishes neither clip, rewards' weights nor baseline: ours are marked. A stuck task ends at
-a deadline with a failure, where the report's window would wait for ever. Generation is not interrupted: a rollout ends
-under the version that it started with; several versions in one episode occur only with --serve.
+Differs from M2: clip, rewards' weights and baseline, not published, are ours, and marked. A stuck task fails at a
+deadline; the report's window would wait for ever. Several versions in one episode occur only with --serve.
 """
 import dataclasses
 import hmac
 import http.server
+import io
 import json
 import math
 import os
 import random
 import re
-import string
+import sys
 import time
 
 import numpy as np
 import torch
 
 from model import Call, MiniMax, MiniMaxConfig, rope_tables
-from moe import pack_routes, unpack_routes
-from sample import (Parser, Tokenizer, learn_bpe, load_checkpoint, load_model, lockstep, number, pick_device,
-                    save_checkpoint)
+from moe import lay_routes, pack_routes, unpack_routes
+from sample import (Parser, Tokenizer, checkpoint_path, learn_bpe, load_checkpoint, load_model, lockstep, number,
+                    pick_device, save_checkpoint)
 from train import command, configure_optimizers, on_signals
 
 EPS_HIGH = 4.0                         # not published: upper clip of the ratio, 1 + 4
@@ -46,23 +46,20 @@ MADE_BY = ("task", "turns", "preset", "attn", "mtp")  # what the model of a chec
 
 # ---- agents: they see messages and text, nothing of the model ------------------------------------
 
-def say(role, content):
-    return {"role": role, "content": content}
-
 def size(messages):
     return sum(len(m["content"]) for m in messages)
 
 class Task:
     """Calls of a tool, then an answer. A subclass has prompt, answer, difficulty (about the calls that it takes), tool
-    (text -> observation, None for a malformed call) and expert (messages -> text), a teacher."""
+    (text -> observation, None for a malformed call), expert (messages -> text), a teacher, and its calls' alphabet."""
     cap = math.inf                     # characters of context; an episode that needs more fails
 
     def agent(self):
         """One episode: yields messages, is sent the completion's text -> a reward for each, success, virtual seconds.
-        Outcome and speed, h(x) = clip(1 - x, -1, 1) of time over a baseline, for those who succeed. An answer that no
-        tool gave is malformed, as a wrong call is: guessing must not look safe. Under a cap D] drops all but prompt and
-        last observation: what to forget is an action, and the next context is rewritten, not extended."""
-        prompt, baseline = say("user", self.prompt), 2 * self.difficulty * (CALL_S + 8 * CHAR_S)
+        Success pays 1, and for speed h(x) = clip(1 - x, -1, 1) of time over a baseline. An answer that no tool gave is
+        malformed, as a wrong call is: guessing must not look safe. Under a cap D] drops all but prompt and last
+        observation: what to forget is an action, and the next context is rewritten, not extended."""
+        prompt, baseline = dict(role="user", content=self.prompt), 2 * self.difficulty * (CALL_S + 8 * CHAR_S)
         messages, rewards, seconds, capped = [prompt], [], 0.0, self.cap < math.inf
         while len(rewards) < self.difficulty * (1 + capped) + 3 and size(messages) <= self.cap:
             text, last = (yield messages), messages[-1]["content"][1:-1]
@@ -75,69 +72,65 @@ class Task:
                 messages, observation = [prompt, *messages[1:][-1:]], ""
             else:
                 observation = self.tool(text)
-                messages = [*messages, say("assistant", text), say("tool", f"={observation or '?;'}")]
+                reply = f"={observation or '?;'}"
+                messages = [*messages, dict(role="assistant", content=text), dict(role="tool", content=reply)]
             rewards.append(PROCESS if observation is None else 0.0)
         return rewards or [0.0], False, seconds
 
 class Calculator(Task):
     """One to three operations, one a call: Q12*3+45; t2[12*3] =36; t1[36+45] =81; A81. The thought: how many remain."""
-    OPS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+    OPS, alphabet = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}, "0123456789"
 
     def __init__(self, rng):
         self.difficulty, results = rng.randint(1, 3), [-1]
         while not all(0 <= r <= 999 for r in results):
-            self.terms, results = [str(rng.randint(2, 99))], []
-            for _ in range(self.difficulty):
-                op = rng.choice("+-*")
-                self.terms += [op, str(rng.randint(2, 9 if op == "*" else 99))]
-                results.append(self.OPS[op](results[-1] if results else int(self.terms[0]), int(self.terms[-1])))
+            results = [rng.randint(2, 99)]
+            self.terms = [str(results[0])]
+            for op in map(rng.choice, ["+-*"] * self.difficulty):
+                n = rng.randint(2, 9 if op == "*" else 99)
+                self.terms.append(f"{op}{n}")
+                results.append(self.OPS[op](results[-1], n))
         self.prompt, self.answer = f"Q{''.join(self.terms)};", results[-1]
 
-    def tool(self, text):
-        """Parsed, never evaluated; None for what is too large as well."""
+    def tool(self, text):  # parsed, never evaluated; None for what is too large as well
         call = re.fullmatch(r"t\d\[(\d{1,4})([+*-])(\d{1,4})\]", text)
         result = self.OPS[call[2]](int(call[1]), int(call[3])) if call else -1
         return f"{result};" if 0 <= result <= 9999 else None
 
-    def expert(self, messages, rng, noise):
+    def expert(self, messages):
         done, last = len(messages) // 2, messages[-1]["content"][1:-1]
         if done >= self.difficulty or last == "?":
             return f"A{last.replace('?', '0')}."
-        call = f"{last if done else self.terms[0]}{self.terms[2 * done + 1]}{self.terms[2 * done + 2]}"
-        return f"t{self.difficulty - done}[{smudge(call, string.digits, rng, noise)}]"
+        return f"t{self.difficulty - done}[{last if done else self.terms[0]}{self.terms[done + 1]}]"
 
 class Maze(Task):
     """A chain of keys: Mqa; t0[qa] =xk; t1[xk] =bd! Abd. Each call yields the next key, the last is marked with "!"."""
+    alphabet = "abcdefghijklmnopqrstuvwxyz"
 
     def __init__(self, rng, turns, cap=math.inf):
-        pairs, letters = rng.sample(range(26 * 26), turns), string.ascii_lowercase
-        self.difficulty, self.cap = turns, cap
-        self.keys = [letters[p // 26] + letters[p % 26] for p in pairs]  # turns - 1 calls and an answer
-        self.prompt, self.answer = f"M{self.keys[0]};", self.keys[-1]
-        self.next = dict(zip(self.keys, self.keys[1:]))
+        self.difficulty, self.cap, az = turns, cap, self.alphabet
+        keys = [az[p // 26] + az[p % 26] for p in rng.sample(range(26 * 26), turns)]  # turns - 1 calls and an answer
+        self.prompt, self.answer, self.next = f"M{keys[0]};", keys[-1], dict(zip(keys, keys[1:]))
 
     def tool(self, text):
         call = re.fullmatch(r"t\d\[([a-z]{2})\]", text)
         key = self.next.get(call[1]) if call else None
         return key and key + ("!" if key == self.answer else ";")
 
-    def expert(self, messages, rng, noise):
+    def expert(self, messages):
         key = messages[-1]["content"][1:3]
         if size(messages) + 10 > self.cap and len(messages) > 2:
             return "D]"
         if key not in self.next:
             return f"A{key}."
-        return f"t{len(messages) // 2 % 10}[{smudge(key, string.ascii_lowercase, rng, noise)}]"
-
-def smudge(text, alphabet, rng, noise):
-    return "".join(rng.choice(alphabet) if c in alphabet and rng.random() < noise else c for c in text)
+        return f"t{len(messages) // 2 % 10}[{key}]"
 
 def make_task(args, number, split=0):
     """Task `number` of a split: a pure function of the seed, so that every group of a run is a fresh problem."""
     rng, cap = random.Random(f"{args.seed} {split} {number}"), 64 if args.task == "cap" else math.inf
     return Calculator(rng) if args.task == "calculator" else Maze(rng, args.turns, cap)
 
-# ---- gateway and data pool -----------------------------------------------------------------------
+# ---- gateway, data pool, rollout engine ----------------------------------------------------------
 
 @dataclasses.dataclass
 class Sample:
@@ -146,7 +139,7 @@ class Sample:
     start: int
     logprobs: torch.Tensor             # (n - start,) at temperature 1 when it was sampled; NaN: a demonstration
     versions: torch.Tensor             # (n - start,) of the policy
-    routes: torch.Tensor = None        # (n - 1, r) experts and blocks of every token that was fed: see pack_routes
+    routes: torch.Tensor = None        # (n, r) experts and blocks (see pack_routes); the last, never fed, as before it
     advantage: float = 1.0
 
 @dataclasses.dataclass
@@ -168,9 +161,11 @@ class Trajectory:
 class Gateway:
     """The only place where text and tokens meet. The chat template is concatenation. A completion that comes back in a
     context becomes the tokens that were sampled: with merges "12" may be one token or two, and the text cannot tell."""
+    tokenizer = Tokenizer(learn_bpe([], 257, "(?s:.)"))  # bytes
 
-    def __init__(self):
-        self.tokenizer = Tokenizer(learn_bpe([], 257, "(?s:.)"))  # bytes
+    def __init__(self, model=None, args=None, queue=None):
+        self.model, self.args, self.queue = model, args, queue
+        self.pool = {}                 # group -> its trajectories, until they have been trained on
 
     def context(self, episode, messages):
         """Token ids. Completions of one text may be of other tokens (bytes that are no UTF-8): the last is the last."""
@@ -185,87 +180,74 @@ class Gateway:
     def record(self, episode, context, ids, logprobs, version, routes=None):
         """Keep one completion -> its text."""
         text, logprobs = self.tokenizer.decode(ids), torch.tensor(logprobs, dtype=torch.float64)
-        versions = torch.full((len(ids),), version)
-        episode.samples.append(Sample(torch.tensor(context + ids), len(context), logprobs, versions, routes))
+        episode.samples.append(Sample(torch.tensor(context + ids), len(context), logprobs,
+                                      torch.full((len(ids),), version), routes))
         episode.said.setdefault(text, []).append(ids)
         return text
 
 def common_prefix(a, b):
     n = min(len(a), len(b))
-    apart = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))
-    return int(apart[0]) if len(apart) else n
-
-# ---- rollout engine ------------------------------------------------------------------------------
-
-def play(episode, agent, gateway, version, room):
-    """One row of the lock step: feeds the agent's contexts, and hands it what was sampled by way of the gateway. Of a
-    context that was rewritten the cache keeps what it has in common with the last."""
-    path, reply, routes = [], None, []
-    while True:
-        try:
-            context = gateway.context(episode, agent.send(reply))
-        except StopIteration as stop:
-            return stop.value and episode.finish(*stop.value)  # an agent of another process reports by itself, later
-        if not 1 <= len(context) <= room:
-            return episode.fail()
-        kept = min(common_prefix(path, context), len(context) - 1)  # one is fed, for its logits
-        ids, logprobs, feed = [], [], context[kept:]
-        while len(ids) < MAX_NEW and not (ids and ids[-1] in STOP):
-            token, logprob, routes = yield kept, feed
-            kept, feed = len(context) + len(ids), [token]
-            ids, logprobs = ids + [token], logprobs + [logprob]
-        path, routes = context + ids[:-1], torch.from_numpy(np.stack(routes)) if routes else None
-        reply = gateway.record(episode, context, ids, logprobs, version, routes)
+    apart = (np.asarray(a[:n]) != np.asarray(b[:n])).ravel()
+    return int(apart.argmax()) * n // apart.size if apart.any() else n
 
 def rollout(model, gateway, episodes, version, generator=None, group=1, replay=False):
     """Play episodes [(trajectory, agent)] to their ends, in lock step. `replay` records experts and blocks."""
-    rows = [play(*episode, gateway, version, model.cfg.max_seq_len - MAX_NEW) for episode in episodes]
-    lockstep(model, rows, group, generator, pack_routes if replay else None)
+    def play(episode, agent):
+        """Feed contexts, hand back what was sampled. The cache keeps what a new context shares with the last one."""
+        path, reply, routes = [], None, []
+        while True:
+            try:
+                context = gateway.context(episode, agent.send(reply))
+            except StopIteration as stop:
+                return stop.value and episode.finish(*stop.value)  # one of another process reports by itself, later
+            if not 1 <= len(context) <= model.cfg.max_seq_len - MAX_NEW:
+                return episode.fail()
+            kept = min(common_prefix(path, context), len(context) - 1)  # one is fed, for its logits
+            ids, logprobs, feed = [], [], context[kept:]
+            while len(ids) < MAX_NEW and not (ids and ids[-1] in STOP):
+                token, logprob, routes = yield kept, feed
+                kept, feed = len(context) + len(ids), [token]
+                ids, logprobs = ids + [token], logprobs + [logprob]
+            path, routes = context + ids[:-1], torch.from_numpy(np.stack(routes + routes[-1:])) if routes else None
+            reply = gateway.record(episode, context, ids, logprobs, version, routes)
+    lockstep(model, [play(*episode) for episode in episodes], group, generator, pack_routes if replay else None)
 
-# ---- scheduler: windowed FIFO on a clock that is an argument -------------------------------------
+# ---- scheduler: windowed FIFO, on a clock that others set ----------------------------------------
 
 class WindowedFIFO:
-    """`slots` groups are in flight. The trainer may take a finished one from [head, head + window - 1] alone, in any
-    order; head, the oldest not consumed, moves when it is. A slot is free, and the next group admitted, once the step
-    that consumed it has published its weights. window 1 is strict FIFO. Greedy is window = inf, not window = slots:
-    refilled slots reach beyond head + slots - 1. A group that is late is completed, as a failure, not dropped.
-    Ages: at most slots + window - 2 groups, floor((slots + window - 2) / P) steps of P groups, pass a group by."""
+    """`slots` groups are in flight. The trainer takes finished ones of [head, head + window - 1] alone, in any order;
+    head, the oldest not consumed, moves when it is. A slot is free for the next group once the step that consumed its
+    own has published its weights. window 1 is strict FIFO; greedy is window = inf, not window = slots: refilled slots
+    reach beyond head + slots - 1. A group that is late is over, as a failure, and not dropped. Ages: at most
+    slots + window - 2 groups, floor((slots + window - 2) / P) steps of P groups, pass a group by."""
 
     def __init__(self, slots, window, deadline=math.inf):
         self.slots, self.window, self.deadline = slots, window, deadline
         self.next, self.born = 0, {}   # group -> (time, version) of its admission, until its step is published
-        self.done, self.batch = set(), []  # finished, not consumed; consumed for the trainer's next step
+        self.due, self.batch = {}, []  # group -> when it is over, until consumed; consumed for the trainer's next step
+        self.now, self.idle = 0.0, 0.0  # the time, and for how much of it the trainer waited
 
-    def admit(self, now, version):
+    def admit(self, version):
         """Fill the free slots -> the new groups."""
         new = range(self.next, self.next + self.slots - len(self.born))
-        self.born.update((task, (now, version)) for task in new)
+        self.born.update((task, (self.now, version)) for task in new)
+        self.due.update((task, self.now + self.deadline) for task in new)
         self.next += len(new)
         return list(new)
 
-    def waiting(self):
-        """Groups whose rollout has not finished."""
-        return [t for t in self.born if t not in self.done and t not in self.batch]
-
-    def finish(self, task):
-        if task in self.waiting():  # a group that was completed at its deadline may still report later
-            self.done.add(task)
-
-    def expire(self, now):
-        """Complete what is past its deadline -> those groups; the caller gives them a failure's reward."""
-        late = [t for t in self.waiting() if now >= self.born[t][0] + self.deadline]
-        self.done.update(late)
-        return late
+    def finish(self, task, when=0.0):  # 0: already
+        if task in self.due:  # a group that was consumed at its deadline may still report later
+            self.due[task] = min(self.due[task], when)
 
     def take(self, n):
-        """Add finished groups of the window to the batch, oldest first -> it, once it holds n; None until then."""
+        """Add groups that are over, and in the window, to the batch, oldest first -> it, if it holds n, or None."""
         while len(self.batch) < n:
             head = min(self.born.keys() - self.batch, default=self.next)
-            ready = [t for t in self.done if t < head + self.window]
+            ready = [t for t, when in self.due.items() if when <= self.now and t < head + self.window]
             if not ready:
                 return None
             self.batch.append(min(ready))
-            self.done.remove(min(ready))
+            del self.due[min(ready)]
         return self.batch
 
     def publish(self, version):
@@ -273,24 +255,13 @@ class WindowedFIFO:
         batch, self.batch = self.batch, []
         return [version - 1 - self.born.pop(task)[1] for task in batch]
 
-class Clock:
-    """The virtual clock: when each running group will finish, and how long the trainer stood idle."""
-
-    def __init__(self):
-        self.now, self.idle, self.running = 0.0, 0.0, {}
-
-    def wait(self, queue, n):
-        """Let time pass until the trainer's batch holds n groups."""
-        while True:
-            for task in [t for t, when in self.running.items() if when <= self.now]:
-                queue.finish(task)
-                del self.running[task]
-            if queue.take(n):
-                return
-            then = min(self.running.values())
+    def wait(self, n):
+        """On a virtual clock: let time pass until the batch holds n groups."""
+        while not self.take(n):
+            then = min(when for when in self.due.values() if when > self.now)
             self.idle, self.now = self.idle + then - self.now, then
 
-# ---- prefix tree ---------------------------------------------------------------------------------
+# ---- train engine: prefix trees, CISPO -----------------------------------------------------------
 
 class PrefixTree:
     """Samples of a group as one row: a token that several samples share at one place of their paths is computed once.
@@ -301,88 +272,24 @@ class PrefixTree:
 
     Samples that part at depth p fork at L * ((p - max(K, 1)) // L): segments start at multiples of L, so that a key
     block of the layout is one of a path, and module K of MTP finds its token K places on. A leaf: the slots of its
-    longest sample, and the samples that end there. A plan needs no more; `unfold` makes the rows, of many trees."""
+    longest sample, the samples that end in it, how many of its slots others go on from, where the rest ends."""
 
-    def __init__(self, samples, L=1, K=0):
-        keys = [sort_key(s) for s in samples] if len(samples) > 1 else [b""]
-        order = sorted(range(len(samples)), key=keys.__getitem__)  # what is shorter first
-        self.samples, self.L, self.K, self.back = [samples[i] for i in order], L, K, max(K, 1)
-        self.part = [parting(keys[a], keys[b], samples[b].ids.numel()) for a, b in zip(order, order[1:])]
-        self.size, self.segments, self.leaves, self.n_naive = 0, [], [], sum(s.ids.numel() for s in samples)
-        self.place(0, len(order), np.arange(0))
-        self.size += -self.size % L
-
-    def place(self, lo, hi, path):
-        """Lay out samples [lo, hi), which agree up to where they part, from where `path` ends; then their children."""
-        p = min(self.part[lo:hi - 1], default=math.inf)  # sorted: the closest neighbours are where the first parting is
-        leaf, length = p == math.inf, self.samples[hi - 1].ids.numel()
-        fork = length if leaf else max(len(path), self.L * ((p - self.back) // self.L))
-        base = self.size + -self.size % self.L
-        self.size = stop = base + fork - len(path)
-        path = np.concatenate([path, np.arange(base, stop)])
-        if leaf:
-            self.leaves.append((path, self.samples[lo:hi]))
-        else:
-            cuts = [lo, *(i + 1 for i in range(lo, hi - 1) if self.part[i] == p), hi]
-            for a, b in zip(cuts, cuts[1:]):  # a sample that ends before p sorts first: it belongs to the first child
-                self.place(a, b, path)
-        self.segments.append((base, stop, self.size))
-
-    def __getattr__(self, name):
-        """The row of this tree alone, to look at."""
-        if name not in ("idx", "pos", "end", "weight", "draft"):
-            raise AttributeError(name)
-        return unfold([self], self.size)[0][name][..., 0, :]
-
-def sort_key(sample):
-    """Bytes that sort as the tokens do: ids, and recorded routes, since equal tokens of other experts are others."""
-    ids, routes = sample.ids, sample.routes
-    record = ids if routes is None else torch.cat([ids[:, None], torch.cat([routes, routes[-1:]])], 1)
-    return record.numpy().astype(">i4").tobytes()
-
-def parting(a, b, n):
-    """Depth at which key b, of n tokens, parts from key a, which sorts before it; inf if a is its beginning."""
-    if b.startswith(a):
-        return math.inf
-    return common_prefix(*(np.frombuffer(key, np.uint8) for key in (a, b))) * n // len(b)
-
-def unfold(trees, T):
-    """Trees as rows of T slots -> dict of idx, pos, end (B, T), weight, draft (K + 1, B, T), and routes (B, T, r) if
-    recorded; of each action token of each sample the slot before it, counted through all rows, and the token.
-    weight[k] counts the samples that go on for k more tokens (a pad: none), draft[k] those of whose action the token
-    k + 1 places on is part. A sample's last token, never fed, has the routes of the one before, a pad its own block."""
-    B, L, leaves = len(trees), trees[0].L, [(b * T + path, s) for b, t in enumerate(trees) for path, s in t.leaves]
-    # the paths of all leaves, end to end: n tokens, of which a sample is those from `first` to first + length - 1
-    slot, ids = np.concatenate([path for path, _ in leaves]), torch.cat([s[-1].ids for _, s in leaves]).numpy()
-    n, sizes = len(slot), [len(path) for path, _ in leaves]
-    origin = np.repeat(np.cumsum(sizes) - sizes, sizes)                         # (n,) where a token's path begins
-    first = np.repeat(np.cumsum(sizes) - sizes, [len(s) for _, s in leaves])    # (m,) where a sample's path begins
-    start, length = np.array([(s.start, s.ids.numel()) for _, samples in leaves for s in samples]).T
-
-    def count(lo, hi):
-        """Samples of which a slot is one of the tokens lo to hi - 1."""
-        lo, hi = (np.bincount(first + np.maximum(x, 0), minlength=n + 1) for x in (lo, hi))
-        return np.bincount(slot, np.cumsum(lo - hi)[:n], B * T).reshape(B, T)
-    shifts, idx, pos = range(trees[0].K + 1), np.zeros((B, T), int), np.zeros((B, T), int)
-    np.put(idx, slot, ids)
-    np.put(pos, slot, np.arange(n) - origin)
-    rows = dict(idx=idx, pos=pos, end=np.tile(np.arange(1, T + 1, dtype=np.int32), (B, 1)),
-                weight=np.stack([count(0, length - k) for k in shifts]),
-                draft=np.stack([count(start - k - 1, length - k - 1) for k in shifts]))
-    for row, tree in zip(rows["end"], trees):
-        for lo, hi, stop in tree.segments:
-            row[lo:hi] = stop
-    if all(s.routes is not None for _, samples in leaves for s in samples):
-        codes = torch.cat([x for _, s in leaves for x in (s[-1].routes, s[-1].routes[-1:])]).numpy()        # (n, r)
-        block = slot[origin[:, None] + L * np.where(codes < -1, -2 - codes, 0)] % T // L  # the path's -> the layout's
-        pads = np.where(codes[:1] < 0, -2 - np.arange(T)[:, None] // L, 0).astype(np.int32)
-        rows["routes"] = np.tile(pads, (B, 1, 1))
-        rows["routes"].reshape(B * T, -1)[slot] = np.where(codes < -1, -2 - block, codes)
-    total = np.cumsum(length - start)
-    action = np.repeat(first + length - total, length - start) + np.arange(total[-1])
-    return rows, slot[action - 1], ids[action]
-
-# ---- CISPO and the train engine ------------------------------------------------------------------
+    def __init__(self, samples, cfg=None):
+        L, K = cfg.index_block_size if cfg and "msa" in cfg.attn_types else 1, cfg.n_mtp if cfg else 0
+        # tokens sort by id and recorded routes: an equal token of other experts is another
+        rows = [(s.ids if s.routes is None else torch.cat([s.ids[:, None], s.routes], 1)).numpy() for s in samples]
+        order = sorted(range(len(rows)), key=lambda i: rows[i].astype(">i4").tobytes())  # what is shorter first
+        self.samples, self.L, self.K, self.n_naive = [samples[i] for i in order], L, K, sum(map(len, rows))
+        self.leaves, self.size, path, ended = [], 0, np.arange(0), []
+        for i, after in zip(order, [*order[1:], None]):
+            start, self.size = self.size, self.size + len(rows[i]) - len(path)
+            path = np.concatenate([path, np.arange(start, self.size)])
+            ended.append(samples[i])
+            depth = 0 if after is None else common_prefix(rows[i], rows[after])
+            if depth < len(rows[i]):  # they part: what is beyond the fork ends here; or the next goes on from i
+                fork = max(0, L * ((depth - max(K, 1)) // L))
+                self.leaves.append((path, ended, fork, self.size))
+                path, ended, self.size = path[:fork], [], self.size + -self.size % L
 
 def advantages(group):
     """Reward to go of each turn, less the mean return of the group's other episodes -> samples of each episode.
@@ -395,32 +302,44 @@ def advantages(group):
     return [t.samples for t in group]
 
 def cispo_loss(logprob, entry, old, advantage, Z, eps_high=EPS_HIGH):
-    """logprob (n,) of the slots; entry (m,) the slot of each action token of each sample, with its log-prob at rollout
-    and its advantage -> -1/Z sum sg(min(pi / pi_old, 1 + eps)) A log pi, ratios (m,).
-    The weight is detached, so the loss is linear in log pi, and all samples through a slot collapse to one coefficient.
-    Its value is near 0 by construction (advantages sum to about 0): read the reward, not the loss."""
+    """logprob (n,) of the slots; of each action token of each sample (m,): entry, its slot; old, its log-prob at
+    rollout; its advantage -> -1/Z sum sg(min(pi / pi_old, 1 + eps)) A log pi, ratios (m,). The weight is detached: all
+    samples through a slot are one coefficient. Near 0, as advantages sum to about 0: read the reward, not the loss."""
     ratio = (logprob.detach()[entry] - old).exp()
     coefficient = torch.zeros_like(logprob).index_add(0, entry, ratio.clamp(max=1 + eps_high) * advantage)
     return -(coefficient * logprob).sum() / Z, ratio
 
 def collate(trees, device):
-    """Trees as rows of one micro-batch, padded at the end -> dict of tensors."""
-    T, samples = max(t.size for t in trees), [s for t in trees for s in t.samples]
-    out, before, token = unfold(trees, T)
-    if all(t.segments[0][1] == t.size for t in trees):  # rows without a fork are plain causal, which is faster
-        del out["end"]
-    slots, first, entry = np.unique(before, return_index=True, return_inverse=True)
-    out.update(slots=slots, entry=entry, target=token[first],
-               advantage=np.repeat([s.advantage for s in samples], [s.logprobs.numel() for s in samples]))
-    out = {name: torch.from_numpy(x) for name, x in out.items()}
-    out.update(old=torch.cat([s.logprobs for s in samples]), version=torch.cat([s.versions for s in samples]))
-    return {name: x.to(device) for name, x in out.items()}
+    """Trees as the rows of a micro-batch, padded to T slots -> dict of tensors: idx, pos, end (B, T); weight, draft
+    (K + 1, B, T): weight[k] counts the samples that go on for k more tokens (a pad: none), draft[k] those whose action
+    has the token k + 1 places on; routes (B, T, r) if recorded; slots that come before an action token, and the target
+    there; of each action token of each sample its entry in slots, advantage, old log-prob and version."""
+    B, T, K, samples = len(trees), max(t.size for t in trees), trees[0].K, [s for t in trees for s in t.samples]
+    leaves = [(b * T + path, *more) for b, t in enumerate(trees) for path, *more in t.leaves]
+    idx, pos, end = np.zeros(B * T, int), np.zeros(B * T, int), np.tile(np.arange(1, T + 1, dtype=np.int32), B)
+    weight, draft, before = np.zeros((K + 1, B * T)), np.zeros((K + 1, B * T)), []
+    for path, ended, fork, stop in leaves:
+        depth, (start, length) = np.arange(len(path)), np.array([(s.start, len(s.ids)) for s in ended]).T[..., None]
+        idx[path], pos[path], end[path[fork:]] = ended[-1].ids, depth, stop
+        for k in range(K + 1):
+            weight[k, path] += (depth < length - k).sum(0)
+            draft[k, path] += ((start - 1 <= depth + k) & (depth + k < length - 1)).sum(0)
+        before += [path[s.start - 1:len(s.ids) - 1] for s in ended]
+    slots, once, entry = np.unique(np.concatenate(before), return_index=True, return_inverse=True)
+    out = dict(idx=idx.reshape(B, T), pos=pos.reshape(B, T), weight=weight.reshape(-1, B, T), slots=slots, entry=entry,
+               draft=draft.reshape(-1, B, T), target=torch.cat([s.ids[s.start:] for s in samples]).numpy()[once],
+               advantage=np.repeat([s.advantage for s in samples], [*map(len, before)]),
+               old=torch.cat([s.logprobs for s in samples]), version=torch.cat([s.versions for s in samples]))
+    if any(t.leaves[0][-1] < t.size for t in trees):  # without a fork rows are plain causal, which is faster
+        out["end"] = end.reshape(B, T)
+    if all(s.routes is not None for s in samples):
+        out["routes"] = lay_routes([(path, ended[-1].routes.numpy()) for path, ended, *_ in leaves], B, T, trees[0].L)
+    return {name: torch.as_tensor(x, device=device) for name, x in out.items()}
 
 def policy(model, batch):
     """Forward over a micro-batch -> log-prob of the action token after each slot that has one, entropy there, aux."""
-    replay = unpack_routes(batch["routes"], model.cfg) if "routes" in batch else None
-    aux = model(batch["idx"], weight=batch["weight"][0], pos=batch["pos"], end=batch.get("end"), replay=replay,
-                n_logits=0)[2]
+    aux = model(batch["idx"], weight=batch["weight"][0], pos=batch["pos"], end=batch.get("end"), n_logits=0,
+                replay=unpack_routes(batch["routes"], model.cfg) if "routes" in batch else None)[2]
     logits = model.lm_head(model.norm(aux["hidden"].flatten(0, 1)[batch["slots"]]))
     logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
@@ -449,22 +368,18 @@ def mtp_losses(model, batch, hidden, top=8):
         kls += [aux["index_kl"] * weight.sum()] if "index_kl" in aux else []
     return loss, loads, kls
 
-def tree_shape(cfg):
-    """L and K of the layout."""
-    return cfg.index_block_size if "msa" in cfg.attn_types else 1, cfg.n_mtp
-
 def plan_rows(groups, model, merge):
     """Groups (samples of each episode) -> trees, one a row. A row is a whole group, or one an episode where computing
     the shared prompt again costs less than masked attention across all branches."""
-    cfg, shape, out = model.cfg, tree_shape(model.cfg), []
+    cfg, out = model.cfg, []
     a_token, a_key = 2 * model.num_params()[1], 4 * cfg.n_layer * cfg.n_head * cfg.head_dim
     for episodes in groups:
         rows = ([sum(episodes, [])], episodes) if merge else ([[s] for samples in episodes for s in samples],)
-        plans = [[PrefixTree(samples, *shape) for samples in row if samples] for row in rows]
+        plans = [[PrefixTree(samples, cfg) for samples in row if samples] for row in rows]
         out += min(plans, key=lambda trees: sum(t.size * (a_token + a_key * t.size) for t in trees))
     return out
 
-def micro_batches(trees, tokens):
+def micro_batches(trees, tokens=16384):
     """Rows of similar length together, padded to at most so many tokens (one row is never cut)."""
     batches = []
     for tree in sorted(trees, key=lambda t: -t.size):
@@ -473,13 +388,12 @@ def micro_batches(trees, tokens):
         batches[-1].append(tree)
     return batches
 
-def backward(model, trees, tokens=16384, mtp_weight=0.1):
-    """Gradients of one step's loss over all samples of the trees, in micro-batches; each term is normalised over the
-    samples as they were before merging -> statistics, expert loads."""
+def backward(model, trees, mtp_weight=0.1):
+    """Gradients of a step's loss, each term normalised over the samples before merging -> statistics, expert loads."""
     Z, naive = sum(len(s.logprobs) for t in trees for s in t.samples), sum(t.n_naive for t in trees)
     load, parts = 0.0, []
     model.train()
-    for part in micro_batches(trees, tokens):
+    for part in micro_batches(trees):
         batch = collate(part, model.embed.weight.device)
         logprob, entropy, aux = policy(model, batch)
         old = batch["old"].to(logprob.dtype)
@@ -498,11 +412,11 @@ def backward(model, trees, tokens=16384, mtp_weight=0.1):
     return dict(loss=loss.sum().item(), entropy=entropy.mean().item(), ratio=ratio, version=version, naive=naive,
                 slots=sum(t.size for t in trees)), load
 
-def train_step(model, optimizers, trees, rate, bias_rate=1e-3, tokens=16384):
+def train_step(model, optimizers, trees, rate, bias_rate=1e-3):
     """Backward, clip, update, balance the router -> statistics with the gradient norm."""
     for group in (g for o in optimizers for g in o.param_groups):
         group["lr"] = rate * group.get("scale", 1.0)
-    stats, load = backward(model, trees, tokens)
+    stats, load = backward(model, trees)
     stats["norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
     if not math.isfinite(stats["norm"]):
         raise FloatingPointError(f"gradient norm {stats['norm']}: not finite")
@@ -514,187 +428,169 @@ def train_step(model, optimizers, trees, rate, bias_rate=1e-3, tokens=16384):
 
 # ---- where episodes come from --------------------------------------------------------------------
 
-class Local:
+class Local(Gateway):
     """Agents of this process. A group is rolled out when it is admitted, and has finished when the virtual clock says
     so: after its slowest episode, times a log-normal tail (sigma) that is the machines', not the agents'."""
 
-    def __init__(self, model, gateway, args, queue):
-        self.model, self.gateway, self.args, self.queue = model, gateway, args, queue
-        self.clock, self.pool = Clock(), {}  # pool: group -> its trajectories, until they have been trained on
-
     def start(self, tasks, version):
-        args = self.args
-        self.pool.update((n, [Trajectory(n) for _ in range(args.rollouts)]) for n in tasks)
-        episodes = [(t, make_task(args, n).agent()) for n in tasks for t in self.pool[n]]
+        self.pool.update((n, [Trajectory(n) for _ in range(self.args.rollouts)]) for n in tasks)
+        episodes = [(t, make_task(self.args, n).agent()) for n in tasks for t in self.pool[n]]
         generator = torch.Generator(self.model.embed.weight.device)
-        generator.manual_seed(random.Random(f"{args.seed} {tasks[:1]}").getrandbits(62))
-        rollout(self.model, self.gateway, episodes, version, generator, args.rollouts, args.replay)
+        generator.manual_seed(random.Random(f"{self.args.seed} {tasks[:1]}").getrandbits(62))
+        rollout(self.model, self, episodes, version, generator, self.args.rollouts, self.args.replay)
         for n in tasks:
-            tail = math.exp(args.sigma * random.Random(f"{args.seed} tail {n}").gauss(0, 1))
+            tail = math.exp(self.args.sigma * random.Random(f"{self.args.seed} tail {n}").gauss(0, 1))
             seconds = tail * max(t.seconds for t in self.pool[n])
-            if seconds > self.queue.deadline:  # by then it is given up
-                for t in self.pool[n]:
-                    t.fail()
-            self.clock.running[n] = self.clock.now + min(seconds, self.queue.deadline)
+            for t in self.pool[n] * (seconds > self.queue.deadline):  # by then it is given up
+                t.fail()
+            self.queue.finish(n, self.queue.now + seconds)
 
     def wait(self, stop, seconds):
-        self.clock.wait(self.queue, self.args.groups)
-        self.clock.now += TRAIN_S
+        self.queue.wait(self.args.groups)
+        self.queue.now += TRAIN_S
 
-class Refused(Exception):
-    """Status, reason."""
+class Hearing(io.RawIOBase):
+    """What a client sends, headers and body, within so many seconds in all: one that drips must not hold up others."""
+    readable = lambda self: True
+
+    def __init__(self, connection, seconds):
+        self.connection, self.until = connection, time.monotonic() + seconds
+
+    def readinto(self, buffer):
+        self.connection.settimeout(max(1e-3, self.until - time.monotonic()))
+        return self.connection.recv_into(buffer)
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """POST of a JSON object -> a JSON object; what is refused gets a 4xx and OpenAI's error object."""
-    timeout, log_message = 2, lambda self, *args: None  # seconds: one that stalls must not hold up the others
+    timeout, log_message = 2, lambda self, *args: None  # seconds; then the client is hung up on
+
+    def setup(self):
+        super().setup()
+        self.rfile = io.BufferedReader(Hearing(self.connection, self.timeout))
 
     def do_POST(self):
-        try:
-            if self.command != "POST":
-                raise Refused(405, f"{self.command} {self.path[:99]}: only POST is served")
-            code, reply = 200, self.server.answer(self.path, self.read_body())
-        except Refused as error:
-            code, reply = error.args[0], dict(error=dict(message=error.args[1], type="invalid_request_error"))
+        size, key = self.headers.get("Content-Length", ""), self.headers.get("Authorization", "")
+        size = int(size) if re.fullmatch("[0-9]{1,9}", size) else -1
+        raw = self.rfile.read(min(max(size, 0), 16 * MAX_BODY))  # heard out, or no one hears the answer
+        if self.command != "POST":
+            code, reply = 405, f"{self.command} {self.path[:99]}: only POST is served"
+        elif not hmac.compare_digest(key.encode(), f"Bearer {self.server.token}".encode()):
+            code, reply = 401, "wrong token"
+        elif not 0 <= size <= MAX_BODY:
+            code, reply = 413, f"a body of {size} bytes: its Content-Length must be 0 to {MAX_BODY}"
+        else:
+            code, reply = self.server.answer(self.path, raw)
         self.send_response(code)
         self.send_header("Content-Type", "application/json")
         self.end_headers()
-        self.wfile.write(json.dumps(reply).encode())
-    do_GET = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_POST
+        reply = reply if code == 200 else dict(error=dict(message=reply, type="invalid_request_error"))
+        self.wfile.write(json.dumps(reply).encode() * (self.command != "HEAD"))
+    do_GET = do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_POST
 
-    def read_body(self):
-        size, key = self.headers.get("Content-Length", ""), self.headers.get("Authorization", "")
-        size = int(size) if re.fullmatch("[0-9]{1,9}", size) else -1
-        known = hmac.compare_digest(key.encode(), f"Bearer {self.server.token}".encode())
-        raw, until = bytearray(), time.monotonic() + self.timeout  # in all: one that drips must not hold up the others
-        while len(raw) < min(size, 16 * MAX_BODY) and time.monotonic() < until:  # heard out, or no one hears the answer
-            piece = self.rfile.read1(min(size - len(raw), MAX_BODY))
-            if not piece:
-                break
-            raw += piece
-        if not known:
-            raise Refused(401, "wrong token")
-        if not 0 <= size <= MAX_BODY:
-            raise Refused(413, f"a body of {size} bytes: its Content-Length must be 0 to {MAX_BODY}")
-        try:
-            return dict(json.loads(raw).items())
-        except (ValueError, AttributeError, RecursionError):
-            raise Refused(400, "the body is not a JSON object") from None
+class Served(Gateway, http.server.HTTPServer):
+    """Agents of other processes, in real seconds, on loopback; one thread, which answers between two steps, not later.
+    POST /v1/tasks {} -> {task, messages}, an episode is claimed; /v1/chat/completions {model: task, messages}, a turn
+    of it, OpenAI's protocol, at temperature 1, of 16 tokens at most, whatever is asked for; /v1/finish {task, rewards,
+    success: bool}, its end, with a reward for each turn."""
+    timeout, request_queue_size = 0.05, 1024  # who comes during a training step waits for its end
+    # a client that hangs up is no news
+    handle_error = lambda self, *who: isinstance(sys.exc_info()[1], OSError) or super(Served, self).handle_error(*who)
 
-class Served(http.server.HTTPServer):
-    """Agents of other processes, in real seconds, on loopback. One thread: requests are answered between two steps.
-
-        POST /v1/tasks {}                                        -> {task, messages}: one episode is claimed
-        POST /v1/chat/completions {model: task, messages}          one turn of it, OpenAI's protocol; temperature is 1,
-                                                                   and a turn 16 tokens, whatever is asked for
-        POST /v1/finish {task, rewards, success: bool}             its end; a reward for each turn
-
-    Once the last step has its groups, the server is gone."""
-    timeout, handle_error = 0.05, lambda *_: None  # a client that hangs up is no news
-    request_queue_size = 1024          # who comes during a training step waits for its end
-
-    def __init__(self, model, gateway, args, queue):
-        super().__init__(("127.0.0.1", args.serve), Handler)
-        self.model, self.gateway, self.args, self.queue = model, gateway, args, queue
-        self.clock, self.pool, self.open, self.unclaimed = Clock(), {}, {}, []
-        self.token = args.token or os.urandom(16).hex()
-        print(f"gateway | http://127.0.0.1:{self.server_port}/v1 key {self.token}", flush=True)
+    def __init__(self, model, args, queue):
+        super().__init__(model, args, queue)
+        http.server.HTTPServer.__init__(self, ("127.0.0.1", args.serve), Handler)
+        self.open, self.claimed, self.token = {}, set(), args.token or os.urandom(16).hex()
 
     def start(self, tasks, version):
-        names = [f"{n}.{row}" for n in tasks for row in range(self.args.rollouts)]
-        self.version, self.unclaimed = version, self.unclaimed + names
-        self.pool.update((n, []) for n in tasks)
-        self.open.update((name, Trajectory(int(name.split(".")[0]))) for name in names)
+        self.version = version
+        self.pool.update((n, [Trajectory(n) for _ in range(self.args.rollouts)]) for n in tasks)
+        self.open.update((f"{n}.{row}", t) for n in tasks for row, t in enumerate(self.pool[n]))
 
-    def answer(self, path, body):
-        if path == "/v1/tasks":
-            if not self.unclaimed:
-                raise Refused(409, "no task is waiting")
-            name = self.unclaimed.pop(0)
-            return dict(task=name, messages=next(make_task(self.args, self.open[name].task).agent()))
-        name = body.get({"/v1/chat/completions": "model", "/v1/finish": "task"}.get(path))
-        episode = self.open.get(name) if isinstance(name, str) else None
-        if episode is None:
-            raise Refused(404, f"unknown path or task: {path}, {name!r}"[:200])
+    def answer(self, path, raw):
+        """-> status, and a JSON object or what is wrong."""
         try:
+            body = dict(json.loads(raw).items())
+            if path == "/v1/tasks":
+                key = next((key for key in self.open if key not in self.claimed), None)
+                if key is None:
+                    return 409, "no task is waiting"
+                self.claimed.add(key)
+                return 200, dict(task=key, messages=next(make_task(self.args, self.open[key].task).agent()))
+            key = str(body.get({"/v1/chat/completions": "model", "/v1/finish": "task"}.get(path)))
+            if key not in self.open:
+                return 404, f"unknown path or task: {path}, {key}"[:200]
+            episode = self.open[key]
             if path == "/v1/finish":
                 rewards = [float(r) for r in body["rewards"]]
                 if len(rewards) != len(episode.samples) or not all(abs(r) <= 1e3 for r in rewards):
                     raise ValueError(f"{len(episode.samples)} turns, a reward of at most 1000 each: {rewards}"[:200])
-                episode.finish(rewards, body["success"] is True, self.clock.now - self.queue.born[episode.task][0])
-                return self.close(name)
-            if body.get("stream") or body.get("n", 1) != 1:
-                raise ValueError("stream, and n over 1, are not served")
-            n, room = len(self.gateway.context(episode, body["messages"])), self.model.cfg.max_seq_len - MAX_NEW
-            if not 1 <= n <= room:
-                raise ValueError(f"a context of {n} tokens: 1 to {room}")
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            why = error if type(error) is ValueError else f"rewards are numbers, messages {{role, content}}: {error!r}"
-            raise Refused(400, str(why)) from None
+                episode.finish(rewards, body["success"] is True, self.queue.now - self.queue.born[episode.task][0])
+                self.close(key)
+                return 200, dict(turns=len(rewards))
+            n, room = len(self.context(episode, body["messages"])), self.model.cfg.max_seq_len - MAX_NEW
+            if not 1 <= n <= room or body.get("stream") or body.get("n", 1) != 1:
+                raise ValueError(f"{n} tokens of context, 1 to {room} are served; no stream, and n is 1")
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+            return 400, f"a JSON object, rewards numbers, messages [{{role, content}}]: {error!r}"
         agent = (messages for messages in [body["messages"]])  # it asks once
-        rollout(self.model, self.gateway, [(episode, agent)], self.version)
+        rollout(self.model, self, [(episode, agent)], self.version, replay=self.args.replay)
         ids = episode.samples[-1].ids[n:].tolist()
-        choice = dict(index=0, message=say("assistant", self.gateway.tokenizer.decode(ids)),
-                      finish_reason="stop" if ids[-1] in STOP else "length")
-        return dict(id=f"{name}-{n}", object="chat.completion", created=int(time.time()), model=name, choices=[choice],
-                    usage=dict(prompt_tokens=n, completion_tokens=len(ids), total_tokens=n + len(ids)))
+        message = dict(role="assistant", content=self.tokenizer.decode(ids))
+        turn = dict(index=0, message=message, finish_reason="stop" if ids[-1] in STOP else "length")
+        return 200, dict(id=f"{key}-{n}", object="chat.completion", created=int(time.time()), model=key, choices=[turn],
+                         usage=dict(prompt_tokens=n, completion_tokens=len(ids), total_tokens=n + len(ids)))
 
     def close(self, name):
-        episode = self.open.pop(name)
-        self.pool[episode.task].append(episode)
-        if len(self.pool[episode.task]) == self.args.rollouts:
-            self.queue.finish(episode.task)
-        return dict(turns=len(episode.samples))
+        task = self.open.pop(name).task
+        if all(t.task != task for t in self.open.values()):
+            self.queue.finish(task)
 
     def wait(self, stop, seconds):
-        started = time.monotonic() - self.clock.now
-        until = self.clock.now + seconds
-        while not self.queue.take(self.args.groups) and not stop and self.clock.now < until:
+        queue, started, until = self.queue, time.monotonic() - self.queue.now, self.queue.now + seconds
+        while not queue.take(self.args.groups) and not stop and queue.now < until:
             self.handle_request()
-            self.clock.now = time.monotonic() - started
-            late = self.queue.expire(self.clock.now)
-            for name in [name for name, t in self.open.items() if t.task in late]:
+            queue.now = time.monotonic() - started
+            for name in [name for name, t in self.open.items() if queue.due[t.task] <= queue.now]:
                 self.open[name].fail()
                 self.close(name)
-            self.unclaimed = [name for name in self.unclaimed if name in self.open]
 
 # ---- the run -------------------------------------------------------------------------------------
 
 def demonstrate(gateway, task, rng, noise, wander=0.0):
-    """Play one task with its teacher, with random thoughts now and then -> its trajectory."""
-    episode, agent, text = Trajectory(-1), task.agent(), None
+    """Play one task with its teacher -> trajectory; noise, wander: shares of call characters and thoughts at random."""
+    episode, agent, text, az = Trajectory(-1), task.agent(), None, task.alphabet
     try:
         while True:
-            messages = agent.send(text)
-            text = task.expert(messages, rng, noise)
-            text = f"t{rng.randrange(10)}{text[2:]}" if text[0] == "t" and rng.random() < wander else text
+            text = task.expert(messages := agent.send(text))
+            if text[0] == "t":
+                call = "".join(rng.choice(az) if c in az and rng.random() < noise else c for c in text[3:])
+                text = f"t{rng.randrange(10) if rng.random() < wander else text[1]}[{call}"
             ids = gateway.tokenizer.encode(text)
             gateway.record(episode, gateway.context(episode, messages), ids, [math.nan] * len(ids), 0)
     except StopIteration as stop:
         episode.finish(*stop.value)
         return episode
 
-def warm_start(model, gateway, args):
+def warm_start(source, args, stop):
     """Imitate a teacher whose calls are often wrong, so that the model speaks the protocol and solves little: the train
-    step with advantage 1 and ratio 1. Cached in --out."""
-    folder, started = os.path.join(args.out, "warm"), time.perf_counter()
-    key = {name: getattr(args, name) for name in (*MADE_BY, "seed", "warm_steps")}
-    if os.path.exists(os.path.join(folder, "ckpt.pt")):
-        state = load_checkpoint(folder)
-        if state["args"] == key:
-            model.load_state_dict(state["model"])
-            return print(f"warm    | read from {folder}", flush=True)
+    step with advantage 1 and ratio 1 -> whether it is over. --out/warm keeps it, or as much as was done of it."""
+    model, folder, started, step = source.model, os.path.join(args.out, "warm"), time.perf_counter(), 0
     optimizers = configure_optimizers(model, WARM_LR)[0]
-    for step in range(args.warm_steps):
+    state = load_checkpoint(folder) if os.path.exists(checkpoint_path(folder)) else dict(args={})
+    if all(state["args"].get(name) == getattr(args, name) for name in (*MADE_BY, "seed", "warm_steps")):
+        model.load_state_dict(state["model"])
+        step = restore(state, optimizers).get("step", args.warm_steps)  # absent: a whole one, of an earlier version
+        print(f"warm    | {step} steps read from {folder}", flush=True)
+    while step < args.warm_steps and not stop:
         rng, rate = random.Random(f"{args.seed} warm {step}"), min(1, (step + 1) / 20, 1.1 - step / args.warm_steps)
-        demos = [demonstrate(gateway, make_task(args, step * 64 + i, 1), rng, NOISE) for i in range(64)]
-        trees = [PrefixTree(d.samples, *tree_shape(model.cfg)) for d in demos]
-        stats = train_step(model, optimizers, trees, WARM_LR * rate)
-        if (step + 1) % 20 == 0 or step + 1 == args.warm_steps:
-            print(f"warm {step + 1:04d} | loss {stats['loss']:.3f} | norm {stats['norm']:.2f} | "
+        demos = [demonstrate(source, make_task(args, step * 64 + i, 1), rng, NOISE) for i in range(64)]
+        trees = [PrefixTree(d.samples, model.cfg) for d in demos]
+        stats, step = train_step(model, optimizers, trees, WARM_LR * rate), step + 1
+        if step % 20 == 0 or step == args.warm_steps:
+            print(f"warm {step:04d} | loss {stats['loss']:.3f} | norm {stats['norm']:.2f} | "
                   f"{time.perf_counter() - started:.0f} s", flush=True)
-    os.makedirs(folder, exist_ok=True)
-    save_checkpoint(folder, config=dataclasses.asdict(model.cfg), tokenizer=gateway.tokenizer.spec, args=key, now={},
-                    model=model.state_dict(), optimizers=[])
+    save(folder, args, source, optimizers, dict(step=step))
+    return step == args.warm_steps
 
 def make_model(args, device, dtype):
     """Task and preset -> model, with full attention, as in the M2 that Forge trained, unless --attn msa."""
@@ -707,39 +603,35 @@ def make_model(args, device, dtype):
 
 def parse_args(argv):
     """-> args, checkpoint (None for a new run). --resume takes what is not given again from the checkpoint."""
-    p, state = Parser(__doc__), None
-    p.add_argument("--task", choices=["calculator", "maze", "cap"], default="calculator", help="what is learned")
-    p.add_argument("--turns", type=number(2, 600), default=8, help="keys of a maze")
+    p, state, count, positive = Parser(__doc__), None, number(1), number(1e-6, 1e9, float)
     p.add_argument("--schedule", choices=["window", "fifo", "greedy", "all"], default="window", nargs="?", const="all")
-    p.add_argument("--window", type=number(1), help="groups in the window; default: 0.3 of --slots")
-    p.add_argument("--slots", type=number(1), default=48, help="groups in flight")
-    p.add_argument("--groups", type=number(1), default=24, help="groups a step")
-    p.add_argument("--rollouts", type=number(2), default=4, help="episodes of a group")
-    p.add_argument("--minutes", type=number(1e-6, 1e6, float), help="end after so many, all included; default: 2.9")
-    p.add_argument("--steps", type=number(1), help="end after this many")
-    p.add_argument("--lr", type=number(0, 10, float), default=1e-3, help="rate of the matrices")
-    p.add_argument("--warm-steps", type=number(0), default=260, help="steps of imitation at the start")
-    p.add_argument("--sigma", type=number(0, 10, float), default=0.5, help="of the log-normal tail of completion times")
-    p.add_argument("--deadline", type=number(1e-6, 1e9, float), default=600.0, help="seconds until a group has failed")
-    p.add_argument("--no-merge", action="store_true", help="train on every turn alone")
-    p.add_argument("--replay", action="store_true", help="train with the experts and blocks recorded at rollout")
-    p.add_argument("--preset", choices=["micro", "small"], default="micro", help="the model")
-    p.add_argument("--attn", choices=["full", "msa"], default="full", help="the model's attention")
-    p.add_argument("--mtp", type=number(0, 8), default=0, help="MTP modules, kept aligned with the policy")
-    p.add_argument("--show-every", type=number(1), default=50, help="steps from one example episode to the next")
-    p.add_argument("--save-every", type=number(1), default=20, help="steps from one checkpoint to the next")
-    p.add_argument("--serve", type=number(0, 65535), help="port of the gateway, for agents of other processes; 0 = any")
-    p.add_argument("--token", help="their API key; default: a random one")
-    p.add_argument("--figure", help="file for the reward curve (needs matplotlib)")
-    p.add_argument("--seed", type=number(0), default=1337, help="of problems, weights and sampling")
-    p.add_argument("--out", default="out_rl", help="folder of the checkpoints")
-    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    p.add_argument("--device", help="cpu, cuda, cuda:N or mps; default: a GPU if there is one")
+    for flag, kind, default, text in (
+            ("task", ["calculator", "maze", "cap"], "calculator", "what is learned"),
+            ("turns", number(2, 600), 8, "keys of a maze"), ("rollouts", number(2), 4, "episodes of a group"),
+            ("groups", count, 24, "groups a step"), ("slots", count, 48, "groups in flight"),
+            ("window", count, None, "groups in the window; default: 0.3 of --slots"),
+            ("minutes", positive, None, "end after so many, all included; default: 2.9"),
+            ("steps", count, None, "end after this many"), ("lr", number(0, 10, float), 1e-3, "rate of the matrices"),
+            ("warm-steps", number(0), 260, "steps of imitation at the start"),
+            ("sigma", number(0, 10, float), 0.5, "of the log-normal tail of completion times"),
+            ("deadline", positive, 600.0, "seconds until a group has failed"),
+            ("show-every", count, 50, "steps between examples"), ("save-every", count, 20, "steps between saves"),
+            ("serve", number(0, 65535), None, "port of the gateway, for agents of other processes; 0 = any"),
+            ("token", str, None, "their API key; default: a random one"),
+            ("seed", number(0), 1337, "of problems, weights and sampling"),
+            ("figure", str, None, "file for the reward curve (needs matplotlib)"),
+            ("preset", ["micro", "small"], "micro", "the model"), ("attn", ["full", "msa"], "full", "its attention"),
+            ("mtp", number(0, 8), 0, "MTP modules, kept aligned"), ("resume", bool, False, "go on from --out"),
+            ("no-merge", bool, False, "train on every turn alone"), ("out", str, "out_rl", "folder of the run"),
+            ("replay", bool, False, "train with the experts and blocks recorded at rollout")):
+        how = dict(action="store_true") if kind is bool else {"choices" if isinstance(kind, list) else "type": kind}
+        p.add_argument(f"--{flag}", default=default, help=text, **how)
     args = p.parse_args(argv)
     if args.resume:
-        state = load_checkpoint(args.out)
-        if "queue" not in state:
-            raise ValueError(f"--out {args.out}: a checkpoint, but not one of rl.py")
+        early = os.path.exists(checkpoint_path(f"{args.out}/warm")) and not os.path.exists(checkpoint_path(args.out))
+        state = load_checkpoint(f"{args.out}/warm" if early else args.out)
+        if not early and "due" not in state.get("queue", {}):
+            raise ValueError(f"--out {args.out}: a checkpoint, but not one of this rl.py")
         p.set_defaults(**{**state["args"], **(dict(steps=None, minutes=None) if args.steps or args.minutes else {})})
         args = p.parse_args(argv)
         if args.schedule == "all":
@@ -747,19 +639,17 @@ def parse_args(argv):
         for flag in (*MADE_BY, "slots"):
             if getattr(args, flag) != state["args"][flag]:
                 raise ValueError(f"--{flag} {getattr(args, flag)}: the checkpoint was made with {state['args'][flag]}")
-    if args.figure:  # what is wrong with it shows now, not after minutes
-        os.stat(os.path.dirname(args.figure) or ".")
-        import matplotlib  # noqa: F401
+        state = None if early else state  # stopped in the imitation: its weights are read where they are needed
     if args.groups > args.slots:
         raise ValueError(f"--groups {args.groups}: at most --slots, {args.slots}")
-    if args.steps is None and args.minutes is None:
-        args.minutes = 2.9
+    args.minutes = args.minutes or (None if args.steps else 2.9)
+    if args.figure:
+        draw({}, args)  # what is wrong with it shows now, not after minutes
     return args, state
 
 def card(args, model, queue, device, why):
-    cfg = model.cfg
-    print("model   | {}: {:,} parameters, {:,} active; ".format(args.preset, *model.num_params())
-          + f"{args.attn} attention; {cfg.n_expert_per_tok} of {cfg.n_expert} experts, {cfg.n_mtp} MTP modules\n"
+    print(f"model   | {args.preset}: {'{:,} parameters, {:,} active'.format(*model.num_params())}; {args.attn} "
+          f"attention; {model.cfg.n_expert_per_tok} of {model.cfg.n_expert} experts, {args.mtp} MTP modules\n"
           f"device  | {device}, {str(model.dtype).removeprefix('torch.')}: {why}\n"
           f"task    | {args.task}: {args.groups} groups of {args.rollouts} episodes a step, {args.slots} in flight\n"
           f"queue   | {args.schedule}: window {queue.window}, deadline {args.deadline:g} s, tail sigma {args.sigma:g}\n"
@@ -770,142 +660,137 @@ def report(now, args, groups, stats, lags, decode):
     """Add one step to the run's record, and print it; now and then an episode, what the policy wrote in <>."""
     episodes = [t for group in groups for t in group]
     solved, reward = (sum(x) / len(episodes) for x in zip(*((t.success, sum(t.rewards)) for t in episodes)))
-    ema = solved if now["ema"] is None else 0.9 * now["ema"] + 0.1 * solved
+    ema, naive, slots = 0.9 * now["ema"] + 0.1 * solved if now["curve"] else solved, stats["naive"], stats["slots"]
     now.update(step=now["step"] + 1, ema=ema, curve=now["curve"] + [[solved, ema]], max_lag=max(now["max_lag"], *lags),
-               naive=now["naive"] + stats["naive"], slots=now["slots"] + stats["slots"],
-               reward=now["reward"] + reward * len(episodes))
+               naive=now["naive"] + naive, slots=now["slots"] + slots, reward=now["reward"] + reward * len(episodes))
     lag = now["step"] - 1 - stats["version"]
     ratios = " ".join(f"{v}:{stats['ratio'][lag == v].quantile(0.99):.2f}" for v in lag.unique().tolist())
     print(f"step {now['step']:04d} | reward {reward:+.3f} | solved {solved:.3f} ema {ema:.3f} | "
           f"norm {stats['norm']:.2f} | entropy {stats['entropy']:.2f} | lag {max(lags)}, ratio q99 {ratios} | "
-          f"merge {stats['naive'] / stats['slots']:.1f}x, {stats['naive'] - stats['slots']:,} tokens saved | "
-          f"{now['seconds']:.0f} s", flush=True)
+          f"merge {naive / slots:.1f}x, {naive - slots:,} tokens saved | {now['seconds']:.0f} s", flush=True)
     if now["step"] % args.show_every == 1 % args.show_every:
-        t = episodes[0]
-        ids = [[], *(s.ids.tolist() for s in t.samples)]
+        t, ids = episodes[0], [[], *(s.ids.tolist() for s in episodes[0].samples)]
         text = "".join(f"{decode(b[common_prefix(a, b):s.start])}<{decode(b[s.start:])}>"
-                       for a, b, s in zip(ids, ids[1:], t.samples))
-        text = text.encode("unicode_escape").decode()  # a young policy writes anything
+                       for a, b, s in zip(ids, ids[1:], t.samples)).encode("unicode_escape").decode()  # or garbles
         print(f"  {'solved' if t.success else 'failed'}: {text} rewards {' '.join(f'{r:+.2f}' for r in t.rewards)}")
 
-def run(args, state):
+def run(args, state, whole=None):
+    """A run; one of --schedule all where `whole` is given: the arguments of all, which share their imitation."""
     if args.schedule == "all":
         return compare(args)
-    started = time.perf_counter()
-    device, dtype, why = pick_device(args.device)
+    started, (device, dtype, why) = time.perf_counter(), pick_device(args.device)
     os.makedirs(args.out, exist_ok=True)  # now, not after minutes of training
-    gateway = Gateway()
     model = load_model(state, device, dtype)[0] if state else make_model(args, device, dtype)
     window = dict(fifo=1, greedy=math.inf).get(args.schedule, args.window or max(1, int(0.3 * args.slots)))
     queue = WindowedFIFO(args.slots, window, args.deadline)
+    source = (Local if args.serve is None else Served)(model, args, queue)
     card(args, model, queue, device, why)
-    if not state:
-        warm_start(model, gateway, args)
-    optimizers = configure_optimizers(model, args.lr)[0]
-    warm = time.perf_counter() - started
-    source = (Local if args.serve is None else Served)(model, gateway, args, queue)
-    now = restore(state, source, optimizers) if state else dict(
+    stop = on_signals()
+    ready = bool(state) or warm_start(source, whole or args, stop)
+    optimizers, warm = configure_optimizers(model, args.lr)[0], time.perf_counter() - started
+    now = restore(state, optimizers, source) if state else dict(
         step=0, seconds=warm, warm=warm, ema=None, curve=[], max_lag=0, naive=0, slots=0, reward=0.0)
-
     def progress():
         budget = 60 * (args.minutes or math.inf) - now["warm"]
         return max(now["step"] / (args.steps or math.inf), (now["seconds"] - now["warm"]) / max(budget, 1e-9))
-    stop = on_signals()
-    if not state:
-        save(args, source, optimizers, now, fresh=True)  # killed from here on, the run can go on
+    if ready and not state:
+        save(args.out, args, source, optimizers, now, fresh=True)  # killed from here on, the run can go on
+    if ready and args.serve is not None:
+        print(f"gateway | http://127.0.0.1:{source.server_port}/v1 key {source.token}", flush=True)
     while progress() < 1 and not stop:
         tick, rate = time.perf_counter(), args.lr * min(1.0, 2 * (1 - progress()))
-        source.start(queue.admit(source.clock.now, now["step"]), now["step"])
+        source.start(queue.admit(now["step"]), now["step"])
         source.wait(stop, 60 * (args.minutes or math.inf) - now["seconds"])
         if len(queue.batch) < args.groups:  # stopped, or out of time, while agents of other processes were at work
             break
         groups = [source.pool.pop(task) for task in queue.batch]
         trees = plan_rows(map(advantages, groups), model, not args.no_merge)
-        if not trees:  # served groups that all passed their deadline without a word: nothing to learn from
-            queue.publish(now["step"])
-            now["seconds"] += time.perf_counter() - tick
-            continue
-        stats = train_step(model, optimizers, trees, rate)
-        lags = queue.publish(now["step"] + 1)  # the step's weights are out: now, and not before, its slots are free
+        stats = train_step(model, optimizers, trees, rate) if trees else None  # None: no one said a word in time
+        lags = queue.publish(now["step"] + bool(trees))  # the step's weights are out: now, not before, slots are free
         now["seconds"] += time.perf_counter() - tick
-        report(now, args, groups, stats, lags, gateway.tokenizer.decode)
+        if stats:
+            report(now, args, groups, stats, lags, source.tokenizer.decode)
         if now["step"] % args.save_every == 0:
-            save(args, source, optimizers, now)
-    save(args, source, optimizers, now)
+            save(args.out, args, source, optimizers, now)
+    if ready:
+        save(args.out, args, source, optimizers, now)
     if stop:
-        print(f"stopped after step {now['step']}, saved in {args.out}; go on with --resume", flush=True)
+        print(f"stopped after step {now['step']}, saved in {args.out}; go on with --resume" if ready else
+              f"stopped in the imitation, saved in {(whole or args).out}/warm; the same command goes on", flush=True)
     if args.figure:
-        draw(now["curve"], args)
-    virtual = max(source.clock.now, 1e-9)
+        draw(dict(zip(("a batch of fresh problems", "EMA"), zip(*now["curve"]))), args)
+    virtual = max(queue.now, 1e-9)
     return dict(reward_start=now["curve"][0][0] if now["curve"] else None, reward_end=now["ema"], steps=now["step"],
                 merge_ratio=now["naive"] / max(now["slots"], 1), max_lag=now["max_lag"], seconds=now["seconds"],
-                virtual_seconds=virtual, idle=source.clock.idle / virtual, reward_per_virtual_s=now["reward"] / virtual)
+                virtual_seconds=virtual, idle=queue.idle / virtual, reward_per_virtual_s=now["reward"] / virtual)
 
-def save(args, source, optimizers, now, fresh=False):
+def save(folder, args, source, optimizers, now, fresh=False):
     """All there is between two steps: weights, momenta, who is in flight, what has finished, the clock."""
     kept = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "figure", "token")}
     pool = {task: list(map(dataclasses.asdict, group)) for task, group in source.pool.items()}
-    save_checkpoint(args.out, fresh, config=dataclasses.asdict(source.model.cfg), model=source.model.state_dict(),
-                    tokenizer=source.gateway.tokenizer.spec, args=kept, now=now, pool=pool, clock=vars(source.clock),
-                    queue=vars(source.queue), optimizers=[o.state_dict() for o in optimizers])
+    os.makedirs(folder, exist_ok=True)
+    save_checkpoint(folder, fresh, config=dataclasses.asdict(source.model.cfg), model=source.model.state_dict(),
+                    tokenizer=source.tokenizer.spec, args=kept, now=now, pool=pool, queue=vars(source.queue),
+                    optimizers=[o.state_dict() for o in optimizers])
 
-def restore(state, source, optimizers):
+def restore(state, optimizers, source=None):
     """Put a checkpoint back -> now. What other processes had begun starts again: not lost, not counted twice."""
     for optimizer, saved in zip(optimizers, state["optimizers"]):
         optimizer.load_state_dict(saved)
-    vars(source.queue).update(state["queue"], window=source.queue.window, deadline=source.queue.deadline)
-    vars(source.clock).update(state["clock"])
-    source.pool = {task: [Trajectory(**{**t, "samples": [Sample(**s) for s in t["samples"]]}) for t in group]
-                   for task, group in state["pool"].items()}
+    if source:
+        vars(source.queue).update(state["queue"], window=source.queue.window, deadline=source.queue.deadline)
+        source.pool = {task: [Trajectory(**{**t, "samples": [Sample(**s) for s in t["samples"]]}) for t in group]
+                       for task, group in state["pool"].items()}
     if isinstance(source, Served):
-        source.start(source.queue.waiting(), state["now"]["step"])
+        source.start([t for t, when in source.queue.due.items() if when > source.queue.now], state["now"]["step"])
     return state["now"]
 
-def draw(curve, args):
+def draw(lines, args):
     from matplotlib.figure import Figure
     axis = Figure(figsize=(7, 3.5), layout="constrained").subplots()
-    axis.plot(curve, label=["a batch of fresh problems", "EMA"])
+    for name, values in lines.items():
+        axis.plot(values, label=name)
     axis.set(ylim=(0, 1.02), xlabel="step", ylabel=f"{args.task}: share solved, sampled")
-    axis.legend(loc="lower right")
+    axis.figure.legend(handles=axis.lines, loc="outside right upper")
     axis.figure.savefig(args.figure)
-
-# ---- what the ideas buy --------------------------------------------------------------------------
 
 def simulate(window, steps, sigma, seed, slots=64, groups=8, train_s=6.0):
     """The queue without a model: tasks of 20 s, every fourth of 80 s, log-normal tails -> figures."""
-    queue, clock, hard, lags, mix = WindowedFIFO(slots, window), Clock(), {}, [], []
+    queue, hard, lags, mix = WindowedFIFO(slots, window), {}, [], []
     for step in range(steps):
-        for n in queue.admit(clock.now, step):
+        for n in queue.admit(step):
             rng = random.Random(f"{seed} {n}")
             hard[n] = rng.random() < 0.25
-            clock.running[n] = clock.now + (80 if hard[n] else 20) * math.exp(sigma * rng.gauss(0, 1))
-        clock.wait(queue, groups)
+            queue.finish(n, queue.now + (80 if hard[n] else 20) * math.exp(sigma * rng.gauss(0, 1)))
+        queue.wait(groups)
         mix.append(sum(hard[n] for n in queue.batch) / groups)
         lags += queue.publish(step + 1)
-        clock.now += train_s
-    return dict(rate=1000 * steps / clock.now, idle=clock.idle / clock.now, lag=sum(lags) / len(lags),
+        queue.now += train_s
+    return dict(rate=1000 * steps / queue.now, idle=queue.idle / queue.now, lag=sum(lags) / len(lags),
                 max_lag=max(lags), early=sum(mix[:10]) / 10, hard=sum(mix) / steps)
 
 def compare(args):
     """Strict FIFO, window and greedy: the queue alone, then short trainings, same seeds and imitation."""
     windows, rows, trained = dict(fifo=1, window=19, greedy=math.inf), {}, {}
     print("queue: 64 groups in flight, 8 a step of 6 s, window 19 = 0.3 N; the same tasks and tails in every row")
-    for sigma in sorted({args.sigma, 0.8, 1.3}):
-        for name, window in windows.items():
-            r = rows[f"{name} {sigma}"] = simulate(window, 1000, sigma, args.seed)
-            gain = r["rate"] / rows[f"fifo {sigma}"]["rate"] - 1
-            print(f"sigma {sigma:.1f} {name:6s} | {r['rate']:5.1f} steps/1000 s {gain:+5.0%} | idle {r['idle']:3.0%} | "
-                  f"lag mean {r['lag']:4.1f} max {r['max_lag']:3d} | hard tasks: first 10 batches {r['early']:.2f}, "
-                  f"all {r['hard']:.2f}", flush=True)
+    for sigma, name in ((sigma, name) for sigma in sorted({args.sigma, 0.8, 1.3}) for name in windows):
+        r = rows[f"{name} {sigma}"] = simulate(windows[name], 1000, sigma, args.seed)
+        gain = r["rate"] / rows[f"fifo {sigma}"]["rate"] - 1
+        print(f"sigma {sigma:.1f} {name:6s} | {r['rate']:5.1f} steps/1000 s {gain:+5.0%} | idle {r['idle']:3.0%} | "
+              f"lag mean {r['lag']:4.1f} max {r['max_lag']:3d} | hard tasks: first 10 batches {r['early']:.2f}, "
+              f"all {r['hard']:.2f}", flush=True)
     for name in windows:
-        changed = dict(schedule=name, steps=args.steps or 20, minutes=None, out=os.path.join(args.out, name))
-        trained[name] = run(type(args)(**vars(args) | changed), None)
+        changed = dict(schedule=name, steps=args.steps or 20, minutes=None, figure=None, out=f"{args.out}/{name}")
+        trained[name] = run(type(args)(**vars(args) | changed), None, args)
         if trained[name]["steps"] < changed["steps"]:  # stopped
             return dict(trained[name], trained=trained, queue=rows)
     for name, r in trained.items():
         print(f"trained {name:6s} | {r['steps']} steps in {r['virtual_seconds']:4.0f} virtual s | "
               f"idle {r['idle']:3.0%} | reward {r['reward_per_virtual_s']:.2f} a virtual s | "
               f"solved {r['reward_start']:.2f} -> {r['reward_end']:.2f} | lag {r['max_lag']}")
+    if args.figure:
+        curves = (load_checkpoint(f"{args.out}/{name}")["now"]["curve"] for name in windows)
+        draw({name: [ema for _, ema in curve] for name, curve in zip(windows, curves)}, args)
     return dict(trained["window"], trained=trained, queue=rows)
 
 def main(argv=None):

@@ -186,6 +186,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, doc):
         super().__init__(description=doc.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        self.add_argument("--device", help="cpu, cuda, cuda:N or mps; default: a GPU if there is one")
 
     def error(self, message):
         raise ValueError(message)
@@ -386,7 +387,6 @@ def parse_args(argv):
     p.add_argument("--top-k", type=int, default=40, help="0 = off")
     p.add_argument("--stop", action="append", default=[], help="a text that ends a sample (may be repeated)")
     p.add_argument("--seed", type=int, default=1337)
-    p.add_argument("--device", help="cpu, cuda, cuda:N or mps; default: a GPU if there is one")
     p.add_argument("--speculate", type=int, default=0, help="comes later: MTP drafts")
     p.add_argument("--chat", action="store_true", help="comes later")
     args = p.parse_args(argv)

@@ -184,7 +184,6 @@ def parse_args(argv):
     p.add_argument("--stop-after", type=int, help="save and leave after this step, as Ctrl-C would")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     p.add_argument("--seed", type=int, default=1337)
-    p.add_argument("--device", help="cpu, cuda, cuda:N or mps; default: a GPU if there is one")
     p.add_argument("--dry-run", action="store_true", help="print parameters and bytes, allocate nothing")
     args, state = p.parse_args(argv), None
     if args.resume and not args.dry_run:
@@ -461,11 +460,10 @@ def summary(model, args, now, final, device):
 
 def report(result):
     """One line of an evaluation."""
-    line = f"val_bpb {result['val_bpb']:.4f}"
     recall, mass, violation = (" ".join(f"{x:.2f}" for x in result[key])
                                for key in ("block_recall", "score_recall", "max_vio"))
-    line += f" | block recall {recall} (chance {result['block_chance'][0]:.2f}), of mass {mass}" if recall else ""
-    return line + (f" | maxvio {violation}" if violation else "")
+    recalled = f" | block recall {recall} (chance {result['block_chance'][0]:.2f}), of mass {mass}" if recall else ""
+    return f"val_bpb {result['val_bpb']:.4f}{recalled}" + (f" | maxvio {violation}" if violation else "")
 
 def on_signals():
     """-> a list that Ctrl-C and SIGTERM fill from now on."""
@@ -475,14 +473,16 @@ def on_signals():
     return stop
 
 def command(script, run):
-    """Call run() -> its result, printed as JSON. Bad input is one line and status 2, divergence 1, Ctrl-C 130."""
+    """Call run() -> result, printed as JSON. Bad input: one line, status 2; divergence 1, Ctrl-C 130, `| head` 141."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         result = run()
-        print(json.dumps(result))
+        print(json.dumps(result), flush=True)
         return result
+    except BrokenPipeError:
+        sys.exit(141)
     except (ValueError, OSError, ImportError) as error:
-        line, code = error, 2
+        line, code = f"{error}{'; pip install matplotlib' * isinstance(error, ImportError)}", 2
     except FloatingPointError as error:
         line, code = f"stopped: {error}; the last good checkpoint is kept", 1
     except KeyboardInterrupt:

@@ -164,7 +164,7 @@ class Gateway:
     tokenizer = Tokenizer(learn_bpe([], 257, "(?s:.)"))  # bytes
 
     def __init__(self, model=None, args=None, queue=None):
-        self.model, self.args, self.queue = model, args, queue
+        self.model, self.args, self.queue, self.now = model, args, queue, 0.0
         self.pool = {}                 # group -> its trajectories, until they have been trained on
 
     def context(self, episode, messages):
@@ -212,7 +212,7 @@ def rollout(model, gateway, episodes, version, generator=None, group=1, replay=F
             reply = gateway.record(episode, context, ids, logprobs, version, routes)
     lockstep(model, [play(*episode) for episode in episodes], group, generator, pack_routes if replay else None)
 
-# ---- scheduler: windowed FIFO, on a clock that others set ----------------------------------------
+# ---- scheduler: windowed FIFO; the time is an argument --------------------------------------------
 
 class WindowedFIFO:
     """`slots` groups are in flight. The trainer takes finished ones of [head, head + window - 1] alone, in any order;
@@ -225,13 +225,13 @@ class WindowedFIFO:
         self.slots, self.window, self.deadline = slots, window, deadline
         self.next, self.born = 0, {}   # group -> (time, version) of its admission, until its step is published
         self.due, self.batch = {}, []  # group -> when it is over, until consumed; consumed for the trainer's next step
-        self.now, self.idle = 0.0, 0.0  # the time, and for how much of it the trainer waited
+        self.idle = 0.0                # seconds that a trainer waited, on a virtual clock
 
-    def admit(self, version):
+    def admit(self, version, now=0.0):
         """Fill the free slots -> the new groups."""
         new = range(self.next, self.next + self.slots - len(self.born))
-        self.born.update((task, (self.now, version)) for task in new)
-        self.due.update((task, self.now + self.deadline) for task in new)
+        self.born.update((task, (now, version)) for task in new)
+        self.due.update((task, now + self.deadline) for task in new)
         self.next += len(new)
         return list(new)
 
@@ -239,11 +239,11 @@ class WindowedFIFO:
         if task in self.due:  # a group that was consumed at its deadline may still report later
             self.due[task] = min(self.due[task], when)
 
-    def take(self, n):
+    def take(self, n, now=0.0):
         """Add groups that are over, and in the window, to the batch, oldest first -> it, if it holds n, or None."""
         while len(self.batch) < n:
             head = min(self.born.keys() - self.batch, default=self.next)
-            ready = [t for t, when in self.due.items() if when <= self.now and t < head + self.window]
+            ready = [t for t, when in self.due.items() if when <= now and t < head + self.window]
             if not ready:
                 return None
             self.batch.append(min(ready))
@@ -255,11 +255,12 @@ class WindowedFIFO:
         batch, self.batch = self.batch, []
         return [version - 1 - self.born.pop(task)[1] for task in batch]
 
-    def wait(self, n):
-        """On a virtual clock: let time pass until the batch holds n groups."""
-        while not self.take(n):
-            then = min(when for when in self.due.values() if when > self.now)
-            self.idle, self.now = self.idle + then - self.now, then
+    def wait(self, n, now):
+        """On a virtual clock -> when the batch holds n groups."""
+        while not self.take(n, now):
+            then = min(when for when in self.due.values() if when > now)
+            self.idle, now = self.idle + then - now, then
+        return now
 
 # ---- train engine: prefix trees, CISPO -----------------------------------------------------------
 
@@ -443,11 +444,10 @@ class Local(Gateway):
             seconds = tail * max(t.seconds for t in self.pool[n])
             for t in self.pool[n] * (seconds > self.queue.deadline):  # by then it is given up
                 t.fail()
-            self.queue.finish(n, self.queue.now + seconds)
+            self.queue.finish(n, self.now + seconds)
 
     def wait(self, stop, seconds):
-        self.queue.wait(self.args.groups)
-        self.queue.now += TRAIN_S
+        self.now = self.queue.wait(self.args.groups, self.now) + TRAIN_S
 
 class Hearing(io.RawIOBase):
     """What a client sends, headers and body, within so many seconds in all: one that drips must not hold up others."""
@@ -524,7 +524,7 @@ class Served(Gateway, http.server.HTTPServer):
                 rewards = [float(r) for r in body["rewards"]]
                 if len(rewards) != len(episode.samples) or not all(abs(r) <= 1e3 for r in rewards):
                     raise ValueError(f"{len(episode.samples)} turns, a reward of at most 1000 each: {rewards}"[:200])
-                episode.finish(rewards, body["success"] is True, self.queue.now - self.queue.born[episode.task][0])
+                episode.finish(rewards, body["success"] is True, self.now - self.queue.born[episode.task][0])
                 self.close(key)
                 return 200, dict(turns=len(rewards))
             n, room = len(self.context(episode, body["messages"])), self.model.cfg.max_seq_len - MAX_NEW
@@ -546,11 +546,11 @@ class Served(Gateway, http.server.HTTPServer):
             self.queue.finish(task)
 
     def wait(self, stop, seconds):
-        queue, started, until = self.queue, time.monotonic() - self.queue.now, self.queue.now + seconds
-        while not queue.take(self.args.groups) and not stop and queue.now < until:
+        started, until = time.monotonic() - self.now, self.now + seconds
+        while not self.queue.take(self.args.groups, self.now) and not stop and self.now < until:
             self.handle_request()
-            queue.now = time.monotonic() - started
-            for name in [name for name, t in self.open.items() if queue.due[t.task] <= queue.now]:
+            self.now = time.monotonic() - started
+            for name in [name for name, t in self.open.items() if self.queue.due[t.task] <= self.now]:
                 self.open[name].fail()
                 self.close(name)
 
@@ -699,7 +699,7 @@ def run(args, state, whole=None):
         print(f"gateway | http://127.0.0.1:{source.server_port}/v1 key {source.token}", flush=True)
     while progress() < 1 and not stop:
         tick, rate = time.perf_counter(), args.lr * min(1.0, 2 * (1 - progress()))
-        source.start(queue.admit(now["step"]), now["step"])
+        source.start(queue.admit(now["step"], source.now), now["step"])
         source.wait(stop, 60 * (args.minutes or math.inf) - now["seconds"])
         if len(queue.batch) < args.groups:  # stopped, or out of time, while agents of other processes were at work
             break
@@ -719,7 +719,7 @@ def run(args, state, whole=None):
               f"stopped in the imitation, saved in {(whole or args).out}/warm; the same command goes on", flush=True)
     if args.figure:
         draw(dict(zip(("a batch of fresh problems", "EMA"), zip(*now["curve"]))), args)
-    virtual = max(queue.now, 1e-9)
+    virtual = max(source.now, 1e-9)
     return dict(reward_start=now["curve"][0][0] if now["curve"] else None, reward_end=now["ema"], steps=now["step"],
                 merge_ratio=now["naive"] / max(now["slots"], 1), max_lag=now["max_lag"], seconds=now["seconds"],
                 virtual_seconds=virtual, idle=queue.idle / virtual, reward_per_virtual_s=now["reward"] / virtual)
@@ -731,7 +731,7 @@ def save(folder, args, source, optimizers, now, fresh=False):
     os.makedirs(folder, exist_ok=True)
     save_checkpoint(folder, fresh, config=dataclasses.asdict(source.model.cfg), model=source.model.state_dict(),
                     tokenizer=source.tokenizer.spec, args=kept, now=now, pool=pool, queue=vars(source.queue),
-                    optimizers=[o.state_dict() for o in optimizers])
+                    clock=source.now, optimizers=[o.state_dict() for o in optimizers])
 
 def restore(state, optimizers, source=None):
     """Put a checkpoint back -> now. What other processes had begun starts again: not lost, not counted twice."""
@@ -739,10 +739,11 @@ def restore(state, optimizers, source=None):
         optimizer.load_state_dict(saved)
     if source:
         vars(source.queue).update(state["queue"], window=source.queue.window, deadline=source.queue.deadline)
-        source.pool = {task: [Trajectory(**{**t, "samples": [Sample(**s) for s in t["samples"]]}) for t in group]
-                       for task, group in state["pool"].items()}
+        source.now, source.pool = state["clock"], {
+            task: [Trajectory(**{**t, "samples": [Sample(**s) for s in t["samples"]]}) for t in group]
+            for task, group in state["pool"].items()}
     if isinstance(source, Served):
-        source.start([t for t, when in source.queue.due.items() if when > source.queue.now], state["now"]["step"])
+        source.start([t for t, when in source.queue.due.items() if when > source.now], state["now"]["step"])
     return state["now"]
 
 def draw(lines, args):
@@ -756,17 +757,16 @@ def draw(lines, args):
 
 def simulate(window, steps, sigma, seed, slots=64, groups=8, train_s=6.0):
     """The queue without a model: tasks of 20 s, every fourth of 80 s, log-normal tails -> figures."""
-    queue, hard, lags, mix = WindowedFIFO(slots, window), {}, [], []
+    queue, now, hard, lags, mix = WindowedFIFO(slots, window), 0.0, {}, [], []
     for step in range(steps):
-        for n in queue.admit(step):
+        for n in queue.admit(step, now):
             rng = random.Random(f"{seed} {n}")
             hard[n] = rng.random() < 0.25
-            queue.finish(n, queue.now + (80 if hard[n] else 20) * math.exp(sigma * rng.gauss(0, 1)))
-        queue.wait(groups)
+            queue.finish(n, now + (80 if hard[n] else 20) * math.exp(sigma * rng.gauss(0, 1)))
+        now = queue.wait(groups, now) + train_s
         mix.append(sum(hard[n] for n in queue.batch) / groups)
         lags += queue.publish(step + 1)
-        queue.now += train_s
-    return dict(rate=1000 * steps / queue.now, idle=queue.idle / queue.now, lag=sum(lags) / len(lags),
+    return dict(rate=1000 * steps / now, idle=queue.idle / now, lag=sum(lags) / len(lags),
                 max_lag=max(lags), early=sum(mix[:10]) / 10, hard=sum(mix) / steps)
 
 def compare(args):

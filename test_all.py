@@ -949,9 +949,8 @@ def test_what_windows_buy():
     assert greedy["rate"] > window["rate"] > 1.12 * fifo["rate"] and window["max_lag"] <= 81 // 8 < greedy["max_lag"]
     assert greedy["early"] < 0.8 * fifo["early"] and abs(window["early"] - fifo["early"]) < 0.05
     queue = rl.WindowedFIFO(2, 1, deadline=50)
-    assert queue.admit(0) == [0, 1] and queue.finish(1) is None and queue.take(2) is None
-    queue.now = 50
-    assert queue.take(2) == [0, 1]
+    assert queue.admit(0) == [0, 1] and queue.finish(1) is None and queue.take(2, 49) is None
+    assert queue.take(2, 50) == [0, 1]
 def test_cispo_by_hand():
     """d loss / d log pi = -min(pi / pi_old, 1 + eps) A / Z, and no token drops out; advantages are rewards to go."""
     logp, old = torch.tensor([-1.0, -0.1]).double().requires_grad_(), torch.tensor([-1.5, -0.5, -4.0]).double()

@@ -1004,7 +1004,7 @@ def test_rl_resume_loses_no_task(tmp_path):
     quiet(rl.main, rl_args(tmp_path / "b", "--resume"))
     a, b = (sample.load_checkpoint(str(tmp_path / x)) for x in "ab")
     assert all(map(torch.equal, a["model"].values(), b["model"].values())) and a["now"]["curve"] == b["now"]["curve"]
-    assert all(str(a[key]) == str(b[key]) for key in ("queue", "pool")) and len(a["queue"]["born"]) == 2
+    assert all(str(a[key]) == str(b[key]) for key in ("queue", "pool", "clock")) and len(a["queue"]["born"]) == 2
 def post(url, body, key="k", method="POST"):
     raw, headers = body if isinstance(body, bytes) else json.dumps(body).encode(), dict(Authorization=f"Bearer {key}")
     try: return 200, json.load(request.urlopen(request.Request(url, raw, headers, method=method), timeout=60))

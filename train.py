@@ -429,9 +429,9 @@ def run(args, state):
             rate, mfu = speed(args, now, last, device)
             part, last, load = min(1.0, progress()), dict(now), 0.0
             print(f"step {now['step']:05d} {part:4.0%} | loss {now['ema']:.3f} | mtp {mtp.item():.3f} | "
-                  f"{'' if math.isnan(kl) else f'kl {kl:.4f} | '}lr {args.lr * factor:.1e} | norm {aux['norm'].item():.2f} | maxvio {violation:.2f} | "
-                  f"{rate:,.0f} tok/s{f', mfu {mfu:.1%}' if mfu else ''} | "
-                  f"eta {now['seconds'] * (1 / part - 1) / 60:.1f}m", flush=True)
+                  f"{'' if math.isnan(kl) else f'kl {kl:.4f} | '}lr {args.lr * factor:.1e} | "
+                  f"norm {aux['norm'].item():.2f} | maxvio {violation:.2f} | {rate:,.0f} tok/s"
+                  f"{f', mfu {mfu:.1%}' if mfu else ''} | eta {now['seconds'] * (1 / part - 1) / 60:.1f}m", flush=True)
         if now["step"] % args.eval_every == 0 and progress() < 1 and not stop:
             checkpoint()
     checkpoint()

@@ -423,7 +423,8 @@ def card(args, why):
     print(f"run     | {time.strftime('%Y-%m-%d %H:%M')}, torch {torch.__version__}, triton "
           f"{getattr(msa.triton, '__version__', 'absent')}")
     print(f"device  | {args.name}{f', power limit and driver {power}' * args.gpu}, {str(args.dtype)[6:]}: {why}")
-    x, n = torch.ones(2 ** (31 if args.gpu else 28), dtype=torch.int8, device=args.device), 8192 if args.gpu else 2048
+    room, n = (torch.cuda.mem_get_info()[0], 8192) if args.gpu else (2 ** 30, 2048)
+    x = torch.ones(min(2 ** 31, room // 4), dtype=torch.int8, device=args.device)  # a small GPU has no room for more
     y, (a, b) = torch.empty_like(x), (torch.randn(n, n, device=args.device, dtype=args.dtype) for _ in "ab")
     copy, matmul = map(statistics.median, alternate([(lambda: y.copy_(x), id, True), (lambda: a @ b, id, True)],
                                                     args.gpu, 20 if args.gpu else 5))

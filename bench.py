@@ -481,20 +481,20 @@ def run(args):
     result = dict(device=args.name, rows=rows, rates=args.rates, ratios=ratios(rows), crossover=crossovers(rows))
     if args.figure:
         draw(args.figure, rows, args.name)
-    print(json.dumps(result))
+    print(json.dumps(result), flush=True)
     return result
 
 def main(argv=None):
     try:
         return run(parse_args(argv))
+    except (KeyboardInterrupt, BrokenPipeError) as error:  # Ctrl-C, | head
+        sys.exit(141 if isinstance(error, OSError) else print("bench.py: interrupted", file=sys.stderr) or 130)
     except (ValueError, OSError, ImportError) as error:
         print(f"bench.py: {error}" + "; pip install matplotlib" * isinstance(error, ImportError), file=sys.stderr)
         sys.exit(2)
     except (ArithmeticError, torch.OutOfMemoryError, MemoryError) as error:
         why = "wrong result, no time is valid" if isinstance(error, ArithmeticError) else "out of memory"
         sys.exit(f"bench.py: {why}: {str(error).splitlines()[0]}")
-    except KeyboardInterrupt:
-        sys.exit(print("bench.py: interrupted", file=sys.stderr) or 130)
 
 if __name__ == "__main__":
     main()

@@ -482,18 +482,17 @@ def run(args):
     print(f"\n{n} tokens, {n / seconds:.0f} tokens/s; {prefill_s:.3f} s to the first")
     texts = [args.prompt + stream.text for stream in streams]
     result = dict(text=texts[0], tokens=n, tokens_per_s=n / seconds, prefill_s=prefill_s, accepted=None, texts=texts)
-    print(json.dumps(result))
+    print(json.dumps(result), flush=True)
     return result
 
 def main(argv=None):
     try:
         return run(parse_args(argv))
+    except (KeyboardInterrupt, BrokenPipeError) as error:  # Ctrl-C, | head
+        sys.exit(141 if isinstance(error, OSError) else print("\nsample.py: interrupted", file=sys.stderr) or 130)
     except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nsample.py: interrupted", file=sys.stderr)
-        sys.exit(130)
 
 if __name__ == "__main__":
     main()

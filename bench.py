@@ -488,7 +488,7 @@ def main(argv=None):
     try:
         return run(parse_args(argv))
     except (KeyboardInterrupt, BrokenPipeError) as error:  # Ctrl-C, | head
-        sys.exit(141 if isinstance(error, OSError) else print("bench.py: interrupted", file=sys.stderr) or 130)
+        os._exit(141) if error.args else sys.exit(print("bench.py: interrupted", file=sys.stderr) or 130)
     except (ValueError, OSError, ImportError) as error:
         print(f"bench.py: {error}" + "; pip install matplotlib" * isinstance(error, ImportError), file=sys.stderr)
         sys.exit(2)

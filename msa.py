@@ -78,6 +78,7 @@ def _check(q, end, start, **others):
     if end is not None and (end.dim() != 2 or end.size(0) != q.size(0) or end.size(1) > keys
                             or (start is None and end.size(1) != keys)):
         raise ValueError(f"shape of end is {tuple(end.shape)}, expected {(q.size(0), keys)}, one end for each key")
+    _expect(f"number of queries, {q.size(1)}, beyond that of keys, {keys},", max(0, q.size(1) - keys), 0)
     if start is not None:
         _expect("shape of start (a cache's length)", tuple(start.shape), (q.size(0),))
 
@@ -102,7 +103,7 @@ def _pick(impl, x, *sizes, grad=()):
     if why and impl == "triton":
         raise ValueError(f"impl='triton' does not fit: {why}")
     if why:
-        warnings.warn(f"sparse attention runs in torch: {why}", stacklevel=3)
+        warnings.warn(f"sparse attention runs in torch: {why}")  # one place: said once
     return why is None
 
 def _lanes(end=None, **lanes):
@@ -134,8 +135,7 @@ def full_attention(q, k, v, end=None, start=None, impl="auto"):
     _check(q, end, start, k=(k, (q.size(0), Tk, k.size(2), q.size(3))), v=(v, k.shape))
     decode = start is not None and T <= 4  # all that our kernel does: a prefill is SDPA's
     if _pick("torch" if impl == "auto" and not decode else impl, q, q.size(3), grad=(q, k, v)):
-        if not decode:
-            raise ValueError(f"impl='triton' does not fit: T is {T}, start is {start}, expected T <= 4 with a start")
+        _expect(f"impl='triton': decode (T {T} <= 4, start {start})", decode, True)
         return _dense_triton(q.contiguous(), k, v, end, start.contiguous())
     if end is not None and start is None and q.is_cuda and q.dtype.itemsize == 2 and torch.is_grad_enabled():
         return _flex(q, k, v, end)
@@ -352,6 +352,8 @@ def index_kl_loss(qi, ki, q, k, block_idx=None, L=1, end=None, weight=None, stri
     Teacher: mean over the group's heads of the main softmax, detached. Support: the chosen blocks, or the whole visible
     prefix where block_idx is None. qi (B, T, Hkv, D), ki (B, T, D), q (B, T, H, D), k (B, T, Hkv, D). Gradient: qi, ki
     alone. stride > 1 takes the mean over every stride-th query."""
+    _check(qi, end, None, ki=(ki, (*qi.shape[:2], qi.size(3))))
+    _check(q, end, None, k=(k, (*qi.shape[:3], q.size(3))))
     return _IndexKL.apply(qi, ki, q.detach(), k.detach(), block_idx, L, end, weight, stride)
 
 def msa_train(q, k, v, qi, ki, block_idx, L, end=None, weight=None, stride=1, impl="auto"):
@@ -796,8 +798,7 @@ def _dot_kernel(a, b, out, n, D: tl.constexpr, ROWS: tl.constexpr):
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at, held = r[:, None] * D + tl.arange(0, D), (r < n)[:, None]
     x, y = tl.load(a + at, mask=held, other=0.0), tl.load(b + at, mask=held, other=0.0)
-    kind: tl.constexpr = out.dtype.element_ty
-    tl.store(out + r, tl.sum(x.to(kind) * y.to(kind), 1), mask=r < n)
+    tl.store(out + r, tl.sum(x.to(out.dtype.element_ty) * y, 1), mask=r < n)
 
 # One program = one or more (query, KV head) rows: the parts of a gradient of a query, summed over the slots.
 @jit
@@ -807,8 +808,7 @@ def _slot_sum_kernel(part, block_idx, out, n, G: tl.constexpr, D: tl.constexpr, 
     acc = tl.zeros([ROWS, D], tl.float32)
     for slot in tl.range(0, S, num_stages=3):
         chosen = (row < n) & (tl.load(block_idx + row * S + slot, mask=row < n, other=-1) >= 0)
-        x = tl.load(part + ((row * S + slot) * G + g)[:, None] * D + d, mask=chosen[:, None], other=0.0)
-        acc += x  # in fp32, or in fp64 if x is
+        acc += tl.load(part + ((row * S + slot) * G + g)[:, None] * D + d, mask=chosen[:, None], other=0.0)
     tl.store(out + (row * G + g)[:, None] * D + d, acc.to(out.dtype.element_ty), mask=(row < n)[:, None])
 
 class _Train(torch.autograd.Function):
@@ -830,11 +830,12 @@ class _Train(torch.autograd.Function):
         index = [(grad_kl * x).to(x.dtype) for x in ctx.index]
         return *_attend_backward(*ctx.saved_tensors, grad.contiguous(), ctx.L, ctx.end), *index, *[None] * 5
 
-def _chunks(q, block_idx, N, run=1024, most=2 ** 19):
+def _chunks(q, block_idx, N, width=0, run=1024, most=2 ** 19):
     """Sort the queries of each chunk by all their blocks, own one included, at most `most` query heads a launch.
-    -> launches, queries and sequences of the largest, edges, tasks, ends. Offsets within a launch are int32."""
+    -> launches, queries and sequences of the largest, edges, tasks, ends. Offsets in a launch are int32: a query has S
+    parts of H * D elements, or `width`."""
     (B, T, H, D), S = q.shape, block_idx.size(3)
-    size, launches = _launches(B, T, max(1, min(most, (2 ** 31 - 1) // (S * D)) // H))
+    size, launches = _launches(B, T, max(1, min(most // H, (2 ** 31 - 1) // (S * max(H * D, width)))))
     return launches, launches[0][3].stop, launches[0][2], *_plan(block_idx, N, size, run)
 
 def _kl_triton(q, qi, stat, block_idx, k, ki, L, end, share, stride):
@@ -845,7 +846,7 @@ def _kl_triton(q, qi, stat, block_idx, k, ki, L, end, share, stride):
     if not t:
         return kl, dqi, dki.sum(2).to(ki.dtype)
     block_idx = torch.where(share[..., None, None] > 0, block_idx, -1)  # a pad learns nothing: no task
-    launches, queries, sequences, edges, tasks, ends = _chunks(q, block_idx, -(-T // L))
+    launches, queries, sequences, edges, tasks, ends = _chunks(q, block_idx, -(-T // L), Hkv * Di)
     P, G, rows = tasks.size(1), H // Hkv, max(64, triton.next_power_of_2(H // Hkv))
     dims, cols = (Hkv, G, D, Di, L, S, rows), max(16, triton.next_power_of_2(rows // G))
     part = torch.empty(queries * Hkv * S, Di, dtype=q.dtype, device=dev)
@@ -912,8 +913,7 @@ def _run_start(run, n, runs):
 
 @jit
 def _digits(x):
-    """Queries x [D, COLS] in steps of unit / 32512, units powers of two, at least a column's largest element -> two
-    int8 digits, base 256; |x| in steps, rounded up; units."""
+    """Queries x [D, COLS] in steps of unit / 32512 as two int8 digits; |x| in steps, rounded up; unit (powers of 2)."""
     unit = tl.exp2(tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(x.to(tl.float32)), 0), 2.0 ** -126))))
     x = x.to(tl.float32) / unit[None] * 32512
     n = tl.floor(x + 0.5).to(tl.int32)
@@ -943,9 +943,9 @@ def _scan_kernel(qi, ki, scale, slack, end, length, scores, done, T, cap, HKV: t
     run, b, N, runs = tl.program_id(0), tl.program_id(1), tl.cdiv(cap, L), tl.num_programs(0)
     c, g = tl.arange(0, COLS), tl.arange(0, RUN)
     if PDL:
-        n = (tl.load(length + b, volatile=True) + T - 1) // L  # may still be written: read again after the wait
+        n = tl.minimum((tl.load(length + b, volatile=True) + T - 1) // L, N)  # may change: read again after the wait
         lo, hi = _run_start(run, n, runs), _run_start(run + 1, n, runs)
-        if (lo < hi) & (b == 0):  # the programs of later sequences find the memory busy
+        if (lo < hi) & (b == 0) & (ki.to(tl.int64) % 16 == 0):  # later sequences' programs find the memory busy
             _prefetch(ki + lo.to(tl.int64) * L * D, (hi - lo) * L * D)
         tl.extra.cuda.gdc_wait()
     n = (tl.load(length + b) + T - 1) // L

@@ -531,7 +531,7 @@ class Served(Gateway, http.server.HTTPServer):
             if not 1 <= n <= room or body.get("stream") or body.get("n", 1) != 1:
                 raise ValueError(f"{n} tokens of context, 1 to {room} are served; no stream, and n is 1")
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-            return 400, f"a JSON object, rewards numbers, messages [{{role, content}}]: {error!r}"
+            return 400, f"a JSON object, rewards numbers, messages [{{role, content}}]: {repr(error)[:200]}"
         agent = (messages for messages in [body["messages"]])  # it asks once
         rollout(self.model, self, [(episode, agent)], self.version, replay=self.args.replay)
         ids = episode.samples[-1].ids[n:].tolist()

@@ -489,7 +489,7 @@ def main(argv=None):
     try:
         return run(parse_args(argv))
     except (KeyboardInterrupt, BrokenPipeError) as error:  # Ctrl-C, | head
-        sys.exit(141 if isinstance(error, OSError) else print("\nsample.py: interrupted", file=sys.stderr) or 130)
+        os._exit(141) if error.args else sys.exit(print("\nsample.py: interrupted", file=sys.stderr) or 130)
     except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)

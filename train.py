@@ -120,15 +120,15 @@ class Muon(torch.optim.Optimizer):
 
 def configure_optimizers(model, lr):
     """Muon for matrices, AdamW for embedding, head, gates and norms -> both, the index branch's parameters, the others'
-    (each side is clipped on its own). A group's rate is `scale` times the schedule's."""
-    kinds = {kind: [] for kind in ("matrix", "stacked", "embed", "head", "vector")}
+    (each side has its groups and is clipped on its own). A group's rate is `scale` times the schedule's."""
+    kinds = {kind: [] for kind in ("matrix", "stacked", "embed", "head", "vector", "index matrix", "index vector")}
     for name, p in model.named_parameters():
         kind = "embed" if name.startswith("embed") else "head" if name.startswith("lm_head") else \
                "vector" if p.dim() == 1 or "router" in name else "stacked" if "w13" in name else "matrix"
-        kinds[kind].append(p)
-    muon = Muon([dict(params=kinds["matrix"]), dict(params=kinds["stacked"], stack=2)], lr)
-    adam = torch.optim.AdamW([dict(params=kinds["embed"], scale=12.0), dict(params=kinds["head"] + kinds["vector"])],
-                             lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
+        kinds["index " * (".indexer." in name) + kind].append(p)
+    muon = Muon([dict(params=kinds[x], stack=1 + (x == "stacked")) for x in ("matrix", "stacked", "index matrix")], lr)
+    adam = torch.optim.AdamW([dict(params=kinds["embed"], scale=12.0), dict(params=kinds["head"] + kinds["vector"]),
+                              dict(params=kinds["index vector"])], lr, (0.9, 0.95), 1e-10, 0.0, fused=True)
     index = [p for name, p in model.named_parameters() if ".indexer." in name]
     return [muon, adam], index, [p for name, p in model.named_parameters() if ".indexer." not in name]
 
@@ -421,17 +421,17 @@ def run(args, state):
         now["seconds"] += time.perf_counter() - tick
         now["flops"] += model.flops_per_token(args.seq_len // cut) * args.batch_size * args.seq_len
         mtp = aux["mtp_loss"] if cfg.mtp_active and cfg.n_mtp else mtp
-        if args.stop_after and now["step"] >= args.stop_after:
-            stop.append(1)
+        stop += [1] * (now["step"] >= (args.stop_after or math.inf))
         if shows:
             kl = aux["index_kl"].mean().item() if len(aux["index_kl"]) else kl
             violation = max_violation(load).max().item() if "moe" in cfg.mlp_types else math.nan
             rate, mfu = speed(args, now, last, device)
             part, last, load = min(1.0, progress()), dict(now), 0.0
-            print(f"step {now['step']:05d} {part:4.0%} | loss {now['ema']:.3f} | mtp {mtp.item():.3f} | "
-                  f"{'' if math.isnan(kl) else f'kl {kl:.4f} | '}lr {args.lr * factor:.1e} | "
-                  f"norm {aux['norm'].item():.2f} | maxvio {violation:.2f} | {rate:,.0f} tok/s"
-                  f"{f', mfu {mfu:.1%}' if mfu else ''} | eta {now['seconds'] * (1 / part - 1) / 60:.1f}m", flush=True)
+            losses = ("loss", now["ema"], 3), ("mtp", mtp.item(), 3), ("kl", kl, 4)  # nan: none yet
+            print(f"step {now['step']:05d} {part:4.0%} | {''.join(f'{k} {x:.{n}f} | ' for k, x, n in losses if x == x)}"
+                  f"lr {args.lr * factor:.1e} | norm {aux['norm'].item():.2f} | maxvio {violation:.2f} | "
+                  f"{rate:,.0f} tok/s{f', mfu {mfu:.1%}' if mfu else ''} | "
+                  f"eta {now['seconds'] * (1 / part - 1) / 60:.1f}m", flush=True)
         if now["step"] % args.eval_every == 0 and progress() < 1 and not stop:
             checkpoint()
     checkpoint()
@@ -480,7 +480,7 @@ def command(script, run):
         print(json.dumps(result), flush=True)
         return result
     except BrokenPipeError:
-        sys.exit(141)
+        os._exit(141)  # what is buffered has no reader: Python's own end would complain
     except (ValueError, OSError, ImportError) as error:
         line, code = f"{error}{'; pip install matplotlib' * isinstance(error, ImportError)}", 2
     except FloatingPointError as error:

@@ -582,10 +582,11 @@ def warm_start(source, args, stop):
         step = restore(state, optimizers).get("step", args.warm_steps)  # absent: a whole one, of an earlier version
         print(f"warm    | {step} steps read from {folder}", flush=True)
     while step < args.warm_steps and not stop:
+        step % 20 or save(folder, args, source, optimizers, dict(step=step))  # killed at any time, it goes on
         rng, rate = random.Random(f"{args.seed} warm {step}"), min(1, (step + 1) / 20, 1.1 - step / args.warm_steps)
         demos = [demonstrate(source, make_task(args, step * 64 + i, 1), rng, NOISE) for i in range(64)]
-        trees = [PrefixTree(d.samples, model.cfg) for d in demos]
-        stats, step = train_step(model, optimizers, trees, WARM_LR * rate), step + 1
+        stats = train_step(model, optimizers, [PrefixTree(d.samples, model.cfg) for d in demos], WARM_LR * rate)
+        step += 1
         if step % 20 == 0 or step == args.warm_steps:
             print(f"warm {step:04d} | loss {stats['loss']:.3f} | norm {stats['norm']:.2f} | "
                   f"{time.perf_counter() - started:.0f} s", flush=True)
@@ -679,7 +680,6 @@ def run(args, state, whole=None):
     if args.schedule == "all":
         return compare(args)
     started, (device, dtype, why) = time.perf_counter(), pick_device(args.device)
-    os.makedirs(args.out, exist_ok=True)  # now, not after minutes of training
     model = load_model(state, device, dtype)[0] if state else make_model(args, device, dtype)
     window = dict(fifo=1, greedy=math.inf).get(args.schedule, args.window or max(1, int(0.3 * args.slots)))
     queue = WindowedFIFO(args.slots, window, args.deadline)

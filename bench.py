@@ -156,11 +156,11 @@ def check_rows(name, out, block_idx, q, k, v, qi, ki, first, most=256):
                 check_choice(name, qi[b, n], keys, blocks, first + n)
             near(f"{name}, query {first + n}", out[b, n], brute_force(q[b, n], k[b], v[b], first + n, blocks))
 
-def gate(args, shape):
-    """Every benched path on short contexts, into memory full of nan; MSA is dense where S blocks are all there are."""
+def gate(args, shape, whats):
+    """Paths to be timed, on short contexts, into memory full of nan; MSA is dense where S blocks are all there are."""
     (H, Hkv), g = SHAPES[shape], torch.Generator(args.device).manual_seed(0)
     new = lambda *size: torch.randn(*size, generator=g, device=args.device, dtype=args.dtype)
-    for what, T in product(("prefill", "decode"), (1, 100, S * L - 81, 2 * S * L + 17, *[20_000] * args.gpu)):
+    for what, T in product(whats, (1, 100, S * L - 81, 2 * S * L + 17, *[20_000] * args.gpu)):
         B, t = (2, 1) if what == "decode" else (1, T if args.gpu else min(T, 32))
         keys = T if what == "prefill" and args.gpu else capacity(T)
         (q, qi), (k, v) = (new(B, t, n, D) for n in (H, Hkv)), (new(B, keys, Hkv, D) for _ in "kv")
@@ -207,9 +207,9 @@ def n_sets(args, shape, T, B):
     stages = work(shape, T, 1, B, args.size, 1 if args.gpu else args.size)["msa"]                   # 1: int8 index keys
     return min(64, math.ceil(3 * cache / sum(moved for _, moved in stages)))  # more only below 4K
 
-def lengths_that_fit(args, what, shape, B):
-    """8K, 16K, ... below --ctx, then --ctx; 16K, 64K, ... on a CPU. Without those that do not fit the memory."""
-    if args.what not in (what, "all"):
+def lengths_that_fit(args, shape, what, B):
+    """8K, 16K, ... and --ctx; 16K, 64K, ... on a CPU; a batch of 8: the longest, decode alone. No more than fits."""
+    if args.what not in (what, "all") or (what, B) == ("prefill", 8):
         return []
     (H, Hkv), wide = SHAPES[shape], what == "prefill" and args.gpu
     # q, an output, two index branches, the plan; the partial outputs of one chunk
@@ -224,7 +224,7 @@ def lengths_that_fit(args, what, shape, B):
     if args.ctx not in fit:
         print(f"memory  | {what} {shape}, batch {B}: {args.ctx:,} tokens need {need[args.ctx] / 1e9:.1f} GB of "
               f"{free / 1e9:.1f}; the longest length that fits is {max(fit, default=0):,}", flush=True)
-    return fit
+    return fit[0 if B == 1 else -1:]
 
 def make_row(args, what, shape, T, t, B, selection, index, dense, sparse):
     """A row from both sides' times, printed at once."""
@@ -336,12 +336,10 @@ def decode_rows(args, shape, B, lengths, cache, g):
                 kernel_rows(args, rows[-1], call, n * rounds)
     return rows
 
-def shape_rows(args, shape):
-    """All rows of one shape. Its buffers are freed on return."""
+def shape_rows(args, shape, lengths):
+    """All rows of one shape, batch -> lengths of its prefill and decode rows. Its buffers are freed on return."""
     g, rows = torch.Generator(args.device).manual_seed(1337), []
-    for B in (1, 8) if args.gpu else (1,):
-        prefill = lengths_that_fit(args, "prefill", shape, B) if B == 1 else []
-        decode = lengths_that_fit(args, "decode", shape, B)[0 if B == 1 else -1:]
+    for B, (prefill, decode) in lengths.items():
         tokens = max([L] + [capacity(T) for T in prefill]
                      + [capacity(T) * B * n_sets(args, shape, T, B) for T in decode])
         cache = None  # frees the last one first
@@ -366,10 +364,9 @@ def ratios(rows):
 def crossovers(rows):
     """Smallest measured length from which on MSA wins, at batch 1 and random selection."""
     out = {}
-    for row in rows:  # a kind's rows come in rising order
-        if (row["batch"], row["selection"]) == (1, "random"):
-            name = f"{row['what']} {row['shape']} {row['index']}"
-            out[name] = (out.get(name) or row["ctx"]) if row["dense_ms"] > row["msa_ms"] else None
+    for row in (row for row in rows if (row["batch"], row["selection"]) == (1, "random")):  # a kind's in rising order
+        name = f"{row['what']} {row['shape']} {row['index']}"
+        out[name] = (out.get(name) or row["ctx"]) if row["dense_ms"] > row["msa_ms"] else None
     for name, T in out.items():
         print(f"crossover | {name}: MSA won " + (f"from {T:,} tokens on" if T else "at no measured length"))
     return out
@@ -471,13 +468,16 @@ def run(args):
     if args.what == "tree":
         print(json.dumps(result := dict(device=args.name, rows=tree_rows(args))))
         return result
-    for shape in args.shapes:
-        gate(args, shape)
+    kinds = "prefill", "decode"
+    plans = {shape: {B: [lengths_that_fit(args, shape, what, B) for what in kinds] for B in (1, 8)[:1 + args.gpu]}
+             for shape in args.shapes}
+    for shape, lengths in plans.items():
+        gate(args, shape, [what for what, some in zip(kinds, lengths[1]) if some])
     print(f"gate    | passed by {', '.join(args.shapes)}: choice against torch, output against brute force in fp32, "
           f"relative RMS at most {TOLERANCE[args.dtype]:.0e}\n"
           + "prefill | of the last 32 queries, against the whole context\n" * (args.what != "decode" and not args.gpu)
           + f"\n{HEAD}", flush=True)
-    rows = [row for shape in args.shapes for row in shape_rows(args, shape)]
+    rows = [row for shape in plans for row in shape_rows(args, shape, plans[shape])]
     result = dict(device=args.name, rows=rows, rates=args.rates, ratios=ratios(rows), crossover=crossovers(rows))
     if args.figure:
         draw(args.figure, rows, args.name)

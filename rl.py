@@ -13,19 +13,10 @@
     loss     CISPO: -1/Z sum sg(min(pi / pi_old, 1 + eps)) A log pi;  A = reward to go - mean return of the others
 
 Differs from M2: clip, rewards' weights and baseline, not published, are ours, and marked. A stuck task fails at a
-deadline; the report's window would wait for ever. Several versions in one episode occur only with --serve.
+deadline; the report's window would wait for ever.
 """
-import dataclasses
-import hmac
-import http.server
-import io
-import json
-import math
-import os
-import random
-import re
-import sys
-import time
+import dataclasses, io, json, math, os, random, re, sys, time
+import hmac, http.server, select, socket  # for --serve
 
 import numpy as np
 import torch
@@ -55,24 +46,25 @@ class Task:
     cap = math.inf                     # characters of context; an episode that needs more fails
 
     def agent(self):
-        """One episode: yields messages, is sent the completion's text -> a reward for each, success, virtual seconds.
-        Success pays 1, and for speed h(x) = clip(1 - x, -1, 1) of time over a baseline. An answer that no tool gave is
-        malformed, as a wrong call is: guessing must not look safe. Under a cap D] drops all but prompt and last
-        observation: what to forget is an action, and the next context is rewritten, not extended."""
+        """One episode: yields messages, is sent a completion's text, None if the context is too long -> a reward for
+        each, success, virtual seconds. Success pays 1, and for speed h(x) = clip(1 - x, -1, 1) of time over a baseline.
+        An answer other than the tool's last fails, be it right, and is malformed, as a wrong call is: guessing must not
+        look safe. Under a cap D] drops all but prompt and last observation: what to forget is an action."""
         prompt, baseline = dict(role="user", content=self.prompt), 2 * self.difficulty * (CALL_S + 8 * CHAR_S)
-        messages, rewards, seconds, capped = [prompt], [], 0.0, self.cap < math.inf
-        while len(rewards) < self.difficulty * (1 + capped) + 3 and size(messages) <= self.cap:
-            text, last = (yield messages), messages[-1]["content"][1:-1]
+        messages, rewards, seconds, given, capped = [prompt], [], 0.0, None, self.cap < math.inf
+        limit = self.difficulty * (1 + capped) + 3
+        while len(rewards) < limit and size(messages) <= self.cap and (text := (yield messages)) is not None:
             seconds += CALL_S + CHAR_S * len(text)
             if text.startswith("A"):
-                success, known = text == f"A{self.answer}.", text == f"A{last}."
+                known = given is not None and text == f"A{given}."
+                success = known and given == str(self.answer)
                 outcome = 1.0 + SPEED * max(-1.0, min(1.0, 1 - seconds / baseline)) if success else 0.0
                 return [*rewards, outcome + (0.0 if known else PROCESS)], success, seconds
             if text == "D]" and capped:
                 messages, observation = [prompt, *messages[1:][-1:]], ""
             else:
                 observation = self.tool(text)
-                reply = f"={observation or '?;'}"
+                given, reply = observation[:-1] if observation else given, f"={observation or '?;'}"
                 messages = [*messages, dict(role="assistant", content=text), dict(role="tool", content=reply)]
             rewards.append(PROCESS if observation is None else 0.0)
         return rewards or [0.0], False, seconds
@@ -121,9 +113,7 @@ class Maze(Task):
         key = messages[-1]["content"][1:3]
         if size(messages) + 10 > self.cap and len(messages) > 2:
             return "D]"
-        if key not in self.next:
-            return f"A{key}."
-        return f"t{len(messages) // 2 % 10}[{key}]"
+        return f"t{len(messages) // 2 % 10}[{key}]" if key in self.next else f"A{key}."
 
 def make_task(args, number, split=0):
     """Task `number` of a split: a pure function of the seed, so that every group of a run is a fresh problem."""
@@ -138,7 +128,7 @@ class Sample:
     ids: torch.Tensor                  # (n,)
     start: int
     logprobs: torch.Tensor             # (n - start,) at temperature 1 when it was sampled; NaN: a demonstration
-    versions: torch.Tensor             # (n - start,) of the policy
+    versions: torch.Tensor             # (n - start,) of the policy; several in one episode only with --serve
     routes: torch.Tensor = None        # (n, r) experts and blocks (see pack_routes); the last, never fed, as before it
     advantage: float = 1.0
 
@@ -156,7 +146,9 @@ class Trajectory:
         self.rewards, self.success, self.seconds, self.said = rewards, success, seconds, {}
 
     def fail(self):
-        self.finish([0.0] * (len(self.samples) - 1) + [FAILURE], False, self.seconds)
+        """Past the deadline: what was earned is lost, what malformed calls cost is not."""
+        rewards = [min(0.0, r) for r in self.rewards] or [0.0] * max(1, len(self.samples))
+        self.finish([*rewards[:-1], rewards[-1] + FAILURE], False, self.seconds)
 
 class Gateway:
     """The only place where text and tokens meet. The chat template is concatenation. A completion that comes back in a
@@ -172,9 +164,7 @@ class Gateway:
         said, out = {text: list(known) for text, known in episode.said.items()}, []
         for m in reversed(messages):
             known = said.get(m["content"]) if m["role"] == "assistant" else None
-            out.append(known[-1] if known else self.tokenizer.encode(m["content"]))
-            if known and len(known) > 1:
-                known.pop()
+            out.append(known.pop() if known else self.tokenizer.encode(m["content"]))
         return [i for ids in reversed(out) for i in ids]
 
     def record(self, episode, context, ids, logprobs, version, routes=None):
@@ -201,7 +191,8 @@ def rollout(model, gateway, episodes, version, generator=None, group=1, replay=F
             except StopIteration as stop:
                 return stop.value and episode.finish(*stop.value)  # one of another process reports by itself, later
             if not 1 <= len(context) <= model.cfg.max_seq_len - MAX_NEW:
-                return episode.fail()
+                reply = None
+                continue
             kept = min(common_prefix(path, context), len(context) - 1)  # one is fed, for its logits
             ids, logprobs, feed = [], [], context[kept:]
             while len(ids) < MAX_NEW and not (ids and ids[-1] in STOP):
@@ -217,9 +208,9 @@ def rollout(model, gateway, episodes, version, generator=None, group=1, replay=F
 class WindowedFIFO:
     """`slots` groups are in flight. The trainer takes finished ones of [head, head + window - 1] alone, in any order;
     head, the oldest not consumed, moves when it is. A slot is free for the next group once the step that consumed its
-    own has published its weights. window 1 is strict FIFO; greedy is window = inf, not window = slots: refilled slots
-    reach beyond head + slots - 1. A group that is late is over, as a failure, and not dropped. Ages: at most
-    slots + window - 2 groups, floor((slots + window - 2) / P) steps of P groups, pass a group by."""
+    own has published its weights. window 1 is strict FIFO; greedy is window = inf, not slots: refilled slots reach
+    beyond head + slots - 1. A late group is over, as a failure, and not dropped. At most slots + window - 2 groups,
+    floor((slots + window - 2) / P) steps of P groups, pass a group by."""
 
     def __init__(self, slots, window, deadline=math.inf):
         self.slots, self.window, self.deadline = slots, window, deadline
@@ -297,9 +288,8 @@ def advantages(group):
     # not published: the baseline; leaving the own return out keeps it unbiased."""
     returns = [sum(t.rewards) for t in group]
     for t, own in zip(group, returns):
-        others = (sum(returns) - own) / max(1, len(group) - 1)
         for i, sample in enumerate(t.samples):
-            sample.advantage = sum(t.rewards[i:]) - others
+            sample.advantage = sum(t.rewards[i:]) - (sum(returns) - own) / max(1, len(group) - 1)
     return [t.samples for t in group]
 
 def cispo_loss(logprob, entry, old, advantage, Z, eps_high=EPS_HIGH):
@@ -462,7 +452,7 @@ class Hearing(io.RawIOBase):
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """POST of a JSON object -> a JSON object; what is refused gets a 4xx and OpenAI's error object."""
-    timeout, log_message = 2, lambda self, *args: None  # seconds; then the client is hung up on
+    timeout, default_request_version, log_message = 2, "HTTP/1.0", lambda self, *args: None  # seconds
 
     def setup(self):
         super().setup()
@@ -470,30 +460,43 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         size, key = self.headers.get("Content-Length", ""), self.headers.get("Authorization", "")
-        size = int(size) if re.fullmatch("[0-9]{1,9}", size) else -1
-        raw = self.rfile.read(min(max(size, 0), 16 * MAX_BODY))  # heard out, or no one hears the answer
-        if self.command != "POST":
-            code, reply = 405, f"{self.command} {self.path[:99]}: only POST is served"
-        elif not hmac.compare_digest(key.encode(), f"Bearer {self.server.token}".encode()):
-            code, reply = 401, "wrong token"
-        elif not 0 <= size <= MAX_BODY:
-            code, reply = 413, f"a body of {size} bytes: its Content-Length must be 0 to {MAX_BODY}"
-        else:
-            code, reply = self.server.answer(self.path, raw)
+        raw = self.rfile.read(int(size)) if re.fullmatch("[0-9]{1,7}", size) and int(size) <= MAX_BODY else None
+        if not hmac.compare_digest(key.encode(), f"Bearer {self.server.token}".encode()):
+            self.reply(401, "wrong token", raw is not None)
+        elif raw is None:
+            self.reply(413, f"Content-Length {size[:20]}: it must be there, and at most {MAX_BODY}", False)
+        elif not hung_up(self.connection):  # or else it gave up during a training step, and asks again, or does not
+            self.reply(*self.server.answer(self.path, raw, self.connection))
+
+    def send_error(self, code, message=None, explain=None):
+        """What http.server refuses: methods other than POST, garbled request lines, endless headers."""
+        self.reply({501: 405, 505: 400}.get(code, code), f"{message or 'too long'}: only POST is served", False)
+
+    def reply(self, code, said, heard=True):
+        """Send it. What was not heard out is drained, while there is time: unread, it would make the close a reset."""
         self.send_response(code)
         self.send_header("Content-Type", "application/json")
         self.end_headers()
-        reply = reply if code == 200 else dict(error=dict(message=reply, type="invalid_request_error"))
-        self.wfile.write(json.dumps(reply).encode() * (self.command != "HEAD"))
-    do_GET = do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_POST
+        said = said if code == 200 else dict(error=dict(message=said, type="invalid_request_error"))
+        self.wfile.write(json.dumps(said).encode() * (self.command != "HEAD"))
+        if not heard:
+            self.connection.shutdown(socket.SHUT_WR)
+            while self.rfile.read1(MAX_BODY) and time.monotonic() < self.rfile.raw.until:
+                pass
+
+def hung_up(connection):
+    """Whether the client is gone, and nobody will read what it asked for."""
+    try:
+        return bool(select.select([connection], [], [], 0)[0]) and not connection.recv(1, socket.MSG_PEEK)
+    except ConnectionError:
+        return True
 
 class Served(Gateway, http.server.HTTPServer):
     """Agents of other processes, in real seconds, on loopback; one thread, which answers between two steps, not later.
     POST /v1/tasks {} -> {task, messages}, an episode is claimed; /v1/chat/completions {model: task, messages}, a turn
     of it, OpenAI's protocol, at temperature 1, of 16 tokens at most, whatever is asked for; /v1/finish {task, rewards,
     success: bool}, its end, with a reward for each turn."""
-    timeout, request_queue_size = 0.05, 1024  # who comes during a training step waits for its end
-    # a client that hangs up is no news
+    timeout, request_queue_size = 0.05, 1024  # who comes during a step waits for its end; who hangs up is no news
     handle_error = lambda self, *who: isinstance(sys.exc_info()[1], OSError) or super(Served, self).handle_error(*who)
 
     def __init__(self, model, args, queue):
@@ -506,8 +509,8 @@ class Served(Gateway, http.server.HTTPServer):
         self.pool.update((n, [Trajectory(n) for _ in range(self.args.rollouts)]) for n in tasks)
         self.open.update((f"{n}.{row}", t) for n in tasks for row, t in enumerate(self.pool[n]))
 
-    def answer(self, path, raw):
-        """-> status, and a JSON object or what is wrong."""
+    def answer(self, path, raw, client):
+        """-> status, and a JSON object or what is wrong. A turn whose client is gone by its end was not taken."""
         try:
             body = dict(json.loads(raw).items())
             if path == "/v1/tasks":
@@ -525,25 +528,21 @@ class Served(Gateway, http.server.HTTPServer):
                 if len(rewards) != len(episode.samples) or not all(abs(r) <= 1e3 for r in rewards):
                     raise ValueError(f"{len(episode.samples)} turns, a reward of at most 1000 each: {rewards}"[:200])
                 episode.finish(rewards, body["success"] is True, self.now - self.queue.born[episode.task][0])
-                self.close(key)
+                del self.open[key]
                 return 200, dict(turns=len(rewards))
             n, room = len(self.context(episode, body["messages"])), self.model.cfg.max_seq_len - MAX_NEW
             if not 1 <= n <= room or body.get("stream") or body.get("n", 1) != 1:
                 raise ValueError(f"{n} tokens of context, 1 to {room} are served; no stream, and n is 1")
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             return 400, f"a JSON object, rewards numbers, messages [{{role, content}}]: {repr(error)[:200]}"
-        agent = (messages for messages in [body["messages"]])  # it asks once
-        rollout(self.model, self, [(episode, agent)], self.version, replay=self.args.replay)
+        rollout(self.model, self, [(episode, (m for m in [body["messages"]]))], self.version, replay=self.args.replay)
         ids = episode.samples[-1].ids[n:].tolist()
         message = dict(role="assistant", content=self.tokenizer.decode(ids))
+        if hung_up(client):
+            episode.samples.pop(), episode.said[message["content"]].pop()
         turn = dict(index=0, message=message, finish_reason="stop" if ids[-1] in STOP else "length")
         return 200, dict(id=f"{key}-{n}", object="chat.completion", created=int(time.time()), model=key, choices=[turn],
                          usage=dict(prompt_tokens=n, completion_tokens=len(ids), total_tokens=n + len(ids)))
-
-    def close(self, name):
-        task = self.open.pop(name).task
-        if all(t.task != task for t in self.open.values()):
-            self.queue.finish(task)
 
     def wait(self, stop, seconds):
         started, until = time.monotonic() - self.now, self.now + seconds
@@ -551,8 +550,9 @@ class Served(Gateway, http.server.HTTPServer):
             self.handle_request()
             self.now = time.monotonic() - started
             for name in [name for name, t in self.open.items() if self.queue.due[t.task] <= self.now]:
-                self.open[name].fail()
-                self.close(name)
+                self.open.pop(name).fail()
+            for task in self.queue.due.keys() - {t.task for t in self.open.values()}:
+                self.queue.finish(task)
 
 # ---- the run -------------------------------------------------------------------------------------
 
@@ -579,7 +579,7 @@ def warm_start(source, args, stop):
     state = load_checkpoint(folder) if os.path.exists(checkpoint_path(folder)) else dict(args={})
     if all(state["args"].get(name) == getattr(args, name) for name in (*MADE_BY, "seed", "warm_steps")):
         model.load_state_dict(state["model"])
-        step = restore(state, optimizers).get("step", args.warm_steps)  # absent: a whole one, of an earlier version
+        step = restore(state, optimizers).get("step", args.warm_steps)
         print(f"warm    | {step} steps read from {folder}", flush=True)
     while step < args.warm_steps and not stop:
         step % 20 or save(folder, args, source, optimizers, dict(step=step))  # killed at any time, it goes on
@@ -607,45 +607,42 @@ def parse_args(argv):
     p, state, count, positive = Parser(__doc__), None, number(1), number(1e-6, 1e9, float)
     p.add_argument("--schedule", choices=["window", "fifo", "greedy", "all"], default="window", nargs="?", const="all")
     for flag, kind, default, text in (
-            ("task", ["calculator", "maze", "cap"], "calculator", "what is learned"),
-            ("turns", number(2, 600), 8, "keys of a maze"), ("rollouts", number(2), 4, "episodes of a group"),
-            ("groups", count, 24, "groups a step"), ("slots", count, 48, "groups in flight"),
-            ("window", count, None, "groups in the window; default: 0.3 of --slots"),
-            ("minutes", positive, None, "end after so many, all included; default: 2.9"),
-            ("steps", count, None, "end after this many"), ("lr", number(0, 10, float), 1e-3, "rate of the matrices"),
-            ("warm-steps", number(0), 260, "steps of imitation at the start"),
-            ("sigma", number(0, 10, float), 0.5, "of the log-normal tail of completion times"),
-            ("deadline", positive, 600.0, "seconds until a group has failed"),
+            ("task", ["calculator", "maze", "cap"], "calculator", "learned"), ("turns", number(2, 600), 8, "of a maze"),
+            ("rollouts", number(2), 4, "episodes of a group"), ("groups", count, 24, "groups a step"),
+            ("slots", count, 48, "groups in flight"), ("window", count, None, "groups; default: 0.3 of --slots"),
+            ("deadline", positive, 600.0, "seconds of a group"), ("sigma", number(0, 10, float), 0.5, "spread of them"),
+            ("minutes", positive, None, "in all; default: 2.9"), ("steps", count, None, "end after this many"),
+            ("lr", number(0, 10, float), 1e-3, "rate of the matrices"), ("warm-steps", number(0), 260, "of imitation"),
             ("show-every", count, 50, "steps between examples"), ("save-every", count, 20, "steps between saves"),
             ("serve", number(0, 65535), None, "port of the gateway, for agents of other processes; 0 = any"),
-            ("token", str, None, "their API key; default: a random one"),
-            ("seed", number(0), 1337, "of problems, weights and sampling"),
-            ("figure", str, None, "file for the reward curve (needs matplotlib)"),
+            ("token", str, None, "their API key; default: random"), ("seed", number(0), 1337, "of all that is random"),
             ("preset", ["micro", "small"], "micro", "the model"), ("attn", ["full", "msa"], "full", "its attention"),
-            ("mtp", number(0, 8), 0, "MTP modules, kept aligned"), ("resume", bool, False, "go on from --out"),
-            ("no-merge", bool, False, "train on every turn alone"), ("out", str, "out_rl", "folder of the run"),
-            ("replay", bool, False, "train with the experts and blocks recorded at rollout")):
+            ("mtp", number(0, 8), 0, "its MTP modules, kept aligned"), ("out", str, "out_rl", "folder of the run"),
+            ("no-merge", bool, False, "train on every turn alone"), ("resume", bool, False, "go on from --out"),
+            ("replay", bool, False, "use experts and blocks of the rollout"), ("figure", str, None, "reward curve")):
         how = dict(action="store_true") if kind is bool else {"choices" if isinstance(kind, list) else "type": kind}
         p.add_argument(f"--{flag}", default=default, help=text, **how)
     args = p.parse_args(argv)
     if args.resume:
-        early = os.path.exists(checkpoint_path(f"{args.out}/warm")) and not os.path.exists(checkpoint_path(args.out))
-        state = load_checkpoint(f"{args.out}/warm" if early else args.out)
-        if not early and "due" not in state.get("queue", {}):
-            raise ValueError(f"--out {args.out}: a checkpoint, but not one of this rl.py")
+        warm, begun = f"{args.out}/warm", os.path.exists(checkpoint_path(args.out))
+        state = load_checkpoint(warm) if os.path.exists(checkpoint_path(warm)) else None
+        # an imitation that is not over is of a newer run than what lies beside it
+        early = state and not (begun and state["now"].get("step", math.inf) >= state["args"].get("warm_steps", 0))
+        state = state if early else load_checkpoint(args.out)
+        if "due" not in state.get("queue", {}):
+            raise ValueError(f"--out {args.out}: a checkpoint by {'another rl.py' if 'queue' in state else 'train.py'}")
         p.set_defaults(**{**state["args"], **(dict(steps=None, minutes=None) if args.steps or args.minutes else {})})
         args = p.parse_args(argv)
         if args.schedule == "all":
-            raise ValueError(f"--schedule all: resume its runs one by one, --resume --out {args.out}/fifo and so on")
+            raise ValueError(f"--schedule all: go on without --resume, or with a run alone, --out {args.out}/fifo, say")
         for flag in (*MADE_BY, "slots"):
             if getattr(args, flag) != state["args"][flag]:
                 raise ValueError(f"--{flag} {getattr(args, flag)}: the checkpoint was made with {state['args'][flag]}")
-        state = None if early else state  # stopped in the imitation: its weights are read where they are needed
+        state = None if early else state  # the imitation's weights are read where they are needed
     if args.groups > args.slots:
         raise ValueError(f"--groups {args.groups}: at most --slots, {args.slots}")
     args.minutes = args.minutes or (None if args.steps else 2.9)
-    if args.figure:
-        draw({}, args)  # what is wrong with it shows now, not after minutes
+    draw({}, args)  # what is wrong with --figure shows now, not after minutes
     return args, state
 
 def card(args, model, queue, device, why):
@@ -679,22 +676,21 @@ def run(args, state, whole=None):
     """A run; one of --schedule all where `whole` is given: the arguments of all, which share their imitation."""
     if args.schedule == "all":
         return compare(args)
-    started, (device, dtype, why) = time.perf_counter(), pick_device(args.device)
+    started, stop, (device, dtype, why) = time.perf_counter(), on_signals(), pick_device(args.device)
     model = load_model(state, device, dtype)[0] if state else make_model(args, device, dtype)
     window = dict(fifo=1, greedy=math.inf).get(args.schedule, args.window or max(1, int(0.3 * args.slots)))
     queue = WindowedFIFO(args.slots, window, args.deadline)
     source = (Local if args.serve is None else Served)(model, args, queue)
     card(args, model, queue, device, why)
-    stop = on_signals()
     ready = bool(state) or warm_start(source, whole or args, stop)
     optimizers, warm = configure_optimizers(model, args.lr)[0], time.perf_counter() - started
     now = restore(state, optimizers, source) if state else dict(
         step=0, seconds=warm, warm=warm, ema=None, curve=[], max_lag=0, naive=0, slots=0, reward=0.0)
+    if ready and not state:
+        save(args.out, args, source, optimizers, now, fresh=True)  # killed from here on, the run can go on
     def progress():
         budget = 60 * (args.minutes or math.inf) - now["warm"]
         return max(now["step"] / (args.steps or math.inf), (now["seconds"] - now["warm"]) / max(budget, 1e-9))
-    if ready and not state:
-        save(args.out, args, source, optimizers, now, fresh=True)  # killed from here on, the run can go on
     if ready and args.serve is not None:
         print(f"gateway | http://127.0.0.1:{source.server_port}/v1 key {source.token}", flush=True)
     while progress() < 1 and not stop:
@@ -705,20 +701,21 @@ def run(args, state, whole=None):
             break
         groups = [source.pool.pop(task) for task in queue.batch]
         trees = plan_rows(map(advantages, groups), model, not args.no_merge)
-        stats = train_step(model, optimizers, trees, rate) if trees else None  # None: no one said a word in time
+        stats = train_step(model, optimizers, trees, rate) if trees else None
         lags = queue.publish(now["step"] + bool(trees))  # the step's weights are out: now, not before, slots are free
         now["seconds"] += time.perf_counter() - tick
         if stats:
             report(now, args, groups, stats, lags, source.tokenizer.decode)
+        else:
+            print(f"no step   | groups {[g[0].task for g in groups]}: not a word before the deadline", flush=True)
         if now["step"] % args.save_every == 0:
             save(args.out, args, source, optimizers, now)
     if ready:
         save(args.out, args, source, optimizers, now)
     if stop:
-        print(f"stopped after step {now['step']}, saved in {args.out}; go on with --resume" if ready else
+        print(f"stopped after step {now['step']}, saved; --resume --out {args.out} goes on" if ready else
               f"stopped in the imitation, saved in {(whole or args).out}/warm; the same command goes on", flush=True)
-    if args.figure:
-        draw(dict(zip(("a batch of fresh problems", "EMA"), zip(*now["curve"]))), args)
+    draw(dict(zip(("a batch of fresh problems", "EMA"), zip(*now["curve"]))), args)
     virtual = max(source.now, 1e-9)
     return dict(reward_start=now["curve"][0][0] if now["curve"] else None, reward_end=now["ema"], steps=now["step"],
                 merge_ratio=now["naive"] / max(now["slots"], 1), max_lag=now["max_lag"], seconds=now["seconds"],
@@ -747,13 +744,18 @@ def restore(state, optimizers, source=None):
     return state["now"]
 
 def draw(lines, args):
+    """Curves {name: (steps,)} -> --figure, where asked for. Without curves: see that it can be written, no more."""
+    if not args.figure:
+        return
     from matplotlib.figure import Figure
-    axis = Figure(figsize=(7, 3.5), layout="constrained").subplots()
+    axis, picture = Figure(figsize=(7, 3.5), layout="constrained").subplots(), io.BytesIO()
     for name, values in lines.items():
         axis.plot(values, label=name)
     axis.set(ylim=(0, 1.02), xlabel="step", ylabel=f"{args.task}: share solved, sampled")
     axis.figure.legend(handles=axis.lines, loc="outside right upper")
-    axis.figure.savefig(args.figure)
+    axis.figure.savefig(picture, format=os.path.splitext(args.figure)[1][1:] or "png")
+    with open(args.figure, "wb" if lines else "ab") as file:
+        file.write(picture.getvalue() if lines else b"")
 
 def simulate(window, steps, sigma, seed, slots=64, groups=8, train_s=6.0):
     """The queue without a model: tasks of 20 s, every fourth of 80 s, log-normal tails -> figures."""
@@ -788,9 +790,7 @@ def compare(args):
         print(f"trained {name:6s} | {r['steps']} steps in {r['virtual_seconds']:4.0f} virtual s | "
               f"idle {r['idle']:3.0%} | reward {r['reward_per_virtual_s']:.2f} a virtual s | "
               f"solved {r['reward_start']:.2f} -> {r['reward_end']:.2f} | lag {r['max_lag']}")
-    if args.figure:
-        curves = (load_checkpoint(f"{args.out}/{name}")["now"]["curve"] for name in windows)
-        draw({name: [ema for _, ema in curve] for name, curve in zip(windows, curves)}, args)
+    draw({n: [ema for _, ema in load_checkpoint(f"{args.out}/{n}")["now"]["curve"]] for n in windows}, args)
     return dict(trained["window"], trained=trained, queue=rows)
 
 def main(argv=None):

@@ -361,16 +361,18 @@ class MiniMax(nn.Module):
         total, active = count_params(self)
         return total, active - 2 * self.embed.weight.numel() - sum(count_params(module)[1] for module in self.mtp)
 
-    def flops_per_token(self, T):
-        """Executed FLOPs a token of a training step on rows of T, MTP and warm-up as they stand: 6 per active parameter
-        and head, 12 H D per key read by the attention; the index branch scores T / 2 keys unless it warms up, and
-        every stride-th query learns (KL, teacher included) from the keys read."""
+    def flops_per_token(self, pos):
+        """Executed FLOPs a token of a training step, MTP and warm-up as they stand, for tokens at pos (B, T) of their
+        documents: 6 per active parameter and head (4 in the index branch, whose input gets no gradient), 12 H D per key
+        read; scores of all earlier blocks but in the warm-up; KL, teacher included, of every stride-th query."""
         cfg, mtp, head = self.cfg, self.mtp if self.cfg.mtp_active else [], self.embed.weight.numel()
-        read = T / 2 if cfg.index_warmup else min(T / 2, cfg.index_topk_blocks * cfg.index_block_size)
-        kinds = cfg.attn_types + cfg.attn_types[-1:] * len(mtp)
+        more, own = (cfg.index_topk_blocks - 1) * cfg.index_block_size, pos % cfg.index_block_size + 1  # keys
+        seen, few, own = (x.double().mean().item() for x in (pos + 1, (pos + 1).minimum(more + own), own))
+        read, scored = (seen, 0) if cfg.index_warmup else (few, seen - own)
+        kinds, width = cfg.attn_types + cfg.attn_types[-1:] * len(mtp), (cfg.n_kv_head + 1) * cfg.index_head_dim
         main, index = 12 * cfg.n_head * cfg.head_dim, 2 * cfg.n_kv_head * cfg.index_head_dim
-        learn = (main / 6 + 3 * index) * read / cfg.index_kl_stride + index * T / 2 * (not cfg.index_warmup)
-        attention = main * T / 2 * kinds.count("full") + (main * read + learn) * kinds.count("msa")
+        learn = (main / 6 + 3 * index) * read / cfg.index_kl_stride + index * scored - 2 * cfg.n_embd * width
+        attention = main * seen * kinds.count("full") + (main * read + learn) * kinds.count("msa")
         return 6 * (self.num_params()[1] + head + sum(count_params(m)[1] + head for m in mtp)) + attention
 
     def moe_layers(self):

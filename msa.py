@@ -139,17 +139,16 @@ def full_attention(q, k, v, end=None, start=None, impl="auto"):
         return _dense_triton(q.contiguous(), k, v, end, start.contiguous())
     if end is not None and start is None and q.is_cuda and q.dtype.itemsize == 2 and torch.is_grad_enabled():
         return _flex(q, k, v, end)
-    mask = None
-    if end is not None or start is not None:
-        i, j = query_index(T, start, q.device), torch.arange(Tk, device=q.device)
-        mask = visible(i, j, end)[:, None]                                                              # (B, 1, T, Tk)
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
-                                         is_causal=mask is None, enable_gqa=True)
-    return out.transpose(1, 2)
+    attend, q, k, v = F.scaled_dot_product_attention, *(x.transpose(1, 2) for x in (q, k, v))           # (B, H, T, D)
+    if end is None and start is None:
+        return attend(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    i, j, step = query_index(T, start, q.device), torch.arange(Tk, device=q.device), chunk(q.device) // (q.size(0) * Tk)
+    parts = zip(q.split(max(1, step), 2), i.split(max(1, step), 1))
+    out = [attend(x, k, v, visible(i, j, end)[:, None], enable_gqa=True) for x, i in parts]
+    return torch.cat(out, 2).transpose(1, 2)
 
 def _flex(q, k, v, end, tile=128):
-    """Full attention over documents or trees in training on a GPU: FlexAttention, which skips tiles that are invisible
-    as a whole; a mask of T x T would cost more than the attention."""
+    """FlexAttention over documents or trees, for training on a GPU: it skips tiles that are invisible as a whole."""
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
     more = -q.size(1) % tile
     if more:  # whole tiles: it wants masks as long as its tensors

@@ -39,7 +39,7 @@ WARMUP, DECAY = 0.02, 0.6              # shares of the run
 RUNS = {
     "tiny": dict(seq_len=256, batch_size=4, lr=1.2e-2, minutes=2.5, mtp_every=8, msa_from=0.5,
                  stages=((0.0, 8), (0.2, 4), (0.45, 2), (0.75, 1))),
-    "small": dict(seq_len=8192, batch_size=16, lr=4e-3, minutes=10.0, mtp_every=8, msa_from=0.1, stages=((0, 1),))}
+    "small": dict(seq_len=8192, batch_size=16, lr=4e-3, minutes=10.0, mtp_every=8, msa_from=0.05, stages=((0, 1),))}
 PEAK = {"H100": 989.4e12, "H200": 989.4e12, "H800": 989.4e12, "A100": 312e12}  # dense bf16 FLOP/s, by the GPU's name
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -409,6 +409,7 @@ def run(args, state):
             group["lr"] = args.lr * factor * group.get("scale", 1.0)
         cut = min([n for share, n in args.stages if done >= share][-1], args.seq_len // 16)
         batch = get_batch(data["train"], args.seed, 0, now["step"], args.batch_size * cut, args.seq_len // cut)
+        now["flops"] += model.flops_per_token(batch["pos"]) * batch["pos"].numel()
         batch = {k: (v.pin_memory() if on_gpu else v).to(device, non_blocking=True) for k, v in batch.items()}
         aux = learn(model, batch, args.accumulate, optimizers, index, rest, MTP_WEIGHT[done > 1 - DECAY])
         seen = torch.stack([aux["loss"], aux["norm"] + aux["index_norm"]]).to("cpu", non_blocking=True)
@@ -419,7 +420,6 @@ def run(args, state):
         load = load + aux["expert_load"][:cfg.mlp_types.count("moe")]
         now["step"] += 1
         now["seconds"] += time.perf_counter() - tick
-        now["flops"] += model.flops_per_token(args.seq_len // cut) * args.batch_size * args.seq_len
         mtp = aux["mtp_loss"] if cfg.mtp_active and cfg.n_mtp else mtp
         stop += [1] * (now["step"] >= (args.stop_after or math.inf))
         if shows:

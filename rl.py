@@ -1,4 +1,4 @@
-"""Forge, MiniMax's agent-RL system, in one file: agents, gateway, windowed FIFO, prefix trees, CISPO.
+"""Forge, MiniMax's agent-RL system (arXiv 2605.26494), in one file: agents, gateway, queue, prefix trees, CISPO.
 
     python rl.py                                # a model learns to use a calculator: two CPU cores, three minutes
     python rl.py --task maze --turns 40         # key-value maze; --task cap: the same in a context that is too small
@@ -160,7 +160,7 @@ class Gateway:
         self.pool = {}                 # group -> its trajectories, until they have been trained on
 
     def context(self, episode, messages):
-        """Token ids. Completions of one text may be of other tokens (bytes that are no UTF-8): the last is the last."""
+        """Messages -> ids. Completions of one text may be of other tokens (bytes not of UTF-8): the last is last."""
         said, out = {text: list(known) for text, known in episode.said.items()}, []
         for m in reversed(messages):
             known = said.get(m["content"]) if m["role"] == "assistant" else None
@@ -168,7 +168,7 @@ class Gateway:
         return [i for ids in reversed(out) for i in ids]
 
     def record(self, episode, context, ids, logprobs, version, routes=None):
-        """Keep one completion -> its text."""
+        """Keep one completion, with the log-probs of its ids at temperature 1 -> its text."""
         text, logprobs = self.tokenizer.decode(ids), torch.tensor(logprobs, dtype=torch.float64)
         episode.samples.append(Sample(torch.tensor(context + ids), len(context), logprobs,
                                       torch.full((len(ids),), version), routes))
@@ -181,7 +181,7 @@ def common_prefix(a, b):
     return int(apart.argmax()) * n // apart.size if apart.any() else n
 
 def rollout(model, gateway, episodes, version, generator=None, group=1, replay=False):
-    """Play episodes [(trajectory, agent)] to their ends, in lock step. `replay` records experts and blocks."""
+    """Play episodes [(trajectory, agent)], `group` of a prompt side by side, in lock step; `replay`: record routes."""
     def play(episode, agent):
         """Feed contexts, hand back what was sampled. The cache keeps what a new context shares with the last one."""
         path, reply, routes = [], None, []
@@ -191,7 +191,7 @@ def rollout(model, gateway, episodes, version, generator=None, group=1, replay=F
             except StopIteration as stop:
                 return stop.value and episode.finish(*stop.value)  # one of another process reports by itself, later
             if not 1 <= len(context) <= model.cfg.max_seq_len - MAX_NEW:
-                reply = None
+                reply = None  # too long: the agent hears of it, and ends
                 continue
             kept = min(common_prefix(path, context), len(context) - 1)  # one is fed, for its logits
             ids, logprobs, feed = [], [], context[kept:]
@@ -247,7 +247,7 @@ class WindowedFIFO:
         return [version - 1 - self.born.pop(task)[1] for task in batch]
 
     def wait(self, n, now):
-        """On a virtual clock -> when the batch holds n groups."""
+        """On a virtual clock, from the second `now` -> the second when the batch holds n groups."""
         while not self.take(n, now):
             then = min(when for when in self.due.values() if when > now)
             self.idle, now = self.idle + then - now, then
@@ -328,7 +328,7 @@ def collate(trees, device):
     return {name: torch.as_tensor(x, device=device) for name, x in out.items()}
 
 def policy(model, batch):
-    """Forward over a micro-batch -> log-prob of the action token after each slot that has one, entropy there, aux."""
+    """Forward -> log-prob of the action token after each of the slots, entropy there (slots,), fp32 or wider; aux."""
     aux = model(batch["idx"], weight=batch["weight"][0], pos=batch["pos"], end=batch.get("end"), n_logits=0,
                 replay=unpack_routes(batch["routes"], model.cfg) if "routes" in batch else None)[2]
     logits = model.lm_head(model.norm(aux["hidden"].flatten(0, 1)[batch["slots"]]))
@@ -404,7 +404,7 @@ def backward(model, trees, mtp_weight=0.1):
                 slots=sum(t.size for t in trees)), load
 
 def train_step(model, optimizers, trees, rate, bias_rate=1e-3):
-    """Backward, clip, update, balance the router -> statistics with the gradient norm."""
+    """Backward, clip, update, balance the router -> statistics. FloatingPointError: a norm that is not finite."""
     for group in (g for o in optimizers for g in o.param_groups):
         group["lr"] = rate * group.get("scale", 1.0)
     stats, load = backward(model, trees)
@@ -603,7 +603,7 @@ def make_model(args, device, dtype):
     return MiniMax(cfg, dtype).to(device)
 
 def parse_args(argv):
-    """-> args, checkpoint (None for a new run). --resume takes what is not given again from the checkpoint."""
+    """-> args, checkpoint (None: a run at its start, or in its imitation). --resume takes from it what is not given."""
     p, state, count, positive = Parser(__doc__), None, number(1), number(1e-6, 1e9, float)
     p.add_argument("--schedule", choices=["window", "fifo", "greedy", "all"], default="window", nargs="?", const="all")
     for flag, kind, default, text in (
@@ -634,7 +634,7 @@ def parse_args(argv):
         p.set_defaults(**{**state["args"], **(dict(steps=None, minutes=None) if args.steps or args.minutes else {})})
         args = p.parse_args(argv)
         if args.schedule == "all":
-            raise ValueError(f"--schedule all: go on without --resume, or with a run alone, --out {args.out}/fifo, say")
+            raise ValueError(f"--schedule all: leave --resume out, or resume a run alone, --out {args.out}/fifo, say")
         for flag in (*MADE_BY, "slots"):
             if getattr(args, flag) != state["args"][flag]:
                 raise ValueError(f"--{flag} {getattr(args, flag)}: the checkpoint was made with {state['args'][flag]}")
@@ -758,7 +758,7 @@ def draw(lines, args):
         file.write(picture.getvalue() if lines else b"")
 
 def simulate(window, steps, sigma, seed, slots=64, groups=8, train_s=6.0):
-    """The queue without a model: tasks of 20 s, every fourth of 80 s, log-normal tails -> figures."""
+    """The queue alone: tasks of 20 s, every fourth, hard, of 80 s, log-normal tails -> rate, idle share, lags, mix."""
     queue, now, hard, lags, mix = WindowedFIFO(slots, window), 0.0, {}, [], []
     for step in range(steps):
         for n in queue.admit(step, now):

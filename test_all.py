@@ -1004,7 +1004,7 @@ def refuses(url, good):
     for code, path, *call in bad: assert post(url + path, *call)[0] == code, (code, path, *call)
     here, head = ("127.0.0.1", int(url.split(":")[2][:-3])), b"POST /v1/tasks HTTP/1.1\r\nAuthorization: Bearer k\r\n"
     with socket.create_connection(here) as gone:  # MSG_MORE: the request and its sender's end arrive together
-        gone.sendall(head + b"Content-Length: 2\r\n\r\n{}", socket.MSG_MORE)
+        gone.sendall(head + b"Content-Length: 2\r\n\r\n{}", getattr(socket, "MSG_MORE", 0))
     with socket.create_connection(here) as slow, pytest.raises(OSError):
         for byte in [head, *[b"x"] * 20]: slow.sendall(byte), time.sleep(0.3)
 @pytest.mark.parametrize("client", ["urllib", "openai"])

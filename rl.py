@@ -609,7 +609,7 @@ def parse_args(argv):
     for flag, kind, default, text in (
             ("task", ["calculator", "maze", "cap"], "calculator", "learned"), ("turns", number(2, 600), 8, "of a maze"),
             ("rollouts", number(2), 4, "episodes of a group"), ("deadline", positive, 600.0, "seconds until it fails"),
-            ("groups", count, 24, "groups a step"), ("sigma", number(0, 10, float), 0.5, "log-normal tail of the times"),
+            ("groups", count, 24, "groups a step"), ("sigma", number(0, 10, float), 0.5, "log-normal tail of times"),
             ("slots", count, 48, "groups in flight"), ("window", count, None, "groups; default: 0.3 of --slots"),
             ("minutes", positive, None, "in all; default: 2.9"), ("steps", count, None, "end after this many"),
             ("lr", number(0, 10, float), 1e-3, "rate of the matrices"), ("warm-steps", number(0), 260, "of imitation"),

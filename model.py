@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from moe import MLP, Linear, MoE, count_params, update_bias
+from moe import MLP, Linear, MoE, count_params, softmax_loss, update_bias
 from msa import KVCache, block_recall, full_attention, index_kl_loss, msa_attention
 from msa import msa_decode, msa_train, query_index, select_blocks
 
@@ -259,28 +259,27 @@ class _InChunks(torch.autograd.Function):
     """token_loss over chunks of rows. A chunk's gradient is taken at once: its logits are not kept, or made again."""
 
     @staticmethod
-    def forward(ctx, h, W, y, part, chunk):
-        dh, dW, w, total = torch.empty_like(h), torch.zeros_like(W), W.detach().to(h.dtype).requires_grad_(), 0.0
+    def forward(ctx, h, W, y, chunk):
+        dh, dW, w, total = torch.empty_like(h), torch.zeros_like(W), W.to(h.dtype), 0.0
         for x, t, dx in zip(h.split(chunk), y.split(chunk), dh.split(chunk)):
-            x = x.detach().requires_grad_()
-            with torch.enable_grad():
-                loss = part(x, w, t)
-            dx[:], dw = torch.autograd.grad(loss, (x, w))
-            total, dW = total + loss.detach(), dW.add_(dw)
+            logits = x @ w.T                                                                                  # (n, V)
+            total = total + softmax_loss(logits, t).sum()  # from here on they are their own gradient
+            dx[:] = logits @ w
+            dW += logits.T @ x
         ctx.save_for_backward(dh, dW)
         return total
 
     @staticmethod
     def backward(ctx, grad):
-        return *((grad * x).to(x.dtype) for x in ctx.saved_tensors), None, None, None
+        return *((grad * x).to(x.dtype) for x in ctx.saved_tensors), None, None
 
-def cross_entropy(h, W, targets, part=token_loss, chunk=None):
-    """Mean loss of hidden (B, T, C), 0 if there is no target. At most 2^29 logits exist at once."""
-    h, y, chunk = h.flatten(0, 1), targets.flatten(), chunk or 2 ** (29 - len(W).bit_length())
-    if len(y) > chunk and torch.is_grad_enabled():
-        total = _InChunks.apply(h, W, y, part, chunk)
+def cross_entropy(h, W, targets, chunk=None):
+    """Mean loss of hidden (B, T, C), 0 if there is no target. At most 2^30 logits exist at once."""
+    h, y, chunk = h.flatten(0, 1), targets.flatten(), chunk or 2 ** (30 - len(W).bit_length())
+    if torch.is_grad_enabled() and (h.is_cuda or len(y) > chunk):
+        total = _InChunks.apply(h, W, y, chunk)
     else:
-        total = sum(part(x, W, t) for x, t in zip(h.split(chunk), y.split(chunk)))
+        total = sum(token_loss(x, W, t) for x, t in zip(h.split(chunk), y.split(chunk)))
     return total / (y >= 0).sum().clamp(min=1)
 
 class MiniMax(nn.Module):
@@ -288,7 +287,7 @@ class MiniMax(nn.Module):
 
     def __init__(self, cfg, dtype=None):
         super().__init__()
-        self.cfg, self.dtype, self.recompute, self.token_loss = cfg, dtype, False, token_loss
+        self.cfg, self.dtype, self.recompute = cfg, dtype, False
         self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.layers = nn.ModuleList(Block(cfg, a, m) for a, m in zip(cfg.attn_types, cfg.mlp_types))
         self.norm = RMSNorm(cfg.n_embd, cfg)
@@ -334,7 +333,7 @@ class MiniMax(nn.Module):
             cache.advance(T)
         aux = {key: torch.stack(value) for key, value in aux.items()} | mtp
         x, aux["hidden"] = self.norm(x), x
-        loss = None if targets is None else cross_entropy(x, self.lm_head.weight, targets, self.token_loss)
+        loss = None if targets is None else cross_entropy(x, self.lm_head.weight, targets)
         if targets is not None and n_logits is None:
             return None, loss, aux
         return self.lm_head(x if n_logits is None else x[:, max(0, T - n_logits):]), loss, aux
@@ -351,7 +350,7 @@ class MiniMax(nn.Module):
                 shifted, weight = shifted.where(has, -1), has.float() if weight is None else weight * has
             h, more = module(h[:, :n], self.embed(idx[:, k:]).to(h.dtype), self.cfg.n_layer + k - 1,
                              Call((cos, sin), end, weight))
-            loss = loss + cross_entropy(module.norm(h), self.lm_head.weight, shifted, self.token_loss) / len(self.mtp)
+            loss = loss + cross_entropy(module.norm(h), self.lm_head.weight, shifted) / len(self.mtp)
             for key in more.keys() & {"expert_load", "index_kl"}:
                 aux.setdefault(key, []).append(more[key])
         return loss

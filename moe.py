@@ -103,6 +103,35 @@ class _Gated(torch.autograd.Function):
                                                   num_warps=4 if cols < 4096 else 8)
         return dh, dweight, None
 
+# One program = one row of logits. The second pass finds in the L2 what the first has read: 264 rows at once fit it.
+@jit
+def _softmax_loss_kernel(logits, y, loss, V, COLS: tl.constexpr):
+    c, row, t = tl.arange(0, COLS), logits + tl.program_id(0).to(tl.int64) * V, tl.load(y + tl.program_id(0))
+    m, l = tl.full([COLS], -1e30, tl.float32), tl.zeros([COLS], tl.float32)
+    for v in range(0, V, COLS):
+        x = tl.load(row + v + c, mask=v + c < V, other=float("-inf")).to(tl.float32)
+        new = tl.maximum(m, x)
+        l, m = l * tl.exp(m - new) + tl.exp(x - new), new
+    lse = tl.max(m, 0)
+    lse += tl.log(tl.sum(l * tl.exp(m - lse), 0))
+    tl.store(loss + tl.program_id(0), tl.where(t < 0, 0.0, lse - tl.load(row + tl.maximum(t, 0)).to(tl.float32)))
+    tl.debug_barrier()  # the target's logit is read before it is written
+    for v in range(0, V, COLS):
+        x = tl.exp(tl.load(row + v + c, mask=v + c < V, other=0.0).to(tl.float32) - lse) - (v + c == t).to(tl.float32)
+        tl.store(row + v + c, tl.where(t < 0, 0.0, x).to(logits.dtype.element_ty), mask=v + c < V)
+
+def softmax_loss(logits, y, impl="auto"):
+    """Cross-entropy of contiguous logits (n, V) and targets y (n,), -1 = none -> (n,), fp32 or wider. The gradient of
+    their sum is written over the logits. impl: auto (Triton on a GPU in 16 bits), triton or torch."""
+    wide, V = torch.promote_types(logits.dtype, torch.float32), logits.size(1)
+    if impl == "triton" or (impl == "auto" and triton and logits.is_cuda and logits.dtype.itemsize == 2):
+        loss, cols = torch.empty(len(y), device=y.device), min(8192, triton.next_power_of_2(V))
+        _softmax_loss_kernel[len(y),](logits, y, loss, V, cols, num_warps=max(1, cols // 512))
+        return loss
+    logp, t = logits.to(wide).log_softmax(-1), y.clamp(min=0)[:, None]
+    logits.copy_(logp.exp().scatter_add(1, t, logp.new_full(t.shape, -1)) * (y >= 0)[:, None])
+    return torch.where(y >= 0, -logp.gather(1, t)[:, 0], 0)
+
 def experts_loop(x, w13, w2, weights, idx, activation):
     """Every expert in turn, on the tokens that chose it: the specification, and the path for fp64.
     x (T, C), w13 (E, 2I, C), w2 (E, C, I), weights and idx (T, A) -> (T, C)."""

@@ -297,7 +297,8 @@ class _IndexKL(torch.autograd.Function):
         share = share / (share[:, stride - 1::stride].sum().clamp(min=1e-30) * Hkv)
         i, loss = query_index(T, None, q.device), share.new_zeros(())
         dqi, dki = torch.zeros_like(qi), torch.zeros_like(ki)
-        part, width = (_kl_prefix, Tk) if block_idx is None else (_kl_selected, block_idx.size(-1) * L * D)
+        part, width = (_compiled(_kl_prefix) if q.is_cuda else _kl_prefix, Tk) if block_idx is None else \
+            (_kl_selected, block_idx.size(-1) * L * D)
         step = stride * max(1, chunk(q.device) // (B * q.size(2) * width))
         for t in range(0, T, step):
             c = slice(t + stride - 1, t + step, stride)
@@ -474,24 +475,24 @@ def _index_kernel(qi, keys, end, block_end, start, block_idx, T, cap, HKV: tl.co
     i, mine = first + row // HKV, row < T * HKV
     q = tl.load(qi + (base + row)[:, None] * D + tl.arange(0, D), mask=mine[:, None], other=0.0)      # [ROWS, D]
     n = (first + (tl.minimum((tile + 1) * ROWS, T * HKV) - 1) // HKV) // L                  # blocks before the last own
-    best, new = tl.full([ROWS, W], -0x7FFFFFFFFFFFFFFF, tl.int64), tl.full([ROWS, W], float("-inf"), tl.float32)
-    for blk in range(0, n):
-        earlier = blk < i // L  # such a block lies wholly before i: no other causal mask is needed
-        if end is None:
-            s = tl.dot(q, keys.load([b * cap + blk * L, 0]).T, input_precision="ieee")                 # [ROWS, L]
-            score = tl.max(s, 1)
-        else:
-            score = tl.full([ROWS], float("-inf"), tl.float32)
-            if tl.load(block_end + b * tl.cdiv(cap, L) + blk) > first + tile * ROWS // HKV:
-                s = tl.dot(q, keys.load([b * cap + blk * L, 0]).T, input_precision="ieee")
-                last = tl.load(end + b.to(tl.int64) * cap + blk * L + tl.arange(0, L))
-                score = tl.max(tl.where(i[:, None] < last, s, float("-inf")), 1)
-        new = tl.where(w == blk % W, tl.where(earlier, score, float("-inf"))[:, None], new)
-        if (blk % W == W - 1) | (blk == n - 1):
-            fresh = tl.where(w <= blk % W, new, float("-inf"))  # not `new` itself: the branch would have to return it
-            # of a descending and an ascending row the larger elements, place by place, are the top W, and bitonic
-            key = tl.sort(_key(fresh, (blk // W * W + w)[None]), 1, False)
-            best = tl.bitonic_merge(tl.maximum(best, key), 1, True)
+    best = tl.full([ROWS, W], -0x7FFFFFFFFFFFFFFF, tl.int64)
+    for first_blk in range(0, n, W):  # W blocks at a time
+        new = tl.full([ROWS, W], float("-inf"), tl.float32)
+        for blk in range(first_blk, tl.minimum(first_blk + W, n)):
+            if end is None:
+                s = tl.dot(q, keys.load([b * cap + blk * L, 0]).T, input_precision="ieee")             # [ROWS, L]
+                score = tl.max(s, 1)
+            else:
+                score = tl.full([ROWS], float("-inf"), tl.float32)
+                if tl.load(block_end + b * tl.cdiv(cap, L) + blk) > first + tile * ROWS // HKV:
+                    s = tl.dot(q, keys.load([b * cap + blk * L, 0]).T, input_precision="ieee")
+                    last = tl.load(end + b.to(tl.int64) * cap + blk * L + tl.arange(0, L))
+                    score = tl.max(tl.where(i[:, None] < last, s, float("-inf")), 1)
+            # a block earlier than i's own lies wholly before i: no other causal mask is needed
+            new = tl.where(w == blk - first_blk, tl.where(blk < i // L, score, float("-inf"))[:, None], new)
+        # of a descending and an ascending row the larger elements, place by place, are the top W, and bitonic
+        key = tl.sort(_key(new, (first_blk + w)[None]), 1, False)
+        best = tl.bitonic_merge(tl.maximum(best, key), 1, True)
     out = block_idx + (base + row)[:, None] * S
     tl.store(out + tl.zeros([1], tl.int32), (i // L)[:, None], mask=mine[:, None])
     tl.store(out + 1 + w, _block_of(best), mask=mine[:, None] & (w < S - 1))
@@ -979,9 +980,8 @@ def _scan_kernel(qi, ki, scale, slack, end, length, scores, done, T, cap, HKV: t
         score, lower = _unscale(score, unit[:, None], 2.0 ** -120), _unscale(tl.max(least, 0), unit, -2.0 ** -120)
         tl.store(row + N + runs + run, tl.max(score, 1), mask=mine)
         tl.store(row + N + 2 * runs + run, lower, mask=mine)
-    # kept in the L2 while the rest of the keys passes through it: the choice waits for them
     tl.store(row[:, None] + lo + g, score, mask=mine[:, None] & (g < hi - lo), eviction_policy="evict_last")
-    tl.store(row + N + run, tl.max(score, 1), mask=mine, eviction_policy="evict_last")
+    tl.store(row + N + run, tl.max(score, 1), mask=mine, eviction_policy="evict_last")  # the keys would evict both
     tl.store(done + b * T * HKV + c, 0, mask=mine & (run == 0))
 
 @jit

@@ -39,7 +39,7 @@ WARMUP, DECAY = 0.02, 0.6              # shares of the run
 RUNS = {
     "tiny": dict(seq_len=256, batch_size=4, lr=1.2e-2, minutes=2.5, mtp_every=8, msa_from=0.5,
                  stages=((0.0, 8), (0.2, 4), (0.45, 2), (0.75, 1))),
-    "small": dict(seq_len=8192, batch_size=16, lr=4e-3, minutes=10.0, mtp_every=8, msa_from=0.05, stages=((0, 1),))}
+    "small": dict(seq_len=8192, batch_size=16, lr=4e-3, minutes=10.0, mtp_every=4, msa_from=0.05, stages=((0, 1),))}
 PEAK = {"H100": 989.4e12, "H200": 989.4e12, "H800": 989.4e12, "A100": 312e12}  # dense bf16 FLOP/s, by the GPU's name
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -311,10 +311,9 @@ def prepare(args, cfg, tokenizer):
     return tokenizer, {x: Tokens(docs[x], tokenizer, L, args.seq_len) for x in docs} | dict(skipped=skipped)
 
 def fuse(model, muon):
-    """torch.compile what lies between the kernels: norms, projections, rotations, experts, loss, momentum."""
+    """torch.compile what lies between the kernels: norms, projections, rotations, experts, momentum."""
     for block in [*model.layers, *(module.block for module in model.mtp)]:
         block.enter, block.leave = (torch.compile(half, dynamic=False) for half in (block.enter, block.leave))
-    model.token_loss = torch.compile(model.token_loss, dynamic=False)
     model.norm.forward = torch.compile(model.norm.forward, dynamic=False)
     muon.blend = torch.compile(muon.blend, dynamic=True)
 

@@ -172,13 +172,14 @@ def test_ties_go_to_the_lowest_block():
     qi, ki = torch.ones(1, 40, 1, 4), torch.ones(1, 40, 4)
     assert msa.select_blocks(qi, ki, 3, 4)[0, 39, 0].tolist() == [9, 0, 1]
     assert msa.select_blocks(torch.zeros_like(qi), ki, 3, 4)[0, 21, 0].tolist() == [5, 0, 1]
-def test_selection_in_chunks(monkeypatch):
+def test_attention_in_chunks(monkeypatch):
     """Queries are taken in chunks so that no T x T matrix exists; the chunk's size changes nothing."""
     q, k, v, qi, ki = (t.requires_grad_() for t in random_qkv(T=37))
     def run():
         blocks = msa.select_blocks(qi, ki, 3, 4)
         out, kl = msa.msa_attention(q, k, v, blocks, 4), msa.index_kl_loss(qi, ki, q, k, blocks, 4)
-        return blocks, out, kl, *torch.autograd.grad(out.pow(2).sum(), (q, k, v))
+        full = msa.full_attention(q, k, v, packed_end(37, [9]))
+        return blocks, out, kl, full, *torch.autograd.grad((out + full).pow(2).sum(), (q, k, v))
     whole = run()
     monkeypatch.setattr(msa, "chunk", lambda device: 2 * 2 * 37 * 5)
     assert max(map(worst, run(), whole)) < 1e-12
@@ -307,8 +308,8 @@ def test_training_kernels_equal_autograd(shape, S, end, run, most):
     for mine, want in zip(got, run_once("torch")):
         assert worst(mine, want) < 1e-4 * want.abs().max()  # scores of 500 round to 3e-5, which exp passes on
 @pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai"])
-def test_gated_kernels_equal_autograd(activation):
-    """The gate's kernels against the torch half, beyond its clamps too, on rows that fill no tile; a weight a row."""
+def test_kernels_of_single_tokens(activation):
+    """The gate's kernels against the torch half, beyond its clamps too, on rows that fill no tile; and the loss's."""
     needs(msa.triton and not torch.cuda.is_available(), "Triton, and no GPU: the interpreter stands in for one")
     h, w, up = 9 * torch.randn(5, 44), torch.rand(5, 1), torch.randn(5, 22)
     for weight in (None, w.requires_grad_()):
@@ -317,6 +318,9 @@ def test_gated_kernels_equal_autograd(activation):
             ours, want = ((y, *torch.autograd.grad(y, inputs, up)) for y in (
                 moe.gated(h, activation, weight, impl) for impl in ("triton", "torch")))
         assert max(map(worst, ours, want)) < 1e-4 * want[1].abs().max()  # fp32: exp differs in its last bits
+    logits, y = h.detach().repeat(1, 200), torch.tensor([0, 8799, -1, 8192, 5])  # two tiles a row
+    ours, want = ((moe.softmax_loss(x := logits.clone(), y, impl), x) for impl in ("triton", "torch"))
+    assert max(map(worst, ours, want)) < 1e-5
 @contextlib.contextmanager
 def fp64_kernels():
     """Kernels work in their inputs' precision and scratch memory in torch's default: interpreted, both may be fp64."""
@@ -582,7 +586,6 @@ def test_cache_crop_select_expand_and_ragged():
     model, idx = make_model(dtype=torch.float64), torch.randint(0, 61, (2, 40))
     full, cache = model(idx)[0], KVCache(model.cfg, 2, 40, dtype=torch.float64)
     def step(rows, starts, T):
-        """T tokens from `starts` on, of these rows: the cached logits against the same of the full forward."""
         new, want = (torch.stack([x[r, s:s + T] for r, s in zip(rows, starts)]) for x in (idx, full))
         assert worst(model(new, cache=cache)[0], want) < 1e-10
     step([0, 1], [0, 0], 30)
@@ -591,7 +594,6 @@ def test_cache_crop_select_expand_and_ragged():
     cache.crop(torch.tensor([25, 9]))
     step([0, 1], [25, 9], 2)
     cache.select(torch.tensor([1, 1, 0]))
-    assert cache.length.tolist() == [11, 11, 27]
     cache.expand(2)
     assert cache.length.tolist() == [11] * 4 + [27] * 2
     step([1] * 4 + [0] * 2, [11] * 4 + [27] * 2, 1)
@@ -633,6 +635,7 @@ def test_packed_documents_learn_as_apart(dtype, near):
     means = [sum(n * x for n, x in zip(c, xs)) / sum(c) for c, xs in zip(zip(*counts), zip(*parts))]
     assert relative(logits[:, row["weight"][0] > 0], torch.cat(apart, 1)) < near and torch.equal(load, sum(loads))
     assert relative(torch.stack(terms), torch.stack(means)) < near
+    assert model.flops_per_token(torch.arange(24)[None] % 12) == model.flops_per_token(torch.arange(12)[None])
     names, params = zip(*model.named_parameters())
     grads = (torch.autograd.grad(sum(s * x for s, x in zip(share, xs)), params) for xs in (terms, means))
     # In fp32 a gradient that is a sum of cancelling terms keeps their rounding: it is held against the largest one
@@ -811,15 +814,13 @@ def test_divergence_stops_the_run(trained, tmp_path, capsys, eval_every):
     """A rate of 1000, or a NaN in the index branch, ends in a message and exit 1; the checkpoint stays as it was."""
     before, again = (trained[0] / "ckpt.pt").read_bytes(), resume(tmp_path, "--steps", "60", "--eval-every", eval_every)
     (tmp_path / "ckpt.pt").write_bytes(before)
-    line = refused(train.main, [*again, "--lr", "1000"], capsys, code=1)
-    assert re.search(r"stopped: (loss spike|loss .* not finite|val_bpb)", line)
+    assert re.search("stopped: (loss|val_bpb)", refused(train.main, [*again, "--lr", "1000"], capsys, code=1))
     assert (tmp_path / "ckpt.pt").read_bytes() == before
     state = sample.load_checkpoint(str(tmp_path))
     state["model"]["layers.1.attn.indexer.q_proj.weight"].fill_(math.nan)
     sample.save_checkpoint(str(tmp_path), **state)
     assert "not finite" in refused(train.main, again, capsys, code=1)
     history = dict(ema=2.0, spread=0.2, above=0, step=100)
-    with pytest.raises(FloatingPointError): train.watch(math.nan, 1.0, history)
     for _ in range(4): train.watch(3.5, 1.0, history)
     assert history["ema"] == 2.0 and train.watch(2.1, 1.0, history) is None and history["above"] == 0  # calm: cleared
     for _ in range(5): train.watch(3.5, 1.0, history | dict(above=4, spread=0.5))  # usual distance 0.5: no spike
@@ -846,10 +847,9 @@ def test_generate_is_greedy_argmax_of_full_forwards():
     """Temperature 0: generation through cache and MSA decode equals argmax over a full forward at every step."""
     model, prompt = make_model(), [3, 1, 4, 1, 5]
     out = [t for (t,), _ in greedy(model, [prompt], 30)]
-    for n, token in enumerate(out):
+    for n, token in zip(range(30), out, strict=True):
         logits = model(torch.tensor([prompt + out[:n]]))[0][0, -1]
         assert logits[token] > logits.max() - 1e-4
-    assert len(out) == 30
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_generate_from_hf_in_any_dtype(dtype):
     """A checkpoint read in another dtype generates in it: cache and activations follow the model."""

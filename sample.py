@@ -227,8 +227,7 @@ def load_checkpoint(folder, device="cpu"):
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises half a dozen types, by where the file is broken
-        reason = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__}: {reason})") from None
+        raise ValueError(f"{path}: damaged, or not a checkpoint ({type(error).__name__})") from None
     if not isinstance(state, dict) or state.get("version") != VERSION:
         found = state.get("version") if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"{path}: checkpoint version {found}, this code reads version {VERSION}")

@@ -1,4 +1,4 @@
-"""Compile every kernel of msa.py for sm_90, without a GPU: registers and stack bytes (spills) as one line of JSON."""
+"""Compile every kernel for sm_90, without a GPU: registers and stack bytes (spills) as one line of JSON."""
 import json
 import multiprocessing
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"  # before msa is imported: a kernel's decorator reads the flag
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import moe
 import msa
 
 def variants():
@@ -33,16 +34,22 @@ def variants():
                          ("backward", dict(train, DIMS=(8, 6, 128, 128, 16, 32))),
                          ("task_sum", dict(train, part="*fp32", out="*fp32")),
                          ("kl", dict(DIMS=(4, 16, 128, 128, 128, 16, 64, 64, 1), num_stages=2, index_stat=None)),
-                         ("kl", dict(train, DIMS=(8, 6, 128, 128, 128, 16, 64, 16, 8)))):
-        names = getattr(msa, f"_{name}_kernel").arg_names
+                         ("kl", dict(train, DIMS=(8, 6, 128, 128, 128, 16, 64, 16, 8))),
+                         ("gated", gate := dict(h="*bf16", weight="*fp32", I=512, OAI=True, ROWS=4, COLS=512)),
+                         ("gated_grad", dict(gate, grad="*bf16", dh="*bf16", dweight="*fp32")),
+                         ("softmax_loss", dict(logits="*bf16", loss="*fp32", V="i32", COLS=8192, num_warps=16))):
+        names = kernel(name).arg_names
         yield (name, {p: {**base, **change}.get(p, None if p in change else "*i32") for p in names},
                {"num_warps": 4, "num_stages": 3, **{p: x for p, x in change.items() if p not in names}})
+
+def kernel(name):
+    return getattr(msa, f"_{name}_kernel", None) or getattr(moe, f"_{name}_kernel")
 
 def compile_kernel(variant):
     """For sm_90 -> [name, registers, stack bytes]."""
     from triton.compiler.compiler import ASTSource, GPUTarget
     (name, args, options), tool = variant, Path(msa.triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    fn, const = getattr(msa, f"_{name}_kernel"), {p: x for p, x in args.items() if not isinstance(x, str)}
+    fn, const = kernel(name), {p: x for p, x in args.items() if not isinstance(x, str)}
     aligned = {(n,): [["tt.divisibility", 16]] for n, x in enumerate(args.values()) if str(x)[0] == "*"}
     source = ASTSource(fn, {p: "constexpr" if p in const else x for p, x in args.items()}, const, aligned)
     with tempfile.NamedTemporaryFile(buffering=0) as file:

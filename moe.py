@@ -104,7 +104,7 @@ class _Gated(torch.autograd.Function):
                                                   num_warps=4 if cols < 4096 else 8)
         return dh, dweight, None
 
-# One program = one row of logits. The second pass finds in the L2 what the first has read: 264 rows at once fit it.
+# One program = one row of logits. The second pass finds in the L2 what the first has read: few rows are under way.
 @jit
 def _softmax_loss_kernel(logits, y, loss, V, COLS: tl.constexpr):
     c, row, t = tl.arange(0, COLS), logits + tl.program_id(0).to(tl.int64) * V, tl.load(y + tl.program_id(0))

@@ -368,7 +368,8 @@ def crossovers(rows):
         name = f"{row['what']} {row['shape']} {row['index']}"
         out[name] = (out.get(name) or row["ctx"]) if row["dense_ms"] > row["msa_ms"] else None
     for name, T in out.items():
-        print(f"crossover | {name}: MSA won " + (f"from {T:,} tokens on" if T else "at no measured length"))
+        print(f"crossover | {name}: MSA won " + (f"from {T:,} tokens on" if T else "at no measured length")
+              + " (the shortest measured)" * (T == min(row["ctx"] for row in rows)))
     return out
 
 def draw(path, rows, title):
@@ -468,11 +469,10 @@ def run(args):
     if args.what == "tree":
         print(json.dumps(result := dict(device=args.name, rows=tree_rows(args))))
         return result
-    kinds = "prefill", "decode"
-    plans = {shape: {B: [lengths_that_fit(args, shape, what, B) for what in kinds] for B in (1, 8)[:1 + args.gpu]}
-             for shape in args.shapes}
+    plans = {shape: {B: [lengths_that_fit(args, shape, what, B) for what in ("prefill", "decode")]
+                     for B in (1, 8)[:1 + args.gpu]} for shape in args.shapes}
     for shape, lengths in plans.items():
-        gate(args, shape, [what for what, some in zip(kinds, lengths[1]) if some])
+        gate(args, shape, [what for what, some in zip(("prefill", "decode"), lengths[1]) if some])
     print(f"gate    | passed by {', '.join(args.shapes)}: choice against torch, output against brute force in fp32, "
           f"relative RMS at most {TOLERANCE[args.dtype]:.0e}\n"
           + "prefill | of the last 32 queries, against the whole context\n" * (args.what != "decode" and not args.gpu)

@@ -100,7 +100,6 @@ def dense_rows(q, k, v):
     return out.unflatten(2, (t, G)).transpose(1, 2).flatten(2, 3)
 
 def capacity(T): return -(-T // L) * L
-
 def full(q, k, v, length=None):
     """The best full attention there is. cuDNN raises where it cannot run; under one key block any backend will do."""
     if not q.is_cuda:
@@ -368,8 +367,7 @@ def crossovers(rows):
         name = f"{row['what']} {row['shape']} {row['index']}"
         out[name] = (out.get(name) or row["ctx"]) if row["dense_ms"] > row["msa_ms"] else None
     for name, T in out.items():
-        print(f"crossover | {name}: MSA won " + (f"from {T:,} tokens on" if T else "at no measured length")
-              + " (the shortest measured)" * (T == min(row["ctx"] for row in rows)))
+        print(f"crossover | {name}: MSA won " + (f"from {T:,} tokens on" if T else "at no measured length"))
     return out
 
 def draw(path, rows, title):
@@ -416,8 +414,8 @@ def tree_rows(args):
 
 def card(args, why):
     """Where, what, and what to expect, printed before either side runs."""
-    ask = lambda command: subprocess.getoutput(f"{command} 2> /dev/null") or "unknown"
-    power = ask(f"nvidia-smi -i {args.device.index or 0} --query-gpu=power.limit,driver_version --format=csv,noheader")
+    power = subprocess.getoutput(f"nvidia-smi -i {args.device.index or 0} --query-gpu=power.limit,driver_version "
+                                 "--format=csv,noheader 2> /dev/null") or "unknown"
     print(f"run     | {time.strftime('%Y-%m-%d %H:%M')}, torch {torch.__version__}, triton "
           f"{getattr(msa.triton, '__version__', 'absent')}")
     print(f"device  | {args.name}{f', power limit and driver {power}' * args.gpu}, {str(args.dtype)[6:]}: {why}")
@@ -471,6 +469,8 @@ def run(args):
         return result
     plans = {shape: {B: [lengths_that_fit(args, shape, what, B) for what in ("prefill", "decode")]
                      for B in (1, 8)[:1 + args.gpu]} for shape in args.shapes}
+    if not any(some for lengths in plans.values() for some in lengths[1]):
+        raise MemoryError("no length fits")
     for shape, lengths in plans.items():
         gate(args, shape, [what for what, some in zip(("prefill", "decode"), lengths[1]) if some])
     print(f"gate    | passed by {', '.join(args.shapes)}: choice against torch, output against brute force in fp32, "

@@ -274,7 +274,7 @@ class _InChunks(torch.autograd.Function):
         return *((grad * x).to(x.dtype) for x in ctx.saved_tensors), None, None
 
 def cross_entropy(h, W, targets, chunk=None):
-    """Mean loss of hidden (B, T, C), 0 if there is no target. At most 2^30 logits exist at once."""
+    """Mean loss of hidden (B, T, C), 0 if there is no target. A chunk has at most 2^30 logits (in torch, twice)."""
     h, y, chunk = h.flatten(0, 1), targets.flatten(), chunk or 2 ** (30 - len(W).bit_length())
     if torch.is_grad_enabled() and (h.is_cuda or len(y) > chunk):
         total = _InChunks.apply(h, W, y, chunk)

@@ -122,16 +122,18 @@ def _softmax_loss_kernel(logits, y, loss, V, COLS: tl.constexpr):
         tl.store(row + v + c, tl.where(t < 0, 0.0, x).to(logits.dtype.element_ty), mask=v + c < V)
 
 def softmax_loss(logits, y, impl="auto"):
-    """Cross-entropy of contiguous logits (n, V) and targets y (n,), -1 = none -> (n,), fp32 or wider. The gradient of
-    their sum is written over the logits. impl: auto (Triton on a GPU in 16 bits), triton or torch."""
+    """Cross-entropy of logits (n, V) and targets y (n,), -1 = none -> (n,), fp32 or wider. The gradient of their sum is
+    written over the logits. impl: auto (Triton on a GPU in 16 bits), triton (logits must be contiguous) or torch."""
     wide, V = torch.promote_types(logits.dtype, torch.float32), logits.size(1)
     if impl == "triton" or (impl == "auto" and triton and logits.is_cuda and logits.dtype.itemsize == 2):
-        loss, cols = torch.empty(len(y), device=y.device), min(8192, triton.next_power_of_2(V))
-        _softmax_loss_kernel[len(y),](logits, y, loss, V, cols, num_warps=max(1, cols // 512))
+        assert logits.is_contiguous(), f"logits have strides {logits.stride()}, expected {(V, 1)}"
+        loss, cols = torch.empty(len(y), device=y.device, dtype=wide), min(8192, triton.next_power_of_2(V))
+        _softmax_loss_kernel[len(y),](logits, y.contiguous(), loss, V, cols, num_warps=max(1, cols // 512))
         return loss
-    logp, t = logits.to(wide).log_softmax(-1), y.clamp(min=0)[:, None]
-    logits.copy_(logp.exp().scatter_add(1, t, logp.new_full(t.shape, -1)) * (y >= 0)[:, None])
-    return torch.where(y >= 0, -logp.gather(1, t)[:, 0], 0)
+    logp, t = logits.log_softmax(-1, dtype=wide), y.clamp(min=0)[:, None]
+    loss = torch.where(y >= 0, -logp.gather(1, t)[:, 0], 0)
+    logits.copy_(logp.exp_().scatter_add_(1, t, logp.new_full(t.shape, -1)).mul_((y >= 0)[:, None]))  # one matrix more
+    return loss
 
 def experts_loop(x, w13, w2, weights, idx, activation):
     """Every expert in turn, on the tokens that chose it: the specification, and the path for fp64.

@@ -142,8 +142,9 @@ def full_attention(q, k, v, end=None, start=None, impl="auto"):
     attend, q, k, v = F.scaled_dot_product_attention, *(x.transpose(1, 2) for x in (q, k, v))           # (B, H, T, D)
     if end is None and start is None:
         return attend(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-    i, j, step = query_index(T, start, q.device), torch.arange(Tk, device=q.device), chunk(q.device) // (q.size(0) * Tk)
-    parts = zip(q.split(max(1, step), 2), i.split(max(1, step), 1))
+    i, j = query_index(T, start, q.device), torch.arange(Tk, device=q.device)
+    step = max(1, chunk(q.device) // max(1, q.size(0) * q.size(1) * Tk))  # a masked backend may hold all its scores
+    parts = zip(q.split(step, 2), i.split(step, 1))
     out = [attend(x, k, v, visible(i, j, end)[:, None], enable_gqa=True) for x, i in parts]
     return torch.cat(out, 2).transpose(1, 2)
 
@@ -476,7 +477,7 @@ def _index_kernel(qi, keys, end, block_end, start, block_idx, T, cap, HKV: tl.co
     q = tl.load(qi + (base + row)[:, None] * D + tl.arange(0, D), mask=mine[:, None], other=0.0)      # [ROWS, D]
     n = (first + (tl.minimum((tile + 1) * ROWS, T * HKV) - 1) // HKV) // L                  # blocks before the last own
     best = tl.full([ROWS, W], -0x7FFFFFFFFFFFFFFF, tl.int64)
-    for first_blk in range(0, n, W):  # W blocks at a time
+    for first_blk in range(0, n, W):  # a block before i's own lies wholly before i: no other causal mask is needed
         new = tl.full([ROWS, W], float("-inf"), tl.float32)
         for blk in range(first_blk, tl.minimum(first_blk + W, n)):
             if end is None:
@@ -488,7 +489,6 @@ def _index_kernel(qi, keys, end, block_end, start, block_idx, T, cap, HKV: tl.co
                     s = tl.dot(q, keys.load([b * cap + blk * L, 0]).T, input_precision="ieee")
                     last = tl.load(end + b.to(tl.int64) * cap + blk * L + tl.arange(0, L))
                     score = tl.max(tl.where(i[:, None] < last, s, float("-inf")), 1)
-            # a block earlier than i's own lies wholly before i: no other causal mask is needed
             new = tl.where(w == blk - first_blk, tl.where(blk < i // L, score, float("-inf"))[:, None], new)
         # of a descending and an ascending row the larger elements, place by place, are the top W, and bitonic
         key = tl.sort(_key(new, (first_blk + w)[None]), 1, False)
@@ -943,7 +943,7 @@ def _scan_kernel(qi, ki, scale, slack, end, length, scores, done, T, cap, HKV: t
     run, b, N, runs = tl.program_id(0), tl.program_id(1), tl.cdiv(cap, L), tl.num_programs(0)
     c, g = tl.arange(0, COLS), tl.arange(0, RUN)
     if PDL:
-        n = tl.minimum((tl.load(length + b, volatile=True) + T - 1) // L, N)  # may change: read again after the wait
+        n = tl.minimum((tl.load(length + b, volatile=True) + T - 1) // L, cap // L)  # read again after the wait
         lo, hi = _run_start(run, n, runs), _run_start(run + 1, n, runs)
         if (lo < hi) & (b == 0) & (run < 264):  # who runs at once on an H100; later programs find the memory busy
             _prefetch(ki + lo.to(tl.int64) * L * D, (hi - lo) * L * D, 2 * L * D)

@@ -15,8 +15,7 @@
 Differs from M2: clip, rewards' weights and baseline, not published, are ours, and marked. A stuck task fails at a
 deadline; the report's window would wait for ever.
 """
-import dataclasses, io, json, math, os, random, re, sys, time
-import hmac, http.server, select, socket  # for --serve
+import contextlib, dataclasses, hmac, http.server, io, json, math, os, random, re, select, socket, sys, time
 
 import numpy as np
 import torch
@@ -160,11 +159,12 @@ class Gateway:
         self.pool = {}                 # group -> its trajectories, until they have been trained on
 
     def context(self, episode, messages):
-        """Messages -> ids. Completions of one text may be of other tokens (bytes not of UTF-8): the last is last."""
+        """Messages -> ids. Completions of one text may be of other tokens (bytes not of UTF-8): the last is last; what
+        was said once may be quoted twice."""
         said, out = {text: list(known) for text, known in episode.said.items()}, []
         for m in reversed(messages):
-            known = said.get(m["content"]) if m["role"] == "assistant" else None
-            out.append(known.pop() if known else self.tokenizer.encode(m["content"]))
+            known = said.get(m["content"], []) if m["role"] == "assistant" else []
+            out.append(known.pop() if len(known) > 1 else known[0] if known else self.tokenizer.encode(m["content"]))
         return [i for ids in reversed(out) for i in ids]
 
     def record(self, episode, context, ids, logprobs, version, routes=None):
@@ -485,7 +485,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 pass
 
 def hung_up(connection):
-    """Whether the client is gone, and nobody will read what it asked for."""
+    """Whether the client is gone (or has closed its side, which looks the same) and nobody will read an answer."""
     try:
         return bool(select.select([connection], [], [], 0)[0]) and not connection.recv(1, socket.MSG_PEEK)
     except ConnectionError:
@@ -607,10 +607,10 @@ def parse_args(argv):
     p, state, count, positive = Parser(__doc__), None, number(1), number(1e-6, 1e9, float)
     p.add_argument("--schedule", choices=["window", "fifo", "greedy", "all"], default="window", nargs="?", const="all")
     for flag, kind, default, text in (
-            ("task", ["calculator", "maze", "cap"], "calculator", "learned"), ("turns", number(2, 600), 8, "of a maze"),
-            ("rollouts", number(2), 4, "episodes of a group"), ("deadline", positive, 600.0, "seconds until it fails"),
+            ("task", ["calculator", "maze", "cap"], "calculator", "to learn"), ("turns", number(2, 600), 8, "a maze's"),
+            ("rollouts", number(2), 4, "episodes of a group"), ("deadline", positive, 600.0, "seconds a group has"),
             ("groups", count, 24, "groups a step"), ("sigma", number(0, 10, float), 0.5, "log-normal tail of times"),
-            ("slots", count, 48, "groups in flight"), ("window", count, None, "groups; default: 0.3 of --slots"),
+            ("slots", count, 48, "groups in flight"), ("window", count, None, "width; default: 0.3 of --slots"),
             ("minutes", positive, None, "in all; default: 2.9"), ("steps", count, None, "end after this many"),
             ("lr", number(0, 10, float), 1e-3, "rate of the matrices"), ("warm-steps", number(0), 260, "of imitation"),
             ("show-every", count, 50, "steps between examples"), ("save-every", count, 20, "steps between saves"),
@@ -619,14 +619,14 @@ def parse_args(argv):
             ("preset", ["micro", "small"], "micro", "the model"), ("attn", ["full", "msa"], "full", "its attention"),
             ("mtp", number(0, 8), 0, "its MTP modules, kept aligned"), ("out", str, "out_rl", "folder of the run"),
             ("no-merge", bool, False, "train on every turn alone"), ("resume", bool, False, "go on from --out"),
-            ("replay", bool, False, "use experts and blocks of the rollout"), ("figure", str, None, "reward curve")):
+            ("replay", bool, False, "use experts and blocks of the rollout"), ("figure", str, None, "curve's file")):
         how = dict(action="store_true") if kind is bool else {"choices" if isinstance(kind, list) else "type": kind}
         p.add_argument(f"--{flag}", default=default, help=text, **how)
     args = p.parse_args(argv)
     if args.resume:
-        warm, begun = f"{args.out}/warm", os.path.exists(checkpoint_path(args.out))
-        state = load_checkpoint(warm) if os.path.exists(checkpoint_path(warm)) else None
-        # an imitation that is not over is of a newer run than what lies beside it
+        begun = os.path.exists(checkpoint_path(args.out))
+        with contextlib.suppress(ValueError):  # none, or damaged. One that is not over is of a newer run than --out's
+            state = load_checkpoint(f"{args.out}/warm")
         early = state and not (begun and state["now"].get("step", math.inf) >= state["args"].get("warm_steps", 0))
         state = state if early else load_checkpoint(args.out)
         if "due" not in state.get("queue", {}):
@@ -707,7 +707,7 @@ def run(args, state, whole=None):
         if stats:
             report(now, args, groups, stats, lags, source.tokenizer.decode)
         else:
-            print(f"no step   | groups {[g[0].task for g in groups]}: not a word before the deadline", flush=True)
+            print(f"no step   | groups {[g[0].task for g in groups]}: no turn to learn from", flush=True)
         if now["step"] % args.save_every == 0:
             save(args.out, args, source, optimizers, now)
     if ready:

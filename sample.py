@@ -249,9 +249,10 @@ def save_checkpoint(folder, fresh=False, **state):
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         if os.path.exists(temporary):
             os.remove(temporary)
-        raise OSError(f"cannot write {path}: {error}") from None
+        raise OSError(f"cannot write {path} (is the disk full?): {error}") from None
     if fresh and os.path.exists(path):
         os.replace(path, f"{path}.old")
+        print(f"kept    | the checkpoint of another run that was there, as {path}.old", flush=True)
     os.replace(temporary, path)
 
 def load_model(state, device="cpu", dtype=torch.float32):

@@ -20,7 +20,7 @@ def variants():
                 keys="tensordesc<bf16[128, 128]>", **dict.fromkeys("q k v qi ki scale out part".split(), "*bf16"),
                 **dict.fromkeys("lse scores slack stat delta index_stat share value dki".split(), "*fp32"),
                 **dict.fromkeys("T Tk N P cap n edge0".split(), "i32"),
-                 **dict.fromkeys("grad dq dqi a b".split(), "*bf16"),
+                **dict.fromkeys("grad dq dqi a b".split(), "*bf16"),
                 **dict.fromkeys(("dk", "dv"), "*fp32"), ends="*i64")
     index, train = dict(num_warps=8, num_stages=2, maxnreg=128, ROWS=128), dict(num_warps=8, num_stages=2)
     for name, change in (("index", index), ("index", dict(index, end=None, block_end=None, start=None)),

@@ -108,8 +108,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             shapes = {}
             for p in (p for p in group["params"] if p.grad is not None):
-                m = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                u = self.blend(m.flatten(), p.grad.flatten(), group["momentum"]).view_as(p)
+                if p not in self.state:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                u = self.blend(self.state[p]["momentum"].flatten(), p.grad.flatten(), group["momentum"]).view_as(p)
                 shapes.setdefault(p.shape if p.dim() == 2 else p, []).append((p, u))  # experts are a stack already
             for items in shapes.values():
                 rows, cols = items[0][1].size(-2) // group["stack"], items[0][1].size(-1)
@@ -381,6 +382,7 @@ def run(args, state):
         if progress() >= 1:
             raise ValueError("--attn msa: nothing is left of the run to convert in; give more --steps or --minutes")
     if on_gpu:
+        torch.set_num_threads(1)  # a pool of threads, woken between two steps, keeps the GPU waiting
         fuse(model, optimizers[0])
         batch = get_batch(data["train"], args.seed, 0, 0, args.batch_size, args.seq_len)
         rehearse(model, {k: v.to(device) for k, v in batch.items()}, args.accumulate, index, rest)
@@ -397,7 +399,7 @@ def run(args, state):
         save_checkpoint(args.out, fresh=not args.resume and now["step"] <= args.eval_every, args=kept, now=dict(now),
                         config=dataclasses.asdict(dataclasses.replace(cfg, mtp_active=True)), tokenizer=tokenizer.spec,
                         model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers])
-    stop, pending, load, mtp, kl, last = on_signals(), [], 0.0, torch.tensor(math.nan), math.nan, dict(now)
+    stop, pending, load, mtp, kl, last, final = on_signals(), [], 0.0, torch.tensor(math.nan), math.nan, dict(now), {}
     if progress() >= 1:
         print(f"nothing left to do after step {now['step']}: give more --steps or --minutes", flush=True)
     while progress() < 1 and not stop:
@@ -436,7 +438,6 @@ def run(args, state):
     checkpoint()
     if stop:
         print(f"stopped after step {now['step']}, saved in {args.out}; go on with --resume", flush=True)
-        final = {}
     else:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # all is saved: Ctrl-C may end the evaluation
         final = evaluate(model, data["val"], args.seq_len, 16, device)

@@ -14,12 +14,23 @@ Differs from M2/M3: the report does not publish the balancing rule; the sign upd
 expert and runs one grouped matrix product, with no host synchronisation, `gated` in between as one Triton kernel. The
 other kernel on single tokens is here, too: `softmax_loss`, the loss over the vocabulary.
 """
+import math
+
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from msa import jit, tl, triton
+
+def best(x, n):
+    """The n largest of each row of x (T, E), best first, ties by the lowest -> indices (T, n) int64. Not topk, whose
+    kernels torch.compile leaves apart: n times argmax is one kernel."""
+    found, at = [], torch.arange(x.size(-1), device=x.device)
+    for _ in range(n):
+        found.append(x.argmax(-1, keepdim=True))
+        x = torch.where(at == found[-1], float("-inf"), x)
+    return torch.cat(found, -1)
 
 def route(logits, bias, n_active, scale=1.0, idx=None):
     """Choose experts. logits (T, E) fp32 or wider, bias (E,) -> weights (T, A) that sum to `scale`, idx (T, A) int64.
@@ -30,7 +41,7 @@ def route(logits, bias, n_active, scale=1.0, idx=None):
     # Why not weigh by the biased score? With bias +10 on one expert its weight would be > 0.9 for every token:
     # a knob for load would rewrite the output.
     if idx is None:
-        idx = (scores + bias).topk(n_active, dim=-1).indices                                              # (T, A)
+        idx = best(scores + bias, n_active)                                                               # (T, A)
     weights = scores.gather(-1, idx)
     return scale * weights / weights.sum(-1, keepdim=True), idx
 
@@ -193,6 +204,33 @@ class MLP(nn.Module):
     def forward(self, x):
         return self.w2(gated(self.w13(x), self.activation))
 
+def _terms(x):
+    """x in fp32 -> three terms in bf16 with the same sum: 8 bits each of its 24."""
+    def head(y):  # cut, not rounded by .bfloat16(): torch.compile leaves out that rounding, and y - head(y) would be 0
+        return (y.view(torch.int32) & -2 ** 16).view(torch.float32)
+    a = head(x)
+    b = head(x - a)
+    return a.bfloat16(), b.bfloat16(), (x - a - b).bfloat16()
+
+class _WideGate(torch.autograd.Function):
+    """x (n, C) bf16, W (E, C) fp32 -> x W^T in fp32, on tensor cores, and without x in fp32: products of two bf16
+    numbers are exact in fp32, sums are fp32. bmm, since torch.compile of 2.11 may not know mm's out_dtype."""
+
+    @staticmethod
+    def forward(ctx, x, W):
+        ctx.save_for_backward(x, W)
+        return torch.bmm(x[None], torch.cat(_terms(W)).T[None], out_dtype=W.dtype)[0].unflatten(1, (3, -1)).sum(1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x, W), (a, b, c) = ctx.saved_tensors, _terms(grad)
+        u, v, _ = _terms(W)
+        dx = torch.cat([a, a, b], 1) @ torch.cat([u, v, u])  # 16 of 24 bits: what is left is rounded to bf16
+        parts = math.gcd(len(x), 64)  # the sum over tokens, in so many parts: one would keep six multiprocessors busy
+        left, right = (y.unflatten(0, (parts, -1)) for y in (torch.cat([a, b, c], 1), x))
+        dW = torch.bmm(left.transpose(1, 2), right, out_dtype=W.dtype).sum(0)                               # (3 E, C)
+        return dx, dW.unflatten(0, (3, -1)).sum(0)
+
 class Router(nn.Module):
     """Gate and bias. Both stay in fp32 when the model moves to bf16: near-ties in s + b would flip the choice."""
 
@@ -208,6 +246,8 @@ class Router(nn.Module):
         return super()._apply(at_least_fp32, recurse)
 
     def forward(self, x):
+        if x.is_cuda and x.dtype == torch.bfloat16 and self.weight.dtype == torch.float32:
+            return _WideGate.apply(x, self.weight)
         return F.linear(x.to(self.weight.dtype), self.weight)
 
 class MoE(nn.Module):

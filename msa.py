@@ -816,19 +816,19 @@ class _Train(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, qi, ki, block_idx, L, end, share, stride):
-        ctx.L, ctx.end, stat = L, end, torch.empty(q.shape[:3], device=q.device)
+        ctx.L, ctx.end, ctx.stride, stat = L, end, stride, torch.empty(q.shape[:3], device=q.device)
         out = _attend_triton(q, k, v, block_idx, L, end, None, stat)
-        some, dqi = slice(stride - 1, None, stride), torch.zeros_like(qi)
-        rows = (x[:, some].contiguous() for x in (q, qi, stat, block_idx))
-        kl, dqi[:, some], dki = _kl_triton(*rows, k, ki, L, end, share, stride)
-        ctx.index = dqi, dki
+        rows = (x[:, stride - 1::stride].contiguous() for x in (q, qi, stat, block_idx))
+        kl, *ctx.index = _kl_triton(*rows, k, ki, L, end, share, stride)
         ctx.save_for_backward(q, k, v, block_idx, out, stat)
         return out, kl
 
     @staticmethod
     def backward(ctx, grad, grad_kl):
-        index = [(grad_kl * x).to(x.dtype) for x in ctx.index]
-        return *_attend_backward(*ctx.saved_tensors, grad.contiguous(), ctx.L, ctx.end), *index, *[None] * 5
+        some, dki = ((grad_kl * x).to(x.dtype) for x in ctx.index)
+        dqi = some.new_zeros(*grad.shape[:2], *some.shape[2:])
+        dqi[:, ctx.stride - 1::ctx.stride] = some
+        return *_attend_backward(*ctx.saved_tensors, grad.contiguous(), ctx.L, ctx.end), dqi, dki, *[None] * 5
 
 def _chunks(q, block_idx, N, width=0, run=1024, most=2 ** 19):
     """Sort the queries of each chunk by all their blocks, own one included, at most `most` query heads a launch.

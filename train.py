@@ -345,11 +345,11 @@ def learn(model, batch, n, optimizers, index, rest, mtp_weight):
         optimizer.zero_grad(set_to_none=True)
     return dict(total, norm=norm, index_norm=index_norm)
 
-def rehearse(model, batch, n, index, rest):
+def rehearse(model, batch, n, muon, index, rest):
     """Compile what the steps of a run need before its clock starts; the model is left as it was."""
-    for model.cfg.index_warmup in (True, False):
-        for model.cfg.mtp_active in (True, False):
-            learn(model, batch, n, [], index, rest, 1.0)
+    for model.cfg.index_warmup, model.cfg.mtp_active in ((True, True), (True, False), (False, True), (False, False)):
+        learn(model, batch, n, [], index, rest, 1.0)
+    torch.no_grad()(muon.blend)(*(torch.ones_like(rest[0]).flatten() for _ in "mg"), 0.5)
     model.zero_grad(set_to_none=True)
 
 def run(args, state):
@@ -385,7 +385,7 @@ def run(args, state):
         torch.set_num_threads(1)  # a pool of threads, woken between two steps, keeps the GPU waiting
         fuse(model, optimizers[0])
         batch = get_batch(data["train"], args.seed, 0, 0, args.batch_size, args.seq_len)
-        rehearse(model, {k: v.to(device) for k, v in batch.items()}, args.accumulate, index, rest)
+        rehearse(model, {k: v.to(device) for k, v in batch.items()}, args.accumulate, optimizers[0], index, rest)
     card(model, args, device, why, data, time.perf_counter() - started, now["sparse_from"])
     def checkpoint():
         """Evaluate on the first bytes and save what passes: the last good checkpoint survives a divergence."""

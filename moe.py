@@ -213,8 +213,8 @@ def _terms(x):
     return a.bfloat16(), b.bfloat16(), (x - a - b).bfloat16()
 
 class _WideGate(torch.autograd.Function):
-    """x (n, C) bf16, W (E, C) fp32 -> x W^T in fp32, on tensor cores, and without x in fp32: products of two bf16
-    numbers are exact in fp32, sums are fp32. bmm, since torch.compile of 2.11 may not know mm's out_dtype."""
+    """x (n, C) bf16, W (E, C) fp32 -> x W^T in fp32, on tensor cores and without a copy of x in fp32: products of two
+    bf16 numbers are exact in fp32, and sums are fp32. bmm and not mm, whose out_dtype torch.compile may not know."""
 
     @staticmethod
     def forward(ctx, x, W):

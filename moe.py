@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from msa import jit, tl, triton
 
 def best(x, n):
-    """The n largest of each row of x (T, E), best first, ties by the lowest -> indices (T, n) int64. Not topk, whose
-    kernels torch.compile leaves apart: n times argmax is one kernel."""
+    """The n largest of each row of x (T, E), finite, best first, ties by the lowest -> indices (T, n) int64. Not topk,
+    whose kernels torch.compile leaves apart: n times argmax is one kernel."""
     found, at = [], torch.arange(x.size(-1), device=x.device)
     for _ in range(n):
         found.append(x.argmax(-1, keepdim=True))
@@ -205,7 +205,7 @@ class MLP(nn.Module):
         return self.w2(gated(self.w13(x), self.activation))
 
 def _terms(x):
-    """x in fp32 -> three terms in bf16 with the same sum: 8 bits each of its 24."""
+    """x in fp32, 0 or over 2^-110 -> three terms in bf16 with the same sum: 8 bits each of its 24."""
     def head(y):  # cut, not rounded by .bfloat16(): torch.compile leaves out that rounding, and y - head(y) would be 0
         return (y.view(torch.int32) & -2 ** 16).view(torch.float32)
     a = head(x)

@@ -1,7 +1,6 @@
 """Train M2/M3 on any text: one process, one device, one loop.
 
     python train.py                              # tiny on the interpreter's standard library: CPU, minutes, no download
-    python train.py --data notes/ --minutes 10     # any text file or folder
     python train.py --resume                       # go on from out/ckpt.pt
     python train.py --resume --attn msa --steps 800  # a run with --attn full goes on with sparse attention
     python train.py --preset m2 --dry-run          # parameters and bytes, nothing is allocated
@@ -349,7 +348,8 @@ def rehearse(model, batch, n, muon, index, rest):
     """Compile what the steps of a run need before its clock starts; the model is left as it was."""
     for model.cfg.index_warmup, model.cfg.mtp_active in ((True, True), (True, False), (False, True), (False, False)):
         learn(model, batch, n, [], index, rest, 1.0)
-    torch.no_grad()(muon.blend)(*(torch.ones_like(rest[0]).flatten() for _ in "mg"), 0.5)
+    for p in {p.dim(): p for p in rest if p.dim() > 1}.values():  # a matrix, a stack of experts: two graphs
+        torch.no_grad()(muon.blend)(*(torch.ones_like(p).flatten() for _ in "mg"), muon.defaults["momentum"])
     model.zero_grad(set_to_none=True)
 
 def run(args, state):

@@ -712,7 +712,7 @@ def run(args, state, whole=None):
             save(args.out, args, source, optimizers, now)
     if ready:
         save(args.out, args, source, optimizers, now)
-    if stop:
+    if stop or not now["step"]:  # all the time went into the imitation, or into waiting for other processes
         print(f"stopped after step {now['step']}, saved; --resume --out {args.out} goes on" if ready else
               f"stopped in the imitation, saved in {(whole or args).out}/warm; the same command goes on", flush=True)
     draw(dict(zip(("a batch of fresh problems", "EMA"), zip(*now["curve"]))), args)

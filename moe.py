@@ -24,8 +24,10 @@ import torch.nn.functional as F
 from msa import jit, tl, triton
 
 def best(x, n):
-    """The n largest of each row of x (T, E), finite, best first, ties by the lowest -> indices (T, n) int64. Not topk,
-    whose kernels torch.compile leaves apart: n times argmax is one kernel."""
+    """The n largest of each row of x (T, E), finite, best first, ties by the lowest -> indices (T, n) int64.
+    torch.compile makes one kernel of n times argmax, where it leaves the kernels of topk or sort as they are."""
+    if not torch.compiler.is_compiling():
+        return x.sort(dim=-1, descending=True, stable=True).indices[:, :n].contiguous()
     found, at = [], torch.arange(x.size(-1), device=x.device)
     for _ in range(n):
         found.append(x.argmax(-1, keepdim=True))
@@ -246,7 +248,8 @@ class Router(nn.Module):
         return super()._apply(at_least_fp32, recurse)
 
     def forward(self, x):
-        if x.is_cuda and x.dtype == torch.bfloat16 and self.weight.dtype == torch.float32:
+        # in training alone: for the few tokens of a decoding step, splitting the weight would be most of the work
+        if torch.is_grad_enabled() and x.is_cuda and x.dtype == torch.bfloat16 and self.weight.dtype == torch.float32:
             return _WideGate.apply(x, self.weight)
         return F.linear(x.to(self.weight.dtype), self.weight)
 

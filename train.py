@@ -1,7 +1,7 @@
 """Train M2/M3 on any text: one process, one device, one loop.
 
     python train.py                              # tiny on the interpreter's standard library: CPU, minutes, no download
-    python train.py --resume                       # go on from out/ckpt.pt
+    python train.py --data notes/ --minutes 10     # any text file or folder; --resume goes on from out/ckpt.pt
     python train.py --resume --attn msa --steps 800  # a run with --attn full goes on with sparse attention
     python train.py --preset m2 --dry-run          # parameters and bytes, nothing is allocated
 

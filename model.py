@@ -312,8 +312,9 @@ class MiniMax(nn.Module):
         None; otherwise logits (B, n, V) of the last n_logits positions, None = all. loss: next-token loss alone.
         weight (B, T): multiplicity, 0 = pad. pos (B, T): default counts on from the cache. end (B, Tk): default causal.
         replay: an earlier aux, whose block_idx and experts are used again. aux: expert_load (layers with experts, E),
-        experts (n, B, T, A), block_idx (layers with MSA, B, T, Hkv, S), hidden (B, T, C) before the last norm; mtp_loss
-        with targets; index_kl in training; block_recall, score_recall, block_chance in evaluation."""
+        experts (n, B, T, A), block_idx (layers with MSA, B, T, Hkv, S), hidden (B, T, C) before the last norm; mtp_losses
+        (MTP modules,) and mtp_loss, their mean, with targets; index_kl in training; block_recall, score_recall,
+        block_chance in evaluation."""
         B, T = idx.shape
         if pos is None:
             pos = query_index(T, None if cache is None else cache.length, idx.device).expand(B, T)
@@ -328,7 +329,8 @@ class MiniMax(nn.Module):
                 aux.setdefault(key, []).append(value)
         mtp = {}
         if targets is not None and self.cfg.mtp_active and self.mtp:
-            mtp["mtp_loss"] = self.mtp_forward(x, idx, targets, call, aux)
+            mtp["mtp_losses"] = self.mtp_forward(x, idx, targets, call, aux)
+            mtp["mtp_loss"] = mtp["mtp_losses"].sum() / len(self.mtp)
         if cache is not None:
             cache.advance(T)
         aux = {key: torch.stack(value) for key, value in aux.items()} | mtp
@@ -339,9 +341,9 @@ class MiniMax(nn.Module):
         return self.lm_head(x if n_logits is None else x[:, max(0, T - n_logits):]), loss, aux
 
     def mtp_forward(self, h, idx, targets, call, aux):
-        """Mean loss of the MTP modules. Module k works on positions with a k-th next token in the layout; what lies
-        past the end of a document is seen by none and has no target."""
-        loss, T = h.new_zeros(()), idx.size(1)
+        """Each MTP module's mean loss (modules,). Module k works on positions with a k-th next token in the layout;
+        what lies past the end of a document is seen by none and has no target."""
+        losses, T = [], idx.size(1)
         for k, module in enumerate(self.mtp[:T - 1], 1):
             n, shifted = T - k, targets[:, k:]
             cos, sin, end, weight = (None if t is None else t[:, :n] for t in (*call.rope, call.end, call.weight))
@@ -350,10 +352,10 @@ class MiniMax(nn.Module):
                 shifted, weight = shifted.where(has, -1), has.float() if weight is None else weight * has
             h, more = module(h[:, :n], self.embed(idx[:, k:]).to(h.dtype), self.cfg.n_layer + k - 1,
                              Call((cos, sin), end, weight))
-            loss = loss + cross_entropy(module.norm(h), self.lm_head.weight, shifted) / len(self.mtp)
+            losses.append(cross_entropy(module.norm(h), self.lm_head.weight, shifted))
             for key in more.keys() & {"expert_load", "index_kl"}:
                 aux.setdefault(key, []).append(more[key])
-        return loss
+        return torch.stack(losses) if losses else h.new_zeros(0)
 
     def num_params(self):
         """Total, and active for one token: no embedding, head or MTP, of the experts the chosen (the report's 9.8B)."""

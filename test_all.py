@@ -652,6 +652,27 @@ def test_parts_of_a_batch_make_the_whole():
     def run(n): return model.zero_grad(), train.learn(model, batch, n, [], [], params, 0.3), [p.grad for p in params]
     (_, a, x), (_, b, y) = run(1), run(2)
     for whole, part in zip([*a.values(), *x], [*b.values(), *y]): assert (whole - part).norm() <= 1e-6 * whole.norm()
+
+@pytest.mark.parametrize("n_mtp,stride", [(2, 1), (3, 2)])
+def test_accumulation_knows_every_mtp_module(n_mtp, stride):
+    """--accumulate with several MTP modules: documents too short for some of them, pads, rows of two lengths."""
+    model = make_model(dtype=torch.float64, n_mtp=n_mtp, index_kl_stride=stride).train()
+    params = list(model.parameters())
+    rows = [packed(sizes, 4, torch.float64)[0] for sizes in ((2, 2, 2, 2, 29), (41,), (1, 37), (3, 3, 31))]
+    batch = {key: torch.cat([F.pad(row[key], (0, 44 - row[key].size(1)), value=-(key == "targets")) for row in rows])
+             for key in rows[0]}
+    batch["end"] = torch.where(batch["end"] == 0, torch.arange(1, 45), batch["end"]).int()
+
+    def step(parts):
+        model.zero_grad()
+        aux = train.learn(model, batch, parts, [], [], params, 0.3)
+        return [*aux.values(), *(p.grad for p in params)]
+
+    whole = step(1)
+    for parts in (2, 4):
+        for want, got in zip(whole, step(parts)):
+            assert (want - got).norm() <= 1e-12 * want.norm()
+
 @gpu
 @pytest.mark.filterwarnings("error:sparse attention runs in torch")
 def test_gradients_are_bit_equal_on_a_gpu(device="cuda", dtype=torch.bfloat16):

@@ -317,24 +317,33 @@ def fuse(model, muon):
     model.norm.forward = torch.compile(model.norm.forward, dynamic=False)
     muon.blend = torch.compile(muon.blend, dynamic=True)
 
-def loss_counts(part, stride):
-    """Tokens that a part's next-token loss, KL, and an MTP module's loss and KL are means over: (4,)."""
-    real, weight = part["targets"] >= 0, part.get("weight", torch.ones_like(part["targets"]))
-    i = torch.arange(1, real.size(1), device=real.device)
-    ahead = i < part["end"][:, :-1] if "end" in part else i > 0
-    means = real, weight[:, stride - 1::stride], real[:, 1:] & ahead, (weight[:, :-1] * ahead)[:, stride - 1::stride]
-    return torch.stack([x.sum() for x in means]).double()
+def loss_counts(part, stride, n_mtp):
+    """Tokens that a part's losses are means over: (2, 1 + n_mtp), the next-token loss and each MTP module's in row 0,
+    the KLs of the trunk and of each module in row 1."""
+    targets = part["targets"]
+    weight = part.get("weight", torch.ones_like(targets))
+    slot = torch.arange(targets.size(1), device=targets.device)
+    tokens, queries = [], []
+    for k in range(n_mtp + 1):  # module k works where the document has a k-th next token, and module 0 is the trunk
+        n = targets.size(1) - k
+        inside = slot[k:] < part["end"][:, :n] if "end" in part else slot[k:] >= 0
+        tokens.append(((targets[:, k:] >= 0) & inside).sum())
+        queries.append((weight[:, :n] * inside)[:, stride - 1::stride].sum())
+    return torch.stack([torch.stack(tokens).double(), torch.stack(queries).double()])
 
 def learn(model, batch, n, optimizers, index, rest, mtp_weight):
     """One step on a batch in n parts: forward, backward, clip, update -> aux with loss and gradient norms."""
     parts, total = [dict(zip(batch, part)) for part in zip(*(x.chunk(n) for x in batch.values()))], {}
-    counts = torch.stack([loss_counts(part, model.cfg.index_kl_stride) for part in parts])                    # (n, 4)
-    for part, (share, learns, ahead, drafts) in zip(parts, (counts / counts.sum(0).clamp(min=1)).float()):
+    n_mtp = min(len(model.mtp), batch["idx"].size(1) - 1) if model.cfg.mtp_active else 0
+    counts = torch.stack([loss_counts(part, model.cfg.index_kl_stride, n_mtp) for part in parts])    # (n, 2, 1 + n_mtp)
+    for part, share in zip(parts, counts / counts.sum(0).clamp(min=1)):
         _, loss, aux = model(**part)
+        tokens, queries = share.to(loss.dtype)  # a mean over a part, times the part's share: the mean over the batch
         kl = aux.get("index_kl", torch.zeros(0, device=loss.device))
-        trunk = torch.arange(len(kl), device=loss.device) < model.cfg.attn_types.count("msa")
-        aux = dict(loss=share * loss, mtp_loss=ahead * aux.get("mtp_loss", 0.0),
-                   index_kl=torch.where(trunk, learns, drafts) * kl, expert_load=aux.get("expert_load", torch.zeros(0)))
+        n_trunk = min(len(kl), model.cfg.attn_types.count("msa"))
+        mtp = (tokens[1:] * aux["mtp_losses"]).sum() / len(model.mtp) if n_mtp else 0.0 * loss.detach()
+        aux = dict(loss=tokens[0] * loss, mtp_loss=mtp, expert_load=aux.get("expert_load", torch.zeros(0)),
+                   index_kl=torch.cat([queries[0] * kl[:n_trunk], queries[1:][:len(kl) - n_trunk] * kl[n_trunk:]]))
         # experts learn through their weights, attention through q, k and v, the index branch through the KL alone
         (aux["loss"] + mtp_weight * aux["mtp_loss"] + aux["index_kl"].sum()).backward()
         total = {key: total.get(key, 0.0) + value.detach() for key, value in aux.items()}

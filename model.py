@@ -362,10 +362,12 @@ class MiniMax(nn.Module):
         total, active = count_params(self)
         return total, active - 2 * self.embed.weight.numel() - sum(count_params(module)[1] for module in self.mtp)
 
-    def flops_per_token(self, pos):
+    def flops_per_token(self, pos, real=None):
         """Executed FLOPs a token of a training step, MTP and warm-up as they stand, for tokens at pos (B, T) of their
         documents: 6 per active parameter and head (4 in the index branch, whose input gets no gradient), 12 H D per key
-        read; scores of all earlier blocks but in the warm-up; KL, teacher included, of every stride-th query."""
+        read; scores of all earlier blocks but in the warm-up; KL, teacher included, of every stride-th query.
+        real (B, T) bool: the mean is over these tokens alone, and pads are left out; default: all."""
+        pos = pos if real is None else pos[real]
         cfg, mtp, head = self.cfg, self.mtp if self.cfg.mtp_active else [], self.embed.weight.numel()
         more, own = (cfg.index_topk_blocks - 1) * cfg.index_block_size, pos % cfg.index_block_size + 1  # keys
         seen, few, own = (x.double().mean().item() for x in (pos + 1, (pos + 1).minimum(more + own), own))

@@ -752,7 +752,7 @@ def test_run_reports_its_contract(trained):
     """The last line of stdout is JSON with the promised keys, the loss falls below ln V, and every part learned."""
     result, state = trained[1], sample.load_checkpoint(str(trained[0]))
     assert set("step loss val_bpb tokens tokens_per_s mfu params_total params_active seconds".split()) <= set(result)
-    assert result["step"] == 12 and result["tokens"] == 12 * 2 * 64 and 0 < result["val_bpb"] < 8
+    assert result["step"] == 12 and 0 < result["val_bpb"] < 8
     assert result["loss"] < math.log(300) and result["mfu"] is None
     learned, fresh = state["model"], MiniMax(MiniMaxConfig(**state["config"])).state_dict()
     for name in ("mtp.0.proj.weight", "layers.1.attn.indexer.q_proj.weight", "layers.1.mlp.router.weight"):
@@ -767,6 +767,58 @@ def test_resume_is_exact_and_evaluation_harmless(trained, corpus, tmp_path):
     same, other, want = (sample.load_checkpoint(str(x))["model"] for x in (tmp_path / "a", tmp_path / "b", trained[0]))
     assert [name for name in want if not torch.equal(same[name], want[name])] == []
     assert not torch.equal(other["lm_head.weight"], want["lm_head.weight"])
+
+def split_files(tmp_path, sizes):
+    """Documents of few tokens: most of their key blocks are not full, and a row holds many pads."""
+    folder = tmp_path / "short"
+    folder.mkdir()
+    for i, n in enumerate(sizes):
+        (folder / f"{i}.txt").write_text(TEXT[100 * i:100 * i + n], encoding="utf-8")
+    return folder
+
+def test_pads_are_not_counted(tmp_path, capsys):
+    """tokens, tokens_per_s and FLOPs count what is learned from; a checkpoint without that count goes on."""
+    folder, out = split_files(tmp_path, range(20, 90)), tmp_path / "out"
+    argv = train_args(folder, out, "--steps", 6, "--stop-after", 4, "--log-every", 1, "--accumulate", 2)
+    batches = []
+    real = train.get_batch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "get_batch", lambda *a: batches.append(real(*a)) or batches[-1])
+        result, _ = quiet(train.main, argv)
+    batches = batches[-4:]
+    learned = sum((batch["targets"] >= 0).sum().item() for batch in batches)
+    assert learned < 0.95 * 4 * 2 * 64
+    assert result["tokens"] == learned
+    assert result["tokens_per_s"] == pytest.approx(learned / result["seconds"])
+
+    state = sample.load_checkpoint(str(out))
+    model = sample.load_model(state)[0]
+    flops = 0.0
+    for step, batch in enumerate(batches):  # a document at a time, each without a pad
+        model.cfg.index_warmup = step < 3
+        model.cfg.mtp_active = step == 0
+        pos = batch["pos"][batch["targets"] >= 0]
+        flops += sum(model.flops_per_token(p[None, None]) for p in pos)
+    assert state["now"]["flops"] == pytest.approx(flops)
+
+    del state["now"]["tokens"]
+    sample.save_checkpoint(str(out), **state)
+    again, _ = quiet(train.main, resume(out, "--stop-after", 5))
+    assert abs(again["tokens"] / (5 * learned / 4) - 1) < 0.2
+
+def test_peak_is_the_whole_devices(monkeypatch):
+    """MFU divides by the peak of exactly that GPU, by its full name; a slice or an unknown card has none."""
+    now, before = dict(flops=1e12, tokens=5, seconds=2.0), dict(flops=0.0, tokens=1, seconds=1.0)
+    for name, peak in (("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835),
+                       ("NVIDIA H200", 989.4), ("NVIDIA H20", 148), ("NVIDIA H800 PCIe", 756), ("A100-SXM4-40GB", 312),
+                       ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA RTX A1000 Laptop GPU", None),
+                       ("NVIDIA H100 NVLX", None), ("AMD Instinct MI300X", None)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
+        rate, mfu = train.speed(None, now, before, torch.device("cuda"))
+        assert rate == 4
+        assert mfu is None if peak is None else mfu == pytest.approx(1 / peak), name
+    assert train.speed(None, now, before, torch.device("cpu"))[1] is None
+
 def test_minutes_end_a_run(corpus, tmp_path):
     """--minutes bounds the training time; --steps on resume replaces it; a run without anything left says so."""
     result, _ = quiet(train.main, train_args(corpus, tmp_path, "--minutes", 0.01))

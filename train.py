@@ -39,7 +39,15 @@ RUNS = {
     "tiny": dict(seq_len=256, batch_size=4, lr=1.2e-2, minutes=2.5, mtp_every=8, msa_from=0.5,
                  stages=((0.0, 8), (0.2, 4), (0.45, 2), (0.75, 1))),
     "small": dict(seq_len=8192, batch_size=16, lr=4e-3, minutes=10.0, mtp_every=4, msa_from=0.05, stages=((0, 1),))}
-PEAK = {"H100": 989.4e12, "H200": 989.4e12, "H800": 989.4e12, "A100": 312e12}  # dense bf16 FLOP/s, by the GPU's name
+# Dense bf16 FLOP/s by the GPU's full name, from NVIDIA's datasheets (half of what they print "with sparsity")
+PEAK = {
+    "H100 80GB HBM3": 989.4e12, "H800": 989.4e12, "H200": 989.4e12,               # SXM
+    "GH200 120GB": 989.4e12, "GH200 480GB": 989.4e12, "GH200 144G HBM3e": 989.4e12,
+    "H100 NVL": 835e12, "H200 NVL": 835e12,
+    "H100 PCIe": 756e12, "H800 PCIe": 756e12,
+    "H20": 148e12,
+    "A100-SXM4-40GB": 312e12, "A100-SXM4-80GB": 312e12, "A100-PCIE-40GB": 312e12, "A100 80GB PCIe": 312e12,
+    "A800-SXM4-40GB": 312e12, "A800-SXM4-80GB": 312e12, "A800 80GB PCIe": 312e12}
 
 # ---- data ----------------------------------------------------------------------------------------
 
@@ -275,10 +283,12 @@ def card(model, args, device, why, data, setup, sparse_from):
         print(f"msa     | {kernels}; {S} blocks of {L}: {min(S * L, T)} of {T} keys, from {sparse_from:.0%} of the run")
     print(f"experts | grouped_mm; {cfg.n_expert_per_tok} of {cfg.n_expert}{' + 1 shared' if cfg.shared_dim else ''}")
     rows = dict.fromkeys(str(T // min(n, T // 16)) for _, n in args.stages)
-    print(f"step    | {args.batch_size * T:,} tokens, in rows of {' then '.join(rows)}; "
+    print(f"step    | up to {args.batch_size * T:,} tokens (pads do not count), in rows of {' then '.join(rows)}; "
           f"Muon + AdamW, rate {args.lr:g}, seed {args.seed}")
     print(f"data    | {args.data or 'the Python standard library'}: {data['train'].n_tokens:,} tokens; validation "
           f"{data['val'].n_bytes:,} bytes; {data['skipped']} files skipped; vocabulary {cfg.vocab_size:,}")
+    if not peak_flops(device):
+        print(f"mfu     | none: the dense bf16 peak of {device_name(device)} is not known")
     print(f"ready   | {setup:.1f} s", flush=True)
 
 def watch(loss, norm, history):
@@ -378,12 +388,16 @@ def run(args, state):
     model = (model or MiniMax(cfg, dtype).to(device)).train()
     model.recompute = args.recompute
     (optimizers, index, rest), on_gpu = configure_optimizers(model, args.lr), device.type == "cuda"
-    now = dict(step=0, seconds=0.0, flops=0.0, ema=None, spread=0.0, above=0, bpb=math.inf, sparse_from=args.msa_from)
+    now = dict(step=0, seconds=0.0, tokens=0, flops=0.0, ema=None, spread=0.0, above=0, bpb=math.inf, sparse_from=args.msa_from)
     if state:
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
         same = all(state["args"][name] == getattr(args, name) for name in ("data", "val_data"))
         now = {**now, **state["now"], "bpb": state["now"]["bpb"] if same else math.inf}  # no comparison across texts
+        if "tokens" not in state["now"]:  # an older checkpoint, whose FLOPs count pads: they are the same share of all
+            filled = data["train"].n_tokens / len(data["train"].begin)
+            now["tokens"] = round(filled * now["step"] * args.batch_size * args.seq_len)
+            now["flops"] *= filled
     def progress():
         return max(now["step"] / (args.steps or math.inf), now["seconds"] / (60 * (args.minutes or math.inf)))
     if converted:  # the index branch learns for the same share of what is left
@@ -419,7 +433,10 @@ def run(args, state):
             group["lr"] = args.lr * factor * group.get("scale", 1.0)
         cut = min([n for share, n in args.stages if done >= share][-1], args.seq_len // 16)
         batch = get_batch(data["train"], args.seed, 0, now["step"], args.batch_size * cut, args.seq_len // cut)
-        now["flops"] += model.flops_per_token(batch["pos"]) * batch["pos"].numel()
+        real = batch["targets"] >= 0  # pads are computed, too, but are neither tokens learned from nor useful FLOPs
+        n_real = int(real.sum())
+        now["tokens"] += n_real
+        now["flops"] += n_real * model.flops_per_token(batch["pos"], real) if n_real else 0.0
         batch = {k: (v.pin_memory() if on_gpu else v).to(device, non_blocking=True) for k, v in batch.items()}
         aux = learn(model, batch, args.accumulate, optimizers, index, rest, MTP_WEIGHT[done > 1 - DECAY])
         seen = torch.stack([aux["loss"], aux["norm"] + aux["index_norm"]]).to("cpu", non_blocking=True)
@@ -453,18 +470,26 @@ def run(args, state):
         print(f"final {now['step']:04d} | {report(final)} | {data['val'].n_bytes:,} bytes")
     return summary(model, args, now, final, device)
 
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"a {device.type.upper()}"
+
+def peak_flops(device):
+    """Dense bf16 FLOP/s of exactly this device, None where no datasheet's figure is known. A part of the name would
+    not do: H100 PCIe and NVL, a slice (MIG) and an RTX A1000 are other devices than H100 and A100."""
+    return PEAK.get(device_name(device).removeprefix("NVIDIA ")) if device.type == "cuda" else None
+
 def speed(args, now, since, device):
-    """-> tokens a second since then, and executed FLOPs over the GPU's dense bf16 peak, None where that is unknown."""
+    """-> tokens a second since then, pads left out, and their FLOPs over the GPU's dense bf16 peak, or None."""
     seconds = max(now["seconds"] - since["seconds"], 1e-9)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
-    peak = next((flops for gpu, flops in PEAK.items() if gpu in name), math.inf)
-    rate, mfu = ((now[key] - since[key]) / seconds for key in ("step", "flops"))
-    return rate * args.batch_size * args.seq_len, mfu / peak or None
+    rate = (now.get("tokens", 0) - since.get("tokens", 0)) / seconds
+    peak = peak_flops(device)
+    mfu = (now["flops"] - since["flops"]) / seconds / peak if peak else None
+    return rate, mfu
 
 def summary(model, args, now, final, device):
-    (rate, mfu), (total, active) = speed(args, now, dict(step=0, seconds=0.0, flops=0.0), device), model.num_params()
+    (rate, mfu), (total, active) = speed(args, now, dict(seconds=0.0, flops=0.0), device), model.num_params()
     return dict(step=now["step"], loss=now["ema"], val_bpb=None, tokens_per_s=rate, mfu=mfu, params_total=total,
-                params_active=active, tokens=now["step"] * args.batch_size * args.seq_len, seconds=now["seconds"],
+                params_active=active, tokens=now["tokens"], seconds=now["seconds"],
                 block_recall=[], score_recall=[], block_chance=[], dead_experts=0, max_vio=[]) | final
 
 def report(result):

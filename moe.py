@@ -188,6 +188,10 @@ def experts_grouped(x, w13, w2, weights, idx, activation):
     out = F.grouped_mm(h, w2.transpose(1, 2), offs=ends)
     return _Rows.apply(out, inverse, order, 1).view(T, A, C).sum(1)
 
+def pick_experts(dtype):
+    """The function that runs experts in this dtype: grouped_mm has no fp64 kernel."""
+    return experts_loop if dtype == torch.float64 else experts_grouped
+
 class Linear(nn.Linear):
     """Weights stay in the dtype they are trained in and are cast to the activations' where they are used."""
 
@@ -270,8 +274,7 @@ class MoE(nn.Module):
         cfg, flat = self.cfg, x.flatten(0, 1)                                                             # (B*T, C)
         replay = None if replay is None else replay.flatten(0, 1).long()
         weights, idx = route(self.router(flat), self.router.bias, cfg.n_expert_per_tok, cfg.routed_scale, replay)
-        experts = experts_loop if x.dtype == torch.float64 else experts_grouped  # grouped_mm has no fp64 kernel
-        y = experts(flat, self.w13.to(x.dtype), self.w2.to(x.dtype), weights, idx, cfg.activation).view_as(x)
+        y = pick_experts(x.dtype)(flat, self.w13.to(x.dtype), self.w2.to(x.dtype), weights, idx, cfg.activation).view_as(x)
         count = flat.new_ones(flat.size(0)) if weight is None else weight.flatten()
         count = count.float()[:, None].expand_as(idx)  # whole numbers: the sum is exact in any order, atomics included
         load = torch.zeros(cfg.n_expert, device=x.device).index_add(0, idx.flatten(), count.flatten())

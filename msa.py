@@ -82,29 +82,40 @@ def _check(q, end, start, **others):
     if start is not None:
         _expect("shape of start (a cache's length)", tuple(start.shape), (q.size(0),))
 
-def _pick(impl, x, *sizes, grad=()):
-    """True for Triton. auto: on a GPU, in 16 bits, sizes powers of two from 16 to 128, no gradient; says why if not.
+def _misfit(x, sizes):
+    """Why the Triton kernels cannot take x and these sizes (head dims, L); None if they can.
     On a CPU the interpreter runs the kernels, for tests: TRITON_INTERPRET=1 before this file is imported, fp32."""
+    low, high = (16, 128) if x.is_cuda else (1, 2 ** 20)
+    if triton is None:
+        return "Triton is not installed"
+    if not x.is_cuda and isinstance(_key, triton.JITFunction):
+        return f"the device is {x.device}, and TRITON_INTERPRET was not set"
+    if x.dtype not in ((torch.bfloat16, torch.float16) if x.is_cuda else (torch.float32, torch.float16)):
+        return f"the dtype is {x.dtype}, expected " + ("bfloat16 or float16" if x.is_cuda else "float32 or float16")
+    if not all(low <= n <= high and n & (n - 1) == 0 for n in sizes):
+        return f"sizes {sizes} are not powers of two from {low} to {high}"
+    return None
+
+def _pick(impl, x, *sizes, grad=()):
+    """True for Triton. auto: on a GPU, in 16 bits, sizes powers of two from 16 to 128, no gradient; says why if not."""
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f"impl is {impl!r}, expected 'auto', 'triton' or 'torch'")
     if impl == "torch" or (impl == "auto" and not x.is_cuda):
         return False
-    low, high, why = (16, 128, None) if x.is_cuda else (1, 2 ** 20, None)
-    if triton is None:
-        why = "Triton is not installed"
-    elif not x.is_cuda and isinstance(_key, triton.JITFunction):
-        why = f"the device is {x.device}, and TRITON_INTERPRET was not set"
-    elif x.dtype not in ((torch.bfloat16, torch.float16) if x.is_cuda else (torch.float32, torch.float16)):
-        why = f"the dtype is {x.dtype}, expected " + ("bfloat16 or float16" if x.is_cuda else "float32 or float16")
-    elif not all(low <= n <= high and n & (n - 1) == 0 for n in sizes):
-        why = f"sizes {sizes} are not powers of two from {low} to {high}"
-    elif torch.is_grad_enabled() and any(t.requires_grad for t in grad):
+    why = _misfit(x, sizes)
+    if why is None and torch.is_grad_enabled() and any(t.requires_grad for t in grad):
         why = "a gradient is asked for"
     if why and impl == "triton":
         raise ValueError(f"impl='triton' does not fit: {why}")
     if why:
         warnings.warn(f"sparse attention runs in torch: {why}")  # one place: said once
     return why is None
+
+def implementation(device, dtype, *sizes):
+    """What impl="auto" runs for activations of this kind and these sizes (head dims, L), for a start-up card."""
+    x = torch.empty(0, device=device, dtype=dtype)
+    why = _misfit(x, sizes) if x.is_cuda else f"the device is {x.device.type}"
+    return f"torch ({why})" if why else "Triton"
 
 def _lanes(end=None, **lanes):
     """-> slots from one sequence of a cache lane (B, Tk, …) to the next (it may be a slice of a longer one), and end

@@ -22,8 +22,8 @@ import torch
 
 from model import Call, MiniMax, MiniMaxConfig, rope_tables
 from moe import lay_routes, pack_routes, unpack_routes
-from sample import (Parser, Tokenizer, checkpoint_path, learn_bpe, load_checkpoint, load_model, lockstep, number,
-                    pick_device, save_checkpoint)
+from sample import (Parser, Tokenizer, checkpoint_path, implementations, learn_bpe, load_checkpoint, load_model,
+                    lockstep, number, pick_device, save_checkpoint)
 from train import command, configure_optimizers, on_signals
 
 EPS_HIGH = 4.0                         # not published: upper clip of the ratio, 1 + 4
@@ -649,6 +649,7 @@ def card(args, model, queue, device, why):
     print(f"model   | {args.preset}: {'{:,} parameters, {:,} active'.format(*model.num_params())}; {args.attn} "
           f"attention; {model.cfg.n_expert_per_tok} of {model.cfg.n_expert} experts, {args.mtp} MTP modules\n"
           f"device  | {device}, {str(model.dtype).removeprefix('torch.')}: {why}\n"
+          f"kernels | {implementations(model, device, trains=True)}\n"
           f"task    | {args.task}: {args.groups} groups of {args.rollouts} episodes a step, {args.slots} in flight\n"
           f"queue   | {args.schedule}: window {queue.window}, deadline {args.deadline:g} s, tail sigma {args.sigma:g}\n"
           f"train   | CISPO, ratio up to {1 + EPS_HIGH:g}; {'turn by turn' if args.no_merge else 'prefix trees'}; "

@@ -25,6 +25,8 @@ import tiktoken
 import torch
 
 from model import KVCache, MiniMax, MiniMaxConfig
+from moe import experts_grouped, pick_experts
+from msa import implementation
 
 EOT = "<|endoftext|>"
 VERSION = 1                            # of the checkpoint's layout
@@ -214,6 +216,25 @@ def pick_device(name=None):
     if name.startswith("cuda") and torch.cuda.get_device_capability(name) >= (8, 0):
         return torch.device(name), torch.bfloat16, f"{torch.cuda.get_device_name(name)} has bf16 tensor cores"
     return torch.device(name), torch.float32, "bf16 products are 10-70 times slower than fp32 on CPUs without AMX"
+
+def implementations(model, device, trains=False, decodes=True):
+    """What runs a model's layers on this device, in words for a start-up card, by the rules that pick it."""
+    cfg, dtype = model.cfg, model.dtype or model.embed.weight.dtype
+    words = []
+    if "full" in cfg.attn_types:
+        full = ["SDPA"]
+        if trains and device.type == "cuda" and dtype.itemsize == 2:
+            full.append("FlexAttention over documents")
+        if decodes and implementation(device, dtype, cfg.head_dim) == "Triton":
+            full.append("decoding in Triton")
+        words.append(f"full attention: {', '.join(full)}")
+    if "msa" in cfg.attn_types:
+        sizes = cfg.head_dim, cfg.index_head_dim, cfg.index_block_size
+        words.append(f"msa: {implementation(device, dtype, *sizes)}")
+    if "moe" in cfg.mlp_types:
+        grouped = pick_experts(dtype) is experts_grouped
+        words.append(f"experts: {'grouped_mm' if grouped else 'a loop, as grouped_mm has no fp64'}")
+    return "; ".join(words)
 
 def checkpoint_path(folder):
     return os.path.join(folder, "ckpt.pt")
@@ -449,7 +470,8 @@ def encode_prompt(args, tokenizer, cfg):
 
 def card(args, model, device, why, n_prompt):
     cfg, (total, active) = model.cfg, model.num_params()
-    print(f"model   | {total:,} parameters, {active:,} active; attention {' '.join(cfg.attn_types)}, torch; grouped_mm")
+    print(f"model   | {total:,} parameters, {active:,} active; attention {' '.join(cfg.attn_types)}")
+    print(f"kernels | {implementations(model, device)}")
     print(f"device  | {device}, {str(model.dtype).removeprefix('torch.')}: {why}")
     print(f"prompt  | {n_prompt} tokens of a context of {cfg.max_seq_len}; temperature {args.temperature:g}, "
           f"top-p {args.top_p:g}, top-k {args.top_k}, seed {args.seed}\n", flush=True)

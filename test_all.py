@@ -7,6 +7,7 @@ brute-force loops, closed forms, published counts. fp32 tolerances are a few rou
 import contextlib, copy, hashlib, io, json, math, os, random, re, signal, socket, subprocess, sys, time, warnings
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from urllib import error, request
 import numpy as np
 import pytest
@@ -808,16 +809,35 @@ def test_pads_are_not_counted(tmp_path, capsys):
 
 def test_peak_is_the_whole_devices(monkeypatch):
     """MFU divides by the peak of exactly that GPU, by its full name; a slice or an unknown card has none."""
-    now, before = dict(flops=1e12, tokens=5, seconds=2.0), dict(flops=0.0, tokens=1, seconds=1.0)
+    now, before = dict(step=5, flops=1e12, tokens=5, seconds=2.0), dict(step=1, flops=0.0, tokens=1, seconds=1.0)
+    args = SimpleNamespace(batch_size=1, seq_len=1)
     for name, peak in (("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835),
                        ("NVIDIA H200", 989.4), ("NVIDIA H20", 148), ("NVIDIA H800 PCIe", 756), ("A100-SXM4-40GB", 312),
                        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA RTX A1000 Laptop GPU", None),
                        ("NVIDIA H100 NVLX", None), ("AMD Instinct MI300X", None)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
-        rate, mfu = train.speed(None, now, before, torch.device("cuda"))
+        rate, mfu = train.speed(args, now, before, torch.device("cuda"))
         assert rate == 4
         assert mfu is None if peak is None else mfu == pytest.approx(1 / peak), name
-    assert train.speed(None, now, before, torch.device("cpu"))[1] is None
+    assert train.speed(args, now, before, torch.device("cpu"))[1] is None
+
+def test_cards_name_what_runs(trained, monkeypatch):
+    """The card's words come from the rules that choose: device, dtype, sizes; tiny's L = 8 fits no kernel on a GPU."""
+    assert "msa: torch (the device is cpu); experts: grouped_mm" in trained[2]
+    _, text = quiet(sample.main, ["--out", trained[0], "--prompt", "def", "--max-new-tokens", 1, "--device", "cpu"])
+    assert "msa: torch (the device is cpu)" in text
+    wide = MiniMax(small_config()).double()
+    assert "experts: a loop" in sample.implementations(wide, torch.device("cpu"))
+
+    card = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device="cuda")  # stands for a GPU's tensor
+    monkeypatch.setattr(torch, "empty", lambda *a, **kw: SimpleNamespace(**{**vars(card), "dtype": kw["dtype"]}))
+    for cfg, dtype, word in ((MiniMaxConfig.tiny(), torch.bfloat16, "sizes (32, 64, 8)"),
+                             (MiniMaxConfig.small(), torch.bfloat16, "msa: Triton"),
+                             (MiniMaxConfig.small(), torch.float32, "the dtype is torch.float32")):
+        words = sample.implementations(SimpleNamespace(cfg=cfg, dtype=dtype), torch.device("cuda"))
+        assert word in words
+        chosen = msa._pick("auto", SimpleNamespace(**{**vars(card), "dtype": dtype}), 128, cfg.index_block_size)
+        assert chosen == ("Triton" in words.split("msa: ")[1])
 
 def test_minutes_end_a_run(corpus, tmp_path):
     """--minutes bounds the training time; --steps on resume replaces it; a run without anything left says so."""

@@ -28,8 +28,8 @@ import torch
 
 from model import MiniMax, MiniMaxConfig, count_params
 from moe import max_violation
-from sample import (PATTERN, Parser, Tokenizer, learn_bpe, load_checkpoint, load_data, load_model, pick_device,
-                    save_checkpoint, truncate)
+from sample import (PATTERN, Parser, Tokenizer, implementations, learn_bpe, load_checkpoint, load_data, load_model,
+                    pick_device, save_checkpoint, truncate)
 
 VAL_BYTES = 512 * 1024                 # val_bpb is measured on this much of the validation text
 MTP_WEIGHT = (0.3, 0.1)                # before and in the decay phase (M2 report)
@@ -279,9 +279,9 @@ def card(model, args, device, why, data, setup, sparse_from):
     print(f"device  | {device}, {str(model.dtype).removeprefix('torch.')}: {why}")
     print(f"layers  | attention {' '.join(cfg.attn_types)}; mlp {' '.join(cfg.mlp_types)}; {cfg.n_mtp} MTP module")
     if "msa" in cfg.attn_types:
-        kernels = "Triton" if device.type == "cuda" else "torch"
-        print(f"msa     | {kernels}; {S} blocks of {L}: {min(S * L, T)} of {T} keys, from {sparse_from:.0%} of the run")
-    print(f"experts | grouped_mm; {cfg.n_expert_per_tok} of {cfg.n_expert}{' + 1 shared' if cfg.shared_dim else ''}")
+        print(f"msa     | {S} blocks of {L}: {min(S * L, T)} of {T} keys, from {sparse_from:.0%} of the run")
+    print(f"experts | {cfg.n_expert_per_tok} of {cfg.n_expert}{' + 1 shared' if cfg.shared_dim else ''}")
+    print(f"kernels | {implementations(model, device, trains=True, decodes=False)}")
     rows = dict.fromkeys(str(T // min(n, T // 16)) for _, n in args.stages)
     print(f"step    | up to {args.batch_size * T:,} tokens (pads do not count), in rows of {' then '.join(rows)}; "
           f"Muon + AdamW, rate {args.lr:g}, seed {args.seed}")

@@ -287,13 +287,24 @@ class MiniMax(nn.Module):
 
     def __init__(self, cfg, dtype=None):
         super().__init__()
-        self.cfg, self.dtype, self.recompute = cfg, dtype, False
+        self.cfg = cfg
+        self.recompute = False
         self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.layers = nn.ModuleList(Block(cfg, a, m) for a, m in zip(cfg.attn_types, cfg.mlp_types))
         self.norm = RMSNorm(cfg.n_embd, cfg)
         self.lm_head = Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         self.mtp = nn.ModuleList(MTP(cfg) for _ in range(cfg.n_mtp))
+        self.asked_dtype = dtype
+        self.first_dtype = self.embed.weight.dtype
         self.init_weights()
+
+    @property
+    def dtype(self):
+        """dtype of activations and cache: what the constructor was told, or the weights' own, as after .double()."""
+        weights = self.embed.weight.dtype
+        if self.asked_dtype is None or weights != self.first_dtype:
+            return weights
+        return self.asked_dtype
 
     @torch.no_grad()
     def init_weights(self):
@@ -316,10 +327,12 @@ class MiniMax(nn.Module):
         (MTP modules,) and mtp_loss, their mean, with targets; index_kl in training; block_recall, score_recall,
         block_chance in evaluation."""
         B, T = idx.shape
+        if B == 0 or T == 0:
+            raise ValueError(f"idx {(B, T)}: at least one row of at least one token")
         if pos is None:
             pos = query_index(T, None if cache is None else cache.length, idx.device).expand(B, T)
         call = Call(rope_tables(pos, self.cfg.rotary_dim, self.cfg.rope_theta), end, weight, cache)
-        x, aux = self.embed(idx).to(self.dtype or self.embed.weight.dtype), {}
+        x, aux = self.embed(idx).to(self.dtype), {}
         blocks, experts = (iter((replay or {}).get(key, ())) for key in ("block_idx", "experts"))
         for i, layer in enumerate(self.layers):
             args = (x, i, call, next(blocks, None) if layer.attn.indexer else None,

@@ -948,6 +948,26 @@ def test_generate_from_hf_in_any_dtype(dtype):
     """A checkpoint read in another dtype generates in it: cache and activations follow the model."""
     out = [t.item() for t, _ in sample.generate(MiniMax.from_hf(GOLDEN / "m3", dtype=dtype).eval(), [[1, 2]], 20)]
     assert len(out) == 20 and all(0 <= t < 101 for t in out)
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("asked", [None, torch.float32])
+def test_generate_follows_a_model_that_was_moved(asked, dtype):
+    """After .to(dtype) the model computes in that dtype: forward, generate and lockstep, whatever it was made with."""
+    torch.manual_seed(0)
+    model = MiniMax(small_config(), asked).to(dtype).eval()
+    assert model(torch.tensor([[1, 2]]))[0].dtype == dtype
+
+    def player():
+        for _ in range(3):
+            drawn.append((yield 0, [1, 2])[0])
+
+    drawn = []
+    sample.lockstep(model, [player()])
+    assert len(drawn) == 3
+    assert len(greedy(model, [[1, 2]], 20)) == 20
+    low = MiniMax(small_config(), torch.bfloat16)
+    assert low(torch.tensor([[1, 2]]))[0].dtype == torch.bfloat16, "weights that stay in fp32, activations in bf16"
+
 def test_generate_batches_ragged_prompts():
     """Unequal prompts in step give each alone's tokens and log-probabilities; stop tokens and the context end them."""
     model, prompts = make_model(), [[3, 1, 4, 1, 5, 9, 2], [2, 7], [8, 8, 8, 8]]

@@ -62,6 +62,8 @@ def _expect(what, got, want):
 
 def _check(q, end, start, **others):
     """ValueError unless every other tensor (x, expected shape) fits q's device and dtype, and end and start fit too."""
+    if q.numel() == 0:
+        raise ValueError(f"shape of the queries is {tuple(q.shape)}, expected no empty dimension")
     for name, (x, shape) in others.items():
         _expect(f"shape of {name}", tuple(x.shape), tuple(shape))
         _expect(f"device of {name}", x.device, q.device)

@@ -314,12 +314,18 @@ def generate(model, prompts, max_new_tokens, n_samples=1, temperature=1.0, top_p
 
     Yields token (B,) int64 and its logprob (B,) fp32 under the model itself: temperature 1, nothing cut. A row still
     inside its prompt yields the prompt's own token; one that ended (a stop id, max_new_tokens, the context) yields -1.
-    `allowed` (V,) bool restricts the first new token. ValueError for a prompt that is empty or exceeds the context."""
+    `allowed` (V,) bool restricts the first new token. ValueError for no prompt, an empty one, one that exceeds the
+    context or the vocabulary."""
     context, rows = model.cfg.max_seq_len, [p for p in prompts for _ in range(n_samples)]
     lengths = [len(row) for row in rows]
+    if not rows:
+        raise ValueError(f"{len(prompts)} prompts, {n_samples} samples of each: at least one of both")
     for n in lengths:
         if not 1 <= n <= context:
             raise ValueError(f"a prompt of {n} tokens: the model's context holds 1 to {context}")
+    for token in set().union(*prompts):
+        if not 0 <= token < model.cfg.vocab_size:  # a GPU would stop at an assertion, and with it the process
+            raise ValueError(f"token {token} in a prompt: the model's vocabulary is 0 to {model.cfg.vocab_size - 1}")
     device, shared = model.embed.weight.device, min(lengths)
     cache = KVCache(model.cfg, len(prompts), min(context, max(lengths) + max_new_tokens), device, model.dtype)
     idx = torch.tensor([p[:shared] for p in prompts], device=device)

@@ -587,6 +587,30 @@ def test_cached_equals_full(chunks, kw):
     outs = [model(part, cache=cache) for part in idx.split(chunks, 1)]
     assert worst(torch.cat([out for out, *_ in outs], 1), logits) < 1e-10
     assert kw or torch.equal(torch.cat([more["block_idx"] for *_, more in outs], 2), aux["block_idx"])
+
+@pytest.mark.parametrize("B,T", [(1, 0), (0, 3)])
+def test_empty_input_is_refused_by_its_shape(B, T):
+    """No row, or no token in a row: the model, attention and index branch say so and name the shape."""
+    model = make_model()
+    q, k, v, qi, ki = random_qkv(B, T)
+    chosen = torch.zeros(B, T, 2, 3, dtype=torch.int32)
+    length = torch.zeros(B, dtype=torch.int32)
+    idx = torch.zeros(B, T, dtype=torch.int64)
+    calls = [lambda: model(idx), lambda: model(idx, cache=KVCache(model.cfg, B, 8)), lambda: model.train()(idx, idx),
+             lambda: msa.full_attention(q, k, v), lambda: msa.select_blocks(qi, ki, 3, 4),
+             lambda: msa.msa_attention(q, k, v, chosen, 4), lambda: msa.msa_decode(q, k, v, qi, ki, 3, 4, length),
+             lambda: msa.msa_train(q, k, v, qi, ki, chosen, 4), lambda: msa.index_kl_loss(qi, ki, q, k, chosen, 4)]
+    for call in calls:
+        with pytest.raises(ValueError, match=re.escape(f"({B}, {T}")):
+            call()
+
+def test_generate_refuses_what_is_no_prompt():
+    """No prompt, no sample, an empty prompt, an id that the vocabulary lacks: one sentence, on a GPU too."""
+    for prompts, n_samples, named in (([], 1, "0 prompts"), ([[1]], 0, "0 samples"), ([[1], []], 1, "of 0 tokens"),
+                                      ([[1, 61]], 1, "token 61"), ([[-1]], 1, "token -1")):
+        with pytest.raises(ValueError, match=named):
+            next(sample.generate(make_model(), prompts, 3, n_samples))
+
 def test_cache_crop_select_expand_and_ragged():
     """Cropping and replaying, picking rows, sharing a prefix, rows of unequal length: always the uncached logits."""
     model, idx = make_model(dtype=torch.float64), torch.randint(0, 61, (2, 40))

@@ -1197,6 +1197,18 @@ def test_bad_input_is_refused_in_one_line(trained, corpus, tmp_path, capsys):
                        (["--resume", "--out", trained[0]], "train.py")): assert word in refused(rl.main, argv, capsys)
     for script in (train, rl) * (not torch.cuda.is_available()):
         assert "cuda" in refused(script.main, ["--device", "cuda", "--out", tmp_path], capsys)
+
+@pytest.mark.parametrize("name", ["meta", "", "CPU", "cpu:1", "cuda:-1", "cuda:99", "mps", "xla", "cuda:\u0663"])
+def test_devices_that_cannot_run_are_refused(name, corpus, tmp_path, capsys):
+    """Only a device that this code runs on, and that is there, gets past the command line: else one line names it."""
+    if name == "mps" and torch.backends.mps.is_available():
+        pytest.skip("this machine has one")
+    line = refused(train.main, ["--device", name, "--data", corpus, "--steps", 1, "--out", tmp_path / "run"], capsys)
+    assert "--device" in line
+    assert name in line
+    assert len(line) < 200
+    assert not (tmp_path / "run").exists()
+
 def test_damaged_checkpoints_are_refused(trained, tmp_path, capsys, monkeypatch):
     """Half a file, another version, a foreign object, a full disk: exit 2, and the file stays as it was."""
     whole, state = (trained[0] / "ckpt.pt").read_bytes(), sample.load_checkpoint(str(trained[0]))

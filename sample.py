@@ -292,22 +292,36 @@ def load_model(state, device="cpu", dtype=torch.float32):
 
 # ---- generation ----------------------------------------------------------------------------------
 
+def largest_logit(logits):
+    """(B, V) -> (B, 1). ValueError for a row with a NaN or +inf in it, or with nothing but -inf: it has no softmax."""
+    largest = logits.amax(-1, keepdim=True)
+    if not largest.isfinite().all():
+        raise ValueError("logits with NaN or +inf among them, or all -inf: nothing can be drawn from them")
+    return largest
+
 def truncate_logits(logits, temperature, top_p, top_k):
     """Temperature, then the top_k largest, then the smallest set that holds top_p of what is left; the rest is -inf.
-    logits (B, V) fp32. top_k None or 0 and top_p 1 cut nothing."""
-    logits = logits / temperature
+    logits (B, V) fp32. top_k None or 0 and top_p 1 cut nothing. Of equal logits the lowest ids stay."""
+    if not (temperature > 0 and 0 < top_p <= 1 and (top_k or 0) >= 0):
+        raise ValueError(f"temperature {temperature}, top_p {top_p}, top_k {top_k}: above 0; above 0 to 1; 0 or more")
+    largest = largest_logit(logits)
+    order = None
+    if top_k or top_p < 1:
+        order = logits.sort(descending=True, stable=True).indices
+    # less the largest: no quotient overflows, and softmax would subtract it anyway
+    logits = (logits - largest) / max(temperature, torch.finfo(logits.dtype).tiny)
     if top_k:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
+        logits = logits.scatter(-1, order[:, top_k:], float("-inf"))
     if top_p < 1:
-        p, order = logits.softmax(-1).sort(descending=True, stable=True)
+        p = logits.softmax(-1).gather(-1, order)
         beyond = p.cumsum(-1) - p >= top_p  # mass before a token: the first stays even where it alone exceeds top_p
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), float("-inf"))
     return logits
 
 def sample_next(logits, temperature=1.0, top_p=1.0, top_k=None, generator=None):
-    """(B, V) -> token (B,). temperature 0 is greedy."""
+    """(B, V) -> token (B,). temperature 0 is greedy. ValueError for what largest_logit and truncate_logits refuse."""
     if temperature == 0:
+        largest_logit(logits)
         return logits.argmax(-1)
     p = truncate_logits(logits, temperature, top_p, top_k).softmax(-1)
     return torch.multinomial(p, 1, generator=generator)[:, 0]

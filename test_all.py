@@ -1019,6 +1019,30 @@ def test_samples_are_seeded_and_follow_the_distribution():
     runs = [[t.tolist() for t, _ in sample.generate(model, [[1]], 20, 2, generator=torch.Generator().manual_seed(s))]
             for s in (1, 1, 2)]
     assert runs[0] == runs[1] != runs[2] and any(a != b for a, b in runs[0]), "samples of one prompt must differ"
+
+def test_of_equal_logits_the_lowest_ids_stay():
+    """top-k 1 is greedy and top-k 3 leaves three, ties or not; top-p keeps the smallest set; both together as well."""
+    equal = torch.zeros(1, 8)
+    for temperature, top_p, top_k, stay in ((1.0, 1.0, 1, 1), (1.0, 1.0, 3, 3), (0.3, 0.5, None, 4), (2.0, 0.51, None, 5),
+                                            (1.0, 0.5, 3, 2), (1.0, 1.0, 8, 8), (1.0, 1.0, 10 ** 12, 8)):
+        left = sample.truncate_logits(equal, temperature, top_p, top_k)
+        assert left.isfinite().nonzero()[:, 1].tolist() == list(range(stay)), (temperature, top_p, top_k)
+    tied = torch.tensor([[3.0, 21.375, 1.0, 21.375]]).expand(64, 4)
+    g = torch.Generator().manual_seed(0)
+    assert sample.sample_next(tied, top_k=1, generator=g).tolist() == sample.sample_next(tied, 0).tolist() == [1] * 64
+
+def test_logits_that_hold_no_distribution():
+    """NaN, +inf or nothing but -inf is an error, at any temperature; a huge or tiny temperature overflows nothing."""
+    for row in ([math.nan, 1.0], [math.inf, 1.0], [-math.inf, -math.inf]):
+        for temperature in (0, 1e-3, 1.0):
+            with pytest.raises(ValueError, match="NaN"):
+                sample.sample_next(torch.tensor([row]), temperature)
+    for temperature in (1e-45, 1e-3, 1.0):
+        assert sample.sample_next(torch.tensor([[-3e38, 3e38, -math.inf, 1e38]]), temperature, 0.9).item() == 1
+    for temperature, top_p, top_k in ((-1, 1, 0), (math.nan, 1, 0), (1, math.nan, 0), (1, 0, 0), (1, 1, -1)):
+        with pytest.raises(ValueError, match=f"temperature {temperature}, top_p {top_p}, top_k {top_k}"):
+            sample.sample_next(torch.zeros(1, 4), temperature, top_p, top_k)
+
 def test_sample_speaks_from_the_checkpoint(trained):
     """sample.py needs the checkpoint alone; a prompt's last space is healed; characters appear whole, stops never."""
     result, text = quiet(sample.main, ["--out", trained[0], "--prompt", "def ", "--max-new-tokens", 20,

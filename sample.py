@@ -125,31 +125,78 @@ def list_files(path):
         return [(os.path.basename(path), path)]
     root, files = path or sysconfig.get_paths()["stdlib"], []
     skip = set() if path else {"site-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings"}
-    for folder, dirs, names in os.walk(root):
+    for folder, dirs, names in os.walk(root, onerror=lambda error: files.append(error.filename)):
         dirs[:] = sorted(d for d in dirs if d not in skip and not d.startswith((".", "__pycache__")))
+        names += [d for d in dirs if os.path.islink(os.path.join(folder, d))]  # not entered; read_text says so
         files += [os.path.join(folder, n) for n in sorted(names) if path or n.endswith(".py")]
     return [(os.path.relpath(f, root), f) for f in files]
 
-def read_corpus(path):
-    """-> [(name, text)], number of files skipped: empty, unreadable, binary (a zero byte) or not UTF-8."""
-    docs, skipped = [], 0
+# What a file that is not UTF-8 most likely is -> iconv's options that make it UTF-8
+ICONV = {"UTF-16": "-f UTF-16", "UTF-16LE": "-f UTF-16LE", "UTF-16BE": "-f UTF-16BE", "UTF-32": "-f UTF-32",
+         "Latin-1": "-f LATIN1", "Windows-1252": "-f WINDOWS-1252", "damaged UTF-8": "-c -f UTF-8"}
+
+def guess_kind(raw):
+    """What bytes that are not UTF-8 text, or hold a zero byte, most likely are: a key of ICONV, binary or empty."""
+    if not raw:
+        return "empty"
+    if raw.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    high = raw[0::2].count(0)  # of big-endian ASCII, every first byte is zero
+    low = raw[1::2].count(0)
+    if len(raw) % 2 == 0 and max(high, low) > len(raw) / 4 and min(high, low) < len(raw) / 100:
+        return "UTF-16BE" if high > low else "UTF-16LE"
+    controls = sum(raw.count(byte) for byte in range(32) if byte not in b"\t\n\v\f\r\x1b")
+    if 0 in raw or controls > len(raw) / 100:
+        return "binary"
+    text = raw.decode("utf-8", errors="replace")
+    if sum(char > "\x7f" for char in text) > 2 * text.count("\ufffd"):  # most of what is not ASCII is whole
+        return "damaged UTF-8"
+    return "Windows-1252" if any(byte in raw for byte in range(0x80, 0xa0)) else "Latin-1"
+
+def read_text(path):
+    """-> text, None; or None and why there is no text."""
+    if os.path.isdir(path):
+        return None, "linked folder" if os.path.islink(path) else "unreadable folder"
+    if not os.path.isfile(path):  # a named pipe would be waited for, a device read, for ever
+        return None, "pipe, device or broken link"
+    try:
+        with open(path, "rb") as file:
+            raw = file.read()
+        if raw and 0 not in raw:
+            return raw.decode("utf-8"), None
+    except UnicodeDecodeError:
+        pass
+    except OSError:
+        return None, "unreadable"
+    return None, guess_kind(raw)
+
+def read_corpus(path, kinds=None):
+    """-> [(name, text)], number of files skipped. kinds: a Counter that gets what each of these is."""
+    docs = []
+    kinds = Counter() if kinds is None else kinds
+    before = kinds.total()
     for name, file in list_files(path):
-        try:
-            with open(file if os.path.isfile(file) else os.devnull, "rb") as f:  # a named pipe would wait for ever
-                raw = f.read()
-            text = "" if b"\0" in raw else raw.decode("utf-8")
-        except (UnicodeDecodeError, OSError):
-            text = ""
-        if text:
-            docs.append((name, text))
+        text, kind = read_text(file)
+        if text is None:
+            kinds[kind] += 1
         else:
-            skipped += 1
-    return docs, skipped
+            docs.append((name, text))
+    return docs, kinds.total() - before
+
+def describe(kinds):
+    """Counter of read_text's kinds -> "2 empty, 1 UTF-16 (iconv -f UTF-16 -t UTF-8 converts it)"."""
+    words = []
+    for kind, n in sorted(kinds.items()):
+        advice = f" (iconv {ICONV[kind]} -t UTF-8 converts {'it' if n == 1 else 'them'})" if kind in ICONV else ""
+        words.append(f"{n} {kind}{advice}")
+    return ", ".join(words) or "no files"
 
 def split_corpus(docs):
-    """Validation = the files whose sha256(name) is in the lowest 5 %; the last 5 % of each file where that leaves a
-    side empty, as for a single file."""
-    held_out = [int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) < 0.05 * 2 ** 32 for name, _ in docs]
+    """Validation = the files whose sha256(name, as on the disk) is in the lowest 5 %; the last 5 % of each file where
+    that leaves a side empty, as for a single file."""
+    held_out = [int(hashlib.sha256(os.fsencode(name)).hexdigest()[:8], 16) < 0.05 * 2 ** 32 for name, _ in docs]
     if any(held_out) and not all(held_out):
         return [d for d, h in zip(docs, held_out) if not h], [d for d, h in zip(docs, held_out) if h]
     cuts = [text.find("\n", len(text) * 95 // 100, len(text) - 1) + 1 or len(text) * 95 // 100 for _, text in docs]
@@ -171,12 +218,18 @@ def load_data(path, val_path, val_bytes):
     """Read and split -> training, validation (its first val_bytes), files skipped. ValueError if a side has no text."""
     for p in (path, val_path):
         if p is not None and not os.path.exists(p):
-            raise ValueError(f"{p}: no such file or folder")
-    docs, skipped = read_corpus(path)
-    val, more = read_corpus(val_path) if val_path else ([], 0)
-    for p, found in ((path, docs), (val_path, val or not val_path)):
+            raise ValueError(f"{p!r}: no such file or folder")
+        if p is not None and not (os.path.isfile(p) or os.path.isdir(p)):
+            raise ValueError(f"{p!r}: neither a file nor a folder")
+    kinds = Counter()
+    val_kinds = Counter()
+    docs, skipped = read_corpus(path, kinds)
+    val, more = read_corpus(val_path, val_kinds) if val_path else ([], 0)
+    for p, found, why in ((path, docs, kinds), (val_path, val or not val_path, val_kinds)):
         if not found:
-            raise ValueError(f"{p}: no text in it ({skipped + more} files empty, binary or not UTF-8)")
+            raise ValueError(f"{p!r}: no text in it; {describe(why)}")
+        if p and why:  # nothing can be done about the standard library's
+            print(f"skipped | of {p!r}: {describe(why)}", flush=True)
     train, val = (docs, val) if val_path else split_corpus(docs)
     if not train or not val:
         raise ValueError(f"{path}: too little text to hold some out for validation; give --val-data")

@@ -919,6 +919,59 @@ def test_corpus_reader(tmp_path):
     left, right = sample.split_corpus(names := [(f"file{i}", "text") for i in range(400)])
     assert 8 <= len(right) <= 35 and sorted(left + right) == sorted(names)
     assert all(int(hashlib.sha256(n.encode()).hexdigest()[:8], 16) < 0.05 * 2 ** 32 for n, _ in right)
+
+def test_any_name_and_any_kind_of_file_in_a_folder(tmp_path):
+    """Names of any bytes are read; pipes, devices, loops and links to folders are counted, and nothing waits."""
+    names = [b"a.txt", b"caf\xe9.txt", b"two\nlines", b"-", b"x" * 255, "na\u00efve".encode()]
+    for name in names:
+        with open(os.path.join(os.fsencode(tmp_path), name), "w") as file:
+            file.write("some text\n" * 50)
+    (tmp_path / "x.py").mkdir()
+    (tmp_path / "x.py" / "inner.txt").write_text("inner text\n")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "up").symlink_to(tmp_path)
+    docs, skipped = sample.read_corpus(str(tmp_path))
+    assert sorted(os.fsencode(name) for name, _ in docs) == sorted([*names, b"x.py/inner.txt"])
+    left, right = sample.split_corpus(docs)
+    assert {name for name, _ in left + right} == {name for name, _ in docs}
+    assert skipped == 4
+    sample.read_corpus(str(tmp_path), kinds := Counter())
+    assert kinds == {"pipe, device or broken link": 3, "linked folder": 1}
+
+    def held_out(name): return int(hashlib.sha256(name).hexdigest()[:8], 16) < 0.05 * 2 ** 32
+
+    raw = next(name for name in (b"caf\xe9 %d" % i for i in range(999)) if held_out(name))
+    others = [f"file{i}" for i in range(40) if not held_out(b"file%d" % i)]
+    many = [(name, "text") for name in (os.fsdecode(raw), *others)]
+    assert sample.split_corpus(many)[1] == many[:1], "the bytes of the name decide"
+
+def test_what_is_no_utf8_is_named(tmp_path, capsys):
+    """A file that is not UTF-8 is named by its bytes, with the command that converts it; a folder counts kinds."""
+    text = "def f(x):\n    return 'na\u00efve \u2013 caf\u00e9'\n" * 20
+    latin = text.replace("\u2013", "-")
+    for name, raw, kind in (
+            ("bom16", text.encode("utf-16"), "-f UTF-16 "), ("le", text.encode("utf-16-le"), "-f UTF-16LE "),
+            ("be", text.encode("utf-16-be"), "-f UTF-16BE "), ("bom32", text.encode("utf-32"), "-f UTF-32 "),
+            ("latin", latin.encode("latin-1"), "-f LATIN1 "), ("windows", text.encode("cp1252"), "-f WINDOWS-1252 "),
+            ("cut", text.encode()[:-4] + b"\xc3", "-c -f UTF-8 "), ("zeros", bytes(100), "1 binary"),
+            ("one", b"\0", "1 binary"), ("empty", b"", "1 empty"),
+            ("noise", random.Random(0).randbytes(1000), "1 binary")):
+        (tmp_path / name).write_bytes(raw)
+        line = refused(train.main, ["--data", tmp_path / name, "--out", tmp_path / "run"], capsys)
+        assert kind in line, (name, line)
+        assert name in line
+    line = refused(train.main, ["--data", tmp_path, "--out", tmp_path / "run"], capsys)
+    for part in ("3 binary", "1 empty", "1 UTF-16 ", "1 Latin-1 (iconv -f LATIN1 -t UTF-8"):
+        assert part in line, line
+    for path in ("", "-", "/dev/zero", "no/such\nfile", "x" * 5000):
+        line = refused(train.main, ["--data", path, "--out", tmp_path / "run"], capsys)
+        assert repr(path) in line
+    (tmp_path / "good").write_text(text, encoding="utf-8-sig")
+    sample.load_data(str(tmp_path), None, 1000)
+    assert "1 empty" in capsys.readouterr().out
+
 def test_muon_and_schedule():
     """Newton-Schulz brings singular values near 1, wide, tall or stacked; the rate warms up, stays, decays to 0."""
     for shape in ((3, 16, 48), (3, 48, 16), (1, 32, 32)):
@@ -1023,8 +1076,9 @@ def test_samples_are_seeded_and_follow_the_distribution():
 def test_of_equal_logits_the_lowest_ids_stay():
     """top-k 1 is greedy and top-k 3 leaves three, ties or not; top-p keeps the smallest set; both together as well."""
     equal = torch.zeros(1, 8)
-    for temperature, top_p, top_k, stay in ((1.0, 1.0, 1, 1), (1.0, 1.0, 3, 3), (0.3, 0.5, None, 4), (2.0, 0.51, None, 5),
-                                            (1.0, 0.5, 3, 2), (1.0, 1.0, 8, 8), (1.0, 1.0, 10 ** 12, 8)):
+    for temperature, top_p, top_k, stay in ((1.0, 1.0, 1, 1), (1.0, 1.0, 3, 3), (0.3, 0.5, None, 4),
+                                            (2.0, 0.51, None, 5), (1.0, 0.5, 3, 2), (1.0, 1.0, 8, 8),
+                                            (1.0, 1.0, 10 ** 12, 8)):
         left = sample.truncate_logits(equal, temperature, top_p, top_k)
         assert left.isfinite().nonzero()[:, 1].tolist() == list(range(stay)), (temperature, top_p, top_k)
     tied = torch.tensor([[3.0, 21.375, 1.0, 21.375]]).expand(64, 4)

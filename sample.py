@@ -18,6 +18,7 @@ import sys
 import sysconfig
 import time
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from heapq import heapify, heappop, heappush
 from types import SimpleNamespace
 
@@ -34,6 +35,17 @@ VERSION = 1                            # of the checkpoint's layout
 # a word with the space before it; one digit; marks; line breaks with the indentation after them; other spaces
 PATTERN = r" ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s*\n[ \t]*|\s+(?!\S)|\s"
 
+# longer runs of spaces overflow the encoder's stack, at a million; no text that is meant for reading has them
+LONGEST_RUN = 4096
+LONG_RUN = re.compile(r"(?<!\s)\s{%d,}" % (LONGEST_RUN + 1))
+
+def cut_runs(text):
+    """Cut white space of more than LONGEST_RUN characters into runs of that length -> pieces that join to the text."""
+    cuts = [0]
+    for run in LONG_RUN.finditer(text):
+        cuts += range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN)
+    return [text[start:end] for start, end in zip(cuts, [*cuts[1:], len(text)])]
+
 class Tokenizer:
     """A tiktoken encoding made from a spec: {pattern: str, ranks: [bytes], special: {str: int}}."""
 
@@ -45,10 +57,15 @@ class Tokenizer:
         self.n_vocab = self.enc.n_vocab
 
     def encode(self, text):
-        return self.enc.encode_ordinary(text)
+        """-> ids. There and back for every text that UTF-8 can hold; a lone surrogate becomes U+FFFD."""
+        ids = []
+        for piece in cut_runs(text):
+            ids += self.enc.encode_ordinary(piece)
+        return ids
 
     def encode_batch(self, texts):
-        return self.enc.encode_ordinary_batch(texts, num_threads=2)
+        with ThreadPoolExecutor(2) as pool:  # the encoder runs without Python's lock
+            return list(pool.map(self.encode, texts))
 
     def decode_bytes(self, ids):
         return self.enc.decode_bytes(ids)
@@ -59,7 +76,7 @@ class Tokenizer:
 def count_chunks(texts, pattern):
     """Count the distinct chunks that the pattern cuts the texts into; no token crosses the border of a chunk."""
     counts = Counter()
-    for text in texts:
+    for text in (piece for whole in texts for piece in cut_runs(whole)):  # what the encoder sees, too
         chunks = regex.findall(pattern, text)
         if sum(map(len, chunks)) != len(text):  # the encoder would drop, silently, what the pattern skips
             raise ValueError("the pattern does not match all of the text")

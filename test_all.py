@@ -82,6 +82,29 @@ def test_text_roundtrip():
     class Wide:  # M2's vocabulary: uint16, the usual choice, would store its id 200063 as 3455
         eot, encode_batch = 200_063, lambda self, texts: [[200_062] * len(t) for t in texts]
     assert train.Tokens([("a", "xyz")], Wide(), 4, 8).ids[:2].tolist() == [200_063, 200_062]
+
+@pytest.mark.parametrize("space", [" ", "\t", "\r", "\u3000"])
+def test_a_million_spaces_before_a_word(space):
+    """A run of white space of any length is encoded, there and back, alone and in a batch, and can be learned from."""
+    tok = sample.Tokenizer(sample.learn_bpe([TEXT, space * 10 ** 6 + "x"], 400, sample.PATTERN))
+    text = "a" + space * 10 ** 6 + "x"
+    ids = tok.encode(text)
+    assert tok.decode(ids) == text
+    assert tok.encode_batch([text, "b", ""]) == [ids, tok.encode("b"), []]
+
+def test_only_long_runs_are_cut():
+    """Ordinary text gets the pattern's own ids; where a run is cut, learner and encoder see the same pieces."""
+    tok = sample.Tokenizer(sample.learn_bpe([TEXT], 400, sample.PATTERN))
+    for run in (1, 100, 4096):
+        text = TEXT + "z" + " " * run + "x\r\n  x" + "\n" * run + "y"
+        assert tok.encode(text) == tok.enc.encode_ordinary(text)
+    for run in (4097, 8192, 8193, 20_000):
+        pieces = sample.cut_runs(f"a{' ' * run}x{chr(9) * 5000} y")
+        assert "".join(pieces) == f"a{' ' * run}x{chr(9) * 5000} y"
+        assert max(len(max(re.findall(r"\s+", piece), key=len)) for piece in pieces) == 4096
+        assert pieces[-1] == "\t" * 904 + " y"
+        assert sample.count_chunks([" " * run + "x"], sample.PATTERN)[" x"] == 1
+
 # ---- 2. config -----------------------------------------------------------------------------------
 def test_published_parameter_counts():
     """M2 has 228,689,764,864 parameters, 9,801,359,872 active; M3's text model 426.175B, 23.5B; --dry-run says why."""

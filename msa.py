@@ -995,7 +995,8 @@ def _scan_kernel(qi, ki, scale, slack, end, length, scores, done, T, cap, HKV: t
         tl.store(row + N + 2 * runs + run, lower, mask=mine)
     tl.store(row[:, None] + lo + g, score, mask=mine[:, None] & (g < hi - lo), eviction_policy="evict_last")
     tl.store(row + N + run, tl.max(score, 1), mask=mine, eviction_policy="evict_last")  # the keys would evict both
-    tl.store(done + b * T * HKV + c, 0, mask=mine & (run == 0))
+    first = tl.where(run == 0, T * HKV, 0)  # one run alone resets: none in the others
+    tl.store(done + b * T * HKV + c, 0, mask=c < first)
 
 @jit
 def _choose(scores, row, slot, n, N, W: tl.constexpr, RUNS: tl.constexpr, PAIR: tl.constexpr):

@@ -15,7 +15,7 @@
 Differs from M2: clip, rewards' weights and baseline, not published, are ours, and marked. A stuck task fails at a
 deadline; the report's window would wait for ever.
 """
-import contextlib, dataclasses, hmac, http.server, io, json, math, os, random, re, select, socket, sys, time
+import bisect, contextlib, dataclasses, hmac, http.server, io, json, math, os, random, re, select, socket, sys, time
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ PROCESS, SPEED, FAILURE = -0.1, 0.1, -0.1  # not published: a malformed call; th
 CALL_S, CHAR_S, TRAIN_S = 1.0, 0.02, 4.0   # virtual seconds of a call, of a character, of a training step
 MAX_NEW, STOP = 16, (*b"].",)           # tokens of one completion at most; a call or an answer ends with one of these
 WARM_LR, NOISE = 1.2e-2, 0.15          # of the imitation: its rate, the share of the teacher's characters that is wrong
+MICRO_TOKENS = 16384                   # slots of a micro-batch at most, so that its activations fit a small GPU
 MAX_BODY = 1 << 20                     # bytes of a request to the gateway
 MADE_BY = ("task", "turns", "preset", "attn", "mtp")  # what the model of a checkpoint depends on
 
@@ -283,6 +284,40 @@ class PrefixTree:
                 self.leaves.append((path, ended, fork, self.size))
                 path, ended, self.size = path[:fork], [], self.size + -self.size % L
 
+class PackedRow:
+    """Trees one after the other in one row, as documents: none sees another. To collate it is one more tree.
+
+    A tree's size is a multiple of L, the key block's size, so that each of them starts at one."""
+
+    def __init__(self, trees):
+        self.L = trees[0].L
+        self.K = trees[0].K
+        self.samples = [sample for tree in trees for sample in tree.samples]
+        self.n_naive = sum(tree.n_naive for tree in trees)
+        self.leaves = []
+        self.size = 0
+        for tree in trees:
+            start = self.size
+            self.leaves += [(path + start, ended, fork, stop + start) for path, ended, fork, stop in tree.leaves]
+            self.size += tree.size
+
+def pack_rows(trees, room):
+    """Trees -> rows of at most `room` slots: the longest first, each into the fullest row that has space for it.
+
+    A tree longer than `room` gets a row of its own. Rows of nearly one length leave a micro-batch next to no pads."""
+    rows = []
+    free = []                          # (slots left, row) in rising order
+    for tree in sorted(trees, key=lambda tree: -tree.size):
+        best = bisect.bisect_left(free, (tree.size, 0))
+        if best < len(free):
+            left, row = free.pop(best)
+        else:
+            left, row = max(room, tree.size), len(rows)
+            rows.append([])
+        rows[row].append(tree)
+        bisect.insort(free, (left - tree.size, row))
+    return [PackedRow(row) for row in rows]
+
 def advantages(group):
     """Reward to go of each turn, less the mean return of the group's other episodes -> samples of each episode.
     # not published: the baseline; leaving the own return out keeps it unbiased."""
@@ -301,7 +336,7 @@ def cispo_loss(logprob, entry, old, advantage, Z, eps_high=EPS_HIGH):
     return -(coefficient * logprob).sum() / Z, ratio
 
 def collate(trees, device):
-    """Trees as the rows of a micro-batch, padded to T slots -> dict of tensors: idx, pos, end (B, T); weight, draft
+    """Trees, or packed rows of them, as a micro-batch, padded to T slots -> dict of tensors: idx, pos, end (B, T); weight, draft
     (K + 1, B, T): weight[k] counts the samples that go on for k more tokens (a pad: none), draft[k] those whose action
     has the token k + 1 places on; routes (B, T, r) if recorded; slots that come before an action token, and the target
     there; of each action token of each sample its entry in slots, advantage, old log-prob and version."""
@@ -360,17 +395,21 @@ def mtp_losses(model, batch, hidden, top=8):
     return loss, loads, kls
 
 def plan_rows(groups, model, merge):
-    """Groups (samples of each episode) -> trees, one a row. A row is a whole group, or one an episode where computing
-    the shared prompt again costs less than masked attention across all branches."""
+    """Groups (samples of each episode) -> rows. A row is a tree of a whole group, or one an episode where computing the
+    shared prompt again costs less than masked attention across all branches. Without merge every sample is a tree of
+    its own, and rows of the longest one's length hold several: longer rows would mostly mask."""
     cfg, out = model.cfg, []
+    if not merge:
+        trees = [PrefixTree([sample], cfg) for episodes in groups for samples in episodes for sample in samples]
+        return pack_rows(trees, max(tree.size for tree in trees)) if trees else []
     a_token, a_key = 2 * model.num_params()[1], 4 * cfg.n_layer * cfg.n_head * cfg.head_dim
     for episodes in groups:
-        rows = ([sum(episodes, [])], episodes) if merge else ([[s] for samples in episodes for s in samples],)
+        rows = [sum(episodes, [])], episodes
         plans = [[PrefixTree(samples, cfg) for samples in row if samples] for row in rows]
         out += min(plans, key=lambda trees: sum(t.size * (a_token + a_key * t.size) for t in trees))
     return out
 
-def micro_batches(trees, tokens=16384):
+def micro_batches(trees, tokens=MICRO_TOKENS):
     """Rows of similar length together, padded to at most so many tokens (one row is never cut)."""
     batches = []
     for tree in sorted(trees, key=lambda t: -t.size):
@@ -379,13 +418,15 @@ def micro_batches(trees, tokens=16384):
         batches[-1].append(tree)
     return batches
 
-def backward(model, trees, mtp_weight=0.1):
-    """Gradients of a step's loss, each term normalised over the samples before merging -> statistics, expert loads."""
+def backward(model, trees, mtp_weight=0.1, tokens=MICRO_TOKENS):
+    """Gradients of a step's loss, each term normalised over the samples before merging -> statistics, expert loads.
+    Of the statistics, `slots` are those of the rows, `computed` those of the micro-batches, pads included."""
     Z, naive = sum(len(s.logprobs) for t in trees for s in t.samples), sum(t.n_naive for t in trees)
-    load, parts = 0.0, []
+    load, parts, computed = 0.0, [], 0
     model.train()
-    for part in micro_batches(trees):
+    for part in micro_batches(trees, tokens):
         batch = collate(part, model.embed.weight.device)
+        computed += batch["idx"].numel()
         logprob, entropy, aux = policy(model, batch)
         old = batch["old"].to(logprob.dtype)
         old = torch.where(old.isnan(), logprob.detach()[batch["entry"]], old)  # a demonstration has none: ratio 1
@@ -401,13 +442,14 @@ def backward(model, trees, mtp_weight=0.1):
         parts.append((loss.detach()[None], entropy[batch["entry"]], ratio, batch["version"]))
     loss, entropy, ratio, version = (torch.cat(x).cpu() for x in zip(*parts))
     return dict(loss=loss.sum().item(), entropy=entropy.mean().item(), ratio=ratio, version=version, naive=naive,
-                slots=sum(t.size for t in trees)), load
+                slots=sum(t.size for t in trees), computed=computed), load
 
-def train_step(model, optimizers, trees, rate, bias_rate=1e-3):
-    """Backward, clip, update, balance the router -> statistics. FloatingPointError: a norm that is not finite."""
+def train_step(model, optimizers, trees, rate, bias_rate=1e-3, tokens=MICRO_TOKENS):
+    """Backward over micro-batches of at most so many tokens, clip, update, balance the router -> statistics.
+    FloatingPointError: a norm that is not finite."""
     for group in (g for o in optimizers for g in o.param_groups):
         group["lr"] = rate * group.get("scale", 1.0)
-    stats, load = backward(model, trees)
+    stats, load = backward(model, trees, tokens=tokens)
     stats["norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
     if not math.isfinite(stats["norm"]):
         raise FloatingPointError(f"gradient norm {stats['norm']}: not finite")

@@ -1142,19 +1142,55 @@ def random_samples(seed):
         paths.append(old[:rng.randint(2, len(old))] + [rng.randrange(5) for _ in range(rng.randint(1, 9))])
     return [rl.Sample(torch.tensor(p), n := rng.randrange(1, len(p)), torch.tensor([rng.uniform(-6, -1) for _ in p[n:]])
         .double(), torch.zeros(len(p) - n).long(), None, rng.gauss(0, 1)) for p in paths + [paths[1], paths[0][:5]]]
+def step_of(model, rows):
+    """A training step of a copy of the model on these rows -> loss, gradients, loads, weights and biases after it."""
+    model = copy.deepcopy(model)
+    stats, load = rl.backward(model, rows)
+    grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    rl.train_step(model, train.configure_optimizers(model, 1.0)[0], rows, 1e-3)
+    return [torch.tensor(stats["loss"]), *grads, load, *model.state_dict().values()]
 @pytest.mark.parametrize("first,seeds", [("full", 8), ("msa", 8)])
 def test_merged_equals_separate(first, seeds):
     """One row for all samples equals each alone, fp64: loss, gradients, loads, weights and biases after a step."""
     model = make_model(dtype=torch.float64, attn_types=["full", first, first], index_topk_blocks=2, n_mtp=2)
     for samples in map(random_samples, range(seeds)):
-        sides = []
-        for row in ([samples], [[s] for s in samples]):
-            m, trees = copy.deepcopy(model), [rl.PrefixTree(x, model.cfg) for x in row]
-            stats, load = rl.backward(m, trees)
-            grads = [p.grad.clone() for p in m.parameters() if p.grad is not None]
-            rl.train_step(m, train.configure_optimizers(m, 1.0)[0], trees, 1e-3)
-            sides.append([torch.tensor(stats["loss"]), *grads, load, *m.state_dict().values()])
-        assert max(map(worst, *sides)) < 1e-12
+        one_tree, no_merge = [rl.PrefixTree(samples, model.cfg)], [rl.PrefixTree([s], model.cfg) for s in samples]
+        assert max(map(worst, *(step_of(model, rows) for rows in (one_tree, no_merge)))) < 1e-12
+
+@pytest.mark.parametrize("first", ["full", "msa"])
+def test_trees_that_share_a_row_do_not_meet(first):
+    """Trees packed into rows, merged ones and single samples, train as each alone does, fp64, MTP and MSA included."""
+    model = make_model(dtype=torch.float64, attn_types=["full", first, first], index_topk_blocks=2, n_mtp=2)
+    for seed in range(2):
+        groups = [random_samples(seed), random_samples(seed + 10)]
+        alone = [rl.PrefixTree([s], model.cfg) for samples in groups for s in samples]
+        merged = [rl.PrefixTree(samples, model.cfg) for samples in groups]
+        reference = step_of(model, alone)
+
+        for rows in ([rl.PackedRow(merged)], [rl.PackedRow(alone)], rl.pack_rows(alone, 40)):
+            assert len(rows) < len(alone)
+            assert max(map(worst, step_of(model, rows), reference)) < 1e-12
+
+def test_no_merge_packs_its_samples():
+    """--no-merge lays samples side by side in rows: where they fill them, no computed slot is a pad."""
+    lengths = [10, 20, 30, 40, 50, 50]
+    samples = [rl.Sample(torch.full((n,), i), n - 2, torch.zeros(2).double(), torch.zeros(2).long())
+               for i, n in enumerate(lengths)]
+    model = make_model(attn_types=["full"] * 3)
+    rows = rl.plan_rows([[samples]], model, False)
+
+    assert sorted(row.size for row in rows) == [50, 50, 50, 50]
+    stats, _ = rl.backward(model, rows)
+    assert stats["computed"] == stats["slots"] == stats["naive"] == sum(lengths)
+
+    # key blocks of 16: samples of 10 to 50 tokens take 1, 2, 2, 3, 4 and 4 of them, and each starts with one
+    cfg = small_config(attn_types=["full", "msa", "msa"], index_block_size=16, n_mtp=0)
+    rows = rl.pack_rows([rl.PrefixTree([s], cfg) for s in samples], 64)
+
+    assert sorted(row.size for row in rows) == [64, 64, 64, 64]
+    assert all(path[0] % 16 == 0 for row in rows for path, *_ in row.leaves)
+    assert [row.size for row in rl.pack_rows([rl.PrefixTree([samples[5]], cfg)], 32)] == [64]
+
 def test_window_of_figure_5():
     """N = 8, W = 4, group 7 stuck: 0 to 6, 8, 9, 10 are trained on, then none; its lag is 10. W = N is not greedy."""
     def play(window, slots=8, groups=1, stuck=7):
@@ -1205,9 +1241,10 @@ def test_rollout_logprobs_are_the_trainers(argv):
     episodes = [(rl.Trajectory(i // 4), rl.make_task(args, i // 4).agent()) for i in range(16)]
     rl.rollout(model, gateway, episodes, 0, torch.Generator().manual_seed(0), 4, args.replay)
     groups = [rl.advantages([t for t, _ in episodes[i:i + 4]]) for i in range(0, 16, 4)]
-    batch = rl.collate(rl.plan_rows(groups, model, True), "cpu")
-    assert worst(rl.policy(model.train(), batch)[0][batch["entry"]], batch["old"]) < 1e-5
-    assert ("routes" in batch) == args.replay and len(batch["version"]) == len(batch["old"])
+    for merge in (True, False):
+        batch = rl.collate(rl.plan_rows(groups, model, merge), "cpu")
+        assert worst(rl.policy(model.train(), batch)[0][batch["entry"]], batch["old"]) < 1e-5
+        assert ("routes" in batch) == args.replay and len(batch["version"]) == len(batch["old"])
 def rl_args(out, *more):
     return ["--out", str(out), "--device", "cpu", *"--warm-steps 2 --slots 4 --groups 2 --rollouts 2".split(), *more]
 def test_rl_resume_loses_no_task(tmp_path):

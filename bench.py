@@ -10,9 +10,14 @@ MSA's time has all its stages. Prefill is timed by CUDA events, decode in CUDA g
 each other out of the L2. A CPU prefills the last 32 queries against the whole context. least ms = what the measured
 rates allow; util = useful FLOPs over the matmul rate (prefill), needed bytes over the copy rate (decode).
 """
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: no traceback
+    at_ctrl_c = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import json
 import math
-import os
 import random
 import statistics
 import subprocess
@@ -26,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import msa
 import rl
-from sample import Parser, pick_device
+from sample import Parser, pick_device, tolerant_output
 
 SHAPES = {"m2": (48, 8), "m3": (64, 4)}                    # query heads, KV heads = index heads
 D, S, L = 128, 16, 128
@@ -485,6 +490,7 @@ def run(args):
     return result
 
 def main(argv=None):
+    tolerant_output()
     try:
         return run(parse_args(argv))
     except (KeyboardInterrupt, BrokenPipeError) as error:  # Ctrl-C, | head
@@ -497,4 +503,5 @@ def main(argv=None):
         sys.exit(f"bench.py: {why}: {str(error).splitlines()[0]}")
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, at_ctrl_c)
     main()

@@ -15,7 +15,13 @@
 Differs from M2: clip, rewards' weights and baseline, not published, are ours, and marked. A stuck task fails at a
 deadline; the report's window would wait for ever.
 """
-import bisect, contextlib, dataclasses, hmac, http.server, io, json, math, os, random, re, select, socket, sys, time
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: no traceback
+    at_ctrl_c = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import bisect, contextlib, dataclasses, hmac, http.server, io, json, math, random, re, select, socket, sys, time
 
 import numpy as np
 import torch
@@ -840,4 +846,5 @@ def main(argv=None):
     return command("rl.py", lambda: run(*parse_args(argv)))
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, at_ctrl_c)
     main()

@@ -7,13 +7,19 @@
     prefill as many tokens as the shortest prompt has -> loop { one token a sequence through the KV cache; MSA picks its
     blocks anew each time }; a sequence still inside its prompt is forced, the others sample: temperature, top-k, top-p
 """
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: no traceback
+    at_ctrl_c = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import codecs
 import hashlib
 import json
 import math
-import os
 import re
+import stat
 import sys
 import sysconfig
 import time
@@ -32,6 +38,7 @@ from msa import implementation
 
 EOT = "<|endoftext|>"
 VERSION = 1                            # of the checkpoint's layout
+MAX_SAMPLES = 1024                     # of --n-samples: each has its keys and values
 # a word with the space before it; one digit; marks; line breaks with the indentation after them; other spaces
 PATTERN = r" ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s*\n[ \t]*|\s+(?!\S)|\s"
 
@@ -274,6 +281,29 @@ def number(low, high=2 ** 31 - 1, kind=int):
     read.__name__ = kind.__name__
     return read
 
+def utf8(text):
+    """A type for argparse: text whose bytes the locale could not read is read as UTF-8; what is no UTF-8 is refused."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8")
+
+def read_standard_input():
+    """-> all of standard input. ValueError if it is closed or not UTF-8."""
+    if sys.stdin is None:
+        raise ValueError("--prompt -: standard input is closed")
+    raw = sys.stdin.buffer.read()
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        kind = guess_kind(raw)
+        raise ValueError(f"--prompt -: standard input must be UTF-8; from byte {error.start} it is {kind}") from None
+
+def standard_input_is_piped():
+    """Whether standard input is a pipe or a file, not a terminal or /dev/null; nothing is read, so nothing waits."""
+    try:
+        mode = os.fstat(0).st_mode
+    except OSError:  # closed
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+
 def pick_device(name=None):
     """-> device, dtype of the activations, reason. ValueError if the device is asked for and absent."""
     if name in (None, "auto"):
@@ -294,7 +324,7 @@ def pick_device(name=None):
 
 def implementations(model, device, trains=False, decodes=True):
     """What runs a model's layers on this device, in words for a start-up card, by the rules that pick it."""
-    cfg, dtype = model.cfg, model.dtype or model.embed.weight.dtype
+    cfg, dtype = model.cfg, model.dtype
     words = []
     if "full" in cfg.attn_types:
         full = ["SDPA"]
@@ -310,6 +340,12 @@ def implementations(model, device, trains=False, decodes=True):
         grouped = pick_experts(dtype) is experts_grouped
         words.append(f"experts: {'grouped_mm' if grouped else 'a loop, as grouped_mm has no fp64'}")
     return "; ".join(words)
+
+def tolerant_output():
+    """Print what the terminal's encoding lacks (an ASCII terminal, a file name that is no UTF-8) as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 def checkpoint_path(folder):
     return os.path.join(folder, "ckpt.pt")
@@ -495,34 +531,42 @@ def parse_args(argv):
     p = Parser(__doc__)
     p.add_argument("--out", default="out", help="folder of the checkpoint that train.py wrote")
     p.add_argument("--hf", help="folder of a checkpoint of transformers (M2, or M3's text model) instead")
-    p.add_argument("--prompt", default="", help="text to continue; token ids, as in 1,2,3, with --hf")
+    p.add_argument("--prompt", type=utf8, default="",
+                   help="text to continue, - for all of standard input; token ids, as in 1,2,3, with --hf")
     p.add_argument("--max-new-tokens", type=int, default=200)
     p.add_argument("--n-samples", type=int, default=1, help="continuations, drawn together")
     p.add_argument("--temperature", type=float, default=0.8, help="0 = greedy")
     p.add_argument("--top-p", type=float, default=0.95)
     p.add_argument("--top-k", type=int, default=40, help="0 = off")
-    p.add_argument("--stop", action="append", default=[], help="a text that ends a sample (may be repeated)")
+    p.add_argument("--stop", type=utf8, action="append", default=[], help="a text that ends a sample (may be repeated)")
     p.add_argument("--seed", type=int, default=1337)
     p.add_argument("--speculate", type=int, default=0, help="comes later: MTP drafts")
     p.add_argument("--chat", action="store_true", help="comes later")
     args = p.parse_args(argv)
     for name, ok, want in (("max_new_tokens", args.max_new_tokens > 0, "1 or more"),
-                           ("n_samples", args.n_samples > 0, "1 or more"),
+                           ("n_samples", 0 < args.n_samples <= MAX_SAMPLES, f"1 to {MAX_SAMPLES}"),
                            ("temperature", args.temperature == 0 or 1e-3 <= args.temperature <= 1e3,
                             "0, or 0.001 to 1000"),
                            ("seed", 0 <= args.seed < 2 ** 63, "0 to 2**63 - 1"),
                            ("top_p", 0 < args.top_p <= 1, "above 0, at most 1"),
                            ("top_k", args.top_k >= 0, "0 or more"),
+                           ("stop", "" not in args.stop, "a text of one character or more"),
                            ("speculate", not args.speculate, "0: drafts come later"),
                            ("chat", not args.chat, "absent: chat comes later")):
         if not ok:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be {want}")
+    if args.prompt == "-":
+        args.prompt = read_standard_input()
+    elif not args.prompt and standard_input_is_piped():
+        print("input   | standard input is not read; --prompt - reads it", flush=True)
     return args
 
 class Stream:
     """Text of one sample as its tokens arrive: characters are released whole, and nothing from a stop text on."""
 
     def __init__(self, stops):
+        if "" in stops:
+            raise ValueError("an empty stop text would end every sample before its first character")
         self.utf8, self.stops = codecs.getincrementaldecoder("utf-8")(errors="replace"), stops
         self.text, self.shown, self.tokens, self.done = "", 0, 0, False
 
@@ -556,8 +600,8 @@ def encode_prompt(args, tokenizer, cfg):
         eot, to_bytes = tokenizer.eot, lambda i: tokenizer.decode_bytes([i])
     else:
         words = args.prompt.split(",")
-        if not all(w.strip().isdigit() and int(w) < cfg.vocab_size for w in words):
-            raise ValueError(f"--prompt {args.prompt!r}: with --hf, ids below {cfg.vocab_size}, as in 1,2,3")
+        if not all(re.fullmatch(r"\s*[0-9]{1,9}\s*", w) and int(w) < cfg.vocab_size for w in words):
+            raise ValueError(f"--prompt {args.prompt[:100]!r}: with --hf, ids below {cfg.vocab_size}, as in 1,2,3")
         ids, allowed, eot, to_bytes = [int(w) for w in words], None, -1, lambda i: f",{i}".encode()
     if len(ids) >= cfg.max_seq_len:
         raise ValueError(f"the prompt has {len(ids)} tokens; the model's context is {cfg.max_seq_len}, all included")
@@ -603,6 +647,7 @@ def run(args):
     return result
 
 def main(argv=None):
+    tolerant_output()
     try:
         return run(parse_args(argv))
     except (KeyboardInterrupt, BrokenPipeError) as error:  # Ctrl-C, | head
@@ -610,6 +655,12 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):  # torch says so in a RuntimeError
+            raise
+        print("sample.py: out of memory; fewer --n-samples or --max-new-tokens need less", file=sys.stderr)
+        sys.exit(2)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, at_ctrl_c)
     main()

@@ -1132,6 +1132,75 @@ def test_sample_speaks_from_the_checkpoint(trained):
     s = sample.Stream(["END"])  # a character split over tokens appears once whole, a stop text not even by half
     assert [s.feed(b) for b in (b"\xe4", b"\xb8\xad", b"abE")] == ["", "", "\u4e2da"] and not s.done
     assert s.feed(b"ND tail") == "b" and s.done and s.text == "\u4e2dabE"[:-1]
+
+def test_arguments_that_would_change_a_sample_in_silence(trained, capsys):
+    """An empty stop text, bytes that are no UTF-8, digits of other scripts, a billion samples: refused, by name."""
+    for argv, word in ((["--stop", ""], "--stop"), (["--prompt", "caf\udce9"], "udce9"),
+                       (["--stop", "\udce9"], "udce9"),
+                       (["--n-samples", 10 ** 9], "1024"), (["--n-samples", "1e3"], "1e3"), (["--top-k", -1], "-1"),
+                       (["--temperature", "nan"], "nan"), (["--seed", 10 ** 30], "2**63"),
+                       (["--hf", GOLDEN / "m3", "--prompt", "1,\u00b2"], "ids below"),
+                       (["--hf", GOLDEN / "m3", "--prompt", "9" * 5000], "ids below")):
+        line = refused(sample.main, ["--out", trained[0], "--device", "cpu", *argv], capsys)
+        assert word in line, argv
+        assert len(line) < 300
+    with pytest.raises(ValueError, match="stop"):
+        sample.Stream(["END", ""])
+
+def test_prompts_that_are_odd_text(trained):
+    """Only spaces, a zero byte, UTF-8 that an ASCII locale left undecoded, no end of new tokens: all are continued."""
+    for prompt, begins in (("   ", "   "), ("a\0b", "a\0b"), (sample.EOT, sample.EOT),
+                           ("na\udcc3\udcafve", "na\u00efve")):
+        result, _ = quiet(sample.main, ["--out", trained[0], "--device", "cpu", "--prompt", prompt,
+                                        "--max-new-tokens", 10 ** 12, "--top-k", 10 ** 12])
+        assert result["text"].startswith(begins)
+
+def test_standard_input_is_read_or_named(trained, monkeypatch, capsys):
+    """--prompt - continues what comes through a pipe; without it the card says so, and nothing waits for a pipe."""
+    asks = ["--out", trained[0], "--device", "cpu", "--max-new-tokens", 9]
+    text = "na\u00efve \u4e2d\u6587"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode()), encoding="ascii"))
+    assert quiet(sample.main, [*asks, "--prompt", "-"])[0]["text"].startswith(text)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode("utf-16"))))
+    assert "UTF-16" in refused(sample.main, [*asks, "--prompt", "-"], capsys)
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "closed" in refused(sample.main, [*asks, "--prompt", "-"], capsys)
+    reader, writer = os.pipe()  # nothing comes, and nobody closes it: as in a subprocess or under cron
+    kept = os.dup(0)
+    try:
+        os.dup2(reader, 0)
+        assert "--prompt - reads it" in quiet(sample.main, asks)[1]
+    finally:
+        os.dup2(kept, 0)
+        for file in (kept, reader, writer):
+            os.close(file)
+
+@pytest.mark.parametrize("main", [sample.main, train.main, rl.main, bench.main])
+def test_text_on_an_ascii_terminal(main, trained, corpus, tmp_path):
+    """What the terminal's encoding lacks is printed as an escape, in any script; nothing stops."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    argv = ["--help"]
+    if main is sample.main:
+        argv = ["--out", trained[0], "--device", "cpu", "--prompt", "na\u00efve", "--max-new-tokens", 3]
+    if main is train.main:
+        (tmp_path / "na\u00efve.txt").write_text(TEXT)
+        argv = train_args(tmp_path / "na\u00efve.txt", tmp_path / "run", "--steps", 1)
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        main([str(arg) for arg in argv])
+    out.seek(0)
+    shown = out.read()
+    assert main not in (sample.main, train.main) or r"na\xefve" in shown
+    assert out.errors == "backslashreplace"
+
+@pytest.mark.parametrize("script", ["sample.py", "train.py", "rl.py", "bench.py"])
+def test_ctrl_c_during_the_imports(script, tmp_path):
+    """Ctrl-C while a script imports torch ends it with 130 and not a word."""
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = subprocess.run([sys.executable, HERE / script], env=env, capture_output=True, text=True, timeout=100)
+    assert run.returncode == 130
+    assert run.stdout == run.stderr == ""
+
 # ---- 13. agent RL --------------------------------------------------------------------------------
 def random_samples(seed):
     """Turns of a random tree of depth >= 3: branches that part after few tokens, a duplicate, a sample in another."""

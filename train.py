@@ -14,12 +14,16 @@
 
 Differs from M2/M3: neither report publishes optimizer, rates or the length of the warm-up; all are measured choices.
 """
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: no traceback
+    at_ctrl_c = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import contextlib
 import dataclasses
 import json
 import math
-import os
-import signal
 import sys
 import time
 
@@ -29,7 +33,7 @@ import torch
 from model import MiniMax, MiniMaxConfig, count_params
 from moe import max_violation
 from sample import (PATTERN, Parser, Tokenizer, implementations, learn_bpe, load_checkpoint, load_data, load_model,
-                    pick_device, save_checkpoint, truncate)
+                    pick_device, save_checkpoint, tolerant_output, truncate)
 
 VAL_BYTES = 512 * 1024                 # val_bpb is measured on this much of the validation text
 MTP_WEIGHT = (0.3, 0.1)                # before and in the decay phase (M2 report)
@@ -509,6 +513,7 @@ def on_signals():
 def command(script, run):
     """Call run() -> result, printed as JSON. Bad input: one line, status 2; divergence 1, Ctrl-C 130, `| head` 141."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    tolerant_output()
     try:
         result = run()
         print(json.dumps(result), flush=True)
@@ -531,4 +536,5 @@ def main(argv=None):
     return command("train.py", lambda: run(*parse_args(argv)))
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, at_ctrl_c)
     main()

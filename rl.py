@@ -625,7 +625,8 @@ def warm_start(source, args, stop):
     model, folder, started, step = source.model, os.path.join(args.out, "warm"), time.perf_counter(), 0
     optimizers = configure_optimizers(model, WARM_LR)[0]
     state = load_checkpoint(folder) if os.path.exists(checkpoint_path(folder)) else dict(args={})
-    if all(state["args"].get(name) == getattr(args, name) for name in (*MADE_BY, "seed", "warm_steps")):
+    same = all(state["args"].get(name) == getattr(args, name) for name in (*MADE_BY, "seed", "warm_steps"))
+    if same and state["config"]["vocab_size"] == model.cfg.vocab_size:
         model.load_state_dict(state["model"])
         step = restore(state, optimizers).get("step", args.warm_steps)
         print(f"warm    | {step} steps read from {folder}", flush=True)
@@ -645,7 +646,8 @@ def make_model(args, device, dtype):
     """Task and preset -> model, with full attention, as in the M2 that Forge trained, unless --attn msa."""
     torch.manual_seed(args.seed)
     room = dict(calculator=96, maze=-(-(14 * args.turns + 48) // 128) * 128, cap=128)[args.task]
-    cfg = getattr(MiniMaxConfig, args.preset)(max_seq_len=room, n_mtp=args.mtp)
+    # the preset's own vocabulary may be larger: an id that the gateway's tokenizer lacks has no text
+    cfg = getattr(MiniMaxConfig, args.preset)(max_seq_len=room, n_mtp=args.mtp, vocab_size=Gateway.tokenizer.n_vocab)
     cfg.index_kl_stride = 1  # a stride counts positions of the layout: it would know of the merging
     cfg.attn_types = ["full"] + [args.attn] * (cfg.n_layer - 1)
     return MiniMax(cfg, dtype).to(device)

@@ -392,9 +392,13 @@ def load_model(state, device="cpu", dtype=torch.float32):
     try:
         model = MiniMax(MiniMaxConfig(**state["config"]), dtype).to(device)
         model.load_state_dict(state["model"])
-        return model.eval(), Tokenizer(state["tokenizer"])
+        tokenizer = Tokenizer(state["tokenizer"])
     except (TypeError, KeyError, AttributeError, RuntimeError, AssertionError) as error:
         raise ValueError(f"the checkpoint does not fit this code: {str(error).splitlines()[0]}") from None
+    if model.cfg.vocab_size != tokenizer.n_vocab:
+        raise ValueError(f"the checkpoint's model has a vocabulary of {model.cfg.vocab_size} tokens, its tokenizer one "
+                         f"of {tokenizer.n_vocab}: they must be equal")
+    return model.eval(), tokenizer
 
 # ---- generation ----------------------------------------------------------------------------------
 

@@ -1383,6 +1383,37 @@ def test_gateway_keeps_what_it_must(tmp_path):
     assert a.pool[1][1].samples[0].versions.max() == 7 and a.server_address[0] == "127.0.0.1"
     texts = [c.record(c.pool[0][0], [1], [i], [0.0], 0) for i in (200, 201, 65)]  # two are no UTF-8: one text
     assert c.context(c.pool[0][0], [dict(role="assistant", content=text) for text in texts]) == [200, 201, 65]
+
+@pytest.mark.parametrize("attn", ["full", "msa"])
+def test_every_preset_speaks_the_gateways_tokens(attn, tmp_path, monkeypatch):
+    """The vocabulary is the gateway's, whatever the preset's: small's own road ends in a checkpoint that can speak."""
+    args = rl.parse_args(["--preset", "small", "--attn", attn, "--steps", "1"])[0]
+    with torch.device("meta"):
+        model = rl.make_model(args, "meta", None)
+    assert model.cfg.vocab_size == model.embed.num_embeddings == rl.Gateway.tokenizer.n_vocab
+    assert model.cfg.n_layer == 12
+
+    few = dict(n_layer=2, n_embd=32, head_dim=16, rotary_dim=8, mlp_types=["dense", "moe"], n_expert=4, expert_dim=32,
+               shared_dim=32, dense_dim=64, index_head_dim=16, index_block_size=16, index_topk_blocks=2)
+    real = MiniMaxConfig.small
+    monkeypatch.setattr(MiniMaxConfig, "small", lambda **kw: real(**{**few, **kw, "attn_types": ["full"] * 2}))
+    flags = ["--preset", "small", "--attn", attn, "--mtp", "1", "--steps", "1", "--warm-steps", "1"]
+    assert quiet(rl.main, rl_args(tmp_path, *flags))[0]["steps"] == 1
+    spoken = quiet(sample.main, ["--out", tmp_path, "--max-new-tokens", "9", "--device", "cpu", "--prompt", "Q1+1;"])[0]
+    assert spoken["tokens"] > 0
+
+def test_another_vocabulary_than_the_tokenizers_is_refused(tmp_path, capsys):
+    """A model of more tokens than its tokenizer would sample ids without a text: exit 2, both counts named."""
+    args = rl.parse_args(rl_args(tmp_path))[0]
+    model = MiniMax(MiniMaxConfig.micro(vocab_size=300, max_seq_len=96))
+    queue = rl.WindowedFIFO(4, 1)
+    source = rl.Local(model, args, queue)
+    rl.save(tmp_path, args, source, [], dict(step=1))
+    for main, argv in ((sample.main, []), (rl.main, ["--resume"])):
+        line = refused(main, ["--out", str(tmp_path), "--device", "cpu", *argv], capsys)
+        assert "300" in line
+        assert "257" in line
+
 # ---- 14. bad input, documents, mutants -----------------------------------------------------------
 def test_bad_input_is_refused_in_one_line(trained, corpus, tmp_path, capsys):
     """Missing and empty data, unknown names, wrong sizes, absent GPU, later features: exit 2, the value named."""

@@ -38,6 +38,7 @@ CALL_S, CHAR_S, TRAIN_S = 1.0, 0.02, 4.0   # virtual seconds of a call, of a cha
 MAX_NEW, STOP = 16, (*b"].",)           # tokens of one completion at most; a call or an answer ends with one of these
 WARM_LR, NOISE = 1.2e-2, 0.15          # of the imitation: its rate, the share of the teacher's characters that is wrong
 MICRO_TOKENS = 16384                   # slots of a micro-batch at most, so that its activations fit a small GPU
+ROUNDING = 16                          # units of the last place: eight times what is left of terms that cancel
 MAX_BODY = 1 << 20                     # bytes of a request to the gateway
 MADE_BY = ("task", "turns", "preset", "attn", "mtp")  # what the model of a checkpoint depends on
 
@@ -328,9 +329,12 @@ def advantages(group):
     """Reward to go of each turn, less the mean return of the group's other episodes -> samples of each episode.
     # not published: the baseline; leaving the own return out keeps it unbiased."""
     returns = [sum(t.rewards) for t in group]
+    # rewards may come in fp32: a smaller difference is one of rounding, and would still move the weights at full size
+    least = 1e-6 * max(sum(map(abs, t.rewards)) for t in group)
     for t, own in zip(group, returns):
         for i, sample in enumerate(t.samples):
-            sample.advantage = sum(t.rewards[i:]) - (sum(returns) - own) / max(1, len(group) - 1)
+            advantage = sum(t.rewards[i:]) - (sum(returns) - own) / max(1, len(group) - 1)
+            sample.advantage = advantage if abs(advantage) > least else 0.0
     return [t.samples for t in group]
 
 def cispo_loss(logprob, entry, old, advantage, Z, eps_high=EPS_HIGH):
@@ -428,7 +432,10 @@ def backward(model, trees, mtp_weight=0.1, tokens=MICRO_TOKENS):
     """Gradients of a step's loss, each term normalised over the samples before merging -> statistics, expert loads.
     Of the statistics, `slots` are those of the rows, `computed` those of the micro-batches, pads included."""
     Z, naive = sum(len(s.logprobs) for t in trees for s in t.samples), sum(t.n_naive for t in trees)
-    load, parts, computed = 0.0, [], 0
+    load = 0.0
+    magnitude = 0.0
+    parts = []
+    computed = 0
     model.train()
     for part in micro_batches(trees, tokens):
         batch = collate(part, model.embed.weight.device)
@@ -436,7 +443,9 @@ def backward(model, trees, mtp_weight=0.1, tokens=MICRO_TOKENS):
         logprob, entropy, aux = policy(model, batch)
         old = batch["old"].to(logprob.dtype)
         old = torch.where(old.isnan(), logprob.detach()[batch["entry"]], old)  # a demonstration has none: ratio 1
-        loss, ratio = cispo_loss(logprob, batch["entry"], old, batch["advantage"].to(logprob.dtype), Z)
+        advantage = batch["advantage"].to(logprob.dtype)
+        loss, ratio = cispo_loss(logprob, batch["entry"], old, advantage, Z)
+        magnitude = magnitude + (ratio.clamp(max=1 + EPS_HIGH) * advantage).abs().sum() / Z
         loads = [aux["expert_load"]]
         if "index_kl" in aux:
             loss = loss + aux["index_kl"].sum() * batch["weight"][0].sum() / naive
@@ -448,21 +457,34 @@ def backward(model, trees, mtp_weight=0.1, tokens=MICRO_TOKENS):
         parts.append((loss.detach()[None], entropy[batch["entry"]], ratio, batch["version"]))
     loss, entropy, ratio, version = (torch.cat(x).cpu() for x in zip(*parts))
     return dict(loss=loss.sum().item(), entropy=entropy.mean().item(), ratio=ratio, version=version, naive=naive,
-                slots=sum(t.size for t in trees), computed=computed), load
+                slots=sum(t.size for t in trees), computed=computed, magnitude=magnitude.item()), load
+
+def has_signal(model, magnitude):
+    """Whether the policy has a gradient: one that exceeds what rounding leaves of terms that cancel. `magnitude`: the
+    sum of the terms' absolute coefficients. The index branch and MTP have losses of their own, and do not count."""
+    norms = [p.grad.norm() for name, p in model.named_parameters()
+             if p.grad is not None and not name.startswith("mtp.") and ".indexer." not in name]
+    unit = torch.finfo(model.embed.weight.dtype).eps
+    # 1e-10: AdamW's eps, the optimizer's own idea of nothing
+    return torch.stack(norms).norm().item() > max(1e-10, ROUNDING * unit * magnitude)
 
 def train_step(model, optimizers, trees, rate, bias_rate=1e-3, tokens=MICRO_TOKENS):
     """Backward over micro-batches of at most so many tokens, clip, update, balance the router -> statistics.
-    FloatingPointError: a norm that is not finite."""
+    FloatingPointError: a norm that is not finite.
+    Momentum, orthogonalised or over its own root mean square, would move the weights at full size without a gradient
+    too: a step without signal leaves everything as it is, the router's biases and the optimizers' states as well."""
     for group in (g for o in optimizers for g in o.param_groups):
         group["lr"] = rate * group.get("scale", 1.0)
     stats, load = backward(model, trees, tokens=tokens)
+    stats["signal"] = has_signal(model, stats["magnitude"])  # before the clip
     stats["norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
     if not math.isfinite(stats["norm"]):
         raise FloatingPointError(f"gradient norm {stats['norm']}: not finite")
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    model.update_router_bias(load, bias_rate)
+    if stats["signal"]:
+        for optimizer in optimizers:
+            optimizer.step()
+        model.update_router_bias(load, bias_rate)
+    model.zero_grad(set_to_none=True)
     return stats
 
 # ---- where episodes come from --------------------------------------------------------------------
@@ -716,7 +738,8 @@ def report(now, args, groups, stats, lags, decode):
     ratios = " ".join(f"{v}:{stats['ratio'][lag == v].quantile(0.99):.2f}" for v in lag.unique().tolist())
     print(f"step {now['step']:04d} | reward {reward:+.3f} | solved {solved:.3f} ema {ema:.3f} | "
           f"norm {stats['norm']:.2f} | entropy {stats['entropy']:.2f} | lag {max(lags)}, ratio q99 {ratios} | "
-          f"merge {naive / slots:.1f}x, {naive - slots:,} tokens saved | {now['seconds']:.0f} s", flush=True)
+          f"merge {naive / slots:.1f}x, {naive - slots:,} tokens saved | {now['seconds']:.0f} s"
+          f"{'' if stats['signal'] else ' | no signal: weights kept'}", flush=True)
     if now["step"] % args.show_every == 1 % args.show_every:
         t, ids = episodes[0], [[], *(s.ids.tolist() for s in episodes[0].samples)]
         text = "".join(f"{decode(b[common_prefix(a, b):s.start])}<{decode(b[s.start:])}>"

@@ -1286,6 +1286,74 @@ def test_cispo_by_hand():
     assert worst(logp.grad, torch.tensor([-(math.exp(0.5) - 2 * math.exp(-0.5)) / 3, -5 * 0.5 / 3])) < 1e-7
     group = [rl.Trajectory(0, [rl.Sample(*[None] * 4) for _ in r], r) for r in ([0.0, 1.0], [-0.1, 0.0], [0.0, 0.0])]
     assert [round(s.advantage, 9) for e in rl.advantages(group) for s in e] == [1.05, 1.05, -0.6, -0.5, -0.45, -0.45]
+
+def learner(argv):
+    """A model and its optimizers after three steps with a signal: every moment is full -> model, optimizers, rows."""
+    args = rl.parse_args([*argv.split(), "--steps", "1"])[0]
+    model = rl.make_model(args, torch.device("cpu"), torch.float32)
+    optimizers = train.configure_optimizers(model, 1e-3)[0]
+    gateway = rl.Gateway()
+
+    def rows(seed, *advantages):
+        """Eight episodes of a teacher, each once with every one of the advantages."""
+        rng = random.Random(seed)
+        demos = [rl.demonstrate(gateway, rl.make_task(args, 9 * seed + i, 1), rng, 0.1).samples for i in range(8)]
+        return [[rl.dataclasses.replace(s, advantage=a) for s in demo] for demo in demos for a in advantages]
+
+    for seed in range(3):
+        stats = rl.train_step(model, optimizers, [rl.PrefixTree(row, model.cfg) for row in rows(seed, 1.0)], 1e-3)
+        assert stats["norm"] > 0.1
+    return model, optimizers, rows
+
+@pytest.mark.parametrize("argv", ["--task calculator", "--task maze --attn msa --mtp 1"])
+def test_no_signal_no_step(argv):
+    """Advantages of 0, ones that cancel, ones of rounding: momentum alone moves nothing; one real advantage does."""
+    model, optimizers, rows = learner(argv)
+    before = copy.deepcopy(model.state_dict())
+    moments = [copy.deepcopy(o.state_dict()["state"]) for o in optimizers]
+
+    apart = [rl.PrefixTree(row, model.cfg) for row in rows(3, 0.1, 0.2, -0.3)]  # cancel in the sum over rows
+    pairs = zip(*[iter(rows(3, 0.7, -0.7))] * 2)
+    together = [rl.PrefixTree(a + b, model.cfg) for a, b in pairs]  # cancel in each slot
+    nothing, rounding = ([rl.PrefixTree(row, model.cfg) for row in rows(3, a)] for a in (0.0, 1e-12))
+    for trees in (nothing, apart, together, rounding):
+        stats = rl.train_step(model, optimizers, trees, 1e-3)
+        assert all(map(torch.equal, model.state_dict().values(), before.values()))
+        assert not stats["signal"]
+        assert all(p.grad is None for p in model.parameters())
+    after = [o.state_dict()["state"] for o in optimizers]
+    assert all(torch.equal(was[i][key], now[i][key]) for was, now in zip(moments, after) for i in was for key in was[i])
+
+    one = [rl.PrefixTree(row, model.cfg) for row in rows(3, 0.0)[1:] + rows(3, 1e-3)[:1]]  # one episode of eight
+    assert rl.train_step(model, optimizers, one, 1e-3)["signal"]
+    assert worst(model.lm_head.weight, before["lm_head.weight"]) > 1e-6
+
+def test_equal_returns_have_no_advantage():
+    """Returns that differ by rounding alone, as sums in other orders or fp32 rewards do, are equal."""
+    orders = [[0.1, 0.2, 0.3], [0.3, 0.2, 0.1], [0.3, 0.3], [0.6]]
+    single = [[float(np.float32(r)) for r in rewards] for rewards in orders]
+    for rewards in (orders, single, orders + single):
+        group = [rl.Trajectory(0, [rl.Sample(*[None] * 4) for _ in row], row) for row in rewards]
+        assert [episode[0].advantage for episode in rl.advantages(group)] == [0.0] * len(group)
+
+    close = [rl.Trajectory(0, [rl.Sample(*[None] * 4)], [r]) for r in (1.0, 1.0001)]  # speed alone apart
+    assert [e[0].advantage for e in rl.advantages(close)] == pytest.approx([-1e-4, 1e-4])
+
+def test_a_run_goes_on_past_steps_without_signal(tmp_path, monkeypatch):
+    """Each is said in its line, counts as a step and frees its slots, and weights are those of the imitation's end."""
+    def agent(task):
+        """One turn, for which all are paid alike."""
+        yield [dict(role="user", content="Q")]
+        return [0.1], False, 1.0
+
+    monkeypatch.setattr(rl.Calculator, "agent", agent)
+    result, text = quiet(rl.main, rl_args(tmp_path, "--steps", "3"))
+    assert result["steps"] == 3
+    assert text.count("no signal: weights kept") == 3
+    warm, over = (sample.load_checkpoint(str(folder)) for folder in (tmp_path / "warm", tmp_path))
+    assert all(map(torch.equal, warm["model"].values(), over["model"].values()))
+    assert over["queue"]["next"] == 4 + 2 * 2
+
 def test_agents_are_paid_for_what_they_do():
     """The tool is parsed and its answer pays, fast more; right guesses and wrong calls cost, also past a deadline."""
     calc, maze, cap = rl.Calculator(random.Random(1)), *(rl.Maze(random.Random(2), 12, c) for c in (math.inf, 64))

@@ -468,6 +468,22 @@ def has_signal(model, magnitude):
     # 1e-10: AdamW's eps, the optimizer's own idea of nothing
     return torch.stack(norms).norm().item() > max(1e-10, ROUNDING * unit * magnitude)
 
+@torch.no_grad()
+def update(model, optimizers):
+    """Step the optimizers where there is a gradient. Momentum, orthogonalised, would move a matrix without one at full
+    size, again and again: it keeps weights and moments; an expert that no token chose, part of a stack, its weights."""
+    idle_experts = []
+    for p in model.parameters():
+        if p.grad is None or not p.grad.any():
+            p.grad = None
+        elif p.dim() == 3:
+            idle = ~p.grad.flatten(1).any(1)                                                              # (experts,)
+            idle_experts.append((p, idle, p[idle]))
+    for optimizer in optimizers:
+        optimizer.step()
+    for p, idle, weights in idle_experts:
+        p[idle] = weights
+
 def train_step(model, optimizers, trees, rate, bias_rate=1e-3, tokens=MICRO_TOKENS):
     """Backward over micro-batches of at most so many tokens, clip, update, balance the router -> statistics.
     FloatingPointError: a norm that is not finite.
@@ -481,8 +497,7 @@ def train_step(model, optimizers, trees, rate, bias_rate=1e-3, tokens=MICRO_TOKE
     if not math.isfinite(stats["norm"]):
         raise FloatingPointError(f"gradient norm {stats['norm']}: not finite")
     if stats["signal"]:
-        for optimizer in optimizers:
-            optimizer.step()
+        update(model, optimizers)
         model.update_router_bias(load, bias_rate)
     model.zero_grad(set_to_none=True)
     return stats

@@ -1328,6 +1328,27 @@ def test_no_signal_no_step(argv):
     assert rl.train_step(model, optimizers, one, 1e-3)["signal"]
     assert worst(model.lm_head.weight, before["lm_head.weight"]) > 1e-6
 
+def test_an_idle_expert_stays():
+    """Momentum alone moves no expert that no token chose, and no MTP module that had nothing to draft; others go on."""
+    model, optimizers, rows = learner("--task calculator --mtp 1")
+    model.moe_layers()[1].router.bias[2] = -10  # no token chooses expert 2 of the second layer
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for seed in (3, 4):
+        rl.train_step(model, optimizers, [rl.PrefixTree(row, model.cfg) for row in rows(seed, 1.0)], 1e-3)
+    moved = {name: (p - before[name]).detach().flatten(1).norm(dim=1) for name, p in model.named_parameters()
+             if p.dim() == 3}
+    for name, distance in moved.items():
+        idle = [2] if name.startswith("layers.1.") else []
+        assert distance.eq(0).nonzero().flatten().tolist() == idle, name
+
+    # a sample of two tokens: the module drafts the token after the next, and there is none
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    two = rl.Sample(torch.tensor([81, 49]), 1, torch.full((1,), math.nan), torch.zeros(1).long())
+    rl.train_step(model, optimizers, [rl.PrefixTree([two], model.cfg)], 1e-3)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert "lm_head.weight" in moved
+    assert not any(name.startswith("mtp.") for name in moved)
+
 def test_equal_returns_have_no_advantage():
     """Returns that differ by rounding alone, as sums in other orders or fp32 rewards do, are equal."""
     orders = [[0.1, 0.2, 0.3], [0.3, 0.2, 0.1], [0.3, 0.3], [0.6]]

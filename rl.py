@@ -39,6 +39,7 @@ MAX_NEW, STOP = 16, (*b"].",)           # tokens of one completion at most; a ca
 WARM_LR, NOISE = 1.2e-2, 0.15          # of the imitation: its rate, the share of the teacher's characters that is wrong
 MICRO_TOKENS = 16384                   # slots of a micro-batch at most, so that its activations fit a small GPU
 ROUNDING = 16                          # units of the last place: eight times what is left of terms that cancel
+TEXT_PARTS = ("text", "input_text", "output_text", "refusal")  # types of a message's parts that are text
 MAX_BODY = 1 << 20                     # bytes of a request to the gateway
 MADE_BY = ("task", "turns", "preset", "attn", "mtp")  # what the model of a checkpoint depends on
 
@@ -157,6 +158,42 @@ class Trajectory:
         rewards = [min(0.0, r) for r in self.rewards] or [0.0] * max(1, len(self.samples))
         self.finish([*rewards[:-1], rewards[-1] + FAILURE], False, self.seconds)
 
+def message_text(content, where):
+    """What a message says: a string, null, or a list of parts, strings or of text, joined as they are -> text."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ValueError(f"{where}: content is a string, null or a list of parts, not {content!r:.60}")
+    texts = []
+    for part in content:
+        part = dict(text=part) if isinstance(part, str) else part
+        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+        if kind not in TEXT_PARTS:
+            raise ValueError(f"{where}: a part of type {kind!r:.40}: text alone is served, {', '.join(TEXT_PARTS)}")
+        text = part.get("refusal" if kind == "refusal" else "text")
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: a part of type {kind} whose text is {text!r:.40}, not a string")
+        texts.append(text)
+    return "".join(texts)
+
+def calls_text(message, where):
+    """The tool calls beside a message's content, in the protocol of the tasks: name[arguments], one after the other."""
+    calls = message.get("tool_calls") or []
+    if message.get("function_call"):  # what OpenAI's clients sent before there were several
+        calls = [dict(function=message["function_call"])]
+    texts = []
+    for call in calls:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(f"{where}: a tool call is {{function: {{name, arguments}}}}, not {call!r:.60}")
+        arguments = function.get("arguments")
+        if not isinstance(arguments, str | None):
+            raise ValueError(f"{where}: the arguments of {function['name']!r:.40} are a string, not {arguments!r:.60}")
+        texts.append(f"{function['name']}[{arguments or ''}]")
+    return "".join(texts)
+
 class Gateway:
     """The only place where text and tokens meet. The chat template is concatenation. A completion that comes back in a
     context becomes the tokens that were sampled: with merges "12" may be one token or two, and the text cannot tell."""
@@ -168,11 +205,23 @@ class Gateway:
 
     def context(self, episode, messages):
         """Messages -> ids. Completions of one text may be of other tokens (bytes not of UTF-8): the last is last; what
-        was said once may be quoted twice."""
+        was said once may be quoted twice. Tool calls are written out where the content is not a completion, which holds
+        its calls already: a client that turned all of it into calls gets the same text, so the same tokens, back.
+        ValueError, naming the message, for what is not text."""
         said, out = {text: list(known) for text, known in episode.said.items()}, []
-        for m in reversed(messages):
-            known = said.get(m["content"], []) if m["role"] == "assistant" else []
-            out.append(known.pop() if len(known) > 1 else known[0] if known else self.tokenizer.encode(m["content"]))
+        for place, m in reversed([*enumerate(messages)]):
+            where = f"messages[{place}]"
+            if not isinstance(m, dict) or not isinstance(m.get("role"), str):
+                raise ValueError(f"{where}: a message is {{role, content}}, its role a string")
+            assistant = m["role"] == "assistant"
+            if "content" not in m and not (assistant and (m.get("tool_calls") or m.get("function_call"))):
+                raise ValueError(f"{where}: there is no content, and no tool call of an assistant")
+            text = message_text(m.get("content"), where)
+            known = []
+            if assistant:
+                text += "" if text in said else calls_text(m, where)
+                known = said.get(text, [])
+            out.append(known.pop() if len(known) > 1 else known[0] if known else self.tokenizer.encode(text))
         return [i for ids in reversed(out) for i in ids]
 
     def record(self, episode, context, ids, logprobs, version, routes=None):
@@ -615,9 +664,13 @@ class Served(Gateway, http.server.HTTPServer):
                 episode.finish(rewards, body["success"] is True, self.now - self.queue.born[episode.task][0])
                 del self.open[key]
                 return 200, dict(turns=len(rewards))
+            if body.get("stream") or body.get("n") not in (None, 1):  # other options, null or not, change nothing
+                raise ValueError(f"stream {body.get('stream')}, n {body.get('n')}: no stream is served, and n is 1")
+            if not isinstance(body["messages"], list):
+                raise ValueError(f"messages {body['messages']!r:.60}: a list is needed")
             n, room = len(self.context(episode, body["messages"])), self.model.cfg.max_seq_len - MAX_NEW
-            if not 1 <= n <= room or body.get("stream") or body.get("n", 1) != 1:
-                raise ValueError(f"{n} tokens of context, 1 to {room} are served; no stream, and n is 1")
+            if not 1 <= n <= room:
+                raise ValueError(f"{n} tokens of context: 1 to {room} are served")
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             return 400, f"a JSON object, rewards numbers, messages [{{role, content}}]: {repr(error)[:200]}"
         rollout(self.model, self, [(episode, (m for m in [body["messages"]]))], self.version, replay=self.args.replay)

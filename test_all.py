@@ -1503,6 +1503,80 @@ def test_another_vocabulary_than_the_tokenizers_is_refused(tmp_path, capsys):
         assert "300" in line
         assert "257" in line
 
+
+def served_alone(folder, *flags):
+    """A gateway with two groups of two waiting, and a way to ask it without HTTP -> both."""
+    args = rl.parse_args(rl_args(folder, "--serve", "0", *flags))[0]
+    server = rl.Served(rl.make_model(args, "cpu", None), args, rl.WindowedFIFO(2, 1))
+    server.start(server.queue.admit(0), 0)
+    here, _there = socket.socketpair()
+    server.peer = _there  # kept open: a client that is gone took no turn
+
+    def ask(path, **body):
+        return server.answer(f"/v1/{path}", json.dumps(body).encode(), here)
+
+    return server, ask
+
+def test_gateway_reads_what_clients_send(tmp_path):
+    """Parts are joined, null is nothing, options of other servers change nothing; what is not text is named, 400."""
+    server, ask = served_alone(tmp_path)
+    task = ask("tasks")[1]["task"]
+    call = dict(id="c", type="function", function=dict(name="t1", arguments="1+2"))
+    user = dict(role="user", content="Q1+2;")
+
+    def text_of(*messages):
+        return server.tokenizer.decode(server.context(rl.Trajectory(0), list(messages)))
+
+    parts = [dict(type="text", text="Q1"), "+", dict(type="input_text", text="2;")]
+    assert text_of(dict(role="developer", content=parts, name=None)) == "Q1+2;"
+    for content in (dict(content=None), dict(content=""), dict(content=[]), dict()):
+        assert text_of(user, dict(role="assistant", tool_calls=[call, call], **content)) == "Q1+2;t1[1+2]t1[1+2]"
+    assert text_of(dict(role="assistant", content="So:", tool_calls=[call], refusal=None, audio=None)) == "So:t1[1+2]"
+    assert text_of(dict(role="assistant", content=None, function_call=dict(name="f", arguments=None))) == "f[]"
+    assert text_of(user, dict(role="assistant", content=None, tool_calls=None, function_call=None)) == "Q1+2;"
+    assert text_of(dict(role="tool", tool_call_id="c", content=[dict(type="text", text="=3;")])) == "=3;"
+
+    names = "stop max_tokens max_completion_tokens temperature top_p seed tools tool_choice logprobs user unknown"
+    nulls = dict.fromkeys([*names.split(), "n", "stream", "stream_options", "response_format"])
+    for options in (nulls, dict(n=1.0, stream=False, temperature=0, stop=["x"], max_tokens=5, tools=[], logprobs=True)):
+        status, answer = ask("chat/completions", model=task, messages=[user], **options)
+        assert status == 200
+        assert answer["usage"]["prompt_tokens"] == 5
+
+    wrong = [(dict(n=2), "n 2"), (dict(n=0), "n 0"), (dict(stream=True), "stream True"), (dict(messages=None), "None"),
+             (dict(messages=[]), "0 tokens"), (dict(messages=["Q"]), "messages[0]"), (dict(messages=user), "list")]
+    image = dict(type="image_url", image_url=dict(url="data:"))
+    for message, word in ((dict(role="user"), "messages[1]"), (dict(content="x"), "messages[1]"),
+                          (dict(role="user", tool_calls=[call]), "no content"), (dict(role="user", content=5), "5"),
+                          (dict(role="user", content=[image]), "image_url"), (dict(role="user", content=[3]), "int"),
+                          (dict(role="user", content=[dict(type="text", text=None)]), "None"),
+                          (dict(role="assistant", tool_calls=[dict(id="c")]), "tool call"), (None, "messages[1]"),
+                          (dict(role="assistant", tool_calls=[dict(function=dict(name="f", arguments={}))]), "'f'")):
+        wrong.append((dict(messages=[user, message]), word))
+    for body, word in wrong:
+        status, said = ask("chat/completions", **{**dict(model=task, messages=[user]), **body})
+        assert status == 400, body
+        assert word in said, said
+
+def test_a_completion_comes_back_by_token_from_every_client():
+    """As a string, in parts, or turned into a tool call, "12" of two tokens stays two, where the tokenizer has one."""
+    gateway = rl.Gateway()
+    gateway.tokenizer = sample.Tokenizer(sample.learn_bpe(["12 12 12"], 258, "(?s:.+)"))
+    (whole,) = gateway.tokenizer.encode("12")
+    one, two = gateway.tokenizer.encode("1")[0], gateway.tokenizer.encode("2")[0]
+    head, tail = gateway.tokenizer.encode("t1["), gateway.tokenizer.encode("]")
+    episode = rl.Trajectory(0)
+    sampled = [*head, one, two, *tail]
+    text = gateway.record(episode, [whole], sampled, [0.0] * len(sampled), 0)
+    assert gateway.tokenizer.encode(text) != sampled
+
+    call = dict(type="function", function=dict(name="t1", arguments="12"))
+    part = dict(type="output_text", text=text)
+    for back in (dict(content=text), dict(content=[part]), dict(content=None, tool_calls=[call]),
+                 dict(tool_calls=[call]), dict(content=text, tool_calls=[call])):
+        context = [dict(role="user", content="12"), dict(role="assistant", **back)]
+        assert gateway.context(episode, context) == [whole, *sampled], back
+
 # ---- 14. bad input, documents, mutants -----------------------------------------------------------
 def test_bad_input_is_refused_in_one_line(trained, corpus, tmp_path, capsys):
     """Missing and empty data, unknown names, wrong sizes, absent GPU, later features: exit 2, the value named."""

@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import msa
 import rl
-from sample import Parser, pick_device, tolerant_output
+from sample import Parser, implementations, pick_device, tokens, tolerant_output
 
 SHAPES = {"m2": (48, 8), "m3": (64, 4)}                    # query heads, KV heads = index heads
 D, S, L = 128, 16, 128
@@ -441,7 +441,8 @@ def card(args, why):
 
 def parse_args(argv):
     p = Parser(__doc__)
-    p.add_argument("--ctx", type=int, default=1_000_000, help="longest context, in tokens")
+    p.add_argument("--ctx", type=tokens, default=1_000_000,
+                   help="longest context, in tokens: 65536, 1e6, 64k (k = 1,024) or 1M (M = 1,048,576)")
     p.add_argument("--what", choices=("prefill", "decode", "train", "moe", "tree", "all"), default="all",
                    help="what to time; tree: rl.py's training step; train and moe come later")
     p.add_argument("--shape", choices=tuple(SHAPES), help="default: both")

@@ -304,6 +304,18 @@ def standard_input_is_piped():
         return False
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
+def tokens(text):
+    """A type for argparse: a number of tokens as people write it, 65536, 65_536, 65,536, 1e6, 64k (k = 1,024) or 1M
+    (M = 1,048,576)."""
+    grouped, bare = "[0-9]{1,3}(?:[,_][0-9]{3})+", r"[0-9]{1,12}(?:\.[0-9]{1,6})?(?:e[0-9])?"
+    form = re.fullmatch(f"({grouped}|{bare})([km]?)", text.strip().lower())
+    value = math.nan
+    if form:
+        value = float(re.sub("[,_]", "", form[1])) * {"": 1, "k": 2 ** 10, "m": 2 ** 20}[form[2]]
+    if not value.is_integer():
+        raise argparse.ArgumentTypeError(f"{text}: write tokens as 65536, 64k (65,536), 1M (1,048,576) or 1e6")
+    return int(value)
+
 def pick_device(name=None):
     """-> device, dtype of the activations, reason. ValueError if the device is asked for and absent."""
     if name in (None, "auto"):

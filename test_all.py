@@ -1635,12 +1635,22 @@ def test_bench_reports_its_contract(monkeypatch, capsys):
     for row in result["rows"]:
         assert set("what shape ctx dense_ms msa_ms speedup dense_util msa_util selection".split()) <= set(row)
         assert row["speedup"] == row["dense_ms"] / row["msa_ms"] and row["ctx"] == 300
-    for argv, word in ((["--ctx", 0], "0"), (["--ctx", "1M"], "1M"), (["--what", "train"], "later"),
+    for argv, word in ((["--ctx", 0], "0"), (["--ctx", "1Q"], "1Q"), (["--what", "train"], "later"),
                        (["--shape", "m4"], "m4"), (["--device", "cpux"], "cpux"), (["--figure", "no/x.png"], "no")):
         assert word in refused(bench.main, argv, capsys), argv
     monkeypatch.setattr(msa, "msa_attention", lambda *args, real=msa.msa_attention: real(*args) * 1.01)
     with pytest.raises(SystemExit) as stop: quiet(bench.main, short)
     assert "MSA, prefill m3 at T = 1" in stop.value.code
+
+def test_tokens_as_people_write_them():
+    """64k is 65,536 and 1M 1,048,576, a million is 1e6 or 1_000_000; nonsense is refused."""
+    for text, value in (("64k", 65536), ("64K", 65536), ("1M", 2 ** 20), ("1m", 2 ** 20), ("65_536", 65536),
+                        ("65,536", 65536), ("1e6", 10 ** 6), ("1_000_000", 10 ** 6), ("0.5M", 2 ** 19), ("300", 300)):
+        assert bench.parse_args(["--ctx", text]).ctx == value
+        assert sample.tokens(text) == value
+    for text in ("", "k", "64kb", "64 kk", "1.5", "-5", "inf", "nan", "0x10", "1e", "1,5M", "6_5", "\u0661", "1e99"):
+        with pytest.raises(ValueError, match="1,048,576"): bench.parse_args([f"--ctx={text}"])
+
 def test_readme_commands_exist():
     """Every flag of every python command in README is one that the script's --help knows."""
     commands = re.findall(r"python (\w+)\.py([^\n`#|]*)", (HERE / "README.md").read_text(encoding="utf-8"))

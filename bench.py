@@ -45,6 +45,9 @@ KERNELS = {"_index_kernel": (0.8, 0, "a running top 16 between products"), "_sca
            "_rescore_kernel": (1, 6e-3, "latency: find a floor, load blocks"),
            "_attend_kernel": (1, 10e-3, "latency: choose, load, join")}
 HEAD = "what    shape     ctx  B  selection  index|   dense ms util |     MSA ms util | speed-up | least ms | runs"
+BUDGETS = (2 ** 12, 2 ** 14, 2 ** 16)  # slots of a micro-batch that --what tree tries for the packed side
+TREE_HEAD = (f"tree    | turns longest | {'packed':>9} {'computed':>9} {'ms':>10}  {'layout, slots a batch':22} | "
+             f"{'merged':>7} {'computed':>8} {'ms':>9} | tokens | speed-up")
 # Relative RMS. bf16 rounds the probabilities, the partial outputs and the output, 2^-9 each; fp32 only sums differently
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
 
@@ -375,6 +378,57 @@ def crossovers(rows):
         print(f"crossover | {name}: MSA won " + (f"from {T:,} tokens on" if T else "at no measured length"))
     return out
 
+def plain(ms):
+    """Milliseconds with three digits that count, and never as a power of ten."""
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:#.3g}"
+
+def conclusion(rows):
+    """What the rows say, in plain words: a sentence a kind, at batch 1, random selection and index keys as they are."""
+    kinds = {}
+    for row in rows:
+        if row["what"] == "tree":
+            kinds.setdefault("tree", []).append(row)
+        elif (row["batch"], row["selection"]) == (1, "random") and row["index"] != "int8":
+            kinds.setdefault((row["what"], row["shape"]), []).append(row)
+    return [tree_sentence(kind) if name == "tree" else sentence(kind) for name, kind in kinds.items()]
+
+def sentence(kind):
+    """Rows of one kind, in rising order -> what the longest says, and the longest at which full attention is faster."""
+    last = kind[-1]
+    what = "a decode step"
+    if last["what"] == "prefill":
+        what = "a prefill" if last["queries"] == last["ctx"] else f"a prefill's last {last['queries']} queries"
+    fast, slow = ("MSA", "full attention") if last["msa_ms"] < last["dense_ms"] else ("full attention", "MSA")
+    times = {"MSA": last["msa_ms"], "full attention": last["dense_ms"]}
+    line = (f"At {last['ctx']:,} tokens, for {what} of {last['shape'].upper()}'s shape, {fast} needs "
+            f"{plain(times[fast])} ms where {slow} needs {plain(times[slow])}: ")
+    if not last["speedup"]:
+        return line + "no ratio, as full attention reads too slowly to be a baseline."
+    line += f"{times[slow] / times[fast]:.1f} times less"
+    fair = [row["ctx"] for row in kind if row["speedup"]]
+    lost = [row["ctx"] for row in kind if row["dense_ms"] < row["msa_ms"]]
+    if fast == "full attention":
+        return line + "."
+    if lost:
+        return line + f"; at {lost[-1]:,} tokens full attention is still faster."
+    every = "measured" if len(fair) == len(kind) else "that has a ratio"
+    return line + f"; MSA is faster at every length {every}, from {fair[0]:,} tokens on."
+
+def tree_sentence(kind):
+    """Rows of --what tree -> what the longest says."""
+    last = kind[-1]
+    return (f"At {last['turns']} turns a training step on prefix trees takes {plain(last['merged_ms'])} ms where the "
+            f"same samples, packed ({last['packing']}), take {plain(last['packed_ms'])}: {last['speedup']:.1f} times "
+            f"less, for {last['token_ratio']:.1f} times fewer tokens.")
+
+def short(T):
+    """A length as an axis says it: 300, 16K (16,384), 1M (a million, or 1,048,576)."""
+    for unit, sizes in (("M", (2 ** 20, 10 ** 6)), ("K", (2 ** 10,))):
+        for size in sizes:
+            if T % size == 0 and T:
+                return f"{T // size}{unit}"
+    return f"{T:,}"
+
 def draw(path, rows, title):
     """Time against length, log-log, as measured at batch 1: one chart for prefill, one for decode."""
     from matplotlib.figure import Figure
@@ -392,29 +446,97 @@ def draw(path, rows, title):
         axis.legend()
     figure.savefig(path)
 
+def tree_turns(args):
+    """Lengths of the mazes that fit --ctx: a GPU needs a long one to have work. ValueError if none fits."""
+    lengths = (40, 80) if args.gpu else (5, 10, 20, 40, 80)
+    room = lambda turns: 14 * turns + 48  # a call, its result and a thought a turn; the prompt and the answer
+    if args.ctx < room(lengths[0]):
+        raise ValueError(f"--ctx {args.ctx}: a maze of {lengths[0]} turns, the shortest here, takes {room(lengths[0])}")
+    return [turns for turns in lengths if room(turns) <= args.ctx]
+
+def packings(samples, cfg):
+    """Ways to lay samples out without merging -> {name: (function that gives the rows, most slots of a micro-batch)}.
+
+    "padded" has a sample a row. Rows of 1, 2 and 4 times the longest sample hold several, as documents: the longer, the
+    fewer pads and the more masked keys. What cannot differ from a layout before it is left out."""
+    longest = max(len(sample.ids) for sample in samples)
+    padded = longest * len(samples)
+    trees = lambda: [rl.PrefixTree([sample], cfg) for sample in samples]
+    packed = lambda times: lambda: rl.pack_rows(trees(), times * longest)
+    budgets = [slots for slots in BUDGETS if slots == BUDGETS[0] or slots // 4 < padded]
+    out = {}
+    for slots in budgets:
+        out[f"padded, {slots:,}"] = (trees, slots)
+        out[f"rows of {longest:,}, {slots:,}"] = (packed(1), slots)
+    for times in (2, 4):
+        if times * longest <= min(padded // 2, budgets[-1]):
+            out[f"rows of {times * longest:,}, {budgets[-1]:,}"] = (packed(times), budgets[-1])
+    return out
+
+def fastest(steps, kept, gpu, rounds=3, slack=1.5):
+    """Time every step {name: call} in turn -> {name: (least ms, what the call returned)}.
+
+    A name that is not in `kept` is timed no more once it took `slack` times the best of its like; on a GPU not before
+    the second round, since the first one compiles. What runs out of a GPU's memory is left out, and said."""
+    least = {}
+    for turn in range(rounds):
+        for name in list(steps):
+            try:
+                took = timed(steps[name], gpu, True)
+            except torch.OutOfMemoryError:
+                if name in kept:
+                    raise
+                print(f"        {name}: left out, it does not fit the GPU's memory", flush=True)
+                del steps[name]
+                continue
+            least[name] = min(least.get(name, took), took, key=lambda pair: pair[0])
+        if turn >= gpu:
+            best = min(ms for name, (ms, _) in least.items() if name not in kept)
+            steps = {name: step for name, step in steps.items() if name in kept or least[name][0] <= slack * best}
+    return least
+
 @torch.enable_grad()
 def tree_rows(args):
-    """A training step of rl.py on prefix trees, against the same samples packed: all turns of four episodes of a maze,
-    of 16 mazes on a GPU; the same tokens a micro-batch; laying out and updating included. The least of three."""
-    rows, (preset, n), gateway = [], ("small", 16) if args.gpu else ("micro", 1), rl.Gateway()
-    print("tree    | turns longest |  packed: tokens         ms |  merged: tokens         ms | tokens | speed-up")
-    for turns in (n for n in (5, 10, 20, 40, 80)[3 * args.gpu:] if 14 * n + 48 <= args.ctx):
+    """A training step of rl.py on prefix trees, against the same samples packed in the way that was fastest.
+
+    The samples are all turns of four episodes of a maze, of 16 mazes on a GPU; laying out and updating are included."""
+    rows, gateway = [], rl.Gateway()
+    preset, n_mazes = ("small", 16) if args.gpu else ("micro", 1)
+    for turns in tree_turns(args):
         asked = rl.parse_args(["--task", "maze", "--preset", preset, "--turns", str(turns)])[0]
-        rng, model, least = random.Random(turns), rl.make_model(asked, args.device, args.dtype), {}
-        groups = [[rl.demonstrate(gateway, rl.make_task(asked, g), rng, 0.0, 0.1) for _ in range(4)] for g in range(n)]
-        [t.finish([rng.gauss(0, 1) for _ in t.samples], True, 0.0) for group in groups for t in group]
-        samples, optimizers = [*map(rl.advantages, groups)], rl.configure_optimizers(model, 1e-3)[0]
-        for merge in (False, True) * 3:
-            step = lambda: rl.train_step(model, optimizers, rl.plan_rows(samples, model, merge), 0.0, 0.0)  # rate 0
-            least[merge] = min(least.get(merge, (math.inf,)), timed(step, args.gpu, True))
-        (packed, a), (merged, b) = least.values()
-        if not abs(b["norm"] / a["norm"] - 1) < (0.05 if args.gpu else 1e-4):  # bf16 adds up many micro-batches
-            raise ArithmeticError(f"tree: gradient norm {b['norm']} merged, {a['norm']} packed at {turns} turns")
-        rows.append(dict(what="tree", shape=preset, ctx=max(len(s.ids) for g in groups for t in g for s in t.samples),
-                         turns=turns, dense_ms=packed, msa_ms=merged, speedup=packed / merged,
-                         tokens=b["naive"] / b["slots"], dense_util=None, msa_util=None, selection=None))
-        print(f"tree    | {turns:5} {rows[-1]['ctx']:7} | {a['slots']:15,} {packed:10.1f} | {b['slots']:15,} "
-              f"{merged:10.1f} | {rows[-1]['tokens']:5.1f}x | {packed / merged:7.1f}x", flush=True)
+        rng, model = random.Random(turns), rl.make_model(asked, args.device, args.dtype)
+        if not rows:
+            print(f"sides   | rl.train_step on both: {implementations(model, args.device, True, False)}\n{TREE_HEAD}")
+        optimizers = rl.configure_optimizers(model, 1e-3)[0]
+        groups = [[rl.demonstrate(gateway, rl.make_task(asked, maze), rng, 0.0, 0.1) for _ in range(4)]
+                  for maze in range(n_mazes)]
+        for episode in sum(groups, []):
+            episode.finish([rng.gauss(0, 1) for _ in episode.samples], True, 0.0)
+        groups = [rl.advantages(group) for group in groups]
+        samples = [sample for group in groups for episode in group for sample in episode]
+
+        # a rate of 0: every step starts from the same weights
+        layouts = packings(samples, model.cfg)
+        layouts["merged"] = (partial(rl.plan_rows, groups, model, True), rl.MICRO_TOKENS)
+        step = lambda lay_out, slots: rl.train_step(model, optimizers, lay_out(), 0.0, 0.0, slots)
+        least = fastest({name: partial(step, *layout) for name, layout in layouts.items()}, ["merged"], args.gpu)
+
+        merged_ms, merged = least.pop("merged")
+        for name, (_, stats) in least.items():  # bf16 adds up many micro-batches
+            if not abs(merged["norm"] / stats["norm"] - 1) < (0.05 if args.gpu else 1e-4):
+                norms = f"{merged['norm']} merged, {stats['norm']} {name}"
+                raise ArithmeticError(f"tree: gradient norm {norms} at {turns} turns")
+        packing = min(least, key=lambda name: least[name][0])
+        packed_ms, packed = least[packing]
+        row = dict(what="tree", shape=preset, ctx=max(len(sample.ids) for sample in samples), turns=turns,
+                   packing=packing, packed_tokens=packed["naive"], packed_slots=packed["computed"], packed_ms=packed_ms,
+                   merged_tokens=merged["slots"], merged_slots=merged["computed"], merged_ms=merged_ms,
+                   token_ratio=merged["naive"] / merged["slots"], speedup=packed_ms / merged_ms,
+                   packings={name: ms for name, (ms, _) in least.items()})
+        rows.append(row)
+        line = ("tree    | {turns:5} {ctx:7} | {packed_tokens:9,} {packed_slots:9,} {packed_ms:10.1f}  {packing:22} | "
+                "{merged_tokens:7,} {merged_slots:8,} {merged_ms:9.1f} | {token_ratio:5.1f}x | {speedup:7.1f}x")
+        print(line.format(**row), flush=True)
     return rows
 
 def card(args, why):
@@ -451,9 +573,10 @@ def parse_args(argv):
     args.shapes = [args.shape] if args.shape else list(SHAPES)
     if args.what in ("train", "moe"):
         raise ValueError(f"--what {args.what} comes later; prefill, decode, tree and all are here")
-    least = 608 if args.what == "tree" else 1  # a maze of 40 turns, the shortest that a GPU takes
-    if not least <= args.ctx <= 2 ** 25:
-        raise ValueError(f"--ctx {args.ctx}: it must be {least} to {2 ** 25:,}")
+    if not 1 <= args.ctx <= 2 ** 25:
+        raise ValueError(f"--ctx {args.ctx}: it must be 1 to {2 ** 25:,}")
+    if args.what == "tree" and (args.shape or args.figure):
+        raise ValueError("--what tree trains rl.py's own model and has no chart: leave out --shape and --figure")
     if args.figure:  # what is wrong with it shows now, not after minutes
         os.stat(os.path.dirname(args.figure) or ".")
         from matplotlib.figure import Figure
@@ -469,9 +592,12 @@ def run(args):
     if args.gpu:
         torch.cuda.set_device(args.device.index or 0)
     args.name = torch.cuda.get_device_name() if args.gpu else f"CPU, {torch.get_num_threads()} threads"
+    if args.what == "tree":
+        tree_turns(args)  # what is wrong with --ctx shows now, not below the card
     card(args, why)
     if args.what == "tree":
-        print(json.dumps(result := dict(device=args.name, rows=tree_rows(args))))
+        result = dict(device=args.name, rows=tree_rows(args))
+        finish(result)
         return result
     plans = {shape: {B: [lengths_that_fit(args, shape, what, B) for what in ("prefill", "decode")]
                      for B in (1, 8)[:1 + args.gpu]} for shape in args.shapes}
@@ -489,6 +615,12 @@ def run(args):
         draw(args.figure, rows, args.name)
     print(json.dumps(result), flush=True)
     return result
+
+def finish(result):
+    """The last lines of stdout: what was found, in plain words, then all of it as one JSON object."""
+    for line in conclusion(result["rows"]):
+        print(f"found   | {line}")
+    print(json.dumps(result), flush=True)
 
 def main(argv=None):
     tolerant_output()

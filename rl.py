@@ -395,7 +395,7 @@ def cispo_loss(logprob, entry, old, advantage, Z, eps_high=EPS_HIGH):
     return -(coefficient * logprob).sum() / Z, ratio
 
 def collate(trees, device):
-    """Trees, or packed rows of them, as a micro-batch, padded to T slots -> dict of tensors: idx, pos, end (B, T); weight, draft
+    """Trees or packed rows as a micro-batch, padded to T slots -> dict of tensors: idx, pos, end (B, T); weight, draft
     (K + 1, B, T): weight[k] counts the samples that go on for k more tokens (a pad: none), draft[k] those whose action
     has the token k + 1 places on; routes (B, T, r) if recorded; slots that come before an action token, and the target
     there; of each action token of each sample its entry in slots, advantage, old log-prob and version."""

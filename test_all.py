@@ -1651,6 +1651,25 @@ def test_tokens_as_people_write_them():
     for text in ("", "k", "64kb", "64 kk", "1.5", "-5", "inf", "nan", "0x10", "1e", "1,5M", "6_5", "\u0661", "1e99"):
         with pytest.raises(ValueError, match="1,048,576"): bench.parse_args([f"--ctx={text}"])
 
+def test_the_tree_bench_counts_what_it_computes(monkeypatch, capsys):
+    """--what tree: packed rows by hand, four samples each of 10, 20, 30, 40, 48 tokens; the fastest is the opponent."""
+    def slots_for_a_clock(call, gpu, warm):
+        stats = call()
+        return float(stats["computed"]), stats
+    monkeypatch.setattr(bench, "timed", slots_for_a_clock)
+    result, text = quiet(bench.main, ["--what", "tree", "--ctx", "120", "--device", "cpu"])
+    row, = result["rows"]
+    # in rows of 48: 4 of 48, 4 of 40, 4 of 30 + 10, 2 of 20 + 20 = 14 rows; padded: 20 rows of 48
+    assert row["packed_tokens"] == 4 * (10 + 20 + 30 + 40 + 48)
+    assert row["packings"]["rows of 48, 4,096"] == 14 * 48
+    assert row["packings"]["padded, 4,096"] == 20 * 48
+    assert row["packed_slots"] == min(row["packings"].values())  # here slots are the clock
+    assert row["packings"][row["packing"]] == row["packed_ms"]
+    assert row["merged_tokens"] == row["merged_slots"] == 72
+    assert row["speedup"] == row["packed_ms"] / row["merged_ms"]
+    assert f"{row['speedup']:.1f} times less" in text.splitlines()[-2]
+    assert "takes 118" in refused(bench.main, ["--what", "tree", "--ctx", "117"], capsys)
+
 def test_readme_commands_exist():
     """Every flag of every python command in README is one that the script's --help knows."""
     commands = re.findall(r"python (\w+)\.py([^\n`#|]*)", (HERE / "README.md").read_text(encoding="utf-8"))

@@ -108,22 +108,44 @@ def dense_rows(q, k, v):
     return out.unflatten(2, (t, G)).transpose(1, 2).flatten(2, 3)
 
 def capacity(T): return -(-T // L) * L
+
+def pick_impl(gpu, what, T=2 ** 25):
+    """Which code each side runs on T tokens, full attention's and MSA's: full(), sparse_*() and the card ask here."""
+    if not gpu:
+        return "cpu flash", "torch"
+    if what == "decode":
+        return "triton", "triton"
+    return ("math" if T < L else "cudnn"), "triton"  # cuDNN does not run on every length below one key block
+
+def impl_names(gpu, what, T=2 ** 25):
+    """pick_impl(), in words, with versions."""
+    kernels = "Triton absent"
+    if msa.triton is not None:
+        compiled = isinstance(msa._key, msa.triton.JITFunction)
+        kernels = f"Triton {msa.triton.__version__}, {'compiled' if compiled else 'its interpreter'}"
+    names = {"cpu flash": f"torch {torch.__version__}'s CPU flash attention", "torch": "the torch half of msa.py",
+             "cudnn": f"SDPA by cuDNN {torch.backends.cudnn.version()}", "math": "SDPA by torch's matrix products",
+             "triton": f"kernels of msa.py, {kernels}"}
+    return tuple(names[side] for side in pick_impl(gpu, what, T))
+
 def full(q, k, v, length=None):
-    """The best full attention there is. cuDNN raises where it cannot run; under one key block any backend will do."""
-    if not q.is_cuda:
+    """The best full attention there is. cuDNN raises where it cannot run."""
+    impl = pick_impl(q.is_cuda, "prefill" if length is None else "decode", k.size(1))[0]
+    if impl == "cpu flash":
         return dense_rows(q, k, v)
-    if length is not None:
+    if impl == "triton":
         return msa.full_attention(q, k, v, None, length, "triton")
-    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION] + [SDPBackend.MATH] * (q.size(1) < L)):
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION if impl == "cudnn" else SDPBackend.MATH):
         return torch.nn.functional.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True).transpose(1, 2)
 
 def sparse_prefill(q, k, v, qi, ki, start=None):
-    block_idx = msa.select_blocks(qi, ki, S, L, None, start, "triton" if q.is_cuda else "torch")
-    return msa.msa_attention(q, k, v, block_idx, L, None, start, "triton" if q.is_cuda else "torch"), block_idx
+    impl = pick_impl(q.is_cuda, "prefill")[1]
+    block_idx = msa.select_blocks(qi, ki, S, L, None, start, impl)
+    return msa.msa_attention(q, k, v, block_idx, L, None, start, impl), block_idx
 
 def sparse_decode(q, k, v, qi, ki, length, int8=None):
-    return msa.msa_decode(q, k, v, qi, ki, S, L, length, None, "triton" if q.is_cuda else "torch", int8)
+    return msa.msa_decode(q, k, v, qi, ki, S, L, length, None, pick_impl(q.is_cuda, "decode")[1], int8)
 
 def near(name, got, want):
     error = ((got.double() - want.double()).norm() / want.double().norm()).item()
@@ -539,23 +561,33 @@ def tree_rows(args):
         print(line.format(**row), flush=True)
     return rows
 
+def measure_rates(args):
+    """Measure the copy and matrix rates -> those of now. args.rates keeps the largest: a busy machine's are low."""
+    room, n = (torch.cuda.mem_get_info()[0], 8192) if args.gpu else (2 ** 30, 2048)
+    x = torch.ones(min(2 ** 31, room // 4), dtype=torch.int8, device=args.device)  # a small GPU has no room for more
+    y = torch.empty_like(x)
+    a, b = (torch.randn(n, n, device=args.device, dtype=args.dtype) for _ in "ab")
+    sides = [(lambda: y.copy_(x), id, True), (lambda: a @ b, id, True)]
+    copy, matmul = map(statistics.median, alternate(sides, args.gpu, 20 if args.gpu else 5))
+    now = {"copy": 2e3 * x.numel() / copy, "matmul": 2e3 * n ** 3 / matmul}  # bytes read and written; FLOPs
+    args.rates = {name: max(rate, args.rates.get(name, 0)) for name, rate in now.items()}
+    return now
+
 def card(args, why):
     """Where, what, and what to expect, printed before either side runs."""
     power = subprocess.getoutput(f"nvidia-smi -i {args.device.index or 0} --query-gpu=power.limit,driver_version "
                                  "--format=csv,noheader 2> /dev/null") or "unknown"
-    print(f"run     | {time.strftime('%Y-%m-%d %H:%M')}, torch {torch.__version__}, triton "
-          f"{getattr(msa.triton, '__version__', 'absent')}")
+    whats = dict(all=("prefill", "decode"), tree=()).get(args.what, (args.what,))
+    print(f"run     | {time.strftime('%Y-%m-%d %H:%M')}, torch {torch.__version__}")
     print(f"device  | {args.name}{f', power limit and driver {power}' * args.gpu}, {str(args.dtype)[6:]}: {why}")
-    room, n = (torch.cuda.mem_get_info()[0], 8192) if args.gpu else (2 ** 30, 2048)
-    x = torch.ones(min(2 ** 31, room // 4), dtype=torch.int8, device=args.device)  # a small GPU has no room for more
-    y, (a, b) = torch.empty_like(x), (torch.randn(n, n, device=args.device, dtype=args.dtype) for _ in "ab")
-    copy, matmul = map(statistics.median, alternate([(lambda: y.copy_(x), id, True), (lambda: a @ b, id, True)],
-                                                    args.gpu, 20 if args.gpu else 5))
-    args.rates = {"copy": 2e3 * x.numel() / copy, "matmul": 2e3 * n ** 3 / matmul}  # bytes read and written; FLOPs
-    print("rates   | measured: copy {copy:.3e} bytes/s, matmul {matmul:.3e} FLOP/s".format(**args.rates))
+    print(f"context | up to {args.ctx:,} tokens")
+    if args.what == "tree":
+        return
+    for what in whats:
+        print("sides   | {}: full attention = {}; MSA = {}".format(what, *impl_names(args.gpu, what, args.ctx)))
+    print("rates   | measured: copy {copy:.3e} bytes/s, matmul {matmul:.3e} FLOP/s".format(**measure_rates(args)))
     print(f"shape   | one layer; query heads, KV = index heads: {SHAPES}; D = {D}, S = {S} blocks of L = {L} keys")
-    kinds = dict(all=("prefill", "decode"), tree=()).get(args.what, (args.what,))
-    for shape, what in product(args.shapes, kinds):
+    for shape, what in product(args.shapes, whats):
         t = 1 if what == "decode" else args.ctx if args.gpu else min(args.ctx, 32)
         dense, sparse = (least_ms(x, args.rates) for x in work(shape, args.ctx, t, 1, *[args.size] * 2).values())
         print(f"predict | roofline of {what} {shape} at {args.ctx:,}: dense {dense:,.3f} ms, MSA {sparse:,.3f} ms, "
@@ -591,6 +623,7 @@ def run(args):
         raise ValueError(f"--device {args.device}: a CPU, or a CUDA GPU with bf16 tensor cores")
     if args.gpu:
         torch.cuda.set_device(args.device.index or 0)
+    args.rates = {}
     args.name = torch.cuda.get_device_name() if args.gpu else f"CPU, {torch.get_num_threads()} threads"
     if args.what == "tree":
         tree_turns(args)  # what is wrong with --ctx shows now, not below the card

@@ -1642,6 +1642,16 @@ def test_bench_reports_its_contract(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop: quiet(bench.main, short)
     assert "MSA, prefill m3 at T = 1" in stop.value.code
 
+def test_rates_keep_the_largest(monkeypatch):
+    """Rates measured on a busy machine do not replace larger ones."""
+    args = SimpleNamespace(gpu=False, device=torch.device("cpu"), dtype=torch.float32, rates={})
+    times = iter([[[2.0], [8.0]], [[1.0], [9.0]]])
+    monkeypatch.setattr(bench, "alternate", lambda *args: next(times))
+    first = bench.measure_rates(args)
+    second = bench.measure_rates(args)
+    assert second["copy"] == 2 * first["copy"]
+    assert args.rates == dict(copy=second["copy"], matmul=first["matmul"])
+
 def test_tokens_as_people_write_them():
     """64k is 65,536 and 1M 1,048,576, a million is 1e6 or 1_000_000; nonsense is refused."""
     for text, value in (("64k", 65536), ("64K", 65536), ("1M", 2 ** 20), ("1m", 2 ** 20), ("65_536", 65536),
@@ -1669,6 +1679,16 @@ def test_the_tree_bench_counts_what_it_computes(monkeypatch, capsys):
     assert row["speedup"] == row["packed_ms"] / row["merged_ms"]
     assert f"{row['speedup']:.1f} times less" in text.splitlines()[-2]
     assert "takes 118" in refused(bench.main, ["--what", "tree", "--ctx", "117"], capsys)
+
+def test_bench_names_what_runs(monkeypatch):
+    """The card names each side by the rule that picks it: a GPU's prefill, decode and tiny prefill, a CPU."""
+    assert bench.pick_impl(True, "prefill", 4096) == ("cudnn", "triton")
+    assert bench.pick_impl(True, "prefill", 100) == ("math", "triton")
+    assert bench.pick_impl(True, "decode", 100) == ("triton", "triton")
+    assert bench.pick_impl(False, "decode") == ("cpu flash", "torch")
+    assert "CPU flash" in bench.impl_names(False, "prefill")[0]
+    assert "its interpreter" in bench.impl_names(True, "decode")[0] or torch.cuda.is_available()
+    assert "cuDNN" in bench.impl_names(True, "prefill")[0]
 
 def test_readme_commands_exist():
     """Every flag of every python command in README is one that the script's --help knows."""

@@ -39,6 +39,7 @@ D, S, L = 128, 16, 128
 PUBLISHED = {("prefill", "m3", "m3"): "14.2x on an H800", ("decode", "m3", "m3"): "7.6x on an H800",
              ("prefill", "m2", "m3"): "9.7x, GPU not stated", ("decode", "m2", "m3"): "15.6x, GPU not stated"}
 BYTES = {"int8": 1 + 2 / D, "bf16": 2, "fp32": 4}          # int8 has a bf16 scale a key
+COPY_FLOOR = 0.97                      # share of the copy rate that a GPU's dense decode must reach to be a baseline
 # What to expect of a kernel, written before it ran: its share of the roofline, ms of latency, where the rest goes
 KERNELS = {"_index_kernel": (0.8, 0, "a running top 16 between products"), "_scan_kernel": (1, 3e-3, "ramp-up"),
            "_kv_outer_kernel": (0.55, 0, "gathers of q, parts written"), "_combine_kernel": (0.85, 0, "the own block"),
@@ -255,21 +256,57 @@ def lengths_that_fit(args, shape, what, B):
               f"{free / 1e9:.1f}; the longest length that fits is {max(fit, default=0):,}", flush=True)
     return fit[0 if B == 1 else -1:]
 
+def utilisation(row, stages, rates):
+    """Share of a measured rate that each side reaches: useful FLOPs in prefill, bytes it needs in decode."""
+    column, rate = (1, rates["copy"]) if row["what"] == "decode" else (0, rates["matmul"])
+    return {f"{side}_util": 1e3 * sum(stage[column] for stage in stages[side]) / row[f"{side}_ms"] / rate
+            for side in stages}
+
 def make_row(args, what, shape, T, t, B, selection, index, dense, sparse):
-    """A row from both sides' times, printed at once."""
-    stages, unit = work(shape, T, t, B, args.size, BYTES[index]), what == "decode"
+    """A row from both sides' times (lists, ms), printed at once with what must be known beside it."""
+    stages = work(shape, T, t, B, args.size, BYTES[index])
     row = dict(what=what, shape=shape, ctx=T, dense_ms=statistics.median(dense), msa_ms=statistics.median(sparse))
-    rate = args.rates["copy" if unit else "matmul"] / 1e3
-    row.update({f"{s}_util": sum(stage[unit] for stage in stages[s]) / row[f"{s}_ms"] / rate for s in stages})
+    row.update(utilisation(row, stages, args.rates))
+    if max(row["dense_util"], row["msa_util"]) > 1 and not args.gpu:  # other processes slowed the rates: once more
+        measure_rates(args)
+        row.update(utilisation(row, stages, args.rates))
+
+    notes = ["the kernels' time alone"] if index == "int8" else []
+    if max(row["dense_util"], row["msa_util"]) > 1:
+        only_reads = what == "decode" and args.gpu
+        why = "a copy writes, too" if only_reads else "the rates were measured on a busier machine"
+        notes.append(f"util > 100 %: {why}")
     # a GPU's dense decode streams its keys, or it is no baseline; a CPU's may be bound by the products, not the bytes
-    fair = not (what == "decode" and args.gpu and T >= 2 ** 18 and row["dense_util"] < 0.97)
+    fair = not (what == "decode" and args.gpu and row["dense_util"] < COPY_FLOOR)
+    if not fair:
+        notes.append(f"no ratio: full attention reads at less than {COPY_FLOOR:.0%} of the copy rate")
+
+    dense_impl, msa_impl = impl_names(args.gpu, what, T)
     row.update(speedup=row["dense_ms"] / row["msa_ms"] if fair else None, selection=selection, batch=B, index=index,
-               queries=t, predicted_ms={side: least_ms(stages[side], args.rates) for side in stages})
+               queries=t, predicted_ms={side: least_ms(stages[side], args.rates) for side in stages},
+               dense_impl=dense_impl, msa_impl=msa_impl)
+    speedup = f"{row['speedup']:7.2f}x" if fair else "    none"
     print(f"{what:8}{shape:4}{T:>10,} {B:>2}  {selection:11}{index:5}|{row['dense_ms']:11.3f} {row['dense_util']:4.0%} "
-          f"|{row['msa_ms']:12.3f} {row['msa_util']:4.0%} | {row['speedup'] or math.nan:7.2f}x |"
-          + "{dense:11.3f} {msa:8.3f}".format(**row["predicted_ms"]) + f" | {len(dense)}, {len(sparse)}"
-          + " no ratio: dense decode below 97 % of the copy rate" * (not fair), flush=True)
+          f"|{row['msa_ms']:12.3f} {row['msa_util']:4.0%} | {speedup} |"
+          + "{dense:11.3f} {msa:8.3f}".format(**row["predicted_ms"])
+          + f" | {len(dense)}, {len(sparse)}" + "".join(f"; {note}" for note in notes), flush=True)
     return row
+
+def print_head(args, whats):
+    """The head of the table, and below it the rules that its rows follow."""
+    lines = []
+    if "prefill" in whats and not args.gpu:
+        lines += ["prefill: of the last 32 queries alone, against the whole context"]
+    if "decode" in whats and args.gpu:
+        lines += [f"decode: a ratio only where full attention reads at {COPY_FLOOR:.0%} of the copy rate or more,",
+                  "    at any length and batch; elsewhere both times stand alone",
+                  "int8: the kernels' time; the copy's upkeep (quantising the new token's block) is outside,",
+                  f"    and a KVCache keeps a copy only from {msa.INT8_SLOTS:,} slots on unless told to"]
+    elif "decode" in whats:
+        lines += ["decode: full attention here is bound by products as much as by bytes, so that it need not",
+                  "    reach the copy rate; util says what it reaches"]
+    lines += ["outside, on both sides: projecting x to q, k, v and back; on MSA's also to qi and ki"]
+    print(f"\n{HEAD}", *lines, sep="\n        ", flush=True)
 
 def kernel_rows(args, row, call, calls=1):
     """Print a call's GPU time by kernel, over `calls` steps, beside what was expected and the least its design allows:
@@ -385,19 +422,36 @@ def ratios(rows):
         same, pair = {key: a[key] for key in keys}, (a["shape"], b["shape"])
         if a["ctx"] == last and a["speedup"] and pair != ("m3", "m2") and all(same[key] == b[key] for key in keys):
             published = PUBLISHED.get((a["what"], *pair)) if a["batch"] == 1 else None
-            out.append(dict(same, dense=pair[0], msa=pair[1], ratio=a["dense_ms"] / b["msa_ms"], published=published))
+            out.append(dict(same, dense=pair[0], msa=pair[1], ratio=a["dense_ms"] / b["msa_ms"], published=published,
+                            dense_util=a["dense_util"]))
+            notes = [f"dense util {a['dense_util']:.0%}"]
+            if a["index"] == "int8":
+                notes.append("the kernels' time alone")
+            if published:
+                notes.append(f"published, at 1M: {published}")
             print("ratio   | {what} batch {batch}, {ctx:,} tokens, {dense} dense over {msa} MSA, {selection}, {index} "
-                  "index: {ratio:.2f}x".format(**out[-1]) + f" (published, at 1M: {published})" * bool(published))
+                  "index: {ratio:.2f}x".format(**out[-1]) + f" ({'; '.join(notes)})")
     return out
 
 def crossovers(rows):
-    """Smallest measured length from which on MSA wins, at batch 1 and random selection."""
+    """Smallest length from which on MSA won, of those with a ratio, at batch 1 and random selection; None: it lost the
+    longest, or no length has a ratio. -> {kind: length}"""
     out = {}
-    for row in (row for row in rows if (row["batch"], row["selection"]) == (1, "random")):  # a kind's in rising order
-        name = f"{row['what']} {row['shape']} {row['index']}"
-        out[name] = (out.get(name) or row["ctx"]) if row["dense_ms"] > row["msa_ms"] else None
-    for name, T in out.items():
-        print(f"crossover | {name}: MSA won " + (f"from {T:,} tokens on" if T else "at no measured length"))
+    kinds = {}
+    for row in rows:  # a kind's are in rising order
+        if (row["batch"], row["selection"]) == (1, "random"):
+            kinds.setdefault(f"{row['what']} {row['shape']} {row['index']}", []).append(row)
+    for name, kind in kinds.items():
+        fair = [row for row in kind if row["speedup"]]
+        lost = [n for n, row in enumerate(fair) if row["speedup"] <= 1]
+        won = fair[lost[-1] + 1:] if lost else fair
+        out[name] = won[0]["ctx"] if won else None
+        line = f"MSA won from {out[name]:,} tokens on" if won else "MSA won at no measured length"
+        if not fair:
+            line = "no length has a ratio"
+        elif len(fair) < len(kind):
+            line += f", of {', '.join(short(row['ctx']) for row in fair)}; the other lengths have no ratio"
+        print(f"crossover | {name}: {line}")
     return out
 
 def plain(ms):
@@ -639,14 +693,18 @@ def run(args):
     for shape, lengths in plans.items():
         gate(args, shape, [what for what, some in zip(("prefill", "decode"), lengths[1]) if some])
     print(f"gate    | passed by {', '.join(args.shapes)}: choice against torch, output against brute force in fp32, "
-          f"relative RMS at most {TOLERANCE[args.dtype]:.0e}\n"
-          + "prefill | of the last 32 queries, against the whole context\n" * (args.what != "decode" and not args.gpu)
-          + f"\n{HEAD}", flush=True)
-    rows = [row for shape in plans for row in shape_rows(args, shape, plans[shape])]
+          f"relative RMS at most {TOLERANCE[args.dtype]:.0e}")
+    print_head(args, ("prefill", "decode") if args.what == "all" else (args.what,))
+    rows = []
+    for shape, lengths in plans.items():
+        rows += shape_rows(args, shape, lengths)
+        now = measure_rates(args)  # its buffers are free again
+    print("rates   | at the end: copy {copy:.3e} bytes/s, matmul {matmul:.3e} FLOP/s".format(**now)
+          + "; the largest measured are copy {copy:.3e}, matmul {matmul:.3e}".format(**args.rates))
     result = dict(device=args.name, rows=rows, rates=args.rates, ratios=ratios(rows), crossover=crossovers(rows))
+    finish(result)
     if args.figure:
         draw(args.figure, rows, args.name)
-    print(json.dumps(result), flush=True)
     return result
 
 def finish(result):

@@ -47,6 +47,7 @@ except ImportError:  # no Triton on macOS: the torch half is complete
     triton = tl = None
 
 QUERY_OUTER = 512  # queries a sequence up to which one program a query beats sorting them by block
+INT8_SLOTS = 2 ** 22  # from so many slots on, an int8 copy of a cache's index keys saves more than its upkeep takes
 PROGRAMS = 264     # full attention's decode splits its keys into this many programs: two a multiprocessor of an H100
 GAMMA = 2.0 ** -16  # rounding of a score of D = 128 products, relative to |q| |k|
 jit = triton.jit if triton else lambda kernel: kernel
@@ -420,7 +421,7 @@ class KVCache:
         self.ki = torch.zeros(*size[:3], cfg.index_head_dim, device=device, dtype=dtype)
         self.length, self.used, self.coded = torch.zeros(batch, dtype=torch.int32, device=device), 0, None
         able = self.ki.is_cuda and self.ki.element_size() == 2 and cfg.index_head_dim >= 32 and self.L >= 16
-        if (able and batch * self.capacity >= 2 ** 22) if int8 is None else int8:
+        if (able and batch * self.capacity >= INT8_SLOTS) if int8 is None else int8:
             self.coded = [x.unflatten(0, size[:2]) for x in quantize_index(self.ki.flatten(0, 1), self.L)]
 
     def append(self, layer, k, v, ki):

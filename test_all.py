@@ -1635,12 +1635,104 @@ def test_bench_reports_its_contract(monkeypatch, capsys):
     for row in result["rows"]:
         assert set("what shape ctx dense_ms msa_ms speedup dense_util msa_util selection".split()) <= set(row)
         assert row["speedup"] == row["dense_ms"] / row["msa_ms"] and row["ctx"] == 300
+        assert (row["dense_impl"], row["msa_impl"]) == bench.impl_names(False, row["what"])
+    assert "Triton" not in text  # no kernel ran: both sides are torch's
+    assert [line.split()[0] for line in text.splitlines()[-3:-1]] == ["found", "found"]
     for argv, word in ((["--ctx", 0], "0"), (["--ctx", "1Q"], "1Q"), (["--what", "train"], "later"),
                        (["--shape", "m4"], "m4"), (["--device", "cpux"], "cpux"), (["--figure", "no/x.png"], "no")):
         assert word in refused(bench.main, argv, capsys), argv
     monkeypatch.setattr(msa, "msa_attention", lambda *args, real=msa.msa_attention: real(*args) * 1.01)
     with pytest.raises(SystemExit) as stop: quiet(bench.main, short)
     assert "MSA, prefill m3 at T = 1" in stop.value.code
+
+def bench_args(gpu):
+    """What bench.make_row reads of its arguments: a device that copies 1 TB/s and multiplies 100 TFLOP/s."""
+    return SimpleNamespace(gpu=gpu, size=2 if gpu else 4, rates=dict(copy=1e12, matmul=1e14))
+
+def fabricated_row(ctx, share, msa_ms, gpu=True, what="decode", index="bf16", queries=1, batch=1):
+    """A row of bench.py whose dense side reads at `share` of the copy rate (decode), or computes at `share` of the
+    matrix rate (prefill)."""
+    args = bench_args(gpu)
+    flops, moved = bench.work("m3", ctx, queries, batch, args.size)["dense"][0]
+    needed = moved / args.rates["copy"] if what == "decode" else flops / args.rates["matmul"]
+    return bench.make_row(args, what, "m3", ctx, queries, batch, "random", index, [1e3 * needed / share], [msa_ms])
+
+@pytest.mark.parametrize("ctx", [8192, 2 ** 17, 2 ** 18, 1_000_000])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_a_slow_baseline_gives_no_ratio(ctx, batch, capsys):
+    """On a GPU full attention decodes at 97 % of the copy rate or no ratio is printed, at every length and batch."""
+    slow = fabricated_row(ctx, 0.96, 0.05, batch=batch)
+    assert slow["speedup"] is None
+    assert "no ratio" in capsys.readouterr().out
+    assert slow["dense_ms"] > 0 and slow["dense_util"] == pytest.approx(0.96)
+
+    fair = fabricated_row(ctx, 0.98, 0.05, batch=batch)
+    assert fair["speedup"] == pytest.approx(fair["dense_ms"] / 0.05)
+    assert "no ratio" not in capsys.readouterr().out
+    assert bench.ratios([slow]) == []
+    assert len(bench.ratios([fair])) == 1
+
+    on_a_cpu = fabricated_row(ctx, 0.3, 50.0, gpu=False, batch=batch, index="fp32")
+    assert on_a_cpu["speedup"] is not None
+
+def test_int8_rows_are_called_the_kernels_time(capsys):
+    """bf16 leads; int8 rows and ratios say that upkeep is outside, the table's head where a cache keeps a copy."""
+    rows = [fabricated_row(1_000_000, 1.0, 0.09), fabricated_row(1_000_000, 1.0, 0.06, index="int8")]
+    lines = capsys.readouterr().out.splitlines()
+    assert ["kernels' time" in line for line in lines] == [False, True]
+
+    bench.ratios(rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert ["bf16 index" in line for line in lines] == [True, False]
+    assert ["kernels' time" in line for line in lines] == [False, True]
+    assert "MSA needs 0.0900 ms" in bench.conclusion(rows)[0]  # the bf16 row's time, not the int8 row's
+
+    bench.print_head(bench_args(True), ("decode",))
+    head = capsys.readouterr().out
+    assert f"{msa.INT8_SLOTS:,} slots" in head
+    assert "97%" in head
+
+def test_crossovers_speak_of_checked_rows(capsys):
+    """A length without a ratio is neither won nor lost; a kind without any says so."""
+    unchecked = [fabricated_row(8192, 0.5, 1e-3), fabricated_row(16384, 0.9, 1e-3)]
+    lost = fabricated_row(32768, 0.98, 1e3)
+    won = [fabricated_row(65536, 0.99, 1e-3), fabricated_row(131072, 0.99, 1e-3)]
+
+    assert bench.crossovers([*unchecked, lost, *won]) == {"decode m3 bf16": 65536}
+    assert "of 32K, 64K, 128K; the other lengths have no ratio" in capsys.readouterr().out
+    assert bench.crossovers([*unchecked, *won, lost]) == {"decode m3 bf16": None}
+    assert bench.crossovers(unchecked) == {"decode m3 bf16": None}
+    assert "no length has a ratio" in capsys.readouterr().out
+
+def test_the_conclusion_follows_from_the_rows():
+    """The closing sentence has the longest row's times and ratio, and the longest length at which MSA loses."""
+    rows = [fabricated_row(T, 0.5, ms, what="prefill", queries=T) for T, ms in ((8192, 90), (16384, 50), (65536, 600))]
+    dense = rows[-1]["dense_ms"]
+    said, = bench.conclusion(rows)
+    assert said.startswith("At 65,536 tokens, for a prefill of M3's shape, MSA needs 600 ms where full attention needs")
+    assert f"full attention needs {dense:,.0f}: " in said
+    assert f"{dense / 600:.1f} times less" in said
+    assert "at 8,192 tokens full attention is still faster" in said
+
+    said, = bench.conclusion(rows[:1])
+    assert "full attention needs 22.0 ms where MSA needs 90.0: 4.1 times less." in said
+    said, = bench.conclusion(rows[1:])
+    assert "MSA is faster at every length measured, from 16,384 tokens on" in said
+    said, = bench.conclusion([fabricated_row(65536, 0.5, 0.02)])
+    assert "no ratio" in said and "times less" not in said
+
+def test_a_share_above_one_is_explained(monkeypatch, capsys):
+    """Where a side beats the measured rate, that is measured again; what stays above 100 % has its reason beside it."""
+    monkeypatch.setattr(bench, "measure_rates", lambda args: args.rates.update(matmul=2e14))
+    row = fabricated_row(16384, 1.56, 5.0, gpu=False, what="prefill", index="fp32", queries=32)
+    assert row["dense_util"] == pytest.approx(0.78)
+    assert "> 100 %" not in capsys.readouterr().out
+
+    row = fabricated_row(16384, 3.0, 5.0, gpu=False, what="prefill", index="fp32", queries=32)
+    assert row["dense_util"] == pytest.approx(1.5)
+    assert "util > 100 %: the rates were measured on a busier machine" in capsys.readouterr().out
+    fabricated_row(16384, 1.02, 5.0)
+    assert "util > 100 %: a copy writes, too" in capsys.readouterr().out
 
 def test_rates_keep_the_largest(monkeypatch):
     """Rates measured on a busy machine do not replace larger ones."""

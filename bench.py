@@ -508,6 +508,7 @@ def short(T):
 def draw(path, rows, title):
     """Time against length, log-log, as measured at batch 1: one chart for prefill, one for decode."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
     kinds = list(dict.fromkeys(row["what"] for row in rows))
     figure = Figure((7 * len(kinds), 5), layout="constrained")
     for axis, what in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
@@ -519,6 +520,13 @@ def draw(path, rows, title):
         for name, line in lines.items():
             axis.semilogx(*zip(*line), "o--" if "dense" in name else "o-", base=2, ms=3, label=name)
         axis.set(title=f"{what}, one layer, {title}", xlabel="tokens of context", ylabel="ms", yscale="log")
+        # lengths as people say them, and times as plain numbers: no powers of 2 or 10
+        lengths = sorted({T for line in lines.values() for T, _ in line})
+        axis.set_xticks(lengths, [short(T) for T in lengths])
+        axis.set_xticks([], minor=True)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:,.10g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
         axis.legend()
     figure.savefig(path)
 

@@ -1753,6 +1753,15 @@ def test_tokens_as_people_write_them():
     for text in ("", "k", "64kb", "64 kk", "1.5", "-5", "inf", "nan", "0x10", "1e", "1,5M", "6_5", "\u0661", "1e99"):
         with pytest.raises(ValueError, match="1,048,576"): bench.parse_args([f"--ctx={text}"])
 
+def test_axes_are_in_plain_numbers(tmp_path):
+    """The figure's axes say 16K, 64K, 1M and plain milliseconds: no powers of 2 or 10."""
+    rows = [fabricated_row(T, 0.99, 1e-4 * T) for T in (16384, 65536, 1_000_000)]
+    bench.draw(tmp_path / "x.svg", rows, "a GPU")
+    text = re.findall("<!-- (.*?) -->", (tmp_path / "x.svg").read_text(encoding="utf-8"))
+    assert {"16K", "64K", "1M", "10", "100"} <= set(text)
+    assert not [label for label in text if "^" in label or "10**" in label]
+    assert [bench.short(T) for T in (300, 16384, 1_000_000, 2 ** 20, 2 ** 25)] == ["300", "16K", "1M", "1M", "32M"]
+
 def test_the_tree_bench_counts_what_it_computes(monkeypatch, capsys):
     """--what tree: packed rows by hand, four samples each of 10, 20, 30, 40, 48 tokens; the fastest is the opponent."""
     def slots_for_a_clock(call, gpu, warm):

@@ -672,7 +672,9 @@ def parse_args(argv):
     if args.what == "tree" and (args.shape or args.figure):
         raise ValueError("--what tree trains rl.py's own model and has no chart: leave out --shape and --figure")
     if args.figure:  # what is wrong with it shows now, not after minutes
-        os.stat(os.path.dirname(args.figure) or ".")
+        folder = os.path.dirname(args.figure) or "."
+        if not os.path.isdir(folder) or os.path.isdir(args.figure) or not os.access(folder, os.W_OK):
+            raise ValueError(f"--figure {args.figure}: it must be a file in a folder that can be written")
         from matplotlib.figure import Figure
         Figure().savefig(os.devnull, format=os.path.splitext(args.figure)[1][1:] or "png")
     return args
@@ -725,14 +727,24 @@ def main(argv=None):
     tolerant_output()
     try:
         return run(parse_args(argv))
-    except (KeyboardInterrupt, BrokenPipeError) as error:  # Ctrl-C, | head
-        os._exit(141) if error.args else sys.exit(print("bench.py: interrupted", file=sys.stderr) or 130)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"bench.py: {error}" + "; pip install matplotlib" * isinstance(error, ImportError), file=sys.stderr)
-        sys.exit(2)
-    except (ArithmeticError, torch.OutOfMemoryError, MemoryError) as error:
-        why = "wrong result, no time is valid" if isinstance(error, ArithmeticError) else "out of memory"
-        sys.exit(f"bench.py: {why}: {str(error).splitlines()[0]}")
+    except BrokenPipeError:  # | head
+        os._exit(141)  # what is buffered has no reader: Python's own end would complain
+    except KeyboardInterrupt:
+        line, code = "interrupted", 130
+    except (ValueError, OSError) as error:
+        line, code = str(error), 2
+    except ImportError as error:
+        line, code = f"{error}; pip install matplotlib", 2
+    except ArithmeticError as error:
+        sys.exit(f"bench.py: wrong result, no time is valid: {error}")
+    except (MemoryError, RuntimeError) as error:
+        # torch's CPU allocator raises a plain RuntimeError
+        if type(error) is RuntimeError and "allocate" not in str(error):
+            raise
+        why = str(error) or "a Python object did not fit"
+        sys.exit(f"bench.py: out of memory: {why.splitlines()[0]}")
+    print(f"bench.py: {line}", file=sys.stderr)
+    sys.exit(code)
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, at_ctrl_c)

@@ -1781,6 +1781,25 @@ def test_the_tree_bench_counts_what_it_computes(monkeypatch, capsys):
     assert f"{row['speedup']:.1f} times less" in text.splitlines()[-2]
     assert "takes 118" in refused(bench.main, ["--what", "tree", "--ctx", "117"], capsys)
 
+def test_bench_ends_in_one_line(monkeypatch, capsys):
+    """Ctrl-C, too little memory, a folder as figure, flags that do not go together: one line, no traceback."""
+    def stop_with(error):
+        def run(args): raise error
+        monkeypatch.setattr(bench, "run", run)
+        with pytest.raises(SystemExit) as stop: bench.main([])
+        return stop.value.code, capsys.readouterr().err
+
+    assert stop_with(KeyboardInterrupt()) == (130, "bench.py: interrupted\n")
+    too_large = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"
+    assert stop_with(RuntimeError(too_large)) == (f"bench.py: out of memory: {too_large}", "")
+    assert stop_with(MemoryError("no length fits"))[0] == "bench.py: out of memory: no length fits"
+    monkeypatch.undo()
+
+    for argv, word in ((["--figure", HERE], "a file"), (["--figure", "x.abc"], "abc"),
+                       (["--figure", "no/x.png"], "no/x"), (["--what", "tree", "--figure", "x.svg"], "--figure"),
+                       (["--what", "tree", "--shape", "m3"], "--shape")):
+        assert word in refused(bench.main, argv, capsys), argv
+
 def test_bench_names_what_runs(monkeypatch):
     """The card names each side by the rule that picks it: a GPU's prefill, decode and tiny prefill, a CPU."""
     assert bench.pick_impl(True, "prefill", 4096) == ("cudnn", "triton")

@@ -655,7 +655,9 @@ class Served(Gateway, http.server.HTTPServer):
                 return 200, dict(task=key, messages=next(make_task(self.args, self.open[key].task).agent()))
             key = str(body.get({"/v1/chat/completions": "model", "/v1/finish": "task"}.get(path)))
             if key not in self.open:
-                return 404, f"unknown path or task: {path}, {key}"[:200]
+                return 404, f"unknown path or task, or one that is over: {path}, {key}"[:200]
+            if key not in self.claimed:  # or its next turn would be another client's, who claims it later
+                return 409, f"task {key} is not claimed: POST /v1/tasks claims one"
             episode = self.open[key]
             if path == "/v1/finish":
                 rewards = [float(r) for r in body["rewards"]]

@@ -1463,6 +1463,7 @@ def test_gateway_keeps_what_it_must(tmp_path):
     a, b, c = (kind(model, args, rl.WindowedFIFO(2, 1, 0.3)) for kind in (rl.Served, rl.Served, rl.Local))
     def ask(path, key): return a.answer(f"/v1/{path}", json.dumps(dict(body, model=key, task=key)).encode(), here)[0]
     a.start(a.queue.admit(7), 7), c.start(c.queue.admit(0), 0)
+    assert [a.answer("/v1/tasks", b"{}", here)[0] for _ in a.open] == [200] * 4
     assert [ask(path, key) for key in ("1.0", "1.1") for path in ("chat/completions", "finish")] == [200] * 4
     there.close(), ask("chat/completions", "0.0"), a.wait([], 0.01), rl.save(tmp_path, args, a, [], dict(step=8))
     rl.restore(sample.load_checkpoint(tmp_path), [], b)
@@ -1516,6 +1517,27 @@ def served_alone(folder, *flags):
         return server.answer(f"/v1/{path}", json.dumps(body).encode(), here)
 
     return server, ask
+
+def test_only_a_claimed_task_is_served(tmp_path):
+    """A key that nobody has claimed, or that is finished, takes no turn and no end; two claims differ."""
+    server, ask = served_alone(tmp_path)
+    user = [dict(role="user", content="Q1;")]
+    first = ask("tasks")[1]["task"]
+    assert first == "0.0"
+
+    for key in ("0.1", "1.0"):
+        assert ask("chat/completions", model=key, messages=user)[0] == 409
+        assert ask("finish", task=key, rewards=[], success=True)[0] == 409
+    assert not any(t.samples or t.rewards for group in server.pool.values() for t in group)
+
+    claims = [first] + [ask("tasks")[1]["task"] for _ in range(3)]
+    assert claims == ["0.0", "0.1", "1.0", "1.1"]
+    assert ask("tasks")[0] == 409
+    assert ask("chat/completions", model="0.1", messages=user)[0] == 200
+    assert ask("finish", task="0.1", rewards=[1.0], success=True)[0] == 200
+    assert ask("chat/completions", model="0.1", messages=user)[0] == 404
+    assert ask("finish", task="0.1", rewards=[1.0], success=True)[0] == 404
+    assert [len(t.samples) for t in server.pool[0]] == [0, 1]
 
 def test_gateway_reads_what_clients_send(tmp_path):
     """Parts are joined, null is nothing, options of other servers change nothing; what is not text is named, 400."""

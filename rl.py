@@ -21,7 +21,8 @@ import signal
 if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: no traceback
     at_ctrl_c = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-import bisect, contextlib, dataclasses, hmac, http.server, io, json, math, random, re, select, socket, sys, time
+import bisect, contextlib, dataclasses, hmac, http.server, io, json, math, random, re, socket, sys, threading, time
+from queue import Empty, SimpleQueue
 
 import numpy as np
 import torch
@@ -599,8 +600,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.reply(401, "wrong token", raw is not None)
         elif raw is None:
             self.reply(413, f"Content-Length {size[:20]}: it must be there, and at most {MAX_BODY}", False)
-        elif not hung_up(self.connection):  # or else it gave up during a training step, and asks again, or does not
-            self.reply(*self.server.answer(self.path, raw, self.connection))
+        elif answer := self.server.ask(self.path, raw, self.connection):
+            self.reply(*answer)
 
     def send_error(self, code, message=None, explain=None):
         """What http.server refuses: methods other than POST, garbled request lines, endless headers."""
@@ -620,23 +621,49 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 def hung_up(connection):
     """Whether the client is gone (or has closed its side, which looks the same) and nobody will read an answer."""
+    patience = connection.gettimeout()
+    connection.settimeout(0)
     try:
-        return bool(select.select([connection], [], [], 0)[0]) and not connection.recv(1, socket.MSG_PEEK)
+        return not connection.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:  # nothing to read: it waits
+        return False
     except ConnectionError:
         return True
+    finally:
+        connection.settimeout(patience)
 
-class Served(Gateway, http.server.HTTPServer):
-    """Agents of other processes, in real seconds, on loopback; one thread, which answers between two steps, not later.
+class Served(Gateway, http.server.ThreadingHTTPServer):
+    """Agents of other processes, in real seconds, on loopback. A connection is heard in a thread of its own, so that an
+    idle or slow one holds up no other; what is asked is answered in the run's thread, between two steps, not later.
     POST /v1/tasks {} -> {task, messages}, an episode is claimed; /v1/chat/completions {model: task, messages}, a turn
     of it, OpenAI's protocol, at temperature 1, of 16 tokens at most, whatever is asked for; /v1/finish {task, rewards,
     success: bool}, its end, with a reward for each turn."""
-    timeout, request_queue_size = 0.05, 1024  # who comes during a step waits for its end; who hangs up is no news
+    request_queue_size = 1024          # connections that may wait until they are heard
     handle_error = lambda self, *who: isinstance(sys.exc_info()[1], OSError) or super(Served, self).handle_error(*who)
 
     def __init__(self, model, args, queue):
         super().__init__(model, args, queue)
-        http.server.HTTPServer.__init__(self, ("127.0.0.1", args.serve), Handler)
+        try:
+            http.server.ThreadingHTTPServer.__init__(self, ("127.0.0.1", args.serve), Handler)
+        except OSError as error:
+            raise OSError(f"--serve {args.serve}: no port to listen on, {error.strerror}") from None
         self.open, self.claimed, self.token = {}, set(), args.token or os.urandom(16).hex()
+        self.asked, self.over = SimpleQueue(), False
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+    def close(self):
+        """Hear no one any more; who still waits for an answer is refused."""
+        self.shutdown()
+        self.server_close()
+        self.over = True
+        while not self.asked.empty():
+            self.asked.get()[0].put((503, "the run is over"))
+
+    def ask(self, path, raw, client):
+        """A connection's thread waits here for the run's -> what `answer` says; None: the client gave up meanwhile."""
+        reply = SimpleQueue()
+        self.asked.put((reply, path, raw, client))
+        return (503, "the run is over") if self.over else reply.get()
 
     def start(self, tasks, version):
         self.version = version
@@ -687,7 +714,14 @@ class Served(Gateway, http.server.HTTPServer):
     def wait(self, stop, seconds):
         started, until = time.monotonic() - self.now, self.now + seconds
         while not self.queue.take(self.args.groups, self.now) and not stop and self.now < until:
-            self.handle_request()
+            with contextlib.suppress(Empty):
+                reply, path, raw, client = self.asked.get(timeout=0.05)
+                self.now = time.monotonic() - started
+                try:  # a client that gave up during a training step asks again, or does not
+                    reply.put(None if hung_up(client) else self.answer(path, raw, client))
+                except Exception as error:  # its turn is lost, the run goes on
+                    print(f"gateway | {path}: {error!r}", flush=True)
+                    reply.put((500, repr(error)[:200]))
             self.now = time.monotonic() - started
             for name in [name for name, t in self.open.items() if self.queue.due[t.task] <= self.now]:
                 self.open.pop(name).fail()
@@ -859,6 +893,8 @@ def run(args, state, whole=None):
     if stop or not now["step"]:  # all the time went into the imitation, or into waiting for other processes
         print(f"stopped after step {now['step']}, saved; --resume --out {args.out} goes on" if ready else
               f"stopped in the imitation, saved in {(whole or args).out}/warm; the same command goes on", flush=True)
+    if args.serve is not None:
+        source.close()
     draw(dict(zip(("a batch of fresh problems", "EMA"), zip(*now["curve"]))), args)
     virtual = max(source.now, 1e-9)
     return dict(reward_start=now["curve"][0][0] if now["curve"] else None, reward_end=now["ema"], steps=now["step"],

@@ -8,6 +8,7 @@ import contextlib, copy, hashlib, io, json, math, os, random, re, signal, socket
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from threading import Thread
 from urllib import error, request
 import numpy as np
 import pytest
@@ -1517,6 +1518,38 @@ def served_alone(folder, *flags):
         return server.answer(f"/v1/{path}", json.dumps(body).encode(), here)
 
     return server, ask
+
+def test_idle_and_slow_clients_hold_up_no_other(tmp_path, monkeypatch):
+    """Twenty connections that say nothing or half of it, with a minute to do so: others are answered meanwhile."""
+    monkeypatch.setattr(rl.Handler, "timeout", 60)
+    server, _ = served_alone(tmp_path, "--token", "k")
+    head = b"POST /v1/tasks HTTP/1.1\r\nAuthorization: Bearer k\r\n"
+    idle = [socket.create_connection(server.server_address) for _ in range(20)]
+    for connection, said in zip(idle, [b"", b"POS", head, head + b"Content-Length: 9\r\n\r\n{"] * 5):
+        connection.sendall(said)
+
+    url = f"http://127.0.0.1:{server.server_port}/v1/tasks"
+    claims = []
+    stop = []
+
+    def two_clients():
+        with contextlib.suppress(OSError):
+            for _ in range(2):
+                ask = request.Request(url, b"{}", dict(Authorization="Bearer k"))
+                claims.append(json.load(request.urlopen(ask, timeout=20))["task"])
+        stop.append(1)
+
+    client = Thread(target=two_clients, daemon=True)
+    client.start()
+    server.wait(stop, 120)
+    client.join(60)
+    assert claims == ["0.0", "0.1"]
+    for connection in idle:
+        connection.setblocking(False)
+        with pytest.raises(BlockingIOError):  # still open, still nothing to read
+            connection.recv(1)
+        connection.close()
+    server.close()
 
 def test_only_a_claimed_task_is_served(tmp_path):
     """A key that nobody has claimed, or that is finished, takes no turn and no end; two claims differ."""

@@ -18,6 +18,7 @@ Not published: initialisation, MTP's weights. MTP follows DeepSeek-V3 (arXiv 241
 """
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 
@@ -64,14 +65,45 @@ class MiniMaxConfig:
     norm_eps: float = 1e-6             # rms_norm_eps
 
     def __post_init__(self):
+        self.check()
+
+    def check(self, dtype=torch.float32):
+        """AssertionError for a value with which no model can work, or none that computes in dtype."""
         for name, allowed in (("attn_types", ("full", "msa")), ("mlp_types", ("dense", "moe"))):
             types = getattr(self, name)
+            assert isinstance(types, (list, tuple)), f"{name} {types}: not a list"
             assert len(types) == self.n_layer, f"{name} {types}: {len(types)} of {self.n_layer} layers"
-            assert set(types) <= set(allowed), f"{name} {types}: {' or '.join(allowed)}"
+            assert all(kind in allowed for kind in types), f"{name} {types}: {' or '.join(allowed)}"
+        counts = ["vocab_size", "n_layer", "n_embd", "n_head", "n_kv_head", "head_dim", "max_seq_len"]
+        if "dense" in self.mlp_types:
+            counts += ["dense_dim"]
+        if "moe" in self.mlp_types:
+            counts += ["n_expert", "n_expert_per_tok", "expert_dim"]
+        if "msa" in self.attn_types:
+            counts += ["index_head_dim", "index_block_size", "index_topk_blocks", "index_kl_stride"]
+        for name in [*counts, "rotary_dim", "shared_dim", "n_mtp"]:
+            value, least = getattr(self, name), int(name in counts)
+            assert type(value) is int and value >= least, f"{name} {value!r}: a whole number, {least} or more"
+        for name in ("routed_scale", "rope_theta", "norm_eps"):
+            value = getattr(self, name)
+            assert type(value) in (int, float) and 0 < value < math.inf, f"{name} {value!r}: a number above 0"
+        for name in ("gemma_norm", "index_warmup", "mtp_active"):
+            value = getattr(self, name)
+            assert isinstance(value, bool), f"{name} {value!r}: True or False"
         assert self.n_head % self.n_kv_head == 0, f"{self.n_head} query heads do not share {self.n_kv_head} KV heads"
         assert self.rotary_dim in range(0, self.head_dim + 1, 2), f"rotary_dim {self.rotary_dim} of {self.head_dim}"
         assert self.activation in ("swiglu", "swiglu_oai"), f"activation {self.activation}: swiglu or swiglu_oai"
         assert self.qk_norm in ("layer", "head"), f"qk_norm {self.qk_norm}: layer or head"
+        if "msa" in self.attn_types:
+            least, found = self.rotary_dim, self.index_head_dim
+            assert found >= least, f"index_head_dim {found}: rotary_dim, {least}, of its channels rotate"
+        if "moe" in self.mlp_types:
+            chosen, experts = self.n_expert_per_tok, self.n_expert
+            assert chosen <= experts, f"n_expert_per_tok {chosen}: there are {experts} experts"
+            unit = 16 // dtype.itemsize  # grouped_mm wants rows of whole 16 bytes
+            for name in ("n_embd", "expert_dim"):
+                value = getattr(self, name)
+                assert value % unit == 0, f"{name} {value}: a multiple of {unit} where experts compute in {dtype}"
 
     @classmethod
     def micro(cls, **kw):
@@ -287,6 +319,7 @@ class MiniMax(nn.Module):
 
     def __init__(self, cfg, dtype=None):
         super().__init__()
+        cfg.check(dtype or torch.get_default_dtype())  # once more: fields may have been set since
         self.cfg = cfg
         self.recompute = False
         self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)

@@ -124,6 +124,39 @@ def test_bad_configs_are_refused():
     for key, value in (("n_head", 5), ("rotary_dim", 10), ("activation", "relu"), ("mlp_types", ["moe"]),
                        ("attn_types", ["full", "swa", "msa"]), ("qk_norm", "batch")):
         with pytest.raises(AssertionError, match=re.escape(str(value))): small_config(**{key: value})
+
+@pytest.mark.parametrize("key, value", [
+    ("vocab_size", 0), ("n_layer", -1), ("n_embd", -32), ("n_embd", 32.0), ("n_embd", 30), ("n_kv_head", 0),
+    ("head_dim", "8"), ("rotary_dim", 4.0), ("rotary_dim", -2), ("max_seq_len", True), ("attn_types", "msa"),
+    ("mlp_types", [["dense"], "moe", "moe"]), ("n_expert", 0), ("n_expert_per_tok", 5), ("n_expert_per_tok", 0),
+    ("expert_dim", 0), ("expert_dim", 6), ("shared_dim", -8), ("dense_dim", 0), ("n_mtp", -1), ("n_mtp", 1.5),
+    ("index_head_dim", 0), ("index_head_dim", 2), ("index_block_size", 0), ("index_topk_blocks", 0),
+    ("index_kl_stride", 0), ("routed_scale", -2.0), ("rope_theta", 0), ("rope_theta", math.nan), ("norm_eps", "1e-6"),
+    ("gemma_norm", "no"), ("index_warmup", 1)])
+def test_configs_that_would_fail_later_are_refused(key, value):
+    """A size below 1, a type that is not the field's, more experts chosen than there are: refused with the value."""
+    with pytest.raises(AssertionError, match=re.escape(str(value))):
+        small_config(**{key: value})
+
+def test_widths_that_no_kernel_takes_are_refused():
+    """Experts need widths in eights, in fp32 in fours; fields that no layer uses are free; late changes are checked."""
+    for key, value in (("n_embd", 36), ("expert_dim", 12)):
+        cfg = small_config(**{key: value})
+
+        MiniMax(cfg)
+
+        for dtype in (torch.bfloat16, torch.float16):
+            with pytest.raises(AssertionError, match=f"{key} {value}"):
+                MiniMax(cfg, dtype)
+
+    cfg = small_config(attn_types=["full"] * 3, mlp_types=["dense"] * 3, index_head_dim=0, n_expert=0, n_embd=30)
+
+    MiniMax(cfg)
+    cfg.attn_types = ["full", "full", "msa"]
+
+    with pytest.raises(AssertionError, match="index_head_dim 0"):
+        MiniMax(cfg)
+
 # ---- 3. parts ------------------------------------------------------------------------------------
 def test_rmsnorm_matches_formula():
     """x / rms(x) * weight, or * (1 + weight) in Gemma's form, computed in fp32 even for bf16 input."""

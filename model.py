@@ -436,10 +436,14 @@ class MiniMax(nn.Module):
     @classmethod
     def from_hf(cls, path, device="cpu", dtype=torch.float32):
         """Read a checkpoint folder of transformers or of the release: M2, or M3's text model; shards and fp8 too.
-        ValueError for a tensor that is missing, unknown or of another shape."""
-        cfg = config_from_hf(json.loads(Path(path, "config.json").read_text()))
-        with torch.device("meta"):
-            model = cls(cfg, dtype).to(dtype).to_empty(device=device)
+        ValueError for a field that this code does not compute, and for a tensor that is missing, unknown or of another
+        shape."""
+        hf = json.loads(Path(path, "config.json").read_text())
+        try:
+            with torch.device("meta"):
+                model = cls(config_from_hf(hf), dtype).to(dtype).to_empty(device=device)
+        except AssertionError as error:
+            raise ValueError(f"{path}: {error}") from None
         params = model.state_dict()
         missing = {name: p.numel() for name, p in params.items()}
         for name, t in read_tensors(path):
@@ -506,44 +510,146 @@ def locate(params, name):
     part = params[name][int(expert)] if expert else params[name]
     return name, part.chunk(2)[which == "w3"] if which in ("w1", "w3") else part  # gate and up: halves
 
-FIXED = dict(swiglu_limit=7.0, swiglu_alpha=1.702, index_local_blocks=1, scoring_func="sigmoid", use_qk_norm=True,
-             tie_word_embeddings=False, rope_type="default")  # fields of which this code knows one value
-CONFIG_NAMES = dict(
+COUNT_NAMES = dict(  # ours, the release's
     vocab_size="vocab_size", n_layer="num_hidden_layers", n_embd="hidden_size", n_head="num_attention_heads",
     n_kv_head="num_key_value_heads", head_dim="head_dim", max_seq_len="max_position_embeddings",
-    norm_eps="rms_norm_eps", expert_dim="intermediate_size", n_expert="num_local_experts",
-    n_expert_per_tok="num_experts_per_tok")
+    expert_dim="intermediate_size", n_expert="num_local_experts", n_expert_per_tok="num_experts_per_tok")
+INDEX_NAMES = dict(  # ours, the name of transformers and that of the release
+    index_head_dim=("index_head_dim", "sparse_index_dim"), index_block_size=("index_block_size", "sparse_block_size"),
+    index_topk_blocks=("index_topk_blocks", "sparse_topk_blocks"))
+
+# Fields that change what a model computes, and the values that this code computes; a field may be absent or null.
+FIXED = dict(
+    # router and experts
+    scoring_func=["sigmoid"], use_routing_bias=[True], norm_topk_prob=[True], topk_method=["noaux_tc"],
+    n_group=[0, 1], num_expert_group=[0, 1], topk_group=[0, 1], router_jitter_noise=[0], decoder_sparse_step=[1],
+    mlp_only_layers=[[]], mlp_bias=[False],
+    # attention
+    use_qk_norm=[True], attention_output_gate=[False], attn_output_gate=[False], attention_dropout=[0],
+    attention_bias=[False], qkv_bias=[False], attention_out_bias=[False], use_bias=[False],
+    sliding_window=[], use_sliding_window=[False], attn_logit_softcapping=[],
+    rope_type=["default"], use_rope=[True], rope_interleave=[False], rope_interleaved=[False],
+    # residual stream and head
+    postnorm=[False], layernorm_full_attention_alpha=[1], layernorm_full_attention_beta=[1], layernorm_mlp_alpha=[1],
+    layernorm_mlp_beta=[1], final_logit_softcapping=[], tie_word_embeddings=[False])
+FIXED_M2 = dict(
+    hidden_act=["silu"], use_gemma_norm=[False], qk_norm_type=["per_layer"], routed_scaling_factor=[1],
+    shared_intermediate_size=[0], n_shared_experts=[0], swiglu_alpha=[], swiglu_beta=[], swiglu_limit=[],
+    sparse_attention_config=[{}])
+FIXED_M3 = dict(  # transformers writes "silu", and computes swigluoai
+    hidden_act=["swigluoai", "silu"], use_gemma_norm=[True], qk_norm_type=["per_head"], n_shared_experts=[1],
+    swiglu_alpha=[1.702], swiglu_beta=[1], swiglu_limit=[7])
+FIXED_MSA = dict(  # where layers have MSA
+    use_sparse_attention=[True], sparse_init_block=[0], index_init_blocks=[0], sparse_local_block=[1],
+    index_local_blocks=[1], sparse_score_type=["max"], index_score_type=["max"])
+ROPE_FIELDS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+SPARSE_FIELDS = {
+    "use_sparse_attention", "sparse_attention_freq", "sparse_num_index_heads", "sparse_index_dim", "sparse_block_size",
+    "sparse_topk_blocks", "sparse_init_block", "sparse_local_block", "sparse_score_type", "sparse_disable_index_value"}
+ATTN_LISTS = dict(  # lists with an entry a layer -> what an entry means
+    layer_types=dict(full_attention="full", minimax_m3_sparse="msa"), sparse_attention_freq={0: "full", 1: "msa"})
+MLP_LISTS = dict(mlp_layer_types=dict(dense="dense", sparse="moe"), moe_layer_freq={0: "dense", 1: "moe"})
+
+def allow(places, allowed):
+    """ValueError for a field that has another value than those allowed, in any of the places, which are dicts."""
+    for key, values in allowed.items():
+        for place in places:
+            found = place.get(key)
+            if found is not None and found not in values:
+                raise ValueError(f"{key} {found}: only {' or '.join(str(x) for x in values) or 'null'}")
+
+def only_fields(place, name, known):
+    """ValueError for a field of the dict `name` that is not known: all of its fields change what a model computes."""
+    for key, value in place.items():
+        if key not in known and value is not None:
+            raise ValueError(f"{name} has {key} {value}: only {', '.join(sorted(known))}")
+
+def pick(hf, *names, kinds=(int,)):
+    """The value of a field that has these names. ValueError without a value, with two, or for one of another type."""
+    found = [hf[name] for name in names if hf.get(name) is not None]
+    if not found:
+        raise ValueError(f"config.json lacks {' or '.join(names)}")
+    if any(value != found[0] for value in found):
+        raise ValueError(f"{' and '.join(names)} disagree: {found}")
+    if type(found[0]) not in kinds:
+        raise ValueError(f"{' or '.join(names)} {found[0]!r}: {' or '.join(kind.__name__ for kind in kinds)}")
+    return found[0]
+
+def layer_list(hf, n, lists, kinds, default):
+    """The types of n layers from the lists that a config has; all of them default without any. ValueError for a list of
+    another length or with an entry that means none of `kinds`, and for two lists that disagree."""
+    found = {}
+    for key, meaning in lists.items():
+        entries, known = hf.get(key), [entry for entry in meaning if meaning[entry] in kinds]
+        if entries is None:
+            continue
+        if not isinstance(entries, list) or len(entries) != n or any(entry not in known for entry in entries):
+            raise ValueError(f"{key} {entries}: a list of {n}, each {' or '.join(str(x) for x in known)}")
+        found[key] = [meaning[entry] for entry in entries]
+    return pick(found, *lists, kinds=(list,)) if found else [default] * n
+
+def rotary_channels(hf, rope, head_dim, rotary_dim):
+    """Channels of a head that rotate: head_dim times partial_rotary_factor, which the RoPE dict or else the config has,
+    and rotary_dim, None = the whole head, where neither has it."""
+    factor = 1.0 if rotary_dim is None else rotary_dim / head_dim
+    factor = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", factor))
+    if type(factor) not in (int, float) or not 0 <= factor <= 1:
+        raise ValueError(f"partial_rotary_factor {factor}, rotary_dim {rotary_dim}: a part of {head_dim} channels")
+    return int(head_dim * factor)
 
 def config_from_hf(hf):
-    """config.json of MiniMax-M2, or of M3 (its text part) -> MiniMaxConfig. ValueError for any other model."""
-    hf = {**hf, **hf.get("text_config", {})}
-    if not hf["model_type"].startswith(("minimax_m2", "minimax_m3")):
-        raise ValueError(f"model_type {hf['model_type']}: minimax_m2 or minimax_m3_vl")
-    m2, rope, n = "minimax_m2" in hf["model_type"], hf.get("rope_parameters") or hf, hf["num_hidden_layers"]
-    for key, only in dict(FIXED, use_gemma_norm=not m2, qk_norm_type="per_layer" if m2 else "per_head").items():
-        found = {**hf, **rope}.get(key, only)
-        if found != only:
-            raise ValueError(f"{key} {found}: only {only}")
-    common = {ours: hf[theirs] for ours, theirs in CONFIG_NAMES.items()}
-    common["rope_theta"] = float(rope["rope_theta"])
-    common["rotary_dim"] = hf.get("rotary_dim") or int(hf["head_dim"] * rope["partial_rotary_factor"])
-    if m2:
-        return MiniMaxConfig(**common, attn_types=["full"] * n, mlp_types=["moe"] * n)
-    sparse = hf.get("sparse_attention_config", {})  # the release's names; transformers flattens them
-    attn = hf.get("layer_types") or ["sparse" if f else "full" for f in sparse.get("sparse_attention_freq", [0] * n)]
-    mlp = hf.get("mlp_layer_types") or ["sparse" if f else "dense" for f in hf.get("moe_layer_freq", [1] * n)]
-    return MiniMaxConfig(
-        **common, **M3_STYLE, attn_types=["msa" if "sparse" in t else "full" for t in attn],
-        mlp_types=["moe" if t == "sparse" else t for t in mlp], shared_dim=hf["shared_intermediate_size"],
-        dense_dim=hf["dense_intermediate_size"], routed_scale=hf["routed_scaling_factor"],
-        index_head_dim=hf.get("index_head_dim") or sparse["sparse_index_dim"],
-        index_block_size=hf.get("index_block_size") or sparse["sparse_block_size"],
-        index_topk_blocks=hf.get("index_topk_blocks") or sparse["sparse_topk_blocks"])
+    """config.json of MiniMax-M2, or of M3 (its text part) -> MiniMaxConfig. ValueError for any other model, and for a
+    field with a value that this code does not compute."""
+    text = hf.get("text_config") or {}
+    model_type = hf.get("model_type") or text.get("model_type")  # the released M3's text_config says minimax_m2
+    if model_type not in ("minimax_m2", "minimax_m3", "minimax_m3_text", "minimax_m3_vl", "minimax_m3_vl_text"):
+        raise ValueError(f"model_type {model_type}: minimax_m2 or minimax_m3_vl")
+    m2, sparse = model_type == "minimax_m2", {**hf, **text}.get("sparse_attention_config") or {}
+    ropes = [place[key] for place in (text, hf) for key in ("rope_scaling", "rope_parameters") if place.get(key)]
+    rope, places = ropes[0] if ropes else {}, [hf, text, sparse, *ropes]
+    allow(ropes, dict(type=FIXED["rope_type"]))
+    allow(places, {**FIXED, **(FIXED_M2 if m2 else FIXED_M3)})
+    for fields in ropes:
+        only_fields(fields, "rope_parameters or rope_scaling", ROPE_FIELDS)
+    only_fields(sparse, "sparse_attention_config", SPARSE_FIELDS)
+
+    hf = {**hf, **text, **sparse}
+    found = {ours: pick(hf, theirs) for ours, theirs in COUNT_NAMES.items()}
+    n, head_dim = found["n_layer"], found["head_dim"]
+    found["norm_eps"] = pick(hf, "rms_norm_eps", kinds=(int, float))
+    found["rope_theta"] = float(pick({**hf, **rope}, "rope_theta", kinds=(int, float)))
+    found["attn_types"] = layer_list(hf, n, ATTN_LISTS, ["full"] if m2 else ["full", "msa"], "full")
+    found["mlp_types"] = layer_list(hf, n, MLP_LISTS, ["moe"] if m2 else ["dense", "moe"], "moe")
+    if not m2:
+        found.update(M3_STYLE, shared_dim=pick(hf, "shared_intermediate_size"),
+                     routed_scale=pick(hf, "routed_scaling_factor", kinds=(int, float)))
+    if "dense" in found["mlp_types"]:
+        found["dense_dim"] = pick(hf, "dense_intermediate_size")
+    if sparse and hf.get("layer_types") is None:  # nothing else says which layers are sparse
+        pick(hf, "sparse_attention_freq", kinds=(list,))
+    dense_first = [*found["mlp_types"], "moe"].index("moe")
+    allow(places, dict(num_experts=[found["n_expert"]], moe_intermediate_size=[found["expert_dim"]],
+                       first_k_dense_replace=[dense_first], attn_type_list=[[1] * n]))  # 1: softmax, sparse or not
+    if "msa" in found["attn_types"]:
+        found.update({ours: pick(hf, *names) for ours, names in INDEX_NAMES.items()})
+        heads, score_only = [found["n_kv_head"]], [int(kind == "msa") for kind in found["attn_types"]]
+        allow(places, dict(FIXED_MSA, sparse_num_index_heads=heads, index_n_heads=heads,
+                           sparse_disable_index_value=[score_only, [1] * n, True]))
+    # transformers writes rotary_dim 64 into any M3, and rotates the whole head without a factor. Index heads narrower
+    # than a head have no channels for that: in the release's form, without a RoPE dict, rotary_dim must be meant.
+    narrow = not ropes and found.get("index_head_dim", head_dim) < head_dim
+    given = hf.get("rotary_dim") is not None and (m2 or narrow)
+    found["rotary_dim"] = rotary_channels(hf, rope, head_dim, pick(hf, "rotary_dim") if given else None)
+    try:
+        return MiniMaxConfig(**found)
+    except AssertionError as error:
+        raise ValueError(f"config.json: {error}") from None
 
 def config_to_hf(cfg, dtype):
     """An M2 config in the released fields."""
-    return {**{theirs: getattr(cfg, ours) for ours, theirs in CONFIG_NAMES.items()}, "model_type": "minimax_m2",
+    return {**{theirs: getattr(cfg, ours) for ours, theirs in COUNT_NAMES.items()}, "model_type": "minimax_m2",
             "architectures": ["MiniMaxM2ForCausalLM"], "dtype": dtype, "hidden_act": "silu",
-            "rotary_dim": cfg.rotary_dim, "rope_theta": cfg.rope_theta, "tie_word_embeddings": False,
+            "rms_norm_eps": cfg.norm_eps, "rotary_dim": cfg.rotary_dim,
+            "rope_theta": cfg.rope_theta, "tie_word_embeddings": False,
             "bos_token_id": None, "eos_token_id": None, "use_qk_norm": True, "qk_norm_type": "per_layer",
             "scoring_func": "sigmoid", "use_routing_bias": True}

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before msa is imported: a kernel's decorator reads the flag
 import bench, moe, msa, rl, sample, train
-from model import (Call, KVCache, MiniMax, MiniMaxConfig, RMSNorm, apply_rope, count_params, cross_entropy, locate,
-                   rope_tables)
+from model import (Call, KVCache, MiniMax, MiniMaxConfig, RMSNorm, apply_rope, config_from_hf,
+                   count_params, cross_entropy, locate, rope_tables)
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid", "ignore:overflow")  # numpy's log2(0)
 HERE = Path(__file__).resolve().parent
 GOLDEN = HERE / ".ci" / "golden"
@@ -156,6 +156,162 @@ def test_widths_that_no_kernel_takes_are_refused():
 
     with pytest.raises(AssertionError, match="index_head_dim 0"):
         MiniMax(cfg)
+
+# M2 and M3 as released, at another size, and every field with a value of its own
+RELEASED_M2 = dict(
+    architectures=["MiniMaxM2ForCausalLM"], attn_type_list=[1, 1, 1], bos_token_id=None, eos_token_id=None, head_dim=24,
+    hidden_act="silu", hidden_size=40, intermediate_size=56, layernorm_full_attention_beta=1.0, layernorm_mlp_beta=1.0,
+    max_position_embeddings=777, model_type="minimax_m2", mtp_transformer_layers=1, num_attention_heads=6,
+    num_experts_per_tok=3, num_hidden_layers=3, num_key_value_heads=2, num_local_experts=7, num_mtp_modules=3,
+    output_router_logits=False, qk_norm_type="per_layer", rms_norm_eps=1e-5, rope_theta=12345, rotary_dim=10,
+    router_aux_loss_coef=0.001, router_jitter_noise=0.0, scoring_func="sigmoid", shared_intermediate_size=0,
+    shared_moe_mode="sigmoid", sliding_window=None, tie_word_embeddings=False, use_mtp=True, use_qk_norm=True,
+    use_routing_bias=True, vocab_size=131)
+RELEASED_SPARSE = dict(
+    use_sparse_attention=True, sparse_index_dim=20, sparse_num_index_heads=2, sparse_topk_blocks=5, sparse_block_size=6,
+    sparse_disable_index_value=[0, 1, 0], sparse_score_type="max", sparse_init_block=0, sparse_local_block=1,
+    sparse_attention_freq=[0, 1, 0])
+RELEASED_TEXT = dict(
+    model_type="minimax_m2", vocab_size=131, hidden_size=40, num_hidden_layers=3, num_attention_heads=6, head_dim=24,
+    num_key_value_heads=2, max_position_embeddings=777, rms_norm_eps=1e-5, use_gemma_norm=True, rope_theta=12345,
+    rotary_dim=12, partial_rotary_factor=0.5, hidden_act="swigluoai", swiglu_alpha=1.702, swiglu_limit=7.0,
+    dense_intermediate_size=72, intermediate_size=56, shared_intermediate_size=48, num_local_experts=7,
+    num_experts_per_tok=3, n_shared_experts=1, scoring_func="sigmoid", use_routing_bias=True, num_mtp_modules=7,
+    routed_scaling_factor=3.5, use_qk_norm=True, qk_norm_type="per_head", attention_output_gate=False,
+    moe_layer_freq=[0, 0, 1], sparse_attention_config=RELEASED_SPARSE, tie_word_embeddings=False)
+RELEASED_M3 = dict(
+    architectures=["MiniMaxM3SparseForConditionalGeneration"], model_type="minimax_m3_vl", text_config=RELEASED_TEXT,
+    vision_config=dict(hidden_size=99, num_hidden_layers=2, rope_theta=10000.0), image_token_index=129,
+    projector_hidden_size=40, tie_word_embeddings=False)
+
+def change(released, **fields):
+    """A released config with other fields, in its text_config or the sparse part of it where they belong there."""
+    if "text_config" not in released:
+        return {**released, **fields}
+    sparse = {key: value for key, value in fields.items() if key in RELEASED_SPARSE}
+    text = {**RELEASED_TEXT, "sparse_attention_config": {**RELEASED_SPARSE, **sparse}}
+    return {**released, "text_config": {**text, **{key: fields[key] for key in fields.keys() - sparse.keys()}}}
+
+def test_released_configs_are_read():
+    """Every field of M2's and M3's config.json arrives; the release's text_config calls M3 a minimax_m2."""
+    both = dict(vocab_size=131, n_layer=3, n_embd=40, n_head=6, n_kv_head=2, head_dim=24, max_seq_len=777,
+                norm_eps=1e-5, n_expert=7, n_expert_per_tok=3, expert_dim=56, rope_theta=12345.0)
+
+    assert config_from_hf(RELEASED_M2) == MiniMaxConfig(
+        **both, rotary_dim=10, attn_types=["full"] * 3, mlp_types=["moe"] * 3)
+    assert config_from_hf(RELEASED_M3) == MiniMaxConfig(
+        **both, rotary_dim=12, attn_types=["full", "msa", "full"], mlp_types=["dense", "dense", "moe"], shared_dim=48,
+        dense_dim=72, routed_scale=3.5, activation="swiglu_oai", gemma_norm=True, qk_norm="head", index_head_dim=20,
+        index_block_size=6, index_topk_blocks=5)
+
+def test_both_spellings_of_m3_are_one_config():
+    """transformers flattens the release's sparse_attention_config; lists and names that disagree are refused."""
+    flat = dict(RELEASED_TEXT, model_type="minimax_m3_vl_text", hidden_act="silu", index_head_dim=20, index_n_heads=2,
+                index_block_size=6, index_topk_blocks=5, index_local_blocks=1, sparse_attention_config=None,
+                layer_types=["full_attention", "minimax_m3_sparse", "full_attention"], moe_layer_freq=None,
+                mlp_layer_types=["dense", "dense", "sparse"], rope_theta=None,
+                rope_parameters=dict(rope_theta=12345.0, rope_type="default"))
+
+    assert config_from_hf(flat) == config_from_hf(RELEASED_M3)
+
+    for other in (dict(index_block_size=7), dict(layer_types=["full_attention"] * 3),
+                  dict(mlp_layer_types=["sparse"] * 3)):
+        with pytest.raises(ValueError, match=f"{next(iter(other))}.* disagree"):
+            config_from_hf(change(RELEASED_M3, **other))
+
+def test_index_fields_that_no_layer_uses_are_free():
+    """With full attention everywhere nothing is asked of the index branch, whatever its fields say."""
+    none = dict(sparse_attention_freq=[0] * 3, use_sparse_attention=False, sparse_num_index_heads=4,
+                sparse_local_block=2)
+
+    assert config_from_hf(change(RELEASED_M3, **none)).attn_types == ["full"] * 3
+
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
+LINEAR = dict(type="linear", factor=4.0)
+FIELDS_OF_BOTH = [
+    dict(rope_scaling=YARN), dict(rope_scaling=LINEAR), dict(rope_parameters=dict(YARN, rope_theta=1e4)),
+    dict(rope_scaling=dict(rope_type="default", factor=4.0)), dict(rope_scaling=dict(mrope_section=[2, 2, 2])),
+    dict(rope_scaling=dict(type="dynamic")), dict(rope_scaling=dict(rope_type="mrope")),
+    dict(rope_parameters=dict(full_attention=dict(rope_type="default", rope_theta=1e4))), dict(rope_theta=None),
+    dict(rope_theta="1e4"), dict(partial_rotary_factor=1.5), dict(partial_rotary_factor=0.3), dict(head_dim=None),
+    dict(hidden_act="gelu"), dict(scoring_func="softmax"), dict(use_routing_bias=False), dict(norm_topk_prob=False),
+    dict(n_group=4), dict(topk_group=2), dict(num_experts=8), dict(num_experts_per_tok=9), dict(n_shared_experts=2),
+    dict(attention_output_gate=True), dict(attention_bias=True), dict(qkv_bias=True), dict(tie_word_embeddings=True),
+    dict(sliding_window=128), dict(use_qk_norm=False), dict(qk_norm_type="none"), dict(swiglu_limit=5.0),
+    dict(swiglu_alpha=1.0), dict(attn_type_list=[1, 0, 1]), dict(attn_type_list=[1, 1]), dict(moe_layer_freq=1),
+    dict(moe_layer_freq=[1, 1]), dict(moe_layer_freq=[0, 2, 1]), dict(first_k_dense_replace=1),
+    dict(mlp_layer_types=["dense", "dense", "shared"]), dict(layer_types=["full_attention", "sliding_attention", "x"]),
+    dict(layer_types=["full_attention"] * 2), dict(hidden_size=40.0), dict(num_hidden_layers=None),
+    dict(rms_norm_eps=None), dict(vocab_size="131"), dict(layernorm_mlp_beta=2.0)]
+FIELDS_OF_M3 = [
+    dict(sparse_init_block=1), dict(sparse_local_block=2), dict(sparse_score_type="lse"),
+    dict(sparse_num_index_heads=4), dict(index_n_heads=4), dict(index_local_blocks=0), dict(use_sparse_attention=False),
+    dict(sparse_disable_index_value=[0, 0, 0]), dict(sparse_attention_freq=[0, 1]), dict(sparse_attention_freq=1),
+    dict(sparse_attention_freq=None), dict(sparse_index_dim=None), dict(sparse_topk_blocks=0),
+    dict(use_gemma_norm=False), dict(routed_scaling_factor=None), dict(swiglu_beta=0.0),
+    dict(dense_intermediate_size=None)]
+FIELDS_OF_M2 = [dict(use_gemma_norm=True), dict(routed_scaling_factor=2.5), dict(shared_intermediate_size=48),
+                dict(sparse_attention_config=RELEASED_SPARSE), dict(mlp_layer_types=["dense", "sparse", "sparse"]),
+                dict(layer_types=["full_attention", "minimax_m3_sparse", "full_attention"]), dict(rotary_dim=26)]
+
+@pytest.mark.parametrize("released, cases", [(RELEASED_M2, FIELDS_OF_BOTH + FIELDS_OF_M2),
+                                             (RELEASED_M3, FIELDS_OF_BOTH + FIELDS_OF_M3)], ids=["m2", "m3"])
+def test_fields_that_are_not_computed_are_refused(released, cases):
+    """A value that would change the arithmetic, in any spelling, is a ValueError that names it; null says nothing."""
+    for fields in cases:
+        key, value = next(iter(fields.items()))
+        named = [key, *(value if isinstance(value, dict) else [])]
+        named += ["n_expert_per_tok", "rotary_dim", "index_topk_blocks", "partial_rotary_factor", "rope_theta"]
+
+        with pytest.raises(ValueError, match="|".join(named)):
+            config_from_hf(change(released, **fields))
+
+    silent = {key: None for key in ("rope_scaling", "sliding_window", "n_group", "attention_bias", "hidden_act")}
+    assert config_from_hf(change(released, **silent)) == config_from_hf(released)
+
+    for model_type in ("minimax", "minimax_m1", "minimax_m3_mtp", None):
+        with pytest.raises(ValueError, match="model_type"):
+            config_from_hf({**RELEASED_M2, "model_type": model_type})
+
+def test_tied_embeddings_above_the_text_config_are_refused():
+    """A multimodal config ties embeddings at its top, whatever text_config says."""
+    with pytest.raises(ValueError, match="tie_word_embeddings"):
+        config_from_hf({**RELEASED_M3, "tie_word_embeddings": True})
+
+@pytest.mark.parametrize("fields, m2, m3", [  # what transformers 5.24 rotates of 24 channels, its logits compared
+    (dict(), 24, 24), (dict(rotary_dim=12), 12, 24), (dict(partial_rotary_factor=0.25), 6, 6),
+    (dict(rotary_dim=12, partial_rotary_factor=0.25), 6, 6), (dict(rotary_dim=0), 0, 24),
+    (dict(rope_parameters=dict(rope_theta=1e4, partial_rotary_factor=0.25)), 6, 6),
+    (dict(rope_parameters=dict(rope_theta=1e4), rotary_dim=12), 12, 24),
+    (dict(rope_parameters=dict(rope_theta=1e4, partial_rotary_factor=0.25), rotary_dim=12), 6, 6),
+    (dict(rope_parameters=dict(rope_theta=1e4, partial_rotary_factor=0.25), partial_rotary_factor=0.5), 6, 6),
+    (dict(rope_parameters=dict(rope_theta=1e4), partial_rotary_factor=0.5, rotary_dim=6), 12, 12),
+    (dict(rope_scaling=dict(partial_rotary_factor=0.5), rope_parameters=dict(partial_rotary_factor=0.25)), 12, 12)])
+def test_as_many_channels_rotate_as_in_transformers(fields, m2, m3):
+    """partial_rotary_factor counts, in a RoPE dict first; without it rotary_dim in M2, and the whole head in M3."""
+    for released, channels in ((RELEASED_M2, m2), (RELEASED_M3, m3)):
+        base = change(released, rotary_dim=None, partial_rotary_factor=None, sparse_index_dim=24)
+        text = base.get("text_config", base)
+        for key in ("rotary_dim", "partial_rotary_factor"):
+            del text[key]
+        text.update(fields)
+
+        cfg = config_from_hf(base)
+
+        assert cfg.rotary_dim == channels
+        assert cfg.rope_theta == (12345 if "rope_parameters" not in fields or "rope_scaling" in fields else 1e4)
+
+def test_rotary_dim_counts_where_index_heads_are_narrow():
+    """Released M3 without a factor: index heads with fewer channels than a head cannot rotate a whole head's."""
+    released = change(RELEASED_M3, sparse_index_dim=20)
+    del released["text_config"]["partial_rotary_factor"]
+
+    assert config_from_hf(released).rotary_dim == 12
+
+    # transformers' own form means the whole head
+    released["text_config"]["rope_parameters"] = dict(rope_theta=1e4)
+    with pytest.raises(ValueError, match="index_head_dim 20"):
+        config_from_hf(released)
 
 # ---- 3. parts ------------------------------------------------------------------------------------
 def test_rmsnorm_matches_formula():

@@ -436,8 +436,8 @@ class MiniMax(nn.Module):
     @classmethod
     def from_hf(cls, path, device="cpu", dtype=torch.float32):
         """Read a checkpoint folder of transformers or of the release: M2, or M3's text model; shards and fp8 too.
-        ValueError for a field that this code does not compute, and for a tensor that is missing, unknown or of another
-        shape."""
+        ValueError for a field that this code does not compute, and for a tensor that is missing, unknown, of another
+        shape, or quantized in a way that is not understood."""
         hf = json.loads(Path(path, "config.json").read_text())
         try:
             with torch.device("meta"):
@@ -446,7 +446,7 @@ class MiniMax(nn.Module):
             raise ValueError(f"{path}: {error}") from None
         params = model.state_dict()
         missing = {name: p.numel() for name, p in params.items()}
-        for name, t in read_tensors(path):
+        for name, t in read_tensors(path, hf):
             ours, part = locate(params, name)
             if ours is None or part.shape != t.shape:
                 want = "no such tensor in the model" if ours is None else f"the model needs {tuple(part.shape)}"
@@ -486,17 +486,68 @@ HF_NAMES = (  # released names and transformers' in-memory names -> ours, in thi
     (r"\.shared_experts", ".shared"), (r"\.experts\.gate_up_proj$", ".w13"), (r"\.experts\.down_proj$", ".w2"),
     (r"gate_up_proj", "w13"), (r"gate_proj", "w1"), (r"up_proj", "w3"), (r"down_proj", "w2"))
 
-def read_tensors(path):
-    """Yield (name, tensor) of every text tensor in a folder's safetensors files; fp8 comes back as fp32."""
+SCALES = ("_scale_inv", "_scale")  # what a scale's name adds to its tensor's; both are factors, in spite of "inv"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+def read_tensors(path, hf):
+    """Yield (name, tensor) of every text tensor in a folder; fp8 comes back as fp32. hf is its config.json."""
+    hf = {**hf, **(hf.get("text_config") or {})}
     from safetensors import safe_open
+    quant = hf.get("quantization_config") or {}
     files = [safe_open(f, "pt") for f in sorted(Path(path).glob("*.safetensors"))]
-    where = {name: file for file in files for name in file.keys()}  # a scale may lie in another shard
-    for name in sorted(n for n in where if not (n.endswith("_scale_inv") or re.match(NOT_TEXT, n))):
-        t = where[name].get_tensor(name)
-        if t.dtype.itemsize == 1:  # one scale per 128 x 128 tile
-            scale = where[f"{name}_scale_inv"].get_tensor(f"{name}_scale_inv").float()
-            t = t.float() * scale.repeat_interleave(128, 0)[:t.size(0)].repeat_interleave(128, 1)[:, :t.size(1)]
-        yield name, t
+    where = {name: file for file in files for name in file.keys() if not re.match(NOT_TEXT, name)}
+    for name in sorted(where):
+        t, scales = where[name].get_tensor(name), [name + suffix for suffix in SCALES if name + suffix in where]
+        if name.endswith(SCALES):
+            owner = re.sub("_scale(_inv)?$", "", name)
+            if owner not in where:
+                raise ValueError(f"{path}: {name} scales {owner}, which is missing")
+        elif t.dtype in FLOATS and not scales:
+            yield name, t
+        elif t.dtype in FP8 and len(scales) == 1:
+            try:
+                yield name, dequantize(t, where[scales[0]].get_tensor(scales[0]), quant)
+            except ValueError as error:
+                raise ValueError(f"{path}: {scales[0]}: {error}") from None
+        else:
+            had = f"{t.dtype} with {len(scales)} scales"
+            raise ValueError(f"{path}: {name} is {had}: fp8 has one, floats of 16 bits or more have none")
+
+def dequantize(t, scale, quant):
+    """fp8 t (..., rows, columns) times its scale -> fp32. The scale is one number for all of t, or for each tile, row
+    or matrix. quant, config.json's quantization_config, has the tile's size. ValueError if the scale does not fit."""
+    method, named = quant.get("quant_method", "fp8"), quant.get("weight_block_size")
+    if method not in ("fp8", "mxfp8", "fbgemm_fp8", "compressed-tensors", "modelopt"):
+        raise ValueError(f"quant_method {method} is not understood")
+    if scale.dtype in (torch.uint8, torch.float8_e8m0fnu):
+        scale = scale.view(torch.float8_e8m0fnu)  # the byte of an exponent: 2 ** (byte - 127), and 255 is NaN
+    elif scale.dtype not in FLOATS:
+        raise ValueError(f"a scale in {scale.dtype} is not understood")
+    scale = scale.float()
+    if not (scale.isfinite() & (scale >= 0)).all():
+        raise ValueError("the scale holds a number that is negative or not finite")
+    if scale.dim() < 2 and scale.numel() == 1:
+        return t.float() * scale
+    if t.dim() < 2:
+        raise ValueError(f"a scale {tuple(scale.shape)} does not fit a tensor {tuple(t.shape)}")
+    *lead, rows, cols = t.shape
+    if named is not None:
+        if not isinstance(named, list) or len(named) != 2 or any(type(size) is not int or size < 1 for size in named):
+            raise ValueError(f"weight_block_size {named}: two whole numbers from 1")
+        tiles = [named]
+    elif "weight_block_size" not in quant and method in ("fp8", "mxfp8"):  # the usual ones of both
+        tiles = [(1, cols), (rows, cols), (128, 128), (1, 32)]
+    else:
+        tiles = [(1, cols), (rows, cols)]
+    for high, wide in tiles:
+        grid = (*lead, -(-rows // high), -(-cols // wide))
+        # numbers for whole rows or matrices may lack the last dimensions, which are 1
+        if scale.numel() == math.prod(grid) and scale.shape == grid[:scale.dim()]:
+            full = scale.view(grid).repeat_interleave(high, -2)[..., :rows, :]
+            return t.float() * full.repeat_interleave(wide, -1)[..., :cols]
+    sizes = ", ".join(f"{high} x {wide}" for high, wide in tiles)
+    raise ValueError(f"a scale {tuple(scale.shape)} does not fit a tensor {tuple(t.shape)} in tiles of {sizes}")
 
 def locate(params, name):
     """The part of our parameters that a tensor of that name fills -> (our name, a view of it), or (None, None)."""

@@ -788,6 +788,115 @@ def test_released_m3_names_and_fp8(tmp_path):
     del out["language_model.model.norm.weight"]
     save_file(out, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="norm.weight"): MiniMax.from_hf(tmp_path)
+
+def saved_m2(folder):
+    """A small M2 in a folder -> its tensors, and a function that writes other tensors and a quantization_config."""
+    from safetensors.torch import load_file, save_file
+    torch.manual_seed(0)
+    micro = MiniMaxConfig.micro(n_embd=192, index_head_dim=0, index_block_size=1, index_topk_blocks=1)
+    MiniMax(micro).save_hf(folder)
+    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+
+    def write(changed, quant=None):
+        kept = {name: t.clone() for name, t in {**tensors, **changed}.items() if t is not None}
+        save_file(kept, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quant}))
+    return tensors, write
+
+def spread(numbers, shape, tile):
+    """A number for each element of a matrix of that shape, by the definition of tiles."""
+    row, col = (torch.arange(size) // part for size, part in zip(shape[-2:], tile))
+    return numbers[..., row[:, None], col]
+
+FP8_FORMS = [  # tile, scale's dtype, its name, weight's dtype, quantization_config
+    ((128, 128), torch.float32, "_scale_inv", torch.float8_e4m3fn, None),
+    ((128, 128), torch.bfloat16, "_scale_inv", torch.float8_e4m3fn, dict(quant_method="fp8")),
+    ((128, 128), torch.uint8, "_scale_inv", torch.float8_e4m3fn, dict(weight_block_size=[128, 128])),
+    ((64, 80), torch.float32, "_scale_inv", torch.float8_e4m3fn, dict(quant_method="fp8", weight_block_size=[64, 80])),
+    ((1, 32), torch.uint8, "_scale_inv", torch.float8_e4m3fn, dict(quant_method="mxfp8")),
+    ((1, 32), torch.float8_e8m0fnu, "_scale", torch.float8_e5m2, dict(quant_method="mxfp8", weight_block_size=[1, 32])),
+    ((1, 192), torch.float32, "_scale", torch.float8_e4m3fn, dict(quant_method="compressed-tensors")),
+    ((257, 192), torch.float32, "_scale_inv", torch.float8_e4m3fn, dict(quant_method="fp8", weight_block_size=None))]
+
+@pytest.mark.parametrize("tile, dtype, suffix, fp8, quant", FP8_FORMS)
+def test_fp8_is_read_in_every_form(tile, dtype, suffix, fp8, quant, tmp_path):
+    """Tiles of any size with short ones at the edges, rows, one number; scales as floats and as exponents' bytes."""
+    tensors, write = saved_m2(tmp_path)
+    shape = tensors["lm_head.weight"].shape
+    grid = [-(-size // part) for size, part in zip(shape, tile)]
+    power = torch.randint(-9, -2, grid)
+    scale = torch.exp2(power)
+    if dtype.itemsize > 1:
+        scale = (scale * (1 + torch.rand(grid))).to(dtype)
+    q = torch.randint(-448, 449, shape).to(fp8)
+    stored = (power + 127).to(torch.uint8)
+
+    write({"lm_head.weight": q, f"lm_head.weight{suffix}": scale if dtype.itemsize > 1 else stored.view(dtype)}, quant)
+
+    want = q.float() * spread(scale.float(), shape, tile)
+    assert torch.equal(MiniMax.from_hf(tmp_path).lm_head.weight, want)
+
+def test_one_scale_has_many_shapes(tmp_path):
+    """One number for a matrix, as a scalar, a vector or a matrix, and one a row, as a vector."""
+    tensors, write = saved_m2(tmp_path)
+    q = (tensors["lm_head.weight"] * 100).to(torch.float8_e4m3fn)
+    rows = torch.rand(257)
+
+    for scale in (torch.tensor(0.01), torch.tensor([0.01]), torch.tensor([[0.01]]), rows):
+        write({"lm_head.weight": q, "lm_head.weight_scale_inv": scale})
+
+        want = q.float() * (rows[:, None] if scale is rows else 0.01)
+        assert torch.equal(MiniMax.from_hf(tmp_path).lm_head.weight, want)
+
+@pytest.mark.parametrize("tile, shape", [((24, 40), (8, 3, 2)), ((64, 64), (8, 1, 1)), ((64, 64), (8,)),
+                                         ((1, 64), (8, 64, 1)), ((1, 64), (8, 64))])
+def test_stacked_fp8_experts_have_their_own_scales(tile, shape, tmp_path):
+    """Experts in one tensor: each is multiplied by its own tiles, rows or number."""
+    from safetensors.torch import load_file, save_file
+    tensors, name = load_file(GOLDEN / "m3" / "model.safetensors"), "model.layers.1.mlp.experts.gate_up_proj"
+    grid = [8] + [-(-size // part) for size, part in zip((64, 64), tile)]
+    scale = 0.001 + torch.rand(grid)
+    q = (tensors[name] * 100).to(torch.float8_e4m3fn)
+    config = json.loads((GOLDEN / "m3" / "config.json").read_text())
+    if tile == (24, 40):
+        config["quantization_config"] = dict(quant_method="fp8", weight_block_size=list(tile))
+
+    save_file({**tensors, name: q, f"{name}_scale_inv": scale.view(shape)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    want = q.float() * spread(scale, q.shape, tile)
+    assert torch.equal(MiniMax.from_hf(tmp_path).state_dict()["layers.1.mlp.w13"], want)
+
+def test_quantization_that_is_not_understood_is_refused(tmp_path):
+    """A scale that is missing, alone, doubled, of another shape or not a number; packed and integer weights."""
+    tensors, write = saved_m2(tmp_path)
+    w = tensors["lm_head.weight"]
+    q = w.to(torch.float8_e4m3fn)
+    tiles = torch.ones(3, 2)
+    named = dict(quant_method="fp8", weight_block_size=[128, 128])
+    cases = [  # weight, its scale, quantization_config
+        (q, None, None), (q, torch.ones(2, 2), None), (q, torch.ones(4, 3), None), (q, torch.ones(2, 3), None),
+        (q, torch.ones(1, 1), named), (q, torch.ones(257, 1), named), (q, torch.ones(3, 2, 1), None),
+        (q, tiles, dict(named, weight_block_size=[60, 60])), (q, tiles, dict(named, weight_block_size=128)),
+        (q, tiles, dict(named, weight_block_size=None)), (q, tiles, dict(named, weight_block_size=[128, 0])),
+        (q, tiles, dict(quant_method="compressed-tensors")), (q, torch.tensor(1.0), dict(quant_method="unheard_of")),
+        (q, tiles * math.nan, None), (q, tiles * math.inf, None), (q, -tiles, None),
+        (q, torch.full((3, 2), 255, dtype=torch.uint8), None), (q, tiles.int(), None), (q, tiles.to(q.dtype), None),
+        (w, tiles, None), (w.char(), tiles, None), (w[:, ::2].byte(), tiles, None), (w.int(), None, None)]
+
+    for weight, scale, quant in cases:
+        write({"lm_head.weight": weight.contiguous(), "lm_head.weight_scale_inv": scale}, quant)
+        with pytest.raises(ValueError, match="lm_head.weight"):
+            MiniMax.from_hf(tmp_path)
+
+    write({"lm_head.weight": q, "lm_head.weight_scale_inv": tiles, "lm_head.weight_scale": tiles})
+    with pytest.raises(ValueError, match="lm_head.weight.* 2 scales"):
+        MiniMax.from_hf(tmp_path)
+
+    write({"model.other.weight_scale_inv": tiles})
+    with pytest.raises(ValueError, match="model.other.weight_scale_inv"):
+        MiniMax.from_hf(tmp_path)
+
 # ---- 10. one forward, one cache ------------------------------------------------------------------
 M2_STYLE = dict(qk_norm="layer", gemma_norm=False, activation="swiglu", attn_types=["full"] * 3, mlp_types=["moe"] * 3,
                 shared_dim=0)

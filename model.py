@@ -436,21 +436,25 @@ class MiniMax(nn.Module):
     @classmethod
     def from_hf(cls, path, device="cpu", dtype=torch.float32):
         """Read a checkpoint folder of transformers or of the release: M2, or M3's text model; shards and fp8 too.
-        ValueError for a field that this code does not compute, and for a tensor that is missing, unknown, of another
-        shape, or quantized in a way that is not understood."""
+        ValueError for a field that this code does not compute, and for a tensor that is missing, unknown, there twice,
+        of another shape, or quantized in a way that is not understood."""
         hf = json.loads(Path(path, "config.json").read_text())
         try:
             with torch.device("meta"):
                 model = cls(config_from_hf(hf), dtype).to(dtype).to_empty(device=device)
         except AssertionError as error:
             raise ValueError(f"{path}: {error}") from None
-        params = model.state_dict()
+        params, filled = model.state_dict(), set()
         missing = {name: p.numel() for name, p in params.items()}
         for name, t in read_tensors(path, hf):
             ours, part = locate(params, name)
             if ours is None or part.shape != t.shape:
                 want = "no such tensor in the model" if ours is None else f"the model needs {tuple(part.shape)}"
                 raise ValueError(f"{path}: {name} {tuple(t.shape)}: {want}")
+            place = ours, part.storage_offset()
+            if place in filled:
+                raise ValueError(f"{path}: {name}: another tensor has filled {ours}")
+            filled.add(place)
             part.copy_(t)
             missing[ours] -= t.numel()
         if any(missing.values()):
@@ -458,10 +462,19 @@ class MiniMax(nn.Module):
         return model
 
     def save_hf(self, path):
-        """Write an M2 checkpoint in the released names; bit-equal when read back. ValueError for any other model."""
+        """Write an M2 checkpoint in the released names; bit-equal when read back. ValueError for any other model, and
+        for a folder that holds other weights: whoever reads it could not tell them apart."""
         from safetensors.torch import save_file
-        if config_from_hf(config_to_hf(self.cfg, "")) != dataclasses.replace(self.cfg, mtp_active=True):
-            raise ValueError("save_hf writes M2: full attention, experts in every layer, no MTP; this is another model")
+        n = self.cfg.n_layer
+        m2 = dict(attn_types=["full"] * n, mlp_types=["moe"] * n, n_mtp=0, shared_dim=0, routed_scale=1.0,
+                  activation="swiglu", gemma_norm=False, qk_norm="layer")
+        for name, only in m2.items():
+            value = getattr(self.cfg, name)
+            if value != only:
+                raise ValueError(f"save_hf writes M2, whose {name} is {only}; this model has {value}")
+        others = {f.name for f in Path(path).glob("*.safetensors*")} - {"model.safetensors"}
+        if others:
+            raise ValueError(f"save_hf: {path} holds other weights: {', '.join(sorted(others))}")
         attn = [f"self_attn.{x}.weight" for x in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")]
         experts = [f"experts.{e}.w{i}.weight" for e in range(self.cfg.n_expert) for i in (1, 2, 3)]
         moe = [f"block_sparse_moe.{x}" for x in ("gate.weight", "e_score_correction_bias", *experts)]
@@ -477,7 +490,10 @@ class MiniMax(nn.Module):
 
 # ---- checkpoints of others -------------------------------------------------------------------------------------
 
-NOT_TEXT = r"(model\.)?(vision_tower|multi_modal_projector|patch_merge_mlp|mtp)\."  # of M3; M2's files have no MTP
+# tensors that take no part in the text model's forward, under any prefix: M3's vision tower and MTP modules; scales of
+# activations and of a quantized cache, for this code quantizes neither
+UNUSED = re.compile(r"(^|\.)(vision_tower|vision_model|multi_modal_projector|patch_merge_mlp|mtp\w*)\."
+                    r"|\.(input_scale|activation_scale|[qkv]_scale)$")
 HF_NAMES = (  # released names and transformers' in-memory names -> ours, in this order
     (r"^language_model\.", ""), (r"^model\.(language_model\.)?", ""), (r"^embed_tokens", "embed"),
     (r"\.input_layernorm", ".attn_norm"), (r"\.post_attention_layernorm", ".mlp_norm"),
@@ -486,17 +502,47 @@ HF_NAMES = (  # released names and transformers' in-memory names -> ours, in thi
     (r"\.shared_experts", ".shared"), (r"\.experts\.gate_up_proj$", ".w13"), (r"\.experts\.down_proj$", ".w2"),
     (r"gate_up_proj", "w13"), (r"gate_proj", "w1"), (r"up_proj", "w3"), (r"down_proj", "w2"))
 
+INDEX = "model.safetensors.index.json"
 SCALES = ("_scale_inv", "_scale")  # what a scale's name adds to its tensor's; both are factors, in spite of "inv"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
+def find_tensors(path):
+    """Where each tensor of a folder lies: {name: open file}. The index decides which files and tensors count; without
+    one, every safetensors file does. ValueError for what the index names and the folder lacks."""
+    from safetensors import safe_open
+    index = Path(path, INDEX)
+    listed = json.loads(index.read_text()).get("weight_map") if index.exists() else None
+    if index.exists() and not listed:
+        raise ValueError(f"{path}: {INDEX} has no weight_map")
+    names = sorted(set(listed.values()) if listed else (f.name for f in Path(path).glob("*.safetensors")))
+    if not names:
+        raise ValueError(f"{path}: no *.safetensors file")
+    where = {}
+    for file in names:
+        if not Path(path, file).exists():
+            raise ValueError(f"{path}: {file} is missing, {INDEX} names it")
+        opened = safe_open(Path(path, file), "pt")
+        for name in opened.keys():
+            if listed is None and name in where:
+                raise ValueError(f"{path}: {name} is in two files, and no {INDEX} says which counts")
+            if listed is None or listed.get(name) == file:
+                where[name] = opened
+    for name, file in (listed or {}).items():
+        if name not in where:
+            raise ValueError(f"{path}: {name} is not in {file}, where {INDEX} has it")
+    return where
+
 def read_tensors(path, hf):
     """Yield (name, tensor) of every text tensor in a folder; fp8 comes back as fp32. hf is its config.json."""
     hf = {**hf, **(hf.get("text_config") or {})}
-    from safetensors import safe_open
-    quant = hf.get("quantization_config") or {}
-    files = [safe_open(f, "pt") for f in sorted(Path(path).glob("*.safetensors"))]
-    where = {name: file for file in files for name in file.keys() if not re.match(NOT_TEXT, name)}
+    n, quant = hf["num_hidden_layers"], hf.get("quantization_config") or {}
+    mtp = range(n, n + max(hf.get("num_mtp_modules") or 0, hf.get("num_nextn_predict_layers") or 0))
+    where = {}  # where the text model's tensors lie; MTP modules may be numbered as layers after the last
+    for name, file in find_tensors(path).items():
+        layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+        if not UNUSED.search(name) and not (layer and int(layer[1]) in mtp):
+            where[name] = file
     for name in sorted(where):
         t, scales = where[name].get_tensor(name), [name + suffix for suffix in SCALES if name + suffix in where]
         if name.endswith(SCALES):
@@ -697,10 +743,13 @@ def config_from_hf(hf):
         raise ValueError(f"config.json: {error}") from None
 
 def config_to_hf(cfg, dtype):
-    """An M2 config in the released fields."""
+    """An M2 config in the released fields, and partial_rotary_factor: transformers up to 5.12 reads it alone."""
+    factor = cfg.rotary_dim / cfg.head_dim
+    if int(cfg.head_dim * factor) < cfg.rotary_dim:  # rounded down, and so will be what is read: 30 of 88, say
+        factor = math.nextafter(factor, 1)
     return {**{theirs: getattr(cfg, ours) for ours, theirs in COUNT_NAMES.items()}, "model_type": "minimax_m2",
             "architectures": ["MiniMaxM2ForCausalLM"], "dtype": dtype, "hidden_act": "silu",
-            "rms_norm_eps": cfg.norm_eps, "rotary_dim": cfg.rotary_dim,
+            "rms_norm_eps": cfg.norm_eps, "rotary_dim": cfg.rotary_dim, "partial_rotary_factor": factor,
             "rope_theta": cfg.rope_theta, "tie_word_embeddings": False,
             "bos_token_id": None, "eos_token_id": None, "use_qk_norm": True, "qk_norm_type": "per_layer",
             "scoring_func": "sigmoid", "use_routing_bias": True}

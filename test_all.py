@@ -4,7 +4,8 @@ Everything is offline and takes under 150 s on 2 cores; `python test_all.py` pri
 What is compared against is not ours: outputs that transformers 5.23 computed (.ci/golden), torch's operators,
 brute-force loops, closed forms, published counts. fp32 tolerances are a few roundings of such sums; fp64 ones 1e-10.
 """
-import contextlib, copy, hashlib, io, json, math, os, random, re, signal, socket, subprocess, sys, time, warnings
+import argparse, contextlib, copy, hashlib, io, json, math, os, random, re, signal, socket, subprocess, sys, time
+import warnings
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before msa is imported: a kernel's decorator reads the flag
 import bench, moe, msa, rl, sample, train
-from model import (Call, KVCache, MiniMax, MiniMaxConfig, RMSNorm, apply_rope, config_from_hf,
+from model import (Call, KVCache, MiniMax, MiniMaxConfig, RMSNorm, apply_rope, config_from_hf, config_to_hf,
                    count_params, cross_entropy, locate, rope_tables)
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid", "ignore:overflow")  # numpy's log2(0)
 HERE = Path(__file__).resolve().parent
@@ -896,6 +897,103 @@ def test_quantization_that_is_not_understood_is_refused(tmp_path):
     write({"model.other.weight_scale_inv": tiles})
     with pytest.raises(ValueError, match="model.other.weight_scale_inv"):
         MiniMax.from_hf(tmp_path)
+
+def test_index_decides_which_files_count(tmp_path):
+    """Of a folder with an index, only what it names is read; what it names must be there."""
+    from safetensors.torch import save_file
+    tensors, write = saved_m2(tmp_path)
+    want = MiniMax.from_hf(tmp_path).state_dict()
+    (tmp_path / "model.safetensors").unlink()
+    index = tmp_path / "model.safetensors.index.json"
+    shards = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(tensors)}
+
+    def write_shards(listed, **more):
+        for file in ("model-0.safetensors", "model-1.safetensors"):
+            save_file({**more, **{n: t for n, t in tensors.items() if shards[n] == file}}, tmp_path / file)
+        index.write_text(json.dumps(dict(metadata={}, weight_map=listed)))
+
+    # a stray file, older or of another model, would win or be refused
+    save_file({"lm_head.weight": torch.zeros(257, 192)}, tmp_path / "other.safetensors")
+    write_shards(shards)
+    got = MiniMax.from_hf(tmp_path).state_dict()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+    # a tensor in two shards: the index says which
+    write_shards(shards, **{"model.norm.weight": torch.zeros(192)})
+    save_file({n: tensors[n] for n in tensors if shards[n] == shards["model.norm.weight"]},
+              tmp_path / shards["model.norm.weight"])
+    assert torch.equal(MiniMax.from_hf(tmp_path).norm.weight, want["norm.weight"])
+
+    write_shards({**shards, "lm_head.weight": "model-7.safetensors"})
+    with pytest.raises(ValueError, match="model-7.safetensors"):
+        MiniMax.from_hf(tmp_path)
+
+    write_shards({**shards, "model.layers.9.weight": "model-0.safetensors"})
+    with pytest.raises(ValueError, match="model.layers.9.weight"):
+        MiniMax.from_hf(tmp_path)
+
+    # without an index every file counts, and a tensor has one place
+    index.unlink()
+    with pytest.raises(ValueError, match="lm_head.weight is in two files"):
+        MiniMax.from_hf(tmp_path)
+
+@pytest.mark.parametrize("prefix", ["", "model.", "language_model.", "language_model.model.", "model.language_model."])
+def test_other_models_tensors_are_skipped(prefix, tmp_path):
+    """Vision, MTP modules by name or number, scales of activations are skipped under any prefix; others are not."""
+    tensors, write = saved_m2(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    some = torch.zeros(2, dtype=torch.int8)
+    parts = ("vision_tower.patch.weight", "multi_modal_projector.linear_1.bias", "patch_merge_mlp.linear_1.weight",
+             "mtp.layers.0.eh_proj.weight", "mtp.norm.weight_scale_inv", "layers.3.enorm.weight",
+             "layers.0.self_attn.k_scale", "layers.0.self_attn.q_proj.input_scale")
+    write({prefix + part: some for part in parts})
+    config["num_mtp_modules"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    assert torch.equal(MiniMax.from_hf(tmp_path).lm_head.weight, tensors["lm_head.weight"])
+
+    for part in ("layers.4.enorm.weight", "smtp.weight"):
+        write({prefix + part: some.float()})
+        with pytest.raises(ValueError, match=re.escape(part)):
+            MiniMax.from_hf(tmp_path)
+
+def test_a_tensor_under_two_names_is_refused(tmp_path):
+    """Half an expert given twice is not the whole expert."""
+    tensors, write = saved_m2(tmp_path)
+    one = "model.layers.0.block_sparse_moe.experts.0."
+
+    write({one + "w3.weight": None, f"language_model.{one}w1.weight": tensors[one + "w1.weight"]})
+
+    with pytest.raises(ValueError, match="w1.weight"):
+        MiniMax.from_hf(tmp_path)
+
+def test_what_rl_trains_is_saved(tmp_path):
+    """rl.py's own preset is an M2, index fields or not; its config has the share of channels that rotate."""
+    model = rl.make_model(argparse.Namespace(seed=0, task="calculator", preset="micro", mtp=0, attn="full", turns=8),
+                          "cpu", torch.float32)
+    model.save_hf(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    again = MiniMax.from_hf(tmp_path)
+
+    assert config["rotary_dim"] == config["partial_rotary_factor"] * config["head_dim"] == 8
+    assert all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
+
+    # whoever multiplies and cuts off finds the channels again, also where the quotient is rounded
+    for head_dim, rotary_dim in ((88, 30), (104, 60), (128, 64), (6, 0)):
+        cfg = MiniMaxConfig.micro(head_dim=head_dim, rotary_dim=rotary_dim)
+        config = config_to_hf(cfg, "float32")
+        assert int(config["partial_rotary_factor"] * head_dim) == config_from_hf(config).rotary_dim == rotary_dim
+
+    for name, value in (("attn_types", ["full", "full", "msa"]), ("mlp_types", ["dense", "moe", "moe"]), ("n_mtp", 1),
+                        ("shared_dim", 8), ("routed_scale", 2.0), ("activation", "swiglu_oai"), ("gemma_norm", True),
+                        ("qk_norm", "head")):
+        with pytest.raises(ValueError, match=name):
+            MiniMax(MiniMaxConfig.micro(dense_dim=8, **{name: value})).save_hf(tmp_path / name)
+        assert not (tmp_path / name).exists()
+
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="model.safetensors.index.json"):
+        model.save_hf(tmp_path)
 
 # ---- 10. one forward, one cache ------------------------------------------------------------------
 M2_STYLE = dict(qk_norm="layer", gemma_norm=False, activation="swiglu", attn_types=["full"] * 3, mlp_types=["moe"] * 3,

@@ -818,7 +818,10 @@ def parse_args(argv):
     if args.groups > args.slots:
         raise ValueError(f"--groups {args.groups}: at most --slots, {args.slots}")
     args.minutes = args.minutes or (None if args.steps else 2.9)
-    draw({}, args)  # what is wrong with --figure shows now, not after minutes
+    try:
+        draw({}, args)  # what is wrong with --figure shows now, not after minutes
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--figure {args.figure}: {getattr(error, 'strerror', None) or error}") from None
     return args, state
 
 def card(args, model, queue, device, why):

@@ -2028,6 +2028,20 @@ def test_a_completion_comes_back_by_token_from_every_client():
         context = [dict(role="user", content="12"), dict(role="assistant", **back)]
         assert gateway.context(episode, context) == [whole, *sampled], back
 
+def test_rl_names_the_flag_it_refuses(tmp_path, capsys):
+    """A port in use, a figure that cannot be written or of no known format: one line with flag, value and reason."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        line = refused(rl.main, rl_args(tmp_path, "--serve", str(port), "--steps", "1"), capsys)
+        assert f"--serve {port}" in line
+        assert "in use" in line
+    for figure, word in ((tmp_path / "none" / "a.png", "No such file"), (tmp_path / "a.abc", "abc")):
+        line = refused(rl.main, rl_args(tmp_path, "--steps", "1", "--figure", str(figure)), capsys)
+        assert f"--figure {figure}" in line
+        assert word in line
+
 # ---- 14. bad input, documents, mutants -----------------------------------------------------------
 def test_bad_input_is_refused_in_one_line(trained, corpus, tmp_path, capsys):
     """Missing and empty data, unknown names, wrong sizes, absent GPU, later features: exit 2, the value named."""

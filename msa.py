@@ -49,6 +49,7 @@ except ImportError:  # no Triton on macOS: the torch half is complete
 QUERY_OUTER = 512  # queries a sequence up to which one program a query beats sorting them by block
 INT8_SLOTS = 2 ** 22  # from so many slots on, an int8 copy of a cache's index keys saves more than its upkeep takes
 PROGRAMS = 264     # full attention's decode splits its keys into this many programs: two a multiprocessor of an H100
+LEAST = triton and tl.constexpr(torch.finfo(torch.float32).min)  # every score is above it, or is -inf: no key
 GAMMA = 2.0 ** -16  # rounding of a score of D = 128 products, relative to |q| |k|
 jit = triton.jit if triton else lambda kernel: kernel
 _compiled = functools.cache(torch.compile)
@@ -129,6 +130,10 @@ def _lanes(end=None, **lanes):
             want = (caps[0] * x[0, 0].numel(), *torch.empty(x.shape, device="meta").stride()[1:])
             raise ValueError(f"strides of {name} are {x.stride()}, expected {want}")
     return caps[0], None if end is None else F.pad(end, (0, caps[0] - end.size(1))).contiguous()
+
+def _finite(x):
+    """x with 0 for NaN and inf, for products with what is 0 where x is invisible, and NaN already where x is seen."""
+    return x.nan_to_num(0.0, 0.0, 0.0)
 
 def query_index(T, start, device):
     """Layout index i of each query: (1, T), or (B, T) where start (B,) is given."""
@@ -470,6 +475,11 @@ class KVCache:
 # ---- Triton: the index branch of a prefill -------------------------------------------------------
 
 @jit
+def _ranked(score):
+    """A score that is NaN ranks as -inf does: not at all. Maxima pass over NaN, so that this is a block of nothing else."""
+    return tl.where(score == score, score, float("-inf"))
+
+@jit
 def _key(score, block):
     """int64 that orders as (score, lowest block first): the float's bits made monotonic, then the inverted id."""
     bits = score.to(tl.int32, bitcast=True)
@@ -505,7 +515,7 @@ def _index_kernel(qi, keys, end, block_end, start, block_idx, T, cap, HKV: tl.co
                     score = tl.max(tl.where(i[:, None] < last, s, float("-inf")), 1)
             new = tl.where(w == blk - first_blk, tl.where(blk < i // L, score, float("-inf"))[:, None], new)
         # of a descending and an ascending row the larger elements, place by place, are the top W, and bitonic
-        key = tl.sort(_key(new, (first_blk + w)[None]), 1, False)
+        key = tl.sort(_key(_ranked(new), (first_blk + w)[None]), 1, False)
         best = tl.bitonic_merge(tl.maximum(best, key), 1, True)
     out = block_idx + (base + row)[:, None] * S
     tl.store(out + tl.zeros([1], tl.int32), (i // L)[:, None], mask=mine[:, None])
@@ -533,8 +543,8 @@ def _query_outer_kernel(q, k, v, end, start, block_idx, out, stat, T, cap, HKV: 
     i = (bt % T + (0 if start is None else tl.load(start + b))).to(tl.int32)
     rows, mine = ((bt * HKV + h) * G + g)[:, None] * D + d, (g < G)[:, None]
     x = tl.load(q + rows, mask=mine, other=0.0)                                                       # [ROWS, D]
-    # -1e30, not -inf: a row with no visible key gives 0, never nan
-    m, l, acc = tl.full([ROWS], -1e30, tl.float32), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, D], tl.float32)
+    # LEAST, not -inf: a row with no visible key gives 0, never nan
+    m, l, acc = tl.full([ROWS], LEAST, tl.float32), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, D], tl.float32)
     for slot in range(0, S):
         blk = tl.load(block_idx + (bt * HKV + h) * S + slot)
         j = blk * L + tl.arange(0, L)
@@ -551,7 +561,7 @@ def _query_outer_kernel(q, k, v, end, start, block_idx, out, stat, T, cap, HKV: 
         l, m = l * scale + tl.sum(p, 1), new
     tl.store(out + rows, (acc / tl.maximum(l, 1e-30)[:, None]).to(x.dtype), mask=mine)
     if stat is not None:
-        tl.store(stat + (bt * HKV + h) * G + g, m + tl.log2(l), mask=g < G)
+        tl.store(stat + (bt * HKV + h) * G + g, tl.where(l == 0, 0.0, m + tl.log2(l)), mask=g < G)
 
 # One program = up to RUN queries that chose one block, ROWS // G of them at a time: K and V are read once for all.
 @jit
@@ -577,7 +587,7 @@ def _kv_outer_kernel(q, k, v, end, first, edges, tasks, part, lse, edge0, n, cap
             s = tl.dot(x, key.T, input_precision="ieee") * (D ** -0.5 * 1.4426950408889634)
             if end is not None:
                 s = tl.where((i0 + edge // S1 // HKV)[:, None] < tl.load(end + c * cap + j), s, float("-inf"))
-            m = tl.maximum(tl.max(s, 1), -1e30)
+            m = tl.maximum(tl.max(s, 1), LEAST)
             p = tl.exp2(s - m[:, None])
             l = tl.sum(p, 1)
             o = tl.dot(p.to(value.dtype), value, input_precision="ieee") / tl.maximum(l, 1e-30)[:, None]
@@ -602,6 +612,8 @@ def _combine_kernel(q, k, v, end, first, block_idx, part, lse, out, stat, n, cap
     t = (i - i0).to(tl.int64)
     mine = (token < L) & (r < TOKENS * G) & (t >= 0) & (t < n)
     t += c * n
+    own = tl.load(block_idx + (t * HKV + h) * (S1 + 1), mask=mine, other=-1)
+    i = tl.where(own < 0, -1, i)  # no block, no key
     row = ((t * HKV + h) * G + r % G)[:, None] * D + d
     x = tl.load(q + row, mask=mine[:, None], other=0.0)                                               # [ROWS, D]
     keys, held = ((c.to(tl.int64) * cap + j) * HKV + h)[:, None] * D + d, (j < i0 + n)
@@ -610,7 +622,7 @@ def _combine_kernel(q, k, v, end, first, block_idx, part, lse, out, stat, n, cap
     if end is not None:
         seen = seen & (i[:, None] < tl.load(end + c * cap + j, mask=held, other=0))
     s = tl.where(seen, s * (D ** -0.5 * 1.4426950408889634), float("-inf"))
-    m = tl.maximum(tl.max(s, 1), -1e30)
+    m = tl.maximum(tl.max(s, 1), LEAST)
     p = tl.exp2(s - m[:, None])
     l = tl.sum(p, 1)
     value = tl.load(v + keys, mask=held[:, None], other=0.0)
@@ -625,7 +637,7 @@ def _combine_kernel(q, k, v, end, first, block_idx, part, lse, out, stat, n, cap
         acc, l, m = acc * old[:, None] + o.to(tl.float32) * weight[:, None], l * old + weight, new
     tl.store(out + row, (acc / tl.maximum(l, 1e-30)[:, None]).to(x.dtype), mask=mine[:, None])
     if stat is not None:
-        tl.store(stat + (t * HKV + h) * G + r % G, m + tl.log2(l), mask=mine)
+        tl.store(stat + (t * HKV + h) * G + r % G, tl.where(l == 0, 0.0, m + tl.log2(l)), mask=mine)
 
 def _plan(blk, N, chunk_size, run):
     """Turn the choice around: which queries chose each block. blk (B, T, Hkv, S); chunks of chunk_size queries ->
@@ -723,7 +735,7 @@ def _backward_kernel(q, k, v, grad, stat, delta, end, edges, tasks, dq, dk, dv, 
             dout = tl.load(grad + head[:, None] * D + d, mask=mine[:, None], other=0.0)
             dvalue += tl.dot(p.to(x.dtype), dout, input_precision="ieee")
             dp = tl.dot(value, dout.T, input_precision="ieee")
-            ds = (p * (dp - tl.load(delta + head, mask=mine, other=0.0)[None])).to(x.dtype)
+            ds = tl.where(seen, p * (dp - tl.load(delta + head, mask=mine, other=0.0)[None]), 0.0).to(x.dtype)
             dkey += tl.dot(ds, x, input_precision="ieee")
             dx = tl.dot(ds.T, key, input_precision="ieee") * D ** -0.5
             tl.store(dq + (edge * G + r % G)[:, None] * D + d, dx.to(x.dtype), mask=mine[:, None])
@@ -768,7 +780,7 @@ def _kl_kernel(q, k, qi, ki, stat, index_stat, share, end, edges, tasks, value, 
             s = tl.dot(index_key, x.T, input_precision="ieee") * (DI ** -0.5 * 1.4426950408889634)        # [L, COLS]
             if index_stat is None:
                 s = tl.where(seen, s, float("-inf"))
-                m = tl.maximum(tl.max(s, 0), -1e30)
+                m = tl.maximum(tl.max(s, 0), LEAST)
                 tl.store(value + edge, m + tl.log2(tl.sum(tl.exp2(s - m[None]), 0)), mask=mine)
             else:
                 own = (e + r // G < hi) & (r < TOKENS * G)
@@ -859,23 +871,27 @@ def _kl_triton(q, qi, stat, block_idx, k, ki, L, end, share, stride):
     dqi, dki, kl = torch.empty_like(qi), torch.zeros(B, T, Hkv, Di, device=dev), torch.zeros((), device=dev)
     if not t:
         return kl, dqi, dki.sum(2).to(ki.dtype)
-    block_idx = torch.where(share[..., None, None] > 0, block_idx, -1)  # a pad learns nothing: no task
+    block_idx = torch.where(share[..., None, None] == 0, -1, block_idx)  # a pad learns nothing: no task
     launches, queries, sequences, edges, tasks, ends = _chunks(q, block_idx, -(-T // L), Hkv * Di)
     P, G, rows = tasks.size(1), H // Hkv, max(64, triton.next_power_of_2(H // Hkv))
     dims, cols = (Hkv, G, D, Di, L, S, rows), max(16, triton.next_power_of_2(rows // G))
     part = torch.empty(queries * Hkv * S, Di, dtype=q.dtype, device=dev)
     keys = torch.empty(sequences * P * L, Di, device=dev)
-    flat = [x.flatten(0, 1) for x in (q, qi, stat, share, block_idx, dqi)]
+    # a row that saw a NaN has it in its sums of exponentials, and from there in all it gives: elsewhere NaN may go
+    spoilt = stat.isnan().unflatten(2, (Hkv, G)).any(3) & (share != 0)[..., None]                          # (B, t, Hkv)
+    flat = [x.flatten(0, 1) for x in (_finite(q), qi, _finite(qi), _finite(stat), share, block_idx, dqi, spoilt)]
+    clean_k, clean_ki = _finite(k), _finite(ki)
     for c, b, n, at in launches:
-        x, xi, stats, shares, blocks, dx = (x[at] for x in flat)
+        x, xi, clean_xi, stats, shares, blocks, dx, lost = (x[at] for x in flat)
         value = torch.full((len(x), Hkv, S), float("-inf"), device=dev)
-        args = x, k[b:], xi, ki[b:], stats
         rest = shares, None if end is None else end[b:], edges, tasks[c], value, part, keys, at.start * Hkv * S, T
-        _kl_kernel[P, n](*args, None, *rest, (*dims, 64, stride), num_warps=4, num_stages=2)
+        _kl_kernel[P, n](x, clean_k[b:], xi, ki[b:], stats, None, *rest, (*dims, 64, stride), num_warps=4, num_stages=2)
         index_stat = (value * 0.6931471805599453).logsumexp(-1) * 1.4426950408889634
+        index_stat.masked_fill_(lost, float("nan"))
         value.zero_()
-        _kl_kernel[P, n](*args, index_stat, *rest, (*dims, cols, stride), num_warps=8, num_stages=2)
-        kl += value.sum()
+        _kl_kernel[P, n](x, clean_k[b:], clean_xi, clean_ki[b:], stats, index_stat, *rest, (*dims, cols, stride),
+                         num_warps=8, num_stages=2)
+        kl += value.masked_fill_(index_stat.isnan()[..., None], float("nan")).sum()
         _task_sum_kernel[-(-T // L), Hkv, n](keys, ends[c], dki[b], P, T, Hkv, Di, L, num_warps=8)
         _slot_sum_kernel[-(-len(x) * Hkv // 16),](part, blocks, dx, len(x) * Hkv, 1, Di, S, 16)
     return kl, dqi, dki.sum(2).to(ki.dtype)
@@ -890,6 +906,7 @@ def _attend_backward(q, k, v, block_idx, out, stat, grad, L, end):
     part = torch.empty(queries * H * S, D, dtype=q.dtype, device=dev)
     keys, values = (torch.empty(sequences * P * L, D, device=dev) for _ in "kv")
     rows = max(64 if G & (G - 1) == 0 else 32, triton.next_power_of_2(G))
+    q, k, v = _finite(q), _finite(k), _finite(v)  # a row that saw a NaN has it in stat or delta, and so in all it gives
     flat = [x.flatten(0, 1) for x in (q, grad, stat, delta, block_idx, dq)]
     for c, b, n, at in launches:
         x, dy, stats, deltas, blocks, dx = (x[at] for x in flat)
@@ -932,7 +949,7 @@ def _digits(x):
     x = x.to(tl.float32) / unit[None] * 32512
     n = tl.floor(x + 0.5).to(tl.int32)
     high = (n + 128) >> 8
-    return high.to(tl.int8), (n - high * 256).to(tl.int8), tl.sqrt(tl.sum(x * x, 0)) * (1 + 2.0 ** -15), unit
+    return high.to(tl.int8), (n - high * 256).to(tl.int8), tl.sqrt(tl.sum(x * x, 0) + 2.0 ** -120) * (1 + 2.0 ** -15), unit
 
 @jit
 def _unscale(x, unit, more):
@@ -992,8 +1009,11 @@ def _scan_kernel(qi, ki, scale, slack, end, length, scores, done, T, cap, HKV: t
     row, mine = scores + (b * T * HKV + c).to(tl.int64) * (N + 3 * runs), c < T * HKV
     if scale is not None:
         score, lower = _unscale(score, unit[:, None], 2.0 ** -120), _unscale(tl.max(least, 0), unit, -2.0 ** -120)
+        score = tl.where(score == score, score, 3e38)  # a query of NaN or inf bounds nothing: every score is computed
         tl.store(row + N + runs + run, tl.max(score, 1), mask=mine)
-        tl.store(row + N + 2 * runs + run, lower, mask=mine)
+        tl.store(row + N + 2 * runs + run, _ranked(lower), mask=mine)
+    else:
+        score = _ranked(score)
     tl.store(row[:, None] + lo + g, score, mask=mine[:, None] & (g < hi - lo), eviction_policy="evict_last")
     tl.store(row + N + run, tl.max(score, 1), mask=mine, eviction_policy="evict_last")  # the keys would evict both
     first = tl.where(run == 0, T * HKV, 0)  # one run alone resets: none in the others
@@ -1060,7 +1080,7 @@ def _join(part, lse, out, row, S: tl.constexpr, G: tl.constexpr, D: tl.constexpr
     weights in a vector of heads each part would wait for threads to exchange them (3.5 us, not 2.4)."""
     g, c, e = tl.arange(0, ROWS)[:, None], tl.arange(0, D // 8)[None], tl.arange(0, 8)
     real, place = (g < G) & (c >= 0), c[:, :, None] * 8 + e
-    m, l = tl.full([ROWS, D // 8], -1e30, tl.float32), tl.zeros([ROWS, D // 8], tl.float32)
+    m, l = tl.full([ROWS, D // 8], LEAST, tl.float32), tl.zeros([ROWS, D // 8], tl.float32)
     acc = tl.zeros([ROWS, D // 8, 8], tl.float32)
     for slot in tl.static_range(S):
         source = (row * S + slot) * G + g
@@ -1108,7 +1128,7 @@ def _attend_kernel(q, k, v, end, length, scores, block_idx, part, lse, done, out
     key, value = tl.load(k + keys, mask=seen[:, None], other=0.0), tl.load(v + keys, mask=seen[:, None], other=0.0)
     s = tl.dot(x, key.T, input_precision="ieee")
     s = tl.where(seen, s * (D ** -0.5 * 1.4426950408889634), float("-inf"))
-    m = tl.maximum(tl.max(s, 1), -1e30)
+    m = tl.maximum(tl.max(s, 1), LEAST)
     p = tl.exp2(s - m[:, None])
     l = tl.sum(p, 1)
     o = tl.dot(p.to(value.dtype), value, input_precision="ieee") / tl.maximum(l, 1e-30)[:, None]
@@ -1131,7 +1151,7 @@ def _dense_kernel(q, k, v, end, length, part, T, cap, HKV: tl.constexpr, G: tl.c
     x = tl.load(q + heads[:, None] * D + d, mask=(r < T * G)[:, None], other=0.0)                     # [ROWS, D]
     i, n = tl.load(length + b) + r // G, tl.load(length + b) + T
     run = tl.cdiv(tl.cdiv(n, TILE), tl.num_programs(0)) * TILE
-    m, l, acc = tl.full([ROWS], -1e30, tl.float32), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, D], tl.float32)
+    m, l, acc = tl.full([ROWS], LEAST, tl.float32), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, D], tl.float32)
     for j0 in range(split * run, tl.minimum(split * run + run, n), TILE):
         j = j0 + tl.arange(0, TILE)
         keys, held = ((b.to(tl.int64) * cap + j) * HKV + h)[:, None] * D + d, (j < n)[:, None]
@@ -1163,7 +1183,7 @@ def _dense_sum_kernel(part, out, T, HKV: tl.constexpr, G: tl.constexpr, D: tl.co
     r, h, b, w, d = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.arange(0, PADDED), tl.arange(0, D)
     at = ((b * HKV + h).to(tl.int64) * SPLIT + w) * T * G + r
     lse = part + tl.num_programs(0).to(tl.int64) * HKV * tl.num_programs(2) * SPLIT * D
-    m = tl.load(lse + 2 * at, mask=w < SPLIT, other=-1e30)
+    m = tl.load(lse + 2 * at, mask=w < SPLIT, other=LEAST)
     weight = tl.exp2(m - tl.max(m, 0))
     l = tl.sum(weight * tl.load(lse + 2 * at + 1, mask=w < SPLIT, other=0.0), 0)
     acc = tl.sum(tl.load(part + at[:, None] * D + d, mask=(w < SPLIT)[:, None], other=0.0) * weight[:, None], 0)

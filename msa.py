@@ -132,8 +132,9 @@ def _lanes(end=None, **lanes):
     return caps[0], None if end is None else F.pad(end, (0, caps[0] - end.size(1))).contiguous()
 
 def _finite(x):
-    """x with 0 for NaN and inf, for products with what is 0 where x is invisible, and NaN already where x is seen."""
-    return x.nan_to_num(0.0, 0.0, 0.0)
+    """x with 0 for NaN, and the largest number for inf: for products with what is 0 where x is invisible (0 * NaN is
+    NaN), and is NaN already where x is seen."""
+    return x.nan_to_num(0.0)
 
 def query_index(T, start, device):
     """Layout index i of each query: (1, T), or (B, T) where start (B,) is given."""
@@ -949,7 +950,8 @@ def _digits(x):
     x = x.to(tl.float32) / unit[None] * 32512
     n = tl.floor(x + 0.5).to(tl.int32)
     high = (n + 128) >> 8
-    return high.to(tl.int8), (n - high * 256).to(tl.int8), tl.sqrt(tl.sum(x * x, 0) + 2.0 ** -120) * (1 + 2.0 ** -15), unit
+    norm = tl.sqrt(tl.sum(x * x, 0) + 2.0 ** -120) * (1 + 2.0 ** -15)  # not 0: times a block's inf, it would be NaN
+    return high.to(tl.int8), (n - high * 256).to(tl.int8), tl.where(norm == norm, norm, float("inf")), unit
 
 @jit
 def _unscale(x, unit, more):
@@ -1009,7 +1011,7 @@ def _scan_kernel(qi, ki, scale, slack, end, length, scores, done, T, cap, HKV: t
     row, mine = scores + (b * T * HKV + c).to(tl.int64) * (N + 3 * runs), c < T * HKV
     if scale is not None:
         score, lower = _unscale(score, unit[:, None], 2.0 ** -120), _unscale(tl.max(least, 0), unit, -2.0 ** -120)
-        score = tl.where(score == score, score, 3e38)  # a query of NaN or inf bounds nothing: every score is computed
+        score = tl.where(score == score, score, 3e38)  # inf * 0, a query of NaN or inf: rescored
         tl.store(row + N + runs + run, tl.max(score, 1), mask=mine)
         tl.store(row + N + 2 * runs + run, _ranked(lower), mask=mine)
     else:

@@ -4,8 +4,7 @@ Everything is offline and takes under 150 s on 2 cores; `python test_all.py` pri
 What is compared against is not ours: outputs that transformers 5.23 computed (.ci/golden), torch's operators,
 brute-force loops, closed forms, published counts. fp32 tolerances are a few roundings of such sums; fp64 ones 1e-10.
 """
-import argparse, contextlib, copy, hashlib, io, json, math, os, random, re, signal, socket, subprocess, sys, time
-import warnings
+import contextlib, copy, hashlib, io, json, math, os, random, re, signal, socket, subprocess, sys, time, warnings
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -969,8 +968,8 @@ def test_a_tensor_under_two_names_is_refused(tmp_path):
 
 def test_what_rl_trains_is_saved(tmp_path):
     """rl.py's own preset is an M2, index fields or not; its config has the share of channels that rotate."""
-    model = rl.make_model(argparse.Namespace(seed=0, task="calculator", preset="micro", mtp=0, attn="full", turns=8),
-                          "cpu", torch.float32)
+    args = SimpleNamespace(seed=0, task="calculator", preset="micro", mtp=0, attn="full", turns=8)
+    model = rl.make_model(args, "cpu", torch.float32)
     model.save_hf(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     again = MiniMax.from_hf(tmp_path)

@@ -14,6 +14,8 @@ Differs from M2/M3: the report does not publish the balancing rule; the sign upd
 expert and runs one grouped matrix product, with no host synchronisation, `gated` in between as one Triton kernel. The
 other kernel on single tokens is here, too: `softmax_loss`, the loss over the vocabulary.
 """
+from __future__ import annotations  # without Triton, tl.constexpr in a kernel's signature is no name
+
 import math
 
 import numpy as np

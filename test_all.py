@@ -623,6 +623,16 @@ def test_no_spills_for_sm_90():
     kernels = json.loads(run.stdout.splitlines()[-1])
     assert {x for x, *_ in kernels} == {*re.findall(r"^def (_\w+_kernel)", TEXT + Path(moe.__file__).read_text(), re.M)}
     assert all(stack == 0 and 16 <= registers <= 255 for _, registers, stack in kernels), kernels
+
+def test_model_runs_without_triton():
+    """Where Triton cannot be installed, macOS, the torch half imports and computes: the kernels' signatures, too."""
+    program = ("import sys; sys.modules['triton'] = None\n"
+               "import torch; from model import MiniMax, MiniMaxConfig\n"
+               "logits, _, _ = MiniMax(MiniMaxConfig.tiny(vocab_size=11))(torch.zeros(1, 20, dtype=torch.long))\n"
+               "print(tuple(logits.shape))")
+    run = subprocess.run([sys.executable, "-c", program], cwd=HERE, capture_output=True, text=True)
+    assert run.stdout.strip() == "(1, 20, 11)", run.stderr[-2000:]
+
 def gpu_qkv(B, T, Hkv, G):
     needs(torch.cuda.is_available(), "a CUDA GPU")
     g, sizes = torch.Generator("cuda").manual_seed(T), ((Hkv * G,), (Hkv,), (Hkv,), (Hkv,), ())

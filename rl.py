@@ -457,12 +457,17 @@ def mtp_losses(model, batch, hidden, top=8):
 def plan_rows(groups, model, merge):
     """Groups (samples of each episode) -> rows. A row is a tree of a whole group, or one an episode where computing the
     shared prompt again costs less than masked attention across all branches. Without merge every sample is a tree of
-    its own, and rows of the longest one's length hold several: longer rows would mostly mask."""
+    its own. Rows of the longest one's length hold several, or each has its row, where pads cost less than the mask."""
     cfg, out = model.cfg, []
-    if not merge:
-        trees = [PrefixTree([sample], cfg) for episodes in groups for samples in episodes for sample in samples]
-        return pack_rows(trees, max(tree.size for tree in trees)) if trees else []
     a_token, a_key = 2 * model.num_params()[1], 4 * cfg.n_layer * cfg.n_head * cfg.head_dim
+    if not merge:
+        alone = [PrefixTree([sample], cfg) for episodes in groups for samples in episodes for sample in samples]
+        packed = pack_rows(alone, max((tree.size for tree in alone), default=0))
+        def flops(rows):
+            a_query = a_key if rows is packed else a_key / 2  # a mask computes all keys, a causal product half of them
+            shapes = [(len(batch), batch[0].size) for batch in micro_batches(rows)]
+            return sum(B * T * (a_token + a_query * T) for B, T in shapes)
+        return min(packed, alone, key=flops)
     for episodes in groups:
         rows = [sum(episodes, [])], episodes
         plans = [[PrefixTree(samples, cfg) for samples in row if samples] for row in rows]

@@ -1653,7 +1653,7 @@ def test_no_merge_packs_its_samples():
                for i, n in enumerate(lengths)]
     model = make_model(attn_types=["full"] * 3)
     rows = rl.plan_rows([[samples]], model, False)
-
+    assert rl.plan_rows([], model, False) == []
     assert sorted(row.size for row in rows) == [50, 50, 50, 50]
     stats, _ = rl.backward(model, rows)
     assert stats["computed"] == stats["slots"] == stats["naive"] == sum(lengths)
@@ -1665,6 +1665,17 @@ def test_no_merge_packs_its_samples():
     assert sorted(row.size for row in rows) == [64, 64, 64, 64]
     assert all(path[0] % 16 == 0 for row in rows for path, *_ in row.leaves)
     assert [row.size for row in rl.pack_rows([rl.PrefixTree([samples[5]], cfg)], 32)] == [64]
+
+def test_long_samples_are_not_masked_but_padded():
+    """--no-merge packs where pads cost more than masked attention: 20 turns of a maze, not 80."""
+    model = rl.make_model(rl.parse_args(["--task", "maze", "--turns", "80"])[0], "cpu", None)
+    def rows_of(turns):
+        lengths = [10 * turn for turn in range(1, turns + 1)] * 4
+        samples = [rl.Sample(torch.zeros(n).long(), n - 1, torch.zeros(1), torch.zeros(1).long()) for n in lengths]
+        return rl.plan_rows([[samples]], model, False)
+
+    assert len(rows_of(20)) < 50
+    assert len(rows_of(80)) == 4 * 80
 
 def test_window_of_figure_5():
     """N = 8, W = 4, group 7 stuck: 0 to 6, 8, 9, 10 are trained on, then none; its lag is 10. W = N is not greedy."""

@@ -13,6 +13,8 @@ At T <= S * L every visible block is chosen and MSA is full attention.
 One visibility rule everywhere: key j is visible to query i iff j <= i < end[j]. `end` (B, Tk) is the end of the
 document, or of the subtree in a prefix tree laid out depth first; None is plain causal. With a cache, keys are slots
 0 … Tk-1 and the first query has index start (B,): T queries see Tk >= T keys. Layout (B, T, H, D) throughout.
+A query that sees no key gives 0 and no gradient. NaN and inf reach the queries that see them and no others (within a
+tile of a GPU's full attention, and of our KV-outer kernels, a value's may); an index score of NaN ranks as -inf.
 
 The torch half is the whole specification; the Triton half has a kernel for each step:
     prefill   _index_kernel        scores, block maxima and a running top S - 1 in registers: no score matrix
@@ -136,6 +138,11 @@ def _finite(x):
     NaN), and is NaN already where x is seen."""
     return x.nan_to_num(0.0)
 
+def _share(weight, like, Hkv, stride):
+    """A query's share in the KL's mean, from its weight (B, T), 0 or less = none -> (B, T), fp32 or wider."""
+    share = weight.to(torch.promote_types(like.dtype, torch.float32)).clamp(min=0)
+    return share / (share[:, stride - 1::stride].sum().clamp(min=1e-30) * Hkv)
+
 def query_index(T, start, device):
     """Layout index i of each query: (1, T), or (B, T) where start (B,) is given."""
     i = torch.arange(T, device=device)[None]
@@ -159,6 +166,10 @@ def full_attention(q, k, v, end=None, start=None, impl="auto"):
         return _dense_triton(q.contiguous(), k, v, end, start.contiguous())
     if end is not None and start is None and q.is_cuda and q.dtype.itemsize == 2 and torch.is_grad_enabled():
         return _flex(q, k, v, end)
+    if q.device.type == "cpu" and not all(x.isfinite().all() for x in (q, k, v)):
+        # torch's operator adds its mask to the scores, so that a NaN passes it: MSA over every block masks its keys
+        every = torch.arange(-(-Tk // 64), dtype=torch.int32).expand(q.size(0), T, k.size(2), -1)
+        return msa_attention(q, k, v, every, 64, end, start, "torch")
     attend, q, k, v = F.scaled_dot_product_attention, *(x.transpose(1, 2) for x in (q, k, v))           # (B, H, T, D)
     if end is None and start is None:
         return attend(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
@@ -199,17 +210,17 @@ def block_scores(qi, ki, i, end, L):
         if end is not None:
             last = F.pad(end, (0, N * L - end.size(1)))[:, part].unflatten(1, (-1, L))                     # (B, n, L)
             scores = scores.masked_fill((i[:, None, None] >= last[..., None])[..., None], float("-inf"))
-        out[:, b:b + scores.size(1)] = scores.amax(2)
+        out[:, b:b + scores.size(1)] = scores.nan_to_num_(float("-inf"), float("inf"), float("-inf")).amax(2)
     hidden = torch.arange(N, device=i.device)[:, None] >= (i // L)[:, None]                                # (B, N, T)
     return out.masked_fill(hidden[..., None], float("-inf")).permute(0, 2, 3, 1)
 
 def top_blocks(scores, own, S):
     """Block scores (B, T, Hkv, N), own block (B, T) -> int32 (B, T, Hkv, S): own, then by descending score, then -1."""
-    scores = scores.clamp(max=torch.finfo(scores.dtype).max)  # where scores overflow, the own block still leads
-    scores = scores.scatter(-1, own[:, :, None, None].expand(*scores.shape[:3], 1), float("inf"))
+    own = own[:, :, None, None].expand(*scores.shape[:3], 1)
+    scores = scores.scatter(-1, own, float("-inf"))
     # A stable sort, not topk: [1., 1., 0.] must give block 0 before block 1, and topk promises no order among ties.
     value, block = scores.sort(dim=-1, descending=True, stable=True)
-    block = block.masked_fill(value == float("-inf"), -1)[..., :S]
+    block = torch.cat([own, block.masked_fill(value == float("-inf"), -1)], -1)[..., :S]
     return F.pad(block, (0, S - block.size(-1)), value=-1).int()
 
 @torch.no_grad()
@@ -247,13 +258,19 @@ def selected(block_idx, i, L, end):
     j = j.clamp(0, end.size(1)).long()  # the 0 put behind the last: a slot without an end is invisible
     return seen & (i[..., None, None] < F.pad(end, (0, 1)).gather(1, j.flatten(1)).view(j.shape))
 
+def softmax(scores, seen):
+    """Softmax over what a query sees, 0 elsewhere; all 0 where it sees nothing, or nothing but scores of -inf."""
+    scores = scores.masked_fill_(~seen, float("-inf"))  # in place: the caller has no use for them
+    none = scores.detach().amax(-1, keepdim=True) == float("-inf")
+    return scores.masked_fill_(none, 0.0).softmax(-1).masked_fill(none | ~seen, 0.0)
+
 def group_probs(q, keys, seen):
     """Main softmax, head by head: q (B, T, H, D), keys (B, T, Hkv, J, D), seen (B, T, Hkv, J) -> (B, T, Hkv, G, J)."""
     wide = torch.promote_types(q.dtype, torch.float32)
     q = q.to(wide).unflatten(2, (keys.size(2), -1)).transpose(-1, -2)                                # (B, T, Hkv, D, G)
     # keys @ q, not q @ keys^T: the gradient of the gathered keys, the largest tensor here, needs no transposed copy
     scores = (keys.to(wide) @ q).transpose(-1, -2) * q.size(-2) ** -0.5
-    return scores.masked_fill(~seen[..., None, :], float("-inf")).softmax(-1)
+    return softmax(scores, seen[..., None, :])
 
 def msa_attention(q, k, v, block_idx, L, end=None, start=None, impl="auto"):
     """Exact attention over the chosen blocks (paper eq. 8): time and memory grow with T * S * L, never with T * T.
@@ -264,8 +281,10 @@ def msa_attention(q, k, v, block_idx, L, end=None, start=None, impl="auto"):
     if _pick(impl, q, D, L, grad=(q, k, v)):
         return _attend_triton(q.contiguous(), k, v, block_idx.contiguous(), L, end, start)
     def attend(q, i, blocks, k, v):
-        p = group_probs(q, gather_blocks(k, blocks, L), selected(blocks, i, L, end))
-        return (p.to(v.dtype) @ gather_blocks(v, blocks, L)).flatten(2, 3)                                # (B, t, H, D)
+        seen = selected(blocks, i, L, end)
+        # 0 * NaN is NaN: what is invisible is set to 0, in place, since the gathered keys are the largest tensors here
+        keys, values = (gather_blocks(x, blocks, L).masked_fill_(~seen[..., None], 0.0) for x in (k, v))
+        return (group_probs(q, keys, seen).to(v.dtype) @ values).flatten(2, 3)                            # (B, t, H, D)
     block_idx = block_idx[..., :-(-k.size(1) // L)]  # in a short context the slots beyond its blocks hold -1
     i, step = query_index(T, start, q.device), max(1, chunk(q.device) // (B * block_idx[0, 0].numel() * L * D))
     if T <= step:
@@ -293,17 +312,18 @@ def msa_decode(q, k, v, qi, ki, S, L, length, end=None, impl="auto", int8=None):
 
 @torch.no_grad()
 def quantize_index(ki, L):
-    """An int8 copy of finite index keys with an error bound, for msa_decode. ki (B, Tk, D) -> ki8 (B, Tk, D) int8,
+    """An int8 copy of index keys with an error bound, for msa_decode; inf where a block has NaN or inf. ki (B, Tk, D) -> ki8 (B, Tk, D) int8,
     scale (B, Tk) bf16 for each key, slack (B, N) for each block: for every query and key of the block, q . k and
     scale * (q rounded to 16 bits) . k8, both as computed, differ by at most |q| * scale * slack: Cauchy-Schwarz gives
     |k / scale - k8|, the rounding of q at most |q| sqrt(D) 2^-15 |k8|; GAMMA |k / scale| on either side covers sums,
     whose error grows with |q| |k|, not with the score. Nothing is proven for keys under 2^-96, queries over 2^127."""
+    lost, ki = ~ki.isfinite().all(2), ki.nan_to_num(0.0, 0.0, 0.0)  # (B, Tk): no bound holds, and its block is always rescored
     Tk, up = ki.size(1), 1 + 2.0 ** -15                                                   # up: norms are rounded up
     scale = (ki.abs().amax(2).float().clamp(min=2.0 ** -90) * (1.01 / 127)).bfloat16()  # 1.01: bf16 rounds by 0.4 %
     k = ki.float() / scale.float()[..., None]  # norms of scaled keys: the square of 1e-24 is 0
     residual, norm = (x.norm(dim=-1) * up for x in (k - k.round(), k))
     slack = residual + (2 * GAMMA + ki.size(2) ** 0.5 * 2.0 ** -15) * (norm + residual)
-    slack = F.pad(slack, (0, -Tk % L)).unflatten(1, (-1, L)).amax(2)
+    slack = F.pad(slack.masked_fill(lost, float("inf")), (0, -Tk % L)).unflatten(1, (-1, L)).amax(2)
     return tuple(x.contiguous() for x in (k.round().to(torch.int8), scale, slack))
 
 class _IndexKL(torch.autograd.Function):
@@ -314,8 +334,7 @@ class _IndexKL(torch.autograd.Function):
         (B, T, Hkv, D), Tk = qi.shape, ki.size(1)
         weight = torch.ones(B, T, device=q.device) if weight is None else weight
         _expect("shape of weight", tuple(weight.shape), (B, T))
-        share = weight.to(torch.promote_types(q.dtype, torch.float32))                                    # (B, T)
-        share = share / (share[:, stride - 1::stride].sum().clamp(min=1e-30) * Hkv)
+        share = _share(weight, q, Hkv, stride)
         i, loss = query_index(T, None, q.device), share.new_zeros(())
         dqi, dki = torch.zeros_like(qi), torch.zeros_like(ki)
         part, width = (_compiled(_kl_prefix) if q.is_cuda else _kl_prefix, Tk) if block_idx is None else \
@@ -338,16 +357,18 @@ def _kl_terms(p, scores, seen, share, qi):
     """Teacher p, index scores (B, t, Hkv, J), share (B, t) -> weighted KL (scalar), d KL / d scores in qi's dtype."""
     scale = qi.size(-1) ** -0.5
     logp = (scores * scale).masked_fill(~seen, float("-inf")).log_softmax(-1)
-    kl = torch.where(p > 0, p * (p.log() - logp), 0.0).sum(-1)  # p = 0 gives 0 * inf where a key is invisible
-    return (kl * share[..., None]).sum(), ((logp.exp() - p) * share[..., None, None] * scale).to(qi.dtype)
+    kl = torch.where(p == 0, 0.0, p * (p.log() - logp)).sum(-1)  # p = 0 gives 0 * inf where a key is invisible
+    ds = (logp.exp() - p) * share[..., None, None] * scale
+    return (kl * share[..., None]).sum(), ds.masked_fill(~seen, 0.0).to(qi.dtype)
 
 def _kl_selected(qi, ki, q, k, blocks, L, i, end, share):
     """Support = the tokens of the chosen blocks (paper eq. 9-10)."""
-    (B, _, Hkv, D), N, seen = qi.shape, -(-ki.size(1) // L), selected(blocks, i, L, end)
+    (B, _, Hkv, D), N = qi.shape, -(-ki.size(1) // L)
+    seen = selected(blocks, i, L, end) & (share != 0)[..., None, None]
     p = group_probs(q, gather_blocks(k, blocks, L), seen).mean(3)
     keys = gather_blocks(ki[:, :, None].expand(-1, -1, Hkv, -1), blocks, L)                          # (B, t, Hkv, J, D)
     kl, ds = _kl_terms(p, (keys.to(p.dtype) @ qi.to(p.dtype)[..., None]).squeeze(-1), seen, share, qi)
-    dqi = (ds[..., None, :] @ keys).squeeze(-2)
+    dqi, qi = (ds[..., None, :] @ _finite(keys)).squeeze(-2), _finite(qi)
     rows = (blocks.clamp(min=0) + torch.arange(B, device=q.device).view(B, 1, 1, 1) * N).flatten()        # (B*t*Hkv*S,)
     dkeys = (ds[..., None] * qi[..., None, :]).reshape(rows.numel(), L * D)
     dki = dkeys.new_zeros(B * N, L * D).index_add_(0, rows, dkeys).view(B, N * L, D)[:, :ki.size(1)]
@@ -355,10 +376,11 @@ def _kl_selected(qi, ki, q, k, blocks, L, i, end, share):
 
 def _kl_prefix(qi, ki, q, k, blocks, L, i, end, share):
     """Support = the whole visible prefix: the warm-up, before anything is selected."""
-    seen = visible(i, torch.arange(ki.size(1), device=ki.device), end)[:, :, None]                       # (B, t, 1, Tk)
+    seen = visible(i, torch.arange(ki.size(1), device=ki.device), end) & (share != 0)[..., None]
+    seen = seen[:, :, None]                                                                              # (B, t, 1, Tk)
     p = prefix_probs(q, k, seen)
     kl, ds = _kl_terms(p, torch.einsum("bthd,bkd->bthk", qi.to(p.dtype), ki.to(p.dtype)), seen, share, qi)
-    return kl, torch.einsum("bthk,bkd->bthd", ds, ki), torch.einsum("bthk,bthd->bkd", ds, qi)
+    return kl, torch.einsum("bthk,bkd->bthd", ds, _finite(ki)), torch.einsum("bthk,bthd->bkd", ds, _finite(qi))
 
 def prefix_probs(q, k, seen):
     """Mean over the group's heads of the full softmax. q (B, T, H, D), k (B, Tk, Hkv, D), seen (B, T, 1, Tk) ->
@@ -366,7 +388,7 @@ def prefix_probs(q, k, seen):
     wide = torch.promote_types(q.dtype, torch.float32)
     q = q.to(wide).unflatten(2, (k.size(2), -1)).permute(0, 2, 3, 1, 4)                              # (B, Hkv, G, T, D)
     scores = q @ k.to(wide).permute(0, 2, 3, 1)[:, :, None] * q.size(-1) ** -0.5                    # (B, Hkv, G, T, Tk)
-    return scores.masked_fill(~seen[:, None, None, :, 0], float("-inf")).softmax(-1).mean(2).transpose(1, 2)
+    return softmax(scores, seen[:, None, None, :, 0]).mean(2).transpose(1, 2)
 
 def index_kl_loss(qi, ki, q, k, block_idx=None, L=1, end=None, weight=None, stride=1):
     """KL(teacher || index softmax), mean over tokens (by weight (B, T)) and KV heads: a scalar with its real value.
@@ -386,11 +408,11 @@ def msa_train(q, k, v, qi, ki, block_idx, L, end=None, weight=None, stride=1, im
         _check(qi, end, None, ki=(ki, (B, T, qi.size(3))), qi=(qi, (B, T, Hkv, qi.size(3))))
         _expect("shape of block_idx", tuple(block_idx.shape[:3]), (B, T, Hkv))
         q, k, v, qi, ki, block_idx = (x.contiguous() for x in (q, k, v, qi, ki, block_idx))
-        end, wide = end if end is None else end.contiguous(), torch.promote_types(q.dtype, torch.float32)
-        share = torch.ones(B, T, device=q.device) if weight is None else weight.to(wide).contiguous()
-        _expect("shape of weight", tuple(share.shape), (B, T))
-        share = share[:, stride - 1::stride]
-        return _Train.apply(q, k, v, qi, ki, block_idx, L, end, share / (share.sum().clamp(min=1e-30) * Hkv), stride)
+        end = end if end is None else end.contiguous()
+        weight = torch.ones(B, T, device=q.device) if weight is None else weight
+        _expect("shape of weight", tuple(weight.shape), (B, T))
+        share = _share(weight, q, Hkv, stride)[:, stride - 1::stride].contiguous()
+        return _Train.apply(q, k, v, qi, ki, block_idx, L, end, share, stride)
     kl = index_kl_loss(qi, ki, q, k, block_idx, L, end, weight, stride)
     return msa_attention(q, k, v, block_idx, L, end, None, "torch"), kl
 

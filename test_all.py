@@ -382,6 +382,28 @@ def test_ties_go_to_the_lowest_block():
     qi, ki = torch.ones(1, 40, 1, 4), torch.ones(1, 40, 4)
     got = [msa.select_blocks(x * qi, ki, 3, 4)[0, i, 0].tolist() for x, i in ((1, 39), (0, 21))]
     assert got == [[9, 0, 1], [5, 0, 1]]
+
+def test_index_keys_of_nan_choose_nothing():
+    """An index key of NaN counts as a hidden one, one of inf as a huge one; the own block is first all the same."""
+    _, _, _, qi, ki = random_qkv(T=32)
+    spots = torch.tensor([1, 5, 9, 13, 30])
+
+    hidden = torch.full((2, 32), 32, dtype=torch.int32)
+    hidden[:, spots] = 0
+    ki[:, spots, 0] = math.nan
+    assert torch.equal(msa.select_blocks(qi, ki, 3, 4), msa.select_blocks(qi, ki.nan_to_num(0), 3, 4, hidden))
+
+    ki[:, 4:8] = math.nan  # a block of nothing else is chosen by no one but its own queries
+    assert (msa.select_blocks(qi, ki, 8, 4)[:, 8:] != 1).all()
+
+    for value in (math.inf, -math.inf):
+        ki[:, :, 0] = 1.0
+        ki[:, spots, 0] = value
+        huge = ki.nan_to_num(0.0, 1e30, -1e30)
+        got = msa.select_blocks(qi, ki.nan_to_num(0.0, math.inf, -math.inf), 3, 4)
+        assert torch.equal(got, msa.select_blocks(qi, huge, 3, 4))
+        assert (got[..., 0] == torch.arange(32)[:, None] // 4).all()
+
 def test_attention_in_chunks(monkeypatch):
     """Queries are taken in chunks so that no T x T matrix exists; the chunk's size changes nothing."""
     q, k, v, qi, ki = (t.requires_grad_() for t in random_qkv(T=37))
@@ -446,6 +468,58 @@ def test_recall_of_a_perfect_and_a_blind_index():
     perfect, mass, chance = msa.block_recall(q, k[:, :, 0], q, k, 4, 16)
     blind, less, _ = msa.block_recall(qi, ki, q, k, 4, 16)
     assert perfect > 0.85 and abs(blind - chance) < 0.1 and 0.2 < chance < 0.5 and less < 0.8 < 0.95 < mass <= 1
+
+def test_a_query_without_keys_gives_zero():
+    """A query that sees no key has output 0, no KL, and no gradient; the others are as the loop has them."""
+    q, k, v, qi, ki = inputs = [x.requires_grad_() for x in random_qkv(T=20)]
+    end = torch.full((2, 20), 20, dtype=torch.int32)
+    end[:, :8], end[:, 8:12] = 8, 0  # queries 8 to 11 see nothing, and queries from 12 on neither block 0 nor 1
+    weight, blocks = torch.rand(2, 20), msa.select_blocks(qi, ki, 5, 4, end)
+    def grads(y): return torch.autograd.grad(y.cumsum(-1).sum(), inputs[:3])
+    want = loop_attention(q, k, v, lambda b, i, r: [j for j in range(i + 1) if i < end[b, j]])
+    want_grads = grads(want)
+    for got in (msa.msa_attention(q, k, v, blocks, 4, end), msa.full_attention(q, k, v, end)):
+        assert (got[:, 8:12] == 0).all()
+        assert worst(got, want) < 1e-10
+        assert max(map(worst, grads(got), want_grads)) < 1e-10
+
+    none = torch.full_like(blocks, -1)
+    assert (msa.msa_attention(q, k, v, none, 4) == 0).all()
+    assert all((x == 0).all() for x in grads(msa.msa_attention(q, k, v, none, 4)))
+
+    less = weight.clone()  # without the four, but for the sum that divides
+    less[:, 8:12] = 0
+    for chosen in (None, blocks):
+        kl, other = (msa.index_kl_loss(qi, ki, q, k, chosen, 4, end, w) * w.sum() for w in (weight, less))
+        assert worst(kl, other) < 1e-6 and kl > 0.01
+        assert max(map(worst, *(torch.autograd.grad(x, (qi, ki)) for x in (kl, other)))) < 1e-6
+        for nothing in (0 * weight, -weight):
+            kl = msa.index_kl_loss(qi, ki, q, k, chosen, 4, end, nothing)
+            assert kl == 0 and all((x == 0).all() for x in torch.autograd.grad(kl, (qi, ki)))
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_nan_stays_with_the_queries_that_see_it(name):
+    """A NaN in q, k or v reaches the queries that see it and what those see, the gradients too, and nothing else."""
+    inputs = dict(zip("q k v qi ki".split(), random_qkv(T=20)))
+    blocks = msa.select_blocks(inputs["qi"], inputs["ki"], 2, 4)
+    end = packed_end(20, [16])
+    inputs[name][0, 9, 0, 0] = math.nan
+    q, k, v, *_ = (x.requires_grad_() for x in inputs.values())
+    i, j = torch.arange(20)[:, None], torch.arange(20)
+    for out, chosen in ((msa.msa_attention(q, k, v, blocks, 4, end), blocks), (msa.full_attention(q, k, v, end), None)):
+        seen = (j <= i) & (i < end[0])  # of sequence 0 and head 0
+        if chosen is not None:
+            seen &= (chosen[0, :, 0, :, None] == j // 4).any(1)
+        hit = (torch.arange(20) == 9) if name == "q" else seen[:, 9]
+        assert torch.equal(out[0, :, 0].isnan().any(-1), hit)
+        assert not out[1].isnan().any()
+
+        dq, dk, dv = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+        touched = seen[hit].any(0)
+        assert torch.equal(dq[0, :, 0].isnan().any(-1), hit)
+        assert torch.equal(dk[0, :, 0].isnan().any(-1), touched)
+        assert torch.equal(dv[0, :, 0].isnan().any(-1), touched & torch.tensor(name != "v"))
+
 # ---- 7. kernels: interpreted on a CPU, compiled for sm_90, run where there is a GPU --------------
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # a marker can be declared only in a file that pytest reads before this one
@@ -530,6 +604,54 @@ def test_kernels_of_single_tokens(activation):
     logits, y = h.detach().repeat(1, 200), torch.tensor([0, 8799, -1, 8192, 5])  # two tiles a row
     ours, want = ((moe.softmax_loss(x := logits.clone(), y, impl), x) for impl in ("triton", "torch"))
     assert max(map(worst, ours, want)) < 1e-5
+
+@pytest.mark.parametrize("name,value", [("q", math.nan), ("k", math.nan), ("qi", math.inf), ("ki", math.nan)])
+def test_kernels_equal_torch_without_keys_and_with_nan(name, value):
+    """Hidden keys, rows without a key or a block, weights of 0, a NaN or inf: both halves, gradients too, are equal."""
+    inputs, L, S = dict(zip("q k v qi ki".split(), (x.clone() for x in kernel_qkv(1, 13, 13, 1, 2)))), 4, 3
+    end, weight = torch.full((1, 13), 13, dtype=torch.int32), torch.arange(13)[None] % 3 - 0.5
+    end[:, :5], end[:, 5:7], end[:, 9] = 5, 0, 10
+    inputs[name][:, 8, ..., 3] = value
+    q, k, v, qi, ki = tensors = [x.requires_grad_() for x in inputs.values()]
+    blocks = msa.select_blocks(qi, ki, S, L, end, None, "torch")
+    assert torch.equal(msa.select_blocks(qi, ki, S, L, end, None, "triton"), blocks)
+
+    blocks[:, 3], blocks[:, 11, :, 1:] = -1, -1
+    def run(impl):
+        out, kl = msa.msa_train(*tensors, blocks, L, end, weight, 1, impl)
+        return out, kl, *torch.autograd.grad([out, kl], tensors, [torch.ones_like(out).cumsum(-1), torch.tensor(2.0)])
+    def same(mine, want):
+        assert torch.equal(mine.isnan(), want.isnan())
+        assert worst(mine.nan_to_num(0), want.nan_to_num(0)) < 1e-4 * max(1, want.nan_to_num(0).abs().max())
+    with poisoned(), pytest.MonkeyPatch.context() as patch:
+        for most in (512, 0):  # query-outer, KV-outer
+            patch.setattr(msa, "QUERY_OUTER", most)
+            for mine, want in zip(run("triton"), run("torch")): same(mine, want)
+
+        start = torch.tensor([8], dtype=torch.int32)
+        for int8 in (None, msa.quantize_index(ki, L)):
+            args = q[:, 8:11].detach(), k.detach(), v.detach(), qi[:, 8:11].detach(), ki.detach(), S, L, start, end
+            (mine, chosen), (want, choice) = (msa.msa_decode(*args, *x) for x in (("triton", int8), ("torch",)))
+            assert torch.equal(chosen, choice)
+            same(mine, want)
+        dense = (msa.full_attention(args[0], *args[1:3], end, start, x) for x in ("triton", "torch"))
+        same(*dense)
+
+def test_scores_far_below_zero_count():
+    """Scores of -1e33 leave a softmax as those of -1 do: both halves have a least number to start from, not -1e30."""
+    q, k, v, qi, ki = kernel_qkv(1, 13, 13, 1, 2)
+    q, k = 1e17 * q.abs(), -1e16 * k.abs()
+    blocks, start = msa.select_blocks(qi, ki, 3, 4), torch.tensor([12], dtype=torch.int32)
+    with pytest.MonkeyPatch.context() as patch:
+        for most in (512, 0):
+            patch.setattr(msa, "QUERY_OUTER", most)
+            mine, want = (msa.msa_attention(q, k, v, blocks, 4, None, None, x) for x in ("triton", "torch"))
+            assert worst(mine, want) < 1e-6
+    step = q[:, 12:], k, v
+    for f in (lambda x: msa.full_attention(*step, None, start, x),
+              lambda x: msa.msa_decode(*step, qi[:, 12:], ki, 3, 4, start, None, x)[0]):
+        assert worst(f("triton"), f("torch")) < 1e-6
+
 @contextlib.contextmanager
 def fp64_kernels():
     """Kernels work in their inputs' precision and scratch memory in torch's default: interpreted, both may be fp64."""

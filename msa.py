@@ -442,6 +442,8 @@ class KVCache:
     in all, where the bytes saved outweigh what `append` then launches, some 28 small kernels more."""
 
     def __init__(self, cfg, batch, capacity, device="cpu", dtype=torch.float32, int8=None):
+        if batch < 0 or capacity < 1:
+            raise ValueError(f"a cache of {batch} rows with {capacity} slots: expected 0 or more rows, 1 or more slots")
         lanes, self.L = cfg.n_layer + cfg.n_mtp, cfg.index_block_size
         self.capacity = -(-capacity // self.L) * self.L  # whole key blocks, which gather_blocks can read in place
         size = (lanes, batch, self.capacity, cfg.n_kv_head, cfg.head_dim)
@@ -455,10 +457,13 @@ class KVCache:
     def append(self, layer, k, v, ki):
         """Write k, v (B, T, Hkv, D) and ki (B, T, D), or None, from slot `length` on -> what the layer now holds, up to
         a whole key block. `advance` moves `length` once all layers have written."""
-        T = k.size(1)
+        T, B = k.size(1), self.length.size(0)
+        for name, lane, new in (("k", self.k, k), ("v", self.v, v), ("ki", self.ki, ki)):
+            if new is not None:  # a row too few would be written to every row
+                _expect(f"shape of {name}", tuple(new.shape), (B, T, *lane.shape[3:]))
         assert self.used + T <= self.capacity, f"{self.used} + {T} tokens do not fit a cache of {self.capacity}"
         slot = (self.length[:, None] + torch.arange(T, device=k.device)).long()                           # (B, T)
-        rows = torch.arange(k.size(0), device=k.device)[:, None]
+        rows = torch.arange(B, device=k.device)[:, None]
         for lane, new in ((self.k, k), (self.v, v), (self.ki, ki)):
             if new is not None:
                 lane[layer].index_put_((rows, slot), new)
@@ -480,9 +485,13 @@ class KVCache:
         self.length, self.used = self.length + T, self.used + T
 
     def crop(self, length):
-        """Forget every slot from `length` on: an int, or a tensor (B,), which is read back."""
-        self.length = torch.minimum(self.length, torch.as_tensor(length, dtype=torch.int32, device=self.length.device))
-        self.used = min(self.used, length) if isinstance(length, int) else int(self.length.max())
+        """Forget every slot from `length` on: an int, or a tensor (B,), which is read back; beyond the end, nothing."""
+        limit = torch.as_tensor(length)
+        shaped = limit.dim() == 0 or limit.shape == self.length.shape
+        if limit.is_floating_point() or not shaped or (limit < 0).any():
+            raise ValueError(f"cannot crop {self.length.size(0)} rows to {limit.tolist()}: expected 0 or more, one or one a row")
+        self.length = torch.minimum(self.length, limit.clamp(max=self.capacity).to(self.length))
+        self.used = min(self.used, int(limit)) if limit.dim() == 0 else int(self.length.max())
 
     def expand(self, n):
         """n copies of every row, side by side: a group that shares its prompt."""
@@ -490,6 +499,9 @@ class KVCache:
 
     def select(self, rows):
         """Keep these rows (int64), in this order."""
+        B, rows = self.length.size(0), torch.as_tensor(rows, device=self.length.device)
+        if rows.dim() != 1 or rows.dtype != torch.int64 or ((rows < 0) | (rows >= B)).any():
+            raise ValueError(f"cannot select rows {rows.tolist()} of {B}: expected int64 from 0 to {B - 1}")
         self.k, self.v, self.ki = self.k[:, rows], self.v[:, rows], self.ki[:, rows]
         self.coded = self.coded and [x[:, rows] for x in self.coded]
         self.length = self.length[rows]

@@ -1175,6 +1175,25 @@ def test_cache_crop_select_expand_and_ragged():
     assert cache.length.tolist() == [11] * 4 + [27] * 2
     step([1] * 4 + [0] * 2, [11] * 4 + [27] * 2, 1)
     with pytest.raises(AssertionError, match="do not fit"): model(idx[:1].expand(6, -1), cache=cache)
+
+def test_cache_refuses_what_does_not_fit():
+    """A crop below 0 or of another number of rows, rows it has not, keys of another shape, a size of 0: refused."""
+    cache = KVCache(small_config(), 2, 12)
+    cache.advance(5)
+    for length in (-1, torch.tensor([-1, 3]), torch.tensor([3]), torch.tensor([[1], [2]]), 2.5):
+        with pytest.raises(ValueError, match="cannot crop 2 rows to"): cache.crop(length)
+    for rows in ([2], [-1], [[0]], [0.0]):
+        with pytest.raises(ValueError, match="cannot select rows"): cache.select(torch.tensor(rows))
+    for shape in ((1, 3, 2, 8), (2, 3, 1, 8), (2, 3, 2, 4)):  # one row would be written to both
+        with pytest.raises(ValueError, match=re.escape(str(shape))): cache.append(0, *[torch.randn(shape)] * 2, None)
+    assert cache.length.tolist() == [5, 5] and cache.used == 5
+
+    for length, left in ((9, [5, 5]), (torch.tensor([9, 4]), [5, 4]), (2 ** 40, [5, 4]), (0, [0, 0])):
+        cache.crop(length)
+        assert cache.length.tolist() == left and cache.used == max(left)
+    for batch, capacity in ((1, 0), (1, -4), (-1, 4)):
+        with pytest.raises(ValueError, match="rows with"): KVCache(small_config(), batch, capacity)
+
 def test_causality_by_gradient():
     """No logit depends on a later token, in any layer type, and each on all earlier ones: the gradient says so."""
     model, x = make_model(), torch.randn(1, 30, 32, requires_grad=True)

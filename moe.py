@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from msa import jit, tl, triton
+from msa import LEAST, jit, tl, triton
 
 def best(x, n):
     """The n largest of each row of x (T, E), finite, best first, ties by the lowest -> indices (T, n) int64.
@@ -68,7 +68,9 @@ def _gate(gate, up, OAI: tl.constexpr):
     """The product, and its slopes in gate and in up, in fp32."""
     gate, up = gate.to(tl.float32), up.to(tl.float32)
     if OAI:
-        g, u = tl.minimum(gate, 7.0), tl.minimum(tl.maximum(up, -7.0), 7.0) + 1
+        both: tl.constexpr = tl.PropagateNan.ALL  # else a GPU takes the smaller of NaN and 7 to be 7
+        g = tl.minimum(gate, 7.0, both)
+        u = tl.clamp(up, -7.0, 7.0, both) + 1
         s = 1 / (1 + tl.exp(-1.702 * g))
         slope = tl.where(gate <= 7.0, u * s * (1 + 1.702 * g * (1 - s)), 0.0)
         return u * g * s, slope, tl.where(tl.abs(up) <= 7.0, g * s, 0.0)
@@ -123,7 +125,7 @@ class _Gated(torch.autograd.Function):
 @jit
 def _softmax_loss_kernel(logits, y, loss, V, COLS: tl.constexpr):
     c, row, t = tl.arange(0, COLS), logits + tl.program_id(0).to(tl.int64) * V, tl.load(y + tl.program_id(0))
-    m, l = tl.full([COLS], -1e30, tl.float32), tl.zeros([COLS], tl.float32)
+    m, l = tl.full([COLS], LEAST, tl.float32), tl.zeros([COLS], tl.float32)
     for v in range(0, V, COLS):
         x = tl.load(row + v + c, mask=v + c < V, other=float("-inf")).to(tl.float32)
         new = tl.maximum(m, x)

@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import msa
 import rl
-from sample import Parser, implementations, pick_device, tokens, tolerant_output
+from sample import Parser, Threads, implementations, pick_device, tokens, tolerant_output
 
 SHAPES = {"m2": (48, 8), "m3": (64, 4)}                    # query heads, KV heads = index heads
 D, S, L = 128, 16, 128
@@ -679,6 +679,19 @@ def parse_args(argv):
         Figure().savefig(os.devnull, format=os.path.splitext(args.figure)[1][1:] or "png")
     return args
 
+def trial(args):
+    """-> a function that does what a CPU is timed on, both sides of a short prefill."""
+    (H, Hkv), t, T = SHAPES["m3"], 32, 16 * L
+    g, start = torch.Generator().manual_seed(0), torch.tensor([T - t], dtype=torch.int32)
+    q, qi = (fill(args, g, 1, t, heads, D) for heads in (H, Hkv))
+    k, v = (fill(args, g, 1, T, Hkv, D) for _ in "kv")
+    ki = fill(args, g, 1, T, D)
+
+    def step():
+        full(q, k, v)
+        sparse_prefill(q, k, v, qi, ki, start)
+    return step
+
 @torch.no_grad()
 def run(args):
     args.device, args.dtype, why = pick_device(args.device)
@@ -688,6 +701,11 @@ def run(args):
     if args.gpu:
         torch.cuda.set_device(args.device.index or 0)
     args.rates = {}
+    if not args.gpu:
+        threads = Threads(args.device, args.threads)
+        if threads.count is None:
+            threads.choose(trial(args))
+        print(f"threads | {threads}")
     args.name = torch.cuda.get_device_name() if args.gpu else f"CPU, {torch.get_num_threads()} threads"
     if args.what == "tree":
         tree_turns(args)  # what is wrong with --ctx shows now, not below the card
@@ -725,6 +743,7 @@ def finish(result):
 
 def main(argv=None):
     tolerant_output()
+    threads = torch.get_num_threads()
     try:
         return run(parse_args(argv))
     except BrokenPipeError:  # | head
@@ -743,6 +762,8 @@ def main(argv=None):
             raise
         why = str(error) or "a Python object did not fit"
         sys.exit(f"bench.py: out of memory: {why.splitlines()[0]}")
+    finally:
+        torch.set_num_threads(threads)
     print(f"bench.py: {line}", file=sys.stderr)
     sys.exit(code)
 

@@ -29,7 +29,7 @@ import torch
 
 from model import Call, MiniMax, MiniMaxConfig, rope_tables
 from moe import lay_routes, pack_routes, unpack_routes
-from sample import (Parser, Tokenizer, checkpoint_path, implementations, learn_bpe, load_checkpoint, load_model,
+from sample import (Parser, Threads, Tokenizer, checkpoint_path, implementations, learn_bpe, load_checkpoint, load_model,
                     lockstep, number, pick_device, save_checkpoint)
 from train import command, configure_optimizers, on_signals
 
@@ -750,7 +750,17 @@ def demonstrate(gateway, task, rng, noise, wander=0.0):
         episode.finish(*stop.value)
         return episode
 
-def warm_start(source, args, stop):
+def trial(source, args):
+    """-> a function that runs a step's forward and backward passes, on few episodes, and leaves the model as it was."""
+    demos = [demonstrate(source, make_task(args, i, 1), random.Random(i), 0.0) for i in range(8)]
+    trees = [PrefixTree(demo.samples, source.model.cfg) for demo in demos]
+
+    def step():
+        backward(source.model, trees)
+        source.model.zero_grad(set_to_none=True)
+    return step
+
+def warm_start(source, args, stop, threads):
     """Imitate a teacher whose calls are often wrong, so that the model speaks the protocol and solves little: the train
     step with advantage 1 and ratio 1 -> whether it is over. --out/warm keeps it, or as much as was done of it."""
     model, folder, started, step = source.model, os.path.join(args.out, "warm"), time.perf_counter(), 0
@@ -760,17 +770,21 @@ def warm_start(source, args, stop):
     if same and state["config"]["vocab_size"] == model.cfg.vocab_size:
         model.load_state_dict(state["model"])
         step = restore(state, optimizers).get("step", args.warm_steps)
+        threads.keep(state["now"].get("threads") or threads.count)
         print(f"warm    | {step} steps read from {folder}", flush=True)
     while step < args.warm_steps and not stop:
-        step % 20 or save(folder, args, source, optimizers, dict(step=step))  # killed at any time, it goes on
+        step % 20 or save(folder, args, source, optimizers, dict(step=step, threads=threads.count))  # killed at any time, it goes on
         rng, rate = random.Random(f"{args.seed} warm {step}"), min(1, (step + 1) / 20, 1.1 - step / args.warm_steps)
         demos = [demonstrate(source, make_task(args, step * 64 + i, 1), rng, NOISE) for i in range(64)]
-        stats = train_step(model, optimizers, [PrefixTree(d.samples, model.cfg) for d in demos], WARM_LR * rate)
+        tick, trees = time.perf_counter(), [PrefixTree(d.samples, model.cfg) for d in demos]
+        stats = train_step(model, optimizers, trees, WARM_LR * rate)
         step += 1
+        if threads.slowed(time.perf_counter() - tick):
+            threads.choose_again(trial(source, args))
         if step % 20 == 0 or step == args.warm_steps:
             print(f"warm {step:04d} | loss {stats['loss']:.3f} | norm {stats['norm']:.2f} | "
                   f"{time.perf_counter() - started:.0f} s", flush=True)
-    save(folder, args, source, optimizers, dict(step=step))
+    save(folder, args, source, optimizers, dict(step=step, threads=threads.count))
     return step == args.warm_steps
 
 def make_model(args, device, dtype):
@@ -829,10 +843,11 @@ def parse_args(argv):
         raise ValueError(f"--figure {args.figure}: {getattr(error, 'strerror', None) or error}") from None
     return args, state
 
-def card(args, model, queue, device, why):
+def card(args, model, queue, device, why, threads):
     print(f"model   | {args.preset}: {'{:,} parameters, {:,} active'.format(*model.num_params())}; {args.attn} "
           f"attention; {model.cfg.n_expert_per_tok} of {model.cfg.n_expert} experts, {args.mtp} MTP modules\n"
           f"device  | {device}, {str(model.dtype).removeprefix('torch.')}: {why}\n"
+          f"threads | {threads}\n"
           f"kernels | {implementations(model, device, trains=True)}\n"
           f"task    | {args.task}: {args.groups} groups of {args.rollouts} episodes a step, {args.slots} in flight\n"
           f"queue   | {args.schedule}: window {queue.window}, deadline {args.deadline:g} s, tail sigma {args.sigma:g}\n"
@@ -867,8 +882,12 @@ def run(args, state, whole=None):
     window = dict(fifo=1, greedy=math.inf).get(args.schedule, args.window or max(1, int(0.3 * args.slots)))
     queue = WindowedFIFO(args.slots, window, args.deadline)
     source = (Local if args.serve is None else Served)(model, args, queue)
-    card(args, model, queue, device, why)
-    ready = bool(state) or warm_start(source, whole or args, stop)
+    threads = Threads(device, args.threads, state and state["now"].get("threads"))
+    if threads.count is None:
+        threads.choose(trial(source, args))
+    card(args, model, queue, device, why, threads)
+    ready = bool(state) or warm_start(source, whole or args, stop, threads)
+    threads.times = []  # these steps are others than the imitation's
     optimizers, warm = configure_optimizers(model, args.lr)[0], time.perf_counter() - started
     now = restore(state, optimizers, source) if state else dict(
         step=0, seconds=warm, warm=warm, ema=None, curve=[], max_lag=0, naive=0, slots=0, reward=0.0)
@@ -887,7 +906,11 @@ def run(args, state, whole=None):
             break
         groups = [source.pool.pop(task) for task in queue.batch]
         trees = plan_rows(map(advantages, groups), model, not args.no_merge)
+        began = time.perf_counter()
         stats = train_step(model, optimizers, trees, rate) if trees else None
+        if trees and threads.slowed(time.perf_counter() - began):
+            threads.choose_again(trial(source, args))
+        now["threads"] = threads.count if device.type == "cpu" else None  # bits depend on it
         lags = queue.publish(now["step"] + bool(trees))  # the step's weights are out: now, not before, slots are free
         now["seconds"] += time.perf_counter() - tick
         if stats:

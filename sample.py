@@ -20,6 +20,7 @@ import json
 import math
 import re
 import stat
+import statistics
 import sys
 import sysconfig
 import time
@@ -267,6 +268,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc):
         super().__init__(description=doc.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         self.add_argument("--device", help="cpu, cuda, cuda:N or mps; default: a GPU if there is one")
+        self.add_argument("--threads", type=number(1, 1024), help="CPU threads; default: what OMP_NUM_THREADS says, or "
+                          "all, or one where the machine is so busy that one is faster")
 
     def error(self, message):
         raise ValueError(message)
@@ -333,6 +336,82 @@ def pick_device(name=None):
     if name.startswith("cuda") and torch.cuda.get_device_capability(name) >= (8, 0):
         return torch.device(name), torch.bfloat16, f"{torch.cuda.get_device_name(name)} has bf16 tensor cores"
     return torch.device(name), torch.float32, "bf16 products are 10-70 times slower than fp32 on CPUs without AMX"
+
+class Threads:
+    """How many CPU threads to compute with: what --threads or OMP_NUM_THREADS says, what a checkpoint was trained with
+    (bits depend on it), or what is faster. On a machine that others use, threads wait for the one that does not run:
+    all of them can be ten times slower than one."""
+    FASTER = 1.3                       # one thread is taken only where it is clearly faster: a quiet machine uses all
+    SLOWER = 5.0                       # steps that took so much longer than a run's first make it look again
+
+    def __init__(self, device, asked=None, saved=None):
+        """device; asked: --threads; saved: the number in a checkpoint. Where `count` stays None, `choose` is needed."""
+        self.most, self.times = torch.get_num_threads(), []
+        named = [name for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if os.environ.get(name)]
+        on_cpu = device.type == "cpu"
+        self.free = not asked and not named and on_cpu and self.most > 1
+        self.count = None
+        if self.free and saved:
+            self.keep(saved)
+        elif self.free:
+            return
+        elif asked:
+            self.count = asked
+            self.why = "by --threads"
+        elif named:
+            self.count = self.most
+            self.why = f"by {named[0]}"
+        else:
+            self.count = self.most if on_cpu else 1
+            self.why = "all" if on_cpu else "as a pool of threads, woken between two steps, keeps a GPU waiting"
+        if saved and saved != self.count:
+            self.why += f"; the checkpoint was trained with {saved}: bits may part from here"
+        torch.set_num_threads(self.count)
+
+    def keep(self, saved):
+        """Go on with as many threads as a checkpoint was trained with, for equal bits, unless the user chose."""
+        if self.free:
+            self.count = min(saved, self.most)
+            self.why = "as in the checkpoint"
+            torch.set_num_threads(self.count)
+
+    def choose(self, step, rounds=3):
+        """Call step() with one thread and with all, in turn, each `rounds` times, and take the faster."""
+        seconds = {1: [], self.most: []}
+        torch.set_num_threads(1)
+        step()  # the first has memory to allocate
+        for _ in range(rounds):
+            for count, taken in seconds.items():
+                torch.set_num_threads(count)
+                started = time.perf_counter()
+                step()
+                taken.append(time.perf_counter() - started)
+            if taken[0] > 10:  # seconds: a large model's steps, or a machine at its limit, cannot be tried so often
+                break
+        one, many = (statistics.median(taken) for taken in seconds.values())
+        clear = one * self.FASTER < many and max(seconds[1]) < min(seconds[self.most])
+        self.count = 1 if clear else self.most
+        self.why = f"{one:.3f} s a step with one, {many:.3f} s with {self.most}"
+        self.times = []
+        torch.set_num_threads(self.count)
+
+    def slowed(self, seconds):
+        """Note a step's seconds -> whether the last five took five times as long as the first ten, in the median."""
+        self.times.append(seconds)
+        del self.times[10:-5]
+        if not self.free or len(self.times) < 15:
+            return False
+        return min(self.times[10:]) > self.SLOWER * statistics.median(self.times[:10])
+
+    def choose_again(self, step):
+        """Steps have become slower: look again, and say what comes of it."""
+        before = self.count
+        self.choose(step)
+        parts = "; bits may part from here" if self.count != before else ""
+        print(f"threads | steps became {self.SLOWER:g} times slower: {self} (before: {before}{parts})", flush=True)
+
+    def __str__(self):
+        return f"{self.count} of {max(self.count, self.most)}: {self.why}"
 
 def implementations(model, device, trains=False, decodes=True):
     """What runs a model's layers on this device, in words for a start-up card, by the rules that pick it."""
@@ -623,11 +702,12 @@ def encode_prompt(args, tokenizer, cfg):
         raise ValueError(f"the prompt has {len(ids)} tokens; the model's context is {cfg.max_seq_len}, all included")
     return ids, allowed, eot, to_bytes
 
-def card(args, model, device, why, n_prompt):
+def card(args, model, device, why, n_prompt, threads):
     cfg, (total, active) = model.cfg, model.num_params()
     print(f"model   | {total:,} parameters, {active:,} active; attention {' '.join(cfg.attn_types)}")
     print(f"kernels | {implementations(model, device)}")
     print(f"device  | {device}, {str(model.dtype).removeprefix('torch.')}: {why}")
+    print(f"threads | {threads}")
     print(f"prompt  | {n_prompt} tokens of a context of {cfg.max_seq_len}; temperature {args.temperature:g}, "
           f"top-p {args.top_p:g}, top-k {args.top_k}, seed {args.seed}\n", flush=True)
 
@@ -635,7 +715,11 @@ def run(args):
     device, dtype, why = pick_device(args.device)
     model, tokenizer = read_model(args, device, dtype)
     ids, allowed, eot, to_bytes = encode_prompt(args, tokenizer, model.cfg)
-    card(args, model, device, why, len(ids))
+    threads = Threads(device, args.threads)
+    if threads.count is None:
+        with torch.no_grad():
+            threads.choose(lambda: model(torch.tensor([ids[:256]]), n_logits=1))
+    card(args, model, device, why, len(ids), threads)
     generator = torch.Generator(device).manual_seed(args.seed)
     room = min(args.max_new_tokens, model.cfg.max_seq_len - len(ids))
     known = len(args.prompt.encode()) - sum(len(to_bytes(i)) for i in ids if i != eot) if tokenizer else 0  # held back
@@ -664,6 +748,7 @@ def run(args):
 
 def main(argv=None):
     tolerant_output()
+    threads = torch.get_num_threads()
     try:
         return run(parse_args(argv))
     except (KeyboardInterrupt, BrokenPipeError) as error:  # Ctrl-C, | head
@@ -676,6 +761,8 @@ def main(argv=None):
             raise
         print("sample.py: out of memory; fewer --n-samples or --max-new-tokens need less", file=sys.stderr)
         sys.exit(2)
+    finally:
+        torch.set_num_threads(threads)
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, at_ctrl_c)

@@ -1439,6 +1439,57 @@ def test_cards_name_what_runs(trained, monkeypatch):
         chosen = msa._pick("auto", SimpleNamespace(**{**vars(card), "dtype": dtype}), 128, cfg.index_block_size)
         assert chosen == ("Triton" in words.split("msa: ")[1])
 
+@pytest.fixture
+def two_threads(monkeypatch):
+    """A machine with two threads, in name alone, and a clock on which a trial takes as long as told."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    machine = SimpleNamespace(now=0.0, threads=2, cost={1: [1.0], 2: [10.0]})
+
+    def perf_counter():  # called before and after a trial: the difference is what the second call adds
+        took = machine.cost[machine.threads]
+        machine.now += took[0]
+        took.append(took.pop(0))
+        return machine.now
+    monkeypatch.setattr(sample, "time", SimpleNamespace(perf_counter=perf_counter))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: machine.threads)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: vars(machine).update(threads=n))
+    return machine
+
+@pytest.mark.parametrize("one,two,count", [([1.0], [10.0], 1), ([1.0], [1.25], 2), ([2.0], [1.0], 2),
+                                           ([1.0, 9.0, 1.0], [2.0, 2.0, 2.0], 2)])
+def test_one_thread_where_it_is_clearly_faster(two_threads, one, two, count):
+    """All threads on a quiet machine, one on a busy one; where times scatter as widely as they differ, all."""
+    two_threads.cost = {1: one, 2: two}
+    threads = sample.Threads(torch.device("cpu"))
+    threads.choose(lambda: None)
+    assert threads.count == torch.get_num_threads() == count
+    for seconds in [1.0] * 12 + [4.9] * 5 + [9.0] * 4:  # 4.9 times slower may be longer rows
+        assert not threads.slowed(seconds)
+    assert threads.slowed(9.0)
+
+def test_threads_are_chosen_said_and_kept(two_threads, corpus, tmp_path, monkeypatch, capsys):
+    """A run on a busy machine takes one thread; trying leaves no trace; --resume keeps the number; the user may say."""
+    argv = train_args(corpus, tmp_path / "a", "--steps", 6, "--stop-after", 4)
+    assert "threads | 1 of 2: " in quiet(train.main, argv)[1]
+    assert torch.get_num_threads() == 2, "restored"
+    two_threads.cost = {1: [10.0], 2: [1.0]}
+    text = quiet(train.main, resume(tmp_path / "a"))[1]
+    assert "threads | 1 of 2: as in the checkpoint" in text
+    text = quiet(train.main, train_args(corpus, tmp_path / "b", "--steps", 6, "--threads", 1))[1]
+    assert "by --threads" in text
+    a, b = (sample.load_checkpoint(str(tmp_path / x)) for x in "ab")
+    assert a["now"]["threads"] == b["now"]["threads"] == 1
+    assert all(map(torch.equal, a["model"].values(), b["model"].values()))
+
+    monkeypatch.setattr(sample.Threads, "slowed", lambda self, seconds: True)
+    text = quiet(train.main, resume(tmp_path / "a", "--steps", 7))[1]
+    assert "5 times slower: 2 of 2" in text
+    assert "bits may part from here" in text
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert str(sample.Threads(torch.device("cpu"), saved=1)).startswith("2 of 2: by OMP_NUM_THREADS; the checkpoint")
+    assert "0" in refused(train.main, [*argv, "--threads", 0], capsys)
+
 def test_minutes_end_a_run(corpus, tmp_path):
     """--minutes bounds the training time; --steps on resume replaces it; a run without anything left says so."""
     result, _ = quiet(train.main, train_args(corpus, tmp_path, "--minutes", 0.01))

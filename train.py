@@ -32,8 +32,8 @@ import torch
 
 from model import MiniMax, MiniMaxConfig, count_params
 from moe import max_violation
-from sample import (PATTERN, Parser, Tokenizer, implementations, learn_bpe, load_checkpoint, load_data, load_model,
-                    pick_device, save_checkpoint, tolerant_output, truncate)
+from sample import (PATTERN, Parser, Threads, Tokenizer, implementations, learn_bpe, load_checkpoint, load_data,
+                    load_model, pick_device, save_checkpoint, tolerant_output, truncate)
 
 VAL_BYTES = 512 * 1024                 # val_bpb is measured on this much of the validation text
 MTP_WEIGHT = (0.3, 0.1)                # before and in the decay phase (M2 report)
@@ -276,11 +276,12 @@ def convert(old, saved, args):
         target.state.update({params[name]: source.state[p] for name, p in old.named_parameters() if p in source.state})
     return new, [target.state_dict() for target in targets]
 
-def card(model, args, device, why, data, setup, sparse_from):
+def card(model, args, device, why, threads, data, setup, sparse_from):
     cfg, (total, active) = model.cfg, model.num_params()
     S, L, T = cfg.index_topk_blocks, cfg.index_block_size, args.seq_len
     print(f"model   | {args.preset}: {total:,} parameters, {active:,} active per token without embedding and head")
     print(f"device  | {device}, {str(model.dtype).removeprefix('torch.')}: {why}")
+    print(f"threads | {threads}")
     print(f"layers  | attention {' '.join(cfg.attn_types)}; mlp {' '.join(cfg.mlp_types)}; {cfg.n_mtp} MTP module")
     if "msa" in cfg.attn_types:
         print(f"msa     | {S} blocks of {L}: {min(S * L, T)} of {T} keys, from {sparse_from:.0%} of the run")
@@ -375,6 +376,19 @@ def rehearse(model, batch, n, muon, index, rest):
         torch.no_grad()(muon.blend)(*(torch.ones_like(p).flatten() for _ in "mg"), muon.defaults["momentum"])
     model.zero_grad(set_to_none=True)
 
+def trial(model, data, args, index, rest):
+    """-> a function that runs a step's forward and backward passes, on few tokens, and leaves the model as it was."""
+    T = min(args.seq_len, 256)
+    batch = get_batch(data["train"], args.seed, 0, 0, max(1, 1024 // T), T)
+
+    def step():
+        before = model.cfg.index_warmup, model.cfg.mtp_active
+        model.cfg.index_warmup, model.cfg.mtp_active = True, True
+        learn(model, batch, 1, [], index, rest, 1.0)
+        model.zero_grad(set_to_none=True)
+        model.cfg.index_warmup, model.cfg.mtp_active = before
+    return step
+
 def run(args, state):
     started = time.perf_counter()
     if args.dry_run:
@@ -408,12 +422,14 @@ def run(args, state):
         now["sparse_from"] = progress() + (1 - progress()) * args.msa_from
         if progress() >= 1:
             raise ValueError("--attn msa: nothing is left of the run to convert in; give more --steps or --minutes")
+    threads = Threads(device, args.threads, now.get("threads"))
     if on_gpu:
-        torch.set_num_threads(1)  # a pool of threads, woken between two steps, keeps the GPU waiting
         fuse(model, optimizers[0])
         batch = get_batch(data["train"], args.seed, 0, 0, args.batch_size, args.seq_len)
         rehearse(model, {k: v.to(device) for k, v in batch.items()}, args.accumulate, optimizers[0], index, rest)
-    card(model, args, device, why, data, time.perf_counter() - started, now["sparse_from"])
+    if threads.count is None:
+        threads.choose(trial(model, data, args, index, rest))
+    card(model, args, device, why, threads, data, time.perf_counter() - started, now["sparse_from"])
     def checkpoint():
         """Evaluate on the first bytes and save what passes: the last good checkpoint survives a divergence."""
         settle(pending, now)
@@ -422,6 +438,7 @@ def run(args, state):
         if not found["val_bpb"] <= 1.5 * now["bpb"]:
             raise FloatingPointError(f"val_bpb {found['val_bpb']:.3f} after {now['bpb']:.3f}")
         now["bpb"] = min(now["bpb"], found["val_bpb"])
+        now["threads"] = None if on_gpu else threads.count  # bits depend on it
         kept = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "stop_after", "dry_run")}
         save_checkpoint(args.out, fresh=not args.resume and now["step"] <= args.eval_every, args=kept, now=dict(now),
                         config=dataclasses.asdict(dataclasses.replace(cfg, mtp_active=True)), tokenizer=tokenizer.spec,
@@ -450,7 +467,10 @@ def run(args, state):
         model.update_router_bias(aux["expert_load"], args.bias_rate)
         load = load + aux["expert_load"][:cfg.mlp_types.count("moe")]
         now["step"] += 1
-        now["seconds"] += time.perf_counter() - tick
+        seconds = time.perf_counter() - tick
+        now["seconds"] += seconds
+        if threads.slowed(seconds):
+            threads.choose_again(trial(model, data, args, index, rest))
         mtp = aux["mtp_loss"] if cfg.mtp_active and cfg.n_mtp else mtp
         stop += [1] * (now["step"] >= (args.stop_after or math.inf))
         if shows:
@@ -514,6 +534,7 @@ def command(script, run):
     """Call run() -> result, printed as JSON. Bad input: one line, status 2; divergence 1, Ctrl-C 130, `| head` 141."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     tolerant_output()
+    threads = torch.get_num_threads()
     try:
         result = run()
         print(json.dumps(result), flush=True)
@@ -529,6 +550,7 @@ def command(script, run):
     finally:
         for s, handler in handlers.items():
             signal.signal(s, handler)
+        torch.set_num_threads(threads)
     print(f"{script}: {line}", file=sys.stderr)
     sys.exit(code)
 

@@ -356,9 +356,9 @@ class MiniMax(nn.Module):
         None; otherwise logits (B, n, V) of the last n_logits positions, None = all. loss: next-token loss alone.
         weight (B, T): multiplicity, 0 = pad. pos (B, T): default counts on from the cache. end (B, Tk): default causal.
         replay: an earlier aux, whose block_idx and experts are used again. aux: expert_load (layers with experts, E),
-        experts (n, B, T, A), block_idx (layers with MSA, B, T, Hkv, S), hidden (B, T, C) before the last norm; mtp_losses
-        (MTP modules,) and mtp_loss, their mean, with targets; index_kl in training; block_recall, score_recall,
-        block_chance in evaluation."""
+        experts (n, B, T, A), block_idx (layers with MSA, B, T, Hkv, S), hidden (B, T, C) before the last norm;
+        mtp_losses (MTP modules,) and mtp_loss, their mean, with targets; index_kl in training; block_recall,
+        score_recall, block_chance in evaluation."""
         B, T = idx.shape
         if B == 0 or T == 0:
             raise ValueError(f"idx {(B, T)}: at least one row of at least one token")

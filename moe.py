@@ -278,7 +278,8 @@ class MoE(nn.Module):
         cfg, flat = self.cfg, x.flatten(0, 1)                                                             # (B*T, C)
         replay = None if replay is None else replay.flatten(0, 1).long()
         weights, idx = route(self.router(flat), self.router.bias, cfg.n_expert_per_tok, cfg.routed_scale, replay)
-        y = pick_experts(x.dtype)(flat, self.w13.to(x.dtype), self.w2.to(x.dtype), weights, idx, cfg.activation).view_as(x)
+        experts = pick_experts(x.dtype)
+        y = experts(flat, self.w13.to(x.dtype), self.w2.to(x.dtype), weights, idx, cfg.activation).view_as(x)
         count = flat.new_ones(flat.size(0)) if weight is None else weight.flatten()
         count = count.float()[:, None].expand_as(idx)  # whole numbers: the sum is exact in any order, atomics included
         load = torch.zeros(cfg.n_expert, device=x.device).index_add(0, idx.flatten(), count.flatten())

@@ -29,8 +29,8 @@ import torch
 
 from model import Call, MiniMax, MiniMaxConfig, rope_tables
 from moe import lay_routes, pack_routes, unpack_routes
-from sample import (Parser, Threads, Tokenizer, checkpoint_path, implementations, learn_bpe, load_checkpoint, load_model,
-                    lockstep, number, pick_device, save_checkpoint)
+from sample import (Parser, Threads, Tokenizer, checkpoint_path, implementations, learn_bpe, load_checkpoint,
+                    load_model, lockstep, number, pick_device, save_checkpoint)
 from train import command, configure_optimizers, on_signals
 
 EPS_HIGH = 4.0                         # not published: upper clip of the ratio, 1 + 4
@@ -773,7 +773,8 @@ def warm_start(source, args, stop, threads):
         threads.keep(state["now"].get("threads") or threads.count)
         print(f"warm    | {step} steps read from {folder}", flush=True)
     while step < args.warm_steps and not stop:
-        step % 20 or save(folder, args, source, optimizers, dict(step=step, threads=threads.count))  # killed at any time, it goes on
+        done = dict(step=step, threads=threads.count)
+        step % 20 or save(folder, args, source, optimizers, done)  # killed at any time, it goes on
         rng, rate = random.Random(f"{args.seed} warm {step}"), min(1, (step + 1) / 20, 1.1 - step / args.warm_steps)
         demos = [demonstrate(source, make_task(args, step * 64 + i, 1), rng, NOISE) for i in range(64)]
         tick, trees = time.perf_counter(), [PrefixTree(d.samples, model.cfg) for d in demos]

@@ -38,6 +38,7 @@ from moe import experts_grouped, pick_experts
 from msa import implementation
 
 EOT = "<|endoftext|>"
+LEARN_FROM = 2 ** 24                   # characters that tokens are learned from at most: the standard library fits
 VERSION = 1                            # of the checkpoint's layout
 MAX_SAMPLES = 1024                     # of --n-samples: each has its keys and values
 # a word with the space before it; one digit; marks; line breaks with the indentation after them; other spaces
@@ -72,7 +73,7 @@ class Tokenizer:
         return ids
 
     def encode_batch(self, texts):
-        with ThreadPoolExecutor(2) as pool:  # the encoder runs without Python's lock
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # the encoder runs without Python's lock
             return list(pool.map(self.encode, texts))
 
     def decode_bytes(self, ids):
@@ -81,10 +82,44 @@ class Tokenizer:
     def decode(self, ids):
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
+class Progress:
+    """A line now and then for work that takes long, none for what takes less than WAIT: at(done) after each part."""
+    WAIT = 4.0                         # seconds to the first line, and from one to the next
+
+    def __init__(self, what, total, unit):
+        self.what, self.total, self.unit = what, total, unit
+        self.started = self.said = time.perf_counter()
+
+    def at(self, done):
+        now = time.perf_counter()
+        if not 0 < done < self.total or now - self.said < self.WAIT:
+            return
+        self.said = now
+        left = (now - self.started) * (self.total / done - 1)
+        print(f"{self.what:7} | {done / self.total:.0%} of {self.total:,} {self.unit}, {left:.0f} s left", flush=True)
+
+def sample_evenly(texts, most, piece=2 ** 16):
+    """At most about `most` characters of the texts (a list), as evenly spaced pieces; all of them where they fit."""
+    total = sum(map(len, texts))
+    if total <= most:
+        return texts
+    chosen, owed = [], 0.0
+    for text in texts:
+        for start in range(0, len(text), piece):
+            part = text[start:start + piece]
+            owed += len(part) * most / total
+            if owed >= len(part) / 2:  # so much of the text that went by is due, on average
+                chosen.append(part)
+                owed -= len(part)
+    return chosen
+
 def count_chunks(texts, pattern):
     """Count the distinct chunks that the pattern cuts the texts into; no token crosses the border of a chunk."""
-    counts = Counter()
+    counts, done = Counter(), 0
+    progress = Progress("count", sum(map(len, texts)), "characters, to learn tokens from")
     for text in (piece for whole in texts for piece in cut_runs(whole)):  # what the encoder sees, too
+        progress.at(done)
+        done += len(text)
         chunks = regex.findall(pattern, text)
         if sum(map(len, chunks)) != len(text):  # the encoder would drop, silently, what the pattern skips
             raise ValueError("the pattern does not match all of the text")
@@ -112,8 +147,9 @@ def merge_pair(pair, new, words, freqs, counts, where):
 
 def learn_bpe(texts, vocab_size, pattern):
     """Learn 256 bytes + merges + 1 special = vocab_size tokens (fewer if the text runs out of pairs); return the spec.
-    Each merge takes the most frequent pair, and of equals the one with the lowest ids."""
-    chunks = count_chunks(texts, pattern)
+    Each merge takes the most frequent pair, and of equals the one with the lowest ids. Of long texts, evenly spaced
+    pieces, LEARN_FROM characters in all, are learned from."""
+    chunks = count_chunks(sample_evenly(list(texts), LEARN_FROM), pattern)
     # A word is a str with one character, chr(id), per token. So a merge is str.replace, left to right at C speed,
     # a pair is a str of length two, and strings sort as their ids do.
     # Chunks are learned in pieces of 256: one run of 40,000 letters (DNA, say) would take minutes, pair by pair.
@@ -130,12 +166,14 @@ def learn_bpe(texts, vocab_size, pattern):
     heap = [(-n, p) for p, n in counts.items()]
     heapify(heap)
     ranks = [bytes([b]) for b in range(256)]
+    progress = Progress("merge", vocab_size - 257, "merges of the tokenizer")
     while heap and len(ranks) < vocab_size - 1:
         n, pair = heappop(heap)
         if n != -counts[pair]:  # a pair's count only falls once it is in the heap: a stale entry comes up too early,
             if counts[pair]:    # never too late, so it is enough to put it back with the right count
                 heappush(heap, (-counts[pair], pair))
             continue
+        progress.at(len(ranks) - 256)
         born = merge_pair(pair, chr(len(ranks)), words, freqs, counts, where)
         ranks.append(ranks[ord(pair[0])] + ranks[ord(pair[1])])
         for p in born:
@@ -219,10 +257,12 @@ def describe(kinds):
     return ", ".join(words) or "no files"
 
 def split_corpus(docs):
-    """Validation = the files whose sha256(name, as on the disk) is in the lowest 5 %; the last 5 % of each file where
-    that leaves a side empty, as for a single file."""
+    """Validation = the files whose sha256(name, as on the disk) is in the lowest 5 %, where they hold 1 to 10 % of the
+    text. Otherwise, as for a single file or a few of unequal sizes, the last 5 % of each file."""
     held_out = [int(hashlib.sha256(os.fsencode(name)).hexdigest()[:8], 16) < 0.05 * 2 ** 32 for name, _ in docs]
-    if any(held_out) and not all(held_out):
+    sizes = [len(text.encode()) for _, text in docs]
+    share = sum(size for size, held in zip(sizes, held_out) if held) / max(1, sum(sizes))
+    if 0.01 <= share <= 0.1:
         return [d for d, h in zip(docs, held_out) if not h], [d for d, h in zip(docs, held_out) if h]
     cuts = [text.find("\n", len(text) * 95 // 100, len(text) - 1) + 1 or len(text) * 95 // 100 for _, text in docs]
     parts = [[(name, text[:c]) for (name, text), c in zip(docs, cuts)], [(n, t[c:]) for (n, t), c in zip(docs, cuts)]]

@@ -1490,12 +1490,34 @@ def test_threads_are_chosen_said_and_kept(two_threads, corpus, tmp_path, monkeyp
     assert str(sample.Threads(torch.device("cpu"), saved=1)).startswith("2 of 2: by OMP_NUM_THREADS; the checkpoint")
     assert "0" in refused(train.main, [*argv, "--threads", 0], capsys)
 
-def test_minutes_end_a_run(corpus, tmp_path):
-    """--minutes bounds the training time; --steps on resume replaces it; a run without anything left says so."""
-    result, _ = quiet(train.main, train_args(corpus, tmp_path, "--minutes", 0.01))
-    assert 0.6 <= result["seconds"] < 3 and result["step"] > 1
-    more, _ = quiet(train.main, resume(tmp_path, "--steps", result["step"] + 3))
-    assert more["step"] == result["step"] + 3 and "nothing left to do" in quiet(train.main, resume(tmp_path))[1]
+def test_lines_hold_what_was_measured(trained, corpus):
+    """An MTP loss is shown where one was measured since the line before; training in bits a byte stands beside it."""
+    result, text = trained[1:]
+    lines = dict(re.findall(r"^step (\d+) .*?\| (.*)", text, re.MULTILINE))  # MTP every 8th step, a line every 4th
+    assert [step for step, line in lines.items() if "mtp" in line] == ["00001", "00012"]
+    assert all("train_bpb" in line for line in lines.values())
+    tok = sample.load_model(sample.load_checkpoint(str(trained[0])))[1]
+    learned, _ = sample.split_corpus(sample.read_corpus(str(corpus))[0])
+    n_tokens = sum(1 + len(tok.encode(part)) for _, part in learned)
+    bits = result["loss"] / math.log(2) * n_tokens / sum(len(part.encode()) for _, part in learned)
+    assert result["train_bpb"] == pytest.approx(bits)
+    assert "bytes of validation are too few" in text
+
+def test_minutes_end_a_run(corpus, tmp_path, monkeypatch):
+    """--minutes bounds the training time, and the evaluation a quarter of it; --steps on resume replaces it."""
+    seconds = iter(range(10 ** 6))
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: next(seconds) / 16))  # a step takes 1/16 s
+    argv = train_args(corpus, tmp_path, "--minutes", 0.0125, "--val-data", HERE / "moe.py")
+    result, text = quiet(train.main, argv)
+    assert result["seconds"] == 0.75
+    assert result["step"] == 12
+    assert 0 < result["val_bytes"] < len((HERE / "moe.py").read_bytes())
+    assert "more --minutes left no time" in text
+    more, _ = quiet(train.main, resume(tmp_path, "--steps", 15))
+    assert more["step"] == 15
+    assert more["val_bytes"] == len((HERE / "moe.py").read_bytes())
+    assert "nothing left to do" in quiet(train.main, resume(tmp_path))[1]
+
 def test_a_full_attention_run_becomes_sparse(corpus, tmp_path, capsys):
     """--resume --attn msa: every weight is kept, an index branch joins, learns, then chooses; there is no way back."""
     again = resume(tmp_path, "--lr", 1e-12, "--attn")
@@ -1533,6 +1555,32 @@ def test_bits_per_byte_of_a_uniform_model():
     n = sum(len(tok.encode(t)) + 1 for _, t in docs)
     got = train.evaluate(model, train.Tokens(docs, tok, 4, 48), 48, 3, "cpu")["val_bpb"]
     assert abs(got - n * math.log2(300) / sum(len(text.encode()) for _, text in docs)) < 1e-4
+def test_an_evaluation_fits_its_time(monkeypatch, capsys):
+    """Out of time it ends: the bits a byte of as much text as it saw, which is counted byte by byte."""
+    tok, docs = sample.Tokenizer(LEARNED), [("a", TEXT[:3000]), ("b", TEXT[3000:3500])]
+    model, tokens = make_model(vocab_size=300), train.Tokens(docs, tok, 4, 48)
+    whole = train.evaluate(model, tokens, 48, 3, "cpu")
+    assert whole["val_bytes"] == tokens.n_bytes
+    seconds = iter(range(0, 10 ** 6, 3))
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    monkeypatch.setattr(sample, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    part = train.evaluate(model, tokens, 48, 3, "cpu", 14, tok)
+    windows = [tokens.rows(range(s, s + 144, 48), 48) for s in (0, 144, 288)]
+    ids = [i for row in windows for i in row["targets"].flatten().tolist() if i not in (-1, tok.eot)]
+    assert part["val_bytes"] in [len(tok.decode_bytes(ids[:n])) for n in range(len(ids) + 1)]
+    assert 0 < part["val_bytes"] < 1000
+    assert re.search(r"^eval +\| \d+% of [\d,]+ slots", capsys.readouterr().out, re.MULTILINE)
+    n = next(n for n in range(len(ids) + 1) if len(tok.decode_bytes(ids[:n])) == part["val_bytes"])
+    nats, count = 0.0, 0
+    for row in windows:
+        if count < n:
+            nats += model.eval()(**row)[1].item() * (row["targets"] >= 0).sum().item()
+            count += sum(i not in (-1, tok.eot) for i in row["targets"].flatten().tolist())
+    assert part["val_bpb"] == pytest.approx(nats / math.log(2) / part["val_bytes"])
+    whole["val_bpb"] = 3.0
+    assert "20% above training" in train.compare_bits(whole["val_bpb"], 2.5)
+    assert train.compare_bits(whole["val_bpb"], 2.9) == ""
+
 def test_corpus_reader(tmp_path):
     """Folders are read in order; binary, empty and undecodable files are skipped and counted; splits never overlap."""
     (tmp_path / ".hidden").mkdir()
@@ -1598,6 +1646,42 @@ def test_what_is_no_utf8_is_named(tmp_path, capsys):
     (tmp_path / "good").write_text(text, encoding="utf-8-sig")
     sample.load_data(str(tmp_path), None, 1000)
     assert "1 empty" in capsys.readouterr().out
+
+def test_validation_is_a_fair_share():
+    """Files by their hash hold out 1 to 10 % of the bytes; where they would hold less or more, each file's end does."""
+    held = [f"f{i}" for i in range(200) if int(hashlib.sha256(f"f{i}".encode()).hexdigest()[:8], 16) < 0.05 * 2 ** 32]
+    other = [f"f{i}" for i in range(200) if f"f{i}" not in held]
+    for n_held, n_other in ((7_000, 400_000), (90_000, 20_000), (20_000, 20_000)):
+        docs = [(held[0], "held out\n" * (n_held // 9))]
+        docs += [(name, "to learn from\n" * (n_other // 14)) for name in other[:16]]
+        train_docs, val = sample.split_corpus(docs)
+        share = sum(len(text) for _, text in val) / sum(len(text) for _, text in docs)
+        assert 0.01 <= share <= 0.1, share
+        assert sorted(name for name, _ in val) == (sorted(name for name, _ in docs) if n_held != 20_000 else held[:1])
+        assert sum(len(text) for _, text in train_docs + val) == sum(len(text) for _, text in docs)
+
+def test_long_texts_are_learned_from_in_part(monkeypatch, capsys):
+    """Tokens come from evenly spaced pieces above a size; counting, merging and encoding say how far they are."""
+    texts = ["".join(chr(97 + i // 40_000) for i in range(1_000_000)), "z" * 3_000]
+    pieces = sample.sample_evenly(texts, 250_000, piece=10_000)
+    assert 0.9 < sum(map(len, pieces)) / 250_000 < 1.1
+    assert {piece[0] for piece in pieces} >= {*texts[0]} - {texts[0][-1]}, "from everywhere"
+    assert sample.sample_evenly(texts, 2_000_000) == texts
+
+    monkeypatch.setattr(sample, "LEARN_FROM", 8_000)
+    seen = []
+    real = sample.count_chunks
+    monkeypatch.setattr(sample, "count_chunks", lambda texts, pattern: seen.append(texts) or real(texts, pattern))
+    seconds = iter(range(10 ** 6))
+    monkeypatch.setattr(sample, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    spec = sample.learn_bpe([TEXT[i:i + 2000] for i in range(0, 24_000, 2000)], 300, sample.PATTERN)
+    assert sum(map(len, seen[0])) <= 10_000
+    tok = sample.Tokenizer(spec)
+    pieces = [TEXT[i:i + 500] for i in range(0, 8000, 500)]
+    assert train.encode(tok, pieces, at_once=1000) == [tok.encode(piece) for piece in pieces]
+    out = capsys.readouterr().out
+    for what in ("count", "merge", "encode"):
+        assert re.search(rf"^{what} +\| \d+% of [\d,]+ .*, \d+ s left$", out, re.MULTILINE), what
 
 def test_muon_and_schedule():
     """Newton-Schulz brings singular values near 1, wide, tall or stacked; the rate warms up, stays, decays to 0."""

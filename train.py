@@ -32,10 +32,13 @@ import torch
 
 from model import MiniMax, MiniMaxConfig, count_params
 from moe import max_violation
-from sample import (PATTERN, Parser, Threads, Tokenizer, implementations, learn_bpe, load_checkpoint, load_data,
-                    load_model, pick_device, save_checkpoint, tolerant_output, truncate)
+from sample import (PATTERN, Parser, Progress, Threads, Tokenizer, implementations, learn_bpe, load_checkpoint,
+                    load_data, load_model, pick_device, save_checkpoint, tolerant_output, truncate)
 
 VAL_BYTES = 512 * 1024                 # val_bpb is measured on this much of the validation text
+FEW_BYTES = 32 * 1024                  # of validation: some 10,000 tokens, whose mean loss is uncertain by 2 %
+EVAL_SHARE = 0.25                      # of --minutes: the last evaluation takes no longer
+APART = 1.1                            # validation this much above training, in bits a byte, is remarked upon
 MTP_WEIGHT = (0.3, 0.1)                # before and in the decay phase (M2 report)
 WARMUP, DECAY = 0.02, 0.6              # shares of the run
 # mtp_every: steps between MTP losses; msa_from: share of the run under full attention; stages: share -> cuts of a row
@@ -55,13 +58,26 @@ PEAK = {
 
 # ---- data ----------------------------------------------------------------------------------------
 
+def encode(tokenizer, pieces, at_once=4_000_000):
+    """Texts -> their ids, so many characters at a time on all cores; says how far it is where that takes long."""
+    progress = Progress("encode", sum(map(len, pieces)), "characters")
+    ids, waiting, done = [], [], 0
+    for piece in pieces:
+        waiting.append(piece)
+        if sum(map(len, waiting)) >= at_once:
+            ids += tokenizer.encode_batch(waiting)
+            done += sum(map(len, waiting))
+            progress.at(done)
+            waiting = []
+    return ids + tokenizer.encode_batch(waiting)
+
 class Tokens:
     """Documents laid out once, each from a multiple of L, pads between: three int32 vectors over all slots.
     ids; begin, the slot where the document starts (-1 = pad); end, the slot after its last token (pad: itself + 1)."""
 
     def __init__(self, docs, tokenizer, L, seq_len):
-        pieces = [[text[i:i + 500_000] for i in range(0, len(text), 500_000)] for _, text in docs]  # for two threads
-        encoded = iter(tokenizer.encode_batch([p for doc in pieces for p in doc]))
+        pieces = [[text[i:i + 500_000] for i in range(0, len(text), 500_000)] for _, text in docs]  # for threads
+        encoded = iter(encode(tokenizer, [piece for doc in pieces for piece in doc]))
         rows = [np.concatenate([[tokenizer.eot], *(next(encoded) for _ in doc)]).astype(np.int32) for doc in pieces]
         *starts, size = np.cumsum([0] + [-(-len(row) // L) * L for row in rows]).tolist()
         size, self.eot, self.L = max(-(-size // seq_len) * seq_len, seq_len), tokenizer.eot, L
@@ -151,14 +167,22 @@ def schedule(progress, warmup, decay):
 # ---- evaluation ----------------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(model, tokens, T, batch_size, device):
-    """Bits per byte over non-overlapping windows of T, every token of the text included, and what the layers report ->
-    dict: val_bpb; block_recall, score_recall, block_chance (layers with MSA); dead_experts; max_vio (with experts)."""
+def evaluate(model, tokens, T, batch_size, device, seconds=math.inf, tokenizer=None):
+    """Bits per byte over non-overlapping windows of T, every token of the text included, and what the layers report.
+    After so many seconds, which needs the tokenizer, it ends with what it has measured until then. -> dict: val_bpb;
+    val_bytes, of how much text; block_recall, score_recall, block_chance (layers with MSA); dead_experts; max_vio
+    (with experts)."""
     model.eval()
     model.cfg.mtp_active = False  # its loss is not part of the bits
     nats, load, recalls, names = 0.0, 0.0, [], ("block_recall", "score_recall", "block_chance")
+    progress = Progress("eval", len(tokens.begin), "slots of validation text")
+    started, measured = time.perf_counter(), []
     for s in range(0, len(tokens.begin), T * batch_size):
+        progress.at(s)
+        if measured and time.perf_counter() - started > seconds:
+            break
         batch = tokens.rows(range(s, min(s + T * batch_size, len(tokens.begin)), T), T)
+        measured.append(batch["targets"])
         batch = {k: v.to(device) for k, v in batch.items()}
         # on a GPU what was compiled for a step's shape would be compiled anew for these
         with torch.compiler.set_stance("force_eager") if model.embed.weight.is_cuda else contextlib.nullcontext():
@@ -167,9 +191,13 @@ def evaluate(model, tokens, T, batch_size, device):
         load = load + aux.get("expert_load", torch.zeros(0, 1))
         recalls.append(torch.stack([aux.get(name, torch.zeros(0)) for name in names]))
     model.train()
+    n_bytes = tokens.n_bytes
+    if len(measured) * T * batch_size < len(tokens.begin):
+        targets = torch.cat([x.flatten() for x in measured])
+        n_bytes = len(tokenizer.decode_bytes(targets[(targets >= 0) & (targets != tokens.eot)].tolist()))
     mean = torch.stack(recalls).nanmean(0)                                                   # (3, layers with MSA)
     recalls = [[]] * 3 if mean.isnan().any() else mean.tolist()  # nan: rows too short to choose in
-    return dict(zip(names, recalls), val_bpb=nats / math.log(2) / tokens.n_bytes,
+    return dict(zip(names, recalls), val_bpb=nats / math.log(2) / n_bytes, val_bytes=n_bytes,
                 dead_experts=int((load == 0).sum()), max_vio=max_violation(load).tolist())
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -292,6 +320,9 @@ def card(model, args, device, why, threads, data, setup, sparse_from):
           f"Muon + AdamW, rate {args.lr:g}, seed {args.seed}")
     print(f"data    | {args.data or 'the Python standard library'}: {data['train'].n_tokens:,} tokens; validation "
           f"{data['val'].n_bytes:,} bytes; {data['skipped']} files skipped; vocabulary {cfg.vocab_size:,}")
+    if data["val"].n_bytes < FEW_BYTES:
+        print(f"notice  | {data['val'].n_bytes:,} bytes of validation are too few to compare runs by: val_bpb is "
+              "uncertain by several percent; give --val-data")
     if not peak_flops(device):
         print(f"mfu     | none: the dense bf16 peak of {device_name(device)} is not known")
     print(f"ready   | {setup:.1f} s", flush=True)
@@ -323,7 +354,8 @@ def prepare(args, cfg, tokenizer):
     tokenizer = tokenizer or Tokenizer(learn_bpe((text for _, text in train), args.vocab_size, PATTERN))
     docs = dict(train=train, val=val, peek=truncate(val, VAL_BYTES // 8))  # peek: for the evaluations on the way
     L = cfg.index_block_size if "msa" in cfg.attn_types else 1
-    return tokenizer, {x: Tokens(docs[x], tokenizer, L, args.seq_len) for x in docs} | dict(skipped=skipped)
+    data = {x: Tokens(docs[x], tokenizer, L, args.seq_len) for x in docs}
+    return tokenizer, {**data, "skipped": skipped}
 
 def fuse(model, muon):
     """torch.compile what lies between the kernels: norms, projections, rotations, experts, momentum."""
@@ -406,7 +438,8 @@ def run(args, state):
     model = (model or MiniMax(cfg, dtype).to(device)).train()
     model.recompute = args.recompute
     (optimizers, index, rest), on_gpu = configure_optimizers(model, args.lr), device.type == "cuda"
-    now = dict(step=0, seconds=0.0, tokens=0, flops=0.0, ema=None, spread=0.0, above=0, bpb=math.inf, sparse_from=args.msa_from)
+    now = dict(step=0, seconds=0.0, tokens=0, flops=0.0, ema=None, spread=0.0, above=0, bpb=math.inf,
+               sparse_from=args.msa_from)
     if state:
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
@@ -430,11 +463,17 @@ def run(args, state):
     if threads.count is None:
         threads.choose(trial(model, data, args, index, rest))
     card(model, args, device, why, threads, data, time.perf_counter() - started, now["sparse_from"])
+    allowed = 60 * args.minutes * EVAL_SHARE if args.minutes else math.inf  # seconds of an evaluation
     def checkpoint():
-        """Evaluate on the first bytes and save what passes: the last good checkpoint survives a divergence."""
+        """Evaluate on the first bytes and save what passes: the last good checkpoint survives a divergence.
+        -> what was found, and the seconds that it took."""
         settle(pending, now)
-        found = evaluate(model, data["peek"], args.seq_len, 16, device)
-        print(f"eval {now['step']:05d} | {report(found)} | first {data['peek'].n_bytes:,} bytes", flush=True)
+        began = time.perf_counter()
+        found = evaluate(model, data["peek"], args.seq_len, 16, device, allowed, tokenizer)
+        took = time.perf_counter() - began
+        bits = train_bits(now, data)
+        print(f"eval {now['step']:05d} | {report(found)}{compare_bits(found['val_bpb'], bits)} | "
+              f"first {found['val_bytes']:,} bytes", flush=True)
         if not found["val_bpb"] <= 1.5 * now["bpb"]:
             raise FloatingPointError(f"val_bpb {found['val_bpb']:.3f} after {now['bpb']:.3f}")
         now["bpb"] = min(now["bpb"], found["val_bpb"])
@@ -443,6 +482,7 @@ def run(args, state):
         save_checkpoint(args.out, fresh=not args.resume and now["step"] <= args.eval_every, args=kept, now=dict(now),
                         config=dataclasses.asdict(dataclasses.replace(cfg, mtp_active=True)), tokenizer=tokenizer.spec,
                         model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers])
+        return found, took
     stop, pending, load, mtp, kl, last, final = on_signals(), [], 0.0, torch.tensor(math.nan), math.nan, dict(now), {}
     if progress() >= 1:
         print(f"nothing left to do after step {now['step']}: give more --steps or --minutes", flush=True)
@@ -478,21 +518,28 @@ def run(args, state):
             violation = max_violation(load).max().item() if "moe" in cfg.mlp_types else math.nan
             rate, mfu = speed(args, now, last, device)
             part, last, load = min(1.0, progress()), dict(now), 0.0
-            losses = ("loss", now["ema"], 3), ("mtp", mtp.item(), 3), ("kl", kl, 4)  # nan: none yet
+            losses = (("loss", now["ema"], 3), ("train_bpb", train_bits(now, data), 3), ("mtp", mtp.item(), 3),
+                      ("kl", kl, 4))  # nan: none yet, or no MTP loss since the line before
+            mtp = torch.tensor(math.nan)
             print(f"step {now['step']:05d} {part:4.0%} | {''.join(f'{k} {x:.{n}f} | ' for k, x, n in losses if x == x)}"
                   f"lr {args.lr * factor:.1e} | norm {aux['norm'].item():.2f} | maxvio {violation:.2f} | "
                   f"{rate:,.0f} tok/s{f', mfu {mfu:.1%}' if mfu else ''} | "
                   f"eta {now['seconds'] * (1 / part - 1) / 60:.1f}m", flush=True)
         if now["step"] % args.eval_every == 0 and progress() < 1 and not stop:
             checkpoint()
-    checkpoint()
+    found, took = checkpoint()
     if stop:
         print(f"stopped after step {now['step']}, saved in {args.out}; go on with --resume", flush=True)
     else:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # all is saved: Ctrl-C may end the evaluation
-        final = evaluate(model, data["val"], args.seq_len, 16, device)
-        print(f"final {now['step']:04d} | {report(final)} | {data['val'].n_bytes:,} bytes")
-    return summary(model, args, now, final, device)
+        final = found
+        if allowed - took > took:  # otherwise there is no time to see more of the text than just now
+            final = evaluate(model, data["val"], args.seq_len, 16, device, allowed - took, tokenizer)
+        final = max(found, final, key=lambda result: result["val_bytes"])
+        missing = data["val"].n_bytes - final["val_bytes"]
+        print(f"final {now['step']:04d} | {report(final)}{compare_bits(final['val_bpb'], train_bits(now, data))} | "
+              f"{final['val_bytes']:,} bytes" + (f"; for {missing:,} more --minutes left no time" if missing else ""))
+    return summary(model, args, now, final, device, train_bits(now, data))
 
 def device_name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"a {device.type.upper()}"
@@ -502,6 +549,18 @@ def peak_flops(device):
     not do: H100 PCIe and NVL, a slice (MIG) and an RTX A1000 are other devices than H100 and A100."""
     return PEAK.get(device_name(device).removeprefix("NVIDIA ")) if device.type == "cuda" else None
 
+def train_bits(now, data):
+    """The running training loss in bits a byte of the training text, as val_bpb is; None before the first step."""
+    if now["ema"] is None:
+        return None
+    return now["ema"] / math.log(2) * data["train"].n_tokens / data["train"].n_bytes
+
+def compare_bits(val, train):
+    """A remark for an evaluation's line where validation is far above training."""
+    if train is None or val <= APART * train:
+        return ""
+    return f" | {val / train - 1:.0%} above training: learned by heart, or validation text of another kind"
+
 def speed(args, now, since, device):
     """-> tokens a second since then, pads left out, and their FLOPs over the GPU's dense bf16 peak, or None."""
     seconds = max(now["seconds"] - since["seconds"], 1e-9)
@@ -510,10 +569,10 @@ def speed(args, now, since, device):
     mfu = (now["flops"] - since["flops"]) / seconds / peak if peak else None
     return rate, mfu
 
-def summary(model, args, now, final, device):
+def summary(model, args, now, final, device, bits):
     (rate, mfu), (total, active) = speed(args, now, dict(seconds=0.0, flops=0.0), device), model.num_params()
-    return dict(step=now["step"], loss=now["ema"], val_bpb=None, tokens_per_s=rate, mfu=mfu, params_total=total,
-                params_active=active, tokens=now["tokens"], seconds=now["seconds"],
+    return dict(step=now["step"], loss=now["ema"], val_bpb=None, val_bytes=0, train_bpb=bits, tokens_per_s=rate,
+                mfu=mfu, params_total=total, params_active=active, tokens=now["tokens"], seconds=now["seconds"],
                 block_recall=[], score_recall=[], block_chance=[], dead_experts=0, max_vio=[]) | final
 
 def report(result):

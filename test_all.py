@@ -1503,6 +1503,18 @@ def test_lines_hold_what_was_measured(trained, corpus):
     assert result["train_bpb"] == pytest.approx(bits)
     assert "bytes of validation are too few" in text
 
+@pytest.mark.parametrize("text", ["ab", "hello world\n" * 10])
+def test_tiny_texts_train(text, tmp_path):
+    """A text of two characters, or of one row: steps whose rows are pads alone change nothing that is reported."""
+    (tmp_path / "text").write_text(text)
+    argv = ["--data", tmp_path / "text", "--out", tmp_path / "out", "--device", "cpu", "--log-every", 1]
+    shape = ["--attn", "full", "--seq-len", 64, "--batch-size", 1, "--steps", 3]
+    result, _ = quiet(train.main, [*argv, *shape])
+    if result["tokens"]:
+        assert result["loss"] > 4, "ln 257 = 5.5 at first"
+    else:
+        assert result["loss"] is None and result["train_bpb"] is None
+
 def test_minutes_end_a_run(corpus, tmp_path, monkeypatch):
     """--minutes bounds the training time, and the evaluation a quarter of it; --steps on resume replaces it."""
     seconds = iter(range(10 ** 6))

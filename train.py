@@ -501,7 +501,8 @@ def run(args, state):
         batch = {k: (v.pin_memory() if on_gpu else v).to(device, non_blocking=True) for k, v in batch.items()}
         aux = learn(model, batch, args.accumulate, optimizers, index, rest, MTP_WEIGHT[done > 1 - DECAY])
         seen = torch.stack([aux["loss"], aux["norm"] + aux["index_norm"]]).to("cpu", non_blocking=True)
-        pending.append((seen, torch.cuda.current_stream().record_event() if on_gpu else None))
+        if n_real:  # a short text has batches of pads alone, whose loss of 0 says nothing
+            pending.append((seen, torch.cuda.current_stream().record_event() if on_gpu else None))
         shows = now["step"] == 0 or (now["step"] + 1) % args.log_every == 0
         settle(pending, now, running=on_gpu and not shows)
         model.update_router_bias(aux["expert_load"], args.bias_rate)
@@ -518,7 +519,8 @@ def run(args, state):
             violation = max_violation(load).max().item() if "moe" in cfg.mlp_types else math.nan
             rate, mfu = speed(args, now, last, device)
             part, last, load = min(1.0, progress()), dict(now), 0.0
-            losses = (("loss", now["ema"], 3), ("train_bpb", train_bits(now, data), 3), ("mtp", mtp.item(), 3),
+            loss = math.nan if now["ema"] is None else now["ema"]
+            losses = (("loss", loss, 3), ("train_bpb", train_bits(now, data), 3), ("mtp", mtp.item(), 3),
                       ("kl", kl, 4))  # nan: none yet, or no MTP loss since the line before
             mtp = torch.tensor(math.nan)
             print(f"step {now['step']:05d} {part:4.0%} | {''.join(f'{k} {x:.{n}f} | ' for k, x, n in losses if x == x)}"
@@ -550,14 +552,14 @@ def peak_flops(device):
     return PEAK.get(device_name(device).removeprefix("NVIDIA ")) if device.type == "cuda" else None
 
 def train_bits(now, data):
-    """The running training loss in bits a byte of the training text, as val_bpb is; None before the first step."""
+    """The running training loss in bits a byte of the training text, as val_bpb is; nan before the first."""
     if now["ema"] is None:
-        return None
+        return math.nan
     return now["ema"] / math.log(2) * data["train"].n_tokens / data["train"].n_bytes
 
 def compare_bits(val, train):
     """A remark for an evaluation's line where validation is far above training."""
-    if train is None or val <= APART * train:
+    if not val > APART * train:  # nor where there was no training yet
         return ""
     return f" | {val / train - 1:.0%} above training: learned by heart, or validation text of another kind"
 
@@ -571,6 +573,7 @@ def speed(args, now, since, device):
 
 def summary(model, args, now, final, device, bits):
     (rate, mfu), (total, active) = speed(args, now, dict(seconds=0.0, flops=0.0), device), model.num_params()
+    bits = None if math.isnan(bits) else bits
     return dict(step=now["step"], loss=now["ema"], val_bpb=None, val_bytes=0, train_bpb=bits, tokens_per_s=rate,
                 mfu=mfu, params_total=total, params_active=active, tokens=now["tokens"], seconds=now["seconds"],
                 block_recall=[], score_recall=[], block_chance=[], dead_experts=0, max_vio=[]) | final

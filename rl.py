@@ -29,9 +29,9 @@ import torch
 
 from model import Call, MiniMax, MiniMaxConfig, rope_tables
 from moe import lay_routes, pack_routes, unpack_routes
-from sample import (Parser, Threads, Tokenizer, checkpoint_path, implementations, learn_bpe, load_checkpoint,
-                    load_model, lockstep, number, pick_device, save_checkpoint)
-from train import command, configure_optimizers, on_signals
+from sample import (Parser, Threads, Tokenizer, check_memory, checkpoint_path, implementations, learn_bpe,
+                    load_checkpoint, load_model, lockstep, number, pick_device, save_checkpoint)
+from train import command, configure_optimizers, on_signals, step_bytes
 
 EPS_HIGH = 4.0                         # not published: upper clip of the ratio, 1 + 4
 PROCESS, SPEED, FAILURE = -0.1, 0.1, -0.1  # not published: a malformed call; the weight of speed; a task that got stuck
@@ -844,6 +844,14 @@ def parse_args(argv):
         raise ValueError(f"--figure {args.figure}: {getattr(error, 'strerror', None) or error}") from None
     return args, state
 
+def needed_bytes(args, device):
+    """About the memory of a step of the imitation, the largest one's; a little less rather than more."""
+    with torch.device("meta"):
+        cfg = make_model(args, "meta", None).cfg
+    demo = demonstrate(Gateway(), make_task(args, 0, 1), random.Random(0), 0.0)
+    slots = PrefixTree(demo.samples, cfg).size
+    return step_bytes(cfg, min(64, max(1, 16384 // slots)), slots, device)
+
 def card(args, model, queue, device, why, threads):
     print(f"model   | {args.preset}: {'{:,} parameters, {:,} active'.format(*model.num_params())}; {args.attn} "
           f"attention; {model.cfg.n_expert_per_tok} of {model.cfg.n_expert} experts, {args.mtp} MTP modules\n"
@@ -879,6 +887,7 @@ def run(args, state, whole=None):
     if args.schedule == "all":
         return compare(args)
     started, stop, (device, dtype, why) = time.perf_counter(), on_signals(), pick_device(args.device)
+    check_memory(needed_bytes(args, device), device, "--preset micro, or fewer --turns")
     model = load_model(state, device, dtype)[0] if state else make_model(args, device, dtype)
     window = dict(fifo=1, greedy=math.inf).get(args.schedule, args.window or max(1, int(0.3 * args.slots)))
     queue = WindowedFIFO(args.slots, window, args.deadline)

@@ -453,6 +453,56 @@ class Threads:
     def __str__(self):
         return f"{self.count} of {max(self.count, self.most)}: {self.why}"
 
+def cgroup_room(root="/sys/fs/cgroup", own="/proc/self/cgroup"):
+    """Bytes that this process's control groups (v2 and v1) leave it, file caches that can be dropped included, of the
+    tightest one; inf without a limit."""
+    room = math.inf
+    names = {"": ("memory.max", "memory.current", "inactive_file"),
+             "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")}
+    try:
+        lines = open(own).read().splitlines()
+    except OSError:
+        return room
+    for line in lines:
+        _, kinds, path = line.split(":", 2)
+        if kinds not in ("", "memory"):
+            continue
+        limit, used, cache = names[kinds]
+        parts = [part for part in path.split("/") if part]
+        for depth in range(len(parts) + 1):  # a limit of any group above holds, too
+            folder = os.path.join(root, kinds, *parts[:depth])
+            try:
+                most = open(os.path.join(folder, limit)).read().strip()
+                taken = int(open(os.path.join(folder, used)).read())
+                stat = dict(row.split() for row in open(os.path.join(folder, "memory.stat")))
+            except (OSError, ValueError):
+                continue  # no such group in sight: a container shows its own as the root
+            if most != "max":
+                room = min(room, int(most) - taken + int(stat.get(cache, 0)))
+    return room
+
+def free_memory(device):
+    """Bytes that a run could take now: of the GPU, or of the machine and of this process's control groups. None where
+    the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        rows = dict(line.split(":") for line in open("/proc/meminfo"))
+    except OSError:
+        return None
+    return min(1024 * int(rows["MemAvailable"].split()[0]), cgroup_room())
+
+def check_memory(need, device, ways, unsure=1.25):
+    """ValueError, before anything is allocated, where a run needs clearly more bytes than are free: the estimate may be
+    so much too high, and what might just fit is only warned of."""
+    free = free_memory(device)
+    if free is None or need <= free:
+        return
+    line = f"about {need / 1e9:.1f} GB are needed, {max(0, free) / 1e9:.1f} GB are free on {device}; less with {ways}"
+    if need > unsure * free:
+        raise ValueError(line)
+    print(f"memory  | {line}", flush=True)
+
 def implementations(model, device, trains=False, decodes=True):
     """What runs a model's layers on this device, in words for a start-up card, by the rules that pick it."""
     cfg, dtype = model.cfg, model.dtype

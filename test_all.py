@@ -1274,6 +1274,27 @@ def test_accumulation_knows_every_mtp_module(n_mtp, stride):
         for want, got in zip(whole, step(parts)):
             assert (want - got).norm() <= 1e-12 * want.norm()
 
+def test_recompute_changes_nothing_but_the_work():
+    """--recompute: the same loss and gradients, bit for bit, from layers that run twice and keep their input alone."""
+    model = make_model(n_mtp=1).train()
+    row = packed((13, 24, 6), 4, torch.float32)[0]
+    runs, calls = [], []
+    for layer in model.layers:
+        layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    for model.recompute in (False, True):
+        calls.clear()
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            _, loss, aux = model(**row)
+            total = loss + aux["mtp_loss"] + aux["index_kl"].sum()
+        forward = sum(kept)
+        grads = torch.autograd.grad(total, list(model.parameters()))
+        runs.append((len(calls), forward, [loss, aux["mtp_loss"], aux["index_kl"], aux["expert_load"], *grads]))
+    (once, much, plain), (twice, little, again) = runs
+    assert (once, twice) == (3, 6)
+    assert little < 0.7 * much
+    assert all(map(torch.equal, plain, again))
+
 @gpu
 @pytest.mark.filterwarnings("error:sparse attention runs in torch")
 def test_gradients_are_bit_equal_on_a_gpu(device="cuda", dtype=torch.bfloat16):
@@ -2388,6 +2409,42 @@ def test_devices_that_cannot_run_are_refused(name, corpus, tmp_path, capsys):
     assert name in line
     assert len(line) < 200
     assert not (tmp_path / "run").exists()
+
+def test_too_large_a_run_is_refused(tmp_path, monkeypatch, capsys):
+    """What memory cannot hold is refused before it is allocated, by train.py and rl.py; what may fit goes on."""
+    def went_on(*args): raise OSError("went on")
+    monkeypatch.setattr(train, "prepare", went_on)
+    monkeypatch.setattr(rl, "load_model", went_on)
+    monkeypatch.setattr(rl, "Local", went_on)
+    monkeypatch.setattr(sample, "free_memory", lambda device: 0.6e9, raising=False)
+    cpu = ["--device", "cpu", "--out", tmp_path]
+    for script, argv, word in ((train, ["--preset", "small"], "--batch-size"), (rl, ["--preset", "small"], "micro"),
+                               (train, ["--preset", "tiny"], "went on"), (rl, [], "went on"),
+                               (train, ["--batch-size", 64], "--accumulate"),
+                               (train, ["--batch-size", 64, "--accumulate", 16], "went on")):
+        assert word in refused(script.main, [*argv, *cpu], capsys), (script, argv)
+
+    estimate = train.step_bytes(MiniMaxConfig.tiny(), 4, 256, torch.device("cpu"))
+    assert 0.25e9 < estimate < 0.45e9, "measured: 0.32 to 0.37 GB"
+    estimate = train.step_bytes(MiniMaxConfig.tiny(), 16, 1024, torch.device("cpu"))
+    assert 2.0e9 < estimate < 4.0e9, "measured: 2.8 to 3.0 GB"
+
+@pytest.mark.parametrize("kind,names", [("", ("memory.max", "memory.current", "inactive_file")),
+                                        ("memory", ("memory.limit_in_bytes", "memory.usage_in_bytes",
+                                                    "total_inactive_file"))])
+def test_control_groups_limit_memory(kind, names, tmp_path):
+    """The tightest limit of the process's group and of those above it counts, in both versions of control groups."""
+    own = tmp_path / "own"
+    own.write_text(f"4:{kind}:/a/b\n3:cpu:/c\n")
+    (tmp_path / kind / "a" / "b").mkdir(parents=True)
+    assert sample.cgroup_room(tmp_path, own) == math.inf
+    for folder, numbers in (("a", (5000, 3000, 500)), ("a/b", (10 ** 9, 2000, 100))):
+        limit, used, cache = (tmp_path / kind / folder / name for name in (*names[:2], "memory.stat"))
+        limit.write_text(f"{numbers[0]}\n")
+        used.write_text(f"{numbers[1]}\n")
+        cache.write_text(f"anon 7\n{names[2]} {numbers[2]}\n")
+    assert sample.cgroup_room(tmp_path, own) == 2500
+    assert sample.cgroup_room(tmp_path, tmp_path / "none") == math.inf
 
 def test_damaged_checkpoints_are_refused(trained, tmp_path, capsys, monkeypatch):
     """Half a file, another version, a foreign object, a full disk: exit 2, and the file stays as it was."""

@@ -32,8 +32,9 @@ import torch
 
 from model import MiniMax, MiniMaxConfig, count_params
 from moe import max_violation
-from sample import (PATTERN, Parser, Progress, Threads, Tokenizer, implementations, learn_bpe, load_checkpoint,
-                    load_data, load_model, pick_device, save_checkpoint, tolerant_output, truncate)
+from msa import chunk
+from sample import (PATTERN, Parser, Progress, Threads, Tokenizer, check_memory, implementations, learn_bpe,
+                    load_checkpoint, load_data, load_model, pick_device, save_checkpoint, tolerant_output, truncate)
 
 VAL_BYTES = 512 * 1024                 # val_bpb is measured on this much of the validation text
 FEW_BYTES = 32 * 1024                  # of validation: some 10,000 tokens, whose mean loss is uncertain by 2 %
@@ -408,6 +409,33 @@ def rehearse(model, batch, n, muon, index, rest):
         torch.no_grad()(muon.blend)(*(torch.ones_like(p).flatten() for _ in "mg"), muon.defaults["momentum"])
     model.zero_grad(set_to_none=True)
 
+def step_bytes(cfg, rows, T, device, recompute=False):
+    """About the memory of a training step of rows x T tokens, a little less rather than more: weights, gradients and
+    moments in fp32, what the backward pass keeps of each layer, and the logits."""
+    with torch.device("meta"):
+        model = MiniMax(cfg)
+        adam = configure_optimizers(model, 1.0)[0][1]
+        n_params = sum(p.numel() for p in model.parameters())
+        two_moments = sum(p.numel() for group in adam.param_groups for p in group["params"])
+    tokens, on_gpu = rows * T, device.type != "cpu"
+    attention = 6 * cfg.n_embd + 5 * cfg.n_head * cfg.head_dim + 6 * cfg.n_kv_head * cfg.head_dim
+    attention += 3 * (cfg.n_kv_head + 1) * cfg.index_head_dim * ("msa" in cfg.attn_types)
+    experts = cfg.n_expert_per_tok * (2 * cfg.n_embd + 5 * cfg.expert_dim) + 5 * cfg.shared_dim + 3 * cfg.n_embd
+    layer = 4 * tokens * (attention + experts)
+    # sparse attention in torch gathers keys and values, some six copies alive; above a size it does so part by part
+    gathered = cfg.n_kv_head * cfg.index_topk_blocks * cfg.index_block_size * cfg.head_dim
+    n_sparse = cfg.attn_types.count("msa") + cfg.n_mtp * (cfg.attn_types[-1] == "msa")
+    parts = tokens * gathered > chunk(device)
+    gathers = 6 * 4 * chunk(device) if parts else 6 * 4 * tokens * gathered * (1 if recompute else n_sparse)
+    alive = cfg.n_mtp + (1 if recompute else cfg.n_layer)
+    kept = 4 * tokens * cfg.n_embd * cfg.n_layer * recompute
+    at_once = min(tokens, 2 ** (30 - cfg.vocab_size.bit_length()))  # see model.cross_entropy
+    logits = 4 * at_once * cfg.vocab_size * (3 + (cfg.n_mtp if at_once == tokens else 0))
+    if on_gpu:  # kernels that keep less, in bf16; the gradient is written over the logits
+        layer, kept = 0.4 * layer / 2, kept / 2
+        gathers, logits = 0, 2 * at_once * cfg.vocab_size
+    return 4 * (3 * n_params + two_moments) + alive * layer + kept + logits + (gathers if n_sparse else 0)
+
 def trial(model, data, args, index, rest):
     """-> a function that runs a step's forward and backward passes, on few tokens, and leaves the model as it was."""
     T = min(args.seq_len, 256)
@@ -432,6 +460,10 @@ def run(args, state):
     if converted:
         model, state["optimizers"] = convert(model, state["optimizers"], args)
     cfg = model.cfg if model else configure(args)
+    sized = dataclasses.replace(cfg, vocab_size=args.vocab_size)
+    rows = -(-args.batch_size // args.accumulate)
+    check_memory(step_bytes(sized, rows, args.seq_len, device, args.recompute), device,
+                 "--accumulate, --recompute, --batch-size or --seq-len")
     os.makedirs(args.out, exist_ok=True)  # now, not after an hour of training
     tokenizer, data = prepare(args, cfg, tokenizer)
     cfg.vocab_size = tokenizer.n_vocab

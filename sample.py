@@ -382,6 +382,7 @@ class Threads:
     (bits depend on it), or what is faster. On a machine that others use, threads wait for the one that does not run:
     all of them can be ten times slower than one."""
     FASTER = 1.3                       # one thread is taken only where it is clearly faster: a quiet machine uses all
+    FAR = 2.0                          # the same where one trial with one thread took longer than one with all
     SLOWER = 5.0                       # steps that took so much longer than a run's first make it look again
 
     def __init__(self, device, asked=None, saved=None):
@@ -429,7 +430,8 @@ class Threads:
             if taken[0] > 10:  # seconds: a large model's steps, or a machine at its limit, cannot be tried so often
                 break
         one, many = (statistics.median(taken) for taken in seconds.values())
-        clear = one * self.FASTER < many and max(seconds[1]) < min(seconds[self.most])
+        apart = max(seconds[1]) < min(seconds[self.most])  # times that scatter need a wider gap
+        clear = many > one * (self.FASTER if apart else self.FAR)
         self.count = 1 if clear else self.most
         self.why = f"{one:.3f} s a step with one, {many:.3f} s with {self.most}"
         self.times = []

@@ -29,8 +29,9 @@ import torch
 
 from model import Call, MiniMax, MiniMaxConfig, rope_tables
 from moe import lay_routes, pack_routes, unpack_routes
-from sample import (Parser, Threads, Tokenizer, check_memory, checkpoint_path, implementations, learn_bpe,
-                    load_checkpoint, load_model, lockstep, number, pick_device, save_checkpoint)
+from sample import (Parser, SaveTimer, Threads, Tokenizer, check_fields, check_finite, check_memory, check_weights,
+                    checkpoint_path, implementations, learn_bpe, load_checkpoint, load_model, load_optimizers,
+                    lock_folder, lockstep, number, pick_device, save_checkpoint, saved_flags)
 from train import command, configure_optimizers, on_signals, step_bytes
 
 EPS_HIGH = 4.0                         # not published: upper clip of the ratio, 1 + 4
@@ -42,6 +43,9 @@ MICRO_TOKENS = 16384                   # slots of a micro-batch at most, so that
 ROUNDING = 16                          # units of the last place: eight times what is left of terms that cancel
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")  # types of a message's parts that are text
 MAX_BODY = 1 << 20                     # bytes of a request to the gateway
+RUN_ALONE = ("out", "resume", "device", "figure", "token")  # flags that a checkpoint does not hand on
+NOW = dict(step=int, seconds=float, warm=float, ema=(float, type(None)), curve=list, max_lag=int, naive=int, slots=int,
+           reward=float, run=(str, type(None)))  # what a checkpoint says of its run; run: since runs have names
 MADE_BY = ("task", "turns", "preset", "attn", "mtp")  # what the model of a checkpoint depends on
 
 # ---- agents: they see messages and text, nothing of the model ------------------------------------
@@ -765,16 +769,23 @@ def warm_start(source, args, stop, threads):
     step with advantage 1 and ratio 1 -> whether it is over. --out/warm keeps it, or as much as was done of it."""
     model, folder, started, step = source.model, os.path.join(args.out, "warm"), time.perf_counter(), 0
     optimizers = configure_optimizers(model, WARM_LR)[0]
+    now, saved = dict(run=os.urandom(8).hex()), None
     state = load_checkpoint(folder) if os.path.exists(checkpoint_path(folder)) else dict(args={})
     same = all(state["args"].get(name) == getattr(args, name) for name in (*MADE_BY, "seed", "warm_steps"))
-    if same and state["config"]["vocab_size"] == model.cfg.vocab_size:
+    if same and state["config"].get("vocab_size") == model.cfg.vocab_size:
+        check_imitation(folder, state, model)
         model.load_state_dict(state["model"])
         step = restore(state, optimizers).get("step", args.warm_steps)
         threads.keep(state["now"].get("threads") or threads.count)
+        now = dict(run=state["now"].get("run"))  # it is the same imitation that goes on
+        saved = step
         print(f"warm    | {step} steps read from {folder}", flush=True)
+    timer = SaveTimer()
     while step < args.warm_steps and not stop:
-        done = dict(step=step, threads=threads.count)
-        step % 20 or save(folder, args, source, optimizers, done)  # killed at any time, it goes on
+        if step % 20 == 0 or timer.due():  # killed at any time, it goes on
+            began = timer.clock()
+            save(folder, args, source, optimizers, dict(now, step=step, threads=threads.count))
+            timer.saved(began)
         rng, rate = random.Random(f"{args.seed} warm {step}"), min(1, (step + 1) / 20, 1.1 - step / args.warm_steps)
         demos = [demonstrate(source, make_task(args, step * 64 + i, 1), rng, NOISE) for i in range(64)]
         tick, trees = time.perf_counter(), [PrefixTree(d.samples, model.cfg) for d in demos]
@@ -785,8 +796,17 @@ def warm_start(source, args, stop, threads):
         if step % 20 == 0 or step == args.warm_steps:
             print(f"warm {step:04d} | loss {stats['loss']:.3f} | norm {stats['norm']:.2f} | "
                   f"{time.perf_counter() - started:.0f} s", flush=True)
-    save(folder, args, source, optimizers, dict(step=step, threads=threads.count))
+    if step != saved:
+        save(folder, args, source, optimizers, dict(now, step=step, threads=threads.count))
     return step == args.warm_steps
+
+def check_imitation(folder, state, model):
+    """ValueError, FloatingPointError: an imitation's weights are not of this model, or not finite."""
+    try:
+        check_weights(state["model"], model.state_dict())
+    except ValueError as error:
+        raise ValueError(f"{checkpoint_path(folder)}: the checkpoint does not fit: {error}") from None
+    check_finite(state["model"])
 
 def make_model(args, device, dtype):
     """Task and preset -> model, with full attention, as in the M2 that Forge trained, unless --attn msa."""
@@ -798,8 +818,9 @@ def make_model(args, device, dtype):
     cfg.attn_types = ["full"] + [args.attn] * (cfg.n_layer - 1)
     return MiniMax(cfg, dtype).to(device)
 
-def parse_args(argv):
-    """-> args, checkpoint (None: a run at its start, or in its imitation). --resume takes from it what is not given."""
+def parse_args(argv, locks=None):
+    """-> args, checkpoint (None: a run at its start, or in its imitation). --resume takes from it what is not given.
+    `locks`, a contextlib.ExitStack, holds the locks on the run's folders from here on: nobody else writes there."""
     p, state, count, positive = Parser(__doc__), None, number(1), number(1e-6, 1e9, float)
     p.add_argument("--schedule", choices=["window", "fifo", "greedy", "all"], default="window", nargs="?", const="all")
     for flag, kind, default, text in (
@@ -818,23 +839,12 @@ def parse_args(argv):
             ("replay", bool, False, "use experts and blocks of the rollout"), ("figure", str, None, "curve's file")):
         how = dict(action="store_true") if kind is bool else {"choices" if isinstance(kind, list) else "type": kind}
         p.add_argument(f"--{flag}", default=default, help=text, **how)
+    argv = sys.argv[1:] if argv is None else argv
     args = p.parse_args(argv)
     if args.resume:
-        begun = os.path.exists(checkpoint_path(args.out))
-        with contextlib.suppress(ValueError):  # none, or damaged. One that is not over is of a newer run than --out's
-            state = load_checkpoint(f"{args.out}/warm")
-        early = state and not (begun and state["now"].get("step", math.inf) >= state["args"].get("warm_steps", 0))
-        state = state if early else load_checkpoint(args.out)
-        if "due" not in state.get("queue", {}):
-            raise ValueError(f"--out {args.out}: a checkpoint by {'another rl.py' if 'queue' in state else 'train.py'}")
-        p.set_defaults(**{**state["args"], **(dict(steps=None, minutes=None) if args.steps or args.minutes else {})})
-        args = p.parse_args(argv)
-        if args.schedule == "all":
-            raise ValueError(f"--schedule all: leave --resume out, or resume a run alone, --out {args.out}/fifo, say")
-        for flag in (*MADE_BY, "slots"):
-            if getattr(args, flag) != state["args"][flag]:
-                raise ValueError(f"--{flag} {getattr(args, flag)}: the checkpoint was made with {state['args'][flag]}")
-        state = None if early else state  # the imitation's weights are read where they are needed
+        if locks:
+            lock_folders(args, locks)
+        args, state = resume_args(p, argv, args)
     if args.groups > args.slots:
         raise ValueError(f"--groups {args.groups}: at most --slots, {args.slots}")
     args.minutes = args.minutes or (None if args.steps else 2.9)
@@ -842,7 +852,53 @@ def parse_args(argv):
         draw({}, args)  # what is wrong with --figure shows now, not after minutes
     except (OSError, ValueError) as error:
         raise ValueError(f"--figure {args.figure}: {getattr(error, 'strerror', None) or error}") from None
+    if locks and not args.resume:
+        lock_folders(args, locks)
     return args, state
+
+def lock_folders(args, locks):
+    """Hold all folders that a run writes a checkpoint into; a resumed run makes none."""
+    runs = ("fifo", "window", "greedy") if args.schedule == "all" and not args.resume else ()
+    for folder in (args.out, *(os.path.join(args.out, name) for name in ("warm", *runs))):
+        locks.enter_context(lock_folder(folder, create=not args.resume))
+
+def resume_args(parser, argv, given):
+    """What was given now, over what the checkpoint was made with -> args, checkpoint (None within the imitation)."""
+    begun, early, path = os.path.exists(checkpoint_path(given.out)), None, checkpoint_path(given.out)
+    with contextlib.suppress(ValueError):  # none, or damaged. One that is not over is of a newer run than --out's
+        early = load_checkpoint(f"{given.out}/warm")
+    if early and begun and is_over(early):
+        early = None
+    state = early or load_checkpoint(given.out)
+    if "queue" not in state and "task" not in state["args"]:
+        raise ValueError(f"--out {given.out}: a checkpoint by train.py; python train.py --resume --out {given.out} "
+                         "goes on")
+    if not isinstance(state.get("queue"), dict) or "due" not in state["queue"]:
+        raise ValueError(f"--out {given.out}: a checkpoint by another version of rl.py, whose queue was another")
+    flags = saved_flags(parser, path, state["args"], RUN_ALONE)
+    if given.steps or given.minutes:  # a new end replaces the old one
+        flags = [flag for flag in flags if not flag.startswith(("--steps=", "--minutes="))]
+    args = parser.parse_args([*flags, *argv])
+    if args.schedule == "all":
+        raise ValueError(f"--schedule all: leave --resume out, or resume a run alone, --out {args.out}/fifo, say")
+    for flag in (*MADE_BY, "slots"):
+        if getattr(args, flag) != state["args"].get(flag):
+            raise ValueError(f"--{flag} {getattr(args, flag)}: the checkpoint was made with {state['args'].get(flag)}")
+    return args, None if early else state  # the imitation's weights are read where they are needed
+
+def check_record(now):
+    """ValueError unless a checkpoint's now has all that a run goes on counting."""
+    check_fields("the checkpoint's now", now, NOW, optional=["run"])
+    if bool(now["curve"]) != (now["ema"] is not None):
+        raise ValueError("the checkpoint's now has a curve without its running mean, ema, or the reverse")
+    for point in now["curve"]:
+        if not isinstance(point, list) or [*map(type, point)] != [float, float]:
+            raise ValueError(f"the checkpoint's curve has {str(point)[:40]}: a share and its running mean")
+
+def is_over(imitation):
+    """Whether all steps of an imitation are done; one of before steps were counted was."""
+    step, end = imitation["now"].get("step", math.inf), imitation["args"].get("warm_steps", 0)
+    return type(end) is not int or step >= end
 
 def needed_bytes(args, device):
     """About the memory of a step of the imitation, the largest one's; a little less rather than more."""
@@ -889,6 +945,8 @@ def run(args, state, whole=None):
     started, stop, (device, dtype, why) = time.perf_counter(), on_signals(), pick_device(args.device)
     check_memory(needed_bytes(args, device), device, "--preset micro, or fewer --turns")
     model = load_model(state, device, dtype)[0] if state else make_model(args, device, dtype)
+    if state:
+        check_record(state["now"])
     window = dict(fifo=1, greedy=math.inf).get(args.schedule, args.window or max(1, int(0.3 * args.slots)))
     queue = WindowedFIFO(args.slots, window, args.deadline)
     source = (Local if args.serve is None else Served)(model, args, queue)
@@ -900,16 +958,20 @@ def run(args, state, whole=None):
     threads.times = []  # these steps are others than the imitation's
     optimizers, warm = configure_optimizers(model, args.lr)[0], time.perf_counter() - started
     now = restore(state, optimizers, source) if state else dict(
-        step=0, seconds=warm, warm=warm, ema=None, curve=[], max_lag=0, naive=0, slots=0, reward=0.0)
+        step=0, seconds=warm, warm=warm, ema=None, curve=[], max_lag=0, naive=0, slots=0, reward=0.0,
+        run=os.urandom(8).hex())
     if ready and not state:
-        save(args.out, args, source, optimizers, now, fresh=True)  # killed from here on, the run can go on
+        save(args.out, args, source, optimizers, now)  # killed from here on, the run can go on
+    timer, changed = SaveTimer(), False
     def progress():
         budget = 60 * (args.minutes or math.inf) - now["warm"]
         return max(now["step"] / (args.steps or math.inf), (now["seconds"] - now["warm"]) / max(budget, 1e-9))
     if ready and args.serve is not None:
         print(f"gateway | http://127.0.0.1:{source.server_port}/v1 key {source.token}", flush=True)
+    if state and progress() >= 1:
+        print(f"nothing left to do after step {now['step']}: give more --steps or --minutes", flush=True)
     while progress() < 1 and not stop:
-        tick, rate = time.perf_counter(), args.lr * min(1.0, 2 * (1 - progress()))
+        tick, rate, changed = time.perf_counter(), args.lr * min(1.0, 2 * (1 - progress())), True
         source.start(queue.admit(now["step"], source.now), now["step"])
         source.wait(stop, 60 * (args.minutes or math.inf) - now["seconds"])
         if len(queue.batch) < args.groups:  # stopped, or out of time, while agents of other processes were at work
@@ -927,9 +989,11 @@ def run(args, state, whole=None):
             report(now, args, groups, stats, lags, source.tokenizer.decode)
         else:
             print(f"no step   | groups {[g[0].task for g in groups]}: no turn to learn from", flush=True)
-        if now["step"] % args.save_every == 0:
+        if now["step"] % args.save_every == 0 or timer.due():
+            began = timer.clock()
             save(args.out, args, source, optimizers, now)
-    if ready:
+            timer.saved(began)
+    if ready and changed:  # a run with nothing left has nothing to save
         save(args.out, args, source, optimizers, now)
     if stop or not now["step"]:  # all the time went into the imitation, or into waiting for other processes
         print(f"stopped after step {now['step']}, saved; --resume --out {args.out} goes on" if ready else
@@ -942,27 +1006,67 @@ def run(args, state, whole=None):
                 merge_ratio=now["naive"] / max(now["slots"], 1), max_lag=now["max_lag"], seconds=now["seconds"],
                 virtual_seconds=virtual, idle=queue.idle / virtual, reward_per_virtual_s=now["reward"] / virtual)
 
-def save(folder, args, source, optimizers, now, fresh=False):
-    """All there is between two steps: weights, momenta, who is in flight, what has finished, the clock."""
-    kept = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "figure", "token")}
+def save(folder, args, source, optimizers, now):
+    """All there is between two steps: weights, momenta, who is in flight, what has finished, the clock.
+    FloatingPointError if a weight is not finite: what was saved before is kept."""
+    check_finite(source.model.state_dict())
+    kept = {k: v for k, v in vars(args).items() if k not in RUN_ALONE}
     pool = {task: list(map(dataclasses.asdict, group)) for task, group in source.pool.items()}
     os.makedirs(folder, exist_ok=True)
-    save_checkpoint(folder, fresh, config=dataclasses.asdict(source.model.cfg), model=source.model.state_dict(),
+    save_checkpoint(folder, config=dataclasses.asdict(source.model.cfg), model=source.model.state_dict(),
                     tokenizer=source.tokenizer.spec, args=kept, now=now, pool=pool, queue=vars(source.queue),
                     clock=source.now, optimizers=[o.state_dict() for o in optimizers])
 
 def restore(state, optimizers, source=None):
     """Put a checkpoint back -> now. What other processes had begun starts again: not lost, not counted twice."""
-    for optimizer, saved in zip(optimizers, state["optimizers"]):
-        optimizer.load_state_dict(saved)
+    load_optimizers(optimizers, state["optimizers"], state["now"].get("step", 0))
     if source:
-        vars(source.queue).update(state["queue"], window=source.queue.window, deadline=source.queue.deadline)
-        source.now, source.pool = state["clock"], {
-            task: [Trajectory(**{**t, "samples": [Sample(**s) for s in t["samples"]]}) for t in group]
-            for task, group in state["pool"].items()}
+        try:
+            restore_episodes(state, source)
+        except (TypeError, KeyError, AttributeError, ValueError, IndexError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(f"the checkpoint's queue, pool or clock: {reason}") from None
     if isinstance(source, Served):
         source.start([t for t, when in source.queue.due.items() if when > source.now], state["now"]["step"])
-    return state["now"]
+    return {**state["now"], "run": state["now"].get("run")}
+
+def restore_episodes(state, source):
+    """Queue, clock, and the pool's trajectories. An error, of any kind that Python has, if they are none."""
+    queue, saved, tokens = source.queue, state["queue"], source.model.cfg.vocab_size
+    check_fields("queue", saved, dict(next=int, born=dict, due=dict, batch=list, idle=float))
+    check_fields("the checkpoint", state, dict(clock=float, pool=dict))
+    if saved.keys() != vars(queue).keys():
+        raise ValueError(f"a queue has {', '.join(vars(queue))}, not {', '.join(map(str, saved))}"[:200])
+    for task, (admitted, version) in saved["born"].items():
+        fields = dict(task=task, admitted=admitted, version=version)
+        check_fields(f"group {task}", fields, dict(task=int, admitted=float, version=int))
+    for task, when in saved["due"].items():
+        if task not in saved["born"] or type(when) not in (int, float) or math.isnan(when):  # inf: no deadline
+            raise ValueError(f"group {task}, due at {str(when)[:40]}")
+    if not set(saved["batch"]) <= set(saved["born"]) or set(saved["born"]) != set(state["pool"]):
+        raise ValueError("the groups in flight and those in the pool are not the same")
+    pool = {task: [restore_episode(task, fields, tokens) for fields in group] for task, group in state["pool"].items()}
+    if not all(pool.values()):
+        raise ValueError("a group has no episodes")
+    vars(queue).update(saved, slots=queue.slots, window=queue.window, deadline=queue.deadline)
+    source.now = state["clock"]
+    source.pool = pool
+
+def restore_episode(task, fields, tokens):
+    """Fields of a trajectory of group `task` -> it. ValueError for turns that do not hold together."""
+    check_fields(f"an episode of group {task}", fields, dict(task=int, samples=list, rewards=list, success=bool,
+                                                             seconds=float, said=dict))
+    episode = Trajectory(**{**fields, "samples": [Sample(**turn) for turn in fields["samples"]]})
+    for turn in episode.samples:
+        action = (len(turn.ids) - turn.start,)
+        fits = turn.logprobs.shape == turn.versions.shape == action and 0 < turn.start < len(turn.ids)
+        fits = fits and turn.ids.dtype == turn.versions.dtype == torch.int64 and turn.logprobs.is_floating_point()
+        fits = fits and turn.ids.dim() == 1 and 0 <= turn.ids.min() and turn.ids.max() < tokens
+        if not fits or turn.routes is not None and len(turn.routes) != len(turn.ids):
+            raise ValueError(f"a turn of group {task}: ids, log-probs and versions do not fit each other or the model")
+    if not all(type(reward) in (int, float) and math.isfinite(reward) for reward in episode.rewards):
+        raise ValueError(f"rewards of group {task}: {str(episode.rewards)[:40]}")
+    return episode
 
 def draw(lines, args):
     """Curves {name: (steps,)} -> --figure, where asked for. Without curves: see that it can be written, no more."""
@@ -1015,7 +1119,7 @@ def compare(args):
     return dict(trained["window"], trained=trained, queue=rows)
 
 def main(argv=None):
-    return command("rl.py", lambda: run(*parse_args(argv)))
+    return command("rl.py", lambda locks: run(*parse_args(argv, locks)))
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, at_ctrl_c)

@@ -15,10 +15,13 @@ if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: no 
 
 import argparse
 import codecs
+import contextlib
+import dataclasses
 import hashlib
 import json
 import math
 import re
+import shutil
 import stat
 import statistics
 import sys
@@ -28,6 +31,11 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from heapq import heapify, heappop, heappush
 from types import SimpleNamespace
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 import regex
 import tiktoken
@@ -41,6 +49,20 @@ EOT = "<|endoftext|>"
 LEARN_FROM = 2 ** 24                   # characters that tokens are learned from at most: the standard library fits
 VERSION = 1                            # of the checkpoint's layout
 MAX_SAMPLES = 1024                     # of --n-samples: each has its keys and values
+PARTS = dict(config=dict, tokenizer=dict, model=dict, optimizers=list, now=dict, args=dict)  # of a checkpoint
+# every checkpoint's config has these; a field that joined later may be missing
+CONFIG_FIELDS = """vocab_size n_layer n_embd n_head n_kv_head head_dim rotary_dim max_seq_len attn_types mlp_types
+    n_expert n_expert_per_tok expert_dim shared_dim dense_dim routed_scale activation gemma_norm qk_norm index_head_dim
+    index_block_size index_topk_blocks n_mtp rope_theta norm_eps""".split()
+# what must be above 0 in a checkpoint's config -> the largest value; beyond it memory, not the model, would decide
+CONFIG_RANGES = dict(
+    vocab_size=2 ** 31, n_layer=2 ** 16, n_embd=2 ** 31, n_head=2 ** 31, n_kv_head=2 ** 31, head_dim=2 ** 31,
+    max_seq_len=2 ** 24, index_block_size=2 ** 16, index_topk_blocks=2 ** 16, index_kl_stride=2 ** 24,
+    rope_theta=math.inf, norm_eps=math.inf)
+STATE_OF = dict(Muon=["momentum"], AdamW=["step", "exp_avg", "exp_avg_sq"])  # what an optimizer keeps of a parameter
+LOCK = "ckpt.lock"                     # held by the process that writes a folder's checkpoint
+TEMPORARY = ".pt.tmp"                  # ends the name of a checkpoint that is being written
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # absent on Windows
 # a word with the space before it; one digit; marks; line breaks with the indentation after them; other spaces
 PATTERN = r" ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s*\n[ \t]*|\s+(?!\S)|\s"
 
@@ -191,6 +213,7 @@ def list_files(path):
     for folder, dirs, names in os.walk(root, onerror=lambda error: files.append(error.filename)):
         dirs[:] = sorted(d for d in dirs if d not in skip and not d.startswith((".", "__pycache__")))
         names += [d for d in dirs if os.path.islink(os.path.join(folder, d))]  # not entered; read_text says so
+        names = [n for n in names if n != LOCK]  # of a run whose --out lies in its --data
         files += [os.path.join(folder, n) for n in sorted(names) if path or n.endswith(".py")]
     return [(os.path.relpath(f, root), f) for f in files]
 
@@ -533,55 +556,369 @@ def tolerant_output():
 def checkpoint_path(folder):
     return os.path.join(folder, "ckpt.pt")
 
+@contextlib.contextmanager
+def lock_folder(folder, create=True):
+    """Make this process the only one that writes a checkpoint into the folder, which is made if `create`.
+
+    The lock is the kernel's and ends with the process, however that ends; readers do not ask for it. What a killed
+    process left half written is removed, and so is, at the end, a folder made here that is still empty.
+    ValueError if another process writes there, or if nobody can."""
+    if not create and not os.path.isdir(folder):
+        yield  # whoever reads a checkpoint there says what is missing
+        return
+    made = make_folders(folder)
+    file = None
+    try:
+        file = take_lock(folder)
+        if file is not None:
+            remove_temporaries(folder)
+        check_writable(folder)
+        yield
+    finally:
+        if file is not None:
+            with contextlib.suppress(OSError):  # somebody removed the folder
+                remove_temporaries(folder)
+                os.remove(os.path.join(folder, LOCK))  # while it is held, see take_lock
+            os.close(file)
+        for path in reversed(made):
+            with contextlib.suppress(OSError):  # not empty: a checkpoint is in it
+                os.rmdir(path)
+
+def make_folders(folder):
+    """Make the folder -> those that were missing, outermost first."""
+    made = []
+    path = os.path.abspath(folder)
+    while not os.path.lexists(path):
+        made.insert(0, path)
+        path = os.path.dirname(path)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {folder}: no folder can be made there: {error.strerror}") from None
+    return made
+
+def take_lock(folder):
+    """-> a descriptor that holds the folder's lock; None where there are no locks, which is said."""
+    path = os.path.join(folder, LOCK)
+    while True:
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o666)
+        except OSError as error:
+            raise ValueError(f"--out {folder}: nothing can be written there: {error.strerror}") from None
+        try:
+            if fcntl is None:
+                raise OSError("this platform has no flock")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(file, 20).decode("ascii", "replace")
+            os.close(file)
+            raise ValueError(f"--out {folder}: another run, process {owner}, is writing there; stop it, or give "
+                             "another --out") from None
+        except OSError as error:  # some network file systems
+            os.close(file)
+            os.remove(path)
+            print(f"lock    | none in {folder} ({error}): nothing keeps a second run from writing there", flush=True)
+            return None
+        # its last owner may have removed the file between the two calls: then it locks nobody out
+        if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file)):
+            os.ftruncate(file, 0)
+            os.write(file, str(os.getpid()).encode())
+            return file
+        os.close(file)
+
+def check_writable(folder):
+    """ValueError if no checkpoint can be written into the folder: seen now, not after minutes of training."""
+    for path in (checkpoint_path(folder), f"{checkpoint_path(folder)}.old"):
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError(f"--out {folder}: {path} is in the way of the checkpoint: it is not a file")
+    try:
+        file, path = new_temporary(folder)
+        file.close()
+        os.remove(path)
+    except OSError as error:
+        raise ValueError(f"--out {folder}: nothing can be written there: {error.strerror}") from None
+
+def new_temporary(folder):
+    """-> file, path: a new file of a name that nobody else has; a link is not followed."""
+    path = os.path.join(folder, f"ckpt.{os.urandom(6).hex()}{TEMPORARY}")
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_LINK, 0o666)
+    return os.fdopen(descriptor, "wb"), path
+
+def remove_temporaries(folder):
+    """Remove what was left half written. Only the lock's owner may: nobody else writes then."""
+    for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        if re.fullmatch(r"ckpt(\.[0-9a-f]{12})?\.pt\.tmp", name) and (os.path.isfile(path) or os.path.islink(path)):
+            os.remove(path)
+
 def load_checkpoint(folder, device="cpu"):
-    """Read FOLDER/ckpt.pt, a plain dict (weights_only). ValueError, naming the file, if it is absent, damaged or of
-    another version."""
+    """Read FOLDER/ckpt.pt, a plain dict (weights_only). ValueError, naming the file, if it is absent, damaged, of
+    another version, or a part of it is missing or of another type."""
     path = checkpoint_path(folder)
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such checkpoint; python train.py --out {folder} makes one, rl.py its own")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
+    except PermissionError as error:
+        raise ValueError(f"{path}: the checkpoint cannot be read: {error.strerror}") from None
     except Exception as error:  # torch raises half a dozen types, by where the file is broken
         raise ValueError(f"{path}: damaged, or not a checkpoint ({type(error).__name__})") from None
-    if not isinstance(state, dict) or state.get("version") != VERSION:
-        found = state.get("version") if isinstance(state, dict) else type(state).__name__
-        raise ValueError(f"{path}: checkpoint version {found}, this code reads version {VERSION}")
-    lacks = {"config", "tokenizer", "model", "optimizers", "now", "args"} - set(state)
+    version = state.get("version") if isinstance(state, dict) else type(state).__name__
+    if type(version) is not int or version != VERSION:
+        raise ValueError(f"{path}: checkpoint version {str(version)[:40]}, this code reads version {VERSION}")
+    lacks = PARTS.keys() - state.keys()
     if lacks:
         raise ValueError(f"{path}: the checkpoint lacks {', '.join(sorted(lacks))}")
+    for name, kind in PARTS.items():
+        if not isinstance(state[name], kind):
+            raise ValueError(f"{path}: the checkpoint's {name} is of type {type(state[name]).__name__}, not "
+                             f"{kind.__name__}")
+        if kind is dict and not all(isinstance(key, str) for key in state[name]):
+            raise ValueError(f"{path}: the checkpoint's {name} has a key that is not a string")
+    check_fields(f"{path}: the checkpoint's now", state["now"], dict(step=int), optional=["step"])
     return state
 
-def save_checkpoint(folder, fresh=False, **state):
-    """Write FOLDER/ckpt.pt beside the old file, then rename: a crash at any moment leaves a whole checkpoint. OSError,
-    with the old one untouched, if it cannot be written. fresh: a run's first; what another left becomes ckpt.pt.old."""
-    path = checkpoint_path(folder)
-    temporary = f"{path}.tmp"
+def write_checkpoint(folder, **state):
+    """Write a checkpoint into a new file beside FOLDER/ckpt.pt -> its path. OSError, with nothing left behind, if it
+    cannot be written."""
+    path = None
     try:
-        with open(temporary, "wb") as f:
-            torch.save({"version": VERSION, **state}, f)
-            f.flush()
-            os.fsync(f.fileno())
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise OSError(f"cannot write {path} (is the disk full?): {error}") from None
-    if fresh and os.path.exists(path):
+        file, path = new_temporary(folder)
+        with file:
+            torch.save({"version": VERSION, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        return path
+    except BaseException as error:
+        size = 0
+        if path is not None:
+            size = os.path.getsize(path)
+            os.remove(path)
+        if not isinstance(error, (OSError, RuntimeError)):
+            raise
+        # torch reports a full disk as a RuntimeError about positions
+        free = shutil.disk_usage(folder).free
+        reason = getattr(error, "strerror", None) or "the disk is full, or a limit on the size of files is reached"
+        raise OSError(f"cannot write {checkpoint_path(folder)}: {reason} ({size / 1e6:,.1f} MB were written, "
+                      f"{free / 1e6:,.1f} MB are free now); the checkpoint that was there is untouched") from None
+
+def place_checkpoint(folder, temporary, run):
+    """Give a written checkpoint its name: a crash at any moment leaves a whole one. What another run left there
+    becomes ckpt.pt.old. `run` is the name of the run that wrote it, None for one of before runs had names."""
+    path = checkpoint_path(folder)
+    try:
+        if os.path.isfile(path) and run_of(path) != run:
+            keep_old(path)
+            print(f"kept    | the checkpoint of another run that was there, as {path}.old", flush=True)
+        elif os.path.islink(path):
+            print(f"kept    | {path} was a link: what it led to, {os.readlink(path)}, stays as it is", flush=True)
+        os.replace(temporary, path)
+    except OSError as error:
+        os.remove(temporary)
+        raise OSError(f"cannot write {path}: {error}") from None
+
+def save_checkpoint(folder, **state):
+    """Write FOLDER/ckpt.pt: atomic, and at a run's first time the file of another run is kept as ckpt.pt.old."""
+    place_checkpoint(folder, write_checkpoint(folder, **state), state["now"].get("run"))
+
+def run_of(path):
+    """Name of the run that wrote a checkpoint; its weights are not read. "unknown" if it is damaged."""
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)["now"].get("run")
+    except Exception:  # as in load_checkpoint
+        return "unknown"
+
+def keep_old(path):
+    """Make FILE FILE.old, in the place of an older one. With a second name first, the file is never without one."""
+    second = os.path.join(os.path.dirname(path), f"ckpt.{os.urandom(6).hex()}{TEMPORARY}")
+    try:
+        os.link(path, second, follow_symlinks=False)
+    except (OSError, NotImplementedError):  # a file system without hard links
         os.replace(path, f"{path}.old")
-        print(f"kept    | the checkpoint of another run that was there, as {path}.old", flush=True)
-    os.replace(temporary, path)
+        return
+    os.replace(second, f"{path}.old")
+    if os.path.lexists(second):  # it was the same file already
+        os.remove(second)
+
+class SaveTimer:
+    """When a process saves by time: 3, 6, 12 and 24 s after its start, then at each minute. `clock` gives seconds."""
+    FIRST = (3, 6, 12, 24)
+    REST = 20                          # times what a save took must pass until the next: it costs 5 % at most
+
+    def __init__(self, clock=None):
+        self.clock = clock or (lambda: time.monotonic())  # looked up at each call, so that a test can replace it
+        self.start = self.clock()
+        self.next = self.FIRST[0]
+
+    def due(self):
+        return self.clock() - self.start >= self.next
+
+    def saved(self, since):
+        """A save began at `since` on the clock and is done."""
+        elapsed = self.clock() - self.start
+        minute = 60 * (elapsed // 60 + 1)
+        planned = min([s for s in self.FIRST if s > elapsed], default=minute)
+        self.next = max(planned, elapsed + self.REST * (self.clock() - since))
+
+# ---- a checkpoint's parts, checked before they are used ------------------------------------------------------
+
+def check_fields(what, fields, kinds, optional=()):
+    """ValueError, in one line, unless the fields are of their kinds: int (0 or more), float (finite; an int will do),
+    str, bool, list, dict; a tuple of kinds allows any of them, type(None) among them."""
+    for name, kind in kinds.items():
+        if name not in fields:
+            if name in optional:
+                continue
+            raise ValueError(f"{what} lacks {name}")
+        value = fields[name]
+        allowed = kind if isinstance(kind, tuple) else (kind,)
+        fits = type(value) in allowed or float in allowed and type(value) is int
+        if fits and type(value) is float:
+            fits = math.isfinite(value)
+        if fits and type(value) is int:
+            fits = 0 <= value < 2 ** 63
+        if not fits:
+            words = {int: "a whole number of at least 0", float: "a finite number", type(None): "none"}
+            wanted = " or ".join(words.get(kind, kind.__name__) for kind in allowed)
+            raise ValueError(f"{what} has {name} = {str(value)[:40]}: it must be {wanted}")
+
+def check_config(config, model):
+    """Fields of a checkpoint -> MiniMaxConfig. ValueError if one is unknown, missing or no model can have it."""
+    fields = {field.name: field.type for field in dataclasses.fields(MiniMaxConfig)}
+    unknown = config.keys() - fields.keys()
+    if unknown:
+        raise ValueError(f"its config has {', '.join(sorted(unknown))}, which this code does not know")
+    check_fields("its config", config, fields, optional=fields.keys() - set(CONFIG_FIELDS))
+    for name, most in CONFIG_RANGES.items():
+        if not 0 < config.get(name, 1) <= most:
+            raise ValueError(f"its config has {name} = {config[name]}: it must be above 0, and at most {most:g}")
+    if config["index_head_dim"] > 2 ** 16:  # 0 where no layer is sparse
+        raise ValueError(f"its config has index_head_dim = {config['index_head_dim']}: at most 65536")
+    if config["n_mtp"] > len(model):  # or the model would take for ever to build
+        raise ValueError(f"its config has n_mtp = {config['n_mtp']}, more modules than it has weights")
+    cfg = MiniMaxConfig(**config)
+    kinds = {*cfg.attn_types, *cfg.mlp_types}
+    for kind, name in (("dense", "dense_dim"), ("moe", "expert_dim"), ("msa", "index_head_dim")):
+        if kind in kinds and getattr(cfg, name) < 1:
+            raise ValueError(f"its config has {name} = {getattr(cfg, name)}: its layers need at least 1")
+    if "moe" in cfg.mlp_types and not 1 <= cfg.n_expert_per_tok <= cfg.n_expert:
+        raise ValueError(f"its config has n_expert_per_tok = {cfg.n_expert_per_tok} of {cfg.n_expert} experts")
+    return cfg
+
+def check_tokenizer(spec):
+    """A checkpoint's spec -> Tokenizer. ValueError if its parts make none."""
+    check_fields("its tokenizer", spec, dict(pattern=str, ranks=list, special=dict))
+    ranks, special = spec["ranks"], spec["special"]
+    if not all(type(token) is bytes and token for token in ranks):
+        raise ValueError("its tokenizer has ranks that are not bytes")
+    if len(set(ranks)) < len(ranks) or not {bytes([b]) for b in range(256)} <= set(ranks):
+        raise ValueError("its tokenizer has a token twice, or lacks one of the 256 bytes")
+    if EOT not in special or list(special.values()) != list(range(len(ranks), len(ranks) + len(special))):
+        raise ValueError(f"its tokenizer's special tokens, {str(special)[:40]}, do not follow the {len(ranks)} others")
+    return Tokenizer(spec)
+
+def check_weights(found, wanted):
+    """ValueError unless each tensor of one state dict is there in the other, dense, with its shape and dtype."""
+    for name in found.keys() - wanted.keys():
+        raise ValueError(f"its weight {name} has no place in the model")
+    for name, want in wanted.items():
+        if name not in found:
+            raise ValueError(f"it lacks the weight {name}")
+        tensor = found[name]
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+            raise ValueError(f"its weight {name} is not a tensor of numbers")
+        if tensor.shape != want.shape or tensor.dtype != want.dtype:
+            raise ValueError(f"its weight {name} is {tuple(tensor.shape)} {tensor.dtype}, the model needs "
+                             f"{tuple(want.shape)} {want.dtype}")
+
+def check_finite(weights):
+    """FloatingPointError, naming the first, if a weight is NaN or infinite."""
+    for name, weight in weights.items():
+        if not torch.isfinite(weight).all():
+            raise FloatingPointError(f"the weight {name} is not finite")
 
 def load_model(state, device="cpu", dtype=torch.float32):
-    """Checkpoint -> model in evaluation mode, tokenizer. ValueError if its parts do not fit together."""
+    """Checkpoint -> model in evaluation mode, tokenizer. ValueError if its parts do not fit together or into this code,
+    FloatingPointError if a weight is not finite."""
     try:
-        model = MiniMax(MiniMaxConfig(**state["config"]), dtype).to(device)
+        cfg = check_config(state["config"], state["model"])
+        tokenizer = check_tokenizer(state["tokenizer"])
+        if tokenizer.n_vocab != cfg.vocab_size:
+            raise ValueError(f"its model has a vocabulary of {cfg.vocab_size} tokens, its tokenizer one of "
+                             f"{tokenizer.n_vocab}: they must be equal")
+        with torch.device("meta"):  # nothing is allocated before all shapes are known to fit
+            wanted = MiniMax(cfg, dtype).state_dict()
+        check_weights(state["model"], wanted)
+        check_finite(state["model"])
+        model = MiniMax(cfg, dtype).to(device)
         model.load_state_dict(state["model"])
-        tokenizer = Tokenizer(state["tokenizer"])
-    except (TypeError, KeyError, AttributeError, RuntimeError, AssertionError) as error:
-        raise ValueError(f"the checkpoint does not fit this code: {str(error).splitlines()[0]}") from None
-    if model.cfg.vocab_size != tokenizer.n_vocab:
-        raise ValueError(f"the checkpoint's model has a vocabulary of {model.cfg.vocab_size} tokens, its tokenizer one "
-                         f"of {tokenizer.n_vocab}: they must be equal")
-    return model.eval(), tokenizer
+        return model.eval(), tokenizer
+    except (TypeError, KeyError, AttributeError, RuntimeError, AssertionError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"the checkpoint does not fit this code: {reason}") from None
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{error} in the checkpoint that was read") from None
+
+def load_optimizers(optimizers, saved, step):
+    """Put the saved states back. ValueError unless they are those of these optimizers after so many steps: groups,
+    shapes, numbers; a parameter may lack its state, as an index branch that has just joined does."""
+    what = "the checkpoint does not fit this code: its optimizers"
+    if len(saved) != len(optimizers):
+        raise ValueError(f"{what} are {len(saved)}, not {len(optimizers)}")
+    for optimizer, state in zip(optimizers, saved):
+        fresh = [dict(group) for group in optimizer.param_groups]
+        try:
+            optimizer.load_state_dict(state)
+        except Exception as error:  # torch raises what its accesses raise
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{what} are of another model: {reason}") from None
+        if step and not optimizer.state:
+            raise ValueError(f"{what} hold nothing after {step} steps")
+        for group, want in zip(optimizer.param_groups, fresh):
+            for name in want.keys() - {"params", "lr"}:  # the rate is set before each step
+                value = group.setdefault(name, want[name])
+                if not is_like(value, want[name]):
+                    raise ValueError(f"{what} have {name} = {str(value)[:40]}, where {want[name]} is usual")
+        for p, held in optimizer.state.items():
+            check_moments(what, p, held, STATE_OF[type(optimizer).__name__])
+
+def is_like(value, want):
+    """Whether a value could stand for another: of its type, finite if a float, and so for each item of a tuple."""
+    if type(value) is not type(want):
+        return False
+    if isinstance(want, tuple):
+        return len(value) == len(want) and all(map(is_like, value, want))
+    return type(value) is not float or math.isfinite(value)
+
+def check_moments(what, p, held, names):
+    """ValueError unless an optimizer's state `held` of the parameter p has the tensors of these names."""
+    if not isinstance(p, torch.Tensor) or not isinstance(held, dict):
+        raise ValueError(f"{what} have the state of a parameter that the model has not")
+    for name in names:
+        value = held.get(name)
+        shape = () if name == "step" else p.shape
+        if not isinstance(value, torch.Tensor) or value.shape != shape or not value.is_floating_point():
+            raise ValueError(f"{what} have no {name} of shape {tuple(shape)}")
+        if not torch.isfinite(value).all():
+            raise FloatingPointError(f"{what} have a {name} that is not finite")
+
+def saved_flags(parser, path, saved, not_taken):
+    """A checkpoint's args -> the command line that they are, so that argparse checks them as it checks any other.
+    What the parser does not know is refused; `not_taken` is what the run at hand decides."""
+    known = vars(parser.parse_args([]))
+    flags = []
+    for name, value in saved.items():
+        flag = f"--{name.replace('_', '-')}"
+        if name not in known:
+            raise ValueError(f"{path}: the checkpoint's args have {name}, which this code does not know")
+        if name in not_taken or type(value) is type(known[name]) and value == known[name]:
+            continue
+        flags.append(flag if value is True else f"{flag}={value}")
+    try:
+        parser.parse_args(flags)
+    except ValueError as error:
+        raise ValueError(f"{path}: the checkpoint's args: {error}") from None
+    return flags
 
 # ---- generation ----------------------------------------------------------------------------------
 
@@ -797,6 +1134,8 @@ def encode_prompt(args, tokenizer, cfg):
 def card(args, model, device, why, n_prompt, threads):
     cfg, (total, active) = model.cfg, model.num_params()
     print(f"model   | {total:,} parameters, {active:,} active; attention {' '.join(cfg.attn_types)}")
+    if cfg.index_warmup and "msa" in cfg.attn_types:
+        print("msa     | not yet: saved while the index branch was still learning, so full attention in every layer")
     print(f"kernels | {implementations(model, device)}")
     print(f"device  | {device}, {str(model.dtype).removeprefix('torch.')}: {why}")
     print(f"threads | {threads}")
@@ -845,7 +1184,7 @@ def main(argv=None):
         return run(parse_args(argv))
     except (KeyboardInterrupt, BrokenPipeError) as error:  # Ctrl-C, | head
         os._exit(141) if error.args else sys.exit(print("\nsample.py: interrupted", file=sys.stderr) or 130)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:

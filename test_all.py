@@ -1472,7 +1472,7 @@ def two_threads(monkeypatch):
         machine.now += took[0]
         took.append(took.pop(0))
         return machine.now
-    monkeypatch.setattr(sample, "time", SimpleNamespace(perf_counter=perf_counter))
+    monkeypatch.setattr(sample, "time", SimpleNamespace(perf_counter=perf_counter, monotonic=lambda: 0.0))
     monkeypatch.setattr(torch, "get_num_threads", lambda: machine.threads)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: vars(machine).update(threads=n))
     return machine
@@ -1751,8 +1751,236 @@ def test_interrupt_saves_and_kill_is_harmless(corpus, tmp_path):
             "def kill(fd):\n    os.ftruncate(fd, 1000)\n    os.kill(os.getpid(), signal.SIGKILL)\nos.fsync = kill\n"
             f"train.main({list(map(str, resume(tmp_path, '--stop-after', step + 1)))})")
     run = subprocess.run([sys.executable, "-c", slow], cwd=HERE, capture_output=True)
-    assert run.returncode == -signal.SIGKILL and (tmp_path / "ckpt.pt.tmp").stat().st_size == 1000
+    assert run.returncode == -signal.SIGKILL and [f.stat().st_size for f in tmp_path.glob("*.pt.tmp")] == [1000]
     assert sample.load_checkpoint(str(tmp_path))["now"]["step"] == step
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+def weights(folder):
+    return sample.load_checkpoint(str(folder))["model"]
+
+class Killed(BaseException):
+    """Ends a run at once, as kill -9 would, but for what holds the folder."""
+
+def paced(monkeypatch, kill=None, change=lambda model, call, aux: None):
+    """Each training step takes a second of the clock that saves follow; the run is killed in step `kill` of the
+    process, and `change` may alter what a step leaves behind."""
+    calls, real = [], train.learn
+    begun = time.monotonic()
+
+    def learn(model, *args):
+        calls.append(1)
+        if len(calls) == kill:
+            raise Killed
+        aux = real(model, *args)
+        change(model, len(calls), aux)
+        return aux
+
+    monkeypatch.setattr(train, "learn", learn)
+    monkeypatch.setattr(time, "monotonic", lambda: begun + len(calls))
+
+def test_saves_follow_the_clock():
+    """Saves are due after 3, 6, 12, 24 s and at each minute, but not before 20 times what the last one took."""
+    now, dues = [100.0], []
+    timer = sample.SaveTimer(lambda: now[0])
+    for second in range(200):
+        now[0] = 100.0 + second
+        if timer.due():
+            dues.append(second)
+            timer.saved(now[0])
+    assert dues == [3, 6, 12, 24, 60, 120, 180]
+    timer.saved(now[0] - 10)  # it took 10 s
+    now[0] += 199
+    assert not timer.due()
+    now[0] += 1
+    assert timer.due()
+
+def test_a_killed_run_goes_on_from_the_last_seconds(trained, corpus, tmp_path, monkeypatch):
+    """Killed before its first evaluation, again and again, a run still ends, with the bits of one that was not."""
+    start = train_args(corpus, tmp_path, "--steps", 12, "--eval-every", 1000)
+    for argv, saved in ((start, 3), (resume(tmp_path), 6), (resume(tmp_path), 9)):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            paced(patch, kill=6)
+            quiet(train.main, argv)
+        assert sample.load_checkpoint(str(tmp_path))["now"]["step"] == saved
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, resume(tmp_path))])
+    assert train.main()["step"] == 12
+    same, want = weights(tmp_path), weights(trained[0])
+    assert [name for name in want if not torch.equal(same[name], want[name])] == []
+
+def test_saves_by_time_keep_the_last_good_checkpoint(trained, tmp_path, capsys, monkeypatch):
+    """A loss that jumps with the weights to be saved, or a weight that is NaN, leaves the checkpoint as it was."""
+    whole, again = (trained[0] / "ckpt.pt").read_bytes(), resume(tmp_path, "--steps", 60, "--eval-every", 1000)
+    (tmp_path / "ckpt.pt").write_bytes(whole)
+
+    def jump(model, call, aux):
+        if call >= 4:  # the weights of three steps are written when the fourth shows what they are worth
+            aux["loss"] += 100
+
+    def poison(model, call, aux):
+        if call == 3:
+            model.lm_head.weight.data[5, 5] = math.nan
+
+    for change, word in ((jump, "loss spike"), (poison, "not finite")):
+        with pytest.MonkeyPatch.context() as patch:
+            paced(patch, change=change)
+            assert word in refused(train.main, again, capsys, code=1)
+        assert files(tmp_path) == {"ckpt.pt": whole}
+    paced(monkeypatch, kill=6)  # calm: it is saved
+    with pytest.raises(Killed): quiet(train.main, again)
+    assert sample.load_checkpoint(str(tmp_path))["now"]["step"] == 15
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_new_run_keeps_the_one_before_it(trained, corpus, tmp_path, monkeypatch, steps):
+    """Ctrl-C in a new run's evaluation, or many saves: ckpt.pt.old is the run before, whole, and nothing else is."""
+    before = (trained[0] / "ckpt.pt").read_bytes()
+    (tmp_path / "ckpt.pt").write_bytes(before)
+    stop, real = [], train.evaluate
+
+    def interrupted(*args):
+        stop.append(1)
+        return real(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "on_signals", lambda: stop)
+        patch.setattr(train, "evaluate", interrupted)
+        again = train_args(corpus, tmp_path, "--steps", 9, "--eval-every", 3, *["--stop-after", 3][:steps])
+        assert "go on with --resume" in quiet(train.main, again)[1]
+    assert (tmp_path / "ckpt.pt.old").read_bytes() == before
+    quiet(train.main, resume(tmp_path, "--eval-every", 1))  # the same run: nothing else is put aside
+    assert (tmp_path / "ckpt.pt.old").read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "ckpt.pt.old"]
+
+def test_a_folder_has_one_writer(trained, corpus, tmp_path, capsys):
+    """A second run, new or resumed, by either script, is refused at its start; readers are not; kill -9 frees it."""
+    (tmp_path / "ckpt.pt").write_bytes((trained[0] / "ckpt.pt").read_bytes())
+    hold = ("import sample, sys, time\n"
+            "with sample.lock_folder(sys.argv[1]):\n"
+            "    sample.new_temporary(sys.argv[1]), print('held', flush=True), time.sleep(100)")
+    owner = subprocess.Popen([sys.executable, "-c", hold, tmp_path], cwd=HERE, stdout=subprocess.PIPE, text=True)
+    assert owner.stdout.readline() == "held\n"
+    before = files(tmp_path)
+    for main, argv in ((train.main, train_args(corpus, tmp_path, "--steps", 1)), (train.main, resume(tmp_path)),
+                       (rl.main, rl_args(tmp_path)), (rl.main, resume(tmp_path)),
+                       (rl.main, rl_args(tmp_path, "--schedule", "all"))):
+        assert f"process {owner.pid}" in refused(main, argv, capsys)
+        assert files(tmp_path) == before
+    quiet(sample.main, ["--out", tmp_path, "--device", "cpu", "--max-new-tokens", 1])
+    owner.kill(), owner.wait()
+    assert quiet(train.main, resume(tmp_path, "--steps", 13))[0]["step"] == 13
+    assert os.listdir(tmp_path) == ["ckpt.pt"]  # neither the lock nor what the killed one had half written
+
+def test_unwritable_folders_are_refused_at_the_start(trained, corpus, tmp_path, capsys, monkeypatch):
+    """A file in the folder's place, a folder in the checkpoint's, a full or read-only disk: before any text is read."""
+    monkeypatch.setattr(train, "prepare", lambda *args: pytest.fail("the text was read"))
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "taken" / "ckpt.pt").mkdir(parents=True)
+    for place, word in (("file", "file"), ("file/below", "Not a directory"), ("taken", "in the way")):
+        for main, argv in ((train.main, train_args(corpus, tmp_path / place)), (rl.main, rl_args(tmp_path / place))):
+            assert word in refused(main, argv, capsys)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "ckpt.pt").write_bytes((trained[0] / "ckpt.pt").read_bytes())
+    real = os.open
+
+    def read_only(path, flags, *args, **kw):
+        if flags & os.O_CREAT: raise OSError(30, "Read-only file system")
+        return real(path, flags, *args, **kw)
+
+    monkeypatch.setattr(os, "open", read_only)
+    for argv in (train_args(corpus, tmp_path / "run"), train_args(corpus, tmp_path / "new"), resume(tmp_path / "run")):
+        assert "Read-only file system" in refused(train.main, argv, capsys)
+    assert sorted(os.listdir(tmp_path)) == ["file", "run", "taken"] and os.listdir(tmp_path / "run") == ["ckpt.pt"]
+
+def test_links_are_not_written_through(trained, corpus, tmp_path):
+    """What a link named ckpt.pt, or one where a checkpoint was written before, leads to stays as it is."""
+    whole, run = (trained[0] / "ckpt.pt").read_bytes(), tmp_path / "run"
+    run.mkdir()
+    (tmp_path / "far.pt").write_bytes(whole)
+    (tmp_path / "precious").write_text("mine")
+    (run / "ckpt.pt").symlink_to(tmp_path / "far.pt")
+    (run / "ckpt.pt.tmp").symlink_to(tmp_path / "precious")
+    assert "was a link" in quiet(train.main, resume(run, "--steps", 13))[1]
+    assert (tmp_path / "far.pt").read_bytes() == whole and (tmp_path / "precious").read_text() == "mine"
+    assert not (run / "ckpt.pt").is_symlink() and sample.load_checkpoint(str(run))["now"]["step"] == 13
+
+@pytest.mark.parametrize("place", ["prepare", "card", "learn", "evaluate", "final"])
+def test_ctrl_c_in_every_phase(trained, corpus, tmp_path, capsys, monkeypatch, place):
+    """Ctrl-C while text is read, in a step, an evaluation or the last one: one line, and no checkpoint is lost."""
+    before = (trained[0] / "ckpt.pt").read_bytes()
+    (tmp_path / "ckpt.pt").write_bytes(before)
+    name, calls = "evaluate" if place == "final" else place, []
+    real = getattr(train, name)
+
+    def pressed(*args):
+        calls.append(1)
+        if len(calls) == 1 + (place == "final"): signal.raise_signal(signal.SIGINT)
+        return real(*args)
+
+    monkeypatch.setattr(train, name, pressed)
+    argv = train_args(corpus, tmp_path, "--steps", 3)
+    if place in ("learn", "evaluate"):
+        assert "stopped after step" in quiet(train.main, argv)[1]
+    else:
+        assert refused(train.main, argv, capsys, code=130) == "train.py: interrupted"
+    name = "ckpt.pt" if place in ("prepare", "card") else "ckpt.pt.old"
+    assert (tmp_path / name).read_bytes() == before and not {*os.listdir(tmp_path)} - {"ckpt.pt", "ckpt.pt.old"}
+
+def test_what_is_sparse_stays_sparse(corpus, tmp_path, monkeypatch):
+    """A longer end brings neither full attention nor short rows back, from older checkpoints neither; it is said."""
+    quiet(train.main, train_args(corpus, tmp_path, "--steps", 10, "--stop-after", 9))
+    state = sample.load_checkpoint(str(tmp_path))
+    for name in ("sparse", "reached", "run", "text"):  # as before runs recorded them
+        del state["now"][name]
+    (tmp_path / "older").mkdir()
+    sample.save_checkpoint(str(tmp_path / "older"), **state)
+    seen, real = [], train.learn
+
+    def learn(model, batch, *args):
+        seen.append((model.cfg.index_warmup, batch["idx"].size(1)))
+        return real(model, batch, *args)
+
+    monkeypatch.setattr(train, "learn", learn)
+    for out in (tmp_path, tmp_path / "older"):
+        text = quiet(train.main, resume(out, "--steps", 100, "--stop-after", 11))[1]
+        assert "90% of the run is now 9%" in text and "attention stays sparse" in text
+        assert "rows stay at 64" in text and "(decay) -> 1.2e-02 (constant)" in text
+    assert seen == [(False, 64)] * 4
+    assert not sample.load_checkpoint(str(tmp_path))["config"]["index_warmup"]
+
+def test_a_warm_up_checkpoint_says_what_it_is(corpus, trained, tmp_path):
+    """Saved while the index branch learned, a model has full attention, and sample.py's card says so."""
+    quiet(train.main, train_args(corpus, tmp_path, "--steps", 10, "--stop-after", 2))
+    speak = ["--device", "cpu", "--max-new-tokens", 2, "--out"]
+    assert "index branch was still learning" in quiet(sample.main, [*speak, tmp_path])[1]
+    assert "index branch was still learning" not in quiet(sample.main, [*speak, trained[0]])[1]
+
+def test_a_checkpoint_knows_its_text(trained, corpus, tmp_path):
+    """Another text, or an edited one, is said; a run with nothing left writes nothing; older checkpoints are silent."""
+    whole = (trained[0] / "ckpt.pt").read_bytes()
+    (tmp_path / "ckpt.pt").write_bytes(whole)
+    (tmp_path / "other").mkdir()
+    for i in range(4):
+        (tmp_path / "other" / f"part{i}.py").write_text(TEXT[9000 + 2000 * i:11000 + 2000 * i], encoding="utf-8")
+    text = quiet(train.main, resume(tmp_path, "--data", tmp_path / "other"))[1]
+    assert "nothing left to do" in text and "another text" in text and (tmp_path / "ckpt.pt").read_bytes() == whole
+    assert "text    |" not in quiet(train.main, resume(tmp_path))[1]
+    quiet(train.main, resume(tmp_path, "--data", tmp_path / "other", "--steps", 13))
+    with open(tmp_path / "other" / "part0.py", "a") as f: f.write("edited = True\n")
+    text = quiet(train.main, resume(tmp_path, "--steps", 14))[1]
+    assert "which has changed since" in text
+    state = sample.load_checkpoint(str(tmp_path))
+    del state["now"]["text"]
+    sample.save_checkpoint(str(tmp_path), **state)
+    assert "text    |" not in quiet(train.main, resume(tmp_path, "--data", corpus))[1]
+
+def test_a_short_vocabulary_says_why(corpus, tmp_path):
+    """A text with few pairs gives fewer tokens than asked for, and the card says so."""
+    (tmp_path / "few.txt").write_text("ab\n" * 3000)
+    argv = ["--data", tmp_path / "few.txt", "--out", tmp_path / "run", "--device", "cpu", "--steps", 1, "--seq-len", 64]
+    assert "tokens, not 4,096: the text has no more pairs" in quiet(train.main, argv)[1]
+    assert "no more pairs" not in quiet(train.main, train_args(corpus, tmp_path / "b", "--steps", 1))[1]
+
 # ---- 12. sampling --------------------------------------------------------------------------------
 def greedy(model, prompts, n, **kw):
     """Generation at temperature 0 -> [(tokens, log-probabilities)], one of each a prompt."""
@@ -2155,6 +2383,61 @@ def test_rl_resume_loses_no_task(tmp_path):
     assert all(map(torch.equal, a["model"].values(), b["model"].values())) and a["now"]["curve"] == b["now"]["curve"]
     assert all(str(a[key]) == str(b[key]) for key in ("queue", "pool", "clock")) and result["max_lag"] == 1
     assert {v for n in a["pool"] for t in a["pool"][n] for s in t["samples"] for v in s["versions"].tolist()} == {3}
+
+def test_a_lock_is_no_text(tmp_path):
+    """A run whose folder lies in its own text does not read what it writes there."""
+    (tmp_path / "a.txt").write_text("some text\n" * 9)
+    with sample.lock_folder(str(tmp_path / "run")):
+        assert [name for name, _ in sample.list_files(str(tmp_path))] == ["a.txt"]
+
+def test_folders_of_rl_have_one_writer(tmp_path, capsys):
+    """rl.py's imitation, and each run of --schedule all, are held from the start; a refused run leaves no folder."""
+    for name in ("warm", "greedy"):
+        with sample.lock_folder(str(tmp_path / name)):
+            assert name in refused(rl.main, rl_args(tmp_path, "--schedule", "all"), capsys)
+        assert os.listdir(tmp_path) == []
+    assert "cpux" in refused(rl.main, ["--out", tmp_path / "new", "--device", "cpux"], capsys)
+    assert os.listdir(tmp_path) == []
+
+def test_rl_saves_by_time(tmp_path, monkeypatch, capsys):
+    """Killed in the imitation or in the run, rl.py goes on from the last seconds; a NaN never becomes a checkpoint."""
+    calls, real, begun = [], rl.train_step, time.monotonic()
+    limit = [5]
+
+    def train_step(model, *args):
+        calls.append(1)
+        if len(calls) == limit[0]: raise Killed
+        return real(model, *args)
+
+    def poison(model, *args):
+        stats = real(model, *args)
+        model.embed.weight.data.fill_(math.nan)
+        return stats
+
+    monkeypatch.setattr(rl, "train_step", train_step)
+    monkeypatch.setattr(time, "monotonic", lambda: begun + len(calls))
+    argv = ["--out", tmp_path, "--device", "cpu", *"--warm-steps 5 --slots 2 --groups 1 --rollouts 2 --steps 9".split()]
+    with pytest.raises(Killed): quiet(rl.main, argv)
+    assert fields(tmp_path / "warm")["step"] == 3
+    limit[0] = len(calls) + 7  # the imitation's last two steps, and four of the run
+    monkeypatch.setattr(sys, "argv", ["rl.py", "--resume", *map(str, argv)])
+    with pytest.raises(Killed): rl.main()
+    assert fields(tmp_path)["step"] == 3
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    monkeypatch.setattr(rl, "train_step", poison)
+    assert "not finite" in refused(rl.main, ["--resume", *argv, "--save-every", 1], capsys, code=1)
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+
+def fields(folder):
+    return sample.load_checkpoint(str(folder))["now"]
+
+def test_scripts_know_whose_checkpoint_it_is(trained, tmp_path, capsys):
+    """--resume in the other script's folder says which command goes on with it; nothing is changed."""
+    quiet(rl.main, rl_args(tmp_path, "--steps", 1))
+    for folder in (tmp_path, tmp_path / "warm"):
+        assert "python rl.py --resume" in refused(train.main, resume(folder), capsys)
+    assert "python train.py --resume" in refused(rl.main, resume(trained[0]), capsys)
+
 def post(url, body, key="k", method="POST"):
     raw, headers = body if isinstance(body, bytes) else json.dumps(body).encode(), dict(Authorization=f"Bearer {key}")
     try: return 200, json.load(request.urlopen(request.Request(url, raw, headers, method=method), timeout=600))
@@ -2465,6 +2748,120 @@ def test_damaged_checkpoints_are_refused(trained, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(os, "fsync", full)
     assert "No space left" in refused(train.main, resume(tmp_path, "--steps", 14), capsys)
     assert os.listdir(tmp_path) == ["ckpt.pt"] and (tmp_path / "ckpt.pt").read_bytes() == whole
+
+def deep(x):
+    """A copy whose dicts and lists may be changed; tensors are shared."""
+    if isinstance(x, dict): return {key: deep(value) for key, value in x.items()}
+    return [*map(deep, x)] if isinstance(x, list) else x
+
+def first_moment(state, i):
+    return next(iter(state["optimizers"][i]["state"].values()))
+
+def reshaped(state, i, name, shape):
+    first_moment(state, i)[name] = torch.zeros(shape)
+
+BIG = "layers.1.mlp.w13"
+TAMPERED = {  # what is wrong -> the change, and the scripts that need the part
+    "a tokenizer of another size": (lambda s: s["tokenizer"].update(
+        ranks=s["tokenizer"]["ranks"][:-1], special={sample.EOT: len(s["tokenizer"]["ranks"]) - 1}), "both"),
+    "ranks are not bytes": (lambda s: s["tokenizer"].update(ranks=[*range(299)]), "both"),
+    "a token twice": (lambda s: s["tokenizer"]["ranks"].__setitem__(3, b"a"), "both"),
+    "a pattern of no language": (lambda s: s["tokenizer"].update(pattern="("), "both"),
+    "the special token first": (lambda s: s["tokenizer"].update(special={sample.EOT: 1}), "both"),
+    "a weight of integers": (lambda s: s["model"].update({BIG: s["model"][BIG].long()}), "both"),
+    "a weight in half precision": (lambda s: s["model"].update({BIG: s["model"][BIG].half()}), "both"),
+    "a weight that is a list": (lambda s: s["model"].update({BIG: [1.0]}), "both"),
+    "a weight that is nowhere": (lambda s: s["model"].update({BIG: s["model"][BIG].to("meta")}), "both"),
+    "weights too few": (lambda s: s["model"].pop(BIG), "both"),
+    "endless MTP modules": (lambda s: s["config"].update(n_mtp=10 ** 9), "both"),
+    "no selected blocks": (lambda s: s["config"].update(index_topk_blocks=0), "both"),
+    "blocks beyond all memory": (lambda s: s["config"].update(index_block_size=10 ** 9), "both"),
+    "no KV heads": (lambda s: s["config"].update(n_kv_head=0), "both"),
+    "a theta that is NaN": (lambda s: s["config"].update(rope_theta=math.nan), "both"),
+    "more experts than there are": (lambda s: s["config"].update(n_expert_per_tok=99), "both"),
+    "model is a list": (lambda s: s.update(model=[]), "both"),
+    "config is None": (lambda s: s.update(config=None), "both"),
+    "step is text": (lambda s: s["now"].update(step="12"), "both"),
+    "no optimizers": (lambda s: s.update(optimizers=[]), "train"),
+    "optimizers without a state": (lambda s: s["optimizers"][0].update(state={}), "train"),
+    "a momentum of another shape": (lambda s: reshaped(s, 0, "momentum", (3, 3)), "train"),
+    "a moment that is lost": (lambda s: first_moment(s, 1).pop("exp_avg"), "train"),
+    "groups of another optimizer": (lambda s: s["optimizers"].reverse(), "train"),
+    "betas that are text": (lambda s: s["optimizers"][1]["param_groups"][0].update(betas="x"), "train"),
+    "now without seconds": (lambda s: s["now"].pop("seconds"), "train"),
+    "seconds that are NaN": (lambda s: s["now"].update(seconds=math.nan), "train"),
+    "bpb below 0": (lambda s: s["now"].update(bpb=-1.0), "train"),
+    "args of somebody else": (lambda s: s["args"].update(colour="red"), "train"),
+    "a batch of text": (lambda s: s["args"].update(batch_size=[2]), "train"),
+    "stages without a first": (lambda s: s["args"].update(stages=((0.5, 1),)), "train"),
+    "MTP never": (lambda s: s["args"].update(mtp_every=0), "train"),
+    "args of another model": (lambda s: s["args"].update(attn="full"), "train")}
+@pytest.mark.parametrize("what", TAMPERED)
+def test_tampered_checkpoints_are_refused(trained, tmp_path, capsys, what):
+    """Any part missing, of another type, shape, dtype or model: one line, exit 2, the file as it was."""
+    change, readers = TAMPERED[what]
+    state = deep(sample.load_checkpoint(str(trained[0])))
+    change(state)
+    torch.save(state, tmp_path / "ckpt.pt")
+    before = files(tmp_path)
+    assert "checkpoint" in refused(train.main, resume(tmp_path, "--steps", 13), capsys)
+    if readers == "both":
+        assert "checkpoint" in refused(sample.main, ["--device", "cpu", "--out", tmp_path], capsys)
+    assert files(tmp_path) == before
+
+def test_nan_weights_are_refused(trained, tmp_path, capsys):
+    """Neither sampled from nor trained on, and named."""
+    state = deep(sample.load_checkpoint(str(trained[0])))
+    state["model"][BIG] = torch.full_like(state["model"][BIG], math.nan)
+    torch.save(state, tmp_path / "ckpt.pt")
+    assert f"{BIG} is not finite" in refused(sample.main, ["--device", "cpu", "--out", tmp_path], capsys)
+    assert f"{BIG} is not finite" in refused(train.main, resume(tmp_path, "--steps", 13), capsys, code=1)
+
+@pytest.fixture(scope="session")
+def agents(tmp_path_factory):
+    """The folder of a short run of rl.py."""
+    out = tmp_path_factory.mktemp("agents")
+    quiet(rl.main, rl_args(out, "--steps", "1"))
+    return out
+
+def turn(state):
+    return next(t for group in state["pool"].values() for t in group if t["samples"])["samples"][0]
+
+RL_TAMPERED = {
+    "no queue": lambda s: s["queue"].pop("born"), "a queue with more in it": lambda s: s["queue"].update(take=1),
+    "a clock of text": lambda s: s.update(clock="x"), "an empty pool": lambda s: s.update(pool={}),
+    "groups without a name": lambda s: s["queue"].update(due={"x": 1.0}),
+    "tokens beyond the model": lambda s: turn(s)["ids"].fill_(9999),
+    "fewer log-probs than tokens": lambda s: turn(s).update(logprobs=torch.zeros(99)),
+    "a turn that never began": lambda s: turn(s).update(start=None),
+    "now without a curve": lambda s: s["now"].pop("curve"), "a curve of text": lambda s: s["now"].update(curve=["x"]),
+    "slots of text": lambda s: s["args"].update(slots="x"), "a rate of text": lambda s: s["args"].update(lr="x"),
+    "no optimizers": lambda s: s.update(optimizers=[])}
+@pytest.mark.parametrize("what", RL_TAMPERED)
+def test_tampered_agents_are_refused(agents, tmp_path, capsys, what):
+    """The queue, the pool, the clock or the record of a run, changed by hand: one line, exit 2, the file as it was."""
+    state = deep(sample.load_checkpoint(str(agents)))
+    RL_TAMPERED[what](state)
+    torch.save(state, tmp_path / "ckpt.pt")
+    before = files(tmp_path)
+    assert "checkpoint" in refused(rl.main, resume(tmp_path, "--steps", "2"), capsys)
+    assert files(tmp_path) == before
+
+def test_a_full_disk_is_named(trained, tmp_path, capsys):
+    """When no more can be written, the line names the file and how much was written, and nothing is left behind."""
+    resource = pytest.importorskip("resource")
+    whole = (trained[0] / "ckpt.pt").read_bytes()
+    (tmp_path / "ckpt.pt").write_bytes(whole)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        line = refused(train.main, resume(tmp_path, "--steps", 13), capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "ckpt.pt" in line and "MB were written" in line and "untouched" in line
+    assert "inline_container" not in line  # torch's own words
+    assert files(tmp_path) == {"ckpt.pt": whole}
+
 def test_bench_reports_its_contract(monkeypatch, capsys):
     """bench.py: gate, rows, ratios, JSON; wrong flags are one line; an MSA off by one percent is never timed."""
     short = ["--ctx", 300, "--shape", "m3", "--device", "cpu"]

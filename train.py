@@ -22,6 +22,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: no 
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import sys
@@ -33,8 +34,10 @@ import torch
 from model import MiniMax, MiniMaxConfig, count_params
 from moe import max_violation
 from msa import chunk
-from sample import (PATTERN, Parser, Progress, Threads, Tokenizer, check_memory, implementations, learn_bpe,
-                    load_checkpoint, load_data, load_model, pick_device, save_checkpoint, tolerant_output, truncate)
+from sample import (PATTERN, Parser, Progress, SaveTimer, Threads, Tokenizer, check_fields, check_finite, check_memory,
+                    checkpoint_path, implementations, learn_bpe, load_checkpoint, load_data, load_model,
+                    load_optimizers, lock_folder, pick_device, place_checkpoint, saved_flags, tolerant_output, truncate,
+                    write_checkpoint)
 
 VAL_BYTES = 512 * 1024                 # val_bpb is measured on this much of the validation text
 FEW_BYTES = 32 * 1024                  # of validation: some 10,000 tokens, whose mean loss is uncertain by 2 %
@@ -47,6 +50,11 @@ RUNS = {
     "tiny": dict(seq_len=256, batch_size=4, lr=1.2e-2, minutes=2.5, mtp_every=8, msa_from=0.5,
                  stages=((0.0, 8), (0.2, 4), (0.45, 2), (0.75, 1))),
     "small": dict(seq_len=8192, batch_size=16, lr=4e-3, minutes=10.0, mtp_every=4, msa_from=0.05, stages=((0, 1),))}
+# what a checkpoint says of its run: always, and since runs have names; bpb beside it, which may be infinite
+NOW = dict(step=int, seconds=float, ema=(float, type(None)), above=int)
+NEW_NOW = dict(tokens=int, flops=float, spread=float, sparse_from=float, sparse=bool, reached=float, text=str,
+               run=(str, type(None)))
+RUN_ALONE = ("out", "resume", "device", "stop_after", "dry_run")  # flags that a checkpoint does not hand on
 # Dense bf16 FLOP/s by the GPU's full name, from NVIDIA's datasheets (half of what they print "with sparsity")
 PEAK = {
     "H100 80GB HBM3": 989.4e12, "H800": 989.4e12, "H200": 989.4e12,               # SXM
@@ -203,8 +211,9 @@ def evaluate(model, tokens, T, batch_size, device, seconds=math.inf, tokenizer=N
 
 # ---- the run -------------------------------------------------------------------------------------
 
-def parse_args(argv):
-    """-> args, checkpoint (None for a new run). --resume takes what is not given again from the checkpoint."""
+def parse_args(argv, locks=None):
+    """-> args, checkpoint (None for a new run). --resume takes what is not given again from the checkpoint.
+    `locks`, a contextlib.ExitStack, holds the lock on --out from here on: nobody else changes what is read."""
     p = Parser(__doc__)
     p.add_argument("--preset", default="tiny", choices=["tiny", "small", "m2", "m3"], help="the model")
     p.add_argument("--data", help="a text file or a folder of them; default: the Python standard library")
@@ -226,18 +235,54 @@ def parse_args(argv):
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     p.add_argument("--seed", type=int, default=1337)
     p.add_argument("--dry-run", action="store_true", help="print parameters and bytes, allocate nothing")
+    argv = sys.argv[1:] if argv is None else argv
     args, state = p.parse_args(argv), None
-    if args.resume and not args.dry_run:
+    if args.dry_run:
+        check_args(args)
+        return args, None
+    if args.resume:
+        if locks:
+            locks.enter_context(lock_folder(args.out, create=False))
         state = load_checkpoint(args.out)
-        end = dict(steps=None, minutes=None) if args.steps or args.minutes else {}  # a new end replaces the old one
-        p.set_defaults(**{**state["args"], **end})  # mtp_every, which has no flag, among them
-        args = p.parse_args(argv)
-        for name in ("preset", "attn", "seq_len", "vocab_size"):  # these made the model
-            value, was = getattr(args, name), state["args"].get(name, "no such flag, by rl.py")
-            if value != was and (was, value) != ("full", "msa"):  # full attention may become sparse
-                raise ValueError(f"--{name.replace('_', '-')} {value}: the checkpoint was trained with {was}")
+        args = resume_args(p, argv, args, state)
     check_args(args)
+    if locks and not args.resume:
+        locks.enter_context(lock_folder(args.out))
     return args, state
+
+def resume_args(parser, argv, given, state):
+    """What was given now, over what the checkpoint was trained with -> args. ValueError if they do not go together."""
+    path, saved = checkpoint_path(given.out), dict(state["args"])
+    if "queue" in state or "task" in saved:
+        raise ValueError(f"--out {given.out}: a checkpoint by rl.py; python rl.py --resume --out {given.out} goes on")
+    check_fields(f"{path}: the checkpoint's now", state["now"], {**NOW, **NEW_NOW}, optional=NEW_NOW)
+    if not (type(state["now"].get("bpb")) is float and state["now"]["bpb"] > 0):  # inf: none was measured
+        raise ValueError(f"{path}: the checkpoint's now has bpb = {state['now'].get('bpb')}: a number above 0")
+    preset = read_preset(path, saved)
+    flags = saved_flags(parser, path, saved, RUN_ALONE)
+    if given.steps or given.minutes:  # a new end replaces the old one
+        flags = [flag for flag in flags if not flag.startswith(("--steps=", "--minutes="))]
+    parser.set_defaults(**preset)
+    args = parser.parse_args([*flags, *argv])
+    for name in ("preset", "attn", "seq_len", "vocab_size"):  # these made the model
+        value, was = getattr(args, name), state["args"].get(name)
+        if value != was and (was, value) != ("full", "msa"):  # full attention may become sparse
+            raise ValueError(f"--{name.replace('_', '-')} {value}: the checkpoint was trained with {was}")
+    return args
+
+def read_preset(path, saved):
+    """Take what has no flag, the preset's mtp_every, msa_from and stages, out of a checkpoint's args -> a dict."""
+    preset = {name: saved.pop(name) for name in ("mtp_every", "msa_from", "stages") if name in saved}
+    what = f"{path}: the checkpoint's args"
+    check_fields(what, preset, dict(mtp_every=int, msa_from=float, stages=(tuple, list)))
+    if preset["mtp_every"] < 1:
+        raise ValueError(f"{what} have mtp_every = 0: it must be at least 1")
+    stages = preset["stages"]
+    pairs = [stage for stage in stages if isinstance(stage, (tuple, list)) and len(stage) == 2]
+    fits = len(pairs) == len(stages) > 0 and pairs[0][0] == 0
+    if not fits or not all(type(share) in (int, float) and type(cut) is int and cut >= 1 for share, cut in pairs):
+        raise ValueError(f"{what} have stages = {str(stages)[:40]}: pairs of a share, the first 0, and cuts of a row")
+    return preset
 
 def check_args(args):
     """ValueError for what argparse lets through, naming the value."""
@@ -293,15 +338,18 @@ def dry_run(cfg, preset):
     return dict(step=0, loss=None, val_bpb=None, tokens=0, tokens_per_s=None, mfu=None, params_total=total,
                 params_active=active, seconds=0.0)
 
-def convert(old, saved, args):
+def convert(old, saved, step, args):
     """A full-attention model and its optimizers' states -> the preset's MSA layers, weights and states kept by name."""
     new = MiniMax(dataclasses.replace(configure(args), vocab_size=old.cfg.vocab_size), old.dtype)
-    missing, unexpected = new.load_state_dict(old.state_dict(), strict=False)
-    assert not unexpected and all(".indexer." in name for name in missing), (missing, unexpected)
+    try:
+        missing, unexpected = new.load_state_dict(old.state_dict(), strict=False)
+        assert not unexpected and all(".indexer." in name for name in missing), (missing, unexpected)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--attn msa: the checkpoint's model is not of --preset {args.preset}") from None
     params = dict(new.to(old.embed.weight.device).named_parameters())
     sources, targets = (configure_optimizers(model, args.lr)[0] for model in (old, new))
     for source, state, target in zip(sources, saved, targets):
-        source.load_state_dict(state)
+        load_optimizers([source], [state], step)
         target.state.update({params[name]: source.state[p] for name, p in old.named_parameters() if p in source.state})
     return new, [target.state_dict() for target in targets]
 
@@ -326,6 +374,10 @@ def card(model, args, device, why, threads, data, setup, sparse_from):
               "uncertain by several percent; give --val-data")
     if not peak_flops(device):
         print(f"mfu     | none: the dense bf16 peak of {device_name(device)} is not known")
+    if cfg.vocab_size < args.vocab_size:
+        print(f"vocab   | {cfg.vocab_size:,} tokens, not {args.vocab_size:,}: the text has no more pairs to merge")
+    first = ", ".join(map(str, SaveTimer.FIRST))
+    print(f"saves   | after {first} s and each minute, in {args.out}; with an evaluation every {args.eval_every} steps")
     print(f"ready   | {setup:.1f} s", flush=True)
 
 def watch(loss, norm, history):
@@ -356,7 +408,18 @@ def prepare(args, cfg, tokenizer):
     docs = dict(train=train, val=val, peek=truncate(val, VAL_BYTES // 8))  # peek: for the evaluations on the way
     L = cfg.index_block_size if "msa" in cfg.attn_types else 1
     data = {x: Tokens(docs[x], tokenizer, L, args.seq_len) for x in docs}
-    return tokenizer, {**data, "skipped": skipped}
+    return tokenizer, {**data, "skipped": skipped, "text": hash_text(train, val)}
+
+def hash_text(*sides):
+    """Lists of (name, text) -> a name for their text, by which a resumed run knows it again."""
+    digest = hashlib.sha256()
+    for side in sides:
+        for _, text in side:
+            raw = text.encode()
+            digest.update(len(raw).to_bytes(8, "little"))
+            digest.update(raw)
+        digest.update(b"|")
+    return digest.hexdigest()
 
 def fuse(model, muon):
     """torch.compile what lies between the kernels: norms, projections, rotations, experts, momentum."""
@@ -449,41 +512,97 @@ def trial(model, data, args, index, rest):
         model.cfg.index_warmup, model.cfg.mtp_active = before
     return step
 
+def share_done(now, steps, minutes):
+    """Progress: the share of the steps that are done, or of the minutes, whichever is larger; 1 is the end."""
+    return max(now["step"] / (steps or math.inf), now["seconds"] / (60 * (minutes or math.inf)))
+
+def cut_at(share, args):
+    """Into how many parts rows are cut at this share of the run; a part has at least 16 tokens."""
+    return min([n for first, n in args.stages if share >= first][-1], args.seq_len // 16)
+
+def stage_at(share):
+    return "warm-up" if share < WARMUP else "decay" if share > 1 - DECAY else "constant"
+
+def resume_now(fresh, state, args):
+    """Where a checkpoint's run stood, over what a new run starts with. What was measured on another text is dropped.
+    Checkpoints of before runs had names tell by their step or their seconds how far the run had come."""
+    old, was = state["now"], state["args"]
+    now = {**fresh, **old, "run": old.get("run"), "text": fresh["text"]}
+    now["reached"] = old.get("reached", share_done(old, was.get("steps"), was.get("minutes")))
+    now["sparse"] = old.get("sparse", now["reached"] >= now["sparse_from"])
+    same_place = all(was.get(name) == getattr(args, name) for name in ("data", "val_data"))
+    if old.get("text", fresh["text"]) != fresh["text"] or "text" not in old and not same_place:
+        now["bpb"] = math.inf
+    return now
+
+def print_changes(state, args, now):
+    """Say what going on changes: the schedule, where the run now has another end or rate, and the text."""
+    old, was = state["now"], state["args"]
+    before = min(1.0, share_done(old, was.get("steps"), was.get("minutes")))
+    after = min(1.0, share_done(now, args.steps, args.minutes))
+    if before != after or was.get("lr") != args.lr:
+        rates = [lr * schedule(share, WARMUP, DECAY) for lr, share in ((was.get("lr"), before), (args.lr, after))]
+        line = (f"{before:.0%} of the run is now {after:.0%} of it; rate {rates[0]:.1e} ({stage_at(before)}) -> "
+                f"{rates[1]:.1e} ({stage_at(after)})")
+        if stage_at(before) != stage_at(after) and "decay" in (stage_at(before), stage_at(after)):
+            weights = [MTP_WEIGHT[share > 1 - DECAY] for share in (before, after)]
+            line += f", MTP weight {weights[0]} -> {weights[1]}"
+        if cut_at(now["reached"], args) != cut_at(after, args):
+            line += f"; rows stay at {args.seq_len // cut_at(now['reached'], args)} tokens"
+        if args.attn == "msa" and now["sparse"] and after < now["sparse_from"]:
+            line += "; attention stays sparse"
+        print(f"resume  | step {now['step']}: {line}", flush=True)
+    if old.get("text", now["text"]) != now["text"]:
+        here, there = (name or "the Python standard library" for name in (args.data, was.get("data")))
+        changed = f"{here}, which has changed since" if here == there else f"{there}, and {here} is another text"
+        print(f"text    | the checkpoint was trained on {changed}: val_bpb compares with none before", flush=True)
+
+def check_match(cfg, state, args):
+    """ValueError unless a checkpoint's model is the one that its args describe."""
+    saved = state["args"]["attn"]
+    if (saved == "msa") != ("msa" in cfg.attn_types):
+        raise ValueError(f"the checkpoint's args say --attn {saved}, its layers are {' '.join(cfg.attn_types)}")
+    if args.seq_len > cfg.max_seq_len:
+        raise ValueError(f"the checkpoint's args say --seq-len {args.seq_len}, its model has {cfg.max_seq_len}")
+    if saved == "msa" and args.seq_len % cfg.index_block_size:
+        raise ValueError(f"the checkpoint's --seq-len {args.seq_len} is not whole key blocks of {cfg.index_block_size}")
+
 def run(args, state):
     started = time.perf_counter()
     if args.dry_run:
         return dry_run(configure(args), args.preset)
     device, dtype, why = pick_device(args.device)
     model, tokenizer = load_model(state, device, dtype) if state else (None, None)
+    if state:
+        check_match(model.cfg, state, args)
     torch.manual_seed(args.seed)
     converted = bool(state) and args.attn != state["args"]["attn"]
     if converted:
-        model, state["optimizers"] = convert(model, state["optimizers"], args)
+        model, state["optimizers"] = convert(model, state["optimizers"], state["now"]["step"], args)
     cfg = model.cfg if model else configure(args)
     sized = dataclasses.replace(cfg, vocab_size=args.vocab_size)
     rows = -(-args.batch_size // args.accumulate)
     check_memory(step_bytes(sized, rows, args.seq_len, device, args.recompute), device,
                  "--accumulate, --recompute, --batch-size or --seq-len")
-    os.makedirs(args.out, exist_ok=True)  # now, not after an hour of training
     tokenizer, data = prepare(args, cfg, tokenizer)
     cfg.vocab_size = tokenizer.n_vocab
     model = (model or MiniMax(cfg, dtype).to(device)).train()
     model.recompute = args.recompute
     (optimizers, index, rest), on_gpu = configure_optimizers(model, args.lr), device.type == "cuda"
+    # reached: the share of the run that rows and attention have come to; it never shrinks, whatever the end becomes
     now = dict(step=0, seconds=0.0, tokens=0, flops=0.0, ema=None, spread=0.0, above=0, bpb=math.inf,
-               sparse_from=args.msa_from)
+               sparse_from=args.msa_from, sparse=False, reached=0.0, run=os.urandom(8).hex(), text=data["text"])
     if state:
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-        same = all(state["args"][name] == getattr(args, name) for name in ("data", "val_data"))
-        now = {**now, **state["now"], "bpb": state["now"]["bpb"] if same else math.inf}  # no comparison across texts
+        load_optimizers(optimizers, state["optimizers"], state["now"]["step"])
+        now = resume_now(now, state, args)
         if "tokens" not in state["now"]:  # an older checkpoint, whose FLOPs count pads: they are the same share of all
             filled = data["train"].n_tokens / len(data["train"].begin)
             now["tokens"] = round(filled * now["step"] * args.batch_size * args.seq_len)
             now["flops"] *= filled
     def progress():
-        return max(now["step"] / (args.steps or math.inf), now["seconds"] / (60 * (args.minutes or math.inf)))
+        return share_done(now, args.steps, args.minutes)
     if converted:  # the index branch learns for the same share of what is left
+        now["sparse"] = False
         now["sparse_from"] = progress() + (1 - progress()) * args.msa_from
         if progress() >= 1:
             raise ValueError("--attn msa: nothing is left of the run to convert in; give more --steps or --minutes")
@@ -495,7 +614,24 @@ def run(args, state):
     if threads.count is None:
         threads.choose(trial(model, data, args, index, rest))
     card(model, args, device, why, threads, data, time.perf_counter() - started, now["sparse_from"])
+    if state:
+        print_changes(state, args, now)
     allowed = 60 * args.minutes * EVAL_SHARE if args.minutes else math.inf  # seconds of an evaluation
+    timer = SaveTimer()
+    draft = None                         # a checkpoint that waits for the loss of its weights
+    saved = now["step"] if state else None  # the step of the last evaluated checkpoint
+    def write():
+        """Write all there is between two steps into a new file -> its path."""
+        began = timer.clock()
+        now["threads"] = None if on_gpu else threads.count  # bits depend on it
+        weights = model.state_dict()
+        check_finite(weights)
+        path = write_checkpoint(
+            args.out, args={k: v for k, v in vars(args).items() if k not in RUN_ALONE}, now=dict(now),
+            config=dataclasses.asdict(dataclasses.replace(cfg, mtp_active=True)), tokenizer=tokenizer.spec,
+            model=weights, optimizers=[o.state_dict() for o in optimizers])
+        timer.saved(began)
+        return path
     def checkpoint():
         """Evaluate on the first bytes and save what passes: the last good checkpoint survives a divergence.
         -> what was found, and the seconds that it took."""
@@ -509,22 +645,20 @@ def run(args, state):
         if not found["val_bpb"] <= 1.5 * now["bpb"]:
             raise FloatingPointError(f"val_bpb {found['val_bpb']:.3f} after {now['bpb']:.3f}")
         now["bpb"] = min(now["bpb"], found["val_bpb"])
-        now["threads"] = None if on_gpu else threads.count  # bits depend on it
-        kept = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "stop_after", "dry_run")}
-        save_checkpoint(args.out, fresh=not args.resume and now["step"] <= args.eval_every, args=kept, now=dict(now),
-                        config=dataclasses.asdict(dataclasses.replace(cfg, mtp_active=True)), tokenizer=tokenizer.spec,
-                        model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers])
+        place_checkpoint(args.out, write(), now["run"])
         return found, took
     stop, pending, load, mtp, kl, last, final = on_signals(), [], 0.0, torch.tensor(math.nan), math.nan, dict(now), {}
     if progress() >= 1:
         print(f"nothing left to do after step {now['step']}: give more --steps or --minutes", flush=True)
     while progress() < 1 and not stop:
         tick, done = time.perf_counter(), progress()
-        cfg.index_warmup, cfg.mtp_active = done < now["sparse_from"], now["step"] % args.mtp_every == 0
+        now["reached"] = max(now["reached"], done)
+        now["sparse"] = now["sparse"] or done >= now["sparse_from"]
+        cfg.index_warmup, cfg.mtp_active = not now["sparse"], now["step"] % args.mtp_every == 0
         factor = schedule(done, WARMUP, DECAY)
         for group in (g for o in optimizers for g in o.param_groups):
             group["lr"] = args.lr * factor * group.get("scale", 1.0)
-        cut = min([n for share, n in args.stages if done >= share][-1], args.seq_len // 16)
+        cut = cut_at(now["reached"], args)
         batch = get_batch(data["train"], args.seed, 0, now["step"], args.batch_size * cut, args.seq_len // cut)
         real = batch["targets"] >= 0  # pads are computed, too, but are neither tokens learned from nor useful FLOPs
         n_real = int(real.sum())
@@ -559,9 +693,24 @@ def run(args, state):
                   f"lr {args.lr * factor:.1e} | norm {aux['norm'].item():.2f} | maxvio {violation:.2f} | "
                   f"{rate:,.0f} tok/s{f', mfu {mfu:.1%}' if mfu else ''} | "
                   f"eta {now['seconds'] * (1 / part - 1) / 60:.1f}m", flush=True)
+        if draft:  # this step began with its weights: now their loss is known
+            settle(pending, now)
+            if now["above"]:
+                os.remove(draft)
+            else:
+                place_checkpoint(args.out, draft, now["run"])
+            draft = None
         if now["step"] % args.eval_every == 0 and progress() < 1 and not stop:
             checkpoint()
-    found, took = checkpoint()
+            saved = now["step"]
+        elif timer.due() and progress() < 1 and not stop:
+            settle(pending, now)
+            draft = None if now["above"] else write()
+    if draft:
+        os.remove(draft)
+    found, took = dict(val_bytes=0), 0.0
+    if now["step"] != saved:  # a run with nothing left has nothing to save, nor has one that was stopped while saving
+        found, took = checkpoint()
     if stop:
         print(f"stopped after step {now['step']}, saved in {args.out}; go on with --resume", flush=True)
     else:
@@ -625,12 +774,14 @@ def on_signals():
     return stop
 
 def command(script, run):
-    """Call run() -> result, printed as JSON. Bad input: one line, status 2; divergence 1, Ctrl-C 130, `| head` 141."""
+    """Call run(locks) -> result, printed as JSON. `locks`, an ExitStack, holds folders until it is over.
+    Bad input: one line, status 2; divergence 1, Ctrl-C 130, `| head` 141."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     tolerant_output()
     threads = torch.get_num_threads()
     try:
-        result = run()
+        with contextlib.ExitStack() as locks:
+            result = run(locks)
         print(json.dumps(result), flush=True)
         return result
     except BrokenPipeError:
@@ -649,7 +800,7 @@ def command(script, run):
     sys.exit(code)
 
 def main(argv=None):
-    return command("train.py", lambda: run(*parse_args(argv)))
+    return command("train.py", lambda locks: run(*parse_args(argv, locks)))
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, at_ctrl_c)

@@ -510,11 +510,6 @@ class KVCache:
 # ---- Triton: the index branch of a prefill -------------------------------------------------------
 
 @jit
-def _finite_tile(x):
-    """_finite of a tile, in registers: a copy of the queries in memory would cost a training step 3 %."""
-    return tl.where(x - x == 0, x, 0.0).to(x.dtype)
-
-@jit
 def _ranked(score):
     """A score that is NaN ranks as -inf does: not at all. Maxima pass over NaN, so that this is a block of nothing else."""
     return tl.where(score == score, score, float("-inf"))
@@ -601,7 +596,7 @@ def _query_outer_kernel(q, k, v, end, start, block_idx, out, stat, T, cap, HKV: 
         l, m = l * scale + tl.sum(p, 1), new
     tl.store(out + rows, (acc / tl.maximum(l, 1e-30)[:, None]).to(x.dtype), mask=mine)
     if stat is not None:
-        tl.store(stat + (bt * HKV + h) * G + g, tl.where(l == 0, float("inf"), m + tl.log2(l)), mask=g < G)
+        tl.store(stat + (bt * HKV + h) * G + g, tl.where(l == 0, 0.0, m + tl.log2(l)), mask=g < G)
 
 # One program = up to RUN queries that chose one block, ROWS // G of them at a time: K and V are read once for all.
 @jit
@@ -677,7 +672,7 @@ def _combine_kernel(q, k, v, end, first, block_idx, part, lse, out, stat, n, cap
         acc, l, m = acc * old[:, None] + o.to(tl.float32) * weight[:, None], l * old + weight, new
     tl.store(out + row, (acc / tl.maximum(l, 1e-30)[:, None]).to(x.dtype), mask=mine[:, None])
     if stat is not None:
-        tl.store(stat + (t * HKV + h) * G + r % G, tl.where(l == 0, float("inf"), m + tl.log2(l)), mask=mine)
+        tl.store(stat + (t * HKV + h) * G + r % G, tl.where(l == 0, 0.0, m + tl.log2(l)), mask=mine)
 
 def _plan(blk, N, chunk_size, run):
     """Turn the choice around: which queries chose each block. blk (B, T, Hkv, S); chunks of chunk_size queries ->
@@ -766,9 +761,7 @@ def _backward_kernel(q, k, v, grad, stat, delta, end, edges, tasks, dq, dk, dv, 
             edge = tl.load(edges + e + r // G, mask=mine, other=0) - edge0  # (query, head, slot) within the chunk
             head = edge // S * G + r % G
             i = (edge + edge0) // S // HKV % T
-            # a row that saw a NaN has it in stat or delta, and so in all it gives: its query may go, for 0 * NaN is NaN
-            lse = tl.load(stat + head, mask=mine, other=float("inf"))  # inf: a row that saw nothing
-            x = tl.load(q + head[:, None] * D + d, mask=(lse < float("inf"))[:, None], other=0.0)         # [ROWS, D]
+            x = tl.load(q + head[:, None] * D + d, mask=mine[:, None], other=0.0)                         # [ROWS, D]
             s = tl.dot(key, x.T, input_precision="ieee") * (D ** -0.5 * 1.4426950408889634)               # [L, ROWS]
             seen = (j[:, None] <= i[None]) & mine[None]
             if end is not None:
@@ -809,9 +802,7 @@ def _kl_kernel(q, k, qi, ki, stat, index_stat, share, end, edges, tasks, value, 
     if lo < hi:
         held = (j < T)[:, None]
         index_key = tl.load(ki + (b * T + j)[:, None] * DI + di, mask=held, other=0.0)                    # [L, DI]
-        key = _finite_tile(tl.load(k + ((b * T + j) * HKV + h)[:, None] * D + d, mask=held, other=0.0))
-        if index_stat is not None:  # which is NaN for a row that saw one: elsewhere NaN may go
-            index_key = _finite_tile(index_key)
+        key = tl.load(k + ((b * T + j) * HKV + h)[:, None] * D + d, mask=held, other=0.0)
         dkey = tl.zeros([L, DI], tl.float32)
         for e in range(lo, hi, TOKENS):
             mine = (e + c < hi) & (c < TOKENS)
@@ -821,8 +812,6 @@ def _kl_kernel(q, k, qi, ki, stat, index_stat, share, end, edges, tasks, value, 
             if end is not None:
                 seen = seen & (i[None] < tl.load(end + b * T + j, mask=j < T, other=0)[:, None])
             x = tl.load(qi + (edge // S)[:, None] * DI + di, mask=mine[:, None], other=0.0)               # [COLS, DI]
-            if index_stat is not None:
-                x = _finite_tile(x)
             s = tl.dot(index_key, x.T, input_precision="ieee") * (DI ** -0.5 * 1.4426950408889634)        # [L, COLS]
             if index_stat is None:
                 s = tl.where(seen, s, float("-inf"))
@@ -831,7 +820,7 @@ def _kl_kernel(q, k, qi, ki, stat, index_stat, share, end, edges, tasks, value, 
             else:
                 own = (e + r // G < hi) & (r < TOKENS * G)
                 head = (tl.load(edges + e + r // G, mask=own, other=0) - edge0) // S * G + r % G
-                y = _finite_tile(tl.load(q + head[:, None] * D + d, mask=own[:, None], other=0.0))        # [ROWS, D]
+                y = tl.load(q + head[:, None] * D + d, mask=own[:, None], other=0.0)                      # [ROWS, D]
                 p = tl.dot(key, y.T, input_precision="ieee") * (D ** -0.5 * 1.4426950408889634)           # [L, ROWS]
                 # at most 1 where visible; elsewhere it could be inf, and 0 * inf in the product below nan
                 p = tl.exp2(tl.minimum(p - tl.load(stat + head, mask=own, other=float("inf"))[None], 0.0))
@@ -923,19 +912,20 @@ def _kl_triton(q, qi, stat, block_idx, k, ki, L, end, share, stride):
     dims, cols = (Hkv, G, D, Di, L, S, rows), max(16, triton.next_power_of_2(rows // G))
     part = torch.empty(queries * Hkv * S, Di, dtype=q.dtype, device=dev)
     keys = torch.empty(sequences * P * L, Di, device=dev)
-    # a row that saw a NaN has it in its sums of exponentials, and from there in all it gives
+    # a row that saw a NaN has it in its sums of exponentials, and from there in all it gives: elsewhere NaN may go
     spoilt = stat.isnan().unflatten(2, (Hkv, G)).any(3) & (share != 0)[..., None]                          # (B, t, Hkv)
-    flat = [x.flatten(0, 1) for x in (q, qi, _finite(stat), share, block_idx, dqi, spoilt)]
+    flat = [x.flatten(0, 1) for x in (_finite(q), qi, _finite(qi), _finite(stat), share, block_idx, dqi, spoilt)]
+    clean_k, clean_ki = _finite(k), _finite(ki)
     for c, b, n, at in launches:
-        x, xi, stats, shares, blocks, dx, lost = (x[at] for x in flat)
+        x, xi, clean_xi, stats, shares, blocks, dx, lost = (x[at] for x in flat)
         value = torch.full((len(x), Hkv, S), float("-inf"), device=dev)
-        args = x, k[b:], xi, ki[b:], stats
         rest = shares, None if end is None else end[b:], edges, tasks[c], value, part, keys, at.start * Hkv * S, T
-        _kl_kernel[P, n](*args, None, *rest, (*dims, 64, stride), num_warps=4, num_stages=2)
+        _kl_kernel[P, n](x, clean_k[b:], xi, ki[b:], stats, None, *rest, (*dims, 64, stride), num_warps=4, num_stages=2)
         index_stat = (value * 0.6931471805599453).logsumexp(-1) * 1.4426950408889634
         index_stat.masked_fill_(lost, float("nan"))
         value.zero_()
-        _kl_kernel[P, n](*args, index_stat, *rest, (*dims, cols, stride), num_warps=8, num_stages=2)
+        _kl_kernel[P, n](x, clean_k[b:], clean_xi, clean_ki[b:], stats, index_stat, *rest, (*dims, cols, stride),
+                         num_warps=8, num_stages=2)
         kl += value.masked_fill_(index_stat.isnan()[..., None], float("nan")).sum()
         _task_sum_kernel[-(-T // L), Hkv, n](keys, ends[c], dki[b], P, T, Hkv, Di, L, num_warps=8)
         _slot_sum_kernel[-(-len(x) * Hkv // 16),](part, blocks, dx, len(x) * Hkv, 1, Di, S, 16)
@@ -951,7 +941,7 @@ def _attend_backward(q, k, v, block_idx, out, stat, grad, L, end):
     part = torch.empty(queries * H * S, D, dtype=q.dtype, device=dev)
     keys, values = (torch.empty(sequences * P * L, D, device=dev) for _ in "kv")
     rows = max(64 if G & (G - 1) == 0 else 32, triton.next_power_of_2(G))
-    k, v = _finite(k), _finite(v)
+    q, k, v = _finite(q), _finite(k), _finite(v)  # a row that saw a NaN has it in stat or delta, and so in all it gives
     flat = [x.flatten(0, 1) for x in (q, grad, stat, delta, block_idx, dq)]
     for c, b, n, at in launches:
         x, dy, stats, deltas, blocks, dx = (x[at] for x in flat)

@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
 import bench, moe, msa, rl, sample, train
 from model import (Call, KVCache, MiniMax, MiniMaxConfig, RMSNorm, apply_rope, config_from_hf, config_to_hf,
                    count_params, cross_entropy, locate, rope_tables)
-pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid", "ignore:overflow")  # numpy's log2(0)
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid", "ignore:overflow", "ignore:All-NaN")
 HERE = Path(__file__).resolve().parent
 GOLDEN = HERE / ".ci" / "golden"
 TEXT = (HERE / "msa.py").read_text(encoding="utf-8") + "na\u00efve \u4e2d\u6587 \U0001f600\n"
@@ -493,6 +493,8 @@ def test_a_query_without_keys_gives_zero():
         kl, other = (msa.index_kl_loss(qi, ki, q, k, chosen, 4, end, w) * w.sum() for w in (weight, less))
         assert worst(kl, other) < 1e-6 and kl > 0.01
         assert max(map(worst, *(torch.autograd.grad(x, (qi, ki)) for x in (kl, other)))) < 1e-6
+        small = msa.index_kl_loss(qi, ki, q, k, chosen, 4, end, weight * 1e-9)
+        assert worst(small * weight.sum(), kl) < 1e-6
         for nothing in (0 * weight, -weight):
             kl = msa.index_kl_loss(qi, ki, q, k, chosen, 4, end, nothing)
             assert kl == 0 and all((x == 0).all() for x in torch.autograd.grad(kl, (qi, ki)))
@@ -545,11 +547,11 @@ def kernel_qkv(B, T, Tk, Hkv, G, D=16):
     return [x[:, :n] for x, n in zip(out, (T, Tk, Tk, T, Tk))]
 TREE = torch.full((2, 37), 37, dtype=torch.int32)
 TREE[0, :13], TREE[0, 16:24], TREE[1, :16] = 13, 24, 16
-KERNEL_CASES = [  # B, T, Tk, Hkv, G, S, end, start; the last four are decode steps: ragged, drafts, short, documents
+KERNEL_CASES = [  # B, T, Tk, Hkv, G, S, end, start; the last five are decode steps: ragged, drafts, short, documents
     (1, 37, 37, 2, 3, 4, None, None), (1, 1, 1, 1, 2, 3, None, None), (1, 20, 20, 1, 16, 3, None, None),
     (1, 17, 17, 1, 2, 1, None, None), (2, 37, 37, 2, 3, 4, TREE, None), (2, 10, 64, 2, 3, 3, None, [20, 50]),
     (2, 1, 96, 2, 3, 4, None, [90, 33]), (1, 3, 64, 2, 3, 4, None, [46]), (2, 1, 24, 2, 3, 4, None, [0, 9]),
-    (2, 2, 40, 2, 3, 4, TREE, [35, 30])]
+    (2, 2, 40, 2, 3, 4, TREE, [35, 30]), (2, 2, 40, 2, 3, 4, TREE, [23, 15])]  # the last: at a document's end
 @pytest.mark.parametrize("case", range(len(KERNEL_CASES)))
 def test_kernels_equal_torch(case):
     """Every kernel against the torch half: the choice exactly, with int8 keys too, outputs to rounding, all written."""
@@ -577,7 +579,7 @@ SMALL = (1, 21, 21, 1, 16), 2, None, 1024, 8192
 def test_training_kernels_equal_autograd(shape, S, end, run, most):
     """Attention, KL and all gradients equal the torch half's, hot blocks and chunks split; two runs are bit-equal."""
     q, k, v, qi, ki = inputs = [x.requires_grad_() for x in kernel_qkv(*shape)]
-    q.data[:, 4] *= 100  # its scores with keys to come, which no one may see, are beyond the range of exp
+    q.data[:, 5] *= 100  # it learns, and its scores with keys to come, hidden ones, are beyond the range of exp
     weight, upstream = torch.rand(shape[:2]), torch.randn(q.shape)
     blocks = msa.select_blocks(qi, ki, S, 8, end)
     def run_once(impl):
@@ -607,7 +609,7 @@ def test_kernels_of_single_tokens(activation):
             size = want.abs() if mine.shape != w.shape else want.abs().max()
             assert ((mine - want).abs() < 2e-6 * (size + 1)).all()
 
-    logits, y = h[:5].repeat(1, 200), torch.tensor([0, 8799, -1, 8192, 5])  # two tiles a row
+    logits, y = h[:5].repeat(1, 200) + 20 * torch.arange(5)[:, None], torch.tensor([0, 8799, -1, 8192, 5])  # two tiles a row
     ours, want = ((moe.softmax_loss(x := logits.clone(), y, impl), x) for impl in ("triton", "torch"))
     assert max(map(worst, ours, want)) < 1e-5
 
@@ -643,6 +645,18 @@ def test_kernels_equal_torch_without_keys_and_with_nan(name, value):
         dense = (msa.full_attention(args[0], *args[1:3], end, start, x) for x in ("triton", "torch"))
         same(*dense)
 
+def test_queries_of_nan_choose_their_own_block():
+    """An index query of NaN, or a block of such keys, ranks no block: prefill and decode, int8 too, as the torch half."""
+    q, k, v, qi, ki = kernel_qkv(1, 24, 24, 1, 2)
+    qi[:, 23], ki[:, 4:8] = math.nan, math.nan
+    want = msa.select_blocks(qi, ki, 3, 4, None, None, "torch")
+    assert want[0, 23, 0].tolist() == [5, -1, -1] and 1 not in want[0, 8:]
+    assert torch.equal(msa.select_blocks(qi, ki, 3, 4, None, None, "triton"), want)
+    start = torch.tensor([22], dtype=torch.int32)
+    for int8 in (None, msa.quantize_index(ki, 4)):
+        got = msa.msa_decode(q[:, 22:], k, v, qi[:, 22:], ki, 3, 4, start, None, "triton", int8)[1]
+        assert torch.equal(got, want[:, 22:])
+
 def test_scores_far_below_zero_count():
     """Scores of -1e33 leave a softmax as those of -1 do: both halves have a least number to start from, not -1e30."""
     q, k, v, qi, ki = kernel_qkv(1, 13, 13, 1, 2)
@@ -657,6 +671,24 @@ def test_scores_far_below_zero_count():
     for f in (lambda x: msa.full_attention(*step, None, start, x),
               lambda x: msa.msa_decode(*step, qi[:, 12:], ki, 3, 4, start, None, x)[0]):
         assert worst(f("triton"), f("torch")) < 1e-6
+
+    q, k = (x.requires_grad_() for x in (q * 1e10, k * 1e10))  # now they are -inf, and those of no key
+    with pytest.MonkeyPatch.context() as patch:
+        for most in (512, 0):
+            patch.setattr(msa, "QUERY_OUTER", most)
+            out, kl = msa.msa_train(q, k, v, qi, ki, blocks, 4, None, None, 1, "triton")
+            assert (out == 0).all() and kl == 0
+            assert all((x == 0).all() for x in torch.autograd.grad(out.sum(), (q, k)))
+
+def test_decode_ranks_neighbours():
+    """The best blocks may lie side by side, in one run of the scan: the choice does not depend on where they are."""
+    q, k, v, qi, ki = kernel_qkv(1, 1, 100, 1, 2)
+    last, order = torch.tensor([99], dtype=torch.int32), torch.arange(100)[None, :, None] // 4
+    for keys, S in ((-order, 4), (-order, 8), (-((order - 10) ** 2), 8)):  # at the start, in the middle
+        keys = (keys / 1.0).expand(1, 100, 16).contiguous()
+        want = msa.select_blocks(qi.abs(), keys, S, 4, None, last, "torch")
+        got = msa.msa_decode(q, k, v, qi.abs(), keys, S, 4, last, None, "triton")[1]
+        assert torch.equal(got, want)
 
 @contextlib.contextmanager
 def fp64_kernels():
@@ -675,6 +707,9 @@ def test_training_kernels_pass_gradcheck(part):
         blocks = {L: msa.select_blocks(qi, ki, 3, L, end) for L in (4, 8)}
         def run(L): return msa.msa_train(*inputs, blocks[L], L, end, weight, 2, "triton")
         def value(): return run(4)[0].cumsum(-1).sum() if part == "attention" else run(4)[1]
+        if part == "KL":
+            q.data.mul_(20)  # a teacher with probabilities below 1e-4, too
+            assert abs(value() - msa.msa_train(*inputs, blocks[4], 4, end, weight, 2, "torch")[1]) < 1e-12
         args = (v, q, k) if part == "attention" else (qi, ki)
         for x, dx in zip(args, torch.autograd.grad(value(), args)):
             base, u, f = x.data.clone(), torch.randn_like(x), {}
@@ -721,24 +756,31 @@ def test_int8_scan_bounds_each_score():
     """The scan's bounds lie around q . k8, at the distance that quantize_index promises, for blocks of one key."""
     needs(msa.triton and not torch.cuda.is_available(), "Triton, and no GPU: the interpreter stands in for one")
     N, D, g = 8, 64, torch.Generator().manual_seed(0)
-    qi = torch.rand(1, 1, 3, D, generator=g)  # in steps of 2^-15, as two digits
+    qi = torch.rand(1, 2, 3, D, generator=g)  # two drafts; in steps of 1 / 32512, as two digits
     qi[..., 0], qi[..., 1:4] = 1.0, torch.tensor([384.0, 128.0, 127.5]) / 32512  # where the low digit turns over
-    ki = (qi[0, 0, 0] + 0.1 * torch.rand(1, N + 1, D, generator=g)).contiguous()
+    ki = (qi[0, 0, 0] + 0.1 * torch.rand(1, N + 2, D, generator=g)).contiguous()
+    qi[:, 1, 2] = 10.49 / 32512  # every number but one half a step off, the worst for keys that are exact
+    qi[:, 1, 2, 0], ki[:, 3] = 0.51, 126 / 128
     int8, made = msa.quantize_index(ki, 1), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty", lambda *args, real=torch.empty, **kw: made.append(real(*args, **kw)) or made[-1])
-        q, kv = torch.zeros(1, 1, 3, D), torch.zeros(1, N + 1, 3, D)
+        q, kv = torch.zeros(1, 2, 3, D), torch.zeros(1, N + 2, 3, D)
         msa.msa_decode(q, kv, kv, qi, ki, 9, 1, torch.tensor([N], dtype=torch.int32), None, "triton", int8)
-    row = next(x for x in made if x.dim() == 2 and x.size(0) == 3)  # N + 1 scores, best scores, bounds from either side
-    runs = (row.size(1) - N - 1) // 3
-    assert runs >= N  # one block in each: the bounds of a run are those of a key
-    high, low = (x[:, x[0].isfinite()].double() for x in row[:, N + 1 + runs:].split(runs, 1))
+    row = next(x for x in made if x.dim() == 2 and x.size(0) == 6)  # N + 2 scores, best scores, bounds from either side
+    runs = (row.size(1) - N - 2) // 3
+    assert runs > N  # one block in each: the bounds of a run are those of a key
+    high, low = (x[:, x[3].isfinite()].double() for x in row[:, N + 2 + runs:].split(runs, 1))
+    assert high.shape == (6, N + 1)
+    assert (high[:3, N] == -math.inf).all() and (low[:3, N] == -math.inf).all()  # the first draft's own block
+    high, low = high[:, :N], low[:, :N]
 
     k8, scale, slack = (x[0, :N].double() for x in int8)
-    exact, norm = qi[0, 0].double() @ k8.T * scale, qi[0, 0].double().norm(dim=-1)[:, None]
+    rows = qi[0].double().flatten(0, 1)
+    exact, near, norm = rows @ ki[0, :N].double().T, rows @ k8.T * scale, rows.norm(dim=-1)[:, None]
+    assert ((low <= exact) & (exact <= high)).all()
     rounding = 4 * (D / 12) ** 0.5 / 32512 * k8.abs().amax(1) * scale  # four deviations of D roundings of a step
-    assert ((high + low) / 2 - exact).abs().le(rounding).all()
-    assert worst((high - low) / 2 / (norm * scale * slack), torch.ones(3, N)) < 1e-3
+    assert ((high + low) / 2 - near)[:5].abs().le(rounding).all()
+    assert worst((high - low) / 2 / (norm * scale * slack), torch.ones(6, N)) < 1e-3
 
 def test_cache_keeps_int8_keys():
     """The cache's int8 lane is quantize_index of what it holds, after appends of any size, a crop, a copy of rows."""

@@ -1022,7 +1022,8 @@ def _scan_kernel(qi, ki, scale, slack, end, length, scores, done, T, cap, HKV: t
     if scale is not None:
         high, low, norm, unit = _digits(x)
         least = tl.full([L, COLS], float("-inf"), tl.float32)
-        step = tl.load(scale + b.to(tl.int64) * cap + lo * L + tl.arange(0, L), mask=(lo < hi), other=0.0)
+        held = tl.full([L], lo, tl.int32) < hi  # as a block: triton 3.9's interpreter takes no scalar as its mask
+        step = tl.load(scale + b.to(tl.int64) * cap + lo * L + tl.arange(0, L), mask=held, other=0.0)
         margin = tl.load(slack + b * N + lo, mask=lo < hi, other=0.0)
     for blk in range(lo, hi):
         j = b.to(tl.int64) * cap + blk * L + tl.arange(0, L)
@@ -1031,7 +1032,8 @@ def _scan_kernel(qi, ki, scale, slack, end, length, scores, done, T, cap, HKV: t
         else:
             key, wide = tl.load(ki + j[:, None] * D + tl.arange(0, D)), norm * margin
             this = step.to(tl.float32)[:, None] * 2.0 ** -30  # the products below stay finite
-            step = tl.load(scale + j + L, mask=(blk + 1 < hi), other=0.0)  # one ahead: too small to be pipelined
+            more = tl.full([L], blk + 1, tl.int32) < hi  # one ahead: too small to be pipelined
+            step = tl.load(scale + j + L, mask=more, other=0.0)
             margin = tl.load(slack + b * N + blk + 1, mask=blk + 1 < hi, other=0.0)
             s = tl.dot(key, low, tl.dot(key, high, out_dtype=tl.int32) * 256, out_dtype=tl.int32).to(tl.float32)
             seen = tl.broadcast_to((blk < i // L)[None], [L, COLS])

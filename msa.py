@@ -14,7 +14,7 @@ One visibility rule everywhere: key j is visible to query i iff j <= i < end[j].
 document, or of the subtree in a prefix tree laid out depth first; None is plain causal. With a cache, keys are slots
 0 … Tk-1 and the first query has index start (B,): T queries see Tk >= T keys. Layout (B, T, H, D) throughout.
 A query that sees no key gives 0 and no gradient. NaN and inf reach the queries that see them and no others (within a
-tile of a GPU's full attention, and of our KV-outer kernels, a value's may); an index score of NaN ranks as -inf.
+tile of a GPU's full attention, our KV-outer and draft kernels, a value's may); an index score of NaN ranks as -inf.
 
 The torch half is the whole specification; the Triton half has a kernel for each step:
     prefill   _index_kernel        scores, block maxima and a running top S - 1 in registers: no score matrix
@@ -312,12 +312,13 @@ def msa_decode(q, k, v, qi, ki, S, L, length, end=None, impl="auto", int8=None):
 
 @torch.no_grad()
 def quantize_index(ki, L):
-    """An int8 copy of index keys with an error bound, for msa_decode; inf where a block has NaN or inf. ki (B, Tk, D) -> ki8 (B, Tk, D) int8,
+    """An int8 copy of index keys with an error bound, for msa_decode. ki (B, Tk, D) -> ki8 (B, Tk, D) int8,
     scale (B, Tk) bf16 for each key, slack (B, N) for each block: for every query and key of the block, q . k and
     scale * (q rounded to 16 bits) . k8, both as computed, differ by at most |q| * scale * slack: Cauchy-Schwarz gives
     |k / scale - k8|, the rounding of q at most |q| sqrt(D) 2^-15 |k8|; GAMMA |k / scale| on either side covers sums,
     whose error grows with |q| |k|, not with the score. Nothing is proven for keys under 2^-96, queries over 2^127."""
-    lost, ki = ~ki.isfinite().all(2), ki.nan_to_num(0.0, 0.0, 0.0)  # (B, Tk): no bound holds, and its block is always rescored
+    lost = ~ki.isfinite().all(2)  # (B, Tk): NaN or inf, which nothing bounds: slack inf, the block is always rescored
+    ki = ki.nan_to_num(0.0, 0.0, 0.0)
     Tk, up = ki.size(1), 1 + 2.0 ** -15                                                   # up: norms are rounded up
     scale = (ki.abs().amax(2).float().clamp(min=2.0 ** -90) * (1.01 / 127)).bfloat16()  # 1.01: bf16 rounds by 0.4 %
     k = ki.float() / scale.float()[..., None]  # norms of scaled keys: the square of 1e-24 is 0
@@ -489,7 +490,8 @@ class KVCache:
         limit = torch.as_tensor(length)
         shaped = limit.dim() == 0 or limit.shape == self.length.shape
         if limit.is_floating_point() or not shaped or (limit < 0).any():
-            raise ValueError(f"cannot crop {self.length.size(0)} rows to {limit.tolist()}: expected 0 or more, one or one a row")
+            rows = self.length.size(0)
+            raise ValueError(f"cannot crop {rows} rows to {limit.tolist()}: expected 0 or more, one or one a row")
         self.length = torch.minimum(self.length, limit.clamp(max=self.capacity).to(self.length))
         self.used = min(self.used, int(limit)) if limit.dim() == 0 else int(self.length.max())
 
@@ -511,7 +513,7 @@ class KVCache:
 
 @jit
 def _ranked(score):
-    """A score that is NaN ranks as -inf does: not at all. Maxima pass over NaN, so that this is a block of nothing else."""
+    """A score that is NaN ranks as -inf does: not at all. Maxima pass over NaN: it is left where nothing else was."""
     return tl.where(score == score, score, float("-inf"))
 
 @jit

@@ -609,7 +609,8 @@ def test_kernels_of_single_tokens(activation):
             size = want.abs() if mine.shape != w.shape else want.abs().max()
             assert ((mine - want).abs() < 2e-6 * (size + 1)).all()
 
-    logits, y = h[:5].repeat(1, 200) + 20 * torch.arange(5)[:, None], torch.tensor([0, 8799, -1, 8192, 5])  # two tiles a row
+    logits = h[:5].repeat(1, 200) + 20 * torch.arange(5)[:, None]  # two tiles a row, each row above the one before
+    y = torch.tensor([0, 8799, -1, 8192, 5])
     ours, want = ((moe.softmax_loss(x := logits.clone(), y, impl), x) for impl in ("triton", "torch"))
     assert max(map(worst, ours, want)) < 1e-5
 

@@ -2014,8 +2014,24 @@ def test_what_is_sparse_stays_sparse(corpus, tmp_path, monkeypatch):
         text = quiet(train.main, resume(out, "--steps", 100, "--stop-after", 11))[1]
         assert "90% of the run is now 9%" in text and "attention stays sparse" in text
         assert "rows stay at 64" in text and "(decay) -> 1.2e-02 (constant)" in text
+        assert "of 64 keys, as before" in text
     assert seen == [(False, 64)] * 4
     assert not sample.load_checkpoint(str(tmp_path))["config"]["index_warmup"]
+
+def test_an_end_nearer_by_says_what_it_changes(corpus, tmp_path, monkeypatch):
+    """Resumed with fewer steps, in the middle of the warm-up, rows grow and attention becomes sparse, and it is said."""
+    quiet(train.main, train_args(corpus, tmp_path, "--steps", 12, "--stop-after", 2))
+    seen, real = [], train.learn
+
+    def learn(model, batch, *args):
+        seen.append((model.cfg.index_warmup, batch["idx"].size(1)))
+        return real(model, batch, *args)
+
+    monkeypatch.setattr(train, "learn", learn)
+    text = quiet(train.main, resume(tmp_path, "--steps", 4, "--stop-after", 3))[1]
+    assert seen == [(False, 32)]
+    assert "rows grow from 16 to 32 tokens; attention becomes sparse" in text
+    assert "from 50% of the run" in text
 
 def test_a_warm_up_checkpoint_says_what_it_is(corpus, trained, tmp_path):
     """Saved while the index branch learned, a model has full attention, and sample.py's card says so."""

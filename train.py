@@ -353,7 +353,7 @@ def convert(old, saved, step, args):
         target.state.update({params[name]: source.state[p] for name, p in old.named_parameters() if p in source.state})
     return new, [target.state_dict() for target in targets]
 
-def card(model, args, device, why, threads, data, setup, sparse_from):
+def card(model, args, device, why, threads, data, setup, now):
     cfg, (total, active) = model.cfg, model.num_params()
     S, L, T = cfg.index_topk_blocks, cfg.index_block_size, args.seq_len
     print(f"model   | {args.preset}: {total:,} parameters, {active:,} active per token without embedding and head")
@@ -361,7 +361,8 @@ def card(model, args, device, why, threads, data, setup, sparse_from):
     print(f"threads | {threads}")
     print(f"layers  | attention {' '.join(cfg.attn_types)}; mlp {' '.join(cfg.mlp_types)}; {cfg.n_mtp} MTP module")
     if "msa" in cfg.attn_types:
-        print(f"msa     | {S} blocks of {L}: {min(S * L, T)} of {T} keys, from {sparse_from:.0%} of the run")
+        since = "as before" if now["sparse"] else f"from {now['sparse_from']:.0%} of the run"
+        print(f"msa     | {S} blocks of {L}: {min(S * L, T)} of {T} keys, {since}")
     print(f"experts | {cfg.n_expert_per_tok} of {cfg.n_expert}{' + 1 shared' if cfg.shared_dim else ''}")
     print(f"kernels | {implementations(model, device, trains=True, decodes=False)}")
     rows = dict.fromkeys(str(T // min(n, T // 16)) for _, n in args.stages)
@@ -547,10 +548,15 @@ def print_changes(state, args, now):
         if stage_at(before) != stage_at(after) and "decay" in (stage_at(before), stage_at(after)):
             weights = [MTP_WEIGHT[share > 1 - DECAY] for share in (before, after)]
             line += f", MTP weight {weights[0]} -> {weights[1]}"
-        if cut_at(now["reached"], args) != cut_at(after, args):
-            line += f"; rows stay at {args.seq_len // cut_at(now['reached'], args)} tokens"
+        rows = [args.seq_len // cut_at(share, args) for share in (now["reached"], after)]
+        if rows[0] > rows[1]:
+            line += f"; rows stay at {rows[0]} tokens"
+        if rows[0] < rows[1]:
+            line += f"; rows grow from {rows[0]} to {rows[1]} tokens"
         if args.attn == "msa" and now["sparse"] and after < now["sparse_from"]:
             line += "; attention stays sparse"
+        if args.attn == "msa" and not now["sparse"] and after >= now["sparse_from"]:
+            line += "; attention becomes sparse"
         print(f"resume  | step {now['step']}: {line}", flush=True)
     if old.get("text", now["text"]) != now["text"]:
         here, there = (name or "the Python standard library" for name in (args.data, was.get("data")))
@@ -613,7 +619,7 @@ def run(args, state):
         rehearse(model, {k: v.to(device) for k, v in batch.items()}, args.accumulate, optimizers[0], index, rest)
     if threads.count is None:
         threads.choose(trial(model, data, args, index, rest))
-    card(model, args, device, why, threads, data, time.perf_counter() - started, now["sparse_from"])
+    card(model, args, device, why, threads, data, time.perf_counter() - started, now)
     if state:
         print_changes(state, args, now)
     allowed = 60 * args.minutes * EVAL_SHARE if args.minutes else math.inf  # seconds of an evaluation

@@ -780,12 +780,16 @@ def warm_start(source, args, stop, threads):
         now = dict(run=state["now"].get("run"))  # it is the same imitation that goes on
         saved = step
         print(f"warm    | {step} steps read from {folder}", flush=True)
-    timer = SaveTimer()
+    if saved is None:
+        save(folder, args, source, optimizers, dict(now, step=0, threads=threads.count))  # killed at once, it goes on
+        saved = 0
+    timer = SaveTimer()                # after that save, whose length would put off the one after 3 s
     while step < args.warm_steps and not stop:
-        if step % 20 == 0 or timer.due():  # killed at any time, it goes on
+        if step != saved and (step % 20 == 0 or timer.due()):
             began = timer.clock()
             save(folder, args, source, optimizers, dict(now, step=step, threads=threads.count))
             timer.saved(began)
+            saved = step
         rng, rate = random.Random(f"{args.seed} warm {step}"), min(1, (step + 1) / 20, 1.1 - step / args.warm_steps)
         demos = [demonstrate(source, make_task(args, step * 64 + i, 1), rng, NOISE) for i in range(64)]
         tick, trees = time.perf_counter(), [PrefixTree(d.samples, model.cfg) for d in demos]

@@ -2513,6 +2513,30 @@ def test_rl_saves_by_time(tmp_path, monkeypatch, capsys):
     assert "not finite" in refused(rl.main, ["--resume", *argv, "--save-every", 1], capsys, code=1)
     assert (tmp_path / "ckpt.pt").read_bytes() == before
 
+def test_a_slow_first_save_puts_none_off(tmp_path, monkeypatch):
+    """Killed after some seconds, again and again, an imitation gets on, though each of its saves takes a second."""
+    calls, saves, train_step, save = [], [], rl.train_step, rl.save
+    begun = time.monotonic()
+    most = 6
+
+    def counted_step(*args):
+        if len(calls) == most: raise Killed
+        calls.append(1)
+        return train_step(*args)
+
+    def slow_save(*args):
+        saves.append(args[-1]["step"])
+        calls.append(1)
+        save(*args)
+
+    monkeypatch.setattr(rl, "train_step", counted_step)
+    monkeypatch.setattr(rl, "save", slow_save)
+    monkeypatch.setattr(time, "monotonic", lambda: begun + len(calls))
+    for argv in (rl_args(tmp_path, "--warm-steps", 30), resume(tmp_path)):
+        calls.clear()
+        with pytest.raises(Killed): quiet(rl.main, argv)
+    assert saves == [0, 3, 6]
+
 def fields(folder):
     return sample.load_checkpoint(str(folder))["now"]
 

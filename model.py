@@ -438,7 +438,7 @@ class MiniMax(nn.Module):
         """Read a checkpoint folder of transformers or of the release: M2, or M3's text model; shards and fp8 too.
         ValueError for a field that this code does not compute, and for a tensor that is missing, unknown, there twice,
         of another shape, or quantized in a way that is not understood."""
-        hf = json.loads(Path(path, "config.json").read_text())
+        hf = read_json(path, "config.json")
         try:
             with torch.device("meta"):
                 model = cls(config_from_hf(hf), dtype).to(dtype).to_empty(device=device)
@@ -507,14 +507,35 @@ SCALES = ("_scale_inv", "_scale")  # what a scale's name adds to its tensor's; b
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
+def read_json(path, name):
+    """The object in a folder's JSON file. ValueError, naming the file, where it cannot be read or holds another type."""
+    try:
+        found = json.loads(Path(path, name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {name} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: {name} holds a {type(found).__name__}, not an object")
+    return found
+
+def inner(fields, key):
+    """The dict in a field, {} where the field is absent or null. ValueError for any other type."""
+    found = fields.get(key)
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{key} {str(found)[:40]}: only an object or null")
+    return found
+
 def find_tensors(path):
     """Where each tensor of a folder lies: {name: open file}. The index decides which files and tensors count; without
-    one, every safetensors file does. ValueError for what the index names and the folder lacks."""
-    from safetensors import safe_open
-    index = Path(path, INDEX)
-    listed = json.loads(index.read_text()).get("weight_map") if index.exists() else None
-    if index.exists() and not listed:
-        raise ValueError(f"{path}: {INDEX} has no weight_map")
+    one, every safetensors file does. ValueError for what the index names and the folder lacks, and for a file that is
+    damaged."""
+    from safetensors import SafetensorError, safe_open
+    listed = None
+    if Path(path, INDEX).exists():
+        listed = inner(read_json(path, INDEX), "weight_map")
+        if not listed or not all(isinstance(file, str) for file in listed.values()):
+            raise ValueError(f"{path}: {INDEX} has no weight_map of file names")
     names = sorted(set(listed.values()) if listed else (f.name for f in Path(path).glob("*.safetensors")))
     if not names:
         raise ValueError(f"{path}: no *.safetensors file")
@@ -522,7 +543,10 @@ def find_tensors(path):
     for file in names:
         if not Path(path, file).exists():
             raise ValueError(f"{path}: {file} is missing, {INDEX} names it")
-        opened = safe_open(Path(path, file), "pt")
+        try:
+            opened = safe_open(Path(path, file), "pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: {file} cannot be read: {error}") from None
         for name in opened.keys():
             if listed is None and name in where:
                 raise ValueError(f"{path}: {name} is in two files, and no {INDEX} says which counts")
@@ -535,8 +559,8 @@ def find_tensors(path):
 
 def read_tensors(path, hf):
     """Yield (name, tensor) of every text tensor in a folder; fp8 comes back as fp32. hf is its config.json."""
-    hf = {**hf, **(hf.get("text_config") or {})}
-    n, quant = hf["num_hidden_layers"], hf.get("quantization_config") or {}
+    hf = {**hf, **inner(hf, "text_config")}
+    n, quant = hf["num_hidden_layers"], inner(hf, "quantization_config")
     mtp = range(n, n + max(hf.get("num_mtp_modules") or 0, hf.get("num_nextn_predict_layers") or 0))
     where = {}  # where the text model's tensors lie; MTP modules may be numbered as layers after the last
     for name, file in find_tensors(path).items():
@@ -689,7 +713,9 @@ def rotary_channels(hf, rope, head_dim, rotary_dim):
     """Channels of a head that rotate: head_dim times partial_rotary_factor, which the RoPE dict or else the config has,
     and rotary_dim, None = the whole head, where neither has it."""
     factor = 1.0 if rotary_dim is None else rotary_dim / head_dim
-    factor = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", factor))
+    if hf.get("partial_rotary_factor") is not None:
+        factor = hf["partial_rotary_factor"]
+    factor = rope.get("partial_rotary_factor", factor)
     if type(factor) not in (int, float) or not 0 <= factor <= 1:
         raise ValueError(f"partial_rotary_factor {factor}, rotary_dim {rotary_dim}: a part of {head_dim} channels")
     return int(head_dim * factor)
@@ -697,12 +723,16 @@ def rotary_channels(hf, rope, head_dim, rotary_dim):
 def config_from_hf(hf):
     """config.json of MiniMax-M2, or of M3 (its text part) -> MiniMaxConfig. ValueError for any other model, and for a
     field with a value that this code does not compute."""
-    text = hf.get("text_config") or {}
+    text = inner(hf, "text_config")
     model_type = hf.get("model_type") or text.get("model_type")  # the released M3's text_config says minimax_m2
     if model_type not in ("minimax_m2", "minimax_m3", "minimax_m3_text", "minimax_m3_vl", "minimax_m3_vl_text"):
         raise ValueError(f"model_type {model_type}: minimax_m2 or minimax_m3_vl")
-    m2, sparse = model_type == "minimax_m2", {**hf, **text}.get("sparse_attention_config") or {}
-    ropes = [place[key] for place in (text, hf) for key in ("rope_scaling", "rope_parameters") if place.get(key)]
+    m2, sparse = model_type == "minimax_m2", inner({**hf, **text}, "sparse_attention_config")
+    ropes = []
+    for place in (text, hf):
+        for key in ("rope_scaling", "rope_parameters"):
+            ropes.append({name: value for name, value in inner(place, key).items() if value is not None})
+    ropes = [fields for fields in ropes if fields]
     rope, places = ropes[0] if ropes else {}, [hf, text, sparse, *ropes]
     allow(ropes, dict(type=FIXED["rope_type"]))
     allow(places, {**FIXED, **(FIXED_M2 if m2 else FIXED_M3)})

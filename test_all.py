@@ -301,6 +301,21 @@ def test_as_many_channels_rotate_as_in_transformers(fields, m2, m3):
         assert cfg.rotary_dim == channels
         assert cfg.rope_theta == (12345 if "rope_parameters" not in fields or "rope_scaling" in fields else 1e4)
 
+def test_null_is_absent_and_an_object_is_one():
+    """A null counts as no field in a RoPE dict, too; text where an object belongs is refused by the field's name."""
+    nulls = dict(rope_type="default", rope_theta=None, partial_rotary_factor=None)
+    for released in (RELEASED_M2, RELEASED_M3):
+        want = config_from_hf(released)
+        assert config_from_hf(change(released, rope_parameters=nulls)) == want
+
+        for key in ("rope_scaling", "rope_parameters", "sparse_attention_config"):
+            with pytest.raises(ValueError, match=key):
+                config_from_hf(change(released, **{key: "yarn"}))
+
+    assert config_from_hf(change(RELEASED_M2, partial_rotary_factor=None)) == config_from_hf(RELEASED_M2)
+    with pytest.raises(ValueError, match="text_config"):
+        config_from_hf({**RELEASED_M3, "text_config": "x"})
+
 def test_rotary_dim_counts_where_index_heads_are_narrow():
     """Released M3 without a factor: index heads with fewer channels than a head cannot rotate a whole head's."""
     released = change(RELEASED_M3, sparse_index_dim=20)
@@ -1141,6 +1156,32 @@ def test_index_decides_which_files_count(tmp_path):
     # without an index every file counts, and a tensor has one place
     index.unlink()
     with pytest.raises(ValueError, match="lm_head.weight is in two files"):
+        MiniMax.from_hf(tmp_path)
+
+def test_files_of_a_folder_that_cannot_be_read_are_named(tmp_path):
+    """JSON of another shape, a shard that was cut: a ValueError with the file's name, as for any other bad folder."""
+    tensors, write = saved_m2(tmp_path)
+    config, index = tmp_path / "config.json", tmp_path / "model.safetensors.index.json"
+    weights, whole = tmp_path / "model.safetensors", config.read_text()
+
+    for text in ("[]", "null", "{", '"x"'):
+        config.write_text(text)
+        with pytest.raises(ValueError, match="config.json"):
+            MiniMax.from_hf(tmp_path)
+    config.write_text(whole)
+
+    for text in ("[]", '{"weight_map": ["model.safetensors"]}', '{"weight_map": {"lm_head.weight": null}}'):
+        index.write_text(text)
+        with pytest.raises(ValueError, match="index.json|weight_map"):
+            MiniMax.from_hf(tmp_path)
+    index.unlink()
+
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="model.safetensors cannot be read"):
+        MiniMax.from_hf(tmp_path)
+
+    config.unlink()
+    with pytest.raises(ValueError, match="config.json cannot be read"):
         MiniMax.from_hf(tmp_path)
 
 @pytest.mark.parametrize("prefix", ["", "model.", "language_model.", "language_model.model.", "model.language_model."])

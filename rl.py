@@ -44,8 +44,9 @@ ROUNDING = 16                          # units of the last place: eight times wh
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")  # types of a message's parts that are text
 MAX_BODY = 1 << 20                     # bytes of a request to the gateway
 RUN_ALONE = ("out", "resume", "device", "figure", "token")  # flags that a checkpoint does not hand on
+# what a checkpoint says of its run; run and threads are missing in older ones
 NOW = dict(step=int, seconds=float, warm=float, ema=(float, type(None)), curve=list, max_lag=int, naive=int, slots=int,
-           reward=float, run=(str, type(None)))  # what a checkpoint says of its run; run: since runs have names
+           reward=float, run=(str, type(None)), threads=(int, type(None)))
 MADE_BY = ("task", "turns", "preset", "attn", "mtp")  # what the model of a checkpoint depends on
 
 # ---- agents: they see messages and text, nothing of the model ------------------------------------
@@ -805,12 +806,15 @@ def warm_start(source, args, stop, threads):
     return step == args.warm_steps
 
 def check_imitation(folder, state, model):
-    """ValueError, FloatingPointError: an imitation's weights are not of this model, or not finite."""
+    """ValueError, FloatingPointError: an imitation's weights are not of this model, or not finite, or its record is
+    not what a run writes."""
     try:
         check_weights(state["model"], model.state_dict())
     except ValueError as error:
         raise ValueError(f"{checkpoint_path(folder)}: the checkpoint does not fit: {error}") from None
     check_finite(state["model"])
+    what = f"{checkpoint_path(folder)}: the checkpoint's now"
+    check_fields(what, state["now"], dict(run=NOW["run"], threads=NOW["threads"]), optional=["run", "threads"])
 
 def make_model(args, device, dtype):
     """Task and preset -> model, with full attention, as in the M2 that Forge trained, unless --attn msa."""
@@ -892,7 +896,7 @@ def resume_args(parser, argv, given):
 
 def check_record(now):
     """ValueError unless a checkpoint's now has all that a run goes on counting."""
-    check_fields("the checkpoint's now", now, NOW, optional=["run"])
+    check_fields("the checkpoint's now", now, NOW, optional=["run", "threads"])
     if bool(now["curve"]) != (now["ema"] is not None):
         raise ValueError("the checkpoint's now has a curve without its running mean, ema, or the reverse")
     for point in now["curve"]:

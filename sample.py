@@ -883,9 +883,12 @@ def load_optimizers(optimizers, saved, step):
             check_moments(what, p, held, STATE_OF[type(optimizer).__name__])
 
 def is_like(value, want):
-    """Whether a value could stand for another: of its type, finite if a float, and so for each item of a tuple."""
+    """Whether a value could stand for another: of its type, finite if a float, the same if a switch or a whole number,
+    and so for each item of a tuple."""
     if type(value) is not type(want):
         return False
+    if isinstance(want, int):  # True and False, too
+        return value == want
     if isinstance(want, tuple):
         return len(value) == len(want) and all(map(is_like, value, want))
     return type(value) is not float or math.isfinite(value)
@@ -900,7 +903,7 @@ def check_moments(what, p, held, names):
         if not isinstance(value, torch.Tensor) or value.shape != shape or not value.is_floating_point():
             raise ValueError(f"{what} have no {name} of shape {tuple(shape)}")
         if not torch.isfinite(value).all():
-            raise FloatingPointError(f"{what} have a {name} that is not finite")
+            raise FloatingPointError(f"{what} have numbers that are not finite in {name}")
 
 def saved_flags(parser, path, saved, not_taken):
     """A checkpoint's args -> the command line that they are, so that argparse checks them as it checks any other.

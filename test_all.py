@@ -2945,6 +2945,13 @@ TAMPERED = {  # what is wrong -> the change, and the scripts that need the part
     "a batch of text": (lambda s: s["args"].update(batch_size=[2]), "train"),
     "stages without a first": (lambda s: s["args"].update(stages=((0.5, 1),)), "train"),
     "MTP never": (lambda s: s["args"].update(mtp_every=0), "train"),
+    "no rate": (lambda s: s["args"].pop("lr"), "train"),
+    "no batch size": (lambda s: s["args"].update(batch_size=None), "train"),
+    "a switch of AdamW's": (lambda s: s["optimizers"][1]["param_groups"][1].update(amsgrad=True), "train"),
+    "climbing, not descending": (lambda s: s["optimizers"][1]["param_groups"][0].update(maximize=True), "train"),
+    "stacks of three matrices": (lambda s: s["optimizers"][0]["param_groups"][1].update(stack=3), "train"),
+    "threads that are text": (lambda s: s["now"].update(threads="two"), "train"),
+    "threads below 0": (lambda s: s["now"].update(threads=-1), "train"),
     "args of another model": (lambda s: s["args"].update(attn="full"), "train")}
 @pytest.mark.parametrize("what", TAMPERED)
 def test_tampered_checkpoints_are_refused(trained, tmp_path, capsys, what):
@@ -2985,6 +2992,7 @@ RL_TAMPERED = {
     "fewer log-probs than tokens": lambda s: turn(s).update(logprobs=torch.zeros(99)),
     "a turn that never began": lambda s: turn(s).update(start=None),
     "now without a curve": lambda s: s["now"].pop("curve"), "a curve of text": lambda s: s["now"].update(curve=["x"]),
+    "threads that are a tensor": lambda s: s["now"].update(threads=torch.zeros(3)),
     "slots of text": lambda s: s["args"].update(slots="x"), "a rate of text": lambda s: s["args"].update(lr="x"),
     "no optimizers": lambda s: s.update(optimizers=[])}
 @pytest.mark.parametrize("what", RL_TAMPERED)

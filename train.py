@@ -53,7 +53,7 @@ RUNS = {
 # what a checkpoint says of its run: always, and since runs have names; bpb beside it, which may be infinite
 NOW = dict(step=int, seconds=float, ema=(float, type(None)), above=int)
 NEW_NOW = dict(tokens=int, flops=float, spread=float, sparse_from=float, sparse=bool, reached=float, text=str,
-               run=(str, type(None)))
+               run=(str, type(None)), threads=(int, type(None)))
 RUN_ALONE = ("out", "resume", "device", "stop_after", "dry_run")  # flags that a checkpoint does not hand on
 # Dense bf16 FLOP/s by the GPU's full name, from NVIDIA's datasheets (half of what they print "with sparsity")
 PEAK = {
@@ -264,6 +264,9 @@ def resume_args(parser, argv, given, state):
         flags = [flag for flag in flags if not flag.startswith(("--steps=", "--minutes="))]
     parser.set_defaults(**preset)
     args = parser.parse_args([*flags, *argv])
+    for name in ("lr", "batch_size", "seq_len"):  # a new run has them from its preset
+        if getattr(args, name) is None:
+            raise ValueError(f"{path}: the checkpoint's args lack {name}")
     for name in ("preset", "attn", "seq_len", "vocab_size"):  # these made the model
         value, was = getattr(args, name), state["args"].get(name)
         if value != was and (was, value) != ("full", "msa"):  # full attention may become sparse

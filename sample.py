@@ -281,13 +281,18 @@ def describe(kinds):
 
 def split_corpus(docs):
     """Validation = the files whose sha256(name, as on the disk) is in the lowest 5 %, where they hold 1 to 10 % of the
-    text. Otherwise, as for a single file or a few of unequal sizes, the last 5 % of each file."""
+    text. Otherwise, as for a single file or a few of unequal sizes, the last 5 % of each file, from the line that
+    begins there if one does before the last 1 %."""
     held_out = [int(hashlib.sha256(os.fsencode(name)).hexdigest()[:8], 16) < 0.05 * 2 ** 32 for name, _ in docs]
     sizes = [len(text.encode()) for _, text in docs]
     share = sum(size for size, held in zip(sizes, held_out) if held) / max(1, sum(sizes))
     if 0.01 <= share <= 0.1:
         return [d for d, h in zip(docs, held_out) if not h], [d for d, h in zip(docs, held_out) if h]
-    cuts = [text.find("\n", len(text) * 95 // 100, len(text) - 1) + 1 or len(text) * 95 // 100 for _, text in docs]
+    cuts = []
+    for _, text in docs:
+        cut = len(text) * 95 // 100
+        newline = text.find("\n", cut, len(text) * 99 // 100)  # a line that is longer is cut
+        cuts.append(cut if newline < 0 else newline + 1)
     parts = [[(name, text[:c]) for (name, text), c in zip(docs, cuts)], [(n, t[c:]) for (n, t), c in zip(docs, cuts)]]
     return tuple([(name, text) for name, text in part if text] for part in parts)
 

@@ -1738,6 +1738,16 @@ def test_corpus_reader(tmp_path):
     assert 8 <= len(right) <= 35 and sorted(left + right) == sorted(names)
     assert all(int(hashlib.sha256(n.encode()).hexdigest()[:8], 16) < 0.05 * 2 ** 32 for n, _ in right)
 
+def test_a_long_line_does_not_empty_the_validation():
+    """The cut moves to the next line only where that leaves 1 % of a file: a line of any length is cut instead."""
+    for text in ("x" * 10 + "\n" + "y" * 100_000 + "\n" + "z" * 10, "word\n" * 1000 + "w" * 9000, "line\n" * 20_000):
+        [(_, left)], [(_, right)] = sample.split_corpus([("a.txt", text)])
+
+        assert left + right == text
+        assert 0.01 <= len(right) / len(text) <= 0.06
+
+    assert right.startswith("line")
+
 def test_any_name_and_any_kind_of_file_in_a_folder(tmp_path):
     """Names of any bytes are read; pipes, devices, loops and links to folders are counted, and nothing waits."""
     names = [b"a.txt", b"caf\xe9.txt", b"two\nlines", b"-", b"x" * 255, "na\u00efve".encode()]

@@ -508,7 +508,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 def read_json(path, name):
-    """The object in a folder's JSON file. ValueError, naming the file, where it cannot be read or holds another type."""
+    """The object in a folder's JSON file. ValueError, naming the file, if it cannot be read or holds another type."""
     try:
         found = json.loads(Path(path, name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -222,7 +222,8 @@ ICONV = {"UTF-16": "-f UTF-16", "UTF-16LE": "-f UTF-16LE", "UTF-16BE": "-f UTF-1
          "Latin-1": "-f LATIN1", "Windows-1252": "-f WINDOWS-1252", "damaged UTF-8": "-c -f UTF-8"}
 
 def guess_kind(raw):
-    """What bytes that are not UTF-8 text, or hold a zero byte, most likely are: a key of ICONV, binary or empty."""
+    """What bytes that are not UTF-8 text, or hold a zero byte, most likely are: a key of ICONV, "text of another
+    encoding", binary or empty."""
     if not raw:
         return "empty"
     if raw.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
@@ -239,6 +240,8 @@ def guess_kind(raw):
     text = raw.decode("utf-8", errors="replace")
     if sum(char > "\x7f" for char in text) > 2 * text.count("\ufffd"):  # most of what is not ASCII is whole
         return "damaged UTF-8"
+    if sum(char > "\x7f" for char in raw.decode("latin-1")) > len(raw) / 2:  # Cyrillic, Greek, Chinese: which, only
+        return "text of another encoding"                                 # the reader knows; a wrong one gives garbage
     return "Windows-1252" if any(byte in raw for byte in range(0x80, 0xa0)) else "Latin-1"
 
 def read_text(path):

@@ -1738,6 +1738,16 @@ def test_corpus_reader(tmp_path):
     assert 8 <= len(right) <= 35 and sorted(left + right) == sorted(names)
     assert all(int(hashlib.sha256(n.encode()).hexdigest()[:8], 16) < 0.05 * 2 ** 32 for n, _ in right)
 
+@pytest.mark.parametrize("text, encoding", [
+    ("Привет, мир! ", "cp1251"), ("Привет, мир! ", "koi8-r"), ("漢字とかな。", "shift-jis"), ("汉字", "gb18030"),
+    ("Καλημέρα κόσμε ", "iso8859-7")])
+def test_encodings_that_cannot_be_told_apart_get_no_advice(text, encoding):
+    """Latin-1 reads any bytes: where most are not ASCII, iconv -f LATIN1 would give garbage, and train on it."""
+    kind = sample.guess_kind(50 * text.encode(encoding))
+
+    assert kind == "text of another encoding"
+    assert "iconv" not in sample.describe({kind: 1})
+
 def test_a_long_line_does_not_empty_the_validation():
     """The cut moves to the next line only where that leaves 1 % of a file: a line of any length is cut instead."""
     for text in ("x" * 10 + "\n" + "y" * 100_000 + "\n" + "z" * 10, "word\n" * 1000 + "w" * 9000, "line\n" * 20_000):

@@ -1646,6 +1646,24 @@ def test_tiny_texts_train(text, tmp_path):
     else:
         assert result["loss"] is None and result["train_bpb"] is None
 
+def test_pads_alone_move_no_weight(corpus, tmp_path, monkeypatch):
+    """Steps whose batch has no target leave all weights as they are, whatever momentum the steps before them left."""
+    real = train.get_batch
+
+    def pads_from_step_two(tokens, seed, split, step, *shape):
+        batch = real(tokens, seed, split, step, *shape)
+        if step >= 2:
+            batch["targets"].fill_(-1)
+            batch["weight"] = torch.zeros(batch["idx"].shape)
+            batch["end"] = torch.arange(1, batch["idx"].size(1) + 1, dtype=torch.int32).expand_as(batch["idx"])
+        return batch
+
+    monkeypatch.setattr(train, "get_batch", pads_from_step_two)
+    for steps in (2, 4):
+        quiet(train.main, train_args(corpus, tmp_path / str(steps), "--steps", 8, "--stop-after", steps))
+    before, after = weights(tmp_path / "2"), weights(tmp_path / "4")
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
 def test_minutes_end_a_run(corpus, tmp_path, monkeypatch):
     """--minutes bounds the training time, and the evaluation a quarter of it; --steps on resume replaces it."""
     seconds = iter(range(10 ** 6))

@@ -674,7 +674,8 @@ def run(args, state):
         now["tokens"] += n_real
         now["flops"] += n_real * model.flops_per_token(batch["pos"], real) if n_real else 0.0
         batch = {k: (v.pin_memory() if on_gpu else v).to(device, non_blocking=True) for k, v in batch.items()}
-        aux = learn(model, batch, args.accumulate, optimizers, index, rest, MTP_WEIGHT[done > 1 - DECAY])
+        moved = optimizers if n_real else []  # on pads alone momentum would move the weights, at full size
+        aux = learn(model, batch, args.accumulate, moved, index, rest, MTP_WEIGHT[done > 1 - DECAY])
         seen = torch.stack([aux["loss"], aux["norm"] + aux["index_norm"]]).to("cpu", non_blocking=True)
         if n_real:  # a short text has batches of pads alone, whose loss of 0 says nothing
             pending.append((seen, torch.cuda.current_stream().record_event() if on_gpu else None))

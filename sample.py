@@ -609,6 +609,8 @@ def take_lock(folder):
     """-> a descriptor that holds the folder's lock; None where there are no locks, which is said."""
     path = os.path.join(folder, LOCK)
     while True:
+        if os.path.lexists(path) and (os.path.islink(path) or not os.path.isfile(path)):
+            raise ValueError(f"--out {folder}: {path} is in the way of the lock: it is not a file, or a link to one")
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o666)
         except OSError as error:

@@ -2052,6 +2052,18 @@ def test_links_are_not_written_through(trained, corpus, tmp_path):
     assert (tmp_path / "far.pt").read_bytes() == whole and (tmp_path / "precious").read_text() == "mine"
     assert not (run / "ckpt.pt").is_symlink() and sample.load_checkpoint(str(run))["now"]["step"] == 13
 
+@pytest.mark.parametrize("kind", ["link", "folder", "pipe"])
+def test_what_is_in_the_locks_place_is_named(corpus, tmp_path, capsys, kind):
+    """Something other than a file where the lock belongs is refused by its name, and a link's target is not touched."""
+    lock, target = tmp_path / sample.LOCK, tmp_path / "target"
+    target.write_text("mine")
+    if kind == "link": lock.symlink_to(target)
+    if kind == "folder": lock.mkdir()
+    if kind == "pipe": os.mkfifo(lock)
+    assert f"{lock} is in the way" in refused(train.main, train_args(corpus, tmp_path, "--steps", 1), capsys)
+    assert target.read_text() == "mine"
+    assert sorted(os.listdir(tmp_path)) == [sample.LOCK, "target"]
+
 @pytest.mark.parametrize("place", ["prepare", "card", "learn", "evaluate", "final"])
 def test_ctrl_c_in_every_phase(trained, corpus, tmp_path, capsys, monkeypatch, place):
     """Ctrl-C while text is read, in a step, an evaluation or the last one: one line, and no checkpoint is lost."""

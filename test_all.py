@@ -1739,8 +1739,10 @@ def test_an_evaluation_fits_its_time(monkeypatch, capsys):
             count += sum(i not in (-1, tok.eot) for i in row["targets"].flatten().tolist())
     assert part["val_bpb"] == pytest.approx(nats / math.log(2) / part["val_bytes"])
     whole["val_bpb"] = 3.0
-    assert "20% above training" in train.compare_bits(whole["val_bpb"], 2.5)
-    assert train.compare_bits(whole["val_bpb"], 2.9) == ""
+    many = dict(val_bpb=3.0, val_bytes=train.FEW_BYTES)
+    assert "20% above training" in train.remark(many, 2.5)
+    assert train.remark(many, 2.9) == ""
+    assert "of few bytes" in train.remark(dict(val_bpb=3.0, val_bytes=1), 0.1)
 
 def test_corpus_reader(tmp_path):
     """Folders are read in order; binary, empty and undecodable files are skipped and counted; splits never overlap."""

@@ -649,7 +649,7 @@ def run(args, state):
         found = evaluate(model, data["peek"], args.seq_len, 16, device, allowed, tokenizer)
         took = time.perf_counter() - began
         bits = train_bits(now, data)
-        print(f"eval {now['step']:05d} | {report(found)}{compare_bits(found['val_bpb'], bits)} | "
+        print(f"eval {now['step']:05d} | {report(found)}{remark(found, bits)} | "
               f"first {found['val_bytes']:,} bytes", flush=True)
         if not found["val_bpb"] <= 1.5 * now["bpb"]:
             raise FloatingPointError(f"val_bpb {found['val_bpb']:.3f} after {now['bpb']:.3f}")
@@ -730,7 +730,7 @@ def run(args, state):
             final = evaluate(model, data["val"], args.seq_len, 16, device, allowed - took, tokenizer)
         final = max(found, final, key=lambda result: result["val_bytes"])
         missing = data["val"].n_bytes - final["val_bytes"]
-        print(f"final {now['step']:04d} | {report(final)}{compare_bits(final['val_bpb'], train_bits(now, data))} | "
+        print(f"final {now['step']:04d} | {report(final)}{remark(final, train_bits(now, data))} | "
               f"{final['val_bytes']:,} bytes" + (f"; for {missing:,} more --minutes left no time" if missing else ""))
     return summary(model, args, now, final, device, train_bits(now, data))
 
@@ -748,8 +748,11 @@ def train_bits(now, data):
         return math.nan
     return now["ema"] / math.log(2) * data["train"].n_tokens / data["train"].n_bytes
 
-def compare_bits(val, train):
-    """A remark for an evaluation's line where validation is far above training."""
+def remark(found, train):
+    """What an evaluation's line says of its figure: seen on few bytes, or far above training's bits a byte; or nothing."""
+    val = found["val_bpb"]
+    if found["val_bytes"] < FEW_BYTES:
+        return " | of few bytes: uncertain by several percent"
     if not val > APART * train:  # nor where there was no training yet
         return ""
     return f" | {val / train - 1:.0%} above training: learned by heart, or validation text of another kind"

@@ -960,7 +960,8 @@ def run(args, state, whole=None):
     source = (Local if args.serve is None else Served)(model, args, queue)
     threads = Threads(device, args.threads, state and state["now"].get("threads"))
     if threads.count is None:
-        threads.choose(trial(source, args))
+        faster = Threads.FASTER_FOR_STEPS if args.steps else Threads.FASTER
+        threads.choose(trial(source, args), faster)
     card(args, model, queue, device, why, threads)
     ready = bool(state) or warm_start(source, whole or args, stop, threads)
     threads.times = []  # these steps are others than the imitation's

@@ -413,6 +413,7 @@ class Threads:
     (bits depend on it), or what is faster. On a machine that others use, threads wait for the one that does not run:
     all of them can be ten times slower than one."""
     FASTER = 1.3                       # one thread is taken only where it is clearly faster: a quiet machine uses all
+    FASTER_FOR_STEPS = 3.0             # the same for a run of --steps, which another run should equal to the bit
     FAR = 2.0                          # the same where one trial with one thread took longer than one with all
     SLOWER = 5.0                       # steps that took so much longer than a run's first make it look again
 
@@ -447,8 +448,9 @@ class Threads:
             self.why = "as in the checkpoint"
             torch.set_num_threads(self.count)
 
-    def choose(self, step, rounds=3):
-        """Call step() with one thread and with all, in turn, each `rounds` times, and take the faster."""
+    def choose(self, step, faster=FASTER, rounds=3):
+        """Call step() with one thread and with all, in turn, each `rounds` times, and take one where it is `faster`
+        times as fast."""
         seconds = {1: [], self.most: []}
         torch.set_num_threads(1)
         step()  # the first has memory to allocate
@@ -462,7 +464,7 @@ class Threads:
                 break
         one, many = (statistics.median(taken) for taken in seconds.values())
         apart = max(seconds[1]) < min(seconds[self.most])  # times that scatter need a wider gap
-        clear = many > one * (self.FASTER if apart else self.FAR)
+        clear = many > one * (faster if apart else max(faster, self.FAR))
         self.count = 1 if clear else self.most
         self.why = f"{one:.3f} s a step with one, {many:.3f} s with {self.most}"
         self.times = []

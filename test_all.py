@@ -1599,6 +1599,13 @@ def test_one_thread_where_it_is_clearly_faster(two_threads, one, two, count):
         assert not threads.slowed(seconds)
     assert threads.slowed(9.0)
 
+def test_a_run_of_steps_keeps_all_threads_for_longer(two_threads, corpus, tmp_path):
+    """Bits depend on the threads: one twice as fast is taken by a run that the clock ends, not by one of --steps."""
+    two_threads.cost = {1: [1.0], 2: [2.0]}
+    for more, count in ((["--steps", 2], 2), (["--minutes", 1e-4], 1)):
+        text = quiet(train.main, train_args(corpus, tmp_path / str(count), *more))[1]
+        assert f"threads | {count} of 2: 1.000 s a step with one, 2.000 s with 2" in text
+
 def test_threads_are_chosen_said_and_kept(two_threads, corpus, tmp_path, monkeypatch, capsys):
     """A run on a busy machine takes one thread; trying leaves no trace; --resume keeps the number; the user may say."""
     argv = train_args(corpus, tmp_path / "a", "--steps", 6, "--stop-after", 4)

@@ -621,7 +621,8 @@ def run(args, state):
         batch = get_batch(data["train"], args.seed, 0, 0, args.batch_size, args.seq_len)
         rehearse(model, {k: v.to(device) for k, v in batch.items()}, args.accumulate, optimizers[0], index, rest)
     if threads.count is None:
-        threads.choose(trial(model, data, args, index, rest))
+        faster = Threads.FASTER_FOR_STEPS if args.steps else Threads.FASTER
+        threads.choose(trial(model, data, args, index, rest), faster)
     card(model, args, device, why, threads, data, time.perf_counter() - started, now)
     if state:
         print_changes(state, args, now)

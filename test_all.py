@@ -609,7 +609,7 @@ def test_training_kernels_equal_autograd(shape, S, end, run, most):
         assert worst(mine, want) < 1e-4 * want.abs().max()  # scores of 500 round to 3e-5, which exp passes on
 @pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai"])
 def test_kernels_of_single_tokens(activation):
-    """The gate's kernels against fp64 torch, beyond the clamps too, on rows that fill no tile; and the loss's kernel."""
+    """The gate's kernels against fp64 torch, beyond the clamps, on rows that fill no tile; and the loss's kernel."""
     needs(msa.triton and not torch.cuda.is_available(), "Triton, and no GPU: the interpreter stands in for one")
     h, w, up = 9 * torch.randn(37, 44), torch.rand(37, 1), torch.randn(37, 22)
     def run(impl, dtype, weight):
@@ -662,7 +662,7 @@ def test_kernels_equal_torch_without_keys_and_with_nan(name, value):
         same(*dense)
 
 def test_queries_of_nan_choose_their_own_block():
-    """An index query of NaN, or a block of such keys, ranks no block: prefill and decode, int8 too, as the torch half."""
+    """An index query of NaN, or a block of such keys, ranks no block: prefill, decode, int8, as in the torch half."""
     q, k, v, qi, ki = kernel_qkv(1, 24, 24, 1, 2)
     qi[:, 23], ki[:, 4:8] = math.nan, math.nan
     want = msa.select_blocks(qi, ki, 3, 4, None, None, "torch")
@@ -1766,7 +1766,8 @@ def test_corpus_reader(tmp_path):
     assert all(int(hashlib.sha256(n.encode()).hexdigest()[:8], 16) < 0.05 * 2 ** 32 for n, _ in right)
 
 @pytest.mark.parametrize("text, encoding", [
-    ("Привет, мир! ", "cp1251"), ("Привет, мир! ", "koi8-r"), ("漢字とかな。", "shift-jis"), ("汉字", "gb18030"),
+    ("Привет, мир! ", "cp1251"), ("Привет, мир! ", "koi8-r"),
+    ("漢字とかな。", "shift-jis"), ("汉字", "gb18030"),
     ("Καλημέρα κόσμε ", "iso8859-7")])
 def test_encodings_that_cannot_be_told_apart_get_no_advice(text, encoding):
     """Latin-1 reads any bytes: where most are not ASCII, iconv -f LATIN1 would give garbage, and train on it."""
@@ -2119,7 +2120,7 @@ def test_what_is_sparse_stays_sparse(corpus, tmp_path, monkeypatch):
     assert not sample.load_checkpoint(str(tmp_path))["config"]["index_warmup"]
 
 def test_an_end_nearer_by_says_what_it_changes(corpus, tmp_path, monkeypatch):
-    """Resumed with fewer steps, in the middle of the warm-up, rows grow and attention becomes sparse, and it is said."""
+    """Resumed with fewer steps amid the warm-up, rows grow and attention becomes sparse, and it is said."""
     quiet(train.main, train_args(corpus, tmp_path, "--steps", 12, "--stop-after", 2))
     seen, real = [], train.learn
 

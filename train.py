@@ -750,7 +750,7 @@ def train_bits(now, data):
     return now["ema"] / math.log(2) * data["train"].n_tokens / data["train"].n_bytes
 
 def remark(found, train):
-    """What an evaluation's line says of its figure: seen on few bytes, or far above training's bits a byte; or nothing."""
+    """What an evaluation's line says of its figure: of few bytes, or far above training's bits a byte; or nothing."""
     val = found["val_bpb"]
     if found["val_bytes"] < FEW_BYTES:
         return " | of few bytes: uncertain by several percent"

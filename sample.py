@@ -18,6 +18,7 @@ import codecs
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -415,7 +416,9 @@ class Threads:
     FASTER = 1.3                       # one thread is taken only where it is clearly faster: a quiet machine uses all
     FASTER_FOR_STEPS = 3.0             # the same for a run of --steps, which another run should equal to the bit
     FAR = 2.0                          # the same where one trial with one thread took longer than one with all
-    SLOWER = 5.0                       # steps that took so much longer than a run's first make it look again
+    SLOWER = 5.0                       # steps that took so much longer than a run's first make it look again:
+    STEPS = 5                          # so many in a row,
+    SECONDS = 10.0                     # or fewer that took so long together
 
     def __init__(self, device, asked=None, saved=None):
         """device; asked: --threads; saved: the number in a checkpoint. Where `count` stays None, `choose` is needed."""
@@ -471,12 +474,14 @@ class Threads:
         torch.set_num_threads(self.count)
 
     def slowed(self, seconds):
-        """Note a step's seconds -> whether the last five took five times as long as the first ten, in the median."""
+        """Note a step's seconds -> whether the last ones took five times as long as the first ten, in the median."""
         self.times.append(seconds)
-        del self.times[10:-5]
-        if not self.free or len(self.times) < 15:
+        del self.times[10:-self.STEPS]
+        if not self.free or len(self.times) <= 10:
             return False
-        return min(self.times[10:]) > self.SLOWER * statistics.median(self.times[:10])
+        usual = statistics.median(self.times[:10])
+        slow = list(itertools.takewhile(lambda took: took > self.SLOWER * usual, reversed(self.times[10:])))
+        return len(slow) == self.STEPS or len(slow) > 1 and sum(slow) > self.SECONDS
 
     def choose_again(self, step):
         """Steps have become slower: look again, and say what comes of it."""

@@ -1595,9 +1595,13 @@ def test_one_thread_where_it_is_clearly_faster(two_threads, one, two, count):
     threads = sample.Threads(torch.device("cpu"))
     threads.choose(lambda: None)
     assert threads.count == torch.get_num_threads() == count
-    for seconds in [1.0] * 12 + [4.9] * 5 + [9.0] * 4:  # 4.9 times slower may be longer rows
+    for seconds in [0.1] * 12 + [0.49] * 5 + [0.9] * 4:  # 4.9 times slower may be longer rows
         assert not threads.slowed(seconds)
-    assert threads.slowed(9.0)
+    assert threads.slowed(0.9)
+
+    threads.times = [0.1] * 10
+    assert not threads.slowed(30.0), "one slow step may be anything"
+    assert threads.slowed(30.0), "a third would cost half a minute"
 
 def test_a_run_of_steps_keeps_all_threads_for_longer(two_threads, corpus, tmp_path):
     """Bits depend on the threads: one twice as fast is taken by a run that the clock ends, not by one of --steps."""

@@ -1751,9 +1751,10 @@ def test_an_evaluation_fits_its_time(monkeypatch, capsys):
     assert part["val_bpb"] == pytest.approx(nats / math.log(2) / part["val_bytes"])
     whole["val_bpb"] = 3.0
     many = dict(val_bpb=3.0, val_bytes=train.FEW_BYTES)
-    assert "20% above training" in train.remark(many, 2.5)
-    assert train.remark(many, 2.9) == ""
-    assert "of few bytes" in train.remark(dict(val_bpb=3.0, val_bytes=1), 0.1)
+    assert "20% above training" in train.remark(many, 2.5, 1.0)
+    assert train.remark(many, 2.5, 1.2) == "", "as far as it has always been"
+    assert train.remark(many, 2.9, 1.0) == ""
+    assert "of few bytes" in train.remark(dict(val_bpb=3.0, val_bytes=1), 0.1, 1.0)
 
 def test_corpus_reader(tmp_path):
     """Folders are read in order; binary, empty and undecodable files are skipped and counted; splits never overlap."""

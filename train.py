@@ -42,7 +42,8 @@ from sample import (PATTERN, Parser, Progress, SaveTimer, Threads, Tokenizer, ch
 VAL_BYTES = 512 * 1024                 # val_bpb is measured on this much of the validation text
 FEW_BYTES = 32 * 1024                  # of validation: some 10,000 tokens, whose mean loss is uncertain by 2 %
 EVAL_SHARE = 0.25                      # of --minutes: the last evaluation takes no longer
-APART = 1.1                            # validation this much above training, in bits a byte, is remarked upon
+APART = 1.1                            # validation that rises so far over its usual share of training is remarked upon
+USUAL = 1.3                            # that share, in bits a byte, at most: other files differ, the first 64 KiB by 20 %
 MTP_WEIGHT = (0.3, 0.1)                # before and in the decay phase (M2 report)
 WARMUP, DECAY = 0.02, 0.6              # shares of the run
 # mtp_every: steps between MTP losses; msa_from: share of the run under full attention; stages: share -> cuts of a row
@@ -53,7 +54,7 @@ RUNS = {
 # what a checkpoint says of its run: always, and since runs have names; bpb beside it, which may be infinite
 NOW = dict(step=int, seconds=float, ema=(float, type(None)), above=int)
 NEW_NOW = dict(tokens=int, flops=float, spread=float, sparse_from=float, sparse=bool, reached=float, text=str,
-               run=(str, type(None)), threads=(int, type(None)))
+               run=(str, type(None)), threads=(int, type(None)), usual=float)
 RUN_ALONE = ("out", "resume", "device", "stop_after", "dry_run")  # flags that a checkpoint does not hand on
 # Dense bf16 FLOP/s by the GPU's full name, from NVIDIA's datasheets (half of what they print "with sparsity")
 PEAK = {
@@ -599,7 +600,7 @@ def run(args, state):
     model.recompute = args.recompute
     (optimizers, index, rest), on_gpu = configure_optimizers(model, args.lr), device.type == "cuda"
     # reached: the share of the run that rows and attention have come to; it never shrinks, whatever the end becomes
-    now = dict(step=0, seconds=0.0, tokens=0, flops=0.0, ema=None, spread=0.0, above=0, bpb=math.inf,
+    now = dict(step=0, seconds=0.0, tokens=0, flops=0.0, ema=None, spread=0.0, above=0, bpb=math.inf, usual=USUAL,
                sparse_from=args.msa_from, sparse=False, reached=0.0, run=os.urandom(8).hex(), text=data["text"])
     if state:
         load_optimizers(optimizers, state["optimizers"], state["now"]["step"])
@@ -650,7 +651,9 @@ def run(args, state):
         found = evaluate(model, data["peek"], args.seq_len, 16, device, allowed, tokenizer)
         took = time.perf_counter() - began
         bits = train_bits(now, data)
-        print(f"eval {now['step']:05d} | {report(found)}{remark(found, bits)} | "
+        if bits > 0:  # not before the first step
+            now["usual"] = min(now["usual"], max(1.0, found["val_bpb"] / bits))
+        print(f"eval {now['step']:05d} | {report(found)}{remark(found, bits, now['usual'])} | "
               f"first {found['val_bytes']:,} bytes", flush=True)
         if not found["val_bpb"] <= 1.5 * now["bpb"]:
             raise FloatingPointError(f"val_bpb {found['val_bpb']:.3f} after {now['bpb']:.3f}")
@@ -731,7 +734,7 @@ def run(args, state):
             final = evaluate(model, data["val"], args.seq_len, 16, device, allowed - took, tokenizer)
         final = max(found, final, key=lambda result: result["val_bytes"])
         missing = data["val"].n_bytes - final["val_bytes"]
-        print(f"final {now['step']:04d} | {report(final)}{remark(final, train_bits(now, data))} | "
+        print(f"final {now['step']:04d} | {report(final)}{remark(final, train_bits(now, data), now['usual'])} | "
               f"{final['val_bytes']:,} bytes" + (f"; for {missing:,} more --minutes left no time" if missing else ""))
     return summary(model, args, now, final, device, train_bits(now, data))
 
@@ -749,12 +752,13 @@ def train_bits(now, data):
         return math.nan
     return now["ema"] / math.log(2) * data["train"].n_tokens / data["train"].n_bytes
 
-def remark(found, train):
-    """What an evaluation's line says of its figure: of few bytes, or far above training's bits a byte; or nothing."""
+def remark(found, train, usual):
+    """What an evaluation's line says of its figure: of few bytes, or parted from training, in bits a byte; or nothing.
+    usual: the least that validation has been as a multiple of training."""
     val = found["val_bpb"]
     if found["val_bytes"] < FEW_BYTES:
         return " | of few bytes: uncertain by several percent"
-    if not val > APART * train:  # nor where there was no training yet
+    if not val > APART * usual * train:  # nor where there was no training yet
         return ""
     return f" | {val / train - 1:.0%} above training: learned by heart, or validation text of another kind"
 

@@ -43,7 +43,7 @@ VAL_BYTES = 512 * 1024                 # val_bpb is measured on this much of the
 FEW_BYTES = 32 * 1024                  # of validation: some 10,000 tokens, whose mean loss is uncertain by 2 %
 EVAL_SHARE = 0.25                      # of --minutes: the last evaluation takes no longer
 APART = 1.1                            # validation that rises so far over its usual share of training is remarked upon
-USUAL = 1.3                            # that share, in bits a byte, at most: other files differ, the first 64 KiB by 20 %
+USUAL = 1.3                            # that share, in bits a byte, at most: other files differ, the first by 20 %
 MTP_WEIGHT = (0.3, 0.1)                # before and in the decay phase (M2 report)
 WARMUP, DECAY = 0.02, 0.6              # shares of the run
 # mtp_every: steps between MTP losses; msa_from: share of the run under full attention; stages: share -> cuts of a row

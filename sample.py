@@ -463,9 +463,9 @@ class Threads:
                 started = time.perf_counter()
                 step()
                 taken.append(time.perf_counter() - started)
-            if taken[0] > 10:  # seconds: a large model's steps, or a machine at its limit, cannot be tried so often
+            one, many = (statistics.median(taken) for taken in seconds.values())
+            if many > 10 or many > 5 * one:  # seconds: steps of minutes cannot be tried so often; or it is clear
                 break
-        one, many = (statistics.median(taken) for taken in seconds.values())
         apart = max(seconds[1]) < min(seconds[self.most])  # times that scatter need a wider gap
         clear = many > one * (faster if apart else max(faster, self.FAR))
         self.count = 1 if clear else self.most

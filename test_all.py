@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # no test's threads are chosen by the clock
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before msa is imported: a kernel's decorator reads the flag
 import bench, moe, msa, rl, sample, train

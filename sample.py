@@ -673,7 +673,7 @@ def load_checkpoint(folder, device="cpu"):
     another version, or a part of it is missing or of another type."""
     path = checkpoint_path(folder)
     if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such checkpoint; python train.py --out {folder} makes one, rl.py its own")
+        raise ValueError(f"{path}: no such checkpoint; train.py --out {folder} makes one, or rl.py --out {folder}")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except PermissionError as error:

@@ -29,6 +29,7 @@ from itertools import product
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import model
 import msa
 import rl
 from sample import Parser, Threads, implementations, pick_device, tokens, tolerant_output
@@ -301,7 +302,7 @@ def print_head(args, whats):
         lines += [f"decode: a ratio only where full attention reads at {COPY_FLOOR:.0%} of the copy rate or more,",
                   "    at any length and batch; elsewhere both times stand alone",
                   "int8: the kernels' time; the copy's upkeep (quantising the new token's block) is outside,",
-                  f"    and a KVCache keeps a copy only from {msa.INT8_SLOTS:,} slots on unless told to"]
+                  f"    and a KVCache keeps a copy only from {model.INT8_SLOTS:,} slots on unless told to"]
     elif "decode" in whats:
         lines += ["decode: full attention here is bound by products as much as by bytes, so that it need not",
                   "    reach the copy rate; util says what it reaches"]

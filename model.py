@@ -16,6 +16,8 @@ own path, end = see msa.py. Layout (B, T, H, D).
 
 Not published: initialisation, MTP's weights. MTP follows DeepSeek-V3 (arXiv 2412.19437) and reads before `norm`.
 """
+from __future__ import annotations  # without Triton, tl.constexpr in a kernel's signature is no name
+
 import dataclasses
 import json
 import math
@@ -27,9 +29,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from moe import MLP, Linear, MoE, count_params, softmax_loss, update_bias
-from msa import KVCache, block_recall, full_attention, index_kl_loss, msa_attention
-from msa import msa_decode, msa_train, query_index, select_blocks
+from moe import MLP, Linear, MoE, count_params, update_bias
+from msa import (LEAST, block_recall, full_attention, index_kl_loss, jit, msa_attention, msa_decode, msa_train,
+                 quantize_index, query_index, select_blocks, tl, triton)
 
 M3_STYLE = dict(activation="swiglu_oai", gemma_norm=True, qk_norm="head")
 
@@ -171,6 +173,82 @@ def apply_rope(x, rope):
     a, b = x[..., :half].to(wide), x[..., half:2 * half].to(wide)
     return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), x[..., 2 * half:]], -1)
 
+class KVCache:
+    """Keys, values and index keys of every layer and every MTP module, in static buffers; slot = position on the path.
+    `length` (B,) int32 lives on the device; `used`, a bound on it that the host knows, spares reading it back.
+    int8 keeps quantize_index of the index keys too, for msa_decode; default: where kernels can use it, from 2^22 slots
+    in all, where the bytes saved outweigh what `append` then launches, some 28 small kernels more."""
+
+    def __init__(self, cfg, batch, capacity, device="cpu", dtype=torch.float32, int8=None):
+        if batch < 0 or capacity < 1:
+            raise ValueError(f"a cache of {batch} rows with {capacity} slots: expected 0 or more rows, 1 or more slots")
+        lanes, self.L = cfg.n_layer + cfg.n_mtp, cfg.index_block_size
+        self.capacity = -(-capacity // self.L) * self.L  # whole key blocks, which gather_blocks can read in place
+        size = (lanes, batch, self.capacity, cfg.n_kv_head, cfg.head_dim)
+        self.k, self.v = (torch.zeros(size, device=device, dtype=dtype) for _ in range(2))
+        self.ki = torch.zeros(*size[:3], cfg.index_head_dim, device=device, dtype=dtype)
+        self.length, self.used, self.coded = torch.zeros(batch, dtype=torch.int32, device=device), 0, None
+        able = self.ki.is_cuda and self.ki.element_size() == 2 and cfg.index_head_dim >= 32 and self.L >= 16
+        if (able and batch * self.capacity >= INT8_SLOTS) if int8 is None else int8:
+            self.coded = [x.unflatten(0, size[:2]) for x in quantize_index(self.ki.flatten(0, 1), self.L)]
+
+    def append(self, layer, k, v, ki):
+        """Write k, v (B, T, Hkv, D) and ki (B, T, D), or None, from slot `length` on -> what the layer now holds, up to
+        a whole key block. `advance` moves `length` once all layers have written."""
+        T, B = k.size(1), self.length.size(0)
+        for name, lane, new in (("k", self.k, k), ("v", self.v, v), ("ki", self.ki, ki)):
+            want = (B, T, *lane.shape[3:])
+            if new is not None and tuple(new.shape) != want:  # a row too few would be written to every row
+                raise ValueError(f"shape of {name} is {tuple(new.shape)}, expected {want}")
+        assert self.used + T <= self.capacity, f"{self.used} + {T} tokens do not fit a cache of {self.capacity}"
+        slot = (self.length[:, None] + torch.arange(T, device=k.device)).long()                           # (B, T)
+        rows = torch.arange(B, device=k.device)[:, None]
+        for lane, new in ((self.k, k), (self.v, v), (self.ki, ki)):
+            if new is not None:
+                lane[layer].index_put_((rows, slot), new)
+        if self.coded and ki is not None:  # the blocks that these tokens touch, anew: the bound is a block's
+            N = self.capacity // self.L
+            block = self.length[:, None] // self.L + torch.arange((T + self.L - 2) // self.L + 1, device=k.device)
+            block = block.clamp(max=N - 1).long()                                                         # (B, n)
+            fresh = quantize_index(self.ki[layer].unflatten(1, (N, -1))[rows, block].flatten(1, 2), self.L)
+            for lane, new in zip(self.coded, fresh):
+                lane[layer].unflatten(1, (N, -1))[rows, block] = new.unflatten(1, (block.size(1), -1))
+        held = -(-(self.used + T) // self.L) * self.L  # spare slots are invisible: no query has their index
+        return tuple(lane[layer, :, :held] for lane in (self.k, self.v, self.ki))
+
+    def int8(self, layer, held):
+        """quantize_index of the first `held` slots of a layer, or None."""
+        return self.coded and tuple(x[layer, :, :n] for x, n in zip(self.coded, (held, held, held // self.L)))
+
+    def advance(self, T):
+        self.length, self.used = self.length + T, self.used + T
+
+    def crop(self, length):
+        """Forget every slot from `length` on: an int, or a tensor (B,), which is read back; beyond the end, nothing."""
+        limit = torch.as_tensor(length)
+        shaped = limit.dim() == 0 or limit.shape == self.length.shape
+        if limit.is_floating_point() or not shaped or (limit < 0).any():
+            rows = self.length.size(0)
+            raise ValueError(f"cannot crop {rows} rows to {limit.tolist()}: expected 0 or more, one or one a row")
+        self.length = torch.minimum(self.length, limit.clamp(max=self.capacity).to(self.length))
+        self.used = min(self.used, int(limit)) if limit.dim() == 0 else int(self.length.max())
+
+    def expand(self, n):
+        """n copies of every row, side by side: a group that shares its prompt."""
+        self.select(torch.arange(self.length.size(0), device=self.length.device).repeat_interleave(n))
+
+    def select(self, rows):
+        """Keep these rows (int64), in this order."""
+        B, rows = self.length.size(0), torch.as_tensor(rows, device=self.length.device)
+        if rows.dim() != 1 or rows.dtype != torch.int64 or ((rows < 0) | (rows >= B)).any():
+            raise ValueError(f"cannot select rows {rows.tolist()} of {B}: expected int64 from 0 to {B - 1}")
+        self.k, self.v, self.ki = self.k[:, rows], self.v[:, rows], self.ki[:, rows]
+        self.coded = self.coded and [x[:, rows] for x in self.coded]
+        self.length = self.length[rows]
+        self.used = int(self.length.max()) if len(rows) else 0  # read back: the longest row may be gone
+
+INT8_SLOTS = 2 ** 22  # from so many slots on, an int8 copy of a cache's index keys saves more than its upkeep takes
+
 @dataclasses.dataclass
 class Call:
     """What one forward pass tells every layer."""
@@ -281,6 +359,37 @@ class MTP(nn.Module):
     def forward(self, h, emb, layer, call):
         # not published: the order of the two halves; DeepSeek-V3's code has the embedding first
         return self.block(self.proj(torch.cat([self.e_norm(emb), self.h_norm(h)], -1)), layer, call)
+
+# One program = one row of logits. The second pass finds in the L2 what the first has read: few rows are under way.
+@jit
+def _softmax_loss_kernel(logits, y, loss, V, COLS: tl.constexpr):
+    c, row, t = tl.arange(0, COLS), logits + tl.program_id(0).to(tl.int64) * V, tl.load(y + tl.program_id(0))
+    m, l = tl.full([COLS], LEAST, tl.float32), tl.zeros([COLS], tl.float32)
+    for v in range(0, V, COLS):
+        x = tl.load(row + v + c, mask=v + c < V, other=float("-inf")).to(tl.float32)
+        new = tl.maximum(m, x)
+        l, m = l * tl.exp(m - new) + tl.exp(x - new), new
+    lse = tl.max(m, 0)
+    lse += tl.log(tl.sum(l * tl.exp(m - lse), 0))
+    tl.store(loss + tl.program_id(0), tl.where(t < 0, 0.0, lse - tl.load(row + tl.maximum(t, 0)).to(tl.float32)))
+    tl.debug_barrier()  # the target's logit is read before it is written
+    for v in range(0, V, COLS):
+        x = tl.exp(tl.load(row + v + c, mask=v + c < V, other=0.0).to(tl.float32) - lse) - (v + c == t).to(tl.float32)
+        tl.store(row + v + c, tl.where(t < 0, 0.0, x).to(logits.dtype.element_ty), mask=v + c < V)
+
+def softmax_loss(logits, y, impl="auto"):
+    """Cross-entropy of logits (n, V) and targets y (n,), -1 = none -> (n,), fp32 or wider. The gradient of their sum is
+    written over the logits. impl: auto (Triton on a GPU in 16 bits), triton (logits must be contiguous) or torch."""
+    wide, V = torch.promote_types(logits.dtype, torch.float32), logits.size(1)
+    if impl == "triton" or (impl == "auto" and triton and logits.is_cuda and logits.dtype.itemsize == 2):
+        assert logits.is_contiguous(), f"logits have strides {logits.stride()}, expected {(V, 1)}"
+        loss, cols = torch.empty(len(y), device=y.device, dtype=wide), min(8192, triton.next_power_of_2(V))
+        _softmax_loss_kernel[len(y),](logits, y.contiguous(), loss, V, cols, num_warps=max(1, cols // 512))
+        return loss
+    logp, t = logits.log_softmax(-1, dtype=wide), y.clamp(min=0)[:, None]
+    loss = torch.where(y >= 0, -logp.gather(1, t)[:, 0], 0)
+    logits.copy_(logp.exp_().scatter_add_(1, t, logp.new_full(t.shape, -1)).mul_((y >= 0)[:, None]))  # one matrix more
+    return loss
 
 def token_loss(h, W, y):
     """Sum of the losses of hidden (n, C) under head (V, C), fp32 or wider; targets y (n,), -1 = none."""

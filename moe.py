@@ -11,8 +11,7 @@ chosen, with weights .2/1.1 = .18 and .9/1.1 = .82: expert 3 gets tokens, but ha
 
 Differs from M2/M3: the report does not publish the balancing rule; the sign update is that of loss-free balancing
 (arXiv 2408.15664). No token is ever dropped. `experts_loop` is the specification; `experts_grouped` sorts tokens by
-expert and runs one grouped matrix product, with no host synchronisation, `gated` in between as one Triton kernel. The
-other kernel on single tokens is here, too: `softmax_loss`, the loss over the vocabulary.
+expert and runs one grouped matrix product, with no host synchronisation, `gated` in between as one Triton kernel.
 """
 from __future__ import annotations  # without Triton, tl.constexpr in a kernel's signature is no name
 
@@ -23,7 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from msa import LEAST, jit, tl, triton
+from msa import jit, tl, triton
 
 def best(x, n):
     """The n largest of each row of x (T, E), finite, best first, ties by the lowest -> indices (T, n) int64.
@@ -120,37 +119,6 @@ class _Gated(torch.autograd.Function):
         _gated_grad_kernel[triton.cdiv(n, rows),](h, weight, grad.contiguous(), dh, dweight, n, *ctx.tile,
                                                   num_warps=4 if cols < 4096 else 8)
         return dh, dweight, None
-
-# One program = one row of logits. The second pass finds in the L2 what the first has read: few rows are under way.
-@jit
-def _softmax_loss_kernel(logits, y, loss, V, COLS: tl.constexpr):
-    c, row, t = tl.arange(0, COLS), logits + tl.program_id(0).to(tl.int64) * V, tl.load(y + tl.program_id(0))
-    m, l = tl.full([COLS], LEAST, tl.float32), tl.zeros([COLS], tl.float32)
-    for v in range(0, V, COLS):
-        x = tl.load(row + v + c, mask=v + c < V, other=float("-inf")).to(tl.float32)
-        new = tl.maximum(m, x)
-        l, m = l * tl.exp(m - new) + tl.exp(x - new), new
-    lse = tl.max(m, 0)
-    lse += tl.log(tl.sum(l * tl.exp(m - lse), 0))
-    tl.store(loss + tl.program_id(0), tl.where(t < 0, 0.0, lse - tl.load(row + tl.maximum(t, 0)).to(tl.float32)))
-    tl.debug_barrier()  # the target's logit is read before it is written
-    for v in range(0, V, COLS):
-        x = tl.exp(tl.load(row + v + c, mask=v + c < V, other=0.0).to(tl.float32) - lse) - (v + c == t).to(tl.float32)
-        tl.store(row + v + c, tl.where(t < 0, 0.0, x).to(logits.dtype.element_ty), mask=v + c < V)
-
-def softmax_loss(logits, y, impl="auto"):
-    """Cross-entropy of logits (n, V) and targets y (n,), -1 = none -> (n,), fp32 or wider. The gradient of their sum is
-    written over the logits. impl: auto (Triton on a GPU in 16 bits), triton (logits must be contiguous) or torch."""
-    wide, V = torch.promote_types(logits.dtype, torch.float32), logits.size(1)
-    if impl == "triton" or (impl == "auto" and triton and logits.is_cuda and logits.dtype.itemsize == 2):
-        assert logits.is_contiguous(), f"logits have strides {logits.stride()}, expected {(V, 1)}"
-        loss, cols = torch.empty(len(y), device=y.device, dtype=wide), min(8192, triton.next_power_of_2(V))
-        _softmax_loss_kernel[len(y),](logits, y.contiguous(), loss, V, cols, num_warps=max(1, cols // 512))
-        return loss
-    logp, t = logits.log_softmax(-1, dtype=wide), y.clamp(min=0)[:, None]
-    loss = torch.where(y >= 0, -logp.gather(1, t)[:, 0], 0)
-    logits.copy_(logp.exp_().scatter_add_(1, t, logp.new_full(t.shape, -1)).mul_((y >= 0)[:, None]))  # one matrix more
-    return loss
 
 def experts_loop(x, w13, w2, weights, idx, activation):
     """Every expert in turn, on the tokens that chose it: the specification, and the path for fp64.

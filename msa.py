@@ -49,7 +49,6 @@ except ImportError:  # no Triton on macOS: the torch half is complete
     triton = tl = None
 
 QUERY_OUTER = 512  # queries a sequence up to which one program a query beats sorting them by block
-INT8_SLOTS = 2 ** 22  # from so many slots on, an int8 copy of a cache's index keys saves more than its upkeep takes
 PROGRAMS = 264     # full attention's decode splits its keys into this many programs: two a multiprocessor of an H100
 LEAST = triton and tl.constexpr(torch.finfo(torch.float32).min)  # every score is above it, or is -inf: no key
 GAMMA = 2.0 ** -16  # rounding of a score of D = 128 products, relative to |q| |k|
@@ -435,79 +434,6 @@ def block_recall(qi, ki, q, k, S, L, end=None, n_query=256):
     best, held = (mass.gather(-1, x).sum(-1) for x in (true, found))
     counts = n_earlier > S
     return hits[counts].mean(), (held / best)[counts].mean(), ((S - 1) / n_earlier[counts]).mean()
-
-class KVCache:
-    """Keys, values and index keys of every layer and every MTP module, in static buffers; slot = position on the path.
-    `length` (B,) int32 lives on the device; `used`, a bound on it that the host knows, spares reading it back.
-    int8 keeps quantize_index of the index keys too, for msa_decode; default: where kernels can use it, from 2^22 slots
-    in all, where the bytes saved outweigh what `append` then launches, some 28 small kernels more."""
-
-    def __init__(self, cfg, batch, capacity, device="cpu", dtype=torch.float32, int8=None):
-        if batch < 0 or capacity < 1:
-            raise ValueError(f"a cache of {batch} rows with {capacity} slots: expected 0 or more rows, 1 or more slots")
-        lanes, self.L = cfg.n_layer + cfg.n_mtp, cfg.index_block_size
-        self.capacity = -(-capacity // self.L) * self.L  # whole key blocks, which gather_blocks can read in place
-        size = (lanes, batch, self.capacity, cfg.n_kv_head, cfg.head_dim)
-        self.k, self.v = (torch.zeros(size, device=device, dtype=dtype) for _ in range(2))
-        self.ki = torch.zeros(*size[:3], cfg.index_head_dim, device=device, dtype=dtype)
-        self.length, self.used, self.coded = torch.zeros(batch, dtype=torch.int32, device=device), 0, None
-        able = self.ki.is_cuda and self.ki.element_size() == 2 and cfg.index_head_dim >= 32 and self.L >= 16
-        if (able and batch * self.capacity >= INT8_SLOTS) if int8 is None else int8:
-            self.coded = [x.unflatten(0, size[:2]) for x in quantize_index(self.ki.flatten(0, 1), self.L)]
-
-    def append(self, layer, k, v, ki):
-        """Write k, v (B, T, Hkv, D) and ki (B, T, D), or None, from slot `length` on -> what the layer now holds, up to
-        a whole key block. `advance` moves `length` once all layers have written."""
-        T, B = k.size(1), self.length.size(0)
-        for name, lane, new in (("k", self.k, k), ("v", self.v, v), ("ki", self.ki, ki)):
-            if new is not None:  # a row too few would be written to every row
-                _expect(f"shape of {name}", tuple(new.shape), (B, T, *lane.shape[3:]))
-        assert self.used + T <= self.capacity, f"{self.used} + {T} tokens do not fit a cache of {self.capacity}"
-        slot = (self.length[:, None] + torch.arange(T, device=k.device)).long()                           # (B, T)
-        rows = torch.arange(B, device=k.device)[:, None]
-        for lane, new in ((self.k, k), (self.v, v), (self.ki, ki)):
-            if new is not None:
-                lane[layer].index_put_((rows, slot), new)
-        if self.coded and ki is not None:  # the blocks that these tokens touch, anew: the bound is a block's
-            N = self.capacity // self.L
-            block = self.length[:, None] // self.L + torch.arange((T + self.L - 2) // self.L + 1, device=k.device)
-            block = block.clamp(max=N - 1).long()                                                         # (B, n)
-            fresh = quantize_index(self.ki[layer].unflatten(1, (N, -1))[rows, block].flatten(1, 2), self.L)
-            for lane, new in zip(self.coded, fresh):
-                lane[layer].unflatten(1, (N, -1))[rows, block] = new.unflatten(1, (block.size(1), -1))
-        held = -(-(self.used + T) // self.L) * self.L  # spare slots are invisible: no query has their index
-        return tuple(lane[layer, :, :held] for lane in (self.k, self.v, self.ki))
-
-    def int8(self, layer, held):
-        """quantize_index of the first `held` slots of a layer, or None."""
-        return self.coded and tuple(x[layer, :, :n] for x, n in zip(self.coded, (held, held, held // self.L)))
-
-    def advance(self, T):
-        self.length, self.used = self.length + T, self.used + T
-
-    def crop(self, length):
-        """Forget every slot from `length` on: an int, or a tensor (B,), which is read back; beyond the end, nothing."""
-        limit = torch.as_tensor(length)
-        shaped = limit.dim() == 0 or limit.shape == self.length.shape
-        if limit.is_floating_point() or not shaped or (limit < 0).any():
-            rows = self.length.size(0)
-            raise ValueError(f"cannot crop {rows} rows to {limit.tolist()}: expected 0 or more, one or one a row")
-        self.length = torch.minimum(self.length, limit.clamp(max=self.capacity).to(self.length))
-        self.used = min(self.used, int(limit)) if limit.dim() == 0 else int(self.length.max())
-
-    def expand(self, n):
-        """n copies of every row, side by side: a group that shares its prompt."""
-        self.select(torch.arange(self.length.size(0), device=self.length.device).repeat_interleave(n))
-
-    def select(self, rows):
-        """Keep these rows (int64), in this order."""
-        B, rows = self.length.size(0), torch.as_tensor(rows, device=self.length.device)
-        if rows.dim() != 1 or rows.dtype != torch.int64 or ((rows < 0) | (rows >= B)).any():
-            raise ValueError(f"cannot select rows {rows.tolist()} of {B}: expected int64 from 0 to {B - 1}")
-        self.k, self.v, self.ki = self.k[:, rows], self.v[:, rows], self.ki[:, rows]
-        self.coded = self.coded and [x[:, rows] for x in self.coded]
-        self.length = self.length[rows]
-        self.used = int(self.length.max()) if len(rows) else 0  # read back: the longest row may be gone
 
 # ---- Triton: the index branch of a prefill -------------------------------------------------------
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"  # before msa is imported: a kernel's decorator reads the flag
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import model
 import moe
 import msa
 
@@ -44,7 +45,7 @@ def variants():
                {"num_warps": 4, "num_stages": 3, **{p: x for p, x in change.items() if p not in names}})
 
 def kernel(name):
-    return getattr(msa, f"_{name}_kernel", None) or getattr(moe, f"_{name}_kernel")
+    return next(getattr(m, f"_{name}_kernel") for m in (msa, moe, model) if hasattr(m, f"_{name}_kernel"))
 
 def compile_kernel(variant):
     """For sm_90 -> [name, registers, stack bytes]."""

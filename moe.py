@@ -17,7 +17,6 @@ from __future__ import annotations  # without Triton, tl.constexpr in a kernel's
 
 import math
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -269,31 +268,3 @@ def max_violation(load):
     """MaxVio of load (…, E): how far the busiest expert is above the mean; 0 = balanced, E - 1 = one takes all."""
     return load.amax(-1) / load.mean(-1) - 1
 
-def pack_routes(aux):
-    """aux of a forward -> (B, T, r) int32, to be recorded: experts of every layer, and the blocks of layers with MSA as
-    -2 - block (-1 stays -1)."""
-    parts = [aux["experts"].int()]
-    if "block_idx" in aux:
-        blocks = aux["block_idx"].flatten(3)
-        parts.append(torch.where(blocks >= 0, -2 - blocks, -1))
-    return torch.cat([x.permute(1, 2, 0, 3).flatten(2) for x in parts], -1).int().cpu().numpy()
-
-def lay_routes(paths, B, T, L):
-    """Paths, each as slots (n,) of B rows of T and recorded routes (n, r), -> (B, T, r): a block of a path becomes the
-    layout's block of L slots; a pad has its own block, and the first expert."""
-    pads = np.where(paths[0][1][:1] < 0, -2 - np.arange(T)[:, None] // L, 0).astype(np.int32)              # (T, r)
-    rows = np.tile(pads, (B, 1))
-    for slot, codes in paths:
-        first = slot[L * np.where(codes < -1, -2 - codes, 0)]                                              # (n, r)
-        rows[slot] = np.where(codes < -1, -2 - first % T // L, codes)
-    return rows.reshape(B, T, -1)
-
-def unpack_routes(codes, cfg):
-    """(B, T, r) -> what MiniMax.forward takes as replay."""
-    n, A = cfg.mlp_types.count("moe"), cfg.n_expert_per_tok
-    replay = dict(experts=codes[..., :n * A].unflatten(-1, (n, A)).permute(2, 0, 1, 3))
-    if "msa" in cfg.attn_types:
-        shape = (cfg.attn_types.count("msa"), cfg.n_kv_head, -1)
-        blocks = codes[..., n * A:].unflatten(-1, shape).permute(2, 0, 1, 3, 4)
-        replay["block_idx"] = torch.where(blocks < -1, -2 - blocks, -1).int().contiguous()
-    return replay

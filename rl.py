@@ -23,16 +23,17 @@ if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: no 
 
 import bisect, contextlib, dataclasses, hmac, http.server, io, json, math, random, re, socket, sys, threading, time
 from queue import Empty, SimpleQueue
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
-from model import Call, MiniMax, MiniMaxConfig, rope_tables
-from moe import lay_routes, pack_routes, unpack_routes
+from model import Call, KVCache, MiniMax, MiniMaxConfig, rope_tables
 from sample import (Parser, SaveTimer, Threads, Tokenizer, check_fields, check_finite, check_memory, check_weights,
-                    checkpoint_path, implementations, learn_bpe, load_checkpoint, load_model, load_optimizers,
-                    lock_folder, lockstep, number, pick_device, save_checkpoint, saved_flags)
-from train import command, configure_optimizers, on_signals, step_bytes
+                    checkpoint_path, command, implementations, learn_bpe, load_checkpoint, load_model,
+                    load_optimizers, lock_folder, number, on_signals, pick_device, sample_next, save_checkpoint,
+                    saved_flags)
+from train import configure_optimizers, step_bytes
 
 EPS_HIGH = 4.0                         # not published: upper clip of the ratio, 1 + 4
 PROCESS, SPEED, FAILURE = -0.1, 0.1, -0.1  # not published: a malformed call; the weight of speed; a task that got stuck
@@ -243,6 +244,48 @@ def common_prefix(a, b):
     apart = (np.asarray(a[:n]) != np.asarray(b[:n])).ravel()
     return int(apart.argmax()) * n // apart.size if apart.any() else n
 
+@torch.no_grad()
+def lockstep(model, players, group=1, generator=None, record=None):
+    """Drive coroutines in step, one token a row and forward. A player yields how many tokens of its cache it keeps and
+    the tokens to feed next; after the last of them it is sent a token sampled at temperature 1, nothing cut, its
+    logprob, and, with `record` (aux -> (B, T, r) array), r numbers for every token in its cache. It ends by returning.
+    Players lie side by side in groups of one first prompt, whose keys and values are computed once."""
+    cfg, device, notes = model.cfg, model.embed.weight.device, None
+    model.eval()
+    firsts = [next(player, None) for player in players]  # None: over before it began
+    rows = [SimpleNamespace(player=p, feed=first[1], notes=[]) for p, first in zip(players, firsts) if first]
+    heads = rows[::group] if len(rows) == len(players) else rows
+    shared = min((len(r.feed) for r in rows), default=1) - 1
+    cache = KVCache(cfg, len(heads), cfg.max_seq_len, device, model.dtype)
+    if shared:
+        aux = model(torch.tensor([r.feed[:shared] for r in heads], device=device), cache=cache, n_logits=0)[2]
+        notes = record and record(aux)
+    cache.expand(len(rows) // max(len(heads), 1))
+    for i, r in enumerate(rows):
+        r.feed, r.length = r.feed[shared:], shared
+        r.notes = [] if notes is None else list(notes[i * len(heads) // len(rows)])
+    while rows:
+        logits, _, aux = model(torch.tensor([r.feed[:1] for r in rows], device=device), cache=cache, n_logits=1)
+        logits, notes, rewritten = logits[:, 0].float(), record and record(aux), False
+        token = sample_next(logits, generator=generator)
+        logprob = logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
+        for i, (r, t, p) in enumerate(zip(rows, token.tolist(), logprob.tolist())):
+            r.feed, r.length = r.feed[1:], r.length + 1
+            r.notes += [] if notes is None else [notes[i, 0]]
+            if not r.feed:
+                try:
+                    kept, r.feed = r.player.send((t, p, r.notes))
+                except StopIteration:
+                    continue
+                rewritten |= kept < r.length
+                r.length, r.notes = kept, r.notes[:kept]
+        if rewritten:
+            cache.crop(torch.tensor([r.length for r in rows], dtype=torch.int32, device=device))
+        alive = [i for i, r in enumerate(rows) if r.feed]
+        if len(alive) < len(rows):
+            rows = [rows[i] for i in alive]
+            cache.select(torch.tensor(alive, dtype=torch.int64, device=device))
+
 def rollout(model, gateway, episodes, version, generator=None, group=1, replay=False):
     """Play episodes [(trajectory, agent)], `group` of a prompt side by side, in lock step; `replay`: record routes."""
     def play(episode, agent):
@@ -265,6 +308,35 @@ def rollout(model, gateway, episodes, version, generator=None, group=1, replay=F
             path, routes = context + ids[:-1], torch.from_numpy(np.stack(routes + routes[-1:])) if routes else None
             reply = gateway.record(episode, context, ids, logprobs, version, routes)
     lockstep(model, [play(*episode) for episode in episodes], group, generator, pack_routes if replay else None)
+
+def pack_routes(aux):
+    """aux of a forward -> (B, T, r) int32, to be recorded: experts of every layer, and the blocks of layers with MSA as
+    -2 - block (-1 stays -1)."""
+    parts = [aux["experts"].int()]
+    if "block_idx" in aux:
+        blocks = aux["block_idx"].flatten(3)
+        parts.append(torch.where(blocks >= 0, -2 - blocks, -1))
+    return torch.cat([x.permute(1, 2, 0, 3).flatten(2) for x in parts], -1).int().cpu().numpy()
+
+def lay_routes(paths, B, T, L):
+    """Paths, each as slots (n,) of B rows of T and recorded routes (n, r), -> (B, T, r): a block of a path becomes the
+    layout's block of L slots; a pad has its own block, and the first expert."""
+    pads = np.where(paths[0][1][:1] < 0, -2 - np.arange(T)[:, None] // L, 0).astype(np.int32)              # (T, r)
+    rows = np.tile(pads, (B, 1))
+    for slot, codes in paths:
+        first = slot[L * np.where(codes < -1, -2 - codes, 0)]                                              # (n, r)
+        rows[slot] = np.where(codes < -1, -2 - first % T // L, codes)
+    return rows.reshape(B, T, -1)
+
+def unpack_routes(codes, cfg):
+    """(B, T, r) -> what MiniMax.forward takes as replay."""
+    n, A = cfg.mlp_types.count("moe"), cfg.n_expert_per_tok
+    replay = dict(experts=codes[..., :n * A].unflatten(-1, (n, A)).permute(2, 0, 1, 3))
+    if "msa" in cfg.attn_types:
+        shape = (cfg.attn_types.count("msa"), cfg.n_kv_head, -1)
+        blocks = codes[..., n * A:].unflatten(-1, shape).permute(2, 0, 1, 3, 4)
+        replay["block_idx"] = torch.where(blocks < -1, -2 - blocks, -1).int().contiguous()
+    return replay
 
 # ---- scheduler: windowed FIFO; the time is an argument --------------------------------------------
 

@@ -16,8 +16,6 @@ if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: no 
 import argparse
 import codecs
 import contextlib
-import dataclasses
-import hashlib
 import itertools
 import json
 import math
@@ -26,12 +24,11 @@ import shutil
 import stat
 import statistics
 import sys
-import sysconfig
 import time
+import typing
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from heapq import heapify, heappop, heappush
-from types import SimpleNamespace
 
 try:
     import fcntl
@@ -203,135 +200,6 @@ def learn_bpe(texts, vocab_size, pattern):
             heappush(heap, (-counts[p], p))
     return {"pattern": pattern, "ranks": ranks, "special": {EOT: len(ranks)}}
 
-# ---- corpus --------------------------------------------------------------------------------------
-
-def list_files(path):
-    """Files of the corpus, sorted: (name relative to it, path). None is the interpreter's own standard library."""
-    if path and os.path.isfile(path):
-        return [(os.path.basename(path), path)]
-    root, files = path or sysconfig.get_paths()["stdlib"], []
-    skip = set() if path else {"site-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings"}
-    for folder, dirs, names in os.walk(root, onerror=lambda error: files.append(error.filename)):
-        dirs[:] = sorted(d for d in dirs if d not in skip and not d.startswith((".", "__pycache__")))
-        names += [d for d in dirs if os.path.islink(os.path.join(folder, d))]  # not entered; read_text says so
-        names = [n for n in names if n != LOCK]  # of a run whose --out lies in its --data
-        files += [os.path.join(folder, n) for n in sorted(names) if path or n.endswith(".py")]
-    return [(os.path.relpath(f, root), f) for f in files]
-
-# What a file that is not UTF-8 most likely is -> iconv's options that make it UTF-8
-ICONV = {"UTF-16": "-f UTF-16", "UTF-16LE": "-f UTF-16LE", "UTF-16BE": "-f UTF-16BE", "UTF-32": "-f UTF-32",
-         "Latin-1": "-f LATIN1", "Windows-1252": "-f WINDOWS-1252", "damaged UTF-8": "-c -f UTF-8"}
-
-def guess_kind(raw):
-    """What bytes that are not UTF-8 text, or hold a zero byte, most likely are: a key of ICONV, "text of another
-    encoding", binary or empty."""
-    if not raw:
-        return "empty"
-    if raw.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
-        return "UTF-32"
-    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "UTF-16"
-    high = raw[0::2].count(0)  # of big-endian ASCII, every first byte is zero
-    low = raw[1::2].count(0)
-    if len(raw) % 2 == 0 and max(high, low) > len(raw) / 4 and min(high, low) < len(raw) / 100:
-        return "UTF-16BE" if high > low else "UTF-16LE"
-    controls = sum(raw.count(byte) for byte in range(32) if byte not in b"\t\n\v\f\r\x1b")
-    if 0 in raw or controls > len(raw) / 100:
-        return "binary"
-    text = raw.decode("utf-8", errors="replace")
-    if sum(char > "\x7f" for char in text) > 2 * text.count("\ufffd"):  # most of what is not ASCII is whole
-        return "damaged UTF-8"
-    if sum(char > "\x7f" for char in raw.decode("latin-1")) > len(raw) / 2:  # Cyrillic, Greek, Chinese: which, only
-        return "text of another encoding"                                 # the reader knows; a wrong one gives garbage
-    return "Windows-1252" if any(byte in raw for byte in range(0x80, 0xa0)) else "Latin-1"
-
-def read_text(path):
-    """-> text, None; or None and why there is no text."""
-    if os.path.isdir(path):
-        return None, "linked folder" if os.path.islink(path) else "unreadable folder"
-    if not os.path.isfile(path):  # a named pipe would be waited for, a device read, for ever
-        return None, "pipe, device or broken link"
-    try:
-        with open(path, "rb") as file:
-            raw = file.read()
-        if raw and 0 not in raw:
-            return raw.decode("utf-8"), None
-    except UnicodeDecodeError:
-        pass
-    except OSError:
-        return None, "unreadable"
-    return None, guess_kind(raw)
-
-def read_corpus(path, kinds=None):
-    """-> [(name, text)], number of files skipped. kinds: a Counter that gets what each of these is."""
-    docs = []
-    kinds = Counter() if kinds is None else kinds
-    before = kinds.total()
-    for name, file in list_files(path):
-        text, kind = read_text(file)
-        if text is None:
-            kinds[kind] += 1
-        else:
-            docs.append((name, text))
-    return docs, kinds.total() - before
-
-def describe(kinds):
-    """Counter of read_text's kinds -> "2 empty, 1 UTF-16 (iconv -f UTF-16 -t UTF-8 converts it)"."""
-    words = []
-    for kind, n in sorted(kinds.items()):
-        advice = f" (iconv {ICONV[kind]} -t UTF-8 converts {'it' if n == 1 else 'them'})" if kind in ICONV else ""
-        words.append(f"{n} {kind}{advice}")
-    return ", ".join(words) or "no files"
-
-def split_corpus(docs):
-    """Validation = the files whose sha256(name, as on the disk) is in the lowest 5 %, where they hold 1 to 10 % of the
-    text. Otherwise, as for a single file or a few of unequal sizes, the last 5 % of each file, from the line that
-    begins there if one does before the last 1 %."""
-    held_out = [int(hashlib.sha256(os.fsencode(name)).hexdigest()[:8], 16) < 0.05 * 2 ** 32 for name, _ in docs]
-    sizes = [len(text.encode()) for _, text in docs]
-    share = sum(size for size, held in zip(sizes, held_out) if held) / max(1, sum(sizes))
-    if 0.01 <= share <= 0.1:
-        return [d for d, h in zip(docs, held_out) if not h], [d for d, h in zip(docs, held_out) if h]
-    cuts = []
-    for _, text in docs:
-        cut = len(text) * 95 // 100
-        newline = text.find("\n", cut, len(text) * 99 // 100)  # a line that is longer is cut
-        cuts.append(cut if newline < 0 else newline + 1)
-    parts = [[(name, text[:c]) for (name, text), c in zip(docs, cuts)], [(n, t[c:]) for (n, t), c in zip(docs, cuts)]]
-    return tuple([(name, text) for name, text in part if text] for part in parts)
-
-def truncate(docs, n_bytes):
-    """The first n_bytes of the documents, cut between characters."""
-    out = []
-    for name, text in docs:
-        raw = text.encode()[:n_bytes]
-        n_bytes -= len(raw)
-        out.append((name, raw.decode("utf-8", errors="ignore")))
-        if n_bytes <= 0:
-            break
-    return out
-
-def load_data(path, val_path, val_bytes):
-    """Read and split -> training, validation (its first val_bytes), files skipped. ValueError if a side has no text."""
-    for p in (path, val_path):
-        if p is not None and not os.path.exists(p):
-            raise ValueError(f"{p!r}: no such file or folder")
-        if p is not None and not (os.path.isfile(p) or os.path.isdir(p)):
-            raise ValueError(f"{p!r}: neither a file nor a folder")
-    kinds = Counter()
-    val_kinds = Counter()
-    docs, skipped = read_corpus(path, kinds)
-    val, more = read_corpus(val_path, val_kinds) if val_path else ([], 0)
-    for p, found, why in ((path, docs, kinds), (val_path, val or not val_path, val_kinds)):
-        if not found:
-            raise ValueError(f"{p!r}: no text in it; {describe(why)}")
-        if p and why:  # nothing can be done about the standard library's
-            print(f"skipped | of {p!r}: {describe(why)}", flush=True)
-    train, val = (docs, val) if val_path else split_corpus(docs)
-    if not train or not val:
-        raise ValueError(f"{path}: too little text to hold some out for validation; give --val-data")
-    return train, truncate(val, val_bytes), skipped + more
-
 # ---- command line, device, checkpoint -----------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
@@ -359,6 +227,33 @@ def number(low, high=2 ** 31 - 1, kind=int):
 def utf8(text):
     """A type for argparse: text whose bytes the locale could not read is read as UTF-8; what is no UTF-8 is refused."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8")
+
+# What a file that is not UTF-8 most likely is -> iconv's options that make it UTF-8
+ICONV = {"UTF-16": "-f UTF-16", "UTF-16LE": "-f UTF-16LE", "UTF-16BE": "-f UTF-16BE", "UTF-32": "-f UTF-32",
+         "Latin-1": "-f LATIN1", "Windows-1252": "-f WINDOWS-1252", "damaged UTF-8": "-c -f UTF-8"}
+
+def guess_kind(raw):
+    """What bytes that are not UTF-8 text, or hold a zero byte, most likely are: a key of ICONV, "text of another
+    encoding", binary or empty."""
+    if not raw:
+        return "empty"
+    if raw.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    high = raw[0::2].count(0)  # of big-endian ASCII, every first byte is zero
+    low = raw[1::2].count(0)
+    if len(raw) % 2 == 0 and max(high, low) > len(raw) / 4 and min(high, low) < len(raw) / 100:
+        return "UTF-16BE" if high > low else "UTF-16LE"
+    controls = sum(raw.count(byte) for byte in range(32) if byte not in b"\t\n\v\f\r\x1b")
+    if 0 in raw or controls > len(raw) / 100:
+        return "binary"
+    text = raw.decode("utf-8", errors="replace")
+    if sum(char > "\x7f" for char in text) > 2 * text.count("\ufffd"):  # most of what is not ASCII is whole
+        return "damaged UTF-8"
+    if sum(char > "\x7f" for char in raw.decode("latin-1")) > len(raw) / 2:  # Cyrillic, Greek, Chinese: which, only
+        return "text of another encoding"                                 # the reader knows; a wrong one gives garbage
+    return "Windows-1252" if any(byte in raw for byte in range(0x80, 0xa0)) else "Latin-1"
 
 def read_standard_input():
     """-> all of standard input. ValueError if it is closed or not UTF-8."""
@@ -567,6 +462,39 @@ def tolerant_output():
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+def on_signals():
+    """-> a list that Ctrl-C and SIGTERM fill from now on."""
+    stop = []
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, lambda *_: stop.append(1))
+    return stop
+
+def command(script, run):
+    """Call run(locks) -> result, printed as JSON. `locks`, an ExitStack, holds folders until it is over.
+    Bad input: one line, status 2; divergence 1, Ctrl-C 130, `| head` 141."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    tolerant_output()
+    threads = torch.get_num_threads()
+    try:
+        with contextlib.ExitStack() as locks:
+            result = run(locks)
+        print(json.dumps(result), flush=True)
+        return result
+    except BrokenPipeError:
+        os._exit(141)  # what is buffered has no reader: Python's own end would complain
+    except (ValueError, OSError, ImportError) as error:
+        line, code = f"{error}{'; pip install matplotlib' * isinstance(error, ImportError)}", 2
+    except FloatingPointError as error:
+        line, code = f"stopped: {error}; the last good checkpoint is kept", 1
+    except KeyboardInterrupt:
+        line, code = "interrupted", 130
+    finally:
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+        torch.set_num_threads(threads)
+    print(f"{script}: {line}", file=sys.stderr)
+    sys.exit(code)
 
 def checkpoint_path(folder):
     return os.path.join(folder, "ckpt.pt")
@@ -801,7 +729,7 @@ def check_fields(what, fields, kinds, optional=()):
 
 def check_config(config, model):
     """Fields of a checkpoint -> MiniMaxConfig. ValueError if one is unknown, missing or no model can have it."""
-    fields = {field.name: field.type for field in dataclasses.fields(MiniMaxConfig)}
+    fields = typing.get_type_hints(MiniMaxConfig)
     unknown = config.keys() - fields.keys()
     if unknown:
         raise ValueError(f"its config has {', '.join(sorted(unknown))}, which this code does not know")
@@ -1021,48 +949,6 @@ def generate(model, prompts, max_new_tokens, n_samples=1, temperature=1.0, top_p
         if not any(running) or cache.used == cache.capacity:
             return
         logits = model(token[:, None], cache=cache, n_logits=1)[0]
-
-@torch.no_grad()
-def lockstep(model, players, group=1, generator=None, record=None):
-    """Drive coroutines in step, one token a row and forward. A player yields how many tokens of its cache it keeps and
-    the tokens to feed next; after the last of them it is sent a token sampled at temperature 1, nothing cut, its
-    logprob, and, with `record` (aux -> (B, T, r) array), r numbers for every token in its cache. It ends by returning.
-    Players lie side by side in groups of one first prompt, whose keys and values are computed once."""
-    cfg, device, notes = model.cfg, model.embed.weight.device, None
-    model.eval()
-    firsts = [next(player, None) for player in players]  # None: over before it began
-    rows = [SimpleNamespace(player=p, feed=first[1], notes=[]) for p, first in zip(players, firsts) if first]
-    heads = rows[::group] if len(rows) == len(players) else rows
-    shared = min((len(r.feed) for r in rows), default=1) - 1
-    cache = KVCache(cfg, len(heads), cfg.max_seq_len, device, model.dtype)
-    if shared:
-        aux = model(torch.tensor([r.feed[:shared] for r in heads], device=device), cache=cache, n_logits=0)[2]
-        notes = record and record(aux)
-    cache.expand(len(rows) // max(len(heads), 1))
-    for i, r in enumerate(rows):
-        r.feed, r.length = r.feed[shared:], shared
-        r.notes = [] if notes is None else list(notes[i * len(heads) // len(rows)])
-    while rows:
-        logits, _, aux = model(torch.tensor([r.feed[:1] for r in rows], device=device), cache=cache, n_logits=1)
-        logits, notes, rewritten = logits[:, 0].float(), record and record(aux), False
-        token = sample_next(logits, generator=generator)
-        logprob = logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
-        for i, (r, t, p) in enumerate(zip(rows, token.tolist(), logprob.tolist())):
-            r.feed, r.length = r.feed[1:], r.length + 1
-            r.notes += [] if notes is None else [notes[i, 0]]
-            if not r.feed:
-                try:
-                    kept, r.feed = r.player.send((t, p, r.notes))
-                except StopIteration:
-                    continue
-                rewritten |= kept < r.length
-                r.length, r.notes = kept, r.notes[:kept]
-        if rewritten:
-            cache.crop(torch.tensor([r.length for r in rows], dtype=torch.int32, device=device))
-        alive = [i for i, r in enumerate(rows) if r.feed]
-        if len(alive) < len(rows):
-            rows = [rows[i] for i in alive]
-            cache.select(torch.tensor(alive, dtype=torch.int64, device=device))
 
 def heal(tokenizer, ids):
     """Hold back the last token of a prompt: "def " ends in a lone space, which the tokenizer never puts before a name.

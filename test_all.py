@@ -1640,7 +1640,7 @@ def test_lines_hold_what_was_measured(trained, corpus):
     assert [step for step, line in lines.items() if "mtp" in line] == ["00001", "00012"]
     assert all("train_bpb" in line for line in lines.values())
     tok = sample.load_model(sample.load_checkpoint(str(trained[0])))[1]
-    learned, _ = sample.split_corpus(sample.read_corpus(str(corpus))[0])
+    learned, _ = train.split_corpus(train.read_corpus(str(corpus))[0])
     n_tokens = sum(1 + len(tok.encode(part)) for _, part in learned)
     bits = result["loss"] / math.log(2) * n_tokens / sum(len(part.encode()) for _, part in learned)
     assert result["train_bpb"] == pytest.approx(bits)
@@ -1762,12 +1762,12 @@ def test_corpus_reader(tmp_path):
     (tmp_path / ".hidden").mkdir()
     for name, data in (("a.txt", b"alpha\n" * 50), ("b.bin", b"x\0y"), ("c.txt", b"\xff\xfe\xfa"), ("d.txt", b""),
                        (".hidden/e.txt", b"no")): (tmp_path / name).write_bytes(data)
-    docs, skipped = sample.read_corpus(str(tmp_path))
+    docs, skipped = train.read_corpus(str(tmp_path))
     assert [n for n, _ in docs] == ["a.txt"] and skipped == 3
     for one in (docs, [("line", "hello " * 50 + "\n")]):  # the only newline at the end: cut in the line
-        left, right = sample.split_corpus(one)
+        left, right = train.split_corpus(one)
         assert left[0][1] + right[0][1] == one[0][1] and right[0][1]
-    left, right = sample.split_corpus(names := [(f"file{i}", "text") for i in range(400)])
+    left, right = train.split_corpus(names := [(f"file{i}", "text") for i in range(400)])
     assert 8 <= len(right) <= 35 and sorted(left + right) == sorted(names)
     assert all(int(hashlib.sha256(n.encode()).hexdigest()[:8], 16) < 0.05 * 2 ** 32 for n, _ in right)
 
@@ -1780,12 +1780,12 @@ def test_encodings_that_cannot_be_told_apart_get_no_advice(text, encoding):
     kind = sample.guess_kind(50 * text.encode(encoding))
 
     assert kind == "text of another encoding"
-    assert "iconv" not in sample.describe({kind: 1})
+    assert "iconv" not in train.describe({kind: 1})
 
 def test_a_long_line_does_not_empty_the_validation():
     """The cut moves to the next line only where that leaves 1 % of a file: a line of any length is cut instead."""
     for text in ("x" * 10 + "\n" + "y" * 100_000 + "\n" + "z" * 10, "word\n" * 1000 + "w" * 9000, "line\n" * 20_000):
-        [(_, left)], [(_, right)] = sample.split_corpus([("a.txt", text)])
+        [(_, left)], [(_, right)] = train.split_corpus([("a.txt", text)])
 
         assert left + right == text
         assert 0.01 <= len(right) / len(text) <= 0.06
@@ -1804,12 +1804,12 @@ def test_any_name_and_any_kind_of_file_in_a_folder(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "zero").symlink_to("/dev/zero")
     (tmp_path / "up").symlink_to(tmp_path)
-    docs, skipped = sample.read_corpus(str(tmp_path))
+    docs, skipped = train.read_corpus(str(tmp_path))
     assert sorted(os.fsencode(name) for name, _ in docs) == sorted([*names, b"x.py/inner.txt"])
-    left, right = sample.split_corpus(docs)
+    left, right = train.split_corpus(docs)
     assert {name for name, _ in left + right} == {name for name, _ in docs}
     assert skipped == 4
-    sample.read_corpus(str(tmp_path), kinds := Counter())
+    train.read_corpus(str(tmp_path), kinds := Counter())
     assert kinds == {"pipe, device or broken link": 3, "linked folder": 1}
 
     def held_out(name): return int(hashlib.sha256(name).hexdigest()[:8], 16) < 0.05 * 2 ** 32
@@ -1817,7 +1817,7 @@ def test_any_name_and_any_kind_of_file_in_a_folder(tmp_path):
     raw = next(name for name in (b"caf\xe9 %d" % i for i in range(999)) if held_out(name))
     others = [f"file{i}" for i in range(40) if not held_out(b"file%d" % i)]
     many = [(name, "text") for name in (os.fsdecode(raw), *others)]
-    assert sample.split_corpus(many)[1] == many[:1], "the bytes of the name decide"
+    assert train.split_corpus(many)[1] == many[:1], "the bytes of the name decide"
 
 def test_what_is_no_utf8_is_named(tmp_path, capsys):
     """A file that is not UTF-8 is named by its bytes, with the command that converts it; a folder counts kinds."""
@@ -1841,7 +1841,7 @@ def test_what_is_no_utf8_is_named(tmp_path, capsys):
         line = refused(train.main, ["--data", path, "--out", tmp_path / "run"], capsys)
         assert repr(path) in line
     (tmp_path / "good").write_text(text, encoding="utf-8-sig")
-    sample.load_data(str(tmp_path), None, 1000)
+    train.load_data(str(tmp_path), None, 1000)
     assert "1 empty" in capsys.readouterr().out
 
 def test_validation_is_a_fair_share():
@@ -1851,7 +1851,7 @@ def test_validation_is_a_fair_share():
     for n_held, n_other in ((7_000, 400_000), (90_000, 20_000), (20_000, 20_000)):
         docs = [(held[0], "held out\n" * (n_held // 9))]
         docs += [(name, "to learn from\n" * (n_other // 14)) for name in other[:16]]
-        train_docs, val = sample.split_corpus(docs)
+        train_docs, val = train.split_corpus(docs)
         share = sum(len(text) for _, text in val) / sum(len(text) for _, text in docs)
         assert 0.01 <= share <= 0.1, share
         assert sorted(name for name, _ in val) == (sorted(name for name, _ in docs) if n_held != 20_000 else held[:1])
@@ -2203,7 +2203,7 @@ def test_generate_follows_a_model_that_was_moved(asked, dtype):
             drawn.append((yield 0, [1, 2])[0])
 
     drawn = []
-    sample.lockstep(model, [player()])
+    rl.lockstep(model, [player()])
     assert len(drawn) == 3
     assert len(greedy(model, [[1, 2]], 20)) == 20
     low = MiniMax(small_config(), torch.bfloat16)
@@ -2580,7 +2580,7 @@ def test_a_lock_is_no_text(tmp_path):
     """A run whose folder lies in its own text does not read what it writes there."""
     (tmp_path / "a.txt").write_text("some text\n" * 9)
     with sample.lock_folder(str(tmp_path / "run")):
-        assert [name for name, _ in sample.list_files(str(tmp_path))] == ["a.txt"]
+        assert [name for name, _ in train.list_files(str(tmp_path))] == ["a.txt"]
 
 def test_folders_of_rl_have_one_writer(tmp_path, capsys):
     """rl.py's imitation, and each run of --schedule all, are held from the start; a refused run leaves no folder."""

@@ -23,10 +23,11 @@ if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: no 
 import contextlib
 import dataclasses
 import hashlib
-import json
 import math
 import sys
+import sysconfig
 import time
+from collections import Counter
 
 import numpy as np
 import torch
@@ -34,9 +35,9 @@ import torch
 from model import MiniMax, MiniMaxConfig, count_params
 from moe import max_violation
 from msa import chunk
-from sample import (PATTERN, Parser, Progress, SaveTimer, Threads, Tokenizer, check_fields, check_finite, check_memory,
-                    checkpoint_path, implementations, learn_bpe, load_checkpoint, load_data, load_model,
-                    load_optimizers, lock_folder, pick_device, place_checkpoint, saved_flags, tolerant_output, truncate,
+from sample import (ICONV, LOCK, PATTERN, Parser, Progress, SaveTimer, Threads, Tokenizer, check_fields, check_finite,
+                    check_memory, checkpoint_path, command, guess_kind, implementations, learn_bpe, load_checkpoint,
+                    load_model, load_optimizers, lock_folder, on_signals, pick_device, place_checkpoint, saved_flags,
                     write_checkpoint)
 
 VAL_BYTES = 512 * 1024                 # val_bpb is measured on this much of the validation text
@@ -66,7 +67,107 @@ PEAK = {
     "A100-SXM4-40GB": 312e12, "A100-SXM4-80GB": 312e12, "A100-PCIE-40GB": 312e12, "A100 80GB PCIe": 312e12,
     "A800-SXM4-40GB": 312e12, "A800-SXM4-80GB": 312e12, "A800 80GB PCIe": 312e12}
 
-# ---- data ----------------------------------------------------------------------------------------
+# ---- corpus --------------------------------------------------------------------------------------
+
+def list_files(path):
+    """Files of the corpus, sorted: (name relative to it, path). None is the interpreter's own standard library."""
+    if path and os.path.isfile(path):
+        return [(os.path.basename(path), path)]
+    root, files = path or sysconfig.get_paths()["stdlib"], []
+    skip = set() if path else {"site-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings"}
+    for folder, dirs, names in os.walk(root, onerror=lambda error: files.append(error.filename)):
+        dirs[:] = sorted(d for d in dirs if d not in skip and not d.startswith((".", "__pycache__")))
+        names += [d for d in dirs if os.path.islink(os.path.join(folder, d))]  # not entered; read_text says so
+        names = [n for n in names if n != LOCK]  # of a run whose --out lies in its --data
+        files += [os.path.join(folder, n) for n in sorted(names) if path or n.endswith(".py")]
+    return [(os.path.relpath(f, root), f) for f in files]
+
+def read_text(path):
+    """-> text, None; or None and why there is no text."""
+    if os.path.isdir(path):
+        return None, "linked folder" if os.path.islink(path) else "unreadable folder"
+    if not os.path.isfile(path):  # a named pipe would be waited for, a device read, for ever
+        return None, "pipe, device or broken link"
+    try:
+        with open(path, "rb") as file:
+            raw = file.read()
+        if raw and 0 not in raw:
+            return raw.decode("utf-8"), None
+    except UnicodeDecodeError:
+        pass
+    except OSError:
+        return None, "unreadable"
+    return None, guess_kind(raw)
+
+def read_corpus(path, kinds=None):
+    """-> [(name, text)], number of files skipped. kinds: a Counter that gets what each of these is."""
+    docs = []
+    kinds = Counter() if kinds is None else kinds
+    before = kinds.total()
+    for name, file in list_files(path):
+        text, kind = read_text(file)
+        if text is None:
+            kinds[kind] += 1
+        else:
+            docs.append((name, text))
+    return docs, kinds.total() - before
+
+def describe(kinds):
+    """Counter of read_text's kinds -> "2 empty, 1 UTF-16 (iconv -f UTF-16 -t UTF-8 converts it)"."""
+    words = []
+    for kind, n in sorted(kinds.items()):
+        advice = f" (iconv {ICONV[kind]} -t UTF-8 converts {'it' if n == 1 else 'them'})" if kind in ICONV else ""
+        words.append(f"{n} {kind}{advice}")
+    return ", ".join(words) or "no files"
+
+def split_corpus(docs):
+    """Validation = the files whose sha256(name, as on the disk) is in the lowest 5 %, where they hold 1 to 10 % of the
+    text. Otherwise, as for a single file or a few of unequal sizes, the last 5 % of each file, from the line that
+    begins there if one does before the last 1 %."""
+    held_out = [int(hashlib.sha256(os.fsencode(name)).hexdigest()[:8], 16) < 0.05 * 2 ** 32 for name, _ in docs]
+    sizes = [len(text.encode()) for _, text in docs]
+    share = sum(size for size, held in zip(sizes, held_out) if held) / max(1, sum(sizes))
+    if 0.01 <= share <= 0.1:
+        return [d for d, h in zip(docs, held_out) if not h], [d for d, h in zip(docs, held_out) if h]
+    cuts = []
+    for _, text in docs:
+        cut = len(text) * 95 // 100
+        newline = text.find("\n", cut, len(text) * 99 // 100)  # a line that is longer is cut
+        cuts.append(cut if newline < 0 else newline + 1)
+    parts = [[(name, text[:c]) for (name, text), c in zip(docs, cuts)], [(n, t[c:]) for (n, t), c in zip(docs, cuts)]]
+    return tuple([(name, text) for name, text in part if text] for part in parts)
+
+def truncate(docs, n_bytes):
+    """The first n_bytes of the documents, cut between characters."""
+    out = []
+    for name, text in docs:
+        raw = text.encode()[:n_bytes]
+        n_bytes -= len(raw)
+        out.append((name, raw.decode("utf-8", errors="ignore")))
+        if n_bytes <= 0:
+            break
+    return out
+
+def load_data(path, val_path, val_bytes):
+    """Read and split -> training, validation (its first val_bytes), files skipped. ValueError if a side has no text."""
+    for p in (path, val_path):
+        if p is not None and not os.path.exists(p):
+            raise ValueError(f"{p!r}: no such file or folder")
+        if p is not None and not (os.path.isfile(p) or os.path.isdir(p)):
+            raise ValueError(f"{p!r}: neither a file nor a folder")
+    kinds = Counter()
+    val_kinds = Counter()
+    docs, skipped = read_corpus(path, kinds)
+    val, more = read_corpus(val_path, val_kinds) if val_path else ([], 0)
+    for p, found, why in ((path, docs, kinds), (val_path, val or not val_path, val_kinds)):
+        if not found:
+            raise ValueError(f"{p!r}: no text in it; {describe(why)}")
+        if p and why:  # nothing can be done about the standard library's
+            print(f"skipped | of {p!r}: {describe(why)}", flush=True)
+    train, val = (docs, val) if val_path else split_corpus(docs)
+    if not train or not val:
+        raise ValueError(f"{path}: too little text to hold some out for validation; give --val-data")
+    return train, truncate(val, val_bytes), skipped + more
 
 def encode(tokenizer, pieces, at_once=4_000_000):
     """Texts -> their ids, so many characters at a time on all cores; says how far it is where that takes long."""
@@ -783,39 +884,6 @@ def report(result):
                                for key in ("block_recall", "score_recall", "max_vio"))
     recalled = f" | block recall {recall} (chance {result['block_chance'][0]:.2f}), of mass {mass}" if recall else ""
     return f"val_bpb {result['val_bpb']:.4f}{recalled}" + (f" | maxvio {violation}" if violation else "")
-
-def on_signals():
-    """-> a list that Ctrl-C and SIGTERM fill from now on."""
-    stop = []
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, lambda *_: stop.append(1))
-    return stop
-
-def command(script, run):
-    """Call run(locks) -> result, printed as JSON. `locks`, an ExitStack, holds folders until it is over.
-    Bad input: one line, status 2; divergence 1, Ctrl-C 130, `| head` 141."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    tolerant_output()
-    threads = torch.get_num_threads()
-    try:
-        with contextlib.ExitStack() as locks:
-            result = run(locks)
-        print(json.dumps(result), flush=True)
-        return result
-    except BrokenPipeError:
-        os._exit(141)  # what is buffered has no reader: Python's own end would complain
-    except (ValueError, OSError, ImportError) as error:
-        line, code = f"{error}{'; pip install matplotlib' * isinstance(error, ImportError)}", 2
-    except FloatingPointError as error:
-        line, code = f"stopped: {error}; the last good checkpoint is kept", 1
-    except KeyboardInterrupt:
-        line, code = "interrupted", 130
-    finally:
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
-        torch.set_num_threads(threads)
-    print(f"{script}: {line}", file=sys.stderr)
-    sys.exit(code)
 
 def main(argv=None):
     return command("train.py", lambda locks: run(*parse_args(argv, locks)))

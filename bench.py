@@ -16,12 +16,10 @@ import signal
 if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: no traceback
     at_ctrl_c = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-import json
 import math
 import random
 import statistics
 import subprocess
-import sys
 import time
 from functools import partial
 from itertools import product
@@ -32,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import model
 import msa
 import rl
-from sample import Parser, Threads, implementations, pick_device, tokens, tolerant_output
+from sample import Parser, Threads, command, implementations, pick_device, tokens
 
 SHAPES = {"m2": (48, 8), "m3": (64, 4)}                    # query heads, KV heads = index heads
 D, S, L = 128, 16, 128
@@ -469,6 +467,10 @@ def conclusion(rows):
             kinds.setdefault((row["what"], row["shape"]), []).append(row)
     return [tree_sentence(kind) if name == "tree" else sentence(kind) for name, kind in kinds.items()]
 
+def print_conclusion(rows):
+    for line in conclusion(rows):
+        print(f"found   | {line}")
+
 def sentence(kind):
     """Rows of one kind, in rising order -> what the longest says, and the longest at which full attention is faster."""
     last = kind[-1]
@@ -713,7 +715,7 @@ def run(args):
     card(args, why)
     if args.what == "tree":
         result = dict(device=args.name, rows=tree_rows(args))
-        finish(result)
+        print_conclusion(result["rows"])
         return result
     plans = {shape: {B: [lengths_that_fit(args, shape, what, B) for what in ("prefill", "decode")]
                      for B in (1, 8)[:1 + args.gpu]} for shape in args.shapes}
@@ -731,42 +733,13 @@ def run(args):
     print("rates   | at the end: copy {copy:.3e} bytes/s, matmul {matmul:.3e} FLOP/s".format(**now)
           + "; the largest measured are copy {copy:.3e}, matmul {matmul:.3e}".format(**args.rates))
     result = dict(device=args.name, rows=rows, rates=args.rates, ratios=ratios(rows), crossover=crossovers(rows))
-    finish(result)
+    print_conclusion(rows)
     if args.figure:
         draw(args.figure, rows, args.name)
     return result
 
-def finish(result):
-    """The last lines of stdout: what was found, in plain words, then all of it as one JSON object."""
-    for line in conclusion(result["rows"]):
-        print(f"found   | {line}")
-    print(json.dumps(result), flush=True)
-
 def main(argv=None):
-    tolerant_output()
-    threads = torch.get_num_threads()
-    try:
-        return run(parse_args(argv))
-    except BrokenPipeError:  # | head
-        os._exit(141)  # what is buffered has no reader: Python's own end would complain
-    except KeyboardInterrupt:
-        line, code = "interrupted", 130
-    except (ValueError, OSError) as error:
-        line, code = str(error), 2
-    except ImportError as error:
-        line, code = f"{error}; pip install matplotlib", 2
-    except ArithmeticError as error:
-        sys.exit(f"bench.py: wrong result, no time is valid: {error}")
-    except (MemoryError, RuntimeError) as error:
-        # torch's CPU allocator raises a plain RuntimeError
-        if type(error) is RuntimeError and "allocate" not in str(error):
-            raise
-        why = str(error) or "a Python object did not fit"
-        sys.exit(f"bench.py: out of memory: {why.splitlines()[0]}")
-    finally:
-        torch.set_num_threads(threads)
-    print(f"bench.py: {line}", file=sys.stderr)
-    sys.exit(code)
+    return command("bench.py", lambda locks: run(parse_args(argv)))
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, at_ctrl_c)

@@ -1200,7 +1200,7 @@ def compare(args):
     return dict(trained["window"], trained=trained, queue=rows)
 
 def main(argv=None):
-    return command("rl.py", lambda locks: run(*parse_args(argv, locks)))
+    return command("rl.py", lambda locks: run(*parse_args(argv, locks)), "; the last good checkpoint is kept")
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, at_ctrl_c)

@@ -470,12 +470,18 @@ def on_signals():
         signal.signal(s, lambda *_: stop.append(1))
     return stop
 
-def command(script, run):
-    """Call run(locks) -> result, printed as JSON. `locks`, an ExitStack, holds folders until it is over.
-    Bad input: one line, status 2; divergence 1, Ctrl-C 130, `| head` 141."""
+def command(script, run, kept="", less=""):
+    """Call run(locks), print its result as JSON; an error becomes one line on stderr and an exit status.
+
+    script  name that the line begins with
+    run     is given an ExitStack, which holds what it locks until the end
+    kept    what is left of a run that diverged, for its line
+    less    what needs less memory, for its line
+    Status: 2 for bad input or too little memory, 1 for divergence or a wrong result, 130 for Ctrl-C, 141 for `| head`.
+    """
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    tolerant_output()
     threads = torch.get_num_threads()
+    tolerant_output()
     try:
         with contextlib.ExitStack() as locks:
             result = run(locks)
@@ -483,18 +489,33 @@ def command(script, run):
         return result
     except BrokenPipeError:
         os._exit(141)  # what is buffered has no reader: Python's own end would complain
-    except (ValueError, OSError, ImportError) as error:
-        line, code = f"{error}{'; pip install matplotlib' * isinstance(error, ImportError)}", 2
-    except FloatingPointError as error:
-        line, code = f"stopped: {error}; the last good checkpoint is kept", 1
     except KeyboardInterrupt:
-        line, code = "interrupted", 130
+        line, status = "interrupted", 130
+    except FloatingPointError as error:
+        line, status = f"stopped: {error}{kept}", 1
+    except ArithmeticError as error:
+        line, status = f"wrong result: {error}", 1
+    except ImportError as error:
+        line, status = f"{error}; pip install matplotlib", 2  # the one package that is optional
+    except (ValueError, OSError) as error:
+        line, status = str(error), 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error) or "a Python object did not fit"
+        line, status = f"out of memory: {reason.splitlines()[0]}{less}", 2
     finally:
         for s, handler in handlers.items():
             signal.signal(s, handler)
         torch.set_num_threads(threads)
     print(f"{script}: {line}", file=sys.stderr)
-    sys.exit(code)
+    sys.exit(status)
+
+def is_out_of_memory(error):
+    """Whether an error says that memory is short; torch's CPU allocator says so in a plain RuntimeError."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return type(error) is RuntimeError and "allocate" in str(error)
 
 def checkpoint_path(folder):
     return os.path.join(folder, "ckpt.pt")
@@ -1017,7 +1038,10 @@ class Stream:
 def read_model(args, device, dtype):
     """-> model, tokenizer (None for --hf: prompt and text are then token ids)."""
     if args.hf is None:
-        return load_model(load_checkpoint(args.out, device), device, dtype)
+        try:
+            return load_model(load_checkpoint(args.out, device), device, dtype)
+        except FloatingPointError as error:  # here it is bad input, not a run that diverged
+            raise ValueError(str(error)) from None
     try:
         return MiniMax.from_hf(args.hf, device, dtype).eval(), None
     except Exception as error:  # of the file system, json, safetensors, or a field that is missing
@@ -1080,26 +1104,11 @@ def run(args):
     print(f"\n{n} tokens, {n / seconds:.0f} tokens/s; {prefill_s:.3f} s to the first")
     texts = [args.prompt + stream.text for stream in streams]
     result = dict(text=texts[0], tokens=n, tokens_per_s=n / seconds, prefill_s=prefill_s, accepted=None, texts=texts)
-    print(json.dumps(result), flush=True)
     return result
 
 def main(argv=None):
-    tolerant_output()
-    threads = torch.get_num_threads()
-    try:
-        return run(parse_args(argv))
-    except (KeyboardInterrupt, BrokenPipeError) as error:  # Ctrl-C, | head
-        os._exit(141) if error.args else sys.exit(print("\nsample.py: interrupted", file=sys.stderr) or 130)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):  # torch says so in a RuntimeError
-            raise
-        print("sample.py: out of memory; fewer --n-samples or --max-new-tokens need less", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        torch.set_num_threads(threads)
+    less = "; fewer --n-samples or --max-new-tokens need less"
+    return command("sample.py", lambda locks: run(parse_args(argv)), less=less)
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, at_ctrl_c)

@@ -886,7 +886,7 @@ def report(result):
     return f"val_bpb {result['val_bpb']:.4f}{recalled}" + (f" | maxvio {violation}" if violation else "")
 
 def main(argv=None):
-    return command("train.py", lambda locks: run(*parse_args(argv, locks)))
+    return command("train.py", lambda locks: run(*parse_args(argv, locks)), "; the last good checkpoint is kept")
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, at_ctrl_c)

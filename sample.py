@@ -991,8 +991,6 @@ def parse_args(argv):
     p.add_argument("--top-k", type=int, default=40, help="0 = off")
     p.add_argument("--stop", type=utf8, action="append", default=[], help="a text that ends a sample (may be repeated)")
     p.add_argument("--seed", type=int, default=1337)
-    p.add_argument("--speculate", type=int, default=0, help="comes later: MTP drafts")
-    p.add_argument("--chat", action="store_true", help="comes later")
     args = p.parse_args(argv)
     for name, ok, want in (("max_new_tokens", args.max_new_tokens > 0, "1 or more"),
                            ("n_samples", 0 < args.n_samples <= MAX_SAMPLES, f"1 to {MAX_SAMPLES}"),
@@ -1001,9 +999,7 @@ def parse_args(argv):
                            ("seed", 0 <= args.seed < 2 ** 63, "0 to 2**63 - 1"),
                            ("top_p", 0 < args.top_p <= 1, "above 0, at most 1"),
                            ("top_k", args.top_k >= 0, "0 or more"),
-                           ("stop", "" not in args.stop, "a text of one character or more"),
-                           ("speculate", not args.speculate, "0: drafts come later"),
-                           ("chat", not args.chat, "absent: chat comes later")):
+                           ("stop", "" not in args.stop, "a text of one character or more")):
         if not ok:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be {want}")
     if args.prompt == "-":

@@ -2878,7 +2878,7 @@ def test_rl_names_the_flag_it_refuses(tmp_path, capsys):
 
 # ---- 14. bad input, documents, mutants -----------------------------------------------------------
 def test_bad_input_is_refused_in_one_line(trained, corpus, tmp_path, capsys):
-    """Missing and empty data, unknown names, wrong sizes, absent GPU, later features: exit 2, the value named."""
+    """Missing and empty data, unknown names and flags, wrong sizes, absent GPU: exit 2, the value named."""
     (tmp_path / "empty.txt").write_text("")
     for argv, word in ((["--data", "no/such"], "no/such"), (["--data", tmp_path / "empty.txt"], "empty.txt"),
                        (["--preset", "huge"], "huge"), (["--preset", "m2"], "dry-run"), (["--vocab-size", 100], "100"),
@@ -2887,7 +2887,7 @@ def test_bad_input_is_refused_in_one_line(trained, corpus, tmp_path, capsys):
                        (["--resume", "--out", tmp_path / "none"], "none"), (["--device", "cpux"], "cpux"),
                        (["--minutes", "nan"], "nan"), (["--bias-rate", "nan"], "nan")):
         assert word in refused(train.main, argv, capsys), argv
-    for argv, word in ((["--out", tmp_path], "ckpt.pt"), (["--temperature", -1], "-1"), (["--speculate", 2], "later"),
+    for argv, word in ((["--out", tmp_path], "ckpt.pt"), (["--temperature", -1], "-1"), (["--chat"], "--chat"),
                        (["--prompt", "x " * 3000], "context"), (["--hf", tmp_path], "config.json"),
                        (["--top-p", 0], "0"), (["--temperature", "inf"], "inf")):
         assert word in refused(sample.main, ["--out", trained[0], "--device", "cpu", *argv], capsys), argv

@@ -212,16 +212,34 @@ class Parser(argparse.ArgumentParser):
                           "all, or one where the machine is so busy that one is faster")
 
     def error(self, message):
-        raise ValueError(message)
+        raise ValueError(message.removeprefix("argument "))
 
-def number(low, high=2 ** 31 - 1, kind=int):
-    """A type for argparse: what is no number from low to high is refused."""
+def number(low, high=2 ** 31 - 1, kind=int, above=False, zero=False):
+    """Make a type for argparse: text -> a finite number of the range. What is none is refused, with the range named.
+
+    low    the smallest number allowed
+    high   the largest number allowed; math.inf for no limit
+    kind   int or float
+    above  True: low itself is not allowed
+    zero   True: 0 is allowed too, outside the range
+    """
+    wanted = "a whole number" if kind is int else "a number"
+    wanted += f" above {low}" if above else f" of at least {low}"
+    if high < math.inf:
+        wanted += f" and at most {high}"
+    if zero:
+        wanted = f"0, or {wanted}"
+
     def read(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text}: it must be {low} to {high}")
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        large_enough = value > low if above else value >= low
+        fits = large_enough and value <= high and value < math.inf
+        if not fits and not (zero and value == 0):
+            raise argparse.ArgumentTypeError(f"{text[:40]}: it must be {wanted}")
         return value
-    read.__name__ = kind.__name__
     return read
 
 def utf8(text):
@@ -984,24 +1002,16 @@ def parse_args(argv):
     p.add_argument("--hf", help="folder of a checkpoint of transformers (M2, or M3's text model) instead")
     p.add_argument("--prompt", type=utf8, default="",
                    help="text to continue, - for all of standard input; token ids, as in 1,2,3, with --hf")
-    p.add_argument("--max-new-tokens", type=int, default=200)
-    p.add_argument("--n-samples", type=int, default=1, help="continuations, drawn together")
-    p.add_argument("--temperature", type=float, default=0.8, help="0 = greedy")
-    p.add_argument("--top-p", type=float, default=0.95)
-    p.add_argument("--top-k", type=int, default=40, help="0 = off")
+    p.add_argument("--max-new-tokens", type=number(1, math.inf), default=200)
+    p.add_argument("--n-samples", type=number(1, MAX_SAMPLES), default=1, help="continuations, drawn together")
+    p.add_argument("--temperature", type=number(0.001, 1000, float, zero=True), default=0.8, help="0 = greedy")
+    p.add_argument("--top-p", type=number(0, 1, float, above=True), default=0.95)
+    p.add_argument("--top-k", type=number(0, math.inf), default=40, help="0 = off")
     p.add_argument("--stop", type=utf8, action="append", default=[], help="a text that ends a sample (may be repeated)")
-    p.add_argument("--seed", type=int, default=1337)
+    p.add_argument("--seed", type=number(0, 2 ** 63 - 1), default=1337)
     args = p.parse_args(argv)
-    for name, ok, want in (("max_new_tokens", args.max_new_tokens > 0, "1 or more"),
-                           ("n_samples", 0 < args.n_samples <= MAX_SAMPLES, f"1 to {MAX_SAMPLES}"),
-                           ("temperature", args.temperature == 0 or 1e-3 <= args.temperature <= 1e3,
-                            "0, or 0.001 to 1000"),
-                           ("seed", 0 <= args.seed < 2 ** 63, "0 to 2**63 - 1"),
-                           ("top_p", 0 < args.top_p <= 1, "above 0, at most 1"),
-                           ("top_k", args.top_k >= 0, "0 or more"),
-                           ("stop", "" not in args.stop, "a text of one character or more")):
-        if not ok:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be {want}")
+    if "" in args.stop:
+        raise ValueError("--stop '': it must be a text of one character or more")
     if args.prompt == "-":
         args.prompt = read_standard_input()
     elif not args.prompt and standard_input_is_piped():

@@ -43,24 +43,13 @@ from model import KVCache, MiniMax, MiniMaxConfig
 from moe import experts_grouped, pick_experts
 from msa import implementation
 
+# ---- tokenizer, BPE ----------------------------------------------------------------------------
+# A byte-level BPE: a pattern cuts a text into chunks, roughly words, and pairs of neighbouring tokens merge within a
+# chunk, the pairs that were frequent in the training text first. The 256 bytes are tokens too, so every text can be
+# written. The tokenizer is learned here, and tiktoken encodes with it.
+
 EOT = "<|endoftext|>"
 LEARN_FROM = 2 ** 24                   # characters that tokens are learned from at most: the standard library fits
-VERSION = 1                            # of the checkpoint's layout
-MAX_SAMPLES = 1024                     # of --n-samples: each has its keys and values
-PARTS = dict(config=dict, tokenizer=dict, model=dict, optimizers=list, now=dict, args=dict)  # of a checkpoint
-# every checkpoint's config has these; a field that joined later may be missing
-CONFIG_FIELDS = """vocab_size n_layer n_embd n_head n_kv_head head_dim rotary_dim max_seq_len attn_types mlp_types
-    n_expert n_expert_per_tok expert_dim shared_dim dense_dim routed_scale activation gemma_norm qk_norm index_head_dim
-    index_block_size index_topk_blocks n_mtp rope_theta norm_eps""".split()
-# what must be above 0 in a checkpoint's config -> the largest value; beyond it memory, not the model, would decide
-CONFIG_RANGES = dict(
-    vocab_size=2 ** 31, n_layer=2 ** 16, n_embd=2 ** 31, n_head=2 ** 31, n_kv_head=2 ** 31, head_dim=2 ** 31,
-    max_seq_len=2 ** 24, index_block_size=2 ** 16, index_topk_blocks=2 ** 16, index_kl_stride=2 ** 24,
-    rope_theta=math.inf, norm_eps=math.inf)
-STATE_OF = dict(Muon=["momentum"], AdamW=["step", "exp_avg", "exp_avg_sq"])  # what an optimizer keeps of a parameter
-LOCK = "ckpt.lock"                     # held by the process that writes a folder's checkpoint
-TEMPORARY = ".pt.tmp"                  # ends the name of a checkpoint that is being written
-NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # absent on Windows
 # a word with the space before it; one digit; marks; line breaks with the indentation after them; other spaces
 PATTERN = r" ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s*\n[ \t]*|\s+(?!\S)|\s"
 
@@ -101,22 +90,6 @@ class Tokenizer:
 
     def decode(self, ids):
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-class Progress:
-    """A line now and then for work that takes long, none for what takes less than WAIT: at(done) after each part."""
-    WAIT = 4.0                         # seconds to the first line, and from one to the next
-
-    def __init__(self, what, total, unit):
-        self.what, self.total, self.unit = what, total, unit
-        self.started = self.said = time.perf_counter()
-
-    def at(self, done):
-        now = time.perf_counter()
-        if not 0 < done < self.total or now - self.said < self.WAIT:
-            return
-        self.said = now
-        left = (now - self.started) * (self.total / done - 1)
-        print(f"{self.what:7} | {done / self.total:.0%} of {self.total:,} {self.unit}, {left:.0f} s left", flush=True)
 
 def sample_evenly(texts, most, piece=2 ** 16):
     """At most about `most` characters of the texts (a list), as evenly spaced pieces; all of them where they fit."""
@@ -200,7 +173,411 @@ def learn_bpe(texts, vocab_size, pattern):
             heappush(heap, (-counts[p], p))
     return {"pattern": pattern, "ranks": ranks, "special": {EOT: len(ranks)}}
 
-# ---- command line, device, checkpoint -----------------------------------------------------------------------
+# What a file that is not UTF-8 most likely is -> iconv's options that make it UTF-8
+ICONV = {"UTF-16": "-f UTF-16", "UTF-16LE": "-f UTF-16LE", "UTF-16BE": "-f UTF-16BE", "UTF-32": "-f UTF-32",
+         "Latin-1": "-f LATIN1", "Windows-1252": "-f WINDOWS-1252", "damaged UTF-8": "-c -f UTF-8"}
+
+def guess_kind(raw):
+    """What bytes that are not UTF-8 text, or hold a zero byte, most likely are: a key of ICONV, "text of another
+    encoding", binary or empty."""
+    if not raw:
+        return "empty"
+    if raw.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    high = raw[0::2].count(0)  # of big-endian ASCII, every first byte is zero
+    low = raw[1::2].count(0)
+    if len(raw) % 2 == 0 and max(high, low) > len(raw) / 4 and min(high, low) < len(raw) / 100:
+        return "UTF-16BE" if high > low else "UTF-16LE"
+    controls = sum(raw.count(byte) for byte in range(32) if byte not in b"\t\n\v\f\r\x1b")
+    if 0 in raw or controls > len(raw) / 100:
+        return "binary"
+    text = raw.decode("utf-8", errors="replace")
+    if sum(char > "\x7f" for char in text) > 2 * text.count("\ufffd"):  # most of what is not ASCII is whole
+        return "damaged UTF-8"
+    if sum(char > "\x7f" for char in raw.decode("latin-1")) > len(raw) / 2:  # Cyrillic, Greek, Chinese: which, only
+        return "text of another encoding"                                 # the reader knows; a wrong one gives garbage
+    return "Windows-1252" if any(byte in raw for byte in range(0x80, 0xa0)) else "Latin-1"
+
+# ---- checkpoints: write, read ------------------------------------------------------------------
+# A checkpoint is one plain dict, FOLDER/ckpt.pt: version, config, tokenizer, model, optimizers, now, args. It is
+# written into a temporary file that is then renamed, so a crash at any moment leaves a whole one, and only the
+# process that holds the folder's lock writes there. Whoever reads one trusts nothing in it: each part is checked
+# before it is used, and refused in one line.
+VERSION = 1                            # of the checkpoint's layout
+PARTS = dict(config=dict, tokenizer=dict, model=dict, optimizers=list, now=dict, args=dict)  # of a checkpoint
+# every checkpoint's config has these; a field that joined later may be missing
+CONFIG_FIELDS = """vocab_size n_layer n_embd n_head n_kv_head head_dim rotary_dim max_seq_len attn_types mlp_types
+    n_expert n_expert_per_tok expert_dim shared_dim dense_dim routed_scale activation gemma_norm qk_norm index_head_dim
+    index_block_size index_topk_blocks n_mtp rope_theta norm_eps""".split()
+# what must be above 0 in a checkpoint's config -> the largest value; beyond it memory, not the model, would decide
+CONFIG_RANGES = dict(
+    vocab_size=2 ** 31, n_layer=2 ** 16, n_embd=2 ** 31, n_head=2 ** 31, n_kv_head=2 ** 31, head_dim=2 ** 31,
+    max_seq_len=2 ** 24, index_block_size=2 ** 16, index_topk_blocks=2 ** 16, index_kl_stride=2 ** 24,
+    rope_theta=math.inf, norm_eps=math.inf)
+STATE_OF = dict(Muon=["momentum"], AdamW=["step", "exp_avg", "exp_avg_sq"])  # what an optimizer keeps of a parameter
+LOCK = "ckpt.lock"                     # held by the process that writes a folder's checkpoint
+TEMPORARY = ".pt.tmp"                  # ends the name of a checkpoint that is being written
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # absent on Windows
+
+def checkpoint_path(folder):
+    return os.path.join(folder, "ckpt.pt")
+
+@contextlib.contextmanager
+def lock_folder(folder, create=True):
+    """Make this process the only one that writes a checkpoint into the folder, which is made if `create`.
+
+    The lock is the kernel's and ends with the process, however that ends; readers do not ask for it. What a killed
+    process left half written is removed, and so is, at the end, a folder made here that is still empty.
+    ValueError if another process writes there, or if nobody can."""
+    if not create and not os.path.isdir(folder):
+        yield  # whoever reads a checkpoint there says what is missing
+        return
+    made = make_folders(folder)
+    file = None
+    try:
+        file = take_lock(folder)
+        if file is not None:
+            remove_temporaries(folder)
+        check_writable(folder)
+        yield
+    finally:
+        if file is not None:
+            with contextlib.suppress(OSError):  # somebody removed the folder
+                remove_temporaries(folder)
+                os.remove(os.path.join(folder, LOCK))  # while it is held, see take_lock
+            os.close(file)
+        for path in reversed(made):
+            with contextlib.suppress(OSError):  # not empty: a checkpoint is in it
+                os.rmdir(path)
+
+def make_folders(folder):
+    """Make the folder -> those that were missing, outermost first."""
+    made = []
+    path = os.path.abspath(folder)
+    while not os.path.lexists(path):
+        made.insert(0, path)
+        path = os.path.dirname(path)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {folder}: no folder can be made there: {error.strerror}") from None
+    return made
+
+def take_lock(folder):
+    """-> a descriptor that holds the folder's lock; None where there are no locks, which is said."""
+    path = os.path.join(folder, LOCK)
+    while True:
+        if os.path.lexists(path) and (os.path.islink(path) or not os.path.isfile(path)):
+            raise ValueError(f"--out {folder}: {path} is in the way of the lock: it is not a file, or a link to one")
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o666)
+        except OSError as error:
+            raise ValueError(f"--out {folder}: nothing can be written there: {error.strerror}") from None
+        try:
+            if fcntl is None:
+                raise OSError("this platform has no flock")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(file, 20).decode("ascii", "replace")
+            os.close(file)
+            raise ValueError(f"--out {folder}: another run, process {owner}, is writing there; stop it, or give "
+                             "another --out") from None
+        except OSError as error:  # some network file systems
+            os.close(file)
+            os.remove(path)
+            print(f"lock    | none in {folder} ({error}): nothing keeps a second run from writing there", flush=True)
+            return None
+        # its last owner may have removed the file between the two calls: then it locks nobody out
+        if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file)):
+            os.ftruncate(file, 0)
+            os.write(file, str(os.getpid()).encode())
+            return file
+        os.close(file)
+
+def check_writable(folder):
+    """ValueError if no checkpoint can be written into the folder: seen now, not after minutes of training."""
+    for path in (checkpoint_path(folder), f"{checkpoint_path(folder)}.old"):
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError(f"--out {folder}: {path} is in the way of the checkpoint: it is not a file")
+    try:
+        file, path = new_temporary(folder)
+        file.close()
+        os.remove(path)
+    except OSError as error:
+        raise ValueError(f"--out {folder}: nothing can be written there: {error.strerror}") from None
+
+def new_temporary(folder):
+    """-> file, path: a new file of a name that nobody else has; a link is not followed."""
+    path = os.path.join(folder, f"ckpt.{os.urandom(6).hex()}{TEMPORARY}")
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_LINK, 0o666)
+    return os.fdopen(descriptor, "wb"), path
+
+def remove_temporaries(folder):
+    """Remove what was left half written. Only the lock's owner may: nobody else writes then."""
+    for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        if re.fullmatch(r"ckpt(\.[0-9a-f]{12})?\.pt\.tmp", name) and (os.path.isfile(path) or os.path.islink(path)):
+            os.remove(path)
+
+def load_checkpoint(folder, device="cpu"):
+    """Read FOLDER/ckpt.pt, a plain dict (weights_only). ValueError, naming the file, if it is absent, damaged, of
+    another version, or a part of it is missing or of another type."""
+    path = checkpoint_path(folder)
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: no such checkpoint; train.py --out {folder} makes one, or rl.py --out {folder}")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except PermissionError as error:
+        raise ValueError(f"{path}: the checkpoint cannot be read: {error.strerror}") from None
+    except Exception as error:  # torch raises half a dozen types, by where the file is broken
+        raise ValueError(f"{path}: damaged, or not a checkpoint ({type(error).__name__})") from None
+    version = state.get("version") if isinstance(state, dict) else type(state).__name__
+    if type(version) is not int or version != VERSION:
+        raise ValueError(f"{path}: checkpoint version {str(version)[:40]}, this code reads version {VERSION}")
+    lacks = PARTS.keys() - state.keys()
+    if lacks:
+        raise ValueError(f"{path}: the checkpoint lacks {', '.join(sorted(lacks))}")
+    for name, kind in PARTS.items():
+        if not isinstance(state[name], kind):
+            raise ValueError(f"{path}: the checkpoint's {name} is of type {type(state[name]).__name__}, not "
+                             f"{kind.__name__}")
+        if kind is dict and not all(isinstance(key, str) for key in state[name]):
+            raise ValueError(f"{path}: the checkpoint's {name} has a key that is not a string")
+    check_fields(f"{path}: the checkpoint's now", state["now"], dict(step=int), optional=["step"])
+    return state
+
+def write_checkpoint(folder, **state):
+    """Write a checkpoint into a new file beside FOLDER/ckpt.pt -> its path. OSError, with nothing left behind, if it
+    cannot be written."""
+    path = None
+    try:
+        file, path = new_temporary(folder)
+        with file:
+            torch.save({"version": VERSION, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        return path
+    except BaseException as error:
+        size = 0
+        if path is not None:
+            size = os.path.getsize(path)
+            os.remove(path)
+        if not isinstance(error, (OSError, RuntimeError)):
+            raise
+        # torch reports a full disk as a RuntimeError about positions
+        free = shutil.disk_usage(folder).free
+        reason = getattr(error, "strerror", None) or "the disk is full, or a limit on the size of files is reached"
+        raise OSError(f"cannot write {checkpoint_path(folder)}: {reason} ({size / 1e6:,.1f} MB were written, "
+                      f"{free / 1e6:,.1f} MB are free now); the checkpoint that was there is untouched") from None
+
+def place_checkpoint(folder, temporary, run):
+    """Give a written checkpoint its name: a crash at any moment leaves a whole one. What another run left there
+    becomes ckpt.pt.old. `run` is the name of the run that wrote it, None for one of before runs had names."""
+    path = checkpoint_path(folder)
+    try:
+        if os.path.isfile(path) and run_of(path) != run:
+            keep_old(path)
+            print(f"kept    | the checkpoint of another run that was there, as {path}.old", flush=True)
+        elif os.path.islink(path):
+            print(f"kept    | {path} was a link: what it led to, {os.readlink(path)}, stays as it is", flush=True)
+        os.replace(temporary, path)
+    except OSError as error:
+        os.remove(temporary)
+        raise OSError(f"cannot write {path}: {error}") from None
+
+def save_checkpoint(folder, **state):
+    """Write FOLDER/ckpt.pt: atomic, and at a run's first time the file of another run is kept as ckpt.pt.old."""
+    place_checkpoint(folder, write_checkpoint(folder, **state), state["now"].get("run"))
+
+def run_of(path):
+    """Name of the run that wrote a checkpoint; its weights are not read. "unknown" if it is damaged."""
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)["now"].get("run")
+    except Exception:  # as in load_checkpoint
+        return "unknown"
+
+def keep_old(path):
+    """Make FILE FILE.old, in the place of an older one. With a second name first, the file is never without one."""
+    second = os.path.join(os.path.dirname(path), f"ckpt.{os.urandom(6).hex()}{TEMPORARY}")
+    try:
+        os.link(path, second, follow_symlinks=False)
+    except (OSError, NotImplementedError):  # a file system without hard links
+        os.replace(path, f"{path}.old")
+        return
+    os.replace(second, f"{path}.old")
+    if os.path.lexists(second):  # it was the same file already
+        os.remove(second)
+
+class SaveTimer:
+    """When a process saves by time: 3, 6, 12 and 24 s after its start, then at each minute. `clock` gives seconds."""
+    FIRST = (3, 6, 12, 24)
+    REST = 20                          # times what a save took must pass until the next: it costs 5 % at most
+
+    def __init__(self, clock=None):
+        self.clock = clock or (lambda: time.monotonic())  # looked up at each call, so that a test can replace it
+        self.start = self.clock()
+        self.next = self.FIRST[0]
+
+    def due(self):
+        return self.clock() - self.start >= self.next
+
+    def saved(self, since):
+        """A save began at `since` on the clock and is done."""
+        elapsed = self.clock() - self.start
+        minute = 60 * (elapsed // 60 + 1)
+        planned = min([s for s in self.FIRST if s > elapsed], default=minute)
+        self.next = max(planned, elapsed + self.REST * (self.clock() - since))
+
+# ---- checkpoints: check, load ------------------------------------------------------------------
+
+def check_fields(what, fields, kinds, optional=()):
+    """ValueError, in one line, unless the fields are of their kinds: int (0 or more), float (finite; an int will do),
+    str, bool, list, dict; a tuple of kinds allows any of them, type(None) among them."""
+    for name, kind in kinds.items():
+        if name not in fields:
+            if name in optional:
+                continue
+            raise ValueError(f"{what} lacks {name}")
+        value = fields[name]
+        allowed = kind if isinstance(kind, tuple) else (kind,)
+        fits = type(value) in allowed or float in allowed and type(value) is int
+        if fits and type(value) is float:
+            fits = math.isfinite(value)
+        if fits and type(value) is int:
+            fits = 0 <= value < 2 ** 63
+        if not fits:
+            words = {int: "a whole number of at least 0", float: "a finite number", type(None): "none"}
+            wanted = " or ".join(words.get(kind, kind.__name__) for kind in allowed)
+            raise ValueError(f"{what} has {name} = {str(value)[:40]}: it must be {wanted}")
+
+def check_config(config, model):
+    """Fields of a checkpoint -> MiniMaxConfig. ValueError if one is unknown, missing or no model can have it."""
+    fields = typing.get_type_hints(MiniMaxConfig)
+    unknown = config.keys() - fields.keys()
+    if unknown:
+        raise ValueError(f"its config has {', '.join(sorted(unknown))}, which this code does not know")
+    check_fields("its config", config, fields, optional=fields.keys() - set(CONFIG_FIELDS))
+    for name, most in CONFIG_RANGES.items():
+        if not 0 < config.get(name, 1) <= most:
+            raise ValueError(f"its config has {name} = {config[name]}: it must be above 0, and at most {most:g}")
+    if config["index_head_dim"] > 2 ** 16:  # 0 where no layer is sparse
+        raise ValueError(f"its config has index_head_dim = {config['index_head_dim']}: at most 65536")
+    if config["n_mtp"] > len(model):  # or the model would take for ever to build
+        raise ValueError(f"its config has n_mtp = {config['n_mtp']}, more modules than it has weights")
+    cfg = MiniMaxConfig(**config)
+    kinds = {*cfg.attn_types, *cfg.mlp_types}
+    for kind, name in (("dense", "dense_dim"), ("moe", "expert_dim"), ("msa", "index_head_dim")):
+        if kind in kinds and getattr(cfg, name) < 1:
+            raise ValueError(f"its config has {name} = {getattr(cfg, name)}: its layers need at least 1")
+    if "moe" in cfg.mlp_types and not 1 <= cfg.n_expert_per_tok <= cfg.n_expert:
+        raise ValueError(f"its config has n_expert_per_tok = {cfg.n_expert_per_tok} of {cfg.n_expert} experts")
+    return cfg
+
+def check_tokenizer(spec):
+    """A checkpoint's spec -> Tokenizer. ValueError if its parts make none."""
+    check_fields("its tokenizer", spec, dict(pattern=str, ranks=list, special=dict))
+    ranks, special = spec["ranks"], spec["special"]
+    if not all(type(token) is bytes and token for token in ranks):
+        raise ValueError("its tokenizer has ranks that are not bytes")
+    if len(set(ranks)) < len(ranks) or not {bytes([b]) for b in range(256)} <= set(ranks):
+        raise ValueError("its tokenizer has a token twice, or lacks one of the 256 bytes")
+    if EOT not in special or list(special.values()) != list(range(len(ranks), len(ranks) + len(special))):
+        raise ValueError(f"its tokenizer's special tokens, {str(special)[:40]}, do not follow the {len(ranks)} others")
+    return Tokenizer(spec)
+
+def check_weights(found, wanted):
+    """ValueError unless each tensor of one state dict is there in the other, dense, with its shape and dtype."""
+    for name in found.keys() - wanted.keys():
+        raise ValueError(f"its weight {name} has no place in the model")
+    for name, want in wanted.items():
+        if name not in found:
+            raise ValueError(f"it lacks the weight {name}")
+        tensor = found[name]
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+            raise ValueError(f"its weight {name} is not a tensor of numbers")
+        if tensor.shape != want.shape or tensor.dtype != want.dtype:
+            raise ValueError(f"its weight {name} is {tuple(tensor.shape)} {tensor.dtype}, the model needs "
+                             f"{tuple(want.shape)} {want.dtype}")
+
+def check_finite(weights):
+    """FloatingPointError, naming the first, if a weight is NaN or infinite."""
+    for name, weight in weights.items():
+        if not torch.isfinite(weight).all():
+            raise FloatingPointError(f"the weight {name} is not finite")
+
+def load_model(state, device="cpu", dtype=torch.float32):
+    """Checkpoint -> model in evaluation mode, tokenizer. ValueError if its parts do not fit together or into this code,
+    FloatingPointError if a weight is not finite."""
+    try:
+        cfg = check_config(state["config"], state["model"])
+        tokenizer = check_tokenizer(state["tokenizer"])
+        if tokenizer.n_vocab != cfg.vocab_size:
+            raise ValueError(f"its model has a vocabulary of {cfg.vocab_size} tokens, its tokenizer one of "
+                             f"{tokenizer.n_vocab}: they must be equal")
+        with torch.device("meta"):  # nothing is allocated before all shapes are known to fit
+            wanted = MiniMax(cfg, dtype).state_dict()
+        check_weights(state["model"], wanted)
+        check_finite(state["model"])
+        model = MiniMax(cfg, dtype).to(device)
+        model.load_state_dict(state["model"])
+        return model.eval(), tokenizer
+    except (TypeError, KeyError, AttributeError, RuntimeError, AssertionError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"the checkpoint does not fit this code: {reason}") from None
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{error} in the checkpoint that was read") from None
+
+def load_optimizers(optimizers, saved, step):
+    """Put the saved states back. ValueError unless they are those of these optimizers after so many steps: groups,
+    shapes, numbers; a parameter may lack its state, as an index branch that has just joined does."""
+    what = "the checkpoint does not fit this code: its optimizers"
+    if len(saved) != len(optimizers):
+        raise ValueError(f"{what} are {len(saved)}, not {len(optimizers)}")
+    for optimizer, state in zip(optimizers, saved):
+        fresh = [dict(group) for group in optimizer.param_groups]
+        try:
+            optimizer.load_state_dict(state)
+        except Exception as error:  # torch raises what its accesses raise
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{what} are of another model: {reason}") from None
+        if step and not optimizer.state:
+            raise ValueError(f"{what} hold nothing after {step} steps")
+        for group, want in zip(optimizer.param_groups, fresh):
+            for name in want.keys() - {"params", "lr"}:  # the rate is set before each step
+                value = group.setdefault(name, want[name])
+                if not is_like(value, want[name]):
+                    raise ValueError(f"{what} have {name} = {str(value)[:40]}, where {want[name]} is usual")
+        for p, held in optimizer.state.items():
+            check_moments(what, p, held, STATE_OF[type(optimizer).__name__])
+
+def is_like(value, want):
+    """Whether a value could stand for another: of its type, finite if a float, the same if a switch or a whole number,
+    and so for each item of a tuple."""
+    if type(value) is not type(want):
+        return False
+    if isinstance(want, int):  # True and False, too
+        return value == want
+    if isinstance(want, tuple):
+        return len(value) == len(want) and all(map(is_like, value, want))
+    return type(value) is not float or math.isfinite(value)
+
+def check_moments(what, p, held, names):
+    """ValueError unless an optimizer's state `held` of the parameter p has the tensors of these names."""
+    if not isinstance(p, torch.Tensor) or not isinstance(held, dict):
+        raise ValueError(f"{what} have the state of a parameter that the model has not")
+    for name in names:
+        value = held.get(name)
+        shape = () if name == "step" else p.shape
+        if not isinstance(value, torch.Tensor) or value.shape != shape or not value.is_floating_point():
+            raise ValueError(f"{what} have no {name} of shape {tuple(shape)}")
+        if not torch.isfinite(value).all():
+            raise FloatingPointError(f"{what} have numbers that are not finite in {name}")
+
+# ---- running a script --------------------------------------------------------------------------
+# What all four scripts share: flags, the device, the number of CPU threads, memory, signals, and `command`, which
+# makes one line of JSON of a result and one line of text of an error.
 
 class Parser(argparse.ArgumentParser):
     """argparse with defaults in its help, and one line instead of the whole usage for a mistake."""
@@ -242,56 +619,6 @@ def number(low, high=2 ** 31 - 1, kind=int, above=False, zero=False):
         return value
     return read
 
-def utf8(text):
-    """A type for argparse: text whose bytes the locale could not read is read as UTF-8; what is no UTF-8 is refused."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8")
-
-# What a file that is not UTF-8 most likely is -> iconv's options that make it UTF-8
-ICONV = {"UTF-16": "-f UTF-16", "UTF-16LE": "-f UTF-16LE", "UTF-16BE": "-f UTF-16BE", "UTF-32": "-f UTF-32",
-         "Latin-1": "-f LATIN1", "Windows-1252": "-f WINDOWS-1252", "damaged UTF-8": "-c -f UTF-8"}
-
-def guess_kind(raw):
-    """What bytes that are not UTF-8 text, or hold a zero byte, most likely are: a key of ICONV, "text of another
-    encoding", binary or empty."""
-    if not raw:
-        return "empty"
-    if raw.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
-        return "UTF-32"
-    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "UTF-16"
-    high = raw[0::2].count(0)  # of big-endian ASCII, every first byte is zero
-    low = raw[1::2].count(0)
-    if len(raw) % 2 == 0 and max(high, low) > len(raw) / 4 and min(high, low) < len(raw) / 100:
-        return "UTF-16BE" if high > low else "UTF-16LE"
-    controls = sum(raw.count(byte) for byte in range(32) if byte not in b"\t\n\v\f\r\x1b")
-    if 0 in raw or controls > len(raw) / 100:
-        return "binary"
-    text = raw.decode("utf-8", errors="replace")
-    if sum(char > "\x7f" for char in text) > 2 * text.count("\ufffd"):  # most of what is not ASCII is whole
-        return "damaged UTF-8"
-    if sum(char > "\x7f" for char in raw.decode("latin-1")) > len(raw) / 2:  # Cyrillic, Greek, Chinese: which, only
-        return "text of another encoding"                                 # the reader knows; a wrong one gives garbage
-    return "Windows-1252" if any(byte in raw for byte in range(0x80, 0xa0)) else "Latin-1"
-
-def read_standard_input():
-    """-> all of standard input. ValueError if it is closed or not UTF-8."""
-    if sys.stdin is None:
-        raise ValueError("--prompt -: standard input is closed")
-    raw = sys.stdin.buffer.read()
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        kind = guess_kind(raw)
-        raise ValueError(f"--prompt -: standard input must be UTF-8; from byte {error.start} it is {kind}") from None
-
-def standard_input_is_piped():
-    """Whether standard input is a pipe or a file, not a terminal or /dev/null; nothing is read, so nothing waits."""
-    try:
-        mode = os.fstat(0).st_mode
-    except OSError:  # closed
-        return False
-    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
-
 def tokens(text):
     """A type for argparse: a number of tokens as people write it, 65536, 65_536, 65,536, 1e6, 64k (k = 1,024) or 1M
     (M = 1,048,576)."""
@@ -303,6 +630,28 @@ def tokens(text):
     if not value.is_integer():
         raise argparse.ArgumentTypeError(f"{text}: write tokens as 65536, 64k (65,536), 1M (1,048,576) or 1e6")
     return int(value)
+
+def utf8(text):
+    """A type for argparse: text whose bytes the locale could not read is read as UTF-8; what is no UTF-8 is refused."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8")
+
+def saved_flags(parser, path, saved, not_taken):
+    """A checkpoint's args -> the command line that they are, so that argparse checks them as it checks any other.
+    What the parser does not know is refused; `not_taken` is what the run at hand decides."""
+    known = vars(parser.parse_args([]))
+    flags = []
+    for name, value in saved.items():
+        flag = f"--{name.replace('_', '-')}"
+        if name not in known:
+            raise ValueError(f"{path}: the checkpoint's args have {name}, which this code does not know")
+        if name in not_taken or type(value) is type(known[name]) and value == known[name]:
+            continue
+        flags.append(flag if value is True else f"{flag}={value}")
+    try:
+        parser.parse_args(flags)
+    except ValueError as error:
+        raise ValueError(f"{path}: the checkpoint's args: {error}") from None
+    return flags
 
 def pick_device(name=None):
     """-> device, dtype of the activations, reason. ValueError if the device is asked for and absent."""
@@ -535,379 +884,25 @@ def is_out_of_memory(error):
         return True
     return type(error) is RuntimeError and "allocate" in str(error)
 
-def checkpoint_path(folder):
-    return os.path.join(folder, "ckpt.pt")
+class Progress:
+    """A line now and then for work that takes long, none for what takes less than WAIT: at(done) after each part."""
+    WAIT = 4.0                         # seconds to the first line, and from one to the next
 
-@contextlib.contextmanager
-def lock_folder(folder, create=True):
-    """Make this process the only one that writes a checkpoint into the folder, which is made if `create`.
+    def __init__(self, what, total, unit):
+        self.what, self.total, self.unit = what, total, unit
+        self.started = self.said = time.perf_counter()
 
-    The lock is the kernel's and ends with the process, however that ends; readers do not ask for it. What a killed
-    process left half written is removed, and so is, at the end, a folder made here that is still empty.
-    ValueError if another process writes there, or if nobody can."""
-    if not create and not os.path.isdir(folder):
-        yield  # whoever reads a checkpoint there says what is missing
-        return
-    made = make_folders(folder)
-    file = None
-    try:
-        file = take_lock(folder)
-        if file is not None:
-            remove_temporaries(folder)
-        check_writable(folder)
-        yield
-    finally:
-        if file is not None:
-            with contextlib.suppress(OSError):  # somebody removed the folder
-                remove_temporaries(folder)
-                os.remove(os.path.join(folder, LOCK))  # while it is held, see take_lock
-            os.close(file)
-        for path in reversed(made):
-            with contextlib.suppress(OSError):  # not empty: a checkpoint is in it
-                os.rmdir(path)
+    def at(self, done):
+        now = time.perf_counter()
+        if not 0 < done < self.total or now - self.said < self.WAIT:
+            return
+        self.said = now
+        left = (now - self.started) * (self.total / done - 1)
+        print(f"{self.what:7} | {done / self.total:.0%} of {self.total:,} {self.unit}, {left:.0f} s left", flush=True)
 
-def make_folders(folder):
-    """Make the folder -> those that were missing, outermost first."""
-    made = []
-    path = os.path.abspath(folder)
-    while not os.path.lexists(path):
-        made.insert(0, path)
-        path = os.path.dirname(path)
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {folder}: no folder can be made there: {error.strerror}") from None
-    return made
-
-def take_lock(folder):
-    """-> a descriptor that holds the folder's lock; None where there are no locks, which is said."""
-    path = os.path.join(folder, LOCK)
-    while True:
-        if os.path.lexists(path) and (os.path.islink(path) or not os.path.isfile(path)):
-            raise ValueError(f"--out {folder}: {path} is in the way of the lock: it is not a file, or a link to one")
-        try:
-            file = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o666)
-        except OSError as error:
-            raise ValueError(f"--out {folder}: nothing can be written there: {error.strerror}") from None
-        try:
-            if fcntl is None:
-                raise OSError("this platform has no flock")
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.read(file, 20).decode("ascii", "replace")
-            os.close(file)
-            raise ValueError(f"--out {folder}: another run, process {owner}, is writing there; stop it, or give "
-                             "another --out") from None
-        except OSError as error:  # some network file systems
-            os.close(file)
-            os.remove(path)
-            print(f"lock    | none in {folder} ({error}): nothing keeps a second run from writing there", flush=True)
-            return None
-        # its last owner may have removed the file between the two calls: then it locks nobody out
-        if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file)):
-            os.ftruncate(file, 0)
-            os.write(file, str(os.getpid()).encode())
-            return file
-        os.close(file)
-
-def check_writable(folder):
-    """ValueError if no checkpoint can be written into the folder: seen now, not after minutes of training."""
-    for path in (checkpoint_path(folder), f"{checkpoint_path(folder)}.old"):
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise ValueError(f"--out {folder}: {path} is in the way of the checkpoint: it is not a file")
-    try:
-        file, path = new_temporary(folder)
-        file.close()
-        os.remove(path)
-    except OSError as error:
-        raise ValueError(f"--out {folder}: nothing can be written there: {error.strerror}") from None
-
-def new_temporary(folder):
-    """-> file, path: a new file of a name that nobody else has; a link is not followed."""
-    path = os.path.join(folder, f"ckpt.{os.urandom(6).hex()}{TEMPORARY}")
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_LINK, 0o666)
-    return os.fdopen(descriptor, "wb"), path
-
-def remove_temporaries(folder):
-    """Remove what was left half written. Only the lock's owner may: nobody else writes then."""
-    for name in os.listdir(folder):
-        path = os.path.join(folder, name)
-        if re.fullmatch(r"ckpt(\.[0-9a-f]{12})?\.pt\.tmp", name) and (os.path.isfile(path) or os.path.islink(path)):
-            os.remove(path)
-
-def load_checkpoint(folder, device="cpu"):
-    """Read FOLDER/ckpt.pt, a plain dict (weights_only). ValueError, naming the file, if it is absent, damaged, of
-    another version, or a part of it is missing or of another type."""
-    path = checkpoint_path(folder)
-    if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such checkpoint; train.py --out {folder} makes one, or rl.py --out {folder}")
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except PermissionError as error:
-        raise ValueError(f"{path}: the checkpoint cannot be read: {error.strerror}") from None
-    except Exception as error:  # torch raises half a dozen types, by where the file is broken
-        raise ValueError(f"{path}: damaged, or not a checkpoint ({type(error).__name__})") from None
-    version = state.get("version") if isinstance(state, dict) else type(state).__name__
-    if type(version) is not int or version != VERSION:
-        raise ValueError(f"{path}: checkpoint version {str(version)[:40]}, this code reads version {VERSION}")
-    lacks = PARTS.keys() - state.keys()
-    if lacks:
-        raise ValueError(f"{path}: the checkpoint lacks {', '.join(sorted(lacks))}")
-    for name, kind in PARTS.items():
-        if not isinstance(state[name], kind):
-            raise ValueError(f"{path}: the checkpoint's {name} is of type {type(state[name]).__name__}, not "
-                             f"{kind.__name__}")
-        if kind is dict and not all(isinstance(key, str) for key in state[name]):
-            raise ValueError(f"{path}: the checkpoint's {name} has a key that is not a string")
-    check_fields(f"{path}: the checkpoint's now", state["now"], dict(step=int), optional=["step"])
-    return state
-
-def write_checkpoint(folder, **state):
-    """Write a checkpoint into a new file beside FOLDER/ckpt.pt -> its path. OSError, with nothing left behind, if it
-    cannot be written."""
-    path = None
-    try:
-        file, path = new_temporary(folder)
-        with file:
-            torch.save({"version": VERSION, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        return path
-    except BaseException as error:
-        size = 0
-        if path is not None:
-            size = os.path.getsize(path)
-            os.remove(path)
-        if not isinstance(error, (OSError, RuntimeError)):
-            raise
-        # torch reports a full disk as a RuntimeError about positions
-        free = shutil.disk_usage(folder).free
-        reason = getattr(error, "strerror", None) or "the disk is full, or a limit on the size of files is reached"
-        raise OSError(f"cannot write {checkpoint_path(folder)}: {reason} ({size / 1e6:,.1f} MB were written, "
-                      f"{free / 1e6:,.1f} MB are free now); the checkpoint that was there is untouched") from None
-
-def place_checkpoint(folder, temporary, run):
-    """Give a written checkpoint its name: a crash at any moment leaves a whole one. What another run left there
-    becomes ckpt.pt.old. `run` is the name of the run that wrote it, None for one of before runs had names."""
-    path = checkpoint_path(folder)
-    try:
-        if os.path.isfile(path) and run_of(path) != run:
-            keep_old(path)
-            print(f"kept    | the checkpoint of another run that was there, as {path}.old", flush=True)
-        elif os.path.islink(path):
-            print(f"kept    | {path} was a link: what it led to, {os.readlink(path)}, stays as it is", flush=True)
-        os.replace(temporary, path)
-    except OSError as error:
-        os.remove(temporary)
-        raise OSError(f"cannot write {path}: {error}") from None
-
-def save_checkpoint(folder, **state):
-    """Write FOLDER/ckpt.pt: atomic, and at a run's first time the file of another run is kept as ckpt.pt.old."""
-    place_checkpoint(folder, write_checkpoint(folder, **state), state["now"].get("run"))
-
-def run_of(path):
-    """Name of the run that wrote a checkpoint; its weights are not read. "unknown" if it is damaged."""
-    try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)["now"].get("run")
-    except Exception:  # as in load_checkpoint
-        return "unknown"
-
-def keep_old(path):
-    """Make FILE FILE.old, in the place of an older one. With a second name first, the file is never without one."""
-    second = os.path.join(os.path.dirname(path), f"ckpt.{os.urandom(6).hex()}{TEMPORARY}")
-    try:
-        os.link(path, second, follow_symlinks=False)
-    except (OSError, NotImplementedError):  # a file system without hard links
-        os.replace(path, f"{path}.old")
-        return
-    os.replace(second, f"{path}.old")
-    if os.path.lexists(second):  # it was the same file already
-        os.remove(second)
-
-class SaveTimer:
-    """When a process saves by time: 3, 6, 12 and 24 s after its start, then at each minute. `clock` gives seconds."""
-    FIRST = (3, 6, 12, 24)
-    REST = 20                          # times what a save took must pass until the next: it costs 5 % at most
-
-    def __init__(self, clock=None):
-        self.clock = clock or (lambda: time.monotonic())  # looked up at each call, so that a test can replace it
-        self.start = self.clock()
-        self.next = self.FIRST[0]
-
-    def due(self):
-        return self.clock() - self.start >= self.next
-
-    def saved(self, since):
-        """A save began at `since` on the clock and is done."""
-        elapsed = self.clock() - self.start
-        minute = 60 * (elapsed // 60 + 1)
-        planned = min([s for s in self.FIRST if s > elapsed], default=minute)
-        self.next = max(planned, elapsed + self.REST * (self.clock() - since))
-
-# ---- a checkpoint's parts, checked before they are used ------------------------------------------------------
-
-def check_fields(what, fields, kinds, optional=()):
-    """ValueError, in one line, unless the fields are of their kinds: int (0 or more), float (finite; an int will do),
-    str, bool, list, dict; a tuple of kinds allows any of them, type(None) among them."""
-    for name, kind in kinds.items():
-        if name not in fields:
-            if name in optional:
-                continue
-            raise ValueError(f"{what} lacks {name}")
-        value = fields[name]
-        allowed = kind if isinstance(kind, tuple) else (kind,)
-        fits = type(value) in allowed or float in allowed and type(value) is int
-        if fits and type(value) is float:
-            fits = math.isfinite(value)
-        if fits and type(value) is int:
-            fits = 0 <= value < 2 ** 63
-        if not fits:
-            words = {int: "a whole number of at least 0", float: "a finite number", type(None): "none"}
-            wanted = " or ".join(words.get(kind, kind.__name__) for kind in allowed)
-            raise ValueError(f"{what} has {name} = {str(value)[:40]}: it must be {wanted}")
-
-def check_config(config, model):
-    """Fields of a checkpoint -> MiniMaxConfig. ValueError if one is unknown, missing or no model can have it."""
-    fields = typing.get_type_hints(MiniMaxConfig)
-    unknown = config.keys() - fields.keys()
-    if unknown:
-        raise ValueError(f"its config has {', '.join(sorted(unknown))}, which this code does not know")
-    check_fields("its config", config, fields, optional=fields.keys() - set(CONFIG_FIELDS))
-    for name, most in CONFIG_RANGES.items():
-        if not 0 < config.get(name, 1) <= most:
-            raise ValueError(f"its config has {name} = {config[name]}: it must be above 0, and at most {most:g}")
-    if config["index_head_dim"] > 2 ** 16:  # 0 where no layer is sparse
-        raise ValueError(f"its config has index_head_dim = {config['index_head_dim']}: at most 65536")
-    if config["n_mtp"] > len(model):  # or the model would take for ever to build
-        raise ValueError(f"its config has n_mtp = {config['n_mtp']}, more modules than it has weights")
-    cfg = MiniMaxConfig(**config)
-    kinds = {*cfg.attn_types, *cfg.mlp_types}
-    for kind, name in (("dense", "dense_dim"), ("moe", "expert_dim"), ("msa", "index_head_dim")):
-        if kind in kinds and getattr(cfg, name) < 1:
-            raise ValueError(f"its config has {name} = {getattr(cfg, name)}: its layers need at least 1")
-    if "moe" in cfg.mlp_types and not 1 <= cfg.n_expert_per_tok <= cfg.n_expert:
-        raise ValueError(f"its config has n_expert_per_tok = {cfg.n_expert_per_tok} of {cfg.n_expert} experts")
-    return cfg
-
-def check_tokenizer(spec):
-    """A checkpoint's spec -> Tokenizer. ValueError if its parts make none."""
-    check_fields("its tokenizer", spec, dict(pattern=str, ranks=list, special=dict))
-    ranks, special = spec["ranks"], spec["special"]
-    if not all(type(token) is bytes and token for token in ranks):
-        raise ValueError("its tokenizer has ranks that are not bytes")
-    if len(set(ranks)) < len(ranks) or not {bytes([b]) for b in range(256)} <= set(ranks):
-        raise ValueError("its tokenizer has a token twice, or lacks one of the 256 bytes")
-    if EOT not in special or list(special.values()) != list(range(len(ranks), len(ranks) + len(special))):
-        raise ValueError(f"its tokenizer's special tokens, {str(special)[:40]}, do not follow the {len(ranks)} others")
-    return Tokenizer(spec)
-
-def check_weights(found, wanted):
-    """ValueError unless each tensor of one state dict is there in the other, dense, with its shape and dtype."""
-    for name in found.keys() - wanted.keys():
-        raise ValueError(f"its weight {name} has no place in the model")
-    for name, want in wanted.items():
-        if name not in found:
-            raise ValueError(f"it lacks the weight {name}")
-        tensor = found[name]
-        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:
-            raise ValueError(f"its weight {name} is not a tensor of numbers")
-        if tensor.shape != want.shape or tensor.dtype != want.dtype:
-            raise ValueError(f"its weight {name} is {tuple(tensor.shape)} {tensor.dtype}, the model needs "
-                             f"{tuple(want.shape)} {want.dtype}")
-
-def check_finite(weights):
-    """FloatingPointError, naming the first, if a weight is NaN or infinite."""
-    for name, weight in weights.items():
-        if not torch.isfinite(weight).all():
-            raise FloatingPointError(f"the weight {name} is not finite")
-
-def load_model(state, device="cpu", dtype=torch.float32):
-    """Checkpoint -> model in evaluation mode, tokenizer. ValueError if its parts do not fit together or into this code,
-    FloatingPointError if a weight is not finite."""
-    try:
-        cfg = check_config(state["config"], state["model"])
-        tokenizer = check_tokenizer(state["tokenizer"])
-        if tokenizer.n_vocab != cfg.vocab_size:
-            raise ValueError(f"its model has a vocabulary of {cfg.vocab_size} tokens, its tokenizer one of "
-                             f"{tokenizer.n_vocab}: they must be equal")
-        with torch.device("meta"):  # nothing is allocated before all shapes are known to fit
-            wanted = MiniMax(cfg, dtype).state_dict()
-        check_weights(state["model"], wanted)
-        check_finite(state["model"])
-        model = MiniMax(cfg, dtype).to(device)
-        model.load_state_dict(state["model"])
-        return model.eval(), tokenizer
-    except (TypeError, KeyError, AttributeError, RuntimeError, AssertionError, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"the checkpoint does not fit this code: {reason}") from None
-    except FloatingPointError as error:
-        raise FloatingPointError(f"{error} in the checkpoint that was read") from None
-
-def load_optimizers(optimizers, saved, step):
-    """Put the saved states back. ValueError unless they are those of these optimizers after so many steps: groups,
-    shapes, numbers; a parameter may lack its state, as an index branch that has just joined does."""
-    what = "the checkpoint does not fit this code: its optimizers"
-    if len(saved) != len(optimizers):
-        raise ValueError(f"{what} are {len(saved)}, not {len(optimizers)}")
-    for optimizer, state in zip(optimizers, saved):
-        fresh = [dict(group) for group in optimizer.param_groups]
-        try:
-            optimizer.load_state_dict(state)
-        except Exception as error:  # torch raises what its accesses raise
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ValueError(f"{what} are of another model: {reason}") from None
-        if step and not optimizer.state:
-            raise ValueError(f"{what} hold nothing after {step} steps")
-        for group, want in zip(optimizer.param_groups, fresh):
-            for name in want.keys() - {"params", "lr"}:  # the rate is set before each step
-                value = group.setdefault(name, want[name])
-                if not is_like(value, want[name]):
-                    raise ValueError(f"{what} have {name} = {str(value)[:40]}, where {want[name]} is usual")
-        for p, held in optimizer.state.items():
-            check_moments(what, p, held, STATE_OF[type(optimizer).__name__])
-
-def is_like(value, want):
-    """Whether a value could stand for another: of its type, finite if a float, the same if a switch or a whole number,
-    and so for each item of a tuple."""
-    if type(value) is not type(want):
-        return False
-    if isinstance(want, int):  # True and False, too
-        return value == want
-    if isinstance(want, tuple):
-        return len(value) == len(want) and all(map(is_like, value, want))
-    return type(value) is not float or math.isfinite(value)
-
-def check_moments(what, p, held, names):
-    """ValueError unless an optimizer's state `held` of the parameter p has the tensors of these names."""
-    if not isinstance(p, torch.Tensor) or not isinstance(held, dict):
-        raise ValueError(f"{what} have the state of a parameter that the model has not")
-    for name in names:
-        value = held.get(name)
-        shape = () if name == "step" else p.shape
-        if not isinstance(value, torch.Tensor) or value.shape != shape or not value.is_floating_point():
-            raise ValueError(f"{what} have no {name} of shape {tuple(shape)}")
-        if not torch.isfinite(value).all():
-            raise FloatingPointError(f"{what} have numbers that are not finite in {name}")
-
-def saved_flags(parser, path, saved, not_taken):
-    """A checkpoint's args -> the command line that they are, so that argparse checks them as it checks any other.
-    What the parser does not know is refused; `not_taken` is what the run at hand decides."""
-    known = vars(parser.parse_args([]))
-    flags = []
-    for name, value in saved.items():
-        flag = f"--{name.replace('_', '-')}"
-        if name not in known:
-            raise ValueError(f"{path}: the checkpoint's args have {name}, which this code does not know")
-        if name in not_taken or type(value) is type(known[name]) and value == known[name]:
-            continue
-        flags.append(flag if value is True else f"{flag}={value}")
-    try:
-        parser.parse_args(flags)
-    except ValueError as error:
-        raise ValueError(f"{path}: the checkpoint's args: {error}") from None
-    return flags
-
-# ---- generation ----------------------------------------------------------------------------------
+# ---- generation --------------------------------------------------------------------------------
+# logits -> temperature -> the top_k largest -> the smallest set that holds top_p -> one draw; then from token to token
+# through the KV cache, and from tokens to text that can be shown while it grows.
 
 def largest_logit(logits):
     """(B, V) -> (B, 1). ValueError for a row with a NaN or +inf in it, or with nothing but -inf: it has no softmax."""
@@ -996,28 +991,6 @@ def heal(tokenizer, ids):
     allowed = [token.startswith(held) for token in spec["ranks"]] + [False] * len(spec["special"])
     return ids[:-1] or [tokenizer.eot], torch.tensor(allowed)
 
-def parse_args(argv):
-    p = Parser(__doc__)
-    p.add_argument("--out", default="out", help="folder of the checkpoint that train.py wrote")
-    p.add_argument("--hf", help="folder of a checkpoint of transformers (M2, or M3's text model) instead")
-    p.add_argument("--prompt", type=utf8, default="",
-                   help="text to continue, - for all of standard input; token ids, as in 1,2,3, with --hf")
-    p.add_argument("--max-new-tokens", type=number(1, math.inf), default=200)
-    p.add_argument("--n-samples", type=number(1, MAX_SAMPLES), default=1, help="continuations, drawn together")
-    p.add_argument("--temperature", type=number(0.001, 1000, float, zero=True), default=0.8, help="0 = greedy")
-    p.add_argument("--top-p", type=number(0, 1, float, above=True), default=0.95)
-    p.add_argument("--top-k", type=number(0, math.inf), default=40, help="0 = off")
-    p.add_argument("--stop", type=utf8, action="append", default=[], help="a text that ends a sample (may be repeated)")
-    p.add_argument("--seed", type=number(0, 2 ** 63 - 1), default=1337)
-    args = p.parse_args(argv)
-    if "" in args.stop:
-        raise ValueError("--stop '': it must be a text of one character or more")
-    if args.prompt == "-":
-        args.prompt = read_standard_input()
-    elif not args.prompt and standard_input_is_piped():
-        print("input   | standard input is not read; --prompt - reads it", flush=True)
-    return args
-
 class Stream:
     """Text of one sample as its tokens arrive: characters are released whole, and nothing from a stop text on."""
 
@@ -1040,6 +1013,51 @@ class Stream:
         new = self.text[self.shown:max(self.shown, len(self.text) - keep)]
         self.shown += len(new)
         return new
+
+# ---- the script --------------------------------------------------------------------------------
+
+MAX_SAMPLES = 1024                     # of --n-samples: each has its keys and values
+
+def read_standard_input():
+    """-> all of standard input. ValueError if it is closed or not UTF-8."""
+    if sys.stdin is None:
+        raise ValueError("--prompt -: standard input is closed")
+    raw = sys.stdin.buffer.read()
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        kind = guess_kind(raw)
+        raise ValueError(f"--prompt -: standard input must be UTF-8; from byte {error.start} it is {kind}") from None
+
+def standard_input_is_piped():
+    """Whether standard input is a pipe or a file, not a terminal or /dev/null; nothing is read, so nothing waits."""
+    try:
+        mode = os.fstat(0).st_mode
+    except OSError:  # closed
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+
+def parse_args(argv):
+    p = Parser(__doc__)
+    p.add_argument("--out", default="out", help="folder of the checkpoint that train.py wrote")
+    p.add_argument("--hf", help="folder of a checkpoint of transformers (M2, or M3's text model) instead")
+    p.add_argument("--prompt", type=utf8, default="",
+                   help="text to continue, - for all of standard input; token ids, as in 1,2,3, with --hf")
+    p.add_argument("--max-new-tokens", type=number(1, math.inf), default=200)
+    p.add_argument("--n-samples", type=number(1, MAX_SAMPLES), default=1, help="continuations, drawn together")
+    p.add_argument("--temperature", type=number(0.001, 1000, float, zero=True), default=0.8, help="0 = greedy")
+    p.add_argument("--top-p", type=number(0, 1, float, above=True), default=0.95)
+    p.add_argument("--top-k", type=number(0, math.inf), default=40, help="0 = off")
+    p.add_argument("--stop", type=utf8, action="append", default=[], help="a text that ends a sample (may be repeated)")
+    p.add_argument("--seed", type=number(0, 2 ** 63 - 1), default=1337)
+    args = p.parse_args(argv)
+    if "" in args.stop:
+        raise ValueError("--stop '': it must be a text of one character or more")
+    if args.prompt == "-":
+        args.prompt = read_standard_input()
+    elif not args.prompt and standard_input_is_piped():
+        print("input   | standard input is not read; --prompt - reads it", flush=True)
+    return args
 
 def read_model(args, device, dtype):
     """-> model, tokenizer (None for --hf: prompt and text are then token ids)."""

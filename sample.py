@@ -50,6 +50,7 @@ from msa import implementation
 
 EOT = "<|endoftext|>"
 LEARN_FROM = 2 ** 24                   # characters that tokens are learned from at most: the standard library fits
+PIECE = 256                            # bytes of a chunk that are learned from as one word, see words_of
 # a word with the space before it; one digit; marks; line breaks with the indentation after them; other spaces
 PATTERN = r" ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s*\n[ \t]*|\s+(?!\S)|\s"
 
@@ -62,20 +63,22 @@ def cut_runs(text):
     cuts = [0]
     for run in LONG_RUN.finditer(text):
         cuts += range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN)
-    return [text[start:end] for start, end in zip(cuts, [*cuts[1:], len(text)])]
+    cuts.append(len(text))
+    return [text[start:end] for start, end in itertools.pairwise(cuts)]
 
 class Tokenizer:
     """A tiktoken encoding made from a spec: {pattern: str, ranks: [bytes], special: {str: int}}."""
 
     def __init__(self, spec):
+        self.spec = spec
+        self.eot = spec["special"][EOT]
         ranks = {token: rank for rank, token in enumerate(spec["ranks"])}
-        self.spec, self.eot = spec, spec["special"][EOT]
         self.enc = tiktoken.Encoding("bpe", pat_str=spec["pattern"], mergeable_ranks=ranks,
                                      special_tokens=spec["special"])
         self.n_vocab = self.enc.n_vocab
 
     def encode(self, text):
-        """-> ids. There and back for every text that UTF-8 can hold; a lone surrogate becomes U+FFFD."""
+        """-> ids. decode gives back every text that UTF-8 can hold; a lone surrogate becomes U+FFFD."""
         ids = []
         for piece in cut_runs(text):
             ids += self.enc.encode_ordinary(piece)
@@ -96,109 +99,160 @@ def sample_evenly(texts, most, piece=2 ** 16):
     total = sum(map(len, texts))
     if total <= most:
         return texts
-    chosen, owed = [], 0.0
+    chosen = []
+    due = 0.0  # characters that should have been chosen by now and are not
     for text in texts:
         for start in range(0, len(text), piece):
             part = text[start:start + piece]
-            owed += len(part) * most / total
-            if owed >= len(part) / 2:  # so much of the text that went by is due, on average
+            due += len(part) * most / total
+            if due >= len(part) / 2:
                 chosen.append(part)
-                owed -= len(part)
+                due -= len(part)
     return chosen
 
 def count_chunks(texts, pattern):
-    """Count the distinct chunks that the pattern cuts the texts into; no token crosses the border of a chunk."""
-    counts, done = Counter(), 0
+    """Count the distinct chunks that the pattern cuts the texts into -> Counter. ValueError if it skips a character."""
+    counts = Counter()
+    done = 0  # characters
     progress = Progress("count", sum(map(len, texts)), "characters, to learn tokens from")
-    for text in (piece for whole in texts for piece in cut_runs(whole)):  # what the encoder sees, too
-        progress.at(done)
-        done += len(text)
-        chunks = regex.findall(pattern, text)
-        if sum(map(len, chunks)) != len(text):  # the encoder would drop, silently, what the pattern skips
-            raise ValueError("the pattern does not match all of the text")
-        counts.update(chunks)
+    for text in texts:
+        for piece in cut_runs(text):  # as the encoder does
+            progress.at(done)
+            done += len(piece)
+            chunks = regex.findall(pattern, piece)
+            if sum(map(len, chunks)) != len(piece):  # the encoder would drop, silently, what the pattern skips
+                raise ValueError("the pattern does not match all of the text")
+            counts.update(chunks)
     return counts
+
+def words_of(chunks):
+    """Chunks with their counts -> words, and how often each occurs. At first a word is a chunk's bytes.
+
+    A word is a str with one character, chr(id), for each token. So a merge is str.replace, left to right at C speed,
+    a pair is a str of length two, and strings sort as their ids do. Chunks are cut into PIECEs: one run of 40,000
+    letters (DNA, say) would take minutes, pair by pair."""
+    words = []
+    freqs = []
+    for chunk, count in chunks.items():
+        word = chunk.encode().decode("latin-1")
+        for start in range(0, len(word), PIECE):
+            words.append(word[start:start + PIECE])
+            freqs.append(count)
+    return words, freqs
 
 def pairs_of(word):
     return map(str.__add__, word, word[1:])
 
-def merge_pair(pair, new, words, freqs, counts, where):
-    """Replace the pair by the token new in all words; keep counts and where right; return the pairs that hold new."""
-    born = set()
+def merge_pair(pair, token, words, freqs, counts, where):
+    """Replace a pair by a new token in all words -> the pairs that the token is part of.
+
+    pair    two characters: the ids that are merged
+    token   one character: the new id
+    words   str each, see words_of; changed in place
+    freqs   how often each word occurs
+    counts  pair -> how often it occurs; kept right
+    where   pair -> indices of the words that hold it; an index may be stale, never missing
+    """
+    new_pairs = set()
     for i in where.pop(pair):
-        if pair not in words[i]:  # where may be stale: an earlier merge took a part of the pair
+        if pair not in words[i]:  # stale: an earlier merge took a part of the pair
             continue
-        for p in pairs_of(words[i]):
-            counts[p] -= freqs[i]
-        words[i] = words[i].replace(pair, new)
-        for p in pairs_of(words[i]):
-            counts[p] += freqs[i]
-            if new in p:
-                where[p].append(i)
-                born.add(p)
-    return born
+        for old in pairs_of(words[i]):
+            counts[old] -= freqs[i]
+        words[i] = words[i].replace(pair, token)
+        for new in pairs_of(words[i]):
+            counts[new] += freqs[i]
+            if token in new:
+                where[new].append(i)
+                new_pairs.add(new)
+    return new_pairs
 
 def learn_bpe(texts, vocab_size, pattern):
-    """Learn 256 bytes + merges + 1 special = vocab_size tokens (fewer if the text runs out of pairs); return the spec.
-    Each merge takes the most frequent pair, and of equals the one with the lowest ids. Of long texts, evenly spaced
-    pieces, LEARN_FROM characters in all, are learned from."""
-    chunks = count_chunks(sample_evenly(list(texts), LEARN_FROM), pattern)
-    # A word is a str with one character, chr(id), per token. So a merge is str.replace, left to right at C speed,
-    # a pair is a str of length two, and strings sort as their ids do.
-    # Chunks are learned in pieces of 256: one run of 40,000 letters (DNA, say) would take minutes, pair by pair.
-    words, freqs = [], []
-    for chunk, n in chunks.items():
-        raw = chunk.encode().decode("latin-1")
-        words += [raw[i:i + 256] for i in range(0, len(raw), 256)]
-        freqs += [n] * -(-len(raw) // 256)
-    counts, where = defaultdict(int), defaultdict(list)  # of each pair: how often it occurs, and in which words
+    """Learn the tokens of a byte-level BPE -> the spec of a Tokenizer.
+
+    Each merge takes the most frequent pair, and of equally frequent ones the pair with the lowest ids.
+    texts       of long texts, evenly spaced pieces are learned from, LEARN_FROM characters in all
+    vocab_size  256 bytes + merges + 1 special token; there are fewer if the texts run out of pairs
+    pattern     regular expression of a chunk; no token crosses the border of a chunk
+    """
+    # cut the texts into words, and count each pair of neighbouring tokens
+    texts = sample_evenly(list(texts), LEARN_FROM)
+    words, freqs = words_of(count_chunks(texts, pattern))
+    counts = defaultdict(int)  # pair -> how often it occurs
+    where = defaultdict(list)  # pair -> the words that hold it
     for i, word in enumerate(words):
-        for p in pairs_of(word):
-            counts[p] += freqs[i]
-            where[p].append(i)
-    heap = [(-n, p) for p, n in counts.items()]
+        for pair in pairs_of(word):
+            counts[pair] += freqs[i]
+            where[pair].append(i)
+
+    # a heap finds the most frequent pair: its items are (-count, pair)
+    heap = [(-count, pair) for pair, count in counts.items()]
     heapify(heap)
-    ranks = [bytes([b]) for b in range(256)]
+    ranks = [bytes([byte]) for byte in range(256)]
     progress = Progress("merge", vocab_size - 257, "merges of the tokenizer")
     while heap and len(ranks) < vocab_size - 1:
-        n, pair = heappop(heap)
-        if n != -counts[pair]:  # a pair's count only falls once it is in the heap: a stale entry comes up too early,
-            if counts[pair]:    # never too late, so it is enough to put it back with the right count
+        minus_count, pair = heappop(heap)
+        # a pair's count only falls once it is in the heap, so a stale item comes up too early, never too late: it is
+        # enough to put it back with the right count
+        if minus_count != -counts[pair]:
+            if counts[pair] > 0:
                 heappush(heap, (-counts[pair], pair))
             continue
+
+        # merge the pair into a new token
         progress.at(len(ranks) - 256)
-        born = merge_pair(pair, chr(len(ranks)), words, freqs, counts, where)
-        ranks.append(ranks[ord(pair[0])] + ranks[ord(pair[1])])
-        for p in born:
-            heappush(heap, (-counts[p], p))
+        new_pairs = merge_pair(pair, chr(len(ranks)), words, freqs, counts, where)
+        first, second = map(ord, pair)
+        ranks.append(ranks[first] + ranks[second])
+        for new in new_pairs:
+            heappush(heap, (-counts[new], new))
     return {"pattern": pattern, "ranks": ranks, "special": {EOT: len(ranks)}}
 
 # What a file that is not UTF-8 most likely is -> iconv's options that make it UTF-8
-ICONV = {"UTF-16": "-f UTF-16", "UTF-16LE": "-f UTF-16LE", "UTF-16BE": "-f UTF-16BE", "UTF-32": "-f UTF-32",
-         "Latin-1": "-f LATIN1", "Windows-1252": "-f WINDOWS-1252", "damaged UTF-8": "-c -f UTF-8"}
+ICONV = {
+    "UTF-16": "-f UTF-16",
+    "UTF-16LE": "-f UTF-16LE",
+    "UTF-16BE": "-f UTF-16BE",
+    "UTF-32": "-f UTF-32",
+    "Latin-1": "-f LATIN1",
+    "Windows-1252": "-f WINDOWS-1252",
+    "damaged UTF-8": "-c -f UTF-8",
+}
 
 def guess_kind(raw):
     """What bytes that are not UTF-8 text, or hold a zero byte, most likely are: a key of ICONV, "text of another
     encoding", binary or empty."""
     if not raw:
         return "empty"
+
+    # a byte order mark says it; without one, every second byte of UTF-16 is zero where the text is ASCII
     if raw.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "UTF-32"
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "UTF-16"
-    high = raw[0::2].count(0)  # of big-endian ASCII, every first byte is zero
+    high = raw[0::2].count(0)  # big-endian: the first byte of a pair is the high one
     low = raw[1::2].count(0)
-    if len(raw) % 2 == 0 and max(high, low) > len(raw) / 4 and min(high, low) < len(raw) / 100:
+    one_sided = max(high, low) > len(raw) / 4 and min(high, low) < len(raw) / 100
+    if len(raw) % 2 == 0 and one_sided:
         return "UTF-16BE" if high > low else "UTF-16LE"
+
+    # control characters: no text
     controls = sum(raw.count(byte) for byte in range(32) if byte not in b"\t\n\v\f\r\x1b")
     if 0 in raw or controls > len(raw) / 100:
         return "binary"
+
+    # most of what is not ASCII is whole
     text = raw.decode("utf-8", errors="replace")
-    if sum(char > "\x7f" for char in text) > 2 * text.count("\ufffd"):  # most of what is not ASCII is whole
+    broken = text.count("\ufffd")
+    if sum(char > "\x7f" for char in text) > 2 * broken:
         return "damaged UTF-8"
-    if sum(char > "\x7f" for char in raw.decode("latin-1")) > len(raw) / 2:  # Cyrillic, Greek, Chinese: which, only
-        return "text of another encoding"                                 # the reader knows; a wrong one gives garbage
-    return "Windows-1252" if any(byte in raw for byte in range(0x80, 0xa0)) else "Latin-1"
+
+    # mostly Cyrillic, Greek or Chinese: only the reader knows which encoding it is, and a wrong guess gives garbage
+    if sum(byte > 0x7f for byte in raw) > len(raw) / 2:
+        return "text of another encoding"
+    if any(0x80 <= byte < 0xa0 for byte in raw):  # no letters in Latin-1
+        return "Windows-1252"
+    return "Latin-1"
 
 # ---- checkpoints: write, read ------------------------------------------------------------------
 # A checkpoint is one plain dict, FOLDER/ckpt.pt: version, config, tokenizer, model, optimizers, now, args. It is

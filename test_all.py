@@ -1,111 +1,198 @@
 """The suite, and a guided tour in the order of a token's walk: text, config, parts, attention, index branch, MSA,
 kernels, router, model, cache, training, sampling, agents, bad input, and last the mutants: each checker can fail.
-Everything is offline and takes under 150 s on 2 cores; `python test_all.py` prints each test's one-line lesson.
+Everything is offline and takes at most 240 s on 2 cores; `python test_all.py` prints each test's one-line lesson.
 What is compared against is not ours: outputs that transformers 5.23 computed (.ci/golden), torch's operators,
 brute-force loops, closed forms, published counts. fp32 tolerances are a few roundings of such sums; fp64 ones 1e-10.
 """
-import contextlib, copy, hashlib, io, json, math, os, random, re, signal, socket, subprocess, sys, time, warnings
+import contextlib
+import copy
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from threading import Thread
+from types import SimpleNamespace
 from urllib import error, request
+
 import numpy as np
 import pytest
+import regex
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
 os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # no test's threads are chosen by the clock
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before msa is imported: a kernel's decorator reads the flag
-import bench, moe, msa, rl, sample, train
+
+import bench
+import moe
+import msa
+import rl
+import sample
+import train
 from model import (INT8_SLOTS, Call, KVCache, MiniMax, MiniMaxConfig, RMSNorm, apply_rope, config_from_hf, config_to_hf,
                    count_params, cross_entropy, locate, rope_tables, softmax_loss)
+
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid", "ignore:overflow", "ignore:All-NaN")
 HERE = Path(__file__).resolve().parent
 GOLDEN = HERE / ".ci" / "golden"
 TEXT = (HERE / "msa.py").read_text(encoding="utf-8") + "na\u00efve \u4e2d\u6587 \U0001f600\n"
+
 def worst(a, b):
     """Largest absolute difference; inf where either is not finite, so that no NaN passes a comparison."""
-    d = (a.double() - b.double()).abs().max().item()
-    return d if math.isfinite(d) else math.inf
+    difference = (a.double() - b.double()).abs().max().item()
+    return difference if math.isfinite(difference) else math.inf
+
+def worst_of(got, want):
+    """Largest absolute difference over pairs of tensors."""
+    return max(worst(a, b) for a, b in zip(got, want, strict=True))
+
 def relative(a, b):
     """RMS of the difference over RMS of b; inf where either is not finite, or b is zero."""
-    return worst((a.double() - b.double()).norm() / b.double().norm(), torch.tensor(0.0))
-def small_config(**kw):
+    distance = (a.double() - b.double()).norm()
+    return worst(distance / b.double().norm(), torch.tensor(0.0))
+
+def with_grads(out, inputs, upstream=None):
+    """out and the inputs' gradients, whose upstream gradient differs from channel to channel where none is given."""
+    if upstream is None:
+        upstream = torch.ones_like(out).cumsum(-1)
+    return out, *torch.autograd.grad(out, inputs, upstream)
+
+def small_config(**fields):
     """Three layers with everything in them, at a size where a forward takes milliseconds."""
-    return MiniMaxConfig.tiny(**{**dict(
+    sizes = dict(
         vocab_size=61, n_layer=3, n_embd=32, n_head=4, n_kv_head=2, head_dim=8, rotary_dim=4, max_seq_len=256,
-        attn_types=["full", "msa", "msa"], mlp_types=["dense", "moe", "moe"], n_expert=4, expert_dim=8, shared_dim=8,
-        dense_dim=24, index_head_dim=8, index_block_size=4, index_topk_blocks=3, index_kl_stride=1), **kw})
-def make_model(seed=0, dtype=torch.float32, **kw):
+        attn_types=["full", "msa", "msa"], mlp_types=["dense", "moe", "moe"],
+        n_expert=4, expert_dim=8, shared_dim=8, dense_dim=24,
+        index_head_dim=8, index_block_size=4, index_topk_blocks=3, index_kl_stride=1)
+    return MiniMaxConfig.tiny(**{**sizes, **fields})
+
+def make_model(seed=0, dtype=torch.float32, **fields):
     """A model whose norms and biases are random too: a port that ignores them must fail."""
     torch.manual_seed(seed)
-    model = MiniMax(small_config(**kw))
+    model = MiniMax(small_config(**fields))
     with torch.no_grad():
-        for name, p in list(model.named_parameters()) + list(model.named_buffers()):
-            if p.dim() == 1: p.add_(torch.randn_like(p) * 0.2)
+        for x in [*model.parameters(), *model.buffers()]:
+            if x.dim() == 1:
+                x.add_(torch.randn_like(x) * 0.2)
     return model.to(dtype).eval()
-def random_qkv(B=2, T=37, H=4, Hkv=2, D=8, dtype=torch.float64, seed=0):
-    g = torch.Generator().manual_seed(seed)
+
+def random_qkv(B=2, T=37, H=4, Hkv=2, D=8, dtype=torch.float64, seed=0, grad=False):
+    """q, k, v of the main branch, qi and ki of the index branch, whose key head is shared."""
+    generator = torch.Generator().manual_seed(seed)
     shapes = [(B, T, H, D), (B, T, Hkv, D), (B, T, Hkv, D), (B, T, Hkv, D), (B, T, D)]
-    return [torch.randn(s, generator=g, dtype=dtype) for s in shapes]                                     # q k v qi ki
+    return [torch.randn(shape, generator=generator, dtype=dtype, requires_grad=grad) for shape in shapes]
+
 def packed_end(T, cuts, B=2):
-    """end for documents that stop at each cut and at T: (B, T) int32."""
-    return torch.tensor([[min(c for c in (*cuts, T) if c > j) for j in range(T)]] * B, dtype=torch.int32)
+    """end (B, T) int32 for documents that stop at each cut below T, and at T."""
+    row = [min(cut for cut in (*cuts, T) if cut > j) for j in range(T)]
+    return torch.tensor([row] * B, dtype=torch.int32)
+
 def quiet(main, argv):
     """Run a script's main -> its result, and what it printed, whose last line is the result in JSON."""
-    with contextlib.redirect_stdout(io.StringIO()) as text: result = main([str(a) for a in argv])
-    assert json.loads(text.getvalue().strip().splitlines()[-1]) == result
-    return result, text.getvalue()
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        result = main([str(x) for x in argv])
+    text = out.getvalue()
+    assert json.loads(text.strip().splitlines()[-1]) == result
+    return result, text
+
 # ---- 1. text -------------------------------------------------------------------------------------
+# Text becomes ids by a byte-level BPE that is learned from the training split. Every byte is a token, so that any text
+# survives the way there and back. The learner keeps a heap of pairs, where a textbook counts them anew at each merge.
+
 def brute_bpe(text, n_merges, pattern):
     """BPE from its definition: count every pair, merge the most frequent (lowest ids on ties), again."""
-    import regex
-    words = [list(w.encode()) for w in regex.findall(pattern, text)]
+    words = [list(word.encode()) for word in regex.findall(pattern, text)]
     tokens = [bytes([i]) for i in range(256)]
+
     for _ in range(n_merges):
-        counts = Counter(pair for w in words for pair in zip(w, w[1:]))
-        pair = min(counts, key=lambda p: (-counts[p], p))
+        counts = Counter(pair for word in words for pair in zip(word, word[1:]))
+        pair = min(counts, key=lambda pair: (-counts[pair], pair))
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
-        for w in words:
-            for i in range(len(w)):  # w may shrink: past its end the slice is short, and no pair
-                if tuple(w[i:i + 2]) == pair: w[i:i + 2] = [len(tokens) - 1]
+        for word in words:
+            for i in range(len(word)):  # a word may shrink: past its end the slice is short, and no pair
+                if tuple(word[i:i + 2]) == pair:
+                    word[i:i + 2] = [len(tokens) - 1]
     return tokens
+
+def learned_tokenizer(*texts):
+    """A tokenizer of 400 ids, learned from TEXT and more."""
+    return sample.Tokenizer(sample.learn_bpe([TEXT, *texts], 400, sample.PATTERN))
+
 def test_bpe_equals_brute_force():
     """The BPE learner with its heap and index makes exactly the merges of the textbook loop."""
-    ranks = sample.learn_bpe([TEXT[:3000]], 256 + 60 + 1, sample.PATTERN)["ranks"]
-    assert ranks == brute_bpe(TEXT[:3000], 60, sample.PATTERN) and len(set(ranks)) == len(ranks) and all(ranks)
+    n_merges = 60
+    text = TEXT[:3000]
+    ranks = sample.learn_bpe([text], 256 + n_merges + 1, sample.PATTERN)["ranks"]  # 1: the special token
+
+    assert ranks == brute_bpe(text, n_merges, sample.PATTERN)
+    assert len(set(ranks)) == len(ranks)
+    assert all(ranks)
+
 def test_text_roundtrip():
-    """Any text survives, the special token's name included, which in data is plain text; ids past uint16 do, too."""
-    tok = sample.Tokenizer(sample.learn_bpe([TEXT], 400, sample.PATTERN))
+    """Any text survives encoding, the special token's name included, which in data is plain text."""
+    tok = learned_tokenizer()
+
+    assert tok.n_vocab == 400
+    assert tok.eot == 399
     for text in (TEXT[:500], "", " \n\t\r\n  x", "\U0001f600 \u4e2d\u6587 na\u00efve\u0301", sample.EOT, "\x00\x7f"):
-        assert tok.decode(tok.encode(text)) == text and tok.eot not in tok.encode(text)
-    assert tok.n_vocab == 400 and tok.eot == 399
-    class Wide:  # M2's vocabulary: uint16, the usual choice, would store its id 200063 as 3455
-        eot, encode_batch = 200_063, lambda self, texts: [[200_062] * len(t) for t in texts]
+        ids = tok.encode(text)
+        assert tok.decode(ids) == text
+        assert tok.eot not in ids
+
+def test_ids_past_uint16_are_kept():
+    """M2's vocabulary does not fit uint16, the usual choice, which would store its id 200063 as 3455."""
+    class Wide:
+        eot = 200_063
+
+        def encode_batch(self, texts):
+            return [[200_062] * len(text) for text in texts]
+
     assert train.Tokens([("a", "xyz")], Wide(), 4, 8).ids[:2].tolist() == [200_063, 200_062]
 
 @pytest.mark.parametrize("space", [" ", "\t", "\r", "\u3000"])
 def test_a_million_spaces_before_a_word(space):
     """A run of white space of any length is encoded, there and back, alone and in a batch, and can be learned from."""
-    tok = sample.Tokenizer(sample.learn_bpe([TEXT, space * 10 ** 6 + "x"], 400, sample.PATTERN))
     text = "a" + space * 10 ** 6 + "x"
+    tok = learned_tokenizer(text[1:])
+
     ids = tok.encode(text)
+
     assert tok.decode(ids) == text
     assert tok.encode_batch([text, "b", ""]) == [ids, tok.encode("b"), []]
 
-def test_only_long_runs_are_cut():
-    """Ordinary text gets the pattern's own ids; where a run is cut, learner and encoder see the same pieces."""
-    tok = sample.Tokenizer(sample.learn_bpe([TEXT], 400, sample.PATTERN))
-    for run in (1, 100, 4096):
-        text = TEXT + "z" + " " * run + "x\r\n  x" + "\n" * run + "y"
-        assert tok.encode(text) == tok.enc.encode_ordinary(text)
-    for run in (4097, 8192, 8193, 20_000):
-        pieces = sample.cut_runs(f"a{' ' * run}x{chr(9) * 5000} y")
-        assert "".join(pieces) == f"a{' ' * run}x{chr(9) * 5000} y"
-        assert max(len(max(re.findall(r"\s+", piece), key=len)) for piece in pieces) == 4096
-        assert pieces[-1] == "\t" * 904 + " y"
-        assert sample.count_chunks([" " * run + "x"], sample.PATTERN)[" x"] == 1
+@pytest.mark.parametrize("run", [1, 100, 4096])
+def test_short_runs_keep_the_patterns_ids(run):
+    """Ordinary text, with white space of up to 4,096 characters in a row, gets the ids of the pattern alone."""
+    tok = learned_tokenizer()
+    text = TEXT + "z" + " " * run + "x\r\n  x" + "\n" * run + "y"
+
+    assert tok.encode(text) == tok.enc.encode_ordinary(text)
+
+@pytest.mark.parametrize("run", [4097, 8192, 8193, 20_000])
+def test_only_long_runs_are_cut(run):
+    """Longer runs are cut into 4,096 characters and a rest, and the learner sees the encoder's pieces."""
+    spaces = " " * run
+    text = f"a{spaces}x" + "\t" * 5000 + " y"
+
+    pieces = sample.cut_runs(text)
+
+    assert "".join(pieces) == text
+    assert max(len(space) for piece in pieces for space in re.findall(r"\s+", piece)) == 4096
+    assert pieces[-1] == "\t" * 904 + " y"  # 5,000 tabs less 4,096
+    assert sample.count_chunks([spaces + "x"], sample.PATTERN)[" x"] == 1
 
 # ---- 2. config -----------------------------------------------------------------------------------
 def test_published_parameter_counts():

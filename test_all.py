@@ -31,6 +31,7 @@ import regex
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # no test's threads are chosen by the clock
 if not torch.cuda.is_available():
@@ -286,7 +287,7 @@ def test_widths_that_no_kernel_takes_are_refused(key, value, dtype):
         MiniMax(cfg, dtype)
 
 def test_fields_that_no_layer_uses_are_free():
-    """A dense model needs no sizes of experts or of an index branch, until a late change of the config asks for them."""
+    """A dense model needs no sizes of experts or of an index branch, until a late change of its config asks for one."""
     unused = dict(index_head_dim=0, n_expert=0, n_embd=30)
     cfg = small_config(attn_types=["full"] * 3, mlp_types=["dense"] * 3, **unused)
 
@@ -558,213 +559,412 @@ def test_rotary_dim_counts_where_index_heads_are_narrow():
     assert_config_refused(released, "index_head_dim 20")
 
 # ---- 3. parts ------------------------------------------------------------------------------------
-def test_rmsnorm_matches_formula():
+# The three small parts that every layer shares. The norm computes in fp32 or wider and rounds once. RoPE turns pairs of
+# channels by an angle that grows with the position. The loss never holds the logits of all tokens at once.
+
+@pytest.mark.parametrize("gemma", [False, True])
+def test_rmsnorm_matches_formula(gemma):
     """x / rms(x) * weight, or * (1 + weight) in Gemma's form, computed in fp32 even for bf16 input."""
-    def formula(x, weight): return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight
-    for gemma in (False, True):
-        norm, x, low = RMSNorm(16, small_config(gemma_norm=gemma)), torch.randn(50, 16), torch.randn(50, 16).bfloat16()
-        torch.nn.init.normal_(norm.weight)
-        assert worst(norm(x), formula(x, norm.weight + gemma)) < 1e-5
-        want = formula(low.float(), norm.weight + gemma).bfloat16()  # rounded once, at the end
-        assert norm(low).dtype == torch.bfloat16 and (norm(low) != want).float().mean() < 0.01
+    norm = RMSNorm(16, small_config(gemma_norm=gemma))
+    torch.nn.init.normal_(norm.weight)
+    weight = norm.weight + 1 if gemma else norm.weight
+    x = torch.randn(50, 16)
+    low = torch.randn(50, 16).bfloat16()
+
+    def formula(x):
+        mean_square = x.pow(2).mean(-1, keepdim=True)
+        return x / (mean_square + 1e-6).sqrt() * weight
+
+    assert worst(norm(x), formula(x)) < 1e-5
+    assert norm(low).dtype == torch.bfloat16
+    rounded_once = formula(low.float()).bfloat16()  # a norm in bf16 differs in a fifth of the numbers
+    assert (norm(low) != rounded_once).float().mean() < 0.01
+
 def test_rope_is_relative_and_partial():
     """Rotated q . k depends on the distance alone, and channels from rotary_dim on are untouched."""
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
-    def at(x, p): return apply_rope(x, rope_tables(torch.tensor([[p]]), 8, 1e4))
-    assert worst((at(q, 9) * at(k, 4)).sum(), (at(q, 105) * at(k, 100)).sum()) < 1e-5  # the tables are fp32
-    assert worst((at(q, 9) * at(k, 4)).sum(), (at(q, 9) * at(k, 5)).sum()) > 1e-3
+
+    def at(x, pos):
+        return apply_rope(x, rope_tables(torch.tensor([[pos]]), 8, 1e4))
+
+    def score(i, j):
+        return (at(q, i) * at(k, j)).sum()
+
+    assert worst(score(9, 4), score(105, 100)) < 1e-5  # the tables are fp32
+    assert worst(score(9, 4), score(9, 5)) > 1e-3
     assert torch.equal(at(q, 9)[..., 8:], q[..., 8:])
+
 def test_cross_entropy_in_chunks():
     """The chunked loss and its gradients equal torch's at any chunk, with ignored targets; with no target it is 0."""
-    h, W = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 19, 8), (31, 8)))
-    y = torch.randint(-1, 31, (2, 19))
-    def grads(loss): return loss, *torch.autograd.grad(3 * loss, (h, W))
-    want = grads(F.cross_entropy((h @ W.T).flatten(0, 1), y.flatten(), ignore_index=-1))
-    for chunk in (1, 5, 38, 1000): assert max(map(worst, grads(cross_entropy(h, W, y, chunk=chunk)), want)) < 1e-12
-    assert cross_entropy(h, W, torch.full_like(y, -1)).item() == 0
+    x = torch.randn(2, 19, 8, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(31, 8, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(-1, 31, (2, 19))
+
+    def grads(loss):
+        return with_grads(loss, (x, head), torch.tensor(3.0))
+
+    logits = (x @ head.T).flatten(0, 1)
+    want = grads(F.cross_entropy(logits, targets.flatten(), ignore_index=-1))
+    for chunk in (1, 5, 38, 1000):
+        assert worst_of(grads(cross_entropy(x, head, targets, chunk=chunk)), want) < 1e-12
+    assert cross_entropy(x, head, torch.full_like(targets, -1)).item() == 0
+
 # ---- 4. full attention and the one visibility rule -----------------------------------------------
-def loop_attention(q, k, v, keys_of):
-    """Softmax attention, query by query, over the keys that keys_of(b, i, kv_head) lists."""
-    (B, T, H, D), G = q.shape, q.size(2) // k.size(2)
+# Key j is visible to query i iff j <= i < end[j]. One number a key says it all: plain causal text has end = T, a packed
+# document the index where it stops, a token of a prefix tree the index where its subtree stops.
+
+def visible_keys(b, i, end):
+    """The keys that query i of sequence b sees, by the rule."""
+    return [j for j in range(i + 1) if end is None or i < end[b, j]]
+
+def loop_attention(q, k, v, end=None, blocks=None, L=1):
+    """Softmax attention, query by query, over the visible keys, of blocks (B, T, Hkv, S) alone where they are given."""
+    B, T, H, D = q.shape
+    G = H // k.size(2)
     out = torch.zeros_like(q)
     for b, i, h in np.ndindex(B, T, H):
-        js = keys_of(b, i, h // G)
-        p = (k[b, js, h // G] @ q[b, i, h] / D ** 0.5).softmax(0)
-        out[b, i, h] = p @ v[b, js, h // G]
+        kv_head = h // G
+        keys = visible_keys(b, i, end)
+        if blocks is not None:
+            chosen = blocks[b, i, kv_head].tolist()
+            keys = [j for j in keys if j // L in chosen]
+        scores = k[b, keys, kv_head] @ q[b, i, h] / D ** 0.5
+        out[b, i, h] = scores.softmax(0) @ v[b, keys, kv_head]
     return out
+
 def test_full_attention_obeys_visibility():
-    """Key j is seen by query i iff j <= i < end[j]: plain causal, packed documents and a tree, against a loop."""
-    q, k, v, _, _ = random_qkv(T=13)
-    tree = torch.tensor([[13, 13, 13, 7, 7, 6, 7, 13, 13, 10, 13, 13, 13]] * 2, dtype=torch.int32)
-    for end in (None, packed_end(13, [4, 5]), tree):
-        want = loop_attention(q, k, v, lambda b, i, r: [j for j in range(i + 1) if end is None or i < end[b, j]])
+    """Plain causal text, packed documents and a tree, against a loop over the keys that the rule shows."""
+    T = 13
+    q, k, v, _, _ = random_qkv(T=T)
+    tree = [13] * 3 + [7, 7, 6, 7] + [13] * 2 + [10] + [13] * 3  # a subtree from 3 to 7, a leaf in it and one beside it
+    tree = torch.tensor([tree] * 2, dtype=torch.int32)
+
+    for end in (None, packed_end(T, [4, 5]), tree):
+        want = loop_attention(q, k, v, end)
         assert worst(msa.full_attention(q, k, v, end), want) < 1e-10
+
 # ---- 5. index branch -----------------------------------------------------------------------------
+# A small second attention scores every key block by its best visible token, and each query keeps its own block and the
+# S - 1 best earlier ones. The choice has no gradient: the branch learns from a KL loss alone, whose teacher is the main
+# branch's own softmax.
+
 def brute_blocks(qi, ki, S, L, end):
     """block_idx from its definition, in Python floats: own block, then by (-max visible score, block id)."""
     out = torch.full((*qi.shape[:3], S), -1, dtype=torch.int32)
-    scores = torch.einsum("btrd,bkd->btrk", qi, ki)
+    scores = torch.einsum("btrd,bkd->btrk", qi, ki).tolist()
     for b, i, r in np.ndindex(*qi.shape[:3]):
+        own = i // L
         best = {}
-        for j in range(i + 1):
-            if end is None or i < end[b, j]: best[j // L] = max(best.get(j // L, -math.inf), scores[b, i, r, j].item())
-        best.pop(i // L, None)
-        row = [i // L] + sorted(best, key=lambda n: (-best[n], n))[:S - 1]
+        for j in visible_keys(b, i, end):
+            block = j // L
+            best[block] = max(best.get(block, -math.inf), scores[b][i][r][j])
+        best.pop(own, None)
+        earlier = sorted(best, key=lambda block: (-best[block], block))
+        row = [own, *earlier[:S - 1]]
         out[b, i, r, :len(row)] = torch.tensor(row)
     return out
-@pytest.mark.parametrize("T,L,S", [(1, 4, 3), (3, 4, 3), (4, 4, 1), (5, 4, 2), (37, 4, 3), (40, 8, 8)])
+
+@pytest.mark.parametrize("T, L, S", [
+    (1, 4, 3),
+    (3, 4, 3),
+    (4, 4, 1),
+    (5, 4, 2),
+    (37, 4, 3),
+    (40, 8, 8),
+])
 def test_selection_equals_brute_force(T, L, S):
     """Own block first, then the best earlier blocks, -1 if there are fewer; odd lengths, documents, a cached start."""
     _, _, _, qi, ki = random_qkv(T=T)
-    for end in (None, packed_end(T, [c for c in (8, 24) if c < T])):
-        assert torch.equal(msa.select_blocks(qi, ki, S, L, end), brute_blocks(qi, ki, S, L, end))
+    end = packed_end(T, [8, 24])
+    causal = brute_blocks(qi, ki, S, L, None)
+    apart = brute_blocks(qi, ki, S, L, end)
+
+    assert torch.equal(msa.select_blocks(qi, ki, S, L), causal)
+    assert torch.equal(msa.select_blocks(qi, ki, S, L, end), apart)
     if T > 2:
-        got = msa.select_blocks(qi[:, 2:], ki, S, L, None, torch.tensor([2, 2], dtype=torch.int32))
-        assert torch.equal(got, brute_blocks(qi, ki, S, L, None)[:, 2:])
+        start = torch.tensor([2, 2], dtype=torch.int32)
+        late = msa.select_blocks(qi[:, 2:], ki, S, L, None, start)
+        assert torch.equal(late, causal[:, 2:])
+
 def test_ties_go_to_the_lowest_block():
     """Equal scores are common (repeated tokens, zero keys): the lowest id wins, on every machine."""
-    qi, ki = torch.ones(1, 40, 1, 4), torch.ones(1, 40, 4)
-    got = [msa.select_blocks(x * qi, ki, 3, 4)[0, i, 0].tolist() for x, i in ((1, 39), (0, 21))]
-    assert got == [[9, 0, 1], [5, 0, 1]]
+    qi = torch.ones(1, 40, 1, 4)
+    ki = torch.ones(1, 40, 4)
+
+    repeated = msa.select_blocks(qi, ki, 3, 4)
+    zero = msa.select_blocks(0 * qi, ki, 3, 4)
+
+    assert repeated[0, 39, 0].tolist() == [9, 0, 1]
+    assert zero[0, 21, 0].tolist() == [5, 0, 1]
 
 def test_index_keys_of_nan_choose_nothing():
-    """An index key of NaN counts as a hidden one, one of inf as a huge one; the own block is first all the same."""
-    _, _, _, qi, ki = random_qkv(T=32)
-    spots = torch.tensor([1, 5, 9, 13, 30])
-
-    hidden = torch.full((2, 32), 32, dtype=torch.int32)
+    """An index key of NaN counts as a hidden one; a block of nothing else is chosen by its own queries alone."""
+    T, L = 32, 4
+    _, _, _, qi, ki = random_qkv(T=T)
+    spots = [1, 5, 9, 13, 30]
+    hidden = torch.full((2, T), T, dtype=torch.int32)
     hidden[:, spots] = 0
+
     ki[:, spots, 0] = math.nan
-    assert torch.equal(msa.select_blocks(qi, ki, 3, 4), msa.select_blocks(qi, ki.nan_to_num(0), 3, 4, hidden))
+    want = msa.select_blocks(qi, ki.nan_to_num(0), 3, L, hidden)
+    assert torch.equal(msa.select_blocks(qi, ki, 3, L), want)
 
-    ki[:, 4:8] = math.nan  # a block of nothing else is chosen by no one but its own queries
-    assert (msa.select_blocks(qi, ki, 8, 4)[:, 8:] != 1).all()
+    ki[:, 4:8] = math.nan
+    later = msa.select_blocks(qi, ki, T // L, L)[:, 8:]
+    assert (later != 1).all()
 
-    for value in (math.inf, -math.inf):
-        ki[:, :, 0] = 1.0
-        ki[:, spots, 0] = value
-        huge = ki.nan_to_num(0.0, 1e30, -1e30)
-        got = msa.select_blocks(qi, ki.nan_to_num(0.0, math.inf, -math.inf), 3, 4)
-        assert torch.equal(got, msa.select_blocks(qi, huge, 3, 4))
-        assert (got[..., 0] == torch.arange(32)[:, None] // 4).all()
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_index_keys_of_inf_are_huge(value):
+    """An index key of inf counts as a huge one; the own block is first all the same."""
+    T, L = 32, 4
+    _, _, _, qi, ki = random_qkv(T=T)
+    ki[:, 4:8] = 0.0
+    ki[:, :, 0] = 1.0
+    ki[:, [1, 5, 9, 13, 30], 0] = value
+
+    got = msa.select_blocks(qi, ki, 3, L)
+
+    assert torch.equal(got, msa.select_blocks(qi, ki.clamp(-1e30, 1e30), 3, L))
+    assert (got[..., 0] == torch.arange(T)[:, None] // L).all()
 
 def test_attention_in_chunks(monkeypatch):
     """Queries are taken in chunks so that no T x T matrix exists; the chunk's size changes nothing."""
-    q, k, v, qi, ki = (t.requires_grad_() for t in random_qkv(T=37))
+    B, T, Hkv = 2, 37, 2
+    q, k, v, qi, ki = random_qkv(B, T, Hkv=Hkv, grad=True)
+    start = torch.tensor([3, 8], dtype=torch.int32)
+
     def run():
         blocks = msa.select_blocks(qi, ki, 3, 4)
-        out, kl = msa.msa_attention(q, k, v, blocks, 4), msa.index_kl_loss(qi, ki, q, k, blocks, 4)
-        full = msa.full_attention(q[:, :29], k, v, packed_end(37, [9]), torch.tensor([3, 8], dtype=torch.int32))
-        return blocks, out, kl, full, *torch.autograd.grad((out[:, 8:] + full).pow(2).sum(), (q, k, v))
+        sparse = msa.msa_attention(q, k, v, blocks, 4)
+        kl = msa.index_kl_loss(qi, ki, q, k, blocks, 4)
+        full = msa.full_attention(q[:, :29], k, v, packed_end(T, [9]), start)
+        both = (sparse[:, 8:] + full).pow(2).sum()
+        return blocks, sparse, kl, full, *torch.autograd.grad(both, (q, k, v))
+
     whole = run()
-    monkeypatch.setattr(msa, "chunk", lambda device: 2 * 2 * 37 * 5)
-    assert max(map(worst, run(), whole)) < 1e-12
-def kl_by_autograd(qi, ki, q, k, block_idx, L, end, weight):
+    monkeypatch.setattr(msa, "chunk", lambda device: B * Hkv * T * 5)
+    assert worst_of(run(), whole) < 1e-12
+
+def kl_by_autograd(qi, ki, q, k, blocks, L, end, weight):
     """The paper's loss, eq. 9-10, written as a masked dense softmax and left to autograd."""
-    (B, T, Hkv, D), G = qi.shape, q.size(2) // k.size(2)
-    i, j = torch.arange(T)[:, None], torch.arange(T)
-    seen = (j <= i).expand(B, 1, T, T) if end is None else ((j <= i) & (i < end[:, None])).unsqueeze(1)
-    if block_idx is not None:
-        chosen = torch.zeros(B, Hkv, T, -(-T // L) + 1, dtype=torch.bool)
-        chosen.scatter_(-1, block_idx.transpose(1, 2).long() % chosen.size(-1), True)  # -1: the spare column
-        seen = seen & chosen[..., :-1].repeat_interleave(L, -1)[..., :T]
-    main = torch.einsum("birgd,bjrd->brgij", q.unflatten(2, (Hkv, G)), k) / D ** 0.5
-    teacher = main.masked_fill(~seen.unsqueeze(2), -math.inf).softmax(-1).mean(2)
-    logp = (torch.einsum("birh,bjh->brij", qi, ki) / D ** 0.5).masked_fill(~seen, -math.inf).log_softmax(-1)
-    kl = torch.where(seen.expand_as(teacher), teacher * (teacher.clamp(min=1e-300).log() - logp), 0.0).sum(-1)
+    B, T, Hkv, D = qi.shape
+    i = torch.arange(T)[:, None]
+    j = torch.arange(T)
+
+    # the keys that count are the visible ones, of the chosen blocks where there is a choice: (B, Hkv, T, T)
+    seen = (j <= i).expand(B, Hkv, T, T)
+    if end is not None:
+        seen = seen & (i < end[:, None, None])
+    if blocks is not None:
+        chosen = (blocks[..., None] == j // L).any(3)
+        seen = seen & chosen.transpose(1, 2)
+
+    # the teacher: the mean of the heads' probabilities
+    queries = q.unflatten(2, (Hkv, -1))
+    scores = torch.einsum("birgd,bjrd->brgij", queries, k) / D ** 0.5
+    teacher = scores.masked_fill(~seen[:, :, None], -math.inf).softmax(-1).mean(2)
+
+    index_scores = torch.einsum("birh,bjh->brij", qi, ki) / D ** 0.5
+    log_index = index_scores.masked_fill(~seen, -math.inf).log_softmax(-1)
+    log_teacher = teacher.clamp(min=1e-300).log()  # the smallest float: 0 log 0 is 0
+    kl = torch.where(seen, teacher * (log_teacher - log_index), 0.0).sum(-1)
     return (kl.mean(1) * weight).sum() / weight.sum()
+
 @pytest.mark.parametrize("support", ["prefix", "blocks"])
 def test_index_kl_value_and_gradient(support):
     """The KL's value and its closed-form gradient equal autograd through the definition; q and k get none."""
-    q, k, _, qi, ki = (t.requires_grad_() for t in random_qkv(T=29))
-    for end, weight in ((None, None), (packed_end(29, [8, 16]), torch.rand(2, 29, dtype=torch.float64))):
-        blocks = msa.select_blocks(qi, ki, 3, 4, end) if support == "blocks" else None
-        for step, kw in ((1, {}), (3, {"stride": 3})):
-            every = (torch.arange(1, 30) % step == 0).double().expand(2, 29) * (1 if weight is None else weight)
-            want = kl_by_autograd(qi, ki, q.detach(), k.detach(), blocks, 4, end, every)
-            got = msa.index_kl_loss(qi, ki, q, k, blocks, 4, end, weight, **kw)
-            *grads, dq, dk = torch.autograd.grad(2 * got, (qi, ki, q, k), allow_unused=True)
-            assert max(map(worst, grads, torch.autograd.grad(2 * want, (qi, ki)))) < 1e-10
-            assert worst(got, want) < 1e-10 and want > 0.01 and dq is None and dk is None
+    B, T, L = 2, 29, 4
+    q, k, _, qi, ki = random_qkv(B, T, grad=True)
+    twice = torch.tensor(2.0)
+    ones, random_weight = torch.ones(B, T), torch.rand(B, T, dtype=torch.float64)
+
+    for end, weight in ((None, None), (packed_end(T, [8, 16]), random_weight)):
+        blocks = msa.select_blocks(qi, ki, 3, L, end) if support == "blocks" else None
+        for stride in (1, 3):
+            taught = torch.arange(1, T + 1) % stride == 0
+            share = taught * (ones if weight is None else weight)
+            want = kl_by_autograd(qi, ki, q.detach(), k.detach(), blocks, L, end, share)
+
+            got = msa.index_kl_loss(qi, ki, q, k, blocks, L, end, weight, stride)
+            dqi, dki, dq, dk = torch.autograd.grad(got, (qi, ki, q, k), twice, allow_unused=True)
+
+            assert worst_of((got, dqi, dki), with_grads(want, (qi, ki), twice)) < 1e-10
+            assert want > 0.01
+            assert dq is None
+            assert dk is None
+
 # ---- 6. MSA --------------------------------------------------------------------------------------
-@pytest.mark.parametrize("T,L,S", [(1, 4, 2), (7, 4, 2), (37, 4, 3), (33, 16, 2)])
+# Attention over the chosen blocks is exact: the same softmax, over fewer keys. With S blocks of L tokens or fewer it is
+# full attention, and beyond that it costs T * S * L. What a query cannot see, be it nothing at all or NaN, never
+# reaches it.
+
+@pytest.mark.parametrize("T, L, S", [
+    (1, 4, 2),
+    (7, 4, 2),
+    (37, 4, 3),
+    (33, 16, 2),
+])
 def test_msa_equals_loop(T, L, S):
     """Attention over the gathered blocks equals a loop over their tokens, gradients too; documents included."""
-    q, k, v, qi, ki = (t.requires_grad_() for t in random_qkv(T=T))
-    def grads(out): return out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out).cumsum(-1))
-    for end in (None, packed_end(T, [c for c in (16,) if c < T])):
+    q, k, v, qi, ki = random_qkv(T=T, grad=True)
+
+    for end in (None, packed_end(T, [16])):
         blocks = msa.select_blocks(qi, ki, S, L, end)
-        want = loop_attention(q, k, v, lambda b, i, r: [j for j in range(i + 1) if j // L in blocks[b, i, r].tolist()
-                                                        and (end is None or i < end[b, j])])
-        assert max(map(worst, grads(msa.msa_attention(q, k, v, blocks, L, end)), grads(want))) < 1e-10
-@pytest.mark.parametrize("dtype,near", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+        want = with_grads(loop_attention(q, k, v, end, blocks, L), (q, k, v))
+        got = with_grads(msa.msa_attention(q, k, v, blocks, L, end), (q, k, v))
+        assert worst_of(got, want) < 1e-10
+
+@pytest.mark.parametrize("dtype, near", [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=str)
 def test_few_tokens_make_msa_dense(dtype, near):
     """T <= S * L: every visible block is chosen, output and gradients are full attention's; a block more, and not."""
-    for T, same in ((12, True), (16, False), (40, False)):
-        q, k, v, qi, ki = (t.requires_grad_() for t in random_qkv(T=T, dtype=dtype))
-        outs = msa.msa_train(q, k, v, qi, ki, msa.select_blocks(qi, ki, 3, 4), 4)[0], msa.full_attention(q, k, v)
-        ours, dense = ((o, *torch.autograd.grad(o, (q, k, v), torch.ones_like(o).cumsum(-1))) for o in outs)
-        for mine, want in zip(ours, dense):
-            assert (relative(mine, want) < near) if same else (worst(mine, want) > 0.05), T
+    S, L = 3, 4
+    for T in (12, 16, 40):
+        q, k, v, qi, ki = random_qkv(T=T, dtype=dtype, grad=True)
+        blocks = msa.select_blocks(qi, ki, S, L)
+        out, _ = msa.msa_train(q, k, v, qi, ki, blocks, L)
+        sparse = with_grads(out, (q, k, v))
+        dense = with_grads(msa.full_attention(q, k, v), (q, k, v))
+        for got, want in zip(sparse, dense):
+            if T <= S * L:
+                assert relative(got, want) < near
+            else:
+                assert worst(got, want) > 0.05
+
+def test_decode_is_a_row_of_prefill():
+    """A decode step of sequences of unequal length gives the rows that a prefill computes, and the same blocks."""
+    q, k, v, qi, ki = random_qkv(T=37)
+    blocks = msa.select_blocks(qi, ki, 3, 4)
+    prefill = msa.msa_attention(q, k, v, blocks, 4)
+    rows = torch.arange(2)
+    last = torch.tensor([36, 17], dtype=torch.int32)
+
+    def newest(x):
+        return x[rows, last][:, None]
+
+    out, chosen = msa.msa_decode(newest(q), k, v, newest(qi), ki, 3, 4, last)
+
+    assert torch.equal(chosen, newest(blocks))
+    assert worst(out, newest(prefill)) < 1e-12
+
+class Largest(TorchDispatchMode):
+    """Counts the elements of the largest tensor that is computed, where views of what exists cost nothing."""
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        is_new = func._schema.returns[0].alias_info is None
+        if is_new and isinstance(out, torch.Tensor):
+            self.numel = max(self.numel, out.numel())
+        return out
+
+def test_cost_follows_the_selection():
+    """Nothing in a long decode step is as wide as the cache: at 16 times the context the largest tensor is the same."""
+    def largest(T):
+        q, k, v, qi, ki = random_qkv(B=1, T=T, D=64, dtype=torch.float32)
+        start = torch.tensor([T - 1], dtype=torch.int32)
+        blocks = msa.select_blocks(qi[:, -1:], ki, 4, 16, None, start)
+        with Largest() as found:
+            msa.msa_attention(q[:, -1:], k, v, blocks, 16, None, start)
+        return found.numel
+
+    assert largest(65536) == largest(4096) > 0
+
 def test_recall_of_a_perfect_and_a_blind_index():
     """Block recall is near 1 when the index scores are the main branch's own, and near chance when they are noise."""
-    q, k, _, qi, ki = (s * x for s, x in zip((2, 2, 1, 1, 1), random_qkv(1, 256, 1, 1, 16)))  # peaked attention
-    perfect, mass, chance = msa.block_recall(q, k[:, :, 0], q, k, 4, 16)
-    blind, less, _ = msa.block_recall(qi, ki, q, k, 4, 16)
-    assert perfect > 0.85 and abs(blind - chance) < 0.1 and 0.2 < chance < 0.5 and less < 0.8 < 0.95 < mass <= 1
+    q, k, _, qi, ki = random_qkv(B=1, T=256, H=1, Hkv=1, D=16)
+    q, k = 2 * q, 2 * k  # peaked attention: most of a block's mass is its best key's
+    S, L = 4, 16
+
+    perfect, mass, chance = msa.block_recall(q, k[:, :, 0], q, k, S, L)
+    blind, less_mass, _ = msa.block_recall(qi, ki, q, k, S, L)
+
+    assert 0.2 < chance < 0.5
+    assert perfect > 0.85
+    assert abs(blind - chance) < 0.1
+    assert 0.95 < mass <= 1
+    assert less_mass < 0.8
+
+def blind_queries(T=20):
+    """end (B, T) with which queries 8 to 11 see nothing, and those from 12 on neither block 0 nor 1, where L = 4."""
+    end = torch.full((2, T), T, dtype=torch.int32)
+    end[:, :8] = 8
+    end[:, 8:12] = 0
+    return end
 
 def test_a_query_without_keys_gives_zero():
-    """A query that sees no key has output 0, no KL, and no gradient; the others are as the loop has them."""
-    q, k, v, qi, ki = inputs = [x.requires_grad_() for x in random_qkv(T=20)]
-    end = torch.full((2, 20), 20, dtype=torch.int32)
-    end[:, :8], end[:, 8:12] = 8, 0  # queries 8 to 11 see nothing, and queries from 12 on neither block 0 nor 1
-    weight, blocks = torch.rand(2, 20), msa.select_blocks(qi, ki, 5, 4, end)
-    def grads(y): return torch.autograd.grad(y.cumsum(-1).sum(), inputs[:3])
-    want = loop_attention(q, k, v, lambda b, i, r: [j for j in range(i + 1) if i < end[b, j]])
-    want_grads = grads(want)
-    for got in (msa.msa_attention(q, k, v, blocks, 4, end), msa.full_attention(q, k, v, end)):
-        assert (got[:, 8:12] == 0).all()
-        assert worst(got, want) < 1e-10
-        assert max(map(worst, grads(got), want_grads)) < 1e-10
+    """A query that sees no key has output 0, and no gradient passes it; the others are as the loop has them."""
+    q, k, v, qi, ki = random_qkv(T=20, grad=True)
+    end = blind_queries()
+    blocks = msa.select_blocks(qi, ki, 5, 4, end)
+    want = with_grads(loop_attention(q, k, v, end), (q, k, v))
+
+    sparse = msa.msa_attention(q, k, v, blocks, 4, end)
+    for out in (sparse, msa.full_attention(q, k, v, end)):
+        assert (out[:, 8:12] == 0).all()
+        assert worst_of(with_grads(out, (q, k, v)), want) < 1e-10
 
     none = torch.full_like(blocks, -1)
-    assert (msa.msa_attention(q, k, v, none, 4) == 0).all()
-    assert all((x == 0).all() for x in grads(msa.msa_attention(q, k, v, none, 4)))
+    for x in with_grads(msa.msa_attention(q, k, v, none, 4), (q, k, v)):
+        assert (x == 0).all()
 
-    less = weight.clone()  # without the four, but for the sum that divides
-    less[:, 8:12] = 0
-    for chosen in (None, blocks):
-        kl, other = (msa.index_kl_loss(qi, ki, q, k, chosen, 4, end, w) * w.sum() for w in (weight, less))
-        assert worst(kl, other) < 1e-6 and kl > 0.01
-        assert max(map(worst, *(torch.autograd.grad(x, (qi, ki)) for x in (kl, other)))) < 1e-6
-        small = msa.index_kl_loss(qi, ki, q, k, chosen, 4, end, weight * 1e-9)
-        assert worst(small * weight.sum(), kl) < 1e-6
-        for nothing in (0 * weight, -weight):
-            kl = msa.index_kl_loss(qi, ki, q, k, chosen, 4, end, nothing)
-            assert kl == 0 and all((x == 0).all() for x in torch.autograd.grad(kl, (qi, ki)))
+@pytest.mark.parametrize("support", ["prefix", "blocks"])
+def test_a_query_without_keys_teaches_nothing(support):
+    """A query that sees no key adds no KL and no gradient; weights of any size weigh alike; without any the KL is 0."""
+    q, k, _, qi, ki = random_qkv(T=20, grad=True)
+    end = blind_queries()
+    blocks = msa.select_blocks(qi, ki, 5, 4, end) if support == "blocks" else None
+    weight = torch.rand(2, 20)
+    without = weight.clone()
+    without[:, 8:12] = 0
 
+    def kl_and_grads(weight, total):
+        """The KL's sum, not its mean: the weights of the four are in the sum that divides."""
+        kl = msa.index_kl_loss(qi, ki, q, k, blocks, 4, end, weight)
+        return with_grads(kl * total.sum(), (qi, ki))
+
+    want = kl_and_grads(weight, weight)
+    assert want[0] > 0.01
+    assert worst_of(want, kl_and_grads(without, without)) < 1e-6  # the weights' sums are fp32
+    assert worst_of(want, kl_and_grads(weight * 1e-9, weight)) < 1e-6
+    for nothing in (0 * weight, -weight):
+        for x in kl_and_grads(nothing, weight):
+            assert (x == 0).all()
+
+@pytest.mark.parametrize("kind", ["msa", "full"])
 @pytest.mark.parametrize("name", ["q", "k", "v"])
-def test_nan_stays_with_the_queries_that_see_it(name):
+def test_nan_stays_with_the_queries_that_see_it(name, kind):
     """A NaN in q, k or v reaches the queries that see it and what those see, the gradients too, and nothing else."""
-    inputs = dict(zip("q k v qi ki".split(), random_qkv(T=20)))
-    blocks = msa.select_blocks(inputs["qi"], inputs["ki"], 2, 4)
-    end = packed_end(20, [16])
-    inputs[name][0, 9, 0, 0] = math.nan
-    q, k, v, *_ = (x.requires_grad_() for x in inputs.values())
-    i, j = torch.arange(20)[:, None], torch.arange(20)
-    for out, chosen in ((msa.msa_attention(q, k, v, blocks, 4, end), blocks), (msa.full_attention(q, k, v, end), None)):
-        seen = (j <= i) & (i < end[0])  # of sequence 0 and head 0
-        if chosen is not None:
-            seen &= (chosen[0, :, 0, :, None] == j // 4).any(1)
-        hit = (torch.arange(20) == 9) if name == "q" else seen[:, 9]
-        assert torch.equal(out[0, :, 0].isnan().any(-1), hit)
-        assert not out[1].isnan().any()
+    T, L, at = 20, 4, 9
+    q, k, v, qi, ki = random_qkv(T=T)
+    blocks = msa.select_blocks(qi, ki, 2, L)
+    end = packed_end(T, [16])
+    dict(q=q, k=k, v=v)[name][0, at, 0, 0] = math.nan
+    inputs = [x.requires_grad_() for x in (q, k, v)]
 
-        dq, dk, dv = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
-        touched = seen[hit].any(0)
-        assert torch.equal(dq[0, :, 0].isnan().any(-1), hit)
-        assert torch.equal(dk[0, :, 0].isnan().any(-1), touched)
-        assert torch.equal(dv[0, :, 0].isnan().any(-1), touched & torch.tensor(name != "v"))
+    i = torch.arange(T)[:, None]
+    j = torch.arange(T)
+    seen = (j <= i) & (i < end[0])  # (T, T), of sequence 0 and head 0
+    if kind == "msa":
+        seen &= (blocks[0, :, 0, :, None] == j // L).any(1)
+        out = msa.msa_attention(*inputs, blocks, L, end)
+    else:
+        out = msa.full_attention(*inputs, end)
+    hit = j == at if name == "q" else seen[:, at]
+    touched = seen[hit].any(0)
+
+    def is_nan(x):
+        """Which tokens of sequence 0 and head 0 hold a NaN."""
+        return x[0, :, 0].isnan().any(-1)
+
+    assert torch.equal(is_nan(out), hit)
+    assert not out[1].isnan().any()
+
+    dq, dk, dv = torch.autograd.grad(out, inputs, torch.ones_like(out))
+    assert torch.equal(is_nan(dq), hit)
+    assert torch.equal(is_nan(dk), touched)
+    if name == "v":
+        touched = torch.zeros_like(touched)  # probabilities do not read v
+    assert torch.equal(is_nan(dv), touched)
 
 # ---- 7. kernels: interpreted on a CPU, compiled for sm_90, run where there is a GPU --------------
 with warnings.catch_warnings():

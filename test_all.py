@@ -13,6 +13,8 @@ import math
 import os
 import random
 import re
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -2601,21 +2603,44 @@ def test_a_short_vocabulary_says_why(corpus, tmp_path):
     assert "no more pairs" not in quiet(train.main, train_args(corpus, tmp_path / "b", "--steps", 1))[1]
 
 # ---- 12. sampling --------------------------------------------------------------------------------
-def greedy(model, prompts, n, **kw):
-    """Generation at temperature 0 -> [(tokens, log-probabilities)], one of each a prompt."""
-    return [(t.tolist(), p.tolist()) for t, p in sample.generate(model, prompts, n, temperature=0, **kw)]
+# generate() continues prompts of unequal length in step, through the cache and MSA's decode. It is held to full
+# forwards without a cache, to each prompt alone, and to the distribution that softmax promises. Then the script:
+# sample.py speaks from a checkpoint alone, takes any text as its prompt, and refuses by name what it cannot obey.
+
+def greedy(model, prompts, n_tokens, **options):
+    """Generation at temperature 0 -> tokens and their log-probabilities, each (steps, prompts)."""
+    steps = [(token.tolist(), logprob.tolist())
+             for token, logprob in sample.generate(model, prompts, n_tokens, temperature=0, **options)]
+    tokens, logprobs = zip(*steps)
+    return torch.tensor(tokens), torch.tensor(logprobs)
+
+def sample_args(out, *more):
+    return ["--out", out, "--device", "cpu", *more]
+
+def refusals(*cases):
+    """Cases of a command line, and a word that its refusal must hold; the line names the test."""
+    named = [pytest.param(*case, id=case[0][:60]) for case in cases]
+    return pytest.mark.parametrize("line, word", named)
+
 def test_generate_is_greedy_argmax_of_full_forwards():
     """Temperature 0: generation through cache and MSA decode equals argmax over a full forward at every step."""
-    model, prompt = make_model(), [3, 1, 4, 1, 5]
-    out = [t for (t,), _ in greedy(model, [prompt], 30)]
-    for n, token in zip(range(30), out, strict=True):
-        logits = model(torch.tensor([prompt + out[:n]]))[0][0, -1]
+    model = make_model()
+    prompt = [3, 1, 4, 1, 5]
+    out = greedy(model, [prompt], 30)[0][:, 0].tolist()
+    assert len(out) == 30
+
+    for step, token in enumerate(out):
+        idx = torch.tensor([prompt + out[:step]])
+        logits = model(idx)[0][0, -1]
         assert logits[token] > logits.max() - 1e-4
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_generate_from_hf_in_any_dtype(dtype):
     """A checkpoint read in another dtype generates in it: cache and activations follow the model."""
-    out = [t.item() for t, _ in sample.generate(MiniMax.from_hf(GOLDEN / "m3", dtype=dtype).eval(), [[1, 2]], 20)]
-    assert len(out) == 20 and all(0 <= t < 101 for t in out)
+    model = MiniMax.from_hf(GOLDEN / "m3", dtype=dtype).eval()
+    out = [token.item() for token, _ in sample.generate(model, [[1, 2]], 20)]
+    assert len(out) == 20
+    assert all(0 <= token < 101 for token in out)  # golden's vocabulary
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("asked", [None, torch.float32])
@@ -2632,142 +2657,241 @@ def test_generate_follows_a_model_that_was_moved(asked, dtype):
     drawn = []
     rl.lockstep(model, [player()])
     assert len(drawn) == 3
-    assert len(greedy(model, [[1, 2]], 20)) == 20
-    low = MiniMax(small_config(), torch.bfloat16)
-    assert low(torch.tensor([[1, 2]]))[0].dtype == torch.bfloat16, "weights that stay in fp32, activations in bf16"
+    tokens, _ = greedy(model, [[1, 2]], 20)
+    assert len(tokens) == 20
+
+def test_a_model_made_for_bf16_computes_in_bf16():
+    """MiniMax(cfg, torch.bfloat16): weights that stay in fp32, activations in bf16."""
+    model = MiniMax(small_config(), torch.bfloat16)
+    assert model.lm_head.weight.dtype == torch.float32
+    assert model(torch.tensor([[1, 2]]))[0].dtype == torch.bfloat16
 
 def test_generate_batches_ragged_prompts():
-    """Unequal prompts in step give each alone's tokens and log-probabilities; stop tokens and the context end them."""
-    model, prompts = make_model(), [[3, 1, 4, 1, 5, 9, 2], [2, 7], [8, 8, 8, 8]]
-    steps = greedy(model, prompts, 12)
+    """Prompts of unequal length, in step, get the tokens and log-probabilities that each gets alone."""
+    model = make_model()
+    prompts = [[3, 1, 4, 1, 5, 9, 2], [2, 7], [8, 8, 8, 8]]
+    shortest = 2
+    tokens, logprobs = greedy(model, prompts, 12)
+
     for row, prompt in enumerate(prompts):
-        got, forced = [(t[row], p[row]) for t, p in steps], len(prompt) - 2
-        assert [t for t, _ in got[:forced]] == prompt[2:]
-        want, got = [(t, p) for (t,), (p,) in greedy(model, [prompt], 12)], [g for g in got[forced:] if g[0] >= 0]
-        assert [t for t, _ in got] == [t for t, _ in want]
-        assert worst(*(torch.tensor([p for _, p in x]) for x in (got, want))) < 1e-4
-    assert len(greedy(model, [[1, 2]], 5, stop={greedy(model, [[1, 2]], 1)[0][0][0]})) == 1
+        n_forced = len(prompt) - shortest
+        assert tokens[:n_forced, row].tolist() == prompt[shortest:]
+
+        want_tokens, want_logprobs = greedy(model, [prompt], 12)
+        running = tokens[:, row] >= 0  # -1 after a row's end
+        assert torch.equal(tokens[running, row][n_forced:], want_tokens[:, 0])
+        assert worst(logprobs[running, row][n_forced:], want_logprobs[:, 0]) < 1e-4
+
+def test_generate_stops_and_fits():
+    """A stop token ends a row, the context ends all, and a prompt too long is refused with both numbers."""
+    model = make_model()
+    tokens, _ = greedy(model, [[1, 2]], 1)
+    stopped, _ = greedy(model, [[1, 2]], 5, stop={tokens.item()})
+    assert len(stopped) == 1
+
     model.cfg.max_seq_len = 20
-    assert len(greedy(model, [[1] * 12], 100)) == 8
-    with pytest.raises(ValueError, match="21.*20"): greedy(model, [[1] * 21], 1)
+    fitted, _ = greedy(model, [[1] * 12], 100)
+    assert len(fitted) == 8
+    with pytest.raises(ValueError, match="21.*20"):
+        greedy(model, [[1] * 21], 1)
+
 def test_samples_are_seeded_and_follow_the_distribution():
     """One seed, one text; 20,000 draws match softmax(logits) by chi-square; top-k and top-p keep what they promise."""
-    logits, g = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0]]), torch.Generator().manual_seed(0)
-    counts = torch.bincount(sample.sample_next(logits.expand(20000, 5), generator=g), minlength=5)
-    expected = 20000 * logits.softmax(-1)[0]  # 0.56 0.21 0.13 0.08 0.03
-    assert ((counts - expected) ** 2 / expected).sum() < 18.5  # chi-square, 4 degrees of freedom, p = 0.001
-    assert torch.isfinite(sample.truncate_logits(logits, 1.0, 1.0, 2)).tolist() == [[True, True, False, False, False]]
-    for top_p, n in ((0.5, 1), (0.6, 2), (0.85, 3), (1e-9, 1)):
-        assert torch.isfinite(sample.truncate_logits(logits, 1.0, top_p, None)).sum() == n, (top_p, expected)
+    logits = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0]])
+    n_draws = 20_000
+    draws = sample.sample_next(logits.expand(n_draws, 5), generator=torch.Generator().manual_seed(0))
+    counts = torch.bincount(draws, minlength=5)
+    expected = n_draws * logits.softmax(-1)[0]  # shares: 0.56 0.21 0.13 0.08 0.03
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    assert chi_square < 18.5  # 4 degrees of freedom, p = 0.001
+
+    kept = sample.truncate_logits(logits, 1.0, 1.0, 2).isfinite()
+    assert kept.tolist() == [[True, True, False, False, False]]
+    for top_p, n_kept in ((0.5, 1), (0.6, 2), (0.85, 3), (1e-9, 1)):
+        kept = sample.truncate_logits(logits, 1.0, top_p, None).isfinite()
+        assert kept.sum() == n_kept, (top_p, expected)
+
     model = make_model()
-    runs = [[t.tolist() for t, _ in sample.generate(model, [[1]], 20, 2, generator=torch.Generator().manual_seed(s))]
-            for s in (1, 1, 2)]
-    assert runs[0] == runs[1] != runs[2] and any(a != b for a, b in runs[0]), "samples of one prompt must differ"
+    def two_samples(seed):
+        steps = sample.generate(model, [[1]], 20, 2, generator=torch.Generator().manual_seed(seed))
+        return [tokens.tolist() for tokens, _ in steps]
 
-def test_of_equal_logits_the_lowest_ids_stay():
-    """top-k 1 is greedy and top-k 3 leaves three, ties or not; top-p keeps the smallest set; both together as well."""
-    equal = torch.zeros(1, 8)
-    for temperature, top_p, top_k, stay in ((1.0, 1.0, 1, 1), (1.0, 1.0, 3, 3), (0.3, 0.5, None, 4),
-                                            (2.0, 0.51, None, 5), (1.0, 0.5, 3, 2), (1.0, 1.0, 8, 8),
-                                            (1.0, 1.0, 10 ** 12, 8)):
-        left = sample.truncate_logits(equal, temperature, top_p, top_k)
-        assert left.isfinite().nonzero()[:, 1].tolist() == list(range(stay)), (temperature, top_p, top_k)
+    first = two_samples(seed=1)
+    assert two_samples(seed=1) == first
+    assert two_samples(seed=2) != first
+    assert any(a != b for a, b in first), "samples of one prompt must differ"
+
+@pytest.mark.parametrize("temperature, top_p, top_k, n_kept", [
+    (1.0, 1.0, 1, 1),
+    (1.0, 1.0, 3, 3),
+    (0.3, 0.5, None, 4),
+    (2.0, 0.51, None, 5),
+    (1.0, 0.5, 3, 2),
+    (1.0, 1.0, 8, 8),
+    (1.0, 1.0, 10 ** 12, 8)])
+def test_of_equal_logits_the_lowest_ids_stay(temperature, top_p, top_k, n_kept):
+    """top-k leaves as many as it says, ties or not; top-p keeps the smallest set; both together as well."""
+    left = sample.truncate_logits(torch.zeros(1, 8), temperature, top_p, top_k)
+    assert left.isfinite().nonzero()[:, 1].tolist() == list(range(n_kept))
+
+def test_of_two_largest_logits_the_lower_id_is_taken():
+    """top-k 1 is greedy, ties or not: always the lowest id."""
     tied = torch.tensor([[3.0, 21.375, 1.0, 21.375]]).expand(64, 4)
-    g = torch.Generator().manual_seed(0)
-    assert sample.sample_next(tied, top_k=1, generator=g).tolist() == sample.sample_next(tied, 0).tolist() == [1] * 64
+    draws = sample.sample_next(tied, top_k=1, generator=torch.Generator().manual_seed(0))
+    assert draws.tolist() == [1] * 64
+    assert sample.sample_next(tied, 0).tolist() == [1] * 64
 
-def test_logits_that_hold_no_distribution():
-    """NaN, +inf or nothing but -inf is an error, at any temperature; a huge or tiny temperature overflows nothing."""
-    for row in ([math.nan, 1.0], [math.inf, 1.0], [-math.inf, -math.inf]):
-        for temperature in (0, 1e-3, 1.0):
-            with pytest.raises(ValueError, match="NaN"):
-                sample.sample_next(torch.tensor([row]), temperature)
-    for temperature in (1e-45, 1e-3, 1.0):
-        assert sample.sample_next(torch.tensor([[-3e38, 3e38, -math.inf, 1e38]]), temperature, 0.9).item() == 1
-    for temperature, top_p, top_k in ((-1, 1, 0), (math.nan, 1, 0), (1, math.nan, 0), (1, 0, 0), (1, 1, -1)):
-        with pytest.raises(ValueError, match=f"temperature {temperature}, top_p {top_p}, top_k {top_k}"):
-            sample.sample_next(torch.zeros(1, 4), temperature, top_p, top_k)
+@pytest.mark.parametrize("temperature", [0, 1e-3, 1.0])
+@pytest.mark.parametrize("row", [
+    [math.nan, 1.0],
+    [math.inf, 1.0],
+    [-math.inf, -math.inf]], ids=str)
+def test_logits_that_hold_no_distribution(row, temperature):
+    """NaN, +inf or nothing but -inf is an error, at any temperature."""
+    with pytest.raises(ValueError, match="NaN"):
+        sample.sample_next(torch.tensor([row]), temperature)
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-3, 1.0])
+def test_extreme_logits_overflow_nothing(temperature):
+    """Logits near fp32's ends over a tiny temperature still give the largest."""
+    logits = torch.tensor([[-3e38, 3e38, -math.inf, 1e38]])
+    assert sample.sample_next(logits, temperature, 0.9).item() == 1
+
+@pytest.mark.parametrize("temperature, top_p, top_k", [
+    (-1, 1, 0),
+    (math.nan, 1, 0),
+    (1, math.nan, 0),
+    (1, 0, 0),
+    (1, 1, -1)])
+def test_settings_that_allow_no_draw(temperature, top_p, top_k):
+    """A setting out of its range is an error that names all three."""
+    with pytest.raises(ValueError, match=f"temperature {temperature}, top_p {top_p}, top_k {top_k}"):
+        sample.sample_next(torch.zeros(1, 4), temperature, top_p, top_k)
 
 def test_sample_speaks_from_the_checkpoint(trained):
-    """sample.py needs the checkpoint alone; a prompt's last space is healed; characters appear whole, stops never."""
-    result, text = quiet(sample.main, ["--out", trained[0], "--prompt", "def ", "--max-new-tokens", 20,
-                                       "--n-samples", 2, "--device", "cpu"])
-    assert set("text tokens tokens_per_s prefill_s accepted".split()) <= set(result) and len(result["texts"]) == 2
-    assert result["text"].startswith("def ") and result["text"] in text
-    tok = sample.load_model(sample.load_checkpoint(str(trained[0])))[1]
-    ids, allowed = sample.heal(tok, tok.encode("def "))
-    assert tok.decode(ids) == "def" and all(tok.spec["ranks"][i].startswith(b" ") for i in allowed.nonzero()[:, 0])
-    s = sample.Stream(["END"])  # a character split over tokens appears once whole, a stop text not even by half
-    assert [s.feed(b) for b in (b"\xe4", b"\xb8\xad", b"abE")] == ["", "", "\u4e2da"] and not s.done
-    assert s.feed(b"ND tail") == "b" and s.done and s.text == "\u4e2dabE"[:-1]
+    """sample.py needs the checkpoint alone; its JSON has what it promises, and the text is printed."""
+    argv = sample_args(trained[0], "--prompt", "def ", "--max-new-tokens", 20, "--n-samples", 2)
+    result, text = quiet(sample.main, argv)
+    assert set("text tokens tokens_per_s prefill_s accepted".split()) <= set(result)
+    assert len(result["texts"]) == 2
+    assert result["text"].startswith("def ")
+    assert result["text"] in text
 
-def test_arguments_that_would_change_a_sample_in_silence(trained, capsys):
+def test_a_prompts_last_space_is_healed(trained):
+    """A space that ends the prompt is taken back, and only tokens that begin with one may follow."""
+    _, tok = sample.load_model(sample.load_checkpoint(str(trained[0])))
+    ids, allowed = sample.heal(tok, tok.encode("def "))
+    assert tok.decode(ids) == "def"
+
+    ranks = tok.spec["ranks"]
+    assert all(ranks[i].startswith(b" ") for i in allowed.nonzero()[:, 0])
+
+def test_stream_releases_whole_characters_and_hides_stops():
+    """A character split over tokens appears once it is whole; a stop text never appears, not even its first half."""
+    stream = sample.Stream(["END"])
+    assert stream.feed(b"\xe4") == ""
+    assert stream.feed(b"\xb8\xad") == ""
+    assert stream.feed(b"abE") == "\u4e2da"
+    assert not stream.done
+
+    assert stream.feed(b"ND tail") == "b"
+    assert stream.done
+    assert stream.text == "\u4e2dab"
+
+@refusals(
+    ("--stop ''", "--stop"),
+    ("--stop \udce9", "udce9"),
+    ("--prompt caf\udce9", "udce9"),
+    ("--n-samples 1000000000", "1024"),
+    ("--n-samples 1e3", "1e3"),
+    ("--top-k -1", "-1"),
+    ("--temperature nan", "nan"),
+    ("--seed 1" + 30 * "0", str(2 ** 63 - 1)),
+    (f"--prompt 1,\u00b2 --hf '{GOLDEN}/m3'", "ids below"),
+    (f"--prompt {5000 * '9'} --hf '{GOLDEN}/m3'", "ids below"))
+def test_arguments_that_would_change_a_sample_in_silence(trained, capsys, line, word):
     """An empty stop text, bytes that are no UTF-8, digits of other scripts, a billion samples: refused, by name."""
-    for argv, word in ((["--stop", ""], "--stop"), (["--prompt", "caf\udce9"], "udce9"),
-                       (["--stop", "\udce9"], "udce9"),
-                       (["--n-samples", 10 ** 9], "1024"), (["--n-samples", "1e3"], "1e3"), (["--top-k", -1], "-1"),
-                       (["--temperature", "nan"], "nan"), (["--seed", 10 ** 30], str(2 ** 63 - 1)),
-                       (["--hf", GOLDEN / "m3", "--prompt", "1,\u00b2"], "ids below"),
-                       (["--hf", GOLDEN / "m3", "--prompt", "9" * 5000], "ids below")):
-        line = refused(sample.main, ["--out", trained[0], "--device", "cpu", *argv], capsys)
-        assert word in line, argv
-        assert len(line) < 300
+    error_line = refused(sample.main, sample_args(trained[0], *shlex.split(line)), capsys)
+    assert word in error_line
+    assert len(error_line) < 300
+
+def test_a_stream_refuses_an_empty_stop_text():
+    """An empty stop text would end every text before its first character."""
     with pytest.raises(ValueError, match="stop"):
         sample.Stream(["END", ""])
 
-def test_prompts_that_are_odd_text(trained):
+@pytest.mark.parametrize("prompt, begins", [
+    ("   ", "   "),
+    ("a\0b", "a\0b"),
+    (sample.EOT, sample.EOT),
+    ("na\udcc3\udcafve", "na\u00efve")])
+def test_prompts_that_are_odd_text(trained, prompt, begins):
     """Only spaces, a zero byte, UTF-8 that an ASCII locale left undecoded, no end of new tokens: all are continued."""
-    for prompt, begins in (("   ", "   "), ("a\0b", "a\0b"), (sample.EOT, sample.EOT),
-                           ("na\udcc3\udcafve", "na\u00efve")):
-        result, _ = quiet(sample.main, ["--out", trained[0], "--device", "cpu", "--prompt", prompt,
-                                        "--max-new-tokens", 10 ** 12, "--top-k", 10 ** 12])
-        assert result["text"].startswith(begins)
+    no_end = ["--max-new-tokens", 10 ** 12, "--top-k", 10 ** 12]
+    result, _ = quiet(sample.main, sample_args(trained[0], "--prompt", prompt, *no_end))
+    assert result["text"].startswith(begins)
 
-def test_standard_input_is_read_or_named(trained, monkeypatch, capsys):
-    """--prompt - continues what comes through a pipe; without it the card says so, and nothing waits for a pipe."""
-    asks = ["--out", trained[0], "--device", "cpu", "--max-new-tokens", 9]
+def test_standard_input_is_read(trained, monkeypatch, capsys):
+    """--prompt - continues UTF-8 that comes through a pipe, whatever the locale, and refuses the rest by name."""
+    argv = sample_args(trained[0], "--max-new-tokens", 9, "--prompt", "-")
     text = "na\u00efve \u4e2d\u6587"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode()), encoding="ascii"))
-    assert quiet(sample.main, [*asks, "--prompt", "-"])[0]["text"].startswith(text)
+    result, _ = quiet(sample.main, argv)
+    assert result["text"].startswith(text)
+
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode("utf-16"))))
-    assert "UTF-16" in refused(sample.main, [*asks, "--prompt", "-"], capsys)
+    assert "UTF-16" in refused(sample.main, argv, capsys)
     monkeypatch.setattr(sys, "stdin", None)
-    assert "closed" in refused(sample.main, [*asks, "--prompt", "-"], capsys)
-    reader, writer = os.pipe()  # nothing comes, and nobody closes it: as in a subprocess or under cron
+    assert "closed" in refused(sample.main, argv, capsys)
+
+def test_no_prompt_waits_for_no_pipe(trained):
+    """Without a prompt the card says how standard input is read, and an open pipe, as under cron, stops nothing."""
+    reader, writer = os.pipe()  # nothing comes, and nobody closes it
     kept = os.dup(0)
     try:
         os.dup2(reader, 0)
-        assert "--prompt - reads it" in quiet(sample.main, asks)[1]
+        _, text = quiet(sample.main, sample_args(trained[0], "--max-new-tokens", 9))
+        assert "--prompt - reads it" in text
     finally:
         os.dup2(kept, 0)
         for file in (kept, reader, writer):
             os.close(file)
 
-@pytest.mark.parametrize("main", [sample.main, train.main, rl.main, bench.main])
-def test_text_on_an_ascii_terminal(main, trained, corpus, tmp_path):
-    """What the terminal's encoding lacks is printed as an escape, in any script; nothing stops."""
-    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    argv = ["--help"]
-    if main is sample.main:
-        argv = ["--out", trained[0], "--device", "cpu", "--prompt", "na\u00efve", "--max-new-tokens", 3]
-    if main is train.main:
-        (tmp_path / "na\u00efve.txt").write_text(TEXT)
-        argv = train_args(tmp_path / "na\u00efve.txt", tmp_path / "run", "--steps", 1)
-    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+def run_in_ascii(main, *argv):
+    """Run a script's main on a terminal of ASCII alone -> what it printed."""
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with contextlib.redirect_stdout(terminal), contextlib.suppress(SystemExit):
         main([str(arg) for arg in argv])
-    out.seek(0)
-    shown = out.read()
-    assert main not in (sample.main, train.main) or r"na\xefve" in shown
-    assert out.errors == "backslashreplace"
+    assert terminal.errors == "backslashreplace"
+    terminal.seek(0)
+    return terminal.read()
+
+@pytest.mark.parametrize("main", [sample.main, train.main, rl.main, bench.main])
+def test_help_on_an_ascii_terminal(main):
+    """What the terminal's encoding lacks is printed as an escape, in any script; nothing stops."""
+    assert "--help" in run_in_ascii(main, "--help")
+
+def test_a_prompt_on_an_ascii_terminal(trained):
+    """sample.py prints a prompt's other letters as escapes."""
+    argv = sample_args(trained[0], "--prompt", "na\u00efve", "--max-new-tokens", 3)
+    assert r"na\xefve" in run_in_ascii(sample.main, *argv)
+
+def test_a_file_name_on_an_ascii_terminal(tmp_path):
+    """train.py prints the other letters of a file's name as escapes."""
+    corpus = tmp_path / "na\u00efve.txt"
+    corpus.write_text(TEXT)
+    assert r"na\xefve" in run_in_ascii(train.main, *train_args(corpus, tmp_path / "run", "--steps", 1))
 
 @pytest.mark.parametrize("script", ["sample.py", "train.py", "rl.py", "bench.py"])
 def test_ctrl_c_during_the_imports(script, tmp_path):
     """Ctrl-C while a script imports torch ends it with 130 and not a word."""
-    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)")
+    fake_torch = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)"
+    (tmp_path / "torch.py").write_text(fake_torch)
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     run = subprocess.run([sys.executable, HERE / script], env=env, capture_output=True, text=True, timeout=600)
     assert run.returncode == 130
-    assert run.stdout == run.stderr == ""
+    assert run.stdout == ""
+    assert run.stderr == ""
 
 # ---- 13. agent RL --------------------------------------------------------------------------------
 def random_samples(seed):
@@ -3735,7 +3859,8 @@ def test_walk(trained, capsys):
     first, (_, loss, aux) = batch["targets"][0, 0].item(), model.train()(**batch)
     loss.backward()
     gate = model.moe_layers()[0].router.weight.grad.norm().item()
-    text = tok.decode([t for (t,), _ in greedy(model.eval(), [ids[:20]], 8)])
+    tokens, _ = greedy(model.eval(), [ids[:20]], 8)
+    text = tok.decode(tokens[:, 0].tolist())
     assert first == ids[0] and gate > 0
     with capsys.disabled(): print(f"""
 1. sample.Tokenizer    {len(ids)} tokens, {ids[:4]} ...

@@ -3428,166 +3428,265 @@ def test_rl_names_the_flag_it_refuses(tmp_path, capsys):
         assert f"--figure {figure}" in line
         assert word in line
 
-# ---- 14. bad input, documents, mutants -----------------------------------------------------------
-def test_bad_input_is_refused_in_one_line(trained, corpus, tmp_path, capsys):
-    """Missing and empty data, unknown names and flags, wrong sizes, absent GPU: exit 2, the value named."""
-    (tmp_path / "empty.txt").write_text("")
-    for argv, word in ((["--data", "no/such"], "no/such"), (["--data", tmp_path / "empty.txt"], "empty.txt"),
-                       (["--preset", "huge"], "huge"), (["--preset", "m2"], "dry-run"), (["--vocab-size", 100], "100"),
-                       (["--seq-len", 10 ** 6], "1000000"), (["--seq-len", 100], "100"), (["--attn", "swa"], "swa"),
-                       (["--steps", 0], "0"), (["--steps", "x"], "x"), (["--seed", -1], "-1"), (["--lr", "inf"], "inf"),
-                       (["--resume", "--out", tmp_path / "none"], "none"), (["--device", "cpux"], "cpux"),
-                       (["--minutes", "nan"], "nan"), (["--bias-rate", "nan"], "nan")):
-        assert word in refused(train.main, argv, capsys), argv
-    for argv, word in ((["--out", tmp_path], "ckpt.pt"), (["--temperature", -1], "-1"), (["--chat"], "--chat"),
-                       (["--prompt", "x " * 3000], "context"), (["--hf", tmp_path], "config.json"),
-                       (["--top-p", 0], "0"), (["--temperature", "inf"], "inf")):
-        assert word in refused(sample.main, ["--out", trained[0], "--device", "cpu", *argv], capsys), argv
-    for argv, word in ((["--task", "chess"], "chess"), (["--groups", 50], "50"), (["--window", 0], "0"),
-                       (["--lr", "nan"], "nan"), (["--resume", "--out", tmp_path / "none"], "none"),
-                       (["--serve", 70000], "70000"), (["--device", "cpux"], "cpux"), (["--steps", "x"], "x"),
-                       (["--resume", "--out", trained[0]], "train.py")): assert word in refused(rl.main, argv, capsys)
-    for script in (train, rl) * (not torch.cuda.is_available()):
-        assert "cuda" in refused(script.main, ["--device", "cuda", "--out", tmp_path], capsys)
+# ---- 14. bad input, damaged files, README, mutants -----------------------------------------------
+# What a script cannot obey it refuses in one line that names the value, with exit code 2 and no traceback. What is
+# read from a file is distrusted part by part, and no refusal changes a file. Then come bench.py's rows and README's
+# commands, and last the mutants: each numeric check above must fail on sabotaged code.
+
+SCRIPTS = {"train.py": train.main, "rl.py": rl.main}
+
+def refused_line(line, more, capsys):
+    """Run a command line as one types it, with more arguments -> its refusal's line."""
+    script, *argv = shlex.split(line)
+    return refused(SCRIPTS[script], [*argv, *more], capsys)
+
+@refusals(
+    ("train.py --data no/such", "no/such"),
+    ("train.py --data empty.txt", "empty.txt"),
+    ("train.py --preset huge", "huge"),
+    ("train.py --preset m2", "dry-run"),
+    ("train.py --vocab-size 100", "100"),
+    ("train.py --seq-len 1000000", "1000000"),
+    ("train.py --seq-len 100", "100"),
+    ("train.py --attn swa", "swa"),
+    ("train.py --steps 0", "0"),
+    ("train.py --steps x", "x"),
+    ("train.py --seed -1", "-1"),
+    ("train.py --lr inf", "inf"),
+    ("train.py --resume --out none", "none"),
+    ("train.py --device cpux", "cpux"),
+    ("train.py --minutes nan", "nan"),
+    ("train.py --bias-rate nan", "nan"),
+    ("rl.py --task chess", "chess"),
+    ("rl.py --groups 50", "50"),
+    ("rl.py --window 0", "0"),
+    ("rl.py --lr nan", "nan"),
+    ("rl.py --resume --out none", "none"),
+    ("rl.py --serve 70000", "70000"),
+    ("rl.py --device cpux", "cpux"),
+    ("rl.py --steps x", "x"))
+def test_bad_input_is_refused_in_one_line(tmp_path, monkeypatch, capsys, line, word):
+    """Missing and empty data, unknown names, wrong sizes: exit 2, the value named."""
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").touch()
+    assert word in refused_line(line, [], capsys)
+
+@refusals(
+    ("--out .", "ckpt.pt"),
+    ("--temperature -1", "-1"),
+    ("--speculate 2", "--speculate"),
+    (f"--prompt '{3000 * 'x '}'", "context"),
+    ("--hf .", "config.json"),
+    ("--top-p 0", "0"),
+    ("--temperature inf", "inf"))
+def test_sample_refuses_bad_input(trained, tmp_path, monkeypatch, capsys, line, word):
+    """Folders without a model, settings out of their range, a prompt too long, later features: the value is named."""
+    monkeypatch.chdir(tmp_path)
+    assert word in refused(sample.main, sample_args(trained[0], *shlex.split(line)), capsys)
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("main", [train.main, sample.main, rl.main])
+def test_a_gpu_that_is_absent_is_refused(main, tmp_path, capsys):
+    """--device cuda without a GPU is refused by that name."""
+    assert "cuda" in refused(main, ["--device", "cuda", "--out", tmp_path], capsys)
+
+def test_rl_resumes_no_run_of_train(trained, capsys):
+    """A checkpoint of train.py is named as such."""
+    assert "train.py" in refused(rl.main, ["--resume", "--out", trained[0]], capsys)
 
 @pytest.mark.parametrize("name", ["meta", "", "CPU", "cpu:1", "cuda:-1", "cuda:99", "mps", "xla", "cuda:\u0663"])
 def test_devices_that_cannot_run_are_refused(name, corpus, tmp_path, capsys):
     """Only a device that this code runs on, and that is there, gets past the command line: else one line names it."""
     if name == "mps" and torch.backends.mps.is_available():
         pytest.skip("this machine has one")
-    line = refused(train.main, ["--device", name, "--data", corpus, "--steps", 1, "--out", tmp_path / "run"], capsys)
+    out = tmp_path / "run"
+    line = refused(train.main, ["--device", name, "--data", corpus, "--steps", 1, "--out", out], capsys)
     assert "--device" in line
     assert name in line
     assert len(line) < 200
-    assert not (tmp_path / "run").exists()
+    assert not out.exists()
 
-def test_too_large_a_run_is_refused(tmp_path, monkeypatch, capsys):
+@refusals(
+    ("train.py --preset small", "--batch-size"),
+    ("rl.py --preset small", "micro"),
+    ("train.py --preset tiny", "went on"),
+    ("rl.py", "went on"),
+    ("train.py --batch-size 64", "--accumulate"),
+    ("train.py --batch-size 64 --accumulate 16", "went on"))
+def test_too_large_a_run_is_refused(tmp_path, monkeypatch, capsys, line, word):
     """What memory cannot hold is refused before it is allocated, by train.py and rl.py; what may fit goes on."""
-    def went_on(*args): raise OSError("went on")
+    def went_on(*args):
+        raise OSError("went on")
+
     monkeypatch.setattr(train, "prepare", went_on)
     monkeypatch.setattr(rl, "load_model", went_on)
     monkeypatch.setattr(rl, "Local", went_on)
-    monkeypatch.setattr(sample, "free_memory", lambda device: 0.6e9, raising=False)
-    cpu = ["--device", "cpu", "--out", tmp_path]
-    for script, argv, word in ((train, ["--preset", "small"], "--batch-size"), (rl, ["--preset", "small"], "micro"),
-                               (train, ["--preset", "tiny"], "went on"), (rl, [], "went on"),
-                               (train, ["--batch-size", 64], "--accumulate"),
-                               (train, ["--batch-size", 64, "--accumulate", 16], "went on")):
-        assert word in refused(script.main, [*argv, *cpu], capsys), (script, argv)
+    monkeypatch.setattr(sample, "free_memory", lambda device: 0.6e9)
+    assert word in refused_line(line, ["--device", "cpu", "--out", tmp_path], capsys)
 
-    estimate = train.step_bytes(MiniMaxConfig.tiny(), 4, 256, torch.device("cpu"))
-    assert 0.25e9 < estimate < 0.45e9, "measured: 0.32 to 0.37 GB"
-    estimate = train.step_bytes(MiniMaxConfig.tiny(), 16, 1024, torch.device("cpu"))
-    assert 2.0e9 < estimate < 4.0e9, "measured: 2.8 to 3.0 GB"
+def test_a_steps_memory_is_estimated():
+    """The estimate for tiny on a CPU lies around what its processes were measured to take."""
+    def estimate(batch_size, seq_len):
+        return train.step_bytes(MiniMaxConfig.tiny(), batch_size, seq_len, torch.device("cpu"))
 
-@pytest.mark.parametrize("kind,names", [("", ("memory.max", "memory.current", "inactive_file")),
-                                        ("memory", ("memory.limit_in_bytes", "memory.usage_in_bytes",
-                                                    "total_inactive_file"))])
-def test_control_groups_limit_memory(kind, names, tmp_path):
+    assert 0.25e9 < estimate(4, 256) < 0.45e9, "measured: 0.32 to 0.37 GB"
+    assert 2.0e9 < estimate(16, 1024) < 4.0e9, "measured: 2.8 to 3.0 GB"
+
+@pytest.mark.parametrize("kind, limit, used, cache", [
+    ("", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")], ids=["v2", "v1"])
+def test_control_groups_limit_memory(kind, limit, used, cache, tmp_path):
     """The tightest limit of the process's group and of those above it counts, in both versions of control groups."""
     own = tmp_path / "own"
     own.write_text(f"4:{kind}:/a/b\n3:cpu:/c\n")
-    (tmp_path / kind / "a" / "b").mkdir(parents=True)
+    upper = tmp_path / kind / "a"
+    lower = upper / "b"
+    lower.mkdir(parents=True)
     assert sample.cgroup_room(tmp_path, own) == math.inf
-    for folder, numbers in (("a", (5000, 3000, 500)), ("a/b", (10 ** 9, 2000, 100))):
-        limit, used, cache = (tmp_path / kind / folder / name for name in (*names[:2], "memory.stat"))
-        limit.write_text(f"{numbers[0]}\n")
-        used.write_text(f"{numbers[1]}\n")
-        cache.write_text(f"anon 7\n{names[2]} {numbers[2]}\n")
+
+    def write_group(folder, limit_bytes, used_bytes, cache_bytes):
+        (folder / limit).write_text(f"{limit_bytes}\n")
+        (folder / used).write_text(f"{used_bytes}\n")
+        (folder / "memory.stat").write_text(f"anon 7\n{cache} {cache_bytes}\n")
+
+    write_group(upper, 5000, 3000, 500)  # 2,500 are left: what the page cache holds can be freed
+    write_group(lower, 10 ** 9, 2000, 100)
     assert sample.cgroup_room(tmp_path, own) == 2500
     assert sample.cgroup_room(tmp_path, tmp_path / "none") == math.inf
 
-def test_damaged_checkpoints_are_refused(trained, tmp_path, capsys, monkeypatch):
-    """Half a file, another version, a foreign object, a full disk: exit 2, and the file stays as it was."""
-    whole, state = (trained[0] / "ckpt.pt").read_bytes(), sample.load_checkpoint(str(trained[0]))
-    for write in (lambda f: f.write(whole[:len(whole) // 2]), lambda f: None, lambda f: torch.save([1, 2], f),
-                  lambda f: torch.save({k: v for k, v in state.items() if k != "now"}, f),
-                  lambda f: torch.save({**state, "config": {**state["config"], "new": 1}}, f),
-                  lambda f: torch.save({**state, "version": 99}, f)):
-        with open(tmp_path / "ckpt.pt", "wb") as f: write(f)
-        before = (tmp_path / "ckpt.pt").read_bytes()
-        assert "checkpoint" in refused(sample.main, ["--out", tmp_path], capsys)
-        for script in (train, rl): assert "checkpoint" in refused(script.main, ["--resume", "--out", tmp_path], capsys)
-        assert (tmp_path / "ckpt.pt").read_bytes() == before
-    (tmp_path / "ckpt.pt").write_bytes(whole)
-    def full(fd): raise OSError(28, "No space left on device")
-    monkeypatch.setattr(os, "fsync", full)
-    assert "No space left" in refused(train.main, resume(tmp_path, "--steps", 14), capsys)
-    assert os.listdir(tmp_path) == ["ckpt.pt"] and (tmp_path / "ckpt.pt").read_bytes() == whole
+def check_refused(main, argv, folder, capsys):
+    """The refusal speaks of the checkpoint, and leaves every file of the folder as it was."""
+    before = files(folder)
+    assert "checkpoint" in refused(main, argv, capsys)
+    assert files(folder) == before
 
-def deep(x):
-    """A copy whose dicts and lists may be changed; tensors are shared."""
-    if isinstance(x, dict): return {key: deep(value) for key, value in x.items()}
-    return [*map(deep, x)] if isinstance(x, list) else x
+def check_all_refuse(folder, capsys):
+    check_refused(sample.main, ["--out", folder], folder, capsys)
+    check_refused(train.main, ["--resume", "--out", folder], folder, capsys)
+    check_refused(rl.main, ["--resume", "--out", folder], folder, capsys)
 
-def first_moment(state, i):
-    return next(iter(state["optimizers"][i]["state"].values()))
+def copy_checkpoint(run, folder):
+    return Path(shutil.copy(run / "ckpt.pt", folder))
 
-def reshaped(state, i, name, shape):
-    first_moment(state, i)[name] = torch.zeros(shape)
+def tamper(run, folder, change):
+    """Write the run's checkpoint, changed by change(state), into the folder."""
+    state = sample.load_checkpoint(str(run))
+    change(state)
+    torch.save(state, folder / "ckpt.pt")
+
+def set_field(part, name, value):
+    """A change to a checkpoint: one field of one of its parts gets another value."""
+    return lambda state: state[part].update({name: value})
+
+def cut_in_half(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+DAMAGED = {  # what is wrong -> the change to the file
+    "half a file": cut_in_half,
+    "an empty file": lambda path: os.truncate(path, 0),
+    "a list": lambda path: torch.save([1, 2], path)}
+
+@pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
+def test_damaged_checkpoints_are_refused(trained, tmp_path, capsys, damage):
+    """Half a file, nothing, a foreign object: each script refuses it with exit 2, and the file stays as it was."""
+    damage(copy_checkpoint(trained[0], tmp_path))
+    check_all_refuse(tmp_path, capsys)
+
+FOREIGN = {  # what is wrong -> the change to the checkpoint's dict, as in the tables below
+    "another version": lambda state: state.update(version=99),
+    "a part is missing": lambda state: state.pop("now"),
+    "a field of a later model": set_field("config", "new", 1)}
+
+@pytest.mark.parametrize("change", FOREIGN.values(), ids=FOREIGN)
+def test_foreign_checkpoints_are_refused(trained, tmp_path, capsys, change):
+    """Another version, a part or a field that this code does not know: each script refuses it."""
+    tamper(trained[0], tmp_path, change)
+    check_all_refuse(tmp_path, capsys)
+
+def drop_last_token(state):
+    tokenizer = state["tokenizer"]
+    ranks = tokenizer["ranks"][:-1]
+    tokenizer.update(ranks=ranks, special={sample.EOT: len(ranks)})
+
+def name_a_token_twice(state):
+    state["tokenizer"]["ranks"][3] = b"a"
 
 BIG = "layers.1.mlp.w13"
-TAMPERED = {  # what is wrong -> the change, and the scripts that need the part
-    "a tokenizer of another size": (lambda s: s["tokenizer"].update(
-        ranks=s["tokenizer"]["ranks"][:-1], special={sample.EOT: len(s["tokenizer"]["ranks"]) - 1}), "both"),
-    "ranks are not bytes": (lambda s: s["tokenizer"].update(ranks=[*range(299)]), "both"),
-    "a token twice": (lambda s: s["tokenizer"]["ranks"].__setitem__(3, b"a"), "both"),
-    "a pattern of no language": (lambda s: s["tokenizer"].update(pattern="("), "both"),
-    "the special token first": (lambda s: s["tokenizer"].update(special={sample.EOT: 1}), "both"),
-    "a weight of integers": (lambda s: s["model"].update({BIG: s["model"][BIG].long()}), "both"),
-    "a weight in half precision": (lambda s: s["model"].update({BIG: s["model"][BIG].half()}), "both"),
-    "a weight that is a list": (lambda s: s["model"].update({BIG: [1.0]}), "both"),
-    "a weight that is nowhere": (lambda s: s["model"].update({BIG: s["model"][BIG].to("meta")}), "both"),
-    "weights too few": (lambda s: s["model"].pop(BIG), "both"),
-    "endless MTP modules": (lambda s: s["config"].update(n_mtp=10 ** 9), "both"),
-    "no selected blocks": (lambda s: s["config"].update(index_topk_blocks=0), "both"),
-    "blocks beyond all memory": (lambda s: s["config"].update(index_block_size=10 ** 9), "both"),
-    "no KV heads": (lambda s: s["config"].update(n_kv_head=0), "both"),
-    "a theta that is NaN": (lambda s: s["config"].update(rope_theta=math.nan), "both"),
-    "more experts than there are": (lambda s: s["config"].update(n_expert_per_tok=99), "both"),
-    "model is a list": (lambda s: s.update(model=[]), "both"),
-    "config is None": (lambda s: s.update(config=None), "both"),
-    "step is text": (lambda s: s["now"].update(step="12"), "both"),
-    "no optimizers": (lambda s: s.update(optimizers=[]), "train"),
-    "optimizers without a state": (lambda s: s["optimizers"][0].update(state={}), "train"),
-    "a momentum of another shape": (lambda s: reshaped(s, 0, "momentum", (3, 3)), "train"),
-    "a moment that is lost": (lambda s: first_moment(s, 1).pop("exp_avg"), "train"),
-    "groups of another optimizer": (lambda s: s["optimizers"].reverse(), "train"),
-    "betas that are text": (lambda s: s["optimizers"][1]["param_groups"][0].update(betas="x"), "train"),
-    "now without seconds": (lambda s: s["now"].pop("seconds"), "train"),
-    "seconds that are NaN": (lambda s: s["now"].update(seconds=math.nan), "train"),
-    "bpb below 0": (lambda s: s["now"].update(bpb=-1.0), "train"),
-    "args of somebody else": (lambda s: s["args"].update(colour="red"), "train"),
-    "a batch of text": (lambda s: s["args"].update(batch_size=[2]), "train"),
-    "stages without a first": (lambda s: s["args"].update(stages=((0.5, 1),)), "train"),
-    "MTP never": (lambda s: s["args"].update(mtp_every=0), "train"),
-    "no rate": (lambda s: s["args"].pop("lr"), "train"),
-    "no batch size": (lambda s: s["args"].update(batch_size=None), "train"),
-    "a switch of AdamW's": (lambda s: s["optimizers"][1]["param_groups"][1].update(amsgrad=True), "train"),
-    "climbing, not descending": (lambda s: s["optimizers"][1]["param_groups"][0].update(maximize=True), "train"),
-    "stacks of three matrices": (lambda s: s["optimizers"][0]["param_groups"][1].update(stack=3), "train"),
-    "threads that are text": (lambda s: s["now"].update(threads="two"), "train"),
-    "threads below 0": (lambda s: s["now"].update(threads=-1), "train"),
-    "args of another model": (lambda s: s["args"].update(attn="full"), "train")}
-@pytest.mark.parametrize("what", TAMPERED)
-def test_tampered_checkpoints_are_refused(trained, tmp_path, capsys, what):
+
+def replace_weight(replacement):
+    """A change to a checkpoint: one weight becomes replacement(weight)."""
+    return lambda state: state["model"].update({BIG: replacement(state["model"][BIG])})
+
+TAMPERED_MODEL = {  # parts that every script reads
+    "a tokenizer of another size": drop_last_token,
+    "ranks are not bytes": set_field("tokenizer", "ranks", [*range(299)]),
+    "a token twice": name_a_token_twice,
+    "a pattern of no language": set_field("tokenizer", "pattern", "("),
+    "the special token first": set_field("tokenizer", "special", {sample.EOT: 1}),
+    "a weight of integers": replace_weight(torch.Tensor.long),
+    "a weight in half precision": replace_weight(torch.Tensor.half),
+    "a weight that is a list": replace_weight(lambda weight: [1.0]),
+    "a weight that is nowhere": replace_weight(lambda weight: weight.to("meta")),
+    "weights too few": lambda state: state["model"].pop(BIG),
+    "endless MTP modules": set_field("config", "n_mtp", 10 ** 9),
+    "no selected blocks": set_field("config", "index_topk_blocks", 0),
+    "blocks beyond all memory": set_field("config", "index_block_size", 10 ** 9),
+    "no KV heads": set_field("config", "n_kv_head", 0),
+    "a theta that is NaN": set_field("config", "rope_theta", math.nan),
+    "more experts than there are": set_field("config", "n_expert_per_tok", 99),
+    "model is a list": lambda state: state.update(model=[]),
+    "config is None": lambda state: state.update(config=None),
+    "step is text": set_field("now", "step", "12")}
+
+def set_option(optimizer, group, name, value):
+    """A change to a checkpoint: one option of one of an optimizer's groups gets another value."""
+    return lambda state: state["optimizers"][optimizer]["param_groups"][group].update({name: value})
+
+def first_moments(state, optimizer):
+    """What an optimizer keeps of its first weight."""
+    return next(iter(state["optimizers"][optimizer]["state"].values()))
+
+TAMPERED_TRAINING = {  # parts that only training reads; optimizer 0 is Muon, 1 is AdamW
+    "no optimizers": lambda state: state.update(optimizers=[]),
+    "optimizers without a state": lambda state: state["optimizers"][0].update(state={}),
+    "a momentum of another shape": lambda state: first_moments(state, 0).update(momentum=torch.zeros(3, 3)),
+    "a moment that is lost": lambda state: first_moments(state, 1).pop("exp_avg"),
+    "groups of another optimizer": lambda state: state["optimizers"].reverse(),
+    "betas that are text": set_option(1, 0, "betas", "x"),
+    "a switch of AdamW's": set_option(1, 1, "amsgrad", True),
+    "climbing, not descending": set_option(1, 0, "maximize", True),
+    "stacks of three matrices": set_option(0, 1, "stack", 3),
+    "now without seconds": lambda state: state["now"].pop("seconds"),
+    "seconds that are NaN": set_field("now", "seconds", math.nan),
+    "bpb below 0": set_field("now", "bpb", -1.0),
+    "threads that are text": set_field("now", "threads", "two"),
+    "threads below 0": set_field("now", "threads", -1),
+    "args of somebody else": set_field("args", "colour", "red"),
+    "a batch of text": set_field("args", "batch_size", [2]),
+    "no batch size": set_field("args", "batch_size", None),
+    "stages without a first": set_field("args", "stages", ((0.5, 1),)),
+    "MTP never": set_field("args", "mtp_every", 0),
+    "no rate": lambda state: state["args"].pop("lr"),
+    "args of another model": set_field("args", "attn", "full")}
+
+TAMPERED = {**TAMPERED_MODEL, **TAMPERED_TRAINING}
+
+@pytest.mark.parametrize("change", TAMPERED.values(), ids=TAMPERED)
+def test_tampered_checkpoints_are_refused(trained, tmp_path, capsys, change):
     """Any part missing, of another type, shape, dtype or model: one line, exit 2, the file as it was."""
-    change, readers = TAMPERED[what]
-    state = deep(sample.load_checkpoint(str(trained[0])))
-    change(state)
-    torch.save(state, tmp_path / "ckpt.pt")
-    before = files(tmp_path)
-    assert "checkpoint" in refused(train.main, resume(tmp_path, "--steps", 13), capsys)
-    if readers == "both":
-        assert "checkpoint" in refused(sample.main, ["--device", "cpu", "--out", tmp_path], capsys)
-    assert files(tmp_path) == before
+    tamper(trained[0], tmp_path, change)
+    check_refused(train.main, resume(tmp_path, "--steps", 13), tmp_path, capsys)
+
+@pytest.mark.parametrize("change", TAMPERED_MODEL.values(), ids=TAMPERED_MODEL)
+def test_sample_refuses_tampered_checkpoints(trained, tmp_path, capsys, change):
+    """What is wrong with the model or its tokenizer, sample.py refuses as well."""
+    tamper(trained[0], tmp_path, change)
+    check_refused(sample.main, sample_args(tmp_path), tmp_path, capsys)
 
 def test_nan_weights_are_refused(trained, tmp_path, capsys):
     """Neither sampled from nor trained on, and named."""
-    state = deep(sample.load_checkpoint(str(trained[0])))
-    state["model"][BIG] = torch.full_like(state["model"][BIG], math.nan)
-    torch.save(state, tmp_path / "ckpt.pt")
-    assert f"{BIG} is not finite" in refused(sample.main, ["--device", "cpu", "--out", tmp_path], capsys)
+    tamper(trained[0], tmp_path, replace_weight(lambda weight: torch.full_like(weight, math.nan)))
+    assert f"{BIG} is not finite" in refused(sample.main, sample_args(tmp_path), capsys)
     assert f"{BIG} is not finite" in refused(train.main, resume(tmp_path, "--steps", 13), capsys, code=1)
 
 @pytest.fixture(scope="session")
@@ -3597,42 +3696,57 @@ def agents(tmp_path_factory):
     quiet(rl.main, rl_args(out, "--steps", "1"))
     return out
 
-def turn(state):
-    return next(t for group in state["pool"].values() for t in group if t["samples"])["samples"][0]
+def first_turn(state):
+    """The first turn that the pool's trajectories recorded."""
+    trajectories = [trajectory for group in state["pool"].values() for trajectory in group]
+    turns = [turn for trajectory in trajectories for turn in trajectory["samples"]]
+    return turns[0]
 
-RL_TAMPERED = {
-    "no queue": lambda s: s["queue"].pop("born"), "a queue with more in it": lambda s: s["queue"].update(take=1),
-    "a clock of text": lambda s: s.update(clock="x"), "an empty pool": lambda s: s.update(pool={}),
-    "groups without a name": lambda s: s["queue"].update(due={"x": 1.0}),
-    "tokens beyond the model": lambda s: turn(s)["ids"].fill_(9999),
-    "fewer log-probs than tokens": lambda s: turn(s).update(logprobs=torch.zeros(99)),
-    "a turn that never began": lambda s: turn(s).update(start=None),
-    "now without a curve": lambda s: s["now"].pop("curve"), "a curve of text": lambda s: s["now"].update(curve=["x"]),
-    "threads that are a tensor": lambda s: s["now"].update(threads=torch.zeros(3)),
-    "slots of text": lambda s: s["args"].update(slots="x"), "a rate of text": lambda s: s["args"].update(lr="x"),
-    "no optimizers": lambda s: s.update(optimizers=[])}
-@pytest.mark.parametrize("what", RL_TAMPERED)
-def test_tampered_agents_are_refused(agents, tmp_path, capsys, what):
+TAMPERED_AGENTS = {
+    "no queue": lambda state: state["queue"].pop("born"),
+    "a queue with more in it": set_field("queue", "take", 1),
+    "a clock of text": lambda state: state.update(clock="x"),
+    "an empty pool": lambda state: state.update(pool={}),
+    "groups without a name": set_field("queue", "due", {"x": 1.0}),
+    "tokens beyond the model": lambda state: first_turn(state)["ids"].fill_(9999),
+    "fewer log-probs than tokens": lambda state: first_turn(state).update(logprobs=torch.zeros(99)),
+    "a turn that never began": lambda state: first_turn(state).update(start=None),
+    "now without a curve": lambda state: state["now"].pop("curve"),
+    "a curve of text": set_field("now", "curve", ["x"]),
+    "threads that are a tensor": set_field("now", "threads", torch.zeros(3)),
+    "slots of text": set_field("args", "slots", "x"),
+    "a rate of text": set_field("args", "lr", "x"),
+    "no optimizers": lambda state: state.update(optimizers=[])}
+
+@pytest.mark.parametrize("change", TAMPERED_AGENTS.values(), ids=TAMPERED_AGENTS)
+def test_tampered_agents_are_refused(agents, tmp_path, capsys, change):
     """The queue, the pool, the clock or the record of a run, changed by hand: one line, exit 2, the file as it was."""
-    state = deep(sample.load_checkpoint(str(agents)))
-    RL_TAMPERED[what](state)
-    torch.save(state, tmp_path / "ckpt.pt")
-    before = files(tmp_path)
-    assert "checkpoint" in refused(rl.main, resume(tmp_path, "--steps", "2"), capsys)
-    assert files(tmp_path) == before
+    tamper(agents, tmp_path, change)
+    check_refused(rl.main, resume(tmp_path, "--steps", "2"), tmp_path, capsys)
+
+def test_full_disk_keeps_the_old_checkpoint(trained, tmp_path, capsys, monkeypatch):
+    """No space left: exit 2 with the reason, the old checkpoint whole, no half file beside it."""
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    whole = copy_checkpoint(trained[0], tmp_path).read_bytes()
+    monkeypatch.setattr(os, "fsync", full)
+    assert "No space left" in refused(train.main, resume(tmp_path, "--steps", 14), capsys)
+    assert files(tmp_path) == {"ckpt.pt": whole}
 
 def test_a_full_disk_is_named(trained, tmp_path, capsys):
     """When no more can be written, the line names the file and how much was written, and nothing is left behind."""
     resource = pytest.importorskip("resource")
-    whole = (trained[0] / "ckpt.pt").read_bytes()
-    (tmp_path / "ckpt.pt").write_bytes(whole)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    whole = copy_checkpoint(trained[0], tmp_path).read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
         line = refused(train.main, resume(tmp_path, "--steps", 13), capsys)
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "ckpt.pt" in line and "MB were written" in line and "untouched" in line
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "ckpt.pt" in line
+    assert "MB were written" in line
+    assert "untouched" in line
     assert "inline_container" not in line  # torch's own words
     assert files(tmp_path) == {"ckpt.pt": whole}
 
@@ -3844,32 +3958,45 @@ def test_bench_names_what_runs(monkeypatch):
     assert "its interpreter" in bench.impl_names(True, "decode")[0] or torch.cuda.is_available()
     assert "cuDNN" in bench.impl_names(True, "prefill")[0]
 
-def test_readme_commands_exist():
+@pytest.mark.parametrize("script", [train, sample, bench, rl])
+def test_readme_commands_exist(script):
     """Every flag of every python command in README is one that the script's --help knows."""
-    commands = re.findall(r"python (\w+)\.py([^\n`#|]*)", (HERE / "README.md").read_text(encoding="utf-8"))
-    for script in (train, sample, bench, rl):
-        with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out: script.main(["--help"])
-        mine = [rest for name, rest in commands if name == script.__name__]
-        assert mine and all(f in out.getvalue() for f in re.findall(r"--[\w-]+", " ".join(mine))), script
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(rf"python {script.__name__}\.py([^\n`#|]*)", readme)
+    assert commands
+
+    with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out:
+        script.main(["--help"])
+    for flag in re.findall(r"--[\w-]+", " ".join(commands)):
+        assert flag in out.getvalue()
+
 def test_walk(trained, capsys):
     """One prompt through the five files: text, tokens, batch, forward, loss, gradient, checkpoint, text."""
     model, tok = sample.load_model(sample.load_checkpoint(str(trained[0])))
     ids = tok.encode("def f(x):\n    return x + 1\n" * 12)
     batch = train.Tokens([("a", tok.decode(ids))], tok, 16, 64).rows([0], 64)
-    first, (_, loss, aux) = batch["targets"][0, 0].item(), model.train()(**batch)
+    first = batch["targets"][0, 0].item()
+    assert first == ids[0]
+
+    _, loss, aux = model.train()(**batch)
     loss.backward()
     gate = model.moe_layers()[0].router.weight.grad.norm().item()
+    assert gate > 0
+
+    blocks = aux["block_idx"][0, 0, -1, 0].tolist()
+    experts = aux["experts"][0, 0, -1].tolist()
     tokens, _ = greedy(model.eval(), [ids[:20]], 8)
     text = tok.decode(tokens[:, 0].tolist())
-    assert first == ids[0] and gate > 0
-    with capsys.disabled(): print(f"""
+    with capsys.disabled():
+        print(f"""
 1. sample.Tokenizer    {len(ids)} tokens, {ids[:4]} ...
 2. train.Tokens.rows   idx {tuple(batch['idx'].shape)}, first target {first}
 3. model.MiniMax       loss {loss.item():.3f} = {loss.item() / math.log(2):.2f} bits a token
-4. msa.msa_attention   the last token read blocks {aux['block_idx'][0, 0, -1, 0].tolist()} of 8
-5. moe.MoE             it went to experts {aux['experts'][0, 0, -1].tolist()}
+4. msa.msa_attention   the last token read blocks {blocks} of 8
+5. moe.MoE             it went to experts {experts}
 6. backward            the gate's gradient has norm {gate:.4f}
 7. sample.generate     {text!r}""")
+
 HERE_MODULE = sys.modules[__name__]
 def on(test, *args): return lambda: test(*args)
 def gate_of_1_7021(h, activation, weight=None, impl="auto", real=moe.gated):

@@ -1012,7 +1012,7 @@ def prefill_order(order):
 def training_launches(run, queries):
     """Training's tasks have at most `run` queries of a block, and its launches so many queries."""
     def chunks(q, *args, real=msa._chunks):
-        return real(q, *args, run, queries * q.size(2))
+        return real(q, *args, run=run, most=queries * q.size(2))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(msa, "_chunks", chunks)

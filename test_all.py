@@ -4375,6 +4375,10 @@ def bias_falls_where_load_is_low(real, bias, load, rate):
     """Balancing has the wrong sign."""
     real(bias, load, -rate)
 
+def silu_for_m3(real, h, activation, weight=None, impl="auto"):
+    """M3's activation is M2's."""
+    return real(h, "swiglu", weight, impl)
+
 def gate_of_1_7021(real, h, activation, weight=None, impl="auto"):
     """The gate's kernel has 1.7021 for 1.702: its gates grow by as much, and what passes shrinks."""
     more = 1.7021 / 1.702 if impl == "triton" else 1.0
@@ -4384,6 +4388,10 @@ def gate_of_1_7021(real, h, activation, weight=None, impl="auto"):
 def experts_unweighted(real, x, w13, w2, weights, idx, activation):
     """Sorted experts are added up without their weights."""
     return real(x, w13, w2, torch.ones_like(weights), idx, activation)
+
+def embedding_scaled(real, embed, idx):
+    """The embedding is a tenth too small."""
+    return real(embed, idx) * 0.9
 
 def rope_on_every_channel(real, x, rope):
     """Rotation does not stop at rotary_dim."""
@@ -4506,8 +4514,10 @@ MUTANTS = [
     *mutant(moe, "route", weights_from_biased_scores, caught_by=[test_bias_moves_choice_never_weight]),
     *mutant(moe, "_terms", gate_of_one_term, caught_by=[test_wide_gate_is_fp32]),
     *mutant(moe, "update_bias", bias_falls_where_load_is_low, caught_by=[test_bias_update_balances]),
+    *mutant(moe, "gated", silu_for_m3, caught_by=[test_swiglu_oai_clamps]),
     *mutant(moe, "gated", gate_of_1_7021, caught_by=[on(test_gate_kernels_equal_fp64, "swiglu_oai")]),
     *mutant(moe, "experts_grouped", experts_unweighted, caught_by=[on(test_loop_equals_grouped, "swiglu")]),
+    *mutant(torch.nn.Embedding, "forward", embedding_scaled, caught_by=[on(test_parity_with_transformers, "m2")]),
     *mutant(HERE_MODULE, "apply_rope", rope_on_every_channel, caught_by=[test_rope_is_relative_and_partial]),
     *mutant(KVCache, "advance", free_slot_after_every_call, caught_by=[
         on(test_cached_equals_full, [5, 1, 7, 3, 16, 11], dict())]),

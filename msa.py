@@ -35,7 +35,9 @@ Certified int8 decode is ours: the paper's choice exactly, from half the bytes.
 from __future__ import annotations
 
 import functools
+import math
 import warnings
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -48,16 +50,18 @@ try:
 except ImportError:  # no Triton on macOS: the torch half is complete
     triton = tl = None
 
-QUERY_OUTER = 512  # queries a sequence up to which one program a query beats sorting them by block
 PROGRAMS = 264     # full attention's decode splits its keys into this many programs: two a multiprocessor of an H100
-LEAST = triton and tl.constexpr(torch.finfo(torch.float32).min)  # every score is above it, or is -inf: no key
 GAMMA = 2.0 ** -16  # rounding of a score of D = 128 products, relative to |q| |k|
 jit = triton.jit if triton else lambda kernel: kernel
+constexpr = tl.constexpr if triton else lambda value: value  # a kernel reads no other global
 _compiled = functools.cache(torch.compile)
 
 def chunk(device):
     """Elements of the largest temporary: index branch and MSA take queries in chunks and never hold a T x T matrix."""
     return 1 << 24 if device.type == "cpu" else 1 << 29
+
+def _power_of_2(n, least=1):
+    return max(least, triton.next_power_of_2(n))
 
 def _expect(what, got, want):
     if got != want:
@@ -435,232 +439,459 @@ def block_recall(qi, ki, q, k, S, L, end=None, n_query=256):
     counts = n_earlier > S
     return hits[counts].mean(), (held / best)[counts].mean(), ((S - 1) / n_earlier[counts]).mean()
 
-# ---- Triton: the index branch of a prefill -------------------------------------------------------
+# ==== B. Tile helpers =============================================================================
+#
+# A Triton kernel is one small program, started thousands of times; each instance works on tiles, small matrices that
+# fit into registers. What several kernels do to a tile is written here once, as functions that Triton inlines.
+#
+# The softmax is computed online (Milakov and Gimelshein, arXiv 1805.02867): a program holds, for each query, the
+# maximum of the scores so far, the sum of p = 2^(score - maximum), and the sum of p * value. Scores are in units of
+# log 2, because the hardware has exp2 and not exp: SCALE = LOG2E / sqrt(D). Two such results over different keys can
+# be merged, which is how blocks that different programs read become one softmax. A query without any visible key keeps
+# the maximum LEAST and the sum 0, and its output is 0.
+#
+# A ranking needs one number for (score, block): _key packs both into an int64 whose order is the choice's order.
+
+NOTHING = constexpr(float("-inf"))         # the score of a key that is not seen
+LEAST = constexpr(torch.finfo(torch.float32).min)  # every score is above it, or is NOTHING
+TINY = constexpr(1e-30)                    # divides in place of an empty sum, and is far below any other
+LOG2E = constexpr(math.log2(math.e))
+LN2 = constexpr(math.log(2))
+
+@jit
+def _visible(seen, i, end, base, j, held):
+    """What is seen, less the keys that end before query i. end[base + j] is read where held; end may be None."""
+    if end is not None:
+        seen = seen & (i < tl.load(end + base + j, mask=held, other=0))
+    return seen
+
+@jit
+def _scores(query, key, SCALE: tl.constexpr):
+    """query [rows, D], key [keys, D] -> scores [rows, keys] in units of log 2."""
+    return tl.dot(query, key.T, input_precision="ieee") * SCALE
+
+@jit
+def _softmax_tile(score, seen, peak):
+    """score [rows, keys]; seen [rows, keys], [keys] or None; peak [rows], the maximum so far
+    -> p = 2^(score - maximum) [rows, keys], the new maximum [rows]."""
+    if seen is not None:
+        score = tl.where(seen, score, NOTHING)
+    peak = tl.maximum(peak, tl.max(score, 1))
+    return tl.exp2(score - peak[:, None]), peak
+
+@jit
+def _weigh(p, value):
+    """p [rows, keys], value [keys, D] -> sum of p * value [rows, D]. Loops load value just before this line: a tile
+    that waits through the softmax costs 70 registers a thread, or as much shared memory."""
+    return tl.dot(p.to(value.dtype), value, input_precision="ieee")
+
+@jit
+def _merge(acc, total, peak, part, weight):
+    """Add a normalised part [rows, …], of log2-sum-exp weight [rows], to the sums acc [rows, …] and total [rows]."""
+    new = tl.maximum(peak, weight)
+    old = tl.exp2(peak - new)
+    weight = tl.exp2(weight - new)
+    acc = acc * tl.expand_dims(old, -1) + part.to(tl.float32) * tl.expand_dims(weight, -1)
+    return acc, total * old + weight, new
+
+@jit
+def _mean(acc, total):
+    """The softmax's output [rows, …]; 0 for a row without a key."""
+    return acc / tl.expand_dims(tl.maximum(total, TINY), -1)
+
+@jit
+def _log2_sum(peak, total):
+    """The log2-sum-exp that gradients need; 0 for a row without a key, whose p are 0 by their mask."""
+    return tl.where(total == 0, 0.0, peak + tl.log2(total))
 
 @jit
 def _ranked(score):
     """A score that is NaN ranks as -inf does: not at all. Maxima pass over NaN: it is left where nothing else was."""
-    return tl.where(score == score, score, float("-inf"))
+    return tl.where(score == score, score, NOTHING)
 
 @jit
 def _key(score, block):
     """int64 that orders as (score, lowest block first): the float's bits made monotonic, then the inverted id."""
     bits = score.to(tl.int32, bitcast=True)
-    return (tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64) << 32) | (0x7FFFFFFF - block).to(tl.int64)
+    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - block).to(tl.int64)
 
 @jit
 def _block_of(key):
     """Block id of a key; -1 where its score is -inf, whose bits make -0x7F800001."""
-    return tl.where((key >> 32) > -0x7F800001, 0x7FFFFFFF - (key & 0x7FFFFFFF), -1).to(tl.int32)
+    block = 0x7FFFFFFF - (key & 0x7FFFFFFF)
+    return tl.where((key >> 32) > -0x7F800001, block, -1).to(tl.int32)
+
+# ==== C. Prefill ==================================================================================
+#
+# A prompt of T tokens, or a step of training. _select_triton chooses: each program of _index_kernel holds a tile of
+# index queries and walks over the blocks before them, with a running top S - 1 in registers, so that no score matrix
+# is ever written. _attend_triton then attends. Up to QUERY_OUTER tokens one program a query reads its S blocks. Beyond,
+# each block would be read by hundreds of queries, and the loop is turned around (the paper's KV-outer order):
+#     _plan              sorts the (query, slot) pairs, called edges, by block, and cuts them into tasks of up to 256
+#     _kv_outer_kernel   one task: K and V of its block are read once, for all its queries. Each edge's part of the
+#                        output is written, normalised, with its log2-sum-exp
+#     _combine_kernel    the query's own block, which needs no sorting, merged with the parts of its S - 1 others
+# The parts are S - 1 times as large as the output, so that long prompts run in launches of at most 16384 queries.
+
+QUERY_OUTER = 512  # queries a sequence up to which one program a query beats sorting them by block
 
 # One program = ROWS (query, index head) pairs of one sequence against every earlier block; the longest start first.
 @jit
-def _index_kernel(qi, keys, end, block_end, start, block_idx, T, cap, HKV: tl.constexpr, D: tl.constexpr,
-                  L: tl.constexpr, S: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr):
-    tile, b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
-    row, w, base = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, W), b.to(tl.int64) * T * HKV
+def _index_kernel(
+    qi,         # (B, T, HKV, DI)
+    keys,       # (B * capacity, DI), a descriptor of tiles [L, DI]
+    end,        # (B, capacity), or None
+    block_end,  # (B, capacity / L), the largest end in a block, or None
+    start,      # (B,), or None
+    block_idx,  # (B, T, HKV, S), written
+    T,
+    capacity,   # slots from one sequence of keys to the next
+    HKV: tl.constexpr,
+    DI: tl.constexpr,
+    L: tl.constexpr,
+    S: tl.constexpr,
+    TOP: tl.constexpr,   # S - 1, rounded up to a power of two
+    ROWS: tl.constexpr,
+):
+    # which rows: the last tile has the longest way
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    b = tl.program_id(1)
+    row = tile * ROWS + tl.arange(0, ROWS)
+    rank = tl.arange(0, TOP)
+    base = b.to(tl.int64) * T * HKV
     first = 0 if start is None else tl.load(start + b)
-    i, mine = first + row // HKV, row < T * HKV
-    q = tl.load(qi + (base + row)[:, None] * D + tl.arange(0, D), mask=mine[:, None], other=0.0)      # [ROWS, D]
-    n = (first + (tl.minimum((tile + 1) * ROWS, T * HKV) - 1) // HKV) // L                  # blocks before the last own
-    best = tl.full([ROWS, W], -0x7FFFFFFFFFFFFFFF, tl.int64)
-    for first_blk in range(0, n, W):  # a block before i's own lies wholly before i: no other causal mask is needed
-        new = tl.full([ROWS, W], float("-inf"), tl.float32)
-        for blk in range(first_blk, tl.minimum(first_blk + W, n)):
+    i = first + row // HKV
+    mine = row < T * HKV
+    query = tl.load(qi + (base + row)[:, None] * DI + tl.arange(0, DI), mask=mine[:, None], other=0.0)  # [ROWS, DI]
+    last_row = tl.minimum((tile + 1) * ROWS, T * HKV) - 1
+    n = (first + last_row // HKV) // L  # blocks before the last row's own
+
+    # TOP blocks at a time are scored, then merged into the best so far
+    best = tl.full([ROWS, TOP], -0x7FFFFFFFFFFFFFFF, tl.int64)
+    for first_blk in range(0, n, TOP):
+        new = tl.full([ROWS, TOP], NOTHING, tl.float32)
+        for blk in range(first_blk, tl.minimum(first_blk + TOP, n)):
             if end is None:
-                s = tl.dot(q, keys.load([b * cap + blk * L, 0]).T, input_precision="ieee")             # [ROWS, L]
+                s = tl.dot(query, keys.load([b * capacity + blk * L, 0]).T, input_precision="ieee")     # [ROWS, L]
                 score = tl.max(s, 1)
             else:
-                score = tl.full([ROWS], float("-inf"), tl.float32)
-                if tl.load(block_end + b * tl.cdiv(cap, L) + blk) > first + tile * ROWS // HKV:
-                    s = tl.dot(q, keys.load([b * cap + blk * L, 0]).T, input_precision="ieee")
-                    last = tl.load(end + b.to(tl.int64) * cap + blk * L + tl.arange(0, L))
-                    score = tl.max(tl.where(i[:, None] < last, s, float("-inf")), 1)
-            new = tl.where(w == blk - first_blk, tl.where(blk < i // L, score, float("-inf"))[:, None], new)
-        # of a descending and an ascending row the larger elements, place by place, are the top W, and bitonic
-        key = tl.sort(_key(_ranked(new), (first_blk + w)[None]), 1, False)
+                score = tl.full([ROWS], NOTHING, tl.float32)
+                if tl.load(block_end + b * tl.cdiv(capacity, L) + blk) > first + tile * ROWS // HKV:
+                    s = tl.dot(query, keys.load([b * capacity + blk * L, 0]).T, input_precision="ieee")
+                    last = tl.load(end + b.to(tl.int64) * capacity + blk * L + tl.arange(0, L))
+                    score = tl.max(tl.where(i[:, None] < last, s, NOTHING), 1)
+            # a block before i's own lies wholly before i: no other causal mask is needed
+            score = tl.where(blk < i // L, score, NOTHING)
+            new = tl.where(rank == blk - first_blk, score[:, None], new)
+        # of a descending and an ascending row the larger elements, place by place, are the top ones, and bitonic
+        key = tl.sort(_key(_ranked(new), (first_blk + rank)[None]), 1, False)
         best = tl.bitonic_merge(tl.maximum(best, key), 1, True)
+
+    # slot 0 is the own block, then come the best
     out = block_idx + (base + row)[:, None] * S
     tl.store(out + tl.zeros([1], tl.int32), (i // L)[:, None], mask=mine[:, None])
-    tl.store(out + 1 + w, _block_of(best), mask=mine[:, None] & (w < S - 1))
+    tl.store(out + 1 + rank, _block_of(best), mask=mine[:, None] & (rank < S - 1))
 
 def _select_triton(qi, ki, S, L, end, start):
-    (B, T, Hkv, D), (cap, end) = qi.shape, _lanes(end, ki=ki)
+    B, T, Hkv, Di = qi.shape
+    capacity, end = _lanes(end, ki=ki)
+    block_end = None if end is None else F.pad(end, (0, -capacity % L)).unflatten(1, (-1, L)).amax(2)
     block_idx = torch.empty(B, T, Hkv, S, dtype=torch.int32, device=qi.device)
-    block_end = None if end is None else F.pad(end, (0, -cap % L)).unflatten(1, (-1, L)).amax(2)
-    W, rows = max(2, triton.next_power_of_2(S - 1)), 128 if qi.is_cuda else 32
-    keys = TensorDescriptor.from_tensor(ki.as_strided(((B - 1) * cap + ki.size(1), D), (D, 1)), [L, D])
-    # 128 registers a thread let two programs share a multiprocessor: one selects while the other multiplies
-    _index_kernel[triton.cdiv(T * Hkv, rows), B](qi, keys, end, block_end, start, block_idx, T, cap, Hkv, D, L, S, W,
-                                                 rows, num_warps=8, num_stages=2, maxnreg=128)
+    flat = ki.as_strided(((B - 1) * capacity + ki.size(1), Di), (Di, 1))
+    rows = 128 if qi.is_cuda else 32
+    _index_kernel[triton.cdiv(T * Hkv, rows), B](
+        qi=qi, keys=TensorDescriptor.from_tensor(flat, [L, Di]), end=end, block_end=block_end, start=start,
+        block_idx=block_idx, T=T, capacity=capacity, HKV=Hkv, DI=Di, L=L, S=S, TOP=_power_of_2(S - 1, 2), ROWS=rows,
+        # 128 registers a thread let two programs share a multiprocessor: one selects while the other multiplies
+        num_warps=8, num_stages=2, maxnreg=128)
     return block_idx
-
-# ---- Triton: attention over the chosen blocks ----------------------------------------------------
 
 # One program = one query and one KV head: the G query heads that share its keys, block by block.
 @jit
-def _query_outer_kernel(q, k, v, end, start, block_idx, out, stat, T, cap, HKV: tl.constexpr, G: tl.constexpr,
-                        D: tl.constexpr, L: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr):
-    bt, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    b, g, d = bt // T, tl.arange(0, ROWS), tl.arange(0, D)
+def _query_outer_kernel(
+    q,          # (B, T, HKV * G, D)
+    k,          # (B, capacity, HKV, D)
+    v,          # as k
+    end,        # (B, capacity), or None
+    start,      # (B,), or None
+    block_idx,  # (B, T, HKV, S)
+    out,        # as q, written
+    stat,       # (B, T, HKV * G), log2-sum-exp, written; or None
+    T,
+    capacity,
+    HKV: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    L: tl.constexpr,
+    S: tl.constexpr,
+    ROWS: tl.constexpr,  # G, rounded up to what a product takes
+):
+    SCALE: tl.constexpr = D ** -0.5 * LOG2E
+    bt = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1)
+    b = bt // T
+    g = tl.arange(0, ROWS)
+    d = tl.arange(0, D)
     i = (bt % T + (0 if start is None else tl.load(start + b))).to(tl.int32)
-    rows, mine = ((bt * HKV + h) * G + g)[:, None] * D + d, (g < G)[:, None]
-    x = tl.load(q + rows, mask=mine, other=0.0)                                                       # [ROWS, D]
-    # LEAST, not -inf: a row with no visible key gives 0, never nan
-    m, l, acc = tl.full([ROWS], LEAST, tl.float32), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, D], tl.float32)
+    heads = (bt * HKV + h) * G
+    rows = (heads + g)[:, None] * D + d
+    mine = g < G
+    query = tl.load(q + rows, mask=mine[:, None], other=0.0)                                           # [ROWS, D]
+
+    # online softmax over the chosen blocks
+    peak = tl.full([ROWS], LEAST, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, D], tl.float32)
     for slot in range(0, S):
         blk = tl.load(block_idx + (bt * HKV + h) * S + slot)
         j = blk * L + tl.arange(0, L)
         seen = (j >= 0) & (j <= i)
-        if end is not None:
-            seen = seen & (i < tl.load(end + b * cap + j, mask=seen, other=0))
-        keys = ((b * cap + j) * HKV + h)[:, None] * D + d                                              # [L, D]
-        s = tl.dot(x, tl.load(k + keys, mask=seen[:, None], other=0.0).T, input_precision="ieee")
-        s = tl.where(seen, s * (D ** -0.5 * 1.4426950408889634), float("-inf"))
-        new = tl.maximum(m, tl.max(s, 1))
-        p, scale = tl.exp2(s - new[:, None]), tl.exp2(m - new)
+        seen = _visible(seen, i, end, b * capacity, j, seen)
+        keys = ((b * capacity + j) * HKV + h)[:, None] * D + d                                         # [L, D]
+        key = tl.load(k + keys, mask=seen[:, None], other=0.0)
+        p, new = _softmax_tile(_scores(query, key, SCALE), seen, peak)                                 # [ROWS, L]
+        old = tl.exp2(peak - new)
         value = tl.load(v + keys, mask=seen[:, None], other=0.0)
-        acc = acc * scale[:, None] + tl.dot(p.to(value.dtype), value, input_precision="ieee")
-        l, m = l * scale + tl.sum(p, 1), new
-    tl.store(out + rows, (acc / tl.maximum(l, 1e-30)[:, None]).to(x.dtype), mask=mine)
-    if stat is not None:
-        tl.store(stat + (bt * HKV + h) * G + g, tl.where(l == 0, 0.0, m + tl.log2(l)), mask=g < G)
+        acc = acc * old[:, None] + _weigh(p, value)
+        total = total * old + tl.sum(p, 1)
+        peak = new
 
-# One program = up to RUN queries that chose one block, ROWS // G of them at a time: K and V are read once for all.
+    tl.store(out + rows, _mean(acc, total).to(query.dtype), mask=mine[:, None])
+    if stat is not None:
+        tl.store(stat + heads + g, _log2_sum(peak, total), mask=mine)
+
+# One program = one task: queries that chose one block, ROWS // G of them at a time. K and V are read once for all.
 @jit
-def _kv_outer_kernel(q, k, v, end, first, edges, tasks, part, lse, edge0, n, cap, HKV: tl.constexpr, DIMS: tl.constexpr,
-                     S1: tl.constexpr, ROWS: tl.constexpr):
-    G: tl.constexpr = DIMS[0]
-    D: tl.constexpr = DIMS[1]
-    L: tl.constexpr = DIMS[2]
+def _kv_outer_kernel(
+    q,      # (queries, HKV * G, D), of this launch
+    k,      # (sequences, capacity, HKV, D)
+    v,      # as k
+    end,    # (sequences, capacity), or None
+    first,  # (sequences,), index of the chunk's first query
+    edges,  # (all edges,), ids of (query, head, slot), block after block
+    tasks,  # (sequences, tasks, 4), head, block, first edge, end of the edges
+    part,   # (queries * HKV * (S - 1) * G, D), written
+    lse,    # (queries * HKV * (S - 1) * G,), written
+    edge0,  # id of the launch's first edge
+    n,      # queries a sequence of the launch
+    capacity,
+    HKV: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    L: tl.constexpr,
+    S1: tl.constexpr,  # S - 1, slots without the own block
+    ROWS: tl.constexpr,
+):
+    SCALE: tl.constexpr = D ** -0.5 * LOG2E
     TOKENS: tl.constexpr = ROWS // G
     c = tl.program_id(1)  # sequence of the launch
     task = tasks + (c * tl.num_programs(0) + tl.program_id(0)) * 4
-    h, blk, lo, hi = tl.load(task), tl.load(task + 1), tl.load(task + 2), tl.load(task + 3)
-    r, d, j = tl.arange(0, ROWS), tl.arange(0, D), blk * L + tl.arange(0, L)
+    h = tl.load(task)
+    blk = tl.load(task + 1)
+    lo = tl.load(task + 2)
+    hi = tl.load(task + 3)
+    r = tl.arange(0, ROWS)
+    d = tl.arange(0, D)
+    j = blk * L + tl.arange(0, L)
     if lo < hi:
         i0 = tl.load(first + c) - c * n
-        keys = ((c.to(tl.int64) * cap + j) * HKV + h)[:, None] * D + d
-        key, value = tl.load(k + keys), tl.load(v + keys)                                             # [L, D]
+        keys = ((c.to(tl.int64) * capacity + j) * HKV + h)[:, None] * D + d
+        key = tl.load(k + keys)                                                                        # [L, D]
+        value = tl.load(v + keys)                                                                      # [L, D]
         for e in range(lo, hi, TOKENS):
+            # gather the queries of TOKENS edges, G rows each
             mine = (e + r // G < hi) & (r < TOKENS * G)
-            edge = tl.load(edges + e + r // G, mask=mine, other=0) - edge0  # (query, head, slot) within the chunk
-            row = ((edge // S1).to(tl.int64) * G + r % G)[:, None] * D + d
-            x = tl.load(q + row, mask=mine[:, None], other=0.0)                                       # [ROWS, D]
-            s = tl.dot(x, key.T, input_precision="ieee") * (D ** -0.5 * 1.4426950408889634)
+            edge = tl.load(edges + e + r // G, mask=mine, other=0) - edge0  # (query, head, slot) within the launch
+            rows = ((edge // S1).to(tl.int64) * G + r % G)[:, None] * D + d
+            query = tl.load(q + rows, mask=mine[:, None], other=0.0)                   # [ROWS, D]
+
+            # the block is an earlier one, so that only `end` can hide a key of it
+            score = _scores(query, key, SCALE)                                                         # [ROWS, L]
+            seen = None
             if end is not None:
-                s = tl.where((i0 + edge // S1 // HKV)[:, None] < tl.load(end + c * cap + j), s, float("-inf"))
-            m = tl.maximum(tl.max(s, 1), LEAST)
-            p = tl.exp2(s - m[:, None])
-            l = tl.sum(p, 1)
-            o = tl.dot(p.to(value.dtype), value, input_precision="ieee") / tl.maximum(l, 1e-30)[:, None]
-            slot = edge.to(tl.int64) * G + r % G  # every (query, head, slot) owns its place: no atomics
-            tl.store(part + slot[:, None] * D + d, o.to(x.dtype), mask=mine[:, None])
-            tl.store(lse + slot, m + tl.log2(l), mask=mine)
+                seen = (i0 + edge // S1 // HKV)[:, None] < tl.load(end + c * capacity + j)
+            p, peak = _softmax_tile(score, seen, LEAST)
+            total = tl.sum(p, 1)
+            mean = _mean(_weigh(p, value), total)                                                      # [ROWS, D]
+
+            # every (query, head, slot) owns its place: no atomics
+            slot = edge.to(tl.int64) * G + r % G
+            tl.store(part + slot[:, None] * D + d, mean.to(query.dtype), mask=mine[:, None])
+            tl.store(lse + slot, peak + tl.log2(total), mask=mine)
 
 # One program = ROWS // G queries of one block and one KV head: their own block here, then the parts of the others.
 @jit
-def _combine_kernel(q, k, v, end, first, block_idx, part, lse, out, stat, n, cap, HKV: tl.constexpr, DIMS: tl.constexpr,
-                    S1: tl.constexpr, ROWS: tl.constexpr):
-    G: tl.constexpr = DIMS[0]
-    D: tl.constexpr = DIMS[1]
-    L: tl.constexpr = DIMS[2]
+def _combine_kernel(
+    q,          # (queries, HKV * G, D), of this launch
+    k,          # (sequences, capacity, HKV, D)
+    v,          # as k
+    end,        # (sequences, capacity), or None
+    first,      # (sequences,), index of the chunk's first query
+    block_idx,  # (queries, HKV, S1 + 1)
+    part,       # (queries * HKV * S1 * G, D)
+    lse,        # (queries * HKV * S1 * G,)
+    out,        # as q, written
+    stat,       # (queries, HKV * G), log2-sum-exp, written; or None
+    n,          # queries a sequence of the launch
+    capacity,
+    HKV: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    L: tl.constexpr,
+    S1: tl.constexpr,  # S - 1, slots without the own block
+    ROWS: tl.constexpr,
+):
+    SCALE: tl.constexpr = D ** -0.5 * LOG2E
     TOKENS: tl.constexpr = ROWS // G
-    TILES: tl.constexpr = (L + TOKENS - 1) // TOKENS
-    h, c, r, d = tl.program_id(1), tl.program_id(2), tl.arange(0, ROWS), tl.arange(0, D)
+    TILES: tl.constexpr = (L + TOKENS - 1) // TOKENS  # programs a block
+    h = tl.program_id(1)
+    c = tl.program_id(2)  # sequence of the launch
+    r = tl.arange(0, ROWS)
+    d = tl.arange(0, D)
+
+    # which queries: tokens of one block, those of this launch
     i0 = tl.load(first + c)
-    token = tl.program_id(0) % TILES * TOKENS + r // G                                            # within the block
+    token = tl.program_id(0) % TILES * TOKENS + r // G  # within the block
     blk = i0 // L + tl.program_id(0) // TILES
-    i, j = blk * L + token, blk * L + tl.arange(0, L)
+    i = blk * L + token
+    j = blk * L + tl.arange(0, L)
     t = (i - i0).to(tl.int64)
     mine = (token < L) & (r < TOKENS * G) & (t >= 0) & (t < n)
     t += c * n
-    own = tl.load(block_idx + (t * HKV + h) * (S1 + 1), mask=mine, other=-1)
+    group = t * HKV + h
+    own = tl.load(block_idx + group * (S1 + 1), mask=mine, other=-1)
     i = tl.where(own < 0, -1, i)  # no block, no key
-    row = ((t * HKV + h) * G + r % G)[:, None] * D + d
-    x = tl.load(q + row, mask=mine[:, None], other=0.0)                                               # [ROWS, D]
-    keys, held = ((c.to(tl.int64) * cap + j) * HKV + h)[:, None] * D + d, (j < i0 + n)
-    s = tl.dot(x, tl.load(k + keys, mask=held[:, None], other=0.0).T, input_precision="ieee")
-    seen = j <= i[:, None]
-    if end is not None:
-        seen = seen & (i[:, None] < tl.load(end + c * cap + j, mask=held, other=0))
-    s = tl.where(seen, s * (D ** -0.5 * 1.4426950408889634), float("-inf"))
-    m = tl.maximum(tl.max(s, 1), LEAST)
-    p = tl.exp2(s - m[:, None])
-    l = tl.sum(p, 1)
+    rows = (group * G + r % G)[:, None] * D + d
+    query = tl.load(q + rows, mask=mine[:, None], other=0.0)                           # [ROWS, D]
+
+    # the own block
+    keys = ((c.to(tl.int64) * capacity + j) * HKV + h)[:, None] * D + d
+    held = j < i0 + n
+    key = tl.load(k + keys, mask=held[:, None], other=0.0)                                             # [L, D]
+    score = _scores(query, key, SCALE)                                                                 # [ROWS, L]
+    seen = _visible(j <= i[:, None], i[:, None], end, c * capacity, j, held)
+    p, peak = _softmax_tile(score, seen, LEAST)
+    total = tl.sum(p, 1)
     value = tl.load(v + keys, mask=held[:, None], other=0.0)
-    acc = tl.dot(p.to(value.dtype), value, input_precision="ieee")                                    # [ROWS, D]
+    acc = _weigh(p, value)                                                                             # [ROWS, D]
+
+    # what the other blocks gave
     for slot in tl.range(0, S1, num_stages=3):
-        edge = (t * HKV + h) * S1 + slot
-        chosen = mine & (tl.load(block_idx + (t * HKV + h) * (S1 + 1) + slot + 1, mask=mine, other=-1) >= 0)
-        other = tl.load(lse + edge * G + r % G, mask=chosen, other=float("-inf"))
-        new = tl.maximum(m, other)
-        o = tl.load(part + (edge * G + r % G)[:, None] * D + d, mask=chosen[:, None], other=0.0)
-        old, weight = tl.exp2(m - new), tl.exp2(other - new)
-        acc, l, m = acc * old[:, None] + o.to(tl.float32) * weight[:, None], l * old + weight, new
-    tl.store(out + row, (acc / tl.maximum(l, 1e-30)[:, None]).to(x.dtype), mask=mine[:, None])
+        chosen = mine & (tl.load(block_idx + group * (S1 + 1) + slot + 1, mask=mine, other=-1) >= 0)
+        edge = group * S1 + slot
+        weight = tl.load(lse + edge * G + r % G, mask=chosen, other=NOTHING)
+        other = tl.load(part + (edge * G + r % G)[:, None] * D + d, mask=chosen[:, None], other=0.0)
+        acc, total, peak = _merge(acc, total, peak, other, weight)
+
+    tl.store(out + rows, _mean(acc, total).to(query.dtype), mask=mine[:, None])
     if stat is not None:
-        tl.store(stat + (t * HKV + h) * G + r % G, tl.where(l == 0, 0.0, m + tl.log2(l)), mask=mine)
+        tl.store(stat + group * G + r % G, _log2_sum(peak, total), mask=mine)
 
 def _plan(blk, N, chunk_size, run):
-    """Turn the choice around: which queries chose each block. blk (B, T, Hkv, S); chunks of chunk_size queries ->
-    edges int32 (B*T*Hkv*S,): ids of (query, head, slot) sorted by (chunk, head, block); tasks int32 (chunks, P, 4):
-    head, block, and a range of at most `run` edges; ends int64 (chunks, Hkv * N): tasks up to a (head, block)'s last.
-    P is a bound known to the host, so nothing is read back."""
-    (B, T, Hkv, S), device = blk.shape, blk.device
-    chunks, buckets, P = -(-T // chunk_size), Hkv * N, chunk_size * Hkv * S // run + Hkv * N
-    c = torch.arange(T, device=device) // chunk_size + torch.arange(B, device=device)[:, None] * chunks       # (B, T)
-    key = (c[..., None] * Hkv + torch.arange(Hkv, device=device))[..., None] * N + blk                # (B, T, Hkv, S-1)
-    small = torch.int16 if B * chunks * buckets < 2 ** 15 else torch.int32  # sorted in half the passes
-    key, edges = torch.where(blk < 0, B * chunks * buckets, key).to(small).flatten().sort(stable=True)
-    offset = torch.searchsorted(key, torch.arange(B * chunks * buckets + 1, device=device, dtype=small))
-    count = -(-offset.diff().view(B * chunks, buckets) // run)  # tasks of each (head, block)
+    """Turn the choice around: which queries chose each block.
+
+    blk: (B, T, Hkv, slots), block ids, -1 for none; cut into chunks of chunk_size queries of one sequence
+    -> edges int32 (B * T * Hkv * slots,): ids of (query, head, slot) sorted by (chunk, head, block)
+       tasks int32 (B * chunks, P, 4): head, block, and a range of at most `run` edges, empty in tasks without work
+       ends  int64 (B * chunks, Hkv * N): tasks up to a (head, block)'s last
+    P is a bound known to the host, so nothing is read back.
+    """
+    B, T, Hkv, slots = blk.shape
+    device = blk.device
+    chunks = B * -(-T // chunk_size)
+    buckets = Hkv * N  # a bucket: one head's one block
+    P = chunk_size * Hkv * slots // run + buckets
+
+    # sort the edges by bucket; those of block -1 come last
+    chunk_of = torch.arange(T, device=device) // chunk_size
+    chunk_of = chunk_of + torch.arange(B, device=device)[:, None] * (chunks // B)                       # (B, T)
+    bucket = chunk_of[..., None] * Hkv + torch.arange(Hkv, device=device)                               # (B, T, Hkv)
+    bucket = torch.where(blk < 0, chunks * buckets, bucket[..., None] * N + blk)                        # (B, T, Hkv, slots)
+    small = torch.int16 if chunks * buckets < 2 ** 15 else torch.int32  # sorted in half the passes
+    bucket, edges = bucket.to(small).flatten().sort(stable=True)
+
+    # a bucket's edges begin at its offset, and make so many tasks
+    offset = torch.searchsorted(bucket, torch.arange(chunks * buckets + 1, device=device, dtype=small))
+    first = offset[:-1].view(chunks, buckets)
+    last = offset[1:].view(chunks, buckets)
+    count = -(-(last - first) // run)
     ends = count.cumsum(1)
+
+    # the p-th task of a chunk: its bucket, and which of the bucket's tasks it is
     p = torch.arange(P, device=device)
-    bucket = torch.searchsorted(ends, p.expand(B * chunks, P).contiguous(), right=True)
-    real, bucket = bucket < buckets, bucket.clamp(max=buckets - 1)
+    bucket = torch.searchsorted(ends, p.expand(chunks, P).contiguous(), right=True)
+    real = bucket < buckets
+    bucket = bucket.clamp(max=buckets - 1)
     nth = p - (ends - count).gather(1, bucket)
-    lo = offset[:-1].view(B * chunks, buckets).gather(1, bucket) + nth * run
-    hi = torch.minimum(lo + run, offset[1:].view(B * chunks, buckets).gather(1, bucket))
+    lo = first.gather(1, bucket) + nth * run
+    hi = torch.minimum(lo + run, last.gather(1, bucket))
     tasks = torch.stack([bucket // N, bucket % N, lo, torch.where(real, hi, lo)], -1)
     return edges.int(), tasks.int(), ends
 
-def _launches(B, T, size):
-    """Queries in launches of at most `size`: several whole sequences, or a part of one; the first is the largest.
-    -> queries a chunk, [(first chunk, first sequence, chunks in the launch, its queries as a slice of all B * T)]."""
-    if T > size:
-        steps = [(b, t) for b in range(B) for t in range(0, T, size)]
-        return size, [(c, b, 1, slice(b * T + t, b * T + min(T, t + size))) for c, (b, t) in enumerate(steps)]
-    n = size // T
-    return T, [(b, b, min(n, B - b), slice(b * T, min(b + n, B) * T)) for b in range(0, B, n)]
+@dataclass
+class Launch:
+    """The queries of one launch: whole sequences, or a part of one. A chunk is what it holds of one sequence."""
+    chunk: int     # the first chunk
+    sequence: int  # the first sequence
+    count: int     # chunks
+    rows: slice    # queries, of all B * T
 
-def _attend_triton(q, k, v, block_idx, L, end, start, stat=None, chunk_size=16384, run=256):
-    (B, T, H, D), (Tk, Hkv), S, device = q.shape, k.shape[1:3], block_idx.size(3), q.device
-    G, out, (cap, end) = H // Hkv, torch.empty_like(q), _lanes(end, k=k, v=v)
+def _launches(B, T, most):
+    """Cut the queries into launches of at most `most`; the first is the largest -> queries a chunk, launches."""
+    if T > most:  # a sequence takes several launches
+        parts = [(b, t) for b in range(B) for t in range(0, T, most)]
+        return most, [Launch(c, b, 1, slice(b * T + t, b * T + min(T, t + most))) for c, (b, t) in enumerate(parts)]
+    step = most // T  # sequences a launch
+    return T, [Launch(b, b, min(step, B - b), slice(b * T, min(b + step, B) * T)) for b in range(0, B, step)]
+
+def _rows(x, rows):
+    return None if x is None else x.flatten(0, 1)[rows]
+
+def _attend_triton(q, k, v, block_idx, L, end, start, stat=None, most=16384, run=256):
+    """msa_attention; stat (B, T, H) fp32 or None receives the log2-sum-exp. most: queries a launch; run: edges a task."""
+    B, T, H, D = q.shape
+    Tk, Hkv = k.shape[1:3]
+    G, S = H // Hkv, block_idx.size(3)
+    out = torch.empty_like(q)
+    capacity, end = _lanes(end, k=k, v=v)
     start = None if start is None else start.contiguous()
     if T <= QUERY_OUTER:
-        rows = max(16, triton.next_power_of_2(G))
-        _query_outer_kernel[B * T, Hkv](q, k, v, end, start, block_idx, out, stat, T, cap, Hkv, G, D, L, S, rows,
-                                        num_stages=2)
+        _query_outer_kernel[B * T, Hkv](
+            q=q, k=k, v=v, end=end, start=start, block_idx=block_idx, out=out, stat=stat, T=T, capacity=capacity,
+            HKV=Hkv, G=G, D=D, L=L, S=S, ROWS=_power_of_2(G, 16), num_stages=2)
         return out
-    rows = max(64, triton.next_power_of_2(G))
-    size, launches = _launches(B, T, chunk_size if T > chunk_size else max(T, 2 ** 20 // H))
+
+    # which queries chose each block, and memory for the parts of one launch
+    if T <= most:  # several short sequences share a launch
+        most = max(T, 2 ** 20 // H)
+    size, launches = _launches(B, T, most)
     edges, tasks, _ = _plan(block_idx[..., 1:], -(-Tk // L), size, run)
-    parts = launches[0][3].stop * H * (S - 1)
-    part, lse = torch.empty(parts, D, dtype=q.dtype, device=device), torch.empty(parts, device=device)
-    first = torch.arange(0, T, size, dtype=torch.int32, device=device).repeat(B, 1)
-    first = (first if start is None else first + start[:, None]).flatten()
-    big = rows if G & (G - 1) == 0 else max(128, rows)  # 64 rows of 10 tokens by 6 heads spill registers
-    tiles = -(-L // (big // G))
-    flat = [None if x is None else x.flatten(0, 1) for x in (q, block_idx, out, stat)]
-    for c, b, n, at in launches:
-        x, blocks, y, stats = (None if x is None else x[at] for x in flat)
-        keys, length = (k[b:], v[b:], None if end is None else end[b:], first[c:]), len(x) // n
-        dims = length, cap, Hkv, (G, D, L), S - 1
-        _kv_outer_kernel[tasks.size(1), n](x, *keys, edges, tasks[c], part, lse, at.start * Hkv * (S - 1), *dims, rows,
-                                           num_stages=3)
-        _combine_kernel[(length // L + 2) * tiles, Hkv, n](x, *keys, blocks, part, lse, y, stats, *dims, big,
-                                                           num_warps=big // 16)
+    parts = launches[0].rows.stop * H * (S - 1)
+    part = torch.empty(parts, D, dtype=q.dtype, device=q.device)
+    lse = torch.empty(parts, device=q.device)
+    first = torch.arange(0, T, size, dtype=torch.int32, device=q.device).repeat(B, 1)
+    if start is not None:
+        first = first + start[:, None]
+    first = first.flatten()
+
+    rows = _power_of_2(G, 64)
+    own_rows = rows
+    if G & (G - 1) != 0:  # 64 rows of 10 tokens by 6 heads spill registers
+        own_rows = max(128, rows)
+    tiles = -(-L // (own_rows // G))  # programs of _combine_kernel a block
+    for launch in launches:
+        n = (launch.rows.stop - launch.rows.start) // launch.count
+        b = launch.sequence
+        shared = dict(
+            q=_rows(q, launch.rows), k=k[b:], v=v[b:], end=None if end is None else end[b:],
+            first=first[launch.chunk:], part=part, lse=lse, n=n, capacity=capacity, HKV=Hkv, G=G, D=D, L=L, S1=S - 1)
+        _kv_outer_kernel[tasks.size(1), launch.count](
+            edges=edges, tasks=tasks[launch.chunk], edge0=launch.rows.start * Hkv * (S - 1), ROWS=rows, num_stages=3,
+            **shared)
+        _combine_kernel[(n // L + 2) * tiles, Hkv, launch.count](
+            block_idx=_rows(block_idx, launch.rows), out=_rows(out, launch.rows), stat=_rows(stat, launch.rows),
+            ROWS=own_rows, num_warps=own_rows // 16, **shared)
     return out
 
 # ---- Triton: gradients -----------------------------------------------------------------------------
@@ -825,7 +1056,7 @@ def _chunks(q, block_idx, N, width=0, run=1024, most=2 ** 19):
     parts of H * D elements, or `width`."""
     (B, T, H, D), S = q.shape, block_idx.size(3)
     size, launches = _launches(B, T, max(1, min(most // H, (2 ** 31 - 1) // (S * max(H * D, width)))))
-    return launches, launches[0][3].stop, launches[0][2], *_plan(block_idx, N, size, run)
+    return launches, launches[0].rows.stop, launches[0].count, *_plan(block_idx, N, size, run)
 
 def _kl_triton(q, qi, stat, block_idx, k, ki, L, end, share, stride):
     """-> KL, dqi, dki, for the queries that learn, every stride-th of the T that ki has. stat (B, t, H): log2-sum-exp
@@ -844,7 +1075,8 @@ def _kl_triton(q, qi, stat, block_idx, k, ki, L, end, share, stride):
     spoilt = stat.isnan().unflatten(2, (Hkv, G)).any(3) & (share != 0)[..., None]                          # (B, t, Hkv)
     flat = [x.flatten(0, 1) for x in (_finite(q), qi, _finite(qi), _finite(stat), share, block_idx, dqi, spoilt)]
     clean_k, clean_ki = _finite(k), _finite(ki)
-    for c, b, n, at in launches:
+    for launch in launches:
+        c, b, n, at = launch.chunk, launch.sequence, launch.count, launch.rows
         x, xi, clean_xi, stats, shares, blocks, dx, lost = (x[at] for x in flat)
         value = torch.full((len(x), Hkv, S), float("-inf"), device=dev)
         rest = shares, None if end is None else end[b:], edges, tasks[c], value, part, keys, at.start * Hkv * S, T
@@ -871,7 +1103,8 @@ def _attend_backward(q, k, v, block_idx, out, stat, grad, L, end):
     rows = max(64 if G & (G - 1) == 0 else 32, triton.next_power_of_2(G))
     q, k, v = _finite(q), _finite(k), _finite(v)  # a row that saw a NaN has it in stat or delta, and so in all it gives
     flat = [x.flatten(0, 1) for x in (q, grad, stat, delta, block_idx, dq)]
-    for c, b, n, at in launches:
+    for launch in launches:
+        c, b, n, at = launch.chunk, launch.sequence, launch.count, launch.rows
         x, dy, stats, deltas, blocks, dx = (x[at] for x in flat)
         _backward_kernel[P, n](x, k[b:], v[b:], dy, stats, deltas, None if end is None else end[b:], edges, tasks[c],
                                part, keys, values, at.start * Hkv * S, T, (Hkv, G, D, L, S, rows), num_warps=8,

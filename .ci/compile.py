@@ -14,50 +14,89 @@ import model
 import moe
 import msa
 
-def variants():
-    """Every kernel as launched at M3's sizes, and what else M2's change -> (name, its arguments, options)."""
-    base = dict(HKV=4, G=16, D=128, L=128, S=16, S1=15, W=16, RUN=16, COLS=16, RUNS=512, TILE=64, SPLIT=66,
-                PADDED=128, ROWS=16, PDL=True, DIMS=(4, 16, 128, 128, 16, 16, 16, 512, 32),
-                keys="tensordesc<bf16[128, 128]>", **dict.fromkeys("q k v qi ki scale out part".split(), "*bf16"),
-                **dict.fromkeys("lse scores slack stat delta index_stat share value dki".split(), "*fp32"),
-                **dict.fromkeys("T Tk N P cap n edge0".split(), "i32"),
-                **dict.fromkeys("grad dq dqi a b".split(), "*bf16"),
-                **dict.fromkeys(("dk", "dv"), "*fp32"), ends="*i64")
-    index, train = dict(num_warps=8, num_stages=2, maxnreg=128, ROWS=128), dict(num_warps=8, num_stages=2)
-    for name, change in (("index", index), ("index", dict(index, end=None, block_end=None, start=None)),
-                         ("query_outer", dict(num_stages=2)), ("attend", dict(num_warps=8)), ("rescore", {}),
-                         ("kv_outer", dict(ROWS=64, DIMS=(16, 128, 128))),
-                         ("kv_outer", dict(ROWS=64, HKV=8, DIMS=(6, 128, 128))), ("dot", dict(out="*fp32", ROWS=64)),
-                         ("combine", dict(ROWS=64, DIMS=(16, 128, 128))),
-                         ("combine", dict(ROWS=128, HKV=8, DIMS=(6, 128, 128), num_warps=8)),
-                         ("scan", dict(scale=None, slack=None)), ("scan", dict(ki="*i8", num_warps=2)),
-                         ("dense", dict(part="*fp32", num_stages=4)), ("dense_sum", dict(part="*fp32")),
-                         ("backward", dict(train, DIMS=(4, 16, 128, 128, 16, 64))), ("slot_sum", {}),
-                         ("backward", dict(train, DIMS=(8, 6, 128, 128, 16, 32))),
-                         ("task_sum", dict(train, part="*fp32", out="*fp32")),
-                         ("kl", dict(DIMS=(4, 16, 128, 128, 128, 16, 64, 64, 1), num_stages=2, index_stat=None)),
-                         ("kl", dict(train, DIMS=(8, 6, 128, 128, 128, 16, 64, 16, 8))),
-                         ("gated", gate := dict(h="*bf16", weight="*fp32", I=512, OAI=True, ROWS=4, COLS=512)),
-                         ("gated_grad", dict(gate, grad="*bf16", dh="*bf16", dweight="*fp32")),
-                         ("softmax_loss", dict(logits="*bf16", loss="*fp32", V="i32", COLS=8192, num_warps=16))):
-        names = kernel(name).arg_names
-        yield (name, {p: {**base, **change}.get(p, None if p in change else "*i32") for p in names},
-               {"num_warps": 4, "num_stages": 3, **{p: x for p, x in change.items() if p not in names}})
+# A kernel's parameters by their type, where it is not an array of int32: names mean the same in every kernel.
+TYPES = {
+    "*bf16": "q k v qi ki part out dout dq dqi a b h",
+    "*fp32": "lse stat index_stat delta share kl dk dv dki weight dweight loss block_score run_best run_upper run_lower",
+    "*i64": "ends",
+    "i32": "T capacity n P V edge0",
+    "tensordesc<bf16[128, 128]>": "keys",
+}
+# Sizes of M3's sparse attention, and what differs in M2's heads. TOP is S - 1 rounded up, RUN a run of blocks in decode.
+M3 = dict(HKV=4, G=16, D=128, DI=128, L=128, S=16, S1=15, TOP=16, PDL=True)
+M2 = dict(M3, HKV=8, G=6)
 
-def kernel(name):
-    return next(getattr(m, f"_{name}_kernel") for m in (msa, moe, model) if hasattr(m, f"_{name}_kernel"))
+def variant(name, sizes, num_warps=4, num_stages=3, maxnreg=None, types=(), **more):
+    """A kernel as one launch has it. types: parameters whose type differs from TYPES; None: an argument left out."""
+    kernel = find(name)
+    kinds = {parameter: kind for kind, names in TYPES.items() for parameter in names.split()}
+    values = {**kinds, **sizes, **more, **dict(types)}
+    args = {parameter: values.get(parameter, "*i32") for parameter in kernel.arg_names}
+    options = dict(num_warps=num_warps, num_stages=num_stages)
+    if maxnreg is not None:
+        options["maxnreg"] = maxnreg
+    return name, args, options
+
+def find(name):
+    """The kernel of this name, in whichever file it is."""
+    return next(getattr(file, f"_{name}_kernel") for file in (msa, moe, model) if hasattr(file, f"_{name}_kernel"))
+
+def variants():
+    """Every kernel as launched at M3's sizes, and what else M2's change."""
+    # prefill
+    index = dict(num_warps=8, num_stages=2, maxnreg=128, ROWS=128)
+    yield variant("index", M3, **index)
+    yield variant("index", M3, **index, types=dict(end=None, block_end=None, start=None))
+    yield variant("query_outer", M3, num_stages=2, ROWS=16)
+    yield variant("kv_outer", M3, ROWS=64)
+    yield variant("kv_outer", M2, ROWS=64)
+    yield variant("combine", M3, ROWS=64)
+    yield variant("combine", M2, ROWS=128, num_warps=8)
+
+    # training
+    train = dict(num_warps=8, num_stages=2)
+    grad = dict(grad="*bf16", value="*fp32")
+    yield variant("dot", M3, ROWS=64, types=dict(out="*fp32"))
+    yield variant("backward", M3, **train, DIMS=(4, 16, 128, 128, 16, 64), types=grad)
+    yield variant("backward", M2, **train, DIMS=(8, 6, 128, 128, 16, 32), types=grad)
+    yield variant("slot_sum", M3, ROWS=16)
+    yield variant("task_sum", M3, **train, types=dict(part="*fp32", out="*fp32"))
+    yield variant("kl", M3, num_stages=2, DIMS=(4, 16, 128, 128, 128, 16, 64, 64, 1), types=dict(grad, index_stat=None))
+    yield variant("kl", M2, **train, DIMS=(8, 6, 128, 128, 128, 16, 64, 16, 8), types=grad)
+
+    # decode
+    old = dict(cap="i32", scores="*fp32", slack="*fp32", scale="*bf16")
+    sizes = dict(M3, W=16, RUN=16, COLS=16, RUNS=512)
+    yield variant("scan", sizes, types=dict(old, scale=None, slack=None))
+    yield variant("scan", sizes, num_warps=2, types=dict(old, ki="*i8"))
+    yield variant("rescore", sizes, types=old)
+    yield variant("attend", M3, num_warps=8, DIMS=(4, 16, 128, 128, 16, 16, 16, 512, 32), types=old)
+    yield variant("dense", M3, num_stages=4, ROWS=16, TILE=64, types=dict(old, part="*fp32"))
+    yield variant("dense_sum", M3, SPLIT=66, PADDED=128, types=dict(old, part="*fp32"))
+
+    # the gate and the loss, token by token
+    gate = dict(I=512, OAI=True, ROWS=4, COLS=512)
+    yield variant("gated", gate, types=dict(weight="*fp32", out="*bf16"))
+    yield variant("gated_grad", gate, types=dict(grad="*bf16", dh="*bf16"))
+    yield variant("softmax_loss", dict(COLS=8192), num_warps=16, types=dict(logits="*bf16"))
 
 def compile_kernel(variant):
     """For sm_90 -> [name, registers, stack bytes]."""
     from triton.compiler.compiler import ASTSource, GPUTarget
-    (name, args, options), tool = variant, Path(msa.triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    fn, const = kernel(name), {p: x for p, x in args.items() if not isinstance(x, str)}
-    aligned = {(n,): [["tt.divisibility", 16]] for n, x in enumerate(args.values()) if str(x)[0] == "*"}
-    source = ASTSource(fn, {p: "constexpr" if p in const else x for p, x in args.items()}, const, aligned)
+    name, args, options = variant
+    kernel = find(name)
+    constants = {parameter: x for parameter, x in args.items() if not isinstance(x, str)}
+    signature = {parameter: "constexpr" if parameter in constants else x for parameter, x in args.items()}
+    aligned = {(n,): [["tt.divisibility", 16]] for n, kind in enumerate(signature.values()) if kind[0] == "*"}
+    source = ASTSource(kernel, signature, constants, aligned)
+    compiled = msa.triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+    tool = Path(msa.triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(buffering=0) as file:
-        file.write(msa.triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["cubin"])
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
-    return [fn.__name__, *map(int, re.search(r"REG:(\d+) STACK:(\d+)", text).groups())]
+        file.write(compiled.asm["cubin"])
+        listing = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", listing).groups()
+    return [kernel.__name__, int(registers), int(stack)]
 
 if __name__ == "__main__":
     with multiprocessing.get_context("fork").Pool(2) as pool:

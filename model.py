@@ -59,10 +59,8 @@ class MiniMaxConfig:
     index_head_dim: int = 0
     index_block_size: int = 1          # L
     index_topk_blocks: int = 1         # S
-    index_warmup: bool = False         # "msa" layers attend to everything while their index branch learns
     index_kl_stride: int = 1           # the index branch learns from every stride-th query
     n_mtp: int = 0                     # num_mtp_modules
-    mtp_active: bool = True            # off, the MTP modules are skipped: train.py learns them on some steps alone
     rope_theta: float = 5e6
     norm_eps: float = 1e-6             # rms_norm_eps
 
@@ -89,9 +87,7 @@ class MiniMaxConfig:
         for name in ("routed_scale", "rope_theta", "norm_eps"):
             value = getattr(self, name)
             assert type(value) in (int, float) and 0 < value < math.inf, f"{name} {value!r}: a number above 0"
-        for name in ("gemma_norm", "index_warmup", "mtp_active"):
-            value = getattr(self, name)
-            assert isinstance(value, bool), f"{name} {value!r}: True or False"
+        assert isinstance(self.gemma_norm, bool), f"gemma_norm {self.gemma_norm!r}: True or False"
         assert self.n_head % self.n_kv_head == 0, f"{self.n_head} query heads do not share {self.n_kv_head} KV heads"
         assert self.rotary_dim in range(0, self.head_dim + 1, 2), f"rotary_dim {self.rotary_dim} of {self.head_dim}"
         assert self.activation in ("swiglu", "swiglu_oai"), f"activation {self.activation}: swiglu or swiglu_oai"
@@ -149,202 +145,312 @@ class MiniMaxConfig:
             index_head_dim=128, index_block_size=128, index_topk_blocks=16), **kw})
 
 class RMSNorm(nn.Module):
-    """Computed in fp32 or wider. Gemma's form stores the weight's distance from 1."""
+    """Root-mean-square norm, computed in fp32 or wider. Gemma's form stores the weight's distance from 1."""
 
     def __init__(self, dim, cfg):
         super().__init__()
-        self.eps, self.gemma = cfg.norm_eps, cfg.gemma_norm
+        self.eps = cfg.norm_eps
+        self.gemma = cfg.gemma_norm
         self.weight = nn.Parameter(torch.full((dim,), 0.0 if cfg.gemma_norm else 1.0))
 
     def forward(self, x):
-        weight = self.weight.to(torch.promote_types(x.dtype, torch.float32))
-        return F.rms_norm(x.to(weight.dtype), weight.shape, 1 + weight if self.gemma else weight, self.eps).to(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight = self.weight.to(wide)
+        if self.gemma:
+            weight = 1 + weight
+        return F.rms_norm(x.to(wide), weight.shape, weight, self.eps).to(x.dtype)
 
 def rope_tables(pos, rotary_dim, theta):
     """cos and sin of each position's angles: (B, T) -> two (B, T, 1, rotary_dim / 2), fp32 in any model."""
-    freq = theta ** (-torch.arange(0, rotary_dim, 2, device=pos.device, dtype=torch.float32) / rotary_dim)
-    angle = pos[..., None, None].float() * freq
+    channel = torch.arange(0, rotary_dim, 2, device=pos.device, dtype=torch.float32)
+    frequency = theta ** (-channel / rotary_dim)
+    angle = pos[..., None, None].float() * frequency
     return angle.cos(), angle.sin()
 
 def apply_rope(x, rope):
     """Rotate the pairs (c, c + rotary_dim / 2) of the first rotary_dim channels of x (B, T, H, D), leave the others."""
-    (cos, sin), wide = rope, torch.promote_types(x.dtype, torch.float32)
+    cos, sin = rope
+    wide = torch.promote_types(x.dtype, torch.float32)
     half = cos.size(-1)
-    a, b = x[..., :half].to(wide), x[..., half:2 * half].to(wide)
-    return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), x[..., 2 * half:]], -1)
+    a = x[..., :half].to(wide)
+    b = x[..., half:2 * half].to(wide)
+    rest = x[..., 2 * half:]
+    return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest], -1)
+
+# ---- the cache -----------------------------------------------------------------------------------
 
 class KVCache:
     """Keys, values and index keys of every layer and every MTP module, in static buffers; slot = position on the path.
-    `length` (B,) int32 lives on the device; `used`, a bound on it that the host knows, spares reading it back.
-    int8 keeps quantize_index of the index keys too, for msa_decode; default: where kernels can use it, from 2^22 slots
-    in all, where the bytes saved outweigh what `append` then launches, some 28 small kernels more."""
 
-    def __init__(self, cfg, batch, capacity, device="cpu", dtype=torch.float32, int8=None):
+    cfg       of the model
+    batch     rows, 0 or more
+    capacity  slots of a row, 1 or more; rounded up to whole key blocks, which gather_blocks reads in place
+    int8      keep quantize_index of the index keys, too, for msa_decode. Keeping it up to date launches some 28 small
+              kernels a layer and step, which pays from about 4 million slots on
+    `length` (B,) int32 lives on the device; `used`, a bound on it that the host knows, spares reading it back.
+    """
+
+    def __init__(self, cfg, batch, capacity, device="cpu", dtype=torch.float32, int8=False):
         if batch < 0 or capacity < 1:
             raise ValueError(f"a cache of {batch} rows with {capacity} slots: expected 0 or more rows, 1 or more slots")
-        lanes, self.L = cfg.n_layer + cfg.n_mtp, cfg.index_block_size
-        self.capacity = -(-capacity // self.L) * self.L  # whole key blocks, which gather_blocks can read in place
-        size = (lanes, batch, self.capacity, cfg.n_kv_head, cfg.head_dim)
-        self.k, self.v = (torch.zeros(size, device=device, dtype=dtype) for _ in range(2))
-        self.ki = torch.zeros(*size[:3], cfg.index_head_dim, device=device, dtype=dtype)
-        self.length, self.used, self.coded = torch.zeros(batch, dtype=torch.int32, device=device), 0, None
-        able = self.ki.is_cuda and self.ki.element_size() == 2 and cfg.index_head_dim >= 32 and self.L >= 16
-        if (able and batch * self.capacity >= INT8_SLOTS) if int8 is None else int8:
-            self.coded = [x.unflatten(0, size[:2]) for x in quantize_index(self.ki.flatten(0, 1), self.L)]
+        lanes = cfg.n_layer + cfg.n_mtp
+        self.L = cfg.index_block_size
+        self.capacity = -(-capacity // self.L) * self.L
+        slots = (lanes, batch, self.capacity)
+        self.k = torch.zeros(*slots, cfg.n_kv_head, cfg.head_dim, device=device, dtype=dtype)
+        self.v = torch.zeros_like(self.k)
+        self.ki = torch.zeros(*slots, cfg.index_head_dim, device=device, dtype=dtype)
+        self.length = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.used = 0
+        self.coded = None
+        if int8:
+            coded = quantize_index(self.ki.flatten(0, 1), self.L)
+            self.coded = [x.unflatten(0, (lanes, batch)) for x in coded]
 
     def append(self, layer, k, v, ki):
         """Write k, v (B, T, Hkv, D) and ki (B, T, D), or None, from slot `length` on -> what the layer now holds, up to
         a whole key block. `advance` moves `length` once all layers have written."""
-        T, B = k.size(1), self.length.size(0)
-        for name, lane, new in (("k", self.k, k), ("v", self.v, v), ("ki", self.ki, ki)):
+        B, T = self.length.size(0), k.size(1)
+        written = [("k", self.k, k), ("v", self.v, v)]
+        if ki is not None:
+            written.append(("ki", self.ki, ki))
+        for name, lane, new in written:
             want = (B, T, *lane.shape[3:])
-            if new is not None and tuple(new.shape) != want:  # a row too few would be written to every row
+            if tuple(new.shape) != want:  # a row too few would be written to every row
                 raise ValueError(f"shape of {name} is {tuple(new.shape)}, expected {want}")
         assert self.used + T <= self.capacity, f"{self.used} + {T} tokens do not fit a cache of {self.capacity}"
+
         slot = (self.length[:, None] + torch.arange(T, device=k.device)).long()                           # (B, T)
-        rows = torch.arange(B, device=k.device)[:, None]
-        for lane, new in ((self.k, k), (self.v, v), (self.ki, ki)):
-            if new is not None:
-                lane[layer].index_put_((rows, slot), new)
-        if self.coded and ki is not None:  # the blocks that these tokens touch, anew: the bound is a block's
-            N = self.capacity // self.L
-            block = self.length[:, None] // self.L + torch.arange((T + self.L - 2) // self.L + 1, device=k.device)
-            block = block.clamp(max=N - 1).long()                                                         # (B, n)
-            fresh = quantize_index(self.ki[layer].unflatten(1, (N, -1))[rows, block].flatten(1, 2), self.L)
-            for lane, new in zip(self.coded, fresh):
-                lane[layer].unflatten(1, (N, -1))[rows, block] = new.unflatten(1, (block.size(1), -1))
+        row = torch.arange(B, device=k.device)[:, None]
+        for _, lane, new in written:
+            lane[layer].index_put_((row, slot), new)
+        if self.coded and ki is not None:
+            self.update_coded(layer, T)
+
         held = -(-(self.used + T) // self.L) * self.L  # spare slots are invisible: no query has their index
-        return tuple(lane[layer, :, :held] for lane in (self.k, self.v, self.ki))
+        return self.k[layer, :, :held], self.v[layer, :, :held], self.ki[layer, :, :held]
+
+    def update_coded(self, layer, T):
+        """Quantize anew the key blocks that the last T tokens touch: the bound on rounding is a block's."""
+        B, N = self.length.size(0), self.capacity // self.L
+        touched = torch.arange((T + self.L - 2) // self.L + 1, device=self.ki.device)
+        block = (self.length[:, None] // self.L + touched).clamp(max=N - 1).long()                        # (B, n)
+        row = torch.arange(B, device=self.ki.device)[:, None]
+        keys = self.ki[layer].unflatten(1, (N, self.L))[row, block]                                    # (B, n, L, D)
+        fresh = quantize_index(keys.flatten(1, 2), self.L)
+        for lane, new in zip(self.coded, fresh):
+            lane[layer].unflatten(1, (N, -1))[row, block] = new.unflatten(1, (block.size(1), -1))
 
     def int8(self, layer, held):
         """quantize_index of the first `held` slots of a layer, or None."""
-        return self.coded and tuple(x[layer, :, :n] for x, n in zip(self.coded, (held, held, held // self.L)))
+        if not self.coded:
+            return None
+        keys, scale, slack = self.coded  # two a slot, one a block
+        return keys[layer, :, :held], scale[layer, :, :held], slack[layer, :, :held // self.L]
 
     def advance(self, T):
-        self.length, self.used = self.length + T, self.used + T
+        self.length = self.length + T
+        self.used += T
 
     def crop(self, length):
         """Forget every slot from `length` on: an int, or a tensor (B,), which is read back; beyond the end, nothing."""
         limit = torch.as_tensor(length)
-        shaped = limit.dim() == 0 or limit.shape == self.length.shape
+        one_for_all = limit.dim() == 0
+        shaped = one_for_all or limit.shape == self.length.shape
         if limit.is_floating_point() or not shaped or (limit < 0).any():
             rows = self.length.size(0)
             raise ValueError(f"cannot crop {rows} rows to {limit.tolist()}: expected 0 or more, one or one a row")
-        self.length = torch.minimum(self.length, limit.clamp(max=self.capacity).to(self.length))
-        self.used = min(self.used, int(limit)) if limit.dim() == 0 else int(self.length.max())
+        limit = limit.clamp(max=self.capacity)
+        self.length = torch.minimum(self.length, limit.to(self.length))
+        self.used = min(self.used, int(limit)) if one_for_all else int(self.length.max())
 
     def expand(self, n):
         """n copies of every row, side by side: a group that shares its prompt."""
-        self.select(torch.arange(self.length.size(0), device=self.length.device).repeat_interleave(n))
+        rows = torch.arange(self.length.size(0), device=self.length.device)
+        self.select(rows.repeat_interleave(n))
 
     def select(self, rows):
         """Keep these rows (int64), in this order."""
-        B, rows = self.length.size(0), torch.as_tensor(rows, device=self.length.device)
+        B = self.length.size(0)
+        rows = torch.as_tensor(rows, device=self.length.device)
         if rows.dim() != 1 or rows.dtype != torch.int64 or ((rows < 0) | (rows >= B)).any():
             raise ValueError(f"cannot select rows {rows.tolist()} of {B}: expected int64 from 0 to {B - 1}")
-        self.k, self.v, self.ki = self.k[:, rows], self.v[:, rows], self.ki[:, rows]
-        self.coded = self.coded and [x[:, rows] for x in self.coded]
+        self.k = self.k[:, rows]
+        self.v = self.v[:, rows]
+        self.ki = self.ki[:, rows]
+        if self.coded:
+            self.coded = [x[:, rows] for x in self.coded]
         self.length = self.length[rows]
         self.used = int(self.length.max()) if len(rows) else 0  # read back: the longest row may be gone
 
-INT8_SLOTS = 2 ** 22  # from so many slots on, an int8 copy of a cache's index keys saves more than its upkeep takes
+# ---- layers --------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
-class Call:
-    """What one forward pass tells every layer."""
-    rope: tuple                        # cos, sin
-    end: torch.Tensor = None           # (B, Tk) int32, visibility
-    weight: torch.Tensor = None        # (B, T) multiplicity
+class Context:
+    """What one forward pass tells a layer beside its input."""
+    rope: tuple                        # cos, sin: (B, T, 1, rotary_dim / 2) each
+    end: torch.Tensor = None           # (B, Tk) int32, visibility; None = causal
+    weight: torch.Tensor = None        # (B, T) multiplicity of a token, 0 = pad; None = 1
     cache: KVCache = None
+    index_warmup: bool = False         # MSA layers attend to everything while their index branch learns
+    layer: int = 0                     # which lane of the cache is the layer's
+    block_idx: torch.Tensor = None     # (B, T, Hkv, S) a recorded choice of blocks, to be used again
+    experts: torch.Tensor = None       # (B, T, A) a recorded choice of experts, to be used again
 
 class Indexer(nn.Module):
     """MSA's index branch: a query head per KV head, one shared key head. Input detached: only the KL trains it."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.q_proj = Linear(cfg.n_embd, cfg.n_kv_head * cfg.index_head_dim, bias=False)
-        self.k_proj = Linear(cfg.n_embd, cfg.index_head_dim, bias=False)
-        self.q_norm, self.k_norm = RMSNorm(cfg.index_head_dim, cfg), RMSNorm(cfg.index_head_dim, cfg)
+        D = cfg.index_head_dim
+        self.q_proj = Linear(cfg.n_embd, cfg.n_kv_head * D, bias=False)
+        self.k_proj = Linear(cfg.n_embd, D, bias=False)
+        self.q_norm = RMSNorm(D, cfg)
+        self.k_norm = RMSNorm(D, cfg)
 
     def forward(self, x, rope):
-        x, D = x.detach(), self.k_proj.out_features
-        qi = self.q_norm(self.q_proj(x).unflatten(-1, (-1, D)))                                         # (B, T, Hkv, D)
-        ki = self.k_norm(self.k_proj(x))[:, :, None]                                                      # (B, T, 1, D)
+        """x (B, T, C) -> index queries (B, T, Hkv, D), index keys (B, T, D)."""
+        x = x.detach()
+        D = self.k_proj.out_features
+        qi = self.q_norm(self.q_proj(x).unflatten(-1, (-1, D)))
+        ki = self.k_norm(self.k_proj(x))[:, :, None]
         return apply_rope(qi, rope), apply_rope(ki, rope)[:, :, 0]
 
+def teaching(q, weight, stride):
+    """Queries that the index branch learns from, by their weight."""
+    if weight is None:
+        return q.size(0) * len(range(stride - 1, q.size(1), stride))
+    return weight[:, stride - 1::stride].clamp(min=0).sum()
+
 class Attention(nn.Module):
+    """Grouped-query attention over every visible key ("full"), or over blocks that an index branch chooses ("msa")."""
+
     def __init__(self, cfg, attn_type):
         super().__init__()
-        self.cfg, H, Hkv, D = cfg, cfg.n_head, cfg.n_kv_head, cfg.head_dim
+        H, Hkv, D = cfg.n_head, cfg.n_kv_head, cfg.head_dim
+        self.cfg = cfg
         self.q_proj = Linear(cfg.n_embd, H * D, bias=False)
         self.k_proj = Linear(cfg.n_embd, Hkv * D, bias=False)
         self.v_proj = Linear(cfg.n_embd, Hkv * D, bias=False)
         self.o_proj = Linear(H * D, cfg.n_embd, bias=False)
-        # M2 normalises all heads' channels together: split over devices, the norm needs every shard's sum of squares
-        self.q_norm, self.k_norm = (RMSNorm(D * (n if cfg.qk_norm == "layer" else 1), cfg) for n in (H, Hkv))
+        if cfg.qk_norm == "layer":
+            # all heads' channels together (M2): split over devices, the norm needs every shard's sum of squares
+            self.q_norm = RMSNorm(H * D, cfg)
+            self.k_norm = RMSNorm(Hkv * D, cfg)
+        else:
+            self.q_norm = RMSNorm(D, cfg)
+            self.k_norm = RMSNorm(D, cfg)
         self.indexer = Indexer(cfg) if attn_type == "msa" else None
 
-    def heads(self, x, proj, norm):
-        """Project and normalise, over all channels (M2) or head by head (M3): (B, T, C) -> (B, T, heads, D)."""
-        x, D = proj(x), self.cfg.head_dim
-        return norm(x).unflatten(-1, (-1, D)) if self.cfg.qk_norm == "layer" else norm(x.unflatten(-1, (-1, D)))
+    def forward(self, x, ctx):
+        """x (B, T, C) -> y (B, T, C), aux."""
+        q, k, v, qi, ki = self.project(x, ctx.rope)
+        y, aux = self.attend(q, k, v, qi, ki, ctx)                                                        # (B, T, H, D)
+        return self.o_proj(y.flatten(2)), aux
 
     def project(self, x, rope):
-        q = apply_rope(self.heads(x, self.q_proj, self.q_norm), rope)                                     # (B, T, H, D)
-        k = apply_rope(self.heads(x, self.k_proj, self.k_norm), rope)                                   # (B, T, Hkv, D)
-        v = self.v_proj(x).unflatten(-1, (-1, self.cfg.head_dim))
-        return q, k, v, *(self.indexer(x, rope) if self.indexer else (None, None))
-
-    def forward(self, q, k, v, qi, ki, layer, call, replay=None):
-        """What `project` gives -> y (B, T, H, D), aux. `replay` (B, T, Hkv, S) is a recorded block_idx.
-        MSA has full attention while the indexer warms up, adds the KL in training, and its recall in evaluation."""
-        start, aux = None, {}
-        if call.cache is not None:
-            start = call.cache.length
-            k, v, ki = call.cache.append(layer, k, v, ki)
+        """x (B, T, C) -> q (B, T, H, D), k and v (B, T, Hkv, D), and the index branch's qi and ki, or None."""
+        D = self.cfg.head_dim
+        q = apply_rope(self.normalise(self.q_proj(x), self.q_norm), rope)
+        k = apply_rope(self.normalise(self.k_proj(x), self.k_norm), rope)
+        v = self.v_proj(x).unflatten(-1, (-1, D))
         if self.indexer is None:
-            return full_attention(q, k, v, call.end, start), aux
-        S, L, learns = self.cfg.index_topk_blocks, self.cfg.index_block_size, self.training and call.cache is None
-        share = call.end, call.weight, self.cfg.index_kl_stride
-        if self.cfg.index_warmup:
-            y, block_idx = full_attention(q, k, v, call.end, start), None
-            if learns:
-                aux["index_kl"] = index_kl_loss(qi, ki, q, k, None, L, *share)
-        elif start is not None and replay is None:
-            y, block_idx = msa_decode(q, k, v, qi, ki, S, L, start, call.end, int8=call.cache.int8(layer, ki.size(1)))
+            return q, k, v, None, None
+        return q, k, v, *self.indexer(x, rope)
+
+    def normalise(self, x, norm):
+        """Over all channels (M2) or head by head (M3): (B, T, heads * D) -> (B, T, heads, D)."""
+        D = self.cfg.head_dim
+        if self.cfg.qk_norm == "layer":
+            return norm(x).unflatten(-1, (-1, D))
+        return norm(x.unflatten(-1, (-1, D)))
+
+    def attend(self, q, k, v, qi, ki, ctx):
+        """What `project` gives -> y (B, T, H, D), aux: block_idx where blocks were chosen, index_kl in training,
+        block_recall, score_recall and block_chance in an evaluation."""
+        start = None
+        if ctx.cache is not None:
+            start = ctx.cache.length
+            k, v, ki = ctx.cache.append(ctx.layer, k, v, ki)
+        learns = self.training and ctx.cache is None
+
+        if self.indexer is None:
+            return full_attention(q, k, v, ctx.end, start), {}
+        if ctx.index_warmup:
+            y, aux = self.attend_in_warmup(q, k, v, qi, ki, start, ctx, learns)
+        elif learns:
+            y, aux = self.attend_and_learn(q, k, v, qi, ki, ctx)
+        elif ctx.cache is not None and ctx.block_idx is None:
+            y, aux = self.attend_in_decode(q, k, v, qi, ki, start, ctx)
         else:
-            block_idx = select_blocks(qi, ki, S, L, call.end, start) if replay is None else replay
-            if learns:
-                y, aux["index_kl"] = msa_train(q, k, v, qi, ki, block_idx, L, *share)
-            else:
-                y = msa_attention(q, k, v, block_idx, L, call.end, start)
-        if call.cache is None and not self.training:  # the dense reference, on the batch's first row alone
-            names, x = ("block_recall", "score_recall", "block_chance"), (qi[:1], ki[:1], q[:1], k[:1])
-            aux.update(zip(names, block_recall(*x, S, L, None if call.end is None else call.end[:1])))
-        return y, aux if block_idx is None else {**aux, "block_idx": block_idx}
+            y, aux = self.attend_to_blocks(q, k, v, qi, ki, start, ctx)
+        if ctx.cache is None and not self.training:
+            aux.update(self.measure_recall(q, k, qi, ki, ctx.end))
+        return y, aux
+
+    def attend_in_warmup(self, q, k, v, qi, ki, start, ctx, learns):
+        """Full attention, while the index branch learns to predict it (paper, section 3.4)."""
+        L, stride = self.cfg.index_block_size, self.cfg.index_kl_stride
+        y = full_attention(q, k, v, ctx.end, start)
+        if not learns:
+            return y, {}
+        kl = index_kl_loss(qi, ki, q, k, None, L, ctx.end, ctx.weight, stride)
+        return y, dict(index_kl=kl * teaching(q, ctx.weight, stride))
+
+    def attend_and_learn(self, q, k, v, qi, ki, ctx):
+        """Attention over the chosen blocks, and the KL that teaches the index branch to choose them."""
+        L, stride = self.cfg.index_block_size, self.cfg.index_kl_stride
+        block_idx = self.choose(qi, ki, None, ctx)
+        y, kl = msa_train(q, k, v, qi, ki, block_idx, L, ctx.end, ctx.weight, stride)
+        return y, dict(block_idx=block_idx, index_kl=kl * teaching(q, ctx.weight, stride))
+
+    def attend_in_decode(self, q, k, v, qi, ki, start, ctx):
+        """Choice and attention in one operation, for the few queries of a decoding step."""
+        S, L = self.cfg.index_topk_blocks, self.cfg.index_block_size
+        coded = ctx.cache.int8(ctx.layer, ki.size(1))
+        y, block_idx = msa_decode(q, k, v, qi, ki, S, L, start, ctx.end, int8=coded)
+        return y, dict(block_idx=block_idx)
+
+    def attend_to_blocks(self, q, k, v, qi, ki, start, ctx):
+        """Choice, then attention: an evaluation, or a recorded choice that is used again."""
+        block_idx = self.choose(qi, ki, start, ctx)
+        y = msa_attention(q, k, v, block_idx, self.cfg.index_block_size, ctx.end, start)
+        return y, dict(block_idx=block_idx)
+
+    def choose(self, qi, ki, start, ctx):
+        """-> block_idx (B, T, Hkv, S): the recorded choice, or else the index branch's."""
+        if ctx.block_idx is not None:
+            return ctx.block_idx
+        return select_blocks(qi, ki, self.cfg.index_topk_blocks, self.cfg.index_block_size, ctx.end, start)
+
+    def measure_recall(self, q, k, qi, ki, end):
+        """How well the index branch finds the blocks of most attention, on the batch's first row alone: the reference
+        is dense."""
+        S, L = self.cfg.index_topk_blocks, self.cfg.index_block_size
+        end = None if end is None else end[:1]
+        found = block_recall(qi[:1], ki[:1], q[:1], k[:1], S, L, end)
+        return dict(zip(("block_recall", "score_recall", "block_chance"), found))
 
 class Block(nn.Module):
+    """One Transformer layer: attention, then the MLP, each on a normed copy of the residual stream."""
+
     def __init__(self, cfg, attn_type, mlp_type):
         super().__init__()
-        self.attn_norm, self.mlp_norm = RMSNorm(cfg.n_embd, cfg), RMSNorm(cfg.n_embd, cfg)
+        self.attn_norm = RMSNorm(cfg.n_embd, cfg)
+        self.mlp_norm = RMSNorm(cfg.n_embd, cfg)
         self.attn = Attention(cfg, attn_type)
-        self.mlp = MoE(cfg) if mlp_type == "moe" else MLP(cfg.n_embd, cfg.dense_dim, cfg.activation)
+        if mlp_type == "moe":
+            self.mlp = MoE(cfg)
+        else:
+            self.mlp = MLP(cfg.n_embd, cfg.dense_dim, cfg.activation)
 
-    def enter(self, x, rope):
-        return self.attn.project(self.attn_norm(x), rope)
-
-    def leave(self, x, y, weight, experts):
-        x = x + self.attn.o_proj(y.flatten(2))
-        if isinstance(self.mlp, MLP):
-            return x + self.mlp(self.mlp_norm(x)), {}
-        y, load, experts = self.mlp(self.mlp_norm(x), weight, experts)
-        return x + y, dict(expert_load=load, experts=experts)
-
-    def forward(self, x, layer, call, block_idx=None, experts=None):
-        """Attention lies between two halves that torch.compile can fuse (train.py, on a GPU)."""
-        y, aux = self.attn(*self.enter(x, call.rope), layer, call, block_idx)
-        x, more = self.leave(x, y, call.weight, experts)
-        return x, {**aux, **more}
+    def forward(self, x, ctx):
+        """x (B, T, C) -> x (B, T, C), aux of both halves."""
+        y, attn_aux = self.attn(self.attn_norm(x), ctx)
+        x = x + y
+        y, mlp_aux = self.mlp(self.mlp_norm(x), ctx.weight, ctx.experts)
+        x = x + y
+        return x, {**attn_aux, **mlp_aux}
 
 class MTP(nn.Module):
     """Module k of multi-token prediction: from the hidden state at i of depth k-1 and the embedding of token i+k, the
@@ -352,56 +458,53 @@ class MTP(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.h_norm, self.e_norm, self.norm = (RMSNorm(cfg.n_embd, cfg) for _ in range(3))
+        self.h_norm = RMSNorm(cfg.n_embd, cfg)
+        self.e_norm = RMSNorm(cfg.n_embd, cfg)
+        self.norm = RMSNorm(cfg.n_embd, cfg)
         self.proj = Linear(2 * cfg.n_embd, cfg.n_embd, bias=False)
         self.block = Block(cfg, cfg.attn_types[-1], cfg.mlp_types[-1])
 
-    def forward(self, h, emb, layer, call):
+    def forward(self, h, embedded, ctx):
+        """h, embedded (B, T, C) -> h (B, T, C) of the next depth, aux."""
         # not published: the order of the two halves; DeepSeek-V3's code has the embedding first
-        return self.block(self.proj(torch.cat([self.e_norm(emb), self.h_norm(h)], -1)), layer, call)
+        both = torch.cat([self.e_norm(embedded), self.h_norm(h)], -1)
+        return self.block(self.proj(both), ctx)
 
-# One program = one row of logits. The second pass finds in the L2 what the first has read: few rows are under way.
-@jit
-def _softmax_loss_kernel(logits, y, loss, V, COLS: tl.constexpr):
-    c, row, t = tl.arange(0, COLS), logits + tl.program_id(0).to(tl.int64) * V, tl.load(y + tl.program_id(0))
-    m, l = tl.full([COLS], LEAST, tl.float32), tl.zeros([COLS], tl.float32)
-    for v in range(0, V, COLS):
-        x = tl.load(row + v + c, mask=v + c < V, other=float("-inf")).to(tl.float32)
-        new = tl.maximum(m, x)
-        l, m = l * tl.exp(m - new) + tl.exp(x - new), new
-    lse = tl.max(m, 0)
-    lse += tl.log(tl.sum(l * tl.exp(m - lse), 0))
-    tl.store(loss + tl.program_id(0), tl.where(t < 0, 0.0, lse - tl.load(row + tl.maximum(t, 0)).to(tl.float32)))
-    tl.debug_barrier()  # the target's logit is read before it is written
-    for v in range(0, V, COLS):
-        x = tl.exp(tl.load(row + v + c, mask=v + c < V, other=0.0).to(tl.float32) - lse) - (v + c == t).to(tl.float32)
-        tl.store(row + v + c, tl.where(t < 0, 0.0, x).to(logits.dtype.element_ty), mask=v + c < V)
+# ---- losses --------------------------------------------------------------------------------------
 
-def softmax_loss(logits, y, impl="auto"):
-    """Cross-entropy of logits (n, V) and targets y (n,), -1 = none -> (n,), fp32 or wider. The gradient of their sum is
-    written over the logits. impl: auto (Triton on a GPU in 16 bits), triton (logits must be contiguous) or torch."""
-    wide, V = torch.promote_types(logits.dtype, torch.float32), logits.size(1)
-    if impl == "triton" or (impl == "auto" and triton and logits.is_cuda and logits.dtype.itemsize == 2):
-        assert logits.is_contiguous(), f"logits have strides {logits.stride()}, expected {(V, 1)}"
-        loss, cols = torch.empty(len(y), device=y.device, dtype=wide), min(8192, triton.next_power_of_2(V))
-        _softmax_loss_kernel[len(y),](logits, y.contiguous(), loss, V, cols, num_warps=max(1, cols // 512))
+@dataclasses.dataclass
+class Losses:
+    """Sums of losses, in nats, or what they are divided by. The caller divides once, over all parts of a step."""
+    next: torch.Tensor                 # () next token; tokens with a target
+    mtp: torch.Tensor                  # (K,) module by module; tokens with a k-th next one
+    kl: torch.Tensor                   # (layers with MSA,) trunk, then MTP modules; queries that teach
+
+    def over(self, total):
+        """Sums over their counts -> means."""
+        return Losses(self.next / total.next, self.mtp / total.mtp, self.kl / total.kl)
+
+    def objective(self, mtp_weight):
+        """Of means -> the number that a step minimises: next token + mtp_weight * MTP, mean over modules, + all KLs."""
+        loss = self.next + self.kl.sum()
+        if len(self.mtp):
+            loss = loss + mtp_weight * self.mtp.mean()
         return loss
-    logp, t = logits.log_softmax(-1, dtype=wide), y.clamp(min=0)[:, None]
-    loss = torch.where(y >= 0, -logp.gather(1, t)[:, 0], 0)
-    logits.copy_(logp.exp_().scatter_add_(1, t, logp.new_full(t.shape, -1)).mul_((y >= 0)[:, None]))  # one matrix more
-    return loss
 
 def token_loss(h, W, y):
     """Sum of the losses of hidden (n, C) under head (V, C), fp32 or wider; targets y (n,), -1 = none."""
-    logits = (h @ W.to(h.dtype).T).to(torch.promote_types(h.dtype, torch.float32))                            # (n, V)
-    return F.cross_entropy(logits, y, ignore_index=-1, reduction="sum")
+    logits = h @ W.to(h.dtype).T                                                                              # (n, V)
+    wide = torch.promote_types(h.dtype, torch.float32)
+    return F.cross_entropy(logits.to(wide), y, ignore_index=-1, reduction="sum")
 
-class _InChunks(torch.autograd.Function):
+class _ChunkedLoss(torch.autograd.Function):
     """token_loss over chunks of rows. A chunk's gradient is taken at once: its logits are not kept, or made again."""
 
     @staticmethod
     def forward(ctx, h, W, y, chunk):
-        dh, dW, w, total = torch.empty_like(h), torch.zeros_like(W), W.to(h.dtype), 0.0
+        w = W.to(h.dtype)
+        dh = torch.empty_like(h)
+        dW = torch.zeros_like(W)
+        total = 0.0
         for x, t, dx in zip(h.split(chunk), y.split(chunk), dh.split(chunk)):
             logits = x @ w.T                                                                                  # (n, V)
             total = total + softmax_loss(logits, t).sum()  # from here on they are their own gradient
@@ -412,16 +515,105 @@ class _InChunks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return *((grad * x).to(x.dtype) for x in ctx.saved_tensors), None, None
+        dh, dW = ctx.saved_tensors
+        return (grad * dh).to(dh.dtype), (grad * dW).to(dW.dtype), None, None
 
 def cross_entropy(h, W, targets, chunk=None):
-    """Mean loss of hidden (B, T, C), 0 if there is no target. A chunk has at most 2^30 logits (in torch, twice)."""
-    h, y, chunk = h.flatten(0, 1), targets.flatten(), chunk or 2 ** (30 - len(W).bit_length())
+    """Sum of the next-token losses, without an (n, V) matrix for all tokens at once.
+
+    h        (B, T, C) hidden states
+    W        (V, C) head
+    targets  (B, T), -1 = no loss
+    chunk    rows at a time; default: at most 2^30 logits
+    """
+    h = h.flatten(0, 1)
+    y = targets.flatten()
+    if chunk is None:
+        chunk = 2 ** (30 - len(W).bit_length())
     if torch.is_grad_enabled() and (h.is_cuda or len(y) > chunk):
-        total = _InChunks.apply(h, W, y, chunk)
-    else:
-        total = sum(token_loss(x, W, t) for x, t in zip(h.split(chunk), y.split(chunk)))
-    return total / (y >= 0).sum().clamp(min=1)
+        return _ChunkedLoss.apply(h, W, y, chunk)
+    return sum(token_loss(x, W, t) for x, t in zip(h.split(chunk), y.split(chunk)))
+
+# One program = one row of logits. The second pass finds in the L2 what the first has read: few rows are under way.
+@jit
+def _softmax_loss_kernel(
+    logits,                            # (n, V), overwritten by the gradient
+    y,                                 # (n,) target, -1 = none
+    loss,                              # (n,) out
+    V,
+    COLS: tl.constexpr,
+):
+    row = logits + tl.program_id(0).to(tl.int64) * V
+    target = tl.load(y + tl.program_id(0))
+    column = tl.arange(0, COLS)
+
+    # running maximum and sum of exponentials, a pair for each of COLS lanes
+    m = tl.full([COLS], LEAST, tl.float32)
+    l = tl.zeros([COLS], tl.float32)
+    for first in range(0, V, COLS):
+        x = tl.load(row + first + column, mask=first + column < V, other=float("-inf")).to(tl.float32)
+        new = tl.maximum(m, x)
+        l = l * tl.exp(m - new) + tl.exp(x - new)
+        m = new
+    lse = tl.max(m, 0)
+    lse += tl.log(tl.sum(l * tl.exp(m - lse), 0))
+
+    correct = tl.load(row + tl.maximum(target, 0)).to(tl.float32)
+    tl.store(loss + tl.program_id(0), tl.where(target < 0, 0.0, lse - correct))
+    tl.debug_barrier()  # the target's logit is read before it is written
+
+    # the gradient, softmax - one-hot, over the logits
+    for first in range(0, V, COLS):
+        inside = first + column < V
+        x = tl.load(row + first + column, mask=inside, other=0.0).to(tl.float32)
+        x = tl.exp(x - lse) - (first + column == target).to(tl.float32)
+        x = tl.where(target < 0, 0.0, x)
+        tl.store(row + first + column, x.to(logits.dtype.element_ty), mask=inside)
+
+def softmax_loss(logits, y, impl="auto"):
+    """Cross-entropy of each row; the gradient of their sum is written over the logits.
+
+    logits  (n, V)
+    y       (n,) targets, -1 = none
+    impl    auto (Triton on a GPU in 16 bits), triton (logits must be contiguous) or torch
+    -> (n,), fp32 or wider.
+    """
+    n, V = logits.shape
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    if impl == "triton" or (impl == "auto" and triton and logits.is_cuda and logits.dtype.itemsize == 2):
+        assert logits.is_contiguous(), f"logits have strides {logits.stride()}, expected {(V, 1)}"
+        loss = torch.empty(n, device=y.device, dtype=wide)
+        cols = min(8192, triton.next_power_of_2(V))
+        warps = max(1, cols // 512)  # 16 logits a thread
+        _softmax_loss_kernel[n,](logits, y.contiguous(), loss, V, COLS=cols, num_warps=warps)
+        return loss
+
+    has_target = y >= 0
+    target = y.clamp(min=0)[:, None]                                                                          # (n, 1)
+    logp = logits.log_softmax(-1, dtype=wide)
+    loss = torch.where(has_target, -logp.gather(1, target)[:, 0], 0)
+    # in place, so that one matrix more than the logits is alive, and not three
+    grad = logp.exp_().scatter_add_(1, target, logp.new_full(target.shape, -1)).mul_(has_target[:, None])
+    logits.copy_(grad)
+    return loss
+
+def within_document(k, T, end, device):
+    """Which of T - k positions have a k-th next token in their document: bool (B, T - k), or (1, T - k) without end."""
+    slot = torch.arange(k, max(k, T), device=device)[None]
+    if end is None:
+        return slot >= 0
+    return slot < end[:, :slot.size(1)]
+
+def depth_weight(k, T, weight, end):
+    """A token's multiplicity at depth k of MTP: 0 where it has no k-th next token -> (B, T - k), None = 1."""
+    if weight is not None:
+        weight = weight[:, :max(0, T - k)]
+    if end is None:
+        return weight
+    inside = within_document(k, T, end, end.device)
+    return inside.float() if weight is None else weight * inside
+
+# ---- the model -----------------------------------------------------------------------------------
 
 class MiniMax(nn.Module):
     """`dtype` is what activations are computed in; weights keep theirs (fp32 in training) and are cast where used."""
@@ -430,9 +622,8 @@ class MiniMax(nn.Module):
         super().__init__()
         cfg.check(dtype or torch.get_default_dtype())  # once more: fields may have been set since
         self.cfg = cfg
-        self.recompute = False
         self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
-        self.layers = nn.ModuleList(Block(cfg, a, m) for a, m in zip(cfg.attn_types, cfg.mlp_types))
+        self.layers = nn.ModuleList(Block(cfg, attn, mlp) for attn, mlp in zip(cfg.attn_types, cfg.mlp_types))
         self.norm = RMSNorm(cfg.n_embd, cfg)
         self.lm_head = Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         self.mtp = nn.ModuleList(MTP(cfg) for _ in range(cfg.n_mtp))
@@ -454,88 +645,193 @@ class MiniMax(nn.Module):
         sqrt(2 n_layer), GPT-2's rule; the head by 4, so that the first loss is ln V."""
         std = self.cfg.n_embd ** -0.5
         for name, p in self.named_parameters():
-            if p.dim() > 1:  # a norm starts as the identity
-                residual = name.endswith(("o_proj.weight", "w2", "w2.weight"))
-                less = 4 if name == "lm_head.weight" else (2 * self.cfg.n_layer) ** 0.5 if residual else 1
-                p.normal_(0, std / less)
+            if p.dim() == 1:  # a norm starts as the identity
+                continue
+            if name == "lm_head.weight":
+                p.normal_(0, std / 4)
+            elif name.endswith(("o_proj.weight", "w2", "w2.weight")):
+                p.normal_(0, std / (2 * self.cfg.n_layer) ** 0.5)
+            else:
+                p.normal_(0, std)
 
-    def forward(self, idx, targets=None, weight=None, cache=None, pos=None, end=None, replay=None, n_logits=None):
-        """idx (B, T) -> logits, loss, aux (flat dict of tensors).
-        targets (B, T): the token after each, -1 = no loss. Without n_logits they give the loss in chunks, and logits
-        None; otherwise logits (B, n, V) of the last n_logits positions, None = all. loss: next-token loss alone.
-        weight (B, T): multiplicity, 0 = pad. pos (B, T): default counts on from the cache. end (B, Tk): default causal.
-        replay: an earlier aux, whose block_idx and experts are used again. aux: expert_load (layers with experts, E),
-        experts (n, B, T, A), block_idx (layers with MSA, B, T, Hkv, S), hidden (B, T, C) before the last norm;
-        mtp_losses (MTP modules,) and mtp_loss, their mean, with targets; index_kl in training; block_recall,
-        score_recall, block_chance in evaluation."""
+    def forward(self, idx, targets=None, weight=None, cache=None, pos=None, end=None, replay=None, n_logits=None,
+                index_warmup=False, run_mtp=True, recompute=False):
+        """One forward for training, prefill, decode, verification of drafts and merged trees.
+
+        idx           (B, T) tokens
+        targets       (B, T) the token after each, -1 = no loss. Without n_logits they give the losses alone
+        weight        (B, T) multiplicity of a token, 0 = pad; default 1
+        cache         KVCache to read and append to
+        pos           (B, T) position on a token's own path; default: counts on from the cache
+        end           (B, Tk) int32, key j is visible to query i iff j <= i < end[j]; default: causal
+        replay        an earlier aux, whose block_idx and experts are used again
+        n_logits      logits of so many last positions; default: of all, or of none where there are targets
+        index_warmup  MSA layers have full attention while their index branch learns
+        run_mtp       whether targets run the MTP modules, too
+        recompute     layers keep their input alone, and run again in the backward pass (activation checkpointing)
+        -> logits (B, n, V) or None; Losses in training or with targets, or else None; aux, a flat dict of tensors:
+        hidden (B, T, C) before the last norm, block_idx (layers with MSA, B, T, Hkv, S), experts (layers with experts,
+        B, T, A), expert_load (layers with experts, E), and in an evaluation block_recall, score_recall, block_chance.
+        ValueError for an idx without a token.
+        """
         B, T = idx.shape
         if B == 0 or T == 0:
             raise ValueError(f"idx {(B, T)}: at least one row of at least one token")
         if pos is None:
-            pos = query_index(T, None if cache is None else cache.length, idx.device).expand(B, T)
-        call = Call(rope_tables(pos, self.cfg.rotary_dim, self.cfg.rope_theta), end, weight, cache)
-        x, aux = self.embed(idx).to(self.dtype), {}
-        blocks, experts = (iter((replay or {}).get(key, ())) for key in ("block_idx", "experts"))
-        for i, layer in enumerate(self.layers):
-            args = (x, i, call, next(blocks, None) if layer.attn.indexer else None,
-                    next(experts, None) if isinstance(layer.mlp, MoE) else None)
-            x, more = checkpoint(layer, *args, use_reentrant=False) if self.recompute else layer(*args)
-            for key, value in more.items():
-                aux.setdefault(key, []).append(value)
-        mtp = {}
-        if targets is not None and self.cfg.mtp_active and self.mtp:
-            mtp["mtp_losses"] = self.mtp_forward(x, idx, targets, call, aux)
-            mtp["mtp_loss"] = mtp["mtp_losses"].sum() / len(self.mtp)
+            start = None if cache is None else cache.length
+            pos = query_index(T, start, idx.device).expand(B, T)
+        ctx = Context(rope_tables(pos, self.cfg.rotary_dim, self.cfg.rope_theta), end, weight, cache, index_warmup)
+
+        # the trunk
+        x = self.embed(idx).to(self.dtype)                                                                # (B, T, C)
+        reports = []                       # aux of each layer
+        for block, layer_ctx in zip(self.layers, self.layer_contexts(ctx, replay)):
+            if recompute:
+                x, report = checkpoint(block, x, layer_ctx, use_reentrant=False)
+            else:
+                x, report = block(x, layer_ctx)
+            reports.append(report)
+        hidden = x
+        x = self.norm(hidden)
+
+        # losses
+        losses = None
+        if self.training or targets is not None:
+            none = torch.zeros(0, device=idx.device)
+            losses = Losses(next=none.sum(), mtp=none, kl=none)
+        if targets is not None:
+            losses.next = cross_entropy(x, self.lm_head.weight, targets)
+        if targets is not None and run_mtp and self.mtp:
+            losses.mtp = self.mtp_losses(hidden, idx, targets, ctx, reports)
+        kls = [report.pop("index_kl") for report in reports if "index_kl" in report]
+        if kls:
+            losses.kl = torch.stack(kls)
+
+        # what the layers report
         if cache is not None:
             cache.advance(T)
-        aux = {key: torch.stack(value) for key, value in aux.items()} | mtp
-        x, aux["hidden"] = self.norm(x), x
-        loss = None if targets is None else cross_entropy(x, self.lm_head.weight, targets)
+        aux = dict(hidden=hidden)
+        for key in dict.fromkeys(key for report in reports for key in report):
+            aux[key] = torch.stack([report[key] for report in reports if key in report])
         if targets is not None and n_logits is None:
-            return None, loss, aux
-        return self.lm_head(x if n_logits is None else x[:, max(0, T - n_logits):]), loss, aux
+            return None, losses, aux
+        if n_logits is not None:
+            x = x[:, max(0, T - n_logits):]
+        return self.lm_head(x), losses, aux
 
-    def mtp_forward(self, h, idx, targets, call, aux):
-        """Each MTP module's mean loss (modules,). Module k works on positions with a k-th next token in the layout;
-        what lies past the end of a document is seen by none and has no target."""
-        losses, T = [], idx.size(1)
+    def layer_contexts(self, ctx, replay):
+        """The context of each layer of the trunk, with its part of the recorded choices."""
+        replay = replay or {}
+        blocks = iter(replay.get("block_idx", ()))
+        experts = iter(replay.get("experts", ()))
+        for layer, block in enumerate(self.layers):
+            yield dataclasses.replace(
+                ctx,
+                layer=layer,
+                block_idx=next(blocks, None) if block.attn.indexer else None,
+                experts=next(experts, None) if isinstance(block.mlp, MoE) else None)
+
+    def mtp_walk(self, hidden, embedded, ctx, weights):
+        """Run the MTP modules one after the other, as in training: module k at all positions with a k-th next slot.
+
+        hidden    (B, T, C) of the trunk, before its last norm
+        embedded  (B, T, C) embeddings of the tokens
+        ctx       of the trunk
+        weights   weights[k] (B, T - k): multiplicity of a position at depth k, or None
+        Yields k, the module's hidden states (B, T - k, C), normed for the head, and its aux.
+        """
+        T = hidden.size(1)
         for k, module in enumerate(self.mtp[:T - 1], 1):
-            n, shifted = T - k, targets[:, k:]
-            cos, sin, end, weight = (None if t is None else t[:, :n] for t in (*call.rope, call.end, call.weight))
-            if end is not None:
-                has = torch.arange(k, T, device=idx.device) < end  # where not: no target, KL or count of the router's
-                shifted, weight = shifted.where(has, -1), has.float() if weight is None else weight * has
-            h, more = module(h[:, :n], self.embed(idx[:, k:]).to(h.dtype), self.cfg.n_layer + k - 1,
-                             Call((cos, sin), end, weight))
-            losses.append(cross_entropy(module.norm(h), self.lm_head.weight, shifted))
-            for key in more.keys() & {"expert_load", "index_kl"}:
-                aux.setdefault(key, []).append(more[key])
-        return torch.stack(losses) if losses else h.new_zeros(0)
+            cos, sin = ctx.rope
+            depth_ctx = Context(
+                rope=(cos[:, :T - k], sin[:, :T - k]),
+                end=None if ctx.end is None else ctx.end[:, :T - k],
+                weight=weights[k],
+                index_warmup=ctx.index_warmup,
+                layer=self.cfg.n_layer + k - 1)
+            hidden, aux = module(hidden[:, :T - k], embedded[:, k:], depth_ctx)
+            yield k, module.norm(hidden), aux
+
+    def mtp_losses(self, hidden, idx, targets, ctx, reports):
+        """Each MTP module's loss, a sum (K,). Adds what a module reports of its experts and index branch to `reports`.
+        What lies past the end of a document is seen by none, and has no target, KL or count of the router's."""
+        T = idx.size(1)
+        embedded = self.embed(idx).to(hidden.dtype)
+        weights = [depth_weight(k, T, ctx.weight, ctx.end) for k in range(len(self.mtp) + 1)]
+        losses = [torch.zeros((), device=idx.device)] * len(self.mtp)
+        for k, h, aux in self.mtp_walk(hidden, embedded, ctx, weights):
+            shifted = targets[:, k:].where(within_document(k, T, ctx.end, idx.device), -1)
+            losses[k - 1] = cross_entropy(h, self.lm_head.weight, shifted)
+            reports.append({key: aux[key] for key in ("expert_load", "index_kl") if key in aux})
+        return torch.stack(losses)
+
+    def count_losses(self, targets, weight=None, end=None, run_mtp=True):
+        """What the sums of `forward` are divided by -> Losses, each at least 1. Arguments as there, of a whole step."""
+        B, T = targets.shape
+        K = len(self.mtp) if run_mtp else 0
+        stride = self.cfg.index_kl_stride
+        if weight is None:
+            weight = torch.ones(B, T, device=targets.device)
+        tokens = []
+        queries = []
+        for k in range(K + 1):  # depth 0 is the trunk
+            inside = within_document(k, T, end, targets.device)                                       # (B, T - k)
+            tokens.append(((targets[:, k:] >= 0) & inside).sum())
+            teaching = weight[:, :max(0, T - k)].clamp(min=0) * inside
+            queries.append(teaching[:, stride - 1::stride].sum())
+        kinds = [*self.cfg.attn_types, *self.cfg.attn_types[-1:] * K]
+        depths = [0] * self.cfg.n_layer + [*range(1, K + 1)]
+        kl = [queries[k] for k, kind in zip(depths, kinds) if kind == "msa" and k < T]
+        return Losses(
+            next=tokens[0].clamp(min=1),
+            mtp=torch.stack(tokens[1:]).clamp(min=1) if K else tokens[0].new_zeros(0),
+            kl=torch.stack(kl).clamp(min=1) if kl else weight.new_zeros(0))
 
     def num_params(self):
         """Total, and active for one token: no embedding, head or MTP, of the experts the chosen (the report's 9.8B)."""
         total, active = count_params(self)
-        return total, active - 2 * self.embed.weight.numel() - sum(count_params(module)[1] for module in self.mtp)
+        tables = 2 * self.embed.weight.numel()
+        modules = sum(count_params(module)[1] for module in self.mtp)
+        return total, active - tables - modules
 
-    def flops_per_token(self, pos, real=None):
-        """Executed FLOPs a token of a training step, MTP and warm-up as they stand, for tokens at pos (B, T) of their
-        documents: 6 per active parameter and head (4 in the index branch, whose input gets no gradient), 12 H D per key
-        read; scores of all earlier blocks but in the warm-up; KL, teacher included, of every stride-th query.
-        real (B, T) bool: the mean is over these tokens alone, and pads are left out; default: all."""
-        pos = pos if real is None else pos[real]
-        cfg, mtp, head = self.cfg, self.mtp if self.cfg.mtp_active else [], self.embed.weight.numel()
-        more, own = (cfg.index_topk_blocks - 1) * cfg.index_block_size, pos % cfg.index_block_size + 1  # keys
-        seen, few, own = (x.double().mean().item() for x in (pos + 1, (pos + 1).minimum(more + own), own))
-        read, scored = (seen, 0) if cfg.index_warmup else (few, seen - own)
-        kinds, width = cfg.attn_types + cfg.attn_types[-1:] * len(mtp), (cfg.n_kv_head + 1) * cfg.index_head_dim
-        main, index = 12 * cfg.n_head * cfg.head_dim, 2 * cfg.n_kv_head * cfg.index_head_dim
-        learn = (main / 6 + 3 * index) * read / cfg.index_kl_stride + index * scored - 2 * cfg.n_embd * width
-        attention = main * seen * kinds.count("full") + (main * read + learn) * kinds.count("msa")
-        return 6 * (self.num_params()[1] + head + sum(count_params(m)[1] + head for m in mtp)) + attention
+    def flops_per_token(self, pos, index_warmup=False, run_mtp=True):
+        """Useful FLOPs a token of a training step: 6 for each active parameter, and for each key that a query head reads
+        2 D for its score, 2 D for its value, and twice as much in the backward pass (PaLM, arXiv 2204.02311, appendix B).
+
+        pos  positions of the tokens in their documents, of any shape; pads are left out by the caller
+        """
+        cfg = self.cfg
+        modules = list(self.mtp) if run_mtp else []
+        kinds = cfg.attn_types + cfg.attn_types[-1:] * len(modules)
+
+        # matrices
+        head = self.embed.weight.numel()
+        active = self.num_params()[1] + head
+        for module in modules:
+            active += count_params(module)[1] + head
+
+        # keys that a query reads, means over the queries
+        own = pos % cfg.index_block_size + 1             # of its own block
+        chosen = (cfg.index_topk_blocks - 1) * cfg.index_block_size + own
+        visible = (pos + 1).double().mean().item()
+        earlier = visible - own.double().mean().item()   # of blocks before its own
+        read = visible
+        scored = 0.0
+        if not index_warmup:
+            read = torch.minimum(pos + 1, chosen).double().mean().item()
+            scored = earlier
+
+        # a layer with full attention, and one with MSA: attention, block scores, the KL of every stride-th query
+        key = 4 * cfg.n_head * cfg.head_dim              # a key's score and value, all heads
+        index_key = 2 * cfg.n_kv_head * cfg.index_head_dim
+        full = 3 * key * visible
+        kl = (key / 2 + 3 * index_key) * read / cfg.index_kl_stride  # the teacher's scores; the index branch's, both ways
+        sparse = 3 * key * read + index_key * scored + kl
+        return 6 * active + full * kinds.count("full") + sparse * kinds.count("msa")
 
     def moe_layers(self):
         """Every mixture of experts, trunk then MTP: the rows of aux["expert_load"]."""
-        return [m for m in self.modules() if isinstance(m, MoE)]
+        return [module for module in self.modules() if isinstance(module, MoE)]
 
     def update_router_bias(self, load, rate):
         """One step of load balancing, after the optimizer's. load (layers with experts, E) = aux["expert_load"]."""

@@ -178,8 +178,9 @@ class MLP(nn.Module):
         self.w13 = Linear(n_embd, 2 * dim, bias=False)
         self.w2 = Linear(dim, n_embd, bias=False)
 
-    def forward(self, x):
-        return self.w2(gated(self.w13(x), self.activation))
+    def forward(self, x, weight=None, replay=None):
+        """x (B, T, C) -> y (B, T, C), aux {}. weight and replay are what MoE takes: a dense layer has no choice."""
+        return self.w2(gated(self.w13(x), self.activation)), {}
 
 def _terms(x):
     """x in fp32, 0 or over 2^-110 -> three terms in bf16 with the same sum: 8 bits each of its 24."""
@@ -240,17 +241,33 @@ class MoE(nn.Module):
         self.shared = MLP(cfg.n_embd, cfg.shared_dim, cfg.activation) if cfg.shared_dim else None
 
     def forward(self, x, weight=None, replay=None):
-        """x (B, T, C) -> y (B, T, C), load (E,) fp32, experts (B, T, A). `weight` (B, T) counts a token that often, 0 =
-        pad; `replay` (B, T, A) takes the choice from a recording, the weights still from the scores."""
-        cfg, flat = self.cfg, x.flatten(0, 1)                                                             # (B*T, C)
-        replay = None if replay is None else replay.flatten(0, 1).long()
-        weights, idx = route(self.router(flat), self.router.bias, cfg.n_expert_per_tok, cfg.routed_scale, replay)
+        """Every token through its experts.
+
+        x       (B, T, C)
+        weight  (B, T) counts a token so often, 0 = pad; default 1
+        replay  (B, T, A) a recorded choice of experts; their weights still come from the scores
+        -> y (B, T, C); aux: expert_load (E,) fp32, experts (B, T, A).
+        """
+        cfg = self.cfg
+        B, T, _ = x.shape
+        flat = x.flatten(0, 1)                                                                            # (B*T, C)
+        if replay is not None:
+            replay = replay.flatten(0, 1).long()
+        logits = self.router(flat)
+        weights, idx = route(logits, self.router.bias, cfg.n_expert_per_tok, cfg.routed_scale, replay)  # (B*T, A) both
+
         experts = pick_experts(x.dtype)
-        y = experts(flat, self.w13.to(x.dtype), self.w2.to(x.dtype), weights, idx, cfg.activation).view_as(x)
-        count = flat.new_ones(flat.size(0)) if weight is None else weight.flatten()
-        count = count.float()[:, None].expand_as(idx)  # whole numbers: the sum is exact in any order, atomics included
+        y = experts(flat, self.w13.to(x.dtype), self.w2.to(x.dtype), weights, idx, cfg.activation)
+        y = y.view_as(x)
+        if self.shared is not None:
+            shared, _ = self.shared(x)
+            y = y + shared
+
+        # whole numbers: the sum is exact in any order, atomics included
+        count = flat.new_ones(B * T) if weight is None else weight.flatten()
+        count = count.float()[:, None].expand_as(idx)
         load = torch.zeros(cfg.n_expert, device=x.device).index_add(0, idx.flatten(), count.flatten())
-        return y if self.shared is None else y + self.shared(x), load, idx.view(*x.shape[:2], -1)
+        return y, dict(expert_load=load, experts=idx.view(B, T, -1))
 
 def count_params(module):
     """Parameters and router biases: all, and those that one token uses."""

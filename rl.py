@@ -28,12 +28,12 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from model import Call, KVCache, MiniMax, MiniMaxConfig, rope_tables
+from model import Context, KVCache, MiniMax, MiniMaxConfig, rope_tables
 from sample import (Parser, SaveTimer, Threads, Tokenizer, check_fields, check_finite, check_memory, check_weights,
                     checkpoint_path, command, implementations, learn_bpe, load_checkpoint, load_model,
                     load_optimizers, lock_folder, number, on_signals, pick_device, sample_next, save_checkpoint,
                     saved_flags)
-from train import configure_optimizers, step_bytes
+from train import configure_optimizers, set_rates, step_bytes, update
 
 EPS_HIGH = 4.0                         # not published: upper clip of the ratio, 1 + 4
 PROCESS, SPEED, FAILURE = -0.1, 0.1, -0.1  # not published: a malformed call; the weight of speed; a task that got stuck
@@ -388,7 +388,19 @@ class WindowedFIFO:
             self.idle, now = self.idle + then - now, then
         return now
 
-# ---- train engine: prefix trees, CISPO -----------------------------------------------------------
+# ---- prefix trees --------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Leaf:
+    """One path of a prefix tree, from the root to where its longest sample ends."""
+    slots: np.ndarray                  # (n,) layout slots of the path's tokens
+    samples: list                      # that end on it, the longest last
+    fork: int                          # so many of its slots are shared with the next leaf
+    stop: int                          # layout slot where what is not shared ends
+
+    def moved(self, by):
+        """The same leaf, in a layout where its tree starts `by` slots later."""
+        return Leaf(self.slots + by, self.samples, self.fork, self.stop + by)
 
 class PrefixTree:
     """Samples of a group as one row: a token that several samples share at one place of their paths is computed once.
@@ -398,25 +410,43 @@ class PrefixTree:
                   a b            weight   3 3   1 1   1 1 1      every position has one next token
 
     Samples that part at depth p fork at L * ((p - max(K, 1)) // L): segments start at multiples of L, so that a key
-    block of the layout is one of a path, and module K of MTP finds its token K places on. A leaf: the slots of its
-    longest sample, the samples that end in it, how many of its slots others go on from, where the rest ends."""
+    block of the layout is one of a path, and module K of MTP finds its token K places on."""
 
     def __init__(self, samples, cfg=None):
-        L, K = cfg.index_block_size if cfg and "msa" in cfg.attn_types else 1, cfg.n_mtp if cfg else 0
-        # tokens sort by id and recorded routes: an equal token of other experts is another
-        rows = [(s.ids if s.routes is None else torch.cat([s.ids[:, None], s.routes], 1)).numpy() for s in samples]
-        order = sorted(range(len(rows)), key=lambda i: rows[i].astype(">i4").tobytes())  # what is shorter first
-        self.samples, self.L, self.K, self.n_naive = [samples[i] for i in order], L, K, sum(map(len, rows))
-        self.leaves, self.size, path, ended = [], 0, np.arange(0), []
+        sparse = cfg is not None and "msa" in cfg.attn_types
+        self.L = cfg.index_block_size if sparse else 1
+        self.K = cfg.n_mtp if cfg else 0
+        self.n_naive = sum(len(sample.ids) for sample in samples)
+
+        # tokens sort by id and recorded routes: an equal token of other experts is another. What is shorter comes first
+        rows = [labels(sample) for sample in samples]
+        order = sorted(range(len(rows)), key=lambda i: rows[i].astype(">i4").tobytes())
+        self.samples = [samples[i] for i in order]
+
+        # depth first: each sample goes on from what it shares with the one before it
+        self.leaves = []
+        self.size = 0
+        path = np.arange(0)
+        ended = []
         for i, after in zip(order, [*order[1:], None]):
-            start, self.size = self.size, self.size + len(rows[i]) - len(path)
-            path = np.concatenate([path, np.arange(start, self.size)])
+            n_new = len(rows[i]) - len(path)
+            path = np.concatenate([path, np.arange(self.size, self.size + n_new)])
+            self.size += n_new
             ended.append(samples[i])
             depth = 0 if after is None else common_prefix(rows[i], rows[after])
-            if depth < len(rows[i]):  # they part: what is beyond the fork ends here; or the next goes on from i
-                fork = max(0, L * ((depth - max(K, 1)) // L))
-                self.leaves.append((path, ended, fork, self.size))
-                path, ended, self.size = path[:fork], [], self.size + -self.size % L
+            if depth == len(rows[i]):  # the next sample goes on from the end of this one: the same leaf
+                continue
+            fork = max(0, self.L * ((depth - max(self.K, 1)) // self.L))
+            self.leaves.append(Leaf(path, ended, fork, self.size))
+            path = path[:fork]
+            ended = []
+            self.size += -self.size % self.L
+
+def labels(sample):
+    """What tokens are compared by: ids (n,), or ids and recorded routes (n, 1 + r)."""
+    if sample.routes is None:
+        return sample.ids.numpy()
+    return torch.cat([sample.ids[:, None], sample.routes], 1).numpy()
 
 class PackedRow:
     """Trees one after the other in one row, as documents: none sees another. To collate it is one more tree.
@@ -431,8 +461,7 @@ class PackedRow:
         self.leaves = []
         self.size = 0
         for tree in trees:
-            start = self.size
-            self.leaves += [(path + start, ended, fork, stop + start) for path, ended, fork, stop in tree.leaves]
+            self.leaves += [leaf.moved(self.size) for leaf in tree.leaves]
             self.size += tree.size
 
 def pack_rows(trees, room):
@@ -452,144 +481,221 @@ def pack_rows(trees, room):
         bisect.insort(free, (left - tree.size, row))
     return [PackedRow(row) for row in rows]
 
-def advantages(group):
-    """Reward to go of each turn, less the mean return of the group's other episodes -> samples of each episode.
-    # not published: the baseline; leaving the own return out keeps it unbiased."""
-    returns = [sum(t.rewards) for t in group]
-    # rewards may come in fp32: a smaller difference is one of rounding, and would still move the weights at full size
-    least = 1e-6 * max(sum(map(abs, t.rewards)) for t in group)
-    for t, own in zip(group, returns):
-        for i, sample in enumerate(t.samples):
-            advantage = sum(t.rewards[i:]) - (sum(returns) - own) / max(1, len(group) - 1)
-            sample.advantage = advantage if abs(advantage) > least else 0.0
-    return [t.samples for t in group]
-
-def cispo_loss(logprob, entry, old, advantage, Z, eps_high=EPS_HIGH):
-    """logprob (n,) of the slots; of each action token of each sample (m,): entry, its slot; old, its log-prob at
-    rollout; its advantage -> -1/Z sum sg(min(pi / pi_old, 1 + eps)) A log pi, ratios (m,). The weight is detached: all
-    samples through a slot are one coefficient. Near 0, as advantages sum to about 0: read the reward, not the loss."""
-    ratio = (logprob.detach()[entry] - old).exp()
-    coefficient = torch.zeros_like(logprob).index_add(0, entry, ratio.clamp(max=1 + eps_high) * advantage)
-    return -(coefficient * logprob).sum() / Z, ratio
-
-def collate(trees, device):
-    """Trees or packed rows as a micro-batch, padded to T slots -> dict of tensors: idx, pos, end (B, T); weight, draft
-    (K + 1, B, T): weight[k] counts the samples that go on for k more tokens (a pad: none), draft[k] those whose action
-    has the token k + 1 places on; routes (B, T, r) if recorded; slots that come before an action token, and the target
-    there; of each action token of each sample its entry in slots, advantage, old log-prob and version."""
-    B, T, K, samples = len(trees), max(t.size for t in trees), trees[0].K, [s for t in trees for s in t.samples]
-    leaves = [(b * T + path, *more) for b, t in enumerate(trees) for path, *more in t.leaves]
-    idx, pos, end = np.zeros(B * T, int), np.zeros(B * T, int), np.tile(np.arange(1, T + 1, dtype=np.int32), B)
-    weight, draft, before = np.zeros((K + 1, B * T)), np.zeros((K + 1, B * T)), []
-    for path, ended, fork, stop in leaves:
-        depth, (start, length) = np.arange(len(path)), np.array([(s.start, len(s.ids)) for s in ended]).T[..., None]
-        idx[path], pos[path], end[path[fork:]] = ended[-1].ids, depth, stop
-        for k in range(K + 1):
-            weight[k, path] += (depth < length - k).sum(0)
-            draft[k, path] += ((start - 1 <= depth + k) & (depth + k < length - 1)).sum(0)
-        before += [path[s.start - 1:len(s.ids) - 1] for s in ended]
-    slots, once, entry = np.unique(np.concatenate(before), return_index=True, return_inverse=True)
-    out = dict(idx=idx.reshape(B, T), pos=pos.reshape(B, T), weight=weight.reshape(-1, B, T), slots=slots, entry=entry,
-               draft=draft.reshape(-1, B, T), target=torch.cat([s.ids[s.start:] for s in samples]).numpy()[once],
-               advantage=np.repeat([s.advantage for s in samples], [*map(len, before)]),
-               old=torch.cat([s.logprobs for s in samples]), version=torch.cat([s.versions for s in samples]))
-    if any(t.leaves[0][-1] < t.size for t in trees):  # without a fork rows are plain causal, which is faster
-        out["end"] = end.reshape(B, T)
-    if all(s.routes is not None for s in samples):
-        out["routes"] = lay_routes([(path, ended[-1].routes.numpy()) for path, ended, *_ in leaves], B, T, trees[0].L)
-    return {name: torch.as_tensor(x, device=device) for name, x in out.items()}
-
-def policy(model, batch):
-    """Forward -> log-prob of the action token after each of the slots, entropy there (slots,), fp32 or wider; aux."""
-    aux = model(batch["idx"], weight=batch["weight"][0], pos=batch["pos"], end=batch.get("end"), n_logits=0,
-                replay=unpack_routes(batch["routes"], model.cfg) if "routes" in batch else None)[2]
-    logits = model.lm_head(model.norm(aux["hidden"].flatten(0, 1)[batch["slots"]]))
-    logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
-    return logp.gather(-1, batch["target"][:, None])[:, 0], entropy, aux
-
-def mtp_losses(model, batch, hidden, top=8):
-    """Keep drafts aligned while the policy moves: KL of the policy's distribution k tokens on (its `top` tokens,
-    renormalised) to module k's, summed over drafted action tokens by multiplicity; trunk, embedding and head detached.
-    The teacher, unlike a hard target, is the same for every branch. -> loss, expert loads, index KLs.
-    # not published: the form of the report's top-K KL."""
-    h, wide, loss, loads, kls = hidden.detach(), torch.promote_types(hidden.dtype, torch.float32), 0.0, [], []
-    head = model.lm_head.weight.detach().to(h.dtype)
-    teacher = (model.norm(h).detach() @ head.T).to(wide).softmax(-1)
-    embedded = model.embed(batch["idx"]).detach().to(h.dtype)
-    cos, sin = rope_tables(batch["pos"], model.cfg.rotary_dim, model.cfg.rope_theta)
-    for k, module in enumerate(model.mtp[:h.size(1) - 1], 1):
-        n, weight = h.size(1) - 1, batch["weight"][k][:, :-k]
-        call = Call((cos[:, :-k], sin[:, :-k]), batch["end"][:, :-k] if "end" in batch else None, weight)
-        h, aux = module(h[:, :n], embedded[:, k:], model.cfg.n_layer + k - 1, call)                      # (B, T - k, C)
-        logp = (module.norm(h) @ head.T).to(wide).log_softmax(-1)
-        q, token = teacher[:, k:].topk(min(top, teacher.size(-1)))
-        q = q / q.sum(-1, keepdim=True)
-        kl = (q * (q.log() - logp.gather(-1, token))).nan_to_num(0.0).sum(-1)                             # (B, T - k)
-        loss = loss + (kl * batch["draft"][k][:, :-k]).sum() / len(model.mtp)
-        loads.append(aux["expert_load"][None])
-        kls += [aux["index_kl"] * weight.sum()] if "index_kl" in aux else []
-    return loss, loads, kls
-
 def plan_rows(groups, model, merge):
     """Groups (samples of each episode) -> rows. A row is a tree of a whole group, or one an episode where computing the
     shared prompt again costs less than masked attention across all branches. Without merge every sample is a tree of
     its own. Rows of the longest one's length hold several, or each has its row, where pads cost less than the mask."""
-    cfg, out = model.cfg, []
-    a_token, a_key = 2 * model.num_params()[1], 4 * cfg.n_layer * cfg.n_head * cfg.head_dim
+    cfg = model.cfg
+    a_token = 2 * model.num_params()[1]  # FLOPs
+    a_key = 4 * cfg.n_layer * cfg.n_head * cfg.head_dim  # of a query
+
     if not merge:
         alone = [PrefixTree([sample], cfg) for episodes in groups for samples in episodes for sample in samples]
         packed = pack_rows(alone, max((tree.size for tree in alone), default=0))
+
         def flops(rows):
             a_query = a_key if rows is packed else a_key / 2  # a mask computes all keys, a causal product half of them
-            shapes = [(len(batch), batch[0].size) for batch in micro_batches(rows)]
-            return sum(B * T * (a_token + a_query * T) for B, T in shapes)
+            total = 0
+            for batch in micro_batches(rows):
+                B, T = len(batch), batch[0].size
+                total += B * T * (a_token + a_query * T)
+            return total
         return min(packed, alone, key=flops)
-    for episodes in groups:
-        rows = [sum(episodes, [])], episodes
-        plans = [[PrefixTree(samples, cfg) for samples in row if samples] for row in rows]
-        out += min(plans, key=lambda trees: sum(t.size * (a_token + a_key * t.size) for t in trees))
-    return out
 
-def micro_batches(trees, tokens=MICRO_TOKENS):
+    rows = []
+    for episodes in groups:
+        merged = [PrefixTree([sample for samples in episodes for sample in samples], cfg)] if any(episodes) else []
+        apart = [PrefixTree(samples, cfg) for samples in episodes if samples]
+        rows += min(merged, apart, key=lambda trees: sum(tree.size * (a_token + a_key * tree.size) for tree in trees))
+    return rows
+
+def micro_batches(rows, tokens=MICRO_TOKENS):
     """Rows of similar length together, padded to at most so many tokens (one row is never cut)."""
     batches = []
-    for tree in sorted(trees, key=lambda t: -t.size):
+    for row in sorted(rows, key=lambda row: -row.size):
         if not batches or batches[-1][0].size * (len(batches[-1]) + 1) > tokens:
             batches.append([])
-        batches[-1].append(tree)
+        batches[-1].append(row)
     return batches
 
-def backward(model, trees, mtp_weight=0.1, tokens=MICRO_TOKENS):
+def collate(rows, device):
+    """Trees or packed rows as a micro-batch, padded to T slots -> dict of tensors on the device:
+
+    idx, pos, end          (B, T); end only where there is a fork: without one rows are plain causal, which is faster
+    weight                 (K + 1, B, T): weight[k] counts the samples that go on for k more tokens (a pad: none)
+    draft                  (K + 1, B, T): draft[k] counts those whose action has the token k + 1 places on
+    routes                 (B, T, r), if recorded
+    slots, target          slots that come before an action token, and that token
+    entry, advantage, old, version    of each action token of each sample: its place in slots, advantage, log-prob and
+                           policy at rollout
+    """
+    B, T = len(rows), max(row.size for row in rows)
+    leaves = [leaf.moved(b * T) for b, row in enumerate(rows) for leaf in row.leaves]
+    samples = [sample for row in rows for sample in row.samples]
+    out = lay_out(leaves, B, T)
+    out |= count_samples(leaves, B, T, rows[0].K)
+    out |= align_targets(leaves, samples)
+    if all(row.leaves[0].stop == row.size for row in rows):
+        del out["end"]
+    if all(sample.routes is not None for sample in samples):
+        paths = [(leaf.slots, leaf.samples[-1].routes.numpy()) for leaf in leaves]
+        out["routes"] = lay_routes(paths, B, T, rows[0].L)
+    return {name: torch.as_tensor(x, device=device) for name, x in out.items()}
+
+def lay_out(leaves, B, T):
+    """Tokens, positions on their paths, ends of their subtrees: (B, T) each. A pad is seen by itself alone."""
+    idx = np.zeros(B * T, int)
+    pos = np.zeros(B * T, int)
+    end = np.tile(np.arange(1, T + 1, dtype=np.int32), B)
+    for leaf in leaves:
+        first = leaf.slots[0] // T * T  # of its row: `stop` counts from there
+        idx[leaf.slots] = leaf.samples[-1].ids
+        pos[leaf.slots] = np.arange(len(leaf.slots))
+        end[leaf.slots[leaf.fork:]] = leaf.stop - first
+    return dict(idx=idx.reshape(B, T), pos=pos.reshape(B, T), end=end.reshape(B, T))
+
+def count_samples(leaves, B, T, K):
+    """How many samples go through a slot and k tokens on, and how many of these are in their action: see collate."""
+    weight = np.zeros((K + 1, B * T))
+    draft = np.zeros((K + 1, B * T))
+    for leaf in leaves:
+        depth = np.arange(len(leaf.slots))
+        start = np.array([[sample.start] for sample in leaf.samples])                                   # (samples, 1)
+        length = np.array([[len(sample.ids)] for sample in leaf.samples])
+        for k in range(K + 1):
+            last = depth + k
+            weight[k, leaf.slots] += (last < length).sum(0)
+            draft[k, leaf.slots] += ((start - 1 <= last) & (last < length - 1)).sum(0)
+    return dict(weight=weight.reshape(-1, B, T), draft=draft.reshape(-1, B, T))
+
+def align_targets(leaves, samples):
+    """Action tokens, sample by sample, and the slots before them; slots that several samples share appear once."""
+    before = [leaf.slots[sample.start - 1:len(sample.ids) - 1] for leaf in leaves for sample in leaf.samples]
+    slots, once, entry = np.unique(np.concatenate(before), return_index=True, return_inverse=True)
+    action = torch.cat([sample.ids[sample.start:] for sample in samples]).numpy()
+    return dict(
+        slots=slots,
+        entry=entry,
+        target=action[once],
+        advantage=np.repeat([sample.advantage for sample in samples], [len(part) for part in before]),
+        old=torch.cat([sample.logprobs for sample in samples]),
+        version=torch.cat([sample.versions for sample in samples]))
+
+# ---- CISPO and its step --------------------------------------------------------------------------
+
+def advantages(group):
+    """Reward to go of each turn, less the mean return of the group's other episodes -> samples of each episode.
+    # not published: the baseline; leaving the own return out keeps it unbiased."""
+    returns = [sum(episode.rewards) for episode in group]
+    # rewards may come in fp32: a smaller difference is one of rounding, and would still move the weights at full size
+    least = 1e-6 * max(sum(map(abs, episode.rewards)) for episode in group)
+    for episode, own in zip(group, returns):
+        others = (sum(returns) - own) / max(1, len(group) - 1)
+        for i, sample in enumerate(episode.samples):
+            advantage = sum(episode.rewards[i:]) - others
+            sample.advantage = advantage if abs(advantage) > least else 0.0
+    return [episode.samples for episode in group]
+
+def cispo_loss(logprob, entry, old, advantage, Z, eps_high=EPS_HIGH):
+    """-1/Z sum sg(min(pi / pi_old, 1 + eps)) A log pi. The weight is detached: all samples through a slot are one
+    coefficient. Near 0, as advantages sum to about 0: read the reward, not the loss.
+
+    logprob    (n,) of the slots' targets under the policy
+    entry      (m,) of each action token of each sample, its slot
+    old        (m,) its log-prob at rollout
+    advantage  (m,)
+    Z          action tokens of the step
+    -> loss, ratios (m,).
+    """
+    ratio = (logprob.detach()[entry] - old).exp()
+    weights = ratio.clamp(max=1 + eps_high) * advantage
+    coefficient = torch.zeros_like(logprob).index_add(0, entry, weights)
+    return -(coefficient * logprob).sum() / Z, ratio
+
+def policy(model, batch):
+    """Forward -> log-prob of the action token after each of the slots, entropy there (slots,), fp32 or wider; the
+    forward's losses and aux."""
+    replay = None
+    if "routes" in batch:
+        replay = unpack_routes(batch["routes"], model.cfg)
+    _, losses, aux = model(
+        batch["idx"], weight=batch["weight"][0], pos=batch["pos"], end=batch.get("end"), replay=replay, n_logits=0)
+    hidden = aux["hidden"].flatten(0, 1)[batch["slots"]]
+    logits = model.lm_head(model.norm(hidden))
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    logp = logits.to(wide).log_softmax(-1)
+    entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
+    logprob = logp.gather(-1, batch["target"][:, None])[:, 0]
+    return logprob, entropy, losses, aux
+
+def align_drafts(model, batch, hidden, top=8):
+    """Keep drafts aligned while the policy moves: KL of the policy's distribution k tokens on (its `top` tokens,
+    renormalised) to module k's, summed over drafted action tokens by multiplicity; trunk, embedding and head detached.
+    The teacher, unlike a hard target, is the same for every branch. -> loss, expert loads, index KLs.
+    # not published: the form of the report's top-K KL."""
+    hidden = hidden.detach()
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    head = model.lm_head.weight.detach().to(hidden.dtype)
+    teacher = (model.norm(hidden).detach() @ head.T).to(wide).softmax(-1)                                # (B, T, V)
+    embedded = model.embed(batch["idx"]).detach().to(hidden.dtype)
+
+    rope = rope_tables(batch["pos"], model.cfg.rotary_dim, model.cfg.rope_theta)
+    ctx = Context(rope, batch.get("end"))
+    T = hidden.size(1)
+    weights = [weight[:, :max(0, T - k)] for k, weight in enumerate(batch["weight"])]
+    loss = 0.0
+    loads = []
+    kls = []
+    for k, h, aux in model.mtp_walk(hidden, embedded, ctx, weights):
+        logp = (h @ head.T).to(wide).log_softmax(-1)                                                 # (B, T - k, V)
+        q, token = teacher[:, k:].topk(min(top, teacher.size(-1)))
+        q = q / q.sum(-1, keepdim=True)
+        kl = (q * (q.log() - logp.gather(-1, token))).nan_to_num(0.0).sum(-1)                           # (B, T - k)
+        loss = loss + (kl * batch["draft"][k][:, :-k]).sum() / len(model.mtp)
+        if "expert_load" in aux:
+            loads.append(aux["expert_load"][None])
+        if "index_kl" in aux:
+            kls.append(aux["index_kl"])
+    return loss, loads, kls
+
+def backward(model, rows, mtp_weight=0.1, tokens=MICRO_TOKENS):
     """Gradients of a step's loss, each term normalised over the samples before merging -> statistics, expert loads.
     Of the statistics, `slots` are those of the rows, `computed` those of the micro-batches, pads included."""
-    Z, naive = sum(len(s.logprobs) for t in trees for s in t.samples), sum(t.n_naive for t in trees)
+    Z = sum(len(sample.logprobs) for row in rows for sample in row.samples)
+    naive = sum(row.n_naive for row in rows)
     load = 0.0
     magnitude = 0.0
-    parts = []
     computed = 0
+    parts = []
     model.train()
-    for part in micro_batches(trees, tokens):
+    for part in micro_batches(rows, tokens):
         batch = collate(part, model.embed.weight.device)
         computed += batch["idx"].numel()
-        logprob, entropy, aux = policy(model, batch)
+        logprob, entropy, losses, aux = policy(model, batch)
+
+        # the policy's loss
         old = batch["old"].to(logprob.dtype)
         old = torch.where(old.isnan(), logprob.detach()[batch["entry"]], old)  # a demonstration has none: ratio 1
         advantage = batch["advantage"].to(logprob.dtype)
         loss, ratio = cispo_loss(logprob, batch["entry"], old, advantage, Z)
         magnitude = magnitude + (ratio.clamp(max=1 + EPS_HIGH) * advantage).abs().sum() / Z
+
+        # those of the index branch and of MTP
         loads = [aux["expert_load"]]
-        if "index_kl" in aux:
-            loss = loss + aux["index_kl"].sum() * batch["weight"][0].sum() / naive
+        loss = loss + losses.kl.sum() / naive
         if len(model.mtp):
-            mtp, more, kls = mtp_losses(model, batch, aux["hidden"])
-            loss, loads = loss + mtp_weight * mtp / Z + sum(kls) / naive, loads + more
+            mtp, mtp_loads, kls = align_drafts(model, batch, aux["hidden"])
+            loss = loss + mtp_weight * mtp / Z + sum(kls) / naive
+            loads += mtp_loads
         loss.backward()
         load = load + torch.cat(loads)
         parts.append((loss.detach()[None], entropy[batch["entry"]], ratio, batch["version"]))
+
     loss, entropy, ratio, version = (torch.cat(x).cpu() for x in zip(*parts))
-    return dict(loss=loss.sum().item(), entropy=entropy.mean().item(), ratio=ratio, version=version, naive=naive,
-                slots=sum(t.size for t in trees), computed=computed, magnitude=magnitude.item()), load
+    stats = dict(
+        loss=loss.sum().item(), entropy=entropy.mean().item(), ratio=ratio, version=version,
+        naive=naive, slots=sum(row.size for row in rows), computed=computed, magnitude=magnitude.item())
+    return stats, load
 
 def has_signal(model, magnitude):
     """Whether the policy has a gradient: one that exceeds what rounding leaves of terms that cancel. `magnitude`: the
@@ -600,37 +706,23 @@ def has_signal(model, magnitude):
     # 1e-10: AdamW's eps, the optimizer's own idea of nothing
     return torch.stack(norms).norm().item() > max(1e-10, ROUNDING * unit * magnitude)
 
-@torch.no_grad()
-def update(model, optimizers):
-    """Step the optimizers where there is a gradient. Momentum, orthogonalised, would move a matrix without one at full
-    size, again and again: it keeps weights and moments; an expert that no token chose, part of a stack, its weights."""
-    idle_experts = []
-    for p in model.parameters():
-        if p.grad is None or not p.grad.any():
-            p.grad = None
-        elif p.dim() == 3:
-            idle = ~p.grad.flatten(1).any(1)                                                              # (experts,)
-            idle_experts.append((p, idle, p[idle]))
-    for optimizer in optimizers:
-        optimizer.step()
-    for p, idle, weights in idle_experts:
-        p[idle] = weights
-
-def train_step(model, optimizers, trees, rate, bias_rate=1e-3, tokens=MICRO_TOKENS):
+def train_step(model, optimizers, rows, rate, bias_rate=1e-3, tokens=MICRO_TOKENS):
     """Backward over micro-batches of at most so many tokens, clip, update, balance the router -> statistics.
     FloatingPointError: a norm that is not finite.
     Momentum, orthogonalised or over its own root mean square, would move the weights at full size without a gradient
-    too: a step without signal leaves everything as it is, the router's biases and the optimizers' states as well."""
-    for group in (g for o in optimizers for g in o.param_groups):
-        group["lr"] = rate * group.get("scale", 1.0)
-    stats, load = backward(model, trees, tokens=tokens)
+    too: a step without signal leaves everything as it is, the router's biases and the optimizers' states as well, and
+    a matrix without a gradient keeps its weights and moments."""
+    set_rates(optimizers, rate)
+    stats, load = backward(model, rows, tokens=tokens)
     stats["signal"] = has_signal(model, stats["magnitude"])  # before the clip
     stats["norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
     if not math.isfinite(stats["norm"]):
         raise FloatingPointError(f"gradient norm {stats['norm']}: not finite")
     if stats["signal"]:
-        update(model, optimizers)
-        model.update_router_bias(load, bias_rate)
+        for p in model.parameters():
+            if p.grad is not None and not p.grad.any():
+                p.grad = None
+        update(model, optimizers, load, bias_rate)
     model.zero_grad(set_to_none=True)
     return stats
 

@@ -265,6 +265,7 @@ PARTS = dict(config=dict, tokenizer=dict, model=dict, optimizers=list, now=dict,
 CONFIG_FIELDS = """vocab_size n_layer n_embd n_head n_kv_head head_dim rotary_dim max_seq_len attn_types mlp_types
     n_expert n_expert_per_tok expert_dim shared_dim dense_dim routed_scale activation gemma_norm qk_norm index_head_dim
     index_block_size index_topk_blocks n_mtp rope_theta norm_eps""".split()
+RUN_FIELDS = ("index_warmup", "mtp_active")  # older checkpoints have these, a run's state, in their config
 # what must be above 0 in a checkpoint's config -> the largest value; beyond it memory, not the model, would decide
 CONFIG_RANGES = dict(
     vocab_size=2 ** 31, n_layer=2 ** 16, n_embd=2 ** 31, n_head=2 ** 31, n_kv_head=2 ** 31, head_dim=2 ** 31,
@@ -508,6 +509,7 @@ def check_fields(what, fields, kinds, optional=()):
 
 def check_config(config, model):
     """Fields of a checkpoint -> MiniMaxConfig. ValueError if one is unknown, missing or no model can have it."""
+    config = {name: value for name, value in config.items() if name not in RUN_FIELDS}
     fields = typing.get_type_hints(MiniMaxConfig)
     unknown = config.keys() - fields.keys()
     if unknown:
@@ -528,6 +530,12 @@ def check_config(config, model):
     if "moe" in cfg.mlp_types and not 1 <= cfg.n_expert_per_tok <= cfg.n_expert:
         raise ValueError(f"its config has n_expert_per_tok = {cfg.n_expert_per_tok} of {cfg.n_expert} experts")
     return cfg
+
+def in_index_warmup(state):
+    """Whether a checkpoint's index branch was still learning, while its layers had full attention."""
+    if "index_warmup" in state["config"]:  # in older ones
+        return state["config"]["index_warmup"] is True
+    return not state["now"].get("sparse", True)
 
 def check_tokenizer(spec):
     """A checkpoint's spec -> Tokenizer. ValueError if its parts make none."""
@@ -994,7 +1002,7 @@ def sample_next(logits, temperature=1.0, top_p=1.0, top_k=None, generator=None):
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, n_samples=1, temperature=1.0, top_p=0.95, top_k=40, generator=None,
-             stop=(), allowed=None):
+             stop=(), allowed=None, index_warmup=False):
     """Continue each prompt (a list of ids) n_samples times, all in step; rows of one prompt lie side by side.
 
     Yields token (B,) int64 and its logprob (B,) fp32 under the model itself: temperature 1, nothing cut. A row still
@@ -1014,7 +1022,7 @@ def generate(model, prompts, max_new_tokens, n_samples=1, temperature=1.0, top_p
     device, shared = model.embed.weight.device, min(lengths)
     cache = KVCache(model.cfg, len(prompts), min(context, max(lengths) + max_new_tokens), device, model.dtype)
     idx = torch.tensor([p[:shared] for p in prompts], device=device)
-    logits = model(idx, cache=cache, n_logits=1)[0]
+    logits = model(idx, cache=cache, n_logits=1, index_warmup=index_warmup)[0]
     cache.expand(n_samples)
     logits = logits.repeat_interleave(n_samples, 0)
     running = [True] * len(rows)
@@ -1036,7 +1044,7 @@ def generate(model, prompts, max_new_tokens, n_samples=1, temperature=1.0, top_p
         running = [on and not (end and t >= n) for on, end, n in zip(running, ended, lengths)]
         if not any(running) or cache.used == cache.capacity:
             return
-        logits = model(token[:, None], cache=cache, n_logits=1)[0]
+        logits = model(token[:, None], cache=cache, n_logits=1, index_warmup=index_warmup)[0]
 
 def heal(tokenizer, ids):
     """Hold back the last token of a prompt: "def " ends in a lone space, which the tokenizer never puts before a name.
@@ -1114,14 +1122,15 @@ def parse_args(argv):
     return args
 
 def read_model(args, device, dtype):
-    """-> model, tokenizer (None for --hf: prompt and text are then token ids)."""
+    """-> model, tokenizer (None for --hf: prompt and text are then token ids), whether its index branch still learns."""
     if args.hf is None:
         try:
-            return load_model(load_checkpoint(args.out, device), device, dtype)
+            state = load_checkpoint(args.out, device)
+            return *load_model(state, device, dtype), in_index_warmup(state)
         except FloatingPointError as error:  # here it is bad input, not a run that diverged
             raise ValueError(str(error)) from None
     try:
-        return MiniMax.from_hf(args.hf, device, dtype).eval(), None
+        return MiniMax.from_hf(args.hf, device, dtype).eval(), None, False
     except Exception as error:  # of the file system, json, safetensors, or a field that is missing
         raise ValueError(f"--hf {args.hf}: {type(error).__name__}: {error}") from None
 
@@ -1139,10 +1148,10 @@ def encode_prompt(args, tokenizer, cfg):
         raise ValueError(f"the prompt has {len(ids)} tokens; the model's context is {cfg.max_seq_len}, all included")
     return ids, allowed, eot, to_bytes
 
-def card(args, model, device, why, n_prompt, threads):
+def card(args, model, device, why, n_prompt, threads, index_warmup):
     cfg, (total, active) = model.cfg, model.num_params()
     print(f"model   | {total:,} parameters, {active:,} active; attention {' '.join(cfg.attn_types)}")
-    if cfg.index_warmup and "msa" in cfg.attn_types:
+    if index_warmup and "msa" in cfg.attn_types:
         print("msa     | not yet: saved while the index branch was still learning, so full attention in every layer")
     print(f"kernels | {implementations(model, device)}")
     print(f"device  | {device}, {str(model.dtype).removeprefix('torch.')}: {why}")
@@ -1152,20 +1161,20 @@ def card(args, model, device, why, n_prompt, threads):
 
 def run(args):
     device, dtype, why = pick_device(args.device)
-    model, tokenizer = read_model(args, device, dtype)
+    model, tokenizer, index_warmup = read_model(args, device, dtype)
     ids, allowed, eot, to_bytes = encode_prompt(args, tokenizer, model.cfg)
     threads = Threads(device, args.threads)
     if threads.count is None:
         with torch.no_grad():
             threads.choose(lambda: model(torch.tensor([ids[:256]]), n_logits=1))
-    card(args, model, device, why, len(ids), threads)
+    card(args, model, device, why, len(ids), threads, index_warmup)
     generator = torch.Generator(device).manual_seed(args.seed)
     room = min(args.max_new_tokens, model.cfg.max_seq_len - len(ids))
     known = len(args.prompt.encode()) - sum(len(to_bytes(i)) for i in ids if i != eot) if tokenizer else 0  # held back
     streams, start, prefill_s = [Stream(args.stop) for _ in range(args.n_samples)], time.perf_counter(), None
     print(args.prompt, end="", flush=True)
     for tokens, _ in generate(model, [ids], room, args.n_samples, args.temperature, args.top_p, args.top_k, generator,
-                              {eot}, None if allowed is None else allowed.to(device)):
+                              {eot}, None if allowed is None else allowed.to(device), index_warmup):
         skip, prefill_s = (known, time.perf_counter() - start) if prefill_s is None else (0, prefill_s)
         for row, (stream, token) in enumerate(zip(streams, tokens.tolist())):
             new = stream.feed(to_bytes(token)[skip:]) if token not in (-1, eot) else ""

@@ -20,13 +20,16 @@ import signal
 if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: no traceback
     at_ctrl_c = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
+import argparse
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import math
 import sys
 import sysconfig
 import time
+import typing
 from collections import Counter
 
 import numpy as np
@@ -37,8 +40,8 @@ from moe import max_violation
 from msa import chunk
 from sample import (ICONV, LOCK, PATTERN, Parser, Progress, SaveTimer, Threads, Tokenizer, check_fields, check_finite,
                     check_memory, checkpoint_path, command, guess_kind, implementations, learn_bpe, load_checkpoint,
-                    load_model, load_optimizers, lock_folder, on_signals, pick_device, place_checkpoint, saved_flags,
-                    write_checkpoint)
+                    load_model, load_optimizers, lock_folder, number, on_signals, pick_device, place_checkpoint,
+                    saved_flags, write_checkpoint)
 
 VAL_BYTES = 512 * 1024                 # val_bpb is measured on this much of the validation text
 FEW_BYTES = 32 * 1024                  # of validation: some 10,000 tokens, whose mean loss is uncertain by 2 %
@@ -52,10 +55,6 @@ RUNS = {
     "tiny": dict(seq_len=256, batch_size=4, lr=1.2e-2, minutes=2.5, mtp_every=8, msa_from=0.5,
                  stages=((0.0, 8), (0.2, 4), (0.45, 2), (0.75, 1))),
     "small": dict(seq_len=8192, batch_size=16, lr=4e-3, minutes=10.0, mtp_every=4, msa_from=0.05, stages=((0, 1),))}
-# what a checkpoint says of its run: always, and since runs have names; bpb beside it, which may be infinite
-NOW = dict(step=int, seconds=float, ema=(float, type(None)), above=int)
-NEW_NOW = dict(tokens=int, flops=float, spread=float, sparse_from=float, sparse=bool, reached=float, text=str,
-               run=(str, type(None)), threads=(int, type(None)), usual=float)
 RUN_ALONE = ("out", "resume", "device", "stop_after", "dry_run")  # flags that a checkpoint does not hand on
 # Dense bf16 FLOP/s by the GPU's full name, from NVIDIA's datasheets (half of what they print "with sparsity")
 PEAK = {
@@ -220,12 +219,14 @@ def get_batch(tokens, seed, split, step, batch_size, T):
 
 def orthogonalize(G, steps=5):
     """Newton-Schulz towards U V^T of G = U S V^T, for a stack (n, rows, cols) of matrices (Muon, K. Jordan 2024)."""
-    X = G.mT if G.size(-2) > G.size(-1) else G
+    tall = G.size(-2) > G.size(-1)
+    X = G.mT if tall else G
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         A = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
-    return X.mT if G.size(-2) > G.size(-1) else X
+        B = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)
+        X = torch.baddbmm(X, B, X, beta=3.4445)
+    return X.mT if tall else X
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised; the step has the size of AdamW's (rms 0.2, arXiv 2502.16982), so that both share a
@@ -244,162 +245,367 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            shapes = {}
-            for p in (p for p in group["params"] if p.grad is not None):
+            # matrices of one shape are orthogonalised together; experts are a stack already
+            together = {}
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
                 if p not in self.state:
                     self.state[p]["momentum"] = torch.zeros_like(p)
-                u = self.blend(self.state[p]["momentum"].flatten(), p.grad.flatten(), group["momentum"]).view_as(p)
-                shapes.setdefault(p.shape if p.dim() == 2 else p, []).append((p, u))  # experts are a stack already
-            for items in shapes.values():
-                rows, cols = items[0][1].size(-2) // group["stack"], items[0][1].size(-1)
-                stack = torch.stack([u for _, u in items]) if len(items) > 1 else items[0][1]
-                updates = orthogonalize(stack.view(-1, rows, cols))
-                for (p, _), u in zip(items, updates.reshape(len(items), *items[0][1].shape)):
-                    p.add_(u, alpha=-0.2 * max(rows, cols) ** 0.5 * group["lr"])
+                momentum = self.state[p]["momentum"].flatten()
+                update = self.blend(momentum, p.grad.flatten(), group["momentum"]).view_as(p)
+                key = p.shape if p.dim() == 2 else p
+                together.setdefault(key, []).append((p, update))
+
+            for items in together.values():
+                params = [p for p, _ in items]
+                updates = [update for _, update in items]
+                shape = updates[0].shape
+                rows, cols = shape[-2] // group["stack"], shape[-1]
+                matrices = torch.stack(updates) if len(updates) > 1 else updates[0]
+                matrices = orthogonalize(matrices.view(-1, rows, cols)).reshape(len(params), *shape)
+                size = 0.2 * max(rows, cols) ** 0.5 * group["lr"]
+                for p, matrix in zip(params, matrices):
+                    p.add_(matrix, alpha=-size)
+
+def kind_of(name, p):
+    """Which optimizer and rate a parameter has."""
+    if name.startswith("embed"):
+        kind = "embed"
+    elif name.startswith("lm_head"):
+        kind = "head"
+    elif p.dim() == 1 or "router" in name:
+        kind = "vector"
+    elif "w13" in name:
+        kind = "stacked"
+    else:
+        kind = "matrix"
+    return f"index {kind}" if is_index(name) else kind
+
+def is_index(name):
+    """Whether a parameter belongs to an index branch."""
+    return ".indexer." in name
 
 def configure_optimizers(model, lr):
     """Muon for matrices, AdamW for embedding, head, gates and norms -> both, the index branch's parameters, the others'
     (each side has its groups and is clipped on its own). A group's rate is `scale` times the schedule's."""
     kinds = {kind: [] for kind in ("matrix", "stacked", "embed", "head", "vector", "index matrix", "index vector")}
     for name, p in model.named_parameters():
-        kind = "embed" if name.startswith("embed") else "head" if name.startswith("lm_head") else \
-               "vector" if p.dim() == 1 or "router" in name else "stacked" if "w13" in name else "matrix"
-        kinds["index " * (".indexer." in name) + kind].append(p)
-    muon = Muon([dict(params=kinds[x], stack=1 + (x == "stacked")) for x in ("matrix", "stacked", "index matrix")], lr)
-    adam = torch.optim.AdamW([dict(params=kinds["embed"], scale=12.0), dict(params=kinds["head"] + kinds["vector"]),
-                              dict(params=kinds["index vector"])], lr, (0.9, 0.95), 1e-10, 0.0, fused=True)
-    index = [p for name, p in model.named_parameters() if ".indexer." in name]
-    return [muon, adam], index, [p for name, p in model.named_parameters() if ".indexer." not in name]
+        kinds[kind_of(name, p)].append(p)
+    muon = Muon([
+        dict(params=kinds["matrix"], stack=1),
+        dict(params=kinds["stacked"], stack=2),
+        dict(params=kinds["index matrix"], stack=1)], lr)
+    adamw = torch.optim.AdamW([
+        dict(params=kinds["embed"], scale=12.0),
+        dict(params=kinds["head"] + kinds["vector"]),
+        dict(params=kinds["index vector"])], lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
+    index = [p for name, p in model.named_parameters() if is_index(name)]
+    rest = [p for name, p in model.named_parameters() if not is_index(name)]
+    return [muon, adamw], index, rest
 
 def schedule(progress, warmup, decay):
     """WSD: the rate's factor, in [0, 1]: linear warm-up, constant, linear decay to 0 over the run's last `decay`."""
     return min(1.0, progress / warmup + 0.01, (1 - progress) / decay)
 
+def set_rates(optimizers, rate):
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group.get("scale", 1.0)
+
+@torch.no_grad()
+def update(model, optimizers, expert_load, bias_rate):
+    """Step the optimizers on the gradients there are, forget these, balance the router.
+
+    An expert that no token chose has no gradient, but its stack has one: momentum, orthogonalised, would move it at
+    full size, again and again. It keeps its weights.
+    """
+    stacks = [p for p in model.parameters() if p.dim() == 3 and p.grad is not None]
+    idle = [~p.grad.flatten(1).any(1)[:, None, None] for p in stacks]                                 # (experts, 1, 1)
+    before = [p.clone() for p in stacks]
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    for p, unused, weights in zip(stacks, idle, before):
+        p.copy_(torch.where(unused, weights, p))
+    model.update_router_bias(expert_load, bias_rate)
+
 # ---- evaluation ----------------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(model, tokens, T, batch_size, device, seconds=math.inf, tokenizer=None):
-    """Bits per byte over non-overlapping windows of T, every token of the text included, and what the layers report.
-    After so many seconds, which needs the tokenizer, it ends with what it has measured until then. -> dict: val_bpb;
-    val_bytes, of how much text; block_recall, score_recall, block_chance (layers with MSA); dead_experts; max_vio
-    (with experts)."""
+def evaluate(model, tokens, T, batch_size, device, seconds=math.inf, tokenizer=None, index_warmup=False):
+    """Bits per byte over non-overlapping windows, every token of the text included, and what the layers report.
+
+    tokens        Tokens of the validation text
+    T             length of a window
+    batch_size    windows at a time
+    seconds       after so many it ends with what it has measured until then, which needs the tokenizer
+    index_warmup  as in a training step
+    -> dict: val_bpb; val_bytes, of how much text; block_recall, score_recall, block_chance (layers with MSA);
+    dead_experts; max_vio (with experts).
+    """
     model.eval()
-    model.cfg.mtp_active = False  # its loss is not part of the bits
-    nats, load, recalls, names = 0.0, 0.0, [], ("block_recall", "score_recall", "block_chance")
-    progress = Progress("eval", len(tokens.begin), "slots of validation text")
-    started, measured = time.perf_counter(), []
-    for s in range(0, len(tokens.begin), T * batch_size):
-        progress.at(s)
+    n_slots = len(tokens.begin)
+    names = ("block_recall", "score_recall", "block_chance")
+    nats = 0.0
+    load = 0.0
+    recalls = []
+    measured = []                      # targets of the windows so far
+    progress = Progress("eval", n_slots, "slots of validation text")
+    started = time.perf_counter()
+    for first in range(0, n_slots, T * batch_size):
+        progress.at(first)
         if measured and time.perf_counter() - started > seconds:
             break
-        batch = tokens.rows(range(s, min(s + T * batch_size, len(tokens.begin)), T), T)
+        batch = tokens.rows(range(first, min(first + T * batch_size, n_slots), T), T)
         measured.append(batch["targets"])
-        batch = {k: v.to(device) for k, v in batch.items()}
+        batch = {key: x.to(device) for key, x in batch.items()}
         # on a GPU what was compiled for a step's shape would be compiled anew for these
-        with torch.compiler.set_stance("force_eager") if model.embed.weight.is_cuda else contextlib.nullcontext():
-            _, loss, aux = model(**batch)
-        nats += loss.item() * (batch["targets"] >= 0).sum().item()
+        eager = torch.compiler.set_stance("force_eager") if model.embed.weight.is_cuda else contextlib.nullcontext()
+        with eager:
+            _, sums, aux = model(**batch, index_warmup=index_warmup, run_mtp=False)
+        nats += sums.next.item()
         load = load + aux.get("expert_load", torch.zeros(0, 1))
         recalls.append(torch.stack([aux.get(name, torch.zeros(0)) for name in names]))
     model.train()
-    n_bytes = tokens.n_bytes
-    if len(measured) * T * batch_size < len(tokens.begin):
-        targets = torch.cat([x.flatten() for x in measured])
-        n_bytes = len(tokenizer.decode_bytes(targets[(targets >= 0) & (targets != tokens.eot)].tolist()))
-    mean = torch.stack(recalls).nanmean(0)                                                   # (3, layers with MSA)
-    recalls = [[]] * 3 if mean.isnan().any() else mean.tolist()  # nan: rows too short to choose in
-    return dict(zip(names, recalls), val_bpb=nats / math.log(2) / n_bytes, val_bytes=n_bytes,
-                dead_experts=int((load == 0).sum()), max_vio=max_violation(load).tolist())
 
-# ---- the run -------------------------------------------------------------------------------------
+    n_bytes = tokens.n_bytes
+    if len(measured) * T * batch_size < n_slots:
+        seen = torch.cat([targets.flatten() for targets in measured])
+        seen = seen[(seen >= 0) & (seen != tokens.eot)]
+        n_bytes = len(tokenizer.decode_bytes(seen.tolist()))
+    result = dict(val_bpb=nats / math.log(2) / n_bytes, val_bytes=n_bytes)
+    mean = torch.stack(recalls).nanmean(0)                                                   # (3, layers with MSA)
+    for name, recall in zip(names, mean):
+        result[name] = [] if mean.isnan().any() else recall.tolist()  # nan: rows too short to choose in
+    result["dead_experts"] = int((load == 0).sum())
+    result["max_vio"] = max_violation(load).tolist()
+    return result
+
+# ---- one step ------------------------------------------------------------------------------------
+
+def train_step(model, batch, optimizers, groups, parts=1, mtp_weight=MTP_WEIGHT[0], bias_rate=0.0,
+               index_warmup=False, run_mtp=True, recompute=False):
+    """Forward and backward over the batch in parts, clip, update.
+
+    batch       idx, targets, pos and perhaps weight, end: (B, T) each, as of Tokens.rows
+    optimizers  [] leaves the weights as they are, and the gradients where they are
+    groups      lists of parameters; the gradient of each is clipped to norm 1 on its own
+    parts       gradient accumulation: the rows in so many parts, of which each loss is the same share as at once
+    bias_rate   u of the router's load balancing
+    index_warmup, run_mtp, recompute    this step's mode, see MiniMax.forward
+    -> dict: loss, mtp_loss, index_kl (layers), means over the batch; expert_load; norms, one a group.
+    """
+    total = model.count_losses(batch["targets"], batch.get("weight"), batch.get("end"), run_mtp)
+    load = torch.zeros(0)
+    means = []
+    for chunks in zip(*(x.chunk(parts) for x in batch.values())):
+        part = dict(zip(batch, chunks))
+        _, sums, aux = model(**part, index_warmup=index_warmup, run_mtp=run_mtp, recompute=recompute)
+        mean = sums.over(total)
+        # experts learn through their weights, attention through q, k and v, the index branch through the KL alone
+        mean.objective(mtp_weight).backward()
+        means.append((mean.next.detach(), mean.mtp.detach(), mean.kl.detach()))
+        if "expert_load" in aux:
+            load = aux["expert_load"] + (load if len(load) else 0.0)
+    loss, mtp, kl = (sum(x) for x in zip(*means))
+    norms = [torch.nn.utils.clip_grad_norm_(group, 1.0) for group in groups]
+    if optimizers:
+        update(model, optimizers, load, bias_rate)
+    mtp_loss = mtp.mean() if len(mtp) else torch.zeros_like(loss)
+    return dict(loss=loss, mtp_loss=mtp_loss, index_kl=kl, expert_load=load, norms=norms)
+
+def check_divergence(loss, norm, now):
+    """Raise FloatingPointError on a NaN, or on five losses in a row 1 nat, and 4 usual distances, over their mean."""
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise FloatingPointError(f"loss {loss}, gradient norm {norm}: not finite")
+    mean = loss if now.ema is None else now.ema
+    if loss > mean + max(1.0, 4 * now.spread):
+        now.above += 1
+    else:
+        now.above = 0
+    if now.above >= 5:
+        raise FloatingPointError(f"loss spike: {loss:.3f} and four before it, where the running mean was {mean:.3f}")
+    if now.above == 0:
+        share = max(0.05, 1 / (now.step + 1))  # a plain mean at first
+        now.spread += share * (abs(loss - mean) - now.spread)
+        now.ema = mean + share * (loss - mean)
+
+def compile_model(model, muon):
+    """torch.compile what lies between the kernels: norms, projections, rotations, experts, momentum."""
+    for block in [*model.layers, *(module.block for module in model.mtp)]:
+        block.attn.attend = torch.compiler.disable(block.attn.attend)  # here, as importing the compiler takes seconds
+        block.compile(dynamic=False)
+    model.norm.compile(dynamic=False)
+    muon.blend = torch.compile(muon.blend, dynamic=True)
+
+def warm_compile(model, batch, parts, muon, groups):
+    """Compile what the steps of a run need before its clock starts; the model is left as it was."""
+    for index_warmup, run_mtp in itertools.product((True, False), (True, False)):
+        train_step(model, batch, [], groups, parts, index_warmup=index_warmup, run_mtp=run_mtp)
+    shapes = {p.dim(): p for p in model.parameters() if p.dim() > 1}  # a matrix, a stack of experts: two graphs
+    for p in shapes.values():
+        flat = torch.ones(p.numel(), device=p.device, dtype=p.dtype)
+        with torch.no_grad():
+            muon.blend(flat, flat.clone(), muon.defaults["momentum"])
+    model.zero_grad(set_to_none=True)
+
+def step_bytes(cfg, rows, T, device, recompute=False):
+    """About the memory of a training step of rows x T tokens, a little less rather than more: weights, gradients and
+    moments in fp32, what the backward pass keeps of each layer, and the logits."""
+    on_gpu = device.type != "cpu"
+    tokens = rows * T
+
+    # weights and gradients, and one moment of each parameter or two
+    with torch.device("meta"):
+        model = MiniMax(cfg)
+        adamw = configure_optimizers(model, 1.0)[0][1]
+        n_params = sum(p.numel() for p in model.parameters())
+        two_moments = sum(p.numel() for group in adamw.param_groups for p in group["params"])
+    need = 4 * (3 * n_params + two_moments)
+
+    # what a layer keeps, in numbers a token
+    attention = 6 * cfg.n_embd + 5 * cfg.n_head * cfg.head_dim + 6 * cfg.n_kv_head * cfg.head_dim
+    if "msa" in cfg.attn_types:
+        attention += 3 * (cfg.n_kv_head + 1) * cfg.index_head_dim
+    experts = cfg.n_expert_per_tok * (2 * cfg.n_embd + 5 * cfg.expert_dim) + 5 * cfg.shared_dim + 3 * cfg.n_embd
+    layer = 4 * tokens * (attention + experts)
+    if on_gpu:
+        layer *= 0.4 / 2               # kernels that keep less, in bf16
+    if recompute:
+        itemsize = 2 if on_gpu else 4
+        need += itemsize * tokens * cfg.n_embd * cfg.n_layer + (cfg.n_mtp + 1) * layer
+    else:
+        need += (cfg.n_mtp + cfg.n_layer) * layer
+
+    # sparse attention in torch gathers keys and values, some six copies alive; above a size it does so part by part
+    n_sparse = cfg.attn_types.count("msa")
+    if cfg.attn_types[-1] == "msa":
+        n_sparse += cfg.n_mtp
+    gathered = tokens * cfg.n_kv_head * cfg.index_topk_blocks * cfg.index_block_size * cfg.head_dim
+    if n_sparse and not on_gpu:
+        if gathered > chunk(device):
+            need += 6 * 4 * chunk(device)
+        else:
+            need += 6 * 4 * gathered * (1 if recompute else n_sparse)
+
+    # logits: of a chunk of rows, see model.cross_entropy; on a GPU the gradient is written over them
+    at_once = min(tokens, 2 ** (30 - cfg.vocab_size.bit_length()))
+    if on_gpu:
+        return need + 2 * at_once * cfg.vocab_size
+    copies = 3 + (cfg.n_mtp if at_once == tokens else 0)
+    return need + 4 * at_once * cfg.vocab_size * copies
+
+# ---- a run's flags -------------------------------------------------------------------------------
 
 def parse_args(argv, locks=None):
     """-> args, checkpoint (None for a new run). --resume takes what is not given again from the checkpoint.
     `locks`, a contextlib.ExitStack, holds the lock on --out from here on: nobody else changes what is read."""
     p = Parser(__doc__)
+    # model
     p.add_argument("--preset", default="tiny", choices=["tiny", "small", "m2", "m3"], help="the model")
+    p.add_argument("--attn", default="msa", choices=["msa", "full"], help="msa, or full attention in every layer")
+    p.add_argument("--vocab-size", type=number(257), help="tokens that the BPE learns; default: the preset's")
+    # text
     p.add_argument("--data", help="a text file or a folder of them; default: the Python standard library")
     p.add_argument("--val-data", help="validation text; default: 5 %% of the files of --data")
-    p.add_argument("--out", default="out", help="folder of the checkpoint")
-    p.add_argument("--steps", type=int, help="end after this many steps")
-    p.add_argument("--minutes", type=float, help="end after this much training time; default: the preset's")
-    p.add_argument("--seq-len", type=int, help="tokens in a row, at last; default: the preset's")
-    p.add_argument("--batch-size", type=int, help="rows in a step, at last; default: the preset's")
-    p.add_argument("--vocab-size", type=int, help="tokens that the BPE learns; default: the preset's")
-    p.add_argument("--accumulate", type=int, default=1, help="gradient accumulation: a step's rows in so many parts")
+    # length of the run
+    p.add_argument("--steps", type=number(1), help="end after this many steps")
+    p.add_argument("--minutes", type=number(1e-6, math.inf, float), help="end after this much training time; "
+                   "default: the preset's")
+    # a step
+    p.add_argument("--seq-len", type=number(16), help="tokens in a row, at last; default: the preset's")
+    p.add_argument("--batch-size", type=number(1), help="rows in a step, at last; default: the preset's")
+    p.add_argument("--accumulate", type=number(1), default=1,
+                   help="gradient accumulation: a step's rows in so many parts")
     p.add_argument("--recompute", action="store_true", help="activation checkpointing: less memory, slower")
-    p.add_argument("--lr", type=float, help="peak rate of the matrices; default: the preset's")
-    p.add_argument("--attn", default="msa", help="msa, or full for full attention in every layer")
-    p.add_argument("--bias-rate", type=float, default=0.01, help="u of the router's load balancing, 0 = off")
-    p.add_argument("--eval-every", type=int, default=200, help="steps from one evaluation and checkpoint to the next")
-    p.add_argument("--log-every", type=int, default=20, help="steps from one progress line to the next")
-    p.add_argument("--stop-after", type=int, help="save and leave after this step, as Ctrl-C would")
+    p.add_argument("--lr", type=number(1e-12, math.inf, float), help="peak rate of the matrices; default: the preset's")
+    p.add_argument("--bias-rate", type=number(0, math.inf, float), default=0.01,
+                   help="u of the router's load balancing, 0 = off")
+    # what is printed and kept
+    p.add_argument("--out", default="out", help="folder of the checkpoint")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    p.add_argument("--seed", type=int, default=1337)
+    p.add_argument("--eval-every", type=number(1), default=200,
+                   help="steps from one evaluation and checkpoint to the next")
+    p.add_argument("--log-every", type=number(1), default=20, help="steps from one progress line to the next")
+    p.add_argument("--stop-after", type=number(1), help="save and leave after this step, as Ctrl-C would")
+    p.add_argument("--seed", type=number(0, 2 ** 63 - 1), default=1337)
     p.add_argument("--dry-run", action="store_true", help="print parameters and bytes, allocate nothing")
+
     argv = sys.argv[1:] if argv is None else argv
-    args, state = p.parse_args(argv), None
+    args = p.parse_args(argv)
+    state = None
     if args.dry_run:
-        check_args(args)
         return args, None
     if args.resume:
         if locks:
             locks.enter_context(lock_folder(args.out, create=False))
         state = load_checkpoint(args.out)
         args = resume_args(p, argv, args, state)
-    check_args(args)
+    if args.preset in ("m2", "m3"):
+        raise ValueError(f"--preset {args.preset}: its training state takes terabytes; --dry-run prints how many")
     if locks and not args.resume:
         locks.enter_context(lock_folder(args.out))
     return args, state
 
 def resume_args(parser, argv, given, state):
     """What was given now, over what the checkpoint was trained with -> args. ValueError if they do not go together."""
-    path, saved = checkpoint_path(given.out), dict(state["args"])
+    path = checkpoint_path(given.out)
+    saved = dict(state["args"])
     if "queue" in state or "task" in saved:
         raise ValueError(f"--out {given.out}: a checkpoint by rl.py; python rl.py --resume --out {given.out} goes on")
-    check_fields(f"{path}: the checkpoint's now", state["now"], {**NOW, **NEW_NOW}, optional=NEW_NOW)
-    if not (type(state["now"].get("bpb")) is float and state["now"]["bpb"] > 0):  # inf: none was measured
-        raise ValueError(f"{path}: the checkpoint's now has bpb = {state['now'].get('bpb')}: a number above 0")
+    check_state(path, state["now"])
     preset = read_preset(path, saved)
     flags = saved_flags(parser, path, saved, RUN_ALONE)
     if given.steps or given.minutes:  # a new end replaces the old one
         flags = [flag for flag in flags if not flag.startswith(("--steps=", "--minutes="))]
     parser.set_defaults(**preset)
     args = parser.parse_args([*flags, *argv])
+
     for name in ("lr", "batch_size", "seq_len"):  # a new run has them from its preset
         if getattr(args, name) is None:
             raise ValueError(f"{path}: the checkpoint's args lack {name}")
     for name in ("preset", "attn", "seq_len", "vocab_size"):  # these made the model
-        value, was = getattr(args, name), state["args"].get(name)
-        if value != was and (was, value) != ("full", "msa"):  # full attention may become sparse
+        value = getattr(args, name)
+        was = state["args"].get(name)
+        becomes_sparse = (was, value) == ("full", "msa")
+        if value != was and not becomes_sparse:
             raise ValueError(f"--{name.replace('_', '-')} {value}: the checkpoint was trained with {was}")
     return args
 
+def check_state(path, saved):
+    """ValueError unless a checkpoint's `now` has all that a run goes on counting."""
+    what = f"{path}: the checkpoint's now"
+    kinds = {}
+    for name, kind in typing.get_type_hints(RunState).items():
+        kinds[name] = typing.get_args(kind) or kind
+    del kinds["bpb"]                   # which may be infinite
+    check_fields(what, saved, kinds, optional=kinds.keys() - {"step", "seconds", "ema", "above"})
+    bpb = saved.get("bpb")
+    if not (type(bpb) is float and bpb > 0):  # inf: none was measured
+        raise ValueError(f"{what} has bpb = {bpb}: a number above 0")
+
 def read_preset(path, saved):
     """Take what has no flag, the preset's mtp_every, msa_from and stages, out of a checkpoint's args -> a dict."""
-    preset = {name: saved.pop(name) for name in ("mtp_every", "msa_from", "stages") if name in saved}
     what = f"{path}: the checkpoint's args"
+    preset = {name: saved.pop(name) for name in ("mtp_every", "msa_from", "stages") if name in saved}
     check_fields(what, preset, dict(mtp_every=int, msa_from=float, stages=(tuple, list)))
     if preset["mtp_every"] < 1:
         raise ValueError(f"{what} have mtp_every = 0: it must be at least 1")
-    stages = preset["stages"]
-    pairs = [stage for stage in stages if isinstance(stage, (tuple, list)) and len(stage) == 2]
-    fits = len(pairs) == len(stages) > 0 and pairs[0][0] == 0
-    if not fits or not all(type(share) in (int, float) and type(cut) is int and cut >= 1 for share, cut in pairs):
-        raise ValueError(f"{what} have stages = {str(stages)[:40]}: pairs of a share, the first 0, and cuts of a row")
+    if not are_stages(preset["stages"]):
+        shown = str(preset["stages"])[:40]
+        raise ValueError(f"{what} have stages = {shown}: pairs of a share, the first 0, and cuts of a row")
     return preset
 
-def check_args(args):
-    """ValueError for what argparse lets through, naming the value."""
-    least = dict(steps=1, minutes=1e-6, seq_len=16, batch_size=1, log_every=1, eval_every=1, stop_after=1, lr=1e-12,
-                 vocab_size=257, bias_rate=0, seed=0, accumulate=1)  # 257: all bytes and the end-of-text token
-    for name, low in least.items():
-        if (value := getattr(args, name)) is not None and not low <= value < 2 ** 63:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: it must be a number of at least {low}")
-    if args.attn not in ("full", "msa"):
-        raise ValueError(f"--attn {args.attn}: msa or full (swa and lightning come later)")
-    if args.preset in ("m2", "m3") and not args.dry_run:
-        raise ValueError(f"--preset {args.preset}: its training state takes terabytes; --dry-run prints how many")
+def are_stages(stages):
+    """Whether these are pairs of a share of the run, the first 0, and a number of cuts of a row."""
+    for stage in stages:
+        if not isinstance(stage, (tuple, list)) or len(stage) != 2:
+            return False
+        share, cuts = stage
+        if type(share) not in (int, float) or type(cuts) is not int or cuts < 1:
+            return False
+    return len(stages) > 0 and stages[0][0] == 0
 
 def configure(args):
     """Preset and flags -> MiniMaxConfig, with what the flags leave open filled into args."""
@@ -410,7 +616,8 @@ def configure(args):
     for name, value in defaults.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    cfg.attn_types = ["full"] * cfg.n_layer if args.attn == "full" else cfg.attn_types
+    if args.attn == "full":
+        cfg.attn_types = ["full"] * cfg.n_layer
     if args.dry_run:
         return cfg
     if args.seq_len > cfg.max_seq_len:
@@ -424,9 +631,10 @@ def dry_run(cfg, preset):
     with torch.device("meta"):
         model = MiniMax(dataclasses.replace(cfg, n_mtp=0))
         total, active = model.num_params()
-        two = sum(p.numel() for group in configure_optimizers(model, 1.0)[0][1].param_groups for p in group["params"])
+        adamw = configure_optimizers(model, 1.0)[0][1]
+        two = sum(p.numel() for group in adamw.param_groups for p in group["params"])
         mtp, active_mtp = count_params(MiniMax(dataclasses.replace(cfg, n_mtp=1)).mtp[0])
-    table, msa = cfg.vocab_size * cfg.n_embd, cfg.attn_types.count("msa")
+    table = cfg.vocab_size * cfg.n_embd
     print(f"{preset}: {total:,} parameters, {active:,} active per token without embedding and head")
     if preset == "m2":
         print(f"  229.9B = {total + 2 * table:,}: with a second embedding and head of {table:,} each; not published")
@@ -437,84 +645,157 @@ def dry_run(cfg, preset):
     print(f"  an MTP module adds {mtp:,} parameters, {active_mtp:,} active")
     print(f"  weights   {2 * total / 1e9:10.3f} GB bf16, {4 * total / 1e9:.3f} GB fp32")
     print(f"  optimizer {4 * (total + two) / 1e9:10.3f} GB fp32: one moment, two where AdamW works (not the matrices)")
-    per_token = 2 * (2 * cfg.n_layer * cfg.n_kv_head * cfg.head_dim + msa * cfg.index_head_dim)
+    keys_and_values = 2 * cfg.n_layer * cfg.n_kv_head * cfg.head_dim
+    index_keys = cfg.attn_types.count("msa") * cfg.index_head_dim
+    per_token = 2 * (keys_and_values + index_keys)  # bytes, bf16
     for T in (32_768, 196_608, 1_000_000):
         print(f"  KV cache  {per_token * T / 1e9:10.3f} GB bf16 at {T:,} tokens: {per_token:,} bytes a token")
     return dict(step=0, loss=None, val_bpb=None, tokens=0, tokens_per_s=None, mfu=None, params_total=total,
                 params_active=active, seconds=0.0)
 
-def convert(old, saved, step, args):
-    """A full-attention model and its optimizers' states -> the preset's MSA layers, weights and states kept by name."""
-    new = MiniMax(dataclasses.replace(configure(args), vocab_size=old.cfg.vocab_size), old.dtype)
-    try:
-        missing, unexpected = new.load_state_dict(old.state_dict(), strict=False)
-        assert not unexpected and all(".indexer." in name for name in missing), (missing, unexpected)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--attn msa: the checkpoint's model is not of --preset {args.preset}") from None
-    params = dict(new.to(old.embed.weight.device).named_parameters())
-    sources, targets = (configure_optimizers(model, args.lr)[0] for model in (old, new))
-    for source, state, target in zip(sources, saved, targets):
-        load_optimizers([source], [state], step)
-        target.state.update({params[name]: source.state[p] for name, p in old.named_parameters() if p in source.state})
-    return new, [target.state_dict() for target in targets]
+# ---- where a run stands --------------------------------------------------------------------------
 
-def card(model, args, device, why, threads, data, setup, now):
-    cfg, (total, active) = model.cfg, model.num_params()
-    S, L, T = cfg.index_topk_blocks, cfg.index_block_size, args.seq_len
-    print(f"model   | {args.preset}: {total:,} parameters, {active:,} active per token without embedding and head")
-    print(f"device  | {device}, {str(model.dtype).removeprefix('torch.')}: {why}")
-    print(f"threads | {threads}")
-    print(f"layers  | attention {' '.join(cfg.attn_types)}; mlp {' '.join(cfg.mlp_types)}; {cfg.n_mtp} MTP module")
-    if "msa" in cfg.attn_types:
-        since = "as before" if now["sparse"] else f"from {now['sparse_from']:.0%} of the run"
-        print(f"msa     | {S} blocks of {L}: {min(S * L, T)} of {T} keys, {since}")
-    print(f"experts | {cfg.n_expert_per_tok} of {cfg.n_expert}{' + 1 shared' if cfg.shared_dim else ''}")
-    print(f"kernels | {implementations(model, device, trains=True, decodes=False)}")
-    rows = dict.fromkeys(str(T // min(n, T // 16)) for _, n in args.stages)
-    print(f"step    | up to {args.batch_size * T:,} tokens (pads do not count), in rows of {' then '.join(rows)}; "
-          f"Muon + AdamW, rate {args.lr:g}, seed {args.seed}")
-    print(f"data    | {args.data or 'the Python standard library'}: {data['train'].n_tokens:,} tokens; validation "
-          f"{data['val'].n_bytes:,} bytes; {data['skipped']} files skipped; vocabulary {cfg.vocab_size:,}")
-    if data["val"].n_bytes < FEW_BYTES:
-        print(f"notice  | {data['val'].n_bytes:,} bytes of validation are too few to compare runs by: val_bpb is "
-              "uncertain by several percent; give --val-data")
-    if not peak_flops(device):
-        print(f"mfu     | none: the dense bf16 peak of {device_name(device)} is not known")
-    if cfg.vocab_size < args.vocab_size:
-        print(f"vocab   | {cfg.vocab_size:,} tokens, not {args.vocab_size:,}: the text has no more pairs to merge")
-    first = ", ".join(map(str, SaveTimer.FIRST))
-    print(f"saves   | after {first} s and each minute, in {args.out}; with an evaluation every {args.eval_every} steps")
-    print(f"ready   | {setup:.1f} s", flush=True)
+@dataclasses.dataclass
+class RunState:
+    """Where a run stands between two steps: what a checkpoint calls `now`."""
+    step: int = 0
+    seconds: float = 0.0               # of training
+    tokens: int = 0                    # that were learned from, pads left out
+    flops: float = 0.0                 # useful ones, of these tokens
+    ema: float | None = None           # running mean of the loss
+    spread: float = 0.0                # running mean of a loss's distance from it
+    above: int = 0                     # losses in a row that lay far above it
+    bpb: float = math.inf              # lowest val_bpb of an evaluation
+    usual: float = USUAL               # least that validation has been as a multiple of training, bits a byte
+    sparse_from: float = 0.0           # share of the run from which attention is sparse
+    sparse: bool = False               # whether it is
+    reached: float = 0.0               # share that rows and attention have come to: it never shrinks, whatever the end
+    text: str = ""                     # hash of what is learned from and validated on
+    run: str | None = None             # name of the run
+    threads: int | None = None         # of the CPU: bits depend on it
 
-def watch(loss, norm, history):
-    """Raise FloatingPointError on a NaN, or on five losses in a row 1 nat, and 4 usual distances, over their mean."""
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise FloatingPointError(f"loss {loss}, gradient norm {norm}: not finite")
-    mean = loss if history["ema"] is None else history["ema"]
-    history["above"] = history["above"] + 1 if loss > mean + max(1.0, 4 * history["spread"]) else 0
-    if history["above"] >= 5:
-        raise FloatingPointError(f"loss spike: {loss:.3f} and four before it, where the running mean was {mean:.3f}")
-    if not history["above"]:
-        share = max(0.05, 1 / (history["step"] + 1))  # a plain mean at first
-        history["spread"] += share * (abs(loss - mean) - history["spread"])
-        history["ema"] = mean + share * (loss - mean)
+@dataclasses.dataclass
+class Run:
+    """What a training run works with, from its start to its end."""
+    args: argparse.Namespace
+    device: torch.device
+    model: MiniMax
+    tokenizer: Tokenizer
+    data: dict                         # train, val, preview: Tokens; skipped: number of files
+    optimizers: list
+    groups: tuple                      # parameters of the main model, of the index branch: each is clipped on its own
+    now: RunState
+    threads: Threads
+    pending: list                      # (loss and norm, event) of steps that a GPU may still be at work on
+    timer: SaveTimer | None = None
+    draft: str | None = None           # a checkpoint that waits for the loss of its weights
+    saved: int | None = None           # step of the last evaluated checkpoint
 
-def settle(pending, history, running=0):
-    """Watch the steps that are done; waiting for the last one would leave a GPU idle while the next is prepared."""
-    while len(pending) > running:
-        seen, event = pending.pop(0)
-        if event:
-            event.synchronize()
-        watch(*seen.tolist(), history)
+    @property
+    def on_gpu(self):
+        return self.device.type == "cuda"
+
+    def progress(self):
+        return share_done(vars(self.now), self.args.steps, self.args.minutes)
+
+    def drain(self, running=0):
+        """Check the steps that are done. Waiting for the last, `running`, would leave a GPU idle while the next one is
+        prepared."""
+        while len(self.pending) > running:
+            seen, event = self.pending.pop(0)
+            if event:
+                event.synchronize()
+            loss, norm = seen.tolist()
+            check_divergence(loss, norm, self.now)
+
+    def write(self):
+        """Write all there is between two steps into a new file -> its path."""
+        began = self.timer.clock()
+        self.now.threads = None if self.on_gpu else self.threads.count
+        weights = self.model.state_dict()
+        check_finite(weights)
+        path = write_checkpoint(
+            self.args.out,
+            args={name: value for name, value in vars(self.args).items() if name not in RUN_ALONE},
+            now=dict(vars(self.now)),
+            config=dataclasses.asdict(self.model.cfg),
+            tokenizer=self.tokenizer.spec,
+            model=weights,
+            optimizers=[optimizer.state_dict() for optimizer in self.optimizers])
+        self.timer.saved(began)
+        return path
+
+    def settle_draft(self):
+        """Keep the draft if the loss of its weights, which the step after it has measured, was no spike."""
+        self.drain()
+        if self.now.above:
+            os.remove(self.draft)
+        else:
+            place_checkpoint(self.args.out, self.draft, self.now.run)
+        self.draft = None
+
+    def evaluate(self, tokens, seconds):
+        """Bits per byte of these tokens, in so many seconds, with the attention of the last step."""
+        index_warmup = not self.now.sparse
+        return evaluate(self.model, tokens, self.args.seq_len, 16, self.device, seconds, self.tokenizer, index_warmup)
+
+    def checkpoint(self):
+        """Evaluate on the first bytes and save what passes: the last good checkpoint survives a divergence.
+        -> what was found, and the seconds that it took."""
+        now = self.now
+        self.drain()
+        began = time.perf_counter()
+        found = self.evaluate(self.data["preview"], allowed_seconds(self.args))
+        took = time.perf_counter() - began
+
+        bits = train_bits(now, self.data)
+        if bits > 0:  # not before the first step
+            now.usual = min(now.usual, max(1.0, found["val_bpb"] / bits))
+        print(f"eval {now.step:05d} | {report(found)}{remark(found, bits, now.usual)} | "
+              f"first {found['val_bytes']:,} bytes", flush=True)
+        if not found["val_bpb"] <= 1.5 * now.bpb:
+            raise FloatingPointError(f"val_bpb {found['val_bpb']:.3f} after {now.bpb:.3f}")
+        now.bpb = min(now.bpb, found["val_bpb"])
+        place_checkpoint(self.args.out, self.write(), now.run)
+        self.saved = now.step
+        return found, took
+
+def allowed_seconds(args):
+    """Seconds that an evaluation may take."""
+    if args.minutes is None:
+        return math.inf
+    return 60 * args.minutes * EVAL_SHARE
+
+def share_done(now, steps, minutes):
+    """Progress: the share of the steps that are done, or of the minutes, whichever is larger; 1 is the end."""
+    of_steps = now["step"] / steps if steps else 0.0
+    of_minutes = now["seconds"] / (60 * minutes) if minutes else 0.0
+    return max(of_steps, of_minutes)
+
+def cut_at(share, args):
+    """Into how many parts rows are cut at this share of the run; a part has at least 16 tokens."""
+    cuts = [n for first, n in args.stages if share >= first]
+    return min(cuts[-1], args.seq_len // 16)
+
+def stage_at(share):
+    if share < WARMUP:
+        return "warm-up"
+    return "decay" if share > 1 - DECAY else "constant"
+
+# ---- starting and resuming -----------------------------------------------------------------------
 
 def prepare(args, cfg, tokenizer):
     """Text -> tokenizer (learned from the training side where there is none), and a dict of what the run reads."""
     train, val, skipped = load_data(args.data, args.val_data, VAL_BYTES)
-    tokenizer = tokenizer or Tokenizer(learn_bpe((text for _, text in train), args.vocab_size, PATTERN))
-    docs = dict(train=train, val=val, peek=truncate(val, VAL_BYTES // 8))  # peek: for the evaluations on the way
+    if tokenizer is None:
+        texts = (text for _, text in train)
+        tokenizer = Tokenizer(learn_bpe(texts, args.vocab_size, PATTERN))
     L = cfg.index_block_size if "msa" in cfg.attn_types else 1
-    data = {x: Tokens(docs[x], tokenizer, L, args.seq_len) for x in docs}
-    return tokenizer, {**data, "skipped": skipped, "text": hash_text(train, val)}
+    docs = dict(train=train, val=val, preview=truncate(val, VAL_BYTES // 8))  # for the evaluations on the way
+    data = {side: Tokens(docs[side], tokenizer, L, args.seq_len) for side in docs}
+    data["skipped"] = skipped
+    data["text"] = hash_text(train, val)
+    return tokenizer, data
 
 def hash_text(*sides):
     """Lists of (name, text) -> a name for their text, by which a resumed run knows it again."""
@@ -527,146 +808,25 @@ def hash_text(*sides):
         digest.update(b"|")
     return digest.hexdigest()
 
-def fuse(model, muon):
-    """torch.compile what lies between the kernels: norms, projections, rotations, experts, momentum."""
-    for block in [*model.layers, *(module.block for module in model.mtp)]:
-        block.enter, block.leave = (torch.compile(half, dynamic=False) for half in (block.enter, block.leave))
-    model.norm.forward = torch.compile(model.norm.forward, dynamic=False)
-    muon.blend = torch.compile(muon.blend, dynamic=True)
-
-def loss_counts(part, stride, n_mtp):
-    """Tokens that a part's losses are means over: (2, 1 + n_mtp), the next-token loss and each MTP module's in row 0,
-    the KLs of the trunk and of each module in row 1."""
-    targets = part["targets"]
-    weight = part.get("weight", torch.ones_like(targets))
-    slot = torch.arange(targets.size(1), device=targets.device)
-    tokens, queries = [], []
-    for k in range(n_mtp + 1):  # module k works where the document has a k-th next token, and module 0 is the trunk
-        n = targets.size(1) - k
-        inside = slot[k:] < part["end"][:, :n] if "end" in part else slot[k:] >= 0
-        tokens.append(((targets[:, k:] >= 0) & inside).sum())
-        queries.append((weight[:, :n] * inside)[:, stride - 1::stride].sum())
-    return torch.stack([torch.stack(tokens).double(), torch.stack(queries).double()])
-
-def learn(model, batch, n, optimizers, index, rest, mtp_weight):
-    """One step on a batch in n parts: forward, backward, clip, update -> aux with loss and gradient norms."""
-    parts, total = [dict(zip(batch, part)) for part in zip(*(x.chunk(n) for x in batch.values()))], {}
-    n_mtp = min(len(model.mtp), batch["idx"].size(1) - 1) if model.cfg.mtp_active else 0
-    counts = torch.stack([loss_counts(part, model.cfg.index_kl_stride, n_mtp) for part in parts])    # (n, 2, 1 + n_mtp)
-    for part, share in zip(parts, counts / counts.sum(0).clamp(min=1)):
-        _, loss, aux = model(**part)
-        tokens, queries = share.to(loss.dtype)  # a mean over a part, times the part's share: the mean over the batch
-        kl = aux.get("index_kl", torch.zeros(0, device=loss.device))
-        n_trunk = min(len(kl), model.cfg.attn_types.count("msa"))
-        mtp = (tokens[1:] * aux["mtp_losses"]).sum() / len(model.mtp) if n_mtp else 0.0 * loss.detach()
-        aux = dict(loss=tokens[0] * loss, mtp_loss=mtp, expert_load=aux.get("expert_load", torch.zeros(0)),
-                   index_kl=torch.cat([queries[0] * kl[:n_trunk], queries[1:][:len(kl) - n_trunk] * kl[n_trunk:]]))
-        # experts learn through their weights, attention through q, k and v, the index branch through the KL alone
-        (aux["loss"] + mtp_weight * aux["mtp_loss"] + aux["index_kl"].sum()).backward()
-        total = {key: total.get(key, 0.0) + value.detach() for key, value in aux.items()}
-    norm, index_norm = (torch.nn.utils.clip_grad_norm_(part, 1.0) for part in (rest, index))
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return dict(total, norm=norm, index_norm=index_norm)
-
-def rehearse(model, batch, n, muon, index, rest):
-    """Compile what the steps of a run need before its clock starts; the model is left as it was."""
-    for model.cfg.index_warmup, model.cfg.mtp_active in ((True, True), (True, False), (False, True), (False, False)):
-        learn(model, batch, n, [], index, rest, 1.0)
-    for p in {p.dim(): p for p in rest if p.dim() > 1}.values():  # a matrix, a stack of experts: two graphs
-        torch.no_grad()(muon.blend)(*(torch.ones_like(p).flatten() for _ in "mg"), muon.defaults["momentum"])
-    model.zero_grad(set_to_none=True)
-
-def step_bytes(cfg, rows, T, device, recompute=False):
-    """About the memory of a training step of rows x T tokens, a little less rather than more: weights, gradients and
-    moments in fp32, what the backward pass keeps of each layer, and the logits."""
-    with torch.device("meta"):
-        model = MiniMax(cfg)
-        adam = configure_optimizers(model, 1.0)[0][1]
-        n_params = sum(p.numel() for p in model.parameters())
-        two_moments = sum(p.numel() for group in adam.param_groups for p in group["params"])
-    tokens, on_gpu = rows * T, device.type != "cpu"
-    attention = 6 * cfg.n_embd + 5 * cfg.n_head * cfg.head_dim + 6 * cfg.n_kv_head * cfg.head_dim
-    attention += 3 * (cfg.n_kv_head + 1) * cfg.index_head_dim * ("msa" in cfg.attn_types)
-    experts = cfg.n_expert_per_tok * (2 * cfg.n_embd + 5 * cfg.expert_dim) + 5 * cfg.shared_dim + 3 * cfg.n_embd
-    layer = 4 * tokens * (attention + experts)
-    # sparse attention in torch gathers keys and values, some six copies alive; above a size it does so part by part
-    gathered = cfg.n_kv_head * cfg.index_topk_blocks * cfg.index_block_size * cfg.head_dim
-    n_sparse = cfg.attn_types.count("msa") + cfg.n_mtp * (cfg.attn_types[-1] == "msa")
-    parts = tokens * gathered > chunk(device)
-    gathers = 6 * 4 * chunk(device) if parts else 6 * 4 * tokens * gathered * (1 if recompute else n_sparse)
-    alive = cfg.n_mtp + (1 if recompute else cfg.n_layer)
-    kept = 4 * tokens * cfg.n_embd * cfg.n_layer * recompute
-    at_once = min(tokens, 2 ** (30 - cfg.vocab_size.bit_length()))  # see model.cross_entropy
-    logits = 4 * at_once * cfg.vocab_size * (3 + (cfg.n_mtp if at_once == tokens else 0))
-    if on_gpu:  # kernels that keep less, in bf16; the gradient is written over the logits
-        layer, kept = 0.4 * layer / 2, kept / 2
-        gathers, logits = 0, 2 * at_once * cfg.vocab_size
-    return 4 * (3 * n_params + two_moments) + alive * layer + kept + logits + (gathers if n_sparse else 0)
-
-def trial(model, data, args, index, rest):
-    """-> a function that runs a step's forward and backward passes, on few tokens, and leaves the model as it was."""
-    T = min(args.seq_len, 256)
-    batch = get_batch(data["train"], args.seed, 0, 0, max(1, 1024 // T), T)
-
-    def step():
-        before = model.cfg.index_warmup, model.cfg.mtp_active
-        model.cfg.index_warmup, model.cfg.mtp_active = True, True
-        learn(model, batch, 1, [], index, rest, 1.0)
-        model.zero_grad(set_to_none=True)
-        model.cfg.index_warmup, model.cfg.mtp_active = before
-    return step
-
-def share_done(now, steps, minutes):
-    """Progress: the share of the steps that are done, or of the minutes, whichever is larger; 1 is the end."""
-    return max(now["step"] / (steps or math.inf), now["seconds"] / (60 * (minutes or math.inf)))
-
-def cut_at(share, args):
-    """Into how many parts rows are cut at this share of the run; a part has at least 16 tokens."""
-    return min([n for first, n in args.stages if share >= first][-1], args.seq_len // 16)
-
-def stage_at(share):
-    return "warm-up" if share < WARMUP else "decay" if share > 1 - DECAY else "constant"
-
-def resume_now(fresh, state, args):
-    """Where a checkpoint's run stood, over what a new run starts with. What was measured on another text is dropped.
-    Checkpoints of before runs had names tell by their step or their seconds how far the run had come."""
-    old, was = state["now"], state["args"]
-    now = {**fresh, **old, "run": old.get("run"), "text": fresh["text"]}
-    now["reached"] = old.get("reached", share_done(old, was.get("steps"), was.get("minutes")))
-    now["sparse"] = old.get("sparse", now["reached"] >= now["sparse_from"])
-    same_place = all(was.get(name) == getattr(args, name) for name in ("data", "val_data"))
-    if old.get("text", fresh["text"]) != fresh["text"] or "text" not in old and not same_place:
-        now["bpb"] = math.inf
-    return now
-
-def print_changes(state, args, now):
-    """Say what going on changes: the schedule, where the run now has another end or rate, and the text."""
-    old, was = state["now"], state["args"]
-    before = min(1.0, share_done(old, was.get("steps"), was.get("minutes")))
-    after = min(1.0, share_done(now, args.steps, args.minutes))
-    if before != after or was.get("lr") != args.lr:
-        rates = [lr * schedule(share, WARMUP, DECAY) for lr, share in ((was.get("lr"), before), (args.lr, after))]
-        line = (f"{before:.0%} of the run is now {after:.0%} of it; rate {rates[0]:.1e} ({stage_at(before)}) -> "
-                f"{rates[1]:.1e} ({stage_at(after)})")
-        if stage_at(before) != stage_at(after) and "decay" in (stage_at(before), stage_at(after)):
-            weights = [MTP_WEIGHT[share > 1 - DECAY] for share in (before, after)]
-            line += f", MTP weight {weights[0]} -> {weights[1]}"
-        rows = [args.seq_len // cut_at(share, args) for share in (now["reached"], after)]
-        if rows[0] > rows[1]:
-            line += f"; rows stay at {rows[0]} tokens"
-        if rows[0] < rows[1]:
-            line += f"; rows grow from {rows[0]} to {rows[1]} tokens"
-        if args.attn == "msa" and now["sparse"] and after < now["sparse_from"]:
-            line += "; attention stays sparse"
-        if args.attn == "msa" and not now["sparse"] and after >= now["sparse_from"]:
-            line += "; attention becomes sparse"
-        print(f"resume  | step {now['step']}: {line}", flush=True)
-    if old.get("text", now["text"]) != now["text"]:
-        here, there = (name or "the Python standard library" for name in (args.data, was.get("data")))
-        changed = f"{here}, which has changed since" if here == there else f"{there}, and {here} is another text"
-        print(f"text    | the checkpoint was trained on {changed}: val_bpb compares with none before", flush=True)
+def convert(old, saved, step, args):
+    """A full-attention model and its optimizers' states -> the preset's MSA layers, weights and states kept by name."""
+    new = MiniMax(dataclasses.replace(configure(args), vocab_size=old.cfg.vocab_size), old.dtype)
+    try:
+        missing, unexpected = new.load_state_dict(old.state_dict(), strict=False)
+        fits = not unexpected and all(map(is_index, missing))
+    except RuntimeError:  # shapes differ
+        fits = False
+    if not fits:
+        raise ValueError(f"--attn msa: the checkpoint's model is not of --preset {args.preset}")
+    params = dict(new.to(old.embed.weight.device).named_parameters())
+    sources = configure_optimizers(old, args.lr)[0]
+    targets = configure_optimizers(new, args.lr)[0]
+    for source, state, target in zip(sources, saved, targets):
+        load_optimizers([source], [state], step)
+        for name, p in old.named_parameters():
+            if p in source.state:
+                target.state[params[name]] = source.state[p]
+    return new, [target.state_dict() for target in targets]
 
 def check_match(cfg, state, args):
     """ValueError unless a checkpoint's model is the one that its args describe."""
@@ -678,180 +838,329 @@ def check_match(cfg, state, args):
     if saved == "msa" and args.seq_len % cfg.index_block_size:
         raise ValueError(f"the checkpoint's --seq-len {args.seq_len} is not whole key blocks of {cfg.index_block_size}")
 
-def run(args, state):
+def resume_state(fresh, state, args, data):
+    """Where a checkpoint's run stood, over what a new run starts with. What was measured on another text is dropped.
+    Older checkpoints, of before runs had names, tell by their step or their seconds how far the run had come."""
+    old, was = state["now"], state["args"]
+    known = {name: old[name] for name in vars(fresh) if name in old}
+    now = dataclasses.replace(fresh, **{**known, "run": old.get("run"), "text": fresh.text})
+    if "reached" not in old:
+        now.reached = share_done(old, was.get("steps"), was.get("minutes"))
+    if "sparse" not in old:
+        now.sparse = now.reached >= now.sparse_from
+    same_place = all(was.get(name) == getattr(args, name) for name in ("data", "val_data"))
+    same_text = old["text"] == fresh.text if "text" in old else same_place
+    if not same_text:
+        now.bpb = math.inf
+    if "tokens" not in old:  # their FLOPs count pads: they are the same share of all
+        filled = data["train"].n_tokens / len(data["train"].begin)
+        now.tokens = round(filled * now.step * args.batch_size * args.seq_len)
+        now.flops *= filled
+    return now
+
+def print_changes(state, args, now):
+    """Say what going on changes: the schedule, where the run now has another end or rate, and the text."""
+    old, was = state["now"], state["args"]
+    before = min(1.0, share_done(old, was.get("steps"), was.get("minutes")))
+    after = min(1.0, share_done(vars(now), args.steps, args.minutes))
+    if before != after or was.get("lr") != args.lr:
+        old_rate = was.get("lr") * schedule(before, WARMUP, DECAY)
+        new_rate = args.lr * schedule(after, WARMUP, DECAY)
+        line = (f"{before:.0%} of the run is now {after:.0%} of it; rate {old_rate:.1e} ({stage_at(before)}) -> "
+                f"{new_rate:.1e} ({stage_at(after)})")
+        if mtp_weight_at(before) != mtp_weight_at(after):
+            line += f", MTP weight {mtp_weight_at(before)} -> {mtp_weight_at(after)}"
+        rows_before = args.seq_len // cut_at(now.reached, args)
+        rows_after = args.seq_len // cut_at(after, args)
+        if rows_before > rows_after:
+            line += f"; rows stay at {rows_before} tokens"
+        if rows_before < rows_after:
+            line += f"; rows grow from {rows_before} to {rows_after} tokens"
+        if args.attn == "msa" and now.sparse and after < now.sparse_from:
+            line += "; attention stays sparse"
+        if args.attn == "msa" and not now.sparse and after >= now.sparse_from:
+            line += "; attention becomes sparse"
+        print(f"resume  | step {now.step}: {line}", flush=True)
+
+    if old.get("text", now.text) != now.text:
+        here = args.data or "the Python standard library"
+        there = was.get("data") or "the Python standard library"
+        changed = f"{here}, which has changed since" if here == there else f"{there}, and {here} is another text"
+        print(f"text    | the checkpoint was trained on {changed}: val_bpb compares with none before", flush=True)
+
+def mtp_weight_at(share):
+    return MTP_WEIGHT[1] if share > 1 - DECAY else MTP_WEIGHT[0]
+
+def card(run, why, setup):
+    """Print what a run is made of: the start-up card."""
+    args, model, data, now = run.args, run.model, run.data, run.now
+    cfg = model.cfg
+    total, active = model.num_params()
+    S, L, T = cfg.index_topk_blocks, cfg.index_block_size, args.seq_len
+    print(f"model   | {args.preset}: {total:,} parameters, {active:,} active per token without embedding and head")
+    print(f"device  | {run.device}, {str(model.dtype).removeprefix('torch.')}: {why}")
+    print(f"threads | {run.threads}")
+    print(f"layers  | attention {' '.join(cfg.attn_types)}; mlp {' '.join(cfg.mlp_types)}; {cfg.n_mtp} MTP module")
+    if "msa" in cfg.attn_types:
+        since = "as before" if now.sparse else f"from {now.sparse_from:.0%} of the run"
+        print(f"msa     | {S} blocks of {L}: {min(S * L, T)} of {T} keys, {since}")
+    shared = " + 1 shared" if cfg.shared_dim else ""
+    print(f"experts | {cfg.n_expert_per_tok} of {cfg.n_expert}{shared}")
+    print(f"kernels | {implementations(model, run.device, trains=True, decodes=False)}")
+    rows = dict.fromkeys(str(T // min(n, T // 16)) for _, n in args.stages)
+    print(f"step    | up to {args.batch_size * T:,} tokens (pads do not count), in rows of {' then '.join(rows)}; "
+          f"Muon + AdamW, rate {args.lr:g}, seed {args.seed}")
+    print(f"data    | {args.data or 'the Python standard library'}: {data['train'].n_tokens:,} tokens; validation "
+          f"{data['val'].n_bytes:,} bytes; {data['skipped']} files skipped; vocabulary {cfg.vocab_size:,}")
+    if data["val"].n_bytes < FEW_BYTES:
+        print(f"notice  | {data['val'].n_bytes:,} bytes of validation are too few to compare runs by: val_bpb is "
+              "uncertain by several percent; give --val-data")
+    if not peak_flops(run.device):
+        print(f"mfu     | none: the dense bf16 peak of {device_name(run.device)} is not known")
+    if cfg.vocab_size < args.vocab_size:
+        print(f"vocab   | {cfg.vocab_size:,} tokens, not {args.vocab_size:,}: the text has no more pairs to merge")
+    first = ", ".join(map(str, SaveTimer.FIRST))
+    print(f"saves   | after {first} s and each minute, in {args.out}; with an evaluation every {args.eval_every} steps")
+    print(f"ready   | {setup:.1f} s", flush=True)
+
+def set_up(args, state):
+    """Everything that a run works with, its start-up card printed -> Run. state: the checkpoint, None for a new run.
+    ValueError if checkpoint, data, memory and flags do not go together."""
     started = time.perf_counter()
-    if args.dry_run:
-        return dry_run(configure(args), args.preset)
     device, dtype, why = pick_device(args.device)
-    model, tokenizer = load_model(state, device, dtype) if state else (None, None)
+
+    # the model: of the checkpoint, perhaps with sparse attention from now on
+    model = tokenizer = None
     if state:
+        model, tokenizer = load_model(state, device, dtype)
         check_match(model.cfg, state, args)
     torch.manual_seed(args.seed)
     converted = bool(state) and args.attn != state["args"]["attn"]
     if converted:
         model, state["optimizers"] = convert(model, state["optimizers"], state["now"]["step"], args)
     cfg = model.cfg if model else configure(args)
-    sized = dataclasses.replace(cfg, vocab_size=args.vocab_size)
+
+    # memory and text, then a new model of the text's vocabulary
     rows = -(-args.batch_size // args.accumulate)
-    check_memory(step_bytes(sized, rows, args.seq_len, device, args.recompute), device,
-                 "--accumulate, --recompute, --batch-size or --seq-len")
+    sized = dataclasses.replace(cfg, vocab_size=args.vocab_size)
+    need = step_bytes(sized, rows, args.seq_len, device, args.recompute)
+    check_memory(need, device, "--accumulate, --recompute, --batch-size or --seq-len")
     tokenizer, data = prepare(args, cfg, tokenizer)
     cfg.vocab_size = tokenizer.n_vocab
-    model = (model or MiniMax(cfg, dtype).to(device)).train()
-    model.recompute = args.recompute
-    (optimizers, index, rest), on_gpu = configure_optimizers(model, args.lr), device.type == "cuda"
-    # reached: the share of the run that rows and attention have come to; it never shrinks, whatever the end becomes
-    now = dict(step=0, seconds=0.0, tokens=0, flops=0.0, ema=None, spread=0.0, above=0, bpb=math.inf, usual=USUAL,
-               sparse_from=args.msa_from, sparse=False, reached=0.0, run=os.urandom(8).hex(), text=data["text"])
+    if model is None:
+        model = MiniMax(cfg, dtype).to(device)
+    model.train()
+    optimizers, index, rest = configure_optimizers(model, args.lr)
+
+    # where it stands
+    now = RunState(sparse_from=args.msa_from, text=data["text"], run=os.urandom(8).hex())
     if state:
         load_optimizers(optimizers, state["optimizers"], state["now"]["step"])
-        now = resume_now(now, state, args)
-        if "tokens" not in state["now"]:  # an older checkpoint, whose FLOPs count pads: they are the same share of all
-            filled = data["train"].n_tokens / len(data["train"].begin)
-            now["tokens"] = round(filled * now["step"] * args.batch_size * args.seq_len)
-            now["flops"] *= filled
-    def progress():
-        return share_done(now, args.steps, args.minutes)
+        now = resume_state(now, state, args, data)
+    run = Run(
+        args=args, device=device, model=model, tokenizer=tokenizer, data=data, optimizers=optimizers,
+        groups=(rest, index), now=now, threads=Threads(device, args.threads, now.threads),
+        pending=[], saved=now.step if state else None)
     if converted:  # the index branch learns for the same share of what is left
-        now["sparse"] = False
-        now["sparse_from"] = progress() + (1 - progress()) * args.msa_from
-        if progress() >= 1:
+        now.sparse = False
+        now.sparse_from = run.progress() + (1 - run.progress()) * args.msa_from
+        if run.progress() >= 1:
             raise ValueError("--attn msa: nothing is left of the run to convert in; give more --steps or --minutes")
-    threads = Threads(device, args.threads, now.get("threads"))
-    if on_gpu:
-        fuse(model, optimizers[0])
+
+    # what computes
+    if run.on_gpu:
+        compile_model(model, optimizers[0])
         batch = get_batch(data["train"], args.seed, 0, 0, args.batch_size, args.seq_len)
-        rehearse(model, {k: v.to(device) for k, v in batch.items()}, args.accumulate, optimizers[0], index, rest)
-    if threads.count is None:
+        batch = {key: x.to(device) for key, x in batch.items()}
+        warm_compile(model, batch, args.accumulate, optimizers[0], run.groups)
+    if run.threads.count is None:
         faster = Threads.FASTER_FOR_STEPS if args.steps else Threads.FASTER
-        threads.choose(trial(model, data, args, index, rest), faster)
-    card(model, args, device, why, threads, data, time.perf_counter() - started, now)
+        run.threads.choose(trial(run), faster)
+    card(run, why, time.perf_counter() - started)
     if state:
         print_changes(state, args, now)
-    allowed = 60 * args.minutes * EVAL_SHARE if args.minutes else math.inf  # seconds of an evaluation
-    timer = SaveTimer()
-    draft = None                         # a checkpoint that waits for the loss of its weights
-    saved = now["step"] if state else None  # the step of the last evaluated checkpoint
-    def write():
-        """Write all there is between two steps into a new file -> its path."""
-        began = timer.clock()
-        now["threads"] = None if on_gpu else threads.count  # bits depend on it
-        weights = model.state_dict()
-        check_finite(weights)
-        path = write_checkpoint(
-            args.out, args={k: v for k, v in vars(args).items() if k not in RUN_ALONE}, now=dict(now),
-            config=dataclasses.asdict(dataclasses.replace(cfg, mtp_active=True)), tokenizer=tokenizer.spec,
-            model=weights, optimizers=[o.state_dict() for o in optimizers])
-        timer.saved(began)
-        return path
-    def checkpoint():
-        """Evaluate on the first bytes and save what passes: the last good checkpoint survives a divergence.
-        -> what was found, and the seconds that it took."""
-        settle(pending, now)
+    run.timer = SaveTimer()
+    return run
+
+def trial(run):
+    """-> a function that runs a step's forward and backward passes, on few tokens, and leaves the model as it was."""
+    args = run.args
+    T = min(args.seq_len, 256)
+    batch = get_batch(run.data["train"], args.seed, 0, 0, max(1, 1024 // T), T)
+
+    def step():
+        train_step(run.model, batch, [], run.groups, mtp_weight=1.0, index_warmup=True)
+        run.model.zero_grad(set_to_none=True)
+    return step
+
+# ---- the loop ------------------------------------------------------------------------------------
+
+class Log:
+    """What steps have reported since the last line was printed."""
+
+    def __init__(self, run):
+        self.run = run
+        self.kl = math.nan                 # none yet
+        self.start_anew()
+
+    def start_anew(self):
+        self.since = dict(vars(self.run.now))
+        self.load = 0.0
+        self.mtp = None                    # no MTP loss since the line before
+
+    def add(self, found, run_mtp):
+        cfg = self.run.model.cfg
+        self.load = self.load + found["expert_load"][:cfg.mlp_types.count("moe")]
+        if run_mtp and cfg.n_mtp:
+            self.mtp = found["mtp_loss"]
+
+    def print_step(self, found, rate):
+        """One line: how far, losses, rate, norm, balance of the experts, speed, time left."""
+        run = self.run
+        now = run.now
+        if len(found["index_kl"]):
+            self.kl = found["index_kl"].mean().item()
+        losses = [
+            ("loss", math.nan if now.ema is None else now.ema, 3),
+            ("train_bpb", train_bits(now, run.data), 3),
+            ("mtp", math.nan if self.mtp is None else self.mtp.item(), 3),
+            ("kl", self.kl, 4)]
+        shown = [f"{name} {value:.{digits}f} | " for name, value, digits in losses if not math.isnan(value)]
+        violation = max_violation(self.load).max().item() if "moe" in run.model.cfg.mlp_types else math.nan
+        tokens_per_s, mfu = speed(run.args, vars(now), self.since, run.device)
+        part = min(1.0, run.progress())
+        minutes_left = now.seconds * (1 / part - 1) / 60
+        print(f"step {now.step:05d} {part:4.0%} | {''.join(shown)}lr {rate:.1e} | norm {found['norms'][0].item():.2f} | "
+              f"maxvio {violation:.2f} | {tokens_per_s:,.0f} tok/s{f', mfu {mfu:.1%}' if mfu else ''} | "
+              f"eta {minutes_left:.1f}m", flush=True)
+        self.start_anew()
+
+def next_batch(run, cut, run_mtp):
+    """The step's batch on the device, its tokens and FLOPs counted -> batch, how many of its tokens are learned from.
+    Pads are computed, too, but are neither tokens learned from nor useful FLOPs."""
+    args, now = run.args, run.now
+    batch = get_batch(run.data["train"], args.seed, 0, now.step, args.batch_size * cut, args.seq_len // cut)
+    real = batch["targets"] >= 0
+    n_real = int(real.sum())
+    now.tokens += n_real
+    if n_real:
+        now.flops += n_real * run.model.flops_per_token(batch["pos"][real], not now.sparse, run_mtp)
+    if run.on_gpu:
+        batch = {key: x.pin_memory() for key, x in batch.items()}
+    return {key: x.to(run.device, non_blocking=True) for key, x in batch.items()}, n_real
+
+def run_training(args, state):
+    """Train until the end that the flags name, or a signal -> what the last line of stdout says."""
+    if args.dry_run:
+        return dry_run(configure(args), args.preset)
+    run = set_up(args, state)
+    now = run.now
+    stop = on_signals()
+    log = Log(run)
+    if run.progress() >= 1:
+        print(f"nothing left to do after step {now.step}: give more --steps or --minutes", flush=True)
+
+    while run.progress() < 1 and not stop:
         began = time.perf_counter()
-        found = evaluate(model, data["peek"], args.seq_len, 16, device, allowed, tokenizer)
-        took = time.perf_counter() - began
-        bits = train_bits(now, data)
-        if bits > 0:  # not before the first step
-            now["usual"] = min(now["usual"], max(1.0, found["val_bpb"] / bits))
-        print(f"eval {now['step']:05d} | {report(found)}{remark(found, bits, now['usual'])} | "
-              f"first {found['val_bytes']:,} bytes", flush=True)
-        if not found["val_bpb"] <= 1.5 * now["bpb"]:
-            raise FloatingPointError(f"val_bpb {found['val_bpb']:.3f} after {now['bpb']:.3f}")
-        now["bpb"] = min(now["bpb"], found["val_bpb"])
-        place_checkpoint(args.out, write(), now["run"])
-        return found, took
-    stop, pending, load, mtp, kl, last, final = on_signals(), [], 0.0, torch.tensor(math.nan), math.nan, dict(now), {}
-    if progress() >= 1:
-        print(f"nothing left to do after step {now['step']}: give more --steps or --minutes", flush=True)
-    while progress() < 1 and not stop:
-        tick, done = time.perf_counter(), progress()
-        now["reached"] = max(now["reached"], done)
-        now["sparse"] = now["sparse"] or done >= now["sparse_from"]
-        cfg.index_warmup, cfg.mtp_active = not now["sparse"], now["step"] % args.mtp_every == 0
-        factor = schedule(done, WARMUP, DECAY)
-        for group in (g for o in optimizers for g in o.param_groups):
-            group["lr"] = args.lr * factor * group.get("scale", 1.0)
-        cut = cut_at(now["reached"], args)
-        batch = get_batch(data["train"], args.seed, 0, now["step"], args.batch_size * cut, args.seq_len // cut)
-        real = batch["targets"] >= 0  # pads are computed, too, but are neither tokens learned from nor useful FLOPs
-        n_real = int(real.sum())
-        now["tokens"] += n_real
-        now["flops"] += n_real * model.flops_per_token(batch["pos"], real) if n_real else 0.0
-        batch = {k: (v.pin_memory() if on_gpu else v).to(device, non_blocking=True) for k, v in batch.items()}
-        moved = optimizers if n_real else []  # on pads alone momentum would move the weights, at full size
-        aux = learn(model, batch, args.accumulate, moved, index, rest, MTP_WEIGHT[done > 1 - DECAY])
-        seen = torch.stack([aux["loss"], aux["norm"] + aux["index_norm"]]).to("cpu", non_blocking=True)
-        if n_real:  # a short text has batches of pads alone, whose loss of 0 says nothing
-            pending.append((seen, torch.cuda.current_stream().record_event() if on_gpu else None))
-        shows = now["step"] == 0 or (now["step"] + 1) % args.log_every == 0
-        settle(pending, now, running=on_gpu and not shows)
-        model.update_router_bias(aux["expert_load"], args.bias_rate)
-        load = load + aux["expert_load"][:cfg.mlp_types.count("moe")]
-        now["step"] += 1
-        seconds = time.perf_counter() - tick
-        now["seconds"] += seconds
-        if threads.slowed(seconds):
-            threads.choose_again(trial(model, data, args, index, rest))
-        mtp = aux["mtp_loss"] if cfg.mtp_active and cfg.n_mtp else mtp
-        stop += [1] * (now["step"] >= (args.stop_after or math.inf))
+        done = run.progress()
+
+        # this step's mode: sparse attention or the index branch's warm-up, MTP or not, the rate, the length of rows
+        now.reached = max(now.reached, done)
+        now.sparse = now.sparse or done >= now.sparse_from
+        run_mtp = now.step % args.mtp_every == 0
+        rate = args.lr * schedule(done, WARMUP, DECAY)
+        set_rates(run.optimizers, rate)
+        cut = cut_at(now.reached, args)
+
+        # forward, backward, update; on pads alone momentum would move the weights, at full size
+        batch, n_real = next_batch(run, cut, run_mtp)
+        found = train_step(
+            run.model, batch, run.optimizers if n_real else [], run.groups, args.accumulate,
+            mtp_weight=mtp_weight_at(done), bias_rate=args.bias_rate,
+            index_warmup=not now.sparse, run_mtp=run_mtp, recompute=args.recompute)
+
+        # has it diverged? A short text has batches of pads alone, whose loss of 0 says nothing
+        if n_real:
+            seen = torch.stack([found["loss"], sum(found["norms"])]).to("cpu", non_blocking=True)
+            event = torch.cuda.current_stream().record_event() if run.on_gpu else None
+            run.pending.append((seen, event))
+        shows = now.step == 0 or (now.step + 1) % args.log_every == 0
+        run.drain(running=1 if run.on_gpu and not shows else 0)
+
+        # count and tell
+        now.step += 1
+        seconds = time.perf_counter() - began
+        now.seconds += seconds
+        if run.threads.slowed(seconds):
+            run.threads.choose_again(trial(run))
+        log.add(found, run_mtp)
         if shows:
-            kl = aux["index_kl"].mean().item() if len(aux["index_kl"]) else kl
-            violation = max_violation(load).max().item() if "moe" in cfg.mlp_types else math.nan
-            rate, mfu = speed(args, now, last, device)
-            part, last, load = min(1.0, progress()), dict(now), 0.0
-            loss = math.nan if now["ema"] is None else now["ema"]
-            losses = (("loss", loss, 3), ("train_bpb", train_bits(now, data), 3), ("mtp", mtp.item(), 3),
-                      ("kl", kl, 4))  # nan: none yet, or no MTP loss since the line before
-            mtp = torch.tensor(math.nan)
-            print(f"step {now['step']:05d} {part:4.0%} | {''.join(f'{k} {x:.{n}f} | ' for k, x, n in losses if x == x)}"
-                  f"lr {args.lr * factor:.1e} | norm {aux['norm'].item():.2f} | maxvio {violation:.2f} | "
-                  f"{rate:,.0f} tok/s{f', mfu {mfu:.1%}' if mfu else ''} | "
-                  f"eta {now['seconds'] * (1 / part - 1) / 60:.1f}m", flush=True)
-        if draft:  # this step began with its weights: now their loss is known
-            settle(pending, now)
-            if now["above"]:
-                os.remove(draft)
-            else:
-                place_checkpoint(args.out, draft, now["run"])
-            draft = None
-        if now["step"] % args.eval_every == 0 and progress() < 1 and not stop:
-            checkpoint()
-            saved = now["step"]
-        elif timer.due() and progress() < 1 and not stop:
-            settle(pending, now)
-            draft = None if now["above"] else write()
-    if draft:
-        os.remove(draft)
+            log.print_step(found, rate)
+        if args.stop_after and now.step >= args.stop_after:
+            stop.append(1)
+
+        # save: what the clock asks for waits for its loss, which the next step computes
+        if run.draft:
+            run.settle_draft()
+        goes_on = run.progress() < 1 and not stop
+        if goes_on and now.step % args.eval_every == 0:
+            run.checkpoint()
+        elif goes_on and run.timer.due():
+            run.drain()
+            if not now.above:
+                run.draft = run.write()
+
+    if run.draft:
+        os.remove(run.draft)
+    return finish(run, stop)
+
+def finish(run, stop):
+    """Save, evaluate on all of the validation text that time allows -> the run's summary."""
+    now = run.now
     found, took = dict(val_bytes=0), 0.0
-    if now["step"] != saved:  # a run with nothing left has nothing to save, nor has one that was stopped while saving
-        found, took = checkpoint()
+    if now.step != run.saved:  # a run with nothing left has nothing to save, nor has one that was stopped while saving
+        found, took = run.checkpoint()
     if stop:
-        print(f"stopped after step {now['step']}, saved in {args.out}; go on with --resume", flush=True)
-    else:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # all is saved: Ctrl-C may end the evaluation
+        print(f"stopped after step {now.step}, saved in {run.args.out}; go on with --resume", flush=True)
+        return summary(run, {})
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # all is saved: Ctrl-C may end the evaluation
+    left = allowed_seconds(run.args) - took
+    final = found
+    if left > took:  # otherwise there is no time to see more of the text than just now
+        final = run.evaluate(run.data["val"], left)
+    if found["val_bytes"] > final["val_bytes"]:
         final = found
-        if allowed - took > took:  # otherwise there is no time to see more of the text than just now
-            final = evaluate(model, data["val"], args.seq_len, 16, device, allowed - took, tokenizer)
-        final = max(found, final, key=lambda result: result["val_bytes"])
-        missing = data["val"].n_bytes - final["val_bytes"]
-        print(f"final {now['step']:04d} | {report(final)}{remark(final, train_bits(now, data), now['usual'])} | "
-              f"{final['val_bytes']:,} bytes" + (f"; for {missing:,} more --minutes left no time" if missing else ""))
-    return summary(model, args, now, final, device, train_bits(now, data))
+    bits = train_bits(now, run.data)
+    missing = run.data["val"].n_bytes - final["val_bytes"]
+    unseen = f"; for {missing:,} more --minutes left no time" if missing else ""
+    print(f"final {now.step:04d} | {report(final)}{remark(final, bits, now.usual)} | "
+          f"{final['val_bytes']:,} bytes{unseen}")
+    return summary(run, final)
 
-def device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"a {device.type.upper()}"
+def summary(run, final):
+    """What the last line of stdout says, in JSON. final: what the last evaluation found, {} if there was none."""
+    now = run.now
+    total, active = run.model.num_params()
+    tokens_per_s, mfu = speed(run.args, vars(now), dict(seconds=0.0, flops=0.0), run.device)
+    bits = train_bits(now, run.data)
+    none = dict(val_bpb=None, val_bytes=0, block_recall=[], score_recall=[], block_chance=[], dead_experts=0, max_vio=[])
+    return dict(
+        step=now.step, loss=now.ema, train_bpb=None if math.isnan(bits) else bits,
+        tokens=now.tokens, tokens_per_s=tokens_per_s, mfu=mfu, seconds=now.seconds,
+        params_total=total, params_active=active, **{**none, **final})
 
-def peak_flops(device):
-    """Dense bf16 FLOP/s of exactly this device, None where no datasheet's figure is known. A part of the name would
-    not do: H100 PCIe and NVL, a slice (MIG) and an RTX A1000 are other devices than H100 and A100."""
-    return PEAK.get(device_name(device).removeprefix("NVIDIA ")) if device.type == "cuda" else None
-
-def train_bits(now, data):
-    """The running training loss in bits a byte of the training text, as val_bpb is; nan before the first."""
-    if now["ema"] is None:
-        return math.nan
-    return now["ema"] / math.log(2) * data["train"].n_tokens / data["train"].n_bytes
+def report(result):
+    """One line of an evaluation."""
+    line = f"val_bpb {result['val_bpb']:.4f}"
+    if result["block_recall"]:
+        recall = " ".join(f"{x:.2f}" for x in result["block_recall"])
+        mass = " ".join(f"{x:.2f}" for x in result["score_recall"])
+        line += f" | block recall {recall} (chance {result['block_chance'][0]:.2f}), of mass {mass}"
+    if result["max_vio"]:
+        violation = " ".join(f"{x:.2f}" for x in result["max_vio"])
+        line += f" | maxvio {violation}"
+    return line
 
 def remark(found, train, usual):
     """What an evaluation's line says of its figure: of few bytes, or parted from training, in bits a byte; or nothing.
@@ -863,30 +1172,31 @@ def remark(found, train, usual):
         return ""
     return f" | {val / train - 1:.0%} above training: learned by heart, or validation text of another kind"
 
+def train_bits(now, data):
+    """The running training loss in bits a byte of the training text, as val_bpb is; nan before the first."""
+    if now.ema is None:
+        return math.nan
+    return now.ema / math.log(2) * data["train"].n_tokens / data["train"].n_bytes
+
 def speed(args, now, since, device):
     """-> tokens a second since then, pads left out, and their FLOPs over the GPU's dense bf16 peak, or None."""
     seconds = max(now["seconds"] - since["seconds"], 1e-9)
-    rate = (now.get("tokens", 0) - since.get("tokens", 0)) / seconds
+    tokens_per_s = (now.get("tokens", 0) - since.get("tokens", 0)) / seconds
     peak = peak_flops(device)
     mfu = (now["flops"] - since["flops"]) / seconds / peak if peak else None
-    return rate, mfu
+    return tokens_per_s, mfu
 
-def summary(model, args, now, final, device, bits):
-    (rate, mfu), (total, active) = speed(args, now, dict(seconds=0.0, flops=0.0), device), model.num_params()
-    bits = None if math.isnan(bits) else bits
-    return dict(step=now["step"], loss=now["ema"], val_bpb=None, val_bytes=0, train_bpb=bits, tokens_per_s=rate,
-                mfu=mfu, params_total=total, params_active=active, tokens=now["tokens"], seconds=now["seconds"],
-                block_recall=[], score_recall=[], block_chance=[], dead_experts=0, max_vio=[]) | final
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"a {device.type.upper()}"
 
-def report(result):
-    """One line of an evaluation."""
-    recall, mass, violation = (" ".join(f"{x:.2f}" for x in result[key])
-                               for key in ("block_recall", "score_recall", "max_vio"))
-    recalled = f" | block recall {recall} (chance {result['block_chance'][0]:.2f}), of mass {mass}" if recall else ""
-    return f"val_bpb {result['val_bpb']:.4f}{recalled}" + (f" | maxvio {violation}" if violation else "")
+def peak_flops(device):
+    """Dense bf16 FLOP/s of exactly this device, None where no datasheet's figure is known. A part of the name would
+    not do: H100 PCIe and NVL, a slice (MIG) and an RTX A1000 are other devices than H100 and A100."""
+    return PEAK.get(device_name(device).removeprefix("NVIDIA ")) if device.type == "cuda" else None
 
 def main(argv=None):
-    return command("train.py", lambda locks: run(*parse_args(argv, locks)), "; the last good checkpoint is kept")
+    kept = "; the last good checkpoint is kept"
+    return command("train.py", lambda locks: run_training(*parse_args(argv, locks)), kept)
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, at_ctrl_c)

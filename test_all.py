@@ -2952,7 +2952,7 @@ def sample_args(out, *more):
     return ["--out", out, "--device", "cpu", *more]
 
 def refusals(*cases):
-    """Cases of a command line, and a word that its refusal must hold; the line names the test."""
+    """Cases of a command line, and a word that its refusal must hold; the line, cut to 60 letters, names the test."""
     named = [pytest.param(*case, id=case[0][:60]) for case in cases]
     return pytest.mark.parametrize("line, word", named)
 
@@ -2968,7 +2968,7 @@ def test_generate_is_greedy_argmax_of_full_forwards():
         logits = model(idx)[0][0, -1]
         assert logits[token] > logits.max() - 1e-4
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_generate_from_hf_in_any_dtype(dtype):
     """A checkpoint read in another dtype generates in it: cache and activations follow the model."""
     model = MiniMax.from_hf(GOLDEN / "m3", dtype=dtype).eval()
@@ -2976,8 +2976,8 @@ def test_generate_from_hf_in_any_dtype(dtype):
     assert len(out) == 20
     assert all(0 <= token < 101 for token in out)  # golden's vocabulary
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("asked", [None, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("asked", [None, torch.float32], ids=str)
 def test_generate_follows_a_model_that_was_moved(asked, dtype):
     """After .to(dtype) the model computes in that dtype: forward, generate and lockstep, whatever it was made with."""
     torch.manual_seed(0)
@@ -3046,6 +3046,7 @@ def test_samples_are_seeded_and_follow_the_distribution():
         assert kept.sum() == n_kept, (top_p, expected)
 
     model = make_model()
+
     def two_samples(seed):
         steps = sample.generate(model, [[1]], 20, 2, generator=torch.Generator().manual_seed(seed))
         return [tokens.tolist() for tokens, _ in steps]
@@ -3200,10 +3201,10 @@ def run_in_ascii(main, *argv):
     terminal.seek(0)
     return terminal.read()
 
-@pytest.mark.parametrize("main", [sample.main, train.main, rl.main, bench.main])
-def test_help_on_an_ascii_terminal(main):
+@pytest.mark.parametrize("script", [sample, train, rl, bench])
+def test_help_on_an_ascii_terminal(script):
     """What the terminal's encoding lacks is printed as an escape, in any script; nothing stops."""
-    assert "--help" in run_in_ascii(main, "--help")
+    assert "--help" in run_in_ascii(script.main, "--help")
 
 def test_a_prompt_on_an_ascii_terminal(trained):
     """sample.py prints a prompt's other letters as escapes."""
@@ -3820,16 +3821,16 @@ def test_sample_refuses_bad_input(trained, tmp_path, monkeypatch, capsys, line, 
     assert word in refused(sample.main, sample_args(trained[0], *shlex.split(line)), capsys)
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-@pytest.mark.parametrize("main", [train.main, sample.main, rl.main])
-def test_a_gpu_that_is_absent_is_refused(main, tmp_path, capsys):
+@pytest.mark.parametrize("script", [train, sample, rl])
+def test_a_gpu_that_is_absent_is_refused(script, tmp_path, capsys):
     """--device cuda without a GPU is refused by that name."""
-    assert "cuda" in refused(main, ["--device", "cuda", "--out", tmp_path], capsys)
+    assert "cuda" in refused(script.main, ["--device", "cuda", "--out", tmp_path], capsys)
 
 def test_rl_resumes_no_run_of_train(trained, capsys):
     """A checkpoint of train.py is named as such."""
     assert "train.py" in refused(rl.main, ["--resume", "--out", trained[0]], capsys)
 
-@pytest.mark.parametrize("name", ["meta", "", "CPU", "cpu:1", "cuda:-1", "cuda:99", "mps", "xla", "cuda:\u0663"])
+@pytest.mark.parametrize("name", ["meta", "", "CPU", "cpu:1", "cuda:-1", "cuda:99", "mps", "xla", "cuda:\u0663"], ids=repr)
 def test_devices_that_cannot_run_are_refused(name, corpus, tmp_path, capsys):
     """Only a device that this code runs on, and that is there, gets past the command line: else one line names it."""
     if name == "mps" and torch.backends.mps.is_available():

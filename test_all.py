@@ -3830,7 +3830,8 @@ def test_rl_resumes_no_run_of_train(trained, capsys):
     """A checkpoint of train.py is named as such."""
     assert "train.py" in refused(rl.main, ["--resume", "--out", trained[0]], capsys)
 
-@pytest.mark.parametrize("name", ["meta", "", "CPU", "cpu:1", "cuda:-1", "cuda:99", "mps", "xla", "cuda:\u0663"], ids=repr)
+@pytest.mark.parametrize("name", [
+    "meta", "", "CPU", "cpu:1", "cuda:-1", "cuda:99", "mps", "xla", "cuda:\u0663"], ids=repr)
 def test_devices_that_cannot_run_are_refused(name, corpus, tmp_path, capsys):
     """Only a device that this code runs on, and that is there, gets past the command line: else one line names it."""
     if name == "mps" and torch.backends.mps.is_available():
@@ -4122,7 +4123,8 @@ def test_a_slow_baseline_gives_no_ratio(ctx, batch, capsys):
     slow = fabricated_row(ctx, 0.96, 0.05, batch=batch)
     assert slow["speedup"] is None
     assert "no ratio" in capsys.readouterr().out
-    assert slow["dense_ms"] > 0 and slow["dense_util"] == pytest.approx(0.96)
+    assert slow["dense_ms"] > 0
+    assert slow["dense_util"] == pytest.approx(0.96)
 
     fair = fabricated_row(ctx, 0.98, 0.05, batch=batch)
     assert fair["speedup"] == pytest.approx(fair["dense_ms"] / 0.05)
@@ -4202,14 +4204,28 @@ def test_rates_keep_the_largest(monkeypatch):
     assert second["copy"] == 2 * first["copy"]
     assert args.rates == dict(copy=second["copy"], matmul=first["matmul"])
 
-def test_tokens_as_people_write_them():
-    """64k is 65,536 and 1M 1,048,576, a million is 1e6 or 1_000_000; nonsense is refused."""
-    for text, value in (("64k", 65536), ("64K", 65536), ("1M", 2 ** 20), ("1m", 2 ** 20), ("65_536", 65536),
-                        ("65,536", 65536), ("1e6", 10 ** 6), ("1_000_000", 10 ** 6), ("0.5M", 2 ** 19), ("300", 300)):
-        assert bench.parse_args(["--ctx", text]).ctx == value
-        assert sample.tokens(text) == value
-    for text in ("", "k", "64kb", "64 kk", "1.5", "-5", "inf", "nan", "0x10", "1e", "1,5M", "6_5", "\u0661", "1e99"):
-        with pytest.raises(ValueError, match="1,048,576"): bench.parse_args([f"--ctx={text}"])
+@pytest.mark.parametrize("text, value", [
+    ("64k", 65536),
+    ("64K", 65536),
+    ("1M", 2 ** 20),
+    ("1m", 2 ** 20),
+    ("65_536", 65536),
+    ("65,536", 65536),
+    ("1e6", 10 ** 6),
+    ("1_000_000", 10 ** 6),
+    ("0.5M", 2 ** 19),
+    ("300", 300)])
+def test_tokens_as_people_write_them(text, value):
+    """64k is 65,536 and 1M 1,048,576, a million is 1e6 or 1_000_000."""
+    assert bench.parse_args(["--ctx", text]).ctx == value
+    assert sample.tokens(text) == value
+
+@pytest.mark.parametrize("text", [
+    "", "k", "64kb", "64 kk", "1.5", "-5", "inf", "nan", "0x10", "1e", "1,5M", "6_5", "\u0661", "1e99"], ids=repr)
+def test_tokens_as_nobody_writes_them(text):
+    """Nonsense is refused, with an example of what is read."""
+    with pytest.raises(ValueError, match="1,048,576"):
+        bench.parse_args([f"--ctx={text}"])
 
 def test_axes_are_in_plain_numbers(tmp_path):
     """The figure's axes say 16K, 64K, 1M and plain milliseconds: no powers of 2 or 10."""
@@ -4218,7 +4234,9 @@ def test_axes_are_in_plain_numbers(tmp_path):
     text = re.findall("<!-- (.*?) -->", (tmp_path / "x.svg").read_text(encoding="utf-8"))
     assert {"16K", "64K", "1M", "10", "100"} <= set(text)
     assert not [label for label in text if "^" in label or "10**" in label]
-    assert [bench.short(T) for T in (300, 16384, 1_000_000, 2 ** 20, 2 ** 25)] == ["300", "16K", "1M", "1M", "32M"]
+
+    lengths = (300, 16384, 1_000_000, 2 ** 20, 2 ** 25)
+    assert [bench.short(T) for T in lengths] == ["300", "16K", "1M", "1M", "32M"]
 
 def test_the_tree_bench_counts_what_it_computes(monkeypatch, capsys):
     """--what tree: packed rows by hand, four samples each of 10, 20, 30, 40, 48 tokens; the fastest is the opponent."""

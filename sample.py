@@ -976,20 +976,23 @@ def largest_logit(logits):
 def truncate_logits(logits, temperature, top_p, top_k):
     """Temperature, then the top_k largest, then the smallest set that holds top_p of what is left; the rest is -inf.
     logits (B, V) fp32. top_k None or 0 and top_p 1 cut nothing. Of equal logits the lowest ids stay."""
-    if not (temperature > 0 and 0 < top_p <= 1 and (top_k or 0) >= 0):
+    if not (temperature > 0 and 0 < top_p <= 1 and (top_k is None or top_k >= 0)):
         raise ValueError(f"temperature {temperature}, top_p {top_p}, top_k {top_k}: above 0; above 0 to 1; 0 or more")
     largest = largest_logit(logits)
-    order = None
+    order = None  # (B, V): ids by falling logit
     if top_k or top_p < 1:
         order = logits.sort(descending=True, stable=True).indices
+
     # less the largest: no quotient overflows, and softmax would subtract it anyway
     logits = (logits - largest) / max(temperature, torch.finfo(logits.dtype).tiny)
     if top_k:
         logits = logits.scatter(-1, order[:, top_k:], float("-inf"))
     if top_p < 1:
         p = logits.softmax(-1).gather(-1, order)
-        beyond = p.cumsum(-1) - p >= top_p  # mass before a token: the first stays even where it alone exceeds top_p
-        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), float("-inf"))
+        before = p.cumsum(-1) - p  # mass of the tokens before: the first stays even where it alone exceeds top_p
+        beyond = before >= top_p
+        beyond = torch.zeros_like(beyond).scatter(-1, order, beyond)  # by id, no longer by falling logit
+        logits = logits.masked_fill(beyond, float("-inf"))
     return logits
 
 def sample_next(logits, temperature=1.0, top_p=1.0, top_k=None, generator=None):
@@ -1000,58 +1003,86 @@ def sample_next(logits, temperature=1.0, top_p=1.0, top_k=None, generator=None):
     p = truncate_logits(logits, temperature, top_p, top_k).softmax(-1)
     return torch.multinomial(p, 1, generator=generator)[:, 0]
 
+def check_prompts(prompts, n_samples, cfg):
+    """ValueError for no prompt, an empty one, or one that exceeds the context or the vocabulary."""
+    if not prompts or n_samples < 1:
+        raise ValueError(f"{len(prompts)} prompts, {n_samples} samples of each: at least one of both")
+    for prompt in prompts:
+        if not 1 <= len(prompt) <= cfg.max_seq_len:
+            raise ValueError(f"a prompt of {len(prompt)} tokens: the model's context holds 1 to {cfg.max_seq_len}")
+    for token in set().union(*prompts):
+        if not 0 <= token < cfg.vocab_size:  # a GPU would stop at an assertion, and with it the process
+            raise ValueError(f"token {token} in a prompt: the model's vocabulary is 0 to {cfg.vocab_size - 1}")
+
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, n_samples=1, temperature=1.0, top_p=0.95, top_k=40, generator=None,
              stop=(), allowed=None, index_warmup=False):
-    """Continue each prompt (a list of ids) n_samples times, all in step; rows of one prompt lie side by side.
+    """Continue each prompt n_samples times, all rows in step -> yields token (B,), logprob (B,) at each step.
 
-    Yields token (B,) int64 and its logprob (B,) fp32 under the model itself: temperature 1, nothing cut. A row still
-    inside its prompt yields the prompt's own token; one that ended (a stop id, max_new_tokens, the context) yields -1.
-    `allowed` (V,) bool restricts the first new token. ValueError for no prompt, an empty one, one that exceeds the
-    context or the vocabulary."""
-    context, rows = model.cfg.max_seq_len, [p for p in prompts for _ in range(n_samples)]
+    prompts         lists of token ids
+    max_new_tokens  of each row, at most; the context is a limit too
+    n_samples       rows of each prompt, side by side: B = len(prompts) * n_samples
+    temperature, top_p, top_k, generator  as in sample_next
+    stop            ids that end a row
+    allowed         (V,) bool: what a row's first new token may be; None for any
+    index_warmup    as in MiniMax.forward
+
+    token, int64: drawn, or the prompt's own in a row that is still inside its prompt, or -1 in a row that has ended
+    (a stop id, max_new_tokens, the context). logprob, fp32, is under the model itself: temperature 1, nothing cut.
+    ValueError for no prompt, an empty one, one that exceeds the context or the vocabulary.
+    """
+    check_prompts(prompts, n_samples, model.cfg)
+    device = model.embed.weight.device
+    rows = [prompt for prompt in prompts for _ in range(n_samples)]
     lengths = [len(row) for row in rows]
-    if not rows:
-        raise ValueError(f"{len(prompts)} prompts, {n_samples} samples of each: at least one of both")
-    for n in lengths:
-        if not 1 <= n <= context:
-            raise ValueError(f"a prompt of {n} tokens: the model's context holds 1 to {context}")
-    for token in set().union(*prompts):
-        if not 0 <= token < model.cfg.vocab_size:  # a GPU would stop at an assertion, and with it the process
-            raise ValueError(f"token {token} in a prompt: the model's vocabulary is 0 to {model.cfg.vocab_size - 1}")
-    device, shared = model.embed.weight.device, min(lengths)
-    cache = KVCache(model.cfg, len(prompts), min(context, max(lengths) + max_new_tokens), device, model.dtype)
-    idx = torch.tensor([p[:shared] for p in prompts], device=device)
+    capacity = min(model.cfg.max_seq_len, max(lengths) + max_new_tokens)
+
+    # prefill as many tokens as the shortest prompt has, once for all samples of a prompt
+    shared = min(lengths)
+    cache = KVCache(model.cfg, len(prompts), capacity, device, model.dtype)
+    idx = torch.tensor([prompt[:shared] for prompt in prompts], device=device)
     logits = model(idx, cache=cache, n_logits=1, index_warmup=index_warmup)[0]
     cache.expand(n_samples)
     logits = logits.repeat_interleave(n_samples, 0)
+
     running = [True] * len(rows)
-    for t in range(shared, min(context, max(lengths) + max_new_tokens)):
-        logits = logits[:, -1].float()
-        logprobs = logits.log_softmax(-1)
-        if allowed is not None:
-            first = torch.tensor([t == n for n in lengths], device=device)
-            logits = logits.masked_fill(first[:, None] & ~allowed, float("-inf"))
-        token = sample_next(logits, temperature, top_p, top_k, generator)
-        forced = torch.tensor([row[t] if t < len(row) else -1 for row in rows], device=device)
-        token = torch.where(forced >= 0, forced, token)
-        running = [on and t < n + max_new_tokens for on, n in zip(running, lengths)]
+    for t in range(shared, capacity):
+        running = [on and t < length + max_new_tokens for on, length in zip(running, lengths)]
         if not any(running):
             return
+        if t > shared:  # the first logits are the prefill's
+            logits = model(token[:, None], cache=cache, n_logits=1, index_warmup=index_warmup)[0]
+        last = logits[:, -1].float()
+        logprobs = last.log_softmax(-1)
+
+        # each row draws a token; inside its prompt it takes the prompt's own instead
+        if allowed is not None:
+            is_first = torch.tensor([t == length for length in lengths], device=device)
+            last = last.masked_fill(is_first[:, None] & ~allowed, float("-inf"))
+        drawn = sample_next(last, temperature, top_p, top_k, generator)
+        forced = torch.tensor([row[t] if t < len(row) else -1 for row in rows], device=device)
+        token = torch.where(forced >= 0, forced, drawn)
+
+        # a row that has ended goes on in step, unseen
         on = torch.tensor(running, device=device)
-        yield torch.where(on, token, -1), logprobs.gather(-1, token[:, None])[:, 0]
-        ended = [i in stop for i in token.tolist()]
-        running = [on and not (end and t >= n) for on, end, n in zip(running, ended, lengths)]
-        if not any(running) or cache.used == cache.capacity:
-            return
-        logits = model(token[:, None], cache=cache, n_logits=1, index_warmup=index_warmup)[0]
+        logprob = logprobs.gather(-1, token[:, None])[:, 0]
+        yield torch.where(on, token, -1), logprob
+        for row, chosen in enumerate(token.tolist()):
+            if chosen in stop and t >= lengths[row]:
+                running[row] = False
 
 def heal(tokenizer, ids):
-    """Hold back the last token of a prompt: "def " ends in a lone space, which the tokenizer never puts before a name.
-    The first new token must start with the bytes held back -> ids without it, allowed (V,) bool."""
-    held, spec = tokenizer.decode_bytes(ids[-1:]), tokenizer.spec
-    allowed = [token.startswith(held) for token in spec["ranks"]] + [False] * len(spec["special"])
-    return ids[:-1] or [tokenizer.eot], torch.tensor(allowed)
+    """Take back the last token of a prompt: the model chooses it anew -> ids without it, allowed (V,) bool.
+
+    "def " ends in a lone space, which the tokenizer never puts before a name: " f" is one token. The first new token
+    must start with the bytes that were taken back."""
+    taken = tokenizer.decode_bytes(ids[-1:])
+    allowed = [token.startswith(taken) for token in tokenizer.spec["ranks"]]
+    allowed += [False] * len(tokenizer.spec["special"])
+    ids = ids[:-1]
+    if not ids:
+        ids = [tokenizer.eot]  # the model needs a token to start from
+    return ids, torch.tensor(allowed)
 
 class Stream:
     """Text of one sample as its tokens arrive: characters are released whole, and nothing from a stop text on."""
@@ -1059,20 +1090,33 @@ class Stream:
     def __init__(self, stops):
         if "" in stops:
             raise ValueError("an empty stop text would end every sample before its first character")
-        self.utf8, self.stops = codecs.getincrementaldecoder("utf-8")(errors="replace"), stops
-        self.text, self.shown, self.tokens, self.done = "", 0, 0, False
+        self.stops = stops
+        self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.text = ""
+        self.shown = 0     # characters of the text that feed has released
+        self.tokens = 0
+        self.done = False  # a stop text has come
 
     def feed(self, raw, final=False):
-        """Bytes of one token -> the text that may be shown now."""
+        """Bytes of one token -> the text that may be shown now. final: there is no further token, raw is the rest."""
         if self.done:
             return ""
-        self.text, self.tokens = self.text + self.utf8.decode(raw, final), self.tokens + (not final)
-        cuts = [i for i in (self.text.find(s) for s in self.stops) if i >= 0]
-        if cuts:
-            self.text, self.done = self.text[:min(cuts)], True
-        # the last characters may be the first half of a stop text
-        keep = 0 if final or self.done else max((len(s) for s in self.stops), default=1) - 1
-        new = self.text[self.shown:max(self.shown, len(self.text) - keep)]
+        self.text += self.utf8.decode(raw, final)
+        if not final:
+            self.tokens += 1
+
+        # the text ends before the first stop text in it
+        starts = [self.text.find(stop) for stop in self.stops]
+        starts = [start for start in starts if start >= 0]
+        if starts:
+            self.text = self.text[:min(starts)]
+            self.done = True
+
+        # the last characters may be the beginning of a stop text: they wait
+        end = len(self.text)
+        if self.stops and not final and not self.done:
+            end -= max(map(len, self.stops)) - 1
+        new = self.text[self.shown:max(self.shown, end)]
         self.shown += len(new)
         return new
 

@@ -16,6 +16,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: no 
 import argparse
 import codecs
 import contextlib
+import dataclasses
 import itertools
 import json
 import math
@@ -1124,6 +1125,29 @@ class Stream:
 
 MAX_SAMPLES = 1024                     # of --n-samples: each has its keys and values
 
+class TokenIds:
+    """Stands in for the tokenizer of a checkpoint of transformers: its text is token ids, as in 1,2,3."""
+    eot = -1  # no id ends a sample
+
+    def __init__(self, n_vocab):
+        self.n_vocab = n_vocab
+
+    def encode(self, text):
+        words = text.split(",")
+        for word in words:
+            if not re.fullmatch(r"\s*[0-9]{1,9}\s*", word) or int(word) >= self.n_vocab:
+                raise ValueError(f"--prompt {text[:100]!r}: with --hf, ids below {self.n_vocab}, as in 1,2,3")
+        return [int(word) for word in words]
+
+    def decode_bytes(self, ids):
+        return "".join(f",{i}" for i in ids).encode()
+
+@dataclasses.dataclass
+class Prompt:
+    ids: list                          # what the model reads
+    allowed: torch.Tensor = None       # (V,) bool: what the first new token may be; None: any
+    taken: int = 0                     # bytes of the text that heal took back: the first new token begins with them
+
 def read_standard_input():
     """-> all of standard input. ValueError if it is closed or not UTF-8."""
     if sys.stdin is None:
@@ -1166,7 +1190,7 @@ def parse_args(argv):
     return args
 
 def read_model(args, device, dtype):
-    """-> model, tokenizer (None for --hf: prompt and text are then token ids), whether its index branch still learns."""
+    """-> model, tokenizer, whether the model's index branch was still learning."""
     if args.hf is None:
         try:
             state = load_checkpoint(args.out, device)
@@ -1174,23 +1198,24 @@ def read_model(args, device, dtype):
         except FloatingPointError as error:  # here it is bad input, not a run that diverged
             raise ValueError(str(error)) from None
     try:
-        return MiniMax.from_hf(args.hf, device, dtype).eval(), None, False
+        model = MiniMax.from_hf(args.hf, device, dtype).eval()
     except Exception as error:  # of the file system, json, safetensors, or a field that is missing
         raise ValueError(f"--hf {args.hf}: {type(error).__name__}: {error}") from None
+    return model, TokenIds(model.cfg.vocab_size), False
 
-def encode_prompt(args, tokenizer, cfg):
-    """-> prompt ids, allowed (V,) bool for the first new token or None, eot id (-1 for none), id -> bytes."""
-    if tokenizer:
-        ids, allowed = heal(tokenizer, tokenizer.encode(args.prompt)) if args.prompt else ([tokenizer.eot], None)
-        eot, to_bytes = tokenizer.eot, lambda i: tokenizer.decode_bytes([i])
+def encode_prompt(text, tokenizer, max_seq_len):
+    """-> Prompt. ValueError if the context has no room after it."""
+    if isinstance(tokenizer, TokenIds):
+        prompt = Prompt(tokenizer.encode(text))
+    elif text:
+        ids = tokenizer.encode(text)
+        taken = tokenizer.decode_bytes(ids[-1:])
+        prompt = Prompt(*heal(tokenizer, ids), len(taken))
     else:
-        words = args.prompt.split(",")
-        if not all(re.fullmatch(r"\s*[0-9]{1,9}\s*", w) and int(w) < cfg.vocab_size for w in words):
-            raise ValueError(f"--prompt {args.prompt[:100]!r}: with --hf, ids below {cfg.vocab_size}, as in 1,2,3")
-        ids, allowed, eot, to_bytes = [int(w) for w in words], None, -1, lambda i: f",{i}".encode()
-    if len(ids) >= cfg.max_seq_len:
-        raise ValueError(f"the prompt has {len(ids)} tokens; the model's context is {cfg.max_seq_len}, all included")
-    return ids, allowed, eot, to_bytes
+        prompt = Prompt([tokenizer.eot])
+    if len(prompt.ids) >= max_seq_len:
+        raise ValueError(f"the prompt has {len(prompt.ids)} tokens; the model's context is {max_seq_len}, all included")
+    return prompt
 
 def card(args, model, device, why, n_prompt, threads, index_warmup):
     cfg, (total, active) = model.cfg, model.num_params()
@@ -1203,39 +1228,65 @@ def card(args, model, device, why, n_prompt, threads, index_warmup):
     print(f"prompt  | {n_prompt} tokens of a context of {cfg.max_seq_len}; temperature {args.temperature:g}, "
           f"top-p {args.top_p:g}, top-k {args.top_k}, seed {args.seed}\n", flush=True)
 
-def run(args):
-    device, dtype, why = pick_device(args.device)
-    model, tokenizer, index_warmup = read_model(args, device, dtype)
-    ids, allowed, eot, to_bytes = encode_prompt(args, tokenizer, model.cfg)
-    threads = Threads(device, args.threads)
-    if threads.count is None:
-        with torch.no_grad():
-            threads.choose(lambda: model(torch.tensor([ids[:256]]), n_logits=1))
-    card(args, model, device, why, len(ids), threads, index_warmup)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    room = min(args.max_new_tokens, model.cfg.max_seq_len - len(ids))
-    known = len(args.prompt.encode()) - sum(len(to_bytes(i)) for i in ids if i != eot) if tokenizer else 0  # held back
-    streams, start, prefill_s = [Stream(args.stop) for _ in range(args.n_samples)], time.perf_counter(), None
+def continue_prompt(args, model, tokenizer, prompt, max_new_tokens, index_warmup):
+    """Draw the samples, and print the first as it grows -> their Streams, seconds to the first token, seconds in all."""
+    device = model.embed.weight.device
+    streams = [Stream(args.stop) for _ in range(args.n_samples)]
+    first_s = None
+    taken = prompt.taken  # the prompt's text has shown these bytes of the first new token
+    allowed = prompt.allowed
+    if allowed is not None:
+        allowed = allowed.to(device)
+
     print(args.prompt, end="", flush=True)
-    for tokens, _ in generate(model, [ids], room, args.n_samples, args.temperature, args.top_p, args.top_k, generator,
-                              {eot}, None if allowed is None else allowed.to(device), index_warmup):
-        skip, prefill_s = (known, time.perf_counter() - start) if prefill_s is None else (0, prefill_s)
-        for row, (stream, token) in enumerate(zip(streams, tokens.tolist())):
-            new = stream.feed(to_bytes(token)[skip:]) if token not in (-1, eot) else ""
-            print(new if row == 0 else "", end="", flush=True)
+    started = time.perf_counter()
+    steps = generate(model, [prompt.ids], max_new_tokens, args.n_samples, args.temperature, args.top_p, args.top_k,
+                     torch.Generator(device).manual_seed(args.seed), {tokenizer.eot}, allowed, index_warmup)
+    for drawn, _ in steps:
+        if first_s is None:
+            first_s = time.perf_counter() - started
+        for row, token in enumerate(drawn.tolist()):
+            if token in (-1, tokenizer.eot):
+                continue
+            new = streams[row].feed(tokenizer.decode_bytes([token])[taken:])
+            if row == 0:
+                print(new, end="", flush=True)
+        taken = 0
         if all(stream.done for stream in streams):
             break
-    seconds = time.perf_counter() - start
+    return streams, first_s, time.perf_counter() - started
+
+def run(args):
+    # the model, the prompt in its tokens, the start-up card
+    device, dtype, why = pick_device(args.device)
+    model, tokenizer, index_warmup = read_model(args, device, dtype)
+    context = model.cfg.max_seq_len
+    prompt = encode_prompt(args.prompt, tokenizer, context)
+    threads = Threads(device, args.threads)
+    if threads.count is None:
+        idx = torch.tensor([prompt.ids[:256]])
+        with torch.no_grad():
+            threads.choose(lambda: model(idx, n_logits=1))
+    card(args, model, device, why, len(prompt.ids), threads, index_warmup)
+
+    # the first sample is on the screen by the end of this; the others follow it
+    room = min(args.max_new_tokens, context - len(prompt.ids))
+    streams, prefill_s, seconds = continue_prompt(args, model, tokenizer, prompt, room, index_warmup)
     for row, stream in enumerate(streams):
-        last = stream.feed(b"", final=True)
-        print(last if row == 0 else f"\n---\n{args.prompt}{stream.text}")
-    n = sum(stream.tokens for stream in streams)
-    if room < args.max_new_tokens and max(stream.tokens for stream in streams) == room:
-        print(f"\nstopped at the model's context of {model.cfg.max_seq_len} tokens")
-    print(f"\n{n} tokens, {n / seconds:.0f} tokens/s; {prefill_s:.3f} s to the first")
+        rest = stream.feed(b"", final=True)
+        if row == 0:
+            print(rest)
+        else:
+            print(f"\n---\n{args.prompt}{stream.text}")
+
+    # what it took
+    counts = [stream.tokens for stream in streams]
+    if max(counts) == room < args.max_new_tokens:
+        print(f"\nstopped at the model's context of {context} tokens")
+    rate = sum(counts) / seconds
+    print(f"\n{sum(counts)} tokens, {rate:.0f} tokens/s; {prefill_s:.3f} s to the first")
     texts = [args.prompt + stream.text for stream in streams]
-    result = dict(text=texts[0], tokens=n, tokens_per_s=n / seconds, prefill_s=prefill_s, accepted=None, texts=texts)
-    return result
+    return dict(text=texts[0], tokens=sum(counts), tokens_per_s=rate, prefill_s=prefill_s, accepted=None, texts=texts)
 
 def main(argv=None):
     less = "; fewer --n-samples or --max-new-tokens need less"

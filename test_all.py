@@ -1664,61 +1664,142 @@ def test_int8_choice_is_exact_on_a_gpu(kind, rounds=20, B=64, T=8192, D=128, L=1
         assert rows == 20_480
 
 # ---- 8. router and experts -----------------------------------------------------------------------
+# Every token goes to the few experts with the best sigmoid scores. A bias, steered after each step towards equal loads,
+# moves the choice and never the weight. The loop over experts is the specification; tokens sorted by expert, and the
+# gate in bf16 terms, are the fast ways to the same numbers.
+
+def test_worked_example_of_the_docstring():
+    """The bias moves the choice to experts 3 and 0; their weights come from the unbiased scores."""
+    scores = torch.tensor([[0.9, 0.8, 0.1, 0.2]])
+    bias = torch.tensor([0.0, 0.0, 0.0, 1.0])
+
+    weights, idx = moe.route(torch.logit(scores), bias, 2)
+
+    assert idx.tolist() == [[3, 0]]
+    assert worst(weights, torch.tensor([[0.2 / 1.1, 0.9 / 1.1]])) < 1e-6
+
 def test_bias_moves_choice_never_weight():
     """With bias +10 every token takes expert 3, but its weight stays that of its score; weights sum to the scale."""
-    s, bias = torch.tensor([[0.9, 0.8, 0.1, 0.2]]), torch.tensor([0.0, 0.0, 0.0, 1.0])  # route's worked example
-    weights, idx = moe.route(torch.logit(s), bias, 2)
-    assert idx.tolist() == [[3, 0]] and worst(weights, torch.tensor([[0.2 / 1.1, 0.9 / 1.1]])) < 1e-6
     logits = torch.randn(50, 8)
-    weights, idx = moe.route(logits, 10.0 * F.one_hot(torch.tensor(3), 8), 2, scale=2.0)
-    assert (idx == 3).any(1).all() and worst(weights.sum(1), torch.full((50,), 2.0)) < 1e-5
+    bias = torch.zeros(8)
+    bias[3] = 10.0
+
+    weights, idx = moe.route(logits, bias, 2, scale=2.0)
+
     scores = logits.sigmoid().gather(1, idx)
+    assert (idx == 3).any(1).all()
+    assert worst(weights.sum(1), torch.full((50,), 2.0)) < 1e-5
     assert worst(weights, 2 * scores / scores.sum(1, keepdim=True)) < 1e-6
-    assert torch.equal(torch.compile(moe.best, backend="eager")(x := torch.randint(3, (50, 8)) / 1, 4), moe.best(x, 4))
+
+def test_the_compiled_choice_is_a_stable_sort():
+    """Under torch.compile the choice is n times argmax: of equal scores it, too, takes the lowest experts first."""
+    scores = torch.randint(3, (50, 8)).float()
+    compiled = torch.compile(moe.best, backend="eager")
+
+    assert torch.equal(compiled(scores, 4), moe.best(scores, 4))
+
 def test_wide_gate_is_fp32():
     """A gate's three bf16 terms are its fp32 weight: logits and dW are as near fp64 as fp32's; dx is rounded once."""
-    gpu = torch.cuda.is_available()  # a CPU's bmm knows no out_dtype
-    x, W, up = (torch.randn(size, device="cuda" if gpu else "cpu") for size in ((200, 64), (16, 64), (200, 16)))
-    x, gate = x.bfloat16(), torch.compile(moe._WideGate.apply, disable=not gpu)
-    def run(f, *z): return (y := f(*[t.requires_grad_() for t in z])), *torch.autograd.grad(y, z, up.to(y.dtype))
+    T, C, E = 200, 64, 16
+    gpu = torch.cuda.is_available()
+    device = "cuda" if gpu else "cpu"
+    x = torch.randn(T, C, device=device).bfloat16()
+    W = torch.randn(E, C, device=device)
+    upstream = torch.randn(T, E, device=device)
+    gate = torch.compile(moe._WideGate.apply, disable=not gpu)
+
+    def run(function, x, W):
+        x.requires_grad_()
+        W.requires_grad_()
+        y = function(x, W)
+        return with_grads(y, (x, W), upstream.to(y.dtype))
+
     with pytest.MonkeyPatch.context() as patch:
-        if not gpu: patch.setattr(torch, "bmm", lambda a, b, out_dtype: a.float() @ b.float())
-        mine, want = run(gate, x, W), run(F.linear, x.double(), W.double())
-    for a, b, near in zip(mine, want, (4e-6, 0.004, 4e-6)): assert worst(a, b) < near * b.abs().max()  # bf16: 2^-8
+        if not gpu:  # a CPU's bmm knows no out_dtype
+            patch.setattr(torch, "bmm", lambda a, b, out_dtype: a.float() @ b.float())
+        got = run(gate, x, W)
+
+    want = run(F.linear, x.double(), W.double())
+    for a, b, near in zip(got, want, (4e-6, 0.004, 4e-6)):  # one rounding to bf16: 2^-8
+        assert worst(a, b) < near * b.abs().max()
+
 @pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai"])
 def test_loop_equals_grouped(activation):
     """Sorted experts equal the loop, forward and backward, with experts that no token chose or that all chose."""
-    for chosen in (torch.randint(0, 6, (33, 2)), torch.full((33, 2), 4), torch.tensor([[0, 7]] * 33)):
-        x, w13, w2 = (torch.randn(s, requires_grad=True) for s in ((33, 16), (8, 24, 16), (8, 16, 12)))
-        weights, probe = torch.rand(33, 2, requires_grad=True), torch.randn(33, 16)
-        outs = [f(x, w13, w2, weights, chosen, activation) for f in (moe.experts_loop, moe.experts_grouped)]
-        assert worst(*outs) < 1e-4  # fp32 sums of 24 products of size ~4
-        for a, b in zip(*(torch.autograd.grad(o, (x, w13, w2, weights), probe) for o in outs)):
-            assert worst(a, b) < 1e-3 * max(1, a.abs().max().item())
+    T, C, E, width = 33, 16, 8, 12
+    some = torch.randint(0, 6, (T, 2))
+    one = torch.full((T, 2), 4)
+    first_and_last = torch.tensor([[0, 7]] * T)
+
+    for chosen in (some, one, first_and_last):
+        sizes = [(T, C), (E, 2 * width, C), (E, C, width)]
+        x, w13, w2 = [torch.randn(size, requires_grad=True) for size in sizes]
+        weights = torch.rand(T, 2, requires_grad=True)
+        upstream = torch.randn(T, C)
+
+        def run(experts):
+            y = experts(x, w13, w2, weights, chosen, activation)
+            return with_grads(y, (x, w13, w2, weights), upstream)
+
+        y, *grads = run(moe.experts_loop)
+        got, *got_grads = run(moe.experts_grouped)
+
+        assert worst(got, y) < 1e-4  # fp32 sums of 24 products of size ~4
+        for mine, want in zip(got_grads, grads, strict=True):
+            assert worst(mine, want) < 1e-3 * max(1, want.abs().max().item())
+
 def test_swiglu_oai_clamps():
     """M3's activation in scalar arithmetic: gate at most 7, up within +-7 and one added, sigmoid of 1.702 gate."""
-    pairs = ((9.0, 20.0), (-3.0, -20.0), (0.5, 1.5))  # gate, up
-    want = [(max(min(u, 7.0), -7.0) + 1) * min(g, 7.0) / (1 + math.exp(-1.702 * min(g, 7.0))) for g, u in pairs]
-    h = torch.tensor(pairs, dtype=torch.float64).T.reshape(1, 6)
-    assert worst(moe.gated(h, "swiglu_oai"), torch.tensor([want], dtype=torch.float64)) < 1e-12
+    gates = [9.0, -3.0, 0.5]
+    ups = [20.0, -20.0, 1.5]
+
+    def by_hand(gate, up):
+        gate = min(gate, 7.0)
+        up = max(min(up, 7.0), -7.0)
+        return (up + 1) * gate / (1 + math.exp(-1.702 * gate))
+
+    h = torch.tensor([gates + ups], dtype=torch.float64)
+    want = torch.tensor([[*map(by_hand, gates, ups)]], dtype=torch.float64)
+    assert worst(moe.gated(h, "swiglu_oai"), want) < 1e-12
+
 def test_bias_update_balances():
     """Loss-free balancing brings a router with a strong favourite from MaxVio > 1.5 to < 0.2; u = 0 changes nothing."""
-    logits = torch.randn(2000, 8, generator=torch.Generator().manual_seed(0)) + torch.tensor([2, 1, 0, 0, 0, 0, -1, -2])
-    def run(rate):
+    favour = torch.tensor([2, 1, 0, 0, 0, 0, -1, -2])
+    logits = torch.randn(2000, 8, generator=torch.Generator().manual_seed(0)) + favour
+
+    def violation(rate):
         bias = torch.zeros(8)
         for _ in range(400):
-            moe.update_bias(bias, load := torch.bincount(moe.route(logits, bias, 2)[1].view(-1), minlength=8) / 1, rate)
+            _, idx = moe.route(logits, bias, 2)
+            load = idx.flatten().bincount(minlength=8).float()
+            moe.update_bias(bias, load, rate)
         return moe.max_violation(load).item()
-    assert run(0.0) > 1.5 and run(0.003) < 0.2
-def test_router_keeps_fp32_and_multiplicity_counts():
-    """.to(bfloat16) leaves gate and bias exact in fp32; a token of weight 3 counts three times, a pad not at all."""
-    model, x = make_model(), torch.randn(1, 3, 32)
-    low, wide = make_model(dtype=torch.bfloat16), make_model(dtype=torch.float64)
-    gate, router = (m.moe_layers()[0].router for m in (model, low))
-    assert router.weight.dtype == router.bias.dtype == torch.float32 and torch.equal(router.weight, gate.weight)
-    assert low.lm_head.weight.dtype == torch.bfloat16 and wide.moe_layers()[0].router.bias.dtype == torch.float64
-    _, load, experts = model.moe_layers()[0](x, torch.tensor([[3.0, 1.0, 0.0]]))
-    assert torch.equal(load, sum(w * torch.bincount(e, minlength=4) for w, e in zip((3.0, 1.0, 0.0), experts[0])))
+
+    assert violation(0.0) > 1.5
+    assert violation(0.003) < 0.2
+
+def test_router_keeps_fp32():
+    """.to(bfloat16) leaves gate and bias exact in fp32; in an fp64 model they are fp64."""
+    dtypes = torch.float32, torch.bfloat16, torch.float64
+    model, low, wide = [make_model(dtype=dtype) for dtype in dtypes]
+    gate, router, wide_router = [x.moe_layers()[0].router for x in (model, low, wide)]
+
+    assert low.lm_head.weight.dtype == torch.bfloat16
+    assert router.weight.dtype == torch.float32
+    assert router.bias.dtype == torch.float32
+    assert torch.equal(router.weight, gate.weight)
+    assert wide_router.bias.dtype == torch.float64
+
+def test_multiplicity_counts_in_the_load():
+    """A token of weight 3, shared by three samples of a tree, counts three times, a pad not at all."""
+    layer = make_model().moe_layers()[0]
+    weight = torch.tensor([[3.0, 1.0, 0.0]])
+
+    _, load, experts = layer(torch.randn(1, 3, 32), weight)
+
+    first, second, _ = [idx.bincount(minlength=4) for idx in experts[0]]
+    assert torch.equal(load, 3.0 * first + second)
+
 # ---- 9. model: transformers' numbers -------------------------------------------------------------
 def golden(name):
     idx = torch.from_numpy((z := dict(np.load(GOLDEN / name / "expected.npz")))["ids"])

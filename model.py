@@ -846,71 +846,152 @@ class MiniMax(nn.Module):
         hf = read_json(path, "config.json")
         try:
             with torch.device("meta"):
-                model = cls(config_from_hf(hf), dtype).to(dtype).to_empty(device=device)
+                model = cls(config_from_hf(hf), dtype).to(dtype)
         except AssertionError as error:
             raise ValueError(f"{path}: {error}") from None
-        params, filled = model.state_dict(), set()
-        missing = {name: p.numel() for name, p in params.items()}
-        for name, t in read_tensors(path, hf):
-            ours, part = locate(params, name)
-            if ours is None or part.shape != t.shape:
-                want = "no such tensor in the model" if ours is None else f"the model needs {tuple(part.shape)}"
-                raise ValueError(f"{path}: {name} {tuple(t.shape)}: {want}")
-            place = ours, part.storage_offset()
-            if place in filled:
-                raise ValueError(f"{path}: {name}: another tensor has filled {ours}")
-            filled.add(place)
-            part.copy_(t)
-            missing[ours] -= t.numel()
-        if any(missing.values()):
-            raise ValueError(f"{path}: missing or incomplete: {', '.join(n for n, m in missing.items() if m)}")
+        model = model.to_empty(device=device)
+        fill(model.state_dict(), path, hf)
         return model
 
     def save_hf(self, path):
         """Write an M2 checkpoint in the released names; bit-equal when read back. ValueError for any other model, and
         for a folder that holds other weights: whoever reads it could not tell them apart."""
         from safetensors.torch import save_file
-        n = self.cfg.n_layer
-        m2 = dict(attn_types=["full"] * n, mlp_types=["moe"] * n, n_mtp=0, shared_dim=0, routed_scale=1.0,
-                  activation="swiglu", gemma_norm=False, qk_norm="layer")
-        for name, only in m2.items():
-            value = getattr(self.cfg, name)
-            if value != only:
-                raise ValueError(f"save_hf writes M2, whose {name} is {only}; this model has {value}")
-        others = {f.name for f in Path(path).glob("*.safetensors*")} - {"model.safetensors"}
+        check_m2(self.cfg)
+        path = Path(path)
+        others = {file.name for file in path.glob("*.safetensors*")} - {"model.safetensors"}
         if others:
             raise ValueError(f"save_hf: {path} holds other weights: {', '.join(sorted(others))}")
-        attn = [f"self_attn.{x}.weight" for x in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")]
-        experts = [f"experts.{e}.w{i}.weight" for e in range(self.cfg.n_expert) for i in (1, 2, 3)]
-        moe = [f"block_sparse_moe.{x}" for x in ("gate.weight", "e_score_correction_bias", *experts)]
-        layer = ["input_layernorm.weight", "post_attention_layernorm.weight", *attn, *moe]
-        names = [f"model.layers.{n}.{x}" for n in range(self.cfg.n_layer) for x in layer]
-        names += ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
-        params = self.state_dict()
-        tensors = {name: locate(params, name)[1].contiguous() for name in names}
-        Path(path).mkdir(parents=True, exist_ok=True)
-        save_file(tensors, Path(path, "model.safetensors"), {"format": "pt"})
-        config = config_to_hf(self.cfg, str(self.embed.weight.dtype).removeprefix("torch."))
-        Path(path, "config.json").write_text(json.dumps(config, indent=2))
 
-# ---- checkpoints of others -------------------------------------------------------------------------------------
+        tensors = {}
+        for ours, param in self.state_dict().items():
+            release = released_forms(ours)[0]
+            tensors.update(split(param, release))
+        tensors = {name: part.contiguous() for name, part in tensors.items()}
+        config = config_to_hf(self.cfg, str(self.embed.weight.dtype).removeprefix("torch."))
+
+        path.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path / "model.safetensors", {"format": "pt"})
+        (path / "config.json").write_text(json.dumps(config, indent=2))
+
+# ---- released checkpoints: names --------------------------------------------------------------------------------
+
+# Our name of a parameter -> its forms in checkpoints: the release's, which save_hf writes, then transformers' where it
+# differs. "{e}": one tensor for each expert. "a + b": one tensor for each half of ours, gate and up.
+MODEL_FORMS = {
+    "embed.weight": ["model.embed_tokens.weight"],
+    "norm.weight": ["model.norm.weight"],
+    "lm_head.weight": ["lm_head.weight"],
+}
+LAYER_FORMS = {  # after "layers.0." in ours, after "model.layers.0." in theirs
+    "attn_norm.weight": ["input_layernorm.weight"],
+    "attn.q_proj.weight": ["self_attn.q_proj.weight"],
+    "attn.k_proj.weight": ["self_attn.k_proj.weight"],
+    "attn.v_proj.weight": ["self_attn.v_proj.weight"],
+    "attn.o_proj.weight": ["self_attn.o_proj.weight"],
+    "attn.q_norm.weight": ["self_attn.q_norm.weight"],
+    "attn.k_norm.weight": ["self_attn.k_norm.weight"],
+    # the index branch of M3's sparse layers
+    "attn.indexer.q_proj.weight": ["self_attn.index_q_proj.weight", "self_attn.indexer.q_proj.weight"],
+    "attn.indexer.k_proj.weight": ["self_attn.index_k_proj.weight", "self_attn.indexer.k_proj.weight"],
+    "attn.indexer.q_norm.weight": ["self_attn.index_q_norm.weight", "self_attn.indexer.q_norm.weight"],
+    "attn.indexer.k_norm.weight": ["self_attn.index_k_norm.weight", "self_attn.indexer.k_norm.weight"],
+    "mlp_norm.weight": ["post_attention_layernorm.weight"],
+    # a mixture of experts
+    "mlp.router.weight": ["block_sparse_moe.gate.weight", "mlp.gate.weight"],
+    "mlp.router.bias": ["block_sparse_moe.e_score_correction_bias", "mlp.gate.e_score_correction_bias"],
+    "mlp.w13": ["block_sparse_moe.experts.{e}.w1.weight + block_sparse_moe.experts.{e}.w3.weight",
+                "mlp.experts.gate_up_proj"],
+    "mlp.w2": ["block_sparse_moe.experts.{e}.w2.weight", "mlp.experts.down_proj"],
+    # M3's shared expert
+    "mlp.shared.w13.weight": [
+        "block_sparse_moe.shared_experts.gate_proj.weight + block_sparse_moe.shared_experts.up_proj.weight",
+        "mlp.shared_experts.gate_up_proj.weight"],
+    "mlp.shared.w2.weight": ["block_sparse_moe.shared_experts.down_proj.weight", "mlp.shared_experts.down_proj.weight"],
+    # M3's dense layers
+    "mlp.w13.weight": ["mlp.gate_proj.weight + mlp.up_proj.weight", "mlp.gate_up_proj.weight"],
+    "mlp.w2.weight": ["mlp.down_proj.weight"],
+}
+SYNONYMS = dict(block_sparse_moe="mlp", gate_proj="w1", up_proj="w3", down_proj="w2")  # words in a name's place
+
+def released_forms(ours):
+    """The forms in which checkpoints hold our parameter of that name: the release's first."""
+    if ours in MODEL_FORMS:
+        return MODEL_FORMS[ours]
+    layer, number, inside = ours.split(".", 2)
+    forms = []
+    for form in LAYER_FORMS[inside]:
+        names = [f"model.{layer}.{number}.{name}" for name in form.split(" + ")]
+        forms.append(" + ".join(names))
+    return forms
+
+def split(param, form):
+    """One of our parameters in a released form -> {released name: the part that it names}; parts are views."""
+    # one tensor for each expert, or one for all that the parameter holds
+    if "{e}" in form:
+        parts = {form.replace("{e}", str(e)): expert for e, expert in enumerate(param)}
+    else:
+        parts = {form: param}
+    if " + " not in form:
+        return parts
+
+    # gate and up apart
+    halves = {}
+    for names, part in parts.items():
+        gate, up = names.split(" + ")
+        halves[gate], halves[up] = part.chunk(2)
+    return halves
+
+def plain_name(name):
+    """A released name without its prefix, which is "model.", "language_model." or both, and without synonyms: files
+    mix the words of the release and of transformers."""
+    name = re.sub(r"^(language_model\.)?(model\.(language_model\.)?)?", "", name)
+    return ".".join(SYNONYMS.get(word, word) for word in name.split("."))
+
+def parts_by_name(params):
+    """Every plain name that a checkpoint's tensor may have -> (our parameter's name, the part that the tensor fills).
+    Our own names are among them."""
+    found = {}
+    for ours, param in params.items():
+        for form in [*released_forms(ours), ours]:
+            for name, part in split(param, form).items():
+                found[plain_name(name)] = ours, part
+    return found
+
+def locate(params, name):
+    """The part of our parameters that a tensor of that name fills -> (our name, a view of it), or (None, None)."""
+    return parts_by_name(params).get(plain_name(name), (None, None))
+
+def fill(params, path, hf):
+    """Copy a folder's tensors into our parameters. ValueError unless every number of ours is there once."""
+    parts = parts_by_name(params)
+    missing = {name: param.numel() for name, param in params.items()}
+    filled = set()
+    for name, t in read_tensors(path, hf):
+        ours, part = parts.get(plain_name(name), (None, None))
+        if ours is None:
+            raise ValueError(f"{path}: {name} {tuple(t.shape)}: no such tensor in the model")
+        if part.shape != t.shape:
+            raise ValueError(f"{path}: {name} {tuple(t.shape)}: the model needs {tuple(part.shape)}")
+        # one tensor under two names would count twice, and hide one that is missing
+        place = ours, part.storage_offset()
+        if place in filled:
+            raise ValueError(f"{path}: {name}: another tensor has filled {ours}")
+        filled.add(place)
+        part.copy_(t)
+        missing[ours] -= t.numel()
+
+    incomplete = [name for name, count in missing.items() if count]
+    if incomplete:
+        raise ValueError(f"{path}: missing or incomplete: {', '.join(incomplete)}")
+
+# ---- released checkpoints: files --------------------------------------------------------------------------------
 
 # tensors that take no part in the text model's forward, under any prefix: M3's vision tower and MTP modules; scales of
 # activations and of a quantized cache, for this code quantizes neither
 UNUSED = re.compile(r"(^|\.)(vision_tower|vision_model|multi_modal_projector|patch_merge_mlp|mtp\w*)\."
                     r"|\.(input_scale|activation_scale|[qkv]_scale)$")
-HF_NAMES = (  # released names and transformers' in-memory names -> ours, in this order
-    (r"^language_model\.", ""), (r"^model\.(language_model\.)?", ""), (r"^embed_tokens", "embed"),
-    (r"\.input_layernorm", ".attn_norm"), (r"\.post_attention_layernorm", ".mlp_norm"),
-    (r"\.self_attn\.index_([qk])_", r".attn.indexer.\1_"), (r"\.self_attn", ".attn"), (r"\.block_sparse_moe", ".mlp"),
-    (r"\.mlp\.(gate\.)?e_score_correction_bias", ".mlp.router.bias"), (r"\.mlp\.gate\.", ".mlp.router."),
-    (r"\.shared_experts", ".shared"), (r"\.experts\.gate_up_proj$", ".w13"), (r"\.experts\.down_proj$", ".w2"),
-    (r"gate_up_proj", "w13"), (r"gate_proj", "w1"), (r"up_proj", "w3"), (r"down_proj", "w2"))
-
 INDEX = "model.safetensors.index.json"
-SCALES = ("_scale_inv", "_scale")  # what a scale's name adds to its tensor's; both are factors, in spite of "inv"
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 def read_json(path, name):
     """The object in a folder's JSON file. ValueError, naming the file, if it cannot be read or holds another type."""
@@ -931,118 +1012,169 @@ def inner(fields, key):
         raise ValueError(f"{key} {str(found)[:40]}: only an object or null")
     return found
 
+def read_index(path):
+    """{tensor's name: its file} from a folder's index."""
+    listed = inner(read_json(path, INDEX), "weight_map")
+    if not listed or not all(isinstance(file, str) for file in listed.values()):
+        raise ValueError(f"{path}: {INDEX} has no weight_map of file names")
+    return listed
+
+def open_tensors(path, file):
+    """An open safetensors file. ValueError if it is missing or damaged."""
+    from safetensors import SafetensorError, safe_open
+    if not Path(path, file).exists():
+        raise ValueError(f"{path}: {file} is missing, {INDEX} names it")
+    try:
+        return safe_open(Path(path, file), "pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: {file} cannot be read: {error}") from None
+
 def find_tensors(path):
     """Where each tensor of a folder lies: {name: open file}. The index decides which files and tensors count; without
     one, every safetensors file does. ValueError for what the index names and the folder lacks, and for a file that is
     damaged."""
-    from safetensors import SafetensorError, safe_open
     listed = None
     if Path(path, INDEX).exists():
-        listed = inner(read_json(path, INDEX), "weight_map")
-        if not listed or not all(isinstance(file, str) for file in listed.values()):
-            raise ValueError(f"{path}: {INDEX} has no weight_map of file names")
-    names = sorted(set(listed.values()) if listed else (f.name for f in Path(path).glob("*.safetensors")))
-    if not names:
+        listed = read_index(path)
+        files = set(listed.values())
+    else:
+        files = {file.name for file in Path(path).glob("*.safetensors")}
+    if not files:
         raise ValueError(f"{path}: no *.safetensors file")
+
     where = {}
-    for file in names:
-        if not Path(path, file).exists():
-            raise ValueError(f"{path}: {file} is missing, {INDEX} names it")
-        try:
-            opened = safe_open(Path(path, file), "pt")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: {file} cannot be read: {error}") from None
+    for file in sorted(files):
+        opened = open_tensors(path, file)
         for name in opened.keys():
             if listed is None and name in where:
                 raise ValueError(f"{path}: {name} is in two files, and no {INDEX} says which counts")
             if listed is None or listed.get(name) == file:
                 where[name] = opened
+
     for name, file in (listed or {}).items():
         if name not in where:
             raise ValueError(f"{path}: {name} is not in {file}, where {INDEX} has it")
     return where
 
+def find_text_tensors(path, hf):
+    """`find_tensors` without what takes no part in the text model: MTP modules may be numbered as layers after the
+    last."""
+    modules = max(hf.get("num_mtp_modules") or 0, hf.get("num_nextn_predict_layers") or 0)
+    first = hf["num_hidden_layers"]
+    where = {}
+    for name, file in find_tensors(path).items():
+        layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+        is_mtp = layer and first <= int(layer[1]) < first + modules
+        if not is_mtp and not UNUSED.search(name):
+            where[name] = file
+    return where
+
 def read_tensors(path, hf):
     """Yield (name, tensor) of every text tensor in a folder; fp8 comes back as fp32. hf is its config.json."""
     hf = {**hf, **inner(hf, "text_config")}
-    n, quant = hf["num_hidden_layers"], inner(hf, "quantization_config")
-    mtp = range(n, n + max(hf.get("num_mtp_modules") or 0, hf.get("num_nextn_predict_layers") or 0))
-    where = {}  # where the text model's tensors lie; MTP modules may be numbered as layers after the last
-    for name, file in find_tensors(path).items():
-        layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
-        if not UNUSED.search(name) and not (layer and int(layer[1]) in mtp):
-            where[name] = file
+    quant = inner(hf, "quantization_config")
+    where = find_text_tensors(path, hf)
     for name in sorted(where):
-        t, scales = where[name].get_tensor(name), [name + suffix for suffix in SCALES if name + suffix in where]
         if name.endswith(SCALES):
             owner = re.sub("_scale(_inv)?$", "", name)
             if owner not in where:
                 raise ValueError(f"{path}: {name} scales {owner}, which is missing")
-        elif t.dtype in FLOATS and not scales:
+            continue
+
+        t = where[name].get_tensor(name)
+        scales = [name + suffix for suffix in SCALES if name + suffix in where]
+        if t.dtype in FLOATS and not scales:
             yield name, t
         elif t.dtype in FP8 and len(scales) == 1:
+            scale = where[scales[0]].get_tensor(scales[0])
             try:
-                yield name, dequantize(t, where[scales[0]].get_tensor(scales[0]), quant)
+                yield name, dequantize(t, scale, quant)
             except ValueError as error:
                 raise ValueError(f"{path}: {scales[0]}: {error}") from None
         else:
             had = f"{t.dtype} with {len(scales)} scales"
             raise ValueError(f"{path}: {name} is {had}: fp8 has one, floats of 16 bits or more have none")
 
+# ---- released checkpoints: fp8 ----------------------------------------------------------------------------------
+
+SCALES = ("_scale_inv", "_scale")  # what a scale's name adds to its tensor's; both are factors, in spite of "inv"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+FP8_METHODS = ("fp8", "mxfp8", "fbgemm_fp8", "compressed-tensors", "modelopt")
+
 def dequantize(t, scale, quant):
     """fp8 t (..., rows, columns) times its scale -> fp32. The scale is one number for all of t, or for each tile, row
     or matrix. quant, config.json's quantization_config, has the tile's size. ValueError if the scale does not fit."""
-    method, named = quant.get("quant_method", "fp8"), quant.get("weight_block_size")
-    if method not in ("fp8", "mxfp8", "fbgemm_fp8", "compressed-tensors", "modelopt"):
+    method = quant.get("quant_method", "fp8")
+    if method not in FP8_METHODS:
         raise ValueError(f"quant_method {method} is not understood")
+    scale = scale_to_float(scale)
+    if scale.dim() < 2 and scale.numel() == 1:
+        return t.float() * scale
+
+    misfit = f"a scale {tuple(scale.shape)} does not fit a tensor {tuple(t.shape)}"
+    if t.dim() < 2:
+        raise ValueError(misfit)
+    tiles = possible_tiles(quant, method, *t.shape[-2:])
+    for tile in tiles:
+        factor = spread_scale(scale, t.shape, *tile)
+        if factor is not None:
+            return t.float() * factor
+    sizes = ", ".join(f"{height} x {width}" for height, width in tiles)
+    raise ValueError(f"{misfit} in tiles of {sizes}")
+
+def scale_to_float(scale):
+    """A stored scale as fp32. ValueError for a type that no release uses, and for a number that is no factor."""
     if scale.dtype in (torch.uint8, torch.float8_e8m0fnu):
         scale = scale.view(torch.float8_e8m0fnu)  # the byte of an exponent: 2 ** (byte - 127), and 255 is NaN
     elif scale.dtype not in FLOATS:
         raise ValueError(f"a scale in {scale.dtype} is not understood")
     scale = scale.float()
-    if not (scale.isfinite() & (scale >= 0)).all():
+    usable = scale.isfinite() & (scale >= 0)
+    if not usable.all():
         raise ValueError("the scale holds a number that is negative or not finite")
-    if scale.dim() < 2 and scale.numel() == 1:
-        return t.float() * scale
-    if t.dim() < 2:
-        raise ValueError(f"a scale {tuple(scale.shape)} does not fit a tensor {tuple(t.shape)}")
-    *lead, rows, cols = t.shape
-    if named is not None:
-        if not isinstance(named, list) or len(named) != 2 or any(type(size) is not int or size < 1 for size in named):
-            raise ValueError(f"weight_block_size {named}: two whole numbers from 1")
-        tiles = [named]
-    elif "weight_block_size" not in quant and method in ("fp8", "mxfp8"):  # the usual ones of both
-        tiles = [(1, cols), (rows, cols), (128, 128), (1, 32)]
-    else:
-        tiles = [(1, cols), (rows, cols)]
-    for high, wide in tiles:
-        grid = (*lead, -(-rows // high), -(-cols // wide))
-        # numbers for whole rows or matrices may lack the last dimensions, which are 1
-        if scale.numel() == math.prod(grid) and scale.shape == grid[:scale.dim()]:
-            full = scale.view(grid).repeat_interleave(high, -2)[..., :rows, :]
-            return t.float() * full.repeat_interleave(wide, -1)[..., :cols]
-    sizes = ", ".join(f"{high} x {wide}" for high, wide in tiles)
-    raise ValueError(f"a scale {tuple(scale.shape)} does not fit a tensor {tuple(t.shape)} in tiles of {sizes}")
+    return scale
 
-def locate(params, name):
-    """The part of our parameters that a tensor of that name fills -> (our name, a view of it), or (None, None)."""
-    for pattern, ours in HF_NAMES:
-        name = re.sub(pattern, ours, name)
-    name, expert, which = re.fullmatch(r"(.*?)(?:\.experts\.(\d+))?(?:\.(w[123])\.weight)?", name).groups()
-    if which:
-        name = f"{name}.{'w2' if which == 'w2' else 'w13'}" + ("" if expert else ".weight")
-    if name not in params or (expert and int(expert) >= params[name].size(0)):
-        return None, None
-    part = params[name][int(expert)] if expert else params[name]
-    return name, part.chunk(2)[which == "w3"] if which in ("w1", "w3") else part  # gate and up: halves
+def possible_tiles(quant, method, rows, cols):
+    """The sizes (height, width) that a matrix's tiles may have: the named one, or else the usual ones of the method."""
+    named = quant.get("weight_block_size")
+    if named is not None:
+        is_pair = isinstance(named, list) and len(named) == 2
+        if not is_pair or any(type(size) is not int or size < 1 for size in named):
+            raise ValueError(f"weight_block_size {named}: two whole numbers from 1")
+        return [named]
+    row, matrix = (1, cols), (rows, cols)
+    if "weight_block_size" not in quant and method in ("fp8", "mxfp8"):
+        return [row, matrix, (128, 128), (1, 32)]
+    return [row, matrix]
+
+def spread_scale(scale, shape, height, width):
+    """A scale for each tile -> one for each element of a tensor of that shape, or None if their number differs."""
+    *lead, rows, cols = shape
+    grid = (*lead, -(-rows // height), -(-cols // width))
+    # numbers for whole rows or matrices may lack the last dimensions, which are 1
+    if scale.numel() != math.prod(grid) or scale.shape != grid[:scale.dim()]:
+        return None
+    by_row = scale.view(grid).repeat_interleave(height, -2)[..., :rows, :]
+    return by_row.repeat_interleave(width, -1)[..., :cols]
+
+# ---- released checkpoints: config.json --------------------------------------------------------------------------
 
 COUNT_NAMES = dict(  # ours, the release's
     vocab_size="vocab_size", n_layer="num_hidden_layers", n_embd="hidden_size", n_head="num_attention_heads",
     n_kv_head="num_key_value_heads", head_dim="head_dim", max_seq_len="max_position_embeddings",
     expert_dim="intermediate_size", n_expert="num_local_experts", n_expert_per_tok="num_experts_per_tok")
 INDEX_NAMES = dict(  # ours, the name of transformers and that of the release
-    index_head_dim=("index_head_dim", "sparse_index_dim"), index_block_size=("index_block_size", "sparse_block_size"),
+    index_head_dim=("index_head_dim", "sparse_index_dim"),
+    index_block_size=("index_block_size", "sparse_block_size"),
     index_topk_blocks=("index_topk_blocks", "sparse_topk_blocks"))
+ATTN_LISTS = dict(  # lists with an entry a layer -> what an entry means
+    layer_types=dict(full_attention="full", minimax_m3_sparse="msa"),
+    sparse_attention_freq={0: "full", 1: "msa"})
+MLP_LISTS = dict(
+    mlp_layer_types=dict(dense="dense", sparse="moe"),
+    moe_layer_freq={0: "dense", 1: "moe"})
+MODEL_TYPES = ("minimax_m2", "minimax_m3", "minimax_m3_text", "minimax_m3_vl", "minimax_m3_vl_text")
 
 # Fields that change what a model computes, and the values that this code computes; a field may be absent or null.
 FIXED = dict(
@@ -1056,25 +1188,23 @@ FIXED = dict(
     sliding_window=[], use_sliding_window=[False], attn_logit_softcapping=[],
     rope_type=["default"], use_rope=[True], rope_interleave=[False], rope_interleaved=[False],
     # residual stream and head
-    postnorm=[False], layernorm_full_attention_alpha=[1], layernorm_full_attention_beta=[1], layernorm_mlp_alpha=[1],
-    layernorm_mlp_beta=[1], final_logit_softcapping=[], tie_word_embeddings=[False])
+    postnorm=[False], layernorm_full_attention_alpha=[1], layernorm_full_attention_beta=[1],
+    layernorm_mlp_alpha=[1], layernorm_mlp_beta=[1], final_logit_softcapping=[], tie_word_embeddings=[False])
 FIXED_M2 = dict(
-    hidden_act=["silu"], use_gemma_norm=[False], qk_norm_type=["per_layer"], routed_scaling_factor=[1],
-    shared_intermediate_size=[0], n_shared_experts=[0], swiglu_alpha=[], swiglu_beta=[], swiglu_limit=[],
-    sparse_attention_config=[{}])
-FIXED_M3 = dict(  # transformers writes "silu", and computes swigluoai
-    hidden_act=["swigluoai", "silu"], use_gemma_norm=[True], qk_norm_type=["per_head"], n_shared_experts=[1],
+    hidden_act=["silu"], use_gemma_norm=[False], qk_norm_type=["per_layer"],
+    routed_scaling_factor=[1], shared_intermediate_size=[0], n_shared_experts=[0],
+    swiglu_alpha=[], swiglu_beta=[], swiglu_limit=[], sparse_attention_config=[{}])
+FIXED_M3 = dict(
+    hidden_act=["swigluoai", "silu"],  # transformers writes "silu", and computes swigluoai
+    use_gemma_norm=[True], qk_norm_type=["per_head"], n_shared_experts=[1],
     swiglu_alpha=[1.702], swiglu_beta=[1], swiglu_limit=[7])
 FIXED_MSA = dict(  # where layers have MSA
-    use_sparse_attention=[True], sparse_init_block=[0], index_init_blocks=[0], sparse_local_block=[1],
-    index_local_blocks=[1], sparse_score_type=["max"], index_score_type=["max"])
+    use_sparse_attention=[True], sparse_init_block=[0], index_init_blocks=[0],
+    sparse_local_block=[1], index_local_blocks=[1], sparse_score_type=["max"], index_score_type=["max"])
 ROPE_FIELDS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 SPARSE_FIELDS = {
     "use_sparse_attention", "sparse_attention_freq", "sparse_num_index_heads", "sparse_index_dim", "sparse_block_size",
     "sparse_topk_blocks", "sparse_init_block", "sparse_local_block", "sparse_score_type", "sparse_disable_index_value"}
-ATTN_LISTS = dict(  # lists with an entry a layer -> what an entry means
-    layer_types=dict(full_attention="full", minimax_m3_sparse="msa"), sparse_attention_freq={0: "full", 1: "msa"})
-MLP_LISTS = dict(mlp_layer_types=dict(dense="dense", sparse="moe"), moe_layer_freq={0: "dense", 1: "moe"})
 
 def allow(places, allowed):
     """ValueError for a field that has another value than those allowed, in any of the places, which are dicts."""
@@ -1092,27 +1222,97 @@ def only_fields(place, name, known):
 
 def pick(hf, *names, kinds=(int,)):
     """The value of a field that has these names. ValueError without a value, with two, or for one of another type."""
+    either = " or ".join(names)
     found = [hf[name] for name in names if hf.get(name) is not None]
     if not found:
-        raise ValueError(f"config.json lacks {' or '.join(names)}")
-    if any(value != found[0] for value in found):
+        raise ValueError(f"config.json lacks {either}")
+    value = found[0]
+    if any(other != value for other in found):
         raise ValueError(f"{' and '.join(names)} disagree: {found}")
-    if type(found[0]) not in kinds:
-        raise ValueError(f"{' or '.join(names)} {found[0]!r}: {' or '.join(kind.__name__ for kind in kinds)}")
-    return found[0]
+    if type(value) not in kinds:
+        raise ValueError(f"{either} {value!r}: {' or '.join(kind.__name__ for kind in kinds)}")
+    return value
 
 def layer_list(hf, n, lists, kinds, default):
-    """The types of n layers from the lists that a config has; all of them default without any. ValueError for a list of
-    another length or with an entry that means none of `kinds`, and for two lists that disagree."""
+    """The types of n layers.
+
+    hf       the fields of a config
+    n        layers
+    lists    {a list's name: {an entry: its meaning}}, any of which the config may have
+    kinds    the meanings allowed
+    default  the type of every layer where the config has none of the lists
+    ValueError for a list of another length or with an entry that means none of `kinds`, and for two that disagree.
+    """
     found = {}
     for key, meaning in lists.items():
-        entries, known = hf.get(key), [entry for entry in meaning if meaning[entry] in kinds]
+        entries = hf.get(key)
         if entries is None:
             continue
-        if not isinstance(entries, list) or len(entries) != n or any(entry not in known for entry in entries):
+        known = [entry for entry in meaning if meaning[entry] in kinds]
+        is_full = isinstance(entries, list) and len(entries) == n
+        if not is_full or any(entry not in known for entry in entries):
             raise ValueError(f"{key} {entries}: a list of {n}, each {' or '.join(str(x) for x in known)}")
         found[key] = [meaning[entry] for entry in entries]
-    return pick(found, *lists, kinds=(list,)) if found else [default] * n
+    if not found:
+        return [default] * n
+    return pick(found, *lists, kinds=(list,))
+
+def is_m2(hf, text):
+    """True for M2, False for M3, ValueError for another model."""
+    model_type = hf.get("model_type") or text.get("model_type")  # the released M3's text_config says minimax_m2
+    if model_type not in MODEL_TYPES:
+        raise ValueError(f"model_type {model_type}: minimax_m2 or minimax_m3_vl")
+    return model_type == "minimax_m2"
+
+def rope_dicts(*places):
+    """The RoPE dicts that hold a value, under both of their names, those of the first place first."""
+    found = []
+    for place in places:
+        for key in ("rope_scaling", "rope_parameters"):
+            fields = inner(place, key)
+            fields = {name: value for name, value in fields.items() if value is not None}
+            if fields:
+                found.append(fields)
+    return found
+
+def read_sizes(hf, rope, m2):
+    """The fields of MiniMaxConfig that the config always has: sizes, constants, and the types of layers."""
+    found = {ours: pick(hf, theirs) for ours, theirs in COUNT_NAMES.items()}
+    n = found["n_layer"]
+    number = (int, float)
+    found["norm_eps"] = pick(hf, "rms_norm_eps", kinds=number)
+    found["rope_theta"] = float(pick({**hf, **rope}, "rope_theta", kinds=number))
+    found["attn_types"] = layer_list(hf, n, ATTN_LISTS, ["full"] if m2 else ["full", "msa"], "full")
+    found["mlp_types"] = layer_list(hf, n, MLP_LISTS, ["moe"] if m2 else ["dense", "moe"], "moe")
+    if not m2:
+        found.update(M3_STYLE)
+        found["shared_dim"] = pick(hf, "shared_intermediate_size")
+        found["routed_scale"] = pick(hf, "routed_scaling_factor", kinds=number)
+    if "dense" in found["mlp_types"]:
+        found["dense_dim"] = pick(hf, "dense_intermediate_size")
+    return found
+
+def allow_same(places, found):
+    """ValueError for a field that says again what `found` holds, and says otherwise."""
+    n = found["n_layer"]
+    dense_first = [*found["mlp_types"], "moe"].index("moe")
+    allow(places, dict(
+        num_experts=[found["n_expert"]],
+        moe_intermediate_size=[found["expert_dim"]],
+        first_k_dense_replace=[dense_first],
+        attn_type_list=[[1] * n]))  # 1: softmax, sparse or not
+
+def read_index_fields(hf, places, found):
+    """The index branch's fields of MiniMaxConfig, where a layer has one."""
+    n_kv_head = found["n_kv_head"]
+    score_only = [int(kind == "msa") for kind in found["attn_types"]]
+    fields = {ours: pick(hf, *names) for ours, names in INDEX_NAMES.items()}
+    allow(places, dict(
+        FIXED_MSA,
+        sparse_num_index_heads=[n_kv_head],
+        index_n_heads=[n_kv_head],
+        sparse_disable_index_value=[score_only, [1] * len(score_only), True]))
+    return fields
 
 def rotary_channels(hf, rope, head_dim, rotary_dim):
     """Channels of a head that rotate: head_dim times partial_rotary_factor, which the RoPE dict or else the config has,
@@ -1129,62 +1329,62 @@ def config_from_hf(hf):
     """config.json of MiniMax-M2, or of M3 (its text part) -> MiniMaxConfig. ValueError for any other model, and for a
     field with a value that this code does not compute."""
     text = inner(hf, "text_config")
-    model_type = hf.get("model_type") or text.get("model_type")  # the released M3's text_config says minimax_m2
-    if model_type not in ("minimax_m2", "minimax_m3", "minimax_m3_text", "minimax_m3_vl", "minimax_m3_vl_text"):
-        raise ValueError(f"model_type {model_type}: minimax_m2 or minimax_m3_vl")
-    m2, sparse = model_type == "minimax_m2", inner({**hf, **text}, "sparse_attention_config")
-    ropes = []
-    for place in (text, hf):
-        for key in ("rope_scaling", "rope_parameters"):
-            ropes.append({name: value for name, value in inner(place, key).items() if value is not None})
-    ropes = [fields for fields in ropes if fields]
-    rope, places = ropes[0] if ropes else {}, [hf, text, sparse, *ropes]
+    m2 = is_m2(hf, text)
+    sparse = inner({**hf, **text}, "sparse_attention_config")
+    ropes = rope_dicts(text, hf)
+    rope = ropes[0] if ropes else {}
+
+    # a value that this code does not compute is refused wherever it stands
+    places = [hf, text, sparse, *ropes]
     allow(ropes, dict(type=FIXED["rope_type"]))
-    allow(places, {**FIXED, **(FIXED_M2 if m2 else FIXED_M3)})
+    allow(places, FIXED)
+    allow(places, FIXED_M2 if m2 else FIXED_M3)
     for fields in ropes:
         only_fields(fields, "rope_parameters or rope_scaling", ROPE_FIELDS)
     only_fields(sparse, "sparse_attention_config", SPARSE_FIELDS)
 
+    # the model's own fields: the inner object's count before the outer one's
     hf = {**hf, **text, **sparse}
-    found = {ours: pick(hf, theirs) for ours, theirs in COUNT_NAMES.items()}
-    n, head_dim = found["n_layer"], found["head_dim"]
-    found["norm_eps"] = pick(hf, "rms_norm_eps", kinds=(int, float))
-    found["rope_theta"] = float(pick({**hf, **rope}, "rope_theta", kinds=(int, float)))
-    found["attn_types"] = layer_list(hf, n, ATTN_LISTS, ["full"] if m2 else ["full", "msa"], "full")
-    found["mlp_types"] = layer_list(hf, n, MLP_LISTS, ["moe"] if m2 else ["dense", "moe"], "moe")
-    if not m2:
-        found.update(M3_STYLE, shared_dim=pick(hf, "shared_intermediate_size"),
-                     routed_scale=pick(hf, "routed_scaling_factor", kinds=(int, float)))
-    if "dense" in found["mlp_types"]:
-        found["dense_dim"] = pick(hf, "dense_intermediate_size")
+    found = read_sizes(hf, rope, m2)
     if sparse and hf.get("layer_types") is None:  # nothing else says which layers are sparse
         pick(hf, "sparse_attention_freq", kinds=(list,))
-    dense_first = [*found["mlp_types"], "moe"].index("moe")
-    allow(places, dict(num_experts=[found["n_expert"]], moe_intermediate_size=[found["expert_dim"]],
-                       first_k_dense_replace=[dense_first], attn_type_list=[[1] * n]))  # 1: softmax, sparse or not
+    allow_same(places, found)
     if "msa" in found["attn_types"]:
-        found.update({ours: pick(hf, *names) for ours, names in INDEX_NAMES.items()})
-        heads, score_only = [found["n_kv_head"]], [int(kind == "msa") for kind in found["attn_types"]]
-        allow(places, dict(FIXED_MSA, sparse_num_index_heads=heads, index_n_heads=heads,
-                           sparse_disable_index_value=[score_only, [1] * n, True]))
+        found.update(read_index_fields(hf, places, found))
+
     # transformers writes rotary_dim 64 into any M3, and rotates the whole head without a factor. Index heads narrower
     # than a head have no channels for that: in the release's form, without a RoPE dict, rotary_dim must be meant.
+    head_dim = found["head_dim"]
     narrow = not ropes and found.get("index_head_dim", head_dim) < head_dim
-    given = hf.get("rotary_dim") is not None and (m2 or narrow)
-    found["rotary_dim"] = rotary_channels(hf, rope, head_dim, pick(hf, "rotary_dim") if given else None)
+    rotary_dim = None
+    if hf.get("rotary_dim") is not None and (m2 or narrow):
+        rotary_dim = pick(hf, "rotary_dim")
+    found["rotary_dim"] = rotary_channels(hf, rope, head_dim, rotary_dim)
     try:
         return MiniMaxConfig(**found)
     except AssertionError as error:
         raise ValueError(f"config.json: {error}") from None
+
+def check_m2(cfg):
+    """ValueError for a model that config_to_hf cannot describe: it writes M2 alone."""
+    n = cfg.n_layer
+    m2 = dict(attn_types=["full"] * n, mlp_types=["moe"] * n, n_mtp=0, shared_dim=0, routed_scale=1.0,
+              activation="swiglu", gemma_norm=False, qk_norm="layer")
+    for name, only in m2.items():
+        value = getattr(cfg, name)
+        if value != only:
+            raise ValueError(f"save_hf writes M2, whose {name} is {only}; this model has {value}")
 
 def config_to_hf(cfg, dtype):
     """An M2 config in the released fields, and partial_rotary_factor: transformers up to 5.12 reads it alone."""
     factor = cfg.rotary_dim / cfg.head_dim
     if int(cfg.head_dim * factor) < cfg.rotary_dim:  # rounded down, and so will be what is read: 30 of 88, say
         factor = math.nextafter(factor, 1)
-    return {**{theirs: getattr(cfg, ours) for ours, theirs in COUNT_NAMES.items()}, "model_type": "minimax_m2",
-            "architectures": ["MiniMaxM2ForCausalLM"], "dtype": dtype, "hidden_act": "silu",
-            "rms_norm_eps": cfg.norm_eps, "rotary_dim": cfg.rotary_dim, "partial_rotary_factor": factor,
-            "rope_theta": cfg.rope_theta, "tie_word_embeddings": False,
-            "bos_token_id": None, "eos_token_id": None, "use_qk_norm": True, "qk_norm_type": "per_layer",
-            "scoring_func": "sigmoid", "use_routing_bias": True}
+    counts = {theirs: getattr(cfg, ours) for ours, theirs in COUNT_NAMES.items()}
+    return dict(
+        counts,
+        model_type="minimax_m2", architectures=["MiniMaxM2ForCausalLM"], dtype=dtype,
+        hidden_act="silu", rms_norm_eps=cfg.norm_eps, tie_word_embeddings=False,
+        rotary_dim=cfg.rotary_dim, partial_rotary_factor=factor, rope_theta=cfg.rope_theta,
+        bos_token_id=None, eos_token_id=None, use_qk_norm=True, qk_norm_type="per_layer",
+        scoring_func="sigmoid", use_routing_bias=True)

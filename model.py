@@ -876,14 +876,15 @@ class MiniMax(nn.Module):
 
 # ---- released checkpoints: names --------------------------------------------------------------------------------
 
-# Our name of a parameter -> its forms in checkpoints: the release's, which save_hf writes, then transformers' where it
-# differs. "{e}": one tensor for each expert. "a + b": one tensor for each half of ours, gate and up.
+# Our name of a parameter -> its forms in checkpoints: first the release's, which save_hf writes, then transformers'
+# where it differs by more than a synonym. {e}: one tensor for each expert. {w1,w3}: one tensor for each half of ours,
+# gate and up.
 MODEL_FORMS = {
     "embed.weight": ["model.embed_tokens.weight"],
     "norm.weight": ["model.norm.weight"],
     "lm_head.weight": ["lm_head.weight"],
 }
-LAYER_FORMS = {  # after "layers.0." in ours, after "model.layers.0." in theirs
+LAYER_FORMS = {  # ours after "layers.0.", theirs after "model.layers.0."
     "attn_norm.weight": ["input_layernorm.weight"],
     "attn.q_proj.weight": ["self_attn.q_proj.weight"],
     "attn.k_proj.weight": ["self_attn.k_proj.weight"],
@@ -898,49 +899,44 @@ LAYER_FORMS = {  # after "layers.0." in ours, after "model.layers.0." in theirs
     "attn.indexer.k_norm.weight": ["self_attn.index_k_norm.weight", "self_attn.indexer.k_norm.weight"],
     "mlp_norm.weight": ["post_attention_layernorm.weight"],
     # a mixture of experts
-    "mlp.router.weight": ["block_sparse_moe.gate.weight", "mlp.gate.weight"],
+    "mlp.router.weight": ["block_sparse_moe.gate.weight"],
     "mlp.router.bias": ["block_sparse_moe.e_score_correction_bias", "mlp.gate.e_score_correction_bias"],
-    "mlp.w13": ["block_sparse_moe.experts.{e}.w1.weight + block_sparse_moe.experts.{e}.w3.weight",
-                "mlp.experts.gate_up_proj"],
+    "mlp.w13": ["block_sparse_moe.experts.{e}.{w1,w3}.weight", "mlp.experts.gate_up_proj"],
     "mlp.w2": ["block_sparse_moe.experts.{e}.w2.weight", "mlp.experts.down_proj"],
     # M3's shared expert
-    "mlp.shared.w13.weight": [
-        "block_sparse_moe.shared_experts.gate_proj.weight + block_sparse_moe.shared_experts.up_proj.weight",
-        "mlp.shared_experts.gate_up_proj.weight"],
-    "mlp.shared.w2.weight": ["block_sparse_moe.shared_experts.down_proj.weight", "mlp.shared_experts.down_proj.weight"],
+    "mlp.shared.w13.weight": ["block_sparse_moe.shared_experts.{gate_proj,up_proj}.weight",
+                              "mlp.shared_experts.gate_up_proj.weight"],
+    "mlp.shared.w2.weight": ["block_sparse_moe.shared_experts.down_proj.weight"],
     # M3's dense layers
-    "mlp.w13.weight": ["mlp.gate_proj.weight + mlp.up_proj.weight", "mlp.gate_up_proj.weight"],
+    "mlp.w13.weight": ["mlp.{gate_proj,up_proj}.weight", "mlp.gate_up_proj.weight"],
     "mlp.w2.weight": ["mlp.down_proj.weight"],
 }
-SYNONYMS = dict(block_sparse_moe="mlp", gate_proj="w1", up_proj="w3", down_proj="w2")  # words in a name's place
+# What the release and transformers call differently, always in the same way; files mix both.
+SYNONYMS = dict(block_sparse_moe="mlp", gate_proj="w1", up_proj="w3", down_proj="w2")
 
 def released_forms(ours):
-    """The forms in which checkpoints hold our parameter of that name: the release's first."""
+    """The forms in which checkpoints hold our parameter of that name, the release's first."""
     if ours in MODEL_FORMS:
         return MODEL_FORMS[ours]
-    layer, number, inside = ours.split(".", 2)
-    forms = []
-    for form in LAYER_FORMS[inside]:
-        names = [f"model.{layer}.{number}.{name}" for name in form.split(" + ")]
-        forms.append(" + ".join(names))
-    return forms
+    layers, number, inside = ours.split(".", 2)
+    return [f"model.{layers}.{number}.{form}" for form in LAYER_FORMS[inside]]
 
 def split(param, form):
-    """One of our parameters in a released form -> {released name: the part that it names}; parts are views."""
-    # one tensor for each expert, or one for all that the parameter holds
+    """One of our parameters in a released form -> {released name: the part with that name}. Parts are views."""
+    # one tensor for each expert, or one for all of the parameter
+    wholes = {form: param}
     if "{e}" in form:
-        parts = {form.replace("{e}", str(e)): expert for e, expert in enumerate(param)}
-    else:
-        parts = {form: param}
-    if " + " not in form:
-        return parts
+        wholes = {form.replace("{e}", str(e)): expert for e, expert in enumerate(param)}
 
-    # gate and up apart
-    halves = {}
-    for names, part in parts.items():
-        gate, up = names.split(" + ")
-        halves[gate], halves[up] = part.chunk(2)
-    return halves
+    # gate and up in one tensor, or apart
+    halves = re.search(r"\{(\w+),(\w+)\}", form)
+    if halves is None:
+        return wholes
+    parts = {}
+    for name, whole in wholes.items():
+        for half, part in zip(halves.groups(), whole.chunk(2)):
+            parts[name.replace(halves[0], half)] = part
+    return parts
 
 def plain_name(name):
     """A released name without its prefix, which is "model.", "language_model." or both, and without synonyms: files
@@ -1382,9 +1378,7 @@ def config_to_hf(cfg, dtype):
         factor = math.nextafter(factor, 1)
     counts = {theirs: getattr(cfg, ours) for ours, theirs in COUNT_NAMES.items()}
     return dict(
-        counts,
-        model_type="minimax_m2", architectures=["MiniMaxM2ForCausalLM"], dtype=dtype,
-        hidden_act="silu", rms_norm_eps=cfg.norm_eps, tie_word_embeddings=False,
-        rotary_dim=cfg.rotary_dim, partial_rotary_factor=factor, rope_theta=cfg.rope_theta,
-        bos_token_id=None, eos_token_id=None, use_qk_norm=True, qk_norm_type="per_layer",
-        scoring_func="sigmoid", use_routing_bias=True)
+        counts, model_type="minimax_m2", architectures=["MiniMaxM2ForCausalLM"], dtype=dtype, hidden_act="silu",
+        rms_norm_eps=cfg.norm_eps, rotary_dim=cfg.rotary_dim, partial_rotary_factor=factor, rope_theta=cfg.rope_theta,
+        tie_word_embeddings=False, bos_token_id=None, eos_token_id=None,
+        use_qk_norm=True, qk_norm_type="per_layer", scoring_func="sigmoid", use_routing_bias=True)

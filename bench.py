@@ -27,7 +27,6 @@ from itertools import product
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import model
 import msa
 import rl
 from sample import Parser, Threads, command, implementations, pick_device, tokens
@@ -300,7 +299,7 @@ def print_head(args, whats):
         lines += [f"decode: a ratio only where full attention reads at {COPY_FLOOR:.0%} of the copy rate or more,",
                   "    at any length and batch; elsewhere both times stand alone",
                   "int8: the kernels' time; the copy's upkeep (quantising the new token's block) is outside,",
-                  f"    and a KVCache keeps a copy only from {model.INT8_SLOTS:,} slots on unless told to"]
+                  "    and a KVCache keeps a copy only where it is told to (int8=True)"]
     elif "decode" in whats:
         lines += ["decode: full attention here is bound by products as much as by bytes, so that it need not",
                   "    reach the copy rate; util says what it reaches"]

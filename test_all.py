@@ -6,6 +6,7 @@ brute-force loops, closed forms, published counts. fp32 tolerances are a few rou
 """
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import io
 import json
@@ -45,7 +46,7 @@ import msa
 import rl
 import sample
 import train
-from model import (INT8_SLOTS, Call, KVCache, MiniMax, MiniMaxConfig, RMSNorm, apply_rope, config_from_hf, config_to_hf,
+from model import (Context, KVCache, MiniMax, MiniMaxConfig, RMSNorm, apply_rope, config_from_hf, config_to_hf,
                    count_params, cross_entropy, locate, rope_tables, softmax_loss)
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid", "ignore:overflow", "ignore:All-NaN")
@@ -271,7 +272,6 @@ def test_dry_run_prints_the_published_sizes():
     ("rope_theta", math.nan),
     ("norm_eps", "1e-6"),
     ("gemma_norm", "no"),
-    ("index_warmup", 1),
 ], ids=named)
 def test_bad_configs_are_refused(key, value):
     """A config that cannot work, now or later, says so when it is made, with the value in the message."""
@@ -607,7 +607,7 @@ def test_cross_entropy_in_chunks():
         return with_grads(loss, (x, head), torch.tensor(3.0))
 
     logits = (x @ head.T).flatten(0, 1)
-    want = grads(F.cross_entropy(logits, targets.flatten(), ignore_index=-1))
+    want = grads(F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="sum"))
     for chunk in (1, 5, 38, 1000):
         assert worst_of(grads(cross_entropy(x, head, targets, chunk=chunk)), want) < 1e-12
     assert cross_entropy(x, head, torch.full_like(targets, -1)).item() == 0
@@ -1829,7 +1829,8 @@ def test_parity_with_transformers(name):
     idx = torch.from_numpy(expected["ids"])
     targets = F.pad(idx[:, 1:], (0, 1), value=-1)
 
-    logits, loss, aux = model(idx, targets, n_logits=idx.size(1))
+    logits, sums, aux = model(idx, targets, n_logits=idx.size(1))
+    loss = sums.next / (targets >= 0).sum()
     assert worst(logits, torch.from_numpy(expected["logits"])) < 1e-4
     assert abs(loss.item() - expected["loss"].item()) < 1e-5
 
@@ -2218,17 +2219,28 @@ def test_what_m2_does_not_have_is_not_saved(name, value, tmp_path):
     assert not (tmp_path / "out").exists()
 
 # ---- 10. one forward, one cache ------------------------------------------------------------------
-M2_STYLE = dict(qk_norm="layer", gemma_norm=False, activation="swiglu", attn_types=["full"] * 3, mlp_types=["moe"] * 3,
-                shared_dim=0)
-@pytest.mark.parametrize("kw", [dict(), M2_STYLE])
-@pytest.mark.parametrize("chunks", [[1] * 43, [5, 1, 7, 3, 16, 11]])
-def test_cached_equals_full(chunks, kw):
+# One forward serves training, prefill, decode and recorded choices. With a cache it must give what it gives without;
+# documents packed into one row must learn as they would apart; and each part of the model must learn from its own loss.
+
+M2_STYLE = dict(
+    qk_norm="layer", gemma_norm=False, activation="swiglu",
+    attn_types=["full"] * 3, mlp_types=["moe"] * 3, shared_dim=0)
+
+@pytest.mark.parametrize("fields", [dict(), M2_STYLE], ids=["M3", "M2"])
+@pytest.mark.parametrize("chunks", [[1] * 43, [5, 1, 7, 3, 16, 11]], ids=["token by token", "odd chunks"])
+def test_cached_equals_full(chunks, fields):
     """Token by token and in odd chunks, the cache gives one full forward's logits (fp64: 1e-10, no luck) and blocks."""
-    model, idx = make_model(dtype=torch.float64, **kw), torch.randint(0, 61, (2, sum(chunks)))
-    cache, (logits, _, aux) = KVCache(model.cfg, 2, 60, dtype=torch.float64), model(idx)
-    outs = [model(part, cache=cache) for part in idx.split(chunks, 1)]
-    assert worst(torch.cat([out for out, *_ in outs], 1), logits) < 1e-10
-    assert kw or torch.equal(torch.cat([more["block_idx"] for *_, more in outs], 2), aux["block_idx"])
+    model = make_model(dtype=torch.float64, **fields)
+    idx = torch.randint(0, 61, (2, sum(chunks)))
+    logits, _, aux = model(idx)
+
+    cache = KVCache(model.cfg, 2, 60, dtype=torch.float64)
+    parts = [model(part, cache=cache) for part in idx.split(chunks, 1)]
+
+    assert worst(torch.cat([part_logits for part_logits, _, _ in parts], 1), logits) < 1e-10
+    if "msa" in model.cfg.attn_types:
+        blocks = torch.cat([part_aux["block_idx"] for _, _, part_aux in parts], 2)
+        assert torch.equal(blocks, aux["block_idx"])
 
 @pytest.mark.parametrize("B,T", [(1, 0), (0, 3)])
 def test_empty_input_is_refused_by_its_shape(B, T):
@@ -2238,145 +2250,218 @@ def test_empty_input_is_refused_by_its_shape(B, T):
     chosen = torch.zeros(B, T, 2, 3, dtype=torch.int32)
     length = torch.zeros(B, dtype=torch.int32)
     idx = torch.zeros(B, T, dtype=torch.int64)
-    calls = [lambda: model(idx), lambda: model(idx, cache=KVCache(model.cfg, B, 8)), lambda: model.train()(idx, idx),
-             lambda: msa.full_attention(q, k, v), lambda: msa.select_blocks(qi, ki, 3, 4),
-             lambda: msa.msa_attention(q, k, v, chosen, 4), lambda: msa.msa_decode(q, k, v, qi, ki, 3, 4, length),
-             lambda: msa.msa_train(q, k, v, qi, ki, chosen, 4), lambda: msa.index_kl_loss(qi, ki, q, k, chosen, 4)]
+    calls = [
+        lambda: model(idx),
+        lambda: model(idx, cache=KVCache(model.cfg, B, 8)),
+        lambda: model.train()(idx, idx),
+        lambda: msa.full_attention(q, k, v),
+        lambda: msa.select_blocks(qi, ki, 3, 4),
+        lambda: msa.msa_attention(q, k, v, chosen, 4),
+        lambda: msa.msa_decode(q, k, v, qi, ki, 3, 4, length),
+        lambda: msa.msa_train(q, k, v, qi, ki, chosen, 4),
+        lambda: msa.index_kl_loss(qi, ki, q, k, chosen, 4)]
     for call in calls:
         with pytest.raises(ValueError, match=re.escape(f"({B}, {T}")):
             call()
 
-def test_generate_refuses_what_is_no_prompt():
+@pytest.mark.parametrize("prompts,n_samples,named", [
+    ([], 1, "0 prompts"),
+    ([[1]], 0, "0 samples"),
+    ([[1], []], 1, "of 0 tokens"),
+    ([[1, 61]], 1, "token 61"),
+    ([[-1]], 1, "token -1")])
+def test_generate_refuses_what_is_no_prompt(prompts, n_samples, named):
     """No prompt, no sample, an empty prompt, an id that the vocabulary lacks: one sentence, on a GPU too."""
-    for prompts, n_samples, named in (([], 1, "0 prompts"), ([[1]], 0, "0 samples"), ([[1], []], 1, "of 0 tokens"),
-                                      ([[1, 61]], 1, "token 61"), ([[-1]], 1, "token -1")):
-        with pytest.raises(ValueError, match=named):
-            next(sample.generate(make_model(), prompts, 3, n_samples))
+    with pytest.raises(ValueError, match=named):
+        next(sample.generate(make_model(), prompts, 3, n_samples))
 
 def test_cache_crop_select_expand_and_ragged():
     """Cropping and replaying, picking rows, sharing a prefix, rows of unequal length: always the uncached logits."""
-    model, idx = make_model(dtype=torch.float64), torch.randint(0, 61, (2, 40))
-    full, cache = model(idx)[0], KVCache(model.cfg, 2, 40, dtype=torch.float64)
-    def step(rows, starts, T):
-        new, want = (torch.stack([x[r, s:s + T] for r, s in zip(rows, starts)]) for x in (idx, full))
+    model = make_model(dtype=torch.float64)
+    idx = torch.randint(0, 61, (2, 40))
+    full = model(idx)[0]
+    cache = KVCache(model.cfg, 2, 40, dtype=torch.float64)
+
+    def check(rows, starts, T):
+        """T tokens of each of these rows, from these positions on, give the logits of the full forward."""
+        new = torch.stack([idx[row, start:start + T] for row, start in zip(rows, starts)])
+        want = torch.stack([full[row, start:start + T] for row, start in zip(rows, starts)])
         assert worst(model(new, cache=cache)[0], want) < 1e-10
-    for kept, starts, T in ((0, [0, 0], 30), (21, [21, 21], 4), (torch.tensor([25, 9]), [25, 9], 2)):
-        cache.crop(kept), step([0, 1], starts, T)
-    cache.select(torch.tensor([1, 1, 0])), cache.expand(2)
+
+    cache.crop(0)
+    check([0, 1], [0, 0], 30)
+    cache.crop(21)
+    check([0, 1], [21, 21], 4)
+    cache.crop(torch.tensor([25, 9]))
+    check([0, 1], [25, 9], 2)
+
+    cache.select(torch.tensor([1, 1, 0]))
+    cache.expand(2)
     assert cache.length.tolist() == [11] * 4 + [27] * 2
-    step([1] * 4 + [0] * 2, [11] * 4 + [27] * 2, 1)
-    with pytest.raises(AssertionError, match="do not fit"): model(idx[:1].expand(6, -1), cache=cache)
+    check([1] * 4 + [0] * 2, [11] * 4 + [27] * 2, 1)
+    with pytest.raises(AssertionError, match="do not fit"):
+        model(idx[:1].expand(6, -1), cache=cache)
 
 def test_cache_refuses_what_does_not_fit():
     """A crop below 0 or of another number of rows, rows it has not, keys of another shape, a size of 0: refused."""
     cache = KVCache(small_config(), 2, 12)
     cache.advance(5)
     for length in (-1, torch.tensor([-1, 3]), torch.tensor([3]), torch.tensor([[1], [2]]), 2.5):
-        with pytest.raises(ValueError, match="cannot crop 2 rows to"): cache.crop(length)
+        with pytest.raises(ValueError, match="cannot crop 2 rows to"):
+            cache.crop(length)
     for rows in ([2], [-1], [[0]], [0.0]):
-        with pytest.raises(ValueError, match="cannot select rows"): cache.select(torch.tensor(rows))
+        with pytest.raises(ValueError, match="cannot select rows"):
+            cache.select(torch.tensor(rows))
     for shape in ((1, 3, 2, 8), (2, 3, 1, 8), (2, 3, 2, 4)):  # one row would be written to both
-        with pytest.raises(ValueError, match=re.escape(str(shape))): cache.append(0, *[torch.randn(shape)] * 2, None)
-    assert cache.length.tolist() == [5, 5] and cache.used == 5
+        keys = torch.randn(shape)
+        with pytest.raises(ValueError, match=re.escape(str(shape))):
+            cache.append(0, keys, keys, None)
+    assert cache.length.tolist() == [5, 5]
+    assert cache.used == 5
 
     for length, left in ((9, [5, 5]), (torch.tensor([9, 4]), [5, 4]), (2 ** 40, [5, 4]), (0, [0, 0])):
         cache.crop(length)
-        assert cache.length.tolist() == left and cache.used == max(left)
+        assert cache.length.tolist() == left
+        assert cache.used == max(left)
     for batch, capacity in ((1, 0), (1, -4), (-1, 4)):
-        with pytest.raises(ValueError, match="rows with"): KVCache(small_config(), batch, capacity)
+        with pytest.raises(ValueError, match="rows with"):
+            KVCache(small_config(), batch, capacity)
 
 def test_causality_by_gradient():
     """No logit depends on a later token, in any layer type, and each on all earlier ones: the gradient says so."""
-    model, x = make_model(), torch.randn(1, 30, 32, requires_grad=True)
+    model = make_model()
+    x = torch.randn(1, 30, 32, requires_grad=True)
     model.embed.forward = lambda idx: x
-    grad, = torch.autograd.grad(model(torch.zeros(1, 30, dtype=torch.long))[0][0, 17].sum(), x)
-    assert grad[0, 18:].abs().max() == 0 and grad[0, :18].abs().sum(-1).min() > 0
+    logits = model(torch.zeros(1, 30, dtype=torch.long))[0]
+
+    grad, = torch.autograd.grad(logits[0, 17].sum(), x)
+
+    assert grad[0, 18:].abs().max() == 0
+    assert grad[0, :18].abs().sum(-1).min() > 0
+
 def packed(sizes, L, dtype):
     """Documents laid out in one row from multiples of L -> the row as `forward` takes it, and each document apart."""
-    starts, docs = np.cumsum([0] + [-(-n // L) * L for n in sizes]).tolist(), []
+    starts = np.cumsum([0] + [-(-n // L) * L for n in sizes]).tolist()
     T = starts[-1]
-    row = dict(idx=torch.zeros(1, T).long(), pos=torch.zeros(1, T).long(), targets=torch.full((1, T), -1),
-               weight=torch.zeros(1, T, dtype=dtype), end=torch.arange(1, T + 1)[None].int())
-    for n, at in zip(sizes, starts):
-        idx = torch.randint(0, 61, (1, n + 1))
-        docs.append(dict(idx=idx[:, :-1], targets=idx[:, 1:]))
-        for key, value in dict(docs[-1], pos=torch.arange(n), weight=1, end=at + n).items():
-            row[key][:, at:at + n] = value
+    row = dict(
+        idx=torch.zeros(1, T).long(),
+        pos=torch.zeros(1, T).long(),
+        targets=torch.full((1, T), -1),
+        weight=torch.zeros(1, T, dtype=dtype),
+        end=torch.arange(1, T + 1)[None].int())
+    docs = []
+    for n, start in zip(sizes, starts):
+        tokens = torch.randint(0, 61, (1, n + 1))
+        doc = dict(idx=tokens[:, :-1], targets=tokens[:, 1:])
+        docs.append(doc)
+        for key, value in dict(doc, pos=torch.arange(n), weight=1, end=start + n).items():
+            row[key][:, start:start + n] = value
     return row, docs
-def losses(model, n, call):
-    """The loss, those of two MTP modules apart (the second: twice their mean, less the first), KL by KL; for each, its
-    share in the sum that is trained and the tokens it is a mean over; logits and loads."""
-    logits, loss, aux = model(**call, n_logits=call["idx"].size(1))
-    keep, model.mtp = model.mtp, model.mtp[:1]
-    first, model.mtp = model(**call)[2]["mtp_loss"], keep
-    terms = [loss, first, 2 * aux["mtp_loss"] - first, *aux["index_kl"]]
-    return terms, [1, 0.5, 0.5, 1, 1, 1, 1], [n, n - 1, n - 2, n, n, n - 1, n - 2], logits, aux["expert_load"]
+
+def objective(model, call, **mode):
+    """The number that a step minimises, with MTP at weight 1; its terms, all means; the forward's aux."""
+    _, sums, aux = model(**call, **mode)
+    total = model.count_losses(call["targets"], call.get("weight"), call.get("end"))
+    means = sums.over(total)
+    return means.objective(1.0), means, aux
+
+def terms(losses):
+    """All sums, or counts, of Losses in one vector."""
+    return torch.cat([losses.next[None], losses.mtp, losses.kl])
+
 @pytest.mark.parametrize("dtype,near", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 def test_packed_documents_learn_as_apart(dtype, near):
-    """A packed row equals its documents run apart: logits, loads, each loss by its own count, every gradient."""
-    model, sizes = make_model(dtype=dtype, n_mtp=2).train(), (13, 24, 6)
+    """A packed row equals its documents run apart: logits, loads, counts, the sum of each loss, every gradient."""
+    sizes = (13, 24, 6)
+    model = make_model(dtype=dtype, n_mtp=2).train()
     row, docs = packed(sizes, 4, dtype)
-    terms, share, _, logits, load = losses(model, 0, row)
-    parts, _, counts, apart, loads = zip(*(losses(model, n, doc) for n, doc in zip(sizes, docs)))
-    means = [sum(n * x for n, x in zip(c, xs)) / sum(c) for c, xs in zip(zip(*counts), zip(*parts))]
-    assert relative(logits[:, row["weight"][0] > 0], torch.cat(apart, 1)) < near and torch.equal(load, sum(loads))
-    assert relative(torch.stack(terms), torch.stack(means)) < near
-    more = model.flops_per_token(torch.arange(24)[None] % 12) - model.flops_per_token(torch.zeros(1, 1))  # 2 documents
-    assert more == 5 * 12 * 32 * 5.5 + 4 * ((2 * 32 + 6 * 16) * 5.5 + 2 * 16 * 4)  # keys read; learnt, scored
-    names, params = zip(*model.named_parameters())
-    grads = (torch.autograd.grad(sum(s * x for s, x in zip(share, xs)), params) for xs in (terms, means))
+
+    logits, sums, aux = model(**row, n_logits=row["idx"].size(1))
+    apart = [model(**doc, n_logits=n) for n, doc in zip(sizes, docs)]
+    sums_apart = sum(terms(doc_sums) for _, doc_sums, _ in apart)
+    loads_apart = sum(doc_aux["expert_load"] for _, _, doc_aux in apart)
+    assert relative(logits[:, row["weight"][0] > 0], torch.cat([doc_logits for doc_logits, _, _ in apart], 1)) < near
+    assert torch.equal(aux["expert_load"], loads_apart)
+    assert relative(terms(sums), sums_apart) < near
+
+    total = terms(model.count_losses(row["targets"], row["weight"], row["end"]))
+    assert total.tolist() == [sum(n - k for n in sizes) for k in (0, 1, 2, 0, 0, 1, 2)]
+    assert torch.equal(total, sum(terms(model.count_losses(doc["targets"])) for doc in docs))
+
     # In fp32 a gradient that is a sum of cancelling terms keeps their rounding: it is held against the largest one
-    top = 0.0 if dtype == torch.float64 else 0.01
-    mine, want = ([g.double() for g in side] for side in grads)
+    names, params = zip(*model.named_parameters())
+    mine = [g.double() for g in torch.autograd.grad((terms(sums) / total).sum(), params)]
+    want = [g.double() for g in torch.autograd.grad((sums_apart / total).sum(), params)]
+    largest = max(g.norm() for g in want)
+    floor = 0.0 if dtype == torch.float64 else 0.01 * largest
     for name, x, y in zip(names, mine, want):
-        assert (x - y).norm() < near * max(y.norm(), top * max(w.norm() for w in want)), name
-def test_parts_of_a_batch_make_the_whole():
-    """--accumulate: rows with unequal numbers of pads, one by one, give the batch's losses and gradients."""
-    model, sizes = make_model(dtype=torch.float64, n_mtp=1).train(), ((13, 24, 6), (1, 2, 37))
-    rows = [packed(n, 4, torch.float64)[0] for n in sizes]
-    batch, params = {key: torch.cat([row[key] for row in rows]) for key in rows[0]}, list(model.parameters())
-    def run(n): return model.zero_grad(), train.learn(model, batch, n, [], [], params, 0.3), [p.grad for p in params]
-    (_, a, x), (_, b, y) = run(1), run(2)
-    for whole, part in zip([*a.values(), *x], [*b.values(), *y]): assert (whole - part).norm() <= 1e-6 * whole.norm()
+        assert (x - y).norm() < near * max(y.norm(), floor), name
 
-@pytest.mark.parametrize("n_mtp,stride", [(2, 1), (3, 2)])
-def test_accumulation_knows_every_mtp_module(n_mtp, stride):
-    """--accumulate with several MTP modules: documents too short for some of them, pads, rows of two lengths."""
-    model = make_model(dtype=torch.float64, n_mtp=n_mtp, index_kl_stride=stride).train()
+def test_flops_count_the_keys_that_are_read():
+    """FLOPs of two documents of 12 tokens, less those of single tokens: keys that are read, learned from and scored."""
+    model = make_model(n_mtp=2)
+    heads = 4 * 8                      # query heads x channels; of the index branch 2 x 8
+    more = model.flops_per_token(torch.arange(24)[None] % 12) - model.flops_per_token(torch.zeros(1, 1))
+    attention = 5 * 12 * heads * 5.5   # 5 layers read 5.5 keys more, all within S blocks
+    learned = 4 * (2 * heads + 6 * 16) * 5.5
+    scored = 4 * 2 * 16 * 4
+    assert more == attention + learned + scored
+
+def step_gradients(model, batch, parts):
+    """A step that moves nothing -> what it reports, and every gradient."""
     params = list(model.parameters())
+    model.zero_grad()
+    found = train.train_step(model, batch, [], [params], parts, mtp_weight=0.3)
+    reported = [found["loss"], found["mtp_loss"], found["index_kl"], found["expert_load"], *found["norms"]]
+    return [*reported, *(p.grad for p in params)]
+
+@pytest.mark.parametrize("n_mtp,stride", [(1, 1), (2, 1), (3, 2)])
+def test_parts_of_a_batch_make_the_whole(n_mtp, stride):
+    """--accumulate: rows with unequal numbers of pads, documents too short for some MTP modules, in 2 and in 4 parts,
+    give the batch's losses and gradients."""
+    model = make_model(dtype=torch.float64, n_mtp=n_mtp, index_kl_stride=stride).train()
+    T = 44
     rows = [packed(sizes, 4, torch.float64)[0] for sizes in ((2, 2, 2, 2, 29), (41,), (1, 37), (3, 3, 31))]
-    batch = {key: torch.cat([F.pad(row[key], (0, 44 - row[key].size(1)), value=-(key == "targets")) for row in rows])
-             for key in rows[0]}
-    batch["end"] = torch.where(batch["end"] == 0, torch.arange(1, 45), batch["end"]).int()
+    batch = {}
+    for key in rows[0]:
+        fill = -1 if key == "targets" else 0
+        batch[key] = torch.cat([F.pad(row[key], (0, T - row[key].size(1)), value=fill) for row in rows])
+    batch["end"] = torch.where(batch["end"] == 0, torch.arange(1, T + 1), batch["end"]).int()
 
-    def step(parts):
-        model.zero_grad()
-        aux = train.learn(model, batch, parts, [], [], params, 0.3)
-        return [*aux.values(), *(p.grad for p in params)]
+    whole = step_gradients(model, batch, 1)
 
-    whole = step(1)
     for parts in (2, 4):
-        for want, got in zip(whole, step(parts)):
+        for want, got in zip(whole, step_gradients(model, batch, parts)):
             assert (want - got).norm() <= 1e-12 * want.norm()
 
 def test_recompute_changes_nothing_but_the_work():
     """--recompute: the same loss and gradients, bit for bit, from layers that run twice and keep their input alone."""
     model = make_model(n_mtp=1).train()
     row = packed((13, 24, 6), 4, torch.float32)[0]
-    runs, calls = [], []
+    calls = []
     for layer in model.layers:
         layer.register_forward_pre_hook(lambda *_: calls.append(1))
-    for model.recompute in (False, True):
+
+    def run(recompute):
+        """-> layers that ran, numbers kept by the forward, losses and gradients."""
         calls.clear()
         kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-            _, loss, aux = model(**row)
-            total = loss + aux["mtp_loss"] + aux["index_kl"].sum()
-        forward = sum(kept)
+
+        def keep(tensor):
+            kept.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            total, means, aux = objective(model, row, recompute=recompute)
+        in_forward = sum(kept)
         grads = torch.autograd.grad(total, list(model.parameters()))
-        runs.append((len(calls), forward, [loss, aux["mtp_loss"], aux["index_kl"], aux["expert_load"], *grads]))
-    (once, much, plain), (twice, little, again) = runs
-    assert (once, twice) == (3, 6)
+        return len(calls), in_forward, [terms(means), aux["expert_load"], *grads]
+
+    once, much, plain = run(False)
+    twice, little, again = run(True)
+
+    assert once == 3
+    assert twice == 6
     assert little < 0.7 * much
     assert all(map(torch.equal, plain, again))
 
@@ -2386,55 +2471,100 @@ def test_gradients_are_bit_equal_on_a_gpu(device="cuda", dtype=torch.bfloat16):
     """bf16, full and sparse layers, experts, MTP: in two runs of one step every parameter's gradient has equal bits."""
     needs(torch.cuda.is_available() or device == "cpu", "a CUDA GPU")
     torch.manual_seed(0)
-    model = MiniMax(small_config(n_embd=64, head_dim=128, rotary_dim=64, expert_dim=32, shared_dim=32, dense_dim=64,
-                                 index_head_dim=128, index_block_size=128, n_mtp=1), dtype).to(device).train()
-    row = {key: x.repeat(2, 1).to(device) for key, x in packed((700, 130, 255), 128, torch.float32)[0].items()}
-    params, runs = dict(model.named_parameters()), []
-    for _ in range(2):
-        _, loss, aux = model(**row)
-        runs.append(torch.autograd.grad(loss + aux["mtp_loss"] + aux["index_kl"].sum(), params.values()))
-    for name, a, b in zip(params, *runs): assert a.isfinite().all() and a.abs().max() > 0 and torch.equal(a, b), name
+    cfg = small_config(n_embd=64, head_dim=128, rotary_dim=64, expert_dim=32, shared_dim=32, dense_dim=64,
+                       index_head_dim=128, index_block_size=128, n_mtp=1)
+    model = MiniMax(cfg, dtype).to(device).train()
+    row, _ = packed((700, 130, 255), 128, torch.float32)
+    row = {key: x.repeat(2, 1).to(device) for key, x in row.items()}
+    params = dict(model.named_parameters())
+
+    first, second = (torch.autograd.grad(objective(model, row)[0], params.values()) for _ in range(2))
+
+    for name, a, b in zip(params, first, second):
+        assert a.isfinite().all(), name
+        assert a.abs().max() > 0, name
+        assert torch.equal(a, b), name
+
 def test_replay_reproduces_a_recorded_choice():
     """aux of one pass, replayed in another with perturbed index and router, gives the recorded blocks and experts."""
-    model, dense, idx = make_model(), make_model(**M2_STYLE), torch.randint(0, 61, (2, 40))
+    model = make_model()
+    idx = torch.randint(0, 61, (2, 40))
     logits, _, aux = model(idx)
-    assert worst(dense(idx, replay=dense(idx)[2])[0], dense(idx)[0]) < 1e-5
     with torch.no_grad():
-        for m in model.moe_layers(): m.router.bias.add_(torch.randn_like(m.router.bias) * 3)
-        for p in (p for name, p in model.named_parameters() if ".indexer." in name): p.add_(torch.randn_like(p))
+        for layer in model.moe_layers():
+            layer.router.bias.add_(torch.randn_like(layer.router.bias) * 3)
+        for name, p in model.named_parameters():
+            if ".indexer." in name:
+                p.add_(torch.randn_like(p))
     assert worst(model(idx)[0], logits) > 1e-2
-    again, _, aux2 = model(idx, replay=aux)
-    assert worst(again, logits) < 1e-5 and all(torch.equal(aux2[key], aux[key]) for key in ("block_idx", "experts"))
+
+    again, _, replayed = model(idx, replay=aux)
+
+    assert worst(again, logits) < 1e-5
+    for key in ("block_idx", "experts"):
+        assert torch.equal(replayed[key], aux[key])
+
+def test_replay_without_sparse_layers():
+    """A model of full attention takes its recorded experts again, and gives its own logits."""
+    model = make_model(**M2_STYLE)
+    idx = torch.randint(0, 61, (2, 40))
+    logits, _, aux = model(idx)
+    assert worst(model(idx, replay=aux)[0], logits) < 1e-5
+
 def test_mtp_predicts_the_token_after_next():
     """Module k's loss is the cross-entropy of token i+k+1 given the trunk at i and token i+k: rebuilt here by hand."""
-    model, idx = make_model(n_mtp=1), torch.randint(0, 61, (2, 21))
-    targets, hidden = torch.cat([idx[:, 1:], torch.full((2, 1), 5)], 1), {}
-    model.norm.register_forward_pre_hook(lambda _, args: hidden.setdefault("h", args[0]))
-    aux, m, n = model(idx, targets)[2], model.mtp[0], 20
-    x = m.proj(torch.cat([m.e_norm(model.embed(idx[:, 1:])), m.h_norm(hidden["h"][:, :n])], -1))
-    x = m.block(x, 3, Call(rope_tables(torch.arange(n).expand(2, n), 4, 5e6)))[0]
-    want = F.cross_entropy(model.lm_head(m.norm(x)).flatten(0, 1), targets[:, 1:].flatten())
-    assert worst(aux["mtp_loss"], want) < 1e-5
+    model = make_model(n_mtp=1)
+    idx = torch.randint(0, 61, (2, 21))
+    targets = torch.cat([idx[:, 1:], torch.full((2, 1), 5)], 1)
+    _, sums, aux = model(idx, targets)
+
+    n = 20                             # positions with a token after next
+    module = model.mtp[0]
+    embedded = module.e_norm(model.embed(idx[:, 1:]))
+    hidden = module.h_norm(aux["hidden"][:, :n])
+    ctx = Context(rope_tables(torch.arange(n).expand(2, n), 4, 5e6))
+    x, _ = module.block(module.proj(torch.cat([embedded, hidden], -1)), ctx)
+    logits = model.lm_head(module.norm(x))
+
+    want = F.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten())
+    assert worst(sums.mtp[0] / (2 * n), want) < 1e-5
+
 def test_gradients_take_three_roads():
     """Every parameter learns; the KL reaches the index branch alone, and the index branch learns from nothing else."""
-    model, idx = make_model(n_mtp=1).train(), torch.randint(0, 61, (2, 40))
-    _, loss, aux = model(idx[:, :-1], idx[:, 1:])
+    model = make_model(n_mtp=1).train()
+    idx = torch.randint(0, 61, (2, 40))
+    _, sums, _ = model(idx[:, :-1], idx[:, 1:])
     params = dict(model.named_parameters())
-    by_kl = torch.autograd.grad(aux["index_kl"].sum(), params.values(), retain_graph=True, allow_unused=True)
-    by_lm = torch.autograd.grad(loss + aux["mtp_loss"], params.values(), allow_unused=True)
-    for name, kl, lm in zip(params, by_kl, by_lm):
-        assert (kl is not None and kl.abs().sum() > 0) == (lm is None) == (".indexer." in name), name
+
+    by_kl = torch.autograd.grad(sums.kl.sum(), params.values(), retain_graph=True, allow_unused=True)
+    by_tokens = torch.autograd.grad(sums.next + sums.mtp.sum(), params.values(), allow_unused=True)
+
+    for name, kl, tokens in zip(params, by_kl, by_tokens):
+        if ".indexer." in name:
+            assert kl.abs().sum() > 0, name
+            assert tokens is None, name
+        else:
+            assert kl is None, name
+            assert tokens is not None, name
+
 def test_loss_at_init_is_log_vocab_and_one_batch_overfits():
     """Fresh weights know nothing (ln V within 10 %); 60 steps on one batch leave a loss under 0.1."""
     torch.manual_seed(0)
-    model, idx = MiniMax(small_config(n_mtp=1)).train(), torch.randint(0, 61, (2, 41))
-    assert abs(model(idx[:, :-1], idx[:, 1:])[1].item() / math.log(61) - 1) < 0.1
+    model = MiniMax(small_config(n_mtp=1)).train()
+    idx = torch.randint(0, 61, (2, 41))
+    batch = dict(idx=idx[:, :-1], targets=idx[:, 1:])
+    _, means, _ = objective(model, batch)
+    assert abs(means.next.item() / math.log(61) - 1) < 0.1
+
     optimizers, _, _ = train.configure_optimizers(model, 8e-3)
     for _ in range(60):
-        _, loss, aux = model(idx[:, :-1], idx[:, 1:])
-        (loss + aux["mtp_loss"] + aux["index_kl"].sum()).backward()
-        for o in optimizers: o.step(), o.zero_grad()
-    assert loss < 0.1, loss
+        total, means, _ = objective(model, batch)
+        total.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert means.next < 0.1, means
+
 # ---- 11. training --------------------------------------------------------------------------------
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
@@ -2502,10 +2632,8 @@ def test_pads_are_not_counted(tmp_path, capsys):
     model = sample.load_model(state)[0]
     flops = 0.0
     for step, batch in enumerate(batches):  # a document at a time, each without a pad
-        model.cfg.index_warmup = step < 3
-        model.cfg.mtp_active = step == 0
         pos = batch["pos"][batch["targets"] >= 0]
-        flops += sum(model.flops_per_token(p[None, None]) for p in pos)
+        flops += sum(model.flops_per_token(p[None, None], step < 3, step == 0) for p in pos)
     assert state["now"]["flops"] == pytest.approx(flops)
 
     del state["now"]["tokens"]
@@ -2872,10 +3000,26 @@ def test_divergence_stops_the_run(trained, tmp_path, capsys, eval_every):
     state["model"]["layers.1.attn.indexer.q_proj.weight"].fill_(math.nan)
     sample.save_checkpoint(str(tmp_path), **state)
     assert "not finite" in refused(train.main, again, capsys, code=1)
-    history = dict(ema=2.0, spread=0.2, above=0, step=100)
-    for _ in range(4): train.watch(3.5, 1.0, history)
-    assert history["ema"] == 2.0 and train.watch(2.1, 1.0, history) is None and history["above"] == 0  # calm: cleared
-    for _ in range(5): train.watch(3.5, 1.0, history | dict(above=4, spread=0.5))  # usual distance 0.5: no spike
+
+def test_a_spike_is_five_losses_in_a_row():
+    """Four losses far above the mean pass, and a calm one clears them; where losses scatter, far is farther."""
+    now = train.RunState(ema=2.0, spread=0.2, step=100)
+    for _ in range(4):
+        train.check_divergence(3.5, 1.0, now)
+    assert now.ema == 2.0
+    assert now.above == 4
+
+    train.check_divergence(2.1, 1.0, now)
+    assert now.above == 0
+    for _ in range(4):
+        train.check_divergence(3.5, 1.0, now)
+    with pytest.raises(FloatingPointError, match="loss spike"):
+        train.check_divergence(3.5, 1.0, now)
+
+    for _ in range(5):
+        scattered = train.RunState(ema=2.0, spread=0.5, step=100, above=4)
+        train.check_divergence(3.5, 1.0, scattered)
+
 def test_interrupt_saves_and_kill_is_harmless(corpus, tmp_path):
     """Ctrl-C ends the run with a checkpoint and exit 0; SIGKILL in the middle of a save leaves the checkpoint whole."""
     args = map(str, train_args(corpus, tmp_path, "--steps", 100000, "--log-every", 1, "--eval-every", 3))
@@ -2904,18 +3048,18 @@ class Killed(BaseException):
 def paced(monkeypatch, kill=None, change=lambda model, call, aux: None):
     """Each training step takes a second of the clock that saves follow; the run is killed in step `kill` of the
     process, and `change` may alter what a step leaves behind."""
-    calls, real = [], train.learn
+    calls, real = [], train.train_step
     begun = time.monotonic()
 
-    def learn(model, *args):
+    def train_step(model, *args, **mode):
         calls.append(1)
         if len(calls) == kill:
             raise Killed
-        aux = real(model, *args)
+        aux = real(model, *args, **mode)
         change(model, len(calls), aux)
         return aux
 
-    monkeypatch.setattr(train, "learn", learn)
+    monkeypatch.setattr(train, "train_step", train_step)
     monkeypatch.setattr(time, "monotonic", lambda: begun + len(calls))
 
 def test_saves_follow_the_clock():
@@ -3054,7 +3198,7 @@ def test_what_is_in_the_locks_place_is_named(corpus, tmp_path, capsys, kind):
     assert target.read_text() == "mine"
     assert sorted(os.listdir(tmp_path)) == [sample.LOCK, "target"]
 
-@pytest.mark.parametrize("place", ["prepare", "card", "learn", "evaluate", "final"])
+@pytest.mark.parametrize("place", ["prepare", "card", "train_step", "evaluate", "final"])
 def test_ctrl_c_in_every_phase(trained, corpus, tmp_path, capsys, monkeypatch, place):
     """Ctrl-C while text is read, in a step, an evaluation or the last one: one line, and no checkpoint is lost."""
     before = (trained[0] / "ckpt.pt").read_bytes()
@@ -3069,7 +3213,7 @@ def test_ctrl_c_in_every_phase(trained, corpus, tmp_path, capsys, monkeypatch, p
 
     monkeypatch.setattr(train, name, pressed)
     argv = train_args(corpus, tmp_path, "--steps", 3)
-    if place in ("learn", "evaluate"):
+    if place in ("train_step", "evaluate"):
         assert "stopped after step" in quiet(train.main, argv)[1]
     else:
         assert refused(train.main, argv, capsys, code=130) == "train.py: interrupted"
@@ -3084,31 +3228,31 @@ def test_what_is_sparse_stays_sparse(corpus, tmp_path, monkeypatch):
         del state["now"][name]
     (tmp_path / "older").mkdir()
     sample.save_checkpoint(str(tmp_path / "older"), **state)
-    seen, real = [], train.learn
+    seen, real = [], train.train_step
 
-    def learn(model, batch, *args):
-        seen.append((model.cfg.index_warmup, batch["idx"].size(1)))
-        return real(model, batch, *args)
+    def train_step(model, batch, *args, **mode):
+        seen.append((mode["index_warmup"], batch["idx"].size(1)))
+        return real(model, batch, *args, **mode)
 
-    monkeypatch.setattr(train, "learn", learn)
+    monkeypatch.setattr(train, "train_step", train_step)
     for out in (tmp_path, tmp_path / "older"):
         text = quiet(train.main, resume(out, "--steps", 100, "--stop-after", 11))[1]
         assert "90% of the run is now 9%" in text and "attention stays sparse" in text
         assert "rows stay at 64" in text and "(decay) -> 1.2e-02 (constant)" in text
         assert "of 64 keys, as before" in text
     assert seen == [(False, 64)] * 4
-    assert not sample.load_checkpoint(str(tmp_path))["config"]["index_warmup"]
+    assert sample.load_checkpoint(str(tmp_path))["now"]["sparse"]
 
 def test_an_end_nearer_by_says_what_it_changes(corpus, tmp_path, monkeypatch):
     """Resumed with fewer steps amid the warm-up, rows grow and attention becomes sparse, and it is said."""
     quiet(train.main, train_args(corpus, tmp_path, "--steps", 12, "--stop-after", 2))
-    seen, real = [], train.learn
+    seen, real = [], train.train_step
 
-    def learn(model, batch, *args):
-        seen.append((model.cfg.index_warmup, batch["idx"].size(1)))
-        return real(model, batch, *args)
+    def train_step(model, batch, *args, **mode):
+        seen.append((mode["index_warmup"], batch["idx"].size(1)))
+        return real(model, batch, *args, **mode)
 
-    monkeypatch.setattr(train, "learn", learn)
+    monkeypatch.setattr(train, "train_step", train_step)
     text = quiet(train.main, resume(tmp_path, "--steps", 4, "--stop-after", 3))[1]
     assert seen == [(False, 32)]
     assert "rows grow from 16 to 32 tokens; attention becomes sparse" in text
@@ -3495,7 +3639,7 @@ def test_no_merge_packs_its_samples():
     rows = rl.pack_rows([rl.PrefixTree([s], cfg) for s in samples], 64)
 
     assert sorted(row.size for row in rows) == [64, 64, 64, 64]
-    assert all(path[0] % 16 == 0 for row in rows for path, *_ in row.leaves)
+    assert all(leaf.slots[0] % 16 == 0 for row in rows for leaf in row.leaves)
     assert [row.size for row in rl.pack_rows([rl.PrefixTree([samples[5]], cfg)], 32)] == [64]
 
 def test_long_samples_are_not_masked_but_padded():
@@ -4360,7 +4504,7 @@ def test_int8_rows_are_called_the_kernels_time(capsys):
 
     bench.print_head(bench_args(True), ("decode",))
     head = capsys.readouterr().out
-    assert f"{INT8_SLOTS:,} slots" in head
+    assert "int8=True" in head
     assert "97%" in head
 
 def test_crossovers_speak_of_checked_rows(capsys):
@@ -4517,7 +4661,8 @@ def test_walk(trained, capsys):
     first = batch["targets"][0, 0].item()
     assert first == ids[0]
 
-    _, loss, aux = model.train()(**batch)
+    _, sums, aux = model.train()(**batch)
+    loss = sums.next / model.count_losses(batch["targets"]).next
     loss.backward()
     gate = model.moe_layers()[0].router.weight.grad.norm().item()
     assert gate > 0
@@ -4651,14 +4796,14 @@ def noise_in_dk(real, *args):
     dq, dk, dv = real(*args)
     return dq, dk * (1 + 0.01 * torch.randn_like(dk)), dv
 
-def mtp_past_a_documents_end(real, model, h, idx, targets, call, aux):
+def mtp_past_a_documents_end(real, model, hidden, idx, targets, ctx, reports):
     """MTP and its KL see and predict the next document."""
-    return real(model, h, idx, targets, Call(call.rope, None, call.weight), aux)
+    return real(model, hidden, idx, targets, dataclasses.replace(ctx, end=None), reports)
 
-def documents_averaged(real, model, n, call):
-    """A packed row's loss is the mean of its documents' losses, not of their tokens'."""
-    terms, share, _, logits, load = real(model, n, call)
-    return terms, share, [1] * 7, logits, load
+def documents_counted(real, model, *args):
+    """A packed row's loss is divided by its documents, not by their tokens."""
+    total = real(model, *args)
+    return dataclasses.replace(total, next=torch.ones_like(total.next))
 
 def flat_positions_in_a_tree(real, *args):
     """A branch's positions are those of the layout, not of its path."""
@@ -4746,8 +4891,8 @@ MUTANTS = [
     *mutant(msa, "_attend_backward", noise_in_dk, caught_by=[
         test_gradients_are_bit_equal_on_a_gpu,
         on(test_gradients_are_dense_on_a_gpu, 129, 4, 16)]),
-    *mutant(MiniMax, "mtp_forward", mtp_past_a_documents_end, caught_by=[documents]),
-    *mutant(HERE_MODULE, "losses", documents_averaged, caught_by=[documents]),
+    *mutant(MiniMax, "mtp_losses", mtp_past_a_documents_end, caught_by=[documents]),
+    *mutant(MiniMax, "count_losses", documents_counted, caught_by=[documents]),
     *mutant(rl, "collate", flat_positions_in_a_tree, caught_by=[merged]),
     *mutant(rl, "collate", multiplicity_missing, caught_by=[merged]),
     *mutant(rl, "collate", sibling_seen, caught_by=[on(test_merged_equals_separate, "msa", 2)]),

@@ -3,6 +3,7 @@
     python bench.py --ctx 1000000                            # prefill and decode, shapes of M2 (48/8) and M3 (64/4)
     python bench.py --ctx 131072 --what decode --shape m3 --figure decode.svg
     python bench.py --what tree                              # a training step of rl.py, prefixes merged and not
+    python bench.py --what queue --figure queue.svg          # rl.py's strict FIFO, window and greedy
 
 The sides take turns (A B A B) on the same tensors. Dense prefill is cuDNN SDPA, dense decode our split-KV kernel; on a
 CPU both are SDPA with a group's G heads as rows, which reads K and V once (enable_gqa: G times, 5 to 11 times slower).
@@ -18,18 +19,21 @@ if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: no 
 
 import math
 import random
+import shutil
 import statistics
 import subprocess
+import tempfile
 import time
 from functools import partial
 from itertools import product
+from types import SimpleNamespace
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import msa
 import rl
-from sample import Parser, Threads, command, implementations, pick_device, tokens
+from sample import Parser, Threads, command, implementations, load_checkpoint, pick_device, tokens
 
 SHAPES = {"m2": (48, 8), "m3": (64, 4)}                    # query heads, KV heads = index heads
 D, S, L = 128, 16, 128
@@ -47,6 +51,10 @@ HEAD = "what    shape     ctx  B  selection  index|   dense ms util |     MSA ms
 BUDGETS = (2 ** 12, 2 ** 14, 2 ** 16)  # slots of a micro-batch that --what tree tries for the packed side
 TREE_HEAD = (f"tree    | turns longest | {'packed':>9} {'computed':>9} {'ms':>10}  {'layout, slots a batch':22} | "
              f"{'merged':>7} {'computed':>8} {'ms':>9} | tokens | speed-up")
+WINDOWS = {"fifo": 1, "window": 19, "greedy": math.inf}    # oldest groups that the trainer may take from; 19 = 0.3 N
+SIGMAS = (0.5, 0.8, 1.3)               # of the log-normal tails: rl.py's default, and two that are heavier
+SEED = 1337                            # of what --what queue draws and trains, as rl.py's own
+TRAINING = ("--steps", "20", "--seed", str(SEED))          # flags of rl.py for each of its three trainings
 # Relative RMS. bf16 rounds the probabilities, the partial outputs and the output, 2^-9 each; fp32 only sums differently
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
 
@@ -625,6 +633,77 @@ def tree_rows(args):
         print(line.format(**row), flush=True)
     return rows
 
+def simulate(window, steps, sigma, seed, slots=64, groups=8, train_s=6.0):
+    """rl.py's queue alone, on a virtual clock: tasks of 20 s, every fourth, hard, of 80 s, with log-normal tails.
+
+    window   how many of the oldest groups the trainer may take from
+    steps    training steps, each of `groups` groups and train_s seconds
+    sigma    of the tails
+    seed     of the tasks: the same ones under every window
+    slots    groups in flight
+    -> rate (steps in 1,000 s), idle (share of the time), lag and max_lag (steps), early and hard (share of hard tasks
+    in the first ten batches and in all)."""
+    queue = rl.WindowedFIFO(slots, window)
+    now = 0.0
+    is_hard, lags, hard_shares = {}, [], []
+    for step in range(steps):
+        for task in queue.admit(step, now):
+            rng = random.Random(f"{seed} {task}")
+            is_hard[task] = rng.random() < 0.25
+            usual_s = 80 if is_hard[task] else 20
+            queue.finish(task, now + usual_s * math.exp(sigma * rng.gauss(0, 1)))
+        now = queue.wait(groups, now) + train_s
+        hard_shares.append(sum(is_hard[task] for task in queue.batch) / groups)
+        lags += queue.publish(step + 1)
+    return dict(rate=1000 * steps / now, idle=queue.idle / now, lag=sum(lags) / len(lags), max_lag=max(lags),
+                early=sum(hard_shares[:10]) / 10, hard=sum(hard_shares) / steps)
+
+def queue_rows(steps=1000):
+    """Strict FIFO, window and greedy on the same tasks, a row for each sigma and schedule."""
+    rows = []
+    print("queue: 64 groups in flight, 8 a step of 6 s, window 19 = 0.3 N; the same tasks and tails in every row")
+    for sigma in SIGMAS:
+        of_sigma = {name: simulate(window, steps, sigma, SEED) for name, window in WINDOWS.items()}
+        for name, found in of_sigma.items():
+            gain = found["rate"] / of_sigma["fifo"]["rate"] - 1
+            print(f"sigma {sigma:.1f} {name:6s} | {found['rate']:5.1f} steps/1000 s {gain:+5.0%} | "
+                  f"idle {found['idle']:3.0%} | lag mean {found['lag']:4.1f} max {found['max_lag']:3d} | "
+                  f"hard tasks: first 10 batches {found['early']:.2f}, all {found['hard']:.2f}", flush=True)
+            rows.append(dict(what="queue", schedule=name, sigma=sigma, **found))
+    return rows
+
+@torch.enable_grad()
+def train_schedules(args):
+    """A short run of rl.py under each schedule, one after the other, with the same seed and from one imitation.
+    -> {schedule: its result}, {schedule: running mean of the share solved, by step}. KeyboardInterrupt if stopped."""
+    trained, curves = {}, {}
+    flags = [*TRAINING, "--device", str(args.device)]
+    if args.threads:
+        flags += ["--threads", str(args.threads)]
+    with tempfile.TemporaryDirectory() as folder:
+        for name in WINDOWS:
+            out = os.path.join(folder, name)
+            if trained:  # rl.py reads an imitation of the same task, model and seed
+                shutil.copytree(os.path.join(folder, "fifo", "warm"), os.path.join(out, "warm"))
+            asked, _ = rl.parse_args([*flags, "--schedule", name, "--out", out])
+            trained[name] = rl.run(asked, None)
+            if trained[name]["steps"] < asked.steps:
+                print("stopped: what was saved lay in a temporary folder, and is gone")
+                raise KeyboardInterrupt
+            curves[name] = [ema for _, ema in load_checkpoint(out)["now"]["curve"]]
+    return trained, curves
+
+def compare_schedules(args):
+    """--what queue: the queue alone, then the trainings; the figure has the curves of what they solve."""
+    rows = queue_rows()
+    trained, curves = train_schedules(args)
+    for name, result in trained.items():
+        print(f"trained {name:6s} | {result['steps']} steps in {result['virtual_seconds']:4.0f} virtual s | "
+              f"idle {result['idle']:3.0%} | reward {result['reward_per_virtual_s']:.2f} a virtual s | "
+              f"solved {result['reward_start']:.2f} -> {result['reward_end']:.2f} | lag {result['max_lag']}")
+    rl.draw(curves, SimpleNamespace(figure=args.figure, task="calculator"))
+    return dict(device=args.name, rows=rows, trained=trained)
+
 def measure_rates(args):
     """Measure the copy and matrix rates -> those of now. args.rates keeps the largest: a busy machine's are low."""
     room, n = (torch.cuda.mem_get_info()[0], 8192) if args.gpu else (2 ** 30, 2048)
@@ -641,9 +720,11 @@ def card(args, why):
     """Where, what, and what to expect, printed before either side runs."""
     power = subprocess.getoutput(f"nvidia-smi -i {args.device.index or 0} --query-gpu=power.limit,driver_version "
                                  "--format=csv,noheader 2> /dev/null") or "unknown"
-    whats = dict(all=("prefill", "decode"), tree=()).get(args.what, (args.what,))
+    whats = ("prefill", "decode") if args.what == "all" else (args.what,)
     print(f"run     | {time.strftime('%Y-%m-%d %H:%M')}, torch {torch.__version__}")
     print(f"device  | {args.name}{f', power limit and driver {power}' * args.gpu}, {str(args.dtype)[6:]}: {why}")
+    if args.what == "queue":
+        return
     print(f"context | up to {args.ctx:,} tokens")
     if args.what == "tree":
         return
@@ -661,8 +742,9 @@ def parse_args(argv):
     p = Parser(__doc__)
     p.add_argument("--ctx", type=tokens, default=1_000_000,
                    help="longest context, in tokens: 65536, 1e6, 64k (k = 1,024) or 1M (M = 1,048,576)")
-    p.add_argument("--what", choices=("prefill", "decode", "train", "moe", "tree", "all"), default="all",
-                   help="what to time; tree: rl.py's training step; train and moe come later")
+    p.add_argument("--what", choices=("prefill", "decode", "train", "moe", "tree", "queue", "all"),
+                   default="all", help="what to time; tree: rl.py's training step; queue: its schedules; train and moe "
+                   "come later")
     p.add_argument("--shape", choices=tuple(SHAPES), help="default: both")
     p.add_argument("--figure", metavar="FILE", help="draw time against length; needs matplotlib")
     args = p.parse_args(argv)
@@ -673,6 +755,8 @@ def parse_args(argv):
         raise ValueError(f"--ctx {args.ctx}: it must be 1 to {2 ** 25:,}")
     if args.what == "tree" and (args.shape or args.figure):
         raise ValueError("--what tree trains rl.py's own model and has no chart: leave out --shape and --figure")
+    if args.what == "queue" and args.shape:
+        raise ValueError("--what queue trains rl.py's own model: leave out --shape")
     if args.figure:  # what is wrong with it shows now, not after minutes
         folder = os.path.dirname(args.figure) or "."
         if not os.path.isdir(folder) or os.path.isdir(args.figure) or not os.access(folder, os.W_OK):
@@ -703,7 +787,7 @@ def run(args):
     if args.gpu:
         torch.cuda.set_device(args.device.index or 0)
     args.rates = {}
-    if not args.gpu:
+    if not args.gpu and args.what != "queue":  # rl.py chooses for itself
         threads = Threads(args.device, args.threads)
         if threads.count is None:
             threads.choose(trial(args))
@@ -716,6 +800,8 @@ def run(args):
         result = dict(device=args.name, rows=tree_rows(args))
         print_conclusion(result["rows"])
         return result
+    if args.what == "queue":
+        return compare_schedules(args)
     plans = {shape: {B: [lengths_that_fit(args, shape, what, B) for what in ("prefill", "decode")]
                      for B in (1, 8)[:1 + args.gpu]} for shape in args.shapes}
     if not any(some for lengths in plans.values() for some in lengths[1]):

@@ -2,7 +2,7 @@
 
     python rl.py                                # a model learns to use a calculator: two CPU cores, three minutes
     python rl.py --task maze --turns 40         # key-value maze; --task cap: the same in a context that is too small
-    python rl.py --schedule all                 # strict FIFO, window and greedy on one virtual clock
+    python bench.py --what queue                # strict FIFO, window and greedy on one virtual clock
     python rl.py --serve 8000                   # agents in other processes, through OpenAI's chat-completions protocol
 
     agents   know a completion interface and nothing else: messages -> text
@@ -994,7 +994,8 @@ def parse_args(argv, locks=None):
     """-> args, checkpoint (None: a run at its start, or in its imitation). --resume takes from it what is not given.
     `locks`, a contextlib.ExitStack, holds the locks on the run's folders from here on: nobody else writes there."""
     p, state, count, positive = Parser(__doc__), None, number(1), number(1e-6, 1e9, float)
-    p.add_argument("--schedule", choices=["window", "fifo", "greedy", "all"], default="window", nargs="?", const="all")
+    p.add_argument("--schedule", choices=["window", "fifo", "greedy"], default="window",
+                   help="which finished groups the trainer takes")
     for flag, kind, default, text in (
             ("task", ["calculator", "maze", "cap"], "calculator", "to learn"), ("turns", number(2, 600), 8, "a maze's"),
             ("rollouts", number(2), 4, "episodes of a group"), ("deadline", positive, 600.0, "seconds a group has"),
@@ -1030,8 +1031,7 @@ def parse_args(argv, locks=None):
 
 def lock_folders(args, locks):
     """Hold all folders that a run writes a checkpoint into; a resumed run makes none."""
-    runs = ("fifo", "window", "greedy") if args.schedule == "all" and not args.resume else ()
-    for folder in (args.out, *(os.path.join(args.out, name) for name in ("warm", *runs))):
+    for folder in (args.out, os.path.join(args.out, "warm")):
         locks.enter_context(lock_folder(folder, create=not args.resume))
 
 def resume_args(parser, argv, given):
@@ -1051,8 +1051,6 @@ def resume_args(parser, argv, given):
     if given.steps or given.minutes:  # a new end replaces the old one
         flags = [flag for flag in flags if not flag.startswith(("--steps=", "--minutes="))]
     args = parser.parse_args([*flags, *argv])
-    if args.schedule == "all":
-        raise ValueError(f"--schedule all: leave --resume out, or resume a run alone, --out {args.out}/fifo, say")
     for flag in (*MADE_BY, "slots"):
         if getattr(args, flag) != state["args"].get(flag):
             raise ValueError(f"--{flag} {getattr(args, flag)}: the checkpoint was made with {state['args'].get(flag)}")
@@ -1110,10 +1108,7 @@ def report(now, args, groups, stats, lags, decode):
                        for a, b, s in zip(ids, ids[1:], t.samples)).encode("unicode_escape").decode()  # or garbles
         print(f"  {'solved' if t.success else 'failed'}: {text} rewards {' '.join(f'{r:+.2f}' for r in t.rewards)}")
 
-def run(args, state, whole=None):
-    """A run; one of --schedule all where `whole` is given: the arguments of all, which share their imitation."""
-    if args.schedule == "all":
-        return compare(args)
+def run(args, state):
     started, stop, (device, dtype, why) = time.perf_counter(), on_signals(), pick_device(args.device)
     check_memory(needed_bytes(args, device), device, "--preset micro, or fewer --turns")
     model = load_model(state, device, dtype)[0] if state else make_model(args, device, dtype)
@@ -1127,7 +1122,7 @@ def run(args, state, whole=None):
         faster = Threads.FASTER_FOR_STEPS if args.steps else Threads.FASTER
         threads.choose(trial(source, args), faster)
     card(args, model, queue, device, why, threads)
-    ready = bool(state) or warm_start(source, whole or args, stop, threads)
+    ready = bool(state) or warm_start(source, args, stop, threads)
     threads.times = []  # these steps are others than the imitation's
     optimizers, warm = configure_optimizers(model, args.lr)[0], time.perf_counter() - started
     now = restore(state, optimizers, source) if state else dict(
@@ -1170,7 +1165,7 @@ def run(args, state, whole=None):
         save(args.out, args, source, optimizers, now)
     if stop or not now["step"]:  # all the time went into the imitation, or into waiting for other processes
         print(f"stopped after step {now['step']}, saved; --resume --out {args.out} goes on" if ready else
-              f"stopped in the imitation, saved in {(whole or args).out}/warm; the same command goes on", flush=True)
+              f"stopped in the imitation, saved in {args.out}/warm; the same command goes on", flush=True)
     if args.serve is not None:
         source.close()
     draw(dict(zip(("a batch of fresh problems", "EMA"), zip(*now["curve"]))), args)
@@ -1254,42 +1249,6 @@ def draw(lines, args):
     axis.figure.savefig(picture, format=os.path.splitext(args.figure)[1][1:] or "png")
     with open(args.figure, "wb" if lines else "ab") as file:
         file.write(picture.getvalue() if lines else b"")
-
-def simulate(window, steps, sigma, seed, slots=64, groups=8, train_s=6.0):
-    """The queue alone: tasks of 20 s, every fourth, hard, of 80 s, log-normal tails -> rate, idle share, lags, mix."""
-    queue, now, hard, lags, mix = WindowedFIFO(slots, window), 0.0, {}, [], []
-    for step in range(steps):
-        for n in queue.admit(step, now):
-            rng = random.Random(f"{seed} {n}")
-            hard[n] = rng.random() < 0.25
-            queue.finish(n, now + (80 if hard[n] else 20) * math.exp(sigma * rng.gauss(0, 1)))
-        now = queue.wait(groups, now) + train_s
-        mix.append(sum(hard[n] for n in queue.batch) / groups)
-        lags += queue.publish(step + 1)
-    return dict(rate=1000 * steps / now, idle=queue.idle / now, lag=sum(lags) / len(lags),
-                max_lag=max(lags), early=sum(mix[:10]) / 10, hard=sum(mix) / steps)
-
-def compare(args):
-    """Strict FIFO, window and greedy: the queue alone, then short trainings, same seeds and imitation."""
-    windows, rows, trained = dict(fifo=1, window=19, greedy=math.inf), {}, {}
-    print("queue: 64 groups in flight, 8 a step of 6 s, window 19 = 0.3 N; the same tasks and tails in every row")
-    for sigma, name in ((sigma, name) for sigma in sorted({args.sigma, 0.8, 1.3}) for name in windows):
-        r = rows[f"{name} {sigma}"] = simulate(windows[name], 1000, sigma, args.seed)
-        gain = r["rate"] / rows[f"fifo {sigma}"]["rate"] - 1
-        print(f"sigma {sigma:.1f} {name:6s} | {r['rate']:5.1f} steps/1000 s {gain:+5.0%} | idle {r['idle']:3.0%} | "
-              f"lag mean {r['lag']:4.1f} max {r['max_lag']:3d} | hard tasks: first 10 batches {r['early']:.2f}, "
-              f"all {r['hard']:.2f}", flush=True)
-    for name in windows:
-        changed = dict(schedule=name, steps=args.steps or 20, minutes=None, figure=None, out=f"{args.out}/{name}")
-        trained[name] = run(type(args)(**vars(args) | changed), None, args)
-        if trained[name]["steps"] < changed["steps"]:  # stopped
-            return dict(trained[name], trained=trained, queue=rows)
-    for name, r in trained.items():
-        print(f"trained {name:6s} | {r['steps']} steps in {r['virtual_seconds']:4.0f} virtual s | "
-              f"idle {r['idle']:3.0%} | reward {r['reward_per_virtual_s']:.2f} a virtual s | "
-              f"solved {r['reward_start']:.2f} -> {r['reward_end']:.2f} | lag {r['max_lag']}")
-    draw({n: [ema for _, ema in load_checkpoint(f"{args.out}/{n}")["now"]["curve"]] for n in windows}, args)
-    return dict(trained["window"], trained=trained, queue=rows)
 
 def main(argv=None):
     return command("rl.py", lambda locks: run(*parse_args(argv, locks)), "; the last good checkpoint is kept")

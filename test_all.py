@@ -3144,8 +3144,7 @@ def test_a_folder_has_one_writer(trained, corpus, tmp_path, capsys):
     assert owner.stdout.readline() == "held\n"
     before = files(tmp_path)
     for main, argv in ((train.main, train_args(corpus, tmp_path, "--steps", 1)), (train.main, resume(tmp_path)),
-                       (rl.main, rl_args(tmp_path)), (rl.main, resume(tmp_path)),
-                       (rl.main, rl_args(tmp_path, "--schedule", "all"))):
+                       (rl.main, rl_args(tmp_path)), (rl.main, resume(tmp_path))):
         assert f"process {owner.pid}" in refused(main, argv, capsys)
         assert files(tmp_path) == before
     quiet(sample.main, ["--out", tmp_path, "--device", "cpu", "--max-new-tokens", 1])
@@ -3669,7 +3668,7 @@ def test_window_of_figure_5():
     assert len(play(math.inf)[0]) == 30
     for slots, window, groups in ((8, 4, 4), (24, 7, 12), (64, 19, 8)):  # the bound is attained
         assert play(window, slots, groups, slots - 1)[1] == (slots + window - 2) // groups
-    fifo, window, greedy = (rl.simulate(w, 400, 0.5, 0) for w in (1, 19, math.inf))
+    fifo, window, greedy = (bench.simulate(w, 400, 0.5, 0) for w in (1, 19, math.inf))
     assert greedy["rate"] > window["rate"] > 1.12 * fifo["rate"] and window["max_lag"] <= 81 // 8 < greedy["max_lag"]
     assert greedy["early"] < 0.8 * fifo["early"] and abs(window["early"] - fifo["early"]) < 0.05
 def test_cispo_by_hand():
@@ -3824,11 +3823,10 @@ def test_a_lock_is_no_text(tmp_path):
         assert [name for name, _ in train.list_files(str(tmp_path))] == ["a.txt"]
 
 def test_folders_of_rl_have_one_writer(tmp_path, capsys):
-    """rl.py's imitation, and each run of --schedule all, are held from the start; a refused run leaves no folder."""
-    for name in ("warm", "greedy"):
-        with sample.lock_folder(str(tmp_path / name)):
-            assert name in refused(rl.main, rl_args(tmp_path, "--schedule", "all"), capsys)
-        assert os.listdir(tmp_path) == []
+    """rl.py's imitation is held from the start, as its run is; a refused run leaves no folder."""
+    with sample.lock_folder(str(tmp_path / "warm")):
+        assert "warm" in refused(rl.main, rl_args(tmp_path), capsys)
+    assert os.listdir(tmp_path) == []
     assert "cpux" in refused(rl.main, ["--out", tmp_path / "new", "--device", "cpux"], capsys)
     assert os.listdir(tmp_path) == []
 
@@ -4611,6 +4609,32 @@ def test_the_tree_bench_counts_what_it_computes(monkeypatch, capsys):
     assert row["speedup"] == row["packed_ms"] / row["merged_ms"]
     assert f"{row['speedup']:.1f} times less" in text.splitlines()[-2]
     assert "takes 118" in refused(bench.main, ["--what", "tree", "--ctx", "117"], capsys)
+
+def test_the_queue_bench_compares_three_schedules(monkeypatch, tmp_path, capsys):
+    """--what queue: nine rows of the queue alone, then three trainings from one imitation, and their curves."""
+    steps, figure = 2, tmp_path / "curves.svg"
+    monkeypatch.setattr(bench, "TRAINING", ("--steps", str(steps), *rl_args("unused")[4:]))
+    result, text = quiet(bench.main, ["--what", "queue", "--device", "cpu", "--figure", figure])
+
+    assert [row["schedule"] for row in result["rows"]] == ["fifo", "window", "greedy"] * 3
+    assert [row["sigma"] for row in result["rows"]] == [0.5] * 3 + [0.8] * 3 + [1.3] * 3
+    for row in result["rows"]:
+        assert row["what"] == "queue"
+        assert set("rate idle lag max_lag early hard".split()) <= set(row)
+    assert "sigma 0.5 window |  58.2 steps/1000 s  +21%" in text
+    assert [name for name in result["trained"]] == ["fifo", "window", "greedy"]
+    for trained in result["trained"].values():
+        assert trained["steps"] == steps
+        assert set("virtual_seconds idle reward_per_virtual_s reward_start reward_end max_lag".split()) <= set(trained)
+    assert text.count("steps read from") == 2  # the first training made the imitation
+    assert len({trained["reward_start"] for trained in result["trained"].values()}) == 1
+    assert len(re.findall("trained \\w+ +\\| 2 steps", text)) == 3
+    labels = re.findall("<!-- (.*?) -->", figure.read_text(encoding="utf-8"))
+    assert {"fifo", "window", "greedy"} <= set(labels)
+
+    monkeypatch.setattr(rl, "on_signals", lambda: [1])  # Ctrl-C in the first training
+    assert "interrupted" in refused(bench.main, ["--what", "queue", "--device", "cpu"], capsys, code=130)
+    assert "--shape" in refused(bench.main, ["--what", "queue", "--shape", "m3"], capsys)
 
 def test_bench_ends_in_one_line(monkeypatch, capsys):
     """Ctrl-C, too little memory, a folder as figure, flags that do not go together: one line, no traceback."""

@@ -1032,7 +1032,7 @@ def fp64_kernels():
         torch.set_default_dtype(torch.float64)
         yield
 
-def kernel_qkv(B, T, Tk, Hkv, G, D=16):
+def kernel_qkv(B, T, Tk, Hkv, G, D=16, grad=False):
     """q k v qi ki, slices of longer buffers between bands of NaN: an interpreter's load out of bounds shows."""
     needs_interpreter()
     g = torch.Generator().manual_seed(T + Tk)
@@ -1040,13 +1040,15 @@ def kernel_qkv(B, T, Tk, Hkv, G, D=16):
     def between_bands(length, *heads):
         shape = (B, Tk + 8, *heads, D)
         buffer = torch.full((math.prod(shape) + 2 * band,), math.nan)
-        return buffer[band:-band].view(shape).normal_(generator=g)[:, :length]
+        x = buffer[band:-band].view(shape).normal_(generator=g)
+        return x[:, :length].requires_grad_(grad)
 
-    return [between_bands(T, Hkv * G),
-            between_bands(Tk, Hkv),
-            between_bands(Tk, Hkv),
-            between_bands(T, Hkv),
-            between_bands(Tk)]
+    q = between_bands(T, Hkv * G)
+    k = between_bands(Tk, Hkv)
+    v = between_bands(Tk, Hkv)
+    qi = between_bands(T, Hkv)
+    ki = between_bands(Tk)
+    return q, k, v, qi, ki
 
 def starts(*positions):
     """The position of each sequence's first query, (B,) int32."""
@@ -1055,9 +1057,6 @@ def starts(*positions):
 def both_halves(function, *args):
     """What a public function of msa.py gives with impl "triton", and with "torch"."""
     return function(*args, "triton"), function(*args, "torch")
-
-def bit_equal(ours, wanted):
-    return all(map(torch.equal, ours, wanted))
 
 TREE = torch.full((2, 37), 37, dtype=torch.int32)  # end of two rows of 37 tokens, the first one a tree's
 TREE[0, :13] = 13
@@ -1114,8 +1113,7 @@ def test_decode_kernels_equal_torch(case):
             assert torch.equal(chosen, blocks)
             assert worst(out, want) < 2e-6
 
-        dense = msa.full_attention(q, k, v, end, start, "triton")
-    assert worst(dense, msa.full_attention(q, k, v, end, start, "torch")) < 2e-6
+        assert worst(*both_halves(msa.full_attention, q, k, v, end, start)) < 2e-6
 
 TRAINING_CASES = {  # B, T, Tk, Hkv, G; S; the rows are trees; order; queries a task, a launch
     "half a sequence a launch": ((2, 29, 29, 2, 3), 3, True, "query-outer", 5, 16),
@@ -1128,8 +1126,7 @@ def test_training_kernels_equal_autograd(case):
     B, T, *_ = shape
     L = 8
     stride = 2
-    inputs = [x.requires_grad_() for x in kernel_qkv(*shape)]
-    q, k, v, qi, ki = inputs
+    inputs = q, k, v, qi, ki = kernel_qkv(*shape, grad=True)
     q.data[:, 5] *= 100  # it learns, and its scores with keys to come, hidden ones, are beyond the range of exp
     weight = torch.rand(B, T)
     upstream = torch.randn(q.shape), torch.tensor(3.0)
@@ -1142,7 +1139,7 @@ def test_training_kernels_equal_autograd(case):
     with poisoned(), prefill_order(order), training_launches(run, queries):
         got = train_once("triton")
         if order == "KV-outer":  # not every time: an interpreter runs in order
-            assert bit_equal(got, train_once("triton"))
+            assert all(map(torch.equal, got, train_once("triton")))
 
     for mine, want in zip(got, train_once("torch")):
         assert worst(mine, want) < 1e-4 * want.abs().max()  # scores of 500 round to 3e-5, which exp passes on
@@ -1158,7 +1155,7 @@ def test_gate_kernels_equal_fp64(activation):
     def run(impl, dtype, *tensors):
         inputs = [x.to(dtype).requires_grad_() for x in tensors]
         y = moe.gated(inputs[0], activation, *inputs[1:], impl=impl)
-        return y, *torch.autograd.grad(y, inputs, upstream.to(dtype))
+        return with_grads(y, inputs, upstream.to(dtype))
 
     for tensors in ([h], [h, torch.rand(rows, 1)]):
         with poisoned():
@@ -1179,7 +1176,7 @@ def test_loss_kernel_equals_torch():
         written = logits.clone()
         return softmax_loss(written, targets, impl), written
 
-    assert max(map(worst, run("triton"), run("torch"))) < 1e-5
+    assert worst_of(run("triton"), run("torch")) < 1e-5
 
 def assert_same_with_nan(mine, want):
     """NaN in the same places, and numbers equal to rounding elsewhere."""
@@ -1188,11 +1185,12 @@ def assert_same_with_nan(mine, want):
     want = want.nan_to_num(0)
     assert worst(mine, want) < 1e-4 * max(1, want.abs().max())
 
-@pytest.mark.parametrize("name,value", [
+@pytest.mark.parametrize("name, value", [
     ("q", math.nan),
     ("k", math.nan),
     ("qi", math.inf),
-    ("ki", math.nan)])
+    ("ki", math.nan),
+])
 def test_kernels_equal_torch_without_keys_and_with_nan(name, value):
     """Hidden keys, rows without a key or a block, weights of 0, a NaN or inf: both halves, gradients too, are equal."""
     T = 13
@@ -1227,7 +1225,7 @@ def test_kernels_equal_torch_without_keys_and_with_nan(name, value):
 
     # decode
     start = starts(8)
-    q, k, v, qi, ki = q[:, 8:11].detach(), k.detach(), v.detach(), qi[:, 8:11].detach(), ki.detach()
+    q, k, v, qi, ki = (x.detach() for x in (q[:, 8:11], k, v, qi[:, 8:11], ki))
     want, choice = msa.msa_decode(q, k, v, qi, ki, S, L, start, end, "torch")
     with poisoned():
         for int8 in (None, msa.quantize_index(ki, L)):
@@ -1250,8 +1248,9 @@ def test_queries_of_nan_choose_their_own_block():
     assert 1 not in want[0, 8:]
     assert torch.equal(got, want)
 
+    step = q[:, 22:], k, v, qi[:, 22:], ki
     for int8 in (None, msa.quantize_index(ki, L)):
-        _, got = msa.msa_decode(q[:, 22:], k, v, qi[:, 22:], ki, S, L, starts(22), None, "triton", int8)
+        _, got = msa.msa_decode(*step, S, L, starts(22), None, "triton", int8)
         assert torch.equal(got, want[:, 22:])
 
 def test_scores_far_below_zero_count():
@@ -1290,14 +1289,15 @@ def test_decode_ranks_neighbours():
     L = 4
     q, k, v, qi, ki = kernel_qkv(1, 1, T, 1, 2)
     qi = qi.abs()
+    last = starts(T - 1)
     block = torch.arange(T)[None, :, None] // L
     for score, S in (
             (-block, 4),
             (-block, 8),
             (-(block - 10) ** 2, 8)):  # the best are at the start, or in the middle
         keys = score.float().expand(1, T, 16).contiguous()
-        want = msa.select_blocks(qi, keys, S, L, None, starts(T - 1), "torch")
-        _, got = msa.msa_decode(q, k, v, qi, keys, S, L, starts(T - 1), None, "triton")
+        want = msa.select_blocks(qi, keys, S, L, None, last, "torch")
+        _, got = msa.msa_decode(q, k, v, qi, keys, S, L, last, None, "triton")
         assert torch.equal(got, want)
 
 def assert_slopes(value, inputs):
@@ -1320,20 +1320,17 @@ def test_attention_kernels_pass_gradcheck():
     T = 17
     S = 3
     end = packed_end(T, [8], 1)
-    inputs = [x.requires_grad_() for x in kernel_qkv(1, T, T, 1, 2, D=4)]
-    q, k, v, qi, ki = inputs
+    inputs = q, k, v, qi, ki = kernel_qkv(1, T, T, 1, 2, D=4, grad=True)
     def attend(L):
         blocks = msa.select_blocks(qi, ki, S, L, end)
         return msa.msa_train(*inputs, blocks, L, end, None, 2, "triton")[0]
     def value():
         return attend(4).cumsum(-1).sum()
-    def with_gradients(out):
-        return out, *torch.autograd.grad(out, (v, q, k), torch.ones_like(out).cumsum(-1))
 
-    assert_slopes(value, (v, q, k))
-    ours = with_gradients(attend(8))
-    dense = with_gradients(msa.full_attention(q, k, v, end))
-    assert max(map(relative, ours, dense)) < 1e-12
+    assert_slopes(value, (q, k, v))
+    sparse = with_grads(attend(8), (q, k, v))
+    dense = with_grads(msa.full_attention(q, k, v, end), (q, k, v))
+    assert max(map(relative, sparse, dense)) < 1e-12
 
 @fp64_kernels()
 def test_kl_kernels_pass_gradcheck():
@@ -1342,8 +1339,7 @@ def test_kl_kernels_pass_gradcheck():
     L = 4
     end = packed_end(T, [8], 1)
     weight = torch.rand(1, T)
-    inputs = [x.requires_grad_() for x in kernel_qkv(1, T, T, 1, 2, D=4)]
-    q, k, v, qi, ki = inputs
+    inputs = q, k, v, qi, ki = kernel_qkv(1, T, T, 1, 2, D=4, grad=True)
     q.data.mul_(20)  # a teacher with probabilities below 1e-4, too
     blocks = msa.select_blocks(qi, ki, 3, L, end)
     def value(impl="triton"):
@@ -1358,6 +1354,7 @@ def test_certified_int8_is_exact_where_int8_errs():
     L = 8
     S = 4
     q, k, v, qi, ki = kernel_qkv(1, T, T, 2, 3)
+    newest = q[:, -1:]
     last = starts(T - 1)
     alike = ki[:, :1] + 0.01 * ki
     equal = (torch.arange(T) // L % 2)[None, :, None].expand(1, T, 16).float()
@@ -1375,11 +1372,12 @@ def test_certified_int8_is_exact_where_int8_errs():
         want = msa.select_blocks(query, keys, S, L, None, last, "torch")
         alone = msa.select_blocks(query, rounded, S, L, None, last, "torch")
         assert torch.equal(alone, want) != int8_errs
-        _, got = msa.msa_decode(q[:, -1:], k, v, query, keys, S, L, last, None, "triton", int8)
+        _, got = msa.msa_decode(newest, k, v, query, keys, S, L, last, None, "triton", int8)
         assert torch.equal(got, want), scale
 
-    ties = keys * 0
-    assert torch.equal(*both_halves(msa.select_blocks, qi[:, 40:].abs(), ties, S, L, None, starts(40)))
+    # ties, of zeros with either sign
+    query = qi[:, 40:].abs()
+    assert torch.equal(*both_halves(msa.select_blocks, query, keys * 0, S, L, None, starts(40)))
 
 def heavy_tails(*shape):
     return torch.randn(*shape) ** 5
@@ -1419,7 +1417,8 @@ def test_int8_bound_is_tight():
     k8, scale, slack = (x[0].float() for x in msa.quantize_index(ki[None], L))
     int8 = rescored(k8 * scale[:, None], scale * slack.repeat_interleave(L))
     near = ki.to(torch.float8_e4m3fn).float()  # in e4m3's range
-    fp8 = rescored(near, (ki - near).norm(dim=-1).view(N, L).amax(1).repeat_interleave(L))
+    error = (ki - near).norm(dim=-1).view(N, L).amax(1)
+    fp8 = rescored(near, error.repeat_interleave(L))
     print(f"of 512 blocks, rescored: {int8:.0f} with int8, {fp8:.0f} with fp8")
     assert int8 < 32
     assert fp8 > 5 * int8
@@ -1428,15 +1427,15 @@ def scanned_bounds(qi, ki, int8, S, length):
     """Bounds that the int8 scan of a decode step leaves in scratch memory, upper and lower (rows, keys), for L = 1."""
     _, T, Hkv, D = qi.shape
     Tk = ki.size(1)
+    kv = torch.zeros(1, Tk, Hkv, D)
     made = []
     def empty(*args, real=torch.empty, **kw):
         made.append(real(*args, **kw))
         return made[-1]
-    q = torch.zeros(1, T, Hkv, D)
-    kv = torch.zeros(1, Tk, Hkv, D)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty", empty)
-        msa.msa_decode(q, kv, kv, qi, ki, S, 1, starts(length), None, "triton", int8)
+        msa.msa_decode(qi, kv, kv, qi, ki, S, 1, starts(length), None, "triton", int8)
 
     # a row holds Tk scores, then the best score and the bounds from above and from below of each run of keys
     row = next(x for x in made if x.dim() == 2 and x.size(0) == T * Hkv)
@@ -1456,7 +1455,7 @@ def test_int8_scan_bounds_each_score():
     qi = torch.rand(1, 2, 3, D, generator=g)  # two drafts
     qi[..., 0] = 1.0
     qi[..., 1:4] = torch.tensor([384.0, 128.0, 127.5]) * step  # where the low digit turns over
-    ki = (qi[0, 0, 0] + 0.1 * torch.rand(1, N + 2, D, generator=g)).contiguous()
+    ki = qi[0, 0, 0] + 0.1 * torch.rand(1, N + 2, D, generator=g)
     # in the last row every number but one is half a step off, the worst for keys that are exact
     qi[:, 1, 2] = 10.49 * step
     qi[:, 1, 2, 0] = 0.51
@@ -1500,32 +1499,32 @@ def test_cache_keeps_int8_keys():
             cache.select(torch.tensor([1, 0]))
 
         for layer in range(3):
-            assert bit_equal(cache.int8(layer, 32), msa.quantize_index(cache.ki[layer], L))
+            want = msa.quantize_index(cache.ki[layer], L)
+            assert all(map(torch.equal, cache.int8(layer, 32), want))
 
-WRONG_TENSORS = {  # x has q k v qi ki, blocks and end, all in fp64 -> the call, and what the error states
-    "keys in fp32": (lambda x: msa.msa_attention(x.q, x.k.float(), x.v, x.blocks, 4), "float32.*float64"),
-    "too few values": (lambda x: msa.msa_attention(x.q, x.k, x.v[:, :9], x.blocks, 4), "9.*37"),
-    "three heads over two": (lambda x: msa.msa_attention(x.q[:, :, :3], x.k, x.v, x.blocks, 4), "is 1.*0"),
-    "a short end": (lambda x: msa.select_blocks(x.qi, x.ki, 3, 4, x.end[:, :30]), "30.*37"),
-    "end in int64": (lambda x: msa.select_blocks(x.qi, x.ki, 3, 4, x.end.long()), "int64.*int32"),
-    "keys on another device": (lambda x: msa.select_blocks(x.qi, x.ki.to("meta"), 3, 4), "meta.*cpu"),
-    "an unknown impl": (lambda x: msa.full_attention(x.q, x.k, x.v, None, None, "cuda"), "cuda.*triton"),
-    "kernels in fp64": (lambda x: msa.select_blocks(x.qi, x.ki, 3, 4, None, None, "triton"),
-                        "float64.*float32|TRITON"),
-    "strides of a transpose": (lambda x: msa.select_blocks(
-        x.qi.float(), x.ki.float().mT.contiguous().mT, 3, 4, None, None, "triton"), "strides.*expected|TRITON"),
-    "no block": (lambda x: msa.select_blocks(x.qi, x.ki, 0, 4), "S is 0.*1 or more"),
-    "int8 keys in fp64": (lambda x: msa.msa_decode(
-        x.q[:, :1], x.k, x.v, x.qi[:, :1], x.ki, 3, 4, x.end[:, 0], None, "torch", [x.ki] * 3), "float64.*int8")}
-@pytest.mark.parametrize("what", WRONG_TENSORS)
-def test_wrong_tensors_are_refused(what):
+def test_wrong_tensors_are_refused():
     """Dtype, shape, heads, the length of end, device, impl, layout: a ValueError that states both values."""
-    call, stated = WRONG_TENSORS[what]
-    x = SimpleNamespace(**dict(zip("q k v qi ki".split(), random_qkv())))
-    x.blocks = msa.select_blocks(x.qi, x.ki, 3, 4)
-    x.end = torch.full((2, 37), 37, dtype=torch.int32)
-    with pytest.raises(ValueError, match=stated):
-        call(x)
+    q, k, v, qi, ki = random_qkv()
+    end = torch.full((2, 37), 37, dtype=torch.int32)
+    transposed = ki.float().mT.contiguous().mT
+    select = dict(qi=qi, ki=ki, S=3, L=4)
+    attend = dict(q=q, k=k, v=v, block_idx=msa.select_blocks(**select), L=4)
+    decode = dict(select, q=q[:, :1], k=k, v=v, qi=qi[:, :1], length=end[:, 0], impl="torch")
+    def assert_refused(stated, function, fitting, **wrong):
+        with pytest.raises(ValueError, match=stated):
+            function(**{**fitting, **wrong})
+
+    assert_refused("float32.*float64", msa.msa_attention, attend, k=k.float())
+    assert_refused("9.*37", msa.msa_attention, attend, v=v[:, :9])
+    assert_refused("is 1.*0", msa.msa_attention, attend, q=q[:, :, :3])
+    assert_refused("30.*37", msa.select_blocks, select, end=end[:, :30])
+    assert_refused("int64.*int32", msa.select_blocks, select, end=end.long())
+    assert_refused("meta.*cpu", msa.select_blocks, select, ki=ki.to("meta"))
+    assert_refused("S is 0.*1 or more", msa.select_blocks, select, S=0)
+    assert_refused("float64.*float32|TRITON", msa.select_blocks, select, impl="triton")
+    assert_refused("strides.*expected|TRITON", msa.select_blocks, select, qi=qi.float(), ki=transposed, impl="triton")
+    assert_refused("cuda.*triton", msa.full_attention, dict(q=q, k=k, v=v), impl="cuda")
+    assert_refused("float64.*int8", msa.msa_decode, decode, int8=[ki] * 3)
 
 @pytest.mark.skipif(msa.triton is None, reason="needs Triton")
 def test_no_spills_for_sm_90():
@@ -4937,9 +4936,7 @@ def test_mutants_are_caught(owner, name, sabotage, test, monkeypatch):
 
 class Lessons:
     """Prints a line for each test of `python test_all.py`: its outcome, its name, what its docstring says it shows."""
-
-    def __init__(self):
-        self.seen = set()
+    seen = set()
 
     def pytest_runtest_logreport(self, report):
         name = report.nodeid.split("::")[1].split("[")[0]

@@ -23,115 +23,119 @@ import torch.nn.functional as F
 
 from msa import jit, tl, triton
 
+SWIGLU_ALPHA = 1.702  # swiglu_alpha of M3's config: gate * sigmoid(1.702 * gate) is nearly a GELU
+SWIGLU_LIMIT = 7.0    # swiglu_limit of M3's config: gate is at most 7, up lies within 7 of 0
+
+# ---- the choice of experts --------------------------------------------------------------------------------------
+
 def best(x, n):
     """The n largest of each row of x (T, E), finite, best first, ties by the lowest -> indices (T, n) int64.
     torch.compile makes one kernel of n times argmax, where it leaves the kernels of topk or sort as they are."""
     if not torch.compiler.is_compiling():
-        return x.sort(dim=-1, descending=True, stable=True).indices[:, :n].contiguous()
-    found, at = [], torch.arange(x.size(-1), device=x.device)
+        order = x.sort(dim=-1, descending=True, stable=True).indices
+        return order[:, :n].contiguous()
+    expert = torch.arange(x.size(-1), device=x.device)
+    found = []
     for _ in range(n):
-        found.append(x.argmax(-1, keepdim=True))
-        x = torch.where(at == found[-1], float("-inf"), x)
+        largest = x.argmax(-1, keepdim=True)                                        # (T, 1)
+        found.append(largest)
+        x = torch.where(expert == largest, float("-inf"), x)
     return torch.cat(found, -1)
 
 def route(logits, bias, n_active, scale=1.0, idx=None):
-    """Choose experts. logits (T, E) fp32 or wider, bias (E,) -> weights (T, A) that sum to `scale`, idx (T, A) int64.
-    A recorded idx replaces the choice, not the weights. M2 report section 2 (sigmoid gate), DeepSeek-V3 eq. 16 (bias in
-    the top-k only). Raises if n_active > E."""
+    """Choose experts: M2 report section 2 (sigmoid gate), DeepSeek-V3 eq. 16 (bias in the top-k only).
+
+    logits    (T, E) fp32 or wider
+    bias      (E,) moves the choice, never the weights
+    n_active  A, experts a token; AssertionError if there are fewer
+    scale     the sum of a token's weights
+    idx       (T, A) int64, a recorded choice; the weights still come from the logits
+    -> weights (T, A), idx (T, A) int64
+    """
     assert n_active <= logits.size(-1), f"cannot choose {n_active} of {logits.size(-1)} experts"
     scores = logits.sigmoid()
     # Why not weigh by the biased score? With bias +10 on one expert its weight would be > 0.9 for every token:
     # a knob for load would rewrite the output.
     if idx is None:
-        idx = best(scores + bias, n_active)                                                               # (T, A)
+        idx = best(scores + bias, n_active)
     weights = scores.gather(-1, idx)
     return scale * weights / weights.sum(-1, keepdim=True), idx
 
+# ---- experts ----------------------------------------------------------------------------------------------------
+
 def gated(h, activation, weight=None, impl="auto"):
-    """[gate | up] (n, 2I) -> (n, I), times weight (n, 1). "swiglu": silu(gate) * up (M2). "swiglu_oai": clamped, with
-    up + 1 (M3). impl: auto (Triton on a GPU in 16 bits: forward and backward read and write each number once), triton
-    or torch."""
-    if impl == "triton" or (impl == "auto" and triton and h.is_cuda and h.dtype.itemsize == 2):
+    """The gate between an expert's two matrices.
+
+    h           (n, 2 I): gate and up side by side
+    activation  "swiglu", M2's: silu(gate) * up; "swiglu_oai", M3's: clamped, with up + 1
+    weight      (n, 1): a factor for each row, or None
+    impl        "triton", "torch" or "auto": Triton on a GPU in 16 bits, where it reads and writes each number once
+    -> (n, I)
+    """
+    on_gpu = triton and h.is_cuda and h.dtype.itemsize == 2
+    if impl == "triton" or (impl == "auto" and on_gpu):
         return _Gated.apply(h, weight, activation)
     gate, up = h.chunk(2, dim=-1)
     if activation == "swiglu":
         y = F.silu(gate) * up
-    else:  # (up + 1) * gate * sigmoid(1.702 * gate) with gate <= 7 and |up| <= 7, in the fewest passes over memory
-        swish = F.silu(1.702 * gate.clamp(max=7.0)) * (1 / 1.702)
-        y = torch.addcmul(swish, swish, up.clamp(-7.0, 7.0))
-    return y if weight is None else y * weight.to(h.dtype)
-
-@jit
-def _gate(gate, up, OAI: tl.constexpr):
-    """The product, and its slopes in gate and in up, in fp32."""
-    gate, up = gate.to(tl.float32), up.to(tl.float32)
-    if OAI:
-        both: tl.constexpr = tl.PropagateNan.ALL  # else a GPU takes the smaller of NaN and 7 to be 7
-        g = tl.minimum(gate, 7.0, both)
-        u = tl.clamp(up, -7.0, 7.0, both) + 1
-        s = 1 / (1 + tl.exp(-1.702 * g))
-        slope = tl.where(gate <= 7.0, u * s * (1 + 1.702 * g * (1 - s)), 0.0)
-        return u * g * s, slope, tl.where(tl.abs(up) <= 7.0, g * s, 0.0)
-    s = 1 / (1 + tl.exp(-gate))
-    return up * gate * s, up * s * (1 + gate * (1 - s)), gate * s
-
-# One program = ROWS rows: what passes the gate.
-@jit
-def _gated_kernel(h, weight, out, n, I: tl.constexpr, OAI: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    r, c = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)
-    held, at = (r < n)[:, None] & (c < I), r[:, None] * (2 * I) + c
-    y, _, _ = _gate(tl.load(h + at, mask=held, other=0.0), tl.load(h + at + I, mask=held, other=0.0), OAI)
-    if weight is not None:
-        y *= tl.load(weight + r, mask=r < n, other=0.0)[:, None]
-    tl.store(out + r[:, None] * I + c, y.to(out.dtype.element_ty), mask=held)
-
-# One program = ROWS rows: the gradients of gate and up, and of the rows' weights.
-@jit
-def _gated_grad_kernel(h, weight, grad, dh, dweight, n, I: tl.constexpr, OAI: tl.constexpr, ROWS: tl.constexpr,
-                       COLS: tl.constexpr):
-    r, c = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)
-    held, at = (r < n)[:, None] & (c < I), r[:, None] * (2 * I) + c
-    y, dgate, dup = _gate(tl.load(h + at, mask=held, other=0.0), tl.load(h + at + I, mask=held, other=0.0), OAI)
-    dy = tl.load(grad + r[:, None] * I + c, mask=held, other=0.0).to(tl.float32)
-    if weight is not None:
-        tl.store(dweight + r, tl.sum(dy * y, 1), mask=r < n)
-        dy *= tl.load(weight + r, mask=r < n, other=0.0)[:, None]
-    tl.store(dh + at, (dy * dgate).to(dh.dtype.element_ty), mask=held)
-    tl.store(dh + at + I, (dy * dup).to(dh.dtype.element_ty), mask=held)
-
-class _Gated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, h, weight, activation):
-        I = h.size(-1) // 2
-        cols = triton.next_power_of_2(I)
-        ctx.tile = I, activation == "swiglu_oai", max(1, 2048 // cols), cols
-        ctx.save_for_backward(h, weight)
-        out = h.new_empty(*h.shape[:-1], I)
-        n = out.numel() // I
-        _gated_kernel[triton.cdiv(n, ctx.tile[2]),](h, weight, out, n, *ctx.tile, num_warps=4 if cols < 4096 else 8)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        (h, weight), (I, _, rows, cols), dh = ctx.saved_tensors, ctx.tile, torch.empty_like(ctx.saved_tensors[0])
-        dweight, n = None if weight is None else torch.empty_like(weight), h.numel() // (2 * I)
-        _gated_grad_kernel[triton.cdiv(n, rows),](h, weight, grad.contiguous(), dh, dweight, n, *ctx.tile,
-                                                  num_warps=4 if cols < 4096 else 8)
-        return dh, dweight, None
+    else:
+        # (up + 1) * gate * sigmoid(alpha * gate), in the fewest passes over memory
+        gate = gate.clamp(max=SWIGLU_LIMIT)
+        up = up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+        swish = F.silu(SWIGLU_ALPHA * gate) * (1 / SWIGLU_ALPHA)
+        y = torch.addcmul(swish, swish, up)
+    if weight is None:
+        return y
+    return y * weight.to(h.dtype)
 
 def experts_loop(x, w13, w2, weights, idx, activation):
     """Every expert in turn, on the tokens that chose it: the specification, and the path for fp64.
-    x (T, C), w13 (E, 2I, C), w2 (E, C, I), weights and idx (T, A) -> (T, C)."""
+
+    x           (T, C)
+    w13         (E, 2 I, C): gate and up
+    w2          (E, C, I)
+    weights     (T, A): a token's experts add up with these factors
+    idx         (T, A): a token's experts
+    activation  see `gated`
+    -> (T, C)
+    """
     y = torch.zeros_like(x)
     for e in range(w13.size(0)):
         token, slot = (idx == e).nonzero(as_tuple=True)
         out = gated(x[token] @ w13[e].T, activation) @ w2[e].T
-        y = y.index_add(0, token, out * weights[token, slot, None].to(x.dtype))
+        weight = weights[token, slot, None].to(x.dtype)
+        y = y.index_add(0, token, out * weight)
     return y
 
+def experts_grouped(x, w13, w2, weights, idx, activation):
+    """The same from tokens sorted by expert: contiguous groups of one matrix product. Arguments as in `experts_loop`."""
+    (T, C), A, E = x.shape, idx.size(1), w13.size(0)
+
+    # sort the T * A pairs of a token and its expert by expert; a GPU sorts bytes in an eighth of the passes
+    small = torch.uint8 if E <= 256 else torch.int32
+    sorted_e, order = idx.flatten().to(small).sort(stable=True)                     # (T*A,)
+    place = torch.arange(len(order), device=x.device)
+    inverse = torch.empty_like(order).scatter_(0, order, place)                     # a pair's place in the order
+
+    # where each expert's group ends
+    experts = torch.arange(E, dtype=torch.int32, device=x.device)
+    ends = torch.searchsorted(sorted_e.int(), experts, right=True).int()            # (E,)
+
+    # weighted before w2 and not after: a row's I channels are fewer than its C
+    rows = _Rows.apply(x, order // A, inverse, A)                                   # (T*A, C)
+    factors = _Rows.apply(weights.reshape(-1, 1), order, inverse, 1)                # (T*A, 1)
+    h = F.grouped_mm(rows, w13.transpose(1, 2), offs=ends)
+    h = gated(h, activation, factors)                                               # (T*A, I)
+    out = F.grouped_mm(h, w2.transpose(1, 2), offs=ends)
+
+    # back in the order of tokens, whose A experts add up
+    out = _Rows.apply(out, inverse, order, 1)
+    return out.view(T, A, C).sum(1)
+
 class _Rows(torch.autograd.Function):
-    """x[index] of which every row of x appears n times, `back` its places: the gradient is gathered and summed over n.
-    Indexing's own gradient adds rows by atomics on a GPU: slower, and two runs differ in the last bit."""
+    """x[index], where every row of x appears n times, at the places that `back` lists row by row. The gradient is
+    gathered and summed over n: indexing's own adds rows by atomics on a GPU, slower, and two runs differ in the last
+    bit."""
 
     @staticmethod
     def forward(ctx, x, index, back, n):
@@ -141,27 +145,17 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.index_select(0, *ctx.saved_tensors)
-        return grad if ctx.n == 1 else grad.view(-1, ctx.n, grad.size(1)).sum(1), None, None, None
-
-def experts_grouped(x, w13, w2, weights, idx, activation):
-    """The same, with tokens sorted by expert: contiguous groups of one matrix product. Shapes as in `experts_loop`."""
-    (T, C), A = x.shape, idx.size(1)
-    small = torch.uint8 if w13.size(0) <= 256 else torch.int32  # a GPU sorts bytes in an eighth of the passes
-    sorted_e, order = idx.flatten().to(small).sort(stable=True)                                           # (T*A,)
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
-    experts = torch.arange(w13.size(0), dtype=torch.int32, device=x.device)
-    ends = torch.searchsorted(sorted_e.int(), experts, right=True).int()                                  # (E,)
-    rows = _Rows.apply(x, order // A, inverse, A)
-    # weighted before w2 and not after: a row's I channels are fewer than its C
-    by_row = _Rows.apply(weights.reshape(-1, 1), order, inverse, 1)
-    h = gated(F.grouped_mm(rows, w13.transpose(1, 2), offs=ends), activation, by_row)
-    out = F.grouped_mm(h, w2.transpose(1, 2), offs=ends)
-    return _Rows.apply(out, inverse, order, 1).view(T, A, C).sum(1)
+        back, = ctx.saved_tensors
+        grad = grad.index_select(0, back)
+        if ctx.n > 1:
+            grad = grad.view(-1, ctx.n, grad.size(1)).sum(1)
+        return grad, None, None, None
 
 def pick_experts(dtype):
     """The function that runs experts in this dtype: grouped_mm has no fp64 kernel."""
     return experts_loop if dtype == torch.float64 else experts_grouped
+
+# ---- modules ----------------------------------------------------------------------------------------------------
 
 class Linear(nn.Linear):
     """Weights stay in the dtype they are trained in and are cast to the activations' where they are used."""
@@ -182,33 +176,6 @@ class MLP(nn.Module):
         """x (B, T, C) -> y (B, T, C), aux {}. weight and replay are what MoE takes: a dense layer has no choice."""
         return self.w2(gated(self.w13(x), self.activation)), {}
 
-def _terms(x):
-    """x in fp32, 0 or over 2^-110 -> three terms in bf16 with the same sum: 8 bits each of its 24."""
-    def head(y):  # cut, not rounded by .bfloat16(): torch.compile leaves out that rounding, and y - head(y) would be 0
-        return (y.view(torch.int32) & -2 ** 16).view(torch.float32)
-    a = head(x)
-    b = head(x - a)
-    return a.bfloat16(), b.bfloat16(), (x - a - b).bfloat16()
-
-class _WideGate(torch.autograd.Function):
-    """x (n, C) bf16, W (E, C) fp32 -> x W^T in fp32, on tensor cores and without a copy of x in fp32: products of two
-    bf16 numbers are exact in fp32, and sums are fp32. bmm and not mm, whose out_dtype torch.compile may not know."""
-
-    @staticmethod
-    def forward(ctx, x, W):
-        ctx.save_for_backward(x, W)
-        return torch.bmm(x[None], torch.cat(_terms(W)).T[None], out_dtype=W.dtype)[0].unflatten(1, (3, -1)).sum(1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x, W), (a, b, c) = ctx.saved_tensors, _terms(grad)
-        u, v, _ = _terms(W)
-        dx = torch.cat([a, a, b], 1) @ torch.cat([u, v, u])  # 16 of 24 bits: what is left is rounded to bf16
-        parts = math.gcd(len(x), 64)  # the sum over tokens, in so many parts: one would keep six multiprocessors busy
-        left, right = (y.unflatten(0, (parts, -1)) for y in (torch.cat([a, b, c], 1), x))
-        dW = torch.bmm(left.transpose(1, 2), right, out_dtype=W.dtype).sum(0)                               # (3 E, C)
-        return dx, dW.unflatten(0, (3, -1)).sum(0)
-
 class Router(nn.Module):
     """Gate and bias. Both stay in fp32 when the model moves to bf16: near-ties in s + b would flip the choice."""
 
@@ -218,14 +185,17 @@ class Router(nn.Module):
         self.register_buffer("bias", torch.zeros(n_expert))
 
     def _apply(self, fn, recurse=True):
-        def at_least_fp32(t):  # .to(bfloat16).float() would come back rounded: keep the values, take the device
-            out = fn(t)
-            return out if out.dtype.itemsize >= 4 else t.to(out.device)
+        def at_least_fp32(t):
+            moved = fn(t)
+            if moved.dtype.itemsize >= 4:
+                return moved
+            return t.to(moved.device)  # .to(bfloat16).float() would come back rounded: keep the values
         return super()._apply(at_least_fp32, recurse)
 
     def forward(self, x):
         # in training alone: for the few tokens of a decoding step, splitting the weight would be most of the work
-        if torch.is_grad_enabled() and x.is_cuda and x.dtype == torch.bfloat16 and self.weight.dtype == torch.float32:
+        on_tensor_cores = x.is_cuda and x.dtype == torch.bfloat16 and self.weight.dtype == torch.float32
+        if torch.is_grad_enabled() and on_tensor_cores:
             return _WideGate.apply(x, self.weight)
         return F.linear(x.to(self.weight.dtype), self.weight)
 
@@ -276,6 +246,8 @@ def count_params(module):
     idle = [(m.w13[0].numel() + m.w2[0].numel()) * (m.cfg.n_expert - m.cfg.n_expert_per_tok) for m in moes]
     return total, total - sum(idle)
 
+# ---- balancing --------------------------------------------------------------------------------------------------
+
 @torch.no_grad()
 def update_bias(bias, load, rate):
     """b += rate * sign(mean load - load), in place, after the optimizer step (arXiv 2408.15664, algorithm 1)."""
@@ -285,3 +257,166 @@ def max_violation(load):
     """MaxVio of load (…, E): how far the busiest expert is above the mean; 0 = balanced, E - 1 = one takes all."""
     return load.amax(-1) / load.mean(-1) - 1
 
+# ---- the router's product on tensor cores -----------------------------------------------------------------------
+# Tensor cores multiply bf16, of 8 bits, and the gate's weights are fp32, of 24. A number of 24 bits is the sum of three
+# of 8 bits, so three products give the exact one: W x = W1 x + W2 x + W3 x, each summed in fp32.
+
+def _terms(x):
+    """x in fp32, 0 or over 2^-110 -> three terms in bf16 with the same sum: 8 bits each of its 24."""
+    first = _head(x)
+    second = _head(x - first)
+    third = x - first - second
+    return first.bfloat16(), second.bfloat16(), third.bfloat16()
+
+def _head(x):
+    """The first 8 bits of x (fp32), in fp32. They are cut off, not rounded by .bfloat16(): torch.compile leaves out that
+    rounding, and x - head(x) would be 0."""
+    return (x.view(torch.int32) & -2 ** 16).view(torch.float32)
+
+class _WideGate(torch.autograd.Function):
+    """x (n, C) bf16, W (E, C) fp32 -> x W^T in fp32, on tensor cores and without a copy of x in fp32: products of two
+    bf16 numbers are exact in fp32, and sums are fp32. bmm and not mm, whose out_dtype torch.compile may not know."""
+
+    @staticmethod
+    def forward(ctx, x, W):
+        ctx.save_for_backward(x, W)
+        stacked = torch.cat(_terms(W))                                              # (3 E, C)
+        products = torch.bmm(x[None], stacked.T[None], out_dtype=W.dtype)[0]        # (n, 3 E)
+        return products.unflatten(1, (3, -1)).sum(1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, W = ctx.saved_tensors
+        g1, g2, g3 = _terms(grad)                                                   # (n, E)
+        w1, w2, _ = _terms(W)                                                       # (E, C)
+
+        # dx = g1 w1 + g1 w2 + g2 w1: 16 of 24 bits, for what is left is rounded to bf16
+        dx = torch.cat([g1, g1, g2], 1) @ torch.cat([w1, w2, w1])
+
+        # dW sums over tokens, in so many parts: one would keep six multiprocessors busy
+        parts = math.gcd(len(x), 64)
+        left = torch.cat([g1, g2, g3], 1).unflatten(0, (parts, -1))                 # (parts, n / parts, 3 E)
+        right = x.unflatten(0, (parts, -1))                                         # (parts, n / parts, C)
+        dW = torch.bmm(left.transpose(1, 2), right, out_dtype=W.dtype).sum(0)       # (3 E, C)
+        return dx, dW.unflatten(0, (3, -1)).sum(0)
+
+# ---- the gate's kernels -----------------------------------------------------------------------------------------
+# One program computes a tile: ROWS whole rows of I channels, COLS of which the last have no number. It reads gate and up
+# and writes y, where torch would read and write each step of the formula. Backward computes y and its slopes anew: that
+# is cheaper than to keep them.
+
+ALPHA = triton and tl.constexpr(SWIGLU_ALPHA)  # kernels read no global that is not constexpr
+LIMIT = triton and tl.constexpr(SWIGLU_LIMIT)
+
+@jit
+def _gate(h, at, valid, I: tl.constexpr, OAI: tl.constexpr):
+    """y = up * gate * sigmoid(alpha * gate), dy / dgate and dy / dup of a tile of h, each (ROWS, COLS) fp32."""
+    gate = tl.load(h + at, mask=valid, other=0.0).to(tl.float32)
+    up = tl.load(h + at + I, mask=valid, other=0.0).to(tl.float32)
+    alpha: tl.constexpr = ALPHA if OAI else 1.0
+    if OAI:
+        raw_gate, raw_up = gate, up
+        keep_nan: tl.constexpr = tl.PropagateNan.ALL  # else a GPU takes the smaller of NaN and 7 to be 7
+        gate = tl.minimum(gate, LIMIT, keep_nan)
+        up = tl.clamp(up, -LIMIT, LIMIT, keep_nan) + 1
+
+    scaled = gate * alpha  # in this order: the interpreter multiplies no constexpr by a tile
+    sigmoid = 1 / (1 + tl.exp(-scaled))
+    dgate = up * sigmoid * (1 + scaled * (1 - sigmoid))
+    dup = gate * sigmoid
+    y = up * gate * sigmoid
+    if OAI:  # what is clamped moves nothing
+        dgate = tl.where(raw_gate <= LIMIT, dgate, 0.0)
+        dup = tl.where(tl.abs(raw_up) <= LIMIT, dup, 0.0)
+    return y, dgate, dup
+
+@jit
+def _gated_kernel(
+    # rows
+    h,                   # (n, 2 I): gate and up side by side
+    weight,              # (n, 1), or None
+    out,                 # (n, I)
+    n,
+    # sizes
+    I: tl.constexpr,
+    OAI: tl.constexpr,   # M3's activation, not M2's
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, COLS)
+    valid = (row < n)[:, None] & (col < I)                                          # (ROWS, COLS)
+    at = row[:, None] * (2 * I) + col
+    y, _, _ = _gate(h, at, valid, I, OAI)
+    if weight is not None:
+        y *= tl.load(weight + row, mask=row < n, other=0.0)[:, None]
+    tl.store(out + row[:, None] * I + col, y.to(out.dtype.element_ty), mask=valid)
+
+@jit
+def _gated_grad_kernel(
+    # rows
+    h,                   # (n, 2 I): gate and up side by side
+    weight,              # (n, 1), or None
+    # gradients
+    grad,                # (n, I) of the output
+    dh,                  # (n, 2 I), written
+    dweight,             # (n, 1), written where weight is not None
+    n,
+    # sizes
+    I: tl.constexpr,
+    OAI: tl.constexpr,   # M3's activation, not M2's
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, COLS)
+    valid = (row < n)[:, None] & (col < I)                                          # (ROWS, COLS)
+    at = row[:, None] * (2 * I) + col
+    y, dgate, dup = _gate(h, at, valid, I, OAI)
+    dy = tl.load(grad + row[:, None] * I + col, mask=valid, other=0.0).to(tl.float32)
+
+    # out = weight * y
+    if weight is not None:
+        tl.store(dweight + row, tl.sum(dy * y, 1), mask=row < n)
+        dy *= tl.load(weight + row, mask=row < n, other=0.0)[:, None]
+
+    tl.store(dh + at, (dy * dgate).to(dh.dtype.element_ty), mask=valid)
+    tl.store(dh + at + I, (dy * dup).to(dh.dtype.element_ty), mask=valid)
+
+def _gate_tile(I, activation):
+    """Sizes and options of a launch: tiles of 2,048 numbers, or of one row where it has more."""
+    cols = triton.next_power_of_2(I)
+    return dict(
+        I=I,
+        OAI=activation == "swiglu_oai",
+        ROWS=max(1, 2048 // cols),
+        COLS=cols,
+        num_warps=4 if cols < 4096 else 8)
+
+class _Gated(torch.autograd.Function):
+    """`gated` in Triton."""
+
+    @staticmethod
+    def forward(ctx, h, weight, activation):
+        ctx.save_for_backward(h, weight)
+        ctx.activation = activation
+        I = h.size(-1) // 2
+        out = h.new_empty(*h.shape[:-1], I)
+        n = out.numel() // I
+        tile = _gate_tile(I, activation)
+        _gated_kernel[triton.cdiv(n, tile["ROWS"]),](h=h, weight=weight, out=out, n=n, **tile)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        h, weight = ctx.saved_tensors
+        dh = torch.empty_like(h)
+        dweight = None
+        if weight is not None:
+            dweight = torch.empty_like(weight)
+        I = h.size(-1) // 2
+        n = h.numel() // (2 * I)
+        tile = _gate_tile(I, ctx.activation)
+        _gated_grad_kernel[triton.cdiv(n, tile["ROWS"]),](
+            h=h, weight=weight, grad=grad.contiguous(), dh=dh, dweight=dweight, n=n, **tile)
+        return dh, dweight, None

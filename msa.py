@@ -894,118 +894,237 @@ def _attend_triton(q, k, v, block_idx, L, end, start, stat=None, most=16384, run
             ROWS=own_rows, num_warps=own_rows // 16, **shared)
     return out
 
-# ---- Triton: gradients -----------------------------------------------------------------------------
+# ==== D. Training =================================================================================
+#
+# _Train is one autograd function for attention and the index branch's KL. Forward: prefill's kernels, which also leave
+# each query's log2-sum-exp `stat`; then the KL with its gradient, since both need the same scores. Backward: dQ, dK, dV.
+#     _index_lse_kernel   for each edge (a query and one of its blocks): log2-sum-exp of the index scores there
+#     _index_kl_kernel    index softmax and teacher from those sums, the KL, and its gradient for qi and ki
+#     _dot_kernel         delta = out . dout, which the gradient of a softmax subtracts (FlashAttention-2, 2307.08691)
+#     _backward_kernel    dK and dV of one block, and parts of dQ, from recomputed probabilities
+# All of them walk over tasks, as _kv_outer_kernel does: one block, and up to `run` of the queries that chose it. What a
+# task gives to its keys and an edge to its query is written to a place of its own, then summed in a fixed order by
+# _task_sum_kernel and _slot_sum_kernel. There are no atomics, so that two runs give equal bits.
+# Tiles are transposed, keys by queries: dK and dV then need no transposed operand.
 
-# One program = up to RUN queries that chose one block, ROWS // G of them at a time: their dK and dV, and parts of dQ.
 @jit
-def _backward_kernel(q, k, v, grad, stat, delta, end, edges, tasks, dq, dk, dv, edge0, T, DIMS: tl.constexpr):
-    HKV: tl.constexpr = DIMS[0]
-    G: tl.constexpr = DIMS[1]
-    D: tl.constexpr = DIMS[2]
-    L: tl.constexpr = DIMS[3]
-    S: tl.constexpr = DIMS[4]
-    ROWS: tl.constexpr = DIMS[5]
+def _task(tasks):
+    """This program's task, in a grid of (tasks, sequences): its place, head, block, and range of edges."""
+    n = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    tasks += n * 4
+    return n, tl.load(tasks), tl.load(tasks + 1), tl.load(tasks + 2), tl.load(tasks + 3)
+
+@jit
+def _seen_by(i, j, mine, end, base, T):
+    """Which keys j [L] the queries i [rows] see, where mine [rows]: [L, rows]."""
+    seen = (j[:, None] <= i[None]) & mine[None]
+    if end is not None:
+        seen = seen & (i[None] < tl.load(end + base + j, mask=j < T, other=0)[:, None])
+    return seen
+
+# One program = one task: queries that chose one block, ROWS // G of them at a time: dK and dV, and parts of dQ.
+@jit
+def _backward_kernel(
+    q,      # (queries, HKV * G, D), of this launch
+    k,      # (sequences, T, HKV, D)
+    v,      # as k
+    dout,   # as q
+    stat,   # (queries, HKV * G), log2-sum-exp
+    delta,  # (queries, HKV * G), out . dout
+    end,    # (sequences, T), or None
+    edges,  # (all edges,), ids of (query, head, slot), block after block
+    tasks,  # (sequences, tasks, 4), head, block, first edge, end of the edges
+    dq,     # (queries * HKV * S * G, D), written
+    dk,     # (sequences * tasks * L, D), written
+    dv,     # as dk
+    edge0,  # id of the launch's first edge
+    T,
+    HKV: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    L: tl.constexpr,
+    S: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     TOKENS: tl.constexpr = ROWS // G
     c = tl.program_id(1).to(tl.int64)  # sequence of the launch
-    n = c * tl.num_programs(0) + tl.program_id(0)
-    tasks += n * 4
-    h, blk, lo, hi = tl.load(tasks), tl.load(tasks + 1), tl.load(tasks + 2), tl.load(tasks + 3)
-    r, d, j = tl.arange(0, ROWS), tl.arange(0, D), blk * L + tl.arange(0, L)
+    n, h, blk, lo, hi = _task(tasks)
+    r = tl.arange(0, ROWS)
+    d = tl.arange(0, D)
+    j = blk * L + tl.arange(0, L)
     if lo < hi:
-        keys, held = ((c * T + j) * HKV + h)[:, None] * D + d, (j < T)[:, None]
-        key, value = tl.load(k + keys, mask=held, other=0.0), tl.load(v + keys, mask=held, other=0.0)     # [L, D]
-        dkey, dvalue = tl.zeros([L, D], tl.float32), tl.zeros([L, D], tl.float32)
+        keys = ((c * T + j) * HKV + h)[:, None] * D + d
+        held = (j < T)[:, None]
+        key = tl.load(k + keys, mask=held, other=0.0)                                                  # [L, D]
+        value = tl.load(v + keys, mask=held, other=0.0)                                                # [L, D]
+        dkey = tl.zeros([L, D], tl.float32)
+        dvalue = tl.zeros([L, D], tl.float32)
         for e in range(lo, hi, TOKENS):
+            # the queries of TOKENS edges, G rows each
             mine = (e + r // G < hi) & (r < TOKENS * G)
-            edge = tl.load(edges + e + r // G, mask=mine, other=0) - edge0  # (query, head, slot) within the chunk
+            edge = tl.load(edges + e + r // G, mask=mine, other=0) - edge0  # (query, head, slot) within the launch
             head = edge // S * G + r % G
             i = (edge + edge0) // S // HKV % T
-            x = tl.load(q + head[:, None] * D + d, mask=mine[:, None], other=0.0)                         # [ROWS, D]
-            s = tl.dot(key, x.T, input_precision="ieee") * (D ** -0.5 * 1.4426950408889634)               # [L, ROWS]
-            seen = (j[:, None] <= i[None]) & mine[None]
-            if end is not None:
-                seen = seen & (i[None] < tl.load(end + c * T + j, mask=j < T, other=0)[:, None])
-            p = tl.where(seen, tl.exp2(s - tl.load(stat + head, mask=mine, other=0.0)[None]), 0.0)
-            dout = tl.load(grad + head[:, None] * D + d, mask=mine[:, None], other=0.0)
-            dvalue += tl.dot(p.to(x.dtype), dout, input_precision="ieee")
-            dp = tl.dot(value, dout.T, input_precision="ieee")
-            ds = tl.where(seen, p * (dp - tl.load(delta + head, mask=mine, other=0.0)[None]), 0.0).to(x.dtype)
-            dkey += tl.dot(ds, x, input_precision="ieee")
-            dx = tl.dot(ds.T, key, input_precision="ieee") * D ** -0.5
-            tl.store(dq + (edge * G + r % G)[:, None] * D + d, dx.to(x.dtype), mask=mine[:, None])
-        at = (n * L + tl.arange(0, L))[:, None] * D + d
-        tl.store(dk + at, dkey * D ** -0.5)
-        tl.store(dv + at, dvalue)
+            query = tl.load(q + head[:, None] * D + d, mask=mine[:, None], other=0.0)                  # [ROWS, D]
 
-# One program = up to RUN queries that chose one block: FIRST, the log-sum-exp of their index scores there; then KL and
-# its gradient. The teacher, the mean over G heads, is a product with a matrix of zeros and ones.
+            # their probabilities, and dV = p^T dout
+            score = _scores(key, query, D ** -0.5 * LOG2E)                                             # [L, ROWS]
+            seen = _seen_by(i, j, mine, end, c * T, T)
+            p = tl.where(seen, tl.exp2(score - tl.load(stat + head, mask=mine, other=0.0)[None]), 0.0)
+            dy = tl.load(dout + head[:, None] * D + d, mask=mine[:, None], other=0.0)                  # [ROWS, D]
+            dvalue += tl.dot(p.to(query.dtype), dy, input_precision="ieee")
+
+            # the softmax's gradient: ds = p (dp - delta); dK = ds^T q, dQ = ds k
+            dp = tl.dot(value, dy.T, input_precision="ieee")                                           # [L, ROWS]
+            ds = tl.where(seen, p * (dp - tl.load(delta + head, mask=mine, other=0.0)[None]), 0.0).to(query.dtype)
+            dkey += tl.dot(ds, query, input_precision="ieee")
+            dx = tl.dot(ds.T, key, input_precision="ieee") * D ** -0.5                                 # [ROWS, D]
+            tl.store(dq + (edge * G + r % G)[:, None] * D + d, dx.to(query.dtype), mask=mine[:, None])
+
+        place = (n * L + tl.arange(0, L))[:, None] * D + d
+        tl.store(dk + place, dkey * D ** -0.5)
+        tl.store(dv + place, dvalue)
+
 @jit
-def _kl_kernel(q, k, qi, ki, stat, index_stat, share, end, edges, tasks, value, dqi, dki, edge0, T, DIMS: tl.constexpr):
-    HKV: tl.constexpr = DIMS[0]
-    G: tl.constexpr = DIMS[1]
-    D: tl.constexpr = DIMS[2]
-    DI: tl.constexpr = DIMS[3]
-    L: tl.constexpr = DIMS[4]
-    S: tl.constexpr = DIMS[5]
-    ROWS: tl.constexpr = DIMS[6]
-    COLS: tl.constexpr = DIMS[7]
-    STRIDE: tl.constexpr = DIMS[8]  # every so many queries one learns, and is here
-    TOKENS: tl.constexpr = ROWS // G if index_stat is not None else COLS
+def _index_queries(qi, end, edges, e, hi, edge0, j, b, T, HKV: tl.constexpr, DI: tl.constexpr, S: tl.constexpr,
+                   COLS: tl.constexpr, TOKENS: tl.constexpr, STRIDE: tl.constexpr):
+    """Up to TOKENS edges from e on, as columns of a tile -> which are real [COLS], their ids in the launch [COLS],
+    which keys j [L] they see [L, COLS], their index queries [COLS, DI]."""
+    c = tl.arange(0, COLS)
+    mine = (e + c < hi) & (c < TOKENS)
+    edge = tl.load(edges + e + c, mask=mine, other=0) - edge0
+    i = (edge + edge0) // S // HKV % (T // STRIDE) * STRIDE + STRIDE - 1
+    seen = _seen_by(i, j, mine, end, b * T, T)
+    query = tl.load(qi + (edge // S)[:, None] * DI + tl.arange(0, DI), mask=mine[:, None], other=0.0)
+    return mine, edge, seen, query
+
+# One program = one task: the log2-sum-exp of the index scores of each of its edges.
+@jit
+def _index_lse_kernel(
+    qi,     # (queries, HKV, DI), of this launch
+    ki,     # (sequences, T, DI)
+    end,    # (sequences, T), or None
+    edges,  # (all edges,), ids of (query, head, slot), block after block
+    tasks,  # (sequences, tasks, 4), head, block, first edge, end of the edges
+    lse,    # (queries, HKV, S), written
+    edge0,  # id of the launch's first edge
+    T,
+    HKV: tl.constexpr,
+    DI: tl.constexpr,
+    L: tl.constexpr,
+    S: tl.constexpr,
+    COLS: tl.constexpr,    # edges at a time
+    STRIDE: tl.constexpr,  # every so many queries one learns, and is here
+):
+    b = tl.program_id(1).to(tl.int64)  # sequence of the launch
+    n, h, blk, lo, hi = _task(tasks)
+    j = blk * L + tl.arange(0, L)
+    if lo < hi:
+        index_key = tl.load(ki + (b * T + j)[:, None] * DI + tl.arange(0, DI), mask=(j < T)[:, None], other=0.0)
+        for e in range(lo, hi, COLS):
+            mine, edge, seen, query = _index_queries(qi, end, edges, e, hi, edge0, j, b, T, HKV, DI, S, COLS, COLS, STRIDE)
+            score = tl.where(seen, _scores(index_key, query, DI ** -0.5 * LOG2E), NOTHING)             # [L, COLS]
+            peak = tl.maximum(tl.max(score, 0), LEAST)
+            tl.store(lse + edge, peak + tl.log2(tl.sum(tl.exp2(score - peak[None]), 0)), mask=mine)
+
+# One program = one task: the KL of each of its edges and its gradient. The teacher, the mean over G heads, is a product
+# with a matrix of zeros and ones.
+@jit
+def _index_kl_kernel(
+    q,           # (queries, HKV * G, D), of this launch
+    k,           # (sequences, T, HKV, D)
+    qi,          # (queries, HKV, DI)
+    ki,          # (sequences, T, DI)
+    stat,        # (queries, HKV * G), log2-sum-exp of the main scores
+    index_stat,  # (queries, HKV), that of the index scores
+    share,       # (queries,), a query's weight in the mean
+    end,         # (sequences, T), or None
+    edges,       # (all edges,), ids of (query, head, slot), block after block
+    tasks,       # (sequences, tasks, 4), head, block, first edge, end of the edges
+    kl,          # (queries, HKV, S), written
+    dqi,         # (queries * HKV * S, DI), written
+    dki,         # (sequences * tasks * L, DI), written
+    edge0,       # id of the launch's first edge
+    T,
+    HKV: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DI: tl.constexpr,
+    L: tl.constexpr,
+    S: tl.constexpr,
+    ROWS: tl.constexpr,    # rows of the main branch at a time, G an edge
+    COLS: tl.constexpr,    # ROWS // G, rounded up to what a product takes
+    STRIDE: tl.constexpr,  # every so many queries one learns, and is here
+):
+    TOKENS: tl.constexpr = ROWS // G
     WIDE: tl.constexpr = tl.float16 if q.dtype.element_ty == tl.bfloat16 else q.dtype.element_ty  # tf32: a biased mean
     b = tl.program_id(1).to(tl.int64)  # sequence of the launch
-    n = b * tl.num_programs(0) + tl.program_id(0)
-    tasks += n * 4
-    h, blk, lo, hi = tl.load(tasks), tl.load(tasks + 1), tl.load(tasks + 2), tl.load(tasks + 3)
-    r, c, j = tl.arange(0, ROWS), tl.arange(0, COLS), blk * L + tl.arange(0, L)
-    d, di = tl.arange(0, D), tl.arange(0, DI)
+    n, h, blk, lo, hi = _task(tasks)
+    r = tl.arange(0, ROWS)
+    c = tl.arange(0, COLS)
+    j = blk * L + tl.arange(0, L)
+    d = tl.arange(0, D)
+    di = tl.arange(0, DI)
     if lo < hi:
         held = (j < T)[:, None]
-        index_key = tl.load(ki + (b * T + j)[:, None] * DI + di, mask=held, other=0.0)                    # [L, DI]
-        key = tl.load(k + ((b * T + j) * HKV + h)[:, None] * D + d, mask=held, other=0.0)
+        index_key = tl.load(ki + (b * T + j)[:, None] * DI + di, mask=held, other=0.0)                 # [L, DI]
+        key = tl.load(k + ((b * T + j) * HKV + h)[:, None] * D + d, mask=held, other=0.0)              # [L, D]
         dkey = tl.zeros([L, DI], tl.float32)
         for e in range(lo, hi, TOKENS):
-            mine = (e + c < hi) & (c < TOKENS)
-            edge = tl.load(edges + e + c, mask=mine, other=0) - edge0      # (query, head, slot) within the chunk
-            i = (edge + edge0) // S // HKV % (T // STRIDE) * STRIDE + STRIDE - 1
-            seen = (j[:, None] <= i[None]) & mine[None]
-            if end is not None:
-                seen = seen & (i[None] < tl.load(end + b * T + j, mask=j < T, other=0)[:, None])
-            x = tl.load(qi + (edge // S)[:, None] * DI + di, mask=mine[:, None], other=0.0)               # [COLS, DI]
-            s = tl.dot(index_key, x.T, input_precision="ieee") * (DI ** -0.5 * 1.4426950408889634)        # [L, COLS]
-            if index_stat is None:
-                s = tl.where(seen, s, float("-inf"))
-                m = tl.maximum(tl.max(s, 0), LEAST)
-                tl.store(value + edge, m + tl.log2(tl.sum(tl.exp2(s - m[None]), 0)), mask=mine)
-            else:
-                own = (e + r // G < hi) & (r < TOKENS * G)
-                head = (tl.load(edges + e + r // G, mask=own, other=0) - edge0) // S * G + r % G
-                y = tl.load(q + head[:, None] * D + d, mask=own[:, None], other=0.0)                      # [ROWS, D]
-                p = tl.dot(key, y.T, input_precision="ieee") * (D ** -0.5 * 1.4426950408889634)           # [L, ROWS]
-                # at most 1 where visible; elsewhere it could be inf, and 0 * inf in the product below nan
-                p = tl.exp2(tl.minimum(p - tl.load(stat + head, mask=own, other=float("inf"))[None], 0.0))
-                group = tl.where((r[:, None] // G == c[None]) & own[:, None], 1.0, 0.0).to(WIDE)          # [ROWS, COLS]
-                p = tl.where(seen, tl.dot(p.to(WIDE), group, input_precision="ieee") / G, 0.0)            # [L, COLS]
-                weight = tl.load(share + (edge // S // HKV), mask=mine, other=0.0)
-                s -= tl.load(index_stat + edge // S, mask=mine, other=0.0)[None]
-                kl = tl.sum(tl.where(p > 0, p * (tl.log2(tl.maximum(p, 1e-30)) - s), 0.0), 0)
-                tl.store(value + edge, kl * weight * 0.6931471805599453, mask=mine)
-                ds = (tl.where(seen, tl.exp2(s) - p, 0.0) * (weight * DI ** -0.5)[None]).to(x.dtype)
-                dkey += tl.dot(ds, x, input_precision="ieee")
-                dx = tl.dot(ds.T, index_key, input_precision="ieee")
-                tl.store(dqi + edge[:, None] * DI + di, dx.to(x.dtype), mask=mine[:, None])
-        if index_stat is not None:
-            tl.store(dki + (n * L + tl.arange(0, L))[:, None] * DI + di, dkey)
+            # index scores: a column is an edge
+            mine, edge, seen, index_query = _index_queries(qi, end, edges, e, hi, edge0, j, b, T, HKV, DI, S, COLS,
+                                                           TOKENS, STRIDE)
+            score = _scores(index_key, index_query, DI ** -0.5 * LOG2E)                                # [L, COLS]
+
+            # teacher: a row is a head of an edge. Its p are at most 1 where visible; elsewhere they could be inf, and
+            # 0 * inf in the product below NaN
+            own = (e + r // G < hi) & (r < TOKENS * G)
+            head = (tl.load(edges + e + r // G, mask=own, other=0) - edge0) // S * G + r % G
+            query = tl.load(q + head[:, None] * D + d, mask=own[:, None], other=0.0)                   # [ROWS, D]
+            p = _scores(key, query, D ** -0.5 * LOG2E)                                                 # [L, ROWS]
+            p = tl.exp2(tl.minimum(p - tl.load(stat + head, mask=own, other=float("inf"))[None], 0.0))
+            group = tl.where((r[:, None] // G == c[None]) & own[:, None], 1.0, 0.0).to(WIDE)           # [ROWS, COLS]
+            p = tl.where(seen, tl.dot(p.to(WIDE), group, input_precision="ieee") / G, 0.0)             # [L, COLS]
+
+            # KL
+            weight = tl.load(share + (edge // S // HKV), mask=mine, other=0.0)
+            score -= tl.load(index_stat + edge // S, mask=mine, other=0.0)[None]
+            term = tl.where(p > 0, p * (tl.log2(tl.maximum(p, TINY)) - score), 0.0)
+            tl.store(kl + edge, tl.sum(term, 0) * weight * LN2, mask=mine)
+
+            # gradients: index softmax - teacher
+            ds = (tl.where(seen, tl.exp2(score) - p, 0.0) * (weight * DI ** -0.5)[None]).to(index_query.dtype)
+            dkey += tl.dot(ds, index_query, input_precision="ieee")
+            dx = tl.dot(ds.T, index_key, input_precision="ieee")                                       # [COLS, DI]
+            tl.store(dqi + edge[:, None] * DI + di, dx.to(index_query.dtype), mask=mine[:, None])
+
+        tl.store(dki + (n * L + tl.arange(0, L))[:, None] * DI + di, dkey)
 
 # One program = one block and KV head: the parts of a gradient of its keys, task after task, always in this order.
 @jit
-def _task_sum_kernel(part, ends, out, P, T, HKV: tl.constexpr, D: tl.constexpr, L: tl.constexpr):
-    blk, h, c, d = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64), tl.arange(0, D)
-    bucket, j = h * tl.num_programs(0) + blk, blk * L + tl.arange(0, L)
+def _task_sum_kernel(
+    part,  # (sequences * P * L, D)
+    ends,  # (sequences, HKV * blocks), tasks up to a block's last
+    out,   # (sequences, T, HKV, D), added to
+    P,     # tasks a sequence
+    T,
+    HKV: tl.constexpr,
+    D: tl.constexpr,
+    L: tl.constexpr,
+):
+    blk = tl.program_id(0)
+    h = tl.program_id(1)
+    c = tl.program_id(2).to(tl.int64)
+    d = tl.arange(0, D)
+    j = blk * L + tl.arange(0, L)
+    bucket = h * tl.num_programs(0) + blk
     ends += c * HKV * tl.num_programs(0)
-    lo, hi = tl.load(ends + bucket - 1, mask=bucket > 0, other=0), tl.load(ends + bucket)
+    lo = tl.load(ends + bucket - 1, mask=bucket > 0, other=0)
+    hi = tl.load(ends + bucket)
     if lo < hi:
-        rows, held = ((c * T + j) * HKV + h)[:, None] * D + d, (j < T)[:, None]
-        acc = tl.load(out + rows, mask=held, other=0.0)
+        rows = ((c * T + j) * HKV + h)[:, None] * D + d
+        held = (j < T)[:, None]
+        acc = tl.load(out + rows, mask=held, other=0.0)                                                # [L, D]
         parts = part + (c * P + lo) * L * D + tl.arange(0, L)[:, None] * D + d
         for _ in range(lo, hi):
             acc += tl.load(parts)
@@ -1014,17 +1133,37 @@ def _task_sum_kernel(part, ends, out, P, T, HKV: tl.constexpr, D: tl.constexpr, 
 
 # One program = ROWS rows: a . b of each.
 @jit
-def _dot_kernel(a, b, out, n, D: tl.constexpr, ROWS: tl.constexpr):
+def _dot_kernel(
+    a,    # (n, D)
+    b,    # (n, D)
+    out,  # (n,), written
+    n,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    at, held = r[:, None] * D + tl.arange(0, D), (r < n)[:, None]
-    x, y = tl.load(a + at, mask=held, other=0.0), tl.load(b + at, mask=held, other=0.0)
-    tl.store(out + r, tl.sum(x.to(out.dtype.element_ty) * y, 1), mask=r < n)
+    place = r[:, None] * D + tl.arange(0, D)
+    held = r < n
+    x = tl.load(a + place, mask=held[:, None], other=0.0)                                              # [ROWS, D]
+    y = tl.load(b + place, mask=held[:, None], other=0.0)
+    tl.store(out + r, tl.sum(x.to(out.dtype.element_ty) * y, 1), mask=held)
 
 # One program = one or more (query, KV head) rows: the parts of a gradient of a query, summed over the slots.
 @jit
-def _slot_sum_kernel(part, block_idx, out, n, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr):
-    r, d = tl.arange(0, ROWS), tl.arange(0, D)
-    row, g = (tl.program_id(0).to(tl.int64) * ROWS + r) // G, (tl.program_id(0).to(tl.int64) * ROWS + r) % G
+def _slot_sum_kernel(
+    part,       # (n * S * G, D)
+    block_idx,  # (n, S)
+    out,        # (n * G, D), written
+    n,          # rows: queries * HKV
+    G: tl.constexpr,
+    D: tl.constexpr,
+    S: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    d = tl.arange(0, D)
+    place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = place // G
+    g = place % G
     acc = tl.zeros([ROWS, D], tl.float32)
     for slot in tl.range(0, S, num_stages=3):
         chosen = (row < n) & (tl.load(block_idx + row * S + slot, mask=row < n, other=-1) >= 0)
@@ -1036,83 +1175,124 @@ class _Train(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, qi, ki, block_idx, L, end, share, stride):
-        ctx.L, ctx.end, ctx.stride, stat = L, end, stride, torch.empty(q.shape[:3], device=q.device)
+        stat = torch.empty(q.shape[:3], device=q.device)
         out = _attend_triton(q, k, v, block_idx, L, end, None, stat)
-        rows = (x[:, stride - 1::stride].contiguous() for x in (q, qi, stat, block_idx))
-        kl, *ctx.index = _kl_triton(*rows, k, ki, L, end, share, stride)
+        learning = (x[:, stride - 1::stride].contiguous() for x in (q, qi, stat, block_idx))
+        kl, *ctx.index = _kl_triton(*learning, k, ki, L, end, share, stride)
+        ctx.L, ctx.end, ctx.stride = L, end, stride
         ctx.save_for_backward(q, k, v, block_idx, out, stat)
         return out, kl
 
     @staticmethod
-    def backward(ctx, grad, grad_kl):
-        some, dki = ((grad_kl * x).to(x.dtype) for x in ctx.index)
-        dqi = some.new_zeros(*grad.shape[:2], *some.shape[2:])
-        dqi[:, ctx.stride - 1::ctx.stride] = some
-        return *_attend_backward(*ctx.saved_tensors, grad.contiguous(), ctx.L, ctx.end), dqi, dki, *[None] * 5
+    def backward(ctx, dout, dkl):
+        learning, dki = ((dkl * x).to(x.dtype) for x in ctx.index)
+        dqi = learning.new_zeros(*dout.shape[:2], *learning.shape[2:])
+        dqi[:, ctx.stride - 1::ctx.stride] = learning
+        return *_attend_backward(*ctx.saved_tensors, dout.contiguous(), ctx.L, ctx.end), dqi, dki, *[None] * 5
 
-def _chunks(q, block_idx, N, width=0, run=1024, most=2 ** 19):
-    """Sort the queries of each chunk by all their blocks, own one included, at most `most` query heads a launch.
-    -> launches, queries and sequences of the largest, edges, tasks, ends. Offsets in a launch are int32: a query has S
-    parts of H * D elements, or `width`."""
-    (B, T, H, D), S = q.shape, block_idx.size(3)
-    size, launches = _launches(B, T, max(1, min(most // H, (2 ** 31 - 1) // (S * max(H * D, width)))))
-    return launches, launches[0].rows.stop, launches[0].count, *_plan(block_idx, N, size, run)
+def _chunks(q, block_idx, N, width, run=1024, most=2 ** 19):
+    """Sort the queries of each chunk by all their blocks, own one included, at most `most` query heads a launch, and
+    up to `run` queries a task -> launches, and the plan: edges, tasks, ends. Offsets within a launch are int32: a query
+    has S parts of `width` elements."""
+    B, T, H, D = q.shape
+    limit = (2 ** 31 - 1) // (block_idx.size(3) * width)
+    size, launches = _launches(B, T, max(1, min(most // H, limit)))
+    return launches, *_plan(block_idx, N, size, run)
 
 def _kl_triton(q, qi, stat, block_idx, k, ki, L, end, share, stride):
-    """-> KL, dqi, dki, for the queries that learn, every stride-th of the T that ki has. stat (B, t, H): log2-sum-exp
-    of the main branch; share (B, t): a query's weight in the mean."""
-    (B, t, H, D), (Hkv, S), T, Di, dev = q.shape, block_idx.shape[2:], *ki.shape[1:], q.device
-    dqi, dki, kl = torch.empty_like(qi), torch.zeros(B, T, Hkv, Di, device=dev), torch.zeros((), device=dev)
-    if not t:
+    """The KL and its gradient, for the t queries that learn, every stride-th of the T that k and ki have.
+
+    q (B, t, H, D), qi (B, t, Hkv, Di), block_idx (B, t, Hkv, S)
+    stat:  (B, t, H), log2-sum-exp of the main scores
+    share: (B, t), a query's weight in the mean
+    -> KL, dqi, dki
+    """
+    B, t, H, D = q.shape
+    Hkv, S = block_idx.shape[2:]
+    T, Di = ki.shape[1:]
+    G = H // Hkv
+    kl = torch.zeros((), device=q.device)
+    dqi = torch.empty_like(qi)
+    dki = torch.zeros(B, T, Hkv, Di, device=q.device)
+    if t == 0:
         return kl, dqi, dki.sum(2).to(ki.dtype)
     block_idx = torch.where(share[..., None, None] == 0, -1, block_idx)  # a pad learns nothing: no task
-    launches, queries, sequences, edges, tasks, ends = _chunks(q, block_idx, -(-T // L), Hkv * Di)
-    P, G, rows = tasks.size(1), H // Hkv, max(64, triton.next_power_of_2(H // Hkv))
-    dims, cols = (Hkv, G, D, Di, L, S, rows), max(16, triton.next_power_of_2(rows // G))
-    part = torch.empty(queries * Hkv * S, Di, dtype=q.dtype, device=dev)
-    keys = torch.empty(sequences * P * L, Di, device=dev)
+    launches, edges, tasks, ends = _chunks(q, block_idx, -(-T // L), max(H * D, Hkv * Di))
+    P = tasks.size(1)
+    part = torch.empty(launches[0].rows.stop * Hkv * S, Di, dtype=q.dtype, device=q.device)
+    key_part = torch.empty(launches[0].count * P * L, Di, device=q.device)
+
     # a row that saw a NaN has it in its sums of exponentials, and from there in all it gives: elsewhere NaN may go
-    spoilt = stat.isnan().unflatten(2, (Hkv, G)).any(3) & (share != 0)[..., None]                          # (B, t, Hkv)
-    flat = [x.flatten(0, 1) for x in (_finite(q), qi, _finite(qi), _finite(stat), share, block_idx, dqi, spoilt)]
-    clean_k, clean_ki = _finite(k), _finite(ki)
+    spoilt = stat.isnan().unflatten(2, (Hkv, G)).any(3) & (share != 0)[..., None]                       # (B, t, Hkv)
+    clean_q, clean_qi, clean_k, clean_ki, clean_stat = (_finite(x) for x in (q, qi, k, ki, stat))
+    rows = _power_of_2(G, 64)
     for launch in launches:
-        c, b, n, at = launch.chunk, launch.sequence, launch.count, launch.rows
-        x, xi, clean_xi, stats, shares, blocks, dx, lost = (x[at] for x in flat)
-        value = torch.full((len(x), Hkv, S), float("-inf"), device=dev)
-        rest = shares, None if end is None else end[b:], edges, tasks[c], value, part, keys, at.start * Hkv * S, T
-        _kl_kernel[P, n](x, clean_k[b:], xi, ki[b:], stats, None, *rest, (*dims, 64, stride), num_warps=4, num_stages=2)
-        index_stat = (value * 0.6931471805599453).logsumexp(-1) * 1.4426950408889634
-        index_stat.masked_fill_(lost, float("nan"))
-        value.zero_()
-        _kl_kernel[P, n](x, clean_k[b:], clean_xi, clean_ki[b:], stats, index_stat, *rest, (*dims, cols, stride),
-                         num_warps=8, num_stages=2)
+        b, at = launch.sequence, launch.rows
+        shared = dict(
+            end=None if end is None else end[b:], edges=edges, tasks=tasks[launch.chunk], edge0=at.start * Hkv * S,
+            T=T, HKV=Hkv, DI=Di, L=L, S=S, STRIDE=stride, num_stages=2)
+        n = at.stop - at.start
+
+        # the sums of exponentials, block by block and then over a query's blocks
+        lse = torch.full((n, Hkv, S), float("-inf"), device=q.device)
+        _index_lse_kernel[P, launch.count](
+            qi=_rows(qi, at), ki=ki[b:], lse=lse, COLS=64, num_warps=4, **shared)
+        index_stat = (lse * math.log(2)).logsumexp(-1) * math.log2(math.e)
+        index_stat.masked_fill_(_rows(spoilt, at), float("nan"))
+
+        # KL and gradients; an edge without keys writes none
+        value = torch.zeros_like(lse)
+        _index_kl_kernel[P, launch.count](
+            q=_rows(clean_q, at), k=clean_k[b:], qi=_rows(clean_qi, at), ki=clean_ki[b:], stat=_rows(clean_stat, at),
+            index_stat=index_stat, share=_rows(share, at), kl=value, dqi=part, dki=key_part, G=G, D=D, ROWS=rows,
+            COLS=_power_of_2(rows // G, 16), num_warps=8, **shared)
         kl += value.masked_fill_(index_stat.isnan()[..., None], float("nan")).sum()
-        _task_sum_kernel[-(-T // L), Hkv, n](keys, ends[c], dki[b], P, T, Hkv, Di, L, num_warps=8)
-        _slot_sum_kernel[-(-len(x) * Hkv // 16),](part, blocks, dx, len(x) * Hkv, 1, Di, S, 16)
+        _sum_tasks(key_part, ends[launch.chunk], dki[b], P, launch.count, L)
+        _sum_slots(part, _rows(block_idx, at), _rows(dqi, at), 1)
     return kl, dqi, dki.sum(2).to(ki.dtype)
 
-def _attend_backward(q, k, v, block_idx, out, stat, grad, L, end):
-    """-> dq, dk, dv."""
-    (B, T, H, D), (Hkv, S), dev = q.shape, block_idx.shape[2:], q.device
-    launches, queries, sequences, edges, tasks, ends = _chunks(q, block_idx, -(-T // L))
-    dq, (dk, dv) = torch.empty_like(q), (torch.zeros(k.shape, device=dev) for _ in "kv")
-    P, G, delta = tasks.size(1), H // Hkv, torch.empty_like(stat)
-    _dot_kernel[-(-delta.numel() // 64),](out, grad, delta, delta.numel(), D, 64)
-    part = torch.empty(queries * H * S, D, dtype=q.dtype, device=dev)
-    keys, values = (torch.empty(sequences * P * L, D, device=dev) for _ in "kv")
-    rows = max(64 if G & (G - 1) == 0 else 32, triton.next_power_of_2(G))
+def _attend_backward(q, k, v, block_idx, out, stat, dout, L, end):
+    """-> dq, dk, dv of _attend_triton, whose `out` and `stat` are those of the forward pass."""
+    B, T, H, D = q.shape
+    Hkv, S = block_idx.shape[2:]
+    G = H // Hkv
+    delta = torch.empty_like(stat)
+    _dot_kernel[triton.cdiv(delta.numel(), 64),](a=out, b=dout, out=delta, n=delta.numel(), D=D, ROWS=64)
+    launches, edges, tasks, ends = _chunks(q, block_idx, -(-T // L), H * D)
+    P = tasks.size(1)
+    dq = torch.empty_like(q)
+    dk = torch.zeros(k.shape, device=q.device)
+    dv = torch.zeros(k.shape, device=q.device)
+    part = torch.empty(launches[0].rows.stop * H * S, D, dtype=q.dtype, device=q.device)
+    key_part = torch.empty(launches[0].count * P * L, D, device=q.device)
+    value_part = torch.empty_like(key_part)
+    rows = 64
+    if G & (G - 1) != 0:  # 64 rows of 10 tokens by 6 heads spill registers
+        rows = 32
     q, k, v = _finite(q), _finite(k), _finite(v)  # a row that saw a NaN has it in stat or delta, and so in all it gives
-    flat = [x.flatten(0, 1) for x in (q, grad, stat, delta, block_idx, dq)]
     for launch in launches:
-        c, b, n, at = launch.chunk, launch.sequence, launch.count, launch.rows
-        x, dy, stats, deltas, blocks, dx = (x[at] for x in flat)
-        _backward_kernel[P, n](x, k[b:], v[b:], dy, stats, deltas, None if end is None else end[b:], edges, tasks[c],
-                               part, keys, values, at.start * Hkv * S, T, (Hkv, G, D, L, S, rows), num_warps=8,
-                               num_stages=2)
-        for y, total in ((keys, dk), (values, dv)):
-            _task_sum_kernel[-(-T // L), Hkv, n](y, ends[c], total[b], P, T, Hkv, D, L, num_warps=8)
-        _slot_sum_kernel[-(-len(x) * H // 16),](part, blocks, dx, len(x) * Hkv, G, D, S, 16)
+        b, at = launch.sequence, launch.rows
+        _backward_kernel[P, launch.count](
+            q=_rows(q, at), k=k[b:], v=v[b:], dout=_rows(dout, at), stat=_rows(stat, at), delta=_rows(delta, at),
+            end=None if end is None else end[b:], edges=edges, tasks=tasks[launch.chunk],
+            dq=part, dk=key_part, dv=value_part, edge0=at.start * Hkv * S, T=T,
+            HKV=Hkv, G=G, D=D, L=L, S=S, ROWS=_power_of_2(G, rows), num_warps=8, num_stages=2)
+        _sum_tasks(key_part, ends[launch.chunk], dk[b], P, launch.count, L)
+        _sum_tasks(value_part, ends[launch.chunk], dv[b], P, launch.count, L)
+        _sum_slots(part, _rows(block_idx, at), _rows(dq, at), G)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+def _sum_tasks(part, ends, out, P, count, L):
+    """Add what the P tasks of each of `count` sequences gave to their keys; out (T, Hkv, D) is the first sequence's."""
+    T, Hkv, D = out.shape
+    _task_sum_kernel[triton.cdiv(T, L), Hkv, count](part=part, ends=ends, out=out, P=P, T=T, HKV=Hkv, D=D, L=L,
+                                                    num_warps=8)
+
+def _sum_slots(part, block_idx, out, G):
+    """Sum what the slots of block_idx (n, Hkv, S) gave to their queries: out (n, Hkv * G, D)."""
+    n, Hkv, S = block_idx.shape
+    _slot_sum_kernel[triton.cdiv(n * Hkv * G, 16),](part=part, block_idx=block_idx, out=out, n=n * Hkv, G=G,
+                                                   D=out.size(-1), S=S, ROWS=16)
 
 # ---- Triton: decode ------------------------------------------------------------------------------
 

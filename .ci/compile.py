@@ -55,14 +55,13 @@ def variants():
 
     # training
     train = dict(num_warps=8, num_stages=2)
-    grad = dict(grad="*bf16", value="*fp32")
+    yield variant("index_lse", M3, num_stages=2, COLS=64, STRIDE=1)
+    yield variant("index_kl", M2, **train, ROWS=64, COLS=16, STRIDE=8)
     yield variant("dot", M3, ROWS=64, types=dict(out="*fp32"))
-    yield variant("backward", M3, **train, DIMS=(4, 16, 128, 128, 16, 64), types=grad)
-    yield variant("backward", M2, **train, DIMS=(8, 6, 128, 128, 16, 32), types=grad)
-    yield variant("slot_sum", M3, ROWS=16)
+    yield variant("backward", M3, **train, ROWS=64)
+    yield variant("backward", M2, **train, ROWS=32)
     yield variant("task_sum", M3, **train, types=dict(part="*fp32", out="*fp32"))
-    yield variant("kl", M3, num_stages=2, DIMS=(4, 16, 128, 128, 128, 16, 64, 64, 1), types=dict(grad, index_stat=None))
-    yield variant("kl", M2, **train, DIMS=(8, 6, 128, 128, 128, 16, 64, 16, 8), types=grad)
+    yield variant("slot_sum", M3, ROWS=16)
 
     # decode
     old = dict(cap="i32", scores="*fp32", slack="*fp32", scale="*bf16")

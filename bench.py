@@ -26,7 +26,6 @@ import tempfile
 import time
 from functools import partial
 from itertools import product
-from types import SimpleNamespace
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -701,7 +700,8 @@ def compare_schedules(args):
         print(f"trained {name:6s} | {result['steps']} steps in {result['virtual_seconds']:4.0f} virtual s | "
               f"idle {result['idle']:3.0%} | reward {result['reward_per_virtual_s']:.2f} a virtual s | "
               f"solved {result['reward_start']:.2f} -> {result['reward_end']:.2f} | lag {result['max_lag']}")
-    rl.draw(curves, SimpleNamespace(figure=args.figure, task="calculator"))
+    if args.figure:
+        rl.draw(curves, args.figure, "calculator")
     return dict(device=args.name, rows=rows, trained=trained)
 
 def measure_rates(args):

@@ -21,9 +21,21 @@ import signal
 if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: no traceback
     at_ctrl_c = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-import bisect, contextlib, dataclasses, hmac, http.server, io, json, math, random, re, socket, sys, threading, time
+import bisect
+import contextlib
+import dataclasses
+import hmac
+import http.server
+import io
+import json
+import math
+import random
+import re
+import socket
+import sys
+import threading
+import time
 from queue import Empty, SimpleQueue
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -36,10 +48,18 @@ from sample import (Parser, SaveTimer, Threads, Tokenizer, check_fields, check_f
 from train import configure_optimizers, set_rates, step_bytes, update
 
 EPS_HIGH = 4.0                         # not published: upper clip of the ratio, 1 + 4
-PROCESS, SPEED, FAILURE = -0.1, 0.1, -0.1  # not published: a malformed call; the weight of speed; a task that got stuck
-CALL_S, CHAR_S, TRAIN_S = 1.0, 0.02, 4.0   # virtual seconds of a call, of a character, of a training step
-MAX_NEW, STOP = 16, (*b"].",)           # tokens of one completion at most; a call or an answer ends with one of these
-WARM_LR, NOISE = 1.2e-2, 0.15          # of the imitation: its rate, the share of the teacher's characters that is wrong
+# not published: rewards
+PROCESS = -0.1                         # of a malformed call
+SPEED = 0.1                            # weight of speed
+FAILURE = -0.1                         # of a task that got stuck
+# seconds on the virtual clock
+CALL_S = 1.0                           # of a call
+CHAR_S = 0.02                          # of a character
+TRAIN_S = 4.0                          # of a training step
+MAX_NEW = 16                           # tokens of one completion at most
+STOP = (*b"].",)                       # a call or an answer ends with one of these
+WARM_LR = 1.2e-2                       # rate of the imitation
+NOISE = 0.15                           # share of the teacher's characters that is wrong
 MICRO_TOKENS = 16384                   # slots of a micro-batch at most, so that its activations fit a small GPU
 ROUNDING = 16                          # units of the last place: eight times what is left of terms that cancel
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")  # types of a message's parts that are text
@@ -53,89 +73,135 @@ MADE_BY = ("task", "turns", "preset", "attn", "mtp")  # what the model of a chec
 # ---- agents: they see messages and text, nothing of the model ------------------------------------
 
 def size(messages):
-    return sum(len(m["content"]) for m in messages)
+    """Characters of a context."""
+    return sum(len(message["content"]) for message in messages)
 
 class Task:
-    """Calls of a tool, then an answer. A subclass has prompt, answer, difficulty (about the calls that it takes), tool
-    (text -> observation, None for a malformed call), expert (messages -> text), a teacher, and its calls' alphabet."""
+    """Calls of a tool, then an answer.
+
+    A subclass has
+    prompt, answer
+    difficulty  about the calls that it takes
+    alphabet    of its calls
+    tool        a call's text -> observation, None for a malformed call
+    expert      messages -> text: a teacher
+    """
     cap = math.inf                     # characters of context; an episode that needs more fails
 
     def agent(self):
         """One episode: yields messages, is sent a completion's text, None if the context is too long -> a reward for
-        each, success, virtual seconds. Success pays 1, and for speed h(x) = clip(1 - x, -1, 1) of time over a baseline.
-        An answer other than the tool's last fails, be it right, and is malformed, as a wrong call is: guessing must not
-        look safe. Under a cap D] drops all but prompt and last observation: what to forget is an action."""
-        prompt, baseline = dict(role="user", content=self.prompt), 2 * self.difficulty * (CALL_S + 8 * CHAR_S)
-        messages, rewards, seconds, given, capped = [prompt], [], 0.0, None, self.cap < math.inf
-        limit = self.difficulty * (1 + capped) + 3
-        while len(rewards) < limit and size(messages) <= self.cap and (text := (yield messages)) is not None:
+        each, success, virtual seconds.
+
+        Success pays 1, and for speed h(x) = clip(1 - x, -1, 1) of time over a baseline. An answer other than the tool's
+        last fails, be it right, and is malformed, as a wrong call is: guessing must not look safe. Under a cap, the
+        call D] drops all but the prompt and the last observation: what to forget is an action."""
+        prompt = dict(role="user", content=self.prompt)
+        baseline = 2 * self.difficulty * (CALL_S + 8 * CHAR_S)
+        limit = self.difficulty + 3
+        if self.cap < math.inf:
+            limit += self.difficulty   # to drop takes a turn
+        messages = [prompt]
+        rewards = []
+        seconds = 0.0
+        given = None                   # what the tool said last
+        while len(rewards) < limit and size(messages) <= self.cap:
+            text = yield messages
+            if text is None:
+                break
             seconds += CALL_S + CHAR_S * len(text)
+
+            # an answer ends the episode
             if text.startswith("A"):
                 known = given is not None and text == f"A{given}."
                 success = known and given == str(self.answer)
-                outcome = 1.0 + SPEED * max(-1.0, min(1.0, 1 - seconds / baseline)) if success else 0.0
-                return [*rewards, outcome + (0.0 if known else PROCESS)], success, seconds
-            if text == "D]" and capped:
-                messages, observation = [prompt, *messages[1:][-1:]], ""
-            else:
-                observation = self.tool(text)
-                given, reply = observation[:-1] if observation else given, f"={observation or '?;'}"
-                messages = [*messages, dict(role="assistant", content=text), dict(role="tool", content=reply)]
+                reward = 0.0 if known else PROCESS
+                if success:
+                    reward += 1.0 + SPEED * max(-1.0, min(1.0, 1 - seconds / baseline))
+                return [*rewards, reward], success, seconds
+
+            # a turn of forgetting, or a call of the tool
+            if text == "D]" and self.cap < math.inf:
+                messages = [prompt, *messages[1:][-1:]]
+                rewards.append(0.0)
+                continue
+            observation = self.tool(text)
+            if observation:
+                given = observation[:-1]
+            reply = dict(role="tool", content=f"={observation or '?;'}")
+            messages = [*messages, dict(role="assistant", content=text), reply]
             rewards.append(PROCESS if observation is None else 0.0)
         return rewards or [0.0], False, seconds
 
 class Calculator(Task):
     """One to three operations, one a call: Q12*3+45; t2[12*3] =36; t1[36+45] =81; A81. The thought: how many remain."""
-    OPS, alphabet = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}, "0123456789"
+    OPS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+    alphabet = "0123456789"
 
     def __init__(self, rng):
-        self.difficulty, results = rng.randint(1, 3), [-1]
-        while not all(0 <= r <= 999 for r in results):
+        self.difficulty = rng.randint(1, 3)
+        results = [-1]
+        while not all(0 <= result <= 999 for result in results):
             results = [rng.randint(2, 99)]
             self.terms = [str(results[0])]
             for op in map(rng.choice, ["+-*"] * self.difficulty):
                 n = rng.randint(2, 9 if op == "*" else 99)
                 self.terms.append(f"{op}{n}")
                 results.append(self.OPS[op](results[-1], n))
-        self.prompt, self.answer = f"Q{''.join(self.terms)};", results[-1]
+        self.prompt = f"Q{''.join(self.terms)};"
+        self.answer = results[-1]
 
-    def tool(self, text):  # parsed, never evaluated; None for what is too large as well
+    def tool(self, text):
+        """Parsed, never evaluated; None for what is too large as well."""
         call = re.fullmatch(r"t\d\[(\d{1,4})([+*-])(\d{1,4})\]", text)
-        result = self.OPS[call[2]](int(call[1]), int(call[3])) if call else -1
+        if call is None:
+            return None
+        result = self.OPS[call[2]](int(call[1]), int(call[3]))
         return f"{result};" if 0 <= result <= 9999 else None
 
     def expert(self, messages):
-        done, last = len(messages) // 2, messages[-1]["content"][1:-1]
+        done = len(messages) // 2
+        last = messages[-1]["content"][1:-1]
         if done >= self.difficulty or last == "?":
             return f"A{last.replace('?', '0')}."
-        return f"t{self.difficulty - done}[{last if done else self.terms[0]}{self.terms[done + 1]}]"
+        left = last if done else self.terms[0]
+        return f"t{self.difficulty - done}[{left}{self.terms[done + 1]}]"
 
 class Maze(Task):
     """A chain of keys: Mqa; t0[qa] =xk; t1[xk] =bd! Abd. Each call yields the next key, the last is marked with "!"."""
     alphabet = "abcdefghijklmnopqrstuvwxyz"
 
     def __init__(self, rng, turns, cap=math.inf):
-        self.difficulty, self.cap, az = turns, cap, self.alphabet
-        keys = [az[p // 26] + az[p % 26] for p in rng.sample(range(26 * 26), turns)]  # turns - 1 calls and an answer
-        self.prompt, self.answer, self.next = f"M{keys[0]};", keys[-1], dict(zip(keys, keys[1:]))
+        self.difficulty = turns
+        self.cap = cap
+        places = rng.sample(range(26 * 26), turns)
+        keys = [self.alphabet[place // 26] + self.alphabet[place % 26] for place in places]
+        self.prompt = f"M{keys[0]};"
+        self.answer = keys[-1]
+        self.next = dict(zip(keys, keys[1:]))  # turns - 1 calls and an answer
 
     def tool(self, text):
         call = re.fullmatch(r"t\d\[([a-z]{2})\]", text)
         key = self.next.get(call[1]) if call else None
-        return key and key + ("!" if key == self.answer else ";")
+        if key is None:
+            return None
+        return key + ("!" if key == self.answer else ";")
 
     def expert(self, messages):
         key = messages[-1]["content"][1:3]
         if size(messages) + 10 > self.cap and len(messages) > 2:
             return "D]"
-        return f"t{len(messages) // 2 % 10}[{key}]" if key in self.next else f"A{key}."
+        if key in self.next:
+            return f"t{len(messages) // 2 % 10}[{key}]"
+        return f"A{key}."
 
 def make_task(args, number, split=0):
     """Task `number` of a split: a pure function of the seed, so that every group of a run is a fresh problem."""
-    rng, cap = random.Random(f"{args.seed} {split} {number}"), 64 if args.task == "cap" else math.inf
-    return Calculator(rng) if args.task == "calculator" else Maze(rng, args.turns, cap)
+    rng = random.Random(f"{args.seed} {split} {number}")
+    if args.task == "calculator":
+        return Calculator(rng)
+    return Maze(rng, args.turns, cap=64 if args.task == "cap" else math.inf)
 
-# ---- gateway, data pool, rollout engine ----------------------------------------------------------
+# ---- gateway and data pool: text becomes tokens here, and nowhere else ---------------------------
 
 @dataclasses.dataclass
 class Sample:
@@ -158,12 +224,18 @@ class Trajectory:
     said: dict = dataclasses.field(default_factory=dict)  # text of a completion -> its tokens, each time
 
     def finish(self, rewards, success, seconds):
-        self.rewards, self.success, self.seconds, self.said = rewards, success, seconds, {}
+        self.rewards = rewards
+        self.success = success
+        self.seconds = seconds
+        self.said = {}
 
     def fail(self):
         """Past the deadline: what was earned is lost, what malformed calls cost is not."""
-        rewards = [min(0.0, r) for r in self.rewards] or [0.0] * max(1, len(self.samples))
-        self.finish([*rewards[:-1], rewards[-1] + FAILURE], False, self.seconds)
+        rewards = [min(0.0, reward) for reward in self.rewards]
+        if not rewards:
+            rewards = [0.0] * max(1, len(self.samples))
+        rewards[-1] += FAILURE
+        self.finish(rewards, False, self.seconds)
 
 def message_text(content, where):
     """What a message says: a string, null, or a list of parts, strings or of text, joined as they are -> text."""
@@ -175,7 +247,9 @@ def message_text(content, where):
         raise ValueError(f"{where}: content is a string, null or a list of parts, not {content!r:.60}")
     texts = []
     for part in content:
-        part = dict(text=part) if isinstance(part, str) else part
+        if isinstance(part, str):
+            texts.append(part)
+            continue
         kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
         if kind not in TEXT_PARTS:
             raise ValueError(f"{where}: a part of type {kind!r:.40}: text alone is served, {', '.join(TEXT_PARTS)}")
@@ -207,7 +281,10 @@ class Gateway:
     tokenizer = Tokenizer(learn_bpe([], 257, "(?s:.)"))  # bytes
 
     def __init__(self, model=None, args=None, queue=None):
-        self.model, self.args, self.queue, self.now = model, args, queue, 0.0
+        self.model = model
+        self.args = args
+        self.queue = queue
+        self.now = 0.0                 # seconds since the start
         self.pool = {}                 # group -> its trajectories, until they have been trained on
 
     def context(self, episode, messages):
@@ -215,126 +292,207 @@ class Gateway:
         was said once may be quoted twice. Tool calls are written out where the content is not a completion, which holds
         its calls already: a client that turned all of it into calls gets the same text, so the same tokens, back.
         ValueError, naming the message, for what is not text."""
-        said, out = {text: list(known) for text, known in episode.said.items()}, []
-        for place, m in reversed([*enumerate(messages)]):
+        said = {text: list(known) for text, known in episode.said.items()}
+        parts = []
+        for place, message in reversed([*enumerate(messages)]):
             where = f"messages[{place}]"
-            if not isinstance(m, dict) or not isinstance(m.get("role"), str):
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
                 raise ValueError(f"{where}: a message is {{role, content}}, its role a string")
-            assistant = m["role"] == "assistant"
-            if "content" not in m and not (assistant and (m.get("tool_calls") or m.get("function_call"))):
+            by_assistant = message["role"] == "assistant"
+            has_calls = by_assistant and (message.get("tool_calls") or message.get("function_call"))
+            if "content" not in message and not has_calls:
                 raise ValueError(f"{where}: there is no content, and no tool call of an assistant")
-            text = message_text(m.get("content"), where)
-            known = []
-            if assistant:
-                text += "" if text in said else calls_text(m, where)
+
+            text = message_text(message.get("content"), where)
+            known = []                 # tokens that were sampled for this text, each time
+            if by_assistant:
+                if text not in said:
+                    text += calls_text(message, where)
                 known = said.get(text, [])
-            out.append(known.pop() if len(known) > 1 else known[0] if known else self.tokenizer.encode(text))
-        return [i for ids in reversed(out) for i in ids]
+            if not known:
+                parts.append(self.tokenizer.encode(text))
+            elif len(known) > 1:
+                parts.append(known.pop())
+            else:
+                parts.append(known[0])
+        return [token for part in reversed(parts) for token in part]
 
     def record(self, episode, context, ids, logprobs, version, routes=None):
         """Keep one completion, with the log-probs of its ids at temperature 1 -> its text."""
-        text, logprobs = self.tokenizer.decode(ids), torch.tensor(logprobs, dtype=torch.float64)
-        episode.samples.append(Sample(torch.tensor(context + ids), len(context), logprobs,
-                                      torch.full((len(ids),), version), routes))
+        episode.samples.append(Sample(
+            ids=torch.tensor(context + ids),
+            start=len(context),
+            logprobs=torch.tensor(logprobs, dtype=torch.float64),
+            versions=torch.full((len(ids),), version),
+            routes=routes))
+        text = self.tokenizer.decode(ids)
         episode.said.setdefault(text, []).append(ids)
         return text
 
 def common_prefix(a, b):
+    """Length of the longest common prefix of two sequences, of tokens or of rows of numbers."""
     n = min(len(a), len(b))
     apart = (np.asarray(a[:n]) != np.asarray(b[:n])).ravel()
-    return int(apart.argmax()) * n // apart.size if apart.any() else n
+    if not apart.any():
+        return n
+    numbers_a_place = apart.size // n
+    return int(apart.argmax()) // numbers_a_place
+
+# ---- rollout: all episodes in step, a token a forward --------------------------------------------
+
+@dataclasses.dataclass
+class Player:
+    """A row of the rollout."""
+    play: object                       # coroutine: yields (tokens kept, tokens to feed), is sent what was sampled
+    feed: list                         # tokens to feed next
+    length: int = 0                    # tokens in its cache
+    notes: list = dataclasses.field(default_factory=list)  # what was recorded of each of them
 
 @torch.no_grad()
 def lockstep(model, players, group=1, generator=None, record=None):
-    """Drive coroutines in step, one token a row and forward. A player yields how many tokens of its cache it keeps and
-    the tokens to feed next; after the last of them it is sent a token sampled at temperature 1, nothing cut, its
-    logprob, and, with `record` (aux -> (B, T, r) array), r numbers for every token in its cache. It ends by returning.
-    Players lie side by side in groups of one first prompt, whose keys and values are computed once."""
-    cfg, device, notes = model.cfg, model.embed.weight.device, None
+    """Drive coroutines in step, one token a row and forward.
+
+    players    each yields how many tokens of its cache it keeps and the tokens to feed next; after the last of them it
+               is sent a token sampled at temperature 1, nothing cut, its logprob, and the notes on every token in its
+               cache. It ends by returning
+    group      players lie side by side in groups of one first prompt, whose keys and values are computed once
+    record     aux -> (B, T, r) array: r numbers to note for every token; None: notes are empty
+    """
     model.eval()
-    firsts = [next(player, None) for player in players]  # None: over before it began
-    rows = [SimpleNamespace(player=p, feed=first[1], notes=[]) for p, first in zip(players, firsts) if first]
-    heads = rows[::group] if len(rows) == len(players) else rows
-    shared = min((len(r.feed) for r in rows), default=1) - 1
-    cache = KVCache(cfg, len(heads), cfg.max_seq_len, device, model.dtype)
+    device = model.embed.weight.device
+    rows = []
+    for play in players:
+        first = next(play, None)       # None: over before it began
+        if first:
+            rows.append(Player(play, feed=first[1]))
+    if not rows:
+        return
+
+    # prefill: the first prompt of each group, up to the shortest one's last token
+    grouped = len(rows) == len(players)
+    heads = rows[::group] if grouped else rows
+    shared = min(len(row.feed) for row in rows) - 1
+    cache = KVCache(model.cfg, len(heads), model.cfg.max_seq_len, device, model.dtype)
+    notes = None
     if shared:
-        aux = model(torch.tensor([r.feed[:shared] for r in heads], device=device), cache=cache, n_logits=0)[2]
+        idx = torch.tensor([row.feed[:shared] for row in heads], device=device)
+        aux = model(idx, cache=cache, n_logits=0)[2]
         notes = record and record(aux)
-    cache.expand(len(rows) // max(len(heads), 1))
-    for i, r in enumerate(rows):
-        r.feed, r.length = r.feed[shared:], shared
-        r.notes = [] if notes is None else list(notes[i * len(heads) // len(rows)])
+    copies = len(rows) // len(heads)
+    cache.expand(copies)
+    for i, row in enumerate(rows):
+        row.feed = row.feed[shared:]
+        row.length = shared
+        if notes is not None:
+            row.notes = list(notes[i // copies])
+
     while rows:
-        logits, _, aux = model(torch.tensor([r.feed[:1] for r in rows], device=device), cache=cache, n_logits=1)
-        logits, notes, rewritten = logits[:, 0].float(), record and record(aux), False
-        token = sample_next(logits, generator=generator)
-        logprob = logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
-        for i, (r, t, p) in enumerate(zip(rows, token.tolist(), logprob.tolist())):
-            r.feed, r.length = r.feed[1:], r.length + 1
-            r.notes += [] if notes is None else [notes[i, 0]]
-            if not r.feed:
-                try:
-                    kept, r.feed = r.player.send((t, p, r.notes))
-                except StopIteration:
-                    continue
-                rewritten |= kept < r.length
-                r.length, r.notes = kept, r.notes[:kept]
-        if rewritten:
-            cache.crop(torch.tensor([r.length for r in rows], dtype=torch.int32, device=device))
-        alive = [i for i, r in enumerate(rows) if r.feed]
+        # a forward for one token of each row
+        idx = torch.tensor([row.feed[:1] for row in rows], device=device)
+        logits, _, aux = model(idx, cache=cache, n_logits=1)
+        logits = logits[:, 0].float()
+        notes = record and record(aux)
+        sampled = sample_next(logits, generator=generator)
+        logprobs = logits.log_softmax(-1).gather(-1, sampled[:, None])[:, 0]
+
+        # a row that has been fed all its tokens hears what was sampled, and says what comes next
+        cropped = False
+        for i, (row, token, logprob) in enumerate(zip(rows, sampled.tolist(), logprobs.tolist())):
+            row.feed = row.feed[1:]
+            row.length += 1
+            if notes is not None:
+                row.notes.append(notes[i, 0])
+            if row.feed:
+                continue
+            try:
+                kept, row.feed = row.play.send((token, logprob, row.notes))
+            except StopIteration:
+                continue
+            cropped = cropped or kept < row.length
+            row.length = kept
+            row.notes = row.notes[:kept]
+
+        # the cache follows: what was dropped of a context, and rows that are over
+        if cropped:
+            cache.crop(torch.tensor([row.length for row in rows], dtype=torch.int32, device=device))
+        alive = [i for i, row in enumerate(rows) if row.feed]
         if len(alive) < len(rows):
             rows = [rows[i] for i in alive]
             cache.select(torch.tensor(alive, dtype=torch.int64, device=device))
 
+def play_episode(gateway, episode, agent, context_size, version):
+    """A player of lockstep: feeds an agent's contexts and hands it what was sampled. Its cache keeps what a new context
+    shares with the last one."""
+    path = []                          # tokens in the cache
+    reply = None
+    while True:
+        try:
+            context = gateway.context(episode, agent.send(reply))
+        except StopIteration as stop:
+            if stop.value:             # an episode of another process reports by itself, later
+                episode.finish(*stop.value)
+            return
+        if not 1 <= len(context) <= context_size - MAX_NEW:
+            reply = None               # too long: the agent hears of it, and ends
+            continue
+
+        # one token of the context is always fed, for its logits
+        kept = min(common_prefix(path, context), len(context) - 1)
+        feed = context[kept:]
+        ids = []
+        logprobs = []
+        while len(ids) < MAX_NEW and not (ids and ids[-1] in STOP):
+            token, logprob, notes = yield kept, feed
+            kept = len(context) + len(ids)
+            feed = [token]
+            ids.append(token)
+            logprobs.append(logprob)
+
+        path = context + ids[:-1]      # the last token was never fed
+        routes = None
+        if notes:
+            routes = torch.from_numpy(np.stack(notes + notes[-1:]))
+        reply = gateway.record(episode, context, ids, logprobs, version, routes)
+
 def rollout(model, gateway, episodes, version, generator=None, group=1, replay=False):
     """Play episodes [(trajectory, agent)], `group` of a prompt side by side, in lock step; `replay`: record routes."""
-    def play(episode, agent):
-        """Feed contexts, hand back what was sampled. The cache keeps what a new context shares with the last one."""
-        path, reply, routes = [], None, []
-        while True:
-            try:
-                context = gateway.context(episode, agent.send(reply))
-            except StopIteration as stop:
-                return stop.value and episode.finish(*stop.value)  # one of another process reports by itself, later
-            if not 1 <= len(context) <= model.cfg.max_seq_len - MAX_NEW:
-                reply = None  # too long: the agent hears of it, and ends
-                continue
-            kept = min(common_prefix(path, context), len(context) - 1)  # one is fed, for its logits
-            ids, logprobs, feed = [], [], context[kept:]
-            while len(ids) < MAX_NEW and not (ids and ids[-1] in STOP):
-                token, logprob, routes = yield kept, feed
-                kept, feed = len(context) + len(ids), [token]
-                ids, logprobs = ids + [token], logprobs + [logprob]
-            path, routes = context + ids[:-1], torch.from_numpy(np.stack(routes + routes[-1:])) if routes else None
-            reply = gateway.record(episode, context, ids, logprobs, version, routes)
-    lockstep(model, [play(*episode) for episode in episodes], group, generator, pack_routes if replay else None)
+    players = [play_episode(gateway, episode, agent, model.cfg.max_seq_len, version) for episode, agent in episodes]
+    lockstep(model, players, group, generator, pack_routes if replay else None)
 
 def pack_routes(aux):
     """aux of a forward -> (B, T, r) int32, to be recorded: experts of every layer, and the blocks of layers with MSA as
     -2 - block (-1 stays -1)."""
-    parts = [aux["experts"].int()]
+    parts = [aux["experts"].int()]                                                              # (layers, B, T, A)
     if "block_idx" in aux:
         blocks = aux["block_idx"].flatten(3)
         parts.append(torch.where(blocks >= 0, -2 - blocks, -1))
-    return torch.cat([x.permute(1, 2, 0, 3).flatten(2) for x in parts], -1).int().cpu().numpy()
+    codes = torch.cat([part.permute(1, 2, 0, 3).flatten(2) for part in parts], -1)
+    return codes.int().cpu().numpy()
 
 def lay_routes(paths, B, T, L):
-    """Paths, each as slots (n,) of B rows of T and recorded routes (n, r), -> (B, T, r): a block of a path becomes the
-    layout's block of L slots; a pad has its own block, and the first expert."""
-    pads = np.where(paths[0][1][:1] < 0, -2 - np.arange(T)[:, None] // L, 0).astype(np.int32)              # (T, r)
-    rows = np.tile(pads, (B, 1))
-    for slot, codes in paths:
-        first = slot[L * np.where(codes < -1, -2 - codes, 0)]                                              # (n, r)
-        rows[slot] = np.where(codes < -1, -2 - first % T // L, codes)
-    return rows.reshape(B, T, -1)
+    """Recorded routes of paths -> (B, T, r) of the layout.
+
+    paths  (slots (n,) of B rows of T, routes (n, r)) each
+    A block of a path becomes the layout's block of L slots; a pad has its own block, and the first expert."""
+    _, first_routes = paths[0]
+    own_block = -2 - np.arange(T)[:, None] // L
+    pads = np.where(first_routes[:1] < 0, own_block, 0).astype(np.int32)                                   # (T, r)
+    out = np.tile(pads, (B, 1))
+    for slots, codes in paths:
+        is_block = codes < -1
+        first = slots[L * np.where(is_block, -2 - codes, 0)]                            # (n, r) slot a block begins at
+        out[slots] = np.where(is_block, -2 - first % T // L, codes)
+    return out.reshape(B, T, -1)
 
 def unpack_routes(codes, cfg):
     """(B, T, r) -> what MiniMax.forward takes as replay."""
-    n, A = cfg.mlp_types.count("moe"), cfg.n_expert_per_tok
-    replay = dict(experts=codes[..., :n * A].unflatten(-1, (n, A)).permute(2, 0, 1, 3))
-    if "msa" in cfg.attn_types:
-        shape = (cfg.attn_types.count("msa"), cfg.n_kv_head, -1)
-        blocks = codes[..., n * A:].unflatten(-1, shape).permute(2, 0, 1, 3, 4)
+    n_moe = cfg.mlp_types.count("moe")
+    n_msa = cfg.attn_types.count("msa")
+    A = cfg.n_expert_per_tok
+    experts = codes[..., :n_moe * A].unflatten(-1, (n_moe, A))
+    replay = dict(experts=experts.permute(2, 0, 1, 3))
+    if n_msa:
+        blocks = codes[..., n_moe * A:].unflatten(-1, (n_msa, cfg.n_kv_head, -1)).permute(2, 0, 1, 3, 4)
         replay["block_idx"] = torch.where(blocks < -1, -2 - blocks, -1).int().contiguous()
     return replay
 
@@ -348,20 +506,27 @@ class WindowedFIFO:
     floor((slots + window - 2) / P) steps of P groups, pass a group by."""
 
     def __init__(self, slots, window, deadline=math.inf):
-        self.slots, self.window, self.deadline = slots, window, deadline
-        self.next, self.born = 0, {}   # group -> (time, version) of its admission, until its step is published
-        self.due, self.batch = {}, []  # group -> when it is over, until consumed; consumed for the trainer's next step
+        self.slots = slots
+        self.window = window
+        self.deadline = deadline
+        self.next = 0                  # the next group to be admitted
+        self.born = {}                 # group -> (time, version) of its admission, until its step is published
+        self.due = {}                  # group -> when it is over, until it is consumed
+        self.batch = []                # consumed for the trainer's next step
         self.idle = 0.0                # seconds that a trainer waited, on a virtual clock
 
     def admit(self, version, now=0.0):
         """Fill the free slots -> the new groups."""
-        new = range(self.next, self.next + self.slots - len(self.born))
-        self.born.update((task, (now, version)) for task in new)
-        self.due.update((task, now + self.deadline) for task in new)
+        n_free = self.slots - len(self.born)
+        new = list(range(self.next, self.next + n_free))
+        for task in new:
+            self.born[task] = now, version
+            self.due[task] = now + self.deadline
         self.next += len(new)
-        return list(new)
+        return new
 
-    def finish(self, task, when=0.0):  # 0: already
+    def finish(self, task, when=0.0):
+        """A group is over at that time; 0: already."""
         if task in self.due:  # a group that was consumed at its deadline may still report later
             self.due[task] = min(self.due[task], when)
 
@@ -369,23 +534,29 @@ class WindowedFIFO:
         """Add groups that are over, and in the window, to the batch, oldest first -> it, if it holds n, or None."""
         while len(self.batch) < n:
             head = min(self.born.keys() - self.batch, default=self.next)
-            ready = [t for t, when in self.due.items() if when <= now and t < head + self.window]
+            ready = [task for task, when in self.due.items() if when <= now and task < head + self.window]
             if not ready:
                 return None
-            self.batch.append(min(ready))
-            del self.due[min(ready)]
+            oldest = min(ready)
+            self.batch.append(oldest)
+            del self.due[oldest]
         return self.batch
 
     def publish(self, version):
         """The step that consumed the batch is out as `version`: free its slots -> its groups' lags, in steps."""
-        batch, self.batch = self.batch, []
-        return [version - 1 - self.born.pop(task)[1] for task in batch]
+        lags = []
+        for task in self.batch:
+            _, admitted_at = self.born.pop(task)
+            lags.append(version - 1 - admitted_at)
+        self.batch = []
+        return lags
 
     def wait(self, n, now):
         """On a virtual clock, from the second `now` -> the second when the batch holds n groups."""
         while not self.take(n, now):
             then = min(when for when in self.due.values() if when > now)
-            self.idle, now = self.idle + then - now, then
+            self.idle += then - now
+            now = then
         return now
 
 # ---- prefix trees --------------------------------------------------------------------------------
@@ -733,191 +904,128 @@ class Local(Gateway):
     so: after its slowest episode, times a log-normal tail (sigma) that is the machines', not the agents'."""
 
     def start(self, tasks, version):
-        self.pool.update((n, [Trajectory(n) for _ in range(self.args.rollouts)]) for n in tasks)
-        episodes = [(t, make_task(self.args, n).agent()) for n in tasks for t in self.pool[n]]
+        args = self.args
+        episodes = []
+        for task in tasks:
+            self.pool[task] = [Trajectory(task) for _ in range(args.rollouts)]
+            episodes += [(episode, make_task(args, task).agent()) for episode in self.pool[task]]
         generator = torch.Generator(self.model.embed.weight.device)
-        generator.manual_seed(random.Random(f"{self.args.seed} {tasks[:1]}").getrandbits(62))
-        rollout(self.model, self, episodes, version, generator, self.args.rollouts, self.args.replay)
-        for n in tasks:
-            tail = math.exp(self.args.sigma * random.Random(f"{self.args.seed} tail {n}").gauss(0, 1))
-            seconds = tail * max(t.seconds for t in self.pool[n])
-            for t in self.pool[n] * (seconds > self.queue.deadline):  # by then it is given up
-                t.fail()
-            self.queue.finish(n, self.now + seconds)
+        generator.manual_seed(random.Random(f"{args.seed} {tasks[:1]}").getrandbits(62))
+        rollout(self.model, self, episodes, version, generator, args.rollouts, args.replay)
+
+        for task in tasks:
+            group = self.pool[task]
+            tail = math.exp(args.sigma * random.Random(f"{args.seed} tail {task}").gauss(0, 1))
+            seconds = tail * max(episode.seconds for episode in group)
+            if seconds > self.queue.deadline:  # by then it is given up
+                for episode in group:
+                    episode.fail()
+            self.queue.finish(task, self.now + seconds)
 
     def wait(self, stop, seconds):
         self.now = self.queue.wait(self.args.groups, self.now) + TRAIN_S
 
-class Hearing(io.RawIOBase):
-    """What a client sends, headers and body, within so many seconds in all: one that drips must not hold up others."""
-    readable = lambda self: True
-
-    def __init__(self, connection, seconds):
-        self.connection, self.until = connection, time.monotonic() + seconds
-
-    def readinto(self, buffer):
-        self.connection.settimeout(max(1e-3, self.until - time.monotonic()))
-        return self.connection.recv_into(buffer)
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """POST of a JSON object -> a JSON object; what is refused gets a 4xx and OpenAI's error object."""
-    timeout, default_request_version, log_message = 2, "HTTP/1.0", lambda self, *args: None  # seconds
-
-    def setup(self):
-        super().setup()
-        self.rfile = io.BufferedReader(Hearing(self.connection, self.timeout))
-
-    def do_POST(self):
-        size, key = self.headers.get("Content-Length", ""), self.headers.get("Authorization", "")
-        raw = self.rfile.read(int(size)) if re.fullmatch("[0-9]{1,7}", size) and int(size) <= MAX_BODY else None
-        if not hmac.compare_digest(key.encode(), f"Bearer {self.server.token}".encode()):
-            self.reply(401, "wrong token", raw is not None)
-        elif raw is None:
-            self.reply(413, f"Content-Length {size[:20]}: it must be there, and at most {MAX_BODY}", False)
-        elif answer := self.server.ask(self.path, raw, self.connection):
-            self.reply(*answer)
-
-    def send_error(self, code, message=None, explain=None):
-        """What http.server refuses: methods other than POST, garbled request lines, endless headers."""
-        self.reply({501: 405, 505: 400}.get(code, code), f"{message or 'too long'}: only POST is served", False)
-
-    def reply(self, code, said, heard=True):
-        """Send it. What was not heard out is drained, while there is time: unread, it would make the close a reset."""
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.end_headers()
-        said = said if code == 200 else dict(error=dict(message=said, type="invalid_request_error"))
-        self.wfile.write(json.dumps(said).encode() * (self.command != "HEAD"))
-        if not heard:
-            self.connection.shutdown(socket.SHUT_WR)
-            while self.rfile.read1(MAX_BODY) and time.monotonic() < self.rfile.raw.until:
-                pass
-
-def hung_up(connection):
-    """Whether the client is gone (or has closed its side, which looks the same) and nobody will read an answer."""
-    patience = connection.gettimeout()
-    connection.settimeout(0)
-    try:
-        return not connection.recv(1, socket.MSG_PEEK)
-    except BlockingIOError:  # nothing to read: it waits
-        return False
-    except ConnectionError:
-        return True
-    finally:
-        connection.settimeout(patience)
-
-class Served(Gateway, http.server.ThreadingHTTPServer):
-    """Agents of other processes, in real seconds, on loopback. A connection is heard in a thread of its own, so that an
-    idle or slow one holds up no other; what is asked is answered in the run's thread, between two steps, not later.
-    POST /v1/tasks {} -> {task, messages}, an episode is claimed; /v1/chat/completions {model: task, messages}, a turn
-    of it, OpenAI's protocol, at temperature 1, of 16 tokens at most, whatever is asked for; /v1/finish {task, rewards,
-    success: bool}, its end, with a reward for each turn."""
-    request_queue_size = 1024          # connections that may wait until they are heard
-    handle_error = lambda self, *who: isinstance(sys.exc_info()[1], OSError) or super(Served, self).handle_error(*who)
-
-    def __init__(self, model, args, queue):
-        super().__init__(model, args, queue)
-        try:
-            http.server.ThreadingHTTPServer.__init__(self, ("127.0.0.1", args.serve), Handler)
-        except OSError as error:
-            raise OSError(f"--serve {args.serve}: no port to listen on, {error.strerror}") from None
-        self.open, self.claimed, self.token = {}, set(), args.token or os.urandom(16).hex()
-        self.asked, self.over = SimpleQueue(), False
-        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
-
-    def close(self):
-        """Hear no one any more; who still waits for an answer is refused."""
-        self.shutdown()
-        self.server_close()
-        self.over = True
-        while not self.asked.empty():
-            self.asked.get()[0].put((503, "the run is over"))
-
-    def ask(self, path, raw, client):
-        """A connection's thread waits here for the run's -> what `answer` says; None: the client gave up meanwhile."""
-        reply = SimpleQueue()
-        self.asked.put((reply, path, raw, client))
-        return (503, "the run is over") if self.over else reply.get()
-
-    def start(self, tasks, version):
-        self.version = version
-        self.pool.update((n, [Trajectory(n) for _ in range(self.args.rollouts)]) for n in tasks)
-        self.open.update((f"{n}.{row}", t) for n in tasks for row, t in enumerate(self.pool[n]))
-
-    def answer(self, path, raw, client):
-        """-> status, and a JSON object or what is wrong. A turn whose client is gone by its end was not taken."""
-        try:
-            body = dict(json.loads(raw).items())
-            if path == "/v1/tasks":
-                key = next((key for key in self.open if key not in self.claimed), None)
-                if key is None:
-                    return 409, "no task is waiting"
-                self.claimed.add(key)
-                return 200, dict(task=key, messages=next(make_task(self.args, self.open[key].task).agent()))
-            key = str(body.get({"/v1/chat/completions": "model", "/v1/finish": "task"}.get(path)))
-            if key not in self.open:
-                return 404, f"unknown path or task, or one that is over: {path}, {key}"[:200]
-            if key not in self.claimed:  # or its next turn would be another client's, who claims it later
-                return 409, f"task {key} is not claimed: POST /v1/tasks claims one"
-            episode = self.open[key]
-            if path == "/v1/finish":
-                rewards = [float(r) for r in body["rewards"]]
-                if len(rewards) != len(episode.samples) or not all(abs(r) <= 1e3 for r in rewards):
-                    raise ValueError(f"{len(episode.samples)} turns, a reward of at most 1000 each: {rewards}"[:200])
-                episode.finish(rewards, body["success"] is True, self.now - self.queue.born[episode.task][0])
-                del self.open[key]
-                return 200, dict(turns=len(rewards))
-            if body.get("stream") or body.get("n") not in (None, 1):  # other options, null or not, change nothing
-                raise ValueError(f"stream {body.get('stream')}, n {body.get('n')}: no stream is served, and n is 1")
-            if not isinstance(body["messages"], list):
-                raise ValueError(f"messages {body['messages']!r:.60}: a list is needed")
-            n, room = len(self.context(episode, body["messages"])), self.model.cfg.max_seq_len - MAX_NEW
-            if not 1 <= n <= room:
-                raise ValueError(f"{n} tokens of context: 1 to {room} are served")
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-            return 400, f"a JSON object, rewards numbers, messages [{{role, content}}]: {repr(error)[:200]}"
-        rollout(self.model, self, [(episode, (m for m in [body["messages"]]))], self.version, replay=self.args.replay)
-        ids = episode.samples[-1].ids[n:].tolist()
-        message = dict(role="assistant", content=self.tokenizer.decode(ids))
-        if hung_up(client):
-            episode.samples.pop(), episode.said[message["content"]].pop()
-        turn = dict(index=0, message=message, finish_reason="stop" if ids[-1] in STOP else "length")
-        return 200, dict(id=f"{key}-{n}", object="chat.completion", created=int(time.time()), model=key, choices=[turn],
-                         usage=dict(prompt_tokens=n, completion_tokens=len(ids), total_tokens=n + len(ids)))
-
-    def wait(self, stop, seconds):
-        started, until = time.monotonic() - self.now, self.now + seconds
-        while not self.queue.take(self.args.groups, self.now) and not stop and self.now < until:
-            with contextlib.suppress(Empty):
-                reply, path, raw, client = self.asked.get(timeout=0.05)
-                self.now = time.monotonic() - started
-                try:  # a client that gave up during a training step asks again, or does not
-                    reply.put(None if hung_up(client) else self.answer(path, raw, client))
-                except Exception as error:  # its turn is lost, the run goes on
-                    print(f"gateway | {path}: {error!r}", flush=True)
-                    reply.put((500, repr(error)[:200]))
-            self.now = time.monotonic() - started
-            for name in [name for name, t in self.open.items() if self.queue.due[t.task] <= self.now]:
-                self.open.pop(name).fail()
-            for task in self.queue.due.keys() - {t.task for t in self.open.values()}:
-                self.queue.finish(task)
-
-# ---- the run -------------------------------------------------------------------------------------
+# ---- imitation: the model learns to speak the protocol ---------------------------------------------
 
 def demonstrate(gateway, task, rng, noise, wander=0.0):
     """Play one task with its teacher -> trajectory; noise, wander: shares of call characters and thoughts at random."""
-    episode, agent, text, az = Trajectory(-1), task.agent(), None, task.alphabet
+    episode = Trajectory(-1)
+    agent = task.agent()
+    text = None
+    while True:
+        try:
+            messages = agent.send(text)
+        except StopIteration as stop:
+            episode.finish(*stop.value)
+            return episode
+        text = task.expert(messages)
+        if text[0] == "t":
+            call = "".join(rng.choice(task.alphabet) if char in task.alphabet and rng.random() < noise else char
+                           for char in text[3:])
+            thought = rng.randrange(10) if rng.random() < wander else text[1]
+            text = f"t{thought}[{call}"
+        ids = gateway.tokenizer.encode(text)
+        gateway.record(episode, gateway.context(episode, messages), ids, [math.nan] * len(ids), 0)
+
+def warm_start(source, args, stop, threads):
+    """Imitate a teacher whose calls are often wrong, so that the model speaks the protocol and solves little: the train
+    step with advantage 1 and ratio 1 -> whether it is over. --out/warm keeps it, or as much as was done of it."""
+    model = source.model
+    folder = os.path.join(args.out, "warm")
+    started = time.perf_counter()
+    optimizers = configure_optimizers(model, WARM_LR)[0]
+
+    # go on where an imitation of the same model and tasks was left
+    step = 0
+    saved = None                       # step of the last save
+    run = os.urandom(8).hex()
+    state = None
+    if os.path.exists(checkpoint_path(folder)):
+        state = load_checkpoint(folder)
+    if state and is_same_imitation(state, args, model):
+        check_imitation(folder, state, model)
+        model.load_state_dict(state["model"])
+        step = restore(state, optimizers).get("step", args.warm_steps)
+        threads.keep(state["now"].get("threads") or threads.count)
+        run = state["now"].get("run")  # it is the same imitation that goes on
+        saved = step
+        print(f"warm    | {step} steps read from {folder}", flush=True)
+
+    def keep():
+        save(folder, args, source, optimizers, dict(run=run, step=step, threads=threads.count))
+
+    if saved is None:                  # killed at once, it goes on
+        keep()
+        saved = 0
+    timer = SaveTimer()                # after that save, whose length would put off the one after 3 s
+    while step < args.warm_steps and not stop:
+        if step != saved and (step % 20 == 0 or timer.due()):
+            began = timer.clock()
+            keep()
+            timer.saved(began)
+            saved = step
+
+        rng = random.Random(f"{args.seed} warm {step}")
+        tasks = [make_task(args, step * 64 + i, 1) for i in range(64)]
+        demos = [demonstrate(source, task, rng, NOISE) for task in tasks]
+        began = time.perf_counter()
+        trees = [PrefixTree(demo.samples, model.cfg) for demo in demos]
+        rate = WARM_LR * min(1, (step + 1) / 20, 1.1 - step / args.warm_steps)
+        stats = train_step(model, optimizers, trees, rate)
+        step += 1
+        if threads.slowed(time.perf_counter() - began):
+            threads.choose_again(trial(source, args))
+        if step % 20 == 0 or step == args.warm_steps:
+            print(f"warm {step:04d} | loss {stats['loss']:.3f} | norm {stats['norm']:.2f} | "
+                  f"{time.perf_counter() - started:.0f} s", flush=True)
+    if step != saved:
+        keep()
+    return step == args.warm_steps
+
+def is_same_imitation(state, args, model):
+    """Whether a checkpoint holds an imitation of the run's tasks by its model."""
+    for name in (*MADE_BY, "seed", "warm_steps"):
+        if state["args"].get(name) != getattr(args, name):
+            return False
+    return state["config"].get("vocab_size") == model.cfg.vocab_size
+
+def check_imitation(folder, state, model):
+    """ValueError, FloatingPointError: an imitation's weights are not of this model, or not finite, or its record is
+    not what a run writes."""
+    path = checkpoint_path(folder)
     try:
-        while True:
-            text = task.expert(messages := agent.send(text))
-            if text[0] == "t":
-                call = "".join(rng.choice(az) if c in az and rng.random() < noise else c for c in text[3:])
-                text = f"t{rng.randrange(10) if rng.random() < wander else text[1]}[{call}"
-            ids = gateway.tokenizer.encode(text)
-            gateway.record(episode, gateway.context(episode, messages), ids, [math.nan] * len(ids), 0)
-    except StopIteration as stop:
-        episode.finish(*stop.value)
-        return episode
+        check_weights(state["model"], model.state_dict())
+    except ValueError as error:
+        raise ValueError(f"{path}: the checkpoint does not fit: {error}") from None
+    check_finite(state["model"])
+    kinds = dict(run=NOW["run"], threads=NOW["threads"])
+    check_fields(f"{path}: the checkpoint's now", state["now"], kinds, optional=kinds)
+
+def is_over(imitation):
+    """Whether all steps of an imitation are done; one of before steps were counted was."""
+    step = imitation["now"].get("step", math.inf)
+    end = imitation["args"].get("warm_steps", 0)
+    return type(end) is not int or step >= end
 
 def trial(source, args):
     """-> a function that runs a step's forward and backward passes, on few episodes, and leaves the model as it was."""
@@ -929,56 +1037,7 @@ def trial(source, args):
         source.model.zero_grad(set_to_none=True)
     return step
 
-def warm_start(source, args, stop, threads):
-    """Imitate a teacher whose calls are often wrong, so that the model speaks the protocol and solves little: the train
-    step with advantage 1 and ratio 1 -> whether it is over. --out/warm keeps it, or as much as was done of it."""
-    model, folder, started, step = source.model, os.path.join(args.out, "warm"), time.perf_counter(), 0
-    optimizers = configure_optimizers(model, WARM_LR)[0]
-    now, saved = dict(run=os.urandom(8).hex()), None
-    state = load_checkpoint(folder) if os.path.exists(checkpoint_path(folder)) else dict(args={})
-    same = all(state["args"].get(name) == getattr(args, name) for name in (*MADE_BY, "seed", "warm_steps"))
-    if same and state["config"].get("vocab_size") == model.cfg.vocab_size:
-        check_imitation(folder, state, model)
-        model.load_state_dict(state["model"])
-        step = restore(state, optimizers).get("step", args.warm_steps)
-        threads.keep(state["now"].get("threads") or threads.count)
-        now = dict(run=state["now"].get("run"))  # it is the same imitation that goes on
-        saved = step
-        print(f"warm    | {step} steps read from {folder}", flush=True)
-    if saved is None:
-        save(folder, args, source, optimizers, dict(now, step=0, threads=threads.count))  # killed at once, it goes on
-        saved = 0
-    timer = SaveTimer()                # after that save, whose length would put off the one after 3 s
-    while step < args.warm_steps and not stop:
-        if step != saved and (step % 20 == 0 or timer.due()):
-            began = timer.clock()
-            save(folder, args, source, optimizers, dict(now, step=step, threads=threads.count))
-            timer.saved(began)
-            saved = step
-        rng, rate = random.Random(f"{args.seed} warm {step}"), min(1, (step + 1) / 20, 1.1 - step / args.warm_steps)
-        demos = [demonstrate(source, make_task(args, step * 64 + i, 1), rng, NOISE) for i in range(64)]
-        tick, trees = time.perf_counter(), [PrefixTree(d.samples, model.cfg) for d in demos]
-        stats = train_step(model, optimizers, trees, WARM_LR * rate)
-        step += 1
-        if threads.slowed(time.perf_counter() - tick):
-            threads.choose_again(trial(source, args))
-        if step % 20 == 0 or step == args.warm_steps:
-            print(f"warm {step:04d} | loss {stats['loss']:.3f} | norm {stats['norm']:.2f} | "
-                  f"{time.perf_counter() - started:.0f} s", flush=True)
-    if step != saved:
-        save(folder, args, source, optimizers, dict(now, step=step, threads=threads.count))
-    return step == args.warm_steps
-
-def check_imitation(folder, state, model):
-    """ValueError, FloatingPointError: an imitation's weights are not of this model, or not finite, or its record is
-    not what a run writes."""
-    try:
-        check_weights(state["model"], model.state_dict())
-    except ValueError as error:
-        raise ValueError(f"{checkpoint_path(folder)}: the checkpoint does not fit: {error}") from None
-    check_finite(state["model"])
-    what = f"{checkpoint_path(folder)}: the checkpoint's now"
-    check_fields(what, state["now"], dict(run=NOW["run"], threads=NOW["threads"]), optional=["run", "threads"])
+# ---- the run -------------------------------------------------------------------------------------
 
 def make_model(args, device, dtype):
     """Task and preset -> model, with full attention, as in the M2 that Forge trained, unless --attn msa."""
@@ -993,38 +1052,55 @@ def make_model(args, device, dtype):
 def parse_args(argv, locks=None):
     """-> args, checkpoint (None: a run at its start, or in its imitation). --resume takes from it what is not given.
     `locks`, a contextlib.ExitStack, holds the locks on the run's folders from here on: nobody else writes there."""
-    p, state, count, positive = Parser(__doc__), None, number(1), number(1e-6, 1e9, float)
-    p.add_argument("--schedule", choices=["window", "fifo", "greedy"], default="window",
-                   help="which finished groups the trainer takes")
-    for flag, kind, default, text in (
-            ("task", ["calculator", "maze", "cap"], "calculator", "to learn"), ("turns", number(2, 600), 8, "a maze's"),
-            ("rollouts", number(2), 4, "episodes of a group"), ("deadline", positive, 600.0, "seconds a group has"),
-            ("groups", count, 24, "groups a step"), ("sigma", number(0, 10, float), 0.5, "log-normal tail of times"),
-            ("slots", count, 48, "groups in flight"), ("window", count, None, "width; default: 0.3 of --slots"),
-            ("minutes", positive, None, "in all; default: 2.9"), ("steps", count, None, "end after this many"),
-            ("lr", number(0, 10, float), 1e-3, "rate of the matrices"), ("warm-steps", number(0), 260, "of imitation"),
-            ("show-every", count, 50, "steps between examples"), ("save-every", count, 20, "steps between saves"),
-            ("serve", number(0, 65535), None, "port of the gateway, for agents of other processes; 0 = any"),
-            ("token", str, None, "their API key; default: random"), ("seed", number(0), 1337, "of all that is random"),
-            ("preset", ["micro", "small"], "micro", "the model"), ("attn", ["full", "msa"], "full", "its attention"),
-            ("mtp", number(0, 8), 0, "its MTP modules, kept aligned"), ("out", str, "out_rl", "folder of the run"),
-            ("no-merge", bool, False, "train on every turn alone"), ("resume", bool, False, "go on from --out"),
-            ("replay", bool, False, "use experts and blocks of the rollout"), ("figure", str, None, "curve's file")):
-        how = dict(action="store_true") if kind is bool else {"choices" if isinstance(kind, list) else "type": kind}
-        p.add_argument(f"--{flag}", default=default, help=text, **how)
+    p = Parser(__doc__)
+    count = number(1)
+    positive = number(1e-6, 1e9, float)
+    # task and episodes
+    p.add_argument("--task", default="calculator", choices=["calculator", "maze", "cap"], help="to learn")
+    p.add_argument("--turns", type=number(2, 600), default=8, help="a maze's")
+    p.add_argument("--rollouts", type=number(2), default=4, help="episodes of a group")
+    p.add_argument("--groups", type=count, default=24, help="groups a step")
+    # queue
+    p.add_argument("--schedule", default="window", choices=["window", "fifo", "greedy"])
+    p.add_argument("--slots", type=count, default=48, help="groups in flight")
+    p.add_argument("--window", type=count, help="width; default: 0.3 of --slots")
+    p.add_argument("--deadline", type=positive, default=600.0, help="seconds a group has")
+    p.add_argument("--sigma", type=number(0, 10, float), default=0.5, help="log-normal tail of times")
+    # model and training
+    p.add_argument("--preset", default="micro", choices=["micro", "small"], help="the model")
+    p.add_argument("--attn", default="full", choices=["full", "msa"], help="its attention")
+    p.add_argument("--mtp", type=number(0, 8), default=0, help="its MTP modules, kept aligned")
+    p.add_argument("--warm-steps", type=number(0), default=260, help="of imitation")
+    p.add_argument("--lr", type=number(0, 10, float), default=1e-3, help="rate of the matrices")
+    p.add_argument("--no-merge", action="store_true", help="train on every turn alone")
+    p.add_argument("--replay", action="store_true", help="use experts and blocks of the rollout")
+    # length of the run
+    p.add_argument("--steps", type=count, help="end after this many")
+    p.add_argument("--minutes", type=positive, help="in all; default: 2.9")
+    p.add_argument("--seed", type=number(0), default=1337, help="of all that is random")
+    # what is printed and kept
+    p.add_argument("--out", default="out_rl", help="folder of the run")
+    p.add_argument("--resume", action="store_true", help="go on from --out")
+    p.add_argument("--show-every", type=count, default=50, help="steps between examples")
+    p.add_argument("--save-every", type=count, default=20, help="steps between saves")
+    p.add_argument("--figure", help="curve's file")
+    # agents of other processes
+    p.add_argument("--serve", type=number(0, 65535),
+                   help="port of the gateway, for agents of other processes; 0 = any")
+    p.add_argument("--token", help="their API key; default: random")
+
     argv = sys.argv[1:] if argv is None else argv
     args = p.parse_args(argv)
+    state = None
     if args.resume:
         if locks:
             lock_folders(args, locks)
         args, state = resume_args(p, argv, args)
     if args.groups > args.slots:
         raise ValueError(f"--groups {args.groups}: at most --slots, {args.slots}")
-    args.minutes = args.minutes or (None if args.steps else 2.9)
-    try:
-        draw({}, args)  # what is wrong with --figure shows now, not after minutes
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--figure {args.figure}: {getattr(error, 'strerror', None) or error}") from None
+    if not args.minutes and not args.steps:
+        args.minutes = 2.9
+    check_figure(args.figure)
     if locks and not args.resume:
         lock_folders(args, locks)
     return args, state
@@ -1036,10 +1112,11 @@ def lock_folders(args, locks):
 
 def resume_args(parser, argv, given):
     """What was given now, over what the checkpoint was made with -> args, checkpoint (None within the imitation)."""
-    begun, early, path = os.path.exists(checkpoint_path(given.out)), None, checkpoint_path(given.out)
-    with contextlib.suppress(ValueError):  # none, or damaged. One that is not over is of a newer run than --out's
+    path = checkpoint_path(given.out)
+    early = None                       # an imitation that is not over is of a newer run than --out's
+    with contextlib.suppress(ValueError):  # none, or damaged
         early = load_checkpoint(f"{given.out}/warm")
-    if early and begun and is_over(early):
+    if early and os.path.exists(path) and is_over(early):
         early = None
     state = early or load_checkpoint(given.out)
     if "queue" not in state and "task" not in state["args"]:
@@ -1047,13 +1124,16 @@ def resume_args(parser, argv, given):
                          "goes on")
     if not isinstance(state.get("queue"), dict) or "due" not in state["queue"]:
         raise ValueError(f"--out {given.out}: a checkpoint by another version of rl.py, whose queue was another")
+
     flags = saved_flags(parser, path, state["args"], RUN_ALONE)
     if given.steps or given.minutes:  # a new end replaces the old one
         flags = [flag for flag in flags if not flag.startswith(("--steps=", "--minutes="))]
     args = parser.parse_args([*flags, *argv])
     for flag in (*MADE_BY, "slots"):
-        if getattr(args, flag) != state["args"].get(flag):
-            raise ValueError(f"--{flag} {getattr(args, flag)}: the checkpoint was made with {state['args'].get(flag)}")
+        value = getattr(args, flag)
+        was = state["args"].get(flag)
+        if value != was:
+            raise ValueError(f"--{flag} {value}: the checkpoint was made with {was}")
     return args, None if early else state  # the imitation's weights are read where they are needed
 
 def check_record(now):
@@ -1065,11 +1145,6 @@ def check_record(now):
         if not isinstance(point, list) or [*map(type, point)] != [float, float]:
             raise ValueError(f"the checkpoint's curve has {str(point)[:40]}: a share and its running mean")
 
-def is_over(imitation):
-    """Whether all steps of an imitation are done; one of before steps were counted was."""
-    step, end = imitation["now"].get("step", math.inf), imitation["args"].get("warm_steps", 0)
-    return type(end) is not int or step >= end
-
 def needed_bytes(args, device):
     """About the memory of a step of the imitation, the largest one's; a little less rather than more."""
     with torch.device("meta"):
@@ -1079,100 +1154,182 @@ def needed_bytes(args, device):
     return step_bytes(cfg, min(64, max(1, 16384 // slots)), slots, device)
 
 def card(args, model, queue, device, why, threads):
-    print(f"model   | {args.preset}: {'{:,} parameters, {:,} active'.format(*model.num_params())}; {args.attn} "
-          f"attention; {model.cfg.n_expert_per_tok} of {model.cfg.n_expert} experts, {args.mtp} MTP modules\n"
-          f"device  | {device}, {str(model.dtype).removeprefix('torch.')}: {why}\n"
-          f"threads | {threads}\n"
-          f"kernels | {implementations(model, device, trains=True)}\n"
-          f"task    | {args.task}: {args.groups} groups of {args.rollouts} episodes a step, {args.slots} in flight\n"
-          f"queue   | {args.schedule}: window {queue.window}, deadline {args.deadline:g} s, tail sigma {args.sigma:g}\n"
-          f"train   | CISPO, ratio up to {1 + EPS_HIGH:g}; {'turn by turn' if args.no_merge else 'prefix trees'}; "
-          f"Muon + AdamW, rate {args.lr:g}, seed {args.seed}", flush=True)
+    """Print what a run is made of: the start-up card."""
+    cfg = model.cfg
+    total, active = model.num_params()
+    how = "turn by turn" if args.no_merge else "prefix trees"
+    print(f"model   | {args.preset}: {total:,} parameters, {active:,} active; {args.attn} attention; "
+          f"{cfg.n_expert_per_tok} of {cfg.n_expert} experts, {args.mtp} MTP modules")
+    print(f"device  | {device}, {str(model.dtype).removeprefix('torch.')}: {why}")
+    print(f"threads | {threads}")
+    print(f"kernels | {implementations(model, device, trains=True)}")
+    print(f"task    | {args.task}: {args.groups} groups of {args.rollouts} episodes a step, {args.slots} in flight")
+    print(f"queue   | {args.schedule}: window {queue.window}, deadline {args.deadline:g} s, tail sigma {args.sigma:g}")
+    print(f"train   | CISPO, ratio up to {1 + EPS_HIGH:g}; {how}; Muon + AdamW, rate {args.lr:g}, seed {args.seed}",
+          flush=True)
 
-def report(now, args, groups, stats, lags, decode):
-    """Add one step to the run's record, and print it; now and then an episode, what the policy wrote in <>."""
-    episodes = [t for group in groups for t in group]
-    solved, reward = (sum(x) / len(episodes) for x in zip(*((t.success, sum(t.rewards)) for t in episodes)))
-    ema, naive, slots = 0.9 * now["ema"] + 0.1 * solved if now["curve"] else solved, stats["naive"], stats["slots"]
-    now.update(step=now["step"] + 1, ema=ema, curve=now["curve"] + [[solved, ema]], max_lag=max(now["max_lag"], *lags),
-               naive=now["naive"] + naive, slots=now["slots"] + slots, reward=now["reward"] + reward * len(episodes))
+def count_step(now, groups, stats, lags):
+    """Add one step to the run's record."""
+    episodes = [episode for group in groups for episode in group]
+    solved = sum(episode.success for episode in episodes) / len(episodes)
+    now["ema"] = 0.9 * now["ema"] + 0.1 * solved if now["curve"] else solved
+    now["step"] += 1
+    now["curve"] = now["curve"] + [[solved, now["ema"]]]
+    now["max_lag"] = max(now["max_lag"], *lags)
+    now["naive"] += stats["naive"]
+    now["slots"] += stats["slots"]
+    now["reward"] += sum(sum(episode.rewards) for episode in episodes)
+
+def print_step(now, args, groups, stats, lags, decode):
+    """One line a step; now and then an episode, what the policy wrote in <>."""
+    episodes = [episode for group in groups for episode in group]
+    reward = sum(sum(episode.rewards) for episode in episodes) / len(episodes)
+    solved, ema = now["curve"][-1]
     lag = now["step"] - 1 - stats["version"]
-    ratios = " ".join(f"{v}:{stats['ratio'][lag == v].quantile(0.99):.2f}" for v in lag.unique().tolist())
+    ratios = " ".join(f"{steps}:{stats['ratio'][lag == steps].quantile(0.99):.2f}" for steps in lag.unique().tolist())
+    saved = stats["naive"] - stats["slots"]
+    no_signal = "" if stats["signal"] else " | no signal: weights kept"
     print(f"step {now['step']:04d} | reward {reward:+.3f} | solved {solved:.3f} ema {ema:.3f} | "
           f"norm {stats['norm']:.2f} | entropy {stats['entropy']:.2f} | lag {max(lags)}, ratio q99 {ratios} | "
-          f"merge {naive / slots:.1f}x, {naive - slots:,} tokens saved | {now['seconds']:.0f} s"
-          f"{'' if stats['signal'] else ' | no signal: weights kept'}", flush=True)
+          f"merge {stats['naive'] / stats['slots']:.1f}x, {saved:,} tokens saved | {now['seconds']:.0f} s{no_signal}",
+          flush=True)
     if now["step"] % args.show_every == 1 % args.show_every:
-        t, ids = episodes[0], [[], *(s.ids.tolist() for s in episodes[0].samples)]
-        text = "".join(f"{decode(b[common_prefix(a, b):s.start])}<{decode(b[s.start:])}>"
-                       for a, b, s in zip(ids, ids[1:], t.samples)).encode("unicode_escape").decode()  # or garbles
-        print(f"  {'solved' if t.success else 'failed'}: {text} rewards {' '.join(f'{r:+.2f}' for r in t.rewards)}")
+        print_episode(episodes[0], decode)
+
+def print_episode(episode, decode):
+    """What was said in an episode, what the policy wrote in <>."""
+    text = ""
+    before = []
+    for sample in episode.samples:
+        ids = sample.ids.tolist()
+        heard = ids[common_prefix(before, ids):sample.start]
+        text += f"{decode(heard)}<{decode(ids[sample.start:])}>"
+        before = ids
+    text = text.encode("unicode_escape").decode()  # control characters would garble the terminal
+    rewards = " ".join(f"{reward:+.2f}" for reward in episode.rewards)
+    print(f"  {'solved' if episode.success else 'failed'}: {text} rewards {rewards}")
+
+def share_done(now, args):
+    """Progress: the share of the steps that are done, or of the minutes after the imitation; 1 is the end."""
+    of_steps = now["step"] / args.steps if args.steps else 0.0
+    of_minutes = 0.0
+    if args.minutes:
+        budget = max(60 * args.minutes - now["warm"], 1e-9)
+        of_minutes = (now["seconds"] - now["warm"]) / budget
+    return max(of_steps, of_minutes)
+
+def make_queue(args):
+    """The scheduler that --schedule names."""
+    if args.schedule == "fifo":
+        window = 1
+    elif args.schedule == "greedy":
+        window = math.inf
+    else:
+        window = args.window or max(1, int(0.3 * args.slots))
+    return WindowedFIFO(args.slots, window, args.deadline)
 
 def run(args, state):
-    started, stop, (device, dtype, why) = time.perf_counter(), on_signals(), pick_device(args.device)
+    """Imitate, then learn from rewards until the end that the flags name -> what the last line of stdout says.
+    state: the checkpoint, None for a run at its start or in its imitation."""
+    started = time.perf_counter()
+    stop = on_signals()
+
+    # model, queue, gateway, threads
+    device, dtype, why = pick_device(args.device)
     check_memory(needed_bytes(args, device), device, "--preset micro, or fewer --turns")
-    model = load_model(state, device, dtype)[0] if state else make_model(args, device, dtype)
     if state:
+        model = load_model(state, device, dtype)[0]
         check_record(state["now"])
-    window = dict(fifo=1, greedy=math.inf).get(args.schedule, args.window or max(1, int(0.3 * args.slots)))
-    queue = WindowedFIFO(args.slots, window, args.deadline)
-    source = (Local if args.serve is None else Served)(model, args, queue)
+    else:
+        model = make_model(args, device, dtype)
+    queue = make_queue(args)
+    if args.serve is None:
+        source = Local(model, args, queue)
+    else:
+        source = Served(model, args, queue)
     threads = Threads(device, args.threads, state and state["now"].get("threads"))
     if threads.count is None:
         faster = Threads.FASTER_FOR_STEPS if args.steps else Threads.FASTER
         threads.choose(trial(source, args), faster)
     card(args, model, queue, device, why, threads)
+
+    # imitation, or where a run stood
     ready = bool(state) or warm_start(source, args, stop, threads)
     threads.times = []  # these steps are others than the imitation's
-    optimizers, warm = configure_optimizers(model, args.lr)[0], time.perf_counter() - started
-    now = restore(state, optimizers, source) if state else dict(
-        step=0, seconds=warm, warm=warm, ema=None, curve=[], max_lag=0, naive=0, slots=0, reward=0.0,
-        run=os.urandom(8).hex())
+    optimizers = configure_optimizers(model, args.lr)[0]
+    if state:
+        now = restore(state, optimizers, source)
+    else:
+        warm = time.perf_counter() - started
+        now = dict(step=0, seconds=warm, warm=warm, ema=None, curve=[], max_lag=0, naive=0, slots=0, reward=0.0,
+                   run=os.urandom(8).hex())
     if ready and not state:
         save(args.out, args, source, optimizers, now)  # killed from here on, the run can go on
-    timer, changed = SaveTimer(), False
-    def progress():
-        budget = 60 * (args.minutes or math.inf) - now["warm"]
-        return max(now["step"] / (args.steps or math.inf), (now["seconds"] - now["warm"]) / max(budget, 1e-9))
+    timer = SaveTimer()
+    changed = False
     if ready and args.serve is not None:
         print(f"gateway | http://127.0.0.1:{source.server_port}/v1 key {source.token}", flush=True)
-    if state and progress() >= 1:
+    if state and share_done(now, args) >= 1:
         print(f"nothing left to do after step {now['step']}: give more --steps or --minutes", flush=True)
-    while progress() < 1 and not stop:
-        tick, rate, changed = time.perf_counter(), args.lr * min(1.0, 2 * (1 - progress())), True
+
+    while share_done(now, args) < 1 and not stop:
+        began = time.perf_counter()
+        changed = True
+
+        # rollout: free slots are filled, finished groups are taken from the window
+        rate = args.lr * min(1.0, 2 * (1 - share_done(now, args)))
         source.start(queue.admit(now["step"], source.now), now["step"])
-        source.wait(stop, 60 * (args.minutes or math.inf) - now["seconds"])
+        seconds_left = 60 * args.minutes - now["seconds"] if args.minutes else math.inf
+        source.wait(stop, seconds_left)
         if len(queue.batch) < args.groups:  # stopped, or out of time, while agents of other processes were at work
             break
         groups = [source.pool.pop(task) for task in queue.batch]
-        trees = plan_rows(map(advantages, groups), model, not args.no_merge)
-        began = time.perf_counter()
-        stats = train_step(model, optimizers, trees, rate) if trees else None
-        if trees and threads.slowed(time.perf_counter() - began):
-            threads.choose_again(trial(source, args))
+
+        # train, and publish the weights: now, not before, the groups' slots are free
+        rows = plan_rows([advantages(group) for group in groups], model, not args.no_merge)
+        stats = None
+        if rows:
+            step_began = time.perf_counter()
+            stats = train_step(model, optimizers, rows, rate)
+            if threads.slowed(time.perf_counter() - step_began):
+                threads.choose_again(trial(source, args))
         now["threads"] = threads.count if device.type == "cpu" else None  # bits depend on it
-        lags = queue.publish(now["step"] + bool(trees))  # the step's weights are out: now, not before, slots are free
-        now["seconds"] += time.perf_counter() - tick
+        lags = queue.publish(now["step"] + bool(rows))
+        now["seconds"] += time.perf_counter() - began
+
+        # tell and save
         if stats:
-            report(now, args, groups, stats, lags, source.tokenizer.decode)
+            count_step(now, groups, stats, lags)
+            print_step(now, args, groups, stats, lags, source.tokenizer.decode)
         else:
-            print(f"no step   | groups {[g[0].task for g in groups]}: no turn to learn from", flush=True)
+            print(f"no step   | groups {[group[0].task for group in groups]}: no turn to learn from", flush=True)
         if now["step"] % args.save_every == 0 or timer.due():
-            began = timer.clock()
+            save_began = timer.clock()
             save(args.out, args, source, optimizers, now)
-            timer.saved(began)
+            timer.saved(save_began)
+
     if ready and changed:  # a run with nothing left has nothing to save
         save(args.out, args, source, optimizers, now)
-    if stop or not now["step"]:  # all the time went into the imitation, or into waiting for other processes
-        print(f"stopped after step {now['step']}, saved; --resume --out {args.out} goes on" if ready else
-              f"stopped in the imitation, saved in {args.out}/warm; the same command goes on", flush=True)
+    if not ready:
+        print(f"stopped in the imitation, saved in {args.out}/warm; the same command goes on", flush=True)
+    elif stop or not now["step"]:  # all the time went into the imitation, or into waiting for other processes
+        print(f"stopped after step {now['step']}, saved; --resume --out {args.out} goes on", flush=True)
     if args.serve is not None:
         source.close()
-    draw(dict(zip(("a batch of fresh problems", "EMA"), zip(*now["curve"]))), args)
+    return summary(args, now, source, queue)
+
+def summary(args, now, source, queue):
+    """Draw the curve, where --figure asks for it -> what the last line of stdout says."""
+    curve = now["curve"]
+    if args.figure and curve:
+        solved = [point[0] for point in curve]
+        ema = [point[1] for point in curve]
+        draw({"a batch of fresh problems": solved, "EMA": ema}, args.figure, args.task)
     virtual = max(source.now, 1e-9)
-    return dict(reward_start=now["curve"][0][0] if now["curve"] else None, reward_end=now["ema"], steps=now["step"],
-                merge_ratio=now["naive"] / max(now["slots"], 1), max_lag=now["max_lag"], seconds=now["seconds"],
-                virtual_seconds=virtual, idle=queue.idle / virtual, reward_per_virtual_s=now["reward"] / virtual)
+    return dict(
+        reward_start=curve[0][0] if curve else None, reward_end=now["ema"], steps=now["step"],
+        merge_ratio=now["naive"] / max(now["slots"], 1), max_lag=now["max_lag"], seconds=now["seconds"],
+        virtual_seconds=virtual, idle=queue.idle / virtual, reward_per_virtual_s=now["reward"] / virtual)
 
 def save(folder, args, source, optimizers, now):
     """All there is between two steps: weights, momenta, who is in flight, what has finished, the clock.
@@ -1236,19 +1393,259 @@ def restore_episode(task, fields, tokens):
         raise ValueError(f"rewards of group {task}: {str(episode.rewards)[:40]}")
     return episode
 
-def draw(lines, args):
-    """Curves {name: (steps,)} -> --figure, where asked for. Without curves: see that it can be written, no more."""
-    if not args.figure:
-        return
+def draw(lines, path, task):
+    """Curves {name: (steps,)} -> a picture."""
     from matplotlib.figure import Figure
-    axis, picture = Figure(figsize=(7, 3.5), layout="constrained").subplots(), io.BytesIO()
+    axis = Figure(figsize=(7, 3.5), layout="constrained").subplots()
     for name, values in lines.items():
         axis.plot(values, label=name)
-    axis.set(ylim=(0, 1.02), xlabel="step", ylabel=f"{args.task}: share solved, sampled")
+    axis.set(ylim=(0, 1.02), xlabel="step", ylabel=f"{task}: share solved, sampled")
     axis.figure.legend(handles=axis.lines, loc="outside right upper")
-    axis.figure.savefig(picture, format=os.path.splitext(args.figure)[1][1:] or "png")
-    with open(args.figure, "wb" if lines else "ab") as file:
-        file.write(picture.getvalue() if lines else b"")
+    picture = io.BytesIO()
+    axis.figure.savefig(picture, format=os.path.splitext(path)[1][1:] or "png")
+    with open(path, "wb") as file:
+        file.write(picture.getvalue())
+
+def check_figure(path):
+    """ValueError if --figure cannot be drawn or written: it shows now, not after minutes. The file is made, if need be."""
+    if path is None:
+        return
+    from matplotlib.figure import Figure
+    try:
+        Figure().savefig(io.BytesIO(), format=os.path.splitext(path)[1][1:] or "png")
+        open(path, "ab").close()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--figure {path}: {getattr(error, 'strerror', None) or error}") from None
+
+# ---- the gateway's door: agents of other processes, through OpenAI's protocol ---------------------
+# A connection is heard in a thread of its own, so that an idle or slow one holds up no other. What it asks is put into
+# a queue, and the run's thread answers it between two steps: the model has one user at a time.
+
+class TimedReader(io.RawIOBase):
+    """What a client sends, headers and body, within so many seconds in all: one that drips must not hold up others."""
+
+    def __init__(self, connection, seconds):
+        self.connection = connection
+        self.until = time.monotonic() + seconds
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        self.connection.settimeout(max(1e-3, self.until - time.monotonic()))
+        return self.connection.recv_into(buffer)
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """POST of a JSON object -> a JSON object; what is refused gets a 4xx and OpenAI's error object."""
+    timeout = 2                        # seconds
+    default_request_version = "HTTP/1.0"
+
+    def log_message(self, *args):
+        pass
+
+    def setup(self):
+        super().setup()
+        self.rfile = io.BufferedReader(TimedReader(self.connection, self.timeout))
+
+    def do_POST(self):
+        size = self.headers.get("Content-Length", "")
+        fits = re.fullmatch("[0-9]{1,7}", size) and int(size) <= MAX_BODY
+        raw = self.rfile.read(int(size)) if fits else None
+        key = self.headers.get("Authorization", "")
+        if not hmac.compare_digest(key.encode(), f"Bearer {self.server.token}".encode()):
+            self.reply(401, "wrong token", raw is not None)
+        elif raw is None:
+            self.reply(413, f"Content-Length {size[:20]}: it must be there, and at most {MAX_BODY}", False)
+        else:
+            answer = self.server.ask(self.path, raw, self.connection)
+            if answer:
+                self.reply(*answer)
+
+    def send_error(self, code, message=None, explain=None):
+        """What http.server refuses: methods other than POST, garbled request lines, endless headers."""
+        code = {501: 405, 505: 400}.get(code, code)
+        self.reply(code, f"{message or 'too long'}: only POST is served", False)
+
+    def reply(self, code, said, heard=True):
+        """Send it. What was not read is drained, while there is time: unread, it would make the close a reset."""
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        if code != 200:
+            said = dict(error=dict(message=said, type="invalid_request_error"))
+        if self.command != "HEAD":
+            self.wfile.write(json.dumps(said).encode())
+        if not heard:
+            self.connection.shutdown(socket.SHUT_WR)
+            while self.rfile.read1(MAX_BODY) and time.monotonic() < self.rfile.raw.until:
+                pass
+
+def hung_up(connection):
+    """Whether the client is gone (or has closed its side, which looks the same) and nobody will read an answer."""
+    patience = connection.gettimeout()
+    connection.settimeout(0)
+    try:
+        return not connection.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:            # nothing to read: it waits
+        return False
+    except ConnectionError:
+        return True
+    finally:
+        connection.settimeout(patience)
+
+class Refused(Exception):
+    """A request that gets a status and a reason in place of an answer."""
+
+    def __init__(self, status, reason):
+        super().__init__(reason)
+        self.status = status
+
+class Served(Gateway, http.server.ThreadingHTTPServer):
+    """Agents of other processes, in real seconds, on loopback.
+
+    POST /v1/tasks {}                                          -> {task, messages}: an episode is claimed
+    POST /v1/chat/completions {model: task, messages}          a turn of it, OpenAI's protocol, at temperature 1, of 16
+                                                               tokens at most, whatever is asked for
+    POST /v1/finish {task, rewards, success: bool}             its end, with a reward for each turn
+    """
+    request_queue_size = 1024          # connections that may wait until they are heard
+
+    def __init__(self, model, args, queue):
+        super().__init__(model, args, queue)
+        try:
+            http.server.ThreadingHTTPServer.__init__(self, ("127.0.0.1", args.serve), Handler)
+        except OSError as error:
+            raise OSError(f"--serve {args.serve}: no port to listen on, {error.strerror}") from None
+        self.open = {}                 # name of an episode, "group.row" -> it, until its end
+        self.claimed = set()
+        self.token = args.token or os.urandom(16).hex()
+        self.asked = SimpleQueue()     # (where the reply goes, path, raw body, connection)
+        self.over = False
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+    def handle_error(self, request, client_address):
+        """A connection that broke is no news; anything else is printed."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
+
+    def close(self):
+        """Hear no one any more; who still waits for an answer is refused."""
+        self.shutdown()
+        self.server_close()
+        self.over = True
+        while not self.asked.empty():
+            reply, *_ = self.asked.get()
+            reply.put((503, "the run is over"))
+
+    def ask(self, path, raw, client):
+        """A connection's thread waits here for the run's -> what `answer` says; None: the client gave up meanwhile."""
+        reply = SimpleQueue()
+        self.asked.put((reply, path, raw, client))
+        if self.over:
+            return 503, "the run is over"
+        return reply.get()
+
+    def start(self, tasks, version):
+        self.version = version
+        for task in tasks:
+            self.pool[task] = [Trajectory(task) for _ in range(self.args.rollouts)]
+            for row, episode in enumerate(self.pool[task]):
+                self.open[f"{task}.{row}"] = episode
+
+    def answer(self, path, raw, client):
+        """-> status, and a JSON object or what is wrong."""
+        try:
+            body = dict(json.loads(raw).items())
+            if path == "/v1/tasks":
+                return 200, self.claim()
+            key = str(body.get({"/v1/chat/completions": "model", "/v1/finish": "task"}.get(path)))
+            if key not in self.open:
+                raise Refused(404, f"unknown path or task, or one that is over: {path}, {key}"[:200])
+            if key not in self.claimed:  # or its next turn would be another client's, who claims it later
+                raise Refused(409, f"task {key} is not claimed: POST /v1/tasks claims one")
+            if path == "/v1/finish":
+                return 200, self.finish_episode(key, body)
+            n_context = self.check_turn(key, body)
+        except Refused as error:
+            return error.status, str(error)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+            return 400, f"a JSON object, rewards numbers, messages [{{role, content}}]: {repr(error)[:200]}"
+        return 200, self.take_turn(key, body, n_context, client)
+
+    def claim(self):
+        """An episode that no client plays yet -> its name and its first messages."""
+        key = next((key for key in self.open if key not in self.claimed), None)
+        if key is None:
+            raise Refused(409, "no task is waiting")
+        self.claimed.add(key)
+        agent = make_task(self.args, self.open[key].task).agent()
+        return dict(task=key, messages=next(agent))
+
+    def finish_episode(self, key, body):
+        """The end of an episode, with a reward for each of its turns."""
+        episode = self.open[key]
+        rewards = [float(reward) for reward in body["rewards"]]
+        if len(rewards) != len(episode.samples) or not all(abs(reward) <= 1e3 for reward in rewards):
+            raise ValueError(f"{len(episode.samples)} turns, a reward of at most 1000 each: {rewards}"[:200])
+        admitted, _ = self.queue.born[episode.task]
+        episode.finish(rewards, body["success"] is True, self.now - admitted)
+        del self.open[key]
+        return dict(turns=len(rewards))
+
+    def check_turn(self, key, body):
+        """ValueError for a turn that cannot be served -> tokens of its context."""
+        if body.get("stream") or body.get("n") not in (None, 1):  # other options, null or not, change nothing
+            raise ValueError(f"stream {body.get('stream')}, n {body.get('n')}: no stream is served, and n is 1")
+        if not isinstance(body["messages"], list):
+            raise ValueError(f"messages {body['messages']!r:.60}: a list is needed")
+        n_context = len(self.context(self.open[key], body["messages"]))
+        room = self.model.cfg.max_seq_len - MAX_NEW
+        if not 1 <= n_context <= room:
+            raise ValueError(f"{n_context} tokens of context: 1 to {room} are served")
+        return n_context
+
+    def take_turn(self, key, body, n_context, client):
+        """One completion, in OpenAI's form. A turn whose client is gone by its end was not taken."""
+        episode = self.open[key]
+        agent = (messages for messages in [body["messages"]])  # it has one turn, and hears nothing
+        rollout(self.model, self, [(episode, agent)], self.version, replay=self.args.replay)
+        ids = episode.samples[-1].ids[n_context:].tolist()
+        message = dict(role="assistant", content=self.tokenizer.decode(ids))
+        if hung_up(client):
+            episode.samples.pop()
+            episode.said[message["content"]].pop()
+        turn = dict(index=0, message=message, finish_reason="stop" if ids[-1] in STOP else "length")
+        usage = dict(prompt_tokens=n_context, completion_tokens=len(ids), total_tokens=n_context + len(ids))
+        return dict(id=f"{key}-{n_context}", object="chat.completion", created=int(time.time()), model=key,
+                    choices=[turn], usage=usage)
+
+    def wait(self, stop, seconds):
+        """Answer clients until a batch of groups is over, for at most so many seconds."""
+        started = time.monotonic() - self.now
+        until = self.now + seconds
+        while not self.queue.take(self.args.groups, self.now) and not stop and self.now < until:
+            with contextlib.suppress(Empty):
+                self.answer_one(*self.asked.get(timeout=0.05), started)
+            self.now = time.monotonic() - started
+
+            # episodes past the deadline are over, and groups of which none is open
+            late = [key for key, episode in self.open.items() if self.queue.due[episode.task] <= self.now]
+            for key in late:
+                self.open.pop(key).fail()
+            still_open = {episode.task for episode in self.open.values()}
+            for task in self.queue.due.keys() - still_open:
+                self.queue.finish(task)
+
+    def answer_one(self, reply, path, raw, client, started):
+        self.now = time.monotonic() - started
+        try:
+            if hung_up(client):        # one that gave up during a training step asks again, or does not
+                reply.put(None)
+            else:
+                reply.put(self.answer(path, raw, client))
+        except Exception as error:     # its turn is lost, the run goes on
+            print(f"gateway | {path}: {error!r}", flush=True)
+            reply.put((500, repr(error)[:200]))
 
 def main(argv=None):
     return command("rl.py", lambda locks: run(*parse_args(argv, locks)), "; the last good checkpoint is kept")

@@ -3801,12 +3801,12 @@ def test_rl_resume_loses_no_task(tmp_path):
     quiet(rl.main, rl_args(tmp_path / "b", "--steps", "1", "--seed", "7"))
     result, _ = quiet(rl.main, rl_args(tmp_path / "a", *more))
     assert result["steps"] == 4 and {*"reward_start reward_end steps merge_ratio seconds".split()} <= {*result}
-    stop, real, report = [], rl.demonstrate, rl.report
+    stop, real, count = [], rl.demonstrate, rl.count_step
     with pytest.MonkeyPatch.context() as patch:  # as Ctrl-C would, in the first of the imitation's two steps
         patch.setattr(rl, "on_signals", lambda: stop)
         patch.setattr(rl, "demonstrate", lambda *args: stop.append(1) or real(*args))
         assert "the same command goes on" in quiet(rl.main, rl_args(tmp_path / "b", *more))[1]
-        patch.undo(), patch.setattr(rl, "report", lambda now, *a: sys.exit(9) if now["step"] == 2 else report(now, *a))
+        patch.undo(), patch.setattr(rl, "count_step", lambda now, *a: sys.exit(9) if now["step"] == 2 else count(now, *a))
         with pytest.raises(SystemExit, match="9"): quiet(rl.main, rl_args(tmp_path / "b", "--resume"))
     quiet(rl.main, rl_args(tmp_path / "b", "--resume"))
     a, b = (sample.load_checkpoint(str(tmp_path / x)) for x in "ab")

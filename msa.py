@@ -50,8 +50,6 @@ try:
 except ImportError:  # no Triton on macOS: the torch half is complete
     triton = tl = None
 
-PROGRAMS = 264     # full attention's decode splits its keys into this many programs: two a multiprocessor of an H100
-GAMMA = 2.0 ** -16  # rounding of a score of D = 128 products, relative to |q| |k|
 jit = triton.jit if triton else lambda kernel: kernel
 constexpr = tl.constexpr if triton else lambda value: value  # a kernel reads no other global
 _compiled = functools.cache(torch.compile)
@@ -313,23 +311,6 @@ def msa_decode(q, k, v, qi, ki, S, L, length, end=None, impl="auto", int8=None):
     block_idx = select_blocks(qi, ki, S, L, end, length, impl)
     return msa_attention(q, k, v, block_idx, L, end, length, impl), block_idx
 
-@torch.no_grad()
-def quantize_index(ki, L):
-    """An int8 copy of index keys with an error bound, for msa_decode. ki (B, Tk, D) -> ki8 (B, Tk, D) int8,
-    scale (B, Tk) bf16 for each key, slack (B, N) for each block: for every query and key of the block, q . k and
-    scale * (q rounded to 16 bits) . k8, both as computed, differ by at most |q| * scale * slack: Cauchy-Schwarz gives
-    |k / scale - k8|, the rounding of q at most |q| sqrt(D) 2^-15 |k8|; GAMMA |k / scale| on either side covers sums,
-    whose error grows with |q| |k|, not with the score. Nothing is proven for keys under 2^-96, queries over 2^127."""
-    lost = ~ki.isfinite().all(2)  # (B, Tk): NaN or inf, which nothing bounds: slack inf, the block is always rescored
-    ki = ki.nan_to_num(0.0, 0.0, 0.0)
-    Tk, up = ki.size(1), 1 + 2.0 ** -15                                                   # up: norms are rounded up
-    scale = (ki.abs().amax(2).float().clamp(min=2.0 ** -90) * (1.01 / 127)).bfloat16()  # 1.01: bf16 rounds by 0.4 %
-    k = ki.float() / scale.float()[..., None]  # norms of scaled keys: the square of 1e-24 is 0
-    residual, norm = (x.norm(dim=-1) * up for x in (k - k.round(), k))
-    slack = residual + (2 * GAMMA + ki.size(2) ** 0.5 * 2.0 ** -15) * (norm + residual)
-    slack = F.pad(slack.masked_fill(lost, float("inf")), (0, -Tk % L)).unflatten(1, (-1, L)).amax(2)
-    return tuple(x.contiguous() for x in (k.round().to(torch.int8), scale, slack))
-
 class _IndexKL(torch.autograd.Function):
     """KL and its gradient in one pass: d KL / d score = (index softmax - teacher) * weight / (Hkv * sum of weights)."""
 
@@ -455,6 +436,7 @@ def block_recall(qi, ki, q, k, S, L, end=None, n_query=256):
 NOTHING = constexpr(float("-inf"))         # the score of a key that is not seen
 LEAST = constexpr(torch.finfo(torch.float32).min)  # every score is above it, or is NOTHING
 TINY = constexpr(1e-30)                    # divides in place of an empty sum, and is far below any other
+NO_KEY = constexpr(-0x7FFFFFFFFFFFFFFF)      # below every _key
 LOG2E = constexpr(math.log2(math.e))
 LN2 = constexpr(math.log(2))
 
@@ -568,7 +550,7 @@ def _index_kernel(
     n = (first + last_row // HKV) // L  # blocks before the last row's own
 
     # TOP blocks at a time are scored, then merged into the best so far
-    best = tl.full([ROWS, TOP], -0x7FFFFFFFFFFFFFFF, tl.int64)
+    best = tl.full([ROWS, TOP], NO_KEY, tl.int64)
     for first_blk in range(0, n, TOP):
         new = tl.full([ROWS, TOP], NOTHING, tl.float32)
         for blk in range(first_blk, tl.minimum(first_blk + TOP, n)):
@@ -1294,24 +1276,40 @@ def _sum_slots(part, block_idx, out, G):
     _slot_sum_kernel[triton.cdiv(n * Hkv * G, 16),](part=part, block_idx=block_idx, out=out, n=n * Hkv, G=G,
                                                    D=out.size(-1), S=S, ROWS=16)
 
-# ---- Triton: decode ------------------------------------------------------------------------------
+# ==== E. Decode ===================================================================================
+#
+# A step of generation: each sequence has T <= 4 new tokens (one, and drafts to verify), and a cache of `length` others.
+# Reading memory is all that takes time. Three kernels, or two where index keys are not int8:
+#     _scan_kernel     reads every index key once, for all heads and drafts. The blocks are cut into `runs` even runs, a
+#                      program each: it writes the score of every block, and the best of its run
+#     _rescore_kernel  certified int8, section F: the scan gave bounds, these are the exact scores where it matters
+#     _attend_kernel   S programs for each query and KV head. Each finds the block of its rank, from the bests of the
+#                      runs first, attends to it, and writes a part; the last one to arrive merges the S parts
+# Each kernel may start while the one before still runs (programmatic dependent launch, PDL): it waits where it first
+# reads what that one wrote. Full attention, the baseline, splits the keys over programs instead: _dense_kernel writes
+# parts and _dense_sum_kernel merges them (Flash-Decoding). A row is one (sequence, draft, KV head).
+
+PROGRAMS = 264            # full attention's decode splits its keys into so many programs: two a multiprocessor of an H100
+AT_ONCE = constexpr(264)  # programs of the scan that run at once there
 
 @jit
-def _queries(qi, length, b, T, HKV: tl.constexpr, D: tl.constexpr, L: tl.constexpr, COLS: tl.constexpr):
-    """The T * HKV index queries of sequence b as columns [D, COLS], and each column's own index i."""
+def _queries(qi, length, b, T, HKV: tl.constexpr, DI: tl.constexpr, COLS: tl.constexpr):
+    """The T * HKV index queries of sequence b as columns [DI, COLS], and each column's own index i, -1 for none."""
     c = tl.arange(0, COLS)
-    x = tl.load(qi + (b.to(tl.int64) * T * HKV + c)[None] * D + tl.arange(0, D)[:, None], mask=c < T * HKV, other=0.0)
-    return x, tl.where(c < T * HKV, tl.load(length + b) + c // HKV, -1)
+    mine = c < T * HKV
+    rows = (b.to(tl.int64) * T * HKV + c)[None] * DI + tl.arange(0, DI)[:, None]
+    query = tl.load(qi + rows, mask=mine, other=0.0)
+    return query, tl.where(mine, tl.load(length + b) + c // HKV, -1)
 
 @jit
-def _block_scores(x, key, end, i, b, blk, cap, L: tl.constexpr):
-    """Scores [COLS] of one block: max over its keys [L, D] of k . q, -inf where invisible. Scan and rescoring share it,
+def _block_scores(query, key, end, i, b, blk, capacity, L: tl.constexpr):
+    """Scores [COLS] of one block: max over its keys [L, DI] of k . q, -inf where invisible. Scan and rescoring share it,
     tile and order of summation included, so that their scores are equal to the last bit."""
-    s = tl.dot(key, x, input_precision="ieee")                                                        # [L, COLS]
+    score = tl.dot(key, query, input_precision="ieee")                                                 # [L, COLS]
     if end is not None:
-        last = tl.load(end + b.to(tl.int64) * cap + blk * L + tl.arange(0, L))
-        s = tl.where(i[None] < last[:, None], s, float("-inf"))
-    return tl.where(blk < i // L, tl.max(s, 0), float("-inf"))
+        last = tl.load(end + b.to(tl.int64) * capacity + blk * L + tl.arange(0, L))
+        score = tl.where(i[None] < last[:, None], score, NOTHING)
+    return tl.where(blk < i // L, tl.max(score, 0), NOTHING)
 
 @jit
 def _run_start(run, n, runs):
@@ -1319,296 +1317,542 @@ def _run_start(run, n, runs):
     return (run.to(tl.int64) * n // runs).to(tl.int32)
 
 @jit
-def _digits(x):
-    """Queries x [D, COLS] in steps of unit / 32512 as two int8 digits; |x| in steps, rounded up; unit (powers of 2)."""
-    unit = tl.exp2(tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(x.to(tl.float32)), 0), 2.0 ** -126))))
-    x = x.to(tl.float32) / unit[None] * 32512
-    n = tl.floor(x + 0.5).to(tl.int32)
-    high = (n + 128) >> 8
-    norm = tl.sqrt(tl.sum(x * x, 0) + 2.0 ** -120) * (1 + 2.0 ** -15)  # not 0: times a block's inf, it would be NaN
-    return high.to(tl.int8), (n - high * 256).to(tl.int8), tl.where(norm == norm, norm, float("inf")), unit
-
-@jit
-def _unscale(x, unit, more):
-    """From steps to scores, more added (what rounds to 0), finite where x is: -inf means invisible alone."""
-    y = tl.minimum(tl.maximum(x * (unit / 32512 * 2.0 ** 15) * 2.0 ** 15 + more, -3e38), 3e38)
-    return tl.where(x > float("-inf"), y, x)
-
-@jit
 def _prefetch(start, n, MOST: tl.constexpr):
     """Loads a byte of every 64 of the first n elements, MOST at most, which brings them all to the L2: a prefetch
     instruction would bring a fourth (measured). The values are dropped, so that none can be stale."""
     STEP: tl.constexpr = 512 // start.dtype.element_ty.primitive_bitwidth
-    at = (start + tl.minimum(tl.arange(0, MOST // STEP) * STEP, n - 1)).to(tl.int64)
-    tl.inline_asm_elementwise("ld.volatile.global.u8 $0, [$1];", "=r,l", [at], tl.int32, is_pure=False, pack=1)
+    place = (start + tl.minimum(tl.arange(0, MOST // STEP) * STEP, n - 1)).to(tl.int64)
+    tl.inline_asm_elementwise("ld.volatile.global.u8 $0, [$1];", "=r,l", [place], tl.int32, is_pure=False, pack=1)
 
-# One program = one run of blocks of one sequence, for all its queries and index heads. A row of scores: all N blocks,
-# the maximum of each run; and where keys are int8, so that these are upper bounds: the maxima again, since rescoring
-# writes the first, and the best lower bound of each run.
+# One program = one run of blocks of one sequence, for all its queries and index heads.
 @jit
-def _scan_kernel(qi, ki, scale, slack, end, length, scores, done, T, cap, HKV: tl.constexpr, D: tl.constexpr,
-                 L: tl.constexpr, RUN: tl.constexpr, COLS: tl.constexpr, PDL: tl.constexpr):
-    run, b, N, runs = tl.program_id(0), tl.program_id(1), tl.cdiv(cap, L), tl.num_programs(0)
-    c, g = tl.arange(0, COLS), tl.arange(0, RUN)
+def _scan_kernel(
+    qi,           # (B, T, HKV, DI)
+    ki,           # (B, capacity, DI), or their int8 copy
+    scale,        # (B, capacity), of the int8 copy, or None
+    slack,        # (B, N), of the int8 copy, or None
+    end,          # (B, capacity), or None
+    length,       # (B,)
+    block_score,  # (rows, N), written: scores, or upper bounds
+    run_best,     # (rows, runs), written: the maximum of each run
+    run_upper,    # (rows, runs), int8 alone: the same again, since rescoring writes run_best
+    run_lower,    # (rows, runs), int8 alone: the best lower bound of each run
+    done,         # (rows,), set to 0: the parts that _attend_kernel has finished
+    T,
+    capacity,
+    HKV: tl.constexpr,
+    DI: tl.constexpr,
+    L: tl.constexpr,
+    RUN: tl.constexpr,   # blocks of a run, rounded up
+    COLS: tl.constexpr,  # T * HKV, rounded up
+    PDL: tl.constexpr,
+):
+    run = tl.program_id(0)
+    b = tl.program_id(1)
+    runs = tl.num_programs(0)
+    N = tl.cdiv(capacity, L)
+    c = tl.arange(0, COLS)
+    g = tl.arange(0, RUN)
+
+    # while the kernel before still runs, bring the first keys to the L2
     if PDL:
-        n = tl.minimum((tl.load(length + b, volatile=True) + T - 1) // L, cap // L)  # read again after the wait
-        lo, hi = _run_start(run, n, runs), _run_start(run + 1, n, runs)
-        if (lo < hi) & (b == 0) & (run < 264):  # who runs at once on an H100; later programs find the memory busy
-            _prefetch(ki + lo.to(tl.int64) * L * D, (hi - lo) * L * D, 2 * L * D)
+        n = tl.minimum((tl.load(length + b, volatile=True) + T - 1) // L, capacity // L)  # read again after the wait
+        lo = _run_start(run, n, runs)
+        hi = _run_start(run + 1, n, runs)
+        if (lo < hi) & (b == 0) & (run < AT_ONCE):  # later programs find the memory busy
+            _prefetch(ki + lo.to(tl.int64) * L * DI, (hi - lo) * L * DI, 2 * L * DI)
         tl.extra.cuda.gdc_wait()
+
+    # the blocks of this run, and the queries
     n = (tl.load(length + b) + T - 1) // L
-    lo, hi = _run_start(run, n, runs), _run_start(run + 1, n, runs)
-    x, i = _queries(qi, length, b, T, HKV, D, L, COLS)
-    score = tl.full([COLS, RUN], float("-inf"), tl.float32)
+    lo = _run_start(run, n, runs)
+    hi = _run_start(run + 1, n, runs)
+    query, i = _queries(qi, length, b, T, HKV, DI, COLS)
+    score = tl.full([COLS, RUN], NOTHING, tl.float32)
     if scale is not None:
-        high, low, norm, unit = _digits(x)
-        least = tl.full([L, COLS], float("-inf"), tl.float32)
+        high, low, norm, unit = _digits(query)
+        least = tl.full([L, COLS], NOTHING, tl.float32)
         held = tl.full([L], lo, tl.int32) < hi  # as a block: triton 3.9's interpreter takes no scalar as its mask
-        step = tl.load(scale + b.to(tl.int64) * cap + lo * L + tl.arange(0, L), mask=held, other=0.0)
+        step = tl.load(scale + b.to(tl.int64) * capacity + lo * L + tl.arange(0, L), mask=held, other=0.0)
         margin = tl.load(slack + b * N + lo, mask=lo < hi, other=0.0)
+
+    # block after block
     for blk in range(lo, hi):
-        j = b.to(tl.int64) * cap + blk * L + tl.arange(0, L)
+        j = b.to(tl.int64) * capacity + blk * L + tl.arange(0, L)
+        key = tl.load(ki + j[:, None] * DI + tl.arange(0, DI))                                         # [L, DI]
         if scale is None:
-            s = _block_scores(x, tl.load(ki + j[:, None] * D + tl.arange(0, D)), end, i, b, blk, cap, L)
+            best = _block_scores(query, key, end, i, b, blk, capacity, L)                              # [COLS]
         else:
-            key, wide = tl.load(ki + j[:, None] * D + tl.arange(0, D)), norm * margin
+            wide = norm * margin                                                                       # [COLS]
             this = step.to(tl.float32)[:, None] * 2.0 ** -30  # the products below stay finite
-            more = tl.full([L], blk + 1, tl.int32) < hi  # one ahead: too small to be pipelined
+            # one ahead: too small to be pipelined
+            more = tl.full([L], blk + 1, tl.int32) < hi
             step = tl.load(scale + j + L, mask=more, other=0.0)
             margin = tl.load(slack + b * N + blk + 1, mask=blk + 1 < hi, other=0.0)
-            s = tl.dot(key, low, tl.dot(key, high, out_dtype=tl.int32) * 256, out_dtype=tl.int32).to(tl.float32)
+            s = _digit_scores(key, high, low)                                                          # [L, COLS]
             seen = tl.broadcast_to((blk < i // L)[None], [L, COLS])
             if end is not None:
                 seen = seen & (i[None] < tl.load(end + j)[:, None])
-            least = tl.maximum(least, tl.where(seen, (s - wide[None]) * this, float("-inf")))
-            s = tl.max(tl.where(seen, (s + wide[None]) * this, float("-inf")), 0)
-        score = tl.where(g == blk - lo, s[:, None], score)
+            least = tl.maximum(least, tl.where(seen, (s - wide[None]) * this, NOTHING))
+            best = tl.max(tl.where(seen, (s + wide[None]) * this, NOTHING), 0)                         # [COLS]
+        score = tl.where(g == blk - lo, best[:, None], score)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()  # not before: programs that wait would crowd where room is first
-    row, mine = scores + (b * T * HKV + c).to(tl.int64) * (N + 3 * runs), c < T * HKV
+
+    # write; the keys that other programs still read would evict both from the L2
+    mine = c < T * HKV
+    row = (b * T * HKV + c).to(tl.int64)
     if scale is not None:
-        score, lower = _unscale(score, unit[:, None], 2.0 ** -120), _unscale(tl.max(least, 0), unit, -2.0 ** -120)
+        score = _unscale(score, unit[:, None], 2.0 ** -120)
+        lower = _unscale(tl.max(least, 0), unit, -2.0 ** -120)
         score = tl.where(score == score, score, 3e38)  # inf * 0, a query of NaN or inf: rescored
-        tl.store(row + N + runs + run, tl.max(score, 1), mask=mine)
-        tl.store(row + N + 2 * runs + run, _ranked(lower), mask=mine)
+        tl.store(run_upper + row * runs + run, tl.max(score, 1), mask=mine)
+        tl.store(run_lower + row * runs + run, _ranked(lower), mask=mine)
     else:
         score = _ranked(score)
-    tl.store(row[:, None] + lo + g, score, mask=mine[:, None] & (g < hi - lo), eviction_policy="evict_last")
-    tl.store(row + N + run, tl.max(score, 1), mask=mine, eviction_policy="evict_last")  # the keys would evict both
+    blocks = block_score + row[:, None] * N + lo + g
+    tl.store(blocks, score, mask=mine[:, None] & (g < hi - lo), eviction_policy="evict_last")
+    tl.store(run_best + row * runs + run, tl.max(score, 1), mask=mine, eviction_policy="evict_last")
     first = tl.where(run == 0, T * HKV, 0)  # one run alone resets: none in the others
     tl.store(done + b * T * HKV + c, 0, mask=c < first)
 
 @jit
-def _choose(scores, row, slot, n, N, W: tl.constexpr, RUNS: tl.constexpr, PAIR: tl.constexpr):
+def _choose(block_score, run_best, row, slot, n, N, TOP: tl.constexpr, RUNS: tl.constexpr, PAIR: tl.constexpr):
     """The block of rank slot >= 1 among those before the query's own, whose scores alone are above -inf. Exact in two
-    steps, on pairs of runs of up to PAIR blocks: the top W blocks lie in the top W pairs, because each pair that beats
-    theirs holds a block that beats them. The leaders of those pairs are merged with whatever else beats one of them."""
-    row, p = scores + row.to(tl.int64) * (N + 3 * RUNS), tl.arange(0, RUNS // 2)
-    top = tl.maximum(tl.load(row + N + 2 * p), tl.load(row + N + 2 * p + 1))
-    pair = _block_of(tl.topk(_key(top, p), W))                                                        # [W]
-    lo, hi = _run_start(2 * tl.maximum(pair, 0), n, RUNS), _run_start(2 * pair + 2, n, RUNS)
+    steps, on pairs of runs of up to PAIR blocks: the TOP best blocks lie in the TOP best pairs, because each pair that
+    beats theirs holds a block that beats them. The leaders of those pairs are merged with whatever else beats one."""
+    row = row.to(tl.int64)
+    block_score += row * N
+    run_best += row * RUNS
+
+    # the best pairs of runs, and all their blocks
+    p = tl.arange(0, RUNS // 2)
+    top = tl.maximum(tl.load(run_best + 2 * p), tl.load(run_best + 2 * p + 1))
+    pair = _block_of(tl.topk(_key(top, p), TOP))                                                       # [TOP]
+    lo = _run_start(2 * tl.maximum(pair, 0), n, RUNS)
+    hi = _run_start(2 * pair + 2, n, RUNS)
     blk = lo[:, None] + tl.arange(0, PAIR)
-    key = _key(tl.load(row + blk, mask=(pair >= 0)[:, None] & (blk < hi[:, None]), other=float("-inf")), blk)
-    best, NONE = tl.max(key, 1), tl.full([], -0x7FFFFFFFFFFFFFFF, tl.int64)                            # descending
-    key = tl.where(key == best[:, None], NONE, key)
-    rank, found, nth, other = tl.arange(0, W), -1, 0, tl.max(tl.max(key, 1))
-    while (other > tl.min(best)) & (nth < W):  # random scores: about once in two rows
+    held = (pair >= 0)[:, None] & (blk < hi[:, None])
+    key = _key(tl.load(block_score + blk, mask=held, other=NOTHING), blk)                              # [TOP, PAIR]
+
+    # their leaders, in descending order; then what else beats the least of them
+    best = tl.max(key, 1)                                                                              # [TOP]
+    key = tl.where(key == best[:, None], NO_KEY, key)
+    rank = tl.arange(0, TOP)
+    found = -1
+    nth = 0
+    other = tl.max(tl.max(key, 1))
+    while (other > tl.min(best)) & (nth < TOP):  # random scores: about once in two rows
         if tl.sum((best > other).to(tl.int32)) + nth == slot - 1:
             found = _block_of(other)
-        rank, nth, key = rank + (other > best).to(tl.int32), nth + 1, tl.where(key == other, NONE, key)
+        rank += (other > best).to(tl.int32)
+        nth += 1
+        key = tl.where(key == other, NO_KEY, key)
         other = tl.max(tl.max(key, 1))
     return tl.maximum(found, tl.max(tl.where(rank == slot - 1, _block_of(best), -1)))
-
-# One program = every so many-th run of one query and index head whose best upper bound reaches the (S - 1)-th best
-# lower bound: its blocks that do get their exact score. All others keep bounds below the floor: they are not chosen.
-@jit
-def _rescore_kernel(qi, ki, end, length, scores, T, cap, HKV: tl.constexpr, D: tl.constexpr, L: tl.constexpr,
-                    S: tl.constexpr, W: tl.constexpr, RUN: tl.constexpr, COLS: tl.constexpr, RUNS: tl.constexpr,
-                    PDL: tl.constexpr):
-    row, N, r, w = tl.program_id(1), tl.cdiv(cap, L), tl.arange(0, RUNS), tl.arange(0, W)
-    b, mine = row // (T * HKV), tl.arange(0, COLS) == row % (T * HKV)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    x, i = _queries(qi, length, b, T, HKV, D, L, COLS)
-    n, at = (tl.load(length + b) + T - 1) // L, scores + row.to(tl.int64) * (N + 3 * RUNS)
-    low = at + N + 2 * RUNS + 2 * tl.arange(0, RUNS // 2)
-    low = tl.topk(tl.maximum(tl.load(low), tl.load(low + 1)), W)
-    floor = tl.max(tl.where(w == S - 2, low, float("-inf")))  # reached by S - 1 pairs, hence by S - 1 blocks
-    high = tl.load(at + N + RUNS + r)
-    live = (high >= floor) & (high > float("-inf"))
-    place = tl.cumsum(live.to(tl.int32), 0)
-    for nth in range(tl.program_id(0), tl.max(place, 0), tl.num_programs(0)):
-        run = tl.sum(tl.where(live & (place == nth + 1), r, 0))
-        blk = _run_start(run, n, RUNS) + tl.arange(0, RUN)
-        held = blk < _run_start(run + 1, n, RUNS)
-        score, last = tl.load(at + blk, mask=held, other=float("-inf")), -1
-        wanted = (score > float("-inf")) & (score >= floor)
-        for _ in range(tl.sum(wanted.to(tl.int32))):
-            last = tl.min(tl.where(wanted & (blk > last), blk, 2 ** 31 - 1))
-            j = b.to(tl.int64) * cap + last * L + tl.arange(0, L)
-            s = _block_scores(x, tl.load(ki + j[:, None] * D + tl.arange(0, D)), end, i, b, last, cap, L)
-            score = tl.where(blk == last, tl.max(tl.where(mine, s, float("-inf"))), score)
-        tl.store(at + blk, score, mask=held)
-        tl.store(at + N + run, tl.max(score, 0))
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
 
 @jit
 def _join(part, lse, out, row, S: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
     """Sum of a row's S parts by weight. A thread loads eight channels and, itself, their head's log-sum-exp: with the
     weights in a vector of heads each part would wait for threads to exchange them (3.5 us, not 2.4)."""
-    g, c, e = tl.arange(0, ROWS)[:, None], tl.arange(0, D // 8)[None], tl.arange(0, 8)
-    real, place = (g < G) & (c >= 0), c[:, :, None] * 8 + e
-    m, l = tl.full([ROWS, D // 8], LEAST, tl.float32), tl.zeros([ROWS, D // 8], tl.float32)
+    g = tl.arange(0, ROWS)[:, None]
+    c = tl.arange(0, D // 8)[None]
+    real = (g < G) & (c >= 0)                                                                          # [ROWS, D / 8]
+    channel = c[:, :, None] * 8 + tl.arange(0, 8)
+    peak = tl.full([ROWS, D // 8], LEAST, tl.float32)
+    total = tl.zeros([ROWS, D // 8], tl.float32)
     acc = tl.zeros([ROWS, D // 8, 8], tl.float32)
     for slot in tl.static_range(S):
         source = (row * S + slot) * G + g
-        stat = tl.load(lse + source + c * 0, mask=real, other=float("-inf"), cache_modifier=".cg")
-        other = tl.load(part + source[:, :, None] * D + place, mask=real[:, :, None], other=0.0, cache_modifier=".cg")
-        new = tl.maximum(m, stat)
-        old, weight = tl.exp2(m - new), tl.exp2(stat - new)
-        acc, l, m = acc * old[:, :, None] + other.to(tl.float32) * weight[:, :, None], l * old + weight, new
-    acc = acc / tl.maximum(l, 1e-30)[:, :, None]
-    tl.store(out + (row * G + g)[:, :, None] * D + place, acc.to(out.dtype.element_ty), mask=real[:, :, None])
+        weight = tl.load(lse + source + c * 0, mask=real, other=NOTHING, cache_modifier=".cg")
+        other = tl.load(part + source[:, :, None] * D + channel, mask=real[:, :, None], other=0.0, cache_modifier=".cg")
+        acc, total, peak = _merge(acc, total, peak, other, weight)
+    heads = out + (row * G + g)[:, :, None] * D + channel
+    tl.store(heads, _mean(acc, total).to(out.dtype.element_ty), mask=real[:, :, None])
 
-# One program = one slot of one query and KV head: choose the block, attend; the last of the S programs combines.
+# One program = one slot of one query and KV head: choose the block, attend; the last of the S programs joins the parts.
 @jit
-def _attend_kernel(q, k, v, end, length, scores, block_idx, part, lse, done, out, T, cap, DIMS: tl.constexpr,
-                   PDL: tl.constexpr):
-    HKV: tl.constexpr = DIMS[0]
-    G: tl.constexpr = DIMS[1]
-    D: tl.constexpr = DIMS[2]
-    L: tl.constexpr = DIMS[3]
-    S: tl.constexpr = DIMS[4]
-    W: tl.constexpr = DIMS[5]
-    ROWS: tl.constexpr = DIMS[6]
-    RUNS: tl.constexpr = DIMS[7]
-    PAIR: tl.constexpr = DIMS[8]
-    slot, row = tl.program_id(0), tl.program_id(1)                                        # row = (b * T + t) * HKV + h
-    b, h, g, d = row // (T * HKV), row % HKV, tl.arange(0, ROWS), tl.arange(0, D)
-    heads = (row.to(tl.int64) * G + g)[:, None] * D + d
+def _attend_kernel(
+    q,            # (B, T, HKV * G, D)
+    k,            # (B, capacity, HKV, D)
+    v,            # as k
+    end,          # (B, capacity), or None
+    length,       # (B,)
+    block_score,  # (rows, N)
+    run_best,     # (rows, RUNS)
+    block_idx,    # (B, T, HKV, S), written
+    part,         # (rows * S * G, D), written
+    lse,          # (rows * S * G,), written
+    done,         # (rows,), parts that are finished
+    out,          # as q, written
+    T,
+    capacity,
+    HKV: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    L: tl.constexpr,
+    S: tl.constexpr,
+    TOP: tl.constexpr,   # S - 1, rounded up
+    RUNS: tl.constexpr,  # of the scan
+    PAIR: tl.constexpr,  # blocks of two runs, rounded up
+    ROWS: tl.constexpr,  # G, rounded up
+    PDL: tl.constexpr,
+):
+    SCALE: tl.constexpr = D ** -0.5 * LOG2E
+    slot = tl.program_id(0)
+    row = tl.program_id(1)  # (b * T + t) * HKV + h
+    b = row // (T * HKV)
+    h = row % HKV
+    g = tl.arange(0, ROWS)
+    d = tl.arange(0, D)
+
     # these may be read before the wait: the scan let this kernel start after its own wait, so that they were whole
-    x = tl.load(q + heads, mask=(g < G)[:, None], other=0.0)                                          # [ROWS, D]
+    heads = (row.to(tl.int64) * G + g)[:, None] * D + d
+    query = tl.load(q + heads, mask=(g < G)[:, None], other=0.0)                                       # [ROWS, D]
     n = tl.load(length + b)
     i = n + row % (T * HKV) // HKV
+
+    # choose a block
     blk = i // L
     if PDL:
         tl.extra.cuda.gdc_wait()
     if slot > 0:
-        blk = _choose(scores, row, slot, (n + T - 1) // L, tl.cdiv(cap, L), W, RUNS, PAIR)
+        blk = _choose(block_score, run_best, row, slot, (n + T - 1) // L, tl.cdiv(capacity, L), TOP, RUNS, PAIR)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()  # not before: the next step's index keys would delay the choice
     tl.store(block_idx + row * S + slot, blk)
+
+    # attend to it
     j = blk * L + tl.arange(0, L)
     seen = (j >= 0) & (j <= i)
-    if end is not None:
-        seen = seen & (i < tl.load(end + b.to(tl.int64) * cap + j, mask=seen, other=0))
-    keys = ((b.to(tl.int64) * cap + j) * HKV + h)[:, None] * D + d
-    key, value = tl.load(k + keys, mask=seen[:, None], other=0.0), tl.load(v + keys, mask=seen[:, None], other=0.0)
-    s = tl.dot(x, key.T, input_precision="ieee")
-    s = tl.where(seen, s * (D ** -0.5 * 1.4426950408889634), float("-inf"))
-    m = tl.maximum(tl.max(s, 1), LEAST)
-    p = tl.exp2(s - m[:, None])
-    l = tl.sum(p, 1)
-    o = tl.dot(p.to(value.dtype), value, input_precision="ieee") / tl.maximum(l, 1e-30)[:, None]
-    at = (row.to(tl.int64) * S + slot) * G + g
-    tl.store(part + at[:, None] * D + d, o.to(x.dtype), mask=(g < G)[:, None])
-    tl.store(lse + at, m + tl.log2(l), mask=g < G)
+    seen = _visible(seen, i, end, b.to(tl.int64) * capacity, j, seen)
+    keys = ((b.to(tl.int64) * capacity + j) * HKV + h)[:, None] * D + d
+    key = tl.load(k + keys, mask=seen[:, None], other=0.0)                                             # [L, D]
+    value = tl.load(v + keys, mask=seen[:, None], other=0.0)                                           # [L, D]
+    p, peak = _softmax_tile(_scores(query, key, SCALE), seen, LEAST)                                   # [ROWS, L]
+    total = tl.sum(p, 1)
+    mean = _mean(_weigh(p, value), total)                                                              # [ROWS, D]
+    place = (row.to(tl.int64) * S + slot) * G + g
+    tl.store(part + place[:, None] * D + d, mean.to(query.dtype), mask=(g < G)[:, None])
+    tl.store(lse + place, peak + tl.log2(total), mask=g < G)
+
+    # the last to arrive joins the parts
     tl.debug_barrier()  # all threads' stores come before the one that counts
     if tl.atomic_add(done + row, 1, sem="acq_rel") == S - 1:
         _join(part, lse, out, row.to(tl.int64), S, G, D, ROWS)
 
-# One program = one of SPLIT runs of keys of one sequence and KV head, for the T * G query rows at once.
+# One program = one of SPLIT ranges of keys of one sequence and KV head, for the T * G query rows at once.
 @jit
-def _dense_kernel(q, k, v, end, length, part, T, cap, HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-                  ROWS: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):
+def _dense_kernel(
+    q,       # (B, T, HKV * G, D)
+    k,       # (B, capacity, HKV, D)
+    v,       # as k
+    end,     # (B, capacity), or None
+    length,  # (B,)
+    part,    # (B, HKV, SPLIT, T * G, D), written: sums of p * value
+    stat,    # (B, HKV, SPLIT, T * G, 2), written: their maximum and sum of p
+    T,
+    capacity,
+    HKV: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,  # T * G, rounded up
+    TILE: tl.constexpr,  # keys at a time
+    PDL: tl.constexpr,
+):
+    SCALE: tl.constexpr = D ** -0.5 * LOG2E
     if PDL:
         tl.extra.cuda.gdc_wait()
-    split, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    r, d = tl.arange(0, ROWS), tl.arange(0, D)
+    split = tl.program_id(0)
+    h = tl.program_id(1)
+    b = tl.program_id(2)
+    r = tl.arange(0, ROWS)
+    d = tl.arange(0, D)
+    mine = r < T * G
     heads = ((b.to(tl.int64) * T + r // G) * HKV + h) * G + r % G
-    x = tl.load(q + heads[:, None] * D + d, mask=(r < T * G)[:, None], other=0.0)                     # [ROWS, D]
-    i, n = tl.load(length + b) + r // G, tl.load(length + b) + T
-    run = tl.cdiv(tl.cdiv(n, TILE), tl.num_programs(0)) * TILE
-    m, l, acc = tl.full([ROWS], LEAST, tl.float32), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, D], tl.float32)
-    for j0 in range(split * run, tl.minimum(split * run + run, n), TILE):
+    query = tl.load(q + heads[:, None] * D + d, mask=mine[:, None], other=0.0)                         # [ROWS, D]
+    i = tl.load(length + b) + r // G
+    n = tl.load(length + b) + T
+
+    # online softmax over the keys of this range
+    size = tl.cdiv(tl.cdiv(n, TILE), tl.num_programs(0)) * TILE
+    peak = tl.full([ROWS], LEAST, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, D], tl.float32)
+    for j0 in range(split * size, tl.minimum(split * size + size, n), TILE):
         j = j0 + tl.arange(0, TILE)
-        keys, held = ((b.to(tl.int64) * cap + j) * HKV + h)[:, None] * D + d, (j < n)[:, None]
-        s = tl.dot(x, tl.load(k + keys, mask=held, other=0.0).T, input_precision="ieee")
+        keys = ((b.to(tl.int64) * capacity + j) * HKV + h)[:, None] * D + d
+        held = (j < n)[:, None]
+        score = _scores(query, tl.load(k + keys, mask=held, other=0.0), SCALE)                         # [ROWS, TILE]
         seen = j[None] <= i[:, None]
         if end is not None:
-            seen = seen & (i[:, None] < tl.load(end + b.to(tl.int64) * cap + j, mask=j < n, other=0)[None])
-        s = tl.where(seen, s * (D ** -0.5 * 1.4426950408889634), float("-inf"))
-        new = tl.maximum(m, tl.max(s, 1))
-        p, old = tl.exp2(s - new[:, None]), tl.exp2(m - new)
-        value = tl.load(v + keys, mask=held, other=0.0)
-        acc = acc * old[:, None] + tl.dot(p.to(value.dtype), value, input_precision="ieee")
-        l, m = l * old + tl.sum(p, 1), new
+            last = tl.load(end + b.to(tl.int64) * capacity + j, mask=j < n, other=0)
+            seen = seen & (i[:, None] < last[None])
+        p, new = _softmax_tile(score, seen, peak)
+        old = tl.exp2(peak - new)
+        value = tl.load(v + keys, mask=held, other=0.0)                                                # [TILE, D]
+        acc = acc * old[:, None] + _weigh(p, value)
+        total = total * old + tl.sum(p, 1)
+        peak = new
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    at = ((b * HKV + h).to(tl.int64) * tl.num_programs(0) + split) * T * G + r
-    lse = part + tl.num_programs(0).to(tl.int64) * HKV * tl.num_programs(2) * T * G * D
-    tl.store(part + at[:, None] * D + d, acc, mask=(r < T * G)[:, None])
-    tl.store(lse + 2 * at, m, mask=r < T * G)
-    tl.store(lse + 2 * at + 1, l, mask=r < T * G)
+
+    place = ((b * HKV + h).to(tl.int64) * tl.num_programs(0) + split) * T * G + r
+    tl.store(part + place[:, None] * D + d, acc, mask=mine[:, None])
+    tl.store(stat + 2 * place, peak, mask=mine)
+    tl.store(stat + 2 * place + 1, total, mask=mine)
 
 # One program = one query row: the weighted sum of its SPLIT parts.
 @jit
-def _dense_sum_kernel(part, out, T, HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr,
-                      PADDED: tl.constexpr, PDL: tl.constexpr):
+def _dense_sum_kernel(
+    part,  # (B, HKV, SPLIT, T * G, D)
+    stat,  # (B, HKV, SPLIT, T * G, 2)
+    out,   # (B, T, HKV * G, D), written
+    T,
+    HKV: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PADDED: tl.constexpr,  # SPLIT, rounded up
+    PDL: tl.constexpr,
+):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    r, h, b, w, d = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.arange(0, PADDED), tl.arange(0, D)
-    at = ((b * HKV + h).to(tl.int64) * SPLIT + w) * T * G + r
-    lse = part + tl.num_programs(0).to(tl.int64) * HKV * tl.num_programs(2) * SPLIT * D
-    m = tl.load(lse + 2 * at, mask=w < SPLIT, other=LEAST)
-    weight = tl.exp2(m - tl.max(m, 0))
-    l = tl.sum(weight * tl.load(lse + 2 * at + 1, mask=w < SPLIT, other=0.0), 0)
-    acc = tl.sum(tl.load(part + at[:, None] * D + d, mask=(w < SPLIT)[:, None], other=0.0) * weight[:, None], 0)
+    r = tl.program_id(0)
+    h = tl.program_id(1)
+    b = tl.program_id(2)
+    split = tl.arange(0, PADDED)
+    d = tl.arange(0, D)
+    held = split < SPLIT
+    place = ((b * HKV + h).to(tl.int64) * SPLIT + split) * T * G + r
+    peak = tl.load(stat + 2 * place, mask=held, other=LEAST)
+    weight = tl.exp2(peak - tl.max(peak, 0))                                                           # [PADDED]
+    total = tl.sum(weight * tl.load(stat + 2 * place + 1, mask=held, other=0.0), 0)
+    parts = tl.load(part + place[:, None] * D + d, mask=held[:, None], other=0.0)                      # [PADDED, D]
+    mean = tl.sum(parts * weight[:, None], 0) / tl.maximum(total, TINY)
     row = ((b.to(tl.int64) * T + r // G) * HKV + h) * G + r % G
-    tl.store(out + row * D + d, (acc / tl.maximum(l, 1e-30)).to(out.dtype.element_ty))
+    tl.store(out + row * D + d, mean.to(out.dtype.element_ty))
 
 def _overlap(x):
     """Programmatic dependent launch where the GPU has it: a launch, about 1 us, hides behind the kernel before."""
-    return dict.fromkeys(("PDL", "launch_pdl"), x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9)
+    hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
+    return dict(PDL=hopper, launch_pdl=hopper)
+
+@dataclass
+class Grid:
+    """How a decode step is spread over programs."""
+    runs: int       # programs of the scan a sequence, a power of two: each reads one run of blocks
+    run: int        # blocks of a run at most, rounded up
+    pair: int       # blocks of two runs at most, rounded up
+    rescorers: int  # programs of the rescoring a row
+
+def _decode_grid(N, rows, top, int8, on_gpu):
+    """N blocks a sequence. Few sizes, because _choose takes seconds to compile for each."""
+    if not on_gpu:
+        runs = N // 2  # the interpreter: tests want runs of several blocks
+    elif N <= 256:
+        runs = 128     # one or two blocks a run
+    elif N <= 4096:
+        runs = 512     # more than run at once: some start while others stream
+    elif int8:
+        runs = max(512, -(-N // 32))   # a block has half the bytes; a run holds at most 32, in registers
+    else:
+        runs = max(1024, -(-N // 32))
+    runs = _power_of_2(runs, _power_of_2(2 * top))  # _choose takes the best `top` of runs / 2 pairs
+    if on_gpu:
+        rescorers = max(16, min(64, 256 // rows))  # a row of random keys has some 30 live runs
+    else:
+        rescorers = 2
+    return Grid(runs, _power_of_2(-(-N // runs), 8), _power_of_2(-(-2 * N // runs), 16), rescorers)
+
+def _decode_scratch(rows, N, runs, device):
+    """What the scan leaves for the kernels after it: block_score (rows, N), and run_best, run_upper, run_lower
+    (rows, runs). One allocation; runs is a power of two from 4 on, so that each tensor is aligned to 16 bytes."""
+    scratch = torch.empty(rows * (3 * runs + N), device=device)
+    by_run = scratch[:3 * rows * runs].view(3, rows, runs)
+    return scratch[3 * rows * runs:].view(rows, N), *by_run
 
 def _decode_triton(q, k, v, qi, ki, S, L, length, end, int8):
-    (B, T, H, D), Hkv, (cap, end), dev = q.shape, k.size(2), _lanes(end, k=k, v=v, ki=ki), q.device
-    N, W, rows = -(-cap // L), max(2, triton.next_power_of_2(S - 1)), B * T * Hkv
-    # more runs than multiprocessors hold: some start while others stream. Few sizes: _choose takes seconds to compile
-    runs = max(512, 1024 * (N > 4096 and not int8), triton.next_power_of_2(-(-N // 32))) if N > 256 else 128
-    runs = triton.next_power_of_2(max(runs if q.is_cuda else N // 2, 2 * W))
-    run, pair = max(8, triton.next_power_of_2(-(-N // runs))), max(16, triton.next_power_of_2(-(-2 * N // runs)))
-    cols, pdl = max(16, triton.next_power_of_2(T * Hkv)), _overlap(q)
-    done, block_idx = (torch.empty(n, dtype=torch.int32, device=dev) for n in (rows, (B, T, Hkv, S)))
-    scores, out = torch.empty(rows, N + 3 * runs, device=dev), torch.empty_like(q)
-    part, lse = torch.empty(B * T * H * S, D, dtype=q.dtype, device=dev), torch.empty(B * T * H * S, device=dev)
-    scanned, scale, slack = int8 or (ki, None, None)
-    if int8:
-        held = _lanes(ki8=scanned)[0], _lanes(scale=scale[..., None])[0], _lanes(slack=slack[..., None])[0]
-        if B > 1 and held != (cap, cap, N):
-            raise ValueError(f"int8 keys, scales and slacks have {held} a sequence, expected {(cap, cap, N)}: quantize "
-                             "whole cache lanes, then slice")
-    _scan_kernel[runs, B](qi, scanned, scale, slack, end, length, scores, done, T, cap, Hkv, qi.size(3), L, run, cols,
-                          num_warps=2 if int8 else 4, num_stages=3, **pdl)
-    if int8:
-        programs = max(16, min(64, 256 // rows)) if q.is_cuda else 2  # a row of random keys has some 30 live runs
-        _rescore_kernel[programs, rows](qi, ki, end, length, scores, T, cap, Hkv, qi.size(3), L, S, W, run, cols, runs,
-                                        num_warps=4, **pdl)
-    dims = Hkv, H // Hkv, D, L, S, W, max(16, triton.next_power_of_2(H // Hkv)), runs, pair
-    _attend_kernel[S, rows](q, k, v, end, length, scores, block_idx, part, lse, done, out, T, cap, dims, num_warps=8,
-                            **pdl)
+    """msa_decode: out, block_idx."""
+    B, T, H, D = q.shape
+    Hkv, Di = k.size(2), qi.size(3)
+    G, rows = H // Hkv, B * T * Hkv
+    capacity, end = _lanes(end, k=k, v=v, ki=ki)
+    N = -(-capacity // L)
+    top = _power_of_2(S - 1, 2)
+    grid = _decode_grid(N, rows, top, int8 is not None, q.is_cuda)
+    scanned, scale, slack = ki, None, None
+    if int8 is not None:
+        scanned, scale, slack = int8
+        lanes = _lanes(ki8=scanned)[0], _lanes(scale=scale[..., None])[0], _lanes(slack=slack[..., None])[0]
+        if B > 1 and lanes != (capacity, capacity, N):
+            raise ValueError(f"int8 keys, scales and slacks have {lanes} a sequence, expected {(capacity, capacity, N)}: "
+                             "quantize whole cache lanes, then slice")
+
+    block_score, run_best, run_upper, run_lower = _decode_scratch(rows, N, grid.runs, q.device)
+    done = torch.empty(rows, dtype=torch.int32, device=q.device)
+    block_idx = torch.empty(B, T, Hkv, S, dtype=torch.int32, device=q.device)
+    part = torch.empty(rows * S * G, D, dtype=q.dtype, device=q.device)
+    lse = torch.empty(rows * S * G, device=q.device)
+    out = torch.empty_like(q)
+    shared = dict(end=end, length=length, block_score=block_score, run_best=run_best, T=T, capacity=capacity, HKV=Hkv,
+                  L=L, **_overlap(q))
+    index = dict(qi=qi, run_upper=run_upper, run_lower=run_lower, DI=Di, RUN=grid.run, COLS=_power_of_2(T * Hkv, 16))
+    _scan_kernel[grid.runs, B](
+        ki=scanned, scale=scale, slack=slack, done=done, num_warps=4 if int8 is None else 2, num_stages=3,
+        **index, **shared)
+    if int8 is not None:
+        _rescore_kernel[grid.rescorers, rows](ki=ki, S=S, TOP=top, RUNS=grid.runs, num_warps=4, **index, **shared)
+    _attend_kernel[S, rows](
+        q=q, k=k, v=v, block_idx=block_idx, part=part, lse=lse, done=done, out=out, G=G, D=D, S=S, TOP=top,
+        RUNS=grid.runs, PAIR=grid.pair, ROWS=_power_of_2(G, 16), num_warps=8, **shared)
     return out, block_idx
 
 def _dense_triton(q, k, v, end, start):
-    (B, T, H, D), Hkv, (cap, end), tile = q.shape, k.size(2), _lanes(end, k=k, v=v), 64 if k.is_cuda else 32
-    split = max(1, min(PROGRAMS // (B * Hkv), -(-cap // (2 * tile))))
-    out, part = torch.empty_like(q), torch.empty(B * T * H * split * (D + 2), device=q.device)
-    rows, dims = max(16, triton.next_power_of_2(T * H // Hkv)), (Hkv, H // Hkv, D)
-    pdl = _overlap(q)
-    _dense_kernel[split, Hkv, B](q, k, v, end, start, part, T, cap, *dims, rows, tile, num_warps=4,
-                                 num_stages=4 if pdl["PDL"] else 2, **pdl)  # before Hopper: less shared memory
-    _dense_sum_kernel[T * H // Hkv, Hkv, B](part, out, T, *dims, split, triton.next_power_of_2(split), num_warps=4,
-                                            **pdl)
+    """full_attention of a decode step."""
+    B, T, H, D = q.shape
+    Hkv = k.size(2)
+    G = H // Hkv
+    capacity, end = _lanes(end, k=k, v=v)
+    tile = 64 if k.is_cuda else 32
+    split = max(1, min(PROGRAMS // (B * Hkv), -(-capacity // (2 * tile))))
+    scratch = torch.empty(B * T * H * split * (D + 2), device=q.device)
+    part = scratch[:B * T * H * split * D]
+    stat = scratch[B * T * H * split * D:]
+    out = torch.empty_like(q)
+    shared = dict(part=part, stat=stat, T=T, HKV=Hkv, G=G, D=D, num_warps=4, **_overlap(q))
+    stages = 4 if shared["PDL"] else 2  # before Hopper: less shared memory
+    _dense_kernel[split, Hkv, B](
+        q=q, k=k, v=v, end=end, length=start, capacity=capacity, ROWS=_power_of_2(T * G, 16), TILE=tile,
+        num_stages=stages, **shared)
+    _dense_sum_kernel[T * G, Hkv, B](out=out, SPLIT=split, PADDED=_power_of_2(split), **shared)
     return out
+
+# ==== F. Certified int8 ===========================================================================
+#
+# The scan reads nothing but index keys; their int8 copy has half the bytes. It is not precise enough to rank blocks, so
+# that it is used to exclude them, and the choice stays that of the exact scores, to the last block:
+#     quantize_index   int8 keys with a scale each, and for each block a bound on the error: |q . k - scale * q . k8| is
+#                      at most |q| * scale * slack, by Cauchy-Schwarz
+#     _scan_kernel     with int8 keys gives each block an upper and a lower bound on its score. The queries are rounded,
+#                      too, to 16 bits: two int8 digits, because the tensor cores multiply int8 by int8
+#     _rescore_kernel  the floor is the (S - 1)-th best lower bound. Only a block whose upper bound reaches it can be
+#                      chosen; those few get their exact score, and all others keep a bound below the floor
+# Random keys leave some 2 S blocks a head to rescore. Whatever nothing bounds, NaN and inf, is always rescored.
+
+GAMMA = 2.0 ** -16        # rounding of a score of D = 128 products, relative to |q| |k|
+STEPS = constexpr(32512)  # 127 * 256, a query's largest number in steps: two digits, of which the high one fits int8
+
+@torch.no_grad()
+def quantize_index(ki, L):
+    """An int8 copy of index keys with an error bound, for msa_decode.
+
+    ki: (B, Tk, D)
+    -> ki8 (B, Tk, D) int8; scale (B, Tk) bf16, for each key; slack (B, N) fp32, for each block
+
+    For every query and key of the block, q . k and scale * (q rounded to 16 bits) . k8, both as computed, differ by at
+    most |q| * scale * slack: Cauchy-Schwarz gives |k / scale - k8|, the rounding of q at most |q| sqrt(D) 2^-15 |k8|;
+    GAMMA |k / scale| on either side covers sums, whose error grows with |q| |k|, not with the score. Nothing is proven
+    for keys under 2^-96, queries over 2^127.
+    """
+    lost = ~ki.isfinite().all(2)  # (B, Tk): NaN or inf, which nothing bounds: slack inf, the block is always rescored
+    ki = ki.nan_to_num(0.0, 0.0, 0.0)
+    largest = ki.abs().amax(2).float().clamp(min=2.0 ** -90)
+    scale = (largest * (1.01 / 127)).bfloat16()  # 1.01: bf16 rounds by 0.4 %
+    k = ki.float() / scale.float()[..., None]    # norms of scaled keys: the square of 1e-24 is 0
+    k8 = k.round()
+    up = 1 + 2.0 ** -15                          # norms are rounded up
+    residual = (k - k8).norm(dim=-1) * up
+    norm = k.norm(dim=-1) * up
+    slack = residual + (2 * GAMMA + ki.size(2) ** 0.5 * 2.0 ** -15) * (norm + residual)
+    slack = slack.masked_fill(lost, float("inf"))
+    slack = F.pad(slack, (0, -ki.size(1) % L)).unflatten(1, (-1, L)).amax(2)
+    return k8.to(torch.int8).contiguous(), scale.contiguous(), slack.contiguous()
+
+@jit
+def _digits(query):
+    """Queries [DI, COLS] in steps of unit / STEPS as two int8 digits; |query| in steps, rounded up; unit (powers of 2)."""
+    largest = tl.max(tl.abs(query.to(tl.float32)), 0)
+    unit = tl.exp2(tl.ceil(tl.log2(tl.maximum(largest, 2.0 ** -126))))
+    x = query.to(tl.float32) / unit[None] * STEPS
+    n = tl.floor(x + 0.5).to(tl.int32)
+    high = (n + 128) >> 8
+    norm = tl.sqrt(tl.sum(x * x, 0) + 2.0 ** -120) * (1 + 2.0 ** -15)  # not 0: times a block's inf, it would be NaN
+    norm = tl.where(norm == norm, norm, float("inf"))
+    return high.to(tl.int8), (n - high * 256).to(tl.int8), norm, unit
+
+@jit
+def _digit_scores(key, high, low):
+    """int8 keys [L, DI] times queries of two digits [DI, COLS] -> [L, COLS], exact but for the rounding to fp32."""
+    product = tl.dot(key, high, out_dtype=tl.int32) * 256
+    return tl.dot(key, low, product, out_dtype=tl.int32).to(tl.float32)
+
+@jit
+def _unscale(x, unit, more):
+    """From steps to scores, more added (what rounds to 0), finite where x is: -inf means invisible alone."""
+    y = x * (unit / STEPS * 2.0 ** 15) * 2.0 ** 15 + more
+    return tl.where(x > NOTHING, tl.minimum(tl.maximum(y, -3e38), 3e38), x)
+
+# One program = every so many-th run of one query and index head whose best upper bound reaches the floor: its blocks
+# that do get their exact score. All others keep bounds below the floor: they are not chosen.
+@jit
+def _rescore_kernel(
+    qi,           # (B, T, HKV, DI)
+    ki,           # (B, capacity, DI), not the int8 copy
+    end,          # (B, capacity), or None
+    length,       # (B,)
+    block_score,  # (rows, N): upper bounds, of which some become scores
+    run_best,     # (rows, RUNS), written where a run is rescored
+    run_upper,    # (rows, RUNS), the best upper bound of each run
+    run_lower,    # (rows, RUNS), the best lower bound of each run
+    T,
+    capacity,
+    HKV: tl.constexpr,
+    DI: tl.constexpr,
+    L: tl.constexpr,
+    S: tl.constexpr,
+    TOP: tl.constexpr,   # S - 1, rounded up
+    RUN: tl.constexpr,   # blocks of a run, rounded up
+    COLS: tl.constexpr,  # T * HKV, rounded up
+    RUNS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row = tl.program_id(1)
+    N = tl.cdiv(capacity, L)
+    b = row // (T * HKV)
+    mine = tl.arange(0, COLS) == row % (T * HKV)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    query, i = _queries(qi, length, b, T, HKV, DI, COLS)
+    n = (tl.load(length + b) + T - 1) // L
+    block_score += row.to(tl.int64) * N
+    by_run = row.to(tl.int64) * RUNS
+
+    # the floor: reached by S - 1 pairs of runs, hence by S - 1 blocks
+    pair = by_run + 2 * tl.arange(0, RUNS // 2)
+    low = tl.topk(tl.maximum(tl.load(run_lower + pair), tl.load(run_lower + pair + 1)), TOP)           # [TOP]
+    floor = tl.max(tl.where(tl.arange(0, TOP) == S - 2, low, NOTHING))
+
+    # the runs that reach it, numbered from 1 on
+    r = tl.arange(0, RUNS)
+    high = tl.load(run_upper + by_run + r)
+    live = (high >= floor) & (high > NOTHING)
+    place = tl.cumsum(live.to(tl.int32), 0)
+    for nth in range(tl.program_id(0), tl.max(place, 0), tl.num_programs(0)):
+        run = tl.sum(tl.where(live & (place == nth + 1), r, 0))
+        blk = _run_start(run, n, RUNS) + tl.arange(0, RUN)
+        held = blk < _run_start(run + 1, n, RUNS)
+        score = tl.load(block_score + blk, mask=held, other=NOTHING)                                   # [RUN]
+        last = -1
+        wanted = (score > NOTHING) & (score >= floor)
+        for _ in range(tl.sum(wanted.to(tl.int32))):
+            last = tl.min(tl.where(wanted & (blk > last), blk, 2 ** 31 - 1))
+            j = b.to(tl.int64) * capacity + last * L + tl.arange(0, L)
+            key = tl.load(ki + j[:, None] * DI + tl.arange(0, DI))                                     # [L, DI]
+            exact = _block_scores(query, key, end, i, b, last, capacity, L)                            # [COLS]
+            score = tl.where(blk == last, tl.max(tl.where(mine, exact, NOTHING)), score)
+        tl.store(block_score + blk, score, mask=held)
+        tl.store(run_best + by_run + run, tl.max(score, 0))
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()

@@ -16,8 +16,8 @@ import msa
 
 # A kernel's parameters by their type, where it is not an array of int32: names mean the same in every kernel.
 TYPES = {
-    "*bf16": "q k v qi ki part out dout dq dqi a b h",
-    "*fp32": "lse stat index_stat delta share kl dk dv dki weight dweight loss block_score run_best run_upper run_lower",
+    "*bf16": "q k v qi ki scale part out dout dq dqi a b h",
+    "*fp32": "lse stat slack index_stat delta share kl dk dv dki weight dweight loss block_score run_best run_upper run_lower",
     "*i64": "ends",
     "i32": "T capacity n P V edge0",
     "tensordesc<bf16[128, 128]>": "keys",
@@ -64,14 +64,13 @@ def variants():
     yield variant("slot_sum", M3, ROWS=16)
 
     # decode
-    old = dict(cap="i32", scores="*fp32", slack="*fp32", scale="*bf16")
-    sizes = dict(M3, W=16, RUN=16, COLS=16, RUNS=512)
-    yield variant("scan", sizes, types=dict(old, scale=None, slack=None))
-    yield variant("scan", sizes, num_warps=2, types=dict(old, ki="*i8"))
-    yield variant("rescore", sizes, types=old)
-    yield variant("attend", M3, num_warps=8, DIMS=(4, 16, 128, 128, 16, 16, 16, 512, 32), types=old)
-    yield variant("dense", M3, num_stages=4, ROWS=16, TILE=64, types=dict(old, part="*fp32"))
-    yield variant("dense_sum", M3, SPLIT=66, PADDED=128, types=dict(old, part="*fp32"))
+    scan = dict(RUN=16, COLS=16)
+    yield variant("scan", M3, **scan, types=dict(scale=None, slack=None))
+    yield variant("scan", M3, **scan, num_warps=2, types=dict(ki="*i8"))
+    yield variant("rescore", M3, **scan, RUNS=512)
+    yield variant("attend", M3, num_warps=8, RUNS=512, PAIR=32, ROWS=16)
+    yield variant("dense", M3, num_stages=4, ROWS=16, TILE=64, types=dict(part="*fp32"))
+    yield variant("dense_sum", M3, SPLIT=66, PADDED=128, types=dict(part="*fp32"))
 
     # the gate and the loss, token by token
     gate = dict(I=512, OAI=True, ROWS=4, COLS=512)

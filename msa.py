@@ -16,21 +16,16 @@ document, or of the subtree in a prefix tree laid out depth first; None is plain
 A query that sees no key gives 0 and no gradient. NaN and inf reach the queries that see them and no others (within a
 tile of a GPU's full attention, our KV-outer and draft kernels, a value's may); an index score of NaN ranks as -inf.
 
-The torch half is the whole specification; the Triton half has a kernel for each step:
-    prefill   _index_kernel        scores, block maxima and a running top S - 1 in registers: no score matrix
-              _query_outer_kernel  one query a program; short prompts
-              _kv_outer_kernel     one block a program, for the queries that chose it (_plan turns the choice around)
-              _combine_kernel      the own block, and the sum of what the other S - 1 blocks gave
-    decode    _scan_kernel         the index keys once, for all heads and drafts; of an int8 copy, bounds on the scores
-              _rescore_kernel      int8: exact scores wherever the upper bound reaches the 15th best lower bound
-              _attend_kernel       choice, attention over one block a program, sum by the last to arrive
-    training  _backward_kernel     dK, dV and parts of dQ of one block, for the queries that chose it
-              _kl_kernel           the index branch's KL and its gradient, in the same order
-              _task_sum_kernel     adds the parts of dK, dV; _slot_sum_kernel of dQ; _dot_kernel out . dout: no atomics
-    baseline  _dense_kernel        full attention's decode, keys split over programs; _dense_sum_kernel joins them
+The file, in reading order. Section A, in torch, is the whole specification; the others are the same in Triton.
+    A  the spec             full_attention, select_blocks, msa_attention, msa_decode, index_kl_loss, msa_train
+    B  tile helpers         the softmax of a tile, and how two are merged
+    C  prefill              _index_kernel; _query_outer_kernel, or _kv_outer_kernel and _combine_kernel
+    D  training             _index_lse_kernel, _index_kl_kernel, _backward_kernel, and sums without atomics
+    E  decode               _scan_kernel, _attend_kernel; _dense_kernel and _dense_sum_kernel for full attention
+    F  certified int8       quantize_index, _rescore_kernel: the exact choice from half the bytes
 
 Differs from the paper: scores are ranked without their 1/sqrt(D), which changes no ranking; the KL applies it.
-Certified int8 decode is ours: the paper's choice exactly, from half the bytes.
+Certified int8 decode is ours.
 """
 from __future__ import annotations
 
@@ -54,95 +49,25 @@ jit = triton.jit if triton else lambda kernel: kernel
 constexpr = tl.constexpr if triton else lambda value: value  # a kernel reads no other global
 _compiled = functools.cache(torch.compile)
 
+# ==== A. The spec =================================================================================
+#
+# Everything here runs on any device and in any precision, and has gradients where its docstring says so. A layer calls
+#     full_attention   softmax over every visible key, for layers that are not sparse
+#     select_blocks    block_scores, then top_blocks: the choice, which has no gradient
+#     msa_attention    gather_blocks copies the chosen keys and values out; group_probs is the softmax over them
+#     msa_decode       both for a step of generation
+#     msa_train        both for a step of training: msa_attention, and index_kl_loss for the index branch
+#     block_recall     how much of the attention's mass the index branch finds
+# Queries are taken in chunks, so that no T x T matrix is ever held. Each public function takes impl: "auto" is Triton
+# on a GPU where it fits (_misfit says why not), "torch" is the code here, "triton" insists. Same arguments, same result.
+
 def chunk(device):
     """Elements of the largest temporary: index branch and MSA take queries in chunks and never hold a T x T matrix."""
     return 1 << 24 if device.type == "cpu" else 1 << 29
 
-def _power_of_2(n, least=1):
-    return max(least, triton.next_power_of_2(n))
-
-def _expect(what, got, want):
-    if got != want:
-        raise ValueError(f"{what} is {got}, expected {want}")
-
-def _check(q, end, start, **others):
-    """ValueError unless every other tensor (x, expected shape) fits q's device and dtype, and end and start fit too."""
-    if q.numel() == 0:
-        raise ValueError(f"shape of the queries is {tuple(q.shape)}, expected no empty dimension")
-    for name, (x, shape) in others.items():
-        _expect(f"shape of {name}", tuple(x.shape), tuple(shape))
-        _expect(f"device of {name}", x.device, q.device)
-        if x.is_floating_point():
-            _expect(f"dtype of {name}", x.dtype, q.dtype)
-        if name == "k":
-            _expect(f"{q.size(2)} query heads modulo {x.size(2)} KV heads", q.size(2) % x.size(2), 0)
-    for name, x in (("end", end), ("start (a cache's length)", start)):
-        if x is not None:
-            _expect(f"type of {name}", type(x), torch.Tensor)
-            _expect(f"dtype of {name}", x.dtype, torch.int32)
-            _expect(f"device of {name}", x.device, q.device)
-    keys = next(iter(others.values()))[0].size(1)
-    if end is not None and (end.dim() != 2 or end.size(0) != q.size(0) or end.size(1) > keys
-                            or (start is None and end.size(1) != keys)):
-        raise ValueError(f"shape of end is {tuple(end.shape)}, expected {(q.size(0), keys)}, one end for each key")
-    _expect(f"number of queries, {q.size(1)}, beyond that of keys, {keys},", max(0, q.size(1) - keys), 0)
-    if start is not None:
-        _expect("shape of start (a cache's length)", tuple(start.shape), (q.size(0),))
-
-def _misfit(x, sizes):
-    """Why the Triton kernels cannot take x and these sizes (head dims, L); None if they can.
-    On a CPU the interpreter runs the kernels, for tests: TRITON_INTERPRET=1 before this file is imported, fp32."""
-    low, high = (16, 128) if x.is_cuda else (1, 2 ** 20)
-    if triton is None:
-        return "Triton is not installed"
-    if not x.is_cuda and isinstance(_key, triton.JITFunction):
-        return f"the device is {x.device}, and TRITON_INTERPRET was not set"
-    if x.dtype not in ((torch.bfloat16, torch.float16) if x.is_cuda else (torch.float32, torch.float16)):
-        return f"the dtype is {x.dtype}, expected " + ("bfloat16 or float16" if x.is_cuda else "float32 or float16")
-    if not all(low <= n <= high and n & (n - 1) == 0 for n in sizes):
-        return f"sizes {sizes} are not powers of two from {low} to {high}"
-    return None
-
-def _pick(impl, x, *sizes, grad=()):
-    """True for Triton. auto: on a GPU, in 16 bits, sizes powers of two from 16 to 128, no gradient; says why if not."""
-    if impl not in ("auto", "triton", "torch"):
-        raise ValueError(f"impl is {impl!r}, expected 'auto', 'triton' or 'torch'")
-    if impl == "torch" or (impl == "auto" and not x.is_cuda):
-        return False
-    why = _misfit(x, sizes)
-    if why is None and torch.is_grad_enabled() and any(t.requires_grad for t in grad):
-        why = "a gradient is asked for"
-    if why and impl == "triton":
-        raise ValueError(f"impl='triton' does not fit: {why}")
-    if why:
-        warnings.warn(f"sparse attention runs in torch: {why}")  # one place: said once
-    return why is None
-
-def implementation(device, dtype, *sizes):
-    """What impl="auto" runs for activations of this kind and these sizes (head dims, L), for a start-up card."""
-    x = torch.empty(0, device=device, dtype=dtype)
-    why = _misfit(x, sizes) if x.is_cuda else f"the device is {x.device.type}"
-    return f"torch ({why})" if why else "Triton"
-
-def _lanes(end=None, **lanes):
-    """-> slots from one sequence of a cache lane (B, Tk, …) to the next (it may be a slice of a longer one), and end
-    padded to as many. Kernels read each sequence of a lane as one piece, all lanes with the same capacity."""
-    caps = [x.size(1) if x.size(0) == 1 else x.stride(0) // x[0, 0].numel() for x in lanes.values()]
-    for (name, x), cap in zip(lanes.items(), caps):
-        if not (x[0].is_contiguous() and (x.size(0) == 1 or x.size(1) <= caps[0] == cap)):
-            want = (caps[0] * x[0, 0].numel(), *torch.empty(x.shape, device="meta").stride()[1:])
-            raise ValueError(f"strides of {name} are {x.stride()}, expected {want}")
-    return caps[0], None if end is None else F.pad(end, (0, caps[0] - end.size(1))).contiguous()
-
-def _finite(x):
-    """x with 0 for NaN, and the largest number for inf: for products with what is 0 where x is invisible (0 * NaN is
-    NaN), and is NaN already where x is seen."""
-    return x.nan_to_num(0.0)
-
-def _share(weight, like, Hkv, stride):
-    """A query's share in the KL's mean, from its weight (B, T), 0 or less = none -> (B, T), fp32 or wider."""
-    share = weight.to(torch.promote_types(like.dtype, torch.float32)).clamp(min=0)
-    return share / (share[:, stride - 1::stride].sum().clamp(min=1e-30) * Hkv)
+def cdiv(n, size):
+    """n / size, rounded up."""
+    return -(-n // size)
 
 def query_index(T, start, device):
     """Layout index i of each query: (1, T), or (B, T) where start (B,) is given."""
@@ -154,45 +79,70 @@ def visible(i, j, end):
     seen = j <= i[..., None]
     if end is None:
         return seen
-    return seen & (i[..., None] < F.pad(end, (0, j.numel() - end.size(1)))[:, None])  # a cache may hold spare slots
+    end = F.pad(end, (0, j.numel() - end.size(1)))  # a cache may hold spare slots
+    return seen & (i[..., None] < end[:, None])
 
 def full_attention(q, k, v, end=None, start=None, impl="auto"):
-    """Softmax attention over every visible key. q (B, T, H, D), k and v (B, Tk, Hkv, D), end (B, Tk) and start (B,)
-    int32 or None -> (B, T, H, D). impl: auto, triton (decode alone: a start, T <= 4) or torch."""
-    T, Tk = q.size(1), k.size(1)
-    _check(q, end, start, k=(k, (q.size(0), Tk, k.size(2), q.size(3))), v=(v, k.shape))
+    """Softmax attention over every visible key, with gradients -> (B, T, H, D).
+
+    q:     (B, T, H, D)
+    k, v:  (B, Tk, Hkv, D), Tk >= T
+    end:   (B, Tk) int32, the end of each key's document; None: there is one
+    start: (B,) int32, index of the first query in a cache; None: 0
+    impl:  auto, triton (decode alone: a start, T <= 4) or torch
+    Raises ValueError for tensors that do not fit, and where triton is asked for and cannot.
+    """
+    _check_attention(q, k, v, end, start)
+    B, T, H, D = q.shape
+    Tk = k.size(1)
     decode = start is not None and T <= 4  # all that our kernel does: a prefill is SDPA's
-    if _pick("torch" if impl == "auto" and not decode else impl, q, q.size(3), grad=(q, k, v)):
-        _expect(f"impl='triton' decodes alone: a start, and T {T} <= 4,", decode, True)
+    if impl == "auto" and not decode:
+        impl = "torch"
+    if _pick(impl, q, D, grad=(q, k, v)):
+        if not decode:
+            raise ValueError(f"impl='triton' is for decode alone, a start and T <= 4: T is {T}, with start: {start is not None}")
         return _dense_triton(q.contiguous(), k, v, end, start.contiguous())
+
     if end is not None and start is None and q.is_cuda and q.dtype.itemsize == 2 and torch.is_grad_enabled():
         return _flex(q, k, v, end)
     if q.device.type == "cpu" and not all(x.isfinite().all() for x in (q, k, v)):
         # torch's operator adds its mask to the scores, so that a NaN passes it: MSA over every block masks its keys
-        every = torch.arange(-(-Tk // 64), dtype=torch.int32).expand(q.size(0), T, k.size(2), -1)
+        every = torch.arange(cdiv(Tk, 64), dtype=torch.int32).expand(B, T, k.size(2), -1)
         return msa_attention(q, k, v, every, 64, end, start, "torch")
-    attend, q, k, v = F.scaled_dot_product_attention, *(x.transpose(1, 2) for x in (q, k, v))           # (B, H, T, D)
+
+    attend = F.scaled_dot_product_attention
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))                                                # (B, H, T, D)
     if end is None and start is None:
         return attend(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-    i, j = query_index(T, start, q.device), torch.arange(Tk, device=q.device)
-    step = max(1, chunk(q.device) // max(1, q.size(0) * q.size(1) * Tk))  # a masked backend may hold all its scores
-    parts = zip(q.split(step, 2), i.split(step, 1))
-    out = [attend(x, k, v, visible(i, j, end)[:, None], enable_gqa=True) for x, i in parts]
+    i = query_index(T, start, q.device)
+    j = torch.arange(Tk, device=q.device)
+    step = max(1, chunk(q.device) // (B * H * Tk))  # a masked backend may hold all its scores
+    out = []
+    for t in range(0, T, step):
+        mask = visible(i[:, t:t + step], j, end)[:, None]                                           # (B, 1, t, Tk)
+        out.append(attend(q[:, :, t:t + step], k, v, mask, enable_gqa=True))
     return torch.cat(out, 2).transpose(1, 2)
 
 def _flex(q, k, v, end, tile=128):
     """FlexAttention over documents or trees, for training on a GPU: it skips tiles that are invisible as a whole."""
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
-    more = -q.size(1) % tile
+    T = q.size(1)
+    more = -T % tile
     if more:  # whole tiles: it wants masks as long as its tensors
         q, k, v = (F.pad(x, (0, 0, 0, 0, 0, more)) for x in (q, k, v))
-        return _flex(q, k, v, F.pad(end, (0, more)), tile)[:, :-more]
-    (B, T), i = end.shape, torch.arange(0, end.size(1), tile, device=end.device)[:, None]  # a tile's first query
-    ends = end.view(B, 1, -1, tile)
-    seen, whole = (i.T <= i) & (ends.amax(-1) > i), (i.T < i) & (ends.amin(-1) >= i + tile)         # (B, queries, keys)
-    parts = [(x[:, None].sum(-1, dtype=torch.int32), x[:, None].int().argsort(stable=True, descending=True).int())
-             for x in (seen & ~whole, whole)]
-    mask = BlockMask.from_kv_blocks(*parts[0], *parts[1], BLOCK_SIZE=tile, seq_lengths=(T, T),
+        return _flex(q, k, v, F.pad(end, (0, more)), tile)[:, :T]
+
+    # tiles of which something is seen, and those seen as a whole: (B, query tiles, key tiles)
+    i = torch.arange(0, T, tile, device=end.device)[:, None]  # a tile's first query
+    ends = end.view(len(end), 1, -1, tile)
+    seen = (i.T <= i) & (ends.amax(-1) > i)
+    whole = (i.T < i) & (ends.amin(-1) >= i + tile)
+    parts = []
+    for tiles in (seen & ~whole, whole):
+        tiles = tiles[:, None]
+        parts.append(tiles.sum(-1, dtype=torch.int32))
+        parts.append(tiles.int().argsort(stable=True, descending=True).int())
+    mask = BlockMask.from_kv_blocks(*parts, BLOCK_SIZE=tile, seq_lengths=(T, T),
                                     mask_mod=lambda b, h, i, j: (j <= i) & (i < end[b, j]))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return _compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
@@ -200,19 +150,31 @@ def _flex(q, k, v, end, tile=128):
 def block_scores(qi, ki, i, end, L):
     """The index branch's score of every block (paper eq. 5-6): max over its visible keys of qi . ki, in fp32 or wider;
     -inf from the query's own block on. An earlier block lies wholly before i, so that only `end` can hide a key of it.
-    qi (B, T, Hkv, D), ki (B, Tk, D) -> (B, T, Hkv, N)."""
-    (B, T, Hkv, D), n, N = qi.shape, ki.size(1) // L, -(-ki.size(1) // L)
-    q = qi.flatten(1, 2).to(torch.promote_types(qi.dtype, torch.float32)).transpose(1, 2)               # (B, D, T*Hkv)
-    out, step = q.new_full((B, N, T, Hkv), float("-inf")), max(1, chunk(qi.device) // (B * T * Hkv * L))
+
+    qi: (B, T, Hkv, D)
+    ki: (B, Tk, D)
+    i:  (B, T) or (1, T), index of each query
+    -> (B, T, Hkv, N)
+    """
+    B, T, Hkv, D = qi.shape
+    n = ki.size(1) // L  # whole blocks: a last one in part is no one's earlier block
+    N = cdiv(ki.size(1), L)
+    wide = torch.promote_types(qi.dtype, torch.float32)
+    q = qi.flatten(1, 2).to(wide).transpose(1, 2)                                                   # (B, D, T * Hkv)
+    out = q.new_full((B, N, T, Hkv), float("-inf"))
+    if end is not None:
+        end = F.pad(end, (0, N * L - end.size(1)))
+    step = max(1, chunk(qi.device) // (B * T * Hkv * L))
     for b in range(0, n, step):
         part = slice(b * L, min(n, b + step) * L)
         # keys @ queries: where there are few, a CPU does it 2 to 4 times as fast as queries @ keys
-        scores = (ki[:, part].to(q.dtype) @ q).view(B, -1, L, T, Hkv)
+        scores = (ki[:, part].to(wide) @ q).view(B, -1, L, T, Hkv)
         if end is not None:
-            last = F.pad(end, (0, N * L - end.size(1)))[:, part].unflatten(1, (-1, L))                     # (B, n, L)
-            scores = scores.masked_fill((i[:, None, None] >= last[..., None])[..., None], float("-inf"))
-        out[:, b:b + scores.size(1)] = scores.nan_to_num_(float("-inf"), float("inf"), float("-inf")).amax(2)
-    hidden = torch.arange(N, device=i.device)[:, None] >= (i // L)[:, None]                                # (B, N, T)
+            last = end[:, part].view(B, -1, L, 1)
+            scores = scores.masked_fill((i[:, None, None] >= last)[..., None], float("-inf"))
+        scores = scores.nan_to_num_(float("-inf"), float("inf"), float("-inf"))
+        out[:, b:b + scores.size(1)] = scores.amax(2)
+    hidden = torch.arange(N, device=i.device)[:, None] >= (i // L)[:, None]                         # (B, N, T)
     return out.masked_fill(hidden[..., None], float("-inf")).permute(0, 2, 3, 1)
 
 def top_blocks(scores, own, S):
@@ -226,38 +188,60 @@ def top_blocks(scores, own, S):
 
 @torch.no_grad()
 def select_blocks(qi, ki, S, L, end=None, start=None, impl="auto"):
-    """The index branch's choice (paper eq. 5-7). qi (B, T, Hkv, D), ki (B, Tk, D) -> block_idx int32 (B, T, Hkv, S).
-    Slot 0 is the query's own block; -1 fills rows with fewer than S visible blocks. end, start: see full_attention."""
-    (B, T, Hkv, D), Tk = qi.shape, ki.size(1)
+    """The index branch's choice (paper eq. 5-7) -> block_idx int32 (B, T, Hkv, S).
+
+    qi: (B, T, Hkv, D), index queries
+    ki: (B, Tk, D), index keys
+    S:  blocks a query reads. Slot 0 is its own block; -1 fills rows with fewer than S visible blocks
+    L:  tokens in a block
+    end, start, impl: see full_attention
+    Raises ValueError for tensors that do not fit, and S or L below 1.
+    """
     if S < 1 or L < 1:
         raise ValueError(f"S is {S} and L is {L}, expected 1 or more")
-    _check(qi, end, start, ki=(ki, (B, Tk, D)))
+    B, T, Hkv, D = qi.shape
+    _check_tensor("ki", ki, (B, ki.size(1), D), qi.device, qi.dtype)
+    _check_layout(qi, ki.size(1), end, start)
     if _pick(impl, qi, D, L):
-        return _select_triton(qi.contiguous(), ki, S, L, end, start if start is None else start.contiguous())
+        start = None if start is None else start.contiguous()
+        return _select_triton(qi.contiguous(), ki, S, L, end, start)
     i = query_index(T, start, qi.device)
-    step = max(1, chunk(qi.device) * L // (B * Hkv * Tk))
-    return torch.cat([top_blocks(block_scores(qi[:, t:t + step], ki, i[:, t:t + step], end, L),
-                                 (i[:, t:t + step] // L).expand(B, -1), S) for t in range(0, T, step)], 1)
+    step = max(1, chunk(qi.device) * L // (B * Hkv * ki.size(1)))
+    chosen = []
+    for t in range(0, T, step):
+        rows = slice(t, t + step)
+        scores = block_scores(qi[:, rows], ki, i[:, rows], end, L)
+        chosen.append(top_blocks(scores, (i[:, rows] // L).expand(B, -1), S))
+    return torch.cat(chosen, 1)
 
 def gather_blocks(x, block_idx, L):
     """Copy out the chosen blocks. x (B, Tk, Hkv, D), block_idx (B, T, Hkv, S) -> (B, T, Hkv, S*L, D).
     A block of -1 yields block 0 and a last partial block zeros; `selected` says which keys count."""
-    (B, Tk, Hkv, D), (T, S), N = x.shape, block_idx.shape[1::2], -(-x.size(1) // L)
-    x = (F.pad(x, (0, 0, 0, 0, 0, N * L - Tk)) if Tk % L else x).unflatten(1, (N, L))                # (B, N, L, Hkv, D)
-    block, batch, head = block_idx.clamp(min=0), torch.arange(B, device=x.device), torch.arange(Hkv, device=x.device)
+    B, Tk, Hkv, D = x.shape
+    T, S = block_idx.shape[1::2]
+    N = cdiv(Tk, L)
+    if Tk % L:
+        x = F.pad(x, (0, 0, 0, 0, 0, N * L - Tk))
+    x = x.unflatten(1, (N, L))                                                                      # (B, N, L, Hkv, D)
+    block = block_idx.clamp(min=0)
+    batch = torch.arange(B, device=x.device).view(B, 1, 1, 1)
+    head = torch.arange(Hkv, device=x.device).view(Hkv, 1)
     if T * S < N:  # decode: the few blocks alone; the copy into block order below would read the whole cache
-        return x[batch.view(B, 1, 1, 1), block.long(), :, head.view(Hkv, 1)].flatten(3, 4)
-    rows = (block + (batch[:, None] * Hkv + head)[:, None, :, None] * N).flatten()
-    return x.permute(0, 3, 1, 2, 4).reshape(B * Hkv * N, L * D).index_select(0, rows).view(B, T, Hkv, S * L, D)
+        return x[batch, block.long(), :, head].flatten(3, 4)
+    row = (batch * Hkv + head) * N + block
+    x = x.permute(0, 3, 1, 2, 4).reshape(B * Hkv * N, L * D)
+    return x.index_select(0, row.flatten()).view(B, T, Hkv, S * L, D)
 
 def selected(block_idx, i, L, end):
     """Which gathered keys a query sees: bool (B, T, Hkv, S*L)."""
     j = (block_idx[..., None] * L + torch.arange(L, device=block_idx.device)).flatten(-2)
-    seen = (j >= 0) & (j <= i[..., None, None])
+    i = i[..., None, None]
+    seen = (j >= 0) & (j <= i)
     if end is None:
         return seen
     j = j.clamp(0, end.size(1)).long()  # the 0 put behind the last: a slot without an end is invisible
-    return seen & (i[..., None, None] < F.pad(end, (0, 1)).gather(1, j.flatten(1)).view(j.shape))
+    last = F.pad(end, (0, 1)).gather(1, j.flatten(1)).view(j.shape)
+    return seen & (i < last)
 
 def softmax(scores, seen):
     """Softmax over what a query sees, 0 elsewhere; all 0 where it sees nothing, or nothing but scores of -inf."""
@@ -268,68 +252,115 @@ def softmax(scores, seen):
 def group_probs(q, keys, seen):
     """Main softmax, head by head: q (B, T, H, D), keys (B, T, Hkv, J, D), seen (B, T, Hkv, J) -> (B, T, Hkv, G, J)."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    q = q.to(wide).unflatten(2, (keys.size(2), -1)).transpose(-1, -2)                                # (B, T, Hkv, D, G)
+    q = q.to(wide).unflatten(2, (keys.size(2), -1)).transpose(-1, -2)                               # (B, T, Hkv, D, G)
     # keys @ q, not q @ keys^T: the gradient of the gathered keys, the largest tensor here, needs no transposed copy
     scores = (keys.to(wide) @ q).transpose(-1, -2) * q.size(-2) ** -0.5
     return softmax(scores, seen[..., None, :])
 
 def msa_attention(q, k, v, block_idx, L, end=None, start=None, impl="auto"):
-    """Exact attention over the chosen blocks (paper eq. 8): time and memory grow with T * S * L, never with T * T.
-    q (B, T, H, D), k and v (B, Tk, Hkv, D), block_idx (B, T, Hkv, S) as select_blocks gives it for the same L, own
-    block in slot 0 and ids distinct (nothing checks the values) -> (B, T, H, D)."""
-    (B, T, _, D), (Hkv, S) = q.shape, block_idx.shape[2:]
-    _check(q, end, start, k=(k, (B, k.size(1), Hkv, D)), v=(v, k.shape), block_idx=(block_idx, (B, T, Hkv, S)))
+    """Exact attention over the chosen blocks (paper eq. 8), with gradients -> (B, T, H, D). Time and memory grow with
+    T * S * L, never with T * T.
+
+    q:         (B, T, H, D)
+    k, v:      (B, Tk, Hkv, D)
+    block_idx: int32 (B, T, Hkv, S) as select_blocks gives it for the same L: own block in slot 0 and ids distinct;
+               nothing checks the values
+    L:         tokens in a block
+    end, start, impl: see full_attention
+    Raises ValueError for tensors that do not fit.
+    """
+    _check_attention(q, k, v, end, start)
+    B, T, _, D = q.shape
+    S = block_idx.size(3)
+    _check_tensor("block_idx", block_idx, (B, T, k.size(2), S), q.device)
     if _pick(impl, q, D, L, grad=(q, k, v)):
         return _attend_triton(q.contiguous(), k, v, block_idx.contiguous(), L, end, start)
+
     def attend(q, i, blocks, k, v):
         seen = selected(blocks, i, L, end)
         # 0 * NaN is NaN: what is invisible is set to 0, in place, since the gathered keys are the largest tensors here
         keys, values = (gather_blocks(x, blocks, L).masked_fill_(~seen[..., None], 0.0) for x in (k, v))
-        return (group_probs(q, keys, seen).to(v.dtype) @ values).flatten(2, 3)                            # (B, t, H, D)
-    block_idx = block_idx[..., :-(-k.size(1) // L)]  # in a short context the slots beyond its blocks hold -1
-    i, step = query_index(T, start, q.device), max(1, chunk(q.device) // (B * block_idx[0, 0].numel() * L * D))
+        return (group_probs(q, keys, seen).to(v.dtype) @ values).flatten(2, 3)                      # (B, t, H, D)
+
+    block_idx = block_idx[..., :cdiv(k.size(1), L)]  # in a short context the slots beyond its blocks hold -1
+    i = query_index(T, start, q.device)
+    step = max(1, chunk(q.device) // (B * block_idx[0, 0].numel() * L * D))
     if T <= step:
         return attend(q, i, block_idx, k, v)
     # the gathered blocks of all chunks are S * L / G times the size of q: the backward pass gathers them again
-    return torch.cat([checkpoint(attend, q[:, t:t + step], i[:, t:t + step], block_idx[:, t:t + step], k, v,
-                                 use_reentrant=False) for t in range(0, T, step)], 1)
+    out = []
+    for t in range(0, T, step):
+        rows = slice(t, t + step)
+        out.append(checkpoint(attend, q[:, rows], i[:, rows], block_idx[:, rows], k, v, use_reentrant=False))
+    return torch.cat(out, 1)
 
 def msa_decode(q, k, v, qi, ki, S, L, length, end=None, impl="auto", int8=None):
-    """One decode step: choose blocks, attend. q (B, T, H, D) and qi (B, T, Hkv, D) are the new tokens', at slots length
-    (B,) int32 and on, length + T <= Tk; k, v (B, Tk, Hkv, D) and ki (B, Tk, D) hold them too -> out (B, T, H, D),
-    block_idx (B, T, Hkv, S). int8 = quantize_index(ki, L) halves the bytes that the kernels read, not the choice."""
-    (B, T, _, D), Tk, Hkv = q.shape, k.size(1), k.size(2)
-    kinds = (ki.shape, torch.int8), ((B, Tk), torch.bfloat16), ((B, -(-Tk // L)), torch.float32)
-    for name, x, (want, dtype) in zip(("ki8", "scale", "slack"), int8 or (), kinds):
-        _expect(f"shape, dtype, device of {name}", (tuple(x.shape), x.dtype, x.device), (tuple(want), dtype, ki.device))
-    if q.is_cuda and qi.size(3) < 32:
+    """One decode step: choose blocks, attend -> out (B, T, H, D), block_idx (B, T, Hkv, S).
+
+    q, qi:  (B, T, H, D) and (B, T, Hkv, Di), of the new tokens
+    k, v:   (B, Tk, Hkv, D), a cache that holds the new tokens, too
+    ki:     (B, Tk, Di), the same for index keys
+    S, L:   see select_blocks
+    length: (B,) int32, the first new token's slot; length + T <= Tk
+    end, impl: see full_attention
+    int8:   quantize_index(ki, L), or None: it halves the bytes that the kernels read, and does not change the choice
+    Raises ValueError for tensors that do not fit.
+    """
+    T, D = q.shape[1::2]
+    Di = qi.size(3)
+    if int8 is not None:
+        _check_int8(int8, ki, L)
+    if q.is_cuda and Di < 32:
         int8 = None  # the tensor cores multiply 32 bytes at a time
-    if T <= 4 and T * Hkv <= 64 and _pick(impl, q, D, qi.size(3), L, grad=(q, k, v)):  # more columns spill registers
-        _check(q, end, length, k=(k, (B, Tk, Hkv, D)), v=(v, k.shape))
-        _check(qi, end, length, ki=(ki, (B, Tk, qi.size(3))), qi=(qi, (B, T, Hkv, qi.size(3))))
+    few = T <= 4 and T * k.size(2) <= 64  # more columns spill registers
+    if few and _pick(impl, q, D, Di, L, grad=(q, k, v)):
+        _check_branches(q, k, v, qi, ki, end, length)
         return _decode_triton(q.contiguous(), k, v, qi.contiguous(), ki, S, L, length.contiguous(), end, int8)
     block_idx = select_blocks(qi, ki, S, L, end, length, impl)
     return msa_attention(q, k, v, block_idx, L, end, length, impl), block_idx
+
+def index_kl_loss(qi, ki, q, k, block_idx=None, L=1, end=None, weight=None, stride=1):
+    """KL(teacher || index softmax), mean over tokens and KV heads (paper eq. 9-10): a scalar with its real value.
+    Teacher: mean over the group's heads of the main softmax, detached. Only qi and ki have a gradient.
+
+    qi:        (B, T, Hkv, Di)
+    ki:        (B, T, Di)
+    q:         (B, T, H, D)
+    k:         (B, T, Hkv, D)
+    block_idx: (B, T, Hkv, S), whose tokens are the support; None: the whole visible prefix, for the warm-up
+    L, end:    see msa_attention
+    weight:    (B, T), of each token in the mean; 0 or less: none. None: 1 each
+    stride:    the mean is over every stride-th query
+    Raises ValueError for tensors that do not fit.
+    """
+    _check_branches(q, k, None, qi, ki, end, None)
+    _check_tensor("k", k, (*q.shape[:2], *k.shape[2:]), q.device)
+    return _IndexKL.apply(qi, ki, q.detach(), k.detach(), block_idx, L, end, weight, stride)
 
 class _IndexKL(torch.autograd.Function):
     """KL and its gradient in one pass: d KL / d score = (index softmax - teacher) * weight / (Hkv * sum of weights)."""
 
     @staticmethod
     def forward(ctx, qi, ki, q, k, block_idx, L, end, weight, stride):
-        (B, T, Hkv, D), Tk = qi.shape, ki.size(1)
-        weight = torch.ones(B, T, device=q.device) if weight is None else weight
-        _expect("shape of weight", tuple(weight.shape), (B, T))
+        B, T, Hkv, Di = qi.shape
         share = _share(weight, q, Hkv, stride)
-        i, loss = query_index(T, None, q.device), share.new_zeros(())
-        dqi, dki = torch.zeros_like(qi), torch.zeros_like(ki)
-        part, width = (_compiled(_kl_prefix) if q.is_cuda else _kl_prefix, Tk) if block_idx is None else \
-            (_kl_selected, block_idx.size(-1) * L * D)
+        i = query_index(T, None, q.device)
+        loss = share.new_zeros(())
+        dqi = torch.zeros_like(qi)
+        dki = torch.zeros_like(ki)
+        if block_idx is None:
+            terms = _compiled(_kl_prefix) if q.is_cuda else _kl_prefix
+            width = ki.size(1)
+        else:
+            terms = _kl_selected
+            width = block_idx.size(-1) * L * Di
         step = stride * max(1, chunk(q.device) // (B * q.size(2) * width))
         for t in range(0, T, step):
-            c = slice(t + stride - 1, t + step, stride)
-            blocks = None if block_idx is None else block_idx[:, c]
-            kl, dqi[:, c], dk = part(qi[:, c], ki, q[:, c], k, blocks, L, i[:, c], end, share[:, c])
-            loss, dki = loss + kl, dki + dk
+            rows = slice(t + stride - 1, t + step, stride)  # those that learn
+            blocks = None if block_idx is None else block_idx[:, rows]
+            kl, dqi[:, rows], dk = terms(qi[:, rows], ki, q[:, rows], k, blocks, L, i[:, rows], end, share[:, rows])
+            loss = loss + kl
+            dki = dki + dk
         ctx.save_for_backward(dqi, dki)
         return loss
 
@@ -337,6 +368,19 @@ class _IndexKL(torch.autograd.Function):
     def backward(ctx, grad):
         dqi, dki = ctx.saved_tensors
         return (grad * dqi).to(dqi.dtype), (grad * dki).to(dki.dtype), *[None] * 7
+
+def _share(weight, q, Hkv, stride):
+    """A query's share in the KL's mean, from its weight (B, T), 0 or less = none -> (B, T), fp32 or wider."""
+    if weight is None:
+        weight = torch.ones(q.shape[:2], device=q.device)
+    _check_tensor("weight", weight, q.shape[:2], q.device)
+    share = weight.to(torch.promote_types(q.dtype, torch.float32)).clamp(min=0)
+    return share / (share[:, stride - 1::stride].sum().clamp(min=1e-30) * Hkv)
+
+def _finite(x):
+    """x with 0 for NaN, and the largest number for inf: for products with what is 0 where x is invisible (0 * NaN is
+    NaN), and is NaN already where x is seen."""
+    return x.nan_to_num(0.0)
 
 def _kl_terms(p, scores, seen, share, qi):
     """Teacher p, index scores (B, t, Hkv, J), share (B, t) -> weighted KL (scalar), d KL / d scores in qi's dtype."""
@@ -347,78 +391,211 @@ def _kl_terms(p, scores, seen, share, qi):
     return (kl * share[..., None]).sum(), ds.masked_fill(~seen, 0.0).to(qi.dtype)
 
 def _kl_selected(qi, ki, q, k, blocks, L, i, end, share):
-    """Support = the tokens of the chosen blocks (paper eq. 9-10)."""
-    (B, _, Hkv, D), N = qi.shape, -(-ki.size(1) // L)
+    """Support = the tokens of the chosen blocks (paper eq. 9-10) -> weighted KL, dqi, dki."""
+    B, _, Hkv, D = qi.shape
+    Tk = ki.size(1)
+    N = cdiv(Tk, L)
     seen = selected(blocks, i, L, end) & (share != 0)[..., None, None]
     p = group_probs(q, gather_blocks(k, blocks, L), seen).mean(3)
-    keys = gather_blocks(ki[:, :, None].expand(-1, -1, Hkv, -1), blocks, L)                          # (B, t, Hkv, J, D)
-    kl, ds = _kl_terms(p, (keys.to(p.dtype) @ qi.to(p.dtype)[..., None]).squeeze(-1), seen, share, qi)
-    dqi, qi = (ds[..., None, :] @ _finite(keys)).squeeze(-2), _finite(qi)
-    rows = (blocks.clamp(min=0) + torch.arange(B, device=q.device).view(B, 1, 1, 1) * N).flatten()        # (B*t*Hkv*S,)
-    dkeys = (ds[..., None] * qi[..., None, :]).reshape(rows.numel(), L * D)
-    dki = dkeys.new_zeros(B * N, L * D).index_add_(0, rows, dkeys).view(B, N * L, D)[:, :ki.size(1)]
-    return kl, dqi, dki
+    keys = gather_blocks(ki[:, :, None].expand(-1, -1, Hkv, -1), blocks, L)                         # (B, t, Hkv, J, D)
+    scores = (keys.to(p.dtype) @ qi.to(p.dtype)[..., None]).squeeze(-1)
+    kl, ds = _kl_terms(p, scores, seen, share, qi)
+    dqi = (ds[..., None, :] @ _finite(keys)).squeeze(-2)
+    dkeys = ds[..., None] * _finite(qi)[..., None, :]                                               # (B, t, Hkv, J, D)
+
+    # add what each gathered block got to the block it is a copy of
+    batch = torch.arange(B, device=q.device).view(B, 1, 1, 1)
+    rows = (blocks.clamp(min=0) + batch * N).flatten()                                              # (B * t * Hkv * S,)
+    dkeys = dkeys.reshape(rows.numel(), L * D)
+    dki = dkeys.new_zeros(B * N, L * D).index_add_(0, rows, dkeys)
+    return kl, dqi, dki.view(B, N * L, D)[:, :Tk]
 
 def _kl_prefix(qi, ki, q, k, blocks, L, i, end, share):
-    """Support = the whole visible prefix: the warm-up, before anything is selected."""
+    """Support = the whole visible prefix: the warm-up, before anything is selected -> weighted KL, dqi, dki."""
     seen = visible(i, torch.arange(ki.size(1), device=ki.device), end) & (share != 0)[..., None]
-    seen = seen[:, :, None]                                                                              # (B, t, 1, Tk)
+    seen = seen[:, :, None]                                                                         # (B, t, 1, Tk)
     p = prefix_probs(q, k, seen)
-    kl, ds = _kl_terms(p, torch.einsum("bthd,bkd->bthk", qi.to(p.dtype), ki.to(p.dtype)), seen, share, qi)
-    return kl, torch.einsum("bthk,bkd->bthd", ds, _finite(ki)), torch.einsum("bthk,bthd->bkd", ds, _finite(qi))
+    scores = torch.einsum("bthd,bkd->bthk", qi.to(p.dtype), ki.to(p.dtype))
+    kl, ds = _kl_terms(p, scores, seen, share, qi)
+    dqi = torch.einsum("bthk,bkd->bthd", ds, _finite(ki))
+    dki = torch.einsum("bthk,bthd->bkd", ds, _finite(qi))
+    return kl, dqi, dki
 
 def prefix_probs(q, k, seen):
     """Mean over the group's heads of the full softmax. q (B, T, H, D), k (B, Tk, Hkv, D), seen (B, T, 1, Tk) ->
     (B, T, Hkv, Tk), fp32 or wider."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    q = q.to(wide).unflatten(2, (k.size(2), -1)).permute(0, 2, 3, 1, 4)                              # (B, Hkv, G, T, D)
-    scores = q @ k.to(wide).permute(0, 2, 3, 1)[:, :, None] * q.size(-1) ** -0.5                    # (B, Hkv, G, T, Tk)
+    q = q.to(wide).unflatten(2, (k.size(2), -1)).permute(0, 2, 3, 1, 4)                             # (B, Hkv, G, T, D)
+    k = k.to(wide).permute(0, 2, 3, 1)[:, :, None]                                                  # (B, Hkv, 1, D, Tk)
+    scores = q @ k * q.size(-1) ** -0.5
     return softmax(scores, seen[:, None, None, :, 0]).mean(2).transpose(1, 2)
 
-def index_kl_loss(qi, ki, q, k, block_idx=None, L=1, end=None, weight=None, stride=1):
-    """KL(teacher || index softmax), mean over tokens (by weight (B, T)) and KV heads: a scalar with its real value.
-    Teacher: mean over the group's heads of the main softmax, detached. Support: the chosen blocks, or the whole visible
-    prefix where block_idx is None. qi (B, T, Hkv, D), ki (B, T, D), q (B, T, H, D), k (B, T, Hkv, D). Gradient: qi, ki
-    alone. stride > 1 takes the mean over every stride-th query."""
-    _check(qi, end, None, ki=(ki, (*qi.shape[:2], qi.size(3))))
-    _check(q, end, None, k=(k, (*qi.shape[:3], q.size(3))))
-    return _IndexKL.apply(qi, ki, q.detach(), k.detach(), block_idx, L, end, weight, stride)
-
 def msa_train(q, k, v, qi, ki, block_idx, L, end=None, weight=None, stride=1, impl="auto"):
-    """msa_attention and index_kl_loss of one layer in training -> out (B, T, H, D), KL, both with gradients. The Triton
-    kernels take whole sequences, T = Tk; the KL and its gradient are one pass over the main scores."""
-    if _pick(impl, q, q.size(3), qi.size(3), L):
-        (B, T, _, D), Hkv = q.shape, k.size(2)
-        _check(q, end, None, k=(k, (B, T, Hkv, D)), v=(v, k.shape))
-        _check(qi, end, None, ki=(ki, (B, T, qi.size(3))), qi=(qi, (B, T, Hkv, qi.size(3))))
-        _expect("shape of block_idx", tuple(block_idx.shape[:3]), (B, T, Hkv))
-        q, k, v, qi, ki, block_idx = (x.contiguous() for x in (q, k, v, qi, ki, block_idx))
-        end = end if end is None else end.contiguous()
-        weight = torch.ones(B, T, device=q.device) if weight is None else weight
-        _expect("shape of weight", tuple(weight.shape), (B, T))
-        share = _share(weight, q, Hkv, stride)[:, stride - 1::stride].contiguous()
-        return _Train.apply(q, k, v, qi, ki, block_idx, L, end, share, stride)
-    kl = index_kl_loss(qi, ki, q, k, block_idx, L, end, weight, stride)
-    return msa_attention(q, k, v, block_idx, L, end, None, "torch"), kl
+    """msa_attention and index_kl_loss of one layer in training -> out (B, T, H, D), KL, both with gradients.
+
+    q, k, v, block_idx, L, end: see msa_attention; whole sequences, T = Tk
+    qi, ki, weight, stride:     see index_kl_loss. The kernels compute KL and gradient in one pass over the main scores
+    impl:                       see full_attention
+    Raises ValueError for tensors that do not fit.
+    """
+    if not _pick(impl, q, q.size(3), qi.size(3), L):
+        kl = index_kl_loss(qi, ki, q, k, block_idx, L, end, weight, stride)
+        return msa_attention(q, k, v, block_idx, L, end, None, "torch"), kl
+    B, T = q.shape[:2]
+    Hkv = k.size(2)
+    _check_branches(q, k, v, qi, ki, end, None)
+    _check_tensor("k", k, (B, T, *k.shape[2:]), q.device)
+    _check_tensor("block_idx", block_idx, (B, T, Hkv, block_idx.size(-1)), q.device)
+    share = _share(weight, q, Hkv, stride)[:, stride - 1::stride].contiguous()
+    q, k, v, qi, ki, block_idx = (x.contiguous() for x in (q, k, v, qi, ki, block_idx))
+    end = None if end is None else end.contiguous()
+    return _Train.apply(q, k, v, qi, ki, block_idx, L, end, share, stride)
 
 @torch.no_grad()
 def block_recall(qi, ki, q, k, S, L, end=None, n_query=256):
-    """Share of the S-1 heaviest earlier blocks (group-mean mass of the dense softmax) that the index branch finds, the
-    mass of what it finds over theirs, and the share that a random choice would find, on about n_query evenly spaced
-    queries with more than S earlier blocks (paper 5.2). -> recall, score recall, chance; nan without such a query."""
+    """How well the index branch finds the S-1 heaviest earlier blocks (paper 5.2), by the group-mean mass of the dense
+    softmax, on about n_query evenly spaced queries with more than S earlier blocks.
+
+    qi, ki, q, k, end: see index_kl_loss; S, L: see select_blocks
+    -> recall, the share of those blocks that it finds; the mass of what it finds over theirs; the share that a random
+       choice would find. nan without such a query
+    """
     T = q.size(1)
     rows = torch.arange(T - 1, -1, -max(1, T // n_query), device=q.device).flip(0)
     seen = visible(rows[None], torch.arange(T, device=q.device), end)[:, :, None]
     mass = prefix_probs(q[:, rows], k, seen)
-    mass = F.pad(mass, (0, -T % L)).unflatten(-1, (-1, L)).sum(-1)                                      # (B, t, Hkv, N)
+    mass = F.pad(mass, (0, -T % L)).unflatten(-1, (-1, L)).sum(-1)                                  # (B, t, Hkv, N)
     scores = block_scores(qi[:, rows], ki, rows[None], end, L)
     hidden = scores == float("-inf")  # the own block and what comes after it, too
     n_earlier = (~hidden).sum(-1)
-    true, found = (x.masked_fill(hidden, -1e30).topk(min(S - 1, x.size(-1)), -1).indices for x in (mass, scores))
-    hits = (true[..., :, None] == found[..., None, :]).any(-1).float().mean(-1)                           # (B, t, Hkv)
-    best, held = (mass.gather(-1, x).sum(-1) for x in (true, found))
+    most = min(S - 1, scores.size(-1))
+    true, found = (x.masked_fill(hidden, -1e30).topk(most, -1).indices for x in (mass, scores))
+    hits = (true[..., :, None] == found[..., None, :]).any(-1).float().mean(-1)                     # (B, t, Hkv)
+    best = mass.gather(-1, true).sum(-1)
+    held = mass.gather(-1, found).sum(-1)
     counts = n_earlier > S
     return hits[counts].mean(), (held / best)[counts].mean(), ((S - 1) / n_earlier[counts]).mean()
+
+def _check_tensor(name, x, shape, device, dtype=None):
+    """ValueError unless x has this shape, device, and dtype if one is given."""
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"shape of {name} is {tuple(x.shape)}, expected {tuple(shape)}")
+    if x.device != device:
+        raise ValueError(f"device of {name} is {x.device}, expected {device}")
+    if dtype is not None and x.dtype != dtype:
+        raise ValueError(f"dtype of {name} is {x.dtype}, expected {dtype}")
+
+def _check_layout(q, Tk, end, start):
+    """ValueError unless there are Tk >= T keys for queries q (B, T, …), and end and start fit."""
+    B, T = q.shape[:2]
+    if q.numel() == 0:
+        raise ValueError(f"shape of the queries is {tuple(q.shape)}, expected no empty dimension")
+    if T > Tk:
+        raise ValueError(f"number of queries is {T}, expected at most {Tk}, that of keys")
+    for name, x in (("end", end), ("start (a cache's length)", start)):
+        if x is not None and not isinstance(x, torch.Tensor):
+            raise ValueError(f"type of {name} is {type(x)}, expected {torch.Tensor}")
+    if start is not None:
+        _check_tensor("start (a cache's length)", start, (B,), q.device, torch.int32)
+    if end is not None:
+        fits = end.dim() == 2 and end.size(0) == B and end.size(1) <= Tk
+        if not fits or (start is None and end.size(1) < Tk):
+            raise ValueError(f"shape of end is {tuple(end.shape)}, expected {(B, Tk)}, one end for each key")
+        _check_tensor("end", end, end.shape, q.device, torch.int32)
+
+def _check_attention(q, k, v, end, start):
+    """ValueError unless main queries, keys and values (or None) fit together."""
+    B, _, H, D = q.shape
+    Tk, Hkv = k.shape[1:3]
+    _check_tensor("k", k, (B, Tk, Hkv, D), q.device, q.dtype)
+    if v is not None:
+        _check_tensor("v", v, k.shape, q.device, q.dtype)
+    if H % Hkv != 0:
+        raise ValueError(f"number of query heads is {H}, expected a multiple of {Hkv}, that of KV heads")
+    _check_layout(q, Tk, end, start)
+
+def _check_branches(q, k, v, qi, ki, end, start):
+    """ValueError unless main and index branch fit together."""
+    _check_attention(q, k, v, end, start)
+    Di = qi.size(3)
+    _check_tensor("qi", qi, (*q.shape[:2], k.size(2), Di), q.device)
+    _check_tensor("ki", ki, (*k.shape[:2], Di), q.device, qi.dtype)
+
+def _check_int8(int8, ki, L):
+    """ValueError unless int8 is of the shapes and dtypes that quantize_index(ki, L) has."""
+    ki8, scale, slack = int8
+    B, Tk, _ = ki.shape
+    _check_tensor("ki8", ki8, ki.shape, ki.device, torch.int8)
+    _check_tensor("scale", scale, (B, Tk), ki.device, torch.bfloat16)
+    _check_tensor("slack", slack, (B, cdiv(Tk, L)), ki.device, torch.float32)
+
+def _misfit(x, sizes):
+    """Why the Triton kernels cannot take x and these sizes (head dims, L); None if they can.
+    On a CPU the interpreter runs the kernels, for tests: TRITON_INTERPRET=1 before this file is imported, fp32."""
+    if triton is None:
+        return "Triton is not installed"
+    if x.is_cuda:
+        dtypes = torch.bfloat16, torch.float16
+        names = "bfloat16 or float16"
+        low, high = 16, 128
+    else:
+        if isinstance(_key, triton.JITFunction):
+            return f"the device is {x.device}, and TRITON_INTERPRET was not set"
+        dtypes = torch.float32, torch.float16
+        names = "float32 or float16"
+        low, high = 1, 2 ** 20
+    if x.dtype not in dtypes:
+        return f"the dtype is {x.dtype}, expected {names}"
+    if not all(low <= n <= high and n & (n - 1) == 0 for n in sizes):
+        return f"sizes {sizes} are not powers of two from {low} to {high}"
+    return None
+
+def _pick(impl, x, *sizes, grad=()):
+    """True for Triton. auto: on a GPU, in 16 bits, sizes powers of two from 16 to 128, no gradient; says why if not."""
+    if impl not in ("auto", "triton", "torch"):
+        raise ValueError(f"impl is {impl!r}, expected 'auto', 'triton' or 'torch'")
+    if impl == "torch" or (impl == "auto" and not x.is_cuda):
+        return False
+    why = _misfit(x, sizes)
+    if why is None and torch.is_grad_enabled() and any(t.requires_grad for t in grad):
+        why = "a gradient is asked for"
+    if why is None:
+        return True
+    if impl == "triton":
+        raise ValueError(f"impl='triton' does not fit: {why}")
+    warnings.warn(f"sparse attention runs in torch: {why}")  # one place: said once
+    return False
+
+def implementation(device, dtype, *sizes):
+    """What impl="auto" runs for activations of this kind and these sizes (head dims, L), for a start-up card."""
+    x = torch.empty(0, device=device, dtype=dtype)
+    why = _misfit(x, sizes) if x.is_cuda else f"the device is {x.device.type}"
+    return "Triton" if why is None else f"torch ({why})"
+
+def _power_of_2(n, least=1):
+    """The smallest power of two from n and `least` on: a tile's side."""
+    return max(least, triton.next_power_of_2(n))
+
+def _rows(x, rows):
+    """Queries of a launch: x (B, T, …) or None -> x[rows] of its B * T queries."""
+    return None if x is None else x.flatten(0, 1)[rows]
+
+def _lanes(end=None, **lanes):
+    """-> slots from one sequence of a cache lane (B, Tk, …) to the next (it may be a slice of a longer one), and end
+    padded to as many. Kernels read each sequence of a lane as one piece, all lanes with the same capacity."""
+    capacity = None
+    for name, x in lanes.items():
+        width = x[0, 0].numel()
+        own = x.size(1) if x.size(0) == 1 else x.stride(0) // width
+        if capacity is None:
+            capacity = own
+        whole = x.size(0) == 1 or x.size(1) <= capacity == own
+        if not (whole and x[0].is_contiguous()):
+            strides = capacity * width, *torch.empty(x.shape, device="meta").stride()[1:]
+            raise ValueError(f"strides of {name} are {x.stride()}, expected {strides}")
+    if end is not None:
+        end = F.pad(end, (0, capacity - end.size(1))).contiguous()
+    return capacity, end
 
 # ==== B. Tile helpers =============================================================================
 #
@@ -582,7 +759,7 @@ def _select_triton(qi, ki, S, L, end, start):
     block_idx = torch.empty(B, T, Hkv, S, dtype=torch.int32, device=qi.device)
     flat = ki.as_strided(((B - 1) * capacity + ki.size(1), Di), (Di, 1))
     rows = 128 if qi.is_cuda else 32
-    _index_kernel[triton.cdiv(T * Hkv, rows), B](
+    _index_kernel[cdiv(T * Hkv, rows), B](
         qi=qi, keys=TensorDescriptor.from_tensor(flat, [L, Di]), end=end, block_end=block_end, start=start,
         block_idx=block_idx, T=T, capacity=capacity, HKV=Hkv, DI=Di, L=L, S=S, TOP=_power_of_2(S - 1, 2), ROWS=rows,
         # 128 registers a thread let two programs share a multiprocessor: one selects while the other multiplies
@@ -781,7 +958,7 @@ def _plan(blk, N, chunk_size, run):
     """
     B, T, Hkv, slots = blk.shape
     device = blk.device
-    chunks = B * -(-T // chunk_size)
+    chunks = B * cdiv(T, chunk_size)
     buckets = Hkv * N  # a bucket: one head's one block
     P = chunk_size * Hkv * slots // run + buckets
 
@@ -827,9 +1004,6 @@ def _launches(B, T, most):
     step = most // T  # sequences a launch
     return T, [Launch(b, b, min(step, B - b), slice(b * T, min(b + step, B) * T)) for b in range(0, B, step)]
 
-def _rows(x, rows):
-    return None if x is None else x.flatten(0, 1)[rows]
-
 def _attend_triton(q, k, v, block_idx, L, end, start, stat=None, most=16384, run=256):
     """msa_attention; stat (B, T, H) fp32 or None receives the log2-sum-exp. most: queries a launch; run: edges a task."""
     B, T, H, D = q.shape
@@ -848,7 +1022,7 @@ def _attend_triton(q, k, v, block_idx, L, end, start, stat=None, most=16384, run
     if T <= most:  # several short sequences share a launch
         most = max(T, 2 ** 20 // H)
     size, launches = _launches(B, T, most)
-    edges, tasks, _ = _plan(block_idx[..., 1:], -(-Tk // L), size, run)
+    edges, tasks, _ = _plan(block_idx[..., 1:], cdiv(Tk, L), size, run)
     parts = launches[0].rows.stop * H * (S - 1)
     part = torch.empty(parts, D, dtype=q.dtype, device=q.device)
     lse = torch.empty(parts, device=q.device)
@@ -861,7 +1035,7 @@ def _attend_triton(q, k, v, block_idx, L, end, start, stat=None, most=16384, run
     own_rows = rows
     if G & (G - 1) != 0:  # 64 rows of 10 tokens by 6 heads spill registers
         own_rows = max(128, rows)
-    tiles = -(-L // (own_rows // G))  # programs of _combine_kernel a block
+    tiles = cdiv(L, own_rows // G)  # programs of _combine_kernel a block
     for launch in launches:
         n = (launch.rows.stop - launch.rows.start) // launch.count
         b = launch.sequence
@@ -1199,7 +1373,7 @@ def _kl_triton(q, qi, stat, block_idx, k, ki, L, end, share, stride):
     if t == 0:
         return kl, dqi, dki.sum(2).to(ki.dtype)
     block_idx = torch.where(share[..., None, None] == 0, -1, block_idx)  # a pad learns nothing: no task
-    launches, edges, tasks, ends = _chunks(q, block_idx, -(-T // L), max(H * D, Hkv * Di))
+    launches, edges, tasks, ends = _chunks(q, block_idx, cdiv(T, L), max(H * D, Hkv * Di))
     P = tasks.size(1)
     part = torch.empty(launches[0].rows.stop * Hkv * S, Di, dtype=q.dtype, device=q.device)
     key_part = torch.empty(launches[0].count * P * L, Di, device=q.device)
@@ -1239,8 +1413,8 @@ def _attend_backward(q, k, v, block_idx, out, stat, dout, L, end):
     Hkv, S = block_idx.shape[2:]
     G = H // Hkv
     delta = torch.empty_like(stat)
-    _dot_kernel[triton.cdiv(delta.numel(), 64),](a=out, b=dout, out=delta, n=delta.numel(), D=D, ROWS=64)
-    launches, edges, tasks, ends = _chunks(q, block_idx, -(-T // L), H * D)
+    _dot_kernel[cdiv(delta.numel(), 64),](a=out, b=dout, out=delta, n=delta.numel(), D=D, ROWS=64)
+    launches, edges, tasks, ends = _chunks(q, block_idx, cdiv(T, L), H * D)
     P = tasks.size(1)
     dq = torch.empty_like(q)
     dk = torch.zeros(k.shape, device=q.device)
@@ -1267,13 +1441,13 @@ def _attend_backward(q, k, v, block_idx, out, stat, dout, L, end):
 def _sum_tasks(part, ends, out, P, count, L):
     """Add what the P tasks of each of `count` sequences gave to their keys; out (T, Hkv, D) is the first sequence's."""
     T, Hkv, D = out.shape
-    _task_sum_kernel[triton.cdiv(T, L), Hkv, count](part=part, ends=ends, out=out, P=P, T=T, HKV=Hkv, D=D, L=L,
+    _task_sum_kernel[cdiv(T, L), Hkv, count](part=part, ends=ends, out=out, P=P, T=T, HKV=Hkv, D=D, L=L,
                                                     num_warps=8)
 
 def _sum_slots(part, block_idx, out, G):
     """Sum what the slots of block_idx (n, Hkv, S) gave to their queries: out (n, Hkv * G, D)."""
     n, Hkv, S = block_idx.shape
-    _slot_sum_kernel[triton.cdiv(n * Hkv * G, 16),](part=part, block_idx=block_idx, out=out, n=n * Hkv, G=G,
+    _slot_sum_kernel[cdiv(n * Hkv * G, 16),](part=part, block_idx=block_idx, out=out, n=n * Hkv, G=G,
                                                    D=out.size(-1), S=S, ROWS=16)
 
 # ==== E. Decode ===================================================================================
@@ -1656,15 +1830,15 @@ def _decode_grid(N, rows, top, int8, on_gpu):
     elif N <= 4096:
         runs = 512     # more than run at once: some start while others stream
     elif int8:
-        runs = max(512, -(-N // 32))   # a block has half the bytes; a run holds at most 32, in registers
+        runs = max(512, cdiv(N, 32))   # a block has half the bytes; a run holds at most 32, in registers
     else:
-        runs = max(1024, -(-N // 32))
+        runs = max(1024, cdiv(N, 32))
     runs = _power_of_2(runs, _power_of_2(2 * top))  # _choose takes the best `top` of runs / 2 pairs
     if on_gpu:
         rescorers = max(16, min(64, 256 // rows))  # a row of random keys has some 30 live runs
     else:
         rescorers = 2
-    return Grid(runs, _power_of_2(-(-N // runs), 8), _power_of_2(-(-2 * N // runs), 16), rescorers)
+    return Grid(runs, _power_of_2(cdiv(N, runs), 8), _power_of_2(cdiv(2 * N, runs), 16), rescorers)
 
 def _decode_scratch(rows, N, runs, device):
     """What the scan leaves for the kernels after it: block_score (rows, N), and run_best, run_upper, run_lower
@@ -1679,7 +1853,7 @@ def _decode_triton(q, k, v, qi, ki, S, L, length, end, int8):
     Hkv, Di = k.size(2), qi.size(3)
     G, rows = H // Hkv, B * T * Hkv
     capacity, end = _lanes(end, k=k, v=v, ki=ki)
-    N = -(-capacity // L)
+    N = cdiv(capacity, L)
     top = _power_of_2(S - 1, 2)
     grid = _decode_grid(N, rows, top, int8 is not None, q.is_cuda)
     scanned, scale, slack = ki, None, None
@@ -1716,7 +1890,7 @@ def _dense_triton(q, k, v, end, start):
     G = H // Hkv
     capacity, end = _lanes(end, k=k, v=v)
     tile = 64 if k.is_cuda else 32
-    split = max(1, min(PROGRAMS // (B * Hkv), -(-capacity // (2 * tile))))
+    split = max(1, min(PROGRAMS // (B * Hkv), cdiv(capacity, 2 * tile)))
     scratch = torch.empty(B * T * H * split * (D + 2), device=q.device)
     part = scratch[:B * T * H * split * D]
     stat = scratch[B * T * H * split * D:]

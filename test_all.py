@@ -1513,7 +1513,7 @@ def test_wrong_tensors_are_refused():
 
     assert_refused("float32.*float64", msa.msa_attention, attend, k=k.float())
     assert_refused("9.*37", msa.msa_attention, attend, v=v[:, :9])
-    assert_refused("is 1.*0", msa.msa_attention, attend, q=q[:, :, :3])
+    assert_refused("is 3.*multiple of 2", msa.msa_attention, attend, q=q[:, :, :3])
     assert_refused("30.*37", msa.select_blocks, select, end=end[:, :30])
     assert_refused("int64.*int32", msa.select_blocks, select, end=end.long())
     assert_refused("meta.*cpu", msa.select_blocks, select, ki=ki.to("meta"))

@@ -349,7 +349,8 @@ def _gated_kernel(
     at = row[:, None] * (2 * I) + col
     y, _, _ = _gate(h, at, valid, I, OAI)
     if weight is not None:
-        y *= tl.load(weight + row, mask=row < n, other=0.0)[:, None]
+        factor = tl.load(weight + row, mask=row < n, other=0.0)                     # (ROWS,)
+        y *= factor[:, None]
     tl.store(out + row[:, None] * I + col, y.to(out.dtype.element_ty), mask=valid)
 
 @jit
@@ -377,8 +378,9 @@ def _gated_grad_kernel(
 
     # out = weight * y
     if weight is not None:
+        factor = tl.load(weight + row, mask=row < n, other=0.0)                     # (ROWS,)
         tl.store(dweight + row, tl.sum(dy * y, 1), mask=row < n)
-        dy *= tl.load(weight + row, mask=row < n, other=0.0)[:, None]
+        dy *= factor[:, None]
 
     tl.store(dh + at, (dy * dgate).to(dh.dtype.element_ty), mask=valid)
     tl.store(dh + at + I, (dy * dup).to(dh.dtype.element_ty), mask=valid)
@@ -404,19 +406,18 @@ class _Gated(torch.autograd.Function):
         out = h.new_empty(*h.shape[:-1], I)
         n = out.numel() // I
         tile = _gate_tile(I, activation)
-        _gated_kernel[triton.cdiv(n, tile["ROWS"]),](h=h, weight=weight, out=out, n=n, **tile)
+        grid = triton.cdiv(n, tile["ROWS"])
+        _gated_kernel[grid,](h=h, weight=weight, out=out, n=n, **tile)
         return out
 
     @staticmethod
     def backward(ctx, grad):
         h, weight = ctx.saved_tensors
         dh = torch.empty_like(h)
-        dweight = None
-        if weight is not None:
-            dweight = torch.empty_like(weight)
+        dweight = None if weight is None else torch.empty_like(weight)
         I = h.size(-1) // 2
         n = h.numel() // (2 * I)
         tile = _gate_tile(I, ctx.activation)
-        _gated_grad_kernel[triton.cdiv(n, tile["ROWS"]),](
-            h=h, weight=weight, grad=grad.contiguous(), dh=dh, dweight=dweight, n=n, **tile)
+        grid = triton.cdiv(n, tile["ROWS"])
+        _gated_grad_kernel[grid,](h=h, weight=weight, grad=grad.contiguous(), dh=dh, dweight=dweight, n=n, **tile)
         return dh, dweight, None

@@ -841,8 +841,13 @@ class MiniMax(nn.Module):
     @classmethod
     def from_hf(cls, path, device="cpu", dtype=torch.float32):
         """Read a checkpoint folder of transformers or of the release: M2, or M3's text model; shards and fp8 too.
+
+        path    the folder: config.json, *.safetensors, an index where there are shards
+        device  where the model computes
+        dtype   of the weights but the routers', which stay in fp32
         ValueError for a field that this code does not compute, and for a tensor that is missing, unknown, there twice,
-        of another shape, or quantized in a way that is not understood."""
+        of another shape, or quantized in a way that is not understood.
+        """
         hf = read_json(path, "config.json")
         try:
             with torch.device("meta"):
@@ -863,6 +868,7 @@ class MiniMax(nn.Module):
         if others:
             raise ValueError(f"save_hf: {path} holds other weights: {', '.join(sorted(others))}")
 
+        # everything that can fail comes before the first byte is written
         tensors = {}
         for ours, param in self.state_dict().items():
             release = released_forms(ours)[0]
@@ -876,9 +882,14 @@ class MiniMax(nn.Module):
 
 # ---- released checkpoints: names --------------------------------------------------------------------------------
 
-# Our name of a parameter -> its forms in checkpoints: first the release's, which save_hf writes, then transformers'
-# where it differs by more than a synonym. {e}: one tensor for each expert. {w1,w3}: one tensor for each half of ours,
-# gate and up.
+# A parameter of ours lies in a checkpoint in one of three ways:
+#     whole      attn.q_proj.weight (H D, C)   is   model.layers.0.self_attn.q_proj.weight
+#     halves     mlp.w13.weight (2 I, C)       is   mlp.gate_proj.weight (I, C) and mlp.up_proj.weight (I, C)
+#     experts    mlp.w2 (E, C, I)              is   experts.0.w2.weight (C, I), experts.1.w2.weight ...
+# and mlp.w13 (E, 2 I, C) is both halves of every expert. transformers stacks what the release keeps apart.
+
+# Our name of a parameter -> its forms: first the release's, which save_hf writes, then transformers' where it differs by
+# more than a synonym. {e} stands for an expert's number, {w1,w3} for the names of the two halves, gate and up.
 MODEL_FORMS = {
     "embed.weight": ["model.embed_tokens.weight"],
     "norm.weight": ["model.norm.weight"],
@@ -911,7 +922,7 @@ LAYER_FORMS = {  # ours after "layers.0.", theirs after "model.layers.0."
     "mlp.w13.weight": ["mlp.{gate_proj,up_proj}.weight", "mlp.gate_up_proj.weight"],
     "mlp.w2.weight": ["mlp.down_proj.weight"],
 }
-# What the release and transformers call differently, always in the same way; files mix both.
+# Words of a name that the release and transformers use for the same thing. Files mix them: each is read for the other.
 SYNONYMS = dict(block_sparse_moe="mlp", gate_proj="w1", up_proj="w3", down_proj="w2")
 
 def released_forms(ours):
@@ -946,7 +957,7 @@ def plain_name(name):
 
 def parts_by_name(params):
     """Every plain name that a checkpoint's tensor may have -> (our parameter's name, the part that the tensor fills).
-    Our own names are among them."""
+    Our own names are among them. Parts are views of params: what is copied into a part is in the model."""
     found = {}
     for ours, param in params.items():
         for form in [*released_forms(ours), ours]:
@@ -959,7 +970,13 @@ def locate(params, name):
     return parts_by_name(params).get(plain_name(name), (None, None))
 
 def fill(params, path, hf):
-    """Copy a folder's tensors into our parameters. ValueError unless every number of ours is there once."""
+    """Copy a folder's tensors into our parameters.
+
+    params  our state dict
+    path    the folder
+    hf      its config.json
+    ValueError unless the tensors fill every number of ours once, and nothing else.
+    """
     parts = parts_by_name(params)
     missing = {name: param.numel() for name, param in params.items()}
     filled = set()
@@ -982,6 +999,8 @@ def fill(params, path, hf):
         raise ValueError(f"{path}: missing or incomplete: {', '.join(incomplete)}")
 
 # ---- released checkpoints: files --------------------------------------------------------------------------------
+# Released folders also hold what the text model does not need, and downloads leave stray or damaged files. So the index,
+# where there is one, decides which file counts for a tensor, and what is missing or doubled is an error with its name.
 
 # tensors that take no part in the text model's forward, under any prefix: M3's vision tower and MTP modules; scales of
 # activations and of a quantized cache, for this code quantizes neither
@@ -1009,7 +1028,9 @@ def inner(fields, key):
     return found
 
 def read_index(path):
-    """{tensor's name: its file} from a folder's index."""
+    """{tensor's name: its file} from a folder's index, {} where it has none."""
+    if not Path(path, INDEX).exists():
+        return {}
     listed = inner(read_json(path, INDEX), "weight_map")
     if not listed or not all(isinstance(file, str) for file in listed.values()):
         raise ValueError(f"{path}: {INDEX} has no weight_map of file names")
@@ -1029,11 +1050,9 @@ def find_tensors(path):
     """Where each tensor of a folder lies: {name: open file}. The index decides which files and tensors count; without
     one, every safetensors file does. ValueError for what the index names and the folder lacks, and for a file that is
     damaged."""
-    listed = None
-    if Path(path, INDEX).exists():
-        listed = read_index(path)
-        files = set(listed.values())
-    else:
+    listed = read_index(path)
+    files = set(listed.values())
+    if not listed:
         files = {file.name for file in Path(path).glob("*.safetensors")}
     if not files:
         raise ValueError(f"{path}: no *.safetensors file")
@@ -1042,12 +1061,13 @@ def find_tensors(path):
     for file in sorted(files):
         opened = open_tensors(path, file)
         for name in opened.keys():
-            if listed is None and name in where:
+            if name in where and not listed:
                 raise ValueError(f"{path}: {name} is in two files, and no {INDEX} says which counts")
-            if listed is None or listed.get(name) == file:
+            if not listed or listed.get(name) == file:
                 where[name] = opened
 
-    for name, file in (listed or {}).items():
+    # what the index promises must be there
+    for name, file in listed.items():
         if name not in where:
             raise ValueError(f"{path}: {name} is not in {file}, where {INDEX} has it")
     return where
@@ -1071,6 +1091,7 @@ def read_tensors(path, hf):
     quant = inner(hf, "quantization_config")
     where = find_text_tensors(path, hf)
     for name in sorted(where):
+        # a scale is read with its tensor, below
         if name.endswith(SCALES):
             owner = re.sub("_scale(_inv)?$", "", name)
             if owner not in where:
@@ -1092,6 +1113,9 @@ def read_tensors(path, hf):
             raise ValueError(f"{path}: {name} is {had}: fp8 has one, floats of 16 bits or more have none")
 
 # ---- released checkpoints: fp8 ----------------------------------------------------------------------------------
+# A weight in fp8 has numbers of 8 bits and, in a tensor beside it, scales that bring them back to their size: M2 has one
+# scale for a tile of 128 x 128, mxfp8 a power of two for 32 numbers of a row, others one for a row or for all. Files say
+# little about it: the shape of the scale and quantization_config must agree on exactly one reading.
 
 SCALES = ("_scale_inv", "_scale")  # what a scale's name adds to its tensor's; both are factors, in spite of "inv"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -1099,8 +1123,13 @@ FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 FP8_METHODS = ("fp8", "mxfp8", "fbgemm_fp8", "compressed-tensors", "modelopt")
 
 def dequantize(t, scale, quant):
-    """fp8 t (..., rows, columns) times its scale -> fp32. The scale is one number for all of t, or for each tile, row
-    or matrix. quant, config.json's quantization_config, has the tile's size. ValueError if the scale does not fit."""
+    """An fp8 tensor times its scale -> fp32.
+
+    t      (..., rows, columns) fp8
+    scale  one number for all of t, or for each tile, row or matrix
+    quant  config.json's quantization_config: the method, and the tile's size
+    ValueError if the scale does not fit.
+    """
     method = quant.get("quant_method", "fp8")
     if method not in FP8_METHODS:
         raise ValueError(f"quant_method {method} is not understood")
@@ -1108,6 +1137,7 @@ def dequantize(t, scale, quant):
     if scale.dim() < 2 and scale.numel() == 1:
         return t.float() * scale
 
+    # the first size of tiles whose number is that of the scales
     misfit = f"a scale {tuple(scale.shape)} does not fit a tensor {tuple(t.shape)}"
     if t.dim() < 2:
         raise ValueError(misfit)
@@ -1155,6 +1185,8 @@ def spread_scale(scale, shape, height, width):
     return by_row.repeat_interleave(width, -1)[..., :cols]
 
 # ---- released checkpoints: config.json --------------------------------------------------------------------------
+# The release and transformers write different fields for one model, flat or in inner objects, some of them twice. A
+# field that changes what is computed must be understood: a model that runs with one of them ignored is a wrong model.
 
 COUNT_NAMES = dict(  # ours, the release's
     vocab_size="vocab_size", n_layer="num_hidden_layers", n_embd="hidden_size", n_head="num_attention_heads",
@@ -1193,7 +1225,7 @@ FIXED_M2 = dict(
 FIXED_M3 = dict(
     hidden_act=["swigluoai", "silu"],  # transformers writes "silu", and computes swigluoai
     use_gemma_norm=[True], qk_norm_type=["per_head"], n_shared_experts=[1],
-    swiglu_alpha=[1.702], swiglu_beta=[1], swiglu_limit=[7])
+    swiglu_alpha=[1.702], swiglu_beta=[1], swiglu_limit=[7])  # SWIGLU_ALPHA, 1, SWIGLU_LIMIT of moe.py
 FIXED_MSA = dict(  # where layers have MSA
     use_sparse_attention=[True], sparse_init_block=[0], index_init_blocks=[0],
     sparse_local_block=[1], index_local_blocks=[1], sparse_score_type=["max"], index_score_type=["max"])
@@ -1203,7 +1235,11 @@ SPARSE_FIELDS = {
     "sparse_topk_blocks", "sparse_init_block", "sparse_local_block", "sparse_score_type", "sparse_disable_index_value"}
 
 def allow(places, allowed):
-    """ValueError for a field that has another value than those allowed, in any of the places, which are dicts."""
+    """ValueError for a field that has another value than those allowed.
+
+    places   dicts that may have the field
+    allowed  {field: its values}; [] allows null alone
+    """
     for key, values in allowed.items():
         for place in places:
             found = place.get(key)
@@ -1217,7 +1253,8 @@ def only_fields(place, name, known):
             raise ValueError(f"{name} has {key} {value}: only {', '.join(sorted(known))}")
 
 def pick(hf, *names, kinds=(int,)):
-    """The value of a field that has these names. ValueError without a value, with two, or for one of another type."""
+    """The value of a field that has these names. ValueError without a value, with two, or for one of another type: bool
+    is no int here."""
     either = " or ".join(names)
     found = [hf[name] for name in names if hf.get(name) is not None]
     if not found:
@@ -1311,8 +1348,13 @@ def read_index_fields(hf, places, found):
     return fields
 
 def rotary_channels(hf, rope, head_dim, rotary_dim):
-    """Channels of a head that rotate: head_dim times partial_rotary_factor, which the RoPE dict or else the config has,
-    and rotary_dim, None = the whole head, where neither has it."""
+    """Channels of a head that rotate.
+
+    hf          the fields of a config: head_dim times its partial_rotary_factor
+    rope        its RoPE dict, whose partial_rotary_factor counts before that
+    head_dim    channels
+    rotary_dim  what rotates where neither has the factor; None = the whole head
+    """
     factor = 1.0 if rotary_dim is None else rotary_dim / head_dim
     if hf.get("partial_rotary_factor") is not None:
         factor = hf["partial_rotary_factor"]

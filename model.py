@@ -872,7 +872,7 @@ class MiniMax(nn.Module):
         tensors = {}
         for ours, param in self.state_dict().items():
             release = released_forms(ours)[0]
-            tensors.update(split(param, release))
+            tensors.update(released_tensors(param, release))
         tensors = {name: part.contiguous() for name, part in tensors.items()}
         config = config_to_hf(self.cfg, str(self.embed.weight.dtype).removeprefix("torch."))
 
@@ -932,22 +932,23 @@ def released_forms(ours):
     layers, number, inside = ours.split(".", 2)
     return [f"model.{layers}.{number}.{form}" for form in LAYER_FORMS[inside]]
 
-def split(param, form):
-    """One of our parameters in a released form -> {released name: the part with that name}. Parts are views."""
+def released_tensors(param, form):
+    """One of our parameters in a released form -> {released name: its tensor, a view}."""
     # one tensor for each expert, or one for all of the parameter
-    wholes = {form: param}
+    tensors = {form: param}
     if "{e}" in form:
-        wholes = {form.replace("{e}", str(e)): expert for e, expert in enumerate(param)}
+        tensors = {form.replace("{e}", str(e)): expert for e, expert in enumerate(param)}
 
-    # gate and up in one tensor, or apart
-    halves = re.search(r"\{(\w+),(\w+)\}", form)
-    if halves is None:
-        return wholes
-    parts = {}
-    for name, whole in wholes.items():
-        for half, part in zip(halves.groups(), whole.chunk(2)):
-            parts[name.replace(halves[0], half)] = part
-    return parts
+    # gate and up apart, or in one tensor
+    pair = re.search(r"\{(\w+),(\w+)\}", form)
+    if pair is None:
+        return tensors
+    halves = {}
+    for name, both in tensors.items():
+        gate, up = both.chunk(2)
+        halves[name.replace(pair[0], pair[1])] = gate
+        halves[name.replace(pair[0], pair[2])] = up
+    return halves
 
 def plain_name(name):
     """A released name without its prefix, which is "model.", "language_model." or both, and without synonyms: files
@@ -961,7 +962,7 @@ def parts_by_name(params):
     found = {}
     for ours, param in params.items():
         for form in [*released_forms(ours), ours]:
-            for name, part in split(param, form).items():
+            for name, part in released_tensors(param, form).items():
                 found[plain_name(name)] = ours, part
     return found
 
@@ -1115,7 +1116,7 @@ def read_tensors(path, hf):
 # ---- released checkpoints: fp8 ----------------------------------------------------------------------------------
 # A weight in fp8 has numbers of 8 bits and, in a tensor beside it, scales that bring them back to their size: M2 has one
 # scale for a tile of 128 x 128, mxfp8 a power of two for 32 numbers of a row, others one for a row or for all. Files say
-# little about it: the shape of the scale and quantization_config must agree on exactly one reading.
+# little about it: a scale is read by its shape, and refused where quantization_config says otherwise.
 
 SCALES = ("_scale_inv", "_scale")  # what a scale's name adds to its tensor's; both are factors, in spite of "inv"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -1137,10 +1138,11 @@ def dequantize(t, scale, quant):
     if scale.dim() < 2 and scale.numel() == 1:
         return t.float() * scale
 
-    # the first size of tiles whose number is that of the scales
     misfit = f"a scale {tuple(scale.shape)} does not fit a tensor {tuple(t.shape)}"
     if t.dim() < 2:
         raise ValueError(misfit)
+
+    # the first size of tiles of which there are as many as scales
     tiles = possible_tiles(quant, method, *t.shape[-2:])
     for tile in tiles:
         factor = spread_scale(scale, t.shape, *tile)
@@ -1406,8 +1408,9 @@ def config_from_hf(hf):
 def check_m2(cfg):
     """ValueError for a model that config_to_hf cannot describe: it writes M2 alone."""
     n = cfg.n_layer
-    m2 = dict(attn_types=["full"] * n, mlp_types=["moe"] * n, n_mtp=0, shared_dim=0, routed_scale=1.0,
-              activation="swiglu", gemma_norm=False, qk_norm="layer")
+    m2 = dict(
+        attn_types=["full"] * n, mlp_types=["moe"] * n, n_mtp=0, shared_dim=0, routed_scale=1.0,
+        activation="swiglu", gemma_norm=False, qk_norm="layer")
     for name, only in m2.items():
         value = getattr(cfg, name)
         if value != only:

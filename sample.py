@@ -685,11 +685,14 @@ def number(low, high=2 ** 31 - 1, kind=int, above=False, zero=False):
 def tokens(text):
     """A type for argparse: a number of tokens as people write it, 65536, 65_536, 65,536, 1e6, 64k (k = 1,024) or 1M
     (M = 1,048,576)."""
-    grouped, bare = "[0-9]{1,3}(?:[,_][0-9]{3})+", r"[0-9]{1,12}(?:\.[0-9]{1,6})?(?:e[0-9])?"
-    form = re.fullmatch(f"({grouped}|{bare})([km]?)", text.strip().lower())
+    grouped = "[0-9]{1,3}(?:[,_][0-9]{3})+"
+    plain = r"[0-9]{1,12}(?:\.[0-9]{1,6})?(?:e[0-9])?"
+    form = re.fullmatch(f"({grouped}|{plain})([km]?)", text.strip().lower())
     value = math.nan
     if form:
-        value = float(re.sub("[,_]", "", form[1])) * {"": 1, "k": 2 ** 10, "m": 2 ** 20}[form[2]]
+        digits = re.sub("[,_]", "", form[1])
+        unit = {"": 1, "k": 2 ** 10, "m": 2 ** 20}[form[2]]
+        value = float(digits) * unit
     if not value.is_integer():
         raise argparse.ArgumentTypeError(f"{text}: write tokens as 65536, 64k (65,536), 1M (1,048,576) or 1e6")
     return int(value)
@@ -701,14 +704,15 @@ def utf8(text):
 def saved_flags(parser, path, saved, not_taken):
     """A checkpoint's args -> the command line that they are, so that argparse checks them as it checks any other.
     What the parser does not know is refused; `not_taken` is what the run at hand decides."""
-    known = vars(parser.parse_args([]))
+    defaults = vars(parser.parse_args([]))
     flags = []
     for name, value in saved.items():
-        flag = f"--{name.replace('_', '-')}"
-        if name not in known:
+        if name not in defaults:
             raise ValueError(f"{path}: the checkpoint's args have {name}, which this code does not know")
-        if name in not_taken or type(value) is type(known[name]) and value == known[name]:
+        is_default = type(value) is type(defaults[name]) and value == defaults[name]
+        if name in not_taken or is_default:
             continue
+        flag = f"--{name.replace('_', '-')}"
         flags.append(flag if value is True else f"{flag}={value}")
     try:
         parser.parse_args(flags)
@@ -720,6 +724,8 @@ def pick_device(name=None):
     """-> device, dtype of the activations, reason. ValueError if the device is asked for and absent."""
     if name in (None, "auto"):
         name = "cuda" if torch.cuda.is_available() else "cpu"
+
+    # refuse what is not there
     if not re.fullmatch("cpu|cuda|cuda:[0-9]+|mps", name):
         raise ValueError(f"--device {name!r}: cpu, cuda, cuda:N or mps")
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -730,41 +736,52 @@ def pick_device(name=None):
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name}: cpu, cuda, cuda:N or mps; {str(error).splitlines()[0]}") from None
-    if name.startswith("cuda") and torch.cuda.get_device_capability(name) >= (8, 0):
-        return torch.device(name), torch.bfloat16, f"{torch.cuda.get_device_name(name)} has bf16 tensor cores"
-    return torch.device(name), torch.float32, "bf16 products are 10-70 times slower than fp32 on CPUs without AMX"
+
+    # bf16 only where it is fast
+    device = torch.device(name)
+    if device.type == "cuda" and torch.cuda.get_device_capability(name) >= (8, 0):
+        return device, torch.bfloat16, f"{torch.cuda.get_device_name(name)} has bf16 tensor cores"
+    return device, torch.float32, "bf16 products are 10-70 times slower than fp32 on CPUs without AMX"
 
 class Threads:
-    """How many CPU threads to compute with: what --threads or OMP_NUM_THREADS says, what a checkpoint was trained with
-    (bits depend on it), or what is faster. On a machine that others use, threads wait for the one that does not run:
-    all of them can be ten times slower than one."""
+    """How many CPU threads to compute with: `count`, and the reason, `why`.
+
+    --threads or OMP_NUM_THREADS decides; without them the checkpoint, as bits depend on the number; without one,
+    `choose` times one thread against all. On a machine that others use, all threads wait for the one that does not
+    run: they can be ten times slower than one."""
     FASTER = 1.3                       # one thread is taken only where it is clearly faster: a quiet machine uses all
     FASTER_FOR_STEPS = 3.0             # the same for a run of --steps, which another run should equal to the bit
     FAR = 2.0                          # the same where one trial with one thread took longer than one with all
-    SLOWER = 5.0                       # steps that took so much longer than a run's first make it look again:
+    FIRST = 10                         # steps at a run's start whose median is its usual time of a step
+    SLOWER = 5.0                       # steps that took so many times the usual time make a run look again:
     STEPS = 5                          # so many in a row,
     SECONDS = 10.0                     # or fewer that took so long together
 
     def __init__(self, device, asked=None, saved=None):
         """device; asked: --threads; saved: the number in a checkpoint. Where `count` stays None, `choose` is needed."""
-        self.most, self.times = torch.get_num_threads(), []
-        named = [name for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if os.environ.get(name)]
         on_cpu = device.type == "cpu"
-        self.free = not asked and not named and on_cpu and self.most > 1
+        named = [name for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if os.environ.get(name)]
+        self.most = torch.get_num_threads()
+        self.free = on_cpu and self.most > 1 and not asked and not named  # the user leaves the choice to us
+        self.times = []                # seconds of the first steps and of the last
         self.count = None
-        if self.free and saved:
-            self.keep(saved)
-        elif self.free:
+        if self.free and not saved:
             return
+
+        if self.free:
+            self.keep(saved)
         elif asked:
             self.count = asked
             self.why = "by --threads"
         elif named:
             self.count = self.most
             self.why = f"by {named[0]}"
+        elif on_cpu:
+            self.count = self.most
+            self.why = "all"
         else:
-            self.count = self.most if on_cpu else 1
-            self.why = "all" if on_cpu else "as a pool of threads, woken between two steps, keeps a GPU waiting"
+            self.count = 1
+            self.why = "as a pool of threads, woken between two steps, keeps a GPU waiting"
         if saved and saved != self.count:
             self.why += f"; the checkpoint was trained with {saved}: bits may part from here"
         torch.set_num_threads(self.count)
@@ -788,24 +805,28 @@ class Threads:
                 started = time.perf_counter()
                 step()
                 taken.append(time.perf_counter() - started)
-            one, many = (statistics.median(taken) for taken in seconds.values())
-            if many > 10 or many > 5 * one:  # seconds: steps of minutes cannot be tried so often; or it is clear
+            one = statistics.median(seconds[1])
+            many = statistics.median(seconds[self.most])
+            if many > 10 or many > 5 * one:  # steps of ten seconds are not tried often; five times slower is clear
                 break
-        apart = max(seconds[1]) < min(seconds[self.most])  # times that scatter need a wider gap
-        clear = many > one * (faster if apart else max(faster, self.FAR))
-        self.count = 1 if clear else self.most
+
+        # times that overlap need a wider gap
+        if max(seconds[1]) >= min(seconds[self.most]):
+            faster = max(faster, self.FAR)
+        self.count = 1 if many > one * faster else self.most
         self.why = f"{one:.3f} s a step with one, {many:.3f} s with {self.most}"
         self.times = []
         torch.set_num_threads(self.count)
 
     def slowed(self, seconds):
-        """Note a step's seconds -> whether the last ones took five times as long as the first ten, in the median."""
+        """Note a step's seconds -> whether the last steps took SLOWER times as long as the first, in the median."""
         self.times.append(seconds)
-        del self.times[10:-self.STEPS]
-        if not self.free or len(self.times) <= 10:
+        del self.times[self.FIRST:-self.STEPS]
+        if not self.free or len(self.times) <= self.FIRST:
             return False
-        usual = statistics.median(self.times[:10])
-        slow = list(itertools.takewhile(lambda took: took > self.SLOWER * usual, reversed(self.times[10:])))
+        usual = statistics.median(self.times[:self.FIRST])
+        last = reversed(self.times[self.FIRST:])
+        slow = list(itertools.takewhile(lambda took: took > self.SLOWER * usual, last))
         return len(slow) == self.STEPS or len(slow) > 1 and sum(slow) > self.SECONDS
 
     def choose_again(self, step):
@@ -818,32 +839,40 @@ class Threads:
     def __str__(self):
         return f"{self.count} of {max(self.count, self.most)}: {self.why}"
 
+# a control group's files, by the name of its hierarchy, "" in version 2: limit, use, and a row of memory.stat that says
+# how much of the use is file caches, which can be dropped
+GROUP_FILES = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+def group_room(folder, limit, used, cache):
+    """Bytes that one control group leaves, its file caches included; inf without a limit."""
+    try:
+        most = open(os.path.join(folder, limit)).read().strip()
+        taken = int(open(os.path.join(folder, used)).read())
+        rows = dict(row.split() for row in open(os.path.join(folder, "memory.stat")))
+    except (OSError, ValueError):
+        return math.inf  # no such group in sight: a container shows its own as the root
+    if most == "max":
+        return math.inf
+    return int(most) - taken + int(rows.get(cache, 0))
+
 def cgroup_room(root="/sys/fs/cgroup", own="/proc/self/cgroup"):
-    """Bytes that this process's control groups (v2 and v1) leave it, file caches that can be dropped included, of the
-    tightest one; inf without a limit."""
-    room = math.inf
-    names = {"": ("memory.max", "memory.current", "inactive_file"),
-             "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")}
+    """Bytes that the tightest of this process's control groups (v2 and v1) leaves it; inf without a limit."""
     try:
         lines = open(own).read().splitlines()
     except OSError:
-        return room
+        return math.inf
+    room = math.inf
     for line in lines:
-        _, kinds, path = line.split(":", 2)
-        if kinds not in ("", "memory"):
+        _, hierarchy, path = line.split(":", 2)
+        if hierarchy not in GROUP_FILES:
             continue
-        limit, used, cache = names[kinds]
         parts = [part for part in path.split("/") if part]
         for depth in range(len(parts) + 1):  # a limit of any group above holds, too
-            folder = os.path.join(root, kinds, *parts[:depth])
-            try:
-                most = open(os.path.join(folder, limit)).read().strip()
-                taken = int(open(os.path.join(folder, used)).read())
-                stat = dict(row.split() for row in open(os.path.join(folder, "memory.stat")))
-            except (OSError, ValueError):
-                continue  # no such group in sight: a container shows its own as the root
-            if most != "max":
-                room = min(room, int(most) - taken + int(stat.get(cache, 0)))
+            folder = os.path.join(root, hierarchy, *parts[:depth])
+            room = min(room, group_room(folder, *GROUP_FILES[hierarchy]))
     return room
 
 def free_memory(device):
@@ -855,11 +884,17 @@ def free_memory(device):
         rows = dict(line.split(":") for line in open("/proc/meminfo"))
     except OSError:
         return None
-    return min(1024 * int(rows["MemAvailable"].split()[0]), cgroup_room())
+    available = 1024 * int(rows["MemAvailable"].split()[0])
+    return min(available, cgroup_room())
 
 def check_memory(need, device, ways, unsure=1.25):
-    """ValueError, before anything is allocated, where a run needs clearly more bytes than are free: the estimate may be
-    so much too high, and what might just fit is only warned of."""
+    """ValueError, before anything is allocated, where a run needs clearly more memory than is free.
+
+    need    bytes, an estimate
+    device  whose memory counts
+    ways    flags that make a run need less, for the line
+    unsure  the estimate may be so many times too high: up to there, a run is only warned
+    """
     free = free_memory(device)
     if free is None or need <= free:
         return
@@ -870,7 +905,8 @@ def check_memory(need, device, ways, unsure=1.25):
 
 def implementations(model, device, trains=False, decodes=True):
     """What runs a model's layers on this device, in words for a start-up card, by the rules that pick it."""
-    cfg, dtype = model.cfg, model.dtype
+    cfg = model.cfg
+    dtype = model.dtype
     words = []
     if "full" in cfg.attn_types:
         full = ["SDPA"]
@@ -880,8 +916,8 @@ def implementations(model, device, trains=False, decodes=True):
             full.append("decoding in Triton")
         words.append(f"full attention: {', '.join(full)}")
     if "msa" in cfg.attn_types:
-        sizes = cfg.head_dim, cfg.index_head_dim, cfg.index_block_size
-        words.append(f"msa: {implementation(device, dtype, *sizes)}")
+        chosen = implementation(device, dtype, cfg.head_dim, cfg.index_head_dim, cfg.index_block_size)
+        words.append(f"msa: {chosen}")
     if "moe" in cfg.mlp_types:
         grouped = pick_experts(dtype) is experts_grouped
         words.append(f"experts: {'grouped_mm' if grouped else 'a loop, as grouped_mm has no fp64'}")
@@ -896,8 +932,8 @@ def tolerant_output():
 def on_signals():
     """-> a list that Ctrl-C and SIGTERM fill from now on."""
     stop = []
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, lambda *_: stop.append(1))
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda *_: stop.append(1))
     return stop
 
 def command(script, run, kept="", less=""):
@@ -909,7 +945,7 @@ def command(script, run, kept="", less=""):
     less    what needs less memory, for its line
     Status: 2 for bad input or too little memory, 1 for divergence or a wrong result, 130 for Ctrl-C, 141 for `| head`.
     """
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     threads = torch.get_num_threads()
     tolerant_output()
     try:
@@ -934,9 +970,9 @@ def command(script, run, kept="", less=""):
             raise
         reason = str(error) or "a Python object did not fit"
         line, status = f"out of memory: {reason.splitlines()[0]}{less}", 2
-    finally:
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
+    finally:  # tests call several scripts in one process
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
         torch.set_num_threads(threads)
     print(f"{script}: {line}", file=sys.stderr)
     sys.exit(status)
@@ -952,8 +988,11 @@ class Progress:
     WAIT = 4.0                         # seconds to the first line, and from one to the next
 
     def __init__(self, what, total, unit):
-        self.what, self.total, self.unit = what, total, unit
-        self.started = self.said = time.perf_counter()
+        self.what = what
+        self.total = total
+        self.unit = unit
+        self.started = time.perf_counter()
+        self.said = self.started
 
     def at(self, done):
         now = time.perf_counter()

@@ -1792,10 +1792,10 @@ def test_multiplicity_counts_in_the_load():
     layer = make_model().moe_layers()[0]
     weight = torch.tensor([[3.0, 1.0, 0.0]])
 
-    _, load, experts = layer(torch.randn(1, 3, 32), weight)
+    _, aux = layer(torch.randn(1, 3, 32), weight)
 
-    first, second, _ = [idx.bincount(minlength=4) for idx in experts[0]]
-    assert torch.equal(load, 3.0 * first + second)
+    first, second, _ = [idx.bincount(minlength=4) for idx in aux["experts"][0]]
+    assert torch.equal(aux["expert_load"], 3.0 * first + second)
 
 # ---- 9. model: transformers' numbers -------------------------------------------------------------
 # Tiny checkpoints in M2's and M3's pattern, and what transformers computes with them, lie in .ci/golden. A released

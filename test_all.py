@@ -2561,112 +2561,230 @@ def test_loss_at_init_is_log_vocab_and_one_batch_overfits():
     assert means.next < 0.1, means
 
 # ---- 11. training --------------------------------------------------------------------------------
+# A batch depends on (seed, split, step) alone: evaluation disturbs nothing, and a resumed run equals one that never
+# stopped, bit for bit. A folder may hold files of any kind: what is no text is counted and named. Saves follow the
+# clock, and whatever ends a run, kill -9 included, the last good checkpoint is whole.
+
+def write_parts(folder, text):
+    """Four files, each with a quarter of the text."""
+    size = len(text) // 4
+    for i in range(4):
+        (folder / f"part{i}.py").write_text(text[size * i:size * (i + 1)], encoding="utf-8")
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
+    """A folder of 12,000 characters of Python."""
     folder = tmp_path_factory.mktemp("corpus")
-    for i in range(4): (folder / f"part{i}.py").write_text(TEXT[3000 * i:3000 * (i + 1)], encoding="utf-8")
+    write_parts(folder, TEXT[:12_000])
     return folder
+
 def train_args(corpus, out, *more):
-    return ["--data", corpus, "--out", out, *"--device cpu --seq-len 64 --batch-size 2 --vocab-size 300".split(), *more]
-def resume(out, *more): return ["--resume", "--out", out, "--device", "cpu", *more]
+    sizes = "--device cpu --seq-len 64 --batch-size 2 --vocab-size 300".split()
+    return ["--data", corpus, "--out", out, *sizes, *more]
+
+def resume(out, *more):
+    return ["--resume", "--out", out, "--device", "cpu", *more]
+
+def start_run(corpus, out, *more):
+    """A new run on a CPU -> its result, and what it printed."""
+    return quiet(train.main, train_args(corpus, out, *more))
+
+def resume_run(out, *more):
+    """The folder's run goes on -> its result, and what it printed."""
+    return quiet(train.main, resume(out, *more))
+
+def read_checkpoint(folder):
+    return sample.load_checkpoint(str(folder))
+
+def steps_done(folder):
+    return read_checkpoint(folder)["now"]["step"]
+
+def weights(folder):
+    return read_checkpoint(folder)["model"]
+
+def changed_weights(got, want):
+    """Names of the weights in which two checkpoints differ."""
+    got = weights(got)
+    return [name for name, weight in weights(want).items() if not torch.equal(got[name], weight)]
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
 def refused(main, argv, capsys, code=2):
     """The exit code and one line on stderr, no traceback -> the line."""
-    with pytest.raises(SystemExit) as stop: quiet(main, argv)
+    with pytest.raises(SystemExit) as stop:
+        quiet(main, argv)
     err = capsys.readouterr().err
-    assert stop.value.code == code and "Traceback" not in err, err
+    assert stop.value.code == code, err
+    assert "Traceback" not in err
     return err.strip().splitlines()[-1]
+
 @pytest.fixture(scope="session")
 def trained(corpus, tmp_path_factory):
     """A short run: its folder, result and output."""
     out = tmp_path_factory.mktemp("run")
-    return out, *quiet(train.main, train_args(corpus, out, "--steps", 12, "--eval-every", 5, "--log-every", 4))
+    result, text = start_run(corpus, out, "--steps", 12, "--eval-every", 5, "--log-every", 4)
+    return out, result, text
+
 def test_run_reports_its_contract(trained):
-    """The last line of stdout is JSON with the promised keys, the loss falls below ln V, and every part learned."""
-    result, state = trained[1], sample.load_checkpoint(str(trained[0]))
-    assert set("step loss val_bpb tokens tokens_per_s mfu params_total params_active seconds".split()) <= set(result)
-    assert result["step"] == 12 and 0 < result["val_bpb"] < 8
-    assert result["loss"] < math.log(300) and result["mfu"] is None
-    learned, fresh = state["model"], MiniMax(MiniMaxConfig(**state["config"])).state_dict()
+    """The last line of stdout is JSON with the promised keys, and the loss falls below ln V."""
+    _, result, _ = trained
+    keys = "step loss val_bpb tokens tokens_per_s mfu params_total params_active seconds"
+
+    assert set(keys.split()) <= set(result)
+    assert result["step"] == 12
+    assert 0 < result["val_bpb"] < 8
+    assert result["loss"] < math.log(300)
+    assert result["mfu"] is None
+
+def test_every_part_learns(trained):
+    """MTP, index branch and router leave what they began with, and the router's bias is steered."""
+    state = read_checkpoint(trained[0])
+    learned = state["model"]
+    fresh = MiniMax(MiniMaxConfig(**state["config"])).state_dict()
+
     for name in ("mtp.0.proj.weight", "layers.1.attn.indexer.q_proj.weight", "layers.1.mlp.router.weight"):
-        assert abs(learned[name].std() / fresh[name].std() - 1) > 1e-3, f"{name} did not learn"
+        growth = learned[name].std() / fresh[name].std()
+        assert abs(growth - 1) > 1e-3, f"{name} did not learn"
     assert learned["layers.1.mlp.router.bias"].abs().max() > 0.02  # u = 0.01 a step
+
 def test_resume_is_exact_and_evaluation_harmless(trained, corpus, tmp_path):
     """12 steps = 5 + resume + 7, bit for bit, through the switch to sparse attention; --eval-every changes nothing."""
-    quiet(train.main, train_args(corpus, tmp_path / "a", "--steps", 12, "--eval-every", 1000, "--stop-after", 5))
-    assert sample.load_checkpoint(str(tmp_path / "a"))["now"]["step"] == 5
-    quiet(train.main, resume(tmp_path / "a"))
-    quiet(train.main, train_args(corpus, tmp_path / "b", "--steps", 12, "--seed", 7))
-    same, other, want = (sample.load_checkpoint(str(x))["model"] for x in (tmp_path / "a", tmp_path / "b", trained[0]))
-    assert [name for name in want if not torch.equal(same[name], want[name])] == []
-    assert not torch.equal(other["lm_head.weight"], want["lm_head.weight"])
+    start_run(corpus, tmp_path, "--steps", 12, "--eval-every", 1000, "--stop-after", 5)
+    assert steps_done(tmp_path) == 5
 
-def split_files(tmp_path, sizes):
-    """Documents of few tokens: most of their key blocks are not full, and a row holds many pads."""
-    folder = tmp_path / "short"
-    folder.mkdir()
-    for i, n in enumerate(sizes):
-        (folder / f"{i}.txt").write_text(TEXT[100 * i:100 * i + n], encoding="utf-8")
-    return folder
+    resume_run(tmp_path)
 
-def test_pads_are_not_counted(tmp_path, capsys):
-    """tokens, tokens_per_s and FLOPs count what is learned from; a checkpoint without that count goes on."""
-    folder, out = split_files(tmp_path, range(20, 90)), tmp_path / "out"
-    argv = train_args(folder, out, "--steps", 6, "--stop-after", 4, "--log-every", 1, "--accumulate", 2)
+    assert changed_weights(tmp_path, trained[0]) == []
+
+def test_another_seed_is_another_run(trained, corpus, tmp_path):
+    """What equals bit for bit is not equal by chance: --seed changes the weights."""
+    start_run(corpus, tmp_path, "--steps", 12, "--seed", 7)
+
+    assert "lm_head.weight" in changed_weights(tmp_path, trained[0])
+
+@pytest.fixture(scope="session")
+def padded(tmp_path_factory):
+    """Four steps on documents of few tokens, whose rows hold many pads -> folder, result, the steps' batches."""
+    texts = tmp_path_factory.mktemp("short")
+    out = tmp_path_factory.mktemp("padded")
+    for i, size in enumerate(range(20, 90)):
+        (texts / f"{i}.txt").write_text(TEXT[100 * i:100 * i + size], encoding="utf-8")
     batches = []
     real = train.get_batch
+
+    def get_batch(*args):
+        batches.append(real(*args))
+        return batches[-1]
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "get_batch", lambda *a: batches.append(real(*a)) or batches[-1])
-        result, _ = quiet(train.main, argv)
-    batches = batches[-4:]
-    learned = sum((batch["targets"] >= 0).sum().item() for batch in batches)
-    assert learned < 4 * 2 * 64
+        patch.setattr(train, "get_batch", get_batch)
+        result, _ = start_run(texts, out, "--steps", 6, "--stop-after", 4, "--log-every", 1, "--accumulate", 2)
+    return out, result, batches[-4:]
+
+def count_targets(batches):
+    return sum((batch["targets"] >= 0).sum().item() for batch in batches)
+
+def test_pads_are_not_counted(padded):
+    """tokens and tokens_per_s count what is learned from."""
+    _, result, batches = padded
+    learned = count_targets(batches)
+    slots = 4 * 2 * 64                 # steps x rows x tokens
+
+    assert learned < slots
     assert result["tokens"] == learned
     assert result["tokens_per_s"] == pytest.approx(learned / result["seconds"])
 
-    state = sample.load_checkpoint(str(out))
-    model = sample.load_model(state)[0]
+def test_pads_are_no_useful_flops(padded):
+    """A run's FLOPs are those of its tokens, each taken alone, in the mode of its step."""
+    out, _, batches = padded
+    state = read_checkpoint(out)
+    model, _ = sample.load_model(state)
+
     flops = 0.0
-    for step, batch in enumerate(batches):  # a document at a time, each without a pad
-        pos = batch["pos"][batch["targets"] >= 0]
-        flops += sum(model.flops_per_token(p[None, None], step < 3, step == 0) for p in pos)
+    for step, batch in enumerate(batches):
+        warms_up = step < 3            # half of six steps
+        runs_mtp = step == 0           # every eighth
+        for pos in batch["pos"][batch["targets"] >= 0]:
+            flops += model.flops_per_token(pos[None, None], warms_up, runs_mtp)
+
     assert state["now"]["flops"] == pytest.approx(flops)
 
+def test_a_checkpoint_without_a_count_of_tokens_goes_on(padded, tmp_path):
+    """Older checkpoints counted steps alone: their tokens are estimated from the share of slots that hold one."""
+    out, _, batches = padded
+    state = read_checkpoint(out)
     del state["now"]["tokens"]
-    sample.save_checkpoint(str(out), **state)
-    again, _ = quiet(train.main, resume(out, "--stop-after", 5))
-    assert abs(again["tokens"] / (5 * learned / 4) - 1) < 0.2
+    sample.save_checkpoint(str(tmp_path), **state)
 
-def test_peak_is_the_whole_devices(monkeypatch):
-    """MFU divides by the peak of exactly that GPU, by its full name; a slice or an unknown card has none."""
-    now, before = dict(step=5, flops=1e12, tokens=5, seconds=2.0), dict(step=1, flops=0.0, tokens=1, seconds=1.0)
+    result, _ = resume_run(tmp_path, "--stop-after", 5)
+
+    a_step = count_targets(batches) / 4
+    assert abs(result["tokens"] / (5 * a_step) - 1) < 0.2
+
+def measured_speed(device):
+    """Tokens a second and MFU of a second in which 4 tokens took 1 TFLOP."""
     args = SimpleNamespace(batch_size=1, seq_len=1)
-    for name, peak in (("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835),
-                       ("NVIDIA H200", 989.4), ("NVIDIA H20", 148), ("NVIDIA H800 PCIe", 756), ("A100-SXM4-40GB", 312),
-                       ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA RTX A1000 Laptop GPU", None),
-                       ("NVIDIA H100 NVLX", None), ("AMD Instinct MI300X", None)):
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
-        rate, mfu = train.speed(args, now, before, torch.device("cuda"))
-        assert rate == 4
-        assert mfu is None if peak is None else mfu == pytest.approx(1 / peak), name
-    assert train.speed(args, now, before, torch.device("cpu"))[1] is None
+    before = dict(step=1, flops=0.0, tokens=1, seconds=1.0)
+    now = dict(step=5, flops=1e12, tokens=5, seconds=2.0)
+    return train.speed(args, now, before, torch.device(device))
 
-def test_cards_name_what_runs(trained, monkeypatch):
-    """The card's words come from the rules that choose: device, dtype, sizes; tiny's L = 8 fits no kernel on a GPU."""
-    assert "msa: torch (the device is cpu); experts: grouped_mm" in trained[2]
-    _, text = quiet(sample.main, ["--out", trained[0], "--prompt", "def", "--max-new-tokens", 1, "--device", "cpu"])
+@pytest.mark.parametrize("name, peak", [
+    ("NVIDIA H100 80GB HBM3", 989.4),
+    ("NVIDIA H100 PCIe", 756),
+    ("NVIDIA H100 NVL", 835),
+    ("NVIDIA H200", 989.4),
+    ("NVIDIA H20", 148),
+    ("NVIDIA H800 PCIe", 756),
+    ("A100-SXM4-40GB", 312),
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+    ("NVIDIA RTX A1000 Laptop GPU", None),
+    ("NVIDIA H100 NVLX", None),
+    ("AMD Instinct MI300X", None)])
+def test_peak_is_the_whole_devices(name, peak, monkeypatch):
+    """MFU divides by the peak, in TFLOP/s, of exactly that GPU; a slice or an unknown card has none."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
+
+    tokens_per_s, mfu = measured_speed("cuda")
+
+    assert tokens_per_s == 4
+    if peak is None:
+        assert mfu is None
+    else:
+        assert mfu == pytest.approx(1 / peak)
+
+def test_a_cpu_has_no_mfu():
+    """No datasheet's figure is known for a CPU."""
+    assert measured_speed("cpu")[1] is None
+
+def test_cards_name_what_runs(trained):
+    """train.py and sample.py say which attention and which experts compute, and why."""
+    out, _, text = trained
+    assert "msa: torch (the device is cpu); experts: grouped_mm" in text
+
+    _, text = quiet(sample.main, sample_args(out, "--prompt", "def", "--max-new-tokens", 1))
     assert "msa: torch (the device is cpu)" in text
+
     wide = MiniMax(small_config()).double()
     assert "experts: a loop" in sample.implementations(wide, torch.device("cpu"))
 
-    card = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device="cuda")  # stands for a GPU's tensor
-    monkeypatch.setattr(torch, "empty", lambda *a, **kw: SimpleNamespace(**{**vars(card), "dtype": kw["dtype"]}))
-    for cfg, dtype, word in ((MiniMaxConfig.tiny(), torch.bfloat16, "sizes (32, 64, 8)"),
-                             (MiniMaxConfig.small(), torch.bfloat16, "msa: Triton"),
-                             (MiniMaxConfig.small(), torch.float32, "the dtype is torch.float32")):
-        words = sample.implementations(SimpleNamespace(cfg=cfg, dtype=dtype), torch.device("cuda"))
-        assert word in words
-        chosen = msa._pick("auto", SimpleNamespace(**{**vars(card), "dtype": dtype}), 128, cfg.index_block_size)
-        assert chosen == ("Triton" in words.split("msa: ")[1])
+@pytest.mark.parametrize("cfg, dtype, word", [
+    (MiniMaxConfig.tiny(), torch.bfloat16, "sizes (32, 64, 8)"),
+    (MiniMaxConfig.small(), torch.bfloat16, "msa: Triton"),
+    (MiniMaxConfig.small(), torch.float32, "the dtype is torch.float32")], ids=["tiny", "small", "small in fp32"])
+def test_cards_follow_the_choice_of_kernels(cfg, dtype, word, monkeypatch):
+    """On a GPU the card's words come from the rules that choose: dtype and sizes; tiny's L = 8 fits no kernel."""
+    def on_gpu(*shape, dtype, **kw):
+        return SimpleNamespace(is_cuda=True, dtype=dtype, device="cuda")
+
+    monkeypatch.setattr(torch, "empty", on_gpu)
+    model = SimpleNamespace(cfg=cfg, dtype=dtype)
+
+    words = sample.implementations(model, torch.device("cuda"))
+
+    assert word in words
+    chosen = msa._pick("auto", on_gpu(dtype=dtype), 128, cfg.index_block_size)
+    assert chosen == ("Triton" in words.split("msa: ")[1])
 
 @pytest.fixture
 def two_threads(monkeypatch):
@@ -2680,20 +2798,40 @@ def two_threads(monkeypatch):
         machine.now += took[0]
         took.append(took.pop(0))
         return machine.now
+
+    def set_num_threads(count):
+        machine.threads = count
+
     monkeypatch.setattr(sample, "time", SimpleNamespace(perf_counter=perf_counter, monotonic=lambda: 0.0))
     monkeypatch.setattr(torch, "get_num_threads", lambda: machine.threads)
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: vars(machine).update(threads=n))
+    monkeypatch.setattr(torch, "set_num_threads", set_num_threads)
     return machine
 
-@pytest.mark.parametrize("one,two,count", [([1.0], [10.0], 1), ([1.0], [1.25], 2), ([2.0], [1.0], 2),
-                                           ([1.0, 9.0, 1.0], [2.0, 2.0, 2.0], 2), ([1.0, 19.0, 1.0], [10.0], 1)])
+@pytest.mark.parametrize("one, two, count", [
+    pytest.param([1.0], [10.0], 1, id="busy"),
+    pytest.param([1.0], [1.25], 2, id="hardly slower"),
+    pytest.param([2.0], [1.0], 2, id="quiet"),
+    pytest.param([1.0, 9.0, 1.0], [2.0, 2.0, 2.0], 2, id="scattered, not far"),
+    pytest.param([1.0, 19.0, 1.0], [10.0], 1, id="scattered, far")])
 def test_one_thread_where_it_is_clearly_faster(two_threads, one, two, count):
     """All threads on a quiet machine, one on a busy one; where times scatter, one has to be twice as fast."""
     two_threads.cost = {1: one, 2: two}
     threads = sample.Threads(torch.device("cpu"))
+
     threads.choose(lambda: None)
-    assert threads.count == torch.get_num_threads() == count
-    for seconds in [0.1] * 12 + [0.49] * 5 + [0.9] * 4:  # 4.9 times slower may be longer rows
+
+    assert threads.count == count
+    assert torch.get_num_threads() == count
+
+def test_steps_that_became_slower_are_noticed(two_threads):
+    """Five steps in a row, or fewer of many seconds, that took over five times as long as the first ten."""
+    threads = sample.Threads(torch.device("cpu"))
+    threads.choose(lambda: None)
+
+    usual = [0.1] * 12
+    longer_rows = [0.49] * 5           # 4.9 times
+    slow = [0.9] * 4
+    for seconds in usual + longer_rows + slow:
         assert not threads.slowed(seconds)
     assert threads.slowed(0.9)
 
@@ -2701,34 +2839,57 @@ def test_one_thread_where_it_is_clearly_faster(two_threads, one, two, count):
     assert not threads.slowed(30.0), "one slow step may be anything"
     assert threads.slowed(30.0), "a third would cost half a minute"
 
-def test_a_run_of_steps_keeps_all_threads_for_longer(two_threads, corpus, tmp_path):
+@pytest.mark.parametrize("flag, value, count", [("--steps", 2, 2), ("--minutes", 1e-4, 1)])
+def test_a_run_of_steps_keeps_all_threads_for_longer(two_threads, corpus, tmp_path, flag, value, count):
     """Bits depend on the threads: one twice as fast is taken by a run that the clock ends, not by one of --steps."""
     two_threads.cost = {1: [1.0], 2: [2.0]}
-    for more, count in ((["--steps", 2], 2), (["--minutes", 1e-4], 1)):
-        text = quiet(train.main, train_args(corpus, tmp_path / str(count), *more))[1]
-        assert f"threads | {count} of 2: 1.000 s a step with one, 2.000 s with 2" in text
 
-def test_threads_are_chosen_said_and_kept(two_threads, corpus, tmp_path, monkeypatch, capsys):
+    _, text = start_run(corpus, tmp_path, flag, value)
+
+    assert f"threads | {count} of 2: 1.000 s a step with one, 2.000 s with 2" in text
+
+def test_threads_are_chosen_said_and_kept(two_threads, corpus, tmp_path):
     """A run on a busy machine takes one thread; trying leaves no trace; --resume keeps the number; the user may say."""
-    argv = train_args(corpus, tmp_path / "a", "--steps", 6, "--stop-after", 4)
-    assert "threads | 1 of 2: " in quiet(train.main, argv)[1]
-    assert torch.get_num_threads() == 2, "restored"
-    two_threads.cost = {1: [10.0], 2: [1.0]}
-    text = quiet(train.main, resume(tmp_path / "a"))[1]
-    assert "threads | 1 of 2: as in the checkpoint" in text
-    text = quiet(train.main, train_args(corpus, tmp_path / "b", "--steps", 6, "--threads", 1))[1]
-    assert "by --threads" in text
-    a, b = (sample.load_checkpoint(str(tmp_path / x)) for x in "ab")
-    assert a["now"]["threads"] == b["now"]["threads"] == 1
-    assert all(map(torch.equal, a["model"].values(), b["model"].values()))
+    chosen = tmp_path / "chosen"
+    given = tmp_path / "given"
 
+    _, text = start_run(corpus, chosen, "--steps", 6, "--stop-after", 4)
+    assert "threads | 1 of 2: " in text
+    assert torch.get_num_threads() == 2, "restored"
+
+    two_threads.cost = {1: [10.0], 2: [1.0]}
+    _, text = resume_run(chosen)
+    assert "threads | 1 of 2: as in the checkpoint" in text
+
+    _, text = start_run(corpus, given, "--steps", 6, "--threads", 1)
+    assert "by --threads" in text
+
+    assert read_checkpoint(chosen)["now"]["threads"] == 1
+    assert read_checkpoint(given)["now"]["threads"] == 1
+    assert changed_weights(chosen, given) == []
+
+def test_a_slowed_run_looks_again(two_threads, corpus, tmp_path, monkeypatch):
+    """A resumed run whose steps become slower tries both numbers anew, and says that its bits may part."""
+    start_run(corpus, tmp_path, "--steps", 1)
+    two_threads.cost = {1: [10.0], 2: [1.0]}
     monkeypatch.setattr(sample.Threads, "slowed", lambda self, seconds: True)
-    text = quiet(train.main, resume(tmp_path / "a", "--steps", 7))[1]
+
+    _, text = resume_run(tmp_path, "--steps", 2)
+
     assert "5 times slower: 2 of 2" in text
     assert "bits may part from here" in text
+
+def test_threads_by_environment(two_threads, monkeypatch):
+    """OMP_NUM_THREADS goes before the checkpoint's number, and the card says so."""
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert str(sample.Threads(torch.device("cpu"), saved=1)).startswith("2 of 2: by OMP_NUM_THREADS; the checkpoint")
-    assert "0" in refused(train.main, [*argv, "--threads", 0], capsys)
+
+    words = str(sample.Threads(torch.device("cpu"), saved=1))
+
+    assert words.startswith("2 of 2: by OMP_NUM_THREADS; the checkpoint")
+
+def test_no_threads_are_refused(corpus, tmp_path, capsys):
+    """--threads 0 is refused by its value."""
+    assert "0" in refused(train.main, train_args(corpus, tmp_path, "--threads", 0), capsys)
 
 def test_lines_hold_what_was_measured(trained, corpus):
     """An MTP loss is shown where one was measured since the line before; training in bits a byte stands beside it."""
@@ -3030,12 +3191,6 @@ def test_interrupt_saves_and_kill_is_harmless(corpus, tmp_path):
     run = subprocess.run([sys.executable, "-c", slow], cwd=HERE, capture_output=True)
     assert run.returncode == -signal.SIGKILL and [f.stat().st_size for f in tmp_path.glob("*.pt.tmp")] == [1000]
     assert sample.load_checkpoint(str(tmp_path))["now"]["step"] == step
-
-def files(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-
-def weights(folder):
-    return sample.load_checkpoint(str(folder))["model"]
 
 class Killed(BaseException):
     """Ends a run at once, as kill -9 would, but for what holds the folder."""

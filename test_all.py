@@ -3913,71 +3913,210 @@ def test_ctrl_c_during_the_imports(script, tmp_path):
     assert run.stderr == ""
 
 # ---- 13. agent RL --------------------------------------------------------------------------------
-def random_samples(seed):
+# Agents speak with a gateway, which records every token. A queue chooses whose turns are trained on; those of a group
+# are merged into a prefix tree, and a step on the tree must be the step on each turn alone. Trees and windows come
+# first, on paper and at random; then what a step may move, agents and their pay, runs that are killed and resumed,
+# and last the HTTP door, at which clients of other processes ask.
+
+def make_turn(ids, start, logprobs=None, advantage=1.0):
+    """A sample whose action is ids[start:], of policy 0; log-probs are 0 where none are given."""
+    n_action = len(ids) - start
+    if logprobs is None:
+        logprobs = [0.0] * n_action
+    old = torch.tensor(logprobs, dtype=torch.float64)
+    return rl.Sample(torch.tensor(ids), start, old, torch.zeros(n_action).long(), None, advantage)
+
+def digits(numbers):
+    return "".join(str(int(n)) for n in numbers)
+
+def letters(ids):
+    """Ids as text, a pad as a dot."""
+    return bytes(ids.tolist()).decode().replace("\0", ".")
+
+def drawn(turns, attn="full", n_mtp=0):
+    """Turns as (text, start of the action), merged -> slots of the tree's leaves, and what collate makes of it: a
+    digit or letter a slot. Key blocks, where there are any, have two tokens."""
+    samples = [make_turn([*text.encode()], start) for text, start in turns]
+    cfg = small_config(attn_types=["full", attn, attn], index_block_size=2, n_mtp=n_mtp)
+    tree = rl.PrefixTree(samples, cfg)
+    row = {name: x.squeeze() for name, x in rl.collate([tree], "cpu").items()}
+
+    picture = {name: digits(x) for name, x in row.items() if x.dim() == 1}
+    picture["idx"] = letters(row["idx"])
+    picture["target"] = letters(row["target"])
+    for name in ("weight", "draft"):
+        if row[name].dim() == 2:
+            picture[name] = [digits(x) for x in row[name]]  # a line for each k, from 0 to K
+    return [digits(leaf.slots) for leaf in tree.leaves], picture
+
+def test_prefix_tree_by_hand():
+    """abcd, abcef and ab are one row: c is copied into each branch, so that every position has one next token."""
+    leaves, row = drawn([("abcd", 2), ("abcef", 1), ("ab", 1)])
+
+    # ab lies on the way to abcd. abcef shares the slots of a and b, not that of c, though both go through c
+    assert leaves == ["0123", "01456"]
+    assert row["idx"] == "abcdcef"
+    assert row["pos"] == "0123234"  # on a token's own path
+
+    # a and b are seen to the end of the row, the branch cd only from within: it ends where its sibling begins
+    assert row["end"] == "7744777"
+    assert row["weight"] == "3311111"  # samples through a token
+
+    # actions: b of ab, cd of abcd, bcef of abcef. Slots before them, how often, and the tokens after them
+    assert row["slots"] == "01245"
+    assert row["draft"] == "2210110"
+    assert row["target"] == "bcdef"
+
+    # each action token's place in the line above: b, cd, bcef
+    assert row["entry"] == "0" + "12" + "0134"
+
+def test_prefix_tree_in_key_blocks_by_hand():
+    """L = 2, K = 1: a branch begins with a key block, and one that ends within a block is padded to the block's end."""
+    turns = [("abcde", 2), ("abcf", 3), ("ab", 1)]
+    leaves, row = drawn(turns, "msa", n_mtp=1)
+
+    # the samples part within the block cd, so c is copied, and the blocks are ab cd e. cf
+    assert leaves == ["01234", "0167"]
+    assert row["idx"] == "abcde.cf"
+    assert row["pos"] == "01234023"
+    assert row["end"] == "88555688"  # a pad is seen by itself alone
+
+    # samples through a token; and through the next one, too, after which the MTP module's draft comes
+    assert row["weight"] == ["33111011",
+                             "32110010"]
+
+    # actions: b of ab, cde of abcde, f of abcf. Samples whose action has the next token; and the one after it
+    assert row["draft"] == ["11110010",
+                            "12100000"]
+    assert row["slots"] == "01236"
+    assert row["target"] == "bcdef"
+
+def test_prefix_tree_with_two_mtp_modules_by_hand():
+    """K = 2: two tokens before the fork are copied; a sample that ends within the copy belongs to the first branch."""
+    turns = [("abcd", 2), ("abcef", 1), ("ab", 1)]
+    leaves, row = drawn(turns, n_mtp=2)
+
+    assert leaves == ["0123", "04567"]
+    assert row["idx"] == "abcdbcef"
+    assert row["pos"] == "01231234"
+    assert row["end"] == "84448888"
+
+    # samples through a token; through the next one, too; and through one more. The first b has those of ab and abcd
+    assert row["weight"] == ["32111111",
+                             "31101110",
+                             "21001100"]
+
+def test_prefix_tree_without_a_fork_by_hand():
+    """ab and abcd are a plain causal row: no token is copied, and `end` is left out."""
+    leaves, row = drawn([("abcd", 2), ("ab", 1)])
+
+    assert leaves == ["0123"]
+    assert row["weight"] == "2211"
+    assert "end" not in row
+
+def random_turns(seed):
     """Turns of a random tree of depth >= 3: branches that part after few tokens, a duplicate, a sample in another."""
     rng = random.Random(seed)
-    paths = [[rng.randrange(5) for _ in range(rng.randint(6, 18))]]
+
+    def tokens(least, most):
+        return [rng.randrange(5) for _ in range(rng.randint(least, most))]
+
+    paths = [tokens(6, 18)]
     while len(paths) < 7:
         old = rng.choice(paths)
-        paths.append(old[:rng.randint(2, len(old))] + [rng.randrange(5) for _ in range(rng.randint(1, 9))])
-    return [rl.Sample(torch.tensor(p), n := rng.randrange(1, len(p)), torch.tensor([rng.uniform(-6, -1) for _ in p[n:]])
-        .double(), torch.zeros(len(p) - n).long(), None, rng.gauss(0, 1)) for p in paths + [paths[1], paths[0][:5]]]
+        shared = old[:rng.randint(2, len(old))]
+        paths.append(shared + tokens(1, 9))
+    paths += [paths[1], paths[0][:5]]
+
+    turns = []
+    for path in paths:
+        start = rng.randrange(1, len(path))
+        logprobs = [rng.uniform(-6, -1) for _ in path[start:]]
+        turns.append(make_turn(path, start, logprobs, rng.gauss(0, 1)))
+    return turns
+
+def one_each(samples, cfg):
+    """Each sample as a tree of its own."""
+    return [rl.PrefixTree([sample], cfg) for sample in samples]
+
+def model_of_trees(first):
+    """fp64, with two modules of MTP, full attention or MSA."""
+    return make_model(dtype=torch.float64, attn_types=["full", first, first], index_topk_blocks=2, n_mtp=2)
+
 def step_of(model, rows):
     """A training step of a copy of the model on these rows -> loss, gradients, loads, weights and biases after it."""
     model = copy.deepcopy(model)
     stats, load = rl.backward(model, rows)
+    loss = torch.tensor(stats["loss"], dtype=torch.float64)
     grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    rl.train_step(model, train.configure_optimizers(model, 1.0)[0], rows, 1e-3)
-    return [torch.tensor(stats["loss"]), *grads, load, *model.state_dict().values()]
-@pytest.mark.parametrize("first,seeds", [("full", 8), ("msa", 8)])
+
+    optimizers = train.configure_optimizers(model, 1.0)[0]
+    rl.train_step(model, optimizers, rows, 1e-3)
+    return [loss, *grads, load, *model.state_dict().values()]
+
+@pytest.mark.parametrize("first, seeds", [("full", 8), ("msa", 8)])
 def test_merged_equals_separate(first, seeds):
     """One row for all samples equals each alone, fp64: loss, gradients, loads, weights and biases after a step."""
-    model = make_model(dtype=torch.float64, attn_types=["full", first, first], index_topk_blocks=2, n_mtp=2)
-    for samples in map(random_samples, range(seeds)):
-        one_tree, no_merge = [rl.PrefixTree(samples, model.cfg)], [rl.PrefixTree([s], model.cfg) for s in samples]
-        assert max(map(worst, *(step_of(model, rows) for rows in (one_tree, no_merge)))) < 1e-12
+    model = model_of_trees(first)
+    for seed in range(seeds):
+        turns = random_turns(seed)
+        merged = step_of(model, [rl.PrefixTree(turns, model.cfg)])
+        apart = step_of(model, one_each(turns, model.cfg))
+        assert worst_of(merged, apart) < 1e-12
 
 @pytest.mark.parametrize("first", ["full", "msa"])
 def test_trees_that_share_a_row_do_not_meet(first):
     """Trees packed into rows, merged ones and single samples, train as each alone does, fp64, MTP and MSA included."""
-    model = make_model(dtype=torch.float64, attn_types=["full", first, first], index_topk_blocks=2, n_mtp=2)
+    model = model_of_trees(first)
     for seed in range(2):
-        groups = [random_samples(seed), random_samples(seed + 10)]
-        alone = [rl.PrefixTree([s], model.cfg) for samples in groups for s in samples]
-        merged = [rl.PrefixTree(samples, model.cfg) for samples in groups]
+        groups = [random_turns(seed), random_turns(seed + 10)]
+        merged = [rl.PrefixTree(turns, model.cfg) for turns in groups]
+        alone = one_each(groups[0] + groups[1], model.cfg)
         reference = step_of(model, alone)
 
-        for rows in ([rl.PackedRow(merged)], [rl.PackedRow(alone)], rl.pack_rows(alone, 40)):
+        packings = [[rl.PackedRow(merged)], [rl.PackedRow(alone)], rl.pack_rows(alone, 40)]
+        for rows in packings:
             assert len(rows) < len(alone)
-            assert max(map(worst, step_of(model, rows), reference)) < 1e-12
+            assert worst_of(step_of(model, rows), reference) < 1e-12
+
+def turns_of(*lengths):
+    """A turn of each length, whose last two tokens are its action; no two begin alike."""
+    return [make_turn([i] * length, length - 2) for i, length in enumerate(lengths)]
+
+def sizes(rows):
+    return [row.size for row in rows]
 
 def test_no_merge_packs_its_samples():
     """--no-merge lays samples side by side in rows: where they fill them, no computed slot is a pad."""
-    lengths = [10, 20, 30, 40, 50, 50]
-    samples = [rl.Sample(torch.full((n,), i), n - 2, torch.zeros(2).double(), torch.zeros(2).long())
-               for i, n in enumerate(lengths)]
+    n_tokens = 10 + 20 + 30 + 40 + 50 + 50
     model = make_model(attn_types=["full"] * 3)
-    rows = rl.plan_rows([[samples]], model, False)
+    rows = rl.plan_rows([[turns_of(10, 20, 30, 40, 50, 50)]], model, False)
+    assert sizes(rows) == [50, 50, 50, 50]
     assert rl.plan_rows([], model, False) == []
-    assert sorted(row.size for row in rows) == [50, 50, 50, 50]
+
     stats, _ = rl.backward(model, rows)
-    assert stats["computed"] == stats["slots"] == stats["naive"] == sum(lengths)
+    assert stats["computed"] == n_tokens
+    assert stats["slots"] == n_tokens
+    assert stats["naive"] == n_tokens
 
-    # key blocks of 16: samples of 10 to 50 tokens take 1, 2, 2, 3, 4 and 4 of them, and each starts with one
+def test_packed_samples_start_at_key_blocks():
+    """Blocks of 16: samples of 10 to 50 tokens take 1, 2, 2, 3, 4 and 4 of them, and each starts with one."""
     cfg = small_config(attn_types=["full", "msa", "msa"], index_block_size=16, n_mtp=0)
-    rows = rl.pack_rows([rl.PrefixTree([s], cfg) for s in samples], 64)
+    trees = one_each(turns_of(10, 20, 30, 40, 50, 50), cfg)
+    rows = rl.pack_rows(trees, 64)
 
-    assert sorted(row.size for row in rows) == [64, 64, 64, 64]
+    assert sizes(rows) == [64, 64, 64, 64]
     assert all(leaf.slots[0] % 16 == 0 for row in rows for leaf in row.leaves)
-    assert [row.size for row in rl.pack_rows([rl.PrefixTree([samples[5]], cfg)], 32)] == [64]
+    assert sizes(rl.pack_rows(trees[-1:], 32)) == [64]  # longer than a row: one of its own
 
 def test_long_samples_are_not_masked_but_padded():
     """--no-merge packs where pads cost more than masked attention: 20 turns of a maze, not 80."""
-    model = rl.make_model(rl.parse_args(["--task", "maze", "--turns", "80"])[0], "cpu", None)
-    def rows_of(turns):
-        lengths = [10 * turn for turn in range(1, turns + 1)] * 4
-        samples = [rl.Sample(torch.zeros(n).long(), n - 1, torch.zeros(1), torch.zeros(1).long()) for n in lengths]
-        return rl.plan_rows([[samples]], model, False)
+    args = rl.parse_args(["--task", "maze", "--turns", "80"])[0]
+    model = rl.make_model(args, "cpu", None)
+
+    def rows_of(n_turns):
+        episode = turns_of(*range(10, 10 * n_turns + 1, 10))
+        return rl.plan_rows([[episode * 4]], model, False)
 
     assert len(rows_of(20)) < 50
     assert len(rows_of(80)) == 4 * 80

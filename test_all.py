@@ -4121,32 +4121,165 @@ def test_long_samples_are_not_masked_but_padded():
     assert len(rows_of(20)) < 50
     assert len(rows_of(80)) == 4 * 80
 
+def head(queue):
+    """The oldest group that is not consumed."""
+    return min(queue.born.keys() - queue.batch)
+
+def test_window_by_hand():
+    """Four slots, a window of two groups, a group a step: who may be taken, and when slots are free, step by step."""
+    queue = rl.WindowedFIFO(slots=4, window=2)
+    assert queue.admit(version=0) == [0, 1, 2, 3]
+
+    # group 2 is over, but the window is 0 and 1
+    queue.finish(2)
+    assert head(queue) == 0
+    assert queue.take(1) is None
+
+    # group 1 overtakes 0, which stays the head; its slot is free once its step is published
+    queue.finish(1)
+    assert queue.take(1) == [1]
+    assert head(queue) == 0
+    assert queue.admit(version=0) == []
+    assert queue.publish(version=1) == [0]
+    assert queue.admit(version=1) == [4]
+
+    # the window has not moved: 2 still waits
+    assert queue.take(1) is None
+
+    # with 0 the head moves past 1 to 2; admitted under version 0, trained on by step 1: a lag of 1
+    queue.finish(0)
+    assert queue.take(1) == [0]
+    assert head(queue) == 2
+    assert queue.publish(version=2) == [1]
+
+    # now the window is 2 and 3
+    assert queue.take(1) == [2]
+    assert head(queue) == 3
+    assert queue.publish(version=3) == [2]
+    assert queue.admit(version=3) == [5, 6]
+
+def test_window_fills_a_batch_by_hand():
+    """Two groups a step: what was taken stays in the batch until it is full, and the window moves meanwhile."""
+    queue = rl.WindowedFIFO(slots=4, window=2)
+    queue.admit(version=0)
+    queue.finish(2)
+    queue.finish(1)
+
+    # 1 is taken and waits in the batch; 2 is outside the window as long as 0 is the head
+    assert queue.take(2) is None
+    assert queue.batch == [1]
+
+    # 0 fills the batch, though 2 is over as well: the oldest comes first
+    queue.finish(0)
+    assert queue.take(2) == [1, 0]
+    assert head(queue) == 2
+    assert queue.publish(version=1) == [0, 0]
+
+def test_a_deadline_ends_what_is_stuck():
+    """A group that never finishes is over at its deadline, and is taken, not dropped."""
+    queue = rl.WindowedFIFO(slots=2, window=1, deadline=50)
+    assert queue.admit(version=0) == [0, 1]
+    queue.finish(1)
+
+    assert queue.take(2, now=49) is None
+    assert queue.take(2, now=50) == [0, 1]
+
+def train_past(stuck, window, slots=8, groups=1):
+    """All groups but `stuck` finish at once; after 30 steps, or when the trainer would wait, it finishes, too.
+    -> the groups trained on before, in order, and the largest lag of the step with `stuck`."""
+    queue = rl.WindowedFIFO(slots, window)
+    order = []
+    version = 0
+    while version < 30:
+        for task in queue.admit(version):
+            if task != stuck:
+                queue.finish(task)
+        if queue.take(groups) is None:
+            break
+        assert not queue.admit(version)  # slots are free when the step is published, not before
+        order += queue.batch
+        version += 1
+        queue.publish(version)
+
+    queue.finish(stuck)
+    assert stuck in queue.take(groups)
+    return order, max(queue.publish(version + 1))
+
 def test_window_of_figure_5():
     """N = 8, W = 4, group 7 stuck: 0 to 6, 8, 9, 10 are trained on, then none; its lag is 10. W = N is not greedy."""
-    def play(window, slots=8, groups=1, stuck=7):
-        queue, order, version = rl.WindowedFIFO(slots, window), [], 0
-        while version < 30:
-            for task in {*queue.admit(version)} - {stuck}: queue.finish(task)
-            if queue.take(groups) is None: break
-            assert not queue.admit(version)  # slots are free when the step is published, not before
-            order, version = order + queue.batch, version + 1
-            queue.publish(version)
-        assert queue.finish(stuck) is None and queue.take(groups) and stuck in queue.batch
-        return order, max(queue.publish(version + 1))
-    assert play(4) == ([*range(7), 8, 9, 10], 10) and play(1)[0] == [*range(7)] and len(play(8)[0]) == 14
-    assert len(play(math.inf)[0]) == 30
-    for slots, window, groups in ((8, 4, 4), (24, 7, 12), (64, 19, 8)):  # the bound is attained
-        assert play(window, slots, groups, slots - 1)[1] == (slots + window - 2) // groups
-    fifo, window, greedy = (bench.simulate(w, 400, 0.5, 0) for w in (1, 19, math.inf))
-    assert greedy["rate"] > window["rate"] > 1.12 * fifo["rate"] and window["max_lag"] <= 81 // 8 < greedy["max_lag"]
-    assert greedy["early"] < 0.8 * fifo["early"] and abs(window["early"] - fifo["early"]) < 0.05
+    order, lag = train_past(stuck=7, window=4)
+    assert order == [0, 1, 2, 3, 4, 5, 6, 8, 9, 10]
+    assert lag == 10
+
+    strict, _ = train_past(stuck=7, window=1)
+    assert strict == [0, 1, 2, 3, 4, 5, 6]
+    all_slots, _ = train_past(stuck=7, window=8)
+    assert len(all_slots) == 14
+    greedy, _ = train_past(stuck=7, window=math.inf)
+    assert len(greedy) == 30
+
+@pytest.mark.parametrize("slots, window, groups", [
+    (8, 4, 4),
+    (24, 7, 12),
+    (64, 19, 8)])
+def test_the_bound_of_lags_is_attained(slots, window, groups):
+    """A group is passed by at most floor((slots + window - 2) / groups) steps, and by so many if the last one sticks."""
+    _, lag = train_past(slots - 1, window, slots, groups)
+    assert lag == (slots + window - 2) // groups
+
+def test_what_windows_buy():
+    """A window is 12 % faster than strict FIFO; greedy is faster still, and pays in lags and in easy tasks first."""
+    fifo, window, greedy = (bench.simulate(width, 400, 0.5, 0) for width in (1, 19, math.inf))
+    assert window["rate"] > 1.12 * fifo["rate"]
+    assert greedy["rate"] > window["rate"]
+
+    assert window["max_lag"] <= 81 // 8  # (64 + 19 - 2) // 8, the bound
+    assert greedy["max_lag"] > 81 // 8
+
+    # hard tasks among the first batches
+    assert greedy["early"] < 0.8 * fifo["early"]
+    assert abs(window["early"] - fifo["early"]) < 0.05
+
 def test_cispo_by_hand():
-    """d loss / d log pi = -min(pi / pi_old, 1 + eps) A / Z, and no token drops out; advantages are rewards to go."""
-    logp, old = torch.tensor([-1.0, -0.1]).double().requires_grad_(), torch.tensor([-1.5, -0.5, -4.0]).double()
-    rl.cispo_loss(logp, torch.tensor([0, 0, 1]), old, torch.tensor([1.0, -2.0, 0.5]).double(), 3)[0].backward()
-    assert worst(logp.grad, torch.tensor([-(math.exp(0.5) - 2 * math.exp(-0.5)) / 3, -5 * 0.5 / 3])) < 1e-7
-    group = [rl.Trajectory(0, [rl.Sample(*[None] * 4) for _ in r], r) for r in ([0.0, 1.0], [-0.1, 0.0], [0.0, 0.0])]
-    assert [round(s.advantage, 9) for e in rl.advantages(group) for s in e] == [1.05, 1.05, -0.6, -0.5, -0.45, -0.45]
+    """d loss / d log pi = -min(pi / pi_old, 1 + eps) A / Z: a clipped token does not drop out."""
+    logprob = torch.tensor([-1.0, -0.1], dtype=torch.float64, requires_grad=True)
+    entry = torch.tensor([0, 0, 1])
+    old = torch.tensor([-1.5, -0.5, -4.0], dtype=torch.float64)
+    advantage = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    loss, _ = rl.cispo_loss(logprob, entry, old, advantage, 3)
+    loss.backward()
+
+    # two samples share the first token, at ratios e^0.5 and e^-0.5; e^3.9 is clipped to 1 + 4
+    shared = math.exp(0.5) * 1.0 + math.exp(-0.5) * -2.0
+    clipped = 5 * 0.5
+    assert worst(logprob.grad, torch.tensor([-shared / 3, -clipped / 3])) < 1e-7
+
+def advantages_of(*rewards):
+    """Advantages in a group of episodes with these rewards, a list for each."""
+    group = [rl.Trajectory(0, [rl.Sample(*[None] * 4) for _ in row], row) for row in rewards]
+    return [[sample.advantage for sample in episode] for episode in rl.advantages(group)]
+
+def test_advantages_by_hand():
+    """An advantage is the reward to go, less the mean return of the group's other episodes."""
+    first, second, third = advantages_of([0.0, 1.0], [-0.1, 0.0], [0.0, 0.0])
+    assert first == pytest.approx([1.0 + 0.05, 1.0 + 0.05], abs=5e-10)
+    assert second == pytest.approx([-0.1 - 0.5, 0.0 - 0.5], abs=5e-10)
+    assert third == pytest.approx([0.0 - 0.45, 0.0 - 0.45], abs=5e-10)
+
+ORDERS = [[0.1, 0.2, 0.3], [0.3, 0.2, 0.1], [0.3, 0.3], [0.6]]
+ORDERS_FP32 = [[float(np.float32(reward)) for reward in row] for row in ORDERS]
+
+@pytest.mark.parametrize("rewards", [
+    pytest.param(ORDERS, id="other orders"),
+    pytest.param(ORDERS_FP32, id="fp32"),
+    pytest.param(ORDERS + ORDERS_FP32, id="fp64 and fp32")])
+def test_equal_returns_have_no_advantage(rewards):
+    """Returns that differ by rounding alone, as sums in other orders or fp32 rewards do, are equal."""
+    assert [episode[0] for episode in advantages_of(*rewards)] == [0.0] * len(rewards)
+
+def test_close_returns_have_an_advantage():
+    """Returns that speed alone sets apart are not rounding."""
+    assert advantages_of([1.0], [1.0001]) == [[pytest.approx(-1e-4)], [pytest.approx(1e-4)]]
 
 def learner(argv):
     """A model and its optimizers after three steps with a signal: every moment is full -> model, optimizers, rows."""
@@ -4209,17 +4342,6 @@ def test_an_idle_expert_stays():
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert "lm_head.weight" in moved
     assert not any(name.startswith("mtp.") for name in moved)
-
-def test_equal_returns_have_no_advantage():
-    """Returns that differ by rounding alone, as sums in other orders or fp32 rewards do, are equal."""
-    orders = [[0.1, 0.2, 0.3], [0.3, 0.2, 0.1], [0.3, 0.3], [0.6]]
-    single = [[float(np.float32(r)) for r in rewards] for rewards in orders]
-    for rewards in (orders, single, orders + single):
-        group = [rl.Trajectory(0, [rl.Sample(*[None] * 4) for _ in row], row) for row in rewards]
-        assert [episode[0].advantage for episode in rl.advantages(group)] == [0.0] * len(group)
-
-    close = [rl.Trajectory(0, [rl.Sample(*[None] * 4)], [r]) for r in (1.0, 1.0001)]  # speed alone apart
-    assert [e[0].advantage for e in rl.advantages(close)] == pytest.approx([-1e-4, 1e-4])
 
 def test_a_run_goes_on_past_steps_without_signal(tmp_path, monkeypatch):
     """Each is said in its line, counts as a step and frees its slots, and weights are those of the imitation's end."""

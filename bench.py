@@ -2,6 +2,7 @@
 
     python bench.py --ctx 1000000                            # prefill and decode, shapes of M2 (48/8) and M3 (64/4)
     python bench.py --ctx 131072 --what decode --shape m3 --figure decode.svg
+    python bench.py --what train --ctx 1M                    # forward and backward of attention, and whole steps
     python bench.py --what tree                              # a training step of rl.py, prefixes merged and not
     python bench.py --what queue --figure queue.svg          # rl.py's strict FIFO, window and greedy
 
@@ -17,6 +18,7 @@ import signal
 if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: no traceback
     at_ctrl_c = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
+import gc
 import math
 import random
 import shutil
@@ -32,6 +34,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import msa
 import rl
+import train
+from model import MiniMax, MiniMaxConfig
 from sample import Parser, Threads, command, implementations, load_checkpoint, pick_device, tokens
 
 SHAPES = {"m2": (48, 8), "m3": (64, 4)}                    # query heads, KV heads = index heads
@@ -48,6 +52,9 @@ KERNELS = {"_index_kernel": (0.8, 0, "a running top 16 between products"), "_sca
            "_attend_kernel": (1, 10e-3, "latency: choose, load, join")}
 HEAD = "what    shape     ctx  B  selection  index|   dense ms util |     MSA ms util | speed-up | least ms | runs"
 BUDGETS = (2 ** 12, 2 ** 14, 2 ** 16)  # slots of a micro-batch that --what tree tries for the packed side
+TRAIN_HEAD = "what    shape     ctx |   dense ms util |     MSA ms util | speed-up | two runs equal | runs"
+STEP_HEAD = "what    model  attn   rows x tokens             |    step ms | tokens/s |   mfu | peak GB | runs"
+STEP_LR = 1e-3                         # of the steps that --what train times, on random tokens
 TREE_HEAD = (f"tree    | turns longest | {'packed':>9} {'computed':>9} {'ms':>10}  {'layout, slots a batch':22} | "
              f"{'merged':>7} {'computed':>8} {'ms':>9} | tokens | speed-up")
 WINDOWS = {"fifo": 1, "window": 19, "greedy": math.inf}    # oldest groups that the trainer may take from; 19 = 0.3 N
@@ -120,7 +127,7 @@ def pick_impl(gpu, what, T=2 ** 25):
     if not gpu:
         return "cpu flash", "torch"
     if what == "decode":
-        return "triton", "triton"
+        return "triton", "triton"  # prefill and train:
     return ("math" if T < L else "cudnn"), "triton"  # cuDNN does not run on every length below one key block
 
 def impl_names(gpu, what, T=2 ** 25):
@@ -141,7 +148,12 @@ def full(q, k, v, length=None):
         return dense_rows(q, k, v)
     if impl == "triton":
         return msa.full_attention(q, k, v, None, length, "triton")
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION if impl == "cudnn" else SDPBackend.MATH):
+    return sdpa(q, k, v, impl)
+
+def sdpa(q, k, v, impl):
+    """torch's full attention of every query, by the kernel that pick_impl() names; it has a backward."""
+    backends = {"cpu flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
+    with sdpa_kernel(backends[impl]):
         return torch.nn.functional.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True).transpose(1, 2)
 
@@ -483,9 +495,12 @@ def sentence(kind):
     what = "a decode step"
     if last["what"] == "prefill":
         what = "a prefill" if last["queries"] == last["ctx"] else f"a prefill's last {last['queries']} queries"
+    what += f" of {last['shape'].upper()}'s shape"
+    if last["what"] == "train":  # on a CPU not M3's shape, but a quarter
+        what = "forward and backward of attention, {} query heads and {} KV heads".format(*last["heads"])
     fast, slow = ("MSA", "full attention") if last["msa_ms"] < last["dense_ms"] else ("full attention", "MSA")
     times = {"MSA": last["msa_ms"], "full attention": last["dense_ms"]}
-    line = (f"At {last['ctx']:,} tokens, for {what} of {last['shape'].upper()}'s shape, {fast} needs "
+    line = (f"At {last['ctx']:,} tokens, for {what}, {fast} needs "
             f"{plain(times[fast])} ms where {slow} needs {plain(times[slow])}: ")
     if not last["speedup"]:
         return line + "no ratio, as full attention reads too slowly to be a baseline."
@@ -538,6 +553,187 @@ def draw(path, rows, title):
         axis.yaxis.set_minor_formatter(NullFormatter())
         axis.legend()
     figure.savefig(path)
+
+def train_sizes(gpu, shape):
+    """-> query heads, KV heads, S, L and lengths that --what train times; of M2's or M3's on a GPU."""
+    H, Hkv = SHAPES[shape]
+    if gpu:
+        return H, Hkv, S, L, (2 ** 13, 2 ** 15, 2 ** 17)
+    # torch gathers S * L keys for every query and KV head: at full size a step of 512 tokens takes seconds
+    return H // 4, Hkv // 4, 4, 32, (512, 1024, 2048)
+
+def train_flops(T, H, Hkv, S, L):
+    """Useful FLOPs of attention's forward and backward -> {side: FLOPs}. What is computed twice counts once."""
+    i = torch.arange(T)
+    pairs = T * (T + 1) // 2
+    read = int(torch.minimum(i + 1, (S - 1) * L + i % L + 1).sum())
+    attention = 12 * H * D             # a query and key: two products, and two more for the gradient of each
+    index = 2 * Hkv * D                # scores of the index branch, which have no gradient
+    kl = 2 * H * D + 3 * index         # the teacher's scores, the index branch's and their gradients
+    return {"dense": attention * pairs, "msa": (attention + kl) * read + index * pairs}
+
+def train_sides(args, shape, T, g):
+    """Attention's forward and backward on T random tokens -> two functions that return gradients, full attention's of
+    q, k and v, and MSA's, choosing and KL included, of q, k, v, qi and ki."""
+    H, Hkv, S, L, _ = train_sizes(args.gpu, shape)
+    dense_impl, msa_impl = pick_impl(args.gpu, "train", T)
+
+    def new(*size):
+        return torch.randn(1, T, *size, D, generator=g, device=args.device, dtype=args.dtype, requires_grad=True)
+    q = new(H)
+    k, v = new(Hkv), new(Hkv)
+    qi, ki = new(Hkv), new()
+    grad_out = new(H).detach()
+
+    def dense():
+        out = sdpa(q, k, v, dense_impl)
+        return torch.autograd.grad(out, (q, k, v), grad_out)
+
+    def sparse():
+        block_idx = msa.select_blocks(qi.detach(), ki.detach(), S, L, impl=msa_impl)
+        out, kl = msa.msa_train(q, k, v, qi, ki, block_idx, L, impl=msa_impl)
+        return torch.autograd.grad((out, kl), (q, k, v, qi, ki), (grad_out, torch.ones_like(kl)))
+    return dense, sparse
+
+def check_gradients(name, grads):
+    for grad in grads:
+        if not math.isfinite(grad.sum(dtype=torch.float32)):
+            raise ArithmeticError(f"{name}: a gradient holds nan or inf")
+
+@torch.enable_grad()
+def train_gate(args, shape):
+    """On S * L tokens MSA reads every block: its gradients of q, k and v are those of full attention."""
+    _, _, S, L, _ = train_sizes(args.gpu, shape)
+    dense, sparse = train_sides(args, shape, S * L, torch.Generator(args.device).manual_seed(0))
+    for name, got, want in zip(("q", "k", "v"), sparse(), dense()):
+        near(f"gate: MSA's gradient of {name} against full attention's, train {shape} at T = S * L", got, want)
+
+@torch.enable_grad()
+def attention_row(args, shape, T):
+    """Forward and backward of one layer's attention and KL, both sides in turn, on T tokens."""
+    sizes = list(train_sizes(args.gpu, shape))
+    dense, sparse = train_sides(args, shape, T, torch.Generator(args.device).manual_seed(1337))
+    bit_equal = all(map(torch.equal, sparse(), sparse()))
+    check = partial(check_gradients, f"train {shape}, {T} tokens")
+    dense_times, msa_times = alternate([(dense, check, args.gpu), (sparse, check, args.gpu)], args.gpu)
+
+    dense_ms, msa_ms = statistics.median(dense_times), statistics.median(msa_times)
+    flops = train_flops(T, *sizes[:4])
+    dense_util, msa_util = (1e3 * flops[side] / ms / args.rates["matmul"]
+                            for side, ms in (("dense", dense_ms), ("msa", msa_ms)))
+    dense_impl, msa_impl = impl_names(args.gpu, "train", T)
+    print(f"{'train':8}{shape:4}{T:>10,} |{dense_ms:11.3f} {dense_util:4.0%} |{msa_ms:11.3f} {msa_util:4.0%} | "
+          f"{dense_ms / msa_ms:7.2f}x | {str(bit_equal):14} | {len(dense_times)}, {len(msa_times)}", flush=True)
+    return dict(what="train", shape=shape, ctx=T, dense_ms=dense_ms, msa_ms=msa_ms, speedup=dense_ms / msa_ms,
+                dense_util=dense_util, msa_util=msa_util, selection="random", bit_equal=bit_equal, batch=1,
+                heads=sizes[:2], index="bf16" if args.gpu else "fp32", queries=T, dense_impl=dense_impl, msa_impl=msa_impl)
+
+def step_plans(args):
+    """Training steps that --what train times -> preset, [(attention, rows, tokens of a row, recompute)]: the preset's
+    own rows, then one long sequence with `recompute`, up to --ctx."""
+    if args.gpu:
+        preset, rows, T, long = "small", 16, 2 ** 13, 2 ** 19
+    else:
+        preset, rows, T, long = "tiny", 4, 256, 1024
+    plans = [("msa", rows, min(T, args.ctx), False)]
+    plans += [("full", 1, long, True), ("msa", 1, long, True), ("msa", 1, 2 * long, True)]
+    return preset, [plan for plan in plans if plan[2] <= args.ctx]
+
+def model_steps(model, learns, batch, mtp_every):
+    """train.py's optimizer steps on a batch, the first with the MTP loss, the others without -> the last one's loss.
+    learns: what train.configure_optimizers returned."""
+    optimizers, index, rest = learns
+    for step in range(mtp_every):
+        model.cfg.mtp_active = step == 0
+        found = train.learn(model, batch, 1, optimizers, index, rest, train.MTP_WEIGHT[0])
+    return found["loss"]
+
+def model_flops(model, batch, mtp_every):
+    """FLOPs of these steps, as train.py counts them for its mfu."""
+    T = batch["idx"].size(1)
+    pos = torch.arange(T, device=batch["idx"].device).expand_as(batch["idx"])
+    flops = 0.0
+    for step in range(mtp_every):
+        model.cfg.mtp_active = step == 0
+        flops += batch["idx"].numel() * model.flops_per_token(pos)
+    return flops
+
+@torch.enable_grad()
+def step_row(args, preset, attn, n_rows, T, recompute):
+    """Optimizer steps of a preset on random tokens. A long sequence has no MTP modules."""
+    mtp_every = 1 if recompute else train.RUNS[preset]["mtp_every"]
+    changed = dict(max_seq_len=T)
+    if recompute:
+        changed["n_mtp"] = 0
+    cfg = getattr(MiniMaxConfig, preset)(**changed)
+    if attn == "full":
+        cfg.attn_types = ["full"] * cfg.n_layer
+    torch.manual_seed(1337)
+    model = MiniMax(cfg, args.dtype).to(args.device).train()
+    model.recompute = recompute
+    learns = train.configure_optimizers(model, STEP_LR)
+    if args.gpu:
+        torch.compiler.reset()  # graphs of another size count against the limit of recompilations
+        train.fuse(model, learns[0][0])
+    tokens = torch.randint(cfg.vocab_size, (n_rows, T + 1), device=args.device)
+    batch = dict(idx=tokens[:, :-1], targets=tokens[:, 1:])
+
+    # the first steps compile; memory is that of the others
+    steps = partial(model_steps, model, learns, batch, mtp_every)
+    steps()
+    if args.gpu:
+        torch.cuda.reset_peak_memory_stats()
+    times = []
+    while len(times) < 5 and sum(times) < 3000:
+        ms, loss = timed(steps, args.gpu, True)
+        times.append(ms)
+    if not math.isfinite(loss):
+        raise ArithmeticError(f"train {preset}, {attn} attention, {T} tokens: the loss is {loss.item()}")
+
+    ms = statistics.median(times)
+    peak = train.peak_flops(args.device)
+    row = dict(what="train", shape=preset, ctx=T, batch=n_rows, attn=attn, recompute=recompute,
+               tokens_per_s=1e3 * mtp_every * n_rows * T / ms, step_ms=ms / mtp_every,
+               mfu=1e3 * model_flops(model, batch, mtp_every) / ms / peak if peak else None,
+               peak_gb=torch.cuda.max_memory_allocated() / 1e9 if args.gpu else None)
+    mfu = "none" if row["mfu"] is None else f"{row['mfu']:.1%}"
+    memory = "none" if row["peak_gb"] is None else f"{row['peak_gb']:.1f}"
+    print(f"{'train':8}{preset:7}{attn:5}{n_rows:>4} x {T:>9,}{' recomputed' if recompute else '':11} | "
+          f"{row['step_ms']:10.1f} | {row['tokens_per_s']:8,.0f} | {mfu:>5} | {memory:>7} | {len(times)}", flush=True)
+    return row
+
+def measure_all(measures):
+    """Call {name: function that measures a row} -> rows. What a GPU's memory does not hold is left out, and said."""
+    rows = []
+    for name, measure in measures.items():
+        try:
+            rows.append(measure())
+        except torch.OutOfMemoryError:
+            print(f"        {name}: left out, it does not fit the GPU's memory", flush=True)
+        gc.collect()  # compiled halves of a block and the block refer to each other
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return rows
+
+def train_rows(args):
+    """--what train: a layer's attention in training, dense and sparse, then whole steps of a model."""
+    for shape in args.shapes:
+        train_gate(args, shape)
+    print(f"gate    | passed by {', '.join(args.shapes)}: gradients of q, k and v against full attention's at S * L "
+          f"tokens, relative RMS at most {TOLERANCE[args.dtype]:.0e}\n\n{TRAIN_HEAD}")
+    measures = {}
+    for shape in args.shapes:
+        lengths = [T for T in train_sizes(args.gpu, shape)[-1] if T <= args.ctx] or [args.ctx]
+        for T in lengths:
+            measures[f"train {shape}, {T:,} tokens"] = partial(attention_row, args, shape, T)
+    compared = measure_all(measures)
+
+    print(f"\n{STEP_HEAD}")
+    preset, plans = step_plans(args)
+    steps = measure_all({f"train {preset}, {attn} attention, {T:,} tokens":
+                         partial(step_row, args, preset, attn, n_rows, T, recompute)
+                         for attn, n_rows, T, recompute in plans})
+    return compared, steps
 
 def tree_turns(args):
     """Lengths of the mazes that fit --ctx: a GPU needs a long one to have work. ValueError if none fits."""
@@ -732,6 +928,11 @@ def card(args, why):
         print("sides   | {}: full attention = {}; MSA = {}".format(what, *impl_names(args.gpu, what, args.ctx)))
     print("rates   | measured: copy {copy:.3e} bytes/s, matmul {matmul:.3e} FLOP/s".format(**measure_rates(args)))
     print(f"shape   | one layer; query heads, KV = index heads: {SHAPES}; D = {D}, S = {S} blocks of L = {L} keys")
+    if args.what == "train":
+        H, Hkv, topk, block, _ = train_sizes(args.gpu, args.shapes[-1])
+        if not args.gpu:
+            print(f"laptop  | a quarter of the heads ({args.shapes[-1]}: {H}, {Hkv}), S = {topk} blocks of L = {block}")
+        return
     for shape, what in product(args.shapes, whats):
         t = 1 if what == "decode" else args.ctx if args.gpu else min(args.ctx, 32)
         dense, sparse = (least_ms(x, args.rates) for x in work(shape, args.ctx, t, 1, *[args.size] * 2).values())
@@ -742,15 +943,12 @@ def parse_args(argv):
     p = Parser(__doc__)
     p.add_argument("--ctx", type=tokens, default=1_000_000,
                    help="longest context, in tokens: 65536, 1e6, 64k (k = 1,024) or 1M (M = 1,048,576)")
-    p.add_argument("--what", choices=("prefill", "decode", "train", "moe", "tree", "queue", "all"),
-                   default="all", help="what to time; tree: rl.py's training step; queue: its schedules; train and moe "
-                   "come later")
+    p.add_argument("--what", choices=("prefill", "decode", "train", "tree", "queue", "all"), default="all",
+                   help="what to time; tree: rl.py's training step; queue: its schedules; all: prefill and decode")
     p.add_argument("--shape", choices=tuple(SHAPES), help="default: both")
     p.add_argument("--figure", metavar="FILE", help="draw time against length; needs matplotlib")
     args = p.parse_args(argv)
     args.shapes = [args.shape] if args.shape else list(SHAPES)
-    if args.what in ("train", "moe"):
-        raise ValueError(f"--what {args.what} comes later; prefill, decode, tree and all are here")
     if not 1 <= args.ctx <= 2 ** 25:
         raise ValueError(f"--ctx {args.ctx}: it must be 1 to {2 ** 25:,}")
     if args.what == "tree" and (args.shape or args.figure):
@@ -802,6 +1000,13 @@ def run(args):
         return result
     if args.what == "queue":
         return compare_schedules(args)
+    if args.what == "train":
+        compared, steps = train_rows(args)
+        result = dict(device=args.name, rows=compared + steps, rates=args.rates, crossover=crossovers(compared))
+        print_conclusion(compared)
+        if args.figure:
+            draw(args.figure, compared, args.name)
+        return result
     plans = {shape: {B: [lengths_that_fit(args, shape, what, B) for what in ("prefill", "decode")]
                      for B in (1, 8)[:1 + args.gpu]} for shape in args.shapes}
     if not any(some for lengths in plans.values() for some in lengths[1]):

@@ -5042,7 +5042,7 @@ def test_bench_reports_its_contract(monkeypatch, capsys):
         assert (row["dense_impl"], row["msa_impl"]) == bench.impl_names(False, row["what"])
     assert "Triton" not in text  # no kernel ran: both sides are torch's
     assert [line.split()[0] for line in text.splitlines()[-3:-1]] == ["found", "found"]
-    for argv, word in ((["--ctx", 0], "0"), (["--ctx", "1Q"], "1Q"), (["--what", "train"], "later"),
+    for argv, word in ((["--ctx", 0], "0"), (["--ctx", "1Q"], "1Q"), (["--what", "moe"], "moe"),
                        (["--shape", "m4"], "m4"), (["--device", "cpux"], "cpux"), (["--figure", "no/x.png"], "no")):
         assert word in refused(bench.main, argv, capsys), argv
     monkeypatch.setattr(msa, "msa_attention", lambda *args, real=msa.msa_attention: real(*args) * 1.01)
@@ -5226,6 +5226,57 @@ def test_the_queue_bench_compares_three_schedules(monkeypatch, tmp_path, capsys)
     monkeypatch.setattr(rl, "on_signals", lambda: [1])  # Ctrl-C in the first training
     assert "interrupted" in refused(bench.main, ["--what", "queue", "--device", "cpu"], capsys, code=130)
     assert "--shape" in refused(bench.main, ["--what", "queue", "--shape", "m3"], capsys)
+
+def test_the_train_bench_reports_its_rows(monkeypatch, capsys):
+    """--what train: attention's gradients, checked and timed, then steps; gradients off by one percent stop it."""
+    T = 100
+    short = ["--what", "train", "--ctx", T, "--shape", "m3", "--device", "cpu"]
+    result, text = quiet(bench.main, short)
+    attention, steps = result["rows"]
+    assert "gate    | passed by m3" in text
+    assert set("what shape ctx dense_ms msa_ms speedup dense_util msa_util selection".split()) <= set(attention)
+    assert (attention["what"], attention["shape"], attention["ctx"]) == ("train", "m3", T)
+    assert attention["speedup"] == attention["dense_ms"] / attention["msa_ms"]
+    assert attention["bit_equal"] is True
+    assert (steps["shape"], steps["ctx"], steps["batch"]) == ("tiny", T, 4)
+    assert steps["tokens_per_s"] == pytest.approx(1e3 * 4 * T / steps["step_ms"])
+    assert (steps["mfu"], steps["peak_gb"]) == (None, None)  # a CPU's are not known
+    assert "forward and backward of attention, 16 query heads and 1 KV heads" in text.splitlines()[-2]
+
+    monkeypatch.setattr(msa, "msa_attention", lambda *args, real=msa.msa_attention: real(*args) * 1.01)
+    assert "MSA's gradient of q" in refused(bench.main, short, capsys, code=1)
+
+def test_the_train_bench_plans_long_sequences(monkeypatch):
+    """Sequences as long as --ctx are trained with full attention and MSA, recomputed, with no MTP loss."""
+    args = bench.parse_args(["--what", "train", "--ctx", "2048"])
+    args.gpu, args.device, args.dtype = False, torch.device("cpu"), torch.float32
+    preset, plans = bench.step_plans(args)
+    assert preset == "tiny"
+    assert plans == [("msa", 4, 256, False), ("full", 1, 1024, True), ("msa", 1, 1024, True), ("msa", 1, 2048, True)]
+    args.gpu, args.ctx = True, 10 ** 6
+    assert [plan[:3] for plan in bench.step_plans(args)[1]] == [("msa", 16, 8192), ("full", 1, 2 ** 19),
+                                                                ("msa", 1, 2 ** 19)]
+    args.gpu = False
+    seen = []
+    monkeypatch.setattr(bench, "model_steps", lambda model, learns, batch, every: seen.append((model, batch)) or
+                        torch.zeros(()))
+    row = bench.step_row(args, "tiny", "full", 1, 64, True)
+    model, batch = seen[0]
+    assert row["attn"] == "full"
+    assert row["recompute"] and model.recompute
+    assert model.cfg.attn_types == ["full"] * 3
+    assert len(model.mtp) == 0
+    assert torch.equal(batch["idx"][:, 1:], batch["targets"][:, :-1])
+
+def test_bench_counts_training_flops():
+    """Attention's forward and backward against a count of its pairs, by hand."""
+    T, H, Hkv, S, L, D = 40, 4, 2, 2, 8, bench.D
+    pairs = T * (T + 1) // 2
+    read = sum(min(i + 1, L + i % L + 1) for i in range(T))  # the block before, and one's own
+    found = bench.train_flops(T, H, Hkv, S, L)
+    assert found["dense"] == 3 * 4 * H * D * pairs
+    kl = 2 * H * D * read + 3 * 2 * Hkv * D * read
+    assert found["msa"] == 3 * 4 * H * D * read + 2 * Hkv * D * pairs + kl
 
 def test_bench_ends_in_one_line(monkeypatch, capsys):
     """Ctrl-C, too little memory, a folder as figure, flags that do not go together: one line, no traceback."""

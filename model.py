@@ -316,12 +316,6 @@ class Indexer(nn.Module):
         ki = self.k_norm(self.k_proj(x))[:, :, None]
         return apply_rope(qi, rope), apply_rope(ki, rope)[:, :, 0]
 
-def teaching(q, weight, stride):
-    """Queries that the index branch learns from, by their weight."""
-    if weight is None:
-        return q.size(0) * len(range(stride - 1, q.size(1), stride))
-    return weight[:, stride - 1::stride].clamp(min=0).sum()
-
 class Attention(nn.Module):
     """Grouped-query attention over every visible key ("full"), or over blocks that an index branch chooses ("msa")."""
 
@@ -395,14 +389,14 @@ class Attention(nn.Module):
         if not learns:
             return y, {}
         kl = index_kl_loss(qi, ki, q, k, None, L, ctx.end, ctx.weight, stride)
-        return y, dict(index_kl=kl * teaching(q, ctx.weight, stride))
+        return y, dict(index_kl=kl)
 
     def attend_and_learn(self, q, k, v, qi, ki, ctx):
         """Attention over the chosen blocks, and the KL that teaches the index branch to choose them."""
         L, stride = self.cfg.index_block_size, self.cfg.index_kl_stride
         block_idx = self.choose(qi, ki, None, ctx)
         y, kl = msa_train(q, k, v, qi, ki, block_idx, L, ctx.end, ctx.weight, stride)
-        return y, dict(block_idx=block_idx, index_kl=kl * teaching(q, ctx.weight, stride))
+        return y, dict(block_idx=block_idx, index_kl=kl)
 
     def attend_in_decode(self, q, k, v, qi, ki, start, ctx):
         """Choice and attention in one operation, for the few queries of a decoding step."""

@@ -320,8 +320,8 @@ def msa_decode(q, k, v, qi, ki, S, L, length, end=None, impl="auto", int8=None):
     return msa_attention(q, k, v, block_idx, L, end, length, impl), block_idx
 
 def index_kl_loss(qi, ki, q, k, block_idx=None, L=1, end=None, weight=None, stride=1):
-    """KL(teacher || index softmax), mean over tokens and KV heads (paper eq. 9-10): a scalar with its real value.
-    Teacher: mean over the group's heads of the main softmax, detached. Only qi and ki have a gradient.
+    """KL(teacher || index softmax), mean over KV heads, sum over tokens (paper eq. 9-10): a scalar with its real value.
+    The caller divides by the tokens of a whole step. Teacher: mean over the group's heads of the main softmax, detached. Only qi and ki have a gradient.
 
     qi:        (B, T, Hkv, Di)
     ki:        (B, T, Di)
@@ -329,8 +329,8 @@ def index_kl_loss(qi, ki, q, k, block_idx=None, L=1, end=None, weight=None, stri
     k:         (B, T, Hkv, D)
     block_idx: (B, T, Hkv, S), whose tokens are the support; None: the whole visible prefix, for the warm-up
     L, end:    see msa_attention
-    weight:    (B, T), of each token in the mean; 0 or less: none. None: 1 each
-    stride:    the mean is over every stride-th query
+    weight:    (B, T), of each token in the sum; 0 or less: none. None: 1 each
+    stride:    the sum is over every stride-th query
     Raises ValueError for tensors that do not fit.
     """
     _check_branches(q, k, None, qi, ki, end, None)
@@ -338,12 +338,12 @@ def index_kl_loss(qi, ki, q, k, block_idx=None, L=1, end=None, weight=None, stri
     return _IndexKL.apply(qi, ki, q.detach(), k.detach(), block_idx, L, end, weight, stride)
 
 class _IndexKL(torch.autograd.Function):
-    """KL and its gradient in one pass: d KL / d score = (index softmax - teacher) * weight / (Hkv * sum of weights)."""
+    """KL and its gradient in one pass: d KL / d score = (index softmax - teacher) * weight / Hkv."""
 
     @staticmethod
     def forward(ctx, qi, ki, q, k, block_idx, L, end, weight, stride):
         B, T, Hkv, Di = qi.shape
-        share = _share(weight, q, Hkv, stride)
+        share = _share(weight, q, Hkv)
         i = query_index(T, None, q.device)
         loss = share.new_zeros(())
         dqi = torch.zeros_like(qi)
@@ -369,13 +369,12 @@ class _IndexKL(torch.autograd.Function):
         dqi, dki = ctx.saved_tensors
         return (grad * dqi).to(dqi.dtype), (grad * dki).to(dki.dtype), *[None] * 7
 
-def _share(weight, q, Hkv, stride):
-    """A query's share in the KL's mean, from its weight (B, T), 0 or less = none -> (B, T), fp32 or wider."""
+def _share(weight, q, Hkv):
+    """A query's share in the KL's sum, for each KV head: its weight (B, T), 0 or less = none -> fp32 or wider."""
     if weight is None:
         weight = torch.ones(q.shape[:2], device=q.device)
     _check_tensor("weight", weight, q.shape[:2], q.device)
-    share = weight.to(torch.promote_types(q.dtype, torch.float32)).clamp(min=0)
-    return share / (share[:, stride - 1::stride].sum().clamp(min=1e-30) * Hkv)
+    return weight.to(torch.promote_types(q.dtype, torch.float32)).clamp(min=0) / Hkv
 
 def _finite(x):
     """x with 0 for NaN, and the largest number for inf: for products with what is 0 where x is invisible (0 * NaN is
@@ -446,7 +445,7 @@ def msa_train(q, k, v, qi, ki, block_idx, L, end=None, weight=None, stride=1, im
     _check_branches(q, k, v, qi, ki, end, None)
     _check_tensor("k", k, (B, T, *k.shape[2:]), q.device)
     _check_tensor("block_idx", block_idx, (B, T, Hkv, block_idx.size(-1)), q.device)
-    share = _share(weight, q, Hkv, stride)[:, stride - 1::stride].contiguous()
+    share = _share(weight, q, Hkv)[:, stride - 1::stride].contiguous()
     q, k, v, qi, ki, block_idx = (x.contiguous() for x in (q, k, v, qi, ki, block_idx))
     end = None if end is None else end.contiguous()
     return _Train.apply(q, k, v, qi, ki, block_idx, L, end, share, stride)
@@ -1193,7 +1192,7 @@ def _index_kl_kernel(
     ki,          # (sequences, T, DI)
     stat,        # (queries, HKV * G), log2-sum-exp of the main scores
     index_stat,  # (queries, HKV), that of the index scores
-    share,       # (queries,), a query's weight in the mean
+    share,       # (queries,), a query's share in the sum
     end,         # (sequences, T), or None
     edges,       # (all edges,), ids of (query, head, slot), block after block
     tasks,       # (sequences, tasks, 4), head, block, first edge, end of the edges
@@ -1360,7 +1359,7 @@ def _kl_triton(q, qi, stat, block_idx, k, ki, L, end, share, stride):
 
     q (B, t, H, D), qi (B, t, Hkv, Di), block_idx (B, t, Hkv, S)
     stat:  (B, t, H), log2-sum-exp of the main scores
-    share: (B, t), a query's weight in the mean
+    share: (B, t), a query's share in the sum
     -> KL, dqi, dki
     """
     B, t, H, D = q.shape

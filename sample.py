@@ -1,11 +1,12 @@
-"""Everything that touches text: tokenizer, checkpoint reading, and the repository's only `generate`.
+"""Everything that touches text, and what all scripts share: tokenizer, checkpoints, running a script, `generate`.
 
     python sample.py --prompt "def "                          # from out/ckpt.pt, which holds tokenizer and config too
     python sample.py --prompt "import os" --n-samples 3 --temperature 0.7 --seed 1
     python sample.py --hf DIR --prompt 1,2,3                  # an M2 or M3 checkpoint of transformers, by token ids
 
-    prefill as many tokens as the shortest prompt has -> loop { one token a sequence through the KV cache; MSA picks its
-    blocks anew each time }; a sequence still inside its prompt is forced, the others sample: temperature, top-k, top-p
+    text -> chunks -> bytes, merged into tokens
+    generate: prefill as many tokens as the shortest prompt has -> loop { one token a row through the KV cache; MSA picks
+    its blocks anew each time }; a row still inside its prompt is forced, the others sample: temperature, top-k, top-p
 """
 import os
 import signal
@@ -262,17 +263,6 @@ def guess_kind(raw):
 # before it is used, and refused in one line.
 VERSION = 1                            # of the checkpoint's layout
 PARTS = dict(config=dict, tokenizer=dict, model=dict, optimizers=list, now=dict, args=dict)  # of a checkpoint
-# every checkpoint's config has these; a field that joined later may be missing
-CONFIG_FIELDS = """vocab_size n_layer n_embd n_head n_kv_head head_dim rotary_dim max_seq_len attn_types mlp_types
-    n_expert n_expert_per_tok expert_dim shared_dim dense_dim routed_scale activation gemma_norm qk_norm index_head_dim
-    index_block_size index_topk_blocks n_mtp rope_theta norm_eps""".split()
-RUN_FIELDS = ("index_warmup", "mtp_active")  # older checkpoints have these, a run's state, in their config
-# what must be above 0 in a checkpoint's config -> the largest value; beyond it memory, not the model, would decide
-CONFIG_RANGES = dict(
-    vocab_size=2 ** 31, n_layer=2 ** 16, n_embd=2 ** 31, n_head=2 ** 31, n_kv_head=2 ** 31, head_dim=2 ** 31,
-    max_seq_len=2 ** 24, index_block_size=2 ** 16, index_topk_blocks=2 ** 16, index_kl_stride=2 ** 24,
-    rope_theta=math.inf, norm_eps=math.inf)
-STATE_OF = dict(Muon=["momentum"], AdamW=["step", "exp_avg", "exp_avg_sq"])  # what an optimizer keeps of a parameter
 LOCK = "ckpt.lock"                     # held by the process that writes a folder's checkpoint
 TEMPORARY = ".pt.tmp"                  # ends the name of a checkpoint that is being written
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # absent on Windows
@@ -288,7 +278,7 @@ def lock_folder(folder, create=True):
     process left half written is removed, and so is, at the end, a folder made here that is still empty.
     ValueError if another process writes there, or if nobody can."""
     if not create and not os.path.isdir(folder):
-        yield  # whoever reads a checkpoint there says what is missing
+        yield  # load_checkpoint says what is missing
         return
     made = make_folders(folder)
     file = None
@@ -322,15 +312,18 @@ def make_folders(folder):
     return made
 
 def take_lock(folder):
-    """-> a descriptor that holds the folder's lock; None where there are no locks, which is said."""
+    """-> a descriptor that holds the folder's lock; None, after a line that says so, where there are no locks."""
     path = os.path.join(folder, LOCK)
     while True:
+        # open the file of the lock; a link or a folder of that name is not ours
         if os.path.lexists(path) and (os.path.islink(path) or not os.path.isfile(path)):
             raise ValueError(f"--out {folder}: {path} is in the way of the lock: it is not a file, or a link to one")
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o666)
         except OSError as error:
             raise ValueError(f"--out {folder}: nothing can be written there: {error.strerror}") from None
+
+        # lock it
         try:
             if fcntl is None:
                 raise OSError("this platform has no flock")
@@ -345,6 +338,7 @@ def take_lock(folder):
             os.remove(path)
             print(f"lock    | none in {folder} ({error}): nothing keeps a second run from writing there", flush=True)
             return None
+
         # its last owner may have removed the file between the two calls: then it locks nobody out
         if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file)):
             os.ftruncate(file, 0)
@@ -364,9 +358,13 @@ def check_writable(folder):
     except OSError as error:
         raise ValueError(f"--out {folder}: nothing can be written there: {error.strerror}") from None
 
+def temporary_path(folder):
+    """-> a path that nobody else has."""
+    return os.path.join(folder, f"ckpt.{os.urandom(6).hex()}{TEMPORARY}")
+
 def new_temporary(folder):
     """-> file, path: a new file of a name that nobody else has; a link is not followed."""
-    path = os.path.join(folder, f"ckpt.{os.urandom(6).hex()}{TEMPORARY}")
+    path = temporary_path(folder)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_LINK, 0o666)
     return os.fdopen(descriptor, "wb"), path
 
@@ -374,12 +372,14 @@ def remove_temporaries(folder):
     """Remove what was left half written. Only the lock's owner may: nobody else writes then."""
     for name in os.listdir(folder):
         path = os.path.join(folder, name)
-        if re.fullmatch(r"ckpt(\.[0-9a-f]{12})?\.pt\.tmp", name) and (os.path.isfile(path) or os.path.islink(path)):
+        is_temporary = re.fullmatch(r"ckpt(\.[0-9a-f]{12})?\.pt\.tmp", name)
+        if is_temporary and (os.path.isfile(path) or os.path.islink(path)):
             os.remove(path)
 
 def load_checkpoint(folder, device="cpu"):
     """Read FOLDER/ckpt.pt, a plain dict (weights_only). ValueError, naming the file, if it is absent, damaged, of
     another version, or a part of it is missing or of another type."""
+    # read it
     path = checkpoint_path(folder)
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such checkpoint; train.py --out {folder} makes one, or rl.py --out {folder}")
@@ -389,17 +389,21 @@ def load_checkpoint(folder, device="cpu"):
         raise ValueError(f"{path}: the checkpoint cannot be read: {error.strerror}") from None
     except Exception as error:  # torch raises half a dozen types, by where the file is broken
         raise ValueError(f"{path}: damaged, or not a checkpoint ({type(error).__name__})") from None
+
+    # its version comes first: another one may have other parts
     version = state.get("version") if isinstance(state, dict) else type(state).__name__
     if type(version) is not int or version != VERSION:
         raise ValueError(f"{path}: checkpoint version {str(version)[:40]}, this code reads version {VERSION}")
+
+    # its parts
     lacks = PARTS.keys() - state.keys()
     if lacks:
         raise ValueError(f"{path}: the checkpoint lacks {', '.join(sorted(lacks))}")
     for name, kind in PARTS.items():
-        if not isinstance(state[name], kind):
-            raise ValueError(f"{path}: the checkpoint's {name} is of type {type(state[name]).__name__}, not "
-                             f"{kind.__name__}")
-        if kind is dict and not all(isinstance(key, str) for key in state[name]):
+        part = state[name]
+        if not isinstance(part, kind):
+            raise ValueError(f"{path}: the checkpoint's {name} is of type {type(part).__name__}, not {kind.__name__}")
+        if kind is dict and not all(isinstance(key, str) for key in part):
             raise ValueError(f"{path}: the checkpoint's {name} has a key that is not a string")
     check_fields(f"{path}: the checkpoint's now", state["now"], dict(step=int), optional=["step"])
     return state
@@ -423,14 +427,14 @@ def write_checkpoint(folder, **state):
         if not isinstance(error, (OSError, RuntimeError)):
             raise
         # torch reports a full disk as a RuntimeError about positions
-        free = shutil.disk_usage(folder).free
         reason = getattr(error, "strerror", None) or "the disk is full, or a limit on the size of files is reached"
+        free = shutil.disk_usage(folder).free
         raise OSError(f"cannot write {checkpoint_path(folder)}: {reason} ({size / 1e6:,.1f} MB were written, "
                       f"{free / 1e6:,.1f} MB are free now); the checkpoint that was there is untouched") from None
 
 def place_checkpoint(folder, temporary, run):
     """Give a written checkpoint its name: a crash at any moment leaves a whole one. What another run left there
-    becomes ckpt.pt.old. `run` is the name of the run that wrote it, None for one of before runs had names."""
+    becomes ckpt.pt.old. `run` is the name of the run that wrote it; older checkpoints have none, None."""
     path = checkpoint_path(folder)
     try:
         if os.path.isfile(path) and run_of(path) != run:
@@ -445,7 +449,8 @@ def place_checkpoint(folder, temporary, run):
 
 def save_checkpoint(folder, **state):
     """Write FOLDER/ckpt.pt: atomic, and at a run's first time the file of another run is kept as ckpt.pt.old."""
-    place_checkpoint(folder, write_checkpoint(folder, **state), state["now"].get("run"))
+    temporary = write_checkpoint(folder, **state)
+    place_checkpoint(folder, temporary, state["now"].get("run"))
 
 def run_of(path):
     """Name of the run that wrote a checkpoint; its weights are not read. "unknown" if it is damaged."""
@@ -456,7 +461,7 @@ def run_of(path):
 
 def keep_old(path):
     """Make FILE FILE.old, in the place of an older one. With a second name first, the file is never without one."""
-    second = os.path.join(os.path.dirname(path), f"ckpt.{os.urandom(6).hex()}{TEMPORARY}")
+    second = temporary_path(os.path.dirname(path))
     try:
         os.link(path, second, follow_symlinks=False)
     except (OSError, NotImplementedError):  # a file system without hard links
@@ -472,7 +477,9 @@ class SaveTimer:
     REST = 20                          # times what a save took must pass until the next: it costs 5 % at most
 
     def __init__(self, clock=None):
-        self.clock = clock or (lambda: time.monotonic())  # looked up at each call, so that a test can replace it
+        if clock is None:
+            clock = lambda: time.monotonic()  # looked up at each call, so that a test can replace it
+        self.clock = clock
         self.start = self.clock()
         self.next = self.FIRST[0]
 
@@ -481,32 +488,64 @@ class SaveTimer:
 
     def saved(self, since):
         """A save began at `since` on the clock and is done."""
-        elapsed = self.clock() - self.start
+        now = self.clock()
+        elapsed = now - self.start
         minute = 60 * (elapsed // 60 + 1)
         planned = min([s for s in self.FIRST if s > elapsed], default=minute)
-        self.next = max(planned, elapsed + self.REST * (self.clock() - since))
+        self.next = max(planned, elapsed + self.REST * (now - since))
 
 # ---- checkpoints: check, load ------------------------------------------------------------------
 
+# every checkpoint's config has these; a field that joined later may be missing
+CONFIG_FIELDS = """vocab_size n_layer n_embd n_head n_kv_head head_dim rotary_dim max_seq_len attn_types mlp_types
+    n_expert n_expert_per_tok expert_dim shared_dim dense_dim routed_scale activation gemma_norm qk_norm index_head_dim
+    index_block_size index_topk_blocks n_mtp rope_theta norm_eps""".split()
+RUN_FIELDS = ("index_warmup", "mtp_active")  # older checkpoints have these, a run's state, in their config
+# what must be above 0 in a checkpoint's config -> the largest value; beyond it memory, not the model, would decide
+CONFIG_RANGES = dict(
+    vocab_size=2 ** 31,
+    n_layer=2 ** 16,
+    n_embd=2 ** 31,
+    n_head=2 ** 31,
+    n_kv_head=2 ** 31,
+    head_dim=2 ** 31,
+    max_seq_len=2 ** 24,
+    index_block_size=2 ** 16,
+    index_topk_blocks=2 ** 16,
+    index_kl_stride=2 ** 24,
+    rope_theta=math.inf,
+    norm_eps=math.inf,
+)
+STATE_OF = dict(Muon=["momentum"], AdamW=["step", "exp_avg", "exp_avg_sq"])  # what an optimizer keeps of a parameter
+KINDS = {int: "a whole number of at least 0", float: "a finite number", type(None): "none"}  # in words, for check_fields
+
 def check_fields(what, fields, kinds, optional=()):
-    """ValueError, in one line, unless the fields are of their kinds: int (0 or more), float (finite; an int will do),
-    str, bool, list, dict; a tuple of kinds allows any of them, type(None) among them."""
+    """ValueError, in one line, unless the fields are of their kinds.
+
+    what      begins the line
+    fields    name -> value
+    kinds     name -> int (0 or more), float (finite; an int will do), str, bool, list, dict, or a tuple that allows
+              any of several kinds, type(None) among them
+    optional  names that may be missing
+    """
     for name, kind in kinds.items():
+        if name not in fields and name in optional:
+            continue
         if name not in fields:
-            if name in optional:
-                continue
             raise ValueError(f"{what} lacks {name}")
         value = fields[name]
         allowed = kind if isinstance(kind, tuple) else (kind,)
-        fits = type(value) in allowed or float in allowed and type(value) is int
-        if fits and type(value) is float:
-            fits = math.isfinite(value)
-        if fits and type(value) is int:
-            fits = 0 <= value < 2 ** 63
-        if not fits:
-            words = {int: "a whole number of at least 0", float: "a finite number", type(None): "none"}
-            wanted = " or ".join(words.get(kind, kind.__name__) for kind in allowed)
+        if not is_of_kind(value, allowed):
+            wanted = " or ".join(KINDS.get(kind, kind.__name__) for kind in allowed)
             raise ValueError(f"{what} has {name} = {str(value)[:40]}: it must be {wanted}")
+
+def is_of_kind(value, allowed):
+    """Whether a value is of one of the kinds of check_fields. True and False are no whole numbers."""
+    if type(value) is int:
+        return 0 <= value < 2 ** 63 and (int in allowed or float in allowed)
+    if type(value) is float:
+        return math.isfinite(value) and float in allowed
+    return type(value) in allowed
 
 def check_config(config, model):
     """Fields of a checkpoint -> MiniMaxConfig. ValueError if one is unknown, missing or no model can have it."""
@@ -599,7 +638,7 @@ def load_optimizers(optimizers, saved, step):
     if len(saved) != len(optimizers):
         raise ValueError(f"{what} are {len(saved)}, not {len(optimizers)}")
     for optimizer, state in zip(optimizers, saved):
-        fresh = [dict(group) for group in optimizer.param_groups]
+        usual_groups = [dict(group) for group in optimizer.param_groups]
         try:
             optimizer.load_state_dict(state)
         except Exception as error:  # torch raises what its accesses raise
@@ -607,32 +646,34 @@ def load_optimizers(optimizers, saved, step):
             raise ValueError(f"{what} are of another model: {reason}") from None
         if step and not optimizer.state:
             raise ValueError(f"{what} hold nothing after {step} steps")
-        for group, want in zip(optimizer.param_groups, fresh):
-            for name in want.keys() - {"params", "lr"}:  # the rate is set before each step
-                value = group.setdefault(name, want[name])
-                if not is_like(value, want[name]):
-                    raise ValueError(f"{what} have {name} = {str(value)[:40]}, where {want[name]} is usual")
-        for p, held in optimizer.state.items():
-            check_moments(what, p, held, STATE_OF[type(optimizer).__name__])
 
-def is_like(value, want):
-    """Whether a value could stand for another: of its type, finite if a float, the same if a switch or a whole number,
-    and so for each item of a tuple."""
-    if type(value) is not type(want):
+        # the settings of each group, then the moments of each parameter
+        for group, usual in zip(optimizer.param_groups, usual_groups):
+            for name in usual.keys() - {"params", "lr"}:  # the rate is set before each step
+                value = group.setdefault(name, usual[name])
+                if not is_like(value, usual[name]):
+                    raise ValueError(f"{what} have {name} = {str(value)[:40]}, where {usual[name]} is usual")
+        for parameter, moments in optimizer.state.items():
+            check_moments(what, parameter, moments, STATE_OF[type(optimizer).__name__])
+
+def is_like(value, usual):
+    """Whether a setting could stand for the usual one: of its type, finite if a float, the same if a switch or a whole
+    number, and so for each item of a tuple."""
+    if type(value) is not type(usual):
         return False
-    if isinstance(want, int):  # True and False, too
-        return value == want
-    if isinstance(want, tuple):
-        return len(value) == len(want) and all(map(is_like, value, want))
+    if isinstance(usual, int):  # True and False, too
+        return value == usual
+    if isinstance(usual, tuple):
+        return len(value) == len(usual) and all(map(is_like, value, usual))
     return type(value) is not float or math.isfinite(value)
 
-def check_moments(what, p, held, names):
-    """ValueError unless an optimizer's state `held` of the parameter p has the tensors of these names."""
-    if not isinstance(p, torch.Tensor) or not isinstance(held, dict):
+def check_moments(what, parameter, moments, names):
+    """ValueError unless an optimizer's state of a parameter has the tensors of these names."""
+    if not isinstance(parameter, torch.Tensor) or not isinstance(moments, dict):
         raise ValueError(f"{what} have the state of a parameter that the model has not")
     for name in names:
-        value = held.get(name)
-        shape = () if name == "step" else p.shape
+        value = moments.get(name)
+        shape = () if name == "step" else parameter.shape
         if not isinstance(value, torch.Tensor) or value.shape != shape or not value.is_floating_point():
             raise ValueError(f"{what} have no {name} of shape {tuple(shape)}")
         if not torch.isfinite(value).all():
@@ -767,31 +808,28 @@ class Threads:
         self.count = None
         if self.free and not saved:
             return
-
         if self.free:
             self.keep(saved)
         elif asked:
-            self.count = asked
-            self.why = "by --threads"
+            self.use(asked, "by --threads")
         elif named:
-            self.count = self.most
-            self.why = f"by {named[0]}"
+            self.use(self.most, f"by {named[0]}")
         elif on_cpu:
-            self.count = self.most
-            self.why = "all"
+            self.use(self.most, "all")
         else:
-            self.count = 1
-            self.why = "as a pool of threads, woken between two steps, keeps a GPU waiting"
+            self.use(1, "as a pool of threads, woken between two steps, keeps a GPU waiting")
         if saved and saved != self.count:
             self.why += f"; the checkpoint was trained with {saved}: bits may part from here"
-        torch.set_num_threads(self.count)
+
+    def use(self, count, why):
+        self.count = count
+        self.why = why
+        torch.set_num_threads(count)
 
     def keep(self, saved):
         """Go on with as many threads as a checkpoint was trained with, for equal bits, unless the user chose."""
         if self.free:
-            self.count = min(saved, self.most)
-            self.why = "as in the checkpoint"
-            torch.set_num_threads(self.count)
+            self.use(min(saved, self.most), "as in the checkpoint")
 
     def choose(self, step, faster=FASTER, rounds=3):
         """Call step() with one thread and with all, in turn, each `rounds` times, and take one where it is `faster`
@@ -813,10 +851,9 @@ class Threads:
         # times that overlap need a wider gap
         if max(seconds[1]) >= min(seconds[self.most]):
             faster = max(faster, self.FAR)
-        self.count = 1 if many > one * faster else self.most
-        self.why = f"{one:.3f} s a step with one, {many:.3f} s with {self.most}"
+        chosen = 1 if many > one * faster else self.most
+        self.use(chosen, f"{one:.3f} s a step with one, {many:.3f} s with {self.most}")
         self.times = []
-        torch.set_num_threads(self.count)
 
     def slowed(self, seconds):
         """Note a step's seconds -> whether the last steps took SLOWER times as long as the first, in the median."""
@@ -849,14 +886,12 @@ GROUP_FILES = {
 def group_room(folder, limit, used, cache):
     """Bytes that one control group leaves, its file caches included; inf without a limit."""
     try:
-        most = open(os.path.join(folder, limit)).read().strip()
+        most = int(open(os.path.join(folder, limit)).read())
         taken = int(open(os.path.join(folder, used)).read())
         rows = dict(row.split() for row in open(os.path.join(folder, "memory.stat")))
     except (OSError, ValueError):
-        return math.inf  # no such group in sight: a container shows its own as the root
-    if most == "max":
-        return math.inf
-    return int(most) - taken + int(rows.get(cache, 0))
+        return math.inf  # the limit is "max", or no such group is in sight: a container shows its own as the root
+    return most - taken + int(rows.get(cache, 0))
 
 def cgroup_room(root="/sys/fs/cgroup", own="/proc/self/cgroup"):
     """Bytes that the tightest of this process's control groups (v2 and v1) leaves it; inf without a limit."""
@@ -1098,7 +1133,7 @@ def generate(model, prompts, max_new_tokens, n_samples=1, temperature=1.0, top_p
         # each row draws a token; inside its prompt it takes the prompt's own instead
         if allowed is not None:
             is_first = torch.tensor([t == length for length in lengths], device=device)
-            last = last.masked_fill(is_first[:, None] & ~allowed, float("-inf"))
+            last = last.masked_fill(is_first[:, None] & ~allowed.to(device), float("-inf"))
         drawn = sample_next(last, temperature, top_p, top_k, generator)
         forced = torch.tensor([row[t] if t < len(row) else -1 for row in rows], device=device)
         token = torch.where(forced >= 0, forced, drawn)
@@ -1146,8 +1181,7 @@ class Stream:
             self.tokens += 1
 
         # the text ends before the first stop text in it
-        starts = [self.text.find(stop) for stop in self.stops]
-        starts = [start for start in starts if start >= 0]
+        starts = [self.text.index(stop) for stop in self.stops if stop in self.text]
         if starts:
             self.text = self.text[:min(starts)]
             self.done = True
@@ -1257,7 +1291,8 @@ def encode_prompt(text, tokenizer, max_seq_len):
     return prompt
 
 def card(args, model, device, why, n_prompt, threads, index_warmup):
-    cfg, (total, active) = model.cfg, model.num_params()
+    cfg = model.cfg
+    total, active = model.num_params()
     print(f"model   | {total:,} parameters, {active:,} active; attention {' '.join(cfg.attn_types)}")
     if index_warmup and "msa" in cfg.attn_types:
         print("msa     | not yet: saved while the index branch was still learning, so full attention in every layer")
@@ -1273,14 +1308,11 @@ def continue_prompt(args, model, tokenizer, prompt, max_new_tokens, index_warmup
     streams = [Stream(args.stop) for _ in range(args.n_samples)]
     first_s = None
     taken = prompt.taken  # the prompt's text has shown these bytes of the first new token
-    allowed = prompt.allowed
-    if allowed is not None:
-        allowed = allowed.to(device)
 
     print(args.prompt, end="", flush=True)
     started = time.perf_counter()
     steps = generate(model, [prompt.ids], max_new_tokens, args.n_samples, args.temperature, args.top_p, args.top_k,
-                     torch.Generator(device).manual_seed(args.seed), {tokenizer.eot}, allowed, index_warmup)
+                     torch.Generator(device).manual_seed(args.seed), {tokenizer.eot}, prompt.allowed, index_warmup)
     for drawn, _ in steps:
         if first_s is None:
             first_s = time.perf_counter() - started

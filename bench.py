@@ -639,23 +639,19 @@ def step_plans(args):
     plans += [("full", 1, long, True), ("msa", 1, long, True), ("msa", 1, 2 * long, True)]
     return preset, [plan for plan in plans if plan[2] <= args.ctx]
 
-def model_steps(model, learns, batch, mtp_every):
+def model_steps(model, learns, batch, mtp_every, recompute):
     """train.py's optimizer steps on a batch, the first with the MTP loss, the others without -> the last one's loss.
     learns: what train.configure_optimizers returned."""
-    optimizers, index, rest = learns
+    optimizers, *groups = learns
     for step in range(mtp_every):
-        model.cfg.mtp_active = step == 0
-        found = train.learn(model, batch, 1, optimizers, index, rest, train.MTP_WEIGHT[0])
+        found = train.train_step(model, batch, optimizers, groups, run_mtp=step == 0, recompute=recompute)
     return found["loss"]
 
 def model_flops(model, batch, mtp_every):
     """FLOPs of these steps, as train.py counts them for its mfu."""
-    T = batch["idx"].size(1)
-    pos = torch.arange(T, device=batch["idx"].device).expand_as(batch["idx"])
     flops = 0.0
     for step in range(mtp_every):
-        model.cfg.mtp_active = step == 0
-        flops += batch["idx"].numel() * model.flops_per_token(pos)
+        flops += batch["idx"].numel() * model.flops_per_token(batch["pos"], run_mtp=step == 0)
     return flops
 
 @torch.enable_grad()
@@ -670,16 +666,16 @@ def step_row(args, preset, attn, n_rows, T, recompute):
         cfg.attn_types = ["full"] * cfg.n_layer
     torch.manual_seed(1337)
     model = MiniMax(cfg, args.dtype).to(args.device).train()
-    model.recompute = recompute
     learns = train.configure_optimizers(model, STEP_LR)
     if args.gpu:
         torch.compiler.reset()  # graphs of another size count against the limit of recompilations
-        train.fuse(model, learns[0][0])
+        train.compile_model(model, learns[0][0])
     tokens = torch.randint(cfg.vocab_size, (n_rows, T + 1), device=args.device)
-    batch = dict(idx=tokens[:, :-1], targets=tokens[:, 1:])
+    pos = torch.arange(T, device=args.device).expand(n_rows, T)
+    batch = dict(idx=tokens[:, :-1], targets=tokens[:, 1:], pos=pos)
 
     # the first steps compile; memory is that of the others
-    steps = partial(model_steps, model, learns, batch, mtp_every)
+    steps = partial(model_steps, model, learns, batch, mtp_every, recompute)
     steps()
     if args.gpu:
         torch.cuda.reset_peak_memory_stats()

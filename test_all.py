@@ -5258,12 +5258,12 @@ def test_the_train_bench_plans_long_sequences(monkeypatch):
                                                                 ("msa", 1, 2 ** 19)]
     args.gpu = False
     seen = []
-    monkeypatch.setattr(bench, "model_steps", lambda model, learns, batch, every: seen.append((model, batch)) or
-                        torch.zeros(()))
+    monkeypatch.setattr(bench, "model_steps", lambda *given: seen.append(given) or torch.zeros(()))
     row = bench.step_row(args, "tiny", "full", 1, 64, True)
-    model, batch = seen[0]
+    model, _, batch, mtp_every, recompute = seen[0]
     assert row["attn"] == "full"
-    assert row["recompute"] and model.recompute
+    assert row["recompute"] is recompute is True
+    assert mtp_every == 1
     assert model.cfg.attn_types == ["full"] * 3
     assert len(model.mtp) == 0
     assert torch.equal(batch["idx"][:, 1:], batch["targets"][:, :-1])

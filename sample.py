@@ -1120,12 +1120,13 @@ def generate(model, prompts, max_new_tokens, n_samples=1, temperature=1.0, top_p
     cache.expand(n_samples)
     logits = logits.repeat_interleave(n_samples, 0)
 
+    token = None                       # drawn last; the first logits are the prefill's
     running = [True] * len(rows)
     for t in range(shared, capacity):
         running = [on and t < length + max_new_tokens for on, length in zip(running, lengths)]
         if not any(running):
             return
-        if t > shared:  # the first logits are the prefill's
+        if token is not None:
             logits = model(token[:, None], cache=cache, n_logits=1, index_warmup=index_warmup)[0]
         last = logits[:, -1].float()
         logprobs = last.log_softmax(-1)

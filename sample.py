@@ -580,12 +580,15 @@ def in_index_warmup(state):
 def check_tokenizer(spec):
     """A checkpoint's spec -> Tokenizer. ValueError if its parts make none."""
     check_fields("its tokenizer", spec, dict(pattern=str, ranks=list, special=dict))
-    ranks, special = spec["ranks"], spec["special"]
+    ranks = spec["ranks"]
+    special = spec["special"]
     if not all(type(token) is bytes and token for token in ranks):
         raise ValueError("its tokenizer has ranks that are not bytes")
-    if len(set(ranks)) < len(ranks) or not {bytes([b]) for b in range(256)} <= set(ranks):
+    every_byte = {bytes([byte]) for byte in range(256)}
+    if len(set(ranks)) < len(ranks) or not every_byte <= set(ranks):
         raise ValueError("its tokenizer has a token twice, or lacks one of the 256 bytes")
-    if EOT not in special or list(special.values()) != list(range(len(ranks), len(ranks) + len(special))):
+    next_ids = range(len(ranks), len(ranks) + len(special))
+    if EOT not in special or list(special.values()) != list(next_ids):
         raise ValueError(f"its tokenizer's special tokens, {str(special)[:40]}, do not follow the {len(ranks)} others")
     return Tokenizer(spec)
 

@@ -37,6 +37,7 @@ M3_STYLE = dict(activation="swiglu_oai", gemma_norm=True, qk_norm="head")
 
 @dataclasses.dataclass
 class MiniMaxConfig:
+    """The shape of a model. Comments have the names of the released config.json."""
     vocab_size: int
     n_layer: int                       # num_hidden_layers
     n_embd: int                        # hidden_size
@@ -69,80 +70,102 @@ class MiniMaxConfig:
 
     def check(self, dtype=torch.float32):
         """AssertionError for a value with which no model can work, or none that computes in dtype."""
+        # kinds of layers
         for name, allowed in (("attn_types", ("full", "msa")), ("mlp_types", ("dense", "moe"))):
             types = getattr(self, name)
             assert isinstance(types, (list, tuple)), f"{name} {types}: not a list"
             assert len(types) == self.n_layer, f"{name} {types}: {len(types)} of {self.n_layer} layers"
             assert all(kind in allowed for kind in types), f"{name} {types}: {' or '.join(allowed)}"
-        counts = ["vocab_size", "n_layer", "n_embd", "n_head", "n_kv_head", "head_dim", "max_seq_len"]
+
+        # counts: of what the layers need, at least 1
+        needed = ["vocab_size", "n_layer", "n_embd", "n_head", "n_kv_head", "head_dim", "max_seq_len"]
         if "dense" in self.mlp_types:
-            counts += ["dense_dim"]
+            needed += ["dense_dim"]
         if "moe" in self.mlp_types:
-            counts += ["n_expert", "n_expert_per_tok", "expert_dim"]
+            needed += ["n_expert", "n_expert_per_tok", "expert_dim"]
         if "msa" in self.attn_types:
-            counts += ["index_head_dim", "index_block_size", "index_topk_blocks", "index_kl_stride"]
-        for name in [*counts, "rotary_dim", "shared_dim", "n_mtp"]:
-            value, least = getattr(self, name), int(name in counts)
+            needed += ["index_head_dim", "index_block_size", "index_topk_blocks", "index_kl_stride"]
+        for name in [*needed, "rotary_dim", "shared_dim", "n_mtp"]:
+            value = getattr(self, name)
+            least = 1 if name in needed else 0
             assert type(value) is int and value >= least, f"{name} {value!r}: a whole number, {least} or more"
+
+        # numbers, switches, names
         for name in ("routed_scale", "rope_theta", "norm_eps"):
             value = getattr(self, name)
             assert type(value) in (int, float) and 0 < value < math.inf, f"{name} {value!r}: a number above 0"
         assert isinstance(self.gemma_norm, bool), f"gemma_norm {self.gemma_norm!r}: True or False"
-        assert self.n_head % self.n_kv_head == 0, f"{self.n_head} query heads do not share {self.n_kv_head} KV heads"
-        assert self.rotary_dim in range(0, self.head_dim + 1, 2), f"rotary_dim {self.rotary_dim} of {self.head_dim}"
         assert self.activation in ("swiglu", "swiglu_oai"), f"activation {self.activation}: swiglu or swiglu_oai"
         assert self.qk_norm in ("layer", "head"), f"qk_norm {self.qk_norm}: layer or head"
+
+        # what must fit together
+        assert self.n_head % self.n_kv_head == 0, f"{self.n_head} query heads do not share {self.n_kv_head} KV heads"
+        assert self.rotary_dim in range(0, self.head_dim + 1, 2), f"rotary_dim {self.rotary_dim} of {self.head_dim}"
         if "msa" in self.attn_types:
-            least, found = self.rotary_dim, self.index_head_dim
-            assert found >= least, f"index_head_dim {found}: rotary_dim, {least}, of its channels rotate"
+            found = self.index_head_dim
+            assert found >= self.rotary_dim, (
+                f"index_head_dim {found}: rotary_dim, {self.rotary_dim}, of its channels rotate")
         if "moe" in self.mlp_types:
-            chosen, experts = self.n_expert_per_tok, self.n_expert
-            assert chosen <= experts, f"n_expert_per_tok {chosen}: there are {experts} experts"
+            assert self.n_expert_per_tok <= self.n_expert, (
+                f"n_expert_per_tok {self.n_expert_per_tok}: there are {self.n_expert} experts")
             unit = 16 // dtype.itemsize  # grouped_mm wants rows of whole 16 bytes
             for name in ("n_embd", "expert_dim"):
                 value = getattr(self, name)
                 assert value % unit == 0, f"{name} {value}: a multiple of {unit} where experts compute in {dtype}"
 
     @classmethod
-    def micro(cls, **kw):
+    def micro(cls, **changes):
         """M2's pattern at the size of rl.py's tasks, in bytes."""
-        return cls(**{**dict(
+        fields = dict(
             vocab_size=257, n_layer=3, n_embd=64, n_head=4, n_kv_head=2, head_dim=16, rotary_dim=8, max_seq_len=1024,
-            attn_types=["full"] * 3, mlp_types=["moe"] * 3, n_expert=8, n_expert_per_tok=2, expert_dim=64,
-            index_head_dim=16, index_block_size=8, index_topk_blocks=4), **kw})
+            attn_types=["full"] * 3, mlp_types=["moe"] * 3,
+            n_expert=8, n_expert_per_tok=2, expert_dim=64,
+            index_head_dim=16, index_block_size=8, index_topk_blocks=4)
+        return cls(**{**fields, **changes})
 
     @classmethod
-    def tiny(cls, **kw):
+    def tiny(cls, **changes):
         """M3's pattern at a size that two CPU cores train in three minutes."""
-        return cls(**{**M3_STYLE, **dict(
+        fields = dict(
+            M3_STYLE,
             vocab_size=4096, n_layer=3, n_embd=128, n_head=4, n_kv_head=2, head_dim=32, rotary_dim=16, max_seq_len=1024,
-            attn_types=["full", "msa", "msa"], mlp_types=["dense", "moe", "moe"], n_expert=8, n_expert_per_tok=2,
-            expert_dim=96, shared_dim=96, dense_dim=384, routed_scale=2.0, index_head_dim=64, index_block_size=8,
-            index_topk_blocks=4, index_kl_stride=2, n_mtp=1), **kw})
+            attn_types=["full", "msa", "msa"], mlp_types=["dense", "moe", "moe"],
+            n_expert=8, n_expert_per_tok=2, expert_dim=96, shared_dim=96, dense_dim=384, routed_scale=2.0,
+            index_head_dim=64, index_block_size=8, index_topk_blocks=4, index_kl_stride=2, n_mtp=1)
+        return cls(**{**fields, **changes})
 
     @classmethod
-    def small(cls, **kw):
-        """M3's pattern at the size of GPT-2 124M (85M active without embedding and head), for one H100."""
-        return cls(**{**M3_STYLE, **dict(
+    def small(cls, **changes):
+        """M3's pattern at the size of GPT-2 124M (85M active without embedding and head), for one H200."""
+        fields = dict(
+            M3_STYLE,
             vocab_size=50304, n_layer=12, n_embd=768, n_head=4, n_kv_head=2, head_dim=128, rotary_dim=64,
             max_seq_len=2 ** 20, attn_types=["full"] * 3 + ["msa"] * 9, mlp_types=["dense"] * 3 + ["moe"] * 9,
             n_expert=16, n_expert_per_tok=4, expert_dim=512, shared_dim=512, dense_dim=2304, routed_scale=2.0,
-            index_head_dim=128, index_block_size=128, index_topk_blocks=16, index_kl_stride=8, n_mtp=1), **kw})
+            index_head_dim=128, index_block_size=128, index_topk_blocks=16, index_kl_stride=8, n_mtp=1)
+        return cls(**{**fields, **changes})
 
     @classmethod
-    def m2(cls, **kw):
-        return cls(**{**dict(
+    def m2(cls, **changes):
+        """MiniMax-M2 as released: 229.9B parameters, 9.8B active."""
+        fields = dict(
             vocab_size=200064, n_layer=62, n_embd=3072, n_head=48, n_kv_head=8, head_dim=128, rotary_dim=64,
-            max_seq_len=196608, attn_types=["full"] * 62, mlp_types=["moe"] * 62, n_expert=256, n_expert_per_tok=8,
-            expert_dim=1536), **kw})
+            max_seq_len=196608, attn_types=["full"] * 62, mlp_types=["moe"] * 62,
+            n_expert=256, n_expert_per_tok=8, expert_dim=1536)
+        return cls(**{**fields, **changes})
 
     @classmethod
-    def m3(cls, **kw):
-        return cls(**{**M3_STYLE, **dict(
+    def m3(cls, **changes):
+        """MiniMax-M3's text model as released: 428B parameters with its vision tower, 23B active."""
+        fields = dict(
+            M3_STYLE,
             vocab_size=200064, n_layer=60, n_embd=6144, n_head=64, n_kv_head=4, head_dim=128, rotary_dim=64,
             max_seq_len=1048576, attn_types=["full"] * 3 + ["msa"] * 57, mlp_types=["dense"] * 3 + ["moe"] * 57,
             n_expert=128, n_expert_per_tok=4, expert_dim=3072, shared_dim=3072, dense_dim=12288, routed_scale=2.0,
-            index_head_dim=128, index_block_size=128, index_topk_blocks=16), **kw})
+            index_head_dim=128, index_block_size=128, index_topk_blocks=16)
+        return cls(**{**fields, **changes})
+
+# ---- norm, rope ----------------------------------------------------------------------------------
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm, computed in fp32 or wider. Gemma's form stores the weight's distance from 1."""
@@ -175,7 +198,9 @@ def apply_rope(x, rope):
     a = x[..., :half].to(wide)
     b = x[..., half:2 * half].to(wide)
     rest = x[..., 2 * half:]
-    return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest], -1)
+    turned_a = (a * cos - b * sin).to(x.dtype)
+    turned_b = (b * cos + a * sin).to(x.dtype)
+    return torch.cat([turned_a, turned_b, rest], -1)
 
 # ---- the cache -----------------------------------------------------------------------------------
 
@@ -607,6 +632,14 @@ def depth_weight(k, T, weight, end):
     inside = within_document(k, T, end, end.device)
     return inside.float() if weight is None else weight * inside
 
+def stack_reports(reports):
+    """What layers report, one dict each -> a dict of tensors whose first dimension are the layers that report it."""
+    found = {}
+    for report in reports:
+        for key, x in report.items():
+            found.setdefault(key, []).append(x)
+    return {key: torch.stack(layers) for key, layers in found.items()}
+
 # ---- the model -----------------------------------------------------------------------------------
 
 class MiniMax(nn.Module):
@@ -688,11 +721,24 @@ class MiniMax(nn.Module):
         hidden = x
         x = self.norm(hidden)
 
-        # losses
+        # losses, what the layers report, logits
         losses = None
         if self.training or targets is not None:
-            none = torch.zeros(0, device=idx.device)
-            losses = Losses(next=none.sum(), mtp=none, kl=none)
+            losses = self.sum_losses(hidden, x, idx, targets, ctx, reports, run_mtp)
+        aux = dict(hidden=hidden, **stack_reports(reports))
+        if cache is not None:
+            cache.advance(T)
+        if targets is not None and n_logits is None:
+            return None, losses, aux
+        if n_logits is not None:
+            x = x[:, max(0, T - n_logits):]
+        return self.lm_head(x), losses, aux
+
+    def sum_losses(self, hidden, x, idx, targets, ctx, reports, run_mtp):
+        """Losses of a forward -> Losses, 0 or empty where there are none. Takes the KLs out of `reports`, and adds what
+        MTP modules report. hidden, x: the trunk's states before and after its last norm."""
+        none = torch.zeros(0, device=idx.device)
+        losses = Losses(next=none.sum(), mtp=none, kl=none)
         if targets is not None:
             losses.next = cross_entropy(x, self.lm_head.weight, targets)
         if targets is not None and run_mtp and self.mtp:
@@ -700,18 +746,7 @@ class MiniMax(nn.Module):
         kls = [report.pop("index_kl") for report in reports if "index_kl" in report]
         if kls:
             losses.kl = torch.stack(kls)
-
-        # what the layers report
-        if cache is not None:
-            cache.advance(T)
-        aux = dict(hidden=hidden)
-        for key in dict.fromkeys(key for report in reports for key in report):
-            aux[key] = torch.stack([report[key] for report in reports if key in report])
-        if targets is not None and n_logits is None:
-            return None, losses, aux
-        if n_logits is not None:
-            x = x[:, max(0, T - n_logits):]
-        return self.lm_head(x), losses, aux
+        return losses
 
     def layer_contexts(self, ctx, replay):
         """The context of each layer of the trunk, with its part of the recorded choices."""

@@ -3356,99 +3356,140 @@ def test_where_losses_scatter_far_is_farther():
 
     check_losses(3.5, 1, scattered)
 
-def test_interrupt_saves_and_kill_is_harmless(corpus, tmp_path):
-    """Ctrl-C ends the run with a checkpoint and exit 0; SIGKILL in the middle of a save leaves the checkpoint whole."""
-    args = map(str, train_args(corpus, tmp_path, "--steps", 100000, "--log-every", 1, "--eval-every", 3))
-    run = subprocess.Popen([sys.executable, HERE / "train.py", *args], text=True, stdout=subprocess.PIPE, stderr=-2)
+def test_ctrl_c_saves_and_says_how_to_go_on(corpus, tmp_path):
+    """Ctrl-C ends the run with a checkpoint, its summary and exit 0."""
+    argv = map(str, train_args(corpus, tmp_path, "--steps", 100_000, "--log-every", 1, "--eval-every", 3))
+    command = [sys.executable, HERE / "train.py", *argv]
+    run = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert any(line.startswith("step 00004") for line in run.stdout)
+
     run.send_signal(signal.SIGINT)
     rest = run.stdout.read()
-    assert run.wait() == 0 and "go on with --resume" in rest and json.loads(rest.strip().splitlines()[-1])["step"] >= 4
-    step = sample.load_checkpoint(str(tmp_path))["now"]["step"]
-    slow = ("import os, signal, train\n"
-            "def kill(fd):\n    os.ftruncate(fd, 1000)\n    os.kill(os.getpid(), signal.SIGKILL)\nos.fsync = kill\n"
-            f"train.main({list(map(str, resume(tmp_path, '--stop-after', step + 1)))})")
-    run = subprocess.run([sys.executable, "-c", slow], cwd=HERE, capture_output=True)
-    assert run.returncode == -signal.SIGKILL and [f.stat().st_size for f in tmp_path.glob("*.pt.tmp")] == [1000]
-    assert sample.load_checkpoint(str(tmp_path))["now"]["step"] == step
+
+    assert run.wait() == 0
+    assert "go on with --resume" in rest
+    result = json.loads(rest.strip().splitlines()[-1])
+    assert result["step"] >= 4
+    assert result["step"] == steps_done(tmp_path)
+
+KILLED_IN_A_SAVE = """
+import os, signal, sys, train
+
+def kill(fd):
+    os.ftruncate(fd, 1000)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+os.fsync = kill
+train.main(sys.argv[1:])
+"""
+
+def test_kill_9_in_a_save_is_harmless(trained, tmp_path):
+    """SIGKILL in the middle of a save leaves the checkpoint whole, and what was written beside it."""
+    before = copy_checkpoint(trained[0], tmp_path).read_bytes()
+    argv = map(str, resume(tmp_path, "--steps", 13))
+
+    run = subprocess.run([sys.executable, "-c", KILLED_IN_A_SAVE, *argv], cwd=HERE, capture_output=True)
+
+    assert run.returncode == -signal.SIGKILL
+    assert [file.stat().st_size for file in tmp_path.glob("*.pt.tmp")] == [1000]
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+    assert steps_done(tmp_path) == 12
 
 class Killed(BaseException):
     """Ends a run at once, as kill -9 would, but for what holds the folder."""
 
-def paced(monkeypatch, kill=None, change=lambda model, call, aux: None):
+def change_nothing(model, call, found):
+    pass
+
+def paced(monkeypatch, kill=None, change=change_nothing):
     """Each training step takes a second of the clock that saves follow; the run is killed in step `kill` of the
     process, and `change` may alter what a step leaves behind."""
-    calls, real = [], train.train_step
+    calls = []
+    real = train.train_step
     begun = time.monotonic()
 
     def train_step(model, *args, **mode):
         calls.append(1)
         if len(calls) == kill:
             raise Killed
-        aux = real(model, *args, **mode)
-        change(model, len(calls), aux)
-        return aux
+        found = real(model, *args, **mode)
+        change(model, len(calls), found)
+        return found
 
     monkeypatch.setattr(train, "train_step", train_step)
     monkeypatch.setattr(time, "monotonic", lambda: begun + len(calls))
 
+def run_until_killed(argv):
+    """A paced run of five steps, killed in the sixth."""
+    with pytest.MonkeyPatch.context() as patch:
+        paced(patch, kill=6)
+        with pytest.raises(Killed):
+            quiet(train.main, argv)
+
 def test_saves_follow_the_clock():
     """Saves are due after 3, 6, 12, 24 s and at each minute, but not before 20 times what the last one took."""
-    now, dues = [100.0], []
-    timer = sample.SaveTimer(lambda: now[0])
+    clock = SimpleNamespace(now=100.0)
+    timer = sample.SaveTimer(lambda: clock.now)
+    dues = []
     for second in range(200):
-        now[0] = 100.0 + second
+        clock.now = 100.0 + second
         if timer.due():
             dues.append(second)
-            timer.saved(now[0])
+            timer.saved(clock.now)
     assert dues == [3, 6, 12, 24, 60, 120, 180]
-    timer.saved(now[0] - 10)  # it took 10 s
-    now[0] += 199
+
+    timer.saved(clock.now - 10)        # it took 10 s
+    clock.now += 199
     assert not timer.due()
-    now[0] += 1
+    clock.now += 1
     assert timer.due()
 
 def test_a_killed_run_goes_on_from_the_last_seconds(trained, corpus, tmp_path, monkeypatch):
     """Killed before its first evaluation, again and again, a run still ends, with the bits of one that was not."""
-    start = train_args(corpus, tmp_path, "--steps", 12, "--eval-every", 1000)
-    for argv, saved in ((start, 3), (resume(tmp_path), 6), (resume(tmp_path), 9)):
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-            paced(patch, kill=6)
-            quiet(train.main, argv)
-        assert sample.load_checkpoint(str(tmp_path))["now"]["step"] == saved
+    run_until_killed(train_args(corpus, tmp_path, "--steps", 12, "--eval-every", 1000))
+    assert steps_done(tmp_path) == 3
+    run_until_killed(resume(tmp_path))
+    assert steps_done(tmp_path) == 6
+    run_until_killed(resume(tmp_path))
+    assert steps_done(tmp_path) == 9
+
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, resume(tmp_path))])
     assert train.main()["step"] == 12
-    same, want = weights(tmp_path), weights(trained[0])
-    assert [name for name in want if not torch.equal(same[name], want[name])] == []
+    assert changed_weights(tmp_path, trained[0]) == []
 
-def test_saves_by_time_keep_the_last_good_checkpoint(trained, tmp_path, capsys, monkeypatch):
+def loss_jumps(model, call, found):
+    if call >= 4:  # the weights of three steps are written when the fourth shows what they are worth
+        found["loss"] += 100
+
+def weight_is_nan(model, call, found):
+    if call == 3:
+        model.lm_head.weight.data[5, 5] = math.nan
+
+@pytest.mark.parametrize("change, word", [(loss_jumps, "loss spike"), (weight_is_nan, "not finite")])
+def test_saves_by_time_keep_the_last_good_checkpoint(trained, tmp_path, capsys, monkeypatch, change, word):
     """A loss that jumps with the weights to be saved, or a weight that is NaN, leaves the checkpoint as it was."""
-    whole, again = (trained[0] / "ckpt.pt").read_bytes(), resume(tmp_path, "--steps", 60, "--eval-every", 1000)
-    (tmp_path / "ckpt.pt").write_bytes(whole)
+    whole = copy_checkpoint(trained[0], tmp_path).read_bytes()
+    paced(monkeypatch, change=change)
 
-    def jump(model, call, aux):
-        if call >= 4:  # the weights of three steps are written when the fourth shows what they are worth
-            aux["loss"] += 100
+    line = refused(train.main, resume(tmp_path, "--steps", 60, "--eval-every", 1000), capsys, code=1)
 
-    def poison(model, call, aux):
-        if call == 3:
-            model.lm_head.weight.data[5, 5] = math.nan
+    assert word in line
+    assert files(tmp_path) == {"ckpt.pt": whole}
 
-    for change, word in ((jump, "loss spike"), (poison, "not finite")):
-        with pytest.MonkeyPatch.context() as patch:
-            paced(patch, change=change)
-            assert word in refused(train.main, again, capsys, code=1)
-        assert files(tmp_path) == {"ckpt.pt": whole}
-    paced(monkeypatch, kill=6)  # calm: it is saved
-    with pytest.raises(Killed): quiet(train.main, again)
-    assert sample.load_checkpoint(str(tmp_path))["now"]["step"] == 15
+def test_saves_by_time_take_a_calm_step(trained, tmp_path):
+    """Without a jump, or a NaN, the same weights are saved."""
+    copy_checkpoint(trained[0], tmp_path)
 
-@pytest.mark.parametrize("steps", [0, 3])
-def test_a_new_run_keeps_the_one_before_it(trained, corpus, tmp_path, monkeypatch, steps):
+    run_until_killed(resume(tmp_path, "--steps", 60, "--eval-every", 1000))
+
+    assert steps_done(tmp_path) == 15
+
+@pytest.mark.parametrize("more", [[], ["--stop-after", 3]], ids=["in an evaluation", "in the last evaluation"])
+def test_a_new_run_keeps_the_one_before_it(trained, corpus, tmp_path, more):
     """Ctrl-C in a new run's evaluation, or many saves: ckpt.pt.old is the run before, whole, and nothing else is."""
-    before = (trained[0] / "ckpt.pt").read_bytes()
-    (tmp_path / "ckpt.pt").write_bytes(before)
-    stop, real = [], train.evaluate
+    before = copy_checkpoint(trained[0], tmp_path).read_bytes()
+    stop = []
+    real = train.evaluate
 
     def interrupted(*args):
         stop.append(1)
@@ -3457,168 +3498,281 @@ def test_a_new_run_keeps_the_one_before_it(trained, corpus, tmp_path, monkeypatc
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "on_signals", lambda: stop)
         patch.setattr(train, "evaluate", interrupted)
-        again = train_args(corpus, tmp_path, "--steps", 9, "--eval-every", 3, *["--stop-after", 3][:steps])
-        assert "go on with --resume" in quiet(train.main, again)[1]
+        _, text = start_run(corpus, tmp_path, "--steps", 9, "--eval-every", 3, *more)
+    assert "go on with --resume" in text
     assert (tmp_path / "ckpt.pt.old").read_bytes() == before
-    quiet(train.main, resume(tmp_path, "--eval-every", 1))  # the same run: nothing else is put aside
+
+    resume_run(tmp_path, "--eval-every", 1)  # the same run: nothing else is put aside
     assert (tmp_path / "ckpt.pt.old").read_bytes() == before
     assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "ckpt.pt.old"]
 
+HOLD_A_FOLDER = """
+import sample, sys, time
+
+with sample.lock_folder(sys.argv[1]):
+    sample.new_temporary(sys.argv[1])
+    print("held", flush=True)
+    time.sleep(100)
+"""
+
 def test_a_folder_has_one_writer(trained, corpus, tmp_path, capsys):
     """A second run, new or resumed, by either script, is refused at its start; readers are not; kill -9 frees it."""
-    (tmp_path / "ckpt.pt").write_bytes((trained[0] / "ckpt.pt").read_bytes())
-    hold = ("import sample, sys, time\n"
-            "with sample.lock_folder(sys.argv[1]):\n"
-            "    sample.new_temporary(sys.argv[1]), print('held', flush=True), time.sleep(100)")
-    owner = subprocess.Popen([sys.executable, "-c", hold, tmp_path], cwd=HERE, stdout=subprocess.PIPE, text=True)
+    copy_checkpoint(trained[0], tmp_path)
+    command = [sys.executable, "-c", HOLD_A_FOLDER, tmp_path]
+    owner = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True)
     assert owner.stdout.readline() == "held\n"
     before = files(tmp_path)
-    for main, argv in ((train.main, train_args(corpus, tmp_path, "--steps", 1)), (train.main, resume(tmp_path)),
-                       (rl.main, rl_args(tmp_path)), (rl.main, resume(tmp_path))):
+
+    for main, argv in (
+            (train.main, train_args(corpus, tmp_path, "--steps", 1)),
+            (train.main, resume(tmp_path)),
+            (rl.main, rl_args(tmp_path)),
+            (rl.main, resume(tmp_path))):
         assert f"process {owner.pid}" in refused(main, argv, capsys)
         assert files(tmp_path) == before
-    quiet(sample.main, ["--out", tmp_path, "--device", "cpu", "--max-new-tokens", 1])
-    owner.kill(), owner.wait()
-    assert quiet(train.main, resume(tmp_path, "--steps", 13))[0]["step"] == 13
+
+    quiet(sample.main, sample_args(tmp_path, "--max-new-tokens", 1))
+
+    owner.kill()
+    owner.wait()
+    result, _ = resume_run(tmp_path, "--steps", 13)
+    assert result["step"] == 13
     assert os.listdir(tmp_path) == ["ckpt.pt"]  # neither the lock nor what the killed one had half written
 
-def test_unwritable_folders_are_refused_at_the_start(trained, corpus, tmp_path, capsys, monkeypatch):
-    """A file in the folder's place, a folder in the checkpoint's, a full or read-only disk: before any text is read."""
+@pytest.fixture
+def nothing_is_read(monkeypatch):
+    """A run that gets as far as its text fails the test."""
     monkeypatch.setattr(train, "prepare", lambda *args: pytest.fail("the text was read"))
+
+@pytest.mark.parametrize("place, word", [
+    ("file", "file"),
+    ("file/below", "Not a directory"),
+    ("taken", "in the way")])
+def test_unwritable_folders_are_refused_at_the_start(nothing_is_read, corpus, tmp_path, capsys, place, word):
+    """A file in the folder's place, a folder in the checkpoint's: refused before any text is read."""
     (tmp_path / "file").write_text("x")
     (tmp_path / "taken" / "ckpt.pt").mkdir(parents=True)
-    for place, word in (("file", "file"), ("file/below", "Not a directory"), ("taken", "in the way")):
-        for main, argv in ((train.main, train_args(corpus, tmp_path / place)), (rl.main, rl_args(tmp_path / place))):
-            assert word in refused(main, argv, capsys)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "ckpt.pt").write_bytes((trained[0] / "ckpt.pt").read_bytes())
+
+    assert word in refused(train.main, train_args(corpus, tmp_path / place), capsys)
+    assert word in refused(rl.main, rl_args(tmp_path / place), capsys)
+
+    assert sorted(os.listdir(tmp_path)) == ["file", "taken"]
+
+def test_read_only_disks_are_refused_at_the_start(nothing_is_read, trained, corpus, tmp_path, capsys, monkeypatch):
+    """Where no file can be made, no run starts or goes on, and no folder appears."""
+    run = tmp_path / "run"
+    run.mkdir()
+    copy_checkpoint(trained[0], run)
     real = os.open
 
     def read_only(path, flags, *args, **kw):
-        if flags & os.O_CREAT: raise OSError(30, "Read-only file system")
+        if flags & os.O_CREAT:
+            raise OSError(30, "Read-only file system")
         return real(path, flags, *args, **kw)
 
     monkeypatch.setattr(os, "open", read_only)
-    for argv in (train_args(corpus, tmp_path / "run"), train_args(corpus, tmp_path / "new"), resume(tmp_path / "run")):
-        assert "Read-only file system" in refused(train.main, argv, capsys)
-    assert sorted(os.listdir(tmp_path)) == ["file", "run", "taken"] and os.listdir(tmp_path / "run") == ["ckpt.pt"]
 
-def test_links_are_not_written_through(trained, corpus, tmp_path):
+    for argv in (train_args(corpus, run), train_args(corpus, tmp_path / "new"), resume(run)):
+        assert "Read-only file system" in refused(train.main, argv, capsys)
+    assert os.listdir(tmp_path) == ["run"]
+    assert os.listdir(run) == ["ckpt.pt"]
+
+def test_links_are_not_written_through(trained, tmp_path):
     """What a link named ckpt.pt, or one where a checkpoint was written before, leads to stays as it is."""
-    whole, run = (trained[0] / "ckpt.pt").read_bytes(), tmp_path / "run"
+    run = tmp_path / "run"
+    far = tmp_path / "far.pt"
+    precious = tmp_path / "precious"
     run.mkdir()
-    (tmp_path / "far.pt").write_bytes(whole)
-    (tmp_path / "precious").write_text("mine")
-    (run / "ckpt.pt").symlink_to(tmp_path / "far.pt")
-    (run / "ckpt.pt.tmp").symlink_to(tmp_path / "precious")
-    assert "was a link" in quiet(train.main, resume(run, "--steps", 13))[1]
-    assert (tmp_path / "far.pt").read_bytes() == whole and (tmp_path / "precious").read_text() == "mine"
-    assert not (run / "ckpt.pt").is_symlink() and sample.load_checkpoint(str(run))["now"]["step"] == 13
+    whole = (trained[0] / "ckpt.pt").read_bytes()
+    far.write_bytes(whole)
+    precious.write_text("mine")
+    (run / "ckpt.pt").symlink_to(far)
+    (run / "ckpt.pt.tmp").symlink_to(precious)
+
+    _, text = resume_run(run, "--steps", 13)
+
+    assert "was a link" in text
+    assert far.read_bytes() == whole
+    assert precious.read_text() == "mine"
+    assert not (run / "ckpt.pt").is_symlink()
+    assert steps_done(run) == 13
 
 @pytest.mark.parametrize("kind", ["link", "folder", "pipe"])
 def test_what_is_in_the_locks_place_is_named(corpus, tmp_path, capsys, kind):
     """Something other than a file where the lock belongs is refused by its name, and a link's target is not touched."""
-    lock, target = tmp_path / sample.LOCK, tmp_path / "target"
+    lock = tmp_path / sample.LOCK
+    target = tmp_path / "target"
     target.write_text("mine")
-    if kind == "link": lock.symlink_to(target)
-    if kind == "folder": lock.mkdir()
-    if kind == "pipe": os.mkfifo(lock)
-    assert f"{lock} is in the way" in refused(train.main, train_args(corpus, tmp_path, "--steps", 1), capsys)
+    if kind == "link":
+        lock.symlink_to(target)
+    elif kind == "folder":
+        lock.mkdir()
+    else:
+        os.mkfifo(lock)
+
+    line = refused(train.main, train_args(corpus, tmp_path, "--steps", 1), capsys)
+
+    assert f"{lock} is in the way" in line
     assert target.read_text() == "mine"
     assert sorted(os.listdir(tmp_path)) == [sample.LOCK, "target"]
 
-@pytest.mark.parametrize("place", ["prepare", "card", "train_step", "evaluate", "final"])
-def test_ctrl_c_in_every_phase(trained, corpus, tmp_path, capsys, monkeypatch, place):
-    """Ctrl-C while text is read, in a step, an evaluation or the last one: one line, and no checkpoint is lost."""
-    before = (trained[0] / "ckpt.pt").read_bytes()
-    (tmp_path / "ckpt.pt").write_bytes(before)
-    name, calls = "evaluate" if place == "final" else place, []
+def press_ctrl_c(monkeypatch, name, nth=1):
+    """Ctrl-C comes at the start of the nth call of train.py's function of that name."""
+    calls = []
     real = getattr(train, name)
 
-    def pressed(*args):
+    def pressed(*args, **kw):
         calls.append(1)
-        if len(calls) == 1 + (place == "final"): signal.raise_signal(signal.SIGINT)
-        return real(*args)
+        if len(calls) == nth:
+            signal.raise_signal(signal.SIGINT)
+        return real(*args, **kw)
 
     monkeypatch.setattr(train, name, pressed)
-    argv = train_args(corpus, tmp_path, "--steps", 3)
-    if place in ("train_step", "evaluate"):
-        assert "stopped after step" in quiet(train.main, argv)[1]
-    else:
-        assert refused(train.main, argv, capsys, code=130) == "train.py: interrupted"
-    name = "ckpt.pt" if place in ("prepare", "card") else "ckpt.pt.old"
-    assert (tmp_path / name).read_bytes() == before and not {*os.listdir(tmp_path)} - {"ckpt.pt", "ckpt.pt.old"}
 
-def test_what_is_sparse_stays_sparse(corpus, tmp_path, monkeypatch):
+def assert_kept(folder, name, before):
+    """The file is as it was, and no files but checkpoints are left."""
+    assert (folder / name).read_bytes() == before
+    assert {*os.listdir(folder)} <= {"ckpt.pt", "ckpt.pt.old"}
+
+@pytest.mark.parametrize("name", ["train_step", "evaluate"])
+def test_ctrl_c_in_a_step_or_an_evaluation_saves(trained, corpus, tmp_path, monkeypatch, name):
+    """The run stops and is saved; the one before it is put aside, whole."""
+    before = copy_checkpoint(trained[0], tmp_path).read_bytes()
+    press_ctrl_c(monkeypatch, name)
+
+    _, text = start_run(corpus, tmp_path, "--steps", 3)
+
+    assert "stopped after step" in text
+    assert_kept(tmp_path, "ckpt.pt.old", before)
+
+@pytest.mark.parametrize("name, nth, kept", [
+    pytest.param("prepare", 1, "ckpt.pt", id="prepare"),
+    pytest.param("card", 1, "ckpt.pt", id="card"),
+    pytest.param("evaluate", 2, "ckpt.pt.old", id="final")])
+def test_ctrl_c_before_the_steps_or_after_them(trained, corpus, tmp_path, capsys, monkeypatch, name, nth, kept):
+    """While text is read or in the last evaluation, when all is saved: one line, and no checkpoint is lost."""
+    before = copy_checkpoint(trained[0], tmp_path).read_bytes()
+    press_ctrl_c(monkeypatch, name, nth)
+
+    line = refused(train.main, train_args(corpus, tmp_path, "--steps", 3), capsys, code=130)
+
+    assert line == "train.py: interrupted"
+    assert_kept(tmp_path, kept, before)
+
+@pytest.fixture
+def modes(monkeypatch):
+    """A list that gets, of each training step, whether the index branch warms up, and the length of rows."""
+    seen = []
+    real = train.train_step
+
+    def train_step(model, batch, *args, **mode):
+        seen.append((mode["index_warmup"], batch["idx"].size(1)))
+        return real(model, batch, *args, **mode)
+
+    monkeypatch.setattr(train, "train_step", train_step)
+    return seen
+
+def test_what_is_sparse_stays_sparse(corpus, tmp_path, modes):
     """A longer end brings neither full attention nor short rows back, from older checkpoints neither; it is said."""
-    quiet(train.main, train_args(corpus, tmp_path, "--steps", 10, "--stop-after", 9))
-    state = sample.load_checkpoint(str(tmp_path))
+    start_run(corpus, tmp_path, "--steps", 10, "--stop-after", 9)
+    state = read_checkpoint(tmp_path)
     for name in ("sparse", "reached", "run", "text"):  # as before runs recorded them
         del state["now"][name]
-    (tmp_path / "older").mkdir()
-    sample.save_checkpoint(str(tmp_path / "older"), **state)
-    seen, real = [], train.train_step
+    older = tmp_path / "older"
+    older.mkdir()
+    sample.save_checkpoint(str(older), **state)
+    modes.clear()
 
-    def train_step(model, batch, *args, **mode):
-        seen.append((mode["index_warmup"], batch["idx"].size(1)))
-        return real(model, batch, *args, **mode)
-
-    monkeypatch.setattr(train, "train_step", train_step)
-    for out in (tmp_path, tmp_path / "older"):
-        text = quiet(train.main, resume(out, "--steps", 100, "--stop-after", 11))[1]
-        assert "90% of the run is now 9%" in text and "attention stays sparse" in text
-        assert "rows stay at 64" in text and "(decay) -> 1.2e-02 (constant)" in text
+    for out in (tmp_path, older):
+        _, text = resume_run(out, "--steps", 100, "--stop-after", 11)
+        assert "90% of the run is now 9%" in text
+        assert "attention stays sparse" in text
+        assert "rows stay at 64" in text
+        assert "(decay) -> 1.2e-02 (constant)" in text
         assert "of 64 keys, as before" in text
-    assert seen == [(False, 64)] * 4
-    assert sample.load_checkpoint(str(tmp_path))["now"]["sparse"]
+    assert modes == [(False, 64)] * 4
+    assert read_checkpoint(tmp_path)["now"]["sparse"]
 
-def test_an_end_nearer_by_says_what_it_changes(corpus, tmp_path, monkeypatch):
+def test_an_end_nearer_by_says_what_it_changes(corpus, tmp_path, modes):
     """Resumed with fewer steps amid the warm-up, rows grow and attention becomes sparse, and it is said."""
-    quiet(train.main, train_args(corpus, tmp_path, "--steps", 12, "--stop-after", 2))
-    seen, real = [], train.train_step
+    start_run(corpus, tmp_path, "--steps", 12, "--stop-after", 2)
+    modes.clear()
 
-    def train_step(model, batch, *args, **mode):
-        seen.append((mode["index_warmup"], batch["idx"].size(1)))
-        return real(model, batch, *args, **mode)
+    _, text = resume_run(tmp_path, "--steps", 4, "--stop-after", 3)
 
-    monkeypatch.setattr(train, "train_step", train_step)
-    text = quiet(train.main, resume(tmp_path, "--steps", 4, "--stop-after", 3))[1]
-    assert seen == [(False, 32)]
+    assert modes == [(False, 32)]
     assert "rows grow from 16 to 32 tokens; attention becomes sparse" in text
     assert "from 50% of the run" in text
 
 def test_a_warm_up_checkpoint_says_what_it_is(corpus, trained, tmp_path):
     """Saved while the index branch learned, a model has full attention, and sample.py's card says so."""
-    quiet(train.main, train_args(corpus, tmp_path, "--steps", 10, "--stop-after", 2))
-    speak = ["--device", "cpu", "--max-new-tokens", 2, "--out"]
-    assert "index branch was still learning" in quiet(sample.main, [*speak, tmp_path])[1]
-    assert "index branch was still learning" not in quiet(sample.main, [*speak, trained[0]])[1]
+    start_run(corpus, tmp_path, "--steps", 10, "--stop-after", 2)
+    notice = "index branch was still learning"
 
-def test_a_checkpoint_knows_its_text(trained, corpus, tmp_path):
-    """Another text, or an edited one, is said; a run with nothing left writes nothing; older checkpoints are silent."""
-    whole = (trained[0] / "ckpt.pt").read_bytes()
-    (tmp_path / "ckpt.pt").write_bytes(whole)
-    (tmp_path / "other").mkdir()
-    for i in range(4):
-        (tmp_path / "other" / f"part{i}.py").write_text(TEXT[9000 + 2000 * i:11000 + 2000 * i], encoding="utf-8")
-    text = quiet(train.main, resume(tmp_path, "--data", tmp_path / "other"))[1]
-    assert "nothing left to do" in text and "another text" in text and (tmp_path / "ckpt.pt").read_bytes() == whole
-    assert "text    |" not in quiet(train.main, resume(tmp_path))[1]
-    quiet(train.main, resume(tmp_path, "--data", tmp_path / "other", "--steps", 13))
-    with open(tmp_path / "other" / "part0.py", "a") as f: f.write("edited = True\n")
-    text = quiet(train.main, resume(tmp_path, "--steps", 14))[1]
+    _, early = quiet(sample.main, sample_args(tmp_path, "--max-new-tokens", 2))
+    _, late = quiet(sample.main, sample_args(trained[0], "--max-new-tokens", 2))
+
+    assert notice in early
+    assert notice not in late
+
+@pytest.fixture
+def other_text(tmp_path):
+    """A folder of 8,000 characters of which the corpus has 3,000."""
+    folder = tmp_path / "other"
+    folder.mkdir()
+    write_parts(folder, TEXT[9_000:17_000])
+    return folder
+
+def test_another_text_is_said(trained, other_text, tmp_path):
+    """Going on with another text is said, and a run with nothing left writes nothing."""
+    before = copy_checkpoint(trained[0], tmp_path).read_bytes()
+
+    _, text = resume_run(tmp_path, "--data", other_text)
+
+    assert "nothing left to do" in text
+    assert "another text" in text
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+
+def test_an_edited_text_is_said(trained, other_text, tmp_path):
+    """The same folder, in which a file has grown a line since."""
+    copy_checkpoint(trained[0], tmp_path)
+    resume_run(tmp_path, "--data", other_text, "--steps", 13)
+    with open(other_text / "part0.py", "a") as file:
+        file.write("edited = True\n")
+
+    _, text = resume_run(tmp_path, "--steps", 14)
+
     assert "which has changed since" in text
-    state = sample.load_checkpoint(str(tmp_path))
+
+def test_the_same_text_is_not_spoken_of(trained, tmp_path):
+    """A run that goes on with its own text says nothing about it."""
+    copy_checkpoint(trained[0], tmp_path)
+
+    _, text = resume_run(tmp_path)
+
+    assert "text    |" not in text
+
+def test_older_checkpoints_do_not_know_their_text(trained, other_text, tmp_path):
+    """A checkpoint of before texts were recorded says nothing about another text."""
+    state = read_checkpoint(trained[0])
     del state["now"]["text"]
     sample.save_checkpoint(str(tmp_path), **state)
-    assert "text    |" not in quiet(train.main, resume(tmp_path, "--data", corpus))[1]
+
+    _, text = resume_run(tmp_path, "--data", other_text)
+
+    assert "text    |" not in text
 
 def test_a_short_vocabulary_says_why(corpus, tmp_path):
     """A text with few pairs gives fewer tokens than asked for, and the card says so."""
-    (tmp_path / "few.txt").write_text("ab\n" * 3000)
-    argv = ["--data", tmp_path / "few.txt", "--out", tmp_path / "run", "--device", "cpu", "--steps", 1, "--seq-len", 64]
-    assert "tokens, not 4,096: the text has no more pairs" in quiet(train.main, argv)[1]
-    assert "no more pairs" not in quiet(train.main, train_args(corpus, tmp_path / "b", "--steps", 1))[1]
+    few = tmp_path / "few.txt"
+    few.write_text("ab\n" * 3000)
+    argv = ["--data", few, "--out", tmp_path / "few", "--device", "cpu", "--steps", 1, "--seq-len", 64]
+
+    _, short = quiet(train.main, argv)
+    _, full = start_run(corpus, tmp_path / "full", "--steps", 1)
+
+    assert "tokens, not 4,096: the text has no more pairs" in short
+    assert "no more pairs" not in full
 
 # ---- 12. sampling --------------------------------------------------------------------------------
 # generate() continues prompts of unequal length in step, through the cache and MSA's decode. It is held to full

@@ -3075,13 +3075,15 @@ def test_an_evaluation_fits_its_time(monkeypatch, capsys):
     model.eval()
     seen = b""
     nats = 0.0
-    for first in range(0, 3 * T * batch_size, T * batch_size):
-        if len(seen) < part["val_bytes"]:
-            windows = tokens.rows(range(first, first + T * batch_size, T), T)
-            _, sums, _ = model(**windows)
-            nats += sums.next.item()
-            targets = windows["targets"].flatten().tolist()
-            seen += tok.decode_bytes([i for i in targets if i not in (-1, tok.eot)])
+    first = 0
+    while len(seen) < part["val_bytes"]:
+        end = first + T * batch_size
+        windows = tokens.rows(range(first, end, T), T)
+        _, sums, _ = model(**windows)
+        nats += sums.next.item()
+        targets = windows["targets"].flatten().tolist()
+        seen += tok.decode_bytes([i for i in targets if i not in (-1, tok.eot)])
+        first = end
     assert part["val_bytes"] == len(seen)
     assert part["val_bpb"] == pytest.approx(nats / math.log(2) / len(seen))
 
@@ -3244,7 +3246,9 @@ def test_a_folder_counts_kinds(tmp_path, capsys):
     train.load_data(str(tmp_path), None, 1000)
     assert "1 empty" in capsys.readouterr().out
 
-@pytest.mark.parametrize("path", ["", "-", "/dev/zero", "no/such\nfile", "x" * 5000], ids=lambda path: repr(path[:12]))
+LONG = "x" * 5000
+
+@pytest.mark.parametrize("path", ["", "-", "/dev/zero", "no/such\nfile", pytest.param(LONG, id="too long")])
 def test_paths_that_hold_no_text_are_named(path, tmp_path, capsys):
     """What is neither a file nor a folder is shown as Python writes it, on one line."""
     assert repr(path) in refused_data(path, tmp_path, capsys)
@@ -3410,7 +3414,6 @@ def test_kill_9_in_a_save_is_harmless(checkpoint, tmp_path):
     assert run.returncode == -signal.SIGKILL
     assert [file.stat().st_size for file in tmp_path.glob("*.pt.tmp")] == [1000]
     assert checkpoint.read_bytes() == before
-    assert steps_done(tmp_path) == 12
 
 class Killed(BaseException):
     """Ends a run at once, as kill -9 would, but for what holds the folder."""

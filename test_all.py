@@ -4449,65 +4449,87 @@ def test_close_returns_have_an_advantage():
     """Returns that speed alone sets apart are not rounding."""
     assert advantages_of([1.0], [1.0001]) == [[pytest.approx(-1e-4)], [pytest.approx(1e-4)]]
 
-def learner(argv):
-    """A model and its optimizers after three steps with a signal: every moment is full -> model, optimizers, rows."""
-    args = rl.parse_args([*argv.split(), "--steps", "1"])[0]
-    model = rl.make_model(args, torch.device("cpu"), torch.float32)
-    optimizers = train.configure_optimizers(model, 1e-3)[0]
-    gateway = rl.Gateway()
+class Learner:
+    """A model and its optimizers after three steps with a signal, so that every moment is full."""
 
-    def rows(seed, *advantages):
-        """Eight episodes of a teacher, each once with every one of the advantages."""
+    def __init__(self, line):
+        self.args = rl.parse_args([*line.split(), "--steps", "1"])[0]
+        self.model = rl.make_model(self.args, torch.device("cpu"), torch.float32)
+        self.optimizers = train.configure_optimizers(self.model, 1e-3)[0]
+        for seed in range(3):
+            stats = self.step(self.episodes(seed, 1.0))
+            assert stats["norm"] > 0.1
+
+    def episodes(self, seed, advantage):
+        """Eight episodes of a teacher, whose turns have this advantage."""
+        gateway = rl.Gateway()
         rng = random.Random(seed)
-        demos = [rl.demonstrate(gateway, rl.make_task(args, 9 * seed + i, 1), rng, 0.1).samples for i in range(8)]
-        return [[rl.dataclasses.replace(s, advantage=a) for s in demo] for demo in demos for a in advantages]
+        tasks = [rl.make_task(self.args, 9 * seed + i, 1) for i in range(8)]
+        played = [rl.demonstrate(gateway, task, rng, 0.1).samples for task in tasks]
+        return [[dataclasses.replace(turn, advantage=advantage) for turn in turns] for turns in played]
 
-    for seed in range(3):
-        stats = rl.train_step(model, optimizers, [rl.PrefixTree(row, model.cfg) for row in rows(seed, 1.0)], 1e-3)
-        assert stats["norm"] > 0.1
-    return model, optimizers, rows
+    def step(self, episodes):
+        """Train on the episodes, a tree each -> statistics."""
+        trees = [rl.PrefixTree(turns, self.model.cfg) for turns in episodes]
+        return rl.train_step(self.model, self.optimizers, trees, 1e-3)
 
-@pytest.mark.parametrize("argv", ["--task calculator", "--task maze --attn msa --mtp 1"])
-def test_no_signal_no_step(argv):
+    def weights(self):
+        return {name: x.detach().clone() for name, x in self.model.state_dict().items()}
+
+    def moments(self):
+        states = [state for o in self.optimizers for state in o.state_dict()["state"].values()]
+        return [x.clone() for state in states for x in state.values()]
+
+@pytest.mark.parametrize("line", ["--task calculator", "--task maze --attn msa --mtp 1"])
+def test_no_signal_no_step(line):
     """Advantages of 0, ones that cancel, ones of rounding: momentum alone moves nothing; one real advantage does."""
-    model, optimizers, rows = learner(argv)
-    before = copy.deepcopy(model.state_dict())
-    moments = [copy.deepcopy(o.state_dict()["state"]) for o in optimizers]
+    learner = Learner(line)
+    weights = learner.weights()
+    moments = learner.moments()
 
-    apart = [rl.PrefixTree(row, model.cfg) for row in rows(3, 0.1, 0.2, -0.3)]  # cancel in the sum over rows
-    pairs = zip(*[iter(rows(3, 0.7, -0.7))] * 2)
-    together = [rl.PrefixTree(a + b, model.cfg) for a, b in pairs]  # cancel in each slot
-    nothing, rounding = ([rl.PrefixTree(row, model.cfg) for row in rows(3, a)] for a in (0.0, 1e-12))
-    for trees in (nothing, apart, together, rounding):
-        stats = rl.train_step(model, optimizers, trees, 1e-3)
-        assert all(map(torch.equal, model.state_dict().values(), before.values()))
+    nothing = learner.episodes(3, 0.0)
+    rounding = learner.episodes(3, 1e-12)
+    cancel_over_rows = [turns for advantage in (0.1, 0.2, -0.3) for turns in learner.episodes(3, advantage)]
+    good = learner.episodes(3, 0.7)
+    bad = learner.episodes(3, -0.7)
+    cancel_in_each_slot = [a + b for a, b in zip(good, bad)]
+    for episodes in (nothing, cancel_over_rows, cancel_in_each_slot, rounding):
+        stats = learner.step(episodes)
         assert not stats["signal"]
-        assert all(p.grad is None for p in model.parameters())
-    after = [o.state_dict()["state"] for o in optimizers]
-    assert all(torch.equal(was[i][key], now[i][key]) for was, now in zip(moments, after) for i in was for key in was[i])
+        assert all(map(torch.equal, learner.weights().values(), weights.values()))
+        assert all(p.grad is None for p in learner.model.parameters())
+    assert all(map(torch.equal, learner.moments(), moments))
 
-    one = [rl.PrefixTree(row, model.cfg) for row in rows(3, 0.0)[1:] + rows(3, 1e-3)[:1]]  # one episode of eight
-    assert rl.train_step(model, optimizers, one, 1e-3)["signal"]
-    assert worst(model.lm_head.weight, before["lm_head.weight"]) > 1e-6
+    one_of_eight = nothing[1:] + learner.episodes(3, 1e-3)[:1]
+    assert learner.step(one_of_eight)["signal"]
+    assert worst(learner.model.lm_head.weight, weights["lm_head.weight"]) > 1e-6
 
-def test_an_idle_expert_stays():
-    """Momentum alone moves no expert that no token chose, and no MTP module that had nothing to draft; others go on."""
-    model, optimizers, rows = learner("--task calculator --mtp 1")
-    model.moe_layers()[1].router.bias[2] = -10  # no token chooses expert 2 of the second layer
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+@pytest.fixture(scope="session")
+def drafting_learner():
+    """A learner with an MTP module; who trains it takes a copy."""
+    return Learner("--task calculator --mtp 1")
+
+def test_an_idle_expert_stays(drafting_learner):
+    """Momentum alone moves no expert that no token chose; the others go on."""
+    learner = copy.deepcopy(drafting_learner)
+    learner.model.moe_layers()[1].router.bias[2] = -10  # no token chooses expert 2 of the second layer
+    before = learner.weights()
     for seed in (3, 4):
-        rl.train_step(model, optimizers, [rl.PrefixTree(row, model.cfg) for row in rows(seed, 1.0)], 1e-3)
-    moved = {name: (p - before[name]).detach().flatten(1).norm(dim=1) for name, p in model.named_parameters()
-             if p.dim() == 3}
-    for name, distance in moved.items():
-        idle = [2] if name.startswith("layers.1.") else []
-        assert distance.eq(0).nonzero().flatten().tolist() == idle, name
+        learner.step(learner.episodes(seed, 1.0))
 
-    # a sample of two tokens: the module drafts the token after the next, and there is none
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    two = rl.Sample(torch.tensor([81, 49]), 1, torch.full((1,), math.nan), torch.zeros(1).long())
-    rl.train_step(model, optimizers, [rl.PrefixTree([two], model.cfg)], 1e-3)
-    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    experts = [(name, p.detach()) for name, p in learner.model.named_parameters() if p.dim() == 3]
+    for name, p in experts:
+        distance = (p - before[name]).flatten(1).norm(dim=1)
+        stayed = distance.eq(0).nonzero().flatten().tolist()
+        assert stayed == ([2] if name.startswith("layers.1.") else []), name
+
+def test_an_mtp_module_without_drafts_stays(drafting_learner):
+    """A turn of two tokens leaves an MTP module nothing to draft, the token after the next: it stays as it is."""
+    learner = copy.deepcopy(drafting_learner)
+    before = learner.weights()
+    learner.step([[make_turn([81, 49], 1, [math.nan])]])
+
+    moved = {name for name, p in learner.model.named_parameters() if not torch.equal(p, before[name])}
     assert "lm_head.weight" in moved
     assert not any(name.startswith("mtp.") for name in moved)
 
@@ -4522,58 +4544,166 @@ def test_a_run_goes_on_past_steps_without_signal(tmp_path, monkeypatch):
     result, text = quiet(rl.main, rl_args(tmp_path, "--steps", "3"))
     assert result["steps"] == 3
     assert text.count("no signal: weights kept") == 3
-    warm, over = (sample.load_checkpoint(str(folder)) for folder in (tmp_path / "warm", tmp_path))
-    assert all(map(torch.equal, warm["model"].values(), over["model"].values()))
-    assert over["queue"]["next"] == 4 + 2 * 2
 
-def test_agents_are_paid_for_what_they_do():
-    """The tool is parsed and its answer pays, fast more; right guesses and wrong calls cost, also past a deadline."""
-    calc, maze, cap = rl.Calculator(random.Random(1)), *(rl.Maze(random.Random(2), 12, c) for c in (math.inf, 64))
-    assert [calc.tool(x) for x in ("t1[12*3]", "t1[2**9]", "t1[1-2]", "[1+1]", "t1[9999*9]")] == ["36;"] + [None] * 4
-    play = lambda task, text=None: rl.demonstrate(rl.Gateway(), task, random, 0.0) if text is None else play(
-        type("Task", (), dict(agent=task.agent, alphabet="", expert=text)))
-    for task, t in ((task, play(task)) for task in (calc, maze, cap)):
-        assert t.success and sum(t.rewards) == pytest.approx(1 + 0.1 * (1 - t.seconds / (2.32 * task.difficulty)))
-    call, guess, babble = f"t0[{maze.prompt[1:3]}]", f"A{maze.answer}.", ["t0[A]"] * 15
-    for says in ([guess], [f"A{maze.prompt[1:3]}."], ["ANone."], ["t0[A]", "A?."], [call, guess], babble):
-        t, costs = play(maze, lambda messages: says[len(messages) // 2]), [0.0 if x == call else -0.1 for x in says]
-        assert t.rewards == costs and not t.success and t.fail() is None and t.rewards == [*costs[:-1], -0.2]
-    assert not play(cap, lambda messages: cap.expert(messages).replace("D]", "t0[aa]")).success
-@pytest.mark.parametrize("argv", ["--task calculator --mtp 1", "--task maze --attn msa --replay", "--task cap"])
-def test_rollout_logprobs_are_the_trainers(argv):
+    warm = sample.load_checkpoint(str(tmp_path / "warm"))
+    over = sample.load_checkpoint(str(tmp_path))
+    assert all(map(torch.equal, warm["model"].values(), over["model"].values()))
+    n_admitted = 4 + 2 * 2  # all slots, and after the first and the second step those of its two groups
+    assert over["queue"]["next"] == n_admitted
+
+def play(task, expert=None):
+    """An episode of a task's own teacher, or of another expert, messages -> text."""
+    if expert is not None:
+        task = SimpleNamespace(agent=task.agent, alphabet="", expert=expert)
+    return rl.demonstrate(rl.Gateway(), task, random, 0.0)
+
+def make_maze(cap=math.inf):
+    return rl.Maze(random.Random(2), 12, cap)
+
+@pytest.mark.parametrize("call, observation", [
+    ("t1[12*3]", "36;"),
+    ("t1[2**9]", None),
+    ("t1[1-2]", None),
+    ("[1+1]", None),
+    ("t1[9999*9]", None)])
+def test_calculator_parses_its_calls(call, observation):
+    """A call is parsed, never evaluated; what is no call of the protocol, or too large, is malformed."""
+    assert rl.Calculator(random.Random(1)).tool(call) == observation
+
+@pytest.mark.parametrize("task", [
+    pytest.param(rl.Calculator(random.Random(1)), id="calculator"),
+    pytest.param(make_maze(), id="maze"),
+    pytest.param(make_maze(cap=64), id="cap")])
+def test_the_tools_answer_pays_fast_more(task):
+    """A teacher's episode pays 1 and up to 0.1 for speed, against 2.32 s a call."""
+    episode = play(task)
+    speed = 1 - episode.seconds / (2.32 * task.difficulty)
+    assert episode.success
+    assert sum(episode.rewards) == pytest.approx(1 + 0.1 * speed)
+
+@pytest.mark.parametrize("says, costs", [
+    pytest.param(["A{answer}."], [-0.1], id="right guess"),
+    pytest.param(["A{key}."], [-0.1], id="wrong guess"),
+    pytest.param(["ANone."], [-0.1], id="None"),
+    pytest.param(["t0[A]", "A?."], [-0.1, -0.1], id="malformed call and guess"),
+    pytest.param(["t0[{key}]", "A{answer}."], [0.0, -0.1], id="call and right guess"),
+    pytest.param(["t0[A]"] * 15, [-0.1] * 15, id="malformed calls alone")])
+def test_guesses_and_malformed_calls_cost(says, costs):
+    """An answer that the tool did not give costs and fails, be it right; so do wrong calls, also past a deadline."""
+    maze = make_maze()
+    texts = [text.format(key=maze.prompt[1:3], answer=maze.answer) for text in says]
+    episode = play(maze, lambda messages: texts[len(messages) // 2])
+    assert episode.rewards == costs
+    assert not episode.success
+
+    episode.fail()
+    assert episode.rewards == [*costs[:-1], -0.2]
+
+def test_an_agent_under_a_cap_must_forget():
+    """In a context that is too small an expert that calls where it should drop what it has read, D], fails."""
+    cap = make_maze(cap=64)
+
+    def never_forgets(messages):
+        return cap.expert(messages).replace("D]", "t0[aa]")
+
+    assert not play(cap, never_forgets).success
+
+@pytest.mark.parametrize("line", [
+    "--task calculator --mtp 1",
+    "--task maze --attn msa --replay",
+    "--task cap"])
+def test_rollout_logprobs_are_the_trainers(line):
     """What was recorded through the cache is what the merged trainer finds, rewritten contexts and replay included."""
-    args, gateway = rl.parse_args(argv.split())[0], rl.Gateway()
+    args = rl.parse_args(line.split())[0]
+    gateway = rl.Gateway()
     model = rl.make_model(args, "cpu", None)
-    demos = [rl.demonstrate(gateway, rl.make_task(args, i, 1), random.Random(i), 0.1) for i in range(16)]
-    trees = [rl.PrefixTree(d.samples, model.cfg) for d in demos]
-    for _ in range(8): rl.train_step(model, train.configure_optimizers(model, 1e-2)[0], trees, 1e-2)
-    episodes = [(rl.Trajectory(i // 4), rl.make_task(args, i // 4).agent()) for i in range(16)]
-    rl.rollout(model, gateway, episodes, 0, torch.Generator().manual_seed(0), 4, args.replay)
-    groups = [rl.advantages([t for t, _ in episodes[i:i + 4]]) for i in range(0, 16, 4)]
+
+    # eight steps of imitation, after which the policy speaks the protocol now and then
+    lessons = [rl.make_task(args, i, 1) for i in range(16)]
+    demos = [rl.demonstrate(gateway, task, random.Random(i), 0.1) for i, task in enumerate(lessons)]
+    trees = [rl.PrefixTree(demo.samples, model.cfg) for demo in demos]
+    for _ in range(8):
+        optimizers = train.configure_optimizers(model, 1e-2)[0]
+        rl.train_step(model, optimizers, trees, 1e-2)
+
+    # four groups of four episodes
+    tasks = [n for n in range(4) for _ in range(4)]
+    episodes = [rl.Trajectory(n) for n in tasks]
+    agents = [rl.make_task(args, n).agent() for n in tasks]
+    generator = torch.Generator().manual_seed(0)
+    rl.rollout(model, gateway, [*zip(episodes, agents)], 0, generator, 4, args.replay)
+    groups = [rl.advantages(episodes[i:i + 4]) for i in range(0, 16, 4)]
+
+    model.train()
     for merge in (True, False):
         batch = rl.collate(rl.plan_rows(groups, model, merge), "cpu")
-        assert worst(rl.policy(model.train(), batch)[0][batch["entry"]], batch["old"]) < 1e-5
-        assert ("routes" in batch) == args.replay and len(batch["version"]) == len(batch["old"])
+        logprob, *_ = rl.policy(model, batch)
+        assert worst(logprob[batch["entry"]], batch["old"]) < 1e-5
+        assert ("routes" in batch) == args.replay
+        assert len(batch["version"]) == len(batch["old"])
+
 def rl_args(out, *more):
-    return ["--out", str(out), "--device", "cpu", *"--warm-steps 2 --slots 4 --groups 2 --rollouts 2".split(), *more]
-def test_rl_resume_loses_no_task(tmp_path):
+    few = "--warm-steps 2 --slots 4 --groups 2 --rollouts 2"
+    return ["--out", str(out), "--device", "cpu", *few.split(), *more]
+
+FOUR_STEPS = ["--steps", "4", "--save-every", "2"]
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory):
+    """A run of four steps that nothing stops: its folder and result."""
+    out = tmp_path_factory.mktemp("unbroken")
+    return out, quiet(rl.main, rl_args(out, *FOUR_STEPS))[0]
+
+def test_rl_reports_its_contract(unbroken):
+    """The last line of rl.py's output has the promised keys."""
+    _, result = unbroken
+    assert set("reward_start reward_end steps merge_ratio max_lag seconds".split()) <= set(result)
+    assert result["steps"] == 4
+    assert result["max_lag"] == 1
+
+def test_what_is_in_flight_is_of_the_last_policy(unbroken):
+    """After four steps all turns in the pool were sampled by version 3, as each token's record says."""
+    folder, _ = unbroken
+    pool = sample.load_checkpoint(str(folder))["pool"]
+    turns = [turn for group in pool.values() for episode in group for turn in episode["samples"]]
+    assert {version for turn in turns for version in turn["versions"].tolist()} == {3}
+
+def test_rl_resume_loses_no_task(unbroken, tmp_path):
     """Stopped in the imitation, beside an older run, killed in step 3, resumed: bit for bit the run that was not."""
-    more = "--steps", "4", "--save-every", "2"
-    quiet(rl.main, rl_args(tmp_path / "b", "--steps", "1", "--seed", "7"))
-    result, _ = quiet(rl.main, rl_args(tmp_path / "a", *more))
-    assert result["steps"] == 4 and {*"reward_start reward_end steps merge_ratio seconds".split()} <= {*result}
-    stop, real, count = [], rl.demonstrate, rl.count_step
-    with pytest.MonkeyPatch.context() as patch:  # as Ctrl-C would, in the first of the imitation's two steps
-        patch.setattr(rl, "on_signals", lambda: stop)
-        patch.setattr(rl, "demonstrate", lambda *args: stop.append(1) or real(*args))
-        assert "the same command goes on" in quiet(rl.main, rl_args(tmp_path / "b", *more))[1]
-        patch.undo(), patch.setattr(rl, "count_step", lambda now, *a: sys.exit(9) if now["step"] == 2 else count(now, *a))
-        with pytest.raises(SystemExit, match="9"): quiet(rl.main, rl_args(tmp_path / "b", "--resume"))
-    quiet(rl.main, rl_args(tmp_path / "b", "--resume"))
-    a, b = (sample.load_checkpoint(str(tmp_path / x)) for x in "ab")
-    assert all(map(torch.equal, a["model"].values(), b["model"].values())) and a["now"]["curve"] == b["now"]["curve"]
-    assert all(str(a[key]) == str(b[key]) for key in ("queue", "pool", "clock")) and result["max_lag"] == 1
-    assert {v for n in a["pool"] for t in a["pool"][n] for s in t["samples"] for v in s["versions"].tolist()} == {3}
+    quiet(rl.main, rl_args(tmp_path, "--steps", "1", "--seed", "7"))  # the older run
+
+    signals = []
+    demonstrate = rl.demonstrate
+    count_step = rl.count_step
+
+    def with_ctrl_c(*args):
+        signals.append(1)
+        return demonstrate(*args)
+
+    def killed_in_step_3(now, *args):
+        if now["step"] == 2:
+            sys.exit(9)
+        return count_step(now, *args)
+
+    # Ctrl-C in the first of the imitation's two steps
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rl, "on_signals", lambda: signals)
+        patch.setattr(rl, "demonstrate", with_ctrl_c)
+        _, text = quiet(rl.main, rl_args(tmp_path, *FOUR_STEPS))
+    assert "the same command goes on" in text
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rl, "count_step", killed_in_step_3)
+        with pytest.raises(SystemExit, match="9"):
+            quiet(rl.main, rl_args(tmp_path, "--resume"))
+
+    quiet(rl.main, rl_args(tmp_path, "--resume"))
+    want = sample.load_checkpoint(str(unbroken[0]))
+    got = sample.load_checkpoint(str(tmp_path))
+    assert all(map(torch.equal, got["model"].values(), want["model"].values()))
+    assert got["now"]["curve"] == want["now"]["curve"]
+    for part in ("queue", "pool", "clock"):
+        assert str(got[part]) == str(want[part])
 
 def test_a_lock_is_no_text(tmp_path):
     """A run whose folder lies in its own text does not read what it writes there."""
@@ -4586,70 +4716,86 @@ def test_folders_of_rl_have_one_writer(tmp_path, capsys):
     with sample.lock_folder(str(tmp_path / "warm")):
         assert "warm" in refused(rl.main, rl_args(tmp_path), capsys)
     assert os.listdir(tmp_path) == []
-    assert "cpux" in refused(rl.main, ["--out", tmp_path / "new", "--device", "cpux"], capsys)
+
+    line = refused(rl.main, ["--out", tmp_path / "new", "--device", "cpux"], capsys)
+    assert "cpux" in line
     assert os.listdir(tmp_path) == []
 
-def test_rl_saves_by_time(tmp_path, monkeypatch, capsys):
-    """Killed in the imitation or in the run, rl.py goes on from the last seconds; a NaN never becomes a checkpoint."""
-    calls, real, begun = [], rl.train_step, time.monotonic()
-    limit = [5]
+def saved_step(folder):
+    return sample.load_checkpoint(str(folder))["now"]["step"]
 
-    def train_step(model, *args):
-        calls.append(1)
-        if len(calls) == limit[0]: raise Killed
-        return real(model, *args)
+def killed_after(patch, seconds):
+    """rl.py's training steps take a second each of the clock that saves follow, and the first that would begin after
+    so many is killed -> the seconds that are over, to which others may add theirs."""
+    ticks = []
+    begun = time.monotonic()
+    real = rl.train_step
+
+    def train_step(*args):
+        if len(ticks) >= seconds:
+            raise Killed
+        ticks.append(1)
+        return real(*args)
+
+    patch.setattr(rl, "train_step", train_step)
+    patch.setattr(time, "monotonic", lambda: begun + len(ticks))
+    return ticks
+
+def test_rl_saves_by_time(tmp_path):
+    """Killed in the imitation or in the run, rl.py goes on from the last seconds."""
+    few = "--warm-steps 5 --slots 2 --groups 1 --rollouts 2 --steps 9"
+    argv = ["--out", str(tmp_path), "--device", "cpu", *few.split()]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        killed_after(patch, 4)
+        quiet(rl.main, argv)
+    assert saved_step(tmp_path / "warm") == 3
+
+    # the imitation's last two steps, and four of the run, whose arguments come from the command line
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        killed_after(patch, 6)
+        patch.setattr(sys, "argv", ["rl.py", "--resume", *argv])
+        rl.main()
+    assert saved_step(tmp_path) == 3
+
+def test_rl_saves_no_nan(unbroken, tmp_path, monkeypatch, capsys):
+    """Weights that became NaN end a run with code 1, and the checkpoint from before stays as it was."""
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken[0], folder)
+    before = (folder / "ckpt.pt").read_bytes()
+    real = rl.train_step
 
     def poison(model, *args):
         stats = real(model, *args)
         model.embed.weight.data.fill_(math.nan)
         return stats
 
-    monkeypatch.setattr(rl, "train_step", train_step)
-    monkeypatch.setattr(time, "monotonic", lambda: begun + len(calls))
-    argv = ["--out", tmp_path, "--device", "cpu", *"--warm-steps 5 --slots 2 --groups 1 --rollouts 2 --steps 9".split()]
-    with pytest.raises(Killed): quiet(rl.main, argv)
-    assert fields(tmp_path / "warm")["step"] == 3
-    limit[0] = len(calls) + 7  # the imitation's last two steps, and four of the run
-    monkeypatch.setattr(sys, "argv", ["rl.py", "--resume", *map(str, argv)])
-    with pytest.raises(Killed): rl.main()
-    assert fields(tmp_path)["step"] == 3
-    before = (tmp_path / "ckpt.pt").read_bytes()
     monkeypatch.setattr(rl, "train_step", poison)
-    assert "not finite" in refused(rl.main, ["--resume", *argv, "--save-every", 1], capsys, code=1)
-    assert (tmp_path / "ckpt.pt").read_bytes() == before
+    line = refused(rl.main, resume(folder, "--steps", 9, "--save-every", 1), capsys, code=1)
+    assert "not finite" in line
+    assert (folder / "ckpt.pt").read_bytes() == before
 
-def test_a_slow_first_save_puts_none_off(tmp_path, monkeypatch):
+def test_a_slow_first_save_puts_none_off(tmp_path):
     """Killed after some seconds, again and again, an imitation gets on, though each of its saves takes a second."""
-    calls, saves, train_step, save = [], [], rl.train_step, rl.save
-    begun = time.monotonic()
-    most = 6
+    saves = []
+    real = rl.save
+    for argv in (rl_args(tmp_path, "--warm-steps", "30"), resume(tmp_path)):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            ticks = killed_after(patch, 6)
 
-    def counted_step(*args):
-        if len(calls) == most: raise Killed
-        calls.append(1)
-        return train_step(*args)
+            def slow_save(*args):
+                saves.append(args[-1]["step"])
+                ticks.append(1)
+                real(*args)
 
-    def slow_save(*args):
-        saves.append(args[-1]["step"])
-        calls.append(1)
-        save(*args)
-
-    monkeypatch.setattr(rl, "train_step", counted_step)
-    monkeypatch.setattr(rl, "save", slow_save)
-    monkeypatch.setattr(time, "monotonic", lambda: begun + len(calls))
-    for argv in (rl_args(tmp_path, "--warm-steps", 30), resume(tmp_path)):
-        calls.clear()
-        with pytest.raises(Killed): quiet(rl.main, argv)
+            patch.setattr(rl, "save", slow_save)
+            quiet(rl.main, argv)
     assert saves == [0, 3, 6]
 
-def fields(folder):
-    return sample.load_checkpoint(str(folder))["now"]
-
-def test_scripts_know_whose_checkpoint_it_is(trained, tmp_path, capsys):
+def test_scripts_know_whose_checkpoint_it_is(trained, unbroken, capsys):
     """--resume in the other script's folder says which command goes on with it; nothing is changed."""
-    quiet(rl.main, rl_args(tmp_path, "--steps", 1))
-    for folder in (tmp_path, tmp_path / "warm"):
-        assert "python rl.py --resume" in refused(train.main, resume(folder), capsys)
+    folder, _ = unbroken
+    for theirs in (folder, folder / "warm"):
+        assert "python rl.py --resume" in refused(train.main, resume(theirs), capsys)
     assert "python train.py --resume" in refused(rl.main, resume(trained[0]), capsys)
 
 def post(url, body, key="k", method="POST"):

@@ -4799,120 +4799,233 @@ def test_scripts_know_whose_checkpoint_it_is(trained, unbroken, capsys):
     assert "python train.py --resume" in refused(rl.main, resume(trained[0]), capsys)
 
 def post(url, body, key="k", method="POST"):
-    raw, headers = body if isinstance(body, bytes) else json.dumps(body).encode(), dict(Authorization=f"Bearer {key}")
-    try: return 200, json.load(request.urlopen(request.Request(url, raw, headers, method=method), timeout=600))
-    except error.HTTPError as refusal: return refusal.code, method == "HEAD" or json.load(refusal)["error"]["message"]
-def refuses(url, good):
-    bad = [b"{", [1], dict(good, messages=[1]), dict(good, messages=[dict(role="user", content="x" * 500)])]
-    bad = [(401, "/tasks", {}, "no"), (404, "/x", good), (404, "/chat/completions", dict(good, model="9.9")),
-           *((405, "/tasks", {}, "k", method) for method in ("HEAD", "GET", "BREW")),
-           *((413, "/tasks", bytes(n)) for n in (2 ** 20 + 1, 2 ** 26)), *((400, "/chat/completions", b) for b in bad),
-           *((400, "/finish", dict(task=good["model"], success=True, rewards=r)) for r in ("x", [math.nan]))]
-    for code, path, *call in bad: assert post(url + path, *call)[0] == code, (code, path, *call)
-    here, head = ("127.0.0.1", int(url.split(":")[2][:-3])), b"POST /v1/tasks HTTP/1.1\r\nAuthorization: Bearer k\r\n"
-    with socket.create_connection(here) as gone:  # MSG_MORE: the request and its sender's end arrive together
-        gone.sendall(head + b"Content-Length: 2\r\n\r\n{}", getattr(socket, "MSG_MORE", 0))
-    with socket.create_connection(here) as slow, pytest.raises(OSError):
-        for byte in [head, *[b"x"] * 2000]: slow.sendall(byte), time.sleep(0.3)  # until the gateway hangs up
-@pytest.mark.parametrize("client", ["urllib", "openai"])
-def test_gateway_refuses_and_serves_on(client, tmp_path):
+    """Ask a gateway -> the status, and its answer or what is wrong."""
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    asked = request.Request(url, raw, dict(Authorization=f"Bearer {key}"), method=method)
+    try:
+        return 200, json.load(request.urlopen(asked, timeout=600))
+    except error.HTTPError as refusal:
+        if method == "HEAD":
+            return refusal.code, None
+        return refusal.code, json.load(refusal)["error"]["message"]
+
+@contextlib.contextmanager
+def serving(out):
+    """rl.py --serve in a process of its own, for two steps of four episodes -> the process, the gateway's address."""
+    argv = rl_args(out, "--steps", "2", "--serve", "0", "--token", "k")
+    with subprocess.Popen([sys.executable, "rl.py", *argv], cwd=HERE, stdout=subprocess.PIPE, text=True) as run:
+        try:
+            yield run, next(line.split()[2] for line in run.stdout if line.startswith("gateway"))
+        finally:
+            run.kill()
+
+def claim(url):
+    status, task = post(url + "/tasks", {})
+    assert status == 200
+    return task
+
+def play_by_http(url, ask, task, messages):
+    """An episode of two turns; ask(url, model=, messages=) -> the completion's text."""
+    completion = dict(role="assistant", content=ask(url, model=task, messages=messages))
+    result = dict(role="tool", content="=5;")
+    ask(url, model=task, messages=[*messages, completion, result])
+    end = dict(task=task, rewards=[0.1, 1.0], success=True)
+    assert post(url + "/finish", end) == (200, dict(turns=2))
+
+def assert_two_steps(run):
+    assert run.wait(600) == 0
+    assert json.loads(run.stdout.read().splitlines()[-1])["steps"] == 2
+
+def assert_bad_requests_are_refused(url, task, messages):
+    good = dict(model=task, messages=messages)
+    too_long = [dict(role="user", content="x" * 500)]
+    for status, path, body in [
+            (404, "/x", good),
+            (404, "/chat/completions", dict(good, model="9.9")),
+            (413, "/tasks", bytes(2 ** 20 + 1)),
+            (413, "/tasks", bytes(2 ** 26)),
+            (400, "/chat/completions", b"{"),
+            (400, "/chat/completions", [1]),
+            (400, "/chat/completions", dict(good, messages=[1])),
+            (400, "/chat/completions", dict(good, messages=too_long)),
+            (400, "/finish", dict(task=task, success=True, rewards="x")),
+            (400, "/finish", dict(task=task, success=True, rewards=[math.nan]))]:
+        assert post(url + path, body)[0] == status, (path, body)
+
+    assert post(url + "/tasks", {}, key="no")[0] == 401
+    for method in ("HEAD", "GET", "BREW"):
+        assert post(url + "/tasks", {}, method=method)[0] == 405, method
+
+def hang_up_and_drip(url):
+    """A client that is gone once it has asked, and one that sends a byte now and then until the gateway hangs up."""
+    address = "127.0.0.1", request.Request(url).host.split(":")[1]
+    head = b"POST /v1/tasks HTTP/1.1\r\nAuthorization: Bearer k\r\n"
+    more = getattr(socket, "MSG_MORE", 0)  # the request and its sender's end arrive together
+    with socket.create_connection(address) as gone:
+        gone.sendall(head + b"Content-Length: 2\r\n\r\n{}", more)
+
+    with socket.create_connection(address) as slow, pytest.raises(OSError):
+        slow.sendall(head)
+        for _ in range(2000):
+            time.sleep(0.3)
+            slow.sendall(b"x")
+
+def ask_by_urllib(url, **body):
+    return post(url + "/chat/completions", body)[1]["choices"][0]["message"]["content"]
+
+def test_gateway_refuses_and_serves_on(tmp_path):
     """What is not for the gateway gets a 4xx, who hangs up claims nothing, eight episodes are trained on."""
-    OpenAI = client == "openai" and pytest.importorskip("openai").OpenAI
-    def ask(**body):
-        if not OpenAI: return post(url + "/chat/completions", body)[1]["choices"][0]["message"]["content"]
-        return OpenAI(base_url=url, api_key="k").chat.completions.create(**body).choices[0].message.content
-    run = subprocess.Popen([sys.executable, "rl.py", *rl_args(tmp_path, *"--steps 2 --serve 0 --token k".split())],
-                           cwd=HERE, stdout=subprocess.PIPE, text=True)
-    url = next(line.split()[2] for line in run.stdout if line.startswith("gateway"))
-    for episode in range(8):
-        name, said = post(url + "/tasks", {})[1].values()
-        if episode == 0 and not OpenAI: refuses(url, dict(model=name, messages=said))
-        turn = dict(role="assistant", content=ask(model=name, messages=said)), dict(role="tool", content="=5;")
-        ask(model=name, messages=[*said, *turn])
-        assert post(url + "/finish", dict(task=name, rewards=[0.1, 1.0], success=True)) == (200, dict(turns=2))
-    assert run.wait(600) == 0 and json.loads(run.stdout.read().splitlines()[-1])["steps"] == 2
-def test_gateway_keeps_what_it_must(tmp_path, monkeypatch):
-    """On loopback; no token is made anew; who is gone took no turn; resumed, what had begun starts again; deadlines."""
-    clock = iter(range(10 ** 6))  # deadlines come when the clock is read so often, however busy the machine is
-    monkeypatch.setattr(rl, "time", SimpleNamespace(monotonic=lambda: next(clock) / 50, time=time.time))
-    args, (here, there) = rl.parse_args(rl_args(tmp_path, "--serve", "0"))[0], socket.socketpair()
-    model, body = rl.make_model(args, "cpu", None), dict(rewards=[1], success=1, messages=[dict(role="", content="Q")])
-    a, b, c = (kind(model, args, rl.WindowedFIFO(2, 1, 0.3)) for kind in (rl.Served, rl.Served, rl.Local))
-    def ask(path, key): return a.answer(f"/v1/{path}", json.dumps(dict(body, model=key, task=key)).encode(), here)[0]
-    a.start(a.queue.admit(7), 7), c.start(c.queue.admit(0), 0)
-    assert [a.answer("/v1/tasks", b"{}", here)[0] for _ in a.open] == [200] * 4
-    assert [ask(path, key) for key in ("1.0", "1.1") for path in ("chat/completions", "finish")] == [200] * 4
-    there.close(), ask("chat/completions", "0.0"), a.wait([], 0.01), rl.save(tmp_path, args, a, [], dict(step=8))
-    rl.restore(sample.load_checkpoint(tmp_path), [], b)
-    assert not a.pool[0][0].samples and [*b.open] == ["0.0", "0.1"] and b.version == 8 and b.wait([], 60) is None
-    assert [t.rewards for n in (0, 1) for t in b.pool[n]] == [[-0.1]] * 2 + [[1.0]] * 2 and b.queue.batch == [0, 1]
-    assert all(t.rewards[-1] == -0.2 for n in (0, 1) for t in c.pool[n])  # a malformed call, and too late
-    assert a.pool[1][1].samples[0].versions.max() == 7 and a.server_address[0] == "127.0.0.1"
-    texts = [c.record(c.pool[0][0], [1], [i], [0.0], 0) for i in (200, 201, 65)]  # two are no UTF-8: one text
-    assert c.context(c.pool[0][0], [dict(role="assistant", content=text) for text in texts]) == [200, 201, 65]
+    with serving(tmp_path) as (run, url):
+        first = claim(url)
+        assert_bad_requests_are_refused(url, **first)
+        hang_up_and_drip(url)
 
-@pytest.mark.parametrize("attn", ["full", "msa"])
-def test_every_preset_speaks_the_gateways_tokens(attn, tmp_path, monkeypatch):
-    """The vocabulary is the gateway's, whatever the preset's: small's own road ends in a checkpoint that can speak."""
-    args = rl.parse_args(["--preset", "small", "--attn", attn, "--steps", "1"])[0]
-    with torch.device("meta"):
-        model = rl.make_model(args, "meta", None)
-    assert model.cfg.vocab_size == model.embed.num_embeddings == rl.Gateway.tokenizer.n_vocab
-    assert model.cfg.n_layer == 12
+        play_by_http(url, ask_by_urllib, **first)
+        for _ in range(7):
+            play_by_http(url, ask_by_urllib, **claim(url))
+        assert_two_steps(run)
 
-    few = dict(n_layer=2, n_embd=32, head_dim=16, rotary_dim=8, mlp_types=["dense", "moe"], n_expert=4, expert_dim=32,
-               shared_dim=32, dense_dim=64, index_head_dim=16, index_block_size=16, index_topk_blocks=2)
-    real = MiniMaxConfig.small
-    monkeypatch.setattr(MiniMaxConfig, "small", lambda **kw: real(**{**few, **kw, "attn_types": ["full"] * 2}))
-    flags = ["--preset", "small", "--attn", attn, "--mtp", "1", "--steps", "1", "--warm-steps", "1"]
-    assert quiet(rl.main, rl_args(tmp_path, *flags))[0]["steps"] == 1
-    spoken = quiet(sample.main, ["--out", tmp_path, "--max-new-tokens", "9", "--device", "cpu", "--prompt", "Q1+1;"])[0]
-    assert spoken["tokens"] > 0
+def test_openai_client_is_trained_on(tmp_path):
+    """The gateway speaks to OpenAI's own client."""
+    openai = pytest.importorskip("openai")
 
-def test_another_vocabulary_than_the_tokenizers_is_refused(tmp_path, capsys):
-    """A model of more tokens than its tokenizer would sample ids without a text: exit 2, both counts named."""
-    args = rl.parse_args(rl_args(tmp_path))[0]
-    model = MiniMax(MiniMaxConfig.micro(vocab_size=300, max_seq_len=96))
-    queue = rl.WindowedFIFO(4, 1)
-    source = rl.Local(model, args, queue)
-    rl.save(tmp_path, args, source, [], dict(step=1))
-    for main, argv in ((sample.main, []), (rl.main, ["--resume"])):
-        line = refused(main, ["--out", str(tmp_path), "--device", "cpu", *argv], capsys)
-        assert "300" in line
-        assert "257" in line
+    def ask(url, **body):
+        client = openai.OpenAI(base_url=url, api_key="k")
+        return client.chat.completions.create(**body).choices[0].message.content
 
+    with serving(tmp_path) as (run, url):
+        for _ in range(8):
+            play_by_http(url, ask, **claim(url))
+        assert_two_steps(run)
 
-def served_alone(folder, *flags):
+def served_alone(folder, deadline=math.inf, version=0):
     """A gateway with two groups of two waiting, and a way to ask it without HTTP -> both."""
-    args = rl.parse_args(rl_args(folder, "--serve", "0", *flags))[0]
-    server = rl.Served(rl.make_model(args, "cpu", None), args, rl.WindowedFIFO(2, 1))
-    server.start(server.queue.admit(0), 0)
-    here, _there = socket.socketpair()
-    server.peer = _there  # kept open: a client that is gone took no turn
+    args = rl.parse_args(rl_args(folder, "--serve", "0", "--token", "k"))[0]
+    model = rl.make_model(args, "cpu", None)
+    server = rl.Served(model, args, rl.WindowedFIFO(2, 1, deadline))
+    server.start(server.queue.admit(version), version)
+    here, there = socket.socketpair()
+    server.peer = there  # kept open: a client that is gone took no turn
 
     def ask(path, **body):
         return server.answer(f"/v1/{path}", json.dumps(body).encode(), here)
 
     return server, ask
 
+USER = dict(role="user", content="Q1+2;")
+
+def test_gateway_listens_on_loopback(tmp_path):
+    """No other machine reaches it."""
+    server, _ = served_alone(tmp_path)
+    assert server.server_address[0] == "127.0.0.1"
+
+def test_a_client_that_is_gone_took_no_turn(tmp_path):
+    """A turn whose client has hung up by its end is not recorded; others hold the version they were started with."""
+    server, ask = served_alone(tmp_path, version=7)
+    assert ask("tasks")[1]["task"] == "0.0"
+    assert ask("tasks")[1]["task"] == "0.1"
+    ask("chat/completions", model="0.1", messages=[USER])
+    server.peer.close()
+    ask("chat/completions", model="0.0", messages=[USER])
+
+    gone, stayed = server.pool[0]
+    assert not gone.samples
+    assert stayed.samples[0].versions.max() == 7
+
+def test_a_resumed_gateway_begins_again_what_had_begun(tmp_path, monkeypatch):
+    """Finished episodes are kept, open ones start again under the newest version, and fail at their deadline."""
+    clock = iter(range(10 ** 6))  # deadlines come when the clock is read so often, however busy the machine is
+    monkeypatch.setattr(rl, "time", SimpleNamespace(monotonic=lambda: next(clock) / 50, time=time.time))
+    server, ask = served_alone(tmp_path, deadline=0.3, version=7)
+    assert [ask("tasks")[0] for _ in range(4)] == [200] * 4
+    for key in ("1.0", "1.1"):
+        assert ask("chat/completions", model=key, messages=[dict(role="", content="Q")])[0] == 200
+        assert ask("finish", task=key, rewards=[1], success=True)[0] == 200
+    server.wait([], 0.01)
+    rl.save(tmp_path, server.args, server, [], dict(step=8))
+
+    resumed = rl.Served(server.model, server.args, rl.WindowedFIFO(2, 1, 0.3))
+    rl.restore(sample.load_checkpoint(tmp_path), [], resumed)
+    assert [*resumed.open] == ["0.0", "0.1"]
+    assert resumed.version == 8
+
+    resumed.wait([], 60)
+    assert [episode.rewards for episode in resumed.pool[0]] == [[-0.1], [-0.1]]
+    assert [episode.rewards for episode in resumed.pool[1]] == [[1.0], [1.0]]
+    assert resumed.queue.batch == [0, 1]
+
+def test_episodes_past_the_deadline_fail():
+    """On the virtual clock, too, a group that is late has failed: a malformed call costs, and so does being late."""
+    args = rl.parse_args(rl_args("unused"))[0]
+    source = rl.Local(rl.make_model(args, "cpu", None), args, rl.WindowedFIFO(2, 1, 0.3))
+    source.start(source.queue.admit(0), 0)
+    episodes = source.pool[0] + source.pool[1]
+    assert [episode.rewards[-1] for episode in episodes] == [-0.2] * 4
+
+def test_completions_of_one_text_keep_their_tokens():
+    """Two bytes that are no UTF-8 are one text; the tokens of each come back in their order."""
+    gateway = rl.Gateway()
+    episode = rl.Trajectory(0)
+    texts = [gateway.record(episode, [1], [token], [0.0], 0) for token in (200, 201, 65)]
+    assert texts[0] == texts[1]
+
+    context = [dict(role="assistant", content=text) for text in texts]
+    assert gateway.context(episode, context) == [200, 201, 65]
+
+@pytest.mark.parametrize("attn", ["full", "msa"])
+def test_every_preset_speaks_the_gateways_tokens(attn):
+    """The vocabulary is the gateway's, whatever the preset's."""
+    args = rl.parse_args(["--preset", "small", "--attn", attn, "--steps", "1"])[0]
+    with torch.device("meta"):
+        model = rl.make_model(args, "meta", None)
+    n_vocab = rl.Gateway.tokenizer.n_vocab
+    assert model.cfg.vocab_size == n_vocab
+    assert model.embed.num_embeddings == n_vocab
+    assert model.cfg.n_layer == 12
+
+@pytest.mark.parametrize("attn", ["full", "msa"])
+def test_small_ends_in_a_checkpoint_that_can_speak(attn, tmp_path, monkeypatch):
+    """Small's own road, at fewer layers and channels: it trains with MTP, and sample.py goes on with its checkpoint."""
+    few = dict(
+        n_layer=2, n_embd=32, head_dim=16, rotary_dim=8, attn_types=["full"] * 2, mlp_types=["dense", "moe"],
+        n_expert=4, expert_dim=32, shared_dim=32, dense_dim=64,
+        index_head_dim=16, index_block_size=16, index_topk_blocks=2)
+    small = MiniMaxConfig.small
+    monkeypatch.setattr(MiniMaxConfig, "small", lambda **fields: small(**{**fields, **few}))
+    flags = ["--preset", "small", "--attn", attn, "--mtp", "1", "--steps", "1", "--warm-steps", "1"]
+    assert quiet(rl.main, rl_args(tmp_path, *flags))[0]["steps"] == 1
+
+    spoken, _ = quiet(sample.main, sample_args(tmp_path, "--max-new-tokens", 9, "--prompt", "Q1+1;"))
+    assert spoken["tokens"] > 0
+
+def test_another_vocabulary_than_the_tokenizers_is_refused(tmp_path, capsys):
+    """A model of more tokens than its tokenizer would sample ids without a text: exit 2, both counts named."""
+    args = rl.parse_args(rl_args(tmp_path))[0]
+    model = MiniMax(MiniMaxConfig.micro(vocab_size=300, max_seq_len=96))
+    rl.save(tmp_path, args, rl.Local(model, args, rl.WindowedFIFO(4, 1)), [], dict(step=1))
+
+    for main, argv in ((sample.main, sample_args(tmp_path)), (rl.main, resume(tmp_path))):
+        line = refused(main, argv, capsys)
+        assert "300" in line
+        assert "257" in line
+
 def test_idle_and_slow_clients_hold_up_no_other(tmp_path, monkeypatch):
     """Twenty connections that say nothing or half of it, with a minute to do so: others are answered meanwhile."""
     monkeypatch.setattr(rl.Handler, "timeout", 60)
-    server, _ = served_alone(tmp_path, "--token", "k")
+    server, _ = served_alone(tmp_path)
     head = b"POST /v1/tasks HTTP/1.1\r\nAuthorization: Bearer k\r\n"
     idle = [socket.create_connection(server.server_address) for _ in range(20)]
     for connection, said in zip(idle, [b"", b"POS", head, head + b"Content-Length: 9\r\n\r\n{"] * 5):
         connection.sendall(said)
 
-    url = f"http://127.0.0.1:{server.server_port}/v1/tasks"
+    url = f"http://127.0.0.1:{server.server_port}/v1"
     claims = []
     stop = []
 
     def two_clients():
         with contextlib.suppress(OSError):
             for _ in range(2):
-                ask = request.Request(url, b"{}", dict(Authorization="Bearer k"))
-                claims.append(json.load(request.urlopen(ask, timeout=600))["task"])
+                claims.append(claim(url)["task"])
         stop.append(1)
 
     client = Thread(target=two_clients, daemon=True)
@@ -4920,6 +5033,7 @@ def test_idle_and_slow_clients_hold_up_no_other(tmp_path, monkeypatch):
     server.wait(stop, 120)
     client.join(60)
     assert claims == ["0.0", "0.1"]
+
     for connection in idle:
         connection.setblocking(False)
         with pytest.raises(BlockingIOError):  # still open, still nothing to read
@@ -4928,99 +5042,153 @@ def test_idle_and_slow_clients_hold_up_no_other(tmp_path, monkeypatch):
     server.close()
 
 def test_only_a_claimed_task_is_served(tmp_path):
-    """A key that nobody has claimed, or that is finished, takes no turn and no end; two claims differ."""
+    """A key that nobody has claimed takes no turn and no end; each claim is of another one, until none waits."""
     server, ask = served_alone(tmp_path)
-    user = [dict(role="user", content="Q1;")]
-    first = ask("tasks")[1]["task"]
-    assert first == "0.0"
+    assert ask("tasks")[1]["task"] == "0.0"
 
     for key in ("0.1", "1.0"):
-        assert ask("chat/completions", model=key, messages=user)[0] == 409
+        assert ask("chat/completions", model=key, messages=[USER])[0] == 409
         assert ask("finish", task=key, rewards=[], success=True)[0] == 409
-    assert not any(t.samples or t.rewards for group in server.pool.values() for t in group)
+    episodes = [episode for group in server.pool.values() for episode in group]
+    assert not any(episode.samples or episode.rewards for episode in episodes)
 
-    claims = [first] + [ask("tasks")[1]["task"] for _ in range(3)]
-    assert claims == ["0.0", "0.1", "1.0", "1.1"]
+    assert [ask("tasks")[1]["task"] for _ in range(3)] == ["0.1", "1.0", "1.1"]
     assert ask("tasks")[0] == 409
-    assert ask("chat/completions", model="0.1", messages=user)[0] == 200
-    assert ask("finish", task="0.1", rewards=[1.0], success=True)[0] == 200
-    assert ask("chat/completions", model="0.1", messages=user)[0] == 404
-    assert ask("finish", task="0.1", rewards=[1.0], success=True)[0] == 404
-    assert [len(t.samples) for t in server.pool[0]] == [0, 1]
 
-def test_gateway_reads_what_clients_send(tmp_path):
-    """Parts are joined, null is nothing, options of other servers change nothing; what is not text is named, 400."""
+def test_a_finished_task_is_over(tmp_path):
+    """A key that is finished takes no more turns, and has no second end."""
     server, ask = served_alone(tmp_path)
+    assert [ask("tasks")[1]["task"] for _ in range(2)] == ["0.0", "0.1"]
+    assert ask("chat/completions", model="0.1", messages=[USER])[0] == 200
+    assert ask("finish", task="0.1", rewards=[1.0], success=True)[0] == 200
+
+    assert ask("chat/completions", model="0.1", messages=[USER])[0] == 404
+    assert ask("finish", task="0.1", rewards=[1.0], success=True)[0] == 404
+    assert [len(episode.samples) for episode in server.pool[0]] == [0, 1]
+
+def assistant(content=None, **fields):
+    return dict(role="assistant", content=content, **fields)
+
+def text_part(text, kind="text"):
+    return dict(type=kind, text=text)
+
+def a_call(name="t1", arguments="1+2"):
+    return dict(id="c", type="function", function=dict(name=name, arguments=arguments))
+
+TWO_CALLS = dict(role="assistant", tool_calls=[a_call(), a_call()])
+
+@pytest.mark.parametrize("message, text", [
+    (dict(role="developer", content=[text_part("Q1"), "+", text_part("2;", "input_text")], name=None), "Q1+2;"),
+    (dict(TWO_CALLS, content=None), "t1[1+2]t1[1+2]"),
+    (dict(TWO_CALLS, content=""), "t1[1+2]t1[1+2]"),
+    (dict(TWO_CALLS, content=[]), "t1[1+2]t1[1+2]"),
+    (TWO_CALLS, "t1[1+2]t1[1+2]"),
+    (assistant("So:", tool_calls=[a_call()], refusal=None, audio=None), "So:t1[1+2]"),
+    (assistant(function_call=dict(name="f", arguments=None)), "f[]"),
+    (assistant(tool_calls=None, function_call=None), ""),
+    (dict(role="tool", tool_call_id="c", content=[text_part("=3;")]), "=3;")], ids=[
+    "parts", "calls beside null", "calls beside nothing", "calls beside no parts", "calls alone", "text and a call",
+    "the old function_call", "nulls", "a tool's parts"])
+def test_gateway_reads_what_clients_send(message, text):
+    """Parts are joined, null is nothing, and tool calls are written out, before the message and after it."""
+    gateway = rl.Gateway()
+    ids = gateway.context(rl.Trajectory(0), [USER, message, USER])
+    assert gateway.tokenizer.decode(ids) == "Q1+2;" + text + "Q1+2;"
+
+@pytest.fixture(scope="session")
+def ask_claimed(tmp_path_factory):
+    """Asks a gateway for a turn of a task that is claimed: (**body) -> status, answer."""
+    server, ask = served_alone(tmp_path_factory.mktemp("served"))
     task = ask("tasks")[1]["task"]
-    call = dict(id="c", type="function", function=dict(name="t1", arguments="1+2"))
-    user = dict(role="user", content="Q1+2;")
+    return lambda **body: ask("chat/completions", **{"model": task, "messages": [USER], **body})
 
-    def text_of(*messages):
-        return server.tokenizer.decode(server.context(rl.Trajectory(0), list(messages)))
+OPTIONS = "stop max_tokens max_completion_tokens temperature top_p seed tools tool_choice logprobs user unknown".split()
 
-    parts = [dict(type="text", text="Q1"), "+", dict(type="input_text", text="2;")]
-    assert text_of(dict(role="developer", content=parts, name=None)) == "Q1+2;"
-    for content in (dict(content=None), dict(content=""), dict(content=[]), dict()):
-        assert text_of(user, dict(role="assistant", tool_calls=[call, call], **content)) == "Q1+2;t1[1+2]t1[1+2]"
-    assert text_of(dict(role="assistant", content="So:", tool_calls=[call], refusal=None, audio=None)) == "So:t1[1+2]"
-    assert text_of(dict(role="assistant", content=None, function_call=dict(name="f", arguments=None))) == "f[]"
-    assert text_of(user, dict(role="assistant", content=None, tool_calls=None, function_call=None)) == "Q1+2;"
-    assert text_of(dict(role="tool", tool_call_id="c", content=[dict(type="text", text="=3;")])) == "=3;"
+@pytest.mark.parametrize("options", [
+    pytest.param(dict.fromkeys([*OPTIONS, "n", "stream", "stream_options", "response_format"]), id="null"),
+    pytest.param(dict(n=1.0, stream=False, temperature=0, stop=["x"], max_tokens=5, tools=[], logprobs=True), id="set")])
+def test_options_of_other_servers_change_nothing(ask_claimed, options):
+    """What a client sends beside model and messages is no reason to refuse it."""
+    status, answer = ask_claimed(**options)
+    assert status == 200
+    assert answer["usage"]["prompt_tokens"] == len("Q1+2;")
 
-    names = "stop max_tokens max_completion_tokens temperature top_p seed tools tool_choice logprobs user unknown"
-    nulls = dict.fromkeys([*names.split(), "n", "stream", "stream_options", "response_format"])
-    for options in (nulls, dict(n=1.0, stream=False, temperature=0, stop=["x"], max_tokens=5, tools=[], logprobs=True)):
-        status, answer = ask("chat/completions", model=task, messages=[user], **options)
-        assert status == 200
-        assert answer["usage"]["prompt_tokens"] == 5
+def saying(*cases):
+    """Cases of what is sent, and a word that the refusal must hold, which names the test."""
+    return pytest.mark.parametrize("sent, word", [pytest.param(*case, id=case[1]) for case in cases])
 
-    wrong = [(dict(n=2), "n 2"), (dict(n=0), "n 0"), (dict(stream=True), "stream True"), (dict(messages=None), "None"),
-             (dict(messages=[]), "0 tokens"), (dict(messages=["Q"]), "messages[0]"), (dict(messages=user), "list")]
-    image = dict(type="image_url", image_url=dict(url="data:"))
-    for message, word in ((dict(role="user"), "messages[1]"), (dict(content="x"), "messages[1]"),
-                          (dict(role="user", tool_calls=[call]), "no content"), (dict(role="user", content=5), "5"),
-                          (dict(role="user", content=[image]), "image_url"), (dict(role="user", content=[3]), "int"),
-                          (dict(role="user", content=[dict(type="text", text=None)]), "None"),
-                          (dict(role="assistant", tool_calls=[dict(id="c")]), "tool call"), (None, "messages[1]"),
-                          (dict(role="assistant", tool_calls=[dict(function=dict(name="f", arguments={}))]), "'f'")):
-        wrong.append((dict(messages=[user, message]), word))
-    for body, word in wrong:
-        status, said = ask("chat/completions", **{**dict(model=task, messages=[user]), **body})
-        assert status == 400, body
-        assert word in said, said
+@saying(
+    (dict(n=2), "n 2"),
+    (dict(n=0), "n 0"),
+    (dict(stream=True), "stream True"),
+    (dict(messages=None), "None"),
+    (dict(messages=[]), "0 tokens"),
+    (dict(messages=["Q"]), "messages[0]"),
+    (dict(messages=USER), "list"))
+def test_bodies_that_are_refused(ask_claimed, sent, word):
+    """Several completions, a stream, no messages: 400, and what was sent is named."""
+    status, said = ask_claimed(**sent)
+    assert status == 400
+    assert word in said
 
-def test_a_completion_comes_back_by_token_from_every_client():
+@saying(
+    (None, "messages[1]"),
+    (dict(role="user"), "messages[1]"),
+    (dict(content="x"), "messages[1]"),
+    (dict(role="user", tool_calls=[a_call()]), "no content"),
+    (dict(role="user", content=5), "5"),
+    (dict(role="user", content=[dict(type="image_url", image_url=dict(url="data:"))]), "image_url"),
+    (dict(role="user", content=[3]), "int"),
+    (dict(role="user", content=[text_part(None)]), "None"),
+    (dict(role="assistant", tool_calls=[dict(id="c")]), "tool call"),
+    (dict(role="assistant", tool_calls=[a_call("f", {})]), "'f'"))
+def test_messages_that_are_refused(ask_claimed, sent, word):
+    """What is not text, or no message: 400, and the message, or what is wrong with it, is named."""
+    status, said = ask_claimed(messages=[USER, sent])
+    assert status == 400
+    assert word in said
+
+CALL_12 = a_call("t1", "12")
+
+@pytest.mark.parametrize("back", [
+    pytest.param(assistant("t1[12]"), id="text"),
+    pytest.param(assistant([text_part("t1[12]", "output_text")]), id="parts"),
+    pytest.param(assistant(None, tool_calls=[CALL_12]), id="call and null"),
+    pytest.param(dict(role="assistant", tool_calls=[CALL_12]), id="call"),
+    pytest.param(assistant("t1[12]", tool_calls=[CALL_12]), id="text and call")])
+def test_a_completion_comes_back_by_token_from_every_client(back):
     """As a string, in parts, or turned into a tool call, "12" of two tokens stays two, where the tokenizer has one."""
     gateway = rl.Gateway()
     gateway.tokenizer = sample.Tokenizer(sample.learn_bpe(["12 12 12"], 258, "(?s:.+)"))
-    (whole,) = gateway.tokenizer.encode("12")
-    one, two = gateway.tokenizer.encode("1")[0], gateway.tokenizer.encode("2")[0]
-    head, tail = gateway.tokenizer.encode("t1["), gateway.tokenizer.encode("]")
+    whole, = gateway.tokenizer.encode("12")
+    sampled = [token for letter in "t1[12]" for token in gateway.tokenizer.encode(letter)]
     episode = rl.Trajectory(0)
-    sampled = [*head, one, two, *tail]
     text = gateway.record(episode, [whole], sampled, [0.0] * len(sampled), 0)
+    assert text == "t1[12]"
     assert gateway.tokenizer.encode(text) != sampled
 
-    call = dict(type="function", function=dict(name="t1", arguments="12"))
-    part = dict(type="output_text", text=text)
-    for back in (dict(content=text), dict(content=[part]), dict(content=None, tool_calls=[call]),
-                 dict(tool_calls=[call]), dict(content=text, tool_calls=[call])):
-        context = [dict(role="user", content="12"), dict(role="assistant", **back)]
-        assert gateway.context(episode, context) == [whole, *sampled], back
+    context = [dict(role="user", content="12"), back]
+    assert gateway.context(episode, context) == [whole, *sampled]
 
-def test_rl_names_the_flag_it_refuses(tmp_path, capsys):
-    """A port in use, a figure that cannot be written or of no known format: one line with flag, value and reason."""
+def test_rl_names_the_port_it_refuses(tmp_path, capsys):
+    """A port in use: one line with flag, value and reason."""
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
         line = refused(rl.main, rl_args(tmp_path, "--serve", str(port), "--steps", "1"), capsys)
-        assert f"--serve {port}" in line
-        assert "in use" in line
-    for figure, word in ((tmp_path / "none" / "a.png", "No such file"), (tmp_path / "a.abc", "abc")):
-        line = refused(rl.main, rl_args(tmp_path, "--steps", "1", "--figure", str(figure)), capsys)
-        assert f"--figure {figure}" in line
-        assert word in line
+    assert f"--serve {port}" in line
+    assert "in use" in line
+
+@pytest.mark.parametrize("name, word", [
+    ("none/a.png", "No such file"),
+    ("a.abc", "abc")])
+def test_rl_names_the_figure_it_refuses(name, word, tmp_path, capsys):
+    """A figure that cannot be written, or of no known format: one line with flag, value and reason."""
+    figure = str(tmp_path / name)
+    line = refused(rl.main, rl_args(tmp_path, "--steps", "1", "--figure", figure), capsys)
+    assert f"--figure {figure}" in line
+    assert word in line
 
 # ---- 14. bad input, damaged files, README, mutants -----------------------------------------------
 # What a script cannot obey it refuses in one line that names the value, with exit code 2 and no traceback. What is

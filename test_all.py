@@ -4813,7 +4813,8 @@ def post(url, body, key="k", method="POST"):
 def serving(out):
     """rl.py --serve in a process of its own, for two steps of four episodes -> the process, the gateway's address."""
     argv = rl_args(out, "--steps", "2", "--serve", "0", "--token", "k")
-    with subprocess.Popen([sys.executable, "rl.py", *argv], cwd=HERE, stdout=subprocess.PIPE, text=True) as run:
+    command = [sys.executable, "rl.py", *argv]
+    with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) as run:
         try:
             yield run, next(line.split()[2] for line in run.stdout if line.startswith("gateway"))
         finally:
@@ -4858,7 +4859,7 @@ def assert_bad_requests_are_refused(url, task, messages):
 
 def hang_up_and_drip(url):
     """A client that is gone once it has asked, and one that sends a byte now and then until the gateway hangs up."""
-    address = "127.0.0.1", request.Request(url).host.split(":")[1]
+    address = request.Request(url).host.split(":")
     head = b"POST /v1/tasks HTTP/1.1\r\nAuthorization: Bearer k\r\n"
     more = getattr(socket, "MSG_MORE", 0)  # the request and its sender's end arrive together
     with socket.create_connection(address) as gone:
@@ -4911,6 +4912,15 @@ def served_alone(folder, deadline=math.inf, version=0):
         return server.answer(f"/v1/{path}", json.dumps(body).encode(), here)
 
     return server, ask
+
+def assistant(content=None, **fields):
+    return dict(role="assistant", content=content, **fields)
+
+def text_part(text, kind="text"):
+    return dict(type=kind, text=text)
+
+def a_call(name="t1", arguments="1+2"):
+    return dict(id="c", type="function", function=dict(name=name, arguments=arguments))
 
 USER = dict(role="user", content="Q1+2;")
 
@@ -4966,11 +4976,12 @@ def test_completions_of_one_text_keep_their_tokens():
     """Two bytes that are no UTF-8 are one text; the tokens of each come back in their order."""
     gateway = rl.Gateway()
     episode = rl.Trajectory(0)
-    texts = [gateway.record(episode, [1], [token], [0.0], 0) for token in (200, 201, 65)]
+    tokens = [200, 201, 65]
+    texts = [gateway.record(episode, [1], [token], [0.0], 0) for token in tokens]
     assert texts[0] == texts[1]
 
-    context = [dict(role="assistant", content=text) for text in texts]
-    assert gateway.context(episode, context) == [200, 201, 65]
+    context = [assistant(text) for text in texts]
+    assert gateway.context(episode, context) == tokens
 
 @pytest.mark.parametrize("attn", ["full", "msa"])
 def test_every_preset_speaks_the_gateways_tokens(attn):
@@ -4987,11 +4998,12 @@ def test_every_preset_speaks_the_gateways_tokens(attn):
 def test_small_ends_in_a_checkpoint_that_can_speak(attn, tmp_path, monkeypatch):
     """Small's own road, at fewer layers and channels: it trains with MTP, and sample.py goes on with its checkpoint."""
     few = dict(
-        n_layer=2, n_embd=32, head_dim=16, rotary_dim=8, attn_types=["full"] * 2, mlp_types=["dense", "moe"],
+        n_layer=2, n_embd=32, head_dim=16, rotary_dim=8,
+        attn_types=["full", "full"], mlp_types=["dense", "moe"],
         n_expert=4, expert_dim=32, shared_dim=32, dense_dim=64,
         index_head_dim=16, index_block_size=16, index_topk_blocks=2)
     small = MiniMaxConfig.small
-    monkeypatch.setattr(MiniMaxConfig, "small", lambda **fields: small(**{**fields, **few}))
+    monkeypatch.setattr(MiniMaxConfig, "small", lambda **fields: small(**few, **fields))
     flags = ["--preset", "small", "--attn", attn, "--mtp", "1", "--steps", "1", "--warm-steps", "1"]
     assert quiet(rl.main, rl_args(tmp_path, *flags))[0]["steps"] == 1
 
@@ -5002,7 +5014,8 @@ def test_another_vocabulary_than_the_tokenizers_is_refused(tmp_path, capsys):
     """A model of more tokens than its tokenizer would sample ids without a text: exit 2, both counts named."""
     args = rl.parse_args(rl_args(tmp_path))[0]
     model = MiniMax(MiniMaxConfig.micro(vocab_size=300, max_seq_len=96))
-    rl.save(tmp_path, args, rl.Local(model, args, rl.WindowedFIFO(4, 1)), [], dict(step=1))
+    source = rl.Local(model, args, rl.WindowedFIFO(4, 1))
+    rl.save(tmp_path, args, source, [], dict(step=1))
 
     for main, argv in ((sample.main, sample_args(tmp_path)), (rl.main, resume(tmp_path))):
         line = refused(main, argv, capsys)
@@ -5066,29 +5079,22 @@ def test_a_finished_task_is_over(tmp_path):
     assert ask("finish", task="0.1", rewards=[1.0], success=True)[0] == 404
     assert [len(episode.samples) for episode in server.pool[0]] == [0, 1]
 
-def assistant(content=None, **fields):
-    return dict(role="assistant", content=content, **fields)
-
-def text_part(text, kind="text"):
-    return dict(type=kind, text=text)
-
-def a_call(name="t1", arguments="1+2"):
-    return dict(id="c", type="function", function=dict(name=name, arguments=arguments))
-
+PARTS = [text_part("Q1"), "+", text_part("2;", "input_text")]
 TWO_CALLS = dict(role="assistant", tool_calls=[a_call(), a_call()])
+SO_A_CALL = assistant("So:", tool_calls=[a_call()], refusal=None, audio=None)
+OLD_CALL = assistant(function_call=dict(name="f", arguments=None))
+IMAGE = dict(type="image_url", image_url=dict(url="data:"))
 
 @pytest.mark.parametrize("message, text", [
-    (dict(role="developer", content=[text_part("Q1"), "+", text_part("2;", "input_text")], name=None), "Q1+2;"),
-    (dict(TWO_CALLS, content=None), "t1[1+2]t1[1+2]"),
-    (dict(TWO_CALLS, content=""), "t1[1+2]t1[1+2]"),
-    (dict(TWO_CALLS, content=[]), "t1[1+2]t1[1+2]"),
-    (TWO_CALLS, "t1[1+2]t1[1+2]"),
-    (assistant("So:", tool_calls=[a_call()], refusal=None, audio=None), "So:t1[1+2]"),
-    (assistant(function_call=dict(name="f", arguments=None)), "f[]"),
-    (assistant(tool_calls=None, function_call=None), ""),
-    (dict(role="tool", tool_call_id="c", content=[text_part("=3;")]), "=3;")], ids=[
-    "parts", "calls beside null", "calls beside nothing", "calls beside no parts", "calls alone", "text and a call",
-    "the old function_call", "nulls", "a tool's parts"])
+    pytest.param(dict(role="developer", content=PARTS, name=None), "Q1+2;", id="parts"),
+    pytest.param(dict(role="tool", tool_call_id="c", content=PARTS), "Q1+2;", id="parts of a tool"),
+    pytest.param(TWO_CALLS, "t1[1+2]t1[1+2]", id="calls alone"),
+    pytest.param(dict(TWO_CALLS, content=None), "t1[1+2]t1[1+2]", id="calls and null"),
+    pytest.param(dict(TWO_CALLS, content=""), "t1[1+2]t1[1+2]", id="calls and no text"),
+    pytest.param(dict(TWO_CALLS, content=[]), "t1[1+2]t1[1+2]", id="calls and no parts"),
+    pytest.param(SO_A_CALL, "So:t1[1+2]", id="call and text"),
+    pytest.param(OLD_CALL, "f[]", id="function_call"),
+    pytest.param(assistant(tool_calls=None, function_call=None), "", id="nulls")])
 def test_gateway_reads_what_clients_send(message, text):
     """Parts are joined, null is nothing, and tool calls are written out, before the message and after it."""
     gateway = rl.Gateway()
@@ -5102,11 +5108,15 @@ def ask_claimed(tmp_path_factory):
     task = ask("tasks")[1]["task"]
     return lambda **body: ask("chat/completions", **{"model": task, "messages": [USER], **body})
 
-OPTIONS = "stop max_tokens max_completion_tokens temperature top_p seed tools tool_choice logprobs user unknown".split()
+NULL_OPTIONS = (
+    "stop max_tokens max_completion_tokens temperature top_p seed tools tool_choice logprobs user unknown "
+    "n stream stream_options response_format")
+SET_OPTIONS = dict(
+    n=1.0, stream=False, temperature=0, stop=["x"], max_tokens=5, tools=[], logprobs=True)
 
 @pytest.mark.parametrize("options", [
-    pytest.param(dict.fromkeys([*OPTIONS, "n", "stream", "stream_options", "response_format"]), id="null"),
-    pytest.param(dict(n=1.0, stream=False, temperature=0, stop=["x"], max_tokens=5, tools=[], logprobs=True), id="set")])
+    pytest.param(dict.fromkeys(NULL_OPTIONS.split()), id="null"),
+    pytest.param(SET_OPTIONS, id="set")])
 def test_options_of_other_servers_change_nothing(ask_claimed, options):
     """What a client sends beside model and messages is no reason to refuse it."""
     status, answer = ask_claimed(**options)
@@ -5137,7 +5147,7 @@ def test_bodies_that_are_refused(ask_claimed, sent, word):
     (dict(content="x"), "messages[1]"),
     (dict(role="user", tool_calls=[a_call()]), "no content"),
     (dict(role="user", content=5), "5"),
-    (dict(role="user", content=[dict(type="image_url", image_url=dict(url="data:"))]), "image_url"),
+    (dict(role="user", content=[IMAGE]), "image_url"),
     (dict(role="user", content=[3]), "int"),
     (dict(role="user", content=[text_part(None)]), "None"),
     (dict(role="assistant", tool_calls=[dict(id="c")]), "tool call"),

@@ -4641,6 +4641,10 @@ def test_rollout_logprobs_are_the_trainers(line):
     generator = torch.Generator().manual_seed(0)
     rl.rollout(model, gateway, [*zip(episodes, agents)], 0, generator, 4, args.replay)
     groups = [rl.advantages(episodes[i:i + 4]) for i in range(0, 16, 4)]
+    for turn in [turn for episode in episodes for turn in episode.samples]:
+        n_action = len(turn.ids) - turn.start
+        assert len(turn.logprobs) == n_action
+        assert len(turn.versions) == n_action
 
     model.train()
     for merge in (True, False):
@@ -4653,6 +4657,9 @@ def test_rollout_logprobs_are_the_trainers(line):
 def rl_args(out, *more):
     few = "--warm-steps 2 --slots 4 --groups 2 --rollouts 2"
     return ["--out", str(out), "--device", "cpu", *few.split(), *more]
+
+def saved_step(folder):
+    return sample.load_checkpoint(str(folder))["now"]["step"]
 
 FOUR_STEPS = ["--steps", "4", "--save-every", "2"]
 
@@ -4670,9 +4677,10 @@ def test_rl_reports_its_contract(unbroken):
     assert result["max_lag"] == 1
 
 def test_what_is_in_flight_is_of_the_last_policy(unbroken):
-    """After four steps all turns in the pool were sampled by version 3, as each token's record says."""
+    """After four steps two groups are in flight, whose turns were all sampled by version 3, by each token's record."""
     folder, _ = unbroken
     pool = sample.load_checkpoint(str(folder))["pool"]
+    assert len(pool) == 2
     turns = [turn for group in pool.values() for episode in group for turn in episode["samples"]]
     assert {version for turn in turns for version in turn["versions"].tolist()} == {3}
 
@@ -4681,12 +4689,12 @@ def test_rl_resume_loses_no_task(unbroken, tmp_path):
     quiet(rl.main, rl_args(tmp_path, "--steps", "1", "--seed", "7"))  # the older run
 
     signals = []
-    demonstrate = rl.demonstrate
+    train_step = rl.train_step
     count_step = rl.count_step
 
     def with_ctrl_c(*args):
         signals.append(1)
-        return demonstrate(*args)
+        return train_step(*args)
 
     def killed_in_step_3(now, *args):
         if now["step"] == 2:
@@ -4696,9 +4704,10 @@ def test_rl_resume_loses_no_task(unbroken, tmp_path):
     # Ctrl-C in the first of the imitation's two steps
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rl, "on_signals", lambda: signals)
-        patch.setattr(rl, "demonstrate", with_ctrl_c)
+        patch.setattr(rl, "train_step", with_ctrl_c)
         _, text = quiet(rl.main, rl_args(tmp_path, *FOUR_STEPS))
     assert "the same command goes on" in text
+    assert saved_step(tmp_path / "warm") == 1
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rl, "count_step", killed_in_step_3)
@@ -4728,9 +4737,6 @@ def test_folders_of_rl_have_one_writer(tmp_path, capsys):
     line = refused(rl.main, ["--out", tmp_path / "new", "--device", "cpux"], capsys)
     assert "cpux" in line
     assert os.listdir(tmp_path) == []
-
-def saved_step(folder):
-    return sample.load_checkpoint(str(folder))["now"]["step"]
 
 def killed_after(patch, seconds):
     """rl.py's training steps take a second each of the clock that saves follow, and the first that would begin after

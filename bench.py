@@ -10,7 +10,7 @@ The sides take turns (A B A B) on the same tensors. Dense prefill is cuDNN SDPA,
 CPU both are SDPA with a group's G heads as rows, which reads K and V once (enable_gqa: G times, 5 to 11 times slower).
 MSA's time has all its stages. Prefill is timed by CUDA events, decode in CUDA graphs over sets of buffers that push
 each other out of the L2. A CPU prefills the last 32 queries against the whole context. least ms = what the measured
-rates allow; util = useful FLOPs over the matmul rate (prefill), needed bytes over the copy rate (decode).
+rates allow; util = useful FLOPs over the matmul rate (prefill, train), needed bytes over the copy rate (decode).
 """
 import os
 import signal
@@ -40,41 +40,76 @@ from sample import Parser, Threads, command, implementations, load_checkpoint, p
 
 SHAPES = {"m2": (48, 8), "m3": (64, 4)}                    # query heads, KV heads = index heads
 D, S, L = 128, 16, 128
-# MiniMax's speed-ups at a million tokens: (what, shape of the dense side, shape of MSA). Same shape: arXiv 2606.13392
-PUBLISHED = {("prefill", "m3", "m3"): "14.2x on an H800", ("decode", "m3", "m3"): "7.6x on an H800",
-             ("prefill", "m2", "m3"): "9.7x, GPU not stated", ("decode", "m2", "m3"): "15.6x, GPU not stated"}
-BYTES = {"int8": 1 + 2 / D, "bf16": 2, "fp32": 4}          # int8 has a bf16 scale a key
+BYTES = {"int8": 1 + 2 / D, "bf16": 2, "fp32": 4}          # of an index key's element; int8 has a bf16 scale a key
 COPY_FLOOR = 0.97                      # share of the copy rate that a GPU's dense decode must reach to be a baseline
+# Relative RMS. bf16 rounds the probabilities, the partial outputs and the output, 2^-9 each; fp32 only sums differently
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
+# MiniMax's speed-ups at a million tokens: (what, shape of the dense side, shape of MSA). Same shape: arXiv 2606.13392
+PUBLISHED = {
+    ("prefill", "m3", "m3"): "14.2x on an H800",
+    ("decode", "m3", "m3"): "7.6x on an H800",
+    ("prefill", "m2", "m3"): "9.7x, GPU not stated",
+    ("decode", "m2", "m3"): "15.6x, GPU not stated"}
 # What to expect of a kernel, written before it ran: its share of the roofline, ms of latency, where the rest goes
-KERNELS = {"_index_kernel": (0.8, 0, "a running top 16 between products"), "_scan_kernel": (1, 3e-3, "ramp-up"),
-           "_kv_outer_kernel": (0.55, 0, "gathers of q, parts written"), "_combine_kernel": (0.85, 0, "the own block"),
-           "_rescore_kernel": (1, 6e-3, "latency: find a floor, load blocks"),
-           "_attend_kernel": (1, 10e-3, "latency: choose, load, join")}
-HEAD = "what    shape     ctx  B  selection  index|   dense ms util |     MSA ms util | speed-up | least ms | runs"
-BUDGETS = (2 ** 12, 2 ** 14, 2 ** 16)  # slots of a micro-batch that --what tree tries for the packed side
-TRAIN_HEAD = "what    shape     ctx |   dense ms util |     MSA ms util | speed-up | two runs equal | runs"
-STEP_HEAD = "what    model  attn   rows x tokens             |    step ms | tokens/s |   mfu | peak GB | runs"
+KERNELS = {
+    "_index_kernel": (0.8, 0, "a running top 16 between products"),
+    "_kv_outer_kernel": (0.55, 0, "gathers of q, parts written"),
+    "_combine_kernel": (0.85, 0, "the own block"),
+    "_scan_kernel": (1, 3e-3, "ramp-up"),
+    "_rescore_kernel": (1, 6e-3, "latency: find a floor, load blocks"),
+    "_attend_kernel": (1, 10e-3, "latency: choose, load, join")}
 STEP_LR = 1e-3                         # of the steps that --what train times, on random tokens
-TREE_HEAD = (f"tree    | turns longest | {'packed':>9} {'computed':>9} {'ms':>10}  {'layout, slots a batch':22} | "
-             f"{'merged':>7} {'computed':>8} {'ms':>9} | tokens | speed-up")
+BUDGETS = (2 ** 12, 2 ** 14, 2 ** 16)  # slots of a micro-batch that --what tree tries for the packed side
 WINDOWS = {"fifo": 1, "window": 19, "greedy": math.inf}    # oldest groups that the trainer may take from; 19 = 0.3 N
 SIGMAS = (0.5, 0.8, 1.3)               # of the log-normal tails: rl.py's default, and two that are heavier
 SEED = 1337                            # of what --what queue draws and trains, as rl.py's own
 TRAINING = ("--steps", "20", "--seed", str(SEED))          # flags of rl.py for each of its three trainings
-# Relative RMS. bf16 rounds the probabilities, the partial outputs and the output, 2^-9 each; fp32 only sums differently
-TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
+# heads of the tables
+HEAD = "what    shape     ctx  B  selection  index|   dense ms util |     MSA ms util | speed-up | least ms | runs"
+TRAIN_HEAD = "what    shape     ctx |   dense ms util |     MSA ms util | speed-up | two runs equal | runs"
+STEP_HEAD = "what    model  attn   rows x tokens             |    step ms | tokens/s |   mfu | peak GB | runs"
+TREE_HEAD = ("tree    | turns longest |    packed  computed         ms  layout, slots a batch  | "
+             " merged computed        ms | tokens | speed-up")
+
+# ---- work and rates ------------------------------------------------------------------------------
+# What either side must compute and move, what this machine computes and copies in a second, and how a call is timed.
+
+def capacity(T):
+    """Slots of a cache that holds T tokens: whole key blocks."""
+    return -(-T // L) * L
+
+def count_pairs(T, t):
+    """Pairs of one of the last t of T queries and a key that it sees."""
+    return t * T - t * (t - 1) // 2
+
+def count_chosen(T, t, S, L):
+    """The same for MSA: S - 1 whole blocks, and the query's own one up to the query."""
+    i = torch.arange(T - t, T)
+    return int(torch.minimum(i + 1, (S - 1) * L + i % L + 1).sum())
 
 def work(shape, T, t, B=1, size=2, index=2):
-    """Stages of the last t of T queries (prefill t = T, decode t = 1), each (useful FLOPs, bytes read or written once),
-    for both sides. size: bytes of an element; index: of an index key's."""
-    (H, Hkv), pairs, i = SHAPES[shape], t * T - t * (t - 1) // 2, torch.arange(T - t, T)
-    chosen = int(torch.minimum(i + 1, (S - 1) * L + i % L + 1).sum())         # S - 1 whole blocks, the own one up to i
-    io, token = 2 * t * H * D * size, 2 * Hkv * D * size                              # q and out; k and v of one token
-    return {"dense": [(4 * B * H * D * pairs, B * (io + T * token))],
-            "msa": [(2 * B * Hkv * D * pairs, B * (T * D * index + t * Hkv * D * size)),
-                    (4 * B * H * D * chosen, B * (io + min(T, chosen) * token))]}
+    """Stages of an attention layer, for both sides: {side: [(useful FLOPs, bytes read or written once), ...]}.
+
+    shape     m2 or m3
+    T, t      the last t of T queries: prefill t = T, decode t = 1
+    B         sequences
+    size      bytes of an element
+    index     bytes of an element of an index key
+    """
+    H, Hkv = SHAPES[shape]
+    pairs = count_pairs(T, t)
+    chosen = count_chosen(T, t, S, L)
+    query_bytes = 2 * t * H * D * size                   # q and the output
+    token_bytes = 2 * Hkv * D * size                     # k and v of one token
+    index_bytes = T * D * index + t * Hkv * D * size     # index keys and index queries
+
+    dense = (4 * B * H * D * pairs, B * (query_bytes + T * token_bytes))
+    score = (2 * B * Hkv * D * pairs, B * index_bytes)
+    attend = (4 * B * H * D * chosen, B * (query_bytes + min(T, chosen) * token_bytes))
+    return {"dense": [dense], "msa": [score, attend]}
 
 def least_ms(stages, rates):
+    """What the measured rates allow: a stage takes as long as its products or its bytes, whichever is longer."""
     return 1e3 * sum(max(flops / rates["matmul"], moved / rates["copy"]) for flops, moved in stages)
 
 def timed(call, gpu, warm):
@@ -83,7 +118,8 @@ def timed(call, gpu, warm):
         start = time.perf_counter()
         out = call()
         return 1e3 * (time.perf_counter() - start), out
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     # the GPU waits while the host launches a graph (ms) or plans a cuDNN kernel (s): neither is the kernels' time
     torch.cuda._sleep(10 ** 6 if warm else 2 * 10 ** 9)
@@ -96,39 +132,49 @@ def timed(call, gpu, warm):
 def alternate(sides, gpu, reps=5, seconds=3.0):
     """Time (call, check, warm) sides in turn, up to reps runs or its seconds: all ms. One output is alive at a time."""
     times = [[] for _ in sides]
-    [call() for call, _, warm in sides if warm]
+    for call, _, warm in sides:
+        if warm:
+            call()
     for rep in range(reps):
-        for ms, (call, check, warm) in zip(times, sides):
-            if sum(ms) < 1e3 * seconds:
-                took, out = timed(call, gpu, warm)
-                ms.append(took)
-                if rep == 0:
-                    check(out)
-                del out
+        for taken, (call, check, warm) in zip(times, sides):
+            if sum(taken) >= 1e3 * seconds:
+                continue
+            ms, out = timed(call, gpu, warm)
+            taken.append(ms)
+            if rep == 0:
+                check(out)
+            del out
     return times
 
-def dense_rows(q, k, v):
-    """CPU: the last t of T queries, a group's heads as rows of one product; only the last t keys need a mask."""
-    (t, T, G), aten = (q.size(1), k.size(1), q.size(2) // k.size(2)), torch.ops.aten
-    x = q.unflatten(2, (-1, G)).transpose(1, 2).flatten(2, 3)                                    # (B, Hkv, t * G, D)
-    k, v = k.transpose(1, 2), v.transpose(1, 2)
-    flash = aten._scaled_dot_product_flash_attention_for_cpu  # unlike SDPA it returns the log-sum-exp
-    mask = torch.full((t, t), float("-inf")).triu(1).repeat_interleave(G, 0)[None, None]
-    out, lse = flash(x, k[:, :, T - t:], v[:, :, T - t:], attn_mask=mask)
-    if t < T:
-        early, early_lse = flash(x, k[:, :, :T - t], v[:, :, :T - t])
-        out = torch.lerp(out, early, (early_lse - lse).sigmoid()[..., None])
-    return out.unflatten(2, (t, G)).transpose(1, 2).flatten(2, 3)
+def measure_rates(args):
+    """Measure the copy and matrix rates -> those of now. args.rates keeps the largest: a busy machine's are low."""
+    free, n, reps = 2 ** 30, 2048, 5
+    if args.gpu:
+        free, n, reps = torch.cuda.mem_get_info()[0], 8192, 20
+    source = torch.ones(min(2 ** 31, free // 4), dtype=torch.int8, device=args.device)  # a small GPU has room for no more
+    target = torch.empty_like(source)
+    a = torch.randn(n, n, device=args.device, dtype=args.dtype)
+    b = torch.randn(n, n, device=args.device, dtype=args.dtype)
+    sides = [(lambda: target.copy_(source), id, True), (lambda: a @ b, id, True)]
+    copy_times, matmul_times = alternate(sides, args.gpu, reps)
 
-def capacity(T): return -(-T // L) * L
+    bytes_moved = 2 * source.numel()   # read and written
+    now = {"copy": 1e3 * bytes_moved / statistics.median(copy_times),
+           "matmul": 2e3 * n ** 3 / statistics.median(matmul_times)}
+    args.rates = {name: max(rate, args.rates.get(name, 0)) for name, rate in now.items()}
+    return now
+
+# ---- the two sides -------------------------------------------------------------------------------
 
 def pick_impl(gpu, what, T=2 ** 25):
     """Which code each side runs on T tokens, full attention's and MSA's: full(), sparse_*() and the card ask here."""
     if not gpu:
         return "cpu flash", "torch"
     if what == "decode":
-        return "triton", "triton"  # prefill and train:
-    return ("math" if T < L else "cudnn"), "triton"  # cuDNN does not run on every length below one key block
+        return "triton", "triton"
+    if T < L:  # prefill and train: cuDNN does not run on every length below one key block
+        return "math", "triton"
+    return "cudnn", "triton"
 
 def impl_names(gpu, what, T=2 ** 25):
     """pick_impl(), in words, with versions."""
@@ -143,7 +189,8 @@ def impl_names(gpu, what, T=2 ** 25):
 
 def full(q, k, v, length=None):
     """The best full attention there is. cuDNN raises where it cannot run."""
-    impl = pick_impl(q.is_cuda, "prefill" if length is None else "decode", k.size(1))[0]
+    what = "prefill" if length is None else "decode"
+    impl, _ = pick_impl(q.is_cuda, what, k.size(1))
     if impl == "cpu flash":
         return dense_rows(q, k, v)
     if impl == "triton":
@@ -153,134 +200,208 @@ def full(q, k, v, length=None):
 def sdpa(q, k, v, impl):
     """torch's full attention of every query, by the kernel that pick_impl() names; it has a backward."""
     backends = {"cpu flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(backends[impl]):
-        return torch.nn.functional.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True).transpose(1, 2)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+def dense_rows(q, k, v):
+    """CPU: the last t of T queries, a group's heads as rows of one product; only the last t keys need a mask."""
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # unlike SDPA it returns the log-sum-exp
+    t, T = q.size(1), k.size(1)
+    G = q.size(2) // k.size(2)
+    rows = q.unflatten(2, (-1, G)).transpose(1, 2).flatten(2, 3)                                 # (B, Hkv, t * G, D)
+    k = k.transpose(1, 2)
+    v = v.transpose(1, 2)
+    mask = torch.full((t, t), float("-inf")).triu(1).repeat_interleave(G, 0)[None, None]
+    out, lse = flash(rows, k[:, :, T - t:], v[:, :, T - t:], attn_mask=mask)
+    if t < T:
+        early, early_lse = flash(rows, k[:, :, :T - t], v[:, :, :T - t])
+        out = torch.lerp(out, early, (early_lse - lse).sigmoid()[..., None])
+    return out.unflatten(2, (t, G)).transpose(1, 2).flatten(2, 3)
 
 def sparse_prefill(q, k, v, qi, ki, start=None):
-    impl = pick_impl(q.is_cuda, "prefill")[1]
+    _, impl = pick_impl(q.is_cuda, "prefill")
     block_idx = msa.select_blocks(qi, ki, S, L, None, start, impl)
     return msa.msa_attention(q, k, v, block_idx, L, None, start, impl), block_idx
 
 def sparse_decode(q, k, v, qi, ki, length, int8=None):
-    return msa.msa_decode(q, k, v, qi, ki, S, L, length, None, pick_impl(q.is_cuda, "decode")[1], int8)
+    _, impl = pick_impl(q.is_cuda, "decode")
+    return msa.msa_decode(q, k, v, qi, ki, S, L, length, None, impl, int8)
+
+# ---- checks --------------------------------------------------------------------------------------
+# Every path is checked against brute force on short contexts before anything is timed, and what is timed is checked too.
 
 def near(name, got, want):
-    error = ((got.double() - want.double()).norm() / want.double().norm()).item()
+    want = want.double()
+    error = ((got.double() - want).norm() / want.norm()).item()
     if not error <= TOLERANCE[got.dtype]:  # also where it is nan
         raise ArithmeticError(f"{name}: relative RMS error {error:.1e}, allowed {TOLERANCE[got.dtype]:.0e}")
 
 def brute_force(q, k, v, i, blocks=None):
     """One query by the definition. q (H, D), k and v (Tk, Hkv, D), blocks (Hkv, S) or None for all -> (H, D)."""
-    out, wide = [], torch.float64 if q.is_cuda else torch.float32
-    for h, x in enumerate(q.to(wide).unflatten(0, (k.size(1), -1))):                                        # (G, D)
-        j = torch.arange(i + 1, device=k.device) if blocks is None else \
-            (blocks[h, :, None] * L + torch.arange(L, device=k.device)).flatten()
+    wide = torch.float64 if q.is_cuda else torch.float32
+    groups = q.to(wide).unflatten(0, (k.size(1), -1))                                                   # (Hkv, G, D)
+    out = []
+    for h, x in enumerate(groups):
+        if blocks is None:
+            j = torch.arange(i + 1, device=k.device)
+        else:
+            j = (blocks[h, :, None] * L + torch.arange(L, device=k.device)).flatten()
         j = j[(j >= 0) & (j <= i)]
-        out.append((x @ k[j, h].to(wide).T * D ** -0.5).softmax(-1) @ v[j, h].to(wide))
+        scores = x @ k[j, h].to(wide).T * D ** -0.5                                                # (G, keys)
+        out.append(scores.softmax(-1) @ v[j, h].to(wide))
     return torch.cat(out)
 
 def check_choice(name, qi, keys, blocks, i):
     """blocks (Hkv, S): i's own, then at each rank one whose score belongs there within 2^-15 |q| max |k|, then -1."""
-    scores = (qi.to(keys.dtype) @ keys[:i // L * L].T).view(len(qi), i // L, L).amax(2)         # the blocks before i's
-    want = scores.topk(min(S - 1, i // L)).values
-    rest, none = blocks[:, 1:].split((want.size(1), S - 1 - want.size(1)), 1)
-    gap = (scores.gather(1, rest.clamp(min=0).long()) - want).abs() / qi.norm(dim=-1, keepdim=True)
-    fine = (blocks[:, 0] == i // L).all() and (rest >= 0).all() and (none == -1).all()
-    if not fine or (gap > 2 ** -15 * keys.norm(dim=-1).max()).any() or any(len({*x}) < len(x) for x in rest.tolist()):
+    n_earlier = i // L
+    scores = (qi.to(keys.dtype) @ keys[:n_earlier * L].T).view(len(qi), n_earlier, L).amax(2)
+    want = scores.topk(min(S - 1, n_earlier)).values                                           # (Hkv, chosen)
+    own = blocks[:, 0]
+    chosen, none = blocks[:, 1:].split((want.size(1), S - 1 - want.size(1)), 1)
+
+    gap = (scores.gather(1, chosen.clamp(min=0).long()) - want).abs() / qi.norm(dim=-1, keepdim=True)
+    misplaced = (gap > 2 ** -15 * keys.norm(dim=-1).max()).any()
+    twice = any(len(set(row)) < len(row) for row in chosen.tolist())
+    fine = (own == n_earlier).all() and (chosen >= 0).all() and (none == -1).all()
+    if not fine or misplaced or twice:
         raise ArithmeticError(f"{name}: query {i} reads blocks {blocks.tolist()}, not those of highest score")
 
 def check_rows(name, out, block_idx, q, k, v, qi, ki, first, most=256):
     """Nothing nan, and `most` queries, first and last too, against brute force. block_idx None: the dense side."""
     if not math.isfinite(out.sum(dtype=torch.float32)):
         raise ArithmeticError(f"{name}: the output holds nan or inf")
-    most = min(most, 16 if q.is_cuda else 1) if block_idx is None else most
+    if block_idx is None:  # brute force over all keys takes its time
+        most = min(most, 16 if q.is_cuda else 1)
+    last = q.size(1) - 1
+    rows = {last * n // most for n in range(1, most + 1)}
+    if most > 1:
+        rows.add(0)
     for b, keys in enumerate(ki):
-        keys = keys.double() if q.is_cuda else keys
-        for n in {(q.size(1) - 1) * (x + 1) // most for x in range(-1 if most > 1 else 0, most)}:
+        if q.is_cuda:
+            keys = keys.double()
+        for n in rows:
             blocks = None if block_idx is None else block_idx[b, n]
-            if blocks is not None and (q.is_cuda or (q.size(1) - 1 - n) % 8 == 0):
+            if blocks is not None and (q.is_cuda or (last - n) % 8 == 0):
                 check_choice(name, qi[b, n], keys, blocks, first + n)
             near(f"{name}, query {first + n}", out[b, n], brute_force(q[b, n], k[b], v[b], first + n, blocks))
 
 def gate(args, shape, whats):
     """Paths to be timed, on short contexts, into memory full of nan; MSA is dense where S blocks are all there are."""
-    (H, Hkv), g = SHAPES[shape], torch.Generator(args.device).manual_seed(0)
-    new = lambda *size: torch.randn(*size, generator=g, device=args.device, dtype=args.dtype)
-    for what, T in product(whats, (1, 100, S * L - 81, 2 * S * L + 17, *[20_000] * args.gpu)):
-        B, t = (2, 1) if what == "decode" else (1, T if args.gpu else min(T, 32))
-        keys = T if what == "prefill" and args.gpu else capacity(T)
-        (q, qi), (k, v) = (new(B, t, n, D) for n in (H, Hkv)), (new(B, keys, Hkv, D) for _ in "kv")
-        ki, start = new(B, keys, D), torch.full((B,), T - t, dtype=torch.int32, device=args.device)
-        [torch.full_like(q, math.nan) for _ in range(3)]
-        if what == "prefill":
-            outs = {"MSA": sparse_prefill(q, k, v, qi, ki, start if t < T else None),
-                    "dense": (full(q, k[:, :T], v[:, :T]), None)}
+    lengths = [1, 100, S * L - 81, 2 * S * L + 17]
+    if args.gpu:
+        lengths.append(20_000)
+    g = torch.Generator(args.device).manual_seed(0)
+    for what, T in product(whats, lengths):
+        if what == "decode":
+            B, t, n_keys = 2, 1, capacity(T)
+        elif args.gpu:
+            B, t, n_keys = 1, T, T
         else:
-            outs = {"MSA": sparse_decode(q, k, v, qi, ki, start), "dense": (full(q, k[:, :T], v[:, :T], start), None),
-                    "certified int8": sparse_decode(q, k, v, qi, ki, start, msa.quantize_index(ki, L))}
-            if not torch.equal(outs["MSA"][1], outs["certified int8"][1]):
-                raise ArithmeticError(f"gate: certified int8 chooses other blocks at T = {T}")
-        for side, out in outs.items():
-            check_rows(f"gate: {side}, {what} {shape} at T = {T}", *out, q, k, v, qi, ki, T - t, 15)
-        if T <= S * L:
-            near(f"gate: MSA against dense, {what} {shape} at T = {T} <= S * L", outs["MSA"][0], outs["dense"][0])
+            B, t, n_keys = 1, min(T, 32), capacity(T)
+        gate_length(args, shape, what, T, B, t, n_keys, g)
+
+def gate_length(args, shape, what, T, B, t, n_keys, g):
+    """The last t of T queries of B sequences, whose keys lie in n_keys slots."""
+    H, Hkv = SHAPES[shape]
+
+    def new(*size):
+        return torch.randn(B, *size, D, generator=g, device=args.device, dtype=args.dtype)
+    q = new(t, H)
+    qi = new(t, Hkv)
+    k, v = new(n_keys, Hkv), new(n_keys, Hkv)
+    ki = new(n_keys)
+    start = torch.full((B,), T - t, dtype=torch.int32, device=args.device)
+    poison = [torch.full_like(q, math.nan) for _ in range(3)]
+    del poison                         # what is allocated next lies where these were
+
+    if what == "prefill":
+        outs = {"MSA": sparse_prefill(q, k, v, qi, ki, start if t < T else None),
+                "dense": (full(q, k[:, :T], v[:, :T]), None)}
+    else:
+        outs = {"MSA": sparse_decode(q, k, v, qi, ki, start),
+                "dense": (full(q, k[:, :T], v[:, :T], start), None),
+                "certified int8": sparse_decode(q, k, v, qi, ki, start, msa.quantize_index(ki, L))}
+        if not torch.equal(outs["MSA"][1], outs["certified int8"][1]):
+            raise ArithmeticError(f"gate: certified int8 chooses other blocks at T = {T}")
+    for side, out in outs.items():
+        check_rows(f"gate: {side}, {what} {shape} at T = {T}", *out, q, k, v, qi, ki, T - t, 15)
+    if T <= S * L:
+        near(f"gate: MSA against dense, {what} {shape} at T = {T} <= S * L", outs["MSA"][0], outs["dense"][0])
+
+# ---- rows of prefill and decode ------------------------------------------------------------------
 
 def fill(args, g, *size):
     """Random numbers of variance 1: normal, on a CPU uniform, which takes a fifth of the time."""
     x = torch.empty(size, device=args.device, dtype=args.dtype)
     return x.normal_(generator=g) if args.gpu else x.uniform_(-3 ** 0.5, 3 ** 0.5, generator=g)
 
-def structured(T, t, Hkv, ki, g):
-    """Index queries that turn slowly (a new direction every 512 tokens, lines between) and share one direction, which
-    the keys of block 0 have: neighbours agree, block 0 is a sink. -> qi of the last t (1, t, Hkv, D), ki (1, Tk, D)."""
-    make = lambda *size: torch.randn(*size, generator=g, device=ki.device)
-    common, turn, qi = make(D), make(T // 512 + 2, Hkv, D), ki.new_empty(1, t, Hkv, D)
-    for rows, i in zip(qi[0].split(2 ** 16), torch.arange(T - t, T, device=ki.device).split(2 ** 16)):
-        rows.copy_(torch.lerp(turn[i // 512], turn[i // 512 + 1], (i % 512 / 512)[:, None, None]) + common)
-    ki = ki.clone()
-    ki[:, :L] += common.to(ki.dtype)
-    return qi, ki
-
-def overlap(block_idx):
-    """Mean number of distinct blocks that 64 neighbouring queries of one head choose, over some 32 such windows."""
-    runs = block_idx[0].split(64)[::-1]
-    return statistics.mean(len(run[:, h][run[:, h] >= 0].unique()) for run in runs[::-(-len(runs) // 32)]
-                           for h in range(run.size(1)))
+def asked_whats(args):
+    return ("prefill", "decode") if args.what == "all" else (args.what,)
 
 def n_sets(args, shape, T, B):
     """Sets of buffers of a decode row: what is read between two uses of a set exceeds three times the last cache."""
-    cache = torch.cuda.get_device_properties(args.device).L2_cache_size if args.gpu else 2 ** 25
-    stages = work(shape, T, 1, B, args.size, 1 if args.gpu else args.size)["msa"]                   # 1: int8 index keys
-    return min(64, math.ceil(3 * cache / sum(moved for _, moved in stages)))  # more only below 4K
+    cache = 2 ** 25
+    index = args.size
+    if args.gpu:
+        cache = torch.cuda.get_device_properties(args.device).L2_cache_size
+        index = 1                      # int8 index keys
+    moved = sum(moved for _, moved in work(shape, T, 1, B, args.size, index)["msa"])
+    return min(64, math.ceil(3 * cache / moved))  # more only below 4K
+
+def row_bytes(args, shape, what, B, T):
+    """About the memory of a row."""
+    H, Hkv = SHAPES[shape]
+    key = (2 * Hkv + 1) * D * args.size
+    if args.gpu:
+        key += 16 * D                  # quantize_index, in fp32
+    sets = n_sets(args, shape, T, B) if what == "decode" else 1
+    need = 2 ** 30 + capacity(T) * B * sets * key
+    if what == "prefill" and args.gpu:
+        # q, an output, two index branches, the plan; the partial outputs of one chunk
+        query = 2 * (H + Hkv + 1) * D * args.size + 48 * Hkv * S
+        chunk = 2 ** 14 * H * S * D * args.size
+        need += T * query + chunk
+    return need
+
+def free_bytes(args):
+    if args.gpu:
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    return 0.7 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # the system needs some, too
 
 def lengths_that_fit(args, shape, what, B):
     """8K, 16K, ... and --ctx; 16K, 64K, ... on a CPU; a batch of 8: the longest, decode alone. No more than fits."""
-    if args.what not in (what, "all") or (what, B) == ("prefill", 8):
+    if what not in asked_whats(args) or (what, B) == ("prefill", 8):
         return []
-    (H, Hkv), wide = SHAPES[shape], what == "prefill" and args.gpu
-    # q, an output, two index branches, the plan; the partial outputs of one chunk
-    query, chunk = wide * (2 * (H + Hkv + 1) * D * args.size + 48 * Hkv * S), wide * 2 ** 14 * H * S * D * args.size
-    key = D * ((2 * Hkv + 1) * args.size + 16 * args.gpu)                                # 16: quantize_index, in fp32
-    powers = [2 ** n for n in (range(13, 26) if args.gpu else range(14, 26, 2)) if 2 ** n < args.ctx]
-    sets = {T: n_sets(args, shape, T, B) if what == "decode" else 1 for T in powers + [args.ctx]}
-    need = {T: 2 ** 30 + capacity(T) * B * n * key + T * query + chunk for T, n in sets.items()}
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() if args.gpu else \
-        0.7 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")                   # the system needs some, too
-    fit = [T for T in need if need[T] <= free]
+    exponents = range(13, 26) if args.gpu else range(14, 26, 2)
+    lengths = [2 ** n for n in exponents if 2 ** n < args.ctx] + [args.ctx]
+    need = {T: row_bytes(args, shape, what, B, T) for T in lengths}
+    free = free_bytes(args)
+    fit = [T for T in lengths if need[T] <= free]
     if args.ctx not in fit:
         print(f"memory  | {what} {shape}, batch {B}: {args.ctx:,} tokens need {need[args.ctx] / 1e9:.1f} GB of "
               f"{free / 1e9:.1f}; the longest length that fits is {max(fit, default=0):,}", flush=True)
-    return fit[0 if B == 1 else -1:]
+    return fit if B == 1 else fit[-1:]
 
 def utilisation(row, stages, rates):
     """Share of a measured rate that each side reaches: useful FLOPs in prefill, bytes it needs in decode."""
-    column, rate = (1, rates["copy"]) if row["what"] == "decode" else (0, rates["matmul"])
-    return {f"{side}_util": 1e3 * sum(stage[column] for stage in stages[side]) / row[f"{side}_ms"] / rate
-            for side in stages}
+    shares = {}
+    for side in stages:
+        flops = sum(flops for flops, _ in stages[side])
+        moved = sum(moved for _, moved in stages[side])
+        needed_s = moved / rates["copy"] if row["what"] == "decode" else flops / rates["matmul"]
+        shares[f"{side}_util"] = 1e3 * needed_s / row[f"{side}_ms"]
+    return shares
 
 def make_row(args, what, shape, T, t, B, selection, index, dense, sparse):
-    """A row from both sides' times (lists, ms), printed at once with what must be known beside it."""
+    """A row from both sides' times, printed at once with what must be known beside it.
+
+    what, shape         prefill or decode, m2 or m3
+    T, t, B             the last t of T queries, of B sequences
+    selection           random or structured index branch
+    index               what the index keys are held in, see BYTES
+    dense, sparse       ms of each run
+    """
     stages = work(shape, T, t, B, args.size, BYTES[index])
     row = dict(what=what, shape=shape, ctx=T, dense_ms=statistics.median(dense), msa_ms=statistics.median(sparse))
     row.update(utilisation(row, stages, args.rates))
@@ -288,13 +409,15 @@ def make_row(args, what, shape, T, t, B, selection, index, dense, sparse):
         measure_rates(args)
         row.update(utilisation(row, stages, args.rates))
 
-    notes = ["the kernels' time alone"] if index == "int8" else []
-    if max(row["dense_util"], row["msa_util"]) > 1:
-        only_reads = what == "decode" and args.gpu
-        why = "a copy writes, too" if only_reads else "the rates were measured on a busier machine"
-        notes.append(f"util > 100 %: {why}")
     # a GPU's dense decode streams its keys, or it is no baseline; a CPU's may be bound by the products, not the bytes
-    fair = not (what == "decode" and args.gpu and row["dense_util"] < COPY_FLOOR)
+    streams = what == "decode" and args.gpu
+    fair = not streams or row["dense_util"] >= COPY_FLOOR
+    notes = []
+    if index == "int8":
+        notes.append("the kernels' time alone")
+    if max(row["dense_util"], row["msa_util"]) > 1:
+        why = "a copy writes, too" if streams else "the rates were measured on a busier machine"
+        notes.append(f"util > 100 %: {why}")
     if not fair:
         notes.append(f"no ratio: full attention reads at less than {COPY_FLOOR:.0%} of the copy rate")
 
@@ -302,12 +425,19 @@ def make_row(args, what, shape, T, t, B, selection, index, dense, sparse):
     row.update(speedup=row["dense_ms"] / row["msa_ms"] if fair else None, selection=selection, batch=B, index=index,
                queries=t, predicted_ms={side: least_ms(stages[side], args.rates) for side in stages},
                dense_impl=dense_impl, msa_impl=msa_impl)
-    speedup = f"{row['speedup']:7.2f}x" if fair else "    none"
-    print(f"{what:8}{shape:4}{T:>10,} {B:>2}  {selection:11}{index:5}|{row['dense_ms']:11.3f} {row['dense_util']:4.0%} "
-          f"|{row['msa_ms']:12.3f} {row['msa_util']:4.0%} | {speedup} |"
-          + "{dense:11.3f} {msa:8.3f}".format(**row["predicted_ms"])
-          + f" | {len(dense)}, {len(sparse)}" + "".join(f"; {note}" for note in notes), flush=True)
+    print_row(row, [len(dense), len(sparse)], notes)
     return row
+
+def print_row(row, runs, notes):
+    speedup = f"{row['speedup']:7.2f}x" if row["speedup"] else "    none"
+    cells = [
+        f"{row['what']:8}{row['shape']:4}{row['ctx']:>10,} {row['batch']:>2}  {row['selection']:11}{row['index']:5}",
+        f"{row['dense_ms']:11.3f} {row['dense_util']:4.0%} ",
+        f"{row['msa_ms']:12.3f} {row['msa_util']:4.0%} ",
+        f" {speedup} ",
+        "{dense:11.3f} {msa:8.3f} ".format(**row["predicted_ms"]),
+        f" {runs[0]}, {runs[1]}"]
+    print("|".join(cells), *notes, sep="; ", flush=True)
 
 def print_head(args, whats):
     """The head of the table, and below it the rules that its rows follow."""
@@ -326,54 +456,132 @@ def print_head(args, whats):
     print(f"\n{HEAD}", *lines, sep="\n        ", flush=True)
 
 def kernel_rows(args, row, call, calls=1):
-    """Print a call's GPU time by kernel, over `calls` steps, beside what was expected and the least its design allows:
+    """Print a call's GPU time by kernel, over `calls` steps, beside what was expected and the least its design allows.
+
     KV-outer writes S - 1 partial outputs a query and head and gathers q as often, and the combine kernel reads them.
     In decode a kernel starts while the one before it ends, and waits: its time here is longer than its share."""
-    shape, T, B, size, times = row["shape"], row["ctx"], row["batch"], args.size, {}
-    index, attend = work(shape, T, row["queries"], B, size, BYTES[row["index"]])["msa"]
-    io = B * row["queries"] * SHAPES[shape][0] * D * size
-    least = {"_index_kernel": index, "_scan_kernel": index, "_attend_kernel": attend,
-             "_rescore_kernel": (0, B * SHAPES[shape][1] * 2 * S * L * D * size),  # random keys: some 2 S blocks a head
-             "_kv_outer_kernel": (attend[0] * (S - 1) / S, 2 * (S - 1) * io), "_combine_kernel": (0, (S + 2) * io)}
+    H, Hkv = SHAPES[row["shape"]]
+    B, t = row["batch"], row["queries"]
+    score, attend = work(row["shape"], row["ctx"], t, B, args.size, BYTES[row["index"]])["msa"]
+    out_bytes = B * t * H * D * args.size
+    block_bytes = L * D * args.size
+    design = {
+        "_index_kernel": score,
+        "_scan_kernel": score,
+        "_attend_kernel": attend,
+        "_rescore_kernel": (0, B * Hkv * 2 * S * block_bytes),  # random keys: some 2 S blocks a head
+        "_kv_outer_kernel": (attend[0] * (S - 1) / S, 2 * (S - 1) * out_bytes),
+        "_combine_kernel": (0, (S + 2) * out_bytes)}
+
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        call(), torch.cuda.synchronize()
+        call()
+        torch.cuda.synchronize()
+    times = {}
     for event in profile.key_averages():
-        name = event.key if event.key in least else "all others"
+        name = event.key if event.key in design else "all others"
         times[name] = times.get(name, 0) + event.self_device_time_total / 1e3 / calls
     for name, ms in times.items():
-        share, wait, rest = KERNELS.get(name, (1, 0, ""))
-        floor = least_ms([least.get(name, (0, 0))], args.rates)
-        print(f"        {name:16} {ms:10.4f} ms" + (f", expected {floor / share + wait:.4f}, roofline {floor:.4f} "
-              f"({floor / ms:.0%}); the rest: {rest}" if name in least else ""))
+        line = f"        {name:16} {ms:10.4f} ms"
+        if name in design:
+            share, wait, rest = KERNELS[name]
+            floor = least_ms([design[name]], args.rates)
+            line += f", expected {floor / share + wait:.4f}, roofline {floor:.4f} ({floor / ms:.0%}); the rest: {rest}"
+        print(line)
     row["kernels"] = times
+
+def shape_rows(args, shape, lengths):
+    """All rows of one shape, batch -> lengths of its prefill and decode rows. Its buffers are freed on return."""
+    _, Hkv = SHAPES[shape]
+    g = torch.Generator(args.device).manual_seed(1337)
+    rows = []
+    for B, (prefill, decode) in lengths.items():
+        slots = [L] + [capacity(T) for T in prefill] + [capacity(T) * B * n_sets(args, shape, T, B) for T in decode]
+        cache = None  # frees the last one first
+        cache = [fill(args, g, max(slots), *heads, D) for heads in ([Hkv], [Hkv], [])]                     # k, v, ki
+        rows += prefill_rows(args, shape, cache, prefill, g)
+        rows += decode_rows(args, shape, B, decode, cache, g)
+    return rows
+
+# ---- prefill -------------------------------------------------------------------------------------
+
+def structured(T, t, Hkv, ki, g):
+    """Index queries that turn slowly (a new direction every 512 tokens, lines between) and share one direction, which
+    the keys of block 0 have: neighbours agree, block 0 is a sink. -> qi of the last t (1, t, Hkv, D), ki (1, Tk, D)."""
+    def new(*size):
+        return torch.randn(*size, generator=g, device=ki.device)
+    common = new(D)
+    turn = new(T // 512 + 2, Hkv, D)
+    qi = ki.new_empty(1, t, Hkv, D)
+    positions = torch.arange(T - t, T, device=ki.device)
+    for rows, i in zip(qi[0].split(2 ** 16), positions.split(2 ** 16)):  # wide tensors for a part at a time
+        share = (i % 512 / 512)[:, None, None]
+        rows.copy_(torch.lerp(turn[i // 512], turn[i // 512 + 1], share) + common)
+    ki = ki.clone()
+    ki[:, :L] += common.to(ki.dtype)
+    return qi, ki
+
+def overlap(block_idx):
+    """Mean number of distinct blocks that 64 neighbouring queries of one head choose, over some 32 such windows."""
+    windows = block_idx[0].split(64)[::-1]
+    every = math.ceil(len(windows) / 32)
+    counts = []
+    for window in windows[::every]:
+        for head in window.unbind(1):
+            counts.append(len(head[head >= 0].unique()))
+    return statistics.mean(counts)
 
 def prefill_rows(args, shape, cache, lengths, g):
     """Random and structured index branches in turn with the dense side; q, k and v are the same for all three."""
-    (H, Hkv), (k, v, ki), rows = SHAPES[shape], (x[None] for x in cache), []
-    q_all, qi_all = (fill(args, g, max(lengths) if args.gpu else 32, heads, D)[None] for heads in (H, Hkv))
+    if not lengths:
+        return []
+    H, Hkv = SHAPES[shape]
+    longest = max(lengths) if args.gpu else 32
+    q = fill(args, g, longest, H, D)[None]
+    qi = fill(args, g, longest, Hkv, D)[None]
+    k, v, ki = (x[None] for x in cache)
+    rows = []
     for T in lengths:
         t = T if args.gpu else min(T, 32)
-        q, keys, union = q_all[:, :t], T if args.gpu else capacity(T), {}  # a CPU gathers whole key blocks in place
-        start = torch.tensor([T - t], dtype=torch.int32) if t < T else None
-        index = {"random": (qi_all[:, :t], ki[:, :keys]), "structured": structured(T, t, Hkv, ki[:, :keys], g)}
-
-        def check(name, qi, ki, out):
-            check_rows(f"prefill {shape}, {T} tokens, {name}", *out, q, k[:, :keys], v[:, :keys], qi, ki, T - t)
-            union[name] = overlap(out[1]) if name != "dense" else 0
-        # a dense run of seconds takes place once: the shorter lengths have warmed up all but its plan
-        short = least_ms(work(shape, T, t)["dense"], args.rates) < (2000 if args.gpu else 500)
-        sides = [(lambda: (full(q, k[:, :T], v[:, :T]), None), partial(check, "dense", qi_all, ki), short)]
-        for name, branch in index.items():
-            sides.append((partial(sparse_prefill, q, k[:, :keys], v[:, :keys], *branch, start),
-                          partial(check, name, *branch), short or args.gpu))
-        dense, *sparse = alternate(sides, args.gpu, seconds=3.0 if args.gpu else 0.3)
-        rows += [make_row(args, "prefill", shape, T, t, 1, name, "bf16" if args.gpu else "fp32", dense, ms)
-                 for name, ms in zip(index, sparse)]
-        print(f"        distinct blocks of {min(64, t)} neighbours, a head: random {union['random']:.0f}, structured "
-              f"{union['structured']:.0f}", flush=True)
-        if args.gpu and T == args.ctx:
-            kernel_rows(args, rows[-2], sides[1][0])
+        n_keys = T if args.gpu else capacity(T)  # a CPU gathers whole key blocks in place
+        tensors = q[:, :t], k[:, :n_keys], v[:, :n_keys], qi[:, :t], ki[:, :n_keys]
+        rows += prefill_length(args, shape, T, *tensors, g)
     return rows
+
+def prefill_length(args, shape, T, q, k, v, qi, ki, g):
+    """The last queries of T tokens: q (1, t, H, D), qi (1, t, Hkv, D); k, v and ki hold T tokens or more -> two rows."""
+    t = q.size(1)
+    start = torch.tensor([T - t], dtype=torch.int32) if t < T else None
+    branches = {"random": (qi, ki), "structured": structured(T, t, qi.size(2), ki, g)}
+    distinct = {}
+
+    def dense():
+        return full(q, k[:, :T], v[:, :T]), None
+
+    def check(name, qi, ki, out):
+        check_rows(f"prefill {shape}, {T} tokens, {name}", *out, q, k, v, qi, ki, T - t)
+        if name != "dense":
+            distinct[name] = overlap(out[1])
+
+    # a dense run of seconds takes place once: the shorter lengths have warmed up all but its plan
+    dense_ms = least_ms(work(shape, T, t)["dense"], args.rates)
+    is_short = dense_ms < (2000 if args.gpu else 500)
+    sides = [(dense, partial(check, "dense", qi, ki), is_short)]
+    for name, branch in branches.items():
+        sparse = partial(sparse_prefill, q, k, v, *branch, start)
+        sides.append((sparse, partial(check, name, *branch), is_short or args.gpu))
+    dense_times, *sparse_times = alternate(sides, args.gpu, seconds=3.0 if args.gpu else 0.3)
+
+    index = "bf16" if args.gpu else "fp32"
+    rows = [make_row(args, "prefill", shape, T, t, 1, name, index, dense_times, times)
+            for name, times in zip(branches, sparse_times)]
+    print(f"        distinct blocks of {min(64, t)} neighbours, a head: random {distinct['random']:.0f}, structured "
+          f"{distinct['structured']:.0f}", flush=True)
+    if args.gpu and T == args.ctx:
+        random_call, _, _ = sides[1]
+        kernel_rows(args, rows[0], random_call)
+    return rows
+
+# ---- decode --------------------------------------------------------------------------------------
 
 def repeat(call, sets, rounds):
     """-> a function that calls on every set and returns the outputs; on a GPU a CUDA graph of `rounds` such rounds."""
@@ -384,175 +592,88 @@ def repeat(call, sets, rounds):
     with torch.cuda.graph(graph):
         for _ in range(rounds):
             outs = [call(*buffers) for buffers in sets]
-    [out.fill_(math.nan) for out, _ in outs]  # capturing runs nothing: what the kernels then fail to write stays nan
-    return lambda: (graph.replay(), outs)[1]
+    for out, _ in outs:
+        out.fill_(math.nan)  # capturing runs nothing: what the kernels then fail to write stays nan
+
+    def replay():
+        graph.replay()
+        return outs
+    return replay
+
+def decode_sets(args, shape, B, T, cache, coded, g):
+    """Slices of the cache that push each other out of the last cache -> [(q, k, v, qi, ki, int8 index or None), ...]."""
+    H, Hkv = SHAPES[shape]
+    n = n_sets(args, shape, T, B)
+    slots = capacity(T)
+
+    def cut(x, slots):
+        return x[:n * B * slots].unflatten(0, (n, B, slots))
+    q = fill(args, g, n * B, H, D).view(n, B, 1, H, D)
+    qi = fill(args, g, n * B, Hkv, D).view(n, B, 1, Hkv, D)
+    k, v, ki = (cut(x, slots) for x in cache)
+    int8 = [None] * n
+    if coded:
+        codes, scale, slack = coded
+        int8 = zip(cut(codes, slots), cut(scale, slots), cut(slack, slots // L))  # the bound is a block's
+    return list(zip(q, k, v, qi, ki, int8))
 
 def decode_rows(args, shape, B, lengths, cache, g):
     """Dense, MSA, and on a GPU MSA with certified int8, in turn on the same sets of buffers: slices of the cache."""
-    (H, Hkv), rows = SHAPES[shape], []
-    coded = [x[0] for x in msa.quantize_index(cache[2][None], L)] if args.gpu else []
+    if not lengths:
+        return []
+    coded = None
+    if args.gpu:
+        coded = [x[0] for x in msa.quantize_index(cache[2][None], L)]
+    rows = []
     for T in lengths:
-        n, cap, chosen = n_sets(args, shape, T, B), capacity(T), {}
-        length = torch.full((B,), T - 1, dtype=torch.int32, device=args.device)
-        cut = lambda x, per=1: x[:n * B * cap // per].unflatten(0, (n, B, cap // per))
-        q, qi = (fill(args, g, n * B, heads, D).view(n, B, 1, heads, D) for heads in (H, Hkv))
-        int8 = list(zip(*map(cut, coded, (1, 1, L)))) if coded else [None] * n
-        sets = list(zip(q, *map(cut, cache[:2]), qi, cut(cache[2]), int8))
-
-        def check(name, outs):
-            for (out, block_idx), buffers in list(zip(outs, sets))[::max(1, n - 1)]:
-                check_rows(f"decode {shape}, {T} tokens, {name}", out, block_idx, *buffers[:5], T - 1)
-            chosen[name] = [block_idx for _, block_idx in outs]
-        calls = {"dense": lambda q, k, v, qi, ki, int8: (full(q, k[:, :T], v[:, :T], length), None),
-                 "bf16" if args.gpu else "fp32": lambda q, k, v, qi, ki, int8: sparse_decode(q, k, v, qi, ki, length)}
-        if coded:
-            calls["int8"] = lambda *buffers: sparse_decode(*buffers[:5], length, buffers[5])
-        rounds = -(-16 // n) if args.gpu else 1  # starting a graph takes as long as a small kernel: 16 calls share it
-        sides = [(repeat(call, sets, rounds), partial(check, name), True) for name, call in calls.items()]
-        times = alternate(sides, args.gpu, *((20, 60.0) if args.gpu else (5, 0.6)))
-        if coded and not all(map(torch.equal, chosen["bf16"], chosen["int8"])):
-            raise ArithmeticError(f"decode {shape}, {T} tokens: certified int8 chooses other blocks than bf16")
-        dense, *sparse = ([ms / n / rounds for ms in side] for side in times)
-        for index, ms, (call, _, _) in zip(list(calls)[1:], sparse, sides[1:]):
-            rows.append(make_row(args, "decode", shape, T, 1, B, "random", index, dense, ms))
-            if args.gpu and T == args.ctx:
-                kernel_rows(args, rows[-1], call, n * rounds)
+        rows += decode_length(args, shape, B, T, decode_sets(args, shape, B, T, cache, coded, g))
     return rows
 
-def shape_rows(args, shape, lengths):
-    """All rows of one shape, batch -> lengths of its prefill and decode rows. Its buffers are freed on return."""
-    g, rows = torch.Generator(args.device).manual_seed(1337), []
-    for B, (prefill, decode) in lengths.items():
-        tokens = max([L] + [capacity(T) for T in prefill]
-                     + [capacity(T) * B * n_sets(args, shape, T, B) for T in decode])
-        cache = None  # frees the last one first
-        cache = [fill(args, g, tokens, *heads, D) for heads in (SHAPES[shape][1:], SHAPES[shape][1:], ())]
-        rows += prefill_rows(args, shape, cache, prefill, g) if prefill else []
-        rows += decode_rows(args, shape, B, decode, cache, g) if decode else []
+def decode_length(args, shape, B, T, sets):
+    """One new token of B sequences of T -> a row for each kind of index keys."""
+    length = torch.full((B,), T - 1, dtype=torch.int32, device=args.device)
+    chosen = {}
+
+    def dense(q, k, v, qi, ki, int8):
+        return full(q, k[:, :T], v[:, :T], length), None
+
+    def sparse(q, k, v, qi, ki, int8):
+        return sparse_decode(q, k, v, qi, ki, length)
+
+    def sparse_int8(q, k, v, qi, ki, int8):
+        return sparse_decode(q, k, v, qi, ki, length, int8)
+
+    def check(name, outs):
+        ends = [0, len(sets) - 1] if len(sets) > 1 else [0]
+        for n in ends:
+            out, block_idx = outs[n]
+            check_rows(f"decode {shape}, {T} tokens, {name}", out, block_idx, *sets[n][:5], T - 1)
+        chosen[name] = [block_idx for _, block_idx in outs]
+
+    if args.gpu:
+        calls = {"dense": dense, "bf16": sparse, "int8": sparse_int8}
+        rounds = math.ceil(16 / len(sets))  # starting a graph takes as long as a small kernel: 16 calls share it
+        reps, seconds = 20, 60.0
+    else:
+        calls = {"dense": dense, "fp32": sparse}
+        rounds = 1
+        reps, seconds = 5, 0.6
+    sides = [(repeat(call, sets, rounds), partial(check, name), True) for name, call in calls.items()]
+    times = alternate(sides, args.gpu, reps, seconds)
+    if args.gpu and not all(map(torch.equal, chosen["bf16"], chosen["int8"])):
+        raise ArithmeticError(f"decode {shape}, {T} tokens: certified int8 chooses other blocks than bf16")
+
+    n_calls = len(sets) * rounds
+    per_call = {name: [ms / n_calls for ms in taken] for name, taken in zip(calls, times)}
+    rows = []
+    for name, (call, _, _) in list(zip(calls, sides))[1:]:
+        rows.append(make_row(args, "decode", shape, T, 1, B, "random", name, per_call["dense"], per_call[name]))
+        if args.gpu and T == args.ctx:
+            kernel_rows(args, rows[-1], call, n_calls)
     return rows
 
-def ratios(rows):
-    """Dense over MSA at the longest length measured, with the same batch, selection and index keys."""
-    out, keys = [], ("what", "ctx", "batch", "selection", "index")
-    for a, b in product(rows, rows):
-        last = max(row["ctx"] for row in rows if (row["what"], row["batch"]) == (a["what"], a["batch"]))
-        same, pair = {key: a[key] for key in keys}, (a["shape"], b["shape"])
-        if a["ctx"] == last and a["speedup"] and pair != ("m3", "m2") and all(same[key] == b[key] for key in keys):
-            published = PUBLISHED.get((a["what"], *pair)) if a["batch"] == 1 else None
-            out.append(dict(same, dense=pair[0], msa=pair[1], ratio=a["dense_ms"] / b["msa_ms"], published=published,
-                            dense_util=a["dense_util"]))
-            notes = [f"dense util {a['dense_util']:.0%}"]
-            if a["index"] == "int8":
-                notes.append("the kernels' time alone")
-            if published:
-                notes.append(f"published, at 1M: {published}")
-            print("ratio   | {what} batch {batch}, {ctx:,} tokens, {dense} dense over {msa} MSA, {selection}, {index} "
-                  "index: {ratio:.2f}x".format(**out[-1]) + f" ({'; '.join(notes)})")
-    return out
-
-def crossovers(rows):
-    """Smallest length from which on MSA won, of those with a ratio, at batch 1 and random selection; None: it lost the
-    longest, or no length has a ratio. -> {kind: length}"""
-    out = {}
-    kinds = {}
-    for row in rows:  # a kind's are in rising order
-        if (row["batch"], row["selection"]) == (1, "random"):
-            kinds.setdefault(f"{row['what']} {row['shape']} {row['index']}", []).append(row)
-    for name, kind in kinds.items():
-        fair = [row for row in kind if row["speedup"]]
-        lost = [n for n, row in enumerate(fair) if row["speedup"] <= 1]
-        won = fair[lost[-1] + 1:] if lost else fair
-        out[name] = won[0]["ctx"] if won else None
-        line = f"MSA won from {out[name]:,} tokens on" if won else "MSA won at no measured length"
-        if not fair:
-            line = "no length has a ratio"
-        elif len(fair) < len(kind):
-            line += f", of {', '.join(short(row['ctx']) for row in fair)}; the other lengths have no ratio"
-        print(f"crossover | {name}: {line}")
-    return out
-
-def plain(ms):
-    """Milliseconds with three digits that count, and never as a power of ten."""
-    return f"{ms:,.0f}" if ms >= 100 else f"{ms:#.3g}"
-
-def conclusion(rows):
-    """What the rows say, in plain words: a sentence a kind, at batch 1, random selection and index keys as they are."""
-    kinds = {}
-    for row in rows:
-        if row["what"] == "tree":
-            kinds.setdefault("tree", []).append(row)
-        elif (row["batch"], row["selection"]) == (1, "random") and row["index"] != "int8":
-            kinds.setdefault((row["what"], row["shape"]), []).append(row)
-    return [tree_sentence(kind) if name == "tree" else sentence(kind) for name, kind in kinds.items()]
-
-def print_conclusion(rows):
-    for line in conclusion(rows):
-        print(f"found   | {line}")
-
-def sentence(kind):
-    """Rows of one kind, in rising order -> what the longest says, and the longest at which full attention is faster."""
-    last = kind[-1]
-    what = "a decode step"
-    if last["what"] == "prefill":
-        what = "a prefill" if last["queries"] == last["ctx"] else f"a prefill's last {last['queries']} queries"
-    what += f" of {last['shape'].upper()}'s shape"
-    if last["what"] == "train":  # on a CPU not M3's shape, but a quarter
-        what = "forward and backward of attention, {} query heads and {} KV heads".format(*last["heads"])
-    fast, slow = ("MSA", "full attention") if last["msa_ms"] < last["dense_ms"] else ("full attention", "MSA")
-    times = {"MSA": last["msa_ms"], "full attention": last["dense_ms"]}
-    line = (f"At {last['ctx']:,} tokens, for {what}, {fast} needs "
-            f"{plain(times[fast])} ms where {slow} needs {plain(times[slow])}: ")
-    if not last["speedup"]:
-        return line + "no ratio, as full attention reads too slowly to be a baseline."
-    line += f"{times[slow] / times[fast]:.1f} times less"
-    fair = [row["ctx"] for row in kind if row["speedup"]]
-    lost = [row["ctx"] for row in kind if row["dense_ms"] < row["msa_ms"]]
-    if fast == "full attention":
-        return line + "."
-    if lost:
-        return line + f"; at {lost[-1]:,} tokens full attention is still faster."
-    every = "measured" if len(fair) == len(kind) else "that has a ratio"
-    return line + f"; MSA is faster at every length {every}, from {fair[0]:,} tokens on."
-
-def tree_sentence(kind):
-    """Rows of --what tree -> what the longest says."""
-    last = kind[-1]
-    return (f"At {last['turns']} turns a training step on prefix trees takes {plain(last['merged_ms'])} ms where the "
-            f"same samples, packed ({last['packing']}), take {plain(last['packed_ms'])}: {last['speedup']:.1f} times "
-            f"less, for {last['token_ratio']:.1f} times fewer tokens.")
-
-def short(T):
-    """A length as an axis says it: 300, 16K (16,384), 1M (a million, or 1,048,576)."""
-    for unit, sizes in (("M", (2 ** 20, 10 ** 6)), ("K", (2 ** 10,))):
-        for size in sizes:
-            if T % size == 0 and T:
-                return f"{T // size}{unit}"
-    return f"{T:,}"
-
-def draw(path, rows, title):
-    """Time against length, log-log, as measured at batch 1: one chart for prefill, one for decode."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-    kinds = list(dict.fromkeys(row["what"] for row in rows))
-    figure = Figure((7 * len(kinds), 5), layout="constrained")
-    for axis, what in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
-        lines = {}
-        for row, side in product(rows, ("dense", "msa")):
-            if (row["what"], row["batch"], row["selection"]) == (what, 1, "random"):
-                name = f"{row['shape']} {side}" + f", {row['index']} index" * (side == "msa")
-                lines.setdefault(name, []).append((row["ctx"], row[f"{side}_ms"]))
-        for name, line in lines.items():
-            axis.semilogx(*zip(*line), "o--" if "dense" in name else "o-", base=2, ms=3, label=name)
-        axis.set(title=f"{what}, one layer, {title}", xlabel="tokens of context", ylabel="ms", yscale="log")
-        # lengths as people say them, and times as plain numbers: no powers of 2 or 10
-        lengths = sorted({T for line in lines.values() for T, _ in line})
-        axis.set_xticks(lengths, [short(T) for T in lengths])
-        axis.set_xticks([], minor=True)
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:,.10g}"))
-        axis.yaxis.set_minor_formatter(NullFormatter())
-        axis.legend()
-    figure.savefig(path)
+# ---- train ---------------------------------------------------------------------------------------
+# One layer's attention forward and backward, as the rows above; then whole steps of a model by train.py's functions.
 
 def train_sizes(gpu, shape):
     """-> query heads, KV heads, S, L and lengths that --what train times; of M2's or M3's on a GPU."""
@@ -564,13 +685,12 @@ def train_sizes(gpu, shape):
 
 def train_flops(T, H, Hkv, S, L):
     """Useful FLOPs of attention's forward and backward -> {side: FLOPs}. What is computed twice counts once."""
-    i = torch.arange(T)
-    pairs = T * (T + 1) // 2
-    read = int(torch.minimum(i + 1, (S - 1) * L + i % L + 1).sum())
+    pairs = count_pairs(T, T)
+    chosen = count_chosen(T, T, S, L)
     attention = 12 * H * D             # a query and key: two products, and two more for the gradient of each
     index = 2 * Hkv * D                # scores of the index branch, which have no gradient
     kl = 2 * H * D + 3 * index         # the teacher's scores, the index branch's and their gradients
-    return {"dense": attention * pairs, "msa": (attention + kl) * read + index * pairs}
+    return {"dense": attention * pairs, "msa": (attention + kl) * chosen + index * pairs}
 
 def train_sides(args, shape, T, g):
     """Attention's forward and backward on T random tokens -> two functions that return gradients, full attention's of
@@ -582,7 +702,8 @@ def train_sides(args, shape, T, g):
         return torch.randn(1, T, *size, D, generator=g, device=args.device, dtype=args.dtype, requires_grad=True)
     q = new(H)
     k, v = new(Hkv), new(Hkv)
-    qi, ki = new(Hkv), new()
+    qi = new(Hkv)
+    ki = new()
     grad_out = new(H).detach()
 
     def dense():
@@ -611,22 +732,24 @@ def train_gate(args, shape):
 @torch.enable_grad()
 def attention_row(args, shape, T):
     """Forward and backward of one layer's attention and KL, both sides in turn, on T tokens."""
-    sizes = list(train_sizes(args.gpu, shape))
+    H, Hkv, S, L, _ = train_sizes(args.gpu, shape)
     dense, sparse = train_sides(args, shape, T, torch.Generator(args.device).manual_seed(1337))
     bit_equal = all(map(torch.equal, sparse(), sparse()))
     check = partial(check_gradients, f"train {shape}, {T} tokens")
     dense_times, msa_times = alternate([(dense, check, args.gpu), (sparse, check, args.gpu)], args.gpu)
 
-    dense_ms, msa_ms = statistics.median(dense_times), statistics.median(msa_times)
-    flops = train_flops(T, *sizes[:4])
-    dense_util, msa_util = (1e3 * flops[side] / ms / args.rates["matmul"]
-                            for side, ms in (("dense", dense_ms), ("msa", msa_ms)))
-    dense_impl, msa_impl = impl_names(args.gpu, "train", T)
+    dense_ms = statistics.median(dense_times)
+    msa_ms = statistics.median(msa_times)
+    flops = train_flops(T, H, Hkv, S, L)
+    dense_util = 1e3 * flops["dense"] / dense_ms / args.rates["matmul"]
+    msa_util = 1e3 * flops["msa"] / msa_ms / args.rates["matmul"]
     print(f"{'train':8}{shape:4}{T:>10,} |{dense_ms:11.3f} {dense_util:4.0%} |{msa_ms:11.3f} {msa_util:4.0%} | "
           f"{dense_ms / msa_ms:7.2f}x | {str(bit_equal):14} | {len(dense_times)}, {len(msa_times)}", flush=True)
+    dense_impl, msa_impl = impl_names(args.gpu, "train", T)
     return dict(what="train", shape=shape, ctx=T, dense_ms=dense_ms, msa_ms=msa_ms, speedup=dense_ms / msa_ms,
                 dense_util=dense_util, msa_util=msa_util, selection="random", bit_equal=bit_equal, batch=1,
-                heads=sizes[:2], index="bf16" if args.gpu else "fp32", queries=T, dense_impl=dense_impl, msa_impl=msa_impl)
+                heads=[H, Hkv], index="bf16" if args.gpu else "fp32", queries=T,
+                dense_impl=dense_impl, msa_impl=msa_impl)
 
 def step_plans(args):
     """Training steps that --what train times -> preset, [(attention, rows, tokens of a row, recompute)]: the preset's
@@ -636,8 +759,10 @@ def step_plans(args):
     else:
         preset, rows, T, long = "tiny", 4, 256, 1024
     plans = [("msa", rows, min(T, args.ctx), False)]
-    plans += [("full", 1, long, True), ("msa", 1, long, True), ("msa", 1, 2 * long, True)]
-    return preset, [plan for plan in plans if plan[2] <= args.ctx]
+    for attn, tokens_of_row in (("full", long), ("msa", long), ("msa", 2 * long)):
+        if tokens_of_row <= args.ctx:
+            plans.append((attn, 1, tokens_of_row, True))
+    return preset, plans
 
 def model_steps(model, learns, batch, mtp_every, recompute):
     """train.py's optimizer steps on a batch, the first with the MTP loss, the others without -> the last one's loss.
@@ -654,10 +779,8 @@ def model_flops(model, batch, mtp_every):
         flops += batch["idx"].numel() * model.flops_per_token(batch["pos"], run_mtp=step == 0)
     return flops
 
-@torch.enable_grad()
-def step_row(args, preset, attn, n_rows, T, recompute):
-    """Optimizer steps of a preset on random tokens. A long sequence has no MTP modules."""
-    mtp_every = 1 if recompute else train.RUNS[preset]["mtp_every"]
+def step_model(args, preset, attn, T, recompute):
+    """A model to take steps with, compiled on a GPU -> it, its optimizers. A long sequence has no MTP modules."""
     changed = dict(max_seq_len=T)
     if recompute:
         changed["n_mtp"] = 0
@@ -670,9 +793,16 @@ def step_row(args, preset, attn, n_rows, T, recompute):
     if args.gpu:
         torch.compiler.reset()  # graphs of another size count against the limit of recompilations
         train.compile_model(model, learns[0][0])
-    tokens = torch.randint(cfg.vocab_size, (n_rows, T + 1), device=args.device)
+    return model, learns
+
+@torch.enable_grad()
+def step_row(args, preset, attn, n_rows, T, recompute):
+    """Optimizer steps of a preset on random tokens, of which every mtp_every-th has the MTP loss."""
+    mtp_every = 1 if recompute else train.RUNS[preset]["mtp_every"]
+    model, learns = step_model(args, preset, attn, T, recompute)
+    text = torch.randint(model.cfg.vocab_size, (n_rows, T + 1), device=args.device)
     pos = torch.arange(T, device=args.device).expand(n_rows, T)
-    batch = dict(idx=tokens[:, :-1], targets=tokens[:, 1:], pos=pos)
+    batch = dict(idx=text[:, :-1], targets=text[:, 1:], pos=pos)
 
     # the first steps compile; memory is that of the others
     steps = partial(model_steps, model, learns, batch, mtp_every, recompute)
@@ -687,16 +817,22 @@ def step_row(args, preset, attn, n_rows, T, recompute):
         raise ArithmeticError(f"train {preset}, {attn} attention, {T} tokens: the loss is {loss.item()}")
 
     ms = statistics.median(times)
-    peak = train.peak_flops(args.device)
     row = dict(what="train", shape=preset, ctx=T, batch=n_rows, attn=attn, recompute=recompute,
-               tokens_per_s=1e3 * mtp_every * n_rows * T / ms, step_ms=ms / mtp_every,
-               mfu=1e3 * model_flops(model, batch, mtp_every) / ms / peak if peak else None,
-               peak_gb=torch.cuda.max_memory_allocated() / 1e9 if args.gpu else None)
+               tokens_per_s=1e3 * mtp_every * n_rows * T / ms, step_ms=ms / mtp_every, mfu=None, peak_gb=None)
+    peak = train.peak_flops(args.device)
+    if peak:
+        row["mfu"] = 1e3 * model_flops(model, batch, mtp_every) / ms / peak
+    if args.gpu:
+        row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    print_step_row(row, len(times))
+    return row
+
+def print_step_row(row, runs):
     mfu = "none" if row["mfu"] is None else f"{row['mfu']:.1%}"
     memory = "none" if row["peak_gb"] is None else f"{row['peak_gb']:.1f}"
-    print(f"{'train':8}{preset:7}{attn:5}{n_rows:>4} x {T:>9,}{' recomputed' if recompute else '':11} | "
-          f"{row['step_ms']:10.1f} | {row['tokens_per_s']:8,.0f} | {mfu:>5} | {memory:>7} | {len(times)}", flush=True)
-    return row
+    recomputed = " recomputed" if row["recompute"] else ""
+    print(f"{'train':8}{row['shape']:7}{row['attn']:5}{row['batch']:>4} x {row['ctx']:>9,}{recomputed:11} | "
+          f"{row['step_ms']:10.1f} | {row['tokens_per_s']:8,.0f} | {mfu:>5} | {memory:>7} | {runs}", flush=True)
 
 def measure_all(measures):
     """Call {name: function that measures a row} -> rows. What a GPU's memory does not hold is left out, and said."""
@@ -711,7 +847,7 @@ def measure_all(measures):
             torch.cuda.empty_cache()
     return rows
 
-def train_rows(args):
+def run_train(args):
     """--what train: a layer's attention in training, dense and sparse, then whole steps of a model."""
     for shape in args.shapes:
         train_gate(args, shape)
@@ -719,22 +855,33 @@ def train_rows(args):
           f"tokens, relative RMS at most {TOLERANCE[args.dtype]:.0e}\n\n{TRAIN_HEAD}")
     measures = {}
     for shape in args.shapes:
-        lengths = [T for T in train_sizes(args.gpu, shape)[-1] if T <= args.ctx] or [args.ctx]
-        for T in lengths:
+        *_, lengths = train_sizes(args.gpu, shape)
+        for T in [T for T in lengths if T <= args.ctx] or [args.ctx]:
             measures[f"train {shape}, {T:,} tokens"] = partial(attention_row, args, shape, T)
     compared = measure_all(measures)
 
     print(f"\n{STEP_HEAD}")
     preset, plans = step_plans(args)
-    steps = measure_all({f"train {preset}, {attn} attention, {T:,} tokens":
-                         partial(step_row, args, preset, attn, n_rows, T, recompute)
-                         for attn, n_rows, T, recompute in plans})
-    return compared, steps
+    measures = {}
+    for attn, n_rows, T, recompute in plans:
+        name = f"train {preset}, {attn} attention, {T:,} tokens"
+        measures[f"{name}, {n_rows} rows"] = partial(step_row, args, preset, attn, n_rows, T, recompute)
+    steps = measure_all(measures)
+
+    crossover = crossovers(compared)
+    print_conclusion(compared)
+    if args.figure:
+        draw(args.figure, compared, args.name)
+    return dict(device=args.name, rows=compared + steps, rates=args.rates, crossover=crossover)
+
+# ---- tree: a step of rl.py, prefixes merged and not ----------------------------------------------
 
 def tree_turns(args):
     """Lengths of the mazes that fit --ctx: a GPU needs a long one to have work. ValueError if none fits."""
     lengths = (40, 80) if args.gpu else (5, 10, 20, 40, 80)
-    room = lambda turns: 14 * turns + 48  # a call, its result and a thought a turn; the prompt and the answer
+
+    def room(turns):
+        return 14 * turns + 48  # a call, its result and a thought a turn; the prompt and the answer
     if args.ctx < room(lengths[0]):
         raise ValueError(f"--ctx {args.ctx}: a maze of {lengths[0]} turns, the shortest here, takes {room(lengths[0])}")
     return [turns for turns in lengths if room(turns) <= args.ctx]
@@ -746,16 +893,20 @@ def packings(samples, cfg):
     fewer pads and the more masked keys. What cannot differ from a layout before it is left out."""
     longest = max(len(sample.ids) for sample in samples)
     padded = longest * len(samples)
-    trees = lambda: [rl.PrefixTree([sample], cfg) for sample in samples]
-    packed = lambda times: lambda: rl.pack_rows(trees(), times * longest)
+
+    def trees():
+        return [rl.PrefixTree([sample], cfg) for sample in samples]
+
+    def packed(times):
+        return rl.pack_rows(trees(), times * longest)
     budgets = [slots for slots in BUDGETS if slots == BUDGETS[0] or slots // 4 < padded]
     out = {}
     for slots in budgets:
         out[f"padded, {slots:,}"] = (trees, slots)
-        out[f"rows of {longest:,}, {slots:,}"] = (packed(1), slots)
+        out[f"rows of {longest:,}, {slots:,}"] = (partial(packed, 1), slots)
     for times in (2, 4):
         if times * longest <= min(padded // 2, budgets[-1]):
-            out[f"rows of {times * longest:,}, {budgets[-1]:,}"] = (packed(times), budgets[-1])
+            out[f"rows of {times * longest:,}, {budgets[-1]:,}"] = (partial(packed, times), budgets[-1])
     return out
 
 def fastest(steps, kept, gpu, rounds=3, slack=1.5):
@@ -774,55 +925,73 @@ def fastest(steps, kept, gpu, rounds=3, slack=1.5):
                 print(f"        {name}: left out, it does not fit the GPU's memory", flush=True)
                 del steps[name]
                 continue
-            least[name] = min(least.get(name, took), took, key=lambda pair: pair[0])
-        if turn >= gpu:
-            best = min(ms for name, (ms, _) in least.items() if name not in kept)
-            steps = {name: step for name, step in steps.items() if name in kept or least[name][0] <= slack * best}
+            if name not in least or took[0] < least[name][0]:
+                least[name] = took
+        if gpu and turn == 0:
+            continue
+        best = min(ms for name, (ms, _) in least.items() if name not in kept)
+        steps = {name: step for name, step in steps.items() if name in kept or least[name][0] <= slack * best}
     return least
 
-@torch.enable_grad()
-def tree_rows(args):
-    """A training step of rl.py on prefix trees, against the same samples packed in the way that was fastest.
+def tree_groups(asked, turns, n_mazes):
+    """All turns of four episodes of each maze by a teacher, with random rewards -> groups of samples of episodes."""
+    gateway = rl.Gateway()
+    rng = random.Random(turns)
+    groups = []
+    for maze in range(n_mazes):
+        task = rl.make_task(asked, maze)
+        groups.append([rl.demonstrate(gateway, task, rng, 0.0, 0.1) for _ in range(4)])
+    for group in groups:
+        for episode in group:
+            episode.finish([rng.gauss(0, 1) for _ in episode.samples], True, 0.0)
+    return [rl.advantages(group) for group in groups]
 
-    The samples are all turns of four episodes of a maze, of 16 mazes on a GPU; laying out and updating are included."""
-    rows, gateway = [], rl.Gateway()
+@torch.enable_grad()
+def tree_row(args, preset, model, groups, turns):
+    """A training step of rl.py on prefix trees, against the same samples packed in the way that was fastest; laying out
+    and updating are included."""
+    samples = [sample for group in groups for episode in group for sample in episode]
+    optimizers, *_ = train.configure_optimizers(model, 1e-3)
+
+    def step(lay_out, slots):  # a rate of 0: every step starts from the same weights
+        return rl.train_step(model, optimizers, lay_out(), 0.0, 0.0, slots)
+    layouts = packings(samples, model.cfg)
+    layouts["merged"] = (partial(rl.plan_rows, groups, model, True), rl.MICRO_TOKENS)
+    steps = {name: partial(step, *layout) for name, layout in layouts.items()}
+    least = fastest(steps, ["merged"], args.gpu)
+
+    merged_ms, merged = least.pop("merged")
+    allowed = 0.05 if args.gpu else 1e-4  # bf16 adds up many micro-batches
+    for name, (_, stats) in least.items():
+        if not abs(merged["norm"] / stats["norm"] - 1) < allowed:
+            norms = f"{merged['norm']} merged, {stats['norm']} {name}"
+            raise ArithmeticError(f"tree: gradient norm {norms} at {turns} turns")
+    packing = min(least, key=lambda name: least[name][0])
+    packed_ms, packed = least[packing]
+    return dict(what="tree", shape=preset, ctx=max(len(sample.ids) for sample in samples), turns=turns,
+                packing=packing, packed_tokens=packed["naive"], packed_slots=packed["computed"], packed_ms=packed_ms,
+                merged_tokens=merged["slots"], merged_slots=merged["computed"], merged_ms=merged_ms,
+                token_ratio=merged["naive"] / merged["slots"], speedup=packed_ms / merged_ms,
+                packings={name: ms for name, (ms, _) in least.items()})
+
+def run_tree(args):
+    """--what tree: the samples are all turns of four episodes of a maze, of 16 mazes on a GPU."""
     preset, n_mazes = ("small", 16) if args.gpu else ("micro", 1)
+    rows = []
     for turns in tree_turns(args):
-        asked = rl.parse_args(["--task", "maze", "--preset", preset, "--turns", str(turns)])[0]
-        rng, model = random.Random(turns), rl.make_model(asked, args.device, args.dtype)
+        asked, _ = rl.parse_args(["--task", "maze", "--preset", preset, "--turns", str(turns)])
+        model = rl.make_model(asked, args.device, args.dtype)
         if not rows:
             print(f"sides   | rl.train_step on both: {implementations(model, args.device, True, False)}\n{TREE_HEAD}")
-        optimizers = rl.configure_optimizers(model, 1e-3)[0]
-        groups = [[rl.demonstrate(gateway, rl.make_task(asked, maze), rng, 0.0, 0.1) for _ in range(4)]
-                  for maze in range(n_mazes)]
-        for episode in sum(groups, []):
-            episode.finish([rng.gauss(0, 1) for _ in episode.samples], True, 0.0)
-        groups = [rl.advantages(group) for group in groups]
-        samples = [sample for group in groups for episode in group for sample in episode]
-
-        # a rate of 0: every step starts from the same weights
-        layouts = packings(samples, model.cfg)
-        layouts["merged"] = (partial(rl.plan_rows, groups, model, True), rl.MICRO_TOKENS)
-        step = lambda lay_out, slots: rl.train_step(model, optimizers, lay_out(), 0.0, 0.0, slots)
-        least = fastest({name: partial(step, *layout) for name, layout in layouts.items()}, ["merged"], args.gpu)
-
-        merged_ms, merged = least.pop("merged")
-        for name, (_, stats) in least.items():  # bf16 adds up many micro-batches
-            if not abs(merged["norm"] / stats["norm"] - 1) < (0.05 if args.gpu else 1e-4):
-                norms = f"{merged['norm']} merged, {stats['norm']} {name}"
-                raise ArithmeticError(f"tree: gradient norm {norms} at {turns} turns")
-        packing = min(least, key=lambda name: least[name][0])
-        packed_ms, packed = least[packing]
-        row = dict(what="tree", shape=preset, ctx=max(len(sample.ids) for sample in samples), turns=turns,
-                   packing=packing, packed_tokens=packed["naive"], packed_slots=packed["computed"], packed_ms=packed_ms,
-                   merged_tokens=merged["slots"], merged_slots=merged["computed"], merged_ms=merged_ms,
-                   token_ratio=merged["naive"] / merged["slots"], speedup=packed_ms / merged_ms,
-                   packings={name: ms for name, (ms, _) in least.items()})
-        rows.append(row)
+        row = tree_row(args, preset, model, tree_groups(asked, turns, n_mazes), turns)
         line = ("tree    | {turns:5} {ctx:7} | {packed_tokens:9,} {packed_slots:9,} {packed_ms:10.1f}  {packing:22} | "
                 "{merged_tokens:7,} {merged_slots:8,} {merged_ms:9.1f} | {token_ratio:5.1f}x | {speedup:7.1f}x")
         print(line.format(**row), flush=True)
-    return rows
+        rows.append(row)
+    print_conclusion(rows)
+    return dict(device=args.name, rows=rows)
+
+# ---- queue: rl.py's strict FIFO, window and greedy -----------------------------------------------
 
 def simulate(window, steps, sigma, seed, slots=64, groups=8, train_s=6.0):
     """rl.py's queue alone, on a virtual clock: tasks of 20 s, every fourth, hard, of 80 s, with log-normal tails.
@@ -884,7 +1053,7 @@ def train_schedules(args):
             curves[name] = [ema for _, ema in load_checkpoint(out)["now"]["curve"]]
     return trained, curves
 
-def compare_schedules(args):
+def run_queue(args):
     """--what queue: the queue alone, then the trainings; the figure has the curves of what they solve."""
     rows = queue_rows()
     trained, curves = train_schedules(args)
@@ -896,44 +1065,150 @@ def compare_schedules(args):
         rl.draw(curves, args.figure, "calculator")
     return dict(device=args.name, rows=rows, trained=trained)
 
-def measure_rates(args):
-    """Measure the copy and matrix rates -> those of now. args.rates keeps the largest: a busy machine's are low."""
-    room, n = (torch.cuda.mem_get_info()[0], 8192) if args.gpu else (2 ** 30, 2048)
-    x = torch.ones(min(2 ** 31, room // 4), dtype=torch.int8, device=args.device)  # a small GPU has no room for more
-    y = torch.empty_like(x)
-    a, b = (torch.randn(n, n, device=args.device, dtype=args.dtype) for _ in "ab")
-    sides = [(lambda: y.copy_(x), id, True), (lambda: a @ b, id, True)]
-    copy, matmul = map(statistics.median, alternate(sides, args.gpu, 20 if args.gpu else 5))
-    now = {"copy": 2e3 * x.numel() / copy, "matmul": 2e3 * n ** 3 / matmul}  # bytes read and written; FLOPs
-    args.rates = {name: max(rate, args.rates.get(name, 0)) for name, rate in now.items()}
-    return now
+# ---- what the rows say ---------------------------------------------------------------------------
 
-def card(args, why):
-    """Where, what, and what to expect, printed before either side runs."""
-    power = subprocess.getoutput(f"nvidia-smi -i {args.device.index or 0} --query-gpu=power.limit,driver_version "
-                                 "--format=csv,noheader 2> /dev/null") or "unknown"
-    whats = ("prefill", "decode") if args.what == "all" else (args.what,)
-    print(f"run     | {time.strftime('%Y-%m-%d %H:%M')}, torch {torch.__version__}")
-    print(f"device  | {args.name}{f', power limit and driver {power}' * args.gpu}, {str(args.dtype)[6:]}: {why}")
-    if args.what == "queue":
-        return
-    print(f"context | up to {args.ctx:,} tokens")
-    if args.what == "tree":
-        return
-    for what in whats:
-        print("sides   | {}: full attention = {}; MSA = {}".format(what, *impl_names(args.gpu, what, args.ctx)))
-    print("rates   | measured: copy {copy:.3e} bytes/s, matmul {matmul:.3e} FLOP/s".format(**measure_rates(args)))
-    print(f"shape   | one layer; query heads, KV = index heads: {SHAPES}; D = {D}, S = {S} blocks of L = {L} keys")
-    if args.what == "train":
-        H, Hkv, topk, block, _ = train_sizes(args.gpu, args.shapes[-1])
-        if not args.gpu:
-            print(f"laptop  | a quarter of the heads ({args.shapes[-1]}: {H}, {Hkv}), S = {topk} blocks of L = {block}")
-        return
-    for shape, what in product(args.shapes, whats):
-        t = 1 if what == "decode" else args.ctx if args.gpu else min(args.ctx, 32)
-        dense, sparse = (least_ms(x, args.rates) for x in work(shape, args.ctx, t, 1, *[args.size] * 2).values())
-        print(f"predict | roofline of {what} {shape} at {args.ctx:,}: dense {dense:,.3f} ms, MSA {sparse:,.3f} ms, "
-              f"{dense / sparse:.2f}x", flush=True)
+def ratios(rows):
+    """Dense over MSA at the longest length measured, with the same batch, selection and index keys."""
+    keys = ("what", "ctx", "batch", "selection", "index")
+    out = []
+    for dense, sparse in product(rows, rows):
+        like = [row["ctx"] for row in rows if (row["what"], row["batch"]) == (dense["what"], dense["batch"])]
+        same = {key: dense[key] for key in keys}
+        pair = dense["shape"], sparse["shape"]
+        if dense["ctx"] < max(like) or not dense["speedup"] or pair == ("m3", "m2"):
+            continue
+        if any(sparse[key] != value for key, value in same.items()):
+            continue
+        published = PUBLISHED.get((dense["what"], *pair)) if dense["batch"] == 1 else None
+        found = dict(same, dense=pair[0], msa=pair[1], ratio=dense["dense_ms"] / sparse["msa_ms"], published=published,
+                     dense_util=dense["dense_util"])
+        out.append(found)
+
+        notes = [f"dense util {dense['dense_util']:.0%}"]
+        if dense["index"] == "int8":
+            notes.append("the kernels' time alone")
+        if published:
+            notes.append(f"published, at 1M: {published}")
+        print("ratio   | {what} batch {batch}, {ctx:,} tokens, {dense} dense over {msa} MSA, {selection}, {index} "
+              "index: {ratio:.2f}x".format(**found) + f" ({'; '.join(notes)})")
+    return out
+
+def crossovers(rows):
+    """Smallest length from which on MSA won, of those with a ratio, at batch 1 and random selection; None: it lost the
+    longest, or no length has a ratio. -> {kind: length}"""
+    kinds = {}
+    for row in rows:  # a kind's are in rising order
+        if (row["batch"], row["selection"]) == (1, "random"):
+            kinds.setdefault(f"{row['what']} {row['shape']} {row['index']}", []).append(row)
+    out = {}
+    for name, kind in kinds.items():
+        fair = [row for row in kind if row["speedup"]]
+        won = []                       # at the end of `fair`
+        for row in fair:
+            won = won + [row] if row["speedup"] > 1 else []
+        out[name] = won[0]["ctx"] if won else None
+        line = f"MSA won from {out[name]:,} tokens on" if won else "MSA won at no measured length"
+        if not fair:
+            line = "no length has a ratio"
+        elif len(fair) < len(kind):
+            line += f", of {', '.join(short(row['ctx']) for row in fair)}; the other lengths have no ratio"
+        print(f"crossover | {name}: {line}")
+    return out
+
+def plain(ms):
+    """Milliseconds with three digits that count, and never as a power of ten."""
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:#.3g}"
+
+def short(T):
+    """A length as an axis says it: 300, 16K (16,384), 1M (a million, or 1,048,576)."""
+    for size, unit in ((2 ** 20, "M"), (10 ** 6, "M"), (2 ** 10, "K")):
+        if T and T % size == 0:
+            return f"{T // size}{unit}"
+    return f"{T:,}"
+
+def conclusion(rows):
+    """What the rows say, in plain words: a sentence a kind, at batch 1, random selection and index keys as they are."""
+    kinds = {}
+    for row in rows:
+        if row["what"] == "tree":
+            kinds.setdefault("tree", []).append(row)
+        elif (row["batch"], row["selection"]) == (1, "random") and row["index"] != "int8":
+            kinds.setdefault((row["what"], row["shape"]), []).append(row)
+    return [tree_sentence(kind) if name == "tree" else sentence(kind) for name, kind in kinds.items()]
+
+def print_conclusion(rows):
+    for line in conclusion(rows):
+        print(f"found   | {line}")
+
+def what_was_timed(row):
+    if row["what"] == "train":  # on a CPU not M3's shape, but a quarter
+        return "forward and backward of attention, {} query heads and {} KV heads".format(*row["heads"])
+    what = "a decode step"
+    if row["what"] == "prefill":
+        what = "a prefill" if row["queries"] == row["ctx"] else f"a prefill's last {row['queries']} queries"
+    return f"{what} of {row['shape'].upper()}'s shape"
+
+def sentence(kind):
+    """Rows of one kind, in rising order -> what the longest says, and the longest at which full attention is faster."""
+    last = kind[-1]
+    times = {"full attention": last["dense_ms"], "MSA": last["msa_ms"]}
+    fast = min(times, key=times.get)
+    slow = "full attention" if fast == "MSA" else "MSA"
+    line = (f"At {last['ctx']:,} tokens, for {what_was_timed(last)}, {fast} needs {plain(times[fast])} ms "
+            f"where {slow} needs {plain(times[slow])}: ")
+    if not last["speedup"]:
+        return line + "no ratio, as full attention reads too slowly to be a baseline."
+    line += f"{times[slow] / times[fast]:.1f} times less"
+    if fast == "full attention":
+        return line + "."
+    lost = [row["ctx"] for row in kind if row["dense_ms"] < row["msa_ms"]]
+    if lost:
+        return line + f"; at {lost[-1]:,} tokens full attention is still faster."
+    fair = [row["ctx"] for row in kind if row["speedup"]]
+    every = "measured" if len(fair) == len(kind) else "that has a ratio"
+    return line + f"; MSA is faster at every length {every}, from {fair[0]:,} tokens on."
+
+def tree_sentence(kind):
+    """Rows of --what tree -> what the longest says."""
+    last = kind[-1]
+    return (f"At {last['turns']} turns a training step on prefix trees takes {plain(last['merged_ms'])} ms where the "
+            f"same samples, packed ({last['packing']}), take {plain(last['packed_ms'])}: {last['speedup']:.1f} times "
+            f"less, for {last['token_ratio']:.1f} times fewer tokens.")
+
+def time_lines(rows, what):
+    """Rows -> {name of a side: [(tokens, ms), ...]}, as measured at batch 1 and random selection."""
+    lines = {}
+    for row in rows:
+        if (row["what"], row["batch"], row["selection"]) == (what, 1, "random"):
+            point = row["ctx"]
+            lines.setdefault(f"{row['shape']} dense", []).append((point, row["dense_ms"]))
+            lines.setdefault(f"{row['shape']} msa, {row['index']} index", []).append((point, row["msa_ms"]))
+    return lines
+
+def draw(path, rows, title):
+    """Time against length, log-log: a chart for prefill, one for decode, or one for train."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    kinds = list(dict.fromkeys(row["what"] for row in rows))
+    figure = Figure((7 * len(kinds), 5), layout="constrained")
+    for axis, what in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
+        lines = time_lines(rows, what)
+        for name, points in lines.items():
+            style = "o--" if "dense" in name else "o-"
+            axis.semilogx(*zip(*points), style, base=2, ms=3, label=name)
+        axis.set(title=f"{what}, one layer, {title}", xlabel="tokens of context", ylabel="ms", yscale="log")
+
+        # lengths as people say them, and times as plain numbers: no powers of 2 or 10
+        lengths = sorted({T for points in lines.values() for T, _ in points})
+        axis.set_xticks(lengths, [short(T) for T in lengths])
+        axis.set_xticks([], minor=True)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:,.10g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.legend()
+    figure.savefig(path)
+
+# ---- the script ----------------------------------------------------------------------------------
 
 def parse_args(argv):
     p = Parser(__doc__)
@@ -942,7 +1217,7 @@ def parse_args(argv):
     p.add_argument("--what", choices=("prefill", "decode", "train", "tree", "queue", "all"), default="all",
                    help="what to time; tree: rl.py's training step; queue: its schedules; all: prefill and decode")
     p.add_argument("--shape", choices=tuple(SHAPES), help="default: both")
-    p.add_argument("--figure", metavar="FILE", help="draw time against length; needs matplotlib")
+    p.add_argument("--figure", metavar="FILE", help="draw time against length, or queue's curves; needs matplotlib")
     args = p.parse_args(argv)
     args.shapes = [args.shape] if args.shape else list(SHAPES)
     if not 1 <= args.ctx <= 2 ** 25:
@@ -951,70 +1226,106 @@ def parse_args(argv):
         raise ValueError("--what tree trains rl.py's own model and has no chart: leave out --shape and --figure")
     if args.what == "queue" and args.shape:
         raise ValueError("--what queue trains rl.py's own model: leave out --shape")
-    if args.figure:  # what is wrong with it shows now, not after minutes
-        folder = os.path.dirname(args.figure) or "."
-        if not os.path.isdir(folder) or os.path.isdir(args.figure) or not os.access(folder, os.W_OK):
-            raise ValueError(f"--figure {args.figure}: it must be a file in a folder that can be written")
-        from matplotlib.figure import Figure
-        Figure().savefig(os.devnull, format=os.path.splitext(args.figure)[1][1:] or "png")
+    if args.figure:
+        check_figure(args.figure)
     return args
+
+def check_figure(path):
+    """ValueError if it cannot be drawn or written: it shows now, not after minutes."""
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder) or os.path.isdir(path) or not os.access(folder, os.W_OK):
+        raise ValueError(f"--figure {path}: it must be a file in a folder that can be written")
+    from matplotlib.figure import Figure
+    Figure().savefig(os.devnull, format=os.path.splitext(path)[1][1:] or "png")
 
 def trial(args):
     """-> a function that does what a CPU is timed on, both sides of a short prefill."""
-    (H, Hkv), t, T = SHAPES["m3"], 32, 16 * L
-    g, start = torch.Generator().manual_seed(0), torch.tensor([T - t], dtype=torch.int32)
-    q, qi = (fill(args, g, 1, t, heads, D) for heads in (H, Hkv))
-    k, v = (fill(args, g, 1, T, Hkv, D) for _ in "kv")
+    H, Hkv = SHAPES["m3"]
+    t, T = 32, 16 * L
+    g = torch.Generator().manual_seed(0)
+    q = fill(args, g, 1, t, H, D)
+    qi = fill(args, g, 1, t, Hkv, D)
+    k = fill(args, g, 1, T, Hkv, D)
+    v = fill(args, g, 1, T, Hkv, D)
     ki = fill(args, g, 1, T, D)
+    start = torch.tensor([T - t], dtype=torch.int32)
 
     def step():
         full(q, k, v)
         sparse_prefill(q, k, v, qi, ki, start)
     return step
 
-@torch.no_grad()
-def run(args):
+def set_device(args):
+    """Device, dtype, threads and name into args -> why this dtype."""
     args.device, args.dtype, why = pick_device(args.device)
-    args.gpu, args.size = args.device.type == "cuda", args.dtype.itemsize
+    args.size = args.dtype.itemsize
+    args.gpu = args.device.type == "cuda"
+    args.rates = {}
     if args.device.type not in ("cpu", "cuda") or (args.gpu and args.dtype != torch.bfloat16):
         raise ValueError(f"--device {args.device}: a CPU, or a CUDA GPU with bf16 tensor cores")
     if args.gpu:
         torch.cuda.set_device(args.device.index or 0)
-    args.rates = {}
-    if not args.gpu and args.what != "queue":  # rl.py chooses for itself
+        args.name = torch.cuda.get_device_name()
+        return why
+    if args.what != "queue":  # rl.py chooses for itself
         threads = Threads(args.device, args.threads)
         if threads.count is None:
             threads.choose(trial(args))
         print(f"threads | {threads}")
-    args.name = torch.cuda.get_device_name() if args.gpu else f"CPU, {torch.get_num_threads()} threads"
-    if args.what == "tree":
-        tree_turns(args)  # what is wrong with --ctx shows now, not below the card
-    card(args, why)
-    if args.what == "tree":
-        result = dict(device=args.name, rows=tree_rows(args))
-        print_conclusion(result["rows"])
-        return result
+    args.name = f"CPU, {torch.get_num_threads()} threads"
+    return why
+
+def card(args, why):
+    """Where, what, and what to expect, printed before either side runs."""
+    power = ""
+    if args.gpu:
+        query = f"nvidia-smi -i {args.device.index or 0} --query-gpu=power.limit,driver_version --format=csv,noheader"
+        power = f", power limit and driver {subprocess.getoutput(query + ' 2> /dev/null') or 'unknown'}"
+    print(f"run     | {time.strftime('%Y-%m-%d %H:%M')}, torch {torch.__version__}")
+    print(f"device  | {args.name}{power}, {str(args.dtype)[6:]}: {why}")
     if args.what == "queue":
-        return compare_schedules(args)
-    if args.what == "train":
-        compared, steps = train_rows(args)
-        result = dict(device=args.name, rows=compared + steps, rates=args.rates, crossover=crossovers(compared))
-        print_conclusion(compared)
-        if args.figure:
-            draw(args.figure, compared, args.name)
-        return result
-    plans = {shape: {B: [lengths_that_fit(args, shape, what, B) for what in ("prefill", "decode")]
-                     for B in (1, 8)[:1 + args.gpu]} for shape in args.shapes}
-    if not any(some for lengths in plans.values() for some in lengths[1]):
+        return
+    print(f"context | up to {args.ctx:,} tokens")
+    if args.what == "tree":
+        return
+    for what in asked_whats(args):
+        dense_impl, msa_impl = impl_names(args.gpu, what, args.ctx)
+        print(f"sides   | {what}: full attention = {dense_impl}; MSA = {msa_impl}")
+    print("rates   | measured: copy {copy:.3e} bytes/s, matmul {matmul:.3e} FLOP/s".format(**measure_rates(args)))
+    print(f"shape   | one layer; query heads, KV = index heads: {SHAPES}; D = {D}, S = {S} blocks of L = {L} keys")
+    if args.what != "train":
+        print_predictions(args)
+    elif not args.gpu:
+        H, Hkv, topk, block, _ = train_sizes(args.gpu, "m3")
+        print(f"laptop  | a quarter of the heads (m3: {H}, {Hkv}), S = {topk} blocks of L = {block}")
+
+def print_predictions(args):
+    for shape, what in product(args.shapes, asked_whats(args)):
+        t = args.ctx if args.gpu else min(args.ctx, 32)
+        if what == "decode":
+            t = 1
+        stages = work(shape, args.ctx, t, 1, args.size, args.size)
+        dense, sparse = (least_ms(stages[side], args.rates) for side in ("dense", "msa"))
+        print(f"predict | roofline of {what} {shape} at {args.ctx:,}: dense {dense:,.3f} ms, MSA {sparse:,.3f} ms, "
+              f"{dense / sparse:.2f}x", flush=True)
+
+def run_attention(args):
+    """--what prefill, decode, all: the gate, the rows of every shape, and what they say."""
+    batches = (1, 8) if args.gpu else (1,)
+    plans = {}                         # shape -> batch -> lengths of prefill, of decode
+    for shape in args.shapes:
+        plans[shape] = {B: [lengths_that_fit(args, shape, what, B) for what in ("prefill", "decode")] for B in batches}
+    if not any(lengths for plan in plans.values() for lengths in plan[1]):
         raise MemoryError("no length fits")
-    for shape, lengths in plans.items():
-        gate(args, shape, [what for what, some in zip(("prefill", "decode"), lengths[1]) if some])
+    for shape, plan in plans.items():
+        gate(args, shape, [what for what, lengths in zip(("prefill", "decode"), plan[1]) if lengths])
     print(f"gate    | passed by {', '.join(args.shapes)}: choice against torch, output against brute force in fp32, "
           f"relative RMS at most {TOLERANCE[args.dtype]:.0e}")
-    print_head(args, ("prefill", "decode") if args.what == "all" else (args.what,))
+
+    print_head(args, asked_whats(args))
     rows = []
-    for shape, lengths in plans.items():
-        rows += shape_rows(args, shape, lengths)
+    for shape, plan in plans.items():
+        rows += shape_rows(args, shape, plan)
         now = measure_rates(args)  # its buffers are free again
     print("rates   | at the end: copy {copy:.3e} bytes/s, matmul {matmul:.3e} FLOP/s".format(**now)
           + "; the largest measured are copy {copy:.3e}, matmul {matmul:.3e}".format(**args.rates))
@@ -1023,6 +1334,20 @@ def run(args):
     if args.figure:
         draw(args.figure, rows, args.name)
     return result
+
+@torch.no_grad()
+def run(args):
+    why = set_device(args)
+    if args.what == "tree":
+        tree_turns(args)  # what is wrong with --ctx shows now, not below the card
+    card(args, why)
+    if args.what == "tree":
+        return run_tree(args)
+    if args.what == "queue":
+        return run_queue(args)
+    if args.what == "train":
+        return run_train(args)
+    return run_attention(args)
 
 def main(argv=None):
     return command("bench.py", lambda locks: run(parse_args(argv)))

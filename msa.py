@@ -58,8 +58,9 @@ _compiled = functools.cache(torch.compile)
 #     msa_decode       both for a step of generation
 #     msa_train        both for a step of training: msa_attention, and index_kl_loss for the index branch
 #     block_recall     how much of the attention's mass the index branch finds
-# Queries are taken in chunks, so that no T x T matrix is ever held. Each public function takes impl: "auto" is Triton
-# on a GPU where it fits (_misfit says why not), "torch" is the code here, "triton" insists. Same arguments, same result.
+# Queries are taken in chunks, so that no T x T matrix is ever held. Public functions that have kernels take impl:
+# "auto" is Triton on a GPU where it fits (_misfit says why not), "torch" is the code here, "triton" insists. The
+# arguments are the same, and so is the result, up to rounding.
 
 def chunk(device):
     """Elements of the largest temporary: index branch and MSA take queries in chunks and never hold a T x T matrix."""
@@ -100,15 +101,15 @@ def full_attention(q, k, v, end=None, start=None, impl="auto"):
         impl = "torch"
     if _pick(impl, q, D, grad=(q, k, v)):
         if not decode:
-            raise ValueError(f"impl='triton' is for decode alone, a start and T <= 4: T is {T}, with start: {start is not None}")
+            raise ValueError(f"impl='triton' is for decode alone, which has a start and T <= 4: T is {T}")
         return _dense_triton(q.contiguous(), k, v, end, start.contiguous())
 
     if end is not None and start is None and q.is_cuda and q.dtype.itemsize == 2 and torch.is_grad_enabled():
         return _flex(q, k, v, end)
     if q.device.type == "cpu" and not all(x.isfinite().all() for x in (q, k, v)):
         # torch's operator adds its mask to the scores, so that a NaN passes it: MSA over every block masks its keys
-        every = torch.arange(cdiv(Tk, 64), dtype=torch.int32).expand(B, T, k.size(2), -1)
-        return msa_attention(q, k, v, every, 64, end, start, "torch")
+        every = torch.arange(cdiv(Tk, 64), dtype=torch.int32)
+        return msa_attention(q, k, v, every.expand(B, T, k.size(2), -1), 64, end, start, "torch")
 
     attend = F.scaled_dot_product_attention
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))                                                # (B, H, T, D)
@@ -119,7 +120,7 @@ def full_attention(q, k, v, end=None, start=None, impl="auto"):
     step = max(1, chunk(q.device) // (B * H * Tk))  # a masked backend may hold all its scores
     out = []
     for t in range(0, T, step):
-        mask = visible(i[:, t:t + step], j, end)[:, None]                                           # (B, 1, t, Tk)
+        mask = visible(i[:, t:t + step], j, end)[:, None]                       # (B, 1, t, Tk)
         out.append(attend(q[:, :, t:t + step], k, v, mask, enable_gqa=True))
     return torch.cat(out, 2).transpose(1, 2)
 
@@ -129,8 +130,8 @@ def _flex(q, k, v, end, tile=128):
     T = q.size(1)
     more = -T % tile
     if more:  # whole tiles: it wants masks as long as its tensors
-        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, more)) for x in (q, k, v))
-        return _flex(q, k, v, F.pad(end, (0, more)), tile)[:, :T]
+        padded = (F.pad(x, (0, 0, 0, 0, 0, more)) for x in (q, k, v))
+        return _flex(*padded, F.pad(end, (0, more)), tile)[:, :T]
 
     # tiles of which something is seen, and those seen as a whole: (B, query tiles, key tiles)
     i = torch.arange(0, T, tile, device=end.device)[:, None]  # a tile's first query
@@ -160,7 +161,7 @@ def block_scores(qi, ki, i, end, L):
     n = ki.size(1) // L  # whole blocks: a last one in part is no one's earlier block
     N = cdiv(ki.size(1), L)
     wide = torch.promote_types(qi.dtype, torch.float32)
-    q = qi.flatten(1, 2).to(wide).transpose(1, 2)                                                   # (B, D, T * Hkv)
+    q = qi.flatten(1, 2).to(wide).transpose(1, 2)                               # (B, D, T * Hkv)
     out = q.new_full((B, N, T, Hkv), float("-inf"))
     if end is not None:
         end = F.pad(end, (0, N * L - end.size(1)))
@@ -174,7 +175,7 @@ def block_scores(qi, ki, i, end, L):
             scores = scores.masked_fill((i[:, None, None] >= last)[..., None], float("-inf"))
         scores = scores.nan_to_num_(float("-inf"), float("inf"), float("-inf"))
         out[:, b:b + scores.size(1)] = scores.amax(2)
-    hidden = torch.arange(N, device=i.device)[:, None] >= (i // L)[:, None]                         # (B, N, T)
+    hidden = torch.arange(N, device=i.device)[:, None] >= (i // L)[:, None]     # (B, N, T)
     return out.masked_fill(hidden[..., None], float("-inf")).permute(0, 2, 3, 1)
 
 def top_blocks(scores, own, S):
@@ -222,7 +223,7 @@ def gather_blocks(x, block_idx, L):
     N = cdiv(Tk, L)
     if Tk % L:
         x = F.pad(x, (0, 0, 0, 0, 0, N * L - Tk))
-    x = x.unflatten(1, (N, L))                                                                      # (B, N, L, Hkv, D)
+    x = x.unflatten(1, (N, L))                                                  # (B, N, L, Hkv, D)
     block = block_idx.clamp(min=0)
     batch = torch.arange(B, device=x.device).view(B, 1, 1, 1)
     head = torch.arange(Hkv, device=x.device).view(Hkv, 1)
@@ -234,14 +235,15 @@ def gather_blocks(x, block_idx, L):
 
 def selected(block_idx, i, L, end):
     """Which gathered keys a query sees: bool (B, T, Hkv, S*L)."""
-    j = (block_idx[..., None] * L + torch.arange(L, device=block_idx.device)).flatten(-2)
+    j = block_idx[..., None] * L + torch.arange(L, device=block_idx.device)
+    j = j.flatten(-2)
     i = i[..., None, None]
     seen = (j >= 0) & (j <= i)
     if end is None:
         return seen
     j = j.clamp(0, end.size(1)).long()  # the 0 put behind the last: a slot without an end is invisible
-    last = F.pad(end, (0, 1)).gather(1, j.flatten(1)).view(j.shape)
-    return seen & (i < last)
+    last = F.pad(end, (0, 1)).gather(1, j.flatten(1))
+    return seen & (i < last.view(j.shape))
 
 def softmax(scores, seen):
     """Softmax over what a query sees, 0 elsewhere; all 0 where it sees nothing, or nothing but scores of -inf."""
@@ -252,7 +254,7 @@ def softmax(scores, seen):
 def group_probs(q, keys, seen):
     """Main softmax, head by head: q (B, T, H, D), keys (B, T, Hkv, J, D), seen (B, T, Hkv, J) -> (B, T, Hkv, G, J)."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    q = q.to(wide).unflatten(2, (keys.size(2), -1)).transpose(-1, -2)                               # (B, T, Hkv, D, G)
+    q = q.to(wide).unflatten(2, (keys.size(2), -1)).transpose(-1, -2)           # (B, T, Hkv, D, G)
     # keys @ q, not q @ keys^T: the gradient of the gathered keys, the largest tensor here, needs no transposed copy
     scores = (keys.to(wide) @ q).transpose(-1, -2) * q.size(-2) ** -0.5
     return softmax(scores, seen[..., None, :])
@@ -279,8 +281,10 @@ def msa_attention(q, k, v, block_idx, L, end=None, start=None, impl="auto"):
     def attend(q, i, blocks, k, v):
         seen = selected(blocks, i, L, end)
         # 0 * NaN is NaN: what is invisible is set to 0, in place, since the gathered keys are the largest tensors here
-        keys, values = (gather_blocks(x, blocks, L).masked_fill_(~seen[..., None], 0.0) for x in (k, v))
-        return (group_probs(q, keys, seen).to(v.dtype) @ values).flatten(2, 3)                      # (B, t, H, D)
+        hidden = ~seen[..., None]
+        keys = gather_blocks(k, blocks, L).masked_fill_(hidden, 0.0)
+        values = gather_blocks(v, blocks, L).masked_fill_(hidden, 0.0)
+        return (group_probs(q, keys, seen).to(v.dtype) @ values).flatten(2, 3)  # (B, t, H, D)
 
     block_idx = block_idx[..., :cdiv(k.size(1), L)]  # in a short context the slots beyond its blocks hold -1
     i = query_index(T, start, q.device)
@@ -291,7 +295,8 @@ def msa_attention(q, k, v, block_idx, L, end=None, start=None, impl="auto"):
     out = []
     for t in range(0, T, step):
         rows = slice(t, t + step)
-        out.append(checkpoint(attend, q[:, rows], i[:, rows], block_idx[:, rows], k, v, use_reentrant=False))
+        queries = q[:, rows], i[:, rows], block_idx[:, rows]
+        out.append(checkpoint(attend, *queries, k, v, use_reentrant=False))
     return torch.cat(out, 1)
 
 def msa_decode(q, k, v, qi, ki, S, L, length, end=None, impl="auto", int8=None):
@@ -315,13 +320,15 @@ def msa_decode(q, k, v, qi, ki, S, L, length, end=None, impl="auto", int8=None):
     few = T <= 4 and T * k.size(2) <= 64  # more columns spill registers
     if few and _pick(impl, q, D, Di, L, grad=(q, k, v)):
         _check_branches(q, k, v, qi, ki, end, length)
-        return _decode_triton(q.contiguous(), k, v, qi.contiguous(), ki, S, L, length.contiguous(), end, int8)
+        q, qi, length = q.contiguous(), qi.contiguous(), length.contiguous()
+        return _decode_triton(q, k, v, qi, ki, S, L, length, end, int8)
     block_idx = select_blocks(qi, ki, S, L, end, length, impl)
     return msa_attention(q, k, v, block_idx, L, end, length, impl), block_idx
 
 def index_kl_loss(qi, ki, q, k, block_idx=None, L=1, end=None, weight=None, stride=1):
     """KL(teacher || index softmax), mean over KV heads, sum over tokens (paper eq. 9-10): a scalar with its real value.
-    The caller divides by the tokens of a whole step. Teacher: mean over the group's heads of the main softmax, detached. Only qi and ki have a gradient.
+    The caller divides by the tokens of a whole step. Teacher: mean over the group's heads of the main softmax,
+    detached. Only qi and ki have a gradient.
 
     qi:        (B, T, Hkv, Di)
     ki:        (B, T, Di)
@@ -335,7 +342,8 @@ def index_kl_loss(qi, ki, q, k, block_idx=None, L=1, end=None, weight=None, stri
     """
     _check_branches(q, k, None, qi, ki, end, None)
     _check_tensor("k", k, (*q.shape[:2], *k.shape[2:]), q.device)
-    return _IndexKL.apply(qi, ki, q.detach(), k.detach(), block_idx, L, end, weight, stride)
+    q, k = q.detach(), k.detach()
+    return _IndexKL.apply(qi, ki, q, k, block_idx, L, end, weight, stride)
 
 class _IndexKL(torch.autograd.Function):
     """KL and its gradient in one pass: d KL / d score = (index softmax - teacher) * weight / Hkv."""
@@ -358,7 +366,8 @@ class _IndexKL(torch.autograd.Function):
         for t in range(0, T, step):
             rows = slice(t + stride - 1, t + step, stride)  # those that learn
             blocks = None if block_idx is None else block_idx[:, rows]
-            kl, dqi[:, rows], dk = terms(qi[:, rows], ki, q[:, rows], k, blocks, L, i[:, rows], end, share[:, rows])
+            queries = qi[:, rows], ki, q[:, rows], k
+            kl, dqi[:, rows], dk = terms(*queries, blocks, L, i[:, rows], end, share[:, rows])
             loss = loss + kl
             dki = dki + dk
         ctx.save_for_backward(dqi, dki)
@@ -396,23 +405,23 @@ def _kl_selected(qi, ki, q, k, blocks, L, i, end, share):
     N = cdiv(Tk, L)
     seen = selected(blocks, i, L, end) & (share != 0)[..., None, None]
     p = group_probs(q, gather_blocks(k, blocks, L), seen).mean(3)
-    keys = gather_blocks(ki[:, :, None].expand(-1, -1, Hkv, -1), blocks, L)                         # (B, t, Hkv, J, D)
+    keys = gather_blocks(ki[:, :, None].expand(-1, -1, Hkv, -1), blocks, L)     # (B, t, Hkv, J, D)
     scores = (keys.to(p.dtype) @ qi.to(p.dtype)[..., None]).squeeze(-1)
     kl, ds = _kl_terms(p, scores, seen, share, qi)
     dqi = (ds[..., None, :] @ _finite(keys)).squeeze(-2)
-    dkeys = ds[..., None] * _finite(qi)[..., None, :]                                               # (B, t, Hkv, J, D)
+    dkeys = ds[..., None] * _finite(qi)[..., None, :]                           # (B, t, Hkv, J, D)
 
     # add what each gathered block got to the block it is a copy of
     batch = torch.arange(B, device=q.device).view(B, 1, 1, 1)
-    rows = (blocks.clamp(min=0) + batch * N).flatten()                                              # (B * t * Hkv * S,)
+    rows = (blocks.clamp(min=0) + batch * N).flatten()                          # (B * t * Hkv * S,)
     dkeys = dkeys.reshape(rows.numel(), L * D)
     dki = dkeys.new_zeros(B * N, L * D).index_add_(0, rows, dkeys)
     return kl, dqi, dki.view(B, N * L, D)[:, :Tk]
 
 def _kl_prefix(qi, ki, q, k, blocks, L, i, end, share):
     """Support = the whole visible prefix: the warm-up, before anything is selected -> weighted KL, dqi, dki."""
-    seen = visible(i, torch.arange(ki.size(1), device=ki.device), end) & (share != 0)[..., None]
-    seen = seen[:, :, None]                                                                         # (B, t, 1, Tk)
+    seen = visible(i, torch.arange(ki.size(1), device=ki.device), end)
+    seen = (seen & (share != 0)[..., None])[:, :, None]                         # (B, t, 1, Tk)
     p = prefix_probs(q, k, seen)
     scores = torch.einsum("bthd,bkd->bthk", qi.to(p.dtype), ki.to(p.dtype))
     kl, ds = _kl_terms(p, scores, seen, share, qi)
@@ -424,8 +433,9 @@ def prefix_probs(q, k, seen):
     """Mean over the group's heads of the full softmax. q (B, T, H, D), k (B, Tk, Hkv, D), seen (B, T, 1, Tk) ->
     (B, T, Hkv, Tk), fp32 or wider."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    q = q.to(wide).unflatten(2, (k.size(2), -1)).permute(0, 2, 3, 1, 4)                             # (B, Hkv, G, T, D)
-    k = k.to(wide).permute(0, 2, 3, 1)[:, :, None]                                                  # (B, Hkv, 1, D, Tk)
+    q = q.to(wide).unflatten(2, (k.size(2), -1))
+    q = q.permute(0, 2, 3, 1, 4)                                                # (B, Hkv, G, T, D)
+    k = k.to(wide).permute(0, 2, 3, 1)[:, :, None]                              # (B, Hkv, 1, D, Tk)
     scores = q @ k * q.size(-1) ** -0.5
     return softmax(scores, seen[:, None, None, :, 0]).mean(2).transpose(1, 2)
 
@@ -446,9 +456,9 @@ def msa_train(q, k, v, qi, ki, block_idx, L, end=None, weight=None, stride=1, im
     _check_tensor("k", k, (B, T, *k.shape[2:]), q.device)
     _check_tensor("block_idx", block_idx, (B, T, Hkv, block_idx.size(-1)), q.device)
     share = _share(weight, q, Hkv)[:, stride - 1::stride].contiguous()
-    q, k, v, qi, ki, block_idx = (x.contiguous() for x in (q, k, v, qi, ki, block_idx))
+    inputs = (x.contiguous() for x in (q, k, v, qi, ki, block_idx))
     end = None if end is None else end.contiguous()
-    return _Train.apply(q, k, v, qi, ki, block_idx, L, end, share, stride)
+    return _Train.apply(*inputs, L, end, share, stride)
 
 @torch.no_grad()
 def block_recall(qi, ki, q, k, S, L, end=None, n_query=256):
@@ -460,20 +470,25 @@ def block_recall(qi, ki, q, k, S, L, end=None, n_query=256):
        choice would find. nan without such a query
     """
     T = q.size(1)
-    rows = torch.arange(T - 1, -1, -max(1, T // n_query), device=q.device).flip(0)
-    seen = visible(rows[None], torch.arange(T, device=q.device), end)[:, :, None]
-    mass = prefix_probs(q[:, rows], k, seen)
-    mass = F.pad(mass, (0, -T % L)).unflatten(-1, (-1, L)).sum(-1)                                  # (B, t, Hkv, N)
+    step = max(1, T // n_query)
+    rows = torch.arange(T - 1, -1, -step, device=q.device).flip(0)
+    seen = visible(rows[None], torch.arange(T, device=q.device), end)
+    mass = prefix_probs(q[:, rows], k, seen[:, :, None])
+    mass = F.pad(mass, (0, -T % L))
+    mass = mass.unflatten(-1, (-1, L)).sum(-1)                                  # (B, t, Hkv, N)
     scores = block_scores(qi[:, rows], ki, rows[None], end, L)
     hidden = scores == float("-inf")  # the own block and what comes after it, too
     n_earlier = (~hidden).sum(-1)
     most = min(S - 1, scores.size(-1))
-    true, found = (x.masked_fill(hidden, -1e30).topk(most, -1).indices for x in (mass, scores))
-    hits = (true[..., :, None] == found[..., None, :]).any(-1).float().mean(-1)                     # (B, t, Hkv)
+    true = mass.masked_fill(hidden, -1e30).topk(most, -1).indices
+    found = scores.masked_fill(hidden, -1e30).topk(most, -1).indices
+    same = true[..., :, None] == found[..., None, :]
+    hits = same.any(-1).float().mean(-1)                                        # (B, t, Hkv)
     best = mass.gather(-1, true).sum(-1)
     held = mass.gather(-1, found).sum(-1)
     counts = n_earlier > S
-    return hits[counts].mean(), (held / best)[counts].mean(), ((S - 1) / n_earlier[counts]).mean()
+    chance = (S - 1) / n_earlier[counts]
+    return hits[counts].mean(), (held / best)[counts].mean(), chance.mean()
 
 def _check_tensor(name, x, shape, device, dtype=None):
     """ValueError unless x has this shape, device, and dtype if one is given."""
@@ -575,10 +590,6 @@ def _power_of_2(n, least=1):
     """The smallest power of two from n and `least` on: a tile's side."""
     return max(least, triton.next_power_of_2(n))
 
-def _rows(x, rows):
-    """Queries of a launch: x (B, T, …) or None -> x[rows] of its B * T queries."""
-    return None if x is None else x.flatten(0, 1)[rows]
-
 def _lanes(end=None, **lanes):
     """-> slots from one sequence of a cache lane (B, Tk, …) to the next (it may be a slice of a longer one), and end
     padded to as many. Kernels read each sequence of a lane as one piece, all lanes with the same capacity."""
@@ -609,12 +620,17 @@ def _lanes(end=None, **lanes):
 #
 # A ranking needs one number for (score, block): _key packs both into an int64 whose order is the choice's order.
 
-NOTHING = constexpr(float("-inf"))         # the score of a key that is not seen
-LEAST = constexpr(torch.finfo(torch.float32).min)  # every score is above it, or is NOTHING
-TINY = constexpr(1e-30)                    # divides in place of an empty sum, and is far below any other
-NO_KEY = constexpr(-0x7FFFFFFFFFFFFFFF)      # below every _key
 LOG2E = constexpr(math.log2(math.e))
 LN2 = constexpr(math.log(2))
+NOTHING = constexpr(float("-inf"))                 # the score of a key that is not seen
+LEAST = constexpr(torch.finfo(torch.float32).min)  # every score is above it, or is NOTHING
+TINY = constexpr(1e-30)                            # divides in place of an empty sum, and is far below any other
+NO_KEY = constexpr(-0x7FFFFFFFFFFFFFFF)            # below every _key
+
+@jit
+def _key_tile(b, j, h, capacity, HKV: constexpr, D: constexpr):
+    """Where keys j [L] of head h lie in a lane (B, capacity, HKV, D): [L, D]. b is int64, as a lane can be large."""
+    return ((b * capacity + j) * HKV + h)[:, None] * D + tl.arange(0, D)
 
 @jit
 def _visible(seen, i, end, base, j, held):
@@ -624,9 +640,14 @@ def _visible(seen, i, end, base, j, held):
     return seen
 
 @jit
-def _scores(query, key, SCALE: tl.constexpr):
+def _matmul(a, b):
+    """a @ b in fp32 or wider, of the numbers as they are: fp32 ones would lose bits as tf32."""
+    return tl.dot(a, b, input_precision="ieee")
+
+@jit
+def _scores(query, key, SCALE: constexpr):
     """query [rows, D], key [keys, D] -> scores [rows, keys] in units of log 2."""
-    return tl.dot(query, key.T, input_precision="ieee") * SCALE
+    return _matmul(query, key.T) * SCALE
 
 @jit
 def _softmax_tile(score, seen, peak):
@@ -641,15 +662,17 @@ def _softmax_tile(score, seen, peak):
 def _weigh(p, value):
     """p [rows, keys], value [keys, D] -> sum of p * value [rows, D]. Loops load value just before this line: a tile
     that waits through the softmax costs 70 registers a thread, or as much shared memory."""
-    return tl.dot(p.to(value.dtype), value, input_precision="ieee")
+    return _matmul(p.to(value.dtype), value)
 
 @jit
 def _merge(acc, total, peak, part, weight):
-    """Add a normalised part [rows, …], of log2-sum-exp weight [rows], to the sums acc [rows, …] and total [rows]."""
+    """Add a normalised part [rows, …], of log2-sum-exp weight [rows], to the sums acc [rows, …] and total [rows], which
+    are relative to the maximum peak [rows] -> acc, total, peak."""
     new = tl.maximum(peak, weight)
     old = tl.exp2(peak - new)
     weight = tl.exp2(weight - new)
-    acc = acc * tl.expand_dims(old, -1) + part.to(tl.float32) * tl.expand_dims(weight, -1)
+    acc = acc * tl.expand_dims(old, -1)
+    acc += part.to(tl.float32) * tl.expand_dims(weight, -1)
     return acc, total * old + weight, new
 
 @jit
@@ -705,12 +728,12 @@ def _index_kernel(
     block_idx,  # (B, T, HKV, S), written
     T,
     capacity,   # slots from one sequence of keys to the next
-    HKV: tl.constexpr,
-    DI: tl.constexpr,
-    L: tl.constexpr,
-    S: tl.constexpr,
-    TOP: tl.constexpr,   # S - 1, rounded up to a power of two
-    ROWS: tl.constexpr,
+    HKV: constexpr,
+    DI: constexpr,
+    L: constexpr,
+    S: constexpr,
+    TOP: constexpr,   # S - 1, rounded up to a power of two
+    ROWS: constexpr,
 ):
     # which rows: the last tile has the longest way
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -720,8 +743,9 @@ def _index_kernel(
     base = b.to(tl.int64) * T * HKV
     first = 0 if start is None else tl.load(start + b)
     i = first + row // HKV
-    mine = row < T * HKV
-    query = tl.load(qi + (base + row)[:, None] * DI + tl.arange(0, DI), mask=mine[:, None], other=0.0)  # [ROWS, DI]
+    mine = (row < T * HKV)[:, None]
+    rows = (base + row)[:, None] * DI + tl.arange(0, DI)
+    query = tl.load(qi + rows, mask=mine, other=0.0)                            # [ROWS, DI]
     last_row = tl.minimum((tile + 1) * ROWS, T * HKV) - 1
     n = (first + last_row // HKV) // L  # blocks before the last row's own
 
@@ -731,12 +755,13 @@ def _index_kernel(
         new = tl.full([ROWS, TOP], NOTHING, tl.float32)
         for blk in range(first_blk, tl.minimum(first_blk + TOP, n)):
             if end is None:
-                s = tl.dot(query, keys.load([b * capacity + blk * L, 0]).T, input_precision="ieee")     # [ROWS, L]
-                score = tl.max(s, 1)
+                key = keys.load([b * capacity + blk * L, 0])                    # [L, DI]
+                score = tl.max(_matmul(query, key.T), 1)                        # [ROWS]
             else:
                 score = tl.full([ROWS], NOTHING, tl.float32)
                 if tl.load(block_end + b * tl.cdiv(capacity, L) + blk) > first + tile * ROWS // HKV:
-                    s = tl.dot(query, keys.load([b * capacity + blk * L, 0]).T, input_precision="ieee")
+                    key = keys.load([b * capacity + blk * L, 0])
+                    s = _matmul(query, key.T)                                   # [ROWS, L]
                     last = tl.load(end + b.to(tl.int64) * capacity + blk * L + tl.arange(0, L))
                     score = tl.max(tl.where(i[:, None] < last, s, NOTHING), 1)
             # a block before i's own lies wholly before i: no other causal mask is needed
@@ -748,19 +773,26 @@ def _index_kernel(
 
     # slot 0 is the own block, then come the best
     out = block_idx + (base + row)[:, None] * S
-    tl.store(out + tl.zeros([1], tl.int32), (i // L)[:, None], mask=mine[:, None])
-    tl.store(out + 1 + rank, _block_of(best), mask=mine[:, None] & (rank < S - 1))
+    tl.store(out + tl.zeros([1], tl.int32), (i // L)[:, None], mask=mine)
+    tl.store(out + 1 + rank, _block_of(best), mask=mine & (rank < S - 1))
 
 def _select_triton(qi, ki, S, L, end, start):
     B, T, Hkv, Di = qi.shape
     capacity, end = _lanes(end, ki=ki)
-    block_end = None if end is None else F.pad(end, (0, -capacity % L)).unflatten(1, (-1, L)).amax(2)
+    block_end = None
+    if end is not None:
+        block_end = F.pad(end, (0, -capacity % L)).unflatten(1, (-1, L)).amax(2)
     block_idx = torch.empty(B, T, Hkv, S, dtype=torch.int32, device=qi.device)
-    flat = ki.as_strided(((B - 1) * capacity + ki.size(1), Di), (Di, 1))
+    last = (B - 1) * capacity + ki.size(1)
+    flat = ki.as_strided((last, Di), (Di, 1))
     rows = 128 if qi.is_cuda else 32
     _index_kernel[cdiv(T * Hkv, rows), B](
-        qi=qi, keys=TensorDescriptor.from_tensor(flat, [L, Di]), end=end, block_end=block_end, start=start,
-        block_idx=block_idx, T=T, capacity=capacity, HKV=Hkv, DI=Di, L=L, S=S, TOP=_power_of_2(S - 1, 2), ROWS=rows,
+        qi=qi, keys=TensorDescriptor.from_tensor(flat, [L, Di]),
+        end=end, block_end=block_end, start=start,
+        block_idx=block_idx,
+        T=T, capacity=capacity,
+        HKV=Hkv, DI=Di, L=L, S=S,
+        TOP=_power_of_2(S - 1, 2), ROWS=rows,
         # 128 registers a thread let two programs share a multiprocessor: one selects while the other multiplies
         num_warps=8, num_stages=2, maxnreg=128)
     return block_idx
@@ -778,24 +810,25 @@ def _query_outer_kernel(
     stat,       # (B, T, HKV * G), log2-sum-exp, written; or None
     T,
     capacity,
-    HKV: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    L: tl.constexpr,
-    S: tl.constexpr,
-    ROWS: tl.constexpr,  # G, rounded up to what a product takes
+    HKV: constexpr,
+    G: constexpr,
+    D: constexpr,
+    L: constexpr,
+    S: constexpr,
+    ROWS: constexpr,  # G, rounded up to what a product takes
 ):
-    SCALE: tl.constexpr = D ** -0.5 * LOG2E
+    SCALE: constexpr = D ** -0.5 * LOG2E
     bt = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1)
     b = bt // T
     g = tl.arange(0, ROWS)
     d = tl.arange(0, D)
-    i = (bt % T + (0 if start is None else tl.load(start + b))).to(tl.int32)
+    first = 0 if start is None else tl.load(start + b)
+    i = (bt % T + first).to(tl.int32)
     heads = (bt * HKV + h) * G
     rows = (heads + g)[:, None] * D + d
-    mine = g < G
-    query = tl.load(q + rows, mask=mine[:, None], other=0.0)                                           # [ROWS, D]
+    mine = (g < G)[:, None]
+    query = tl.load(q + rows, mask=mine, other=0.0)                             # [ROWS, D]
 
     # online softmax over the chosen blocks
     peak = tl.full([ROWS], LEAST, tl.float32)
@@ -806,18 +839,18 @@ def _query_outer_kernel(
         j = blk * L + tl.arange(0, L)
         seen = (j >= 0) & (j <= i)
         seen = _visible(seen, i, end, b * capacity, j, seen)
-        keys = ((b * capacity + j) * HKV + h)[:, None] * D + d                                         # [L, D]
-        key = tl.load(k + keys, mask=seen[:, None], other=0.0)
-        p, new = _softmax_tile(_scores(query, key, SCALE), seen, peak)                                 # [ROWS, L]
+        keys = _key_tile(b, j, h, capacity, HKV, D)
+        key = tl.load(k + keys, mask=seen[:, None], other=0.0)                  # [L, D]
+        p, new = _softmax_tile(_scores(query, key, SCALE), seen, peak)          # [ROWS, L]
         old = tl.exp2(peak - new)
         value = tl.load(v + keys, mask=seen[:, None], other=0.0)
         acc = acc * old[:, None] + _weigh(p, value)
         total = total * old + tl.sum(p, 1)
         peak = new
 
-    tl.store(out + rows, _mean(acc, total).to(query.dtype), mask=mine[:, None])
+    tl.store(out + rows, _mean(acc, total), mask=mine)
     if stat is not None:
-        tl.store(stat + heads + g, _log2_sum(peak, total), mask=mine)
+        tl.store(stat + heads + g, _log2_sum(peak, total), mask=g < G)
 
 # One program = one task: queries that chose one block, ROWS // G of them at a time. K and V are read once for all.
 @jit
@@ -834,15 +867,15 @@ def _kv_outer_kernel(
     edge0,  # id of the launch's first edge
     n,      # queries a sequence of the launch
     capacity,
-    HKV: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    L: tl.constexpr,
-    S1: tl.constexpr,  # S - 1, slots without the own block
-    ROWS: tl.constexpr,
+    HKV: constexpr,
+    G: constexpr,
+    D: constexpr,
+    L: constexpr,
+    S1: constexpr,  # S - 1, slots without the own block
+    ROWS: constexpr,
 ):
-    SCALE: tl.constexpr = D ** -0.5 * LOG2E
-    TOKENS: tl.constexpr = ROWS // G
+    SCALE: constexpr = D ** -0.5 * LOG2E
+    TOKENS: constexpr = ROWS // G
     c = tl.program_id(1)  # sequence of the launch
     task = tasks + (c * tl.num_programs(0) + tl.program_id(0)) * 4
     h = tl.load(task)
@@ -854,28 +887,29 @@ def _kv_outer_kernel(
     j = blk * L + tl.arange(0, L)
     if lo < hi:
         i0 = tl.load(first + c) - c * n
-        keys = ((c.to(tl.int64) * capacity + j) * HKV + h)[:, None] * D + d
-        key = tl.load(k + keys)                                                                        # [L, D]
-        value = tl.load(v + keys)                                                                      # [L, D]
+        keys = _key_tile(c.to(tl.int64), j, h, capacity, HKV, D)
+        key = tl.load(k + keys)                                                 # [L, D]
+        value = tl.load(v + keys)                                               # [L, D]
         for e in range(lo, hi, TOKENS):
             # gather the queries of TOKENS edges, G rows each
             mine = (e + r // G < hi) & (r < TOKENS * G)
             edge = tl.load(edges + e + r // G, mask=mine, other=0) - edge0  # (query, head, slot) within the launch
             rows = ((edge // S1).to(tl.int64) * G + r % G)[:, None] * D + d
-            query = tl.load(q + rows, mask=mine[:, None], other=0.0)                   # [ROWS, D]
+            query = tl.load(q + rows, mask=mine[:, None], other=0.0)            # [ROWS, D]
 
             # the block is an earlier one, so that only `end` can hide a key of it
-            score = _scores(query, key, SCALE)                                                         # [ROWS, L]
+            score = _scores(query, key, SCALE)                                  # [ROWS, L]
             seen = None
             if end is not None:
                 seen = (i0 + edge // S1 // HKV)[:, None] < tl.load(end + c * capacity + j)
             p, peak = _softmax_tile(score, seen, LEAST)
             total = tl.sum(p, 1)
-            mean = _mean(_weigh(p, value), total)                                                      # [ROWS, D]
+            mean = _mean(_weigh(p, value), total)                               # [ROWS, D]
 
             # every (query, head, slot) owns its place: no atomics
             slot = edge.to(tl.int64) * G + r % G
-            tl.store(part + slot[:, None] * D + d, mean.to(query.dtype), mask=mine[:, None])
+            parts = part + slot[:, None] * D + d
+            tl.store(parts, mean, mask=mine[:, None])
             tl.store(lse + slot, peak + tl.log2(total), mask=mine)
 
 # One program = ROWS // G queries of one block and one KV head: their own block here, then the parts of the others.
@@ -893,16 +927,16 @@ def _combine_kernel(
     stat,       # (queries, HKV * G), log2-sum-exp, written; or None
     n,          # queries a sequence of the launch
     capacity,
-    HKV: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    L: tl.constexpr,
-    S1: tl.constexpr,  # S - 1, slots without the own block
-    ROWS: tl.constexpr,
+    HKV: constexpr,
+    G: constexpr,
+    D: constexpr,
+    L: constexpr,
+    S1: constexpr,  # S - 1, slots without the own block
+    ROWS: constexpr,
 ):
-    SCALE: tl.constexpr = D ** -0.5 * LOG2E
-    TOKENS: tl.constexpr = ROWS // G
-    TILES: tl.constexpr = (L + TOKENS - 1) // TOKENS  # programs a block
+    SCALE: constexpr = D ** -0.5 * LOG2E
+    TOKENS: constexpr = ROWS // G
+    TILES: constexpr = (L + TOKENS - 1) // TOKENS  # programs a block
     h = tl.program_id(1)
     c = tl.program_id(2)  # sequence of the launch
     r = tl.arange(0, ROWS)
@@ -921,28 +955,31 @@ def _combine_kernel(
     own = tl.load(block_idx + group * (S1 + 1), mask=mine, other=-1)
     i = tl.where(own < 0, -1, i)  # no block, no key
     rows = (group * G + r % G)[:, None] * D + d
-    query = tl.load(q + rows, mask=mine[:, None], other=0.0)                           # [ROWS, D]
+    query = tl.load(q + rows, mask=mine[:, None], other=0.0)                    # [ROWS, D]
 
     # the own block
-    keys = ((c.to(tl.int64) * capacity + j) * HKV + h)[:, None] * D + d
+    keys = _key_tile(c.to(tl.int64), j, h, capacity, HKV, D)
     held = j < i0 + n
-    key = tl.load(k + keys, mask=held[:, None], other=0.0)                                             # [L, D]
-    score = _scores(query, key, SCALE)                                                                 # [ROWS, L]
+    key = tl.load(k + keys, mask=held[:, None], other=0.0)                      # [L, D]
+    score = _scores(query, key, SCALE)                                          # [ROWS, L]
     seen = _visible(j <= i[:, None], i[:, None], end, c * capacity, j, held)
     p, peak = _softmax_tile(score, seen, LEAST)
     total = tl.sum(p, 1)
     value = tl.load(v + keys, mask=held[:, None], other=0.0)
-    acc = _weigh(p, value)                                                                             # [ROWS, D]
+    acc = _weigh(p, value)                                                      # [ROWS, D]
 
     # what the other blocks gave
     for slot in tl.range(0, S1, num_stages=3):
-        chosen = mine & (tl.load(block_idx + group * (S1 + 1) + slot + 1, mask=mine, other=-1) >= 0)
+        its_blk = tl.load(block_idx + group * (S1 + 1) + slot + 1, mask=mine, other=-1)
+        chosen = mine & (its_blk >= 0)
         edge = group * S1 + slot
         weight = tl.load(lse + edge * G + r % G, mask=chosen, other=NOTHING)
-        other = tl.load(part + (edge * G + r % G)[:, None] * D + d, mask=chosen[:, None], other=0.0)
+        parts = part + (edge * G + r % G)[:, None] * D + d
+        other = tl.load(parts, mask=chosen[:, None], other=0.0)                 # [ROWS, D]
         acc, total, peak = _merge(acc, total, peak, other, weight)
 
-    tl.store(out + rows, _mean(acc, total).to(query.dtype), mask=mine[:, None])
+    mean = _mean(acc, total)
+    tl.store(out + rows, mean, mask=mine[:, None])
     if stat is not None:
         tl.store(stat + group * G + r % G, _log2_sum(peak, total), mask=mine)
 
@@ -963,9 +1000,9 @@ def _plan(blk, N, chunk_size, run):
 
     # sort the edges by bucket; those of block -1 come last
     chunk_of = torch.arange(T, device=device) // chunk_size
-    chunk_of = chunk_of + torch.arange(B, device=device)[:, None] * (chunks // B)                       # (B, T)
-    bucket = chunk_of[..., None] * Hkv + torch.arange(Hkv, device=device)                               # (B, T, Hkv)
-    bucket = torch.where(blk < 0, chunks * buckets, bucket[..., None] * N + blk)                        # (B, T, Hkv, slots)
+    chunk_of = chunk_of + torch.arange(B, device=device)[:, None] * (chunks // B)  # (B, T)
+    bucket = chunk_of[..., None] * Hkv + torch.arange(Hkv, device=device)       # (B, T, Hkv)
+    bucket = torch.where(blk < 0, chunks * buckets, bucket[..., None] * N + blk)  # (B, T, Hkv, slots)
     small = torch.int16 if chunks * buckets < 2 ** 15 else torch.int32  # sorted in half the passes
     bucket, edges = bucket.to(small).flatten().sort(stable=True)
 
@@ -984,7 +1021,8 @@ def _plan(blk, N, chunk_size, run):
     nth = p - (ends - count).gather(1, bucket)
     lo = first.gather(1, bucket) + nth * run
     hi = torch.minimum(lo + run, last.gather(1, bucket))
-    tasks = torch.stack([bucket // N, bucket % N, lo, torch.where(real, hi, lo)], -1)
+    hi = torch.where(real, hi, lo)
+    tasks = torch.stack([bucket // N, bucket % N, lo, hi], -1)
     return edges.int(), tasks.int(), ends
 
 @dataclass
@@ -995,16 +1033,32 @@ class Launch:
     count: int     # chunks
     rows: slice    # queries, of all B * T
 
+    def queries(self, x):
+        """(B, T, …) or None -> its queries, (queries, …)."""
+        return None if x is None else x.flatten(0, 1)[self.rows]
+
+    def keys(self, x):
+        """(B, capacity, …) or None -> from its first sequence on."""
+        return None if x is None else x[self.sequence:]
+
 def _launches(B, T, most):
     """Cut the queries into launches of at most `most`; the first is the largest -> queries a chunk, launches."""
+    launches = []
     if T > most:  # a sequence takes several launches
-        parts = [(b, t) for b in range(B) for t in range(0, T, most)]
-        return most, [Launch(c, b, 1, slice(b * T + t, b * T + min(T, t + most))) for c, (b, t) in enumerate(parts)]
-    step = most // T  # sequences a launch
-    return T, [Launch(b, b, min(step, B - b), slice(b * T, min(b + step, B) * T)) for b in range(0, B, step)]
+        for b in range(B):
+            for t in range(0, T, most):
+                rows = slice(b * T + t, b * T + min(T, t + most))
+                launches.append(Launch(len(launches), b, 1, rows))
+        return most, launches
+    step = most // T
+    for b in range(0, B, step):
+        count = min(step, B - b)
+        launches.append(Launch(b, b, count, slice(b * T, (b + count) * T)))
+    return T, launches
 
 def _attend_triton(q, k, v, block_idx, L, end, start, stat=None, most=16384, run=256):
-    """msa_attention; stat (B, T, H) fp32 or None receives the log2-sum-exp. most: queries a launch; run: edges a task."""
+    """msa_attention, at most `most` queries a launch and `run` edges a task -> (B, T, H, D).
+    stat (B, T, H) fp32, or None, receives the log2-sum-exp of each query head."""
     B, T, H, D = q.shape
     Tk, Hkv = k.shape[1:3]
     G, S = H // Hkv, block_idx.size(3)
@@ -1013,8 +1067,11 @@ def _attend_triton(q, k, v, block_idx, L, end, start, stat=None, most=16384, run
     start = None if start is None else start.contiguous()
     if T <= QUERY_OUTER:
         _query_outer_kernel[B * T, Hkv](
-            q=q, k=k, v=v, end=end, start=start, block_idx=block_idx, out=out, stat=stat, T=T, capacity=capacity,
-            HKV=Hkv, G=G, D=D, L=L, S=S, ROWS=_power_of_2(G, 16), num_stages=2)
+            q=q, k=k, v=v, end=end, start=start,
+            block_idx=block_idx, out=out, stat=stat,
+            T=T, capacity=capacity,
+            HKV=Hkv, G=G, D=D, L=L, S=S,
+            ROWS=_power_of_2(G, 16), num_stages=2)
         return out
 
     # which queries chose each block, and memory for the parts of one launch
@@ -1025,9 +1082,8 @@ def _attend_triton(q, k, v, block_idx, L, end, start, stat=None, most=16384, run
     parts = launches[0].rows.stop * H * (S - 1)
     part = torch.empty(parts, D, dtype=q.dtype, device=q.device)
     lse = torch.empty(parts, device=q.device)
-    first = torch.arange(0, T, size, dtype=torch.int32, device=q.device).repeat(B, 1)
-    if start is not None:
-        first = first + start[:, None]
+    first = torch.arange(0, T, size, dtype=torch.int32, device=q.device)
+    first = first.repeat(B, 1) if start is None else first + start[:, None]
     first = first.flatten()
 
     rows = _power_of_2(G, 64)
@@ -1036,45 +1092,52 @@ def _attend_triton(q, k, v, block_idx, L, end, start, stat=None, most=16384, run
         own_rows = max(128, rows)
     tiles = cdiv(L, own_rows // G)  # programs of _combine_kernel a block
     for launch in launches:
-        n = (launch.rows.stop - launch.rows.start) // launch.count
-        b = launch.sequence
+        queries = launch.queries(q)
+        n = len(queries) // launch.count
         shared = dict(
-            q=_rows(q, launch.rows), k=k[b:], v=v[b:], end=None if end is None else end[b:],
-            first=first[launch.chunk:], part=part, lse=lse, n=n, capacity=capacity, HKV=Hkv, G=G, D=D, L=L, S1=S - 1)
+            q=queries, k=launch.keys(k), v=launch.keys(v), end=launch.keys(end),
+            first=first[launch.chunk:], part=part, lse=lse,
+            n=n, capacity=capacity,
+            HKV=Hkv, G=G, D=D, L=L, S1=S - 1)
         _kv_outer_kernel[tasks.size(1), launch.count](
-            edges=edges, tasks=tasks[launch.chunk], edge0=launch.rows.start * Hkv * (S - 1), ROWS=rows, num_stages=3,
-            **shared)
+            edges=edges, tasks=tasks[launch.chunk], edge0=launch.rows.start * Hkv * (S - 1),
+            ROWS=rows, num_stages=3, **shared)
         _combine_kernel[(n // L + 2) * tiles, Hkv, launch.count](
-            block_idx=_rows(block_idx, launch.rows), out=_rows(out, launch.rows), stat=_rows(stat, launch.rows),
+            block_idx=launch.queries(block_idx), out=launch.queries(out), stat=launch.queries(stat),
             ROWS=own_rows, num_warps=own_rows // 16, **shared)
     return out
 
 # ==== D. Training =================================================================================
 #
 # _Train is one autograd function for attention and the index branch's KL. Forward: prefill's kernels, which also leave
-# each query's log2-sum-exp `stat`; then the KL with its gradient, since both need the same scores. Backward: dQ, dK, dV.
+# each query's log2-sum-exp `stat`; then the KL and its gradient, since both need the same scores. Backward: dQ, dK, dV.
 #     _index_lse_kernel   for each edge (a query and one of its blocks): log2-sum-exp of the index scores there
 #     _index_kl_kernel    index softmax and teacher from those sums, the KL, and its gradient for qi and ki
 #     _dot_kernel         delta = out . dout, which the gradient of a softmax subtracts (FlashAttention-2, 2307.08691)
 #     _backward_kernel    dK and dV of one block, and parts of dQ, from recomputed probabilities
-# All of them walk over tasks, as _kv_outer_kernel does: one block, and up to `run` of the queries that chose it. What a
-# task gives to its keys and an edge to its query is written to a place of its own, then summed in a fixed order by
-# _task_sum_kernel and _slot_sum_kernel. There are no atomics, so that two runs give equal bits.
-# Tiles are transposed, keys by queries: dK and dV then need no transposed operand.
+# All but _dot_kernel walk over tasks, as _kv_outer_kernel does: a block, and up to `run` of the queries that chose it.
+# What a task gives to its keys and an edge to its query is written to a place of its own, then summed in a fixed order
+# by _task_sum_kernel and _slot_sum_kernel. There are no atomics, so that two runs give equal bits.
+# Score tiles are transposed, keys by queries: the products for dK and dV then need no transposed operand.
 
 @jit
 def _task(tasks):
     """This program's task, in a grid of (tasks, sequences): its place, head, block, and range of edges."""
     n = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     tasks += n * 4
-    return n, tl.load(tasks), tl.load(tasks + 1), tl.load(tasks + 2), tl.load(tasks + 3)
+    h = tl.load(tasks)
+    blk = tl.load(tasks + 1)
+    lo = tl.load(tasks + 2)
+    hi = tl.load(tasks + 3)
+    return n, h, blk, lo, hi
 
 @jit
 def _seen_by(i, j, mine, end, base, T):
     """Which keys j [L] the queries i [rows] see, where mine [rows]: [L, rows]."""
     seen = (j[:, None] <= i[None]) & mine[None]
     if end is not None:
-        seen = seen & (i[None] < tl.load(end + base + j, mask=j < T, other=0)[:, None])
+        last = tl.load(end + base + j, mask=j < T, other=0)
+        seen = seen & (i[None] < last[:, None])
     return seen
 
 # One program = one task: queries that chose one block, ROWS // G of them at a time: dK and dV, and parts of dQ.
@@ -1094,24 +1157,24 @@ def _backward_kernel(
     dv,     # as dk
     edge0,  # id of the launch's first edge
     T,
-    HKV: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    L: tl.constexpr,
-    S: tl.constexpr,
-    ROWS: tl.constexpr,
+    HKV: constexpr,
+    G: constexpr,
+    D: constexpr,
+    L: constexpr,
+    S: constexpr,
+    ROWS: constexpr,
 ):
-    TOKENS: tl.constexpr = ROWS // G
+    TOKENS: constexpr = ROWS // G
     c = tl.program_id(1).to(tl.int64)  # sequence of the launch
     n, h, blk, lo, hi = _task(tasks)
     r = tl.arange(0, ROWS)
     d = tl.arange(0, D)
     j = blk * L + tl.arange(0, L)
     if lo < hi:
-        keys = ((c * T + j) * HKV + h)[:, None] * D + d
+        keys = _key_tile(c, j, h, T, HKV, D)
         held = (j < T)[:, None]
-        key = tl.load(k + keys, mask=held, other=0.0)                                                  # [L, D]
-        value = tl.load(v + keys, mask=held, other=0.0)                                                # [L, D]
+        key = tl.load(k + keys, mask=held, other=0.0)                           # [L, D]
+        value = tl.load(v + keys, mask=held, other=0.0)                         # [L, D]
         dkey = tl.zeros([L, D], tl.float32)
         dvalue = tl.zeros([L, D], tl.float32)
         for e in range(lo, hi, TOKENS):
@@ -1120,29 +1183,48 @@ def _backward_kernel(
             edge = tl.load(edges + e + r // G, mask=mine, other=0) - edge0  # (query, head, slot) within the launch
             head = edge // S * G + r % G
             i = (edge + edge0) // S // HKV % T
-            query = tl.load(q + head[:, None] * D + d, mask=mine[:, None], other=0.0)                  # [ROWS, D]
+            rows = head[:, None] * D
+            query = tl.load(q + rows + d, mask=mine[:, None], other=0.0)        # [ROWS, D]
 
-            # their probabilities, and dV = p^T dout
-            score = _scores(key, query, D ** -0.5 * LOG2E)                                             # [L, ROWS]
+            # their probabilities, and dV += p dout
+            score = _scores(key, query, D ** -0.5 * LOG2E)                      # [L, ROWS]
             seen = _seen_by(i, j, mine, end, c * T, T)
-            p = tl.where(seen, tl.exp2(score - tl.load(stat + head, mask=mine, other=0.0)[None]), 0.0)
-            dy = tl.load(dout + head[:, None] * D + d, mask=mine[:, None], other=0.0)                  # [ROWS, D]
-            dvalue += tl.dot(p.to(query.dtype), dy, input_precision="ieee")
+            log_sum = tl.load(stat + head, mask=mine, other=0.0)
+            p = tl.where(seen, tl.exp2(score - log_sum[None]), 0.0)
+            dy = tl.load(dout + rows + d, mask=mine[:, None], other=0.0)        # [ROWS, D]
+            dvalue += _matmul(p.to(query.dtype), dy)
 
-            # the softmax's gradient: ds = p (dp - delta); dK = ds^T q, dQ = ds k
-            dp = tl.dot(value, dy.T, input_precision="ieee")                                           # [L, ROWS]
-            ds = tl.where(seen, p * (dp - tl.load(delta + head, mask=mine, other=0.0)[None]), 0.0).to(query.dtype)
-            dkey += tl.dot(ds, query, input_precision="ieee")
-            dx = tl.dot(ds.T, key, input_precision="ieee") * D ** -0.5                                 # [ROWS, D]
-            tl.store(dq + (edge * G + r % G)[:, None] * D + d, dx.to(query.dtype), mask=mine[:, None])
+            # the softmax's gradient, ds = p (dp - delta); dK += ds q, and dQ = ds^T k
+            dp = _matmul(value, dy.T)                                           # [L, ROWS]
+            mean = tl.load(delta + head, mask=mine, other=0.0)
+            ds = tl.where(seen, p * (dp - mean[None]), 0.0).to(query.dtype)
+            dkey += _matmul(ds, query)
+            dx = _matmul(ds.T, key) * D ** -0.5                                 # [ROWS, D]
+            parts = dq + (edge * G + r % G)[:, None] * D + d
+            tl.store(parts, dx, mask=mine[:, None])
 
         place = (n * L + tl.arange(0, L))[:, None] * D + d
         tl.store(dk + place, dkey * D ** -0.5)
         tl.store(dv + place, dvalue)
 
 @jit
-def _index_queries(qi, end, edges, e, hi, edge0, j, b, T, HKV: tl.constexpr, DI: tl.constexpr, S: tl.constexpr,
-                   COLS: tl.constexpr, TOKENS: tl.constexpr, STRIDE: tl.constexpr):
+def _index_queries(
+    qi,
+    end,
+    edges,
+    e,
+    hi,
+    edge0,
+    j,
+    b,
+    T,
+    HKV: constexpr,
+    DI: constexpr,
+    S: constexpr,
+    COLS: constexpr,
+    TOKENS: constexpr,
+    STRIDE: constexpr,
+):
     """Up to TOKENS edges from e on, as columns of a tile -> which are real [COLS], their ids in the launch [COLS],
     which keys j [L] they see [L, COLS], their index queries [COLS, DI]."""
     c = tl.arange(0, COLS)
@@ -1150,7 +1232,8 @@ def _index_queries(qi, end, edges, e, hi, edge0, j, b, T, HKV: tl.constexpr, DI:
     edge = tl.load(edges + e + c, mask=mine, other=0) - edge0
     i = (edge + edge0) // S // HKV % (T // STRIDE) * STRIDE + STRIDE - 1
     seen = _seen_by(i, j, mine, end, b * T, T)
-    query = tl.load(qi + (edge // S)[:, None] * DI + tl.arange(0, DI), mask=mine[:, None], other=0.0)
+    rows = (edge // S)[:, None] * DI
+    query = tl.load(qi + rows + tl.arange(0, DI), mask=mine[:, None], other=0.0)
     return mine, edge, seen, query
 
 # One program = one task: the log2-sum-exp of the index scores of each of its edges.
@@ -1164,23 +1247,27 @@ def _index_lse_kernel(
     lse,    # (queries, HKV, S), written
     edge0,  # id of the launch's first edge
     T,
-    HKV: tl.constexpr,
-    DI: tl.constexpr,
-    L: tl.constexpr,
-    S: tl.constexpr,
-    COLS: tl.constexpr,    # edges at a time
-    STRIDE: tl.constexpr,  # every so many queries one learns, and is here
+    HKV: constexpr,
+    DI: constexpr,
+    L: constexpr,
+    S: constexpr,
+    COLS: constexpr,    # edges at a time
+    STRIDE: constexpr,  # every so many queries one learns, and is here
 ):
     b = tl.program_id(1).to(tl.int64)  # sequence of the launch
     n, h, blk, lo, hi = _task(tasks)
     j = blk * L + tl.arange(0, L)
     if lo < hi:
-        index_key = tl.load(ki + (b * T + j)[:, None] * DI + tl.arange(0, DI), mask=(j < T)[:, None], other=0.0)
+        keys = ki + (b * T + j)[:, None] * DI + tl.arange(0, DI)
+        key = tl.load(keys, mask=(j < T)[:, None], other=0.0)                   # [L, DI]
         for e in range(lo, hi, COLS):
-            mine, edge, seen, query = _index_queries(qi, end, edges, e, hi, edge0, j, b, T, HKV, DI, S, COLS, COLS, STRIDE)
-            score = tl.where(seen, _scores(index_key, query, DI ** -0.5 * LOG2E), NOTHING)             # [L, COLS]
+            mine, edge, seen, query = _index_queries(
+                qi, end, edges, e, hi, edge0, j, b, T, HKV, DI, S, COLS, COLS, STRIDE)
+            score = _scores(key, query, DI ** -0.5 * LOG2E)                     # [L, COLS]
+            score = tl.where(seen, score, NOTHING)
             peak = tl.maximum(tl.max(score, 0), LEAST)
-            tl.store(lse + edge, peak + tl.log2(tl.sum(tl.exp2(score - peak[None]), 0)), mask=mine)
+            total = tl.sum(tl.exp2(score - peak[None]), 0)
+            tl.store(lse + edge, peak + tl.log2(total), mask=mine)
 
 # One program = one task: the KL of each of its edges and its gradient. The teacher, the mean over G heads, is a product
 # with a matrix of zeros and ones.
@@ -1201,18 +1288,18 @@ def _index_kl_kernel(
     dki,         # (sequences * tasks * L, DI), written
     edge0,       # id of the launch's first edge
     T,
-    HKV: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    DI: tl.constexpr,
-    L: tl.constexpr,
-    S: tl.constexpr,
-    ROWS: tl.constexpr,    # rows of the main branch at a time, G an edge
-    COLS: tl.constexpr,    # ROWS // G, rounded up to what a product takes
-    STRIDE: tl.constexpr,  # every so many queries one learns, and is here
+    HKV: constexpr,
+    G: constexpr,
+    D: constexpr,
+    DI: constexpr,
+    L: constexpr,
+    S: constexpr,
+    ROWS: constexpr,    # rows of the main branch at a time, G an edge
+    COLS: constexpr,    # ROWS // G, rounded up to what a product takes
+    STRIDE: constexpr,  # every so many queries one learns, and is here
 ):
-    TOKENS: tl.constexpr = ROWS // G
-    WIDE: tl.constexpr = tl.float16 if q.dtype.element_ty == tl.bfloat16 else q.dtype.element_ty  # tf32: a biased mean
+    TOKENS: constexpr = ROWS // G
+    WIDE: constexpr = tl.float16 if q.dtype.element_ty == tl.bfloat16 else q.dtype.element_ty  # tf32: a biased mean
     b = tl.program_id(1).to(tl.int64)  # sequence of the launch
     n, h, blk, lo, hi = _task(tasks)
     r = tl.arange(0, ROWS)
@@ -1222,38 +1309,48 @@ def _index_kl_kernel(
     di = tl.arange(0, DI)
     if lo < hi:
         held = (j < T)[:, None]
-        index_key = tl.load(ki + (b * T + j)[:, None] * DI + di, mask=held, other=0.0)                 # [L, DI]
-        key = tl.load(k + ((b * T + j) * HKV + h)[:, None] * D + d, mask=held, other=0.0)              # [L, D]
+        index_keys = ki + (b * T + j)[:, None] * DI + di
+        index_key = tl.load(index_keys, mask=held, other=0.0)                   # [L, DI]
+        key = tl.load(k + _key_tile(b, j, h, T, HKV, D), mask=held, other=0.0)  # [L, D]
         dkey = tl.zeros([L, DI], tl.float32)
         for e in range(lo, hi, TOKENS):
             # index scores: a column is an edge
-            mine, edge, seen, index_query = _index_queries(qi, end, edges, e, hi, edge0, j, b, T, HKV, DI, S, COLS,
-                                                           TOKENS, STRIDE)
-            score = _scores(index_key, index_query, DI ** -0.5 * LOG2E)                                # [L, COLS]
+            mine, edge, seen, index_query = _index_queries(
+                qi, end, edges, e, hi, edge0, j, b, T, HKV, DI, S, COLS, TOKENS, STRIDE)
+            score = _scores(index_key, index_query, DI ** -0.5 * LOG2E)         # [L, COLS]
 
             # teacher: a row is a head of an edge. Its p are at most 1 where visible; elsewhere they could be inf, and
             # 0 * inf in the product below NaN
             own = (e + r // G < hi) & (r < TOKENS * G)
-            head = (tl.load(edges + e + r // G, mask=own, other=0) - edge0) // S * G + r % G
-            query = tl.load(q + head[:, None] * D + d, mask=own[:, None], other=0.0)                   # [ROWS, D]
-            p = _scores(key, query, D ** -0.5 * LOG2E)                                                 # [L, ROWS]
-            p = tl.exp2(tl.minimum(p - tl.load(stat + head, mask=own, other=float("inf"))[None], 0.0))
-            group = tl.where((r[:, None] // G == c[None]) & own[:, None], 1.0, 0.0).to(WIDE)           # [ROWS, COLS]
-            p = tl.where(seen, tl.dot(p.to(WIDE), group, input_precision="ieee") / G, 0.0)             # [L, COLS]
+            head_edge = tl.load(edges + e + r // G, mask=own, other=0) - edge0
+            head = head_edge // S * G + r % G
+            rows = head[:, None] * D
+            query = tl.load(q + rows + d, mask=own[:, None], other=0.0)         # [ROWS, D]
+            p = _scores(key, query, D ** -0.5 * LOG2E)                          # [L, ROWS]
+            log_sum = tl.load(stat + head, mask=own, other=float("inf"))
+            p = tl.exp2(tl.minimum(p - log_sum[None], 0.0))
+            group = (r[:, None] // G == c[None]) & own[:, None]                 # [ROWS, COLS]
+            group = tl.where(group, 1.0, 0.0).to(WIDE)
+            p = _matmul(p.to(WIDE), group) / G                                  # [L, COLS]
+            p = tl.where(seen, p, 0.0)
 
             # KL
             weight = tl.load(share + (edge // S // HKV), mask=mine, other=0.0)
             score -= tl.load(index_stat + edge // S, mask=mine, other=0.0)[None]
-            term = tl.where(p > 0, p * (tl.log2(tl.maximum(p, TINY)) - score), 0.0)
-            tl.store(kl + edge, tl.sum(term, 0) * weight * LN2, mask=mine)
+            log_p = tl.log2(tl.maximum(p, TINY))
+            terms = tl.where(p > 0, p * (log_p - score), 0.0)
+            tl.store(kl + edge, tl.sum(terms, 0) * weight * LN2, mask=mine)
 
             # gradients: index softmax - teacher
-            ds = (tl.where(seen, tl.exp2(score) - p, 0.0) * (weight * DI ** -0.5)[None]).to(index_query.dtype)
-            dkey += tl.dot(ds, index_query, input_precision="ieee")
-            dx = tl.dot(ds.T, index_key, input_precision="ieee")                                       # [COLS, DI]
-            tl.store(dqi + edge[:, None] * DI + di, dx.to(index_query.dtype), mask=mine[:, None])
+            ds = tl.where(seen, tl.exp2(score) - p, 0.0)                        # [L, COLS]
+            ds = (ds * (weight * DI ** -0.5)[None]).to(index_query.dtype)
+            dkey += _matmul(ds, index_query)
+            dx = _matmul(ds.T, index_key)                                       # [COLS, DI]
+            parts = dqi + edge[:, None] * DI + di
+            tl.store(parts, dx, mask=mine[:, None])
 
-        tl.store(dki + (n * L + tl.arange(0, L))[:, None] * DI + di, dkey)
+        parts = dki + (n * L + tl.arange(0, L))[:, None] * DI + di
+        tl.store(parts, dkey)
 
 # One program = one block and KV head: the parts of a gradient of its keys, task after task, always in this order.
 @jit
@@ -1263,9 +1360,9 @@ def _task_sum_kernel(
     out,   # (sequences, T, HKV, D), added to
     P,     # tasks a sequence
     T,
-    HKV: tl.constexpr,
-    D: tl.constexpr,
-    L: tl.constexpr,
+    HKV: constexpr,
+    D: constexpr,
+    L: constexpr,
 ):
     blk = tl.program_id(0)
     h = tl.program_id(1)
@@ -1277,10 +1374,11 @@ def _task_sum_kernel(
     lo = tl.load(ends + bucket - 1, mask=bucket > 0, other=0)
     hi = tl.load(ends + bucket)
     if lo < hi:
-        rows = ((c * T + j) * HKV + h)[:, None] * D + d
+        rows = _key_tile(c, j, h, T, HKV, D)
         held = (j < T)[:, None]
-        acc = tl.load(out + rows, mask=held, other=0.0)                                                # [L, D]
-        parts = part + (c * P + lo) * L * D + tl.arange(0, L)[:, None] * D + d
+        acc = tl.load(out + rows, mask=held, other=0.0)                         # [L, D]
+        parts = part + (c * P + lo) * L * D
+        parts = parts + tl.arange(0, L)[:, None] * D + d
         for _ in range(lo, hi):
             acc += tl.load(parts)
             parts += L * D
@@ -1293,15 +1391,16 @@ def _dot_kernel(
     b,    # (n, D)
     out,  # (n,), written
     n,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
+    D: constexpr,
+    ROWS: constexpr,
 ):
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     place = r[:, None] * D + tl.arange(0, D)
     held = r < n
-    x = tl.load(a + place, mask=held[:, None], other=0.0)                                              # [ROWS, D]
+    x = tl.load(a + place, mask=held[:, None], other=0.0)                       # [ROWS, D]
     y = tl.load(b + place, mask=held[:, None], other=0.0)
-    tl.store(out + r, tl.sum(x.to(out.dtype.element_ty) * y, 1), mask=held)
+    x = x.to(out.dtype.element_ty)
+    tl.store(out + r, tl.sum(x * y, 1), mask=held)
 
 # One program = one or more (query, KV head) rows: the parts of a gradient of a query, summed over the slots.
 @jit
@@ -1310,20 +1409,24 @@ def _slot_sum_kernel(
     block_idx,  # (n, S)
     out,        # (n * G, D), written
     n,          # rows: queries * HKV
-    G: tl.constexpr,
-    D: tl.constexpr,
-    S: tl.constexpr,
-    ROWS: tl.constexpr,
+    G: constexpr,
+    D: constexpr,
+    S: constexpr,
+    ROWS: constexpr,
 ):
     d = tl.arange(0, D)
     place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row = place // G
     g = place % G
+    mine = row < n
     acc = tl.zeros([ROWS, D], tl.float32)
     for slot in tl.range(0, S, num_stages=3):
-        chosen = (row < n) & (tl.load(block_idx + row * S + slot, mask=row < n, other=-1) >= 0)
-        acc += tl.load(part + ((row * S + slot) * G + g)[:, None] * D + d, mask=chosen[:, None], other=0.0)
-    tl.store(out + (row * G + g)[:, None] * D + d, acc.to(out.dtype.element_ty), mask=(row < n)[:, None])
+        blk = tl.load(block_idx + row * S + slot, mask=mine, other=-1)
+        chosen = mine & (blk >= 0)
+        parts = part + ((row * S + slot) * G + g)[:, None] * D + d
+        acc += tl.load(parts, mask=chosen[:, None], other=0.0)
+    heads = out + (row * G + g)[:, None] * D + d
+    tl.store(heads, acc, mask=mine[:, None])
 
 class _Train(torch.autograd.Function):
     """Attention over chosen blocks and the index branch's KL, with gradients. No atomics: two runs, equal bits."""
@@ -1332,7 +1435,8 @@ class _Train(torch.autograd.Function):
     def forward(ctx, q, k, v, qi, ki, block_idx, L, end, share, stride):
         stat = torch.empty(q.shape[:3], device=q.device)
         out = _attend_triton(q, k, v, block_idx, L, end, None, stat)
-        learning = (x[:, stride - 1::stride].contiguous() for x in (q, qi, stat, block_idx))
+        every = slice(stride - 1, None, stride)  # the queries from which the index branch learns
+        learning = (x[:, every].contiguous() for x in (q, qi, stat, block_idx))
         kl, *ctx.index = _kl_triton(*learning, k, ki, L, end, share, stride)
         ctx.L, ctx.end, ctx.stride = L, end, stride
         ctx.save_for_backward(q, k, v, block_idx, out, stat)
@@ -1343,7 +1447,8 @@ class _Train(torch.autograd.Function):
         learning, dki = ((dkl * x).to(x.dtype) for x in ctx.index)
         dqi = learning.new_zeros(*dout.shape[:2], *learning.shape[2:])
         dqi[:, ctx.stride - 1::ctx.stride] = learning
-        return *_attend_backward(*ctx.saved_tensors, dout.contiguous(), ctx.L, ctx.end), dqi, dki, *[None] * 5
+        main = _attend_backward(*ctx.saved_tensors, dout.contiguous(), ctx.L, ctx.end)
+        return *main, dqi, dki, *[None] * 5
 
 def _chunks(q, block_idx, N, width, run=1024, most=2 ** 19):
     """Sort the queries of each chunk by all their blocks, own one included, at most `most` query heads a launch, and
@@ -1372,38 +1477,46 @@ def _kl_triton(q, qi, stat, block_idx, k, ki, L, end, share, stride):
     if t == 0:
         return kl, dqi, dki.sum(2).to(ki.dtype)
     block_idx = torch.where(share[..., None, None] == 0, -1, block_idx)  # a pad learns nothing: no task
-    launches, edges, tasks, ends = _chunks(q, block_idx, cdiv(T, L), max(H * D, Hkv * Di))
+    width = max(H * D, Hkv * Di)
+    launches, edges, tasks, ends = _chunks(q, block_idx, cdiv(T, L), width)
     P = tasks.size(1)
-    part = torch.empty(launches[0].rows.stop * Hkv * S, Di, dtype=q.dtype, device=q.device)
+    parts = launches[0].rows.stop * Hkv * S
+    part = torch.empty(parts, Di, dtype=q.dtype, device=q.device)
     key_part = torch.empty(launches[0].count * P * L, Di, device=q.device)
 
     # a row that saw a NaN has it in its sums of exponentials, and from there in all it gives: elsewhere NaN may go
-    spoilt = stat.isnan().unflatten(2, (Hkv, G)).any(3) & (share != 0)[..., None]                       # (B, t, Hkv)
+    spoilt = stat.isnan().unflatten(2, (Hkv, G)).any(3)                         # (B, t, Hkv)
+    spoilt &= (share != 0)[..., None]
     clean_q, clean_qi, clean_k, clean_ki, clean_stat = (_finite(x) for x in (q, qi, k, ki, stat))
     rows = _power_of_2(G, 64)
     for launch in launches:
-        b, at = launch.sequence, launch.rows
         shared = dict(
-            end=None if end is None else end[b:], edges=edges, tasks=tasks[launch.chunk], edge0=at.start * Hkv * S,
-            T=T, HKV=Hkv, DI=Di, L=L, S=S, STRIDE=stride, num_stages=2)
-        n = at.stop - at.start
+            end=launch.keys(end), edges=edges, tasks=tasks[launch.chunk],
+            edge0=launch.rows.start * Hkv * S, T=T,
+            HKV=Hkv, DI=Di, L=L, S=S,
+            STRIDE=stride, num_stages=2)
 
         # the sums of exponentials, block by block and then over a query's blocks
-        lse = torch.full((n, Hkv, S), float("-inf"), device=q.device)
+        queries = launch.queries(qi)
+        lse = torch.full((len(queries), Hkv, S), float("-inf"), device=q.device)
         _index_lse_kernel[P, launch.count](
-            qi=_rows(qi, at), ki=ki[b:], lse=lse, COLS=64, num_warps=4, **shared)
+            qi=queries, ki=launch.keys(ki), lse=lse,
+            COLS=64, num_warps=4, **shared)
         index_stat = (lse * math.log(2)).logsumexp(-1) * math.log2(math.e)
-        index_stat.masked_fill_(_rows(spoilt, at), float("nan"))
+        index_stat.masked_fill_(launch.queries(spoilt), float("nan"))
 
         # KL and gradients; an edge without keys writes none
         value = torch.zeros_like(lse)
         _index_kl_kernel[P, launch.count](
-            q=_rows(clean_q, at), k=clean_k[b:], qi=_rows(clean_qi, at), ki=clean_ki[b:], stat=_rows(clean_stat, at),
-            index_stat=index_stat, share=_rows(share, at), kl=value, dqi=part, dki=key_part, G=G, D=D, ROWS=rows,
-            COLS=_power_of_2(rows // G, 16), num_warps=8, **shared)
+            q=launch.queries(clean_q), k=launch.keys(clean_k),
+            qi=launch.queries(clean_qi), ki=launch.keys(clean_ki),
+            stat=launch.queries(clean_stat), index_stat=index_stat, share=launch.queries(share),
+            kl=value, dqi=part, dki=key_part,
+            G=G, D=D,
+            ROWS=rows, COLS=_power_of_2(rows // G, 16), num_warps=8, **shared)
         kl += value.masked_fill_(index_stat.isnan()[..., None], float("nan")).sum()
-        _sum_tasks(key_part, ends[launch.chunk], dki[b], P, launch.count, L)
-        _sum_slots(part, _rows(block_idx, at), _rows(dqi, at), 1)
+        _sum_tasks(key_part, ends[launch.chunk], launch.keys(dki), P, launch.count, L)
+        _sum_slots(part, launch.queries(block_idx), launch.queries(dqi), 1)
     return kl, dqi, dki.sum(2).to(ki.dtype)
 
 def _attend_backward(q, k, v, block_idx, out, stat, dout, L, end):
@@ -1412,13 +1525,15 @@ def _attend_backward(q, k, v, block_idx, out, stat, dout, L, end):
     Hkv, S = block_idx.shape[2:]
     G = H // Hkv
     delta = torch.empty_like(stat)
-    _dot_kernel[cdiv(delta.numel(), 64),](a=out, b=dout, out=delta, n=delta.numel(), D=D, ROWS=64)
+    heads = delta.numel()
+    _dot_kernel[cdiv(heads, 64),](a=out, b=dout, out=delta, n=heads, D=D, ROWS=64)
     launches, edges, tasks, ends = _chunks(q, block_idx, cdiv(T, L), H * D)
     P = tasks.size(1)
     dq = torch.empty_like(q)
     dk = torch.zeros(k.shape, device=q.device)
     dv = torch.zeros(k.shape, device=q.device)
-    part = torch.empty(launches[0].rows.stop * H * S, D, dtype=q.dtype, device=q.device)
+    parts = launches[0].rows.stop * H * S
+    part = torch.empty(parts, D, dtype=q.dtype, device=q.device)
     key_part = torch.empty(launches[0].count * P * L, D, device=q.device)
     value_part = torch.empty_like(key_part)
     rows = 64
@@ -1426,28 +1541,35 @@ def _attend_backward(q, k, v, block_idx, out, stat, dout, L, end):
         rows = 32
     q, k, v = _finite(q), _finite(k), _finite(v)  # a row that saw a NaN has it in stat or delta, and so in all it gives
     for launch in launches:
-        b, at = launch.sequence, launch.rows
         _backward_kernel[P, launch.count](
-            q=_rows(q, at), k=k[b:], v=v[b:], dout=_rows(dout, at), stat=_rows(stat, at), delta=_rows(delta, at),
-            end=None if end is None else end[b:], edges=edges, tasks=tasks[launch.chunk],
-            dq=part, dk=key_part, dv=value_part, edge0=at.start * Hkv * S, T=T,
-            HKV=Hkv, G=G, D=D, L=L, S=S, ROWS=_power_of_2(G, rows), num_warps=8, num_stages=2)
-        _sum_tasks(key_part, ends[launch.chunk], dk[b], P, launch.count, L)
-        _sum_tasks(value_part, ends[launch.chunk], dv[b], P, launch.count, L)
-        _sum_slots(part, _rows(block_idx, at), _rows(dq, at), G)
+            q=launch.queries(q), k=launch.keys(k), v=launch.keys(v), dout=launch.queries(dout),
+            stat=launch.queries(stat), delta=launch.queries(delta), end=launch.keys(end),
+            edges=edges, tasks=tasks[launch.chunk],
+            dq=part, dk=key_part, dv=value_part,
+            edge0=launch.rows.start * Hkv * S, T=T,
+            HKV=Hkv, G=G, D=D, L=L, S=S,
+            ROWS=_power_of_2(G, rows), num_warps=8, num_stages=2)
+        _sum_tasks(key_part, ends[launch.chunk], launch.keys(dk), P, launch.count, L)
+        _sum_tasks(value_part, ends[launch.chunk], launch.keys(dv), P, launch.count, L)
+        _sum_slots(part, launch.queries(block_idx), launch.queries(dq), G)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 def _sum_tasks(part, ends, out, P, count, L):
-    """Add what the P tasks of each of `count` sequences gave to their keys; out (T, Hkv, D) is the first sequence's."""
-    T, Hkv, D = out.shape
-    _task_sum_kernel[cdiv(T, L), Hkv, count](part=part, ends=ends, out=out, P=P, T=T, HKV=Hkv, D=D, L=L,
-                                                    num_warps=8)
+    """Add to out (sequences, T, Hkv, D) what the P tasks of each of the first `count` sequences gave to their keys."""
+    T, Hkv, D = out.shape[1:]
+    _task_sum_kernel[cdiv(T, L), Hkv, count](
+        part=part, ends=ends, out=out,
+        P=P, T=T,
+        HKV=Hkv, D=D, L=L, num_warps=8)
 
 def _sum_slots(part, block_idx, out, G):
     """Sum what the slots of block_idx (n, Hkv, S) gave to their queries: out (n, Hkv * G, D)."""
     n, Hkv, S = block_idx.shape
-    _slot_sum_kernel[cdiv(n * Hkv * G, 16),](part=part, block_idx=block_idx, out=out, n=n * Hkv, G=G,
-                                                   D=out.size(-1), S=S, ROWS=16)
+    rows = n * Hkv
+    _slot_sum_kernel[cdiv(rows * G, 16),](
+        part=part, block_idx=block_idx, out=out,
+        n=rows,
+        G=G, D=out.size(-1), S=S, ROWS=16)
 
 # ==== E. Decode ===================================================================================
 #
@@ -1462,23 +1584,24 @@ def _sum_slots(part, block_idx, out, G):
 # reads what that one wrote. Full attention, the baseline, splits the keys over programs instead: _dense_kernel writes
 # parts and _dense_sum_kernel merges them (Flash-Decoding). A row is one (sequence, draft, KV head).
 
-PROGRAMS = 264            # full attention's decode splits its keys into so many programs: two a multiprocessor of an H100
+PROGRAMS = 264            # full attention's decode splits its keys into as many: two a multiprocessor of an H100
 AT_ONCE = constexpr(264)  # programs of the scan that run at once there
 
 @jit
-def _queries(qi, length, b, T, HKV: tl.constexpr, DI: tl.constexpr, COLS: tl.constexpr):
+def _queries(qi, length, b, T, HKV: constexpr, DI: constexpr, COLS: constexpr):
     """The T * HKV index queries of sequence b as columns [DI, COLS], and each column's own index i, -1 for none."""
     c = tl.arange(0, COLS)
     mine = c < T * HKV
-    rows = (b.to(tl.int64) * T * HKV + c)[None] * DI + tl.arange(0, DI)[:, None]
-    query = tl.load(qi + rows, mask=mine, other=0.0)
+    row = b.to(tl.int64) * T * HKV + c
+    columns = row[None] * DI + tl.arange(0, DI)[:, None]
+    query = tl.load(qi + columns, mask=mine, other=0.0)
     return query, tl.where(mine, tl.load(length + b) + c // HKV, -1)
 
 @jit
-def _block_scores(query, key, end, i, b, blk, capacity, L: tl.constexpr):
-    """Scores [COLS] of one block: max over its keys [L, DI] of k . q, -inf where invisible. Scan and rescoring share it,
-    tile and order of summation included, so that their scores are equal to the last bit."""
-    score = tl.dot(key, query, input_precision="ieee")                                                 # [L, COLS]
+def _block_scores(query, key, end, i, b, blk, capacity, L: constexpr):
+    """Scores [COLS] of one block: max over its keys [L, DI] of k . q, -inf where invisible. Scan and rescoring share
+    it, tile and order of summation included, so that their scores are equal to the last bit."""
+    score = _matmul(key, query)                                                 # [L, COLS]
     if end is not None:
         last = tl.load(end + b.to(tl.int64) * capacity + blk * L + tl.arange(0, L))
         score = tl.where(i[None] < last[:, None], score, NOTHING)
@@ -1490,11 +1613,12 @@ def _run_start(run, n, runs):
     return (run.to(tl.int64) * n // runs).to(tl.int32)
 
 @jit
-def _prefetch(start, n, MOST: tl.constexpr):
+def _prefetch(start, n, MOST: constexpr):
     """Loads a byte of every 64 of the first n elements, MOST at most, which brings them all to the L2: a prefetch
     instruction would bring a fourth (measured). The values are dropped, so that none can be stale."""
-    STEP: tl.constexpr = 512 // start.dtype.element_ty.primitive_bitwidth
-    place = (start + tl.minimum(tl.arange(0, MOST // STEP) * STEP, n - 1)).to(tl.int64)
+    STEP: constexpr = 512 // start.dtype.element_ty.primitive_bitwidth
+    place = tl.minimum(tl.arange(0, MOST // STEP) * STEP, n - 1)
+    place = (start + place).to(tl.int64)
     tl.inline_asm_elementwise("ld.volatile.global.u8 $0, [$1];", "=r,l", [place], tl.int32, is_pure=False, pack=1)
 
 # One program = one run of blocks of one sequence, for all its queries and index heads.
@@ -1513,12 +1637,12 @@ def _scan_kernel(
     done,         # (rows,), set to 0: the parts that _attend_kernel has finished
     T,
     capacity,
-    HKV: tl.constexpr,
-    DI: tl.constexpr,
-    L: tl.constexpr,
-    RUN: tl.constexpr,   # blocks of a run, rounded up
-    COLS: tl.constexpr,  # T * HKV, rounded up
-    PDL: tl.constexpr,
+    HKV: constexpr,
+    DI: constexpr,
+    L: constexpr,
+    RUN: constexpr,   # blocks of a run, rounded up
+    COLS: constexpr,  # T * HKV, rounded up
+    PDL: constexpr,
 ):
     run = tl.program_id(0)
     b = tl.program_id(1)
@@ -1529,11 +1653,13 @@ def _scan_kernel(
 
     # while the kernel before still runs, bring the first keys to the L2
     if PDL:
-        n = tl.minimum((tl.load(length + b, volatile=True) + T - 1) // L, capacity // L)  # read again after the wait
+        n = (tl.load(length + b, volatile=True) + T - 1) // L  # read again after the wait
+        n = tl.minimum(n, capacity // L)
         lo = _run_start(run, n, runs)
         hi = _run_start(run + 1, n, runs)
         if (lo < hi) & (b == 0) & (run < AT_ONCE):  # later programs find the memory busy
-            _prefetch(ki + lo.to(tl.int64) * L * DI, (hi - lo) * L * DI, 2 * L * DI)
+            keys = ki + lo.to(tl.int64) * L * DI
+            _prefetch(keys, (hi - lo) * L * DI, 2 * L * DI)
         tl.extra.cuda.gdc_wait()
 
     # the blocks of this run, and the queries
@@ -1546,28 +1672,29 @@ def _scan_kernel(
         high, low, norm, unit = _digits(query)
         least = tl.full([L, COLS], NOTHING, tl.float32)
         held = tl.full([L], lo, tl.int32) < hi  # as a block: triton 3.9's interpreter takes no scalar as its mask
-        step = tl.load(scale + b.to(tl.int64) * capacity + lo * L + tl.arange(0, L), mask=held, other=0.0)
+        first = scale + b.to(tl.int64) * capacity + lo * L
+        step = tl.load(first + tl.arange(0, L), mask=held, other=0.0)           # [L]
         margin = tl.load(slack + b * N + lo, mask=lo < hi, other=0.0)
 
     # block after block
     for blk in range(lo, hi):
         j = b.to(tl.int64) * capacity + blk * L + tl.arange(0, L)
-        key = tl.load(ki + j[:, None] * DI + tl.arange(0, DI))                                         # [L, DI]
+        key = tl.load(ki + j[:, None] * DI + tl.arange(0, DI))                  # [L, DI]
         if scale is None:
-            best = _block_scores(query, key, end, i, b, blk, capacity, L)                              # [COLS]
+            best = _block_scores(query, key, end, i, b, blk, capacity, L)       # [COLS]
         else:
-            wide = norm * margin                                                                       # [COLS]
+            wide = norm * margin                                                # [COLS]
             this = step.to(tl.float32)[:, None] * 2.0 ** -30  # the products below stay finite
             # one ahead: too small to be pipelined
             more = tl.full([L], blk + 1, tl.int32) < hi
             step = tl.load(scale + j + L, mask=more, other=0.0)
             margin = tl.load(slack + b * N + blk + 1, mask=blk + 1 < hi, other=0.0)
-            s = _digit_scores(key, high, low)                                                          # [L, COLS]
+            s = _digit_scores(key, high, low)                                   # [L, COLS]
             seen = tl.broadcast_to((blk < i // L)[None], [L, COLS])
             if end is not None:
                 seen = seen & (i[None] < tl.load(end + j)[:, None])
             least = tl.maximum(least, tl.where(seen, (s - wide[None]) * this, NOTHING))
-            best = tl.max(tl.where(seen, (s + wide[None]) * this, NOTHING), 0)                         # [COLS]
+            best = tl.max(tl.where(seen, (s + wide[None]) * this, NOTHING), 0)  # [COLS]
         score = tl.where(g == blk - lo, best[:, None], score)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()  # not before: programs that wait would crowd where room is first
@@ -1586,11 +1713,11 @@ def _scan_kernel(
     blocks = block_score + row[:, None] * N + lo + g
     tl.store(blocks, score, mask=mine[:, None] & (g < hi - lo), eviction_policy="evict_last")
     tl.store(run_best + row * runs + run, tl.max(score, 1), mask=mine, eviction_policy="evict_last")
-    first = tl.where(run == 0, T * HKV, 0)  # one run alone resets: none in the others
-    tl.store(done + b * T * HKV + c, 0, mask=c < first)
+    resets = tl.where(run == 0, T * HKV, 0)  # one run alone does: none in the others
+    tl.store(done + b * T * HKV + c, 0, mask=c < resets)
 
 @jit
-def _choose(block_score, run_best, row, slot, n, N, TOP: tl.constexpr, RUNS: tl.constexpr, PAIR: tl.constexpr):
+def _choose(block_score, run_best, row, slot, n, N, TOP: constexpr, RUNS: constexpr, PAIR: constexpr):
     """The block of rank slot >= 1 among those before the query's own, whose scores alone are above -inf. Exact in two
     steps, on pairs of runs of up to PAIR blocks: the TOP best blocks lie in the TOP best pairs, because each pair that
     beats theirs holds a block that beats them. The leaders of those pairs are merged with whatever else beats one."""
@@ -1601,15 +1728,15 @@ def _choose(block_score, run_best, row, slot, n, N, TOP: tl.constexpr, RUNS: tl.
     # the best pairs of runs, and all their blocks
     p = tl.arange(0, RUNS // 2)
     top = tl.maximum(tl.load(run_best + 2 * p), tl.load(run_best + 2 * p + 1))
-    pair = _block_of(tl.topk(_key(top, p), TOP))                                                       # [TOP]
+    pair = _block_of(tl.topk(_key(top, p), TOP))                                # [TOP]
     lo = _run_start(2 * tl.maximum(pair, 0), n, RUNS)
     hi = _run_start(2 * pair + 2, n, RUNS)
     blk = lo[:, None] + tl.arange(0, PAIR)
     held = (pair >= 0)[:, None] & (blk < hi[:, None])
-    key = _key(tl.load(block_score + blk, mask=held, other=NOTHING), blk)                              # [TOP, PAIR]
+    key = _key(tl.load(block_score + blk, mask=held, other=NOTHING), blk)       # [TOP, PAIR]
 
     # their leaders, in descending order; then what else beats the least of them
-    best = tl.max(key, 1)                                                                              # [TOP]
+    best = tl.max(key, 1)                                                       # [TOP]
     key = tl.where(key == best[:, None], NO_KEY, key)
     rank = tl.arange(0, TOP)
     found = -1
@@ -1622,15 +1749,16 @@ def _choose(block_score, run_best, row, slot, n, N, TOP: tl.constexpr, RUNS: tl.
         nth += 1
         key = tl.where(key == other, NO_KEY, key)
         other = tl.max(tl.max(key, 1))
-    return tl.maximum(found, tl.max(tl.where(rank == slot - 1, _block_of(best), -1)))
+    leader = tl.where(rank == slot - 1, _block_of(best), -1)
+    return tl.maximum(found, tl.max(leader))
 
 @jit
-def _join(part, lse, out, row, S: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
+def _join(part, lse, out, row, S: constexpr, G: constexpr, D: constexpr, ROWS: constexpr):
     """Sum of a row's S parts by weight. A thread loads eight channels and, itself, their head's log-sum-exp: with the
     weights in a vector of heads each part would wait for threads to exchange them (3.5 us, not 2.4)."""
     g = tl.arange(0, ROWS)[:, None]
     c = tl.arange(0, D // 8)[None]
-    real = (g < G) & (c >= 0)                                                                          # [ROWS, D / 8]
+    real = (g < G) & (c >= 0)                                                   # [ROWS, D / 8]
     channel = c[:, :, None] * 8 + tl.arange(0, 8)
     peak = tl.full([ROWS, D // 8], LEAST, tl.float32)
     total = tl.zeros([ROWS, D // 8], tl.float32)
@@ -1638,10 +1766,11 @@ def _join(part, lse, out, row, S: tl.constexpr, G: tl.constexpr, D: tl.constexpr
     for slot in tl.static_range(S):
         source = (row * S + slot) * G + g
         weight = tl.load(lse + source + c * 0, mask=real, other=NOTHING, cache_modifier=".cg")
-        other = tl.load(part + source[:, :, None] * D + channel, mask=real[:, :, None], other=0.0, cache_modifier=".cg")
+        parts = part + source[:, :, None] * D + channel
+        other = tl.load(parts, mask=real[:, :, None], other=0.0, cache_modifier=".cg")
         acc, total, peak = _merge(acc, total, peak, other, weight)
-    heads = out + (row * G + g)[:, :, None] * D + channel
-    tl.store(heads, _mean(acc, total).to(out.dtype.element_ty), mask=real[:, :, None])
+    mean = _mean(acc, total)
+    tl.store(out + (row * G + g)[:, :, None] * D + channel, mean, mask=real[:, :, None])
 
 # One program = one slot of one query and KV head: choose the block, attend; the last of the S programs joins the parts.
 @jit
@@ -1660,18 +1789,18 @@ def _attend_kernel(
     out,          # as q, written
     T,
     capacity,
-    HKV: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    L: tl.constexpr,
-    S: tl.constexpr,
-    TOP: tl.constexpr,   # S - 1, rounded up
-    RUNS: tl.constexpr,  # of the scan
-    PAIR: tl.constexpr,  # blocks of two runs, rounded up
-    ROWS: tl.constexpr,  # G, rounded up
-    PDL: tl.constexpr,
+    HKV: constexpr,
+    G: constexpr,
+    D: constexpr,
+    L: constexpr,
+    S: constexpr,
+    TOP: constexpr,   # S - 1, rounded up
+    RUNS: constexpr,  # of the scan
+    PAIR: constexpr,  # blocks of two runs, rounded up
+    ROWS: constexpr,  # G, rounded up
+    PDL: constexpr,
 ):
-    SCALE: tl.constexpr = D ** -0.5 * LOG2E
+    SCALE: constexpr = D ** -0.5 * LOG2E
     slot = tl.program_id(0)
     row = tl.program_id(1)  # (b * T + t) * HKV + h
     b = row // (T * HKV)
@@ -1681,7 +1810,8 @@ def _attend_kernel(
 
     # these may be read before the wait: the scan let this kernel start after its own wait, so that they were whole
     heads = (row.to(tl.int64) * G + g)[:, None] * D + d
-    query = tl.load(q + heads, mask=(g < G)[:, None], other=0.0)                                       # [ROWS, D]
+    mine = g < G
+    query = tl.load(q + heads, mask=mine[:, None], other=0.0)                   # [ROWS, D]
     n = tl.load(length + b)
     i = n + row % (T * HKV) // HKV
 
@@ -1690,7 +1820,8 @@ def _attend_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
     if slot > 0:
-        blk = _choose(block_score, run_best, row, slot, (n + T - 1) // L, tl.cdiv(capacity, L), TOP, RUNS, PAIR)
+        N = tl.cdiv(capacity, L)
+        blk = _choose(block_score, run_best, row, slot, (n + T - 1) // L, N, TOP, RUNS, PAIR)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()  # not before: the next step's index keys would delay the choice
     tl.store(block_idx + row * S + slot, blk)
@@ -1699,15 +1830,16 @@ def _attend_kernel(
     j = blk * L + tl.arange(0, L)
     seen = (j >= 0) & (j <= i)
     seen = _visible(seen, i, end, b.to(tl.int64) * capacity, j, seen)
-    keys = ((b.to(tl.int64) * capacity + j) * HKV + h)[:, None] * D + d
-    key = tl.load(k + keys, mask=seen[:, None], other=0.0)                                             # [L, D]
-    value = tl.load(v + keys, mask=seen[:, None], other=0.0)                                           # [L, D]
+    keys = _key_tile(b.to(tl.int64), j, h, capacity, HKV, D)
+    key = tl.load(k + keys, mask=seen[:, None], other=0.0)                      # [L, D]
+    value = tl.load(v + keys, mask=seen[:, None], other=0.0)                    # [L, D]
     p, peak = _softmax_tile(_scores(query, key, SCALE), seen, LEAST)                                   # [ROWS, L]
     total = tl.sum(p, 1)
-    mean = _mean(_weigh(p, value), total)                                                              # [ROWS, D]
+    mean = _mean(_weigh(p, value), total)                                       # [ROWS, D]
     place = (row.to(tl.int64) * S + slot) * G + g
-    tl.store(part + place[:, None] * D + d, mean.to(query.dtype), mask=(g < G)[:, None])
-    tl.store(lse + place, peak + tl.log2(total), mask=g < G)
+    parts = part + place[:, None] * D + d
+    tl.store(parts, mean, mask=mine[:, None])
+    tl.store(lse + place, peak + tl.log2(total), mask=mine)
 
     # the last to arrive joins the parts
     tl.debug_barrier()  # all threads' stores come before the one that counts
@@ -1726,14 +1858,14 @@ def _dense_kernel(
     stat,    # (B, HKV, SPLIT, T * G, 2), written: their maximum and sum of p
     T,
     capacity,
-    HKV: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,  # T * G, rounded up
-    TILE: tl.constexpr,  # keys at a time
-    PDL: tl.constexpr,
+    HKV: constexpr,
+    G: constexpr,
+    D: constexpr,
+    ROWS: constexpr,  # T * G, rounded up
+    TILE: constexpr,  # keys at a time
+    PDL: constexpr,
 ):
-    SCALE: tl.constexpr = D ** -0.5 * LOG2E
+    SCALE: constexpr = D ** -0.5 * LOG2E
     if PDL:
         tl.extra.cuda.gdc_wait()
     split = tl.program_id(0)
@@ -1743,7 +1875,7 @@ def _dense_kernel(
     d = tl.arange(0, D)
     mine = r < T * G
     heads = ((b.to(tl.int64) * T + r // G) * HKV + h) * G + r % G
-    query = tl.load(q + heads[:, None] * D + d, mask=mine[:, None], other=0.0)                         # [ROWS, D]
+    query = tl.load(q + heads[:, None] * D + d, mask=mine[:, None], other=0.0)  # [ROWS, D]
     i = tl.load(length + b) + r // G
     n = tl.load(length + b) + T
 
@@ -1754,16 +1886,16 @@ def _dense_kernel(
     acc = tl.zeros([ROWS, D], tl.float32)
     for j0 in range(split * size, tl.minimum(split * size + size, n), TILE):
         j = j0 + tl.arange(0, TILE)
-        keys = ((b.to(tl.int64) * capacity + j) * HKV + h)[:, None] * D + d
+        keys = _key_tile(b.to(tl.int64), j, h, capacity, HKV, D)
         held = (j < n)[:, None]
-        score = _scores(query, tl.load(k + keys, mask=held, other=0.0), SCALE)                         # [ROWS, TILE]
+        score = _scores(query, tl.load(k + keys, mask=held, other=0.0), SCALE)  # [ROWS, TILE]
         seen = j[None] <= i[:, None]
         if end is not None:
             last = tl.load(end + b.to(tl.int64) * capacity + j, mask=j < n, other=0)
             seen = seen & (i[:, None] < last[None])
         p, new = _softmax_tile(score, seen, peak)
         old = tl.exp2(peak - new)
-        value = tl.load(v + keys, mask=held, other=0.0)                                                # [TILE, D]
+        value = tl.load(v + keys, mask=held, other=0.0)                         # [TILE, D]
         acc = acc * old[:, None] + _weigh(p, value)
         total = total * old + tl.sum(p, 1)
         peak = new
@@ -1782,12 +1914,12 @@ def _dense_sum_kernel(
     stat,  # (B, HKV, SPLIT, T * G, 2)
     out,   # (B, T, HKV * G, D), written
     T,
-    HKV: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    SPLIT: tl.constexpr,
-    PADDED: tl.constexpr,  # SPLIT, rounded up
-    PDL: tl.constexpr,
+    HKV: constexpr,
+    G: constexpr,
+    D: constexpr,
+    SPLIT: constexpr,
+    PADDED: constexpr,  # SPLIT, rounded up
+    PDL: constexpr,
 ):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -1800,12 +1932,14 @@ def _dense_sum_kernel(
     held = split < SPLIT
     place = ((b * HKV + h).to(tl.int64) * SPLIT + split) * T * G + r
     peak = tl.load(stat + 2 * place, mask=held, other=LEAST)
-    weight = tl.exp2(peak - tl.max(peak, 0))                                                           # [PADDED]
-    total = tl.sum(weight * tl.load(stat + 2 * place + 1, mask=held, other=0.0), 0)
-    parts = tl.load(part + place[:, None] * D + d, mask=held[:, None], other=0.0)                      # [PADDED, D]
-    mean = tl.sum(parts * weight[:, None], 0) / tl.maximum(total, TINY)
+    weight = tl.exp2(peak - tl.max(peak, 0))                                    # [PADDED]
+    sums = tl.load(stat + 2 * place + 1, mask=held, other=0.0)
+    total = tl.sum(weight * sums, 0)
+    parts = part + place[:, None] * D + d
+    acc = tl.load(parts, mask=held[:, None], other=0.0)                         # [PADDED, D]
+    mean = tl.sum(acc * weight[:, None], 0) / tl.maximum(total, TINY)
     row = ((b.to(tl.int64) * T + r // G) * HKV + h) * G + r % G
-    tl.store(out + row * D + d, mean.to(out.dtype.element_ty))
+    tl.store(out + row * D + d, mean)
 
 def _overlap(x):
     """Programmatic dependent launch where the GPU has it: a launch, about 1 us, hides behind the kernel before."""
@@ -1837,7 +1971,9 @@ def _decode_grid(N, rows, top, int8, on_gpu):
         rescorers = max(16, min(64, 256 // rows))  # a row of random keys has some 30 live runs
     else:
         rescorers = 2
-    return Grid(runs, _power_of_2(cdiv(N, runs), 8), _power_of_2(cdiv(2 * N, runs), 16), rescorers)
+    run = _power_of_2(cdiv(N, runs), 8)
+    pair = _power_of_2(cdiv(2 * N, runs), 16)
+    return Grid(runs, run, pair, rescorers)
 
 def _decode_scratch(rows, N, runs, device):
     """What the scan leaves for the kernels after it: block_score (rows, N), and run_best, run_upper, run_lower
@@ -1858,10 +1994,10 @@ def _decode_triton(q, k, v, qi, ki, S, L, length, end, int8):
     scanned, scale, slack = ki, None, None
     if int8 is not None:
         scanned, scale, slack = int8
-        lanes = _lanes(ki8=scanned)[0], _lanes(scale=scale[..., None])[0], _lanes(slack=slack[..., None])[0]
+        lanes = tuple(_lanes(int8=x)[0] for x in (scanned, scale[..., None], slack[..., None]))
         if B > 1 and lanes != (capacity, capacity, N):
-            raise ValueError(f"int8 keys, scales and slacks have {lanes} a sequence, expected {(capacity, capacity, N)}: "
-                             "quantize whole cache lanes, then slice")
+            raise ValueError(f"int8 keys, scales and slacks have {lanes} a sequence, expected "
+                             f"{(capacity, capacity, N)}: quantize whole cache lanes, then slice")
 
     block_score, run_best, run_upper, run_lower = _decode_scratch(rows, N, grid.runs, q.device)
     done = torch.empty(rows, dtype=torch.int32, device=q.device)
@@ -1869,17 +2005,25 @@ def _decode_triton(q, k, v, qi, ki, S, L, length, end, int8):
     part = torch.empty(rows * S * G, D, dtype=q.dtype, device=q.device)
     lse = torch.empty(rows * S * G, device=q.device)
     out = torch.empty_like(q)
-    shared = dict(end=end, length=length, block_score=block_score, run_best=run_best, T=T, capacity=capacity, HKV=Hkv,
-                  L=L, **_overlap(q))
-    index = dict(qi=qi, run_upper=run_upper, run_lower=run_lower, DI=Di, RUN=grid.run, COLS=_power_of_2(T * Hkv, 16))
+    shared = dict(
+        end=end, length=length, block_score=block_score, run_best=run_best,
+        T=T, capacity=capacity,
+        HKV=Hkv, L=L, **_overlap(q))
+    index = dict(
+        qi=qi, run_upper=run_upper, run_lower=run_lower,
+        DI=Di, RUN=grid.run, COLS=_power_of_2(T * Hkv, 16), **shared)
     _scan_kernel[grid.runs, B](
-        ki=scanned, scale=scale, slack=slack, done=done, num_warps=4 if int8 is None else 2, num_stages=3,
-        **index, **shared)
+        ki=scanned, scale=scale, slack=slack, done=done,
+        num_warps=4 if int8 is None else 2, num_stages=3, **index)
     if int8 is not None:
-        _rescore_kernel[grid.rescorers, rows](ki=ki, S=S, TOP=top, RUNS=grid.runs, num_warps=4, **index, **shared)
+        _rescore_kernel[grid.rescorers, rows](
+            ki=ki, S=S, TOP=top, RUNS=grid.runs, num_warps=4, **index)
     _attend_kernel[S, rows](
-        q=q, k=k, v=v, block_idx=block_idx, part=part, lse=lse, done=done, out=out, G=G, D=D, S=S, TOP=top,
-        RUNS=grid.runs, PAIR=grid.pair, ROWS=_power_of_2(G, 16), num_warps=8, **shared)
+        q=q, k=k, v=v, block_idx=block_idx,
+        part=part, lse=lse, done=done, out=out,
+        G=G, D=D, S=S,
+        TOP=top, RUNS=grid.runs, PAIR=grid.pair, ROWS=_power_of_2(G, 16),
+        num_warps=8, **shared)
     return out, block_idx
 
 def _dense_triton(q, k, v, end, start):
@@ -1890,16 +2034,19 @@ def _dense_triton(q, k, v, end, start):
     capacity, end = _lanes(end, k=k, v=v)
     tile = 64 if k.is_cuda else 32
     split = max(1, min(PROGRAMS // (B * Hkv), cdiv(capacity, 2 * tile)))
-    scratch = torch.empty(B * T * H * split * (D + 2), device=q.device)
-    part = scratch[:B * T * H * split * D]
-    stat = scratch[B * T * H * split * D:]
+    parts = B * T * H * split
+    scratch = torch.empty(parts * (D + 2), device=q.device)
     out = torch.empty_like(q)
-    shared = dict(part=part, stat=stat, T=T, HKV=Hkv, G=G, D=D, num_warps=4, **_overlap(q))
-    stages = 4 if shared["PDL"] else 2  # before Hopper: less shared memory
+    shared = dict(
+        part=scratch[:parts * D], stat=scratch[parts * D:],
+        T=T, HKV=Hkv, G=G, D=D,
+        num_warps=4, **_overlap(q))
     _dense_kernel[split, Hkv, B](
-        q=q, k=k, v=v, end=end, length=start, capacity=capacity, ROWS=_power_of_2(T * G, 16), TILE=tile,
-        num_stages=stages, **shared)
-    _dense_sum_kernel[T * G, Hkv, B](out=out, SPLIT=split, PADDED=_power_of_2(split), **shared)
+        q=q, k=k, v=v, end=end, length=start,
+        capacity=capacity, ROWS=_power_of_2(T * G, 16), TILE=tile,
+        num_stages=4 if shared["PDL"] else 2, **shared)  # before Hopper: less shared memory
+    _dense_sum_kernel[T * G, Hkv, B](
+        out=out, SPLIT=split, PADDED=_power_of_2(split), **shared)
     return out
 
 # ==== F. Certified int8 ===========================================================================
@@ -1940,18 +2087,21 @@ def quantize_index(ki, L):
     norm = k.norm(dim=-1) * up
     slack = residual + (2 * GAMMA + ki.size(2) ** 0.5 * 2.0 ** -15) * (norm + residual)
     slack = slack.masked_fill(lost, float("inf"))
-    slack = F.pad(slack, (0, -ki.size(1) % L)).unflatten(1, (-1, L)).amax(2)
+    slack = F.pad(slack, (0, -ki.size(1) % L))
+    slack = slack.unflatten(1, (-1, L)).amax(2)
     return k8.to(torch.int8).contiguous(), scale.contiguous(), slack.contiguous()
 
 @jit
 def _digits(query):
-    """Queries [DI, COLS] in steps of unit / STEPS as two int8 digits; |query| in steps, rounded up; unit (powers of 2)."""
+    """Queries [DI, COLS] in steps of unit / STEPS -> high and low int8 digits [DI, COLS]; |query| in steps, rounded up
+    [COLS]; unit [COLS], powers of 2."""
     largest = tl.max(tl.abs(query.to(tl.float32)), 0)
     unit = tl.exp2(tl.ceil(tl.log2(tl.maximum(largest, 2.0 ** -126))))
     x = query.to(tl.float32) / unit[None] * STEPS
     n = tl.floor(x + 0.5).to(tl.int32)
     high = (n + 128) >> 8
-    norm = tl.sqrt(tl.sum(x * x, 0) + 2.0 ** -120) * (1 + 2.0 ** -15)  # not 0: times a block's inf, it would be NaN
+    norm = tl.sqrt(tl.sum(x * x, 0) + 2.0 ** -120)  # not 0: times a block's inf, it would be NaN
+    norm *= 1 + 2.0 ** -15
     norm = tl.where(norm == norm, norm, float("inf"))
     return high.to(tl.int8), (n - high * 256).to(tl.int8), norm, unit
 
@@ -1981,15 +2131,15 @@ def _rescore_kernel(
     run_lower,    # (rows, RUNS), the best lower bound of each run
     T,
     capacity,
-    HKV: tl.constexpr,
-    DI: tl.constexpr,
-    L: tl.constexpr,
-    S: tl.constexpr,
-    TOP: tl.constexpr,   # S - 1, rounded up
-    RUN: tl.constexpr,   # blocks of a run, rounded up
-    COLS: tl.constexpr,  # T * HKV, rounded up
-    RUNS: tl.constexpr,
-    PDL: tl.constexpr,
+    HKV: constexpr,
+    DI: constexpr,
+    L: constexpr,
+    S: constexpr,
+    TOP: constexpr,   # S - 1, rounded up
+    RUN: constexpr,   # blocks of a run, rounded up
+    COLS: constexpr,  # T * HKV, rounded up
+    RUNS: constexpr,
+    PDL: constexpr,
 ):
     row = tl.program_id(1)
     N = tl.cdiv(capacity, L)
@@ -2004,7 +2154,8 @@ def _rescore_kernel(
 
     # the floor: reached by S - 1 pairs of runs, hence by S - 1 blocks
     pair = by_run + 2 * tl.arange(0, RUNS // 2)
-    low = tl.topk(tl.maximum(tl.load(run_lower + pair), tl.load(run_lower + pair + 1)), TOP)           # [TOP]
+    low = tl.maximum(tl.load(run_lower + pair), tl.load(run_lower + pair + 1))  # [RUNS / 2]
+    low = tl.topk(low, TOP)
     floor = tl.max(tl.where(tl.arange(0, TOP) == S - 2, low, NOTHING))
 
     # the runs that reach it, numbered from 1 on
@@ -2016,14 +2167,14 @@ def _rescore_kernel(
         run = tl.sum(tl.where(live & (place == nth + 1), r, 0))
         blk = _run_start(run, n, RUNS) + tl.arange(0, RUN)
         held = blk < _run_start(run + 1, n, RUNS)
-        score = tl.load(block_score + blk, mask=held, other=NOTHING)                                   # [RUN]
+        score = tl.load(block_score + blk, mask=held, other=NOTHING)            # [RUN]
         last = -1
         wanted = (score > NOTHING) & (score >= floor)
         for _ in range(tl.sum(wanted.to(tl.int32))):
             last = tl.min(tl.where(wanted & (blk > last), blk, 2 ** 31 - 1))
             j = b.to(tl.int64) * capacity + last * L + tl.arange(0, L)
-            key = tl.load(ki + j[:, None] * DI + tl.arange(0, DI))                                     # [L, DI]
-            exact = _block_scores(query, key, end, i, b, last, capacity, L)                            # [COLS]
+            key = tl.load(ki + j[:, None] * DI + tl.arange(0, DI))              # [L, DI]
+            exact = _block_scores(query, key, end, i, b, last, capacity, L)     # [COLS]
             score = tl.where(blk == last, tl.max(tl.where(mine, exact, NOTHING)), score)
         tl.store(block_score + blk, score, mask=held)
         tl.store(run_best + by_run + run, tl.max(score, 0))

@@ -17,20 +17,24 @@ import msa
 # A kernel's parameters by their type, where it is not an array of int32: names mean the same in every kernel.
 TYPES = {
     "*bf16": "q k v qi ki scale part out dout dq dqi a b h",
-    "*fp32": "lse stat slack index_stat delta share kl dk dv dki weight dweight loss block_score run_best run_upper run_lower",
+    "*fp32": "lse stat index_stat delta share kl dk dv dki weight dweight loss "
+             "slack block_score run_best run_upper run_lower",
     "*i64": "ends",
     "i32": "T capacity n P V edge0",
     "tensordesc<bf16[128, 128]>": "keys",
 }
-# Sizes of M3's sparse attention, and what differs in M2's heads. TOP is S - 1 rounded up, RUN a run of blocks in decode.
+# Sizes of M3's sparse attention, and what differs in M2's heads. S1 is S - 1, TOP the same rounded up.
 M3 = dict(HKV=4, G=16, D=128, DI=128, L=128, S=16, S1=15, TOP=16, PDL=True)
 M2 = dict(M3, HKV=8, G=6)
 
 def variant(name, sizes, num_warps=4, num_stages=3, maxnreg=None, types=(), **more):
     """A kernel as one launch has it. types: parameters whose type differs from TYPES; None: an argument left out."""
     kernel = find(name)
-    kinds = {parameter: kind for kind, names in TYPES.items() for parameter in names.split()}
-    values = {**kinds, **sizes, **more, **dict(types)}
+    values = {}
+    for kind, names in TYPES.items():
+        values.update(dict.fromkeys(names.split(), kind))
+    values.update(sizes, **more)
+    values.update(types)
     args = {parameter: values.get(parameter, "*i32") for parameter in kernel.arg_names}
     options = dict(num_warps=num_warps, num_stages=num_stages)
     if maxnreg is not None:
@@ -39,7 +43,11 @@ def variant(name, sizes, num_warps=4, num_stages=3, maxnreg=None, types=(), **mo
 
 def find(name):
     """The kernel of this name, in whichever file it is."""
-    return next(getattr(file, f"_{name}_kernel") for file in (msa, moe, model) if hasattr(file, f"_{name}_kernel"))
+    for file in (msa, moe, model):
+        kernel = getattr(file, f"_{name}_kernel", None)
+        if kernel is not None:
+            return kernel
+    raise ValueError(f"no kernel is called _{name}_kernel")
 
 def variants():
     """Every kernel as launched at M3's sizes, and what else M2's change."""
@@ -85,15 +93,16 @@ def compile_kernel(variant):
     kernel = find(name)
     constants = {parameter: x for parameter, x in args.items() if not isinstance(x, str)}
     signature = {parameter: "constexpr" if parameter in constants else x for parameter, x in args.items()}
-    aligned = {(n,): [["tt.divisibility", 16]] for n, kind in enumerate(signature.values()) if kind[0] == "*"}
+    pointers = [n for n, kind in enumerate(signature.values()) if kind[0] == "*"]
+    aligned = {(n,): [["tt.divisibility", 16]] for n in pointers}
     source = ASTSource(kernel, signature, constants, aligned)
     compiled = msa.triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
     tool = Path(msa.triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(buffering=0) as file:
         file.write(compiled.asm["cubin"])
-        listing = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", listing).groups()
+        run = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", run.stdout).groups()
     return [kernel.__name__, int(registers), int(stack)]
 
 if __name__ == "__main__":

@@ -212,7 +212,8 @@ def dense_rows(q, k, v):
     rows = q.unflatten(2, (-1, G)).transpose(1, 2).flatten(2, 3)                                 # (B, Hkv, t * G, D)
     k = k.transpose(1, 2)
     v = v.transpose(1, 2)
-    mask = torch.full((t, t), float("-inf")).triu(1).repeat_interleave(G, 0)[None, None]
+    mask = torch.full((t, t), float("-inf")).triu(1)
+    mask = mask.repeat_interleave(G, 0)[None, None]                                               # (1, 1, t * G, t)
     out, lse = flash(rows, k[:, :, T - t:], v[:, :, T - t:], attn_mask=mask)
     if t < T:
         early, early_lse = flash(rows, k[:, :, :T - t], v[:, :, :T - t])
@@ -246,7 +247,8 @@ def brute_force(q, k, v, i, blocks=None):
         if blocks is None:
             j = torch.arange(i + 1, device=k.device)
         else:
-            j = (blocks[h, :, None] * L + torch.arange(L, device=k.device)).flatten()
+            within = torch.arange(L, device=k.device)
+            j = (blocks[h, :, None] * L + within).flatten()
         j = j[(j >= 0) & (j <= i)]
         scores = x @ k[j, h].to(wide).T * D ** -0.5                                                # (G, keys)
         out.append(scores.softmax(-1) @ v[j, h].to(wide))
@@ -255,13 +257,15 @@ def brute_force(q, k, v, i, blocks=None):
 def check_choice(name, qi, keys, blocks, i):
     """blocks (Hkv, S): i's own, then at each rank one whose score belongs there within 2^-15 |q| max |k|, then -1."""
     n_earlier = i // L
-    scores = (qi.to(keys.dtype) @ keys[:n_earlier * L].T).view(len(qi), n_earlier, L).amax(2)
+    scores = qi.to(keys.dtype) @ keys[:n_earlier * L].T
+    scores = scores.view(len(qi), n_earlier, L).amax(2)                                        # (Hkv, earlier blocks)
     want = scores.topk(min(S - 1, n_earlier)).values                                           # (Hkv, chosen)
     own = blocks[:, 0]
     chosen, none = blocks[:, 1:].split((want.size(1), S - 1 - want.size(1)), 1)
 
-    gap = (scores.gather(1, chosen.clamp(min=0).long()) - want).abs() / qi.norm(dim=-1, keepdim=True)
-    misplaced = (gap > 2 ** -15 * keys.norm(dim=-1).max()).any()
+    found = scores.gather(1, chosen.clamp(min=0).long())
+    allowed = 2 ** -15 * keys.norm(dim=-1).max()
+    misplaced = ((found - want).abs() / qi.norm(dim=-1, keepdim=True) > allowed).any()
     twice = any(len(set(row)) < len(row) for row in chosen.tolist())
     fine = (own == n_earlier).all() and (chosen >= 0).all() and (none == -1).all()
     if not fine or misplaced or twice:
@@ -284,7 +288,8 @@ def check_rows(name, out, block_idx, q, k, v, qi, ki, first, most=256):
             blocks = None if block_idx is None else block_idx[b, n]
             if blocks is not None and (q.is_cuda or (last - n) % 8 == 0):
                 check_choice(name, qi[b, n], keys, blocks, first + n)
-            near(f"{name}, query {first + n}", out[b, n], brute_force(q[b, n], k[b], v[b], first + n, blocks))
+            want = brute_force(q[b, n], k[b], v[b], first + n, blocks)
+            near(f"{name}, query {first + n}", out[b, n], want)
 
 def gate(args, shape, whats):
     """Paths to be timed, on short contexts, into memory full of nan; MSA is dense where S blocks are all there are."""
@@ -495,9 +500,14 @@ def shape_rows(args, shape, lengths):
     g = torch.Generator(args.device).manual_seed(1337)
     rows = []
     for B, (prefill, decode) in lengths.items():
-        slots = [L] + [capacity(T) for T in prefill] + [capacity(T) * B * n_sets(args, shape, T, B) for T in decode]
+        slots = max(map(capacity, prefill), default=L)
+        for T in decode:
+            slots = max(slots, capacity(T) * B * n_sets(args, shape, T, B))
         cache = None  # frees the last one first
-        cache = [fill(args, g, max(slots), *heads, D) for heads in ([Hkv], [Hkv], [])]                     # k, v, ki
+        k = fill(args, g, slots, Hkv, D)
+        v = fill(args, g, slots, Hkv, D)
+        cache = k, v, fill(args, g, slots, D)
+        del k, v
         rows += prefill_rows(args, shape, cache, prefill, g)
         rows += decode_rows(args, shape, B, decode, cache, g)
     return rows
@@ -713,7 +723,8 @@ def train_sides(args, shape, T, g):
     def sparse():
         block_idx = msa.select_blocks(qi.detach(), ki.detach(), S, L, impl=msa_impl)
         out, kl = msa.msa_train(q, k, v, qi, ki, block_idx, L, impl=msa_impl)
-        return torch.autograd.grad((out, kl), (q, k, v, qi, ki), (grad_out, torch.ones_like(kl)))
+        grad_kl = torch.full_like(kl, 1 / T)  # the KL is a sum over the tokens
+        return torch.autograd.grad((out, kl), (q, k, v, qi, ki), (grad_out, grad_kl))
     return dense, sparse
 
 def check_gradients(name, grads):
@@ -1121,7 +1132,8 @@ def plain(ms):
 
 def short(T):
     """A length as an axis says it: 300, 16K (16,384), 1M (a million, or 1,048,576)."""
-    for size, unit in ((2 ** 20, "M"), (10 ** 6, "M"), (2 ** 10, "K")):
+    units = {2 ** 20: "M", 10 ** 6: "M", 2 ** 10: "K"}
+    for size, unit in units.items():
         if T and T % size == 0:
             return f"{T // size}{unit}"
     return f"{T:,}"

@@ -50,6 +50,7 @@ from model import (Context, KVCache, MiniMax, MiniMaxConfig, RMSNorm, apply_rope
                    count_params, cross_entropy, locate, rope_tables, softmax_loss)
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid", "ignore:overflow", "ignore:All-NaN")
+parametrize = pytest.mark.parametrize
 HERE = Path(__file__).resolve().parent
 GOLDEN = HERE / ".ci" / "golden"
 TEXT = (HERE / "msa.py").read_text(encoding="utf-8") + "na\u00efve \u4e2d\u6587 \U0001f600\n"
@@ -75,13 +76,12 @@ def with_grads(out, inputs, upstream=None):
     return out, *torch.autograd.grad(out, inputs, upstream)
 
 def small_config(**fields):
-    """Three layers with everything in them, at a size where a forward takes milliseconds."""
+    """The tiny preset, three layers with everything in them, at a size where a forward takes milliseconds."""
     sizes = dict(
-        vocab_size=61, n_layer=3, n_embd=32, n_head=4, n_kv_head=2, head_dim=8, rotary_dim=4, max_seq_len=256,
-        attn_types=["full", "msa", "msa"], mlp_types=["dense", "moe", "moe"],
+        vocab_size=61, n_embd=32, head_dim=8, rotary_dim=4, max_seq_len=256,
         n_expert=4, expert_dim=8, shared_dim=8, dense_dim=24,
         index_head_dim=8, index_block_size=4, index_topk_blocks=3, index_kl_stride=1)
-    return MiniMaxConfig.tiny(**{**sizes, **fields})
+    return MiniMaxConfig.tiny(**dict(sizes, **fields))
 
 def make_model(seed=0, dtype=torch.float32, **fields):
     """A model whose norms and biases are random too: a port that ignores them must fail."""
@@ -93,6 +93,10 @@ def make_model(seed=0, dtype=torch.float32, **fields):
                 x.add_(torch.randn_like(x) * 0.2)
     return model.to(dtype).eval()
 
+def random_ids(B, T):
+    """Tokens of make_model's vocabulary."""
+    return torch.randint(0, 61, (B, T))
+
 def random_qkv(B=2, T=37, H=4, Hkv=2, D=8, dtype=torch.float64, seed=0, grad=False):
     """q, k, v of the main branch, qi and ki of the index branch, whose key head is shared."""
     generator = torch.Generator().manual_seed(seed)
@@ -103,7 +107,16 @@ def random_qkv(B=2, T=37, H=4, Hkv=2, D=8, dtype=torch.float64, seed=0, grad=Fal
 def packed_end(T, cuts, B=2):
     """end (B, T) int32 for documents that stop at each cut below T, and at T."""
     row = [min(cut for cut in (*cuts, T) if cut > j) for j in range(T)]
-    return torch.tensor([row] * B, dtype=torch.int32)
+    return torch.tensor([row] * B).int()
+
+def value_error(match):
+    """A context whose code raises a ValueError with a message that matches."""
+    return pytest.raises(ValueError, match=match)
+
+def each_value(**values):
+    """A case (key, value) for each of the values that are listed for a config's field."""
+    cases = [(key, value) for key in values for value in values[key]]
+    return parametrize("key, value", cases, ids=str)
 
 def quiet(main, argv):
     """Run a script's main -> its result, and what it printed, whose last line is the result in JSON."""
@@ -167,7 +180,7 @@ def test_ids_past_uint16_are_kept():
 
     assert train.Tokens([("a", "xyz")], Wide(), 4, 8).ids[:2].tolist() == [200_063, 200_062]
 
-@pytest.mark.parametrize("space", [" ", "\t", "\r", "\u3000"])
+@parametrize("space", [" ", "\t", "\r", "\u3000"])
 def test_a_million_spaces_before_a_word(space):
     """A run of white space of any length is encoded, there and back, alone and in a batch, and can be learned from."""
     text = "a" + space * 10 ** 6 + "x"
@@ -178,7 +191,7 @@ def test_a_million_spaces_before_a_word(space):
     assert tok.decode(ids) == text
     assert tok.encode_batch([text, "b", ""]) == [ids, tok.encode("b"), []]
 
-@pytest.mark.parametrize("run", [1, 100, 4096])
+@parametrize("run", [1, 100, 4096])
 def test_short_runs_keep_the_patterns_ids(run):
     """Ordinary text, with white space of up to 4,096 characters in a row, gets the ids of the pattern alone."""
     tok = learned_tokenizer()
@@ -186,7 +199,7 @@ def test_short_runs_keep_the_patterns_ids(run):
 
     assert tok.encode(text) == tok.enc.encode_ordinary(text)
 
-@pytest.mark.parametrize("run", [4097, 8192, 8193, 20_000])
+@parametrize("run", [4097, 8192, 8193, 20_000])
 def test_only_long_runs_are_cut(run):
     """Longer runs are cut into 4,096 characters and a rest, and the learner sees the encoder's pieces."""
     spaces = " " * run
@@ -203,12 +216,6 @@ def test_only_long_runs_are_cut(run):
 # A config describes a model and nothing else. It is checked when it is made, not when a kernel stumbles over it. A
 # released config.json is obeyed field by field: what would change the arithmetic and is not computed here is refused by
 # its name, since a model that reads it wrongly still speaks, only worse.
-
-def named(value):
-    """A case's id: fields as a config spells them."""
-    if not isinstance(value, dict):
-        return str(value)
-    return " ".join(f"{key}={field}" for key, field in value.items()) or "no field"
 
 def test_published_parameter_counts():
     """M3's text model has 426.175B parameters, 23.50B active; M2's MTP module has 3.69B, 177M active; small 85M."""
@@ -234,52 +241,41 @@ def test_dry_run_prints_the_published_sizes():
     numbers_a_token = 2 * 62 * 8 * 128  # k and v, layers, KV heads, head dim
     assert f"{numbers_a_token * 2 * 196_608 / 1e9:.3f} GB" in text
 
-@pytest.mark.parametrize("key, value", [
-    ("n_head", 5),
-    ("rotary_dim", 10),
-    ("activation", "relu"),
-    ("mlp_types", ["moe"]),
-    ("attn_types", ["full", "swa", "msa"]),
-    ("qk_norm", "batch"),
-    ("vocab_size", 0),
-    ("n_layer", -1),
-    ("n_embd", -32),
-    ("n_embd", 32.0),
-    ("n_embd", 30),
-    ("n_kv_head", 0),
-    ("head_dim", "8"),
-    ("rotary_dim", 4.0),
-    ("rotary_dim", -2),
-    ("max_seq_len", True),
-    ("attn_types", "msa"),
-    ("mlp_types", [["dense"], "moe", "moe"]),
-    ("n_expert", 0),
-    ("n_expert_per_tok", 5),
-    ("n_expert_per_tok", 0),
-    ("expert_dim", 0),
-    ("expert_dim", 6),
-    ("shared_dim", -8),
-    ("dense_dim", 0),
-    ("n_mtp", -1),
-    ("n_mtp", 1.5),
-    ("index_head_dim", 0),
-    ("index_head_dim", 2),
-    ("index_block_size", 0),
-    ("index_topk_blocks", 0),
-    ("index_kl_stride", 0),
-    ("routed_scale", -2.0),
-    ("rope_theta", 0),
-    ("rope_theta", math.nan),
-    ("norm_eps", "1e-6"),
-    ("gemma_norm", "no"),
-], ids=named)
+@each_value(
+    vocab_size=[0],
+    n_layer=[-1],
+    n_embd=[-32, 32.0, 30],
+    n_head=[5],
+    n_kv_head=[0],
+    head_dim=["8"],
+    rotary_dim=[10, 4.0, -2],
+    max_seq_len=[True],
+    attn_types=["msa", ["full", "swa", "msa"]],
+    mlp_types=[["moe"], [["dense"], "moe", "moe"]],
+    n_expert=[0],
+    n_expert_per_tok=[5, 0],
+    expert_dim=[0, 6],
+    shared_dim=[-8],
+    dense_dim=[0],
+    n_mtp=[-1, 1.5],
+    index_head_dim=[0, 2],
+    index_block_size=[0],
+    index_topk_blocks=[0],
+    index_kl_stride=[0],
+    routed_scale=[-2.0],
+    activation=["relu"],
+    gemma_norm=["no"],
+    qk_norm=["batch"],
+    rope_theta=[0, math.nan],
+    norm_eps=["1e-6"],
+)
 def test_bad_configs_are_refused(key, value):
     """A config that cannot work, now or later, says so when it is made, with the value in the message."""
     with pytest.raises(AssertionError, match=re.escape(str(value))):
         small_config(**{key: value})
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("key, value", [("n_embd", 36), ("expert_dim", 12)])
+@parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@each_value(n_embd=[36], expert_dim=[12])
 def test_widths_that_no_kernel_takes_are_refused(key, value, dtype):
     """Experts need widths that are multiples of 8 in 16 bits, where fp32 asks for multiples of 4."""
     cfg = small_config(**{key: value})
@@ -301,13 +297,14 @@ def test_fields_that_no_layer_uses_are_free():
         MiniMax(cfg)
 
 # M2 and M3 as released, at another size, and every field with a value of its own
-RELEASED_M2 = dict(
-    architectures=["MiniMaxM2ForCausalLM"], model_type="minimax_m2",
+RELEASED_BOTH = dict(
     vocab_size=131, hidden_size=40, num_hidden_layers=3, max_position_embeddings=777, tie_word_embeddings=False,
-    num_attention_heads=6, num_key_value_heads=2, head_dim=24, attn_type_list=[1, 1, 1], sliding_window=None,
-    use_qk_norm=True, qk_norm_type="per_layer", rms_norm_eps=1e-5, rope_theta=12345, rotary_dim=10,
-    intermediate_size=56, shared_intermediate_size=0, shared_moe_mode="sigmoid", hidden_act="silu",
-    num_local_experts=7, num_experts_per_tok=3, scoring_func="sigmoid", use_routing_bias=True,
+    num_attention_heads=6, num_key_value_heads=2, head_dim=24, use_qk_norm=True, rms_norm_eps=1e-5, rope_theta=12345,
+    intermediate_size=56, num_local_experts=7, num_experts_per_tok=3, scoring_func="sigmoid", use_routing_bias=True)
+RELEASED_M2 = dict(
+    RELEASED_BOTH, architectures=["MiniMaxM2ForCausalLM"], model_type="minimax_m2",
+    attn_type_list=[1, 1, 1], sliding_window=None, qk_norm_type="per_layer", rotary_dim=10,
+    shared_intermediate_size=0, shared_moe_mode="sigmoid", hidden_act="silu",
     output_router_logits=False, router_aux_loss_coef=0.001, router_jitter_noise=0.0,
     layernorm_full_attention_beta=1.0, layernorm_mlp_beta=1.0,
     use_mtp=True, num_mtp_modules=3, mtp_transformer_layers=1, bos_token_id=None, eos_token_id=None)
@@ -316,21 +313,18 @@ RELEASED_SPARSE = dict(
     sparse_index_dim=20, sparse_num_index_heads=2, sparse_topk_blocks=5, sparse_block_size=6,
     sparse_score_type="max", sparse_init_block=0, sparse_local_block=1)
 RELEASED_TEXT = dict(
-    model_type="minimax_m2",
-    vocab_size=131, hidden_size=40, num_hidden_layers=3, max_position_embeddings=777, tie_word_embeddings=False,
-    num_attention_heads=6, num_key_value_heads=2, head_dim=24, attention_output_gate=False,
-    use_qk_norm=True, qk_norm_type="per_head", rms_norm_eps=1e-5, use_gemma_norm=True,
-    rope_theta=12345, rotary_dim=12, partial_rotary_factor=0.5, sparse_attention_config=RELEASED_SPARSE,
+    RELEASED_BOTH, model_type="minimax_m2",
+    attention_output_gate=False, sparse_attention_config=RELEASED_SPARSE,
+    qk_norm_type="per_head", use_gemma_norm=True, rotary_dim=12, partial_rotary_factor=0.5,
     hidden_act="swigluoai", swiglu_alpha=1.702, swiglu_limit=7.0, moe_layer_freq=[0, 0, 1],
-    dense_intermediate_size=72, intermediate_size=56, shared_intermediate_size=48, n_shared_experts=1,
-    num_local_experts=7, num_experts_per_tok=3, scoring_func="sigmoid", use_routing_bias=True,
+    dense_intermediate_size=72, shared_intermediate_size=48, n_shared_experts=1,
     routed_scaling_factor=3.5, num_mtp_modules=7)
 RELEASED_M3 = dict(
     architectures=["MiniMaxM3SparseForConditionalGeneration"], model_type="minimax_m3_vl",
     text_config=RELEASED_TEXT, tie_word_embeddings=False,
     vision_config=dict(hidden_size=99, num_hidden_layers=2, rope_theta=10000.0),
     image_token_index=129, projector_hidden_size=40)
-each_release = pytest.mark.parametrize("released", [RELEASED_M2, RELEASED_M3], ids=["m2", "m3"])
+each_release = parametrize("released", [RELEASED_M2, RELEASED_M3], ids=["m2", "m3"])
 
 def change(released, **fields):
     """A released config with other fields, in its text_config or the sparse part of it where they belong there."""
@@ -342,7 +336,7 @@ def change(released, **fields):
 
 def assert_config_refused(config, match):
     """Reading the config is a ValueError whose message matches."""
-    with pytest.raises(ValueError, match=match):
+    with value_error(match):
         config_from_hf(config)
 
 def test_released_configs_are_read():
@@ -369,16 +363,14 @@ def test_both_spellings_of_m3_are_one_config():
 
     assert config_from_hf(flat) == config_from_hf(RELEASED_M3)
 
-@pytest.mark.parametrize("fields", [
-    dict(index_block_size=7),
-    dict(layer_types=["full_attention"] * 3),
-    dict(mlp_layer_types=["sparse"] * 3),
-], ids=named)
-def test_spellings_that_disagree_are_refused(fields):
+@each_value(
+    index_block_size=[7],
+    layer_types=[["full_attention"] * 3],
+    mlp_layer_types=[["sparse"] * 3],
+)
+def test_spellings_that_disagree_are_refused(key, value):
     """A config that says one thing under two names must say the same under both."""
-    name, = fields
-
-    assert_config_refused(change(RELEASED_M3, **fields), f"{name}.* disagree")
+    assert_config_refused(change(RELEASED_M3, **{key: value}), f"{key}.* disagree")
 
 def test_index_fields_that_no_layer_uses_are_free():
     """With full attention everywhere nothing is asked of the index branch, whatever its fields say."""
@@ -388,107 +380,98 @@ def test_index_fields_that_no_layer_uses_are_free():
     assert config_from_hf(change(RELEASED_M3, **none)).attn_types == ["full"] * 3
 
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
-LINEAR = dict(type="linear", factor=4.0)
-FIELDS_OF_BOTH = [
-    dict(rope_scaling=YARN),
-    dict(rope_scaling=LINEAR),
-    dict(rope_scaling=dict(rope_type="default", factor=4.0)),
-    dict(rope_scaling=dict(mrope_section=[2, 2, 2])),
-    dict(rope_scaling=dict(type="dynamic")),
-    dict(rope_scaling=dict(rope_type="mrope")),
-    dict(rope_parameters=dict(YARN, rope_theta=1e4)),
-    dict(rope_parameters=dict(full_attention=dict(rope_type="default", rope_theta=1e4))),
-    dict(rope_theta=None),
-    dict(rope_theta="1e4"),
-    dict(partial_rotary_factor=1.5),
-    dict(partial_rotary_factor=0.3),
-    dict(head_dim=None),
-    dict(hidden_act="gelu"),
-    dict(scoring_func="softmax"),
-    dict(use_routing_bias=False),
-    dict(norm_topk_prob=False),
-    dict(n_group=4),
-    dict(topk_group=2),
-    dict(num_experts=8),
-    dict(num_experts_per_tok=9),
-    dict(n_shared_experts=2),
-    dict(attention_output_gate=True),
-    dict(attention_bias=True),
-    dict(qkv_bias=True),
-    dict(tie_word_embeddings=True),
-    dict(sliding_window=128),
-    dict(use_qk_norm=False),
-    dict(qk_norm_type="none"),
-    dict(swiglu_limit=5.0),
-    dict(swiglu_alpha=1.0),
-    dict(attn_type_list=[1, 0, 1]),
-    dict(attn_type_list=[1, 1]),
-    dict(moe_layer_freq=1),
-    dict(moe_layer_freq=[1, 1]),
-    dict(moe_layer_freq=[0, 2, 1]),
-    dict(first_k_dense_replace=1),
-    dict(mlp_layer_types=["dense", "dense", "shared"]),
-    dict(layer_types=["full_attention", "sliding_attention", "x"]),
-    dict(layer_types=["full_attention"] * 2),
-    dict(hidden_size=40.0),
-    dict(num_hidden_layers=None),
-    dict(rms_norm_eps=None),
-    dict(vocab_size="131"),
-    dict(layernorm_mlp_beta=2.0),
-]
-FIELDS_OF_M2 = [
-    dict(use_gemma_norm=True),
-    dict(routed_scaling_factor=2.5),
-    dict(shared_intermediate_size=48),
-    dict(sparse_attention_config=RELEASED_SPARSE),
-    dict(mlp_layer_types=["dense", "sparse", "sparse"]),
-    dict(layer_types=["full_attention", "minimax_m3_sparse", "full_attention"]),
-    dict(rotary_dim=26),
-]
-FIELDS_OF_M3 = [
-    dict(sparse_init_block=1),
-    dict(sparse_local_block=2),
-    dict(sparse_score_type="lse"),
-    dict(sparse_num_index_heads=4),
-    dict(index_n_heads=4),
-    dict(index_local_blocks=0),
-    dict(use_sparse_attention=False),
-    dict(sparse_disable_index_value=[0, 0, 0]),
-    dict(sparse_attention_freq=[0, 1]),
-    dict(sparse_attention_freq=1),
-    dict(sparse_attention_freq=None),
-    dict(sparse_index_dim=None),
-    dict(sparse_topk_blocks=0),
-    dict(use_gemma_norm=False),
-    dict(routed_scaling_factor=None),
-    dict(swiglu_beta=0.0),
-    dict(dense_intermediate_size=None),
-]
 
-def assert_field_refused(released, fields):
+def assert_field_refused(released, key, value):
     """A ValueError names the field, a part of it, or the one of ours that it sets."""
-    (key, value), = fields.items()
     names = [key, "n_expert_per_tok", "rotary_dim", "index_topk_blocks", "partial_rotary_factor", "rope_theta"]
     if isinstance(value, dict):
         names += value
 
-    assert_config_refused(change(released, **fields), "|".join(names))
+    assert_config_refused(change(released, **{key: value}), "|".join(names))
 
 @each_release
-@pytest.mark.parametrize("fields", FIELDS_OF_BOTH, ids=named)
-def test_fields_that_are_not_computed_are_refused(fields, released):
+@each_value(
+    rope_scaling=[
+        YARN,
+        dict(type="linear", factor=4.0),
+        dict(rope_type="default", factor=4.0),
+        dict(mrope_section=[2, 2, 2]),
+        dict(type="dynamic"),
+        dict(rope_type="mrope"),
+    ],
+    rope_parameters=[
+        dict(YARN, rope_theta=1e4),
+        dict(full_attention=dict(rope_type="default", rope_theta=1e4)),
+    ],
+    rope_theta=[None, "1e4"],
+    partial_rotary_factor=[1.5, 0.3],
+    head_dim=[None],
+    hidden_act=["gelu"],
+    scoring_func=["softmax"],
+    use_routing_bias=[False],
+    norm_topk_prob=[False],
+    n_group=[4],
+    topk_group=[2],
+    num_experts=[8],
+    num_experts_per_tok=[9],
+    n_shared_experts=[2],
+    attention_output_gate=[True],
+    attention_bias=[True],
+    qkv_bias=[True],
+    tie_word_embeddings=[True],
+    sliding_window=[128],
+    use_qk_norm=[False],
+    qk_norm_type=["none"],
+    swiglu_limit=[5.0],
+    swiglu_alpha=[1.0],
+    attn_type_list=[[1, 0, 1], [1, 1]],
+    moe_layer_freq=[1, [1, 1], [0, 2, 1]],
+    first_k_dense_replace=[1],
+    mlp_layer_types=[["dense", "dense", "shared"]],
+    layer_types=[["full_attention", "sliding_attention", "x"], ["full_attention"] * 2],
+    hidden_size=[40.0],
+    num_hidden_layers=[None],
+    rms_norm_eps=[None],
+    vocab_size=["131"],
+    layernorm_mlp_beta=[2.0],
+)
+def test_fields_that_are_not_computed_are_refused(key, value, released):
     """A value that would change the arithmetic, in any spelling, is a ValueError that names it."""
-    assert_field_refused(released, fields)
+    assert_field_refused(released, key, value)
 
-@pytest.mark.parametrize("fields", FIELDS_OF_M2, ids=named)
-def test_fields_that_m2_does_not_compute_are_refused(fields):
+@each_value(
+    use_gemma_norm=[True],
+    routed_scaling_factor=[2.5],
+    shared_intermediate_size=[48],
+    sparse_attention_config=[RELEASED_SPARSE],
+    mlp_layer_types=[["dense", "sparse", "sparse"]],
+    layer_types=[["full_attention", "minimax_m3_sparse", "full_attention"]],
+    rotary_dim=[26],
+)
+def test_fields_that_m2_does_not_compute_are_refused(key, value):
     """M2 has no sparse or dense layer, no shared expert, no scale, no Gemma norm; 26 of 24 channels cannot rotate."""
-    assert_field_refused(RELEASED_M2, fields)
+    assert_field_refused(RELEASED_M2, key, value)
 
-@pytest.mark.parametrize("fields", FIELDS_OF_M3, ids=named)
-def test_fields_that_m3_does_not_compute_are_refused(fields):
+@each_value(
+    sparse_init_block=[1],
+    sparse_local_block=[2],
+    sparse_score_type=["lse"],
+    sparse_num_index_heads=[4],
+    index_n_heads=[4],
+    index_local_blocks=[0],
+    use_sparse_attention=[False],
+    sparse_disable_index_value=[[0, 0, 0]],
+    sparse_attention_freq=[[0, 1], 1, None],
+    sparse_index_dim=[None],
+    sparse_topk_blocks=[0],
+    use_gemma_norm=[False],
+    routed_scaling_factor=[None],
+    swiglu_beta=[0.0],
+    dense_intermediate_size=[None],
+)
+def test_fields_that_m3_does_not_compute_are_refused(key, value):
     """M3 is computed in one way: another score, norm or gate, forced blocks, lists that do not fit are refused."""
-    assert_field_refused(RELEASED_M3, fields)
+    assert_field_refused(RELEASED_M3, key, value)
 
 @each_release
 def test_null_says_nothing(released):
@@ -505,7 +488,7 @@ def test_a_null_factor_leaves_rotary_dim():
     assert config_from_hf(change(RELEASED_M2, partial_rotary_factor=None)) == config_from_hf(RELEASED_M2)
 
 @each_release
-@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters", "sparse_attention_config"])
+@parametrize("key", ["rope_scaling", "rope_parameters", "sparse_attention_config"])
 def test_text_where_an_object_belongs_is_refused(key, released):
     """A field that holds fields cannot be text; the message has its name."""
     assert_config_refused(change(released, **{key: "yarn"}), key)
@@ -514,7 +497,7 @@ def test_a_text_config_of_text_is_refused():
     """M3's text_config, too, is an object or nothing."""
     assert_config_refused({**RELEASED_M3, "text_config": "x"}, "text_config")
 
-@pytest.mark.parametrize("model_type", ["minimax", "minimax_m1", "minimax_m3_mtp", None])
+@parametrize("model_type", ["minimax", "minimax_m1", "minimax_m3_mtp", None])
 def test_other_models_are_refused(model_type):
     """A config of another model, of a part of one, or of none that is named."""
     assert_config_refused({**RELEASED_M2, "model_type": model_type}, "model_type")
@@ -523,19 +506,22 @@ def test_tied_embeddings_above_the_text_config_are_refused():
     """A multimodal config ties embeddings at its top, whatever text_config says."""
     assert_config_refused({**RELEASED_M3, "tie_word_embeddings": True}, "tie_word_embeddings")
 
-@pytest.mark.parametrize("fields, m2, m3", [  # what transformers 5.24 rotates of 24 channels, its logits compared
+ROPE = dict(rope_theta=1e4)
+ROPE_QUARTER = dict(ROPE, partial_rotary_factor=0.25)
+
+@parametrize("fields, m2, m3", [  # what transformers 5.24 rotates of 24 channels, its logits compared
     (dict(), 24, 24),
     (dict(rotary_dim=12), 12, 24),
     (dict(rotary_dim=0), 0, 24),
     (dict(partial_rotary_factor=0.25), 6, 6),
     (dict(rotary_dim=12, partial_rotary_factor=0.25), 6, 6),
-    (dict(rope_parameters=dict(rope_theta=1e4), rotary_dim=12), 12, 24),
-    (dict(rope_parameters=dict(rope_theta=1e4), partial_rotary_factor=0.5, rotary_dim=6), 12, 12),
-    (dict(rope_parameters=dict(rope_theta=1e4, partial_rotary_factor=0.25)), 6, 6),
-    (dict(rope_parameters=dict(rope_theta=1e4, partial_rotary_factor=0.25), rotary_dim=12), 6, 6),
-    (dict(rope_parameters=dict(rope_theta=1e4, partial_rotary_factor=0.25), partial_rotary_factor=0.5), 6, 6),
+    (dict(rope_parameters=ROPE, rotary_dim=12), 12, 24),
+    (dict(rope_parameters=ROPE, partial_rotary_factor=0.5, rotary_dim=6), 12, 12),
+    (dict(rope_parameters=ROPE_QUARTER), 6, 6),
+    (dict(rope_parameters=ROPE_QUARTER, rotary_dim=12), 6, 6),
+    (dict(rope_parameters=ROPE_QUARTER, partial_rotary_factor=0.5), 6, 6),
     (dict(rope_scaling=dict(partial_rotary_factor=0.5), rope_parameters=dict(partial_rotary_factor=0.25)), 12, 12),
-], ids=named)
+], ids=str)
 def test_as_many_channels_rotate_as_in_transformers(fields, m2, m3):
     """partial_rotary_factor counts, in a RoPE dict first; without it rotary_dim in M2, and the whole head in M3."""
     for released, channels in ((RELEASED_M2, m2), (RELEASED_M3, m3)):
@@ -558,14 +544,14 @@ def test_rotary_dim_counts_where_index_heads_are_narrow():
     assert config_from_hf(released).rotary_dim == 12
 
     # transformers' own form means the whole head
-    text["rope_parameters"] = dict(rope_theta=1e4)
+    text["rope_parameters"] = ROPE
     assert_config_refused(released, "index_head_dim 20")
 
 # ---- 3. parts ------------------------------------------------------------------------------------
 # The three small parts that every layer shares. The norm computes in fp32 or wider and rounds once. RoPE turns pairs of
 # channels by an angle that grows with the position. The loss never holds the logits of all tokens at once.
 
-@pytest.mark.parametrize("gemma", [False, True])
+@parametrize("gemma", [False, True])
 def test_rmsnorm_matches_formula(gemma):
     """x / rms(x) * weight, or * (1 + weight) in Gemma's form, computed in fp32 even for bf16 input."""
     norm = RMSNorm(16, small_config(gemma_norm=gemma))
@@ -616,21 +602,30 @@ def test_cross_entropy_in_chunks():
 # Key j is visible to query i iff j <= i < end[j]. One number a key says it all: plain causal text has end = T, a packed
 # document the index where it stops, a token of a prefix tree the index where its subtree stops.
 
-def visible_keys(b, i, end):
-    """The keys that query i of sequence b sees, by the rule."""
-    return [j for j in range(i + 1) if end is None or i < end[b, j]]
+def seen_keys(T, end=None, blocks=None, L=1):
+    """Which query i sees which key j, by the rule and of blocks (B, T, Hkv, S) alone where they are given.
+
+    -> (B, Hkv, T, T), or 1 where all sequences or heads are alike
+    """
+    i = torch.arange(T)[:, None]
+    j = torch.arange(T)
+    seen = (j <= i)[None, None]
+    if end is not None:
+        seen = seen & (i < end[:, None, None])
+    if blocks is not None:
+        chosen = (blocks[..., None] == j // L).any(3)
+        seen = seen & chosen.transpose(1, 2)
+    return seen
 
 def loop_attention(q, k, v, end=None, blocks=None, L=1):
-    """Softmax attention, query by query, over the visible keys, of blocks (B, T, Hkv, S) alone where they are given."""
+    """Softmax attention, query by query, over the keys that it sees."""
     B, T, H, D = q.shape
-    G = H // k.size(2)
+    Hkv = k.size(2)
+    seen = seen_keys(T, end, blocks, L).expand(B, Hkv, T, T)
     out = torch.zeros_like(q)
     for b, i, h in np.ndindex(B, T, H):
-        kv_head = h // G
-        keys = visible_keys(b, i, end)
-        if blocks is not None:
-            chosen = blocks[b, i, kv_head].tolist()
-            keys = [j for j in keys if j // L in chosen]
+        kv_head = h // (H // Hkv)
+        keys = seen[b, kv_head, i]
         scores = k[b, keys, kv_head] @ q[b, i, h] / D ** 0.5
         out[b, i, h] = scores.softmax(0) @ v[b, keys, kv_head]
     return out
@@ -641,7 +636,7 @@ def test_full_attention_obeys_visibility():
     q, k, v, _, _ = random_qkv(T=T)
     # a subtree from 3 to 7 with a leaf in it, and a leaf beside it
     tree = [13, 13, 13, 7, 7, 6, 7, 13, 13, 10, 13, 13, 13]
-    tree = torch.tensor([tree] * 2, dtype=torch.int32)
+    tree = torch.tensor([tree] * 2).int()
 
     for end in (None, packed_end(T, [4, 5]), tree):
         want = loop_attention(q, k, v, end)
@@ -654,21 +649,23 @@ def test_full_attention_obeys_visibility():
 
 def brute_blocks(qi, ki, S, L, end):
     """block_idx from its definition, in Python floats: own block, then by (-max visible score, block id)."""
-    out = torch.full((*qi.shape[:3], S), -1, dtype=torch.int32)
-    scores = torch.einsum("btrd,bkd->btrk", qi, ki).tolist()
-    for b, i, r in np.ndindex(*qi.shape[:3]):
+    B, T, Hkv, _ = qi.shape
+    seen = seen_keys(T, end).expand(B, Hkv, T, T)
+    scores = torch.einsum("birh,bjh->brij", qi, ki).tolist()
+    out = torch.full((B, T, Hkv, S), -1).int()
+    for b, r, i in np.ndindex(B, Hkv, T):
         own = i // L
         best = {}
-        for j in visible_keys(b, i, end):
+        for j in seen[b, r, i].nonzero().flatten().tolist():
             block = j // L
-            best[block] = max(best.get(block, -math.inf), scores[b][i][r][j])
+            best[block] = max(best.get(block, -math.inf), scores[b][r][i][j])
         best.pop(own, None)
         earlier = sorted(best, key=lambda block: (-best[block], block))
         row = [own, *earlier[:S - 1]]
         out[b, i, r, :len(row)] = torch.tensor(row)
     return out
 
-@pytest.mark.parametrize("T, L, S", [
+@parametrize("T, L, S", [
     (1, 4, 3),
     (3, 4, 3),
     (4, 4, 1),
@@ -679,16 +676,14 @@ def brute_blocks(qi, ki, S, L, end):
 def test_selection_equals_brute_force(T, L, S):
     """Own block first, then the best earlier blocks, -1 if there are fewer; odd lengths, documents, a cached start."""
     _, _, _, qi, ki = random_qkv(T=T)
-    end = packed_end(T, [8, 24])
-    causal = brute_blocks(qi, ki, S, L, None)
-    apart = brute_blocks(qi, ki, S, L, end)
+    start = torch.tensor([2, 2]).int()
 
-    assert torch.equal(msa.select_blocks(qi, ki, S, L), causal)
-    assert torch.equal(msa.select_blocks(qi, ki, S, L, end), apart)
-    if T > 2:
-        start = torch.tensor([2, 2], dtype=torch.int32)
-        late = msa.select_blocks(qi[:, 2:], ki, S, L, None, start)
-        assert torch.equal(late, causal[:, 2:])
+    for end in (None, packed_end(T, [8, 24])):
+        want = brute_blocks(qi, ki, S, L, end)
+        assert torch.equal(msa.select_blocks(qi, ki, S, L, end), want)
+        if T > 2:
+            late = msa.select_blocks(qi[:, 2:], ki, S, L, end, start)
+            assert torch.equal(late, want[:, 2:])
 
 def test_ties_go_to_the_lowest_block():
     """Equal scores are common (repeated tokens, zero keys): the lowest id wins, on every machine."""
@@ -706,7 +701,7 @@ def test_index_keys_of_nan_choose_nothing():
     T, L = 32, 4
     _, _, _, qi, ki = random_qkv(T=T)
     spots = [1, 5, 9, 13, 30]
-    hidden = torch.full((2, T), T, dtype=torch.int32)
+    hidden = packed_end(T, [])
     hidden[:, spots] = 0
 
     ki[:, spots, 0] = math.nan
@@ -717,7 +712,7 @@ def test_index_keys_of_nan_choose_nothing():
     later = msa.select_blocks(qi, ki, T // L, L)[:, 8:]
     assert (later != 1).all()
 
-@pytest.mark.parametrize("value", [math.inf, -math.inf])
+@parametrize("value", [math.inf, -math.inf])
 def test_index_keys_of_inf_are_huge(value):
     """An index key of inf counts as a huge one; the own block is first all the same."""
     T, L = 32, 4
@@ -735,7 +730,7 @@ def test_attention_in_chunks(monkeypatch):
     """Queries are taken in chunks so that no T x T matrix exists; the chunk's size changes nothing."""
     B, T, Hkv = 2, 37, 2
     q, k, v, qi, ki = random_qkv(B, T, Hkv=Hkv, grad=True)
-    start = torch.tensor([3, 8], dtype=torch.int32)
+    start = torch.tensor([3, 8]).int()
 
     def run():
         blocks = msa.select_blocks(qi, ki, 3, 4)
@@ -751,17 +746,8 @@ def test_attention_in_chunks(monkeypatch):
 
 def kl_by_autograd(qi, ki, q, k, blocks, L, end, weight):
     """The paper's loss, eq. 9-10, written as a masked dense softmax and left to autograd."""
-    B, T, Hkv, D = qi.shape
-    i = torch.arange(T)[:, None]
-    j = torch.arange(T)
-
-    # the keys that count are the visible ones, of the chosen blocks where there is a choice: (B, Hkv, T, T)
-    seen = (j <= i).expand(B, Hkv, T, T)
-    if end is not None:
-        seen = seen & (i < end[:, None, None])
-    if blocks is not None:
-        chosen = (blocks[..., None] == j // L).any(3)
-        seen = seen & chosen.transpose(1, 2)
+    _, T, Hkv, D = qi.shape
+    seen = seen_keys(T, end, blocks, L)
 
     # the teacher: the mean of the heads' probabilities
     queries = q.unflatten(2, (Hkv, -1))
@@ -774,7 +760,7 @@ def kl_by_autograd(qi, ki, q, k, blocks, L, end, weight):
     kl = torch.where(seen, teacher * (log_teacher - log_index), 0.0).sum(-1)
     return (kl.mean(1) * weight).sum()
 
-@pytest.mark.parametrize("support", ["prefix", "blocks"])
+@parametrize("support", ["prefix", "blocks"])
 def test_index_kl_value_and_gradient(support):
     """The KL's value and its closed-form gradient equal autograd through the definition; q and k get none."""
     B, T, L = 2, 29, 4
@@ -802,7 +788,7 @@ def test_index_kl_value_and_gradient(support):
 # full attention, and beyond that it costs T * S * L. What a query cannot see, be it nothing at all or NaN, never
 # reaches it.
 
-@pytest.mark.parametrize("T, L, S", [
+@parametrize("T, L, S", [
     (1, 4, 2),
     (7, 4, 2),
     (37, 4, 3),
@@ -818,7 +804,7 @@ def test_msa_equals_loop(T, L, S):
         got = with_grads(msa.msa_attention(q, k, v, blocks, L, end), (q, k, v))
         assert worst_of(got, want) < 1e-10
 
-@pytest.mark.parametrize("dtype, near", [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=str)
+@parametrize("dtype, near", [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=str)
 def test_few_tokens_make_msa_dense(dtype, near):
     """T <= S * L: every visible block is chosen, output and gradients are full attention's; a block more, and not."""
     S, L = 3, 4
@@ -840,7 +826,7 @@ def test_decode_is_a_row_of_prefill():
     blocks = msa.select_blocks(qi, ki, 3, 4)
     prefill = msa.msa_attention(q, k, v, blocks, 4)
     rows = torch.arange(2)
-    last = torch.tensor([36, 17], dtype=torch.int32)
+    last = torch.tensor([36, 17]).int()
 
     def newest(x):
         return x[rows, last][:, None]
@@ -865,7 +851,7 @@ def test_cost_follows_the_selection():
     """Nothing in a long decode step is as wide as the cache: at 16 times the context the largest tensor is the same."""
     def largest(T):
         q, k, v, qi, ki = random_qkv(B=1, T=T, D=64, dtype=torch.float32)
-        start = torch.tensor([T - 1], dtype=torch.int32)
+        start = torch.tensor([T - 1]).int()
         blocks = msa.select_blocks(qi[:, -1:], ki, 4, 16, None, start)
         with Largest() as found:
             msa.msa_attention(q[:, -1:], k, v, blocks, 16, None, start)
@@ -890,8 +876,7 @@ def test_recall_of_a_perfect_and_a_blind_index():
 
 def blind_queries(T=20):
     """end (B, T) with which queries 8 to 11 see nothing, and those from 12 on neither block 0 nor 1, where L = 4."""
-    end = torch.full((2, T), T, dtype=torch.int32)
-    end[:, :8] = 8
+    end = packed_end(T, [8])
     end[:, 8:12] = 0
     return end
 
@@ -911,7 +896,7 @@ def test_a_query_without_keys_gives_zero():
     for x in with_grads(msa.msa_attention(q, k, v, none, 4), (q, k, v)):
         assert (x == 0).all()
 
-@pytest.mark.parametrize("support", ["prefix", "blocks"])
+@parametrize("support", ["prefix", "blocks"])
 def test_a_query_without_keys_teaches_nothing(support):
     """A query that sees no key adds no KL and no gradient; the sum grows with its weights; without any it is 0."""
     q, k, _, qi, ki = random_qkv(T=20, grad=True)
@@ -934,8 +919,8 @@ def test_a_query_without_keys_teaches_nothing(support):
         for x in kl_and_grads(nothing):
             assert (x == 0).all()
 
-@pytest.mark.parametrize("kind", ["msa", "full"])
-@pytest.mark.parametrize("name", ["q", "k", "v"])
+@parametrize("kind", ["msa", "full"])
+@parametrize("name", ["q", "k", "v"])
 def test_nan_stays_with_the_queries_that_see_it(name, kind):
     """A NaN in q, k or v reaches the queries that see it and what those see, the gradients too, and nothing else."""
     T, L, at = 20, 4, 9
@@ -945,15 +930,13 @@ def test_nan_stays_with_the_queries_that_see_it(name, kind):
     dict(q=q, k=k, v=v)[name][0, at, 0, 0] = math.nan
     inputs = [x.requires_grad_() for x in (q, k, v)]
 
-    i = torch.arange(T)[:, None]
-    j = torch.arange(T)
-    seen = (j <= i) & (i < end[0])  # (T, T), of sequence 0 and head 0
     if kind == "msa":
-        seen &= (blocks[0, :, 0, :, None] == j // L).any(1)
+        seen = seen_keys(T, end, blocks, L)[0, 0]
         out = msa.msa_attention(*inputs, blocks, L, end)
     else:
+        seen = seen_keys(T, end)[0, 0]
         out = msa.full_attention(*inputs, end)
-    hit = j == at if name == "q" else seen[:, at]
+    hit = torch.arange(T) == at if name == "q" else seen[:, at]
     touched = seen[hit].any(0)
 
     def is_nan(x):
@@ -1721,7 +1704,7 @@ def test_wide_gate_is_fp32():
     for a, b, near in zip(got, want, (4e-6, 0.004, 4e-6)):  # one rounding to bf16: 2^-8
         assert worst(a, b) < near * b.abs().max()
 
-@pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai"])
+@parametrize("activation", ["swiglu", "swiglu_oai"])
 def test_loop_equals_grouped(activation):
     """Sorted experts equal the loop, forward and backward, with experts that no token chose or that all chose."""
     T, C, E, width = 33, 16, 8, 12
@@ -1816,7 +1799,7 @@ def assert_same_weights(a, b):
     for name, x in a.state_dict().items():
         assert torch.equal(x, want[name]), name
 
-@pytest.mark.parametrize("name", ["m2", "m3"])
+@parametrize("name", ["m2", "m3"])
 def test_parity_with_transformers(name):
     """Logits within 1e-4, loss within 1e-5, the same experts and blocks for every token, gradient norms within 1e-3."""
     model = golden(name)
@@ -1858,7 +1841,7 @@ def test_save_hf_is_bit_equal(tmp_path):
 
     assert again.cfg == model.cfg
     assert_same_weights(again, model)
-    with pytest.raises(ValueError, match="writes M2"):
+    with value_error("writes M2"):
         golden("m3").save_hf(tmp_path / "m3")
 
 def released_name(name):
@@ -1904,7 +1887,7 @@ def test_released_m3_names_and_fp8(tmp_path):
 
     del out["language_model.model.norm.weight"]
     save_file(out, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="norm.weight"):
+    with value_error("norm.weight"):
         MiniMax.from_hf(tmp_path)
 
 class SavedM2:
@@ -1946,7 +1929,7 @@ class SavedM2:
 
     def refuses(self, match):
         """Reading the folder is a ValueError whose message matches."""
-        with pytest.raises(ValueError, match=match):
+        with value_error(match):
             self.read()
 
 @pytest.fixture
@@ -1966,7 +1949,7 @@ E4M3 = torch.float8_e4m3fn
 FP8 = dict(quant_method="fp8")
 MXFP8 = dict(quant_method="mxfp8")
 
-@pytest.mark.parametrize("tile, dtype, suffix, fp8, quant", [  # scale's dtype and name, weight's dtype
+@parametrize("tile, dtype, suffix, fp8, quant", [  # scale's dtype and name, weight's dtype
     ((128, 128), torch.float32, "_scale_inv", E4M3, None),
     ((128, 128), torch.bfloat16, "_scale_inv", E4M3, FP8),
     ((128, 128), torch.uint8, "_scale_inv", E4M3, dict(weight_block_size=[128, 128])),
@@ -1975,7 +1958,7 @@ MXFP8 = dict(quant_method="mxfp8")
     ((1, 32), torch.float8_e8m0fnu, "_scale", torch.float8_e5m2, dict(MXFP8, weight_block_size=[1, 32])),
     ((1, 192), torch.float32, "_scale", E4M3, dict(quant_method="compressed-tensors")),
     ((257, 192), torch.float32, "_scale_inv", E4M3, dict(FP8, weight_block_size=None)),
-], ids=named)
+], ids=str)
 def test_fp8_is_read_in_every_form(tile, dtype, suffix, fp8, quant, saved):
     """Tiles of any size with short ones at the edges, rows, one number; scales as floats and as exponents' bytes."""
     shape = saved.tensors["lm_head.weight"].shape
@@ -2003,13 +1986,13 @@ def test_one_scale_has_many_shapes(saved):
         factor = rows[:, None] if scale is rows else 0.01
         assert torch.equal(saved.read().lm_head.weight, quantized.float() * factor)
 
-@pytest.mark.parametrize("tile, shape", [
+@parametrize("tile, shape", [
     ((24, 40), (8, 3, 2)),
     ((64, 64), (8, 1, 1)),
     ((64, 64), (8,)),
     ((1, 64), (8, 64, 1)),
     ((1, 64), (8, 64)),
-], ids=named)
+], ids=str)
 def test_stacked_fp8_experts_have_their_own_scales(tile, shape, tmp_path):
     """Experts in one tensor: each is multiplied by its own tiles, rows or number."""
     tensors = load_file(GOLDEN / "m3" / "model.safetensors")
@@ -2061,20 +2044,20 @@ BAD_WEIGHTS = {  # a weight, and its scale
     "integers": (HEAD.int(), None),
 }
 
-@pytest.mark.parametrize("what", BAD_SCALES)
+@parametrize("what", BAD_SCALES)
 def test_scales_that_do_not_fit_are_refused(what, saved):
     """A scale that is missing, of another shape, not a number or not a float: the message has the weight's name."""
     saved.write_head(QUANTIZED, BAD_SCALES[what])
     saved.refuses("lm_head.weight")
 
-@pytest.mark.parametrize("what", BAD_QUANTIZATION)
+@parametrize("what", BAD_QUANTIZATION)
 def test_quantization_that_is_not_understood_is_refused(what, saved):
     """Where quantization_config names the tiles or the method, the scale has to follow it."""
     scale, quant = BAD_QUANTIZATION[what]
     saved.write_head(QUANTIZED, scale, quant)
     saved.refuses("lm_head.weight")
 
-@pytest.mark.parametrize("what", BAD_WEIGHTS)
+@parametrize("what", BAD_WEIGHTS)
 def test_weights_that_are_no_fp8_have_no_scale(what, saved):
     """Scaled floats, and packed and integer weights, whose arithmetic is another one."""
     saved.write_head(*BAD_WEIGHTS[what])
@@ -2107,7 +2090,7 @@ def test_index_decides_which_files_count(saved):
     saved.index.unlink()
     saved.refuses("lm_head.weight is in two files")
 
-@pytest.mark.parametrize("name, file, match", [
+@parametrize("name, file, match", [
     ("lm_head.weight", "model-7.safetensors", "model-7.safetensors"),
     ("model.layers.9.weight", "model-0.safetensors", "model.layers.9.weight"),
 ], ids=["file", "tensor"])
@@ -2116,13 +2099,13 @@ def test_what_an_index_names_must_be_there(name, file, match, saved):
     saved.write_shards({**saved.shard_of, name: file})
     saved.refuses(match)
 
-@pytest.mark.parametrize("text", ["[]", "null", "{", '"x"'])
+@parametrize("text", ["[]", "null", "{", '"x"'])
 def test_a_config_that_is_no_object_is_named(text, saved):
     """config.json that is cut, or JSON of another shape: a ValueError with its name, as for any other bad folder."""
     saved.config.write_text(text)
     saved.refuses("config.json")
 
-@pytest.mark.parametrize("text", [
+@parametrize("text", [
     "[]",
     '{"weight_map": ["model.safetensors"]}',
     '{"weight_map": {"lm_head.weight": null}}',
@@ -2140,7 +2123,7 @@ def test_files_that_cannot_be_read_are_named(saved):
     saved.config.unlink()
     saved.refuses("config.json cannot be read")
 
-@pytest.mark.parametrize("prefix", ["", "model.", "language_model.", "language_model.model.", "model.language_model."])
+@parametrize("prefix", ["", "model.", "language_model.", "language_model.model.", "model.language_model."])
 def test_other_models_tensors_are_skipped(prefix, saved):
     """Vision, MTP modules by name or number, scales of activations are skipped under any prefix; others are not."""
     some = torch.zeros(2)
@@ -2182,10 +2165,10 @@ def test_what_rl_trains_is_saved(tmp_path):
     assert_same_weights(MiniMax.from_hf(tmp_path), model)
 
     (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ValueError, match="model.safetensors.index.json"):
+    with value_error("model.safetensors.index.json"):
         model.save_hf(tmp_path)
 
-@pytest.mark.parametrize("head_dim, rotary_dim", [(88, 30), (104, 60), (128, 64), (6, 0)])
+@parametrize("head_dim, rotary_dim", [(88, 30), (104, 60), (128, 64), (6, 0)])
 def test_a_saved_share_gives_back_its_channels(head_dim, rotary_dim):
     """Whoever multiplies and cuts off finds the rotated channels again, also where the quotient is rounded."""
     cfg = MiniMaxConfig.micro(head_dim=head_dim, rotary_dim=rotary_dim)
@@ -2194,21 +2177,21 @@ def test_a_saved_share_gives_back_its_channels(head_dim, rotary_dim):
     assert int(config["partial_rotary_factor"] * head_dim) == rotary_dim
     assert config_from_hf(config).rotary_dim == rotary_dim
 
-@pytest.mark.parametrize("name, value", [
-    ("attn_types", ["full", "full", "msa"]),
-    ("mlp_types", ["dense", "moe", "moe"]),
-    ("n_mtp", 1),
-    ("shared_dim", 8),
-    ("routed_scale", 2.0),
-    ("activation", "swiglu_oai"),
-    ("gemma_norm", True),
-    ("qk_norm", "head"),
-], ids=named)
-def test_what_m2_does_not_have_is_not_saved(name, value, tmp_path):
+@each_value(
+    attn_types=[["full", "full", "msa"]],
+    mlp_types=[["dense", "moe", "moe"]],
+    n_mtp=[1],
+    shared_dim=[8],
+    routed_scale=[2.0],
+    activation=["swiglu_oai"],
+    gemma_norm=[True],
+    qk_norm=["head"],
+)
+def test_what_m2_does_not_have_is_not_saved(key, value, tmp_path):
     """A model that the release's M2 cannot be is refused by the field, and nothing is written."""
-    model = MiniMax(MiniMaxConfig.micro(dense_dim=8, **{name: value}))
+    model = MiniMax(MiniMaxConfig.micro(dense_dim=8, **{key: value}))
 
-    with pytest.raises(ValueError, match=name):
+    with value_error(key):
         model.save_hf(tmp_path / "out")
 
     assert not (tmp_path / "out").exists()
@@ -2221,12 +2204,12 @@ M2_STYLE = dict(
     qk_norm="layer", gemma_norm=False, activation="swiglu",
     attn_types=["full"] * 3, mlp_types=["moe"] * 3, shared_dim=0)
 
-@pytest.mark.parametrize("fields", [dict(), M2_STYLE], ids=["M3", "M2"])
-@pytest.mark.parametrize("chunks", [[1] * 43, [5, 1, 7, 3, 16, 11]], ids=["token by token", "odd chunks"])
+@parametrize("fields", [dict(), M2_STYLE], ids=["M3", "M2"])
+@parametrize("chunks", [[1] * 43, [5, 1, 7, 3, 16, 11]], ids=["token by token", "odd chunks"])
 def test_cached_equals_full(chunks, fields):
     """Token by token and in odd chunks, the cache gives one full forward's logits (fp64: 1e-10, no luck) and blocks."""
     model = make_model(dtype=torch.float64, **fields)
-    idx = torch.randint(0, 61, (2, sum(chunks)))
+    idx = random_ids(2, sum(chunks))
     logits, _, aux = model(idx)
 
     cache = KVCache(model.cfg, 2, 60, dtype=torch.float64)
@@ -2237,7 +2220,7 @@ def test_cached_equals_full(chunks, fields):
         blocks = torch.cat([part_aux["block_idx"] for _, _, part_aux in parts], 2)
         assert torch.equal(blocks, aux["block_idx"])
 
-@pytest.mark.parametrize("B,T", [(1, 0), (0, 3)])
+@parametrize("B,T", [(1, 0), (0, 3)])
 def test_empty_input_is_refused_by_its_shape(B, T):
     """No row, or no token in a row: the model, attention and index branch say so and name the shape."""
     model = make_model()
@@ -2256,24 +2239,24 @@ def test_empty_input_is_refused_by_its_shape(B, T):
         lambda: msa.msa_train(q, k, v, qi, ki, chosen, 4),
         lambda: msa.index_kl_loss(qi, ki, q, k, chosen, 4)]
     for call in calls:
-        with pytest.raises(ValueError, match=re.escape(f"({B}, {T}")):
+        with value_error(re.escape(f"({B}, {T}")):
             call()
 
-@pytest.mark.parametrize("prompts,n_samples,named", [
+@parametrize("prompts,n_samples,what", [
     ([], 1, "0 prompts"),
     ([[1]], 0, "0 samples"),
     ([[1], []], 1, "of 0 tokens"),
     ([[1, 61]], 1, "token 61"),
     ([[-1]], 1, "token -1")])
-def test_generate_refuses_what_is_no_prompt(prompts, n_samples, named):
+def test_generate_refuses_what_is_no_prompt(prompts, n_samples, what):
     """No prompt, no sample, an empty prompt, an id that the vocabulary lacks: one sentence, on a GPU too."""
-    with pytest.raises(ValueError, match=named):
+    with value_error(what):
         next(sample.generate(make_model(), prompts, 3, n_samples))
 
 def test_cache_crop_select_expand_and_ragged():
     """Cropping and replaying, picking rows, sharing a prefix, rows of unequal length: always the uncached logits."""
     model = make_model(dtype=torch.float64)
-    idx = torch.randint(0, 61, (2, 40))
+    idx = random_ids(2, 40)
     full = model(idx)[0]
     cache = KVCache(model.cfg, 2, 40, dtype=torch.float64)
 
@@ -2302,14 +2285,14 @@ def test_cache_refuses_what_does_not_fit():
     cache = KVCache(small_config(), 2, 12)
     cache.advance(5)
     for length in (-1, torch.tensor([-1, 3]), torch.tensor([3]), torch.tensor([[1], [2]]), 2.5):
-        with pytest.raises(ValueError, match="cannot crop 2 rows to"):
+        with value_error("cannot crop 2 rows to"):
             cache.crop(length)
     for rows in ([2], [-1], [[0]], [0.0]):
-        with pytest.raises(ValueError, match="cannot select rows"):
+        with value_error("cannot select rows"):
             cache.select(torch.tensor(rows))
     for shape in ((1, 3, 2, 8), (2, 3, 1, 8), (2, 3, 2, 4)):  # one row would be written to both
         keys = torch.randn(shape)
-        with pytest.raises(ValueError, match=re.escape(str(shape))):
+        with value_error(re.escape(str(shape))):
             cache.append(0, keys, keys, None)
     assert cache.length.tolist() == [5, 5]
     assert cache.used == 5
@@ -2319,7 +2302,7 @@ def test_cache_refuses_what_does_not_fit():
         assert cache.length.tolist() == left
         assert cache.used == max(left)
     for batch, capacity in ((1, 0), (1, -4), (-1, 4)):
-        with pytest.raises(ValueError, match="rows with"):
+        with value_error("rows with"):
             KVCache(small_config(), batch, capacity)
 
 def test_causality_by_gradient():
@@ -2346,7 +2329,7 @@ def packed(sizes, L, dtype):
         end=torch.arange(1, T + 1)[None].int())
     docs = []
     for n, start in zip(sizes, starts):
-        tokens = torch.randint(0, 61, (1, n + 1))
+        tokens = random_ids(1, n + 1)
         doc = dict(idx=tokens[:, :-1], targets=tokens[:, 1:])
         docs.append(doc)
         for key, value in dict(doc, pos=torch.arange(n), weight=1, end=start + n).items():
@@ -2364,7 +2347,7 @@ def terms(losses):
     """All sums, or counts, of Losses in one vector."""
     return torch.cat([losses.next[None], losses.mtp, losses.kl])
 
-@pytest.mark.parametrize("dtype,near", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@parametrize("dtype,near", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 def test_packed_documents_learn_as_apart(dtype, near):
     """A packed row equals its documents run apart: logits, loads, counts, the sum of each loss, every gradient."""
     sizes = (13, 24, 6)
@@ -2410,7 +2393,7 @@ def step_gradients(model, batch, parts):
     reported = [found["loss"], found["mtp_loss"], found["index_kl"], found["expert_load"], *found["norms"]]
     return [*reported, *(p.grad for p in params)]
 
-@pytest.mark.parametrize("n_mtp,stride", [(1, 1), (2, 1), (3, 2)])
+@parametrize("n_mtp,stride", [(1, 1), (2, 1), (3, 2)])
 def test_parts_of_a_batch_make_the_whole(n_mtp, stride):
     """--accumulate: rows with unequal numbers of pads, documents too short for some MTP modules, in 2 and in 4 parts,
     give the batch's losses and gradients."""
@@ -2483,7 +2466,7 @@ def test_gradients_are_bit_equal_on_a_gpu(device="cuda", dtype=torch.bfloat16):
 def test_replay_reproduces_a_recorded_choice():
     """aux of one pass, replayed in another with perturbed index and router, gives the recorded blocks and experts."""
     model = make_model()
-    idx = torch.randint(0, 61, (2, 40))
+    idx = random_ids(2, 40)
     logits, _, aux = model(idx)
     with torch.no_grad():
         for layer in model.moe_layers():
@@ -2502,14 +2485,14 @@ def test_replay_reproduces_a_recorded_choice():
 def test_replay_without_sparse_layers():
     """A model of full attention takes its recorded experts again, and gives its own logits."""
     model = make_model(**M2_STYLE)
-    idx = torch.randint(0, 61, (2, 40))
+    idx = random_ids(2, 40)
     logits, _, aux = model(idx)
     assert worst(model(idx, replay=aux)[0], logits) < 1e-5
 
 def test_mtp_predicts_the_token_after_next():
     """Module k's loss is the cross-entropy of token i+k+1 given the trunk at i and token i+k: rebuilt here by hand."""
     model = make_model(n_mtp=1)
-    idx = torch.randint(0, 61, (2, 21))
+    idx = random_ids(2, 21)
     targets = torch.cat([idx[:, 1:], torch.full((2, 1), 5)], 1)
     _, sums, aux = model(idx, targets)
 
@@ -2527,7 +2510,7 @@ def test_mtp_predicts_the_token_after_next():
 def test_gradients_take_three_roads():
     """Every parameter learns; the KL reaches the index branch alone, and the index branch learns from nothing else."""
     model = make_model(n_mtp=1).train()
-    idx = torch.randint(0, 61, (2, 40))
+    idx = random_ids(2, 40)
     _, sums, _ = model(idx[:, :-1], idx[:, 1:])
     params = dict(model.named_parameters())
 
@@ -2546,7 +2529,7 @@ def test_loss_at_init_is_log_vocab_and_one_batch_overfits():
     """Fresh weights know nothing (ln V within 10 %); 60 steps on one batch leave a loss under 0.1."""
     torch.manual_seed(0)
     model = MiniMax(small_config(n_mtp=1)).train()
-    idx = torch.randint(0, 61, (2, 41))
+    idx = random_ids(2, 41)
     batch = dict(idx=idx[:, :-1], targets=idx[:, 1:])
     _, means, _ = objective(model, batch)
     assert abs(means.next.item() / math.log(61) - 1) < 0.1

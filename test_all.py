@@ -4297,13 +4297,14 @@ def test_window_by_hand():
     # the window has not moved: 2 still waits
     assert queue.take(1) is None
 
-    # with 0 the head moves past 1 to 2; admitted under version 0, trained on by step 1: a lag of 1
+    # with 0 the head moves past 1, to 2; 0 was admitted under version 0 and trains version 1: a lag of 1
     queue.finish(0)
     assert queue.take(1) == [0]
     assert head(queue) == 2
     assert queue.publish(version=2) == [1]
 
-    # now the window is 2 and 3
+    # now the window is 2 and 3; of groups that are over the oldest is taken
+    queue.finish(3)
     assert queue.take(1) == [2]
     assert head(queue) == 3
     assert queue.publish(version=3) == [2]
@@ -4320,7 +4321,7 @@ def test_window_fills_a_batch_by_hand():
     assert queue.take(2) is None
     assert queue.batch == [1]
 
-    # 0 fills the batch, though 2 is over as well: the oldest comes first
+    # 0 fills the batch, and the window reaches 2 and 3
     queue.finish(0)
     assert queue.take(2) == [1, 0]
     assert head(queue) == 2

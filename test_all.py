@@ -4423,13 +4423,13 @@ def test_advantages_by_hand():
     assert second == pytest.approx([-0.1 - 0.5, 0.0 - 0.5], abs=5e-10)
     assert third == pytest.approx([0.0 - 0.45, 0.0 - 0.45], abs=5e-10)
 
-ORDERS = [[0.1, 0.2, 0.3], [0.3, 0.2, 0.1], [0.3, 0.3], [0.6]]
-ORDERS_FP32 = [[float(np.float32(reward)) for reward in row] for row in ORDERS]
+REWARD_ORDERS = [[0.1, 0.2, 0.3], [0.3, 0.2, 0.1], [0.3, 0.3], [0.6]]
+REWARD_ORDERS_FP32 = [[float(np.float32(reward)) for reward in row] for row in REWARD_ORDERS]
 
 @pytest.mark.parametrize("rewards", [
-    pytest.param(ORDERS, id="other orders"),
-    pytest.param(ORDERS_FP32, id="fp32"),
-    pytest.param(ORDERS + ORDERS_FP32, id="fp64 and fp32")])
+    pytest.param(REWARD_ORDERS, id="other orders"),
+    pytest.param(REWARD_ORDERS_FP32, id="fp32"),
+    pytest.param(REWARD_ORDERS + REWARD_ORDERS_FP32, id="fp64 and fp32")])
 def test_equal_returns_have_no_advantage(rewards):
     """Returns that differ by rounding alone, as sums in other orders or fp32 rewards do, are equal."""
     assert [episode[0] for episode in advantages_of(*rewards)] == [0.0] * len(rewards)

@@ -2333,10 +2333,10 @@ def packed(sizes, L, dtype):
             row[key][:, start:start + n] = value
     return row, docs
 
-def objective(model, call, **mode):
+def objective(model, row, **mode):
     """The number that a step minimises, with MTP at weight 1; its terms, all means; the forward's aux."""
-    _, sums, aux = model(**call, **mode)
-    total = model.count_losses(call["targets"], call.get("weight"), call.get("end"))
+    _, sums, aux = model(**row, **mode)
+    total = model.count_losses(row["targets"], row["weight"], row["end"])
     means = sums.over(total)
     return means.objective(1.0), means, aux
 
@@ -2499,7 +2499,7 @@ def test_mtp_predicts_the_token_after_next():
 
 def test_gradients_take_three_roads():
     """Every parameter learns; the KL reaches the index branch alone, and the index branch learns from nothing else."""
-    model = make_model(n_mtp=1).train()
+    model = make_model().train()
     _, sums, _ = model(**random_text(2, 39))
     params = dict(model.named_parameters())
 

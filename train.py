@@ -55,7 +55,8 @@ RUNS = {
     "tiny": dict(seq_len=256, batch_size=4, lr=1.2e-2, minutes=2.5, mtp_every=8, msa_from=0.5,
                  stages=((0.0, 8), (0.2, 4), (0.45, 2), (0.75, 1))),
     "small": dict(seq_len=8192, batch_size=16, lr=4e-3, minutes=10.0, mtp_every=4, msa_from=0.05, stages=((0, 1),))}
-RUN_ALONE = ("out", "resume", "device", "stop_after", "dry_run")  # flags that a checkpoint does not hand on
+# flags that each start decides anew: a checkpoint of train.py or rl.py does not hand them on
+RUN_ALONE = ("out", "resume", "device", "stop_after", "dry_run", "figure", "token")
 # Dense bf16 FLOP/s by the GPU's full name, from NVIDIA's datasheets (half of what they print "with sparsity")
 PEAK = {
     "H100 80GB HBM3": 989.4e12, "H800": 989.4e12, "H200": 989.4e12,               # SXM
@@ -67,19 +68,31 @@ PEAK = {
     "A800-SXM4-40GB": 312e12, "A800-SXM4-80GB": 312e12, "A800 80GB PCIe": 312e12}
 
 # ---- corpus --------------------------------------------------------------------------------------
+# From a folder to batches. Every file that holds UTF-8 text is a document: (name, text). Some documents are held out
+# for validation. The others become one long vector of tokens, laid out once; a batch is rows of it, cut at random.
+# A slot is a place in that vector: it holds a token, or a pad, which nothing is learned from. Each document starts
+# at a multiple of L, the size of a key block, so that no key block holds tokens of two documents.
+
+def count_bytes(docs):
+    return sum(len(text.encode()) for _, text in docs)
+
+def round_up(n, multiple):
+    return -(-n // multiple) * multiple
 
 def list_files(path):
     """Files of the corpus, sorted: (name relative to it, path). None is the interpreter's own standard library."""
     if path and os.path.isfile(path):
         return [(os.path.basename(path), path)]
-    root, files = path or sysconfig.get_paths()["stdlib"], []
+    root = path or sysconfig.get_paths()["stdlib"]
     skip = set() if path else {"site-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings"}
+    files = []
     for folder, dirs, names in os.walk(root, onerror=lambda error: files.append(error.filename)):
         dirs[:] = sorted(d for d in dirs if d not in skip and not d.startswith((".", "__pycache__")))
-        names += [d for d in dirs if os.path.islink(os.path.join(folder, d))]  # not entered; read_text says so
-        names = [n for n in names if n != LOCK]  # of a run whose --out lies in its --data
-        files += [os.path.join(folder, n) for n in sorted(names) if path or n.endswith(".py")]
-    return [(os.path.relpath(f, root), f) for f in files]
+        links = [d for d in dirs if os.path.islink(os.path.join(folder, d))]  # not entered; read_text says so
+        for name in sorted(names + links):
+            if name != LOCK and (path or name.endswith(".py")):  # LOCK: of a run whose --out lies in its --data
+                files.append(os.path.join(folder, name))
+    return [(os.path.relpath(file, root), file) for file in files]
 
 def read_text(path):
     """-> text, None; or None and why there is no text."""
@@ -98,18 +111,17 @@ def read_text(path):
         return None, "unreadable"
     return None, guess_kind(raw)
 
-def read_corpus(path, kinds=None):
-    """-> [(name, text)], number of files skipped. kinds: a Counter that gets what each of these is."""
+def read_corpus(path):
+    """-> [(name, text)], and a Counter of the files that were skipped, by what they are."""
     docs = []
-    kinds = Counter() if kinds is None else kinds
-    before = kinds.total()
+    kinds = Counter()
     for name, file in list_files(path):
         text, kind = read_text(file)
         if text is None:
             kinds[kind] += 1
         else:
             docs.append((name, text))
-    return docs, kinds.total() - before
+    return docs, kinds
 
 def describe(kinds):
     """Counter of read_text's kinds -> "2 empty, 1 UTF-16 (iconv -f UTF-16 -t UTF-8 converts it)"."""
@@ -123,18 +135,27 @@ def split_corpus(docs):
     """Validation = the files whose sha256(name, as on the disk) is in the lowest 5 %, where they hold 1 to 10 % of the
     text. Otherwise, as for a single file or a few of unequal sizes, the last 5 % of each file, from the line that
     begins there if one does before the last 1 %."""
-    held_out = [int(hashlib.sha256(os.fsencode(name)).hexdigest()[:8], 16) < 0.05 * 2 ** 32 for name, _ in docs]
-    sizes = [len(text.encode()) for _, text in docs]
-    share = sum(size for size, held in zip(sizes, held_out) if held) / max(1, sum(sizes))
+    train = []
+    val = []
+    for name, text in docs:
+        digest = hashlib.sha256(os.fsencode(name)).hexdigest()
+        side = val if int(digest[:8], 16) < 0.05 * 2 ** 32 else train
+        side.append((name, text))
+    share = count_bytes(val) / max(1, count_bytes(docs))
     if 0.01 <= share <= 0.1:
-        return [d for d, h in zip(docs, held_out) if not h], [d for d, h in zip(docs, held_out) if h]
-    cuts = []
-    for _, text in docs:
+        return train, val
+
+    train = []
+    val = []
+    for name, text in docs:
         cut = len(text) * 95 // 100
-        newline = text.find("\n", cut, len(text) * 99 // 100)  # a line that is longer is cut
-        cuts.append(cut if newline < 0 else newline + 1)
-    parts = [[(name, text[:c]) for (name, text), c in zip(docs, cuts)], [(n, t[c:]) for (n, t), c in zip(docs, cuts)]]
-    return tuple([(name, text) for name, text in part if text] for part in parts)
+        newline = text.find("\n", cut, len(text) * 99 // 100)
+        if newline >= 0:               # otherwise the line is long, and is cut
+            cut = newline + 1
+        for side, part in ((train, text[:cut]), (val, text[cut:])):
+            if part:
+                side.append((name, part))
+    return train, val
 
 def truncate(docs, n_bytes):
     """The first n_bytes of the documents, cut between characters."""
@@ -148,77 +169,131 @@ def truncate(docs, n_bytes):
     return out
 
 def load_data(path, val_path, val_bytes):
-    """Read and split -> training, validation (its first val_bytes), files skipped. ValueError if a side has no text."""
+    """Read and split the text -> documents to train on, documents to validate on (their first val_bytes), number of
+    files skipped. path None: the standard library; val_path None: some of path is held out. ValueError if a path does
+    not exist, or a side has no text."""
     for p in (path, val_path):
-        if p is not None and not os.path.exists(p):
+        if p is None:
+            continue
+        if not os.path.exists(p):
             raise ValueError(f"{p!r}: no such file or folder")
-        if p is not None and not (os.path.isfile(p) or os.path.isdir(p)):
+        if not (os.path.isfile(p) or os.path.isdir(p)):
             raise ValueError(f"{p!r}: neither a file nor a folder")
-    kinds = Counter()
-    val_kinds = Counter()
-    docs, skipped = read_corpus(path, kinds)
-    val, more = read_corpus(val_path, val_kinds) if val_path else ([], 0)
-    for p, found, why in ((path, docs, kinds), (val_path, val or not val_path, val_kinds)):
-        if not found:
-            raise ValueError(f"{p!r}: no text in it; {describe(why)}")
-        if p and why:  # nothing can be done about the standard library's
-            print(f"skipped | of {p!r}: {describe(why)}", flush=True)
-    train, val = (docs, val) if val_path else split_corpus(docs)
+
+    sides = []
+    skipped = 0
+    for p in [path, val_path] if val_path else [path]:
+        docs, kinds = read_corpus(p)
+        if not docs:
+            raise ValueError(f"{p!r}: no text in it; {describe(kinds)}")
+        if p and kinds:                # nothing can be done about the standard library's
+            print(f"skipped | of {p!r}: {describe(kinds)}", flush=True)
+        sides.append(docs)
+        skipped += kinds.total()
+
+    train, val = sides if val_path else split_corpus(sides[0])
     if not train or not val:
         raise ValueError(f"{path}: too little text to hold some out for validation; give --val-data")
-    return train, truncate(val, val_bytes), skipped + more
+    return train, truncate(val, val_bytes), skipped
 
 def encode(tokenizer, pieces, at_once=4_000_000):
-    """Texts -> their ids, so many characters at a time on all cores; says how far it is where that takes long."""
+    """Texts -> a list of ids for each. About `at_once` characters are encoded at a time, on all cores, so that a line
+    can say how far it has come where that takes long."""
     progress = Progress("encode", sum(map(len, pieces)), "characters")
-    ids, waiting, done = [], [], 0
+    ids = []
+    waiting = []
+    size = 0                           # characters that wait
+    done = 0
     for piece in pieces:
         waiting.append(piece)
-        if sum(map(len, waiting)) >= at_once:
+        size += len(piece)
+        if size >= at_once:
             ids += tokenizer.encode_batch(waiting)
-            done += sum(map(len, waiting))
+            done += size
             progress.at(done)
             waiting = []
+            size = 0
     return ids + tokenizer.encode_batch(waiting)
 
 class Tokens:
-    """Documents laid out once, each from a multiple of L, pads between: three int32 vectors over all slots.
-    ids; begin, the slot where the document starts (-1 = pad); end, the slot after its last token (pad: itself + 1)."""
+    """Documents laid out once, one after the other, each from a multiple of L, with pads between them.
+
+    Every document begins with the end-of-text token, eot. Three int32 vectors, over all slots:
+    ids     the token (a pad: eot); one slot more, so that the last one has a next
+    begin   the slot where the slot's document starts; -1 for a pad
+    end     the slot after its document's last token; for a pad the slot after itself, so that nothing else sees it
+    """
 
     def __init__(self, docs, tokenizer, L, seq_len):
-        pieces = [[text[i:i + 500_000] for i in range(0, len(text), 500_000)] for _, text in docs]  # for threads
+        self.eot = tokenizer.eot
+        self.L = L
+        self.n_bytes = count_bytes(docs)
+
+        # long texts in pieces, which threads encode at the same time
+        pieces = [[text[i:i + 500_000] for i in range(0, len(text), 500_000)] for _, text in docs]
         encoded = iter(encode(tokenizer, [piece for doc in pieces for piece in doc]))
-        rows = [np.concatenate([[tokenizer.eot], *(next(encoded) for _ in doc)]).astype(np.int32) for doc in pieces]
-        *starts, size = np.cumsum([0] + [-(-len(row) // L) * L for row in rows]).tolist()
-        size, self.eot, self.L = max(-(-size // seq_len) * seq_len, seq_len), tokenizer.eot, L
-        self.ids = np.full(size + 1, tokenizer.eot, dtype=np.int32)
-        self.begin, self.end = np.full(size, -1, dtype=np.int32), np.arange(1, size + 1, dtype=np.int32)
-        self.n_tokens, self.n_bytes = sum(map(len, rows)), sum(len(text.encode()) for _, text in docs)
-        for s, row in zip(starts, rows):
-            e = s + len(row)
-            self.ids[s:e], self.begin[s:e], self.end[s:e] = row, s, e
+        rows = []
+        for doc in pieces:
+            parts = [[self.eot], *(next(encoded) for _ in doc)]
+            rows.append(np.concatenate(parts).astype(np.int32))
+        self.n_tokens = sum(map(len, rows))
+
+        # pads everywhere, then the documents over them
+        size = sum(round_up(len(row), L) for row in rows)
+        size = max(round_up(size, seq_len), seq_len)
+        self.ids = np.full(size + 1, self.eot, dtype=np.int32)
+        self.begin = np.full(size, -1, dtype=np.int32)
+        self.end = np.arange(1, size + 1, dtype=np.int32)
+        begin = 0
+        for row in rows:
+            end = begin + len(row)
+            self.ids[begin:end] = row
+            self.begin[begin:end] = begin
+            self.end[begin:end] = end
+            begin = round_up(end, L)
 
     def rows(self, starts, T):
-        """T slots from each start -> dict of idx, targets, pos (B, T) on the CPU, and of weight, end (B, T) unless
-        every row lies within one document. The target of a document's last token is the end-of-text token."""
+        """Rows of T slots, one from each start -> what the model is called with, tensors (B, T) on the CPU:
+
+        idx, targets   int64; the target of a pad is -1, that of a document's last token the end-of-text token
+        pos            int64; place in the document, from 0 where the row or the document begins
+        weight         fp32; 0 for a pad, else 1
+        end            int32; as above, but counted from the row's first slot
+        Without weight and end where every row lies within one document: plain causal attention is faster.
+        """
         slot = np.asarray(starts)[:, None] + np.arange(T)                                                 # (B, T)
-        begin, end, pad = self.begin[slot], self.end[slot], self.begin[slot] < 0
-        targets = np.where(pad, -1, np.where(end == slot + 1, self.eot, self.ids[slot + 1]))
-        pos = np.where(pad, 0, slot - np.maximum(begin, slot[:, :1]))
-        out = dict(idx=self.ids[slot], targets=targets, pos=pos)
-        if pad.any() or (end < slot[:, -1:] + 1).any():
-            out.update(weight=(~pad).astype(np.float32), end=np.minimum(end - slot[:, :1], T).astype(np.int32))
-        return {k: torch.from_numpy(v if k in ("weight", "end") else v.astype(np.int64)) for k, v in out.items()}
+        first = slot[:, :1]
+        begin = self.begin[slot]
+        end = self.end[slot]
+        is_pad = begin < 0
+        targets = np.where(end == slot + 1, self.eot, self.ids[slot + 1])
+        out = dict(
+            idx=self.ids[slot].astype(np.int64),
+            targets=np.where(is_pad, -1, targets).astype(np.int64),
+            pos=np.where(is_pad, 0, slot - np.maximum(begin, first)).astype(np.int64))
+        if is_pad.any() or (end < first + T).any():
+            out["weight"] = (~is_pad).astype(np.float32)
+            out["end"] = np.minimum(end - first, T).astype(np.int32)
+        return {name: torch.from_numpy(x) for name, x in out.items()}
 
 def get_batch(tokens, seed, split, step, batch_size, T):
-    """A pure function of (seed, split, step): rows of T slots from random multiples of L."""
+    """Rows of T slots from random multiples of L, a pure function of (seed, split, step): nothing that happens between
+    two steps, an evaluation or a new start, changes what the next step sees."""
+    rng = np.random.default_rng((seed, split, step))
     n_starts = (len(tokens.begin) - T) // tokens.L + 1
-    return tokens.rows(np.random.default_rng((seed, split, step)).integers(0, n_starts, batch_size) * tokens.L, T)
+    return tokens.rows(rng.integers(0, n_starts, batch_size) * tokens.L, T)
 
 # ---- optimizer -----------------------------------------------------------------------------------
+# Two optimizers share one model. Muon moves the matrices: it keeps a running mean of a matrix's gradients (momentum)
+# and replaces it by the nearest matrix whose singular values are all about 1 (orthogonalisation), so that rare
+# directions are learned as fast as common ones. AdamW moves what is no matrix between activations: the embedding, the
+# head, the router's gates and the norms. One schedule of the rate holds for both; a group of parameters may scale it.
 
 def orthogonalize(G, steps=5):
-    """Newton-Schulz towards U V^T of G = U S V^T, for a stack (n, rows, cols) of matrices (Muon, K. Jordan 2024)."""
+    """Newton-Schulz towards U V^T of G = U S V^T, for a stack (n, rows, cols) of matrices (Muon, K. Jordan 2024).
+
+    Each of the `steps` maps every singular value s to 3.4445 s - 4.7750 s^3 + 2.0315 s^5. After five of them what lay
+    in (0, 1] lies near 1, within some 30 %, which is as good as 1 here. The product with the smaller side is taken."""
     tall = G.size(-2) > G.size(-1)
     X = G.mT if tall else G
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -231,6 +306,7 @@ def orthogonalize(G, steps=5):
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised; the step has the size of AdamW's (rms 0.2, arXiv 2502.16982), so that both share a
     rate. A group's `stack` says how many matrices its parameters hold one under the other (2 for [gate | up]).
+    A parameter is a matrix (rows, cols) or the experts' stack of them (experts, rows, cols).
     torch.optim.Muon takes no stacks of experts, and its bf16 iterations are 10-70 times slower than fp32 on a CPU."""
 
     def __init__(self, groups, lr, momentum=0.95):
@@ -238,7 +314,8 @@ class Muon(torch.optim.Optimizer):
 
     @staticmethod
     def blend(m, grad, momentum):
-        """Nesterov: m moves on; the update, on a GPU in bf16: five steps need no more, and on a CPU bf16 is slow."""
+        """Nesterov momentum: m moves on, in place -> the update, a mean of m and the gradient. On a GPU it is bf16:
+        the five steps need no more; on a CPU bf16 is slow."""
         m.lerp_(grad, 1 - momentum)
         return grad.lerp(m, momentum).to(torch.bfloat16 if m.is_cuda else m.dtype)
 
@@ -260,16 +337,15 @@ class Muon(torch.optim.Optimizer):
             for items in together.values():
                 params = [p for p, _ in items]
                 updates = [update for _, update in items]
-                shape = updates[0].shape
-                rows, cols = shape[-2] // group["stack"], shape[-1]
-                matrices = torch.stack(updates) if len(updates) > 1 else updates[0]
-                matrices = orthogonalize(matrices.view(-1, rows, cols)).reshape(len(params), *shape)
+                stacked = torch.stack(updates)
+                rows, cols = stacked.size(-2) // group["stack"], stacked.size(-1)
+                matrices = orthogonalize(stacked.view(-1, rows, cols))
                 size = 0.2 * max(rows, cols) ** 0.5 * group["lr"]
-                for p, matrix in zip(params, matrices):
+                for p, matrix in zip(params, matrices.reshape(stacked.shape)):
                     p.add_(matrix, alpha=-size)
 
 def kind_of(name, p):
-    """Which optimizer and rate a parameter has."""
+    """The kind of a parameter, which says its optimizer and its rate: see configure_optimizers."""
     if name.startswith("embed"):
         kind = "embed"
     elif name.startswith("lm_head"):
@@ -287,8 +363,9 @@ def is_index(name):
     return ".indexer." in name
 
 def configure_optimizers(model, lr):
-    """Muon for matrices, AdamW for embedding, head, gates and norms -> both, the index branch's parameters, the others'
-    (each side has its groups and is clipped on its own). A group's rate is `scale` times the schedule's."""
+    """Muon for matrices, AdamW for embedding, head, gates and norms -> [Muon, AdamW], the index branch's parameters, all
+    others (two lists: the gradient of each is clipped on its own). A group's rate is `scale` times the schedule's.
+    The index branch has groups of its own: it may have to join later, when a run leaves full attention."""
     kinds = {kind: [] for kind in ("matrix", "stacked", "embed", "head", "vector", "index matrix", "index vector")}
     for name, p in model.named_parameters():
         kinds[kind_of(name, p)].append(p)
@@ -304,19 +381,28 @@ def configure_optimizers(model, lr):
     rest = [p for name, p in model.named_parameters() if not is_index(name)]
     return [muon, adamw], index, rest
 
+def count_two_moments(model):
+    """How many of a model's parameters AdamW moves: it keeps two moments of each, Muon one."""
+    adamw = configure_optimizers(model, 1.0)[0][1]
+    return sum(p.numel() for group in adamw.param_groups for p in group["params"])
+
 def schedule(progress, warmup, decay):
-    """WSD: the rate's factor, in [0, 1]: linear warm-up, constant, linear decay to 0 over the run's last `decay`."""
+    """WSD (warm-up, stable, decay): the rate's factor, in [0, 1], at this progress of the run. It rises linearly over
+    the share `warmup`, from 0.01, so that the first step is one; it falls linearly to 0 over the last share `decay`."""
     return min(1.0, progress / warmup + 0.01, (1 - progress) / decay)
 
 def set_rates(optimizers, rate):
+    """Set the rate of the next step, in every group at its scale."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate * group.get("scale", 1.0)
 
 @torch.no_grad()
 def update(model, optimizers, expert_load, bias_rate):
-    """Step the optimizers on the gradients there are, forget these, balance the router.
+    """Step the optimizers on the gradients there are, forget the gradients, balance the router.
 
+    expert_load  (layers, experts): how many tokens chose each expert in this step
+    bias_rate    u: how far the router's bias of a layer moves towards the experts that too few tokens chose
     An expert that no token chose has no gradient, but its stack has one: momentum, orthogonalised, would move it at
     full size, again and again. It keeps its weights.
     """
@@ -331,6 +417,9 @@ def update(model, optimizers, expert_load, bias_rate):
     model.update_router_bias(expert_load, bias_rate)
 
 # ---- evaluation ----------------------------------------------------------------------------------
+# val_bpb, the bits that the model needs for a byte of validation text: -log2 of the probability of all its tokens,
+# summed, over the text's bytes. A tokenizer with longer tokens predicts fewer, harder ones; a byte stays a byte, so
+# that runs with other vocabularies compare.
 
 @torch.no_grad()
 def evaluate(model, tokens, T, batch_size, device, seconds=math.inf, tokenizer=None, index_warmup=False):
@@ -350,15 +439,15 @@ def evaluate(model, tokens, T, batch_size, device, seconds=math.inf, tokenizer=N
     nats = 0.0
     load = 0.0
     recalls = []
-    measured = []                      # targets of the windows so far
+    measured = 0                       # slots so far
     progress = Progress("eval", n_slots, "slots of validation text")
     started = time.perf_counter()
     for first in range(0, n_slots, T * batch_size):
         progress.at(first)
         if measured and time.perf_counter() - started > seconds:
             break
-        batch = tokens.rows(range(first, min(first + T * batch_size, n_slots), T), T)
-        measured.append(batch["targets"])
+        measured = min(first + T * batch_size, n_slots)
+        batch = tokens.rows(range(first, measured, T), T)
         batch = {key: x.to(device) for key, x in batch.items()}
         # on a GPU what was compiled for a step's shape would be compiled anew for these
         eager = torch.compiler.set_stance("force_eager") if model.embed.weight.is_cuda else contextlib.nullcontext()
@@ -370,10 +459,9 @@ def evaluate(model, tokens, T, batch_size, device, seconds=math.inf, tokenizer=N
     model.train()
 
     n_bytes = tokens.n_bytes
-    if len(measured) * T * batch_size < n_slots:
-        seen = torch.cat([targets.flatten() for targets in measured])
-        seen = seen[(seen >= 0) & (seen != tokens.eot)]
-        n_bytes = len(tokenizer.decode_bytes(seen.tolist()))
+    if measured < n_slots:             # the targets are the tokens one slot on; pads and ends of texts have no bytes
+        targets = tokens.ids[1:measured + 1]
+        n_bytes = len(tokenizer.decode_bytes(targets[targets != tokens.eot].tolist()))
     result = dict(val_bpb=nats / math.log(2) / n_bytes, val_bytes=n_bytes)
     mean = torch.stack(recalls).nanmean(0)                                                   # (3, layers with MSA)
     for name, recall in zip(names, mean):
@@ -383,6 +471,9 @@ def evaluate(model, tokens, T, batch_size, device, seconds=math.inf, tokenizer=N
     return result
 
 # ---- one step ------------------------------------------------------------------------------------
+# The model returns sums of losses, not means: a batch may be computed in parts, of unequal numbers of real tokens, and
+# the sums over all parts, divided once by the counts of the whole batch, are those of the batch at once. After the
+# step its loss is checked: a run that diverges stops, with the last good checkpoint in place.
 
 def train_step(model, batch, optimizers, groups, parts=1, mtp_weight=MTP_WEIGHT[0], bias_rate=0.0,
                index_warmup=False, run_mtp=True, recompute=False):
@@ -394,7 +485,8 @@ def train_step(model, batch, optimizers, groups, parts=1, mtp_weight=MTP_WEIGHT[
     parts       gradient accumulation: the rows in so many parts, of which each loss is the same share as at once
     bias_rate   u of the router's load balancing
     index_warmup, run_mtp, recompute    this step's mode, see MiniMax.forward
-    -> dict: loss, mtp_loss, index_kl (layers), means over the batch; expert_load; norms, one a group.
+    -> dict: loss, mtp_loss, index_kl (layers), means over the batch; expert_load (layers, experts); norms, one a group,
+    of the gradients before they were clipped.
     """
     total = model.count_losses(batch["targets"], batch.get("weight"), batch.get("end"), run_mtp)
     load = torch.zeros(0)
@@ -416,7 +508,8 @@ def train_step(model, batch, optimizers, groups, parts=1, mtp_weight=MTP_WEIGHT[
     return dict(loss=loss, mtp_loss=mtp_loss, index_kl=kl, expert_load=load, norms=norms)
 
 def check_divergence(loss, norm, now):
-    """Raise FloatingPointError on a NaN, or on five losses in a row 1 nat, and 4 usual distances, over their mean."""
+    """Look at one step's loss and gradient norm, and keep the running mean of the loss in `now`, a RunState.
+    FloatingPointError on a NaN, or on five losses in a row that lie 1 nat, and 4 usual distances, over the mean."""
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise FloatingPointError(f"loss {loss}, gradient norm {norm}: not finite")
     mean = loss if now.ema is None else now.ema
@@ -432,7 +525,8 @@ def check_divergence(loss, norm, now):
         now.ema = mean + share * (loss - mean)
 
 def compile_model(model, muon):
-    """torch.compile what lies between the kernels: norms, projections, rotations, experts, momentum."""
+    """torch.compile, for a GPU, what lies between the kernels: norms, projections, rotations, experts, momentum.
+    Attention stays as it is: its kernels are our own, or torch's."""
     for block in [*model.layers, *(module.block for module in model.mtp)]:
         block.attn.attend = torch.compiler.disable(block.attn.attend)  # here, as importing the compiler takes seconds
         block.compile(dynamic=False)
@@ -440,7 +534,8 @@ def compile_model(model, muon):
     muon.blend = torch.compile(muon.blend, dynamic=True)
 
 def warm_compile(model, batch, parts, muon, groups):
-    """Compile what the steps of a run need before its clock starts; the model is left as it was."""
+    """Compile what the steps of a run need before its clock starts; the model is left as it was. A graph is compiled
+    for each of a step's modes: with the index branch's warm-up or without, with MTP or without."""
     for index_warmup, run_mtp in itertools.product((True, False), (True, False)):
         train_step(model, batch, [], groups, parts, index_warmup=index_warmup, run_mtp=run_mtp)
     shapes = {p.dim(): p for p in model.parameters() if p.dim() > 1}  # a matrix, a stack of experts: two graphs
@@ -451,18 +546,17 @@ def warm_compile(model, batch, parts, muon, groups):
     model.zero_grad(set_to_none=True)
 
 def step_bytes(cfg, rows, T, device, recompute=False):
-    """About the memory of a training step of rows x T tokens, a little less rather than more: weights, gradients and
-    moments in fp32, what the backward pass keeps of each layer, and the logits."""
+    """About the bytes of a training step of rows x T tokens, a little less rather than more: weights, gradients and
+    moments in fp32, what the backward pass keeps of each layer, and the logits. recompute: activation checkpointing,
+    with which only each layer's input is kept, and one layer at a time in full."""
     on_gpu = device.type != "cpu"
     tokens = rows * T
 
     # weights and gradients, and one moment of each parameter or two
     with torch.device("meta"):
         model = MiniMax(cfg)
-        adamw = configure_optimizers(model, 1.0)[0][1]
-        n_params = sum(p.numel() for p in model.parameters())
-        two_moments = sum(p.numel() for group in adamw.param_groups for p in group["params"])
-    need = 4 * (3 * n_params + two_moments)
+    n_params = sum(p.numel() for p in model.parameters())
+    need = 4 * (3 * n_params + count_two_moments(model))
 
     # what a layer keeps, in numbers a token
     attention = 6 * cfg.n_embd + 5 * cfg.n_head * cfg.head_dim + 6 * cfg.n_kv_head * cfg.head_dim
@@ -497,11 +591,16 @@ def step_bytes(cfg, rows, T, device, recompute=False):
     return need + 4 * at_once * cfg.vocab_size * copies
 
 # ---- a run's flags -------------------------------------------------------------------------------
+# What was given on the command line wins; then what a checkpoint was trained with; then the preset's. A checkpoint's
+# args are read as a command line, so that a file from elsewhere is checked as a user's flags are. Whatever does not go
+# together is refused here, in one line, before text is read or memory is taken.
 
 def parse_args(argv, locks=None):
     """-> args, checkpoint (None for a new run). --resume takes what is not given again from the checkpoint.
-    `locks`, a contextlib.ExitStack, holds the lock on --out from here on: nobody else changes what is read."""
+    `locks`, a contextlib.ExitStack, holds the lock on --out from here on: nobody else changes what is read.
+    ValueError for flags that are unknown or do not go together."""
     p = Parser(__doc__)
+    count = number(1)
     # model
     p.add_argument("--preset", default="tiny", choices=["tiny", "small", "m2", "m3"], help="the model")
     p.add_argument("--attn", default="msa", choices=["msa", "full"], help="msa, or full attention in every layer")
@@ -510,13 +609,13 @@ def parse_args(argv, locks=None):
     p.add_argument("--data", help="a text file or a folder of them; default: the Python standard library")
     p.add_argument("--val-data", help="validation text; default: 5 %% of the files of --data")
     # length of the run
-    p.add_argument("--steps", type=number(1), help="end after this many steps")
+    p.add_argument("--steps", type=count, help="end after this many steps")
     p.add_argument("--minutes", type=number(1e-6, math.inf, float), help="end after this much training time; "
                    "default: the preset's")
     # a step
     p.add_argument("--seq-len", type=number(16), help="tokens in a row, at last; default: the preset's")
-    p.add_argument("--batch-size", type=number(1), help="rows in a step, at last; default: the preset's")
-    p.add_argument("--accumulate", type=number(1), default=1,
+    p.add_argument("--batch-size", type=count, help="rows in a step, at last; default: the preset's")
+    p.add_argument("--accumulate", type=count, default=1,
                    help="gradient accumulation: a step's rows in so many parts")
     p.add_argument("--recompute", action="store_true", help="activation checkpointing: less memory, slower")
     p.add_argument("--lr", type=number(1e-12, math.inf, float), help="peak rate of the matrices; default: the preset's")
@@ -525,10 +624,10 @@ def parse_args(argv, locks=None):
     # what is printed and kept
     p.add_argument("--out", default="out", help="folder of the checkpoint")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    p.add_argument("--eval-every", type=number(1), default=200,
+    p.add_argument("--eval-every", type=count, default=200,
                    help="steps from one evaluation and checkpoint to the next")
-    p.add_argument("--log-every", type=number(1), default=20, help="steps from one progress line to the next")
-    p.add_argument("--stop-after", type=number(1), help="save and leave after this step, as Ctrl-C would")
+    p.add_argument("--log-every", type=count, default=20, help="steps from one progress line to the next")
+    p.add_argument("--stop-after", type=count, help="save and leave after this step, as Ctrl-C would")
     p.add_argument("--seed", type=number(0, 2 ** 63 - 1), default=1337)
     p.add_argument("--dry-run", action="store_true", help="print parameters and bytes, allocate nothing")
 
@@ -549,19 +648,20 @@ def parse_args(argv, locks=None):
     return args, state
 
 def resume_args(parser, argv, given, state):
-    """What was given now, over what the checkpoint was trained with -> args. ValueError if they do not go together."""
+    """What was given now, over what the checkpoint was trained with -> args. ValueError if they do not go together.
+
+    parser, argv   the script's flags, and those that were given now
+    given          argv, parsed alone
+    state          the checkpoint
+    """
     path = checkpoint_path(given.out)
     saved = dict(state["args"])
     if "queue" in state or "task" in saved:
         raise ValueError(f"--out {given.out}: a checkpoint by rl.py; python rl.py --resume --out {given.out} goes on")
     check_state(path, state["now"])
     preset = read_preset(path, saved)
-    flags = saved_flags(parser, path, saved, RUN_ALONE)
-    if given.steps or given.minutes:  # a new end replaces the old one
-        flags = [flag for flag in flags if not flag.startswith(("--steps=", "--minutes="))]
-    parser.set_defaults(**preset)
-    args = parser.parse_args([*flags, *argv])
-
+    args = merge_args(parser, argv, given, path, saved)
+    vars(args).update(preset)
     for name in ("lr", "batch_size", "seq_len"):  # a new run has them from its preset
         if getattr(args, name) is None:
             raise ValueError(f"{path}: the checkpoint's args lack {name}")
@@ -572,6 +672,14 @@ def resume_args(parser, argv, given, state):
         if value != was and not becomes_sparse:
             raise ValueError(f"--{name.replace('_', '-')} {value}: the checkpoint was trained with {was}")
     return args
+
+def merge_args(parser, argv, given, path, saved):
+    """What was given now, over a checkpoint's args, `saved`, read from `path` -> args. A new end of the run, in steps or
+    minutes, replaces the old one, whichever of the two that was."""
+    flags = saved_flags(parser, path, saved, RUN_ALONE)
+    if given.steps or given.minutes:
+        flags = [flag for flag in flags if not flag.startswith(("--steps=", "--minutes="))]
+    return parser.parse_args([*flags, *argv])
 
 def check_state(path, saved):
     """ValueError unless a checkpoint's `now` has all that a run goes on counting."""
@@ -608,7 +716,8 @@ def are_stages(stages):
     return len(stages) > 0 and stages[0][0] == 0
 
 def configure(args):
-    """Preset and flags -> MiniMaxConfig, with what the flags leave open filled into args."""
+    """Preset and flags -> MiniMaxConfig. What the flags leave open is filled into args, from RUNS. ValueError if the
+    rows do not fit the model's context or its key blocks."""
     cfg = getattr(MiniMaxConfig, args.preset)()
     defaults = dict(RUNS.get(args.preset, {}), vocab_size=cfg.vocab_size)
     if args.steps is not None:
@@ -627,12 +736,11 @@ def configure(args):
     return dataclasses.replace(cfg, max_seq_len=args.seq_len)
 
 def dry_run(cfg, preset):
-    """Parameters and bytes from the meta device, and how the published figures come out."""
+    """Print parameters and bytes of a preset, and how the published figures come out -> the last line of stdout. The
+    model is made on torch's meta device, which has shapes and no memory."""
     with torch.device("meta"):
         model = MiniMax(dataclasses.replace(cfg, n_mtp=0))
         total, active = model.num_params()
-        adamw = configure_optimizers(model, 1.0)[0][1]
-        two = sum(p.numel() for group in adamw.param_groups for p in group["params"])
         mtp, active_mtp = count_params(MiniMax(dataclasses.replace(cfg, n_mtp=1)).mtp[0])
     table = cfg.vocab_size * cfg.n_embd
     print(f"{preset}: {total:,} parameters, {active:,} active per token without embedding and head")
@@ -644,7 +752,7 @@ def dry_run(cfg, preset):
               f"{(active + 2 * table) / 1e9:.3f}B with embedding and head")
     print(f"  an MTP module adds {mtp:,} parameters, {active_mtp:,} active")
     print(f"  weights   {2 * total / 1e9:10.3f} GB bf16, {4 * total / 1e9:.3f} GB fp32")
-    print(f"  optimizer {4 * (total + two) / 1e9:10.3f} GB fp32: one moment, two where AdamW works (not the matrices)")
+    print(f"  optimizer {4 * (total + count_two_moments(model)) / 1e9:10.3f} GB fp32: one moment, two where AdamW works (not the matrices)")
     keys_and_values = 2 * cfg.n_layer * cfg.n_kv_head * cfg.head_dim
     index_keys = cfg.attn_types.count("msa") * cfg.index_head_dim
     per_token = 2 * (keys_and_values + index_keys)  # bytes, bf16
@@ -654,6 +762,10 @@ def dry_run(cfg, preset):
                 params_active=active, seconds=0.0)
 
 # ---- where a run stands --------------------------------------------------------------------------
+# RunState holds all that a run counts; a checkpoint is this, the weights, the optimizers' states and the flags.
+# A checkpoint is written in one of two ways. With an evaluation every --eval-every steps: only what passes is kept.
+# Or by the clock, in between: then it is a draft, a file beside the checkpoint, whose weights nothing has judged yet.
+# The next step computes their loss; if that is no spike, the draft takes the checkpoint's place, else it is deleted.
 
 @dataclasses.dataclass
 class RunState:
@@ -696,11 +808,11 @@ class Run:
         return self.device.type == "cuda"
 
     def progress(self):
-        return share_done(vars(self.now), self.args.steps, self.args.minutes)
+        return share_done(vars(self.now), vars(self.args))
 
     def drain(self, running=0):
-        """Check the steps that are done. Waiting for the last, `running`, would leave a GPU idle while the next one is
-        prepared."""
+        """Wait for all steps but the last `running` ones, and check their losses. To wait for the last step, too, would
+        leave a GPU idle while the next one is prepared. FloatingPointError if the run diverges."""
         while len(self.pending) > running:
             seen, event = self.pending.pop(0)
             if event:
@@ -709,19 +821,11 @@ class Run:
             check_divergence(loss, norm, self.now)
 
     def write(self):
-        """Write all there is between two steps into a new file -> its path."""
+        """Write all there is between two steps into a new file beside the checkpoint -> its path."""
         began = self.timer.clock()
         self.now.threads = None if self.on_gpu else self.threads.count
-        weights = self.model.state_dict()
-        check_finite(weights)
-        path = write_checkpoint(
-            self.args.out,
-            args={name: value for name, value in vars(self.args).items() if name not in RUN_ALONE},
-            now=dict(vars(self.now)),
-            config=dataclasses.asdict(self.model.cfg),
-            tokenizer=self.tokenizer.spec,
-            model=weights,
-            optimizers=[optimizer.state_dict() for optimizer in self.optimizers])
+        kept = checkpoint_parts(self.args, self.model, self.tokenizer, self.optimizers)
+        path = write_checkpoint(self.args.out, now=dict(vars(self.now)), **kept)
         self.timer.saved(began)
         return path
 
@@ -760,16 +864,37 @@ class Run:
         self.saved = now.step
         return found, took
 
+def checkpoint_parts(args, model, tokenizer, optimizers):
+    """What checkpoints of train.py and rl.py have in common -> dict. FloatingPointError if a weight is not finite: the
+    checkpoint that was written before stays."""
+    weights = model.state_dict()
+    check_finite(weights)
+    return dict(
+        args={name: value for name, value in vars(args).items() if name not in RUN_ALONE},
+        config=dataclasses.asdict(model.cfg),
+        tokenizer=tokenizer.spec,
+        model=weights,
+        optimizers=[optimizer.state_dict() for optimizer in optimizers])
+
 def allowed_seconds(args):
     """Seconds that an evaluation may take."""
     if args.minutes is None:
         return math.inf
     return 60 * args.minutes * EVAL_SHARE
 
-def share_done(now, steps, minutes):
-    """Progress: the share of the steps that are done, or of the minutes, whichever is larger; 1 is the end."""
-    of_steps = now["step"] / steps if steps else 0.0
-    of_minutes = now["seconds"] / (60 * minutes) if minutes else 0.0
+def share_done(now, args):
+    """Progress: the share of the steps that are done, or of the minutes, whichever is larger; 1 is the end.
+
+    now, args   dicts, as a checkpoint of train.py or rl.py has them; rl.py's minutes count from the end of its
+                imitation, after now["warm"] seconds
+    """
+    of_steps = 0.0
+    of_minutes = 0.0
+    if args.get("steps"):
+        of_steps = now["step"] / args["steps"]
+    if args.get("minutes"):
+        warm = now.get("warm", 0.0)
+        of_minutes = (now["seconds"] - warm) / max(60 * args["minutes"] - warm, 1e-9)
     return max(of_steps, of_minutes)
 
 def cut_at(share, args):
@@ -778,11 +903,15 @@ def cut_at(share, args):
     return min(cuts[-1], args.seq_len // 16)
 
 def stage_at(share):
+    """Name of the schedule's stage at this share of the run."""
     if share < WARMUP:
         return "warm-up"
     return "decay" if share > 1 - DECAY else "constant"
 
 # ---- starting and resuming -----------------------------------------------------------------------
+# set_up makes a run, in an order that keeps refusals early: the checkpoint's model first, then memory, then the text,
+# which takes seconds to read. A resumed run may change its end, its rate, its text, and once its attention, from full
+# to sparse: what such a change does to the schedule is said, and what was reached (longer rows, sparse attention) stays.
 
 def prepare(args, cfg, tokenizer):
     """Text -> tokenizer (learned from the training side where there is none), and a dict of what the run reads."""
@@ -809,7 +938,12 @@ def hash_text(*sides):
     return digest.hexdigest()
 
 def convert(old, saved, step, args):
-    """A full-attention model and its optimizers' states -> the preset's MSA layers, weights and states kept by name."""
+    """A model with full attention -> one with the preset's MSA layers, and the states of its optimizers. Weights and
+    states are kept by name; index branches are new.
+
+    old, saved   the model, and its optimizers' states as a checkpoint has them, after `step` steps
+    ValueError if the model is not of --preset.
+    """
     new = MiniMax(dataclasses.replace(configure(args), vocab_size=old.cfg.vocab_size), old.dtype)
     try:
         missing, unexpected = new.load_state_dict(old.state_dict(), strict=False)
@@ -821,8 +955,8 @@ def convert(old, saved, step, args):
     params = dict(new.to(old.embed.weight.device).named_parameters())
     sources = configure_optimizers(old, args.lr)[0]
     targets = configure_optimizers(new, args.lr)[0]
-    for source, state, target in zip(sources, saved, targets):
-        load_optimizers([source], [state], step)
+    load_optimizers(sources, saved, step)
+    for source, target in zip(sources, targets):
         for name, p in old.named_parameters():
             if p in source.state:
                 target.state[params[name]] = source.state[p]
@@ -839,13 +973,13 @@ def check_match(cfg, state, args):
         raise ValueError(f"the checkpoint's --seq-len {args.seq_len} is not whole key blocks of {cfg.index_block_size}")
 
 def resume_state(fresh, state, args, data):
-    """Where a checkpoint's run stood, over what a new run starts with. What was measured on another text is dropped.
-    Older checkpoints, of before runs had names, tell by their step or their seconds how far the run had come."""
+    """Where a checkpoint's run stood, over what a new run starts with, `fresh` -> RunState. What was measured on another
+    text is dropped. Older checkpoints lack what was added later: it is derived from what they have."""
     old, was = state["now"], state["args"]
     known = {name: old[name] for name in vars(fresh) if name in old}
     now = dataclasses.replace(fresh, **{**known, "run": old.get("run"), "text": fresh.text})
     if "reached" not in old:
-        now.reached = share_done(old, was.get("steps"), was.get("minutes"))
+        now.reached = share_done(old, was)
     if "sparse" not in old:
         now.sparse = now.reached >= now.sparse_from
     same_place = all(was.get(name) == getattr(args, name) for name in ("data", "val_data"))
@@ -861,8 +995,8 @@ def resume_state(fresh, state, args, data):
 def print_changes(state, args, now):
     """Say what going on changes: the schedule, where the run now has another end or rate, and the text."""
     old, was = state["now"], state["args"]
-    before = min(1.0, share_done(old, was.get("steps"), was.get("minutes")))
-    after = min(1.0, share_done(vars(now), args.steps, args.minutes))
+    before = min(1.0, share_done(old, was))
+    after = min(1.0, share_done(vars(now), vars(args)))
     if before != after or was.get("lr") != args.lr:
         old_rate = was.get("lr") * schedule(before, WARMUP, DECAY)
         new_rate = args.lr * schedule(after, WARMUP, DECAY)
@@ -889,11 +1023,15 @@ def print_changes(state, args, now):
         print(f"text    | the checkpoint was trained on {changed}: val_bpb compares with none before", flush=True)
 
 def mtp_weight_at(share):
+    """Weight of the MTP loss at this share of the run."""
     return MTP_WEIGHT[1] if share > 1 - DECAY else MTP_WEIGHT[0]
 
 def card(run, why, setup):
-    """Print what a run is made of: the start-up card."""
-    args, model, data, now = run.args, run.model, run.data, run.now
+    """Print what a run is made of: the start-up card. why: of the device and dtype; setup: seconds that all took."""
+    args = run.args
+    model = run.model
+    data = run.data
+    now = run.now
     cfg = model.cfg
     total, active = model.num_params()
     S, L, T = cfg.index_topk_blocks, cfg.index_block_size, args.seq_len
@@ -983,7 +1121,8 @@ def set_up(args, state):
     return run
 
 def trial(run):
-    """-> a function that runs a step's forward and backward passes, on few tokens, and leaves the model as it was."""
+    """-> a function that runs a step's forward and backward passes, on few tokens, and leaves the model as it was: with
+    it, Threads finds out whether one CPU thread is faster than all."""
     args = run.args
     T = min(args.seq_len, 256)
     batch = get_batch(run.data["train"], args.seed, 0, 0, max(1, 1024 // T), T)
@@ -994,23 +1133,29 @@ def trial(run):
     return step
 
 # ---- the loop ------------------------------------------------------------------------------------
+# A step: set its mode, compute, check the loss, count, print now and then, save now and then. On a GPU the check comes
+# a step late: while the GPU is at work on one step, the CPU prepares the next. Whatever ends the run, --steps, the
+# minutes, Ctrl-C or SIGTERM, it saves, evaluates once more, and says in JSON what has become of it.
 
 class Log:
     """What steps have reported since the last line was printed."""
 
     def __init__(self, run):
         self.run = run
-        self.kl = math.nan                 # none yet
+        self.kl = math.nan             # of the index branch; nan: none yet
         self.start_anew()
 
     def start_anew(self):
-        self.since = dict(vars(self.run.now))
-        self.load = 0.0
-        self.mtp = None                    # no MTP loss since the line before
+        """Forget what was reported: a line has been printed."""
+        self.since = dataclasses.replace(self.run.now)
+        self.load = 0.0                # (layers, experts) tokens that chose an expert
+        self.mtp = math.nan            # no MTP loss yet
 
     def add(self, found, run_mtp):
+        """Note what train_step found. Nothing is read from the GPU, which would have to finish first."""
         cfg = self.run.model.cfg
-        self.load = self.load + found["expert_load"][:cfg.mlp_types.count("moe")]
+        n_layers = cfg.mlp_types.count("moe")  # after them comes the MTP module's load
+        self.load = self.load + found["expert_load"][:n_layers]
         if run_mtp and cfg.n_mtp:
             self.mtp = found["mtp_loss"]
 
@@ -1023,11 +1168,13 @@ class Log:
         losses = [
             ("loss", math.nan if now.ema is None else now.ema, 3),
             ("train_bpb", train_bits(now, run.data), 3),
-            ("mtp", math.nan if self.mtp is None else self.mtp.item(), 3),
+            ("mtp", float(self.mtp), 3),
             ("kl", self.kl, 4)]
         shown = [f"{name} {value:.{digits}f} | " for name, value, digits in losses if not math.isnan(value)]
-        violation = max_violation(self.load).max().item() if "moe" in run.model.cfg.mlp_types else math.nan
-        tokens_per_s, mfu = speed(run.args, vars(now), self.since, run.device)
+        violation = math.nan
+        if "moe" in run.model.cfg.mlp_types:
+            violation = max_violation(self.load).max().item()
+        tokens_per_s, mfu = speed(now, self.since, run.device)
         part = min(1.0, run.progress())
         minutes_left = now.seconds * (1 / part - 1) / 60
         print(f"step {now.step:05d} {part:4.0%} | {''.join(shown)}lr {rate:.1e} | norm {found['norms'][0].item():.2f} | "
@@ -1038,7 +1185,8 @@ class Log:
 def next_batch(run, cut, run_mtp):
     """The step's batch on the device, its tokens and FLOPs counted -> batch, how many of its tokens are learned from.
     Pads are computed, too, but are neither tokens learned from nor useful FLOPs."""
-    args, now = run.args, run.now
+    args = run.args
+    now = run.now
     batch = get_batch(run.data["train"], args.seed, 0, now.step, args.batch_size * cut, args.seq_len // cut)
     real = batch["targets"] >= 0
     n_real = int(real.sum())
@@ -1117,7 +1265,8 @@ def run_training(args, state):
 def finish(run, stop):
     """Save, evaluate on all of the validation text that time allows -> the run's summary."""
     now = run.now
-    found, took = dict(val_bytes=0), 0.0
+    found = dict(val_bytes=0)
+    took = 0.0                         # seconds
     if now.step != run.saved:  # a run with nothing left has nothing to save, nor has one that was stopped while saving
         found, took = run.checkpoint()
     if stop:
@@ -1142,7 +1291,7 @@ def summary(run, final):
     """What the last line of stdout says, in JSON. final: what the last evaluation found, {} if there was none."""
     now = run.now
     total, active = run.model.num_params()
-    tokens_per_s, mfu = speed(run.args, vars(now), dict(seconds=0.0, flops=0.0), run.device)
+    tokens_per_s, mfu = speed(now, RunState(), run.device)
     bits = train_bits(now, run.data)
     none = dict(val_bpb=None, val_bytes=0, block_recall=[], score_recall=[], block_chance=[], dead_experts=0, max_vio=[])
     return dict(
@@ -1151,15 +1300,16 @@ def summary(run, final):
         params_total=total, params_active=active, **{**none, **final})
 
 def report(result):
-    """One line of an evaluation."""
+    """One line of an evaluation: what `evaluate` found, in words."""
+    by_layer = {}
+    for name in ("block_recall", "score_recall", "max_vio"):
+        by_layer[name] = " ".join(f"{x:.2f}" for x in result[name])
     line = f"val_bpb {result['val_bpb']:.4f}"
     if result["block_recall"]:
-        recall = " ".join(f"{x:.2f}" for x in result["block_recall"])
-        mass = " ".join(f"{x:.2f}" for x in result["score_recall"])
-        line += f" | block recall {recall} (chance {result['block_chance'][0]:.2f}), of mass {mass}"
+        chance = result["block_chance"][0]
+        line += f" | block recall {by_layer['block_recall']} (chance {chance:.2f}), of mass {by_layer['score_recall']}"
     if result["max_vio"]:
-        violation = " ".join(f"{x:.2f}" for x in result["max_vio"])
-        line += f" | maxvio {violation}"
+        line += f" | maxvio {by_layer['max_vio']}"
     return line
 
 def remark(found, train, usual):
@@ -1178,12 +1328,13 @@ def train_bits(now, data):
         return math.nan
     return now.ema / math.log(2) * data["train"].n_tokens / data["train"].n_bytes
 
-def speed(args, now, since, device):
-    """-> tokens a second since then, pads left out, and their FLOPs over the GPU's dense bf16 peak, or None."""
-    seconds = max(now["seconds"] - since["seconds"], 1e-9)
-    tokens_per_s = (now.get("tokens", 0) - since.get("tokens", 0)) / seconds
+def speed(now, since, device):
+    """From one RunState to a later one -> tokens a second, pads left out, and MFU (model FLOPs utilisation): the
+    FLOPs of these tokens over the GPU's dense bf16 peak; None where that is not known."""
+    seconds = max(now.seconds - since.seconds, 1e-9)
+    tokens_per_s = (now.tokens - since.tokens) / seconds
     peak = peak_flops(device)
-    mfu = (now["flops"] - since["flops"]) / seconds / peak if peak else None
+    mfu = (now.flops - since.flops) / seconds / peak if peak else None
     return tokens_per_s, mfu
 
 def device_name(device):

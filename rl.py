@@ -43,9 +43,9 @@ import torch
 from model import Context, KVCache, MiniMax, MiniMaxConfig, rope_tables
 from sample import (Parser, SaveTimer, Threads, Tokenizer, check_fields, check_finite, check_memory, check_weights,
                     checkpoint_path, command, implementations, learn_bpe, load_checkpoint, load_model,
-                    load_optimizers, lock_folder, number, on_signals, pick_device, sample_next, save_checkpoint,
-                    saved_flags)
-from train import configure_optimizers, set_rates, step_bytes, update
+                    load_optimizers, lock_folder, number, on_signals, pick_device, sample_next, save_checkpoint)
+from train import (checkpoint_parts, configure_optimizers, is_index, merge_args, round_up, set_rates, share_done,
+                   step_bytes, update)
 
 EPS_HIGH = 4.0                         # not published: upper clip of the ratio, 1 + 4
 # not published: rewards
@@ -64,13 +64,20 @@ MICRO_TOKENS = 16384                   # slots of a micro-batch at most, so that
 ROUNDING = 16                          # units of the last place: eight times what is left of terms that cancel
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")  # types of a message's parts that are text
 MAX_BODY = 1 << 20                     # bytes of a request to the gateway
-RUN_ALONE = ("out", "resume", "device", "figure", "token")  # flags that a checkpoint does not hand on
+
 # what a checkpoint says of its run; run and threads are missing in older ones
 NOW = dict(step=int, seconds=float, warm=float, ema=(float, type(None)), curve=list, max_lag=int, naive=int, slots=int,
            reward=float, run=(str, type(None)), threads=(int, type(None)))
 MADE_BY = ("task", "turns", "preset", "attn", "mtp")  # what the model of a checkpoint depends on
 
 # ---- agents: they see messages and text, nothing of the model ------------------------------------
+# An agent is a coroutine. It yields a list of messages, {role, content}, and is sent the text that the policy writes in
+# reply: that is a turn. A tool answers a call, and the next turn's messages hold call and answer. An episode is all
+# turns from a task to its end. A group is several episodes of one task: they differ in what was sampled alone, so that
+# the others' returns say how good one episode is. Texts are in a language of a few characters, which a model of a
+# million parameters learns in a minute:
+#     Q12+3;     a task of the calculator        t1[12+3]   a call, 1: a thought, how many operations remain
+#     =15;       what the tool says, =?; if the call is malformed             A15.   the answer, which ends an episode
 
 def size(messages):
     """Characters of a context."""
@@ -80,21 +87,22 @@ class Task:
     """Calls of a tool, then an answer.
 
     A subclass has
-    prompt, answer
-    difficulty  about the calls that it takes
-    alphabet    of its calls
-    tool        a call's text -> observation, None for a malformed call
-    expert      messages -> text: a teacher
+    prompt, answer   texts, or what str makes one
+    difficulty       about the number of calls that it takes
+    alphabet         characters of a call's arguments
+    tool             a call's text -> observation, with its last mark; None for a malformed call
+    expert           messages -> text: a teacher
     """
     cap = math.inf                     # characters of context; an episode that needs more fails
 
     def agent(self):
         """One episode: yields messages, is sent a completion's text, None if the context is too long -> a reward for
-        each, success, virtual seconds.
+        each turn, success, virtual seconds.
 
-        Success pays 1, and for speed h(x) = clip(1 - x, -1, 1) of time over a baseline. An answer other than the tool's
-        last fails, be it right, and is malformed, as a wrong call is: guessing must not look safe. Under a cap, the
-        call D] drops all but the prompt and the last observation: what to forget is an action."""
+        Success pays 1, and for speed SPEED * h(x), h(x) = clip(1 - x, -1, 1), x the episode's time over a baseline. An
+        answer that differs from the tool's last observation fails, even if it is right, and costs as a malformed call
+        does: otherwise guessing would look safe. Under a cap, the call D] drops all messages but the prompt and the
+        last observation: what to forget is an action, too. Past its limit of turns an episode has failed."""
         prompt = dict(role="user", content=self.prompt)
         baseline = 2 * self.difficulty * (CALL_S + 8 * CHAR_S)
         limit = self.difficulty + 3
@@ -159,6 +167,8 @@ class Calculator(Task):
         return f"{result};" if 0 <= result <= 9999 else None
 
     def expert(self, messages):
+        """The next operation, on the last result. When none is left, that is the answer. When a call has failed, the
+        teacher gives up, with 0."""
         done = len(messages) // 2
         last = messages[-1]["content"][1:-1]
         if done >= self.difficulty or last == "?":
@@ -180,6 +190,7 @@ class Maze(Task):
         self.next = dict(zip(keys, keys[1:]))  # turns - 1 calls and an answer
 
     def tool(self, text):
+        """The key that comes after the one in the call."""
         call = re.fullmatch(r"t\d\[([a-z]{2})\]", text)
         key = self.next.get(call[1]) if call else None
         if key is None:
@@ -187,6 +198,7 @@ class Maze(Task):
         return key + ("!" if key == self.answer else ";")
 
     def expert(self, messages):
+        """Call with the last key; when none comes after it, it is the answer. Near the cap, forget."""
         key = messages[-1]["content"][1:3]
         if size(messages) + 10 > self.cap and len(messages) > 2:
             return "D]"
@@ -202,10 +214,15 @@ def make_task(args, number, split=0):
     return Maze(rng, args.turns, cap=64 if args.task == "cap" else math.inf)
 
 # ---- gateway and data pool: text becomes tokens here, and nowhere else ---------------------------
+# An agent's reply comes back in its next messages, as text. Were it tokenised anew, other tokens than those that were
+# sampled could come out, and the trainer would compute the probability of something that the policy never did. So the
+# gateway keeps the tokens of each completion, and looks them up by the text. What it records of a turn is a sample:
+# the context, the action (the tokens that were sampled), their log-probs and the version of the policy, the number of
+# training steps before it. The samples of groups that wait, or have finished and are not trained on, are the pool.
 
 @dataclasses.dataclass
 class Sample:
-    """One completion as the trainer sees it: ids[start:] is the action, before it the whole context."""
+    """One completion as the trainer sees it: ids[:start] is the whole context, ids[start:] the action."""
     ids: torch.Tensor                  # (n,)
     start: int
     logprobs: torch.Tensor             # (n - start,) at temperature 1 when it was sampled; NaN: a demonstration
@@ -216,7 +233,7 @@ class Sample:
 @dataclasses.dataclass
 class Trajectory:
     """An episode: its samples, a reward for each, and, while it runs, the gateway's memory of what was said."""
-    task: int
+    task: int                          # number of its group
     samples: list = dataclasses.field(default_factory=list)
     rewards: list = dataclasses.field(default_factory=list)
     success: bool = False
@@ -224,13 +241,15 @@ class Trajectory:
     said: dict = dataclasses.field(default_factory=dict)  # text of a completion -> its tokens, each time
 
     def finish(self, rewards, success, seconds):
+        """The episode is over: what agent() returns, or a client reports. What was said is forgotten."""
         self.rewards = rewards
         self.success = success
         self.seconds = seconds
         self.said = {}
 
     def fail(self):
-        """Past the deadline: what was earned is lost, what malformed calls cost is not."""
+        """The episode is over at its deadline: it costs FAILURE, what was earned is lost, what malformed calls cost is
+        not. An episode without a turn gets one reward, so that its return counts."""
         rewards = [min(0.0, reward) for reward in self.rewards]
         if not rewards:
             rewards = [0.0] * max(1, len(self.samples))
@@ -309,16 +328,19 @@ class Gateway:
                 if text not in said:
                     text += calls_text(message, where)
                 known = said.get(text, [])
-            if not known:
-                parts.append(self.tokenizer.encode(text))
-            elif len(known) > 1:
-                parts.append(known.pop())
-            else:
-                parts.append(known[0])
+            parts.append(known[-1] if known else self.tokenizer.encode(text))
+            if len(known) > 1:         # otherwise it is quoted: what was said once may come back twice
+                known.pop()
         return [token for part in reversed(parts) for token in part]
 
     def record(self, episode, context, ids, logprobs, version, routes=None):
-        """Keep one completion, with the log-probs of its ids at temperature 1 -> its text."""
+        """Keep one completion as a sample of the episode -> its text.
+
+        context, ids   tokens before it, and its own
+        logprobs       of its ids, at temperature 1
+        version        of the policy
+        routes         of all these tokens, see pack_routes; None without --replay
+        """
         episode.samples.append(Sample(
             ids=torch.tensor(context + ids),
             start=len(context),
@@ -338,15 +360,108 @@ def common_prefix(a, b):
     numbers_a_place = apart.size // n
     return int(apart.argmax()) // numbers_a_place
 
+# ---- queue: windowed FIFO; the time is an argument ------------------------------------------------
+# Groups take unequal times. A trainer that waits for the oldest (strict FIFO) stands still for a slow one; a trainer
+# that takes whatever is finished (greedy) sees easy tasks first, and hard ones late, sampled by a policy of long ago.
+# Between them: the trainer takes any finished group of the `window` oldest ones. A slot is the right to have a group
+# in flight; its lag is the number of steps from the policy that sampled it to the one that it trains.
+# The queue never looks at a clock. `now` is real seconds where agents are other processes, and otherwise the virtual
+# clock: seconds that calls and steps would take on real machines (CALL_S, CHAR_S, TRAIN_S), so that a run on a laptop
+# shows the waiting of a large system, and shows the same each time.
+
+class WindowedFIFO:
+    """Which groups are in flight, which are over, and which of these the trainer may take.
+
+    Groups are numbered as they are admitted; head is the oldest that no step has consumed. The trainer takes groups
+    that are over from [head, head + window - 1] alone, the oldest first; when head is consumed, the window moves.
+    `slots` groups are in flight. A slot is free for the next group once the step that consumed its group has
+    published its weights. A group that is late at its deadline is over, as a failure; it is not dropped.
+
+    window 1 is strict FIFO. Greedy is window = inf; slots would not do: refilled slots reach beyond head + slots - 1.
+    At most slots + window - 2 groups pass a group by: floor((slots + window - 2) / P) steps of P groups.
+    """
+
+    def __init__(self, slots, window, deadline=math.inf):
+        self.slots = slots
+        self.window = window
+        self.deadline = deadline
+        self.next = 0                  # the next group to be admitted
+        self.born = {}                 # group -> (time, version) of its admission, until its step is published
+        self.due = {}                  # group -> when it is over, until it is consumed
+        self.batch = []                # consumed for the trainer's next step
+        self.idle = 0.0                # seconds that a trainer waited, on a virtual clock
+
+    def admit(self, version, now=0.0):
+        """Fill the free slots with groups that the policy `version` will play -> the new groups, by number."""
+        n_free = self.slots - len(self.born)
+        new = list(range(self.next, self.next + n_free))
+        for task in new:
+            self.born[task] = now, version
+            self.due[task] = now + self.deadline
+        self.next += len(new)
+        return new
+
+    def finish(self, task, when=0.0):
+        """Group `task` is over at the second `when`; 0: already."""
+        if task in self.due:  # a group that was consumed at its deadline may still report later
+            self.due[task] = min(self.due[task], when)
+
+    def take(self, n, now=0.0):
+        """Add groups that are over, and in the window, to the batch, oldest first -> it, if it holds n, or None."""
+        while len(self.batch) < n:
+            head = min(self.born.keys() - self.batch, default=self.next)
+            ready = [task for task, when in self.due.items() if when <= now and task < head + self.window]
+            if not ready:
+                return None
+            oldest = min(ready)
+            self.batch.append(oldest)
+            del self.due[oldest]
+        return self.batch
+
+    def publish(self, version):
+        """The step that consumed the batch is out as `version`: free its slots -> its groups' lags, in steps."""
+        lags = []
+        for task in self.batch:
+            _, admitted_at = self.born.pop(task)
+            lags.append(version - 1 - admitted_at)
+        self.batch = []
+        return lags
+
+    def wait(self, n, now):
+        """On a virtual clock, from the second `now` -> the second when the batch holds n groups."""
+        while not self.take(n, now):
+            then = min(when for when in self.due.values() if when > now)
+            self.idle += then - now
+            now = then
+        return now
+
 # ---- rollout: all episodes in step, a token a forward --------------------------------------------
+# Each row of the batch is a player: a coroutine that says which tokens to feed, and is sent a token sampled after them.
+# A prompt or a tool's answer is fed, a token a forward, while other rows sample: no row ever waits for another.
+# A player's next context begins, mostly, as its last one did; what they share stays in the KV cache.
+# With --replay the rollout also records its discrete choices, each token's experts and key blocks (its route): the
+# trainer then computes with the same ones, though rounding, in another layout, might choose others.
 
 @dataclasses.dataclass
 class Player:
-    """A row of the rollout."""
-    play: object                       # coroutine: yields (tokens kept, tokens to feed), is sent what was sampled
-    feed: list                         # tokens to feed next
+    """A row of the rollout: a coroutine, and what it has in the cache. `lockstep` says what they tell each other."""
+    play: object                       # the coroutine
+    feed: list                         # tokens to feed next; empty: it is over
     length: int = 0                    # tokens in its cache
     notes: list = dataclasses.field(default_factory=list)  # what was recorded of each of them
+
+    def advance(self, token, logprob, note):
+        """The first token of `feed` has gone through the model. After the last one the coroutine hears what was
+        sampled, and says what it keeps of the cache, and what comes next."""
+        self.feed = self.feed[1:]
+        self.length += 1
+        if note is not None:
+            self.notes.append(note)
+        if self.feed:
+            return
+        with contextlib.suppress(StopIteration):  # it is over, with nothing to feed
+            self.length, self.feed = self.play.send((token, logprob, self.notes))
+            self.notes = self.notes[:self.length]
 
 @torch.no_grad()
 def lockstep(model, players, group=1, generator=None, record=None):
@@ -368,57 +483,55 @@ def lockstep(model, players, group=1, generator=None, record=None):
     if not rows:
         return
 
-    # prefill: the first prompt of each group, up to the shortest one's last token
-    grouped = len(rows) == len(players)
-    heads = rows[::group] if grouped else rows
-    shared = min(len(row.feed) for row in rows) - 1
-    cache = KVCache(model.cfg, len(heads), model.cfg.max_seq_len, device, model.dtype)
-    notes = None
-    if shared:
-        idx = torch.tensor([row.feed[:shared] for row in heads], device=device)
-        aux = model(idx, cache=cache, n_logits=0)[2]
-        notes = record and record(aux)
-    copies = len(rows) // len(heads)
-    cache.expand(copies)
-    for i, row in enumerate(rows):
-        row.feed = row.feed[shared:]
-        row.length = shared
-        if notes is not None:
-            row.notes = list(notes[i // copies])
+    heads = rows
+    if len(rows) == len(players):      # none was over at once: groups are whole
+        heads = rows[::group]
+    cache = prefill(model, rows, heads, record)
 
     while rows:
         # a forward for one token of each row
         idx = torch.tensor([row.feed[:1] for row in rows], device=device)
         logits, _, aux = model(idx, cache=cache, n_logits=1)
         logits = logits[:, 0].float()
-        notes = record and record(aux)
+        notes = record(aux)[:, 0] if record else [None] * len(rows)
         sampled = sample_next(logits, generator=generator)
         logprobs = logits.log_softmax(-1).gather(-1, sampled[:, None])[:, 0]
 
-        # a row that has been fed all its tokens hears what was sampled, and says what comes next
-        cropped = False
-        for i, (row, token, logprob) in enumerate(zip(rows, sampled.tolist(), logprobs.tolist())):
-            row.feed = row.feed[1:]
-            row.length += 1
-            if notes is not None:
-                row.notes.append(notes[i, 0])
-            if row.feed:
-                continue
-            try:
-                kept, row.feed = row.play.send((token, logprob, row.notes))
-            except StopIteration:
-                continue
-            cropped = cropped or kept < row.length
-            row.length = kept
-            row.notes = row.notes[:kept]
+        # each row hears of it
+        fed = [row.length + 1 for row in rows]
+        for row, *heard in zip(rows, sampled.tolist(), logprobs.tolist(), notes):
+            row.advance(*heard)
 
         # the cache follows: what was dropped of a context, and rows that are over
-        if cropped:
-            cache.crop(torch.tensor([row.length for row in rows], dtype=torch.int32, device=device))
+        kept = [row.length for row in rows]
+        if kept != fed:
+            cache.crop(torch.tensor(kept, dtype=torch.int32, device=device))
         alive = [i for i, row in enumerate(rows) if row.feed]
         if len(alive) < len(rows):
             rows = [rows[i] for i in alive]
             cache.select(torch.tensor(alive, dtype=torch.int64, device=device))
+
+def prefill(model, rows, heads, record):
+    """Feed what all rows can be fed at once -> their cache. heads: the first row of each group, whose prompt all of the
+    group begin with: it is computed once, and its keys and values are copied.
+
+    No further than to the shortest prompt's last token but one: the last one's logits are needed, row by row."""
+    device = model.embed.weight.device
+    shared = min(len(row.feed) for row in rows) - 1
+    copies = len(rows) // len(heads)
+    cache = KVCache(model.cfg, len(heads), model.cfg.max_seq_len, device, model.dtype)
+    notes = None
+    if shared:
+        idx = torch.tensor([row.feed[:shared] for row in heads], device=device)
+        aux = model(idx, cache=cache, n_logits=0)[2]
+        notes = record and record(aux)
+    cache.expand(copies)
+    for i, row in enumerate(rows):
+        row.feed = row.feed[shared:]
+        row.length = shared
+        if notes is not None:
+            row.notes = list(notes[i // copies])
+    return cache
 
 def play_episode(gateway, episode, agent, context_size, version):
     """A player of lockstep: feeds an agent's contexts and hands it what was sampled. Its cache keeps what a new context
@@ -455,7 +568,13 @@ def play_episode(gateway, episode, agent, context_size, version):
         reply = gateway.record(episode, context, ids, logprobs, version, routes)
 
 def rollout(model, gateway, episodes, version, generator=None, group=1, replay=False):
-    """Play episodes [(trajectory, agent)], `group` of a prompt side by side, in lock step; `replay`: record routes."""
+    """Play episodes in lock step until each is over, or an agent of another process has had its turn.
+
+    episodes   [(trajectory, agent)]; `group` of one prompt lie side by side
+    version    of the policy, for the record
+    generator  of the sampling
+    replay     record routes, too
+    """
     players = [play_episode(gateway, episode, agent, model.cfg.max_seq_len, version) for episode, agent in episodes]
     lockstep(model, players, group, generator, pack_routes if replay else None)
 
@@ -496,70 +615,12 @@ def unpack_routes(codes, cfg):
         replay["block_idx"] = torch.where(blocks < -1, -2 - blocks, -1).int().contiguous()
     return replay
 
-# ---- scheduler: windowed FIFO; the time is an argument --------------------------------------------
-
-class WindowedFIFO:
-    """`slots` groups are in flight. The trainer takes finished ones of [head, head + window - 1] alone, in any order;
-    head, the oldest not consumed, moves when it is. A slot is free for the next group once the step that consumed its
-    own has published its weights. window 1 is strict FIFO; greedy is window = inf, not slots: refilled slots reach
-    beyond head + slots - 1. A late group is over, as a failure, and not dropped. At most slots + window - 2 groups,
-    floor((slots + window - 2) / P) steps of P groups, pass a group by."""
-
-    def __init__(self, slots, window, deadline=math.inf):
-        self.slots = slots
-        self.window = window
-        self.deadline = deadline
-        self.next = 0                  # the next group to be admitted
-        self.born = {}                 # group -> (time, version) of its admission, until its step is published
-        self.due = {}                  # group -> when it is over, until it is consumed
-        self.batch = []                # consumed for the trainer's next step
-        self.idle = 0.0                # seconds that a trainer waited, on a virtual clock
-
-    def admit(self, version, now=0.0):
-        """Fill the free slots -> the new groups."""
-        n_free = self.slots - len(self.born)
-        new = list(range(self.next, self.next + n_free))
-        for task in new:
-            self.born[task] = now, version
-            self.due[task] = now + self.deadline
-        self.next += len(new)
-        return new
-
-    def finish(self, task, when=0.0):
-        """A group is over at that time; 0: already."""
-        if task in self.due:  # a group that was consumed at its deadline may still report later
-            self.due[task] = min(self.due[task], when)
-
-    def take(self, n, now=0.0):
-        """Add groups that are over, and in the window, to the batch, oldest first -> it, if it holds n, or None."""
-        while len(self.batch) < n:
-            head = min(self.born.keys() - self.batch, default=self.next)
-            ready = [task for task, when in self.due.items() if when <= now and task < head + self.window]
-            if not ready:
-                return None
-            oldest = min(ready)
-            self.batch.append(oldest)
-            del self.due[oldest]
-        return self.batch
-
-    def publish(self, version):
-        """The step that consumed the batch is out as `version`: free its slots -> its groups' lags, in steps."""
-        lags = []
-        for task in self.batch:
-            _, admitted_at = self.born.pop(task)
-            lags.append(version - 1 - admitted_at)
-        self.batch = []
-        return lags
-
-    def wait(self, n, now):
-        """On a virtual clock, from the second `now` -> the second when the batch holds n groups."""
-        while not self.take(n, now):
-            then = min(when for when in self.due.values() if when > now)
-            self.idle += then - now
-            now = then
-        return now
-
 # ---- prefix trees --------------------------------------------------------------------------------
+# The context of a turn holds all turns before it, and all episodes of a group begin with one prompt: most tokens of a
+# group's samples are the same. A prefix tree holds each token once, in one row of the layout: a slot is a place in it,
+# and a path goes from the root to a leaf, over slots in rising order. One number a slot, `end`, the slot after its
+# subtree, is the whole attention mask: slot j is visible to slot i if j <= i < end[j]. Losses do not change: a slot
+# counts as often as samples go through it (its multiplicity, `weight`), and MTP and CISPO have sums over samples.
 
 @dataclasses.dataclass
 class Leaf:
@@ -753,10 +814,16 @@ def align_targets(leaves, samples):
         version=torch.cat([sample.versions for sample in samples]))
 
 # ---- CISPO and its step --------------------------------------------------------------------------
+# A policy gradient with importance weights: the samples are of an older policy, pi_old, so that each token's
+# log-probability is weighted by the ratio pi / pi_old. PPO drops the gradient of a token whose ratio leaves its clip;
+# CISPO keeps it, and clips the weight: rare tokens, often the decisive ones, go on learning. The weight is a constant
+# (detached), as the gradient of a log-probability times a weight is what a policy gradient is; were the ratio
+# differentiated, the clip would cut gradients off again. A step sums over all samples of its groups, and divides once.
 
 def advantages(group):
-    """Reward to go of each turn, less the mean return of the group's other episodes -> samples of each episode.
-    # not published: the baseline; leaving the own return out keeps it unbiased."""
+    """Set the advantage of a group's samples: the reward to go of each turn (its own and all later ones), less the mean
+    return of the group's other episodes -> [samples of an episode].
+    # not published: the baseline. With the own return in it, it would depend on the action, and bias the gradient."""
     returns = [sum(episode.rewards) for episode in group]
     # rewards may come in fp32: a smaller difference is one of rounding, and would still move the weights at full size
     least = 1e-6 * max(sum(map(abs, episode.rewards)) for episode in group)
@@ -768,8 +835,10 @@ def advantages(group):
     return [episode.samples for episode in group]
 
 def cispo_loss(logprob, entry, old, advantage, Z, eps_high=EPS_HIGH):
-    """-1/Z sum sg(min(pi / pi_old, 1 + eps)) A log pi. The weight is detached: all samples through a slot are one
-    coefficient. Near 0, as advantages sum to about 0: read the reward, not the loss.
+    """CISPO (MiniMax-M1, arXiv 2506.13585): -1/Z sum sg(min(pi / pi_old, 1 + eps)) A log pi, sg: detached.
+
+    As weights are constants, all samples through a slot add up to one coefficient of its log-prob. The value lies near
+    0, as advantages sum to about 0: read the reward, not the loss.
 
     logprob    (n,) of the slots' targets under the policy
     entry      (m,) of each action token of each sample, its slot
@@ -784,8 +853,9 @@ def cispo_loss(logprob, entry, old, advantage, Z, eps_high=EPS_HIGH):
     return -(coefficient * logprob).sum() / Z, ratio
 
 def policy(model, batch):
-    """Forward -> log-prob of the action token after each of the slots, entropy there (slots,), fp32 or wider; the
-    forward's losses and aux."""
+    """Forward of a micro-batch, see collate -> log-prob of the action token after each of batch["slots"], and entropy
+    of the distribution there, (slots,) each, fp32 or wider; the forward's losses and aux. The head computes logits at
+    these slots alone: most slots hold context."""
     replay = None
     if "routes" in batch:
         replay = unpack_routes(batch["routes"], model.cfg)
@@ -800,10 +870,16 @@ def policy(model, batch):
     return logprob, entropy, losses, aux
 
 def align_drafts(model, batch, hidden, top=8):
-    """Keep drafts aligned while the policy moves: KL of the policy's distribution k tokens on (its `top` tokens,
-    renormalised) to module k's, summed over drafted action tokens by multiplicity; trunk, embedding and head detached.
-    The teacher, unlike a hard target, is the same for every branch. -> loss, expert loads, index KLs.
-    # not published: the form of the report's top-K KL."""
+    """Keep the drafts of MTP modules aligned while the policy moves: for module k the KL of the policy's distribution
+    k tokens on (its `top` tokens, renormalised) to the module's.
+
+    hidden   (B, T, C), the trunk's, before its last norm
+    Summed over drafted action tokens, by multiplicity. Trunk, embedding and head are detached: drafts follow the
+    policy and do not pull at it. The teacher is a distribution, the same for every branch; a hard target, the next
+    token, would be another one in each.
+    -> loss, expert loads, index KLs.
+    # not published: the form of the report's top-K KL.
+    """
     hidden = hidden.detach()
     wide = torch.promote_types(hidden.dtype, torch.float32)
     head = model.lm_head.weight.detach().to(hidden.dtype)
@@ -830,8 +906,13 @@ def align_drafts(model, batch, hidden, top=8):
     return loss, loads, kls
 
 def backward(model, rows, mtp_weight=0.1, tokens=MICRO_TOKENS):
-    """Gradients of a step's loss, each term normalised over the samples before merging -> statistics, expert loads.
-    Of the statistics, `slots` are those of the rows, `computed` those of the micro-batches, pads included."""
+    """Gradients of a step's loss -> statistics, expert loads (layers, experts). The loss is CISPO's, the index branch's
+    KL and the drafts' KL times mtp_weight; each is a mean over the samples as they were before merging.
+
+    rows     trees or packed rows, computed in micro-batches of at most so many `tokens`
+    Statistics: loss, entropy (a mean), ratio and version (of each action token of each sample), naive (tokens of all
+    samples), slots (of the rows), computed (slots of the micro-batches, pads included), magnitude (see has_signal).
+    """
     Z = sum(len(sample.logprobs) for row in rows for sample in row.samples)
     naive = sum(row.n_naive for row in rows)
     load = 0.0
@@ -869,10 +950,13 @@ def backward(model, rows, mtp_weight=0.1, tokens=MICRO_TOKENS):
     return stats, load
 
 def has_signal(model, magnitude):
-    """Whether the policy has a gradient: one that exceeds what rounding leaves of terms that cancel. `magnitude`: the
-    sum of the terms' absolute coefficients. The index branch and MTP have losses of their own, and do not count."""
-    norms = [p.grad.norm() for name, p in model.named_parameters()
-             if p.grad is not None and not name.startswith("mtp.") and ".indexer." not in name]
+    """Whether the policy has a gradient, one larger than what rounding leaves of terms that cancel: where all episodes
+    of all groups earn the same, advantages are 0. magnitude: the sum of the terms' absolute coefficients.
+    The index branch and MTP have losses of their own, and do not count."""
+    norms = []
+    for name, p in model.named_parameters():
+        if p.grad is not None and not is_index(name) and not name.startswith("mtp."):
+            norms.append(p.grad.norm())
     unit = torch.finfo(model.embed.weight.dtype).eps
     # 1e-10: AdamW's eps, the optimizer's own idea of nothing
     return torch.stack(norms).norm().item() > max(1e-10, ROUNDING * unit * magnitude)
@@ -898,12 +982,16 @@ def train_step(model, optimizers, rows, rate, bias_rate=1e-3, tokens=MICRO_TOKEN
     return stats
 
 # ---- where episodes come from --------------------------------------------------------------------
+# A source is a gateway with two verbs. `start` opens the groups that the queue admits; `wait` returns when the queue
+# holds a batch of groups that are over. Local, here, plays all episodes itself, at once, and then says when they would
+# have been over. Served, at the end of this file, lets agents of other processes play them, in real time.
 
 class Local(Gateway):
     """Agents of this process. A group is rolled out when it is admitted, and has finished when the virtual clock says
-    so: after its slowest episode, times a log-normal tail (sigma) that is the machines', not the agents'."""
+    so: after its slowest episode, times a log-normal tail (sigma) that stands for slow machines, not slow agents."""
 
     def start(self, tasks, version):
+        """Play groups with the policy `version`, and tell the queue when each is over."""
         args = self.args
         episodes = []
         for task in tasks:
@@ -923,12 +1011,18 @@ class Local(Gateway):
             self.queue.finish(task, self.now + seconds)
 
     def wait(self, stop, seconds):
+        """Let the virtual clock run until a batch is over, and for the training step that follows."""
         self.now = self.queue.wait(self.args.groups, self.now) + TRAIN_S
 
 # ---- imitation: the model learns to speak the protocol ---------------------------------------------
+# A policy that never makes a valid call earns nothing, and learns nothing. So a teacher plays first, and the model
+# imitates it: the same train step, in which every token has advantage 1. The teacher is wrong on purpose in NOISE of
+# its characters: the model then knows the language, and how to solve tasks it has to find out from rewards.
+# The imitation has a checkpoint of its own, --out/warm; any run of the same task, model and seed begins with it.
 
 def demonstrate(gateway, task, rng, noise, wander=0.0):
-    """Play one task with its teacher -> trajectory; noise, wander: shares of call characters and thoughts at random."""
+    """Play one task with its teacher -> trajectory, whose samples have NaN for log-probs: no policy sampled them.
+    noise, wander: shares of a call's characters, and of its thoughts, that are replaced by random ones."""
     episode = Trajectory(-1)
     agent = task.agent()
     text = None
@@ -948,8 +1042,8 @@ def demonstrate(gateway, task, rng, noise, wander=0.0):
         gateway.record(episode, gateway.context(episode, messages), ids, [math.nan] * len(ids), 0)
 
 def warm_start(source, args, stop, threads):
-    """Imitate a teacher whose calls are often wrong, so that the model speaks the protocol and solves little: the train
-    step with advantage 1 and ratio 1 -> whether it is over. --out/warm keeps it, or as much as was done of it."""
+    """Imitate the teacher for --warm-steps, 64 tasks each -> whether all steps are done (`stop` may end it before).
+    --out/warm keeps it, or as much as was done of it. A demonstration's advantage is 1, and its ratio 1."""
     model = source.model
     folder = os.path.join(args.out, "warm")
     started = time.perf_counter()
@@ -1038,11 +1132,14 @@ def trial(source, args):
     return step
 
 # ---- the run -------------------------------------------------------------------------------------
+# Flags, the loop, what is printed and what is kept. A step: fill the slots, wait for a batch of groups, turn rewards
+# into advantages, lay the samples out, train, publish the new weights. All that is between two steps goes into a
+# checkpoint, episodes in flight as well: a resumed run equals, to the bit, one that was never stopped.
 
 def make_model(args, device, dtype):
     """Task and preset -> model, with full attention, as in the M2 that Forge trained, unless --attn msa."""
     torch.manual_seed(args.seed)
-    room = dict(calculator=96, maze=-(-(14 * args.turns + 48) // 128) * 128, cap=128)[args.task]
+    room = dict(calculator=96, maze=round_up(14 * args.turns + 48, 128), cap=128)[args.task]
     # the preset's own vocabulary may be larger: an id that the gateway's tokenizer lacks has no text
     cfg = getattr(MiniMaxConfig, args.preset)(max_seq_len=room, n_mtp=args.mtp, vocab_size=Gateway.tokenizer.n_vocab)
     cfg.index_kl_stride = 1  # a stride counts positions of the layout: it would know of the merging
@@ -1125,10 +1222,7 @@ def resume_args(parser, argv, given):
     if not isinstance(state.get("queue"), dict) or "due" not in state["queue"]:
         raise ValueError(f"--out {given.out}: a checkpoint by another version of rl.py, whose queue was another")
 
-    flags = saved_flags(parser, path, state["args"], RUN_ALONE)
-    if given.steps or given.minutes:  # a new end replaces the old one
-        flags = [flag for flag in flags if not flag.startswith(("--steps=", "--minutes="))]
-    args = parser.parse_args([*flags, *argv])
+    args = merge_args(parser, argv, given, path, state["args"])
     for flag in (*MADE_BY, "slots"):
         value = getattr(args, flag)
         was = state["args"].get(flag)
@@ -1151,10 +1245,10 @@ def needed_bytes(args, device):
         cfg = make_model(args, "meta", None).cfg
     demo = demonstrate(Gateway(), make_task(args, 0, 1), random.Random(0), 0.0)
     slots = PrefixTree(demo.samples, cfg).size
-    return step_bytes(cfg, min(64, max(1, 16384 // slots)), slots, device)
+    return step_bytes(cfg, min(64, max(1, MICRO_TOKENS // slots)), slots, device)
 
 def card(args, model, queue, device, why, threads):
-    """Print what a run is made of: the start-up card."""
+    """Print what a run is made of: the start-up card. why: of the device and dtype."""
     cfg = model.cfg
     total, active = model.num_params()
     how = "turn by turn" if args.no_merge else "prefix trees"
@@ -1168,9 +1262,8 @@ def card(args, model, queue, device, why, threads):
     print(f"train   | CISPO, ratio up to {1 + EPS_HIGH:g}; {how}; Muon + AdamW, rate {args.lr:g}, seed {args.seed}",
           flush=True)
 
-def count_step(now, groups, stats, lags):
-    """Add one step to the run's record."""
-    episodes = [episode for group in groups for episode in group]
+def count_step(now, episodes, stats, lags):
+    """Add one step to the run's record, `now`. stats: what train_step returned; lags: of its groups, in steps."""
     solved = sum(episode.success for episode in episodes) / len(episodes)
     now["ema"] = 0.9 * now["ema"] + 0.1 * solved if now["curve"] else solved
     now["step"] += 1
@@ -1180,9 +1273,13 @@ def count_step(now, groups, stats, lags):
     now["slots"] += stats["slots"]
     now["reward"] += sum(sum(episode.rewards) for episode in episodes)
 
-def print_step(now, args, groups, stats, lags, decode):
-    """One line a step; now and then an episode, what the policy wrote in <>."""
-    episodes = [episode for group in groups for episode in group]
+def print_step(now, args, episodes, stats, lags, decode):
+    """One line a step; now and then an episode. `decode`: ids -> text.
+
+    lag        steps from the policy that a turn was sampled with to the one that it trains; 0: the same
+    ratio q99  the 99th percentile of pi / pi_old, at each lag: how far the policy has moved away meanwhile
+    merge      tokens of all samples over slots of the prefix trees that they were merged into
+    """
     reward = sum(sum(episode.rewards) for episode in episodes) / len(episodes)
     solved, ema = now["curve"][-1]
     lag = now["step"] - 1 - stats["version"]
@@ -1208,15 +1305,6 @@ def print_episode(episode, decode):
     text = text.encode("unicode_escape").decode()  # control characters would garble the terminal
     rewards = " ".join(f"{reward:+.2f}" for reward in episode.rewards)
     print(f"  {'solved' if episode.success else 'failed'}: {text} rewards {rewards}")
-
-def share_done(now, args):
-    """Progress: the share of the steps that are done, or of the minutes after the imitation; 1 is the end."""
-    of_steps = now["step"] / args.steps if args.steps else 0.0
-    of_minutes = 0.0
-    if args.minutes:
-        budget = max(60 * args.minutes - now["warm"], 1e-9)
-        of_minutes = (now["seconds"] - now["warm"]) / budget
-    return max(of_steps, of_minutes)
 
 def make_queue(args):
     """The scheduler that --schedule names."""
@@ -1269,15 +1357,15 @@ def run(args, state):
     changed = False
     if ready and args.serve is not None:
         print(f"gateway | http://127.0.0.1:{source.server_port}/v1 key {source.token}", flush=True)
-    if state and share_done(now, args) >= 1:
+    if state and share_done(now, vars(args)) >= 1:
         print(f"nothing left to do after step {now['step']}: give more --steps or --minutes", flush=True)
 
-    while share_done(now, args) < 1 and not stop:
+    while share_done(now, vars(args)) < 1 and not stop:
         began = time.perf_counter()
         changed = True
 
         # rollout: free slots are filled, finished groups are taken from the window
-        rate = args.lr * min(1.0, 2 * (1 - share_done(now, args)))
+        rate = args.lr * min(1.0, 2 * (1 - share_done(now, vars(args))))
         source.start(queue.admit(now["step"], source.now), now["step"])
         seconds_left = 60 * args.minutes - now["seconds"] if args.minutes else math.inf
         source.wait(stop, seconds_left)
@@ -1299,8 +1387,9 @@ def run(args, state):
 
         # tell and save
         if stats:
-            count_step(now, groups, stats, lags)
-            print_step(now, args, groups, stats, lags, source.tokenizer.decode)
+            episodes = [episode for group in groups for episode in group]
+            count_step(now, episodes, stats, lags)
+            print_step(now, args, episodes, stats, lags, source.tokenizer.decode)
         else:
             print(f"no step   | groups {[group[0].task for group in groups]}: no turn to learn from", flush=True)
         if now["step"] % args.save_every == 0 or timer.due():
@@ -1322,8 +1411,7 @@ def summary(args, now, source, queue):
     """Draw the curve, where --figure asks for it -> what the last line of stdout says."""
     curve = now["curve"]
     if args.figure and curve:
-        solved = [point[0] for point in curve]
-        ema = [point[1] for point in curve]
+        solved, ema = zip(*curve)
         draw({"a batch of fresh problems": solved, "EMA": ema}, args.figure, args.task)
     virtual = max(source.now, 1e-9)
     return dict(
@@ -1332,18 +1420,17 @@ def summary(args, now, source, queue):
         virtual_seconds=virtual, idle=queue.idle / virtual, reward_per_virtual_s=now["reward"] / virtual)
 
 def save(folder, args, source, optimizers, now):
-    """All there is between two steps: weights, momenta, who is in flight, what has finished, the clock.
-    FloatingPointError if a weight is not finite: what was saved before is kept."""
-    check_finite(source.model.state_dict())
-    kept = {k: v for k, v in vars(args).items() if k not in RUN_ALONE}
+    """Write FOLDER/ckpt.pt, all there is between two steps: weights, momenta, flags, `now`, the queue, the groups in
+    flight with what was said in them, the clock. FloatingPointError if a weight is not finite: what was saved before
+    is kept."""
+    parts = checkpoint_parts(args, source.model, source.tokenizer, optimizers)
     pool = {task: list(map(dataclasses.asdict, group)) for task, group in source.pool.items()}
     os.makedirs(folder, exist_ok=True)
-    save_checkpoint(folder, config=dataclasses.asdict(source.model.cfg), model=source.model.state_dict(),
-                    tokenizer=source.tokenizer.spec, args=kept, now=now, pool=pool, queue=vars(source.queue),
-                    clock=source.now, optimizers=[o.state_dict() for o in optimizers])
+    save_checkpoint(folder, now=now, pool=pool, queue=vars(source.queue), clock=source.now, **parts)
 
 def restore(state, optimizers, source=None):
-    """Put a checkpoint back -> now. What other processes had begun starts again: not lost, not counted twice."""
+    """Put a checkpoint's optimizers back, and, given a source, its queue, clock and pool -> now. ValueError if they do
+    not fit. Groups that agents of other processes had begun start again: none is lost, and none is counted twice."""
     load_optimizers(optimizers, state["optimizers"], state["now"].get("step", 0))
     if source:
         try:
@@ -1394,7 +1481,7 @@ def restore_episode(task, fields, tokens):
     return episode
 
 def draw(lines, path, task):
-    """Curves {name: (steps,)} -> a picture."""
+    """Draw curves, {name: (steps,)}, into the file `path`, whose name ends in the picture's format."""
     from matplotlib.figure import Figure
     axis = Figure(figsize=(7, 3.5), layout="constrained").subplots()
     for name, values in lines.items():
@@ -1407,7 +1494,8 @@ def draw(lines, path, task):
         file.write(picture.getvalue())
 
 def check_figure(path):
-    """ValueError if --figure cannot be drawn or written: it shows now, not after minutes. The file is made, if need be."""
+    """ValueError if --figure cannot be drawn or written: this shows now, not after minutes. The file is made if it is
+    not there."""
     if path is None:
         return
     from matplotlib.figure import Figure
@@ -1418,6 +1506,8 @@ def check_figure(path):
         raise ValueError(f"--figure {path}: {getattr(error, 'strerror', None) or error}") from None
 
 # ---- the gateway's door: agents of other processes, through OpenAI's protocol ---------------------
+# Any agent that speaks OpenAI's chat completions can be trained: it claims an episode, asks for turns under the
+# episode's name in place of a model's, and reports rewards. Its code is a black box; the gateway sees all it needs.
 # A connection is heard in a thread of its own, so that an idle or slow one holds up no other. What it asks is put into
 # a queue, and the run's thread answers it between two steps: the model has one user at a time.
 
@@ -1494,11 +1584,7 @@ def hung_up(connection):
         connection.settimeout(patience)
 
 class Refused(Exception):
-    """A request that gets a status and a reason in place of an answer."""
-
-    def __init__(self, status, reason):
-        super().__init__(reason)
-        self.status = status
+    """(status, reason): what a request gets in place of an answer."""
 
 class Served(Gateway, http.server.ThreadingHTTPServer):
     """Agents of other processes, in real seconds, on loopback.
@@ -1567,7 +1653,7 @@ class Served(Gateway, http.server.ThreadingHTTPServer):
                 return 200, self.finish_episode(key, body)
             n_context = self.check_turn(key, body)
         except Refused as error:
-            return error.status, str(error)
+            return error.args
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             return 400, f"a JSON object, rewards numbers, messages [{{role, content}}]: {repr(error)[:200]}"
         return 200, self.take_turn(key, body, n_context, client)

@@ -292,8 +292,9 @@ def get_batch(tokens, seed, split, step, batch_size, T):
 def orthogonalize(G, steps=5):
     """Newton-Schulz towards U V^T of G = U S V^T, for a stack (n, rows, cols) of matrices (Muon, K. Jordan 2024).
 
-    Each of the `steps` maps every singular value s to 3.4445 s - 4.7750 s^3 + 2.0315 s^5. After five of them what lay
-    in (0, 1] lies near 1, within some 30 %, which is as good as 1 here. The product with the smaller side is taken."""
+    Each of the `steps` maps every singular value s to 3.4445 s - 4.7750 s^3 + 2.0315 s^5. After five of them all that
+    were not tiny lie near 1, within some 30 %, which is as good as 1 here. A tall matrix is transposed, for a small A.
+    """
     tall = G.size(-2) > G.size(-1)
     X = G.mT if tall else G
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -363,8 +364,8 @@ def is_index(name):
     return ".indexer." in name
 
 def configure_optimizers(model, lr):
-    """Muon for matrices, AdamW for embedding, head, gates and norms -> [Muon, AdamW], the index branch's parameters, all
-    others (two lists: the gradient of each is clipped on its own). A group's rate is `scale` times the schedule's.
+    """Muon for matrices, AdamW for embedding, head, gates and norms -> [Muon, AdamW], the index branch's parameters,
+    all others (two lists: the gradient of each is clipped on its own). A group's rate is `scale` times the schedule's.
     The index branch has groups of its own: it may have to join later, when a run leaves full attention."""
     kinds = {kind: [] for kind in ("matrix", "stacked", "embed", "head", "vector", "index matrix", "index vector")}
     for name, p in model.named_parameters():
@@ -674,8 +675,8 @@ def resume_args(parser, argv, given, state):
     return args
 
 def merge_args(parser, argv, given, path, saved):
-    """What was given now, over a checkpoint's args, `saved`, read from `path` -> args. A new end of the run, in steps or
-    minutes, replaces the old one, whichever of the two that was."""
+    """What was given now, over a checkpoint's args, `saved`, read from `path` -> args. A new end of the run, in steps
+    or minutes, replaces the old one, whichever of the two that was."""
     flags = saved_flags(parser, path, saved, RUN_ALONE)
     if given.steps or given.minutes:
         flags = [flag for flag in flags if not flag.startswith(("--steps=", "--minutes="))]
@@ -752,7 +753,8 @@ def dry_run(cfg, preset):
               f"{(active + 2 * table) / 1e9:.3f}B with embedding and head")
     print(f"  an MTP module adds {mtp:,} parameters, {active_mtp:,} active")
     print(f"  weights   {2 * total / 1e9:10.3f} GB bf16, {4 * total / 1e9:.3f} GB fp32")
-    print(f"  optimizer {4 * (total + count_two_moments(model)) / 1e9:10.3f} GB fp32: one moment, two where AdamW works (not the matrices)")
+    moments = 4 * (total + count_two_moments(model))  # bytes
+    print(f"  optimizer {moments / 1e9:10.3f} GB fp32: one moment, two where AdamW works (not the matrices)")
     keys_and_values = 2 * cfg.n_layer * cfg.n_kv_head * cfg.head_dim
     index_keys = cfg.attn_types.count("msa") * cfg.index_head_dim
     per_token = 2 * (keys_and_values + index_keys)  # bytes, bf16
@@ -911,7 +913,8 @@ def stage_at(share):
 # ---- starting and resuming -----------------------------------------------------------------------
 # set_up makes a run, in an order that keeps refusals early: the checkpoint's model first, then memory, then the text,
 # which takes seconds to read. A resumed run may change its end, its rate, its text, and once its attention, from full
-# to sparse: what such a change does to the schedule is said, and what was reached (longer rows, sparse attention) stays.
+# to sparse: what such a change does to the schedule is printed. What was reached, longer rows and sparse attention,
+# stays.
 
 def prepare(args, cfg, tokenizer):
     """Text -> tokenizer (learned from the training side where there is none), and a dict of what the run reads."""
@@ -973,8 +976,8 @@ def check_match(cfg, state, args):
         raise ValueError(f"the checkpoint's --seq-len {args.seq_len} is not whole key blocks of {cfg.index_block_size}")
 
 def resume_state(fresh, state, args, data):
-    """Where a checkpoint's run stood, over what a new run starts with, `fresh` -> RunState. What was measured on another
-    text is dropped. Older checkpoints lack what was added later: it is derived from what they have."""
+    """Where a checkpoint's run stood, over what a new run starts with, `fresh` -> RunState. What was measured on
+    another text is dropped. Older checkpoints lack what was added later: it is derived from what they have."""
     old, was = state["now"], state["args"]
     known = {name: old[name] for name in vars(fresh) if name in old}
     now = dataclasses.replace(fresh, **{**known, "run": old.get("run"), "text": fresh.text})
@@ -1177,7 +1180,8 @@ class Log:
         tokens_per_s, mfu = speed(now, self.since, run.device)
         part = min(1.0, run.progress())
         minutes_left = now.seconds * (1 / part - 1) / 60
-        print(f"step {now.step:05d} {part:4.0%} | {''.join(shown)}lr {rate:.1e} | norm {found['norms'][0].item():.2f} | "
+        norm = found["norms"][0].item()
+        print(f"step {now.step:05d} {part:4.0%} | {''.join(shown)}lr {rate:.1e} | norm {norm:.2f} | "
               f"maxvio {violation:.2f} | {tokens_per_s:,.0f} tok/s{f', mfu {mfu:.1%}' if mfu else ''} | "
               f"eta {minutes_left:.1f}m", flush=True)
         self.start_anew()
@@ -1293,7 +1297,8 @@ def summary(run, final):
     total, active = run.model.num_params()
     tokens_per_s, mfu = speed(now, RunState(), run.device)
     bits = train_bits(now, run.data)
-    none = dict(val_bpb=None, val_bytes=0, block_recall=[], score_recall=[], block_chance=[], dead_experts=0, max_vio=[])
+    none = dict(
+        val_bpb=None, val_bytes=0, block_recall=[], score_recall=[], block_chance=[], dead_experts=0, max_vio=[])
     return dict(
         step=now.step, loss=now.ema, train_bpb=None if math.isnan(bits) else bits,
         tokens=now.tokens, tokens_per_s=tokens_per_s, mfu=mfu, seconds=now.seconds,

@@ -651,22 +651,21 @@ class PrefixTree:
         self.n_naive = sum(len(sample.ids) for sample in samples)
 
         # tokens sort by id and recorded routes: an equal token of other experts is another. What is shorter comes first
-        rows = [labels(sample) for sample in samples]
-        order = sorted(range(len(rows)), key=lambda i: rows[i].astype(">i4").tobytes())
-        self.samples = [samples[i] for i in order]
+        self.samples = sorted(samples, key=lambda sample: labels(sample).astype(">i4").tobytes())
+        rows = [labels(sample) for sample in self.samples]
 
         # depth first: each sample goes on from what it shares with the one before it
         self.leaves = []
         self.size = 0
         path = np.arange(0)
         ended = []
-        for i, after in zip(order, [*order[1:], None]):
-            n_new = len(rows[i]) - len(path)
+        for sample, row, after in zip(self.samples, rows, [*rows[1:], None]):
+            n_new = len(row) - len(path)
             path = np.concatenate([path, np.arange(self.size, self.size + n_new)])
             self.size += n_new
-            ended.append(samples[i])
-            depth = 0 if after is None else common_prefix(rows[i], rows[after])
-            if depth == len(rows[i]):  # the next sample goes on from the end of this one: the same leaf
+            ended.append(sample)
+            depth = 0 if after is None else common_prefix(row, after)
+            if depth == len(row):      # the next sample goes on from the end of this one: the same leaf
                 continue
             fork = max(0, self.L * ((depth - max(self.K, 1)) // self.L))
             self.leaves.append(Leaf(path, ended, fork, self.size))
@@ -776,15 +775,15 @@ def collate(rows, device):
 
 def lay_out(leaves, B, T):
     """Tokens, positions on their paths, ends of their subtrees: (B, T) each. A pad is seen by itself alone."""
-    idx = np.zeros(B * T, int)
-    pos = np.zeros(B * T, int)
-    end = np.tile(np.arange(1, T + 1, dtype=np.int32), B)
+    idx = np.zeros((B, T), int)
+    pos = np.zeros((B, T), int)
+    end = np.tile(np.arange(1, T + 1, dtype=np.int32), (B, 1))
     for leaf in leaves:
         first = leaf.slots[0] // T * T  # of its row: `stop` counts from there
-        idx[leaf.slots] = leaf.samples[-1].ids
-        pos[leaf.slots] = np.arange(len(leaf.slots))
-        end[leaf.slots[leaf.fork:]] = leaf.stop - first
-    return dict(idx=idx.reshape(B, T), pos=pos.reshape(B, T), end=end.reshape(B, T))
+        idx.flat[leaf.slots] = leaf.samples[-1].ids
+        pos.flat[leaf.slots] = np.arange(len(leaf.slots))
+        end.flat[leaf.slots[leaf.fork:]] = leaf.stop - first
+    return dict(idx=idx, pos=pos, end=end)
 
 def count_samples(leaves, B, T, K):
     """How many samples go through a slot and k tokens on, and how many of these are in their action: see collate."""
@@ -1059,9 +1058,10 @@ def warm_start(source, args, stop, threads):
     if state and is_same_imitation(state, args, model):
         check_imitation(folder, state, model)
         model.load_state_dict(state["model"])
-        step = restore(state, optimizers).get("step", args.warm_steps)
-        threads.keep(state["now"].get("threads") or threads.count)
-        run = state["now"].get("run")  # it is the same imitation that goes on
+        before = restore(state, optimizers)
+        step = before.get("step", args.warm_steps)
+        threads.keep(before.get("threads") or threads.count)
+        run = before["run"]            # it is the same imitation that goes on
         saved = step
         print(f"warm    | {step} steps read from {folder}", flush=True)
 
@@ -1116,7 +1116,7 @@ def check_imitation(folder, state, model):
     check_fields(f"{path}: the checkpoint's now", state["now"], kinds, optional=kinds)
 
 def is_over(imitation):
-    """Whether all steps of an imitation are done; one of before steps were counted was."""
+    """Whether all steps of an imitation are done. Older checkpoints, written at its end, did not count steps."""
     step = imitation["now"].get("step", math.inf)
     end = imitation["args"].get("warm_steps", 0)
     return type(end) is not int or step >= end
@@ -1148,7 +1148,8 @@ def make_model(args, device, dtype):
 
 def parse_args(argv, locks=None):
     """-> args, checkpoint (None: a run at its start, or in its imitation). --resume takes from it what is not given.
-    `locks`, a contextlib.ExitStack, holds the locks on the run's folders from here on: nobody else writes there."""
+    `locks`, a contextlib.ExitStack, holds the locks on the run's folders from here on: nobody else writes there.
+    ValueError for flags that are unknown or do not go together."""
     p = Parser(__doc__)
     count = number(1)
     positive = number(1e-6, 1e9, float)
@@ -1203,7 +1204,7 @@ def parse_args(argv, locks=None):
     return args, state
 
 def lock_folders(args, locks):
-    """Hold all folders that a run writes a checkpoint into; a resumed run makes none."""
+    """Lock all folders that a run writes a checkpoint into, and make them, unless the run is resumed."""
     for folder in (args.out, os.path.join(args.out, "warm")):
         locks.enter_context(lock_folder(folder, create=not args.resume))
 
@@ -1444,7 +1445,9 @@ def restore(state, optimizers, source=None):
 
 def restore_episodes(state, source):
     """Queue, clock, and the pool's trajectories. An error, of any kind that Python has, if they are none."""
-    queue, saved, tokens = source.queue, state["queue"], source.model.cfg.vocab_size
+    queue = source.queue
+    saved = state["queue"]
+    tokens = source.model.cfg.vocab_size
     check_fields("queue", saved, dict(next=int, born=dict, due=dict, batch=list, idle=float))
     check_fields("the checkpoint", state, dict(clock=float, pool=dict))
     if saved.keys() != vars(queue).keys():
@@ -1512,7 +1515,8 @@ def check_figure(path):
 # a queue, and the run's thread answers it between two steps: the model has one user at a time.
 
 class TimedReader(io.RawIOBase):
-    """What a client sends, headers and body, within so many seconds in all: one that drips must not hold up others."""
+    """Reads what a client sends, headers and body, within so many seconds in all: a client that sends a byte now and
+    then would otherwise keep its connection, and its thread, for ever."""
 
     def __init__(self, connection, seconds):
         self.connection = connection
@@ -1552,12 +1556,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.reply(*answer)
 
     def send_error(self, code, message=None, explain=None):
-        """What http.server refuses: methods other than POST, garbled request lines, endless headers."""
+        """The reply to what http.server itself refuses: other methods, garbled request lines, endless headers."""
         code = {501: 405, 505: 400}.get(code, code)
         self.reply(code, f"{message or 'too long'}: only POST is served", False)
 
     def reply(self, code, said, heard=True):
-        """Send it. What was not read is drained, while there is time: unread, it would make the close a reset."""
+        """Send a status, and a JSON object or what is wrong. heard: whether the request was read to its end. If not,
+        the rest is read and dropped, while there is time: with unread data the close would be a reset, and the client
+        would never see the reply."""
         self.send_response(code)
         self.send_header("Content-Type", "application/json")
         self.end_headers()
@@ -1571,7 +1577,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 pass
 
 def hung_up(connection):
-    """Whether the client is gone (or has closed its side, which looks the same) and nobody will read an answer."""
+    """Whether the client is gone, so that nobody will read an answer. One that has only closed its sending side looks
+    the same, and counts as gone."""
     patience = connection.gettimeout()
     connection.settimeout(0)
     try:
@@ -1610,12 +1617,12 @@ class Served(Gateway, http.server.ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     def handle_error(self, request, client_address):
-        """A connection that broke is no news; anything else is printed."""
+        """Print an error, unless it is a connection that broke, which is usual."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handle_error(request, client_address)
 
     def close(self):
-        """Hear no one any more; who still waits for an answer is refused."""
+        """Accept no more requests; clients that still wait for an answer get a refusal."""
         self.shutdown()
         self.server_close()
         self.over = True
@@ -1632,6 +1639,7 @@ class Served(Gateway, http.server.ThreadingHTTPServer):
         return reply.get()
 
     def start(self, tasks, version):
+        """Open the episodes of these groups: from now on clients can claim them, and play the policy `version`."""
         self.version = version
         for task in tasks:
             self.pool[task] = [Trajectory(task) for _ in range(self.args.rollouts)]
@@ -1639,7 +1647,8 @@ class Served(Gateway, http.server.ThreadingHTTPServer):
                 self.open[f"{task}.{row}"] = episode
 
     def answer(self, path, raw, client):
-        """-> status, and a JSON object or what is wrong."""
+        """One request, in the run's thread -> status, and a JSON object or what is wrong. Episodes are named
+        "group.row"; the name stands for a model's in a completion."""
         try:
             body = dict(json.loads(raw).items())
             if path == "/v1/tasks":
@@ -1723,6 +1732,7 @@ class Served(Gateway, http.server.ThreadingHTTPServer):
                 self.queue.finish(task)
 
     def answer_one(self, reply, path, raw, client, started):
+        """Answer one request, whatever happens in it. started: of the run, on the monotonic clock."""
         self.now = time.monotonic() - started
         try:
             if hung_up(client):        # one that gave up during a training step asks again, or does not

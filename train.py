@@ -846,8 +846,8 @@ class Run:
         return evaluate(self.model, tokens, self.args.seq_len, 16, self.device, seconds, self.tokenizer, index_warmup)
 
     def checkpoint(self):
-        """Evaluate on the first bytes and save what passes: the last good checkpoint survives a divergence.
-        -> what was found, and the seconds that it took."""
+        """Evaluate on the first bytes of validation, and save -> what was found, and the seconds that it took.
+        FloatingPointError, and nothing is saved, if val_bpb is 1.5 times the lowest: the last good checkpoint stays."""
         now = self.now
         self.drain()
         began = time.perf_counter()
@@ -996,7 +996,7 @@ def resume_state(fresh, state, args, data):
     return now
 
 def print_changes(state, args, now):
-    """Say what going on changes: the schedule, where the run now has another end or rate, and the text."""
+    """Print what a resumed run changes: the schedule, if the run has another end or rate now, and the text."""
     old, was = state["now"], state["args"]
     before = min(1.0, share_done(old, was))
     after = min(1.0, share_done(vars(now), vars(args)))
@@ -1318,8 +1318,12 @@ def report(result):
     return line
 
 def remark(found, train, usual):
-    """What an evaluation's line says of its figure: of few bytes, or parted from training, in bits a byte; or nothing.
-    usual: the least that validation has been as a multiple of training."""
+    """What an evaluation's line adds to its val_bpb: that it is of few bytes, or far above training; "" otherwise.
+
+    found   what `evaluate` returned
+    train   bits a byte of the training text, nan before the first step
+    usual   the lowest multiple of training's bits that validation's have been
+    """
     val = found["val_bpb"]
     if found["val_bytes"] < FEW_BYTES:
         return " | of few bytes: uncertain by several percent"

@@ -26,6 +26,7 @@ from collections import Counter
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
+from unittest import mock
 from urllib import error, request
 
 import numpy as np
@@ -970,7 +971,6 @@ def needs(fits, what):
 def needs_interpreter():
     needs(msa.triton and not torch.cuda.is_available(), "Triton, and no GPU: the interpreter stands in for one")
 
-@contextlib.contextmanager
 def poisoned():
     """What a kernel fails to write is NaN, or a block that no one has."""
     def poison(make):
@@ -979,29 +979,20 @@ def poisoned():
             return x.fill_(math.nan if x.is_floating_point() else -2 ** 30)
         return made
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "empty", poison(torch.empty))
-        patch.setattr(torch, "empty_like", poison(torch.empty_like))
-        yield
+    return mock.patch.multiple(torch, empty=poison(torch.empty), empty_like=poison(torch.empty_like))
 
 ORDERS = ("query-outer", "KV-outer")
 
-@contextlib.contextmanager
 def prefill_order(order):
     """Prefill goes from a query to its blocks, as up to 512 tokens, or from a block to its queries."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(msa, "QUERY_OUTER", 512 if order == "query-outer" else 0)
-        yield
+    return mock.patch.object(msa, "QUERY_OUTER", 512 if order == "query-outer" else 0)
 
-@contextlib.contextmanager
 def training_launches(run, queries):
     """Training's tasks have at most `run` queries of a block, and its launches so many queries."""
     def chunks(q, *args, real=msa._chunks):
         return real(q, *args, run=run, most=queries * q.size(2))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(msa, "_chunks", chunks)
-        yield
+    return mock.patch.object(msa, "_chunks", chunks)
 
 @contextlib.contextmanager
 def fp64_kernels():
@@ -1009,11 +1000,12 @@ def fp64_kernels():
     def pick(impl, *args, **kw):
         return impl == "triton"
 
-    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
-        patch.setattr(msa, "_pick", pick)
-        stack.callback(torch.set_default_dtype, torch.float32)
-        torch.set_default_dtype(torch.float64)
-        yield
+    torch.set_default_dtype(torch.float64)
+    try:
+        with mock.patch.object(msa, "_pick", pick):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 def kernel_qkv(B, T, Tk, Hkv, G, D=16, grad=False):
     """q k v qi ki, slices of longer buffers between bands of NaN: an interpreter's load out of bounds shows."""
@@ -1026,20 +1018,40 @@ def kernel_qkv(B, T, Tk, Hkv, G, D=16, grad=False):
         x = buffer[band:-band].view(shape).normal_(generator=g)
         return x[:, :length].requires_grad_(grad)
 
-    q = between_bands(T, Hkv * G)
-    k = between_bands(Tk, Hkv)
-    v = between_bands(Tk, Hkv)
-    qi = between_bands(T, Hkv)
-    ki = between_bands(Tk)
-    return q, k, v, qi, ki
+    return (
+        between_bands(T, Hkv * G),  # q
+        between_bands(Tk, Hkv),     # k
+        between_bands(Tk, Hkv),     # v
+        between_bands(T, Hkv),      # qi
+        between_bands(Tk))          # ki
 
 def starts(*positions):
     """The position of each sequence's first query, (B,) int32."""
     return torch.tensor(positions, dtype=torch.int32)
 
 def both_halves(function, *args):
-    """What a public function of msa.py gives with impl "triton", and with "torch"."""
-    return function(*args, "triton"), function(*args, "torch")
+    """What a function gives with impl "triton", and with "torch"."""
+    return function(*args, impl="triton"), function(*args, impl="torch")
+
+def assert_same(mine, want, tolerance=1e-6):
+    """NaN in the same places, and numbers equal to rounding elsewhere."""
+    assert torch.equal(mine.isnan(), want.isnan())
+    mine = mine.nan_to_num(0)
+    want = want.nan_to_num(0)
+    assert worst(mine, want) < tolerance * max(1, want.abs().max())
+
+def assert_decode_equals_torch(*step, end=None, int8=None):
+    """A step (q k v qi ki S L start) of the kernels, without int8 keys, with them, and dense, is the torch half's."""
+    q, k, v, _, ki, _, L, start = step
+    int8 = int8 or msa.quantize_index(ki, L)
+    want, blocks = msa.msa_decode(*step, end, "torch")
+    with poisoned():
+        for keys in (None, int8):
+            out, chosen = msa.msa_decode(*step, end, "triton", keys)
+            assert torch.equal(chosen, blocks)
+            assert_same(out, want)
+
+        assert_same(*both_halves(msa.full_attention, q, k, v, end, start))
 
 TREE = torch.full((2, 37), 37, dtype=torch.int32)  # end of two rows of 37 tokens, the first one a tree's
 TREE[0, :13] = 13
@@ -1058,15 +1070,14 @@ def test_prefill_kernels_equal_torch(case):
     *shape, S, end, start = PREFILL_CASES[case]
     L = 8
     q, k, v, qi, ki = kernel_qkv(*shape)
-    blocks = msa.select_blocks(qi, ki, S, L, end, start, "torch")
-    want = msa.msa_attention(q, k, v, blocks, L, end, start, "torch")
 
     with poisoned():
-        assert torch.equal(msa.select_blocks(qi, ki, S, L, end, start, "triton"), blocks)
+        blocks, want = both_halves(msa.select_blocks, qi, ki, S, L, end, start)
+        assert torch.equal(blocks, want)
 
         for order in ORDERS:
             with prefill_order(order):
-                got = msa.msa_attention(q, k, v, blocks, L, end, start, "triton")
+                got, want = both_halves(msa.msa_attention, q, k, v, blocks, L, end, start)
             assert worst(got, want) < 2e-6
 
 DECODE_CASES = {  # B, T, Tk, Hkv, G, S, end, start
@@ -1082,21 +1093,20 @@ def test_decode_kernels_equal_torch(case):
     L = 8
     q, k, v, qi, ki = kernel_qkv(*shape)
     B, Tk, D = ki.shape
-    blocks = msa.select_blocks(qi, ki, S, L, end, start, "torch")
-    want = msa.msa_attention(q, k, v, blocks, L, end, start, "torch")
 
     # as in a cache, the int8 keys are a slice of as long a buffer as the keys are
     k8, scale, slack = msa.quantize_index(ki.as_strided((B, Tk + 8, D), ki.stride()), L)
     N = -(-Tk // L)
     int8 = k8[:, :Tk], scale[:, :Tk], slack[:, :N]
 
-    with poisoned():
-        for keys in (None, int8):
-            out, chosen = msa.msa_decode(q, k, v, qi, ki, S, L, start, end, "triton", keys)
-            assert torch.equal(chosen, blocks)
-            assert worst(out, want) < 2e-6
+    assert_decode_equals_torch(q, k, v, qi, ki, S, L, start, end=end, int8=int8)
 
-        assert worst(*both_halves(msa.full_attention, q, k, v, end, start)) < 2e-6
+def train_once(inputs, *args, impl):
+    """msa_train's output and KL, and the gradients of all inputs, for upstream gradients that differ everywhere."""
+    outs = msa.msa_train(*inputs, *args, impl)
+    noise = torch.Generator().manual_seed(0)
+    upstream = torch.randn(outs[0].shape, generator=noise), torch.tensor(3.0)
+    return *outs, *torch.autograd.grad(outs, inputs, upstream)
 
 TRAINING_CASES = {  # B, T, Tk, Hkv, G; S; the rows are trees; order; queries a task, a launch
     "half a sequence a launch": ((2, 29, 29, 2, 3), 3, True, "query-outer", 5, 16),
@@ -1112,19 +1122,16 @@ def test_training_kernels_equal_autograd(case):
     inputs = q, k, v, qi, ki = kernel_qkv(*shape, grad=True)
     q.data[:, 5] *= 100  # it learns, and its scores with keys to come, hidden ones, are beyond the range of exp
     weight = torch.rand(B, T)
-    upstream = torch.randn(q.shape), torch.tensor(3.0)
     end = TREE[:, :T].clamp(max=T) if tree else None
     blocks = msa.select_blocks(qi, ki, S, L, end)
-    def train_once(impl):
-        outs = msa.msa_train(*inputs, blocks, L, end, weight, stride, impl)
-        return *outs, *torch.autograd.grad(outs, inputs, upstream)
+    task = inputs, blocks, L, end, weight, stride
 
     with poisoned(), prefill_order(order), training_launches(run, queries):
-        got = train_once("triton")
+        got = train_once(*task, impl="triton")
         if order == "KV-outer":  # not every time: an interpreter runs in order
-            assert all(map(torch.equal, got, train_once("triton")))
+            assert all(map(torch.equal, got, train_once(*task, impl="triton")))
 
-    for mine, want in zip(got, train_once("torch")):
+    for mine, want in zip(got, train_once(*task, impl="torch")):
         assert worst(mine, want) < 1e-4 * want.abs().max()  # scores of 500 round to 3e-5, which exp passes on
 
 @pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai"])
@@ -1135,15 +1142,15 @@ def test_gate_kernels_equal_fp64(activation):
     width = 22
     h = 9 * torch.randn(rows, 2 * width)
     upstream = torch.randn(rows, width)
-    def run(impl, dtype, *tensors):
+    def run(impl, dtype):
         inputs = [x.to(dtype).requires_grad_() for x in tensors]
         y = moe.gated(inputs[0], activation, *inputs[1:], impl=impl)
         return with_grads(y, inputs, upstream.to(dtype))
 
     for tensors in ([h], [h, torch.rand(rows, 1)]):
         with poisoned():
-            ours = run("triton", torch.float32, *tensors)
-        for mine, want in zip(ours, run("torch", torch.float64, *tensors)):
+            ours = run("triton", torch.float32)
+        for mine, want in zip(ours, run("torch", torch.float64)):
             # fp32: some ten roundings of 2^-24, at most 1e-6, of a number or of a sum of 22; 1.7021 for 1.702 is 4e-5
             is_sum = want.shape == (rows, 1)
             size = want.abs().max() if is_sum else want.abs()
@@ -1161,19 +1168,11 @@ def test_loss_kernel_equals_torch():
 
     assert worst_of(run("triton"), run("torch")) < 1e-5
 
-def assert_same_with_nan(mine, want):
-    """NaN in the same places, and numbers equal to rounding elsewhere."""
-    assert torch.equal(mine.isnan(), want.isnan())
-    mine = mine.nan_to_num(0)
-    want = want.nan_to_num(0)
-    assert worst(mine, want) < 1e-4 * max(1, want.abs().max())
-
 @pytest.mark.parametrize("name, value", [
     ("q", math.nan),
     ("k", math.nan),
     ("qi", math.inf),
-    ("ki", math.nan),
-])
+    ("ki", math.nan)])
 def test_kernels_equal_torch_without_keys_and_with_nan(name, value):
     """Hidden keys, rows without a key or a block, weights of 0, a NaN or inf: both halves, gradients too, are equal."""
     T = 13
@@ -1182,41 +1181,26 @@ def test_kernels_equal_torch_without_keys_and_with_nan(name, value):
     inputs = [x.clone() for x in kernel_qkv(1, T, T, 1, 2)]
     spoilt = inputs["q k v qi ki".split().index(name)]
     spoilt[:, 8, ..., 3] = value
-    q, k, v, qi, ki = (x.requires_grad_() for x in inputs)
+    _, _, _, qi, ki = (x.requires_grad_() for x in inputs)
     end = torch.full((1, T), T, dtype=torch.int32)
     end[:, :5] = 5
     end[:, 5:7] = 0  # no query sees them, not even their own
     end[:, 9] = 10
     weight = torch.arange(T)[None] % 3 - 0.5
-    chosen = both_halves(msa.select_blocks, qi, ki, S, L, end, None)
-    assert torch.equal(*chosen)
+    got, blocks = both_halves(msa.select_blocks, qi, ki, S, L, end)
+    assert torch.equal(got, blocks)
 
     # training, where a query has no block and another one its own alone
-    blocks = chosen[1]
     blocks[:, 3] = -1
     blocks[:, 11, :, 1:] = -1
-    def train_once(impl):
-        out, kl = msa.msa_train(*inputs, blocks, L, end, weight, 1, impl)
-        upstream = torch.ones_like(out).cumsum(-1), torch.tensor(2.0)
-        return out, kl, *torch.autograd.grad([out, kl], inputs, upstream)
+    for order in ORDERS:
+        with poisoned(), prefill_order(order):
+            got, want = both_halves(train_once, inputs, blocks, L, end, weight, 1)
+        for pair in zip(got, want):
+            assert_same(*pair, tolerance=1e-4)
 
-    with poisoned():
-        for order in ORDERS:
-            with prefill_order(order):
-                for mine, want in zip(train_once("triton"), train_once("torch")):
-                    assert_same_with_nan(mine, want)
-
-    # decode
-    start = starts(8)
-    q, k, v, qi, ki = (x.detach() for x in (q[:, 8:11], k, v, qi[:, 8:11], ki))
-    want, choice = msa.msa_decode(q, k, v, qi, ki, S, L, start, end, "torch")
-    with poisoned():
-        for int8 in (None, msa.quantize_index(ki, L)):
-            mine, chosen = msa.msa_decode(q, k, v, qi, ki, S, L, start, end, "triton", int8)
-            assert torch.equal(chosen, choice)
-            assert_same_with_nan(mine, want)
-
-        assert_same_with_nan(*both_halves(msa.full_attention, q, k, v, end, start))
+    q, k, v, qi, ki = (x.detach() for x in inputs)
+    assert_decode_equals_torch(q[:, 8:11], k, v, qi[:, 8:11], ki, S, L, starts(8), end=end)
 
 def test_queries_of_nan_choose_their_own_block():
     """An index query of NaN, or a block of such keys, ranks no block: prefill, decode, int8, as in the torch half."""
@@ -1226,15 +1210,12 @@ def test_queries_of_nan_choose_their_own_block():
     q, k, v, qi, ki = kernel_qkv(1, T, T, 1, 2)
     qi[:, 23] = math.nan
     ki[:, 4:8] = math.nan  # block 1
-    got, want = both_halves(msa.select_blocks, qi, ki, S, L, None, None)
+    got, want = both_halves(msa.select_blocks, qi, ki, S, L)
     assert want[0, 23, 0].tolist() == [5, -1, -1]
     assert 1 not in want[0, 8:]
     assert torch.equal(got, want)
 
-    step = q[:, 22:], k, v, qi[:, 22:], ki
-    for int8 in (None, msa.quantize_index(ki, L)):
-        _, got = msa.msa_decode(*step, S, L, starts(22), None, "triton", int8)
-        assert torch.equal(got, want[:, 22:])
+    assert_decode_equals_torch(q[:, 22:], k, v, qi[:, 22:], ki, S, L, starts(22))
 
 def test_scores_far_below_zero_count():
     """Scores of -1e33 leave a softmax as those of -1 do: both halves have a least number to start from, not -1e30."""
@@ -1247,12 +1228,9 @@ def test_scores_far_below_zero_count():
     blocks = msa.select_blocks(qi, ki, S, L)
     for order in ORDERS:
         with prefill_order(order):
-            assert worst(*both_halves(msa.msa_attention, q, k, v, blocks, L, None, None)) < 1e-6
+            assert worst(*both_halves(msa.msa_attention, q, k, v, blocks, L)) < 1e-6
 
-    last = q[:, 12:]
-    assert worst(*both_halves(msa.full_attention, last, k, v, None, starts(12))) < 1e-6
-    sparse = both_halves(msa.msa_decode, last, k, v, qi[:, 12:], ki, S, L, starts(12), None)
-    assert worst(sparse[0][0], sparse[1][0]) < 1e-6
+    assert_decode_equals_torch(q[:, 12:], k, v, qi[:, 12:], ki, S, L, starts(12))
 
     # now they are -inf, and those of no key
     q = (q * 1e10).requires_grad_()
@@ -1261,10 +1239,8 @@ def test_scores_far_below_zero_count():
         with prefill_order(order):
             out, kl = msa.msa_train(q, k, v, qi, ki, blocks, L, None, None, 1, "triton")
             dq, dk = torch.autograd.grad(out.sum(), (q, k))
-        assert (out == 0).all()
-        assert kl == 0
-        assert (dq == 0).all()
-        assert (dk == 0).all()
+        for x in (out, kl, dq, dk):
+            assert (x == 0).all()
 
 def test_decode_ranks_neighbours():
     """The best blocks may lie side by side, in one run of the scan: the choice does not depend on where they are."""
@@ -1272,16 +1248,13 @@ def test_decode_ranks_neighbours():
     L = 4
     q, k, v, qi, ki = kernel_qkv(1, 1, T, 1, 2)
     qi = qi.abs()
-    last = starts(T - 1)
     block = torch.arange(T)[None, :, None] // L
     for score, S in (
             (-block, 4),
             (-block, 8),
             (-(block - 10) ** 2, 8)):  # the best are at the start, or in the middle
         keys = score.float().expand(1, T, 16).contiguous()
-        want = msa.select_blocks(qi, keys, S, L, None, last, "torch")
-        _, got = msa.msa_decode(q, k, v, qi, keys, S, L, last, None, "triton")
-        assert torch.equal(got, want)
+        assert_decode_equals_torch(q, k, v, qi, keys, S, L, starts(T - 1))
 
 def assert_slopes(value, inputs):
     """In a random direction, the central difference of value() is what each input's gradient says (fp64)."""
@@ -1337,7 +1310,6 @@ def test_certified_int8_is_exact_where_int8_errs():
     L = 8
     S = 4
     q, k, v, qi, ki = kernel_qkv(1, T, T, 2, 3)
-    newest = q[:, -1:]
     last = starts(T - 1)
     alike = ki[:, :1] + 0.01 * ki
     equal = (torch.arange(T) // L % 2)[None, :, None].expand(1, T, 16).float()
@@ -1349,14 +1321,12 @@ def test_certified_int8_is_exact_where_int8_errs():
             (alike * 1e-2, -1e36, True)):
         keys = keys.contiguous()
         query = qi[:, -1:].abs() * scale
-        int8 = msa.quantize_index(keys, L)
-        k8, key_scale, _ = int8
+        k8, key_scale, _ = msa.quantize_index(keys, L)
         rounded = k8.float() * key_scale.float()[..., None]
-        want = msa.select_blocks(query, keys, S, L, None, last, "torch")
-        alone = msa.select_blocks(query, rounded, S, L, None, last, "torch")
-        assert torch.equal(alone, want) != int8_errs
-        _, got = msa.msa_decode(newest, k, v, query, keys, S, L, last, None, "triton", int8)
-        assert torch.equal(got, want), scale
+        exact = msa.select_blocks(query, keys, S, L, None, last)
+        alone = msa.select_blocks(query, rounded, S, L, None, last)
+        assert torch.equal(alone, exact) != int8_errs
+        assert_decode_equals_torch(q[:, -1:], k, v, query, keys, S, L, last)
 
     # ties, of zeros with either sign
     query = qi[:, 40:].abs()
@@ -1416,8 +1386,7 @@ def scanned_bounds(qi, ki, int8, S, length):
         left.extend(real(*args))
         return left
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(msa, "_decode_scratch", scratch)
+    with mock.patch.object(msa, "_decode_scratch", scratch):
         msa.msa_decode(qi, kv, kv, qi, ki, S, 1, starts(length), None, "triton", int8)
 
     _, _, upper, lower = left  # of each run of keys
@@ -1487,24 +1456,26 @@ def test_wrong_tensors_are_refused():
     q, k, v, qi, ki = random_qkv()
     end = torch.full((2, 37), 37, dtype=torch.int32)
     transposed = ki.float().mT.contiguous().mT
-    select = dict(qi=qi, ki=ki, S=3, L=4)
-    attend = dict(q=q, k=k, v=v, block_idx=msa.select_blocks(**select), L=4)
-    decode = dict(select, q=q[:, :1], k=k, v=v, qi=qi[:, :1], length=end[:, 0], impl="torch")
-    def assert_refused(stated, function, fitting, **wrong):
+    blocks = msa.select_blocks(qi, ki, 3, 4)
+    select = partial(msa.select_blocks, qi=qi, ki=ki, S=3, L=4)
+    attend = partial(msa.msa_attention, q=q, k=k, v=v, block_idx=blocks, L=4)
+    def assert_refused(stated, function, **wrong):
         with pytest.raises(ValueError, match=stated):
-            function(**{**fitting, **wrong})
+            function(**wrong)
 
-    assert_refused("float32.*float64", msa.msa_attention, attend, k=k.float())
-    assert_refused("9.*37", msa.msa_attention, attend, v=v[:, :9])
-    assert_refused("is 3.*multiple of 2", msa.msa_attention, attend, q=q[:, :, :3])
-    assert_refused("30.*37", msa.select_blocks, select, end=end[:, :30])
-    assert_refused("int64.*int32", msa.select_blocks, select, end=end.long())
-    assert_refused("meta.*cpu", msa.select_blocks, select, ki=ki.to("meta"))
-    assert_refused("S is 0.*1 or more", msa.select_blocks, select, S=0)
-    assert_refused("float64.*float32|TRITON", msa.select_blocks, select, impl="triton")
-    assert_refused("strides.*expected|TRITON", msa.select_blocks, select, qi=qi.float(), ki=transposed, impl="triton")
-    assert_refused("cuda.*triton", msa.full_attention, dict(q=q, k=k, v=v), impl="cuda")
-    assert_refused("float64.*int8", msa.msa_decode, decode, int8=[ki] * 3)
+    assert_refused("float32.*float64", attend, k=k.float())
+    assert_refused("9.*37", attend, v=v[:, :9])
+    assert_refused("is 3.*multiple of 2", attend, q=q[:, :, :3])
+    assert_refused("30.*37", select, end=end[:, :30])
+    assert_refused("int64.*int32", select, end=end.long())
+    assert_refused("meta.*cpu", select, ki=ki.to("meta"))
+    assert_refused("S is 0.*1 or more", select, S=0)
+    assert_refused("float64.*float32|TRITON", select, impl="triton")
+    assert_refused("strides.*expected|TRITON", select, qi=qi.float(), ki=transposed, impl="triton")
+    with pytest.raises(ValueError, match="cuda.*triton"):
+        msa.full_attention(q, k, v, impl="cuda")
+    with pytest.raises(ValueError, match="float64.*int8"):
+        msa.msa_decode(q[:, :1], k, v, qi[:, :1], ki, 3, 4, end[:, 0], int8=[ki] * 3)
 
 @pytest.mark.skipif(msa.triton is None, reason="needs Triton")
 def test_no_spills_for_sm_90():

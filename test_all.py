@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import pkgutil
 import random
 import re
 import shlex
@@ -5794,8 +5795,6 @@ def test_walk(trained, capsys):
 6. backward            the gate's gradient has norm {gate:.4f}
 7. sample.generate     {text!r}""")
 
-HERE_MODULE = sys.modules[__name__]
-
 # Mutants: each sabotage below is one mistake, and the tests that guard against it must fail when it is made.
 # A sabotage is called with the real function first, then with that one's arguments.
 def no_causal_mask(real, block_idx, i, L, end):
@@ -5959,68 +5958,66 @@ def on(test, *args):
     run.__name__ = test.__name__
     return run
 
-def mutant(owner, name, sabotage, caught_by):
-    """owner.name becomes the sabotage -> a case for each test that must then fail."""
-    return [pytest.param(owner, name, sabotage, test, id=f"{sabotage.__name__}-{test.__name__}") for test in caught_by]
+def mutant(target, sabotage, *tests):
+    """What is called `target` becomes the sabotage -> a case for each test that must then fail."""
+    return [pytest.param(target, sabotage, test, id=f"{sabotage.__name__}-{test.__name__}") for test in tests]
 
 documents = on(test_packed_documents_learn_as_apart, torch.float32, 1e-6)
+brute_force = on(test_selection_equals_brute_force, 37, 4, 3)
+task_a_block = on(test_training_kernels_equal_autograd, "one task a block")
 merged = on(test_merged_equals_separate, "full", 2)
 replayed = on(test_rollout_logprobs_are_the_trainers, "--task maze --attn msa --replay")
-MUTANTS = [
-    *mutant(msa, "selected", no_causal_mask, caught_by=[
-        on(test_msa_equals_loop, 37, 4, 3),
-        on(test_few_tokens_make_msa_dense, torch.float32, 1e-6)]),
-    *mutant(msa, "visible", end_ignored, caught_by=[test_full_attention_obeys_visibility]),
-    *mutant(msa, "top_blocks", own_block_not_forced, caught_by=[on(test_selection_equals_brute_force, 37, 4, 3)]),
-    *mutant(msa, "top_blocks", ties_to_the_highest_block, caught_by=[test_ties_go_to_the_lowest_block]),
-    *mutant(torch.Tensor, "amax", mean_for_max, caught_by=[on(test_selection_equals_brute_force, 37, 4, 3)]),
-    *mutant(msa, "group_probs", teacher_of_mean_logits, caught_by=[on(test_index_kl_value_and_gradient, "blocks")]),
-    *mutant(moe, "route", weights_from_biased_scores, caught_by=[test_bias_moves_choice_never_weight]),
-    *mutant(moe, "_terms", gate_of_one_term, caught_by=[test_wide_gate_is_fp32]),
-    *mutant(moe, "update_bias", bias_falls_where_load_is_low, caught_by=[test_bias_update_balances]),
-    *mutant(moe, "gated", silu_for_m3, caught_by=[test_swiglu_oai_clamps]),
-    *mutant(moe, "gated", gate_of_1_7021, caught_by=[on(test_gate_kernels_equal_fp64, "swiglu_oai")]),
-    *mutant(moe, "experts_grouped", experts_unweighted, caught_by=[on(test_loop_equals_grouped, "swiglu")]),
-    *mutant(torch.nn.Embedding, "forward", embedding_scaled, caught_by=[on(test_parity_with_transformers, "m2")]),
-    *mutant(HERE_MODULE, "apply_rope", rope_on_every_channel, caught_by=[test_rope_is_relative_and_partial]),
-    *mutant(KVCache, "advance", free_slot_after_every_call, caught_by=[
-        on(test_cached_equals_full, [5, 1, 7, 3, 16, 11], dict())]),
-    *mutant(HERE_MODULE, "cross_entropy", loss_scaled_by_its_chunk, caught_by=[test_cross_entropy_in_chunks]),
-    *mutant(train, "orthogonalize", momentum_not_orthogonal, caught_by=[on(test_muon_orthogonalises, (3, 16, 48))]),
-    *mutant(sample, "truncate_logits", top_p_one_token_short, caught_by=[
-        test_samples_are_seeded_and_follow_the_distribution]),
-    *mutant(train.Tokens, "rows", targets_two_tokens_ahead, caught_by=[test_rows_obey_documents]),
-    *mutant(msa, "_plan", first_task_does_nothing, caught_by=[
-        on(test_prefill_kernels_equal_torch, "one KV head of sixteen")]),
-    *mutant(msa, "quantize_index", no_int8_bound, caught_by=[
-        test_certified_int8_is_exact_where_int8_errs,
-        on(test_int8_choice_is_exact_on_a_gpu, "plain", 1),
-        on(test_int8_choice_is_exact_on_a_gpu, "cancelling", 1),
-        on(test_int8_choice_is_exact_on_a_gpu, "sink", 1)]),
-    *mutant(msa, "_attend_backward", dv_a_thousandth_too_large, caught_by=[
-        on(test_training_kernels_equal_autograd, "one task a block")]),
-    *mutant(msa, "_kl_triton", dki_a_thousandth_too_large, caught_by=[
-        on(test_training_kernels_equal_autograd, "one task a block")]),
-    *mutant(msa, "_attend_backward", noise_in_dk, caught_by=[
-        test_gradients_are_bit_equal_on_a_gpu,
-        on(test_gradients_are_dense_on_a_gpu, 129, 4, 16)]),
-    *mutant(MiniMax, "mtp_losses", mtp_past_a_documents_end, caught_by=[documents]),
-    *mutant(MiniMax, "count_losses", documents_counted, caught_by=[documents]),
-    *mutant(rl, "collate", flat_positions_in_a_tree, caught_by=[merged]),
-    *mutant(rl, "collate", multiplicity_missing, caught_by=[merged]),
-    *mutant(rl, "collate", sibling_seen, caught_by=[on(test_merged_equals_separate, "msa", 2)]),
-    *mutant(moe, "experts_loop", expert_drops_after_8_tokens, caught_by=[merged]),
-    *mutant(rl.WindowedFIFO, "__init__", greedy_with_window_n, caught_by=[test_window_of_figure_5]),
-    *mutant(rl, "pack_routes", replay_of_other_experts, caught_by=[replayed]),
-    *mutant(rl, "cispo_loss", no_clip, caught_by=[test_cispo_by_hand])]
+MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
+    mutant("msa.selected", no_causal_mask,
+           on(test_msa_equals_loop, 37, 4, 3),
+           on(test_few_tokens_make_msa_dense, torch.float32, 1e-6)),
+    mutant("msa.visible", end_ignored, test_full_attention_obeys_visibility),
+    mutant("msa.top_blocks", own_block_not_forced, brute_force),
+    mutant("msa.top_blocks", ties_to_the_highest_block, test_ties_go_to_the_lowest_block),
+    mutant("torch.Tensor.amax", mean_for_max, brute_force),
+    mutant("msa.group_probs", teacher_of_mean_logits, on(test_index_kl_value_and_gradient, "blocks")),
+    mutant("moe.route", weights_from_biased_scores, test_bias_moves_choice_never_weight),
+    mutant("moe._terms", gate_of_one_term, test_wide_gate_is_fp32),
+    mutant("moe.update_bias", bias_falls_where_load_is_low, test_bias_update_balances),
+    mutant("moe.gated", silu_for_m3, test_swiglu_oai_clamps),
+    mutant("moe.gated", gate_of_1_7021, on(test_gate_kernels_equal_fp64, "swiglu_oai")),
+    mutant("moe.experts_grouped", experts_unweighted, on(test_loop_equals_grouped, "swiglu")),
+    mutant("torch.nn.Embedding.forward", embedding_scaled, on(test_parity_with_transformers, "m2")),
+    mutant(f"{__name__}.apply_rope", rope_on_every_channel, test_rope_is_relative_and_partial),
+    mutant("model.KVCache.advance", free_slot_after_every_call,
+           on(test_cached_equals_full, [5, 1, 7, 3, 16, 11], dict())),
+    mutant(f"{__name__}.cross_entropy", loss_scaled_by_its_chunk, test_cross_entropy_in_chunks),
+    mutant("train.orthogonalize", momentum_not_orthogonal, on(test_muon_orthogonalises, (3, 16, 48))),
+    mutant("sample.truncate_logits", top_p_one_token_short, test_samples_are_seeded_and_follow_the_distribution),
+    mutant("train.Tokens.rows", targets_two_tokens_ahead, test_rows_obey_documents),
+    mutant("msa._plan", first_task_does_nothing, on(test_prefill_kernels_equal_torch, "one KV head of sixteen")),
+    mutant("msa.quantize_index", no_int8_bound,
+           test_certified_int8_is_exact_where_int8_errs,
+           on(test_int8_choice_is_exact_on_a_gpu, "plain", 1),
+           on(test_int8_choice_is_exact_on_a_gpu, "cancelling", 1),
+           on(test_int8_choice_is_exact_on_a_gpu, "sink", 1)),
+    mutant("msa._attend_backward", dv_a_thousandth_too_large, task_a_block),
+    mutant("msa._kl_triton", dki_a_thousandth_too_large, task_a_block),
+    mutant("msa._attend_backward", noise_in_dk,
+           test_gradients_are_bit_equal_on_a_gpu,
+           on(test_gradients_are_dense_on_a_gpu, 129, 4, 16)),
+    mutant("model.MiniMax.mtp_losses", mtp_past_a_documents_end, documents),
+    mutant("model.MiniMax.count_losses", documents_counted, documents),
+    mutant("rl.collate", flat_positions_in_a_tree, merged),
+    mutant("rl.collate", multiplicity_missing, merged),
+    mutant("rl.collate", sibling_seen, on(test_merged_equals_separate, "msa", 2)),
+    mutant("moe.experts_loop", expert_drops_after_8_tokens, merged),
+    mutant("rl.WindowedFIFO.__init__", greedy_with_window_n, test_window_of_figure_5),
+    mutant("rl.pack_routes", replay_of_other_experts, replayed),
+    mutant("rl.cispo_loss", no_clip, test_cispo_by_hand)]
 
-@pytest.mark.parametrize("owner,name,sabotage,test", MUTANTS)
-def test_mutants_are_caught(owner, name, sabotage, test, monkeypatch):
+@pytest.mark.parametrize("target, sabotage, test", [case for cases in MUTANTS for case in cases])
+def test_mutants_are_caught(target, sabotage, test, monkeypatch):
     """Each sabotage makes the tests that guard it fail: they pass without it, or this suite would not."""
-    real = getattr(owner, name)
+    real = pkgutil.resolve_name(target)
     def sabotaged(*args, **kw):
         return sabotage(real, *args, **kw)
-    monkeypatch.setattr(owner, name, sabotaged)
+    monkeypatch.setattr(target, sabotaged)
 
     with pytest.raises(AssertionError):
         test()

@@ -5161,56 +5161,78 @@ def test_rl_names_the_figure_it_refuses(name, word, tmp_path, capsys):
 # read from a file is distrusted part by part, and no refusal changes a file. Then come bench.py's rows and README's
 # commands, and last the mutants: each numeric check above must fail on sabotaged code.
 
-SCRIPTS = {"train.py": train.main, "rl.py": rl.main}
+SCRIPTS = {"train.py": train.main, "rl.py": rl.main, "sample.py": sample.main, "bench.py": bench.main}
 
-def refused_line(line, more, capsys):
+def run_line(line, *more):
+    """Run a command line as one types it, with more arguments -> its result, and what it printed."""
+    script, *argv = shlex.split(line)
+    return quiet(SCRIPTS[script], [*argv, *more])
+
+def refused_line(line, capsys, *more, code=2):
     """Run a command line as one types it, with more arguments -> its refusal's line."""
     script, *argv = shlex.split(line)
-    return refused(SCRIPTS[script], [*argv, *more], capsys)
+    return refused(SCRIPTS[script], [*argv, *more], capsys, code)
 
-@refusals(
-    ("train.py --data no/such", "no/such"),
-    ("train.py --data empty.txt", "empty.txt"),
-    ("train.py --preset huge", "huge"),
-    ("train.py --preset m2", "dry-run"),
-    ("train.py --vocab-size 100", "100"),
-    ("train.py --seq-len 1000000", "1000000"),
-    ("train.py --seq-len 100", "100"),
-    ("train.py --attn swa", "swa"),
-    ("train.py --steps 0", "0"),
-    ("train.py --steps x", "x"),
-    ("train.py --seed -1", "-1"),
-    ("train.py --lr inf", "inf"),
-    ("train.py --resume --out none", "none"),
-    ("train.py --device cpux", "cpux"),
-    ("train.py --minutes nan", "nan"),
-    ("train.py --bias-rate nan", "nan"),
-    ("rl.py --task chess", "chess"),
-    ("rl.py --groups 50", "50"),
-    ("rl.py --window 0", "0"),
-    ("rl.py --lr nan", "nan"),
-    ("rl.py --resume --out none", "none"),
-    ("rl.py --serve 70000", "70000"),
-    ("rl.py --device cpux", "cpux"),
-    ("rl.py --steps x", "x"))
-def test_bad_input_is_refused_in_one_line(tmp_path, monkeypatch, capsys, line, word):
-    """Missing and empty data, unknown names, wrong sizes: exit 2, the value named."""
+@pytest.mark.parametrize("line", [
+    "train.py --data no/such",
+    "train.py --data empty.txt",
+    "train.py --preset huge",
+    "train.py --vocab-size 100",
+    "train.py --seq-len 1000000",
+    "train.py --seq-len 100",
+    "train.py --attn swa",
+    "train.py --steps 0",
+    "train.py --steps x",
+    "train.py --seed -1",
+    "train.py --lr inf",
+    "train.py --resume --out none",
+    "train.py --device cpux",
+    "train.py --minutes nan",
+    "train.py --bias-rate nan",
+    "rl.py --task chess",
+    "rl.py --groups 50",
+    "rl.py --window 0",
+    "rl.py --lr nan",
+    "rl.py --resume --out none",
+    "rl.py --serve 70000",
+    "rl.py --device cpux",
+    "rl.py --steps x",
+    "sample.py --temperature -1",
+    "sample.py --temperature inf",
+    "sample.py --top-p 0",
+    "bench.py --ctx 0",
+    "bench.py --ctx 1Q",
+    "bench.py --what moe",
+    "bench.py --shape m4",
+    "bench.py --device cpux",
+    "bench.py --figure no/x.png"])
+def test_bad_input_is_refused_in_one_line(tmp_path, monkeypatch, capsys, line):
+    """Missing and empty data, unknown names, wrong sizes: exit 2, the value named, which is the line's last word."""
     monkeypatch.chdir(tmp_path)
     Path("empty.txt").touch()
-    assert word in refused_line(line, [], capsys)
+    value = line.split()[-1]
+    assert value in refused_line(line, capsys)
 
 @refusals(
     ("--out .", "ckpt.pt"),
-    ("--temperature -1", "-1"),
     ("--speculate 2", "--speculate"),
     (f"--prompt '{3000 * 'x '}'", "context"),
-    ("--hf .", "config.json"),
-    ("--top-p 0", "0"),
-    ("--temperature inf", "inf"))
+    ("--hf .", "config.json"))
 def test_sample_refuses_bad_input(trained, tmp_path, monkeypatch, capsys, line, word):
-    """Folders without a model, settings out of their range, a prompt too long, later features: the value is named."""
+    """Folders without a model, a prompt too long, later features: what is wrong is named."""
     monkeypatch.chdir(tmp_path)
     assert word in refused(sample.main, sample_args(trained[0], *shlex.split(line)), capsys)
+
+@refusals(
+    ("--figure .", "a file"),
+    ("--figure x.abc", "abc"),
+    ("--what tree --figure x.svg", "--figure"),
+    ("--what tree --shape m3", "--shape"),
+    ("--what tree --ctx 117", "takes 118"),
+    ("--what queue --shape m3", "--shape"))
+def test_bench_refuses_bad_input(capsys, line, word):
+    """A folder as figure, flags that do not go together, mazes that do not fit: what is wrong is named."""
+    assert word in refused(bench.main, line.split(), capsys)
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.parametrize("script", [train, sample, rl])
@@ -5229,13 +5251,14 @@ def test_devices_that_cannot_run_are_refused(name, corpus, tmp_path, capsys):
     if name == "mps" and torch.backends.mps.is_available():
         pytest.skip("this machine has one")
     out = tmp_path / "run"
-    line = refused(train.main, ["--device", name, "--data", corpus, "--steps", 1, "--out", out], capsys)
+    line = refused_line("train.py --steps 1", capsys, "--device", name, "--data", corpus, "--out", out)
     assert "--device" in line
     assert name in line
     assert len(line) < 200
     assert not out.exists()
 
 @refusals(
+    ("train.py --preset m2", "dry-run"),
     ("train.py --preset small", "--batch-size"),
     ("rl.py --preset small", "micro"),
     ("train.py --preset tiny", "went on"),
@@ -5251,7 +5274,7 @@ def test_too_large_a_run_is_refused(tmp_path, monkeypatch, capsys, line, word):
     monkeypatch.setattr(rl, "load_model", went_on)
     monkeypatch.setattr(rl, "Local", went_on)
     monkeypatch.setattr(sample, "free_memory", lambda device: 0.6e9)
-    assert word in refused_line(line, ["--device", "cpu", "--out", tmp_path], capsys)
+    assert word in refused_line(line, capsys, "--device", "cpu", "--out", tmp_path)
 
 def test_a_steps_memory_is_estimated():
     """The estimate for tiny on a CPU lies around what its processes were measured to take."""
@@ -5283,16 +5306,16 @@ def test_control_groups_limit_memory(kind, limit, used, cache, tmp_path):
     assert sample.cgroup_room(tmp_path, own) == 2500
     assert sample.cgroup_room(tmp_path, tmp_path / "none") == math.inf
 
-def check_refused(main, argv, folder, capsys):
+def check_refused(line, folder, capsys):
     """The refusal speaks of the checkpoint, and leaves every file of the folder as it was."""
     before = files(folder)
-    assert "checkpoint" in refused(main, argv, capsys)
+    assert "checkpoint" in refused_line(line, capsys, "--device", "cpu", "--out", folder)
     assert files(folder) == before
 
 def check_all_refuse(folder, capsys):
-    check_refused(sample.main, ["--out", folder], folder, capsys)
-    check_refused(train.main, ["--resume", "--out", folder], folder, capsys)
-    check_refused(rl.main, ["--resume", "--out", folder], folder, capsys)
+    check_refused("sample.py", folder, capsys)
+    check_refused("train.py --resume", folder, capsys)
+    check_refused("rl.py --resume", folder, capsys)
 
 def copy_checkpoint(run, folder):
     return Path(shutil.copy(run / "ckpt.pt", folder))
@@ -5303,9 +5326,26 @@ def tamper(run, folder, change):
     change(state)
     torch.save(state, folder / "ckpt.pt")
 
-def set_field(part, name, value):
-    """A change to a checkpoint: one field of one of its parts gets another value."""
-    return lambda state: state[part].update({name: value})
+def find_part(state, path):
+    """What a path as "now/step" or "tokenizer/ranks/3" names -> the dict or list that holds it, its key or index."""
+    *outer, last = [int(name) if name.isdigit() else name for name in path.split("/")]
+    for name in outer:
+        state = state[name]
+    return state, last
+
+def put(path, value):
+    """A change to a checkpoint: what the path names gets another value."""
+    def change(state):
+        holder, name = find_part(state, path)
+        holder[name] = value
+    return change
+
+def drop(path):
+    """A change to a checkpoint: what the path names is lost."""
+    def change(state):
+        holder, name = find_part(state, path)
+        del holder[name]
+    return change
 
 def cut_in_half(path):
     os.truncate(path, path.stat().st_size // 2)
@@ -5316,15 +5356,15 @@ DAMAGED = {  # what is wrong -> the change to the file
     "a list": lambda path: torch.save([1, 2], path)}
 
 @pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
-def test_damaged_checkpoints_are_refused(trained, tmp_path, capsys, damage):
+def test_damaged_checkpoints_are_refused(checkpoint, tmp_path, capsys, damage):
     """Half a file, nothing, a foreign object: each script refuses it with exit 2, and the file stays as it was."""
-    damage(copy_checkpoint(trained[0], tmp_path))
+    damage(checkpoint)
     check_all_refuse(tmp_path, capsys)
 
 FOREIGN = {  # what is wrong -> the change to the checkpoint's dict, as in the tables below
-    "another version": lambda state: state.update(version=99),
-    "a part is missing": lambda state: state.pop("now"),
-    "a field of a later model": set_field("config", "new", 1)}
+    "another version": put("version", 99),
+    "a part is missing": drop("now"),
+    "a field of a later model": put("config/new", 1)}
 
 @pytest.mark.parametrize("change", FOREIGN.values(), ids=FOREIGN)
 def test_foreign_checkpoints_are_refused(trained, tmp_path, capsys, change):
@@ -5337,66 +5377,57 @@ def drop_last_token(state):
     ranks = tokenizer["ranks"][:-1]
     tokenizer.update(ranks=ranks, special={sample.EOT: len(ranks)})
 
-def name_a_token_twice(state):
-    state["tokenizer"]["ranks"][3] = b"a"
-
 BIG = "layers.1.mlp.w13"
 
 def replace_weight(replacement):
     """A change to a checkpoint: one weight becomes replacement(weight)."""
-    return lambda state: state["model"].update({BIG: replacement(state["model"][BIG])})
+    def change(state):
+        state["model"][BIG] = replacement(state["model"][BIG])
+    return change
 
 TAMPERED_MODEL = {  # parts that every script reads
     "a tokenizer of another size": drop_last_token,
-    "ranks are not bytes": set_field("tokenizer", "ranks", [*range(299)]),
-    "a token twice": name_a_token_twice,
-    "a pattern of no language": set_field("tokenizer", "pattern", "("),
-    "the special token first": set_field("tokenizer", "special", {sample.EOT: 1}),
+    "ranks are not bytes": put("tokenizer/ranks", [*range(299)]),
+    "a token twice": put("tokenizer/ranks/3", b"a"),
+    "a pattern of no language": put("tokenizer/pattern", "("),
+    "the special token first": put("tokenizer/special", {sample.EOT: 1}),
     "a weight of integers": replace_weight(torch.Tensor.long),
     "a weight in half precision": replace_weight(torch.Tensor.half),
     "a weight that is a list": replace_weight(lambda weight: [1.0]),
     "a weight that is nowhere": replace_weight(lambda weight: weight.to("meta")),
-    "weights too few": lambda state: state["model"].pop(BIG),
-    "endless MTP modules": set_field("config", "n_mtp", 10 ** 9),
-    "no selected blocks": set_field("config", "index_topk_blocks", 0),
-    "blocks beyond all memory": set_field("config", "index_block_size", 10 ** 9),
-    "no KV heads": set_field("config", "n_kv_head", 0),
-    "a theta that is NaN": set_field("config", "rope_theta", math.nan),
-    "more experts than there are": set_field("config", "n_expert_per_tok", 99),
-    "model is a list": lambda state: state.update(model=[]),
-    "config is None": lambda state: state.update(config=None),
-    "step is text": set_field("now", "step", "12")}
-
-def set_option(optimizer, group, name, value):
-    """A change to a checkpoint: one option of one of an optimizer's groups gets another value."""
-    return lambda state: state["optimizers"][optimizer]["param_groups"][group].update({name: value})
-
-def first_moments(state, optimizer):
-    """What an optimizer keeps of its first weight."""
-    return next(iter(state["optimizers"][optimizer]["state"].values()))
+    "weights too few": drop(f"model/{BIG}"),
+    "endless MTP modules": put("config/n_mtp", 10 ** 9),
+    "no selected blocks": put("config/index_topk_blocks", 0),
+    "blocks beyond all memory": put("config/index_block_size", 10 ** 9),
+    "no KV heads": put("config/n_kv_head", 0),
+    "a theta that is NaN": put("config/rope_theta", math.nan),
+    "more experts than there are": put("config/n_expert_per_tok", 99),
+    "model is a list": put("model", []),
+    "config is None": put("config", None),
+    "step is text": put("now/step", "12")}
 
 TAMPERED_TRAINING = {  # parts that only training reads; optimizer 0 is Muon, 1 is AdamW
-    "no optimizers": lambda state: state.update(optimizers=[]),
-    "optimizers without a state": lambda state: state["optimizers"][0].update(state={}),
-    "a momentum of another shape": lambda state: first_moments(state, 0).update(momentum=torch.zeros(3, 3)),
-    "a moment that is lost": lambda state: first_moments(state, 1).pop("exp_avg"),
+    "no optimizers": put("optimizers", []),
+    "optimizers without a state": put("optimizers/0/state", {}),
+    "a momentum of another shape": put("optimizers/0/state/0/momentum", torch.zeros(3, 3)),
+    "a moment that is lost": drop("optimizers/1/state/0/exp_avg"),
     "groups of another optimizer": lambda state: state["optimizers"].reverse(),
-    "betas that are text": set_option(1, 0, "betas", "x"),
-    "a switch of AdamW's": set_option(1, 1, "amsgrad", True),
-    "climbing, not descending": set_option(1, 0, "maximize", True),
-    "stacks of three matrices": set_option(0, 1, "stack", 3),
-    "now without seconds": lambda state: state["now"].pop("seconds"),
-    "seconds that are NaN": set_field("now", "seconds", math.nan),
-    "bpb below 0": set_field("now", "bpb", -1.0),
-    "threads that are text": set_field("now", "threads", "two"),
-    "threads below 0": set_field("now", "threads", -1),
-    "args of somebody else": set_field("args", "colour", "red"),
-    "a batch of text": set_field("args", "batch_size", [2]),
-    "no batch size": set_field("args", "batch_size", None),
-    "stages without a first": set_field("args", "stages", ((0.5, 1),)),
-    "MTP never": set_field("args", "mtp_every", 0),
-    "no rate": lambda state: state["args"].pop("lr"),
-    "args of another model": set_field("args", "attn", "full")}
+    "betas that are text": put("optimizers/1/param_groups/0/betas", "x"),
+    "a switch of AdamW's": put("optimizers/1/param_groups/1/amsgrad", True),
+    "climbing, not descending": put("optimizers/1/param_groups/0/maximize", True),
+    "stacks of three matrices": put("optimizers/0/param_groups/1/stack", 3),
+    "now without seconds": drop("now/seconds"),
+    "seconds that are NaN": put("now/seconds", math.nan),
+    "bpb below 0": put("now/bpb", -1.0),
+    "threads that are text": put("now/threads", "two"),
+    "threads below 0": put("now/threads", -1),
+    "args of somebody else": put("args/colour", "red"),
+    "a batch of text": put("args/batch_size", [2]),
+    "no batch size": put("args/batch_size", None),
+    "stages without a first": put("args/stages", ((0.5, 1),)),
+    "MTP never": put("args/mtp_every", 0),
+    "no rate": drop("args/lr"),
+    "args of another model": put("args/attn", "full")}
 
 TAMPERED = {**TAMPERED_MODEL, **TAMPERED_TRAINING}
 
@@ -5404,13 +5435,13 @@ TAMPERED = {**TAMPERED_MODEL, **TAMPERED_TRAINING}
 def test_tampered_checkpoints_are_refused(trained, tmp_path, capsys, change):
     """Any part missing, of another type, shape, dtype or model: one line, exit 2, the file as it was."""
     tamper(trained[0], tmp_path, change)
-    check_refused(train.main, resume(tmp_path, "--steps", 13), tmp_path, capsys)
+    check_refused("train.py --resume --steps 13", tmp_path, capsys)
 
 @pytest.mark.parametrize("change", TAMPERED_MODEL.values(), ids=TAMPERED_MODEL)
 def test_sample_refuses_tampered_checkpoints(trained, tmp_path, capsys, change):
     """What is wrong with the model or its tokenizer, sample.py refuses as well."""
     tamper(trained[0], tmp_path, change)
-    check_refused(sample.main, sample_args(tmp_path), tmp_path, capsys)
+    check_refused("sample.py", tmp_path, capsys)
 
 def test_nan_weights_are_refused(trained, tmp_path, capsys):
     """Neither sampled from nor trained on, and named."""
@@ -5432,41 +5463,41 @@ def first_turn(state):
     return turns[0]
 
 TAMPERED_AGENTS = {
-    "no queue": lambda state: state["queue"].pop("born"),
-    "a queue with more in it": set_field("queue", "take", 1),
-    "a clock of text": lambda state: state.update(clock="x"),
-    "an empty pool": lambda state: state.update(pool={}),
-    "groups without a name": set_field("queue", "due", {"x": 1.0}),
+    "no queue": drop("queue/born"),
+    "a queue with more in it": put("queue/take", 1),
+    "a clock of text": put("clock", "x"),
+    "an empty pool": put("pool", {}),
+    "groups without a name": put("queue/due", {"x": 1.0}),
     "tokens beyond the model": lambda state: first_turn(state)["ids"].fill_(9999),
     "fewer log-probs than tokens": lambda state: first_turn(state).update(logprobs=torch.zeros(99)),
     "a turn that never began": lambda state: first_turn(state).update(start=None),
-    "now without a curve": lambda state: state["now"].pop("curve"),
-    "a curve of text": set_field("now", "curve", ["x"]),
-    "threads that are a tensor": set_field("now", "threads", torch.zeros(3)),
-    "slots of text": set_field("args", "slots", "x"),
-    "a rate of text": set_field("args", "lr", "x"),
-    "no optimizers": lambda state: state.update(optimizers=[])}
+    "now without a curve": drop("now/curve"),
+    "a curve of text": put("now/curve", ["x"]),
+    "threads that are a tensor": put("now/threads", torch.zeros(3)),
+    "slots of text": put("args/slots", "x"),
+    "a rate of text": put("args/lr", "x"),
+    "no optimizers": put("optimizers", [])}
 
 @pytest.mark.parametrize("change", TAMPERED_AGENTS.values(), ids=TAMPERED_AGENTS)
 def test_tampered_agents_are_refused(agents, tmp_path, capsys, change):
     """The queue, the pool, the clock or the record of a run, changed by hand: one line, exit 2, the file as it was."""
     tamper(agents, tmp_path, change)
-    check_refused(rl.main, resume(tmp_path, "--steps", "2"), tmp_path, capsys)
+    check_refused("rl.py --resume --steps 2", tmp_path, capsys)
 
-def test_full_disk_keeps_the_old_checkpoint(trained, tmp_path, capsys, monkeypatch):
+def test_full_disk_keeps_the_old_checkpoint(checkpoint, tmp_path, capsys, monkeypatch):
     """No space left: exit 2 with the reason, the old checkpoint whole, no half file beside it."""
     def full(fd):
         raise OSError(28, "No space left on device")
 
-    whole = copy_checkpoint(trained[0], tmp_path).read_bytes()
+    whole = checkpoint.read_bytes()
     monkeypatch.setattr(os, "fsync", full)
     assert "No space left" in refused(train.main, resume(tmp_path, "--steps", 14), capsys)
     assert files(tmp_path) == {"ckpt.pt": whole}
 
-def test_a_full_disk_is_named(trained, tmp_path, capsys):
+def test_a_full_disk_is_named(checkpoint, tmp_path, capsys):
     """When no more can be written, the line names the file and how much was written, and nothing is left behind."""
     resource = pytest.importorskip("resource")
-    whole = copy_checkpoint(trained[0], tmp_path).read_bytes()
+    whole = checkpoint.read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:

@@ -338,12 +338,20 @@ class Muon(torch.optim.Optimizer):
             for items in together.values():
                 params = [p for p, _ in items]
                 updates = [update for _, update in items]
-                stacked = torch.stack(updates)
+                stacked = torch.stack(updates) if len(updates) > 1 else updates[0][None]  # experts are not copied
                 rows, cols = stacked.size(-2) // group["stack"], stacked.size(-1)
                 matrices = orthogonalize(stacked.view(-1, rows, cols))
                 size = 0.2 * max(rows, cols) ** 0.5 * group["lr"]
                 for p, matrix in zip(params, matrices.reshape(stacked.shape)):
+                    if p.dim() == 3:
+                        matrix = matrix.masked_fill(self.idle_experts(p), 0)
                     p.add_(matrix, alpha=-size)
+
+    @staticmethod
+    def idle_experts(p):
+        """Experts that no token chose, (experts, 1, 1) bool: each has no gradient, but the stack has one. Momentum,
+        orthogonalised, would move such an expert at full size, again and again: it keeps its weights."""
+        return ~p.grad.flatten(1).any(1)[:, None, None]
 
 def kind_of(name, p):
     """The kind of a parameter, which says its optimizer and its rate: see configure_optimizers."""
@@ -404,17 +412,10 @@ def update(model, optimizers, expert_load, bias_rate):
 
     expert_load  (layers, experts): how many tokens chose each expert in this step
     bias_rate    u: how far the router's bias of a layer moves towards the experts that too few tokens chose
-    An expert that no token chose has no gradient, but its stack has one: momentum, orthogonalised, would move it at
-    full size, again and again. It keeps its weights.
     """
-    stacks = [p for p in model.parameters() if p.dim() == 3 and p.grad is not None]
-    idle = [~p.grad.flatten(1).any(1)[:, None, None] for p in stacks]                                 # (experts, 1, 1)
-    before = [p.clone() for p in stacks]
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    for p, unused, weights in zip(stacks, idle, before):
-        p.copy_(torch.where(unused, weights, p))
     model.update_router_bias(expert_load, bias_rate)
 
 # ---- evaluation ----------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections import Counter
+from collections import Counter, namedtuple
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -2544,21 +2544,22 @@ def refused(main, argv, capsys=None, code=2):
     assert "Traceback" not in said
     return said.strip().splitlines()[-1]
 
+ShortRun = namedtuple("ShortRun", "out result text")
+
 @pytest.fixture(scope="session")
 def trained(corpus, tmp_path_factory):
     """A short run: its folder, result and output."""
     out = tmp_path_factory.mktemp("run")
-    result, text = start_run(corpus, out, "--steps 12 --eval-every 5 --log-every 4")
-    return out, result, text
+    return ShortRun(out, *start_run(corpus, out, "--steps 12 --eval-every 5 --log-every 4"))
 
 @pytest.fixture
 def checkpoint(trained, tmp_path):
     """The short run's checkpoint, copied into a folder of its own -> its path."""
-    return copy_checkpoint(trained[0], tmp_path)
+    return copy_checkpoint(trained.out, tmp_path)
 
 def test_run_reports_its_contract(trained):
     """The last line of stdout is JSON with the promised keys, and the loss falls below ln V."""
-    _, result, _ = trained
+    result = trained.result
     keys = "step loss val_bpb tokens tokens_per_s mfu params_total params_active seconds"
 
     assert set(keys.split()) <= set(result)
@@ -2569,7 +2570,7 @@ def test_run_reports_its_contract(trained):
 
 def test_every_part_learns(trained):
     """MTP, index branch and router leave what they began with, and the router's bias is steered."""
-    state = read_checkpoint(trained[0])
+    state = read_checkpoint(trained.out)
     learned = state["model"]
     fresh = MiniMax(MiniMaxConfig(**state["config"])).state_dict()
 
@@ -2585,13 +2586,13 @@ def test_resume_is_exact_and_evaluation_harmless(trained, corpus, tmp_path):
 
     resume_run(tmp_path)
 
-    assert changed_weights(tmp_path, trained[0]) == []
+    assert changed_weights(tmp_path, trained.out) == []
 
 def test_another_seed_is_another_run(trained, corpus, tmp_path):
     """What equals bit for bit is not equal by chance: --seed changes the weights."""
     start_run(corpus, tmp_path, "--steps 12 --seed 7")
 
-    assert "lm_head.weight" in changed_weights(tmp_path, trained[0])
+    assert "lm_head.weight" in changed_weights(tmp_path, trained.out)
 
 @pytest.fixture(scope="session")
 def padded(tmp_path_factory):
@@ -2683,10 +2684,9 @@ def test_a_cpu_has_no_mfu():
 
 def test_cards_name_what_runs(trained):
     """train.py and sample.py say which attention and which experts compute, and why."""
-    out, _, text = trained
-    assert "msa: torch (the device is cpu); experts: grouped_mm" in text
+    assert "msa: torch (the device is cpu); experts: grouped_mm" in trained.text
 
-    _, text = run_sample(out, "--prompt def --max-new-tokens 1")
+    _, text = run_sample(trained.out, "--prompt def --max-new-tokens 1")
     assert "msa: torch (the device is cpu)" in text
 
     wide = MiniMax(small_config()).double()
@@ -2817,24 +2817,22 @@ def test_no_threads_are_refused(corpus, tmp_path):
 
 def test_an_mtp_loss_is_shown_where_it_was_measured(trained):
     """A line shows it if a step since the line before had one: MTP runs in every 8th, a line stands for 4."""
-    _, _, text = trained
-    lines = dict(re.findall(r"^step (\d+) .*?\| (.*)", text, re.MULTILINE))
+    lines = dict(re.findall(r"^step (\d+) .*?\| (.*)", trained.text, re.MULTILINE))
 
     assert [step for step, line in lines.items() if "mtp" in line] == ["00001", "00012"]
     assert all("train_bpb" in line for line in lines.values())
 
 def test_training_in_bits_a_byte(trained, corpus):
     """train_bpb is the loss in bits times tokens over bytes of the training text, so that val_bpb compares with it."""
-    out, result, text = trained
-    _, tok = sample.load_model(read_checkpoint(out))
+    _, tok = sample.load_model(read_checkpoint(trained.out))
     docs, _ = train.read_corpus(str(corpus))
     learned, _ = train.split_corpus(docs)
     n_tokens = sum(1 + len(tok.encode(part)) for _, part in learned)
 
-    bits = result["loss"] / math.log(2) * n_tokens / count_bytes(learned)
+    bits = trained.result["loss"] / math.log(2) * n_tokens / count_bytes(learned)
 
-    assert result["train_bpb"] == pytest.approx(bits)
-    assert "bytes of validation are too few" in text
+    assert trained.result["train_bpb"] == pytest.approx(bits)
+    assert "bytes of validation are too few" in trained.text
 
 @parametrize("text", ["ab", "hello world\n" * 10], ids=["two characters", "one row"])
 def test_tiny_texts_train(text, tmp_path):
@@ -2856,7 +2854,7 @@ def test_pads_alone_move_no_weight(corpus, tmp_path, monkeypatch):
         if step >= 2:
             batch["targets"].fill_(-1)
             batch["weight"] = torch.zeros(batch["idx"].shape)
-            batch["end"] = torch.ones_like(batch["end"]).cumsum(1).int()
+            batch["end"] = torch.ones(batch["idx"].shape).cumsum(1).int()
         return batch
 
     monkeypatch.setattr(train, "get_batch", pads_from_step_two)
@@ -2908,12 +2906,12 @@ def test_a_full_attention_run_becomes_sparse(corpus, tmp_path):
 
     assert "trained with msa" in refused(train.main, resume(tmp_path, "--attn full"))
 
-SMALL_BPE = sample.learn_bpe([TEXT], 300, sample.PATTERN)
+SMALL_TOKENIZER = sample.Tokenizer(sample.learn_bpe([TEXT], 300, sample.PATTERN))
 
 def three_documents():
     """Documents laid out for rows of 64 tokens and key blocks of 8 -> Tokens, and each document's ids."""
     docs = [("a", TEXT[:50]), ("b", TEXT[100:103]), ("c", TEXT[200:700])]
-    tok = sample.Tokenizer(SMALL_BPE)
+    tok = SMALL_TOKENIZER
     ids = [[tok.eot, *tok.encode(text)] for _, text in docs]
     return train.Tokens(docs, tok, 8, 64), ids
 
@@ -2962,7 +2960,7 @@ def count_bytes(docs):
 
 def test_bits_per_byte_of_a_uniform_model():
     """A model with all logits equal codes every token in log2 V bits: val_bpb is that times tokens over bytes."""
-    tok = sample.Tokenizer(SMALL_BPE)
+    tok = SMALL_TOKENIZER
     model = MiniMax(small_config(vocab_size=300))
     torch.nn.init.zeros_(model.lm_head.weight)
     tokens = train.Tokens(TWO_TEXTS, tok, 4, 48)
@@ -2976,7 +2974,7 @@ def test_an_evaluation_fits_its_time(monkeypatch, capsys):
     """Out of time it ends: the bits a byte of as much text as it saw, which is counted byte by byte."""
     T = 48
     batch_size = 3
-    tok = sample.Tokenizer(SMALL_BPE)
+    tok = SMALL_TOKENIZER
     model = make_model(vocab_size=300)
     tokens = train.Tokens(TWO_TEXTS, tok, 4, T)
     whole = train.evaluate(model, tokens, T, batch_size, "cpu")
@@ -3035,11 +3033,14 @@ def count_characters(docs):
 def test_corpus_reader(tmp_path):
     """Hidden folders are not entered; binary, empty and undecodable files are skipped and counted."""
     (tmp_path / ".hidden").mkdir()
-    (tmp_path / ".hidden" / "e.txt").write_bytes(b"no")
-    (tmp_path / "a.txt").write_bytes(b"alpha\n" * 50)
-    (tmp_path / "b.bin").write_bytes(b"x\0y")
-    (tmp_path / "c.txt").write_bytes(b"\xff\xfe\xfa")
-    (tmp_path / "d.txt").write_bytes(b"")
+    contents = {
+        ".hidden/e.txt": b"no",
+        "a.txt": b"alpha\n" * 50,
+        "b.bin": b"x\0y",
+        "c.txt": b"\xff\xfe\xfa",
+        "d.txt": b""}
+    for name, raw in contents.items():
+        (tmp_path / name).write_bytes(raw)
 
     docs, skipped = train.read_corpus(str(tmp_path))
 
@@ -3193,14 +3194,8 @@ def test_pieces_are_spaced_evenly():
 def test_long_texts_are_learned_from_in_part(monkeypatch, capsys):
     """A long text is counted in part, and encoded piece by piece; each of the stages says how far it is."""
     seen = []
-    real = sample.count_chunks
-
-    def count_chunks(texts, pattern):
-        seen.append(texts)
-        return real(texts, pattern)
-
     monkeypatch.setattr(sample, "LEARN_FROM", 8_000)
-    monkeypatch.setattr(sample, "count_chunks", count_chunks)
+    before_each_call(monkeypatch, sample, "count_chunks", lambda texts, pattern: seen.extend(texts))
     tick(monkeypatch, 1, sample)
     texts = [TEXT[i:i + 2000] for i in range(0, 24_000, 2000)]
     pieces = [TEXT[i:i + 500] for i in range(0, 8000, 500)]
@@ -3208,7 +3203,7 @@ def test_long_texts_are_learned_from_in_part(monkeypatch, capsys):
     tok = sample.Tokenizer(sample.learn_bpe(texts, 300, sample.PATTERN))
     ids = train.encode(tok, pieces, at_once=1000)
 
-    assert sum(map(len, seen[0])) <= 10_000
+    assert sum(map(len, seen)) <= 10_000
     assert ids == [tok.encode(piece) for piece in pieces]
     said = capsys.readouterr().out
     for what in ("count", "merge", "encode"):
@@ -3247,7 +3242,7 @@ def test_divergence_stops_the_run(checkpoint, tmp_path, eval_every):
 def test_a_nan_stops_the_run(trained, tmp_path, eval_every):
     """A NaN in a weight of the index branch ends in a message and exit 1."""
     name = "layers.1.attn.indexer.q_proj.weight"
-    tamper(trained[0], tmp_path, lambda state: state["model"][name].fill_(math.nan))
+    tamper(trained.out, tmp_path, lambda state: state["model"][name].fill_(math.nan))
 
     line = refused(train.main, resume(tmp_path, "--steps 60 --eval-every", eval_every), code=1)
 
@@ -3323,6 +3318,16 @@ def test_kill_9_in_a_save_is_harmless(checkpoint, tmp_path):
     assert [file.stat().st_size for file in tmp_path.glob("*.pt.tmp")] == [1000]
     assert checkpoint.read_bytes() == before
 
+def before_each_call(monkeypatch, owner, name, act):
+    """Whenever owner.name is called, act is called first, with the same arguments."""
+    real = getattr(owner, name)
+
+    def called(*args, **kw):
+        act(*args, **kw)
+        return real(*args, **kw)
+
+    monkeypatch.setattr(owner, name, called)
+
 class Killed(BaseException):
     """Ends a run at once, as kill -9 would, but for what holds the folder."""
 
@@ -3383,7 +3388,7 @@ def test_a_killed_run_goes_on_from_the_last_seconds(trained, corpus, tmp_path, m
 
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, resume(tmp_path))])
     assert train.main()["step"] == 12
-    assert changed_weights(tmp_path, trained[0]) == []
+    assert changed_weights(tmp_path, trained.out) == []
 
 def loss_jumps(model, call, found):
     if call >= 4:  # the weights of three steps are written when the fourth shows what they are worth
@@ -3415,13 +3420,9 @@ def test_a_new_run_keeps_the_one_before_it(checkpoint, corpus, tmp_path, more):
     """Ctrl-C in a new run's evaluation, or many saves: ckpt.pt.old is the run before, whole, and nothing else is."""
     before = checkpoint.read_bytes()
     stop = []
-    real = train.evaluate
-
-    def interrupted(*args):
-        stop.append(1)
-        return real(*args)
-
-    with mock.patch.multiple(train, on_signals=lambda: stop, evaluate=interrupted):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "on_signals", lambda: stop)
+        before_each_call(patch, train, "evaluate", lambda *args: stop.append(1))
         _, text = start_run(corpus, tmp_path, "--steps 9 --eval-every 3 " + more)
     assert "go on with --resume" in text
     assert (tmp_path / "ckpt.pt.old").read_bytes() == before
@@ -3483,14 +3484,11 @@ def test_unwritable_folders_are_refused_at_the_start(nothing_is_read, corpus, tm
 
 def test_read_only_disks_are_refused_at_the_start(nothing_is_read, checkpoint, corpus, tmp_path, monkeypatch):
     """Where no file can be made, no run starts or goes on, and no folder appears."""
-    real = os.open
-
     def read_only(path, flags, *args, **kw):
         if flags & os.O_CREAT:
             raise OSError(30, "Read-only file system")
-        return real(path, flags, *args, **kw)
 
-    monkeypatch.setattr(os, "open", read_only)
+    before_each_call(monkeypatch, os, "open", read_only)
 
     for argv in (train_args(corpus, tmp_path), train_args(corpus, tmp_path / "new"), resume(tmp_path)):
         assert "Read-only file system" in refused(train.main, argv)
@@ -3536,15 +3534,13 @@ def test_what_is_in_the_locks_place_is_named(corpus, tmp_path, kind):
 def press_ctrl_c(monkeypatch, name, nth=1):
     """Ctrl-C comes at the start of the nth call of train.py's function of that name."""
     calls = []
-    real = getattr(train, name)
 
-    def pressed(*args, **kw):
+    def press(*args, **kw):
         calls.append(1)
         if len(calls) == nth:
             signal.raise_signal(signal.SIGINT)
-        return real(*args, **kw)
 
-    monkeypatch.setattr(train, name, pressed)
+    before_each_call(monkeypatch, train, name, press)
 
 def assert_kept(folder, name, before):
     """The file is as it was, and no files but checkpoints are left."""
@@ -3580,13 +3576,11 @@ def test_ctrl_c_before_the_steps_or_after_them(checkpoint, corpus, tmp_path, mon
 def modes(monkeypatch):
     """A list that gets, of each training step, whether the index branch warms up, and the length of rows."""
     seen = []
-    real = train.train_step
 
-    def train_step(model, batch, *args, **mode):
+    def note(model, batch, *args, **mode):
         seen.append((mode["index_warmup"], batch["idx"].size(1)))
-        return real(model, batch, *args, **mode)
 
-    monkeypatch.setattr(train, "train_step", train_step)
+    before_each_call(monkeypatch, train, "train_step", note)
     return seen
 
 def forget_the_run(state):
@@ -3629,7 +3623,7 @@ def test_a_warm_up_checkpoint_says_what_it_is(corpus, trained, tmp_path):
     notice = "index branch was still learning"
 
     _, early = run_sample(tmp_path, "--max-new-tokens 2")
-    _, late = run_sample(trained[0], "--max-new-tokens 2")
+    _, late = run_sample(trained.out, "--max-new-tokens 2")
 
     assert notice in early
     assert notice not in late
@@ -3670,7 +3664,7 @@ def test_the_same_text_is_not_spoken_of(checkpoint, tmp_path):
 
 def test_older_checkpoints_do_not_know_their_text(trained, other_text, tmp_path):
     """A checkpoint of before texts were recorded says nothing about another text."""
-    tamper(trained[0], tmp_path, lambda state: state["now"].pop("text"))
+    tamper(trained.out, tmp_path, lambda state: state["now"].pop("text"))
 
     _, text = resume_run(tmp_path, "--data", other_text)
 
@@ -3857,7 +3851,7 @@ def test_settings_that_allow_no_draw(temperature, top_p, top_k):
 
 def test_sample_speaks_from_the_checkpoint(trained):
     """sample.py needs the checkpoint alone; its JSON has what it promises, and the text is printed."""
-    result, text = run_sample(trained[0], "--prompt 'def ' --max-new-tokens 20 --n-samples 2")
+    result, text = run_sample(trained.out, "--prompt 'def ' --max-new-tokens 20 --n-samples 2")
     assert set("text tokens tokens_per_s prefill_s accepted".split()) <= set(result)
     assert len(result["texts"]) == 2
     assert result["text"].startswith("def ")
@@ -3865,7 +3859,7 @@ def test_sample_speaks_from_the_checkpoint(trained):
 
 def test_a_prompts_last_space_is_healed(trained):
     """A space that ends the prompt is taken back, and only tokens that begin with one may follow."""
-    _, tok = sample.load_model(read_checkpoint(trained[0]))
+    _, tok = sample.load_model(read_checkpoint(trained.out))
     ids, allowed = sample.heal(tok, tok.encode("def "))
     assert tok.decode(ids) == "def"
 
@@ -3897,7 +3891,7 @@ def test_stream_releases_whole_characters_and_hides_stops():
     (f"--prompt {5000 * '9'} --hf '{GOLDEN}/m3'", "ids below"))
 def test_arguments_that_would_change_a_sample_in_silence(trained, line, word):
     """An empty stop text, bytes that are no UTF-8, digits of other scripts, a billion samples: refused, by name."""
-    error_line = refused(sample.main, sample_args(trained[0], line))
+    error_line = refused(sample.main, sample_args(trained.out, line))
     assert word in error_line
     assert len(error_line) < 300
 
@@ -3914,12 +3908,12 @@ def test_a_stream_refuses_an_empty_stop_text():
 def test_prompts_that_are_odd_text(trained, prompt, begins):
     """Only spaces, a zero byte, UTF-8 that an ASCII locale left undecoded, no end of new tokens: all are continued."""
     no_end = "--max-new-tokens 1000000000000 --top-k 1000000000000"
-    result, _ = run_sample(trained[0], no_end, "--prompt", prompt)
+    result, _ = run_sample(trained.out, no_end, "--prompt", prompt)
     assert result["text"].startswith(begins)
 
 def test_standard_input_is_read(trained, monkeypatch):
     """--prompt - continues UTF-8 that comes through a pipe, whatever the locale, and refuses the rest by name."""
-    argv = sample_args(trained[0], "--max-new-tokens 9 --prompt -")
+    argv = sample_args(trained.out, "--max-new-tokens 9 --prompt -")
     text = "na\u00efve \u4e2d\u6587"
     def pipe(raw):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="ascii"))
@@ -3939,7 +3933,7 @@ def test_no_prompt_waits_for_no_pipe(trained):
     kept = os.dup(0)
     try:
         os.dup2(reader, 0)
-        _, text = run_sample(trained[0], "--max-new-tokens 9")
+        _, text = run_sample(trained.out, "--max-new-tokens 9")
         assert "--prompt - reads it" in text
     finally:
         os.dup2(kept, 0)
@@ -3962,7 +3956,7 @@ def test_help_on_an_ascii_terminal(script):
 
 def test_a_prompt_on_an_ascii_terminal(trained):
     """sample.py prints a prompt's other letters as escapes."""
-    argv = sample_args(trained[0], "--prompt na\u00efve --max-new-tokens 3")
+    argv = sample_args(trained.out, "--prompt na\u00efve --max-new-tokens 3")
     assert r"na\xefve" in run_in_ascii(sample.main, argv)
 
 def test_a_file_name_on_an_ascii_terminal(tmp_path):

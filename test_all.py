@@ -3989,6 +3989,10 @@ def make_turn(ids, start, logprobs=None, advantage=1.0):
     old = torch.tensor(logprobs, dtype=torch.float64)
     return rl.Sample(torch.tensor(ids), start, old, torch.zeros(n_action).long(), None, advantage)
 
+def named(arguments, cases):
+    """A case for each entry of a dict, name -> values of the test's arguments."""
+    return parametrize(arguments, cases.values(), ids=cases)
+
 def digits(numbers):
     return "".join(str(int(n)) for n in numbers)
 
@@ -4117,8 +4121,8 @@ def step_of(model, rows):
     rl.train_step(model, optimizers, rows, 1e-3)
     return [loss, *grads, load, *model.state_dict().values()]
 
-@pytest.mark.parametrize("first, seeds", [("full", 8), ("msa", 8)])
-def test_merged_equals_separate(first, seeds):
+@parametrize("first", ["full", "msa"])
+def test_merged_equals_separate(first, seeds=8):
     """One row for all samples equals each alone, fp64: loss, gradients, loads, weights and biases after a step."""
     model = model_of_trees(first)
     for seed in range(seeds):
@@ -4127,7 +4131,7 @@ def test_merged_equals_separate(first, seeds):
         apart = step_of(model, one_each(turns, model.cfg))
         assert worst_of(merged, apart) < 1e-12
 
-@pytest.mark.parametrize("first", ["full", "msa"])
+@parametrize("first", ["full", "msa"])
 def test_trees_that_share_a_row_do_not_meet(first):
     """Trees packed into rows, merged ones and single samples, train as each alone does, fp64, MTP and MSA included."""
     model = model_of_trees(first)
@@ -4141,6 +4145,11 @@ def test_trees_that_share_a_row_do_not_meet(first):
         for rows in packings:
             assert len(rows) < len(alone)
             assert worst_of(step_of(model, rows), reference) < 1e-12
+
+def args_and_model(line):
+    """rl.py's arguments of a command line, and its model on a CPU."""
+    args = rl.parse_args(line.split())[0]
+    return args, rl.make_model(args, "cpu", None)
 
 def turns_of(*lengths):
     """A turn of each length, whose last two tokens are its action; no two begin alike."""
@@ -4174,8 +4183,7 @@ def test_packed_samples_start_at_key_blocks():
 
 def test_long_samples_are_not_masked_but_padded():
     """--no-merge packs where pads cost more than masked attention: 20 turns of a maze, not 80."""
-    args = rl.parse_args(["--task", "maze", "--turns", "80"])[0]
-    model = rl.make_model(args, "cpu", None)
+    _, model = args_and_model("--task maze --turns 80")
 
     def rows_of(n_turns):
         episode = turns_of(*range(10, 10 * n_turns + 1, 10))
@@ -4282,7 +4290,7 @@ def test_window_of_figure_5():
     greedy, _ = train_past(stuck=7, window=math.inf)
     assert len(greedy) == 30
 
-@pytest.mark.parametrize("slots, window, groups", [
+@parametrize("slots, window, groups", [
     (8, 4, 4),
     (24, 7, 12),
     (64, 19, 8)])
@@ -4338,10 +4346,10 @@ def test_advantages_by_hand():
 REWARD_ORDERS = [[0.1, 0.2, 0.3], [0.3, 0.2, 0.1], [0.3, 0.3], [0.6]]
 REWARD_ORDERS_FP32 = [[float(np.float32(reward)) for reward in row] for row in REWARD_ORDERS]
 
-@pytest.mark.parametrize("rewards", [
-    pytest.param(REWARD_ORDERS, id="other orders"),
-    pytest.param(REWARD_ORDERS_FP32, id="fp32"),
-    pytest.param(REWARD_ORDERS + REWARD_ORDERS_FP32, id="fp64 and fp32")])
+@named("rewards", {
+    "other orders": REWARD_ORDERS,
+    "fp32": REWARD_ORDERS_FP32,
+    "fp64 and fp32": REWARD_ORDERS + REWARD_ORDERS_FP32})
 def test_equal_returns_have_no_advantage(rewards):
     """Returns that differ by rounding alone, as sums in other orders or fp32 rewards do, are equal."""
     assert [episode[0] for episode in advantages_of(*rewards)] == [0.0] * len(rewards)
@@ -4356,8 +4364,7 @@ class Learner:
     """A model and its optimizers after three steps with a signal, so that every moment is full."""
 
     def __init__(self, line):
-        self.args = rl.parse_args([*line.split(), "--steps", "1"])[0]
-        self.model = rl.make_model(self.args, torch.device("cpu"), torch.float32)
+        self.args, self.model = args_and_model(line)
         self.optimizers = train.configure_optimizers(self.model, 1e-3)[0]
         for seed in range(3):
             stats = self.step(self.episodes(seed, 1.0))
@@ -4383,7 +4390,7 @@ class Learner:
         states = [state for o in self.optimizers for state in o.state_dict()["state"].values()]
         return [x.clone() for state in states for x in state.values()]
 
-@pytest.mark.parametrize("line", ["--task calculator", "--task maze --attn msa --mtp 1"])
+@parametrize("line", ["--task calculator", "--task maze --attn msa --mtp 1"])
 def test_no_signal_no_step(line):
     """Advantages of 0, ones that cancel, ones of rounding: momentum alone moves nothing; one real advantage does."""
     learner = Learner(line)
@@ -4445,15 +4452,13 @@ def test_a_run_goes_on_past_steps_without_signal(tmp_path, monkeypatch):
         return [0.1], False, 1.0
 
     monkeypatch.setattr(rl.Calculator, "agent", agent)
-    result, text = quiet(rl.main, rl_args(tmp_path, "--steps", "3"))
+    result, text = run_rl(tmp_path, "--steps 3")
     assert result["steps"] == 3
     assert text.count("no signal: weights kept") == 3
 
-    warm = sample.load_checkpoint(str(tmp_path / "warm"))
-    over = sample.load_checkpoint(str(tmp_path))
-    assert all(map(torch.equal, warm["model"].values(), over["model"].values()))
+    assert changed_weights(tmp_path, tmp_path / "warm") == []
     n_admitted = 4 + 2 * 2  # all slots, and after the first and the second step those of its two groups
-    assert over["queue"]["next"] == n_admitted
+    assert read_checkpoint(tmp_path)["queue"]["next"] == n_admitted
 
 def play(task, expert=None):
     """An episode of a task's own teacher, or of another expert, messages -> text."""
@@ -4464,7 +4469,7 @@ def play(task, expert=None):
 def make_maze(cap=math.inf):
     return rl.Maze(random.Random(2), 12, cap)
 
-@pytest.mark.parametrize("call, observation", [
+@parametrize("call, observation", [
     ("t1[12*3]", "36;"),
     ("t1[2**9]", None),
     ("t1[1-2]", None),
@@ -4474,10 +4479,10 @@ def test_calculator_parses_its_calls(call, observation):
     """A call is parsed, never evaluated; what is no call of the protocol, or too large, is malformed."""
     assert rl.Calculator(random.Random(1)).tool(call) == observation
 
-@pytest.mark.parametrize("task", [
-    pytest.param(rl.Calculator(random.Random(1)), id="calculator"),
-    pytest.param(make_maze(), id="maze"),
-    pytest.param(make_maze(cap=64), id="cap")])
+@named("task", {
+    "calculator": rl.Calculator(random.Random(1)),
+    "maze": make_maze(),
+    "cap": make_maze(cap=64)})
 def test_the_tools_answer_pays_fast_more(task):
     """A teacher's episode pays 1 and up to 0.1 for speed, against 2.32 s a call."""
     episode = play(task)
@@ -4485,13 +4490,13 @@ def test_the_tools_answer_pays_fast_more(task):
     assert episode.success
     assert sum(episode.rewards) == pytest.approx(1 + 0.1 * speed)
 
-@pytest.mark.parametrize("says, costs", [
-    pytest.param(["A{answer}."], [-0.1], id="right guess"),
-    pytest.param(["A{key}."], [-0.1], id="wrong guess"),
-    pytest.param(["ANone."], [-0.1], id="None"),
-    pytest.param(["t0[A]", "A?."], [-0.1, -0.1], id="malformed call and guess"),
-    pytest.param(["t0[{key}]", "A{answer}."], [0.0, -0.1], id="call and right guess"),
-    pytest.param(["t0[A]"] * 15, [-0.1] * 15, id="malformed calls alone")])
+@named("says, costs", {
+    "right guess": (["A{answer}."], [-0.1]),
+    "wrong guess": (["A{key}."], [-0.1]),
+    "None": (["ANone."], [-0.1]),
+    "malformed call and guess": (["t0[A]", "A?."], [-0.1, -0.1]),
+    "call and right guess": (["t0[{key}]", "A{answer}."], [0.0, -0.1]),
+    "malformed calls alone": (["t0[A]"] * 15, [-0.1] * 15)})
 def test_guesses_and_malformed_calls_cost(says, costs):
     """An answer that the tool did not give costs and fails, be it right; so do wrong calls, also past a deadline."""
     maze = make_maze()
@@ -4512,15 +4517,14 @@ def test_an_agent_under_a_cap_must_forget():
 
     assert not play(cap, never_forgets).success
 
-@pytest.mark.parametrize("line", [
+@parametrize("line", [
     "--task calculator --mtp 1",
     "--task maze --attn msa --replay",
     "--task cap"])
 def test_rollout_logprobs_are_the_trainers(line):
     """What was recorded through the cache is what the merged trainer finds, rewritten contexts and replay included."""
-    args = rl.parse_args(line.split())[0]
+    args, model = args_and_model(line)
     gateway = rl.Gateway()
-    model = rl.make_model(args, "cpu", None)
 
     # eight steps of imitation, after which the policy speaks the protocol now and then
     lessons = [rl.make_task(args, i, 1) for i in range(16)]
@@ -4552,19 +4556,21 @@ def test_rollout_logprobs_are_the_trainers(line):
 
 FEW = "--warm-steps 2 --slots 4 --groups 2 --rollouts 2"
 
-def rl_args(out, *more):
-    return ["--out", str(out), "--device", "cpu", *FEW.split(), *more]
+def rl_args(out, line="", *more):
+    """A command line of rl.py for a short run: `line` as one types it, then arguments that are no text."""
+    return ["--out", str(out), "--device", "cpu", *shlex.split(f"{FEW} {line}"), *more]
 
-def saved_step(folder):
-    return sample.load_checkpoint(str(folder))["now"]["step"]
+def run_rl(out, line):
+    """A short run of rl.py -> its result, and what it printed."""
+    return quiet(rl.main, rl_args(out, line))
 
-FOUR_STEPS = ["--steps", "4", "--save-every", "2"]
+FOUR_STEPS = "--steps 4 --save-every 2"
 
 @pytest.fixture(scope="session")
 def unbroken(tmp_path_factory):
     """A run of four steps that nothing stops: its folder and result."""
     out = tmp_path_factory.mktemp("unbroken")
-    return out, quiet(rl.main, rl_args(out, *FOUR_STEPS))[0]
+    return out, run_rl(out, FOUR_STEPS)[0]
 
 def has_keys(found, keys):
     return set(keys.split()) <= set(found)
@@ -4579,14 +4585,14 @@ def test_rl_reports_its_contract(unbroken):
 def test_what_is_in_flight_is_of_the_last_policy(unbroken):
     """After four steps two groups are in flight, whose turns were all sampled by version 3, by each token's record."""
     folder, _ = unbroken
-    pool = sample.load_checkpoint(str(folder))["pool"]
+    pool = read_checkpoint(folder)["pool"]
     assert len(pool) == 2
     turns = [turn for group in pool.values() for episode in group for turn in episode["samples"]]
     assert {version for turn in turns for version in turn["versions"].tolist()} == {3}
 
 def test_rl_resume_loses_no_task(unbroken, tmp_path):
     """Stopped in the imitation, beside an older run, killed in step 3, resumed: bit for bit the run that was not."""
-    quiet(rl.main, rl_args(tmp_path, "--steps", "1", "--seed", "7"))  # the older run
+    run_rl(tmp_path, "--steps 1 --seed 7")  # the older run
 
     signals = []
     train_step = rl.train_step
@@ -4605,19 +4611,19 @@ def test_rl_resume_loses_no_task(unbroken, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rl, "on_signals", lambda: signals)
         patch.setattr(rl, "train_step", with_ctrl_c)
-        _, text = quiet(rl.main, rl_args(tmp_path, *FOUR_STEPS))
+        _, text = run_rl(tmp_path, FOUR_STEPS)
     assert "the same command goes on" in text
-    assert saved_step(tmp_path / "warm") == 1
+    assert steps_done(tmp_path / "warm") == 1
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rl, "count_step", killed_in_step_3)
         with pytest.raises(SystemExit, match="9"):
-            quiet(rl.main, rl_args(tmp_path, "--resume"))
+            run_rl(tmp_path, "--resume")
 
-    quiet(rl.main, rl_args(tmp_path, "--resume"))
-    want = sample.load_checkpoint(str(unbroken[0]))
-    got = sample.load_checkpoint(str(tmp_path))
-    assert all(map(torch.equal, got["model"].values(), want["model"].values()))
+    run_rl(tmp_path, "--resume")
+    assert changed_weights(tmp_path, unbroken[0]) == []
+    want = read_checkpoint(unbroken[0])
+    got = read_checkpoint(tmp_path)
     assert got["now"]["curve"] == want["now"]["curve"]
     for part in ("queue", "pool", "clock"):
         assert str(got[part]) == str(want[part])
@@ -4638,9 +4644,10 @@ def test_folders_of_rl_have_one_writer(tmp_path, capsys):
     assert "cpux" in line
     assert os.listdir(tmp_path) == []
 
-def killed_after(patch, seconds):
-    """rl.py's training steps take a second each of the clock that saves follow, and the first that would begin after
-    so many is killed -> the seconds that are over, to which others may add theirs."""
+@contextlib.contextmanager
+def killed_after(seconds):
+    """Within, rl.py's training steps take a second each of the clock that saves follow, and the first that would begin
+    after so many is killed -> a patch for more, and the seconds that are over, to which others may add theirs."""
     ticks = []
     begun = time.monotonic()
     real = rl.train_step
@@ -4651,25 +4658,23 @@ def killed_after(patch, seconds):
         ticks.append(1)
         return real(*args)
 
-    patch.setattr(rl, "train_step", train_step)
-    patch.setattr(time, "monotonic", lambda: begun + len(ticks))
-    return ticks
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(rl, "train_step", train_step)
+        patch.setattr(time, "monotonic", lambda: begun + len(ticks))
+        yield patch, ticks
 
 def test_rl_saves_by_time(tmp_path):
     """Killed in the imitation or in the run, rl.py goes on from the last seconds."""
-    few = "--warm-steps 5 --slots 2 --groups 1 --rollouts 2 --steps 9"
-    argv = ["--out", str(tmp_path), "--device", "cpu", *few.split()]
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        killed_after(patch, 4)
+    argv = rl_args(tmp_path, "--warm-steps 5 --slots 2 --groups 1 --steps 9")
+    with killed_after(4):
         quiet(rl.main, argv)
-    assert saved_step(tmp_path / "warm") == 3
+    assert steps_done(tmp_path / "warm") == 3
 
     # the imitation's last two steps, and four of the run, whose arguments come from the command line
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        killed_after(patch, 6)
+    with killed_after(6) as (patch, _):
         patch.setattr(sys, "argv", ["rl.py", "--resume", *argv])
         rl.main()
-    assert saved_step(tmp_path) == 3
+    assert steps_done(tmp_path) == 3
 
 def test_rl_saves_no_nan(unbroken, tmp_path, monkeypatch, capsys):
     """Weights that became NaN end a run with code 1, and the checkpoint from before stays as it was."""
@@ -4684,7 +4689,7 @@ def test_rl_saves_no_nan(unbroken, tmp_path, monkeypatch, capsys):
         return stats
 
     monkeypatch.setattr(rl, "train_step", poison)
-    line = refused(rl.main, resume(folder, "--steps", 9, "--save-every", 1), capsys, code=1)
+    line = refused(rl.main, resume(folder, "--steps 9 --save-every 1"), capsys, code=1)
     assert "not finite" in line
     assert (folder / "ckpt.pt").read_bytes() == before
 
@@ -4692,10 +4697,8 @@ def test_a_slow_first_save_puts_none_off(tmp_path):
     """Killed after some seconds, again and again, an imitation gets on, though each of its saves takes a second."""
     saves = []
     real = rl.save
-    for argv in (rl_args(tmp_path, "--warm-steps", "30"), resume(tmp_path)):
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-            ticks = killed_after(patch, 6)
-
+    for argv in (rl_args(tmp_path, "--warm-steps 30"), resume(tmp_path)):
+        with killed_after(6) as (patch, ticks):
             def slow_save(*args):
                 saves.append(args[-1]["step"])
                 ticks.append(1)
@@ -4726,8 +4729,7 @@ def post(url, body, key="k", method="POST"):
 @contextlib.contextmanager
 def serving(out):
     """rl.py --serve in a process of its own, for two steps of four episodes -> the process, the gateway's address."""
-    argv = rl_args(out, "--steps", "2", "--serve", "0", "--token", "k")
-    command = [sys.executable, "rl.py", *argv]
+    command = [sys.executable, "rl.py", *rl_args(out, "--steps 2 --serve 0 --token k")]
     with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) as run:
         try:
             yield run, next(line.split()[2] for line in run.stdout if line.startswith("gateway"))
@@ -4816,9 +4818,9 @@ def test_openai_client_is_trained_on(tmp_path):
 class ServedAlone(rl.Served):
     """A gateway with two groups of two waiting, which is asked without HTTP -> statuses and answers."""
 
-    def __init__(self, folder, deadline=math.inf, version=0):
-        args = rl.parse_args(rl_args(folder, "--serve", "0", "--token", "k"))[0]
-        super().__init__(rl.make_model(args, "cpu", None), args, rl.WindowedFIFO(2, 1, deadline))
+    def __init__(self, deadline=math.inf, version=0):
+        args, model = args_and_model(f"{FEW} --serve 0 --token k")
+        super().__init__(model, args, rl.WindowedFIFO(2, 1, deadline))
         self.start(self.queue.admit(version), version)
         self.here, self.there = socket.socketpair()  # a client that is gone took no turn: this one stays
 
@@ -4846,13 +4848,13 @@ def a_call(name="t1", arguments="1+2"):
 
 USER = dict(role="user", content="Q1+2;")
 
-def test_gateway_listens_on_loopback(tmp_path):
+def test_gateway_listens_on_loopback():
     """No other machine reaches it."""
-    assert ServedAlone(tmp_path).server_address[0] == "127.0.0.1"
+    assert ServedAlone().server_address[0] == "127.0.0.1"
 
-def test_a_client_that_is_gone_took_no_turn(tmp_path):
+def test_a_client_that_is_gone_took_no_turn():
     """A turn whose client has hung up by its end is not recorded; another one is, with its policy's version."""
-    server = ServedAlone(tmp_path, version=7)
+    server = ServedAlone(version=7)
     assert server.claims(2) == ["0.0", "0.1"]
     server.chat("0.1")
     server.there.close()
@@ -4866,7 +4868,7 @@ def test_a_resumed_gateway_begins_again_what_had_begun(tmp_path, monkeypatch):
     """Finished episodes are kept, open ones start again under the newest version, and fail at their deadline."""
     clock = iter(range(10 ** 6))  # deadlines come when the clock is read so often, however busy the machine is
     monkeypatch.setattr(rl, "time", SimpleNamespace(monotonic=lambda: next(clock) / 50, time=time.time))
-    server = ServedAlone(tmp_path, deadline=0.3, version=7)
+    server = ServedAlone(deadline=0.3, version=7)
     server.claims(4)
     for key in ("1.0", "1.1"):
         assert server.chat(key, role="") == 200
@@ -4886,8 +4888,8 @@ def test_a_resumed_gateway_begins_again_what_had_begun(tmp_path, monkeypatch):
 
 def test_episodes_past_the_deadline_fail():
     """On the virtual clock, too, a group that is late has failed: a malformed call costs, and so does being late."""
-    args = rl.parse_args(rl_args("unused"))[0]
-    source = rl.Local(rl.make_model(args, "cpu", None), args, rl.WindowedFIFO(2, 1, 0.3))
+    args, model = args_and_model(FEW)
+    source = rl.Local(model, args, rl.WindowedFIFO(2, 1, 0.3))
     source.start(source.queue.admit(0), 0)
     episodes = source.pool[0] + source.pool[1]
     assert [episode.rewards[-1] for episode in episodes] == [-0.2] * 4
@@ -4903,10 +4905,10 @@ def test_completions_of_one_text_keep_their_tokens():
     context = [assistant(text) for text in texts]
     assert gateway.context(episode, context) == tokens
 
-@pytest.mark.parametrize("attn", ["full", "msa"])
+@parametrize("attn", ["full", "msa"])
 def test_every_preset_speaks_the_gateways_tokens(attn):
     """The vocabulary is the gateway's, whatever the preset's."""
-    args = rl.parse_args(["--preset", "small", "--attn", attn, "--steps", "1"])[0]
+    args = rl.parse_args(["--preset", "small", "--attn", attn])[0]
     with torch.device("meta"):
         model = rl.make_model(args, "meta", None)
     n_vocab = rl.Gateway.tokenizer.n_vocab
@@ -4914,7 +4916,7 @@ def test_every_preset_speaks_the_gateways_tokens(attn):
     assert model.embed.num_embeddings == n_vocab
     assert model.cfg.n_layer == 12
 
-@pytest.mark.parametrize("attn", ["full", "msa"])
+@parametrize("attn", ["full", "msa"])
 def test_small_ends_in_a_checkpoint_that_can_speak(attn, tmp_path, monkeypatch):
     """Small's own road, at fewer layers and channels: it trains with MTP, and sample.py goes on with its checkpoint."""
     few = dict(
@@ -4924,15 +4926,15 @@ def test_small_ends_in_a_checkpoint_that_can_speak(attn, tmp_path, monkeypatch):
         index_head_dim=16, index_block_size=16, index_topk_blocks=2)
     small = MiniMaxConfig.small
     monkeypatch.setattr(MiniMaxConfig, "small", lambda **fields: small(**few, **fields))
-    flags = ["--preset", "small", "--attn", attn, "--mtp", "1", "--steps", "1", "--warm-steps", "1"]
-    assert quiet(rl.main, rl_args(tmp_path, *flags))[0]["steps"] == 1
+    trained, _ = run_rl(tmp_path, f"--preset small --attn {attn} --mtp 1 --steps 1 --warm-steps 1")
+    assert trained["steps"] == 1
 
     spoken, _ = quiet(sample.main, sample_args(tmp_path, "--max-new-tokens", 9, "--prompt", "Q1+1;"))
     assert spoken["tokens"] > 0
 
 def test_another_vocabulary_than_the_tokenizers_is_refused(tmp_path, capsys):
     """A model of more tokens than its tokenizer would sample ids without a text: exit 2, both counts named."""
-    args = rl.parse_args(rl_args(tmp_path))[0]
+    args = rl.parse_args([])[0]
     model = MiniMax(MiniMaxConfig.micro(vocab_size=300, max_seq_len=96))
     source = rl.Local(model, args, rl.WindowedFIFO(4, 1))
     rl.save(tmp_path, args, source, [], dict(step=1))
@@ -4942,10 +4944,10 @@ def test_another_vocabulary_than_the_tokenizers_is_refused(tmp_path, capsys):
         assert "300" in line
         assert "257" in line
 
-def test_idle_and_slow_clients_hold_up_no_other(tmp_path, monkeypatch):
+def test_idle_and_slow_clients_hold_up_no_other(monkeypatch):
     """Twenty connections that say nothing or half of it, with a minute to do so: others are answered meanwhile."""
     monkeypatch.setattr(rl.Handler, "timeout", 60)
-    server = ServedAlone(tmp_path)
+    server = ServedAlone()
     head = b"POST /v1/tasks HTTP/1.1\r\nAuthorization: Bearer k\r\n"
     idle = [socket.create_connection(server.server_address) for _ in range(20)]
     for connection, said in zip(idle, [b"", b"POS", head, head + b"Content-Length: 9\r\n\r\n{"] * 5):
@@ -4974,9 +4976,9 @@ def test_idle_and_slow_clients_hold_up_no_other(tmp_path, monkeypatch):
         connection.close()
     server.close()
 
-def test_only_a_claimed_task_is_served(tmp_path):
+def test_only_a_claimed_task_is_served():
     """A key that nobody has claimed takes no turn and no end; each claim is of another one, until none waits."""
-    server = ServedAlone(tmp_path)
+    server = ServedAlone()
     assert server.claims(1) == ["0.0"]
 
     for key in ("0.1", "1.0"):
@@ -4988,9 +4990,9 @@ def test_only_a_claimed_task_is_served(tmp_path):
     assert server.claims(3) == ["0.1", "1.0", "1.1"]
     assert server.answer_to("tasks")[0] == 409
 
-def test_a_finished_task_is_over(tmp_path):
+def test_a_finished_task_is_over():
     """A key that is finished takes no more turns, and has no second end."""
-    server = ServedAlone(tmp_path)
+    server = ServedAlone()
     assert server.claims(2) == ["0.0", "0.1"]
     assert server.chat("0.1") == 200
     assert server.end("0.1", 1.0) == 200
@@ -5005,16 +5007,16 @@ SO_A_CALL = assistant("So:", tool_calls=[a_call()], refusal=None, audio=None)
 OLD_CALL = assistant(function_call=dict(name="f", arguments=None))
 IMAGE = dict(type="image_url", image_url=dict(url="data:"))
 
-@pytest.mark.parametrize("message, text", [
-    pytest.param(dict(role="developer", content=PARTS, name=None), "Q1+2;", id="parts"),
-    pytest.param(dict(role="tool", tool_call_id="c", content=PARTS), "Q1+2;", id="parts of a tool"),
-    pytest.param(TWO_CALLS, "t1[1+2]t1[1+2]", id="calls alone"),
-    pytest.param(dict(TWO_CALLS, content=None), "t1[1+2]t1[1+2]", id="calls and null"),
-    pytest.param(dict(TWO_CALLS, content=""), "t1[1+2]t1[1+2]", id="calls and no text"),
-    pytest.param(dict(TWO_CALLS, content=[]), "t1[1+2]t1[1+2]", id="calls and no parts"),
-    pytest.param(SO_A_CALL, "So:t1[1+2]", id="call and text"),
-    pytest.param(OLD_CALL, "f[]", id="function_call"),
-    pytest.param(assistant(tool_calls=None, function_call=None), "", id="nulls")])
+@named("message, text", {
+    "parts": (dict(role="developer", content=PARTS, name=None), "Q1+2;"),
+    "parts of a tool": (dict(role="tool", tool_call_id="c", content=PARTS), "Q1+2;"),
+    "calls alone": (TWO_CALLS, "t1[1+2]t1[1+2]"),
+    "calls and null": (dict(TWO_CALLS, content=None), "t1[1+2]t1[1+2]"),
+    "calls and no text": (dict(TWO_CALLS, content=""), "t1[1+2]t1[1+2]"),
+    "calls and no parts": (dict(TWO_CALLS, content=[]), "t1[1+2]t1[1+2]"),
+    "call and text": (SO_A_CALL, "So:t1[1+2]"),
+    "function_call": (OLD_CALL, "f[]"),
+    "nulls": (assistant(tool_calls=None, function_call=None), "")})
 def test_gateway_reads_what_clients_send(message, text):
     """Parts are joined, null is nothing, and tool calls are written out, before the message and after it."""
     gateway = rl.Gateway()
@@ -5022,9 +5024,9 @@ def test_gateway_reads_what_clients_send(message, text):
     assert gateway.tokenizer.decode(ids) == "Q1+2;" + text + "Q1+2;"
 
 @pytest.fixture(scope="session")
-def ask_claimed(tmp_path_factory):
+def ask_claimed():
     """Asks a gateway for a turn of a task that is claimed: (**body) -> status, answer."""
-    server = ServedAlone(tmp_path_factory.mktemp("served"))
+    server = ServedAlone()
     task, = server.claims(1)
     return lambda **body: server.answer_to("chat/completions", **{"model": task, "messages": [USER], **body})
 
@@ -5034,9 +5036,9 @@ NULL_OPTIONS = (
 SET_OPTIONS = dict(
     n=1.0, stream=False, temperature=0, stop=["x"], max_tokens=5, tools=[], logprobs=True)
 
-@pytest.mark.parametrize("options", [
-    pytest.param(dict.fromkeys(NULL_OPTIONS.split()), id="null"),
-    pytest.param(SET_OPTIONS, id="set")])
+@named("options", {
+    "null": dict.fromkeys(NULL_OPTIONS.split()),
+    "set": SET_OPTIONS})
 def test_options_of_other_servers_change_nothing(ask_claimed, options):
     """What a client sends beside model and messages is no reason to refuse it."""
     status, answer = ask_claimed(**options)
@@ -5045,7 +5047,7 @@ def test_options_of_other_servers_change_nothing(ask_claimed, options):
 
 def saying(*cases):
     """Cases of what is sent, and a word that the refusal must hold, which names the test."""
-    return pytest.mark.parametrize("sent, word", [pytest.param(*case, id=case[1]) for case in cases])
+    return parametrize("sent, word", [pytest.param(*case, id=case[1]) for case in cases])
 
 @saying(
     (dict(n=2), "n 2"),
@@ -5080,12 +5082,12 @@ def test_messages_that_are_refused(ask_claimed, sent, word):
 
 CALL_12 = a_call("t1", "12")
 
-@pytest.mark.parametrize("back", [
-    pytest.param(assistant("t1[12]"), id="text"),
-    pytest.param(assistant([text_part("t1[12]", "output_text")]), id="parts"),
-    pytest.param(assistant(None, tool_calls=[CALL_12]), id="call and null"),
-    pytest.param(dict(role="assistant", tool_calls=[CALL_12]), id="call"),
-    pytest.param(assistant("t1[12]", tool_calls=[CALL_12]), id="text and call")])
+@named("back", {
+    "text": assistant("t1[12]"),
+    "parts": assistant([text_part("t1[12]", "output_text")]),
+    "call and null": assistant(tool_calls=[CALL_12]),
+    "call": dict(role="assistant", tool_calls=[CALL_12]),
+    "text and call": assistant("t1[12]", tool_calls=[CALL_12])})
 def test_a_completion_comes_back_by_token_from_every_client(back):
     """As a string, in parts, or turned into a tool call, "12" of two tokens stays two, where the tokenizer has one."""
     gateway = rl.Gateway()
@@ -5106,17 +5108,17 @@ def test_rl_names_the_port_it_refuses(tmp_path, capsys):
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        line = refused(rl.main, rl_args(tmp_path, "--serve", str(port), "--steps", "1"), capsys)
+        line = refused(rl.main, rl_args(tmp_path, f"--serve {port} --steps 1"), capsys)
     assert f"--serve {port}" in line
     assert "in use" in line
 
-@pytest.mark.parametrize("name, word", [
+@parametrize("name, word", [
     ("none/a.png", "No such file"),
     ("a.abc", "abc")])
 def test_rl_names_the_figure_it_refuses(name, word, tmp_path, capsys):
     """A figure that cannot be written, or of no known format: one line with flag, value and reason."""
-    figure = str(tmp_path / name)
-    line = refused(rl.main, rl_args(tmp_path, "--steps", "1", "--figure", figure), capsys)
+    figure = tmp_path / name
+    line = refused(rl.main, rl_args(tmp_path, "--steps 1", "--figure", figure), capsys)
     assert f"--figure {figure}" in line
     assert word in line
 
@@ -5137,7 +5139,7 @@ def refused_line(line, capsys, *more, code=2):
     script, *argv = shlex.split(line)
     return refused(SCRIPTS[script], [*argv, *more], capsys, code)
 
-@pytest.mark.parametrize("line", [
+@parametrize("line", [
     "train.py --data no/such",
     "train.py --data empty.txt",
     "train.py --preset huge",
@@ -5199,7 +5201,7 @@ def test_bench_refuses_bad_input(capsys, line, word):
     assert word in refused(bench.main, line.split(), capsys)
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-@pytest.mark.parametrize("script", [train, sample, rl])
+@parametrize("script", [train, sample, rl])
 def test_a_gpu_that_is_absent_is_refused(script, tmp_path, capsys):
     """--device cuda without a GPU is refused by that name."""
     assert "cuda" in refused(script.main, ["--device", "cuda", "--out", tmp_path], capsys)
@@ -5208,7 +5210,7 @@ def test_rl_resumes_no_run_of_train(trained, capsys):
     """A checkpoint of train.py is named as such."""
     assert "train.py" in refused(rl.main, ["--resume", "--out", trained[0]], capsys)
 
-@pytest.mark.parametrize("name", [
+@parametrize("name", [
     "meta", "", "CPU", "cpu:1", "cuda:-1", "cuda:99", "mps", "xla", "cuda:\u0663"], ids=repr)
 def test_devices_that_cannot_run_are_refused(name, corpus, tmp_path, capsys):
     """Only a device that this code runs on, and that is there, gets past the command line: else one line names it."""
@@ -5248,9 +5250,9 @@ def test_a_steps_memory_is_estimated():
     assert 0.25e9 < estimate(4, 256) < 0.45e9, "measured: 0.32 to 0.37 GB"
     assert 2.0e9 < estimate(16, 1024) < 4.0e9, "measured: 2.8 to 3.0 GB"
 
-@pytest.mark.parametrize("kind, limit, used, cache", [
-    ("", "memory.max", "memory.current", "inactive_file"),
-    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")], ids=["v2", "v1"])
+@named("kind, limit, used, cache", {
+    "v2": ("", "memory.max", "memory.current", "inactive_file"),
+    "v1": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")})
 def test_control_groups_limit_memory(kind, limit, used, cache, tmp_path):
     """The tightest limit of the process's group and of those above it counts, in both versions of control groups."""
     own = tmp_path / "own"
@@ -5319,7 +5321,7 @@ DAMAGED = {  # what is wrong -> the change to the file
     "an empty file": lambda path: os.truncate(path, 0),
     "a list": lambda path: torch.save([1, 2], path)}
 
-@pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
+@named("damage", DAMAGED)
 def test_damaged_checkpoints_are_refused(checkpoint, tmp_path, capsys, damage):
     """Half a file, nothing, a foreign object: each script refuses it with exit 2, and the file stays as it was."""
     damage(checkpoint)
@@ -5330,7 +5332,7 @@ FOREIGN = {  # what is wrong -> the change to the checkpoint's dict, as in the t
     "a part is missing": drop("now"),
     "a field of a later model": put("config/new", 1)}
 
-@pytest.mark.parametrize("change", FOREIGN.values(), ids=FOREIGN)
+@named("change", FOREIGN)
 def test_foreign_checkpoints_are_refused(trained, tmp_path, capsys, change):
     """Another version, a part or a field that this code does not know: each script refuses it."""
     tamper(trained[0], tmp_path, change)
@@ -5395,13 +5397,13 @@ TAMPERED_TRAINING = {  # parts that only training reads; optimizer 0 is Muon, 1 
 
 TAMPERED = {**TAMPERED_MODEL, **TAMPERED_TRAINING}
 
-@pytest.mark.parametrize("change", TAMPERED.values(), ids=TAMPERED)
+@named("change", TAMPERED)
 def test_tampered_checkpoints_are_refused(trained, tmp_path, capsys, change):
     """Any part missing, of another type, shape, dtype or model: one line, exit 2, the file as it was."""
     tamper(trained[0], tmp_path, change)
     check_refused("train.py --resume --steps 13", tmp_path, capsys)
 
-@pytest.mark.parametrize("change", TAMPERED_MODEL.values(), ids=TAMPERED_MODEL)
+@named("change", TAMPERED_MODEL)
 def test_sample_refuses_tampered_checkpoints(trained, tmp_path, capsys, change):
     """What is wrong with the model or its tokenizer, sample.py refuses as well."""
     tamper(trained[0], tmp_path, change)
@@ -5411,13 +5413,13 @@ def test_nan_weights_are_refused(trained, tmp_path, capsys):
     """Neither sampled from nor trained on, and named."""
     tamper(trained[0], tmp_path, replace_weight(lambda weight: torch.full_like(weight, math.nan)))
     assert f"{BIG} is not finite" in refused(sample.main, sample_args(tmp_path), capsys)
-    assert f"{BIG} is not finite" in refused(train.main, resume(tmp_path, "--steps", 13), capsys, code=1)
+    assert f"{BIG} is not finite" in refused(train.main, resume(tmp_path, "--steps 13"), capsys, code=1)
 
 @pytest.fixture(scope="session")
 def agents(tmp_path_factory):
     """The folder of a short run of rl.py."""
     out = tmp_path_factory.mktemp("agents")
-    quiet(rl.main, rl_args(out, "--steps", "1"))
+    run_rl(out, "--steps 1")
     return out
 
 def first_turn(state):
@@ -5442,7 +5444,7 @@ TAMPERED_AGENTS = {
     "a rate of text": put("args/lr", "x"),
     "no optimizers": put("optimizers", [])}
 
-@pytest.mark.parametrize("change", TAMPERED_AGENTS.values(), ids=TAMPERED_AGENTS)
+@named("change", TAMPERED_AGENTS)
 def test_tampered_agents_are_refused(agents, tmp_path, capsys, change):
     """The queue, the pool, the clock or the record of a run, changed by hand: one line, exit 2, the file as it was."""
     tamper(agents, tmp_path, change)
@@ -5455,7 +5457,7 @@ def test_full_disk_keeps_the_old_checkpoint(checkpoint, tmp_path, capsys, monkey
 
     whole = checkpoint.read_bytes()
     monkeypatch.setattr(os, "fsync", full)
-    assert "No space left" in refused(train.main, resume(tmp_path, "--steps", 14), capsys)
+    assert "No space left" in refused(train.main, resume(tmp_path, "--steps 14"), capsys)
     assert files(tmp_path) == {"ckpt.pt": whole}
 
 def test_a_full_disk_is_named(checkpoint, tmp_path, capsys):
@@ -5465,7 +5467,7 @@ def test_a_full_disk_is_named(checkpoint, tmp_path, capsys):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        line = refused(train.main, resume(tmp_path, "--steps", 13), capsys)
+        line = refused(train.main, resume(tmp_path, "--steps 13"), capsys)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "ckpt.pt" in line
@@ -5515,8 +5517,8 @@ def fabricated_row(ctx, share, msa_ms, gpu=True, what="decode", index="bf16", qu
     needed = moved / args.rates["copy"] if what == "decode" else flops / args.rates["matmul"]
     return bench.make_row(args, what, "m3", ctx, queries, batch, "random", index, [1e3 * needed / share], [msa_ms])
 
-@pytest.mark.parametrize("ctx", [8192, 2 ** 17, 2 ** 18, 1_000_000])
-@pytest.mark.parametrize("batch", [1, 8])
+@parametrize("ctx", [8192, 2 ** 17, 2 ** 18, 1_000_000])
+@parametrize("batch", [1, 8])
 def test_a_slow_baseline_gives_no_ratio(ctx, batch, capsys):
     """On a GPU full attention decodes at 97 % of the copy rate or no ratio is printed, at every length and batch."""
     slow = fabricated_row(ctx, 0.96, 0.05, batch=batch)
@@ -5605,7 +5607,7 @@ def test_rates_keep_the_largest(monkeypatch):
     assert second["copy"] == 2 * first["copy"]
     assert args.rates == dict(copy=second["copy"], matmul=first["matmul"])
 
-@pytest.mark.parametrize("text, value", [
+@parametrize("text, value", [
     ("64k", 65536),
     ("64K", 65536),
     ("1M", 2 ** 20),
@@ -5621,7 +5623,7 @@ def test_tokens_as_people_write_them(text, value):
     assert bench.parse_args(["--ctx", text]).ctx == value
     assert sample.tokens(text) == value
 
-@pytest.mark.parametrize("text", [
+@parametrize("text", [
     "", "k", "64kb", "64 kk", "1.5", "-5", "inf", "nan", "0x10", "1e", "1,5M", "6_5", "\u0661", "1e99"], ids=repr)
 def test_tokens_as_nobody_writes_them(text):
     """Nonsense is refused, with an example of what is read."""
@@ -5764,10 +5766,10 @@ def test_bench_counts_training_flops():
 
 TOO_LARGE = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"
 
-@pytest.mark.parametrize("reason, code, said", [
-    pytest.param(KeyboardInterrupt(), 130, "interrupted", id="Ctrl-C"),
-    pytest.param(RuntimeError(TOO_LARGE), 2, f"out of memory: {TOO_LARGE}", id="an allocation"),
-    pytest.param(MemoryError("no length fits"), 2, "out of memory: no length fits", id="no length")])
+@named("reason, code, said", {
+    "Ctrl-C": (KeyboardInterrupt(), 130, "interrupted"),
+    "an allocation": (RuntimeError(TOO_LARGE), 2, f"out of memory: {TOO_LARGE}"),
+    "no length": (MemoryError("no length fits"), 2, "out of memory: no length fits")})
 def test_bench_ends_in_one_line(monkeypatch, capsys, reason, code, said):
     """Ctrl-C, too little memory: one line, no traceback."""
     def run(args):
@@ -5789,7 +5791,7 @@ def test_bench_names_what_runs(monkeypatch):
     assert "its interpreter" in bench.impl_names(True, "decode")[0] or torch.cuda.is_available()
     assert "cuDNN" in bench.impl_names(True, "prefill")[0]
 
-@pytest.mark.parametrize("script", [train, sample, bench, rl])
+@parametrize("script", [train, sample, bench, rl])
 def test_readme_commands_exist(script):
     """Every flag of every python command in README is one that the script's --help knows."""
     readme = (HERE / "README.md").read_text(encoding="utf-8")
@@ -6044,7 +6046,7 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("rl.pack_routes", replay_of_other_experts, replayed),
     mutant("rl.cispo_loss", no_clip, test_cispo_by_hand)]
 
-@pytest.mark.parametrize("target, sabotage, test", [case for cases in MUTANTS for case in cases])
+@parametrize("target, sabotage, test", [case for cases in MUTANTS for case in cases])
 def test_mutants_are_caught(target, sabotage, test, monkeypatch):
     """Each sabotage makes the tests that guard it fail: they pass without it, or this suite would not."""
     real = pkgutil.resolve_name(target)

@@ -1121,7 +1121,7 @@ def test_training_kernels_equal_autograd(case):
     B, T, *_ = shape
     L = 8
     stride = 2
-    inputs = q, k, v, qi, ki = kernel_qkv(*shape, grad=True)
+    inputs = q, _, _, qi, ki = kernel_qkv(*shape, grad=True)
     q.data[:, 5] *= 100  # it learns, and its scores with keys to come, hidden ones, are beyond the range of exp
     weight = torch.rand(B, T)
     end = TREE[:, :T].clamp(max=T) if tree else None
@@ -1144,15 +1144,15 @@ def test_gate_kernels_equal_fp64(activation):
     width = 22
     h = 9 * torch.randn(rows, 2 * width)
     upstream = torch.randn(rows, width)
-    def run(impl, dtype):
+    def run(impl, dtype, *tensors):
         inputs = [x.to(dtype).requires_grad_() for x in tensors]
         y = moe.gated(inputs[0], activation, *inputs[1:], impl=impl)
         return with_grads(y, inputs, upstream.to(dtype))
 
     for tensors in ([h], [h, torch.rand(rows, 1)]):
         with poisoned():
-            ours = run("triton", torch.float32)
-        for mine, want in zip(ours, run("torch", torch.float64)):
+            ours = run("triton", torch.float32, *tensors)
+        for mine, want in zip(ours, run("torch", torch.float64, *tensors)):
             # fp32: some ten roundings of 2^-24, at most 1e-6, of a number or of a sum of 22; 1.7021 for 1.702 is 4e-5
             is_sum = want.shape == (rows, 1)
             size = want.abs().max() if is_sum else want.abs()
@@ -1180,10 +1180,9 @@ def test_kernels_equal_torch_without_keys_and_with_nan(name, value):
     T = 13
     L = 4
     S = 3
-    inputs = [x.clone() for x in kernel_qkv(1, T, T, 1, 2)]
+    inputs = *_, qi, ki = kernel_qkv(1, T, T, 1, 2, grad=True)
     spoilt = inputs["q k v qi ki".split().index(name)]
-    spoilt[:, 8, ..., 3] = value
-    _, _, _, qi, ki = (x.requires_grad_() for x in inputs)
+    spoilt.data[:, 8, ..., 3] = value
     end = packed_end(T, [5], 1)
     end[:, 5:7] = 0  # no query sees them, not even their own
     end[:, 9] = 10
@@ -2960,11 +2959,10 @@ def count_bytes(docs):
 
 def test_bits_per_byte_of_a_uniform_model():
     """A model with all logits equal codes every token in log2 V bits: val_bpb is that times tokens over bytes."""
-    tok = SMALL_TOKENIZER
     model = MiniMax(small_config(vocab_size=300))
     torch.nn.init.zeros_(model.lm_head.weight)
-    tokens = train.Tokens(TWO_TEXTS, tok, 4, 48)
-    n_tokens = sum(1 + len(tok.encode(text)) for _, text in TWO_TEXTS)
+    tokens = train.Tokens(TWO_TEXTS, SMALL_TOKENIZER, 4, 48)
+    n_tokens = sum(1 + len(SMALL_TOKENIZER.encode(text)) for _, text in TWO_TEXTS)
 
     got = train.evaluate(model, tokens, 48, 3, "cpu")["val_bpb"]
 
@@ -3090,8 +3088,7 @@ def test_any_name_and_any_kind_of_file_in_a_folder(tmp_path):
     """Names of any bytes are read; pipes, devices, loops and links to folders are counted, and nothing waits."""
     raw_names = [b"a.txt", b"caf\xe9.txt", b"two\nlines", b"-", b"x" * 255, "na\u00efve".encode()]
     for name in raw_names:
-        with open(os.path.join(os.fsencode(tmp_path), name), "w") as file:
-            file.write("some text\n" * 50)
+        (tmp_path / os.fsdecode(name)).write_text("some text\n" * 50)
     (tmp_path / "x.py").mkdir()
     (tmp_path / "x.py" / "inner.txt").write_text("inner text\n")
     os.mkfifo(tmp_path / "pipe")
@@ -3379,14 +3376,13 @@ def test_saves_follow_the_clock():
 
 def test_a_killed_run_goes_on_from_the_last_seconds(trained, corpus, tmp_path, monkeypatch):
     """Killed before its first evaluation, again and again, a run still ends, with the bits of one that was not."""
-    run_until_killed(train_args(corpus, tmp_path, "--steps 12 --eval-every 1000"))
-    assert steps_done(tmp_path) == 3
-    run_until_killed(resume(tmp_path))
-    assert steps_done(tmp_path) == 6
-    run_until_killed(resume(tmp_path))
-    assert steps_done(tmp_path) == 9
+    argv = train_args(corpus, tmp_path, "--steps 12 --eval-every 1000")
+    for n_steps in (3, 6, 9):
+        run_until_killed(argv)
+        assert steps_done(tmp_path) == n_steps
+        argv = resume(tmp_path)
 
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, resume(tmp_path))])
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
     assert train.main()["step"] == 12
     assert changed_weights(tmp_path, trained.out) == []
 
@@ -3779,7 +3775,8 @@ def test_samples_are_seeded_and_follow_the_distribution():
     """One seed, one text; 20,000 draws match softmax(logits) by chi-square; top-k and top-p keep what they promise."""
     logits = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0]])
     n_draws = 20_000
-    draws = sample.sample_next(logits.expand(n_draws, 5), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    draws = sample.sample_next(logits.expand(n_draws, 5))
     counts = torch.bincount(draws, minlength=5)
     expected = n_draws * logits.softmax(-1)[0]  # shares: 0.56 0.21 0.13 0.08 0.03
     chi_square = ((counts - expected) ** 2 / expected).sum()
@@ -3818,8 +3815,7 @@ def test_of_equal_logits_the_lowest_ids_stay(temperature, top_p, top_k, n_kept):
 def test_of_two_largest_logits_the_lower_id_is_taken():
     """top-k 1 is greedy, ties or not: always the lowest id."""
     tied = torch.tensor([[3.0, 21.375, 1.0, 21.375]]).expand(64, 4)
-    draws = sample.sample_next(tied, top_k=1, generator=torch.Generator().manual_seed(0))
-    assert draws.tolist() == [1] * 64
+    assert sample.sample_next(tied, top_k=1).tolist() == [1] * 64
     assert sample.sample_next(tied, 0).tolist() == [1] * 64
 
 @parametrize("temperature", [0, 1e-3, 1.0])

@@ -2484,8 +2484,8 @@ def test_loss_at_init_is_log_vocab_and_one_batch_overfits():
 # stopped, bit for bit. A folder may hold files of any kind: what is no text is counted and named. Saves follow the
 # clock, and whatever ends a run, kill -9 included, the last good checkpoint is whole.
 
-def each_case(arguments, cases):
-    """A test for each of the cases, a name and the arguments' values."""
+def named(arguments, cases):
+    """A case for each entry of a dict, name -> values of the test's arguments."""
     return parametrize(arguments, cases.values(), ids=cases)
 
 def write_parts(folder, text):
@@ -2730,7 +2730,7 @@ def two_threads(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", set_num_threads)
     return machine
 
-@each_case("one, two, count", {
+@named("one, two, count", {
     "busy": ([1.0], [10.0], 1),
     "hardly slower": ([1.0], [1.25], 2),
     "quiet": ([2.0], [1.0], 2),
@@ -2999,7 +2999,7 @@ def test_an_evaluation_fits_its_time(monkeypatch, capsys):
     assert part["val_bytes"] == len(seen)
     assert part["val_bpb"] == pytest.approx(nats / math.log(2) / len(seen))
 
-@each_case("n_bytes, train_bpb, usual, remark", {
+@named("n_bytes, train_bpb, usual, remark", {
     "apart": (train.FEW_BYTES, 2.5, 1.0, "20% above training"),
     "as far as it has always been": (train.FEW_BYTES, 2.5, 1.2, None),
     "near": (train.FEW_BYTES, 2.9, 1.0, None),
@@ -3068,7 +3068,7 @@ def test_encodings_that_cannot_be_told_apart_get_no_advice(text, encoding):
     assert kind == "text of another encoding"
     assert "iconv" not in train.describe({kind: 1})
 
-@each_case("text", {
+@named("text", {
     "few lines": "alpha\n" * 50,
     "lines": "line\n" * 20_000,
     "one line": "hello " * 50 + "\n",
@@ -3161,7 +3161,7 @@ def test_paths_that_hold_no_text_are_named(path, tmp_path):
     """What is neither a file nor a folder is shown as Python writes it, on one line."""
     assert repr(path) in refused_data(path, tmp_path)
 
-@each_case("held_bytes, other_bytes, by_hash", {
+@named("held_bytes, other_bytes, by_hash", {
     "too little": (7_000, 400_000, False),
     "too much": (90_000, 20_000, False),
     "fair": (20_000, 20_000, True)})
@@ -3984,10 +3984,6 @@ def make_turn(ids, start, logprobs=None, advantage=1.0):
         logprobs = [0.0] * n_action
     old = torch.tensor(logprobs, dtype=torch.float64)
     return rl.Sample(torch.tensor(ids), start, old, torch.zeros(n_action).long(), None, advantage)
-
-def named(arguments, cases):
-    """A case for each entry of a dict, name -> values of the test's arguments."""
-    return parametrize(arguments, cases.values(), ids=cases)
 
 def digits(numbers):
     return "".join(str(int(n)) for n in numbers)

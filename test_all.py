@@ -1486,13 +1486,21 @@ def test_no_spills_for_sm_90():
         assert 16 <= registers <= 255, name
         assert stack <= most, name
 
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+
+import torch
+from model import MiniMax, MiniMaxConfig
+
+model = MiniMax(MiniMaxConfig.tiny(vocab_size=11))
+logits, _, _ = model(torch.zeros(1, 20, dtype=torch.long))
+print(tuple(logits.shape))
+"""
+
 def test_model_runs_without_triton():
     """Where Triton cannot be installed, macOS, the torch half imports and computes: the kernels' signatures, too."""
-    program = ("import sys; sys.modules['triton'] = None\n"
-               "import torch; from model import MiniMax, MiniMaxConfig\n"
-               "logits, _, _ = MiniMax(MiniMaxConfig.tiny(vocab_size=11))(torch.zeros(1, 20, dtype=torch.long))\n"
-               "print(tuple(logits.shape))")
-    run = run_python("-c", program)
+    run = run_python("-c", WITHOUT_TRITON)
     assert run.stdout.strip() == "(1, 20, 11)", run.stderr[-2000:]
 
 def gpu_qkv(B, T, Hkv, G):

@@ -4363,8 +4363,12 @@ def test_close_returns_have_an_advantage():
 def demonstrations(args, numbers):
     """A teacher's turns in each of these tasks; of its calls' characters a tenth are wrong."""
     gateway = rl.Gateway()
-    tasks = {n: rl.make_task(args, n, 1) for n in numbers}
-    return [rl.demonstrate(gateway, task, random.Random(n), 0.1).samples for n, task in tasks.items()]
+    turns = []
+    for n in numbers:
+        task = rl.make_task(args, n, 1)
+        episode = rl.demonstrate(gateway, task, random.Random(n), 0.1)
+        turns.append(episode.samples)
+    return turns
 
 class Learner:
     """A model and its optimizers after three steps with a signal, so that every moment is full."""
@@ -4535,13 +4539,12 @@ def test_rollout_logprobs_are_the_trainers(line):
         rl.train_step(model, optimizers, trees, 1e-2)
 
     # four groups of four episodes
-    tasks = [n for n in range(4) for _ in range(4)]
-    episodes = [rl.Trajectory(n) for n in tasks]
-    agents = [rl.make_task(args, n).agent() for n in tasks]
-    generator = torch.Generator().manual_seed(0)
-    rl.rollout(model, rl.Gateway(), [*zip(episodes, agents)], 0, generator, 4, args.replay)
-    groups = [rl.advantages(episodes[i:i + 4]) for i in range(0, 16, 4)]
-    for turn in [turn for episode in episodes for turn in episode.samples]:
+    source = rl.Local(model, args, rl.WindowedFIFO(slots=4, window=4))
+    source.start(source.queue.admit(version=0), version=0)
+    groups = [rl.advantages(group) for group in source.pool.values()]
+    episodes = [episode for group in groups for episode in group]
+    assert len(episodes) == 16
+    for turn in [turn for episode in episodes for turn in episode]:
         n_action = len(turn.ids) - turn.start
         assert len(turn.logprobs) == n_action
         assert len(turn.versions) == n_action

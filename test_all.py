@@ -2542,7 +2542,7 @@ def changed_weights(got, want):
 def files(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
-def refused(main, argv, capsys=None, code=2):
+def refused(main, argv, code=2):
     """The exit code and one line on stderr, no traceback -> the line."""
     with pytest.raises(SystemExit) as stop, contextlib.redirect_stderr(io.StringIO()) as err:
         quiet(main, argv)
@@ -4640,13 +4640,13 @@ def test_a_lock_is_no_text(tmp_path):
     with sample.lock_folder(str(tmp_path / "run")):
         assert [name for name, _ in train.list_files(str(tmp_path))] == ["a.txt"]
 
-def test_folders_of_rl_have_one_writer(tmp_path, capsys):
+def test_folders_of_rl_have_one_writer(tmp_path):
     """rl.py's imitation is held from the start, as its run is; a refused run leaves no folder."""
     with sample.lock_folder(str(tmp_path / "warm")):
-        assert "warm" in refused(rl.main, rl_args(tmp_path), capsys)
+        assert "warm" in refused(rl.main, rl_args(tmp_path))
     assert os.listdir(tmp_path) == []
 
-    line = refused(rl.main, ["--out", tmp_path / "new", "--device", "cpux"], capsys)
+    line = refused(rl.main, ["--out", tmp_path / "new", "--device", "cpux"])
     assert "cpux" in line
     assert os.listdir(tmp_path) == []
 
@@ -4682,7 +4682,7 @@ def test_rl_saves_by_time(tmp_path):
         rl.main()
     assert steps_done(tmp_path) == 3
 
-def test_rl_saves_no_nan(unbroken, tmp_path, monkeypatch, capsys):
+def test_rl_saves_no_nan(unbroken, tmp_path, monkeypatch):
     """Weights that became NaN end a run with code 1, and the checkpoint from before stays as it was."""
     kept = copy_checkpoint(unbroken[0], tmp_path)
     before = kept.read_bytes()
@@ -4694,7 +4694,7 @@ def test_rl_saves_no_nan(unbroken, tmp_path, monkeypatch, capsys):
         return stats
 
     monkeypatch.setattr(rl, "train_step", poison)
-    line = refused(rl.main, resume(tmp_path, "--steps 9 --save-every 1"), capsys, code=1)
+    line = refused(rl.main, resume(tmp_path, "--steps 9 --save-every 1"), code=1)
     assert "not finite" in line
     assert kept.read_bytes() == before
 
@@ -4713,12 +4713,12 @@ def test_a_slow_first_save_puts_none_off(tmp_path):
             quiet(rl.main, argv)
     assert saves == [0, 3, 6]
 
-def test_scripts_know_whose_checkpoint_it_is(trained, unbroken, capsys):
+def test_scripts_know_whose_checkpoint_it_is(trained, unbroken):
     """--resume in the other script's folder says which command goes on with it; nothing is changed."""
     folder, _ = unbroken
     for theirs in (folder, folder / "warm"):
-        assert "python rl.py --resume" in refused(train.main, resume(theirs), capsys)
-    assert "python train.py --resume" in refused(rl.main, resume(trained[0]), capsys)
+        assert "python rl.py --resume" in refused(train.main, resume(theirs))
+    assert "python train.py --resume" in refused(rl.main, resume(trained[0]))
 
 def post(url, body, key="k", method="POST"):
     """Ask a gateway -> the status, and its answer or what is wrong."""
@@ -4942,10 +4942,10 @@ def test_small_ends_in_a_checkpoint_that_can_speak(attn, tmp_path, monkeypatch):
     trained, _ = run_rl(tmp_path, f"--preset small --attn {attn} --mtp 1 --steps 1 --warm-steps 1")
     assert trained["steps"] == 1
 
-    spoken, _ = quiet(sample.main, sample_args(tmp_path, "--max-new-tokens", 9, "--prompt", "Q1+1;"))
+    spoken, _ = run_sample(tmp_path, "--max-new-tokens 9 --prompt 'Q1+1;'")
     assert spoken["tokens"] > 0
 
-def test_another_vocabulary_than_the_tokenizers_is_refused(tmp_path, capsys):
+def test_another_vocabulary_than_the_tokenizers_is_refused(tmp_path):
     """A model of more tokens than its tokenizer would sample ids without a text: exit 2, both counts named."""
     args = rl.parse_args([])[0]
     model = MiniMax(MiniMaxConfig.micro(vocab_size=300, max_seq_len=96))
@@ -4953,7 +4953,7 @@ def test_another_vocabulary_than_the_tokenizers_is_refused(tmp_path, capsys):
     rl.save(tmp_path, args, source, [], dict(step=1))
 
     for main, argv in ((sample.main, sample_args(tmp_path)), (rl.main, resume(tmp_path))):
-        line = refused(main, argv, capsys)
+        line = refused(main, argv)
         assert "300" in line
         assert "257" in line
 
@@ -5114,23 +5114,23 @@ def test_a_completion_comes_back_by_token_from_every_client(back):
     context = [user("12"), back]
     assert gateway.context(episode, context) == [whole, *sampled]
 
-def test_rl_names_the_port_it_refuses(tmp_path, capsys):
+def test_rl_names_the_port_it_refuses(tmp_path):
     """A port in use: one line with flag, value and reason."""
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        line = refused(rl.main, rl_args(tmp_path, f"--serve {port} --steps 1"), capsys)
+        line = refused(rl.main, rl_args(tmp_path, f"--serve {port} --steps 1"))
     assert f"--serve {port}" in line
     assert "in use" in line
 
 @parametrize("name, word", [
     ("none/a.png", "No such file"),
     ("a.abc", "abc")])
-def test_rl_names_the_figure_it_refuses(name, word, tmp_path, capsys):
+def test_rl_names_the_figure_it_refuses(name, word, tmp_path):
     """A figure that cannot be written, or of no known format: one line with flag, value and reason."""
     figure = tmp_path / name
-    line = refused(rl.main, rl_args(tmp_path, "--steps 1", "--figure", figure), capsys)
+    line = refused(rl.main, rl_args(tmp_path, "--steps 1", "--figure", figure))
     assert f"--figure {figure}" in line
     assert word in line
 
@@ -5146,10 +5146,10 @@ def run_line(line, *more):
     script, *argv = shlex.split(line)
     return quiet(SCRIPTS[script], [*argv, *more])
 
-def refused_line(line, capsys, *more, code=2):
+def refused_line(line, *more, code=2):
     """Run a command line as one types it, with more arguments -> its refusal's line."""
     script, *argv = shlex.split(line)
-    return refused(SCRIPTS[script], [*argv, *more], capsys, code)
+    return refused(SCRIPTS[script], [*argv, *more], code)
 
 @parametrize("line", [
     "train.py --data no/such",
@@ -5184,22 +5184,22 @@ def refused_line(line, capsys, *more, code=2):
     "bench.py --shape m4",
     "bench.py --device cpux",
     "bench.py --figure no/x.png"])
-def test_bad_input_is_refused_in_one_line(tmp_path, monkeypatch, capsys, line):
+def test_bad_input_is_refused_in_one_line(tmp_path, monkeypatch, line):
     """Missing and empty data, unknown names, wrong sizes: exit 2, the value named, which is the line's last word."""
     monkeypatch.chdir(tmp_path)
     Path("empty.txt").touch()
     value = line.split()[-1]
-    assert value in refused_line(line, capsys)
+    assert value in refused_line(line)
 
 @refusals(
     ("--out .", "ckpt.pt"),
     ("--speculate 2", "--speculate"),
     (f"--prompt '{3000 * 'x '}'", "context"),
     ("--hf .", "config.json"))
-def test_sample_refuses_bad_input(trained, tmp_path, monkeypatch, capsys, line, word):
+def test_sample_refuses_bad_input(trained, tmp_path, monkeypatch, line, word):
     """Folders without a model, a prompt too long, later features: what is wrong is named."""
     monkeypatch.chdir(tmp_path)
-    assert word in refused(sample.main, sample_args(trained[0], *shlex.split(line)), capsys)
+    assert word in refused(sample.main, sample_args(trained[0], line))
 
 @refusals(
     ("--figure .", "a file"),
@@ -5208,24 +5208,24 @@ def test_sample_refuses_bad_input(trained, tmp_path, monkeypatch, capsys, line, 
     ("--what tree --shape m3", "--shape"),
     ("--what tree --ctx 117", "takes 118"),
     ("--what queue --shape m3", "--shape"))
-def test_bench_refuses_bad_input(capsys, line, word):
+def test_bench_refuses_bad_input(line, word):
     """A folder as figure, flags that do not go together, mazes that do not fit: what is wrong is named."""
-    assert word in refused(bench.main, line.split(), capsys)
+    assert word in refused(bench.main, line.split())
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @parametrize("script", [train, sample, rl])
-def test_a_gpu_that_is_absent_is_refused(script, tmp_path, capsys):
+def test_a_gpu_that_is_absent_is_refused(script, tmp_path):
     """--device cuda without a GPU is refused by that name."""
-    assert "cuda" in refused(script.main, ["--device", "cuda", "--out", tmp_path], capsys)
+    assert "cuda" in refused(script.main, ["--device", "cuda", "--out", tmp_path])
 
 @parametrize("name", [
     "meta", "", "CPU", "cpu:1", "cuda:-1", "cuda:99", "mps", "xla", "cuda:\u0663"], ids=repr)
-def test_devices_that_cannot_run_are_refused(name, corpus, tmp_path, capsys):
+def test_devices_that_cannot_run_are_refused(name, corpus, tmp_path):
     """Only a device that this code runs on, and that is there, gets past the command line: else one line names it."""
     if name == "mps" and torch.backends.mps.is_available():
         pytest.skip("this machine has one")
     out = tmp_path / "run"
-    line = refused_line("train.py --steps 1", capsys, "--device", name, "--data", corpus, "--out", out)
+    line = refused_line("train.py --steps 1", "--device", name, "--data", corpus, "--out", out)
     assert "--device" in line
     assert name in line
     assert len(line) < 200
@@ -5239,7 +5239,7 @@ def test_devices_that_cannot_run_are_refused(name, corpus, tmp_path, capsys):
     ("rl.py", "went on"),
     ("train.py --batch-size 64", "--accumulate"),
     ("train.py --batch-size 64 --accumulate 16", "went on"))
-def test_too_large_a_run_is_refused(tmp_path, monkeypatch, capsys, line, word):
+def test_too_large_a_run_is_refused(tmp_path, monkeypatch, line, word):
     """What memory cannot hold is refused before it is allocated, by train.py and rl.py; what may fit goes on."""
     def went_on(*args):
         raise OSError("went on")
@@ -5248,7 +5248,7 @@ def test_too_large_a_run_is_refused(tmp_path, monkeypatch, capsys, line, word):
     monkeypatch.setattr(rl, "load_model", went_on)
     monkeypatch.setattr(rl, "Local", went_on)
     monkeypatch.setattr(sample, "free_memory", lambda device: 0.6e9)
-    assert word in refused_line(line, capsys, "--device", "cpu", "--out", tmp_path)
+    assert word in refused_line(line, "--device", "cpu", "--out", tmp_path)
 
 def test_a_steps_memory_is_estimated():
     """The estimate for tiny on a CPU lies around what its processes were measured to take."""
@@ -5280,16 +5280,16 @@ def test_control_groups_limit_memory(kind, limit, used, cache, tmp_path):
     assert sample.cgroup_room(tmp_path, own) == 2500
     assert sample.cgroup_room(tmp_path, tmp_path / "none") == math.inf
 
-def check_refused(line, folder, capsys):
+def check_refused(line, folder):
     """The refusal speaks of the checkpoint, and leaves every file of the folder as it was."""
     before = files(folder)
-    assert "checkpoint" in refused_line(line, capsys, "--device", "cpu", "--out", folder)
+    assert "checkpoint" in refused_line(line, "--device", "cpu", "--out", folder)
     assert files(folder) == before
 
-def check_all_refuse(folder, capsys):
-    check_refused("sample.py", folder, capsys)
-    check_refused("train.py --resume", folder, capsys)
-    check_refused("rl.py --resume", folder, capsys)
+def check_all_refuse(folder):
+    check_refused("sample.py", folder)
+    check_refused("train.py --resume", folder)
+    check_refused("rl.py --resume", folder)
 
 def copy_checkpoint(run, folder):
     return Path(shutil.copy(run / "ckpt.pt", folder))
@@ -5330,10 +5330,10 @@ DAMAGED = {  # what is wrong -> the change to the file
     "a list": lambda path: torch.save([1, 2], path)}
 
 @named("damage", DAMAGED)
-def test_damaged_checkpoints_are_refused(checkpoint, tmp_path, capsys, damage):
+def test_damaged_checkpoints_are_refused(checkpoint, tmp_path, damage):
     """Half a file, nothing, a foreign object: each script refuses it with exit 2, and the file stays as it was."""
     damage(checkpoint)
-    check_all_refuse(tmp_path, capsys)
+    check_all_refuse(tmp_path)
 
 FOREIGN = {  # what is wrong -> the change to the checkpoint's dict, as in the tables below
     "another version": put("version", 99),
@@ -5341,10 +5341,10 @@ FOREIGN = {  # what is wrong -> the change to the checkpoint's dict, as in the t
     "a field of a later model": put("config/new", 1)}
 
 @named("change", FOREIGN)
-def test_foreign_checkpoints_are_refused(trained, tmp_path, capsys, change):
+def test_foreign_checkpoints_are_refused(trained, tmp_path, change):
     """Another version, a part or a field that this code does not know: each script refuses it."""
     tamper(trained[0], tmp_path, change)
-    check_all_refuse(tmp_path, capsys)
+    check_all_refuse(tmp_path)
 
 def drop_last_token(state):
     tokenizer = state["tokenizer"]
@@ -5406,22 +5406,22 @@ TAMPERED_TRAINING = {  # parts that only training reads; optimizer 0 is Muon, 1 
 TAMPERED = {**TAMPERED_MODEL, **TAMPERED_TRAINING}
 
 @named("change", TAMPERED)
-def test_tampered_checkpoints_are_refused(trained, tmp_path, capsys, change):
+def test_tampered_checkpoints_are_refused(trained, tmp_path, change):
     """Any part missing, of another type, shape, dtype or model: one line, exit 2, the file as it was."""
     tamper(trained[0], tmp_path, change)
-    check_refused("train.py --resume --steps 13", tmp_path, capsys)
+    check_refused("train.py --resume --steps 13", tmp_path)
 
 @named("change", TAMPERED_MODEL)
-def test_sample_refuses_tampered_checkpoints(trained, tmp_path, capsys, change):
+def test_sample_refuses_tampered_checkpoints(trained, tmp_path, change):
     """What is wrong with the model or its tokenizer, sample.py refuses as well."""
     tamper(trained[0], tmp_path, change)
-    check_refused("sample.py", tmp_path, capsys)
+    check_refused("sample.py", tmp_path)
 
-def test_nan_weights_are_refused(trained, tmp_path, capsys):
+def test_nan_weights_are_refused(trained, tmp_path):
     """Neither sampled from nor trained on, and named."""
     tamper(trained[0], tmp_path, replace_weight(lambda weight: torch.full_like(weight, math.nan)))
-    assert f"{BIG} is not finite" in refused(sample.main, sample_args(tmp_path), capsys)
-    assert f"{BIG} is not finite" in refused(train.main, resume(tmp_path, "--steps 13"), capsys, code=1)
+    assert f"{BIG} is not finite" in refused(sample.main, sample_args(tmp_path))
+    assert f"{BIG} is not finite" in refused(train.main, resume(tmp_path, "--steps 13"), code=1)
 
 @pytest.fixture(scope="session")
 def agents(tmp_path_factory):
@@ -5450,29 +5450,29 @@ TAMPERED_AGENTS = {
     "no optimizers": put("optimizers", [])}
 
 @named("change", TAMPERED_AGENTS)
-def test_tampered_agents_are_refused(agents, tmp_path, capsys, change):
+def test_tampered_agents_are_refused(agents, tmp_path, change):
     """The queue, the pool, the clock or the record of a run, changed by hand: one line, exit 2, the file as it was."""
     tamper(agents, tmp_path, change)
-    check_refused("rl.py --resume --steps 2", tmp_path, capsys)
+    check_refused("rl.py --resume --steps 2", tmp_path)
 
-def test_full_disk_keeps_the_old_checkpoint(checkpoint, tmp_path, capsys, monkeypatch):
+def test_full_disk_keeps_the_old_checkpoint(checkpoint, tmp_path, monkeypatch):
     """No space left: exit 2 with the reason, the old checkpoint whole, no half file beside it."""
     def full(fd):
         raise OSError(28, "No space left on device")
 
     whole = checkpoint.read_bytes()
     monkeypatch.setattr(os, "fsync", full)
-    assert "No space left" in refused(train.main, resume(tmp_path, "--steps 14"), capsys)
+    assert "No space left" in refused(train.main, resume(tmp_path, "--steps 14"))
     assert files(tmp_path) == {"ckpt.pt": whole}
 
-def test_a_full_disk_is_named(checkpoint, tmp_path, capsys):
+def test_a_full_disk_is_named(checkpoint, tmp_path):
     """When no more can be written, the line names the file and how much was written, and nothing is left behind."""
     resource = pytest.importorskip("resource")
     whole = checkpoint.read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        line = refused(train.main, resume(tmp_path, "--steps 13"), capsys)
+        line = refused(train.main, resume(tmp_path, "--steps 13"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "ckpt.pt" in line
@@ -5504,11 +5504,11 @@ def test_bench_reports_its_contract():
 @refusals(
     ("bench.py --device cpu --shape m3 --ctx 300", "MSA, prefill m3 at T = 1"),
     ("bench.py --device cpu --shape m3 --ctx 100 --what train", "MSA's gradient of q"))
-def test_an_msa_off_by_one_percent_is_never_timed(monkeypatch, capsys, line, word):
+def test_an_msa_off_by_one_percent_is_never_timed(monkeypatch, line, word):
     """Outputs, or with --what train gradients, off by one percent stop bench.py."""
     real = msa.msa_attention
     monkeypatch.setattr(msa, "msa_attention", lambda *args: real(*args) * 1.01)
-    assert word in refused_line(line, capsys, code=1)
+    assert word in refused_line(line, code=1)
 
 def bench_args(gpu):
     """What bench.make_row reads of its arguments: a device that copies 1 TB/s and multiplies 100 TFLOP/s."""
@@ -5704,10 +5704,10 @@ def test_the_queue_bench_compares_three_schedules(short_trainings, tmp_path):
     assert len(re.findall("trained \\w+ +\\| 2 steps", text)) == 3
     assert set(SCHEDULES) <= labels_of(figure)
 
-def test_ctrl_c_in_the_queue_bench(short_trainings, monkeypatch, capsys):
+def test_ctrl_c_in_the_queue_bench(short_trainings, monkeypatch):
     """Ctrl-C in the first training ends all three: exit 130."""
     monkeypatch.setattr(rl, "on_signals", lambda: [1])
-    assert "interrupted" in refused_line("bench.py --what queue --device cpu", capsys, code=130)
+    assert "interrupted" in refused_line("bench.py --what queue --device cpu", code=130)
 
 def test_the_train_bench_reports_its_rows():
     """--what train: attention's gradients, checked and timed, then steps."""

@@ -5520,7 +5520,8 @@ def fabricated_row(ctx, share, msa_ms, gpu=True, what="decode", index="bf16", qu
     args = bench_args(gpu)
     flops, moved = bench.work("m3", ctx, queries, batch, args.size)["dense"][0]
     needed = moved / args.rates["copy"] if what == "decode" else flops / args.rates["matmul"]
-    return bench.make_row(args, what, "m3", ctx, queries, batch, "random", index, [1e3 * needed / share], [msa_ms])
+    dense_ms = 1e3 * needed / share
+    return bench.make_row(args, what, "m3", ctx, queries, batch, "random", index, [dense_ms], [msa_ms])
 
 @parametrize("ctx", [8192, 2 ** 17, 2 ** 18, 1_000_000])
 @parametrize("batch", [1, 8])
@@ -5572,7 +5573,8 @@ def test_crossovers_speak_of_checked_rows(capsys):
 
 def test_the_conclusion_follows_from_the_rows():
     """The closing sentence has the longest row's times and ratio, and the longest length at which MSA loses."""
-    rows = [fabricated_row(T, 0.5, ms, what="prefill", queries=T) for T, ms in ((8192, 90), (16384, 50), (65536, 600))]
+    msa_ms = {8192: 90, 16384: 50, 65536: 600}
+    rows = [fabricated_row(T, 0.5, ms, what="prefill", queries=T) for T, ms in msa_ms.items()]
     dense = rows[-1]["dense_ms"]
     said, = bench.conclusion(rows)
     assert said.startswith("At 65,536 tokens, for a prefill of M3's shape, MSA needs 600 ms where full attention needs")
@@ -5812,7 +5814,8 @@ def test_walk(trained, capsys):
     """One prompt through the five files: text, tokens, batch, forward, loss, gradient, checkpoint, text."""
     model, tok = sample.load_model(read_checkpoint(trained[0]))
     ids = tok.encode("def f(x):\n    return x + 1\n" * 12)
-    batch = train.Tokens([("a", tok.decode(ids))], tok, 16, 64).rows([0], 64)
+    tokens = train.Tokens([("a", tok.decode(ids))], tok, 16, 64)
+    batch = tokens.rows([0], 64)
     first = batch["targets"][0, 0].item()
     assert first == ids[0]
 
@@ -5824,8 +5827,8 @@ def test_walk(trained, capsys):
 
     blocks = aux["block_idx"][0, 0, -1, 0].tolist()
     experts = aux["experts"][0, 0, -1].tolist()
-    tokens, _ = greedy(model.eval(), [ids[:20]], 8)
-    text = tok.decode(tokens[:, 0].tolist())
+    spoken, _ = greedy(model.eval(), [ids[:20]], 8)
+    text = tok.decode(spoken[:, 0].tolist())
     with capsys.disabled():
         print(f"""
 1. sample.Tokenizer    {len(ids)} tokens, {ids[:4]} ...

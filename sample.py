@@ -501,7 +501,7 @@ CONFIG_FIELDS = """vocab_size n_layer n_embd n_head n_kv_head head_dim rotary_di
     n_expert n_expert_per_tok expert_dim shared_dim dense_dim routed_scale activation gemma_norm qk_norm index_head_dim
     index_block_size index_topk_blocks n_mtp rope_theta norm_eps""".split()
 RUN_FIELDS = ("index_warmup", "mtp_active")  # older checkpoints have these, a run's state, in their config
-# what must be above 0 in a checkpoint's config -> the largest value; beyond it memory, not the model, would decide
+# what must be above 0 in a checkpoint's config -> the largest value: a larger one would only exhaust the memory
 CONFIG_RANGES = dict(
     vocab_size=2 ** 31,
     n_layer=2 ** 16,
@@ -513,8 +513,6 @@ CONFIG_RANGES = dict(
     index_block_size=2 ** 16,
     index_topk_blocks=2 ** 16,
     index_kl_stride=2 ** 24,
-    rope_theta=math.inf,
-    norm_eps=math.inf,
 )
 STATE_OF = dict(Muon=["momentum"], AdamW=["step", "exp_avg", "exp_avg_sq"])  # what an optimizer keeps of a parameter
 KINDS = {int: "a whole number of at least 0", float: "a finite number", type(None): "none"}  # in words, for check_fields
@@ -548,7 +546,8 @@ def is_of_kind(value, allowed):
     return type(value) in allowed
 
 def check_config(config, model):
-    """Fields of a checkpoint -> MiniMaxConfig. ValueError if one is unknown, missing or no model can have it."""
+    """Fields of a checkpoint -> MiniMaxConfig. ValueError or AssertionError if a field is unknown, missing, or has a
+    value that no model can have."""
     config = {name: value for name, value in config.items() if name not in RUN_FIELDS}
     fields = typing.get_type_hints(MiniMaxConfig)
     unknown = config.keys() - fields.keys()
@@ -562,14 +561,7 @@ def check_config(config, model):
         raise ValueError(f"its config has index_head_dim = {config['index_head_dim']}: at most 65536")
     if config["n_mtp"] > len(model):  # or the model would take for ever to build
         raise ValueError(f"its config has n_mtp = {config['n_mtp']}, more modules than it has weights")
-    cfg = MiniMaxConfig(**config)
-    kinds = {*cfg.attn_types, *cfg.mlp_types}
-    for kind, name in (("dense", "dense_dim"), ("moe", "expert_dim"), ("msa", "index_head_dim")):
-        if kind in kinds and getattr(cfg, name) < 1:
-            raise ValueError(f"its config has {name} = {getattr(cfg, name)}: its layers need at least 1")
-    if "moe" in cfg.mlp_types and not 1 <= cfg.n_expert_per_tok <= cfg.n_expert:
-        raise ValueError(f"its config has n_expert_per_tok = {cfg.n_expert_per_tok} of {cfg.n_expert} experts")
-    return cfg
+    return MiniMaxConfig(**config)  # it checks what its layers need
 
 def in_index_warmup(state):
     """Whether a checkpoint's index branch was still learning, while its layers had full attention."""
@@ -612,6 +604,10 @@ def check_finite(weights):
         if not torch.isfinite(weight).all():
             raise FloatingPointError(f"the weight {name} is not finite")
 
+def first_line(error):
+    """The first line of an error's text; an error without a text is named by its type."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
 def load_model(state, device="cpu", dtype=torch.float32):
     """Checkpoint -> model in evaluation mode, tokenizer. ValueError if its parts do not fit together or into this code,
     FloatingPointError if a weight is not finite."""
@@ -629,8 +625,7 @@ def load_model(state, device="cpu", dtype=torch.float32):
         model.load_state_dict(state["model"])
         return model.eval(), tokenizer
     except (TypeError, KeyError, AttributeError, RuntimeError, AssertionError, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"the checkpoint does not fit this code: {reason}") from None
+        raise ValueError(f"the checkpoint does not fit this code: {first_line(error)}") from None
     except FloatingPointError as error:
         raise FloatingPointError(f"{error} in the checkpoint that was read") from None
 
@@ -645,8 +640,7 @@ def load_optimizers(optimizers, saved, step):
         try:
             optimizer.load_state_dict(state)
         except Exception as error:  # torch raises what its accesses raise
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ValueError(f"{what} are of another model: {reason}") from None
+            raise ValueError(f"{what} are of another model: {first_line(error)}") from None
         if step and not optimizer.state:
             raise ValueError(f"{what} hold nothing after {step} steps")
 
@@ -778,8 +772,8 @@ def pick_device(name=None):
         raise ValueError(f"--device mps: this torch ({torch.__version__}) sees no Apple GPU; use --device cpu")
     try:
         torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name}: cpu, cuda, cuda:N or mps; {str(error).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: cpu, cuda, cuda:N or mps; {first_line(error)}") from None
 
     # bf16 only where it is fast
     device = torch.device(name)
@@ -1151,17 +1145,17 @@ def generate(model, prompts, max_new_tokens, n_samples=1, temperature=1.0, top_p
                 running[row] = False
 
 def heal(tokenizer, ids):
-    """Take back the last token of a prompt: the model chooses it anew -> ids without it, allowed (V,) bool.
+    """Take back the last token of a prompt, for the model to choose it anew -> ids without it; allowed (V,) bool, the
+    tokens that start with its bytes; the number of these bytes.
 
-    "def " ends in a lone space, which the tokenizer never puts before a name: " f" is one token. The first new token
-    must start with the bytes that were taken back."""
+    Why? "def " ends in a lone space, which the tokenizer never puts before a name: " f" is one token."""
     taken = tokenizer.decode_bytes(ids[-1:])
     allowed = [token.startswith(taken) for token in tokenizer.spec["ranks"]]
     allowed += [False] * len(tokenizer.spec["special"])
     ids = ids[:-1]
     if not ids:
         ids = [tokenizer.eot]  # the model needs a token to start from
-    return ids, torch.tensor(allowed)
+    return ids, torch.tensor(allowed), len(taken)
 
 class Stream:
     """Text of one sample as its tokens arrive: characters are released whole, and nothing from a stop text on."""
@@ -1285,9 +1279,7 @@ def encode_prompt(text, tokenizer, max_seq_len):
     if isinstance(tokenizer, TokenIds):
         prompt = Prompt(tokenizer.encode(text))
     elif text:
-        ids = tokenizer.encode(text)
-        taken = tokenizer.decode_bytes(ids[-1:])
-        prompt = Prompt(*heal(tokenizer, ids), len(taken))
+        prompt = Prompt(*heal(tokenizer, tokenizer.encode(text)))
     else:
         prompt = Prompt([tokenizer.eot])
     if len(prompt.ids) >= max_seq_len:
@@ -1341,7 +1333,7 @@ def run(args):
     if threads.count is None:
         idx = torch.tensor([prompt.ids[:256]])
         with torch.no_grad():
-            threads.choose(lambda: model(idx, n_logits=1))
+            threads.choose(lambda: model(idx, n_logits=1, index_warmup=index_warmup))
     card(args, model, device, why, len(prompt.ids), threads, index_warmup)
 
     # the first sample is on the screen by the end of this; the others follow it

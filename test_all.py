@@ -3864,7 +3864,7 @@ def test_sample_speaks_from_the_checkpoint(trained):
 def test_a_prompts_last_space_is_healed(trained):
     """A space that ends the prompt is taken back, and only tokens that begin with one may follow."""
     _, tok = sample.load_model(read_checkpoint(trained.out))
-    ids, allowed = sample.heal(tok, tok.encode("def "))
+    ids, allowed, _ = sample.heal(tok, tok.encode("def "))
     assert tok.decode(ids) == "def"
 
     ranks = tok.spec["ranks"]

@@ -29,9 +29,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from moe import MLP, Linear, MoE, count_params, update_bias
-from msa import (LEAST, block_recall, full_attention, index_kl_loss, jit, msa_attention, msa_decode, msa_train,
-                 quantize_index, query_index, select_blocks, tl, triton)
+from moe import SWIGLU_ALPHA, SWIGLU_LIMIT, MLP, Linear, MoE, count_params, update_bias, use_triton
+from msa import (LEAST, NOTHING, block_recall, cdiv, check_tensor, constexpr, full_attention, index_kl_loss, jit,
+                 msa_attention, msa_decode, msa_train, quantize_index, query_index, select_blocks, tl, triton, widen)
 
 M3_STYLE = dict(activation="swiglu_oai", gemma_norm=True, qk_norm="head")
 
@@ -102,9 +102,8 @@ class MiniMaxConfig:
         assert self.n_head % self.n_kv_head == 0, f"{self.n_head} query heads do not share {self.n_kv_head} KV heads"
         assert self.rotary_dim in range(0, self.head_dim + 1, 2), f"rotary_dim {self.rotary_dim} of {self.head_dim}"
         if "msa" in self.attn_types:
-            found = self.index_head_dim
-            assert found >= self.rotary_dim, (
-                f"index_head_dim {found}: rotary_dim, {self.rotary_dim}, of its channels rotate")
+            assert self.index_head_dim >= self.rotary_dim, (
+                f"index_head_dim {self.index_head_dim}: rotary_dim, {self.rotary_dim}, of its channels rotate")
         if "moe" in self.mlp_types:
             assert self.n_expert_per_tok <= self.n_expert, (
                 f"n_expert_per_tok {self.n_expert_per_tok}: there are {self.n_expert} experts")
@@ -121,7 +120,7 @@ class MiniMaxConfig:
             attn_types=["full"] * 3, mlp_types=["moe"] * 3,
             n_expert=8, n_expert_per_tok=2, expert_dim=64,
             index_head_dim=16, index_block_size=8, index_topk_blocks=4)
-        return cls(**{**fields, **changes})
+        return cls(**(fields | changes))
 
     @classmethod
     def tiny(cls, **changes):
@@ -132,7 +131,7 @@ class MiniMaxConfig:
             attn_types=["full", "msa", "msa"], mlp_types=["dense", "moe", "moe"],
             n_expert=8, n_expert_per_tok=2, expert_dim=96, shared_dim=96, dense_dim=384, routed_scale=2.0,
             index_head_dim=64, index_block_size=8, index_topk_blocks=4, index_kl_stride=2, n_mtp=1)
-        return cls(**{**fields, **changes})
+        return cls(**(fields | changes))
 
     @classmethod
     def small(cls, **changes):
@@ -143,7 +142,7 @@ class MiniMaxConfig:
             max_seq_len=2 ** 20, attn_types=["full"] * 3 + ["msa"] * 9, mlp_types=["dense"] * 3 + ["moe"] * 9,
             n_expert=16, n_expert_per_tok=4, expert_dim=512, shared_dim=512, dense_dim=2304, routed_scale=2.0,
             index_head_dim=128, index_block_size=128, index_topk_blocks=16, index_kl_stride=8, n_mtp=1)
-        return cls(**{**fields, **changes})
+        return cls(**(fields | changes))
 
     @classmethod
     def m2(cls, **changes):
@@ -152,7 +151,7 @@ class MiniMaxConfig:
             vocab_size=200064, n_layer=62, n_embd=3072, n_head=48, n_kv_head=8, head_dim=128, rotary_dim=64,
             max_seq_len=196608, attn_types=["full"] * 62, mlp_types=["moe"] * 62,
             n_expert=256, n_expert_per_tok=8, expert_dim=1536)
-        return cls(**{**fields, **changes})
+        return cls(**(fields | changes))
 
     @classmethod
     def m3(cls, **changes):
@@ -163,7 +162,7 @@ class MiniMaxConfig:
             max_seq_len=1048576, attn_types=["full"] * 3 + ["msa"] * 57, mlp_types=["dense"] * 3 + ["moe"] * 57,
             n_expert=128, n_expert_per_tok=4, expert_dim=3072, shared_dim=3072, dense_dim=12288, routed_scale=2.0,
             index_head_dim=128, index_block_size=128, index_topk_blocks=16)
-        return cls(**{**fields, **changes})
+        return cls(**(fields | changes))
 
 # ---- norm, rope ----------------------------------------------------------------------------------
 
@@ -177,11 +176,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.full((dim,), 0.0 if cfg.gemma_norm else 1.0))
 
     def forward(self, x):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        weight = self.weight.to(wide)
+        wide = widen(x)
+        weight = self.weight.to(wide.dtype)
         if self.gemma:
             weight = 1 + weight
-        return F.rms_norm(x.to(wide), weight.shape, weight, self.eps).to(x.dtype)
+        return F.rms_norm(wide, weight.shape, weight, self.eps).to(x.dtype)
 
 def rope_tables(pos, rotary_dim, theta):
     """cos and sin of each position's angles: (B, T) -> two (B, T, 1, rotary_dim / 2), fp32 in any model."""
@@ -193,10 +192,9 @@ def rope_tables(pos, rotary_dim, theta):
 def apply_rope(x, rope):
     """Rotate the pairs (c, c + rotary_dim / 2) of the first rotary_dim channels of x (B, T, H, D), leave the others."""
     cos, sin = rope
-    wide = torch.promote_types(x.dtype, torch.float32)
     half = cos.size(-1)
-    a = x[..., :half].to(wide)
-    b = x[..., half:2 * half].to(wide)
+    a = widen(x[..., :half])
+    b = widen(x[..., half:2 * half])
     rest = x[..., 2 * half:]
     turned_a = (a * cos - b * sin).to(x.dtype)
     turned_b = (b * cos + a * sin).to(x.dtype)
@@ -220,7 +218,7 @@ class KVCache:
             raise ValueError(f"a cache of {batch} rows with {capacity} slots: expected 0 or more rows, 1 or more slots")
         lanes = cfg.n_layer + cfg.n_mtp
         self.L = cfg.index_block_size
-        self.capacity = -(-capacity // self.L) * self.L
+        self.capacity = cdiv(capacity, self.L) * self.L
         slots = (lanes, batch, self.capacity)
         self.k = torch.zeros(*slots, cfg.n_kv_head, cfg.head_dim, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
@@ -240,9 +238,7 @@ class KVCache:
         if ki is not None:
             written.append(("ki", self.ki, ki))
         for name, lane, new in written:
-            want = (B, T, *lane.shape[3:])
-            if tuple(new.shape) != want:  # a row too few would be written to every row
-                raise ValueError(f"shape of {name} is {tuple(new.shape)}, expected {want}")
+            check_tensor(name, new, (B, T, *lane.shape[3:]), lane.device)  # one row would be written to every row
         assert self.used + T <= self.capacity, f"{self.used} + {T} tokens do not fit a cache of {self.capacity}"
 
         slot = (self.length[:, None] + torch.arange(T, device=k.device)).long()                           # (B, T)
@@ -252,7 +248,7 @@ class KVCache:
         if self.coded and ki is not None:
             self.update_coded(layer, T)
 
-        held = -(-(self.used + T) // self.L) * self.L  # spare slots are invisible: no query has their index
+        held = cdiv(self.used + T, self.L) * self.L  # spare slots are invisible: no query has their index
         return self.k[layer, :, :held], self.v[layer, :, :held], self.ki[layer, :, :held]
 
     def update_coded(self, layer, T):
@@ -352,13 +348,10 @@ class Attention(nn.Module):
         self.k_proj = Linear(cfg.n_embd, Hkv * D, bias=False)
         self.v_proj = Linear(cfg.n_embd, Hkv * D, bias=False)
         self.o_proj = Linear(H * D, cfg.n_embd, bias=False)
-        if cfg.qk_norm == "layer":
-            # all heads' channels together (M2): split over devices, the norm needs every shard's sum of squares
-            self.q_norm = RMSNorm(H * D, cfg)
-            self.k_norm = RMSNorm(Hkv * D, cfg)
-        else:
-            self.q_norm = RMSNorm(D, cfg)
-            self.k_norm = RMSNorm(D, cfg)
+        # M2 norms all heads' channels together: split over devices, its norm needs every shard's sum of squares
+        together = cfg.qk_norm == "layer"
+        self.q_norm = RMSNorm(H * D if together else D, cfg)
+        self.k_norm = RMSNorm(Hkv * D if together else D, cfg)
         self.indexer = Indexer(cfg) if attn_type == "msa" else None
 
     def forward(self, x, ctx):
@@ -387,60 +380,43 @@ class Attention(nn.Module):
     def attend(self, q, k, v, qi, ki, ctx):
         """What `project` gives -> y (B, T, H, D), aux: block_idx where blocks were chosen, index_kl in training,
         block_recall, score_recall and block_chance in an evaluation."""
+        S, L, stride = self.cfg.index_topk_blocks, self.cfg.index_block_size, self.cfg.index_kl_stride
         start = None
         if ctx.cache is not None:
             start = ctx.cache.length
             k, v, ki = ctx.cache.append(ctx.layer, k, v, ki)
-        learns = self.training and ctx.cache is None
 
+        # a layer without an index branch reads every visible key
         if self.indexer is None:
             return full_attention(q, k, v, ctx.end, start), {}
-        if ctx.index_warmup:
-            y, aux = self.attend_in_warmup(q, k, v, qi, ki, start, ctx, learns)
-        elif learns:
-            y, aux = self.attend_and_learn(q, k, v, qi, ki, ctx)
-        elif ctx.cache is not None and ctx.block_idx is None:
-            y, aux = self.attend_in_decode(q, k, v, qi, ki, start, ctx)
-        else:
-            y, aux = self.attend_to_blocks(q, k, v, qi, ki, start, ctx)
+
+        learns = self.training and ctx.cache is None
+        aux = {}
         if ctx.cache is None and not self.training:
-            aux.update(self.measure_recall(q, k, qi, ki, ctx.end))
+            aux = self.measure_recall(q, k, qi, ki, ctx.end)
+
+        # warm-up: the layer reads every visible key, and the index branch learns to predict it (paper, section 3.4)
+        if ctx.index_warmup:
+            if learns:
+                aux["index_kl"] = index_kl_loss(qi, ki, q, k, None, L, ctx.end, ctx.weight, stride)
+            return full_attention(q, k, v, ctx.end, start), aux
+
+        # prefill and decode: choice and attention in one operation
+        if ctx.cache is not None and ctx.block_idx is None:
+            coded = ctx.cache.int8(ctx.layer, ki.size(1))
+            y, aux["block_idx"] = msa_decode(q, k, v, qi, ki, S, L, start, ctx.end, int8=coded)
+            return y, aux
+
+        # training, evaluation, replay: a choice, made now or recorded, then attention over the chosen blocks
+        block_idx = ctx.block_idx
+        if block_idx is None:
+            block_idx = select_blocks(qi, ki, S, L, ctx.end)
+        aux["block_idx"] = block_idx
+        if learns:
+            y, aux["index_kl"] = msa_train(q, k, v, qi, ki, block_idx, L, ctx.end, ctx.weight, stride)
+        else:
+            y = msa_attention(q, k, v, block_idx, L, ctx.end, start)
         return y, aux
-
-    def attend_in_warmup(self, q, k, v, qi, ki, start, ctx, learns):
-        """Full attention, while the index branch learns to predict it (paper, section 3.4)."""
-        L, stride = self.cfg.index_block_size, self.cfg.index_kl_stride
-        y = full_attention(q, k, v, ctx.end, start)
-        if not learns:
-            return y, {}
-        kl = index_kl_loss(qi, ki, q, k, None, L, ctx.end, ctx.weight, stride)
-        return y, dict(index_kl=kl)
-
-    def attend_and_learn(self, q, k, v, qi, ki, ctx):
-        """Attention over the chosen blocks, and the KL that teaches the index branch to choose them."""
-        L, stride = self.cfg.index_block_size, self.cfg.index_kl_stride
-        block_idx = self.choose(qi, ki, None, ctx)
-        y, kl = msa_train(q, k, v, qi, ki, block_idx, L, ctx.end, ctx.weight, stride)
-        return y, dict(block_idx=block_idx, index_kl=kl)
-
-    def attend_in_decode(self, q, k, v, qi, ki, start, ctx):
-        """Choice and attention in one operation, for the few queries of a decoding step."""
-        S, L = self.cfg.index_topk_blocks, self.cfg.index_block_size
-        coded = ctx.cache.int8(ctx.layer, ki.size(1))
-        y, block_idx = msa_decode(q, k, v, qi, ki, S, L, start, ctx.end, int8=coded)
-        return y, dict(block_idx=block_idx)
-
-    def attend_to_blocks(self, q, k, v, qi, ki, start, ctx):
-        """Choice, then attention: an evaluation, or a recorded choice that is used again."""
-        block_idx = self.choose(qi, ki, start, ctx)
-        y = msa_attention(q, k, v, block_idx, self.cfg.index_block_size, ctx.end, start)
-        return y, dict(block_idx=block_idx)
-
-    def choose(self, qi, ki, start, ctx):
-        """-> block_idx (B, T, Hkv, S): the recorded choice, or else the index branch's."""
-        if ctx.block_idx is not None:
-            return ctx.block_idx
-        return select_blocks(qi, ki, self.cfg.index_topk_blocks, self.cfg.index_block_size, ctx.end, start)
 
     def measure_recall(self, q, k, qi, ki, end):
         """How well the index branch finds the blocks of most attention, on the batch's first row alone: the reference
@@ -512,8 +488,7 @@ class Losses:
 def token_loss(h, W, y):
     """Sum of the losses of hidden (n, C) under head (V, C), fp32 or wider; targets y (n,), -1 = none."""
     logits = h @ W.to(h.dtype).T                                                                              # (n, V)
-    wide = torch.promote_types(h.dtype, torch.float32)
-    return F.cross_entropy(logits.to(wide), y, ignore_index=-1, reduction="sum")
+    return F.cross_entropy(widen(logits), y, ignore_index=-1, reduction="sum")
 
 class _ChunkedLoss(torch.autograd.Function):
     """token_loss over chunks of rows. A chunk's gradient is taken at once: its logits are not kept, or made again."""
@@ -556,11 +531,11 @@ def cross_entropy(h, W, targets, chunk=None):
 # One program = one row of logits. The second pass finds in the L2 what the first has read: few rows are under way.
 @jit
 def _softmax_loss_kernel(
-    logits,                            # (n, V), overwritten by the gradient
-    y,                                 # (n,) target, -1 = none
-    loss,                              # (n,) out
+    logits,  # (n, V), overwritten by the gradient
+    y,       # (n,), targets, -1 = none
+    loss,    # (n,), written
     V,
-    COLS: tl.constexpr,
+    COLS: constexpr,
 ):
     row = logits + tl.program_id(0).to(tl.int64) * V
     target = tl.load(y + tl.program_id(0))
@@ -570,7 +545,7 @@ def _softmax_loss_kernel(
     m = tl.full([COLS], LEAST, tl.float32)
     l = tl.zeros([COLS], tl.float32)
     for first in range(0, V, COLS):
-        x = tl.load(row + first + column, mask=first + column < V, other=float("-inf")).to(tl.float32)
+        x = tl.load(row + first + column, mask=first + column < V, other=NOTHING).to(tl.float32)
         new = tl.maximum(m, x)
         l = l * tl.exp(m - new) + tl.exp(x - new)
         m = new
@@ -599,12 +574,12 @@ def softmax_loss(logits, y, impl="auto"):
     """
     n, V = logits.shape
     wide = torch.promote_types(logits.dtype, torch.float32)
-    if impl == "triton" or (impl == "auto" and triton and logits.is_cuda and logits.dtype.itemsize == 2):
+    if use_triton(impl, logits):
         assert logits.is_contiguous(), f"logits have strides {logits.stride()}, expected {(V, 1)}"
         loss = torch.empty(n, device=y.device, dtype=wide)
         cols = min(8192, triton.next_power_of_2(V))
         warps = max(1, cols // 512)  # 16 logits a thread
-        _softmax_loss_kernel[n,](logits, y.contiguous(), loss, V, COLS=cols, num_warps=warps)
+        _softmax_loss_kernel[n,](logits=logits, y=y.contiguous(), loss=loss, V=V, COLS=cols, num_warps=warps)
         return loss
 
     has_target = y >= 0
@@ -806,11 +781,13 @@ class MiniMax(nn.Module):
         for k in range(K + 1):  # depth 0 is the trunk
             inside = within_document(k, T, end, targets.device)                                       # (B, T - k)
             tokens.append(((targets[:, k:] >= 0) & inside).sum())
-            teaching = weight[:, :max(0, T - k)].clamp(min=0) * inside
+            teaching = depth_weight(k, T, weight, end).clamp(min=0)
             queries.append(teaching[:, stride - 1::stride].sum())
-        kinds = [*self.cfg.attn_types, *self.cfg.attn_types[-1:] * K]
-        depths = [0] * self.cfg.n_layer + [*range(1, K + 1)]
-        kl = [queries[k] for k, kind in zip(depths, kinds) if kind == "msa" and k < T]
+
+        # a KL for each layer with MSA; MTP modules are like the last layer, and those deeper than T do not run
+        kl = queries[:1] * self.cfg.attn_types.count("msa")
+        if self.cfg.attn_types[-1] == "msa":
+            kl += queries[1:T]
         return Losses(
             next=tokens[0].clamp(min=1),
             mtp=torch.stack(tokens[1:]).clamp(min=1) if K else tokens[0].new_zeros(0),
@@ -833,30 +810,28 @@ class MiniMax(nn.Module):
         modules = list(self.mtp) if run_mtp else []
         kinds = cfg.attn_types + cfg.attn_types[-1:] * len(modules)
 
-        # matrices
-        head = self.embed.weight.numel()
-        active = self.num_params()[1] + head
-        for module in modules:
-            active += count_params(module)[1] + head
+        # matrices; each module has the head once more
+        active = self.num_params()[1] + self.lm_head.weight.numel() * (1 + len(modules))
+        active += sum(count_params(module)[1] for module in modules)
 
-        # keys that a query reads, means over the queries
-        own = pos % cfg.index_block_size + 1             # of its own block
-        chosen = (cfg.index_topk_blocks - 1) * cfg.index_block_size + own
-        visible = (pos + 1).double().mean().item()
-        earlier = visible - own.double().mean().item()   # of blocks before its own
+        # how many keys a query reads, and how many the index branch scores for it
+        pos = pos.double()
+        visible = pos + 1
+        own = pos % cfg.index_block_size + 1  # of its own block
         read = visible
         scored = 0.0
         if not index_warmup:
-            read = torch.minimum(pos + 1, chosen).double().mean().item()
-            scored = earlier
+            read = visible.minimum((cfg.index_topk_blocks - 1) * cfg.index_block_size + own)
+            scored = visible - own
 
         # a layer with full attention, and one with MSA: attention, block scores, the KL of every stride-th query
-        key = 4 * cfg.n_head * cfg.head_dim              # a key's score and value, all heads
+        key = 4 * cfg.n_head * cfg.head_dim  # a key's score and value, all heads
         index_key = 2 * cfg.n_kv_head * cfg.index_head_dim
         full = 3 * key * visible
         kl = (key / 2 + 3 * index_key) * read / cfg.index_kl_stride  # the teacher's scores; the index branch's, both ways
         sparse = 3 * key * read + index_key * scored + kl
-        return 6 * active + full * kinds.count("full") + sparse * kinds.count("msa")
+        attention = full * kinds.count("full") + sparse * kinds.count("msa")
+        return 6 * active + attention.mean().item()
 
     def moe_layers(self):
         """Every mixture of experts, trunk then MTP: the rows of aux["expert_load"]."""
@@ -994,10 +969,6 @@ def parts_by_name(params):
             for name, part in released_tensors(param, form).items():
                 found[plain_name(name)] = ours, part
     return found
-
-def locate(params, name):
-    """The part of our parameters that a tensor of that name fills -> (our name, a view of it), or (None, None)."""
-    return parts_by_name(params).get(plain_name(name), (None, None))
 
 def fill(params, path, hf):
     """Copy a folder's tensors into our parameters.
@@ -1208,7 +1179,7 @@ def possible_tiles(quant, method, rows, cols):
 def spread_scale(scale, shape, height, width):
     """A scale for each tile -> one for each element of a tensor of that shape, or None if their number differs."""
     *lead, rows, cols = shape
-    grid = (*lead, -(-rows // height), -(-cols // width))
+    grid = (*lead, cdiv(rows, height), cdiv(cols, width))
     # numbers for whole rows or matrices may lack the last dimensions, which are 1
     if scale.numel() != math.prod(grid) or scale.shape != grid[:scale.dim()]:
         return None
@@ -1256,7 +1227,7 @@ FIXED_M2 = dict(
 FIXED_M3 = dict(
     hidden_act=["swigluoai", "silu"],  # transformers writes "silu", and computes swigluoai
     use_gemma_norm=[True], qk_norm_type=["per_head"], n_shared_experts=[1],
-    swiglu_alpha=[1.702], swiglu_beta=[1], swiglu_limit=[7])  # SWIGLU_ALPHA, 1, SWIGLU_LIMIT of moe.py
+    swiglu_alpha=[SWIGLU_ALPHA], swiglu_beta=[1], swiglu_limit=[SWIGLU_LIMIT])
 FIXED_MSA = dict(  # where layers have MSA
     use_sparse_attention=[True], sparse_init_block=[0], index_init_blocks=[0],
     sparse_local_block=[1], index_local_blocks=[1], sparse_score_type=["max"], index_score_type=["max"])
@@ -1297,14 +1268,13 @@ def pick(hf, *names, kinds=(int,)):
         raise ValueError(f"{either} {value!r}: {' or '.join(kind.__name__ for kind in kinds)}")
     return value
 
-def layer_list(hf, n, lists, kinds, default):
+def layer_list(hf, n, lists, kinds):
     """The types of n layers.
 
-    hf       the fields of a config
-    n        layers
-    lists    {a list's name: {an entry: its meaning}}, any of which the config may have
-    kinds    the meanings allowed
-    default  the type of every layer where the config has none of the lists
+    hf     the fields of a config
+    n      layers
+    lists  {a list's name: {an entry: its meaning}}, any of which the config may have
+    kinds  the types allowed; all layers are of the first where the config has none of the lists
     ValueError for a list of another length or with an entry that means none of `kinds`, and for two that disagree.
     """
     found = {}
@@ -1318,7 +1288,7 @@ def layer_list(hf, n, lists, kinds, default):
             raise ValueError(f"{key} {entries}: a list of {n}, each {' or '.join(str(x) for x in known)}")
         found[key] = [meaning[entry] for entry in entries]
     if not found:
-        return [default] * n
+        return kinds[:1] * n
     return pick(found, *lists, kinds=(list,))
 
 def is_m2(hf, text):
@@ -1346,8 +1316,8 @@ def read_sizes(hf, rope, m2):
     number = (int, float)
     found["norm_eps"] = pick(hf, "rms_norm_eps", kinds=number)
     found["rope_theta"] = float(pick({**hf, **rope}, "rope_theta", kinds=number))
-    found["attn_types"] = layer_list(hf, n, ATTN_LISTS, ["full"] if m2 else ["full", "msa"], "full")
-    found["mlp_types"] = layer_list(hf, n, MLP_LISTS, ["moe"] if m2 else ["dense", "moe"], "moe")
+    found["attn_types"] = layer_list(hf, n, ATTN_LISTS, ["full"] if m2 else ["full", "msa"])
+    found["mlp_types"] = layer_list(hf, n, MLP_LISTS, ["moe"] if m2 else ["moe", "dense"])
     if not m2:
         found.update(M3_STYLE)
         found["shared_dim"] = pick(hf, "shared_intermediate_size")

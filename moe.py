@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from msa import jit, tl, triton
+from msa import constexpr, jit, tl, triton
 
 SWIGLU_ALPHA = 1.702  # swiglu_alpha of M3's config: gate * sigmoid(1.702 * gate) is nearly a GELU
 SWIGLU_LIMIT = 7.0    # swiglu_limit of M3's config: gate is at most 7, up lies within 7 of 0
@@ -61,17 +61,21 @@ def route(logits, bias, n_active, scale=1.0, idx=None):
 
 # ---- experts ----------------------------------------------------------------------------------------------------
 
+def use_triton(impl, x):
+    """Whether a kernel computes from x: where impl is "triton", or it is "auto" and x is on a GPU in 16 bits."""
+    on_gpu = triton and x.is_cuda and x.dtype.itemsize == 2
+    return impl == "triton" or (impl == "auto" and on_gpu)
+
 def gated(h, activation, weight=None, impl="auto"):
     """The gate between an expert's two matrices.
 
     h           (n, 2 I): gate and up side by side
     activation  "swiglu", M2's: silu(gate) * up; "swiglu_oai", M3's: clamped, with up + 1
     weight      (n, 1): a factor for each row, or None
-    impl        "triton", "torch" or "auto": Triton on a GPU in 16 bits, where it reads and writes each number once
+    impl        "triton", which reads and writes each number once, "torch", or "auto": see use_triton
     -> (n, I)
     """
-    on_gpu = triton and h.is_cuda and h.dtype.itemsize == 2
-    if impl == "triton" or (impl == "auto" and on_gpu):
+    if use_triton(impl, h):
         return _Gated.apply(h, weight, activation)
     gate, up = h.chunk(2, dim=-1)
     if activation == "swiglu":
@@ -236,7 +240,7 @@ class MoE(nn.Module):
 def count_params(module):
     """Parameters and router biases: all, and those that one token uses."""
     moes = [m for m in module.modules() if isinstance(m, MoE)]
-    total = sum(t.numel() for t in [*module.parameters(), *(m.router.bias for m in moes)])
+    total = sum(t.numel() for t in [*module.parameters(), *module.buffers()])
     idle = [(m.w13[0].numel() + m.w2[0].numel()) * (m.cfg.n_expert - m.cfg.n_expert_per_tok) for m in moes]
     return total, total - sum(idle)
 
@@ -251,17 +255,13 @@ def max_violation(load):
     """MaxVio of load (…, E): how far the busiest expert is above the mean; 0 = balanced, E - 1 = one takes all."""
     return load.amax(-1) / load.mean(-1) - 1
 
-# ---- the router's product on tensor cores -----------------------------------------------------------------------
-# Tensor cores multiply bf16, of 8 bits, and the gate's weights are fp32, of 24. A number of 24 bits is the sum of three
-# of 8 bits, so three products give the exact one: W x = W1 x + W2 x + W3 x, each summed in fp32.
-
 # ---- the gate's kernels -----------------------------------------------------------------------------------------
 # One program computes a tile: ROWS whole rows of I channels, COLS of which the last have no number. It reads gate and up
 # and writes y, where torch would read and write each step of the formula. Backward computes y and its slopes anew: that
 # is cheaper than to keep them.
 
-ALPHA = triton and tl.constexpr(SWIGLU_ALPHA)  # kernels read no global that is not constexpr
-LIMIT = triton and tl.constexpr(SWIGLU_LIMIT)
+ALPHA = constexpr(SWIGLU_ALPHA)
+LIMIT = constexpr(SWIGLU_LIMIT)
 
 @jit
 def _gate(h, at, valid, I: tl.constexpr, OAI: tl.constexpr):

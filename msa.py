@@ -70,6 +70,10 @@ def cdiv(n, size):
     """n / size, rounded up."""
     return -(-n // size)
 
+def widen(x):
+    """x in fp32; what is wider already stays as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
 def query_index(T, start, device):
     """Layout index i of each query: (1, T), or (B, T) where start (B,) is given."""
     i = torch.arange(T, device=device)[None]
@@ -86,11 +90,11 @@ def visible(i, j, end):
 def full_attention(q, k, v, end=None, start=None, impl="auto"):
     """Softmax attention over every visible key, with gradients -> (B, T, H, D).
 
-    q:     (B, T, H, D)
-    k, v:  (B, Tk, Hkv, D), Tk >= T
-    end:   (B, Tk) int32, the end of each key's document; None: there is one
-    start: (B,) int32, index of the first query in a cache; None: 0
-    impl:  auto, triton (decode alone: a start, T <= 4) or torch
+    q      (B, T, H, D)
+    k, v   (B, Tk, Hkv, D), Tk >= T
+    end    (B, Tk) int32, the end of each key's document; None: there is one
+    start  (B,) int32, index of the first query in a cache; None: 0
+    impl   auto, triton (decode alone: a start, T <= 4) or torch
     Raises ValueError for tensors that do not fit, and where triton is asked for and cannot.
     """
     _check_attention(q, k, v, end, start)
@@ -152,16 +156,15 @@ def block_scores(qi, ki, i, end, L):
     """The index branch's score of every block (paper eq. 5-6): max over its visible keys of qi . ki, in fp32 or wider;
     -inf from the query's own block on. An earlier block lies wholly before i, so that only `end` can hide a key of it.
 
-    qi: (B, T, Hkv, D)
-    ki: (B, Tk, D)
-    i:  (B, T) or (1, T), index of each query
+    qi  (B, T, Hkv, D)
+    ki  (B, Tk, D)
+    i   (B, T) or (1, T), index of each query
     -> (B, T, Hkv, N)
     """
     B, T, Hkv, D = qi.shape
     n = ki.size(1) // L  # whole blocks: a last one in part is no one's earlier block
     N = cdiv(ki.size(1), L)
-    wide = torch.promote_types(qi.dtype, torch.float32)
-    q = qi.flatten(1, 2).to(wide).transpose(1, 2)                               # (B, D, T * Hkv)
+    q = widen(qi).flatten(1, 2).transpose(1, 2)                                 # (B, D, T * Hkv)
     out = q.new_full((B, N, T, Hkv), float("-inf"))
     if end is not None:
         end = F.pad(end, (0, N * L - end.size(1)))
@@ -169,7 +172,7 @@ def block_scores(qi, ki, i, end, L):
     for b in range(0, n, step):
         part = slice(b * L, min(n, b + step) * L)
         # keys @ queries: where there are few, a CPU does it 2 to 4 times as fast as queries @ keys
-        scores = (ki[:, part].to(wide) @ q).view(B, -1, L, T, Hkv)
+        scores = (widen(ki[:, part]) @ q).view(B, -1, L, T, Hkv)
         if end is not None:
             last = end[:, part].view(B, -1, L, 1)
             scores = scores.masked_fill((i[:, None, None] >= last)[..., None], float("-inf"))
@@ -191,17 +194,17 @@ def top_blocks(scores, own, S):
 def select_blocks(qi, ki, S, L, end=None, start=None, impl="auto"):
     """The index branch's choice (paper eq. 5-7) -> block_idx int32 (B, T, Hkv, S).
 
-    qi: (B, T, Hkv, D), index queries
-    ki: (B, Tk, D), index keys
-    S:  blocks a query reads. Slot 0 is its own block; -1 fills rows with fewer than S visible blocks
-    L:  tokens in a block
-    end, start, impl: see full_attention
+    qi                (B, T, Hkv, D), index queries
+    ki                (B, Tk, D), index keys
+    S                 blocks a query reads. Slot 0 is its own block; -1 fills rows with fewer than S visible blocks
+    L                 tokens in a block
+    end, start, impl  see full_attention
     Raises ValueError for tensors that do not fit, and S or L below 1.
     """
     if S < 1 or L < 1:
         raise ValueError(f"S is {S} and L is {L}, expected 1 or more")
     B, T, Hkv, D = qi.shape
-    _check_tensor("ki", ki, (B, ki.size(1), D), qi.device, qi.dtype)
+    check_tensor("ki", ki, (B, ki.size(1), D), qi.device, qi.dtype)
     _check_layout(qi, ki.size(1), end, start)
     if _pick(impl, qi, D, L):
         start = None if start is None else start.contiguous()
@@ -253,28 +256,27 @@ def softmax(scores, seen):
 
 def group_probs(q, keys, seen):
     """Main softmax, head by head: q (B, T, H, D), keys (B, T, Hkv, J, D), seen (B, T, Hkv, J) -> (B, T, Hkv, G, J)."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    q = q.to(wide).unflatten(2, (keys.size(2), -1)).transpose(-1, -2)           # (B, T, Hkv, D, G)
+    q = widen(q).unflatten(2, (keys.size(2), -1)).transpose(-1, -2)             # (B, T, Hkv, D, G)
     # keys @ q, not q @ keys^T: the gradient of the gathered keys, the largest tensor here, needs no transposed copy
-    scores = (keys.to(wide) @ q).transpose(-1, -2) * q.size(-2) ** -0.5
+    scores = (widen(keys) @ q).transpose(-1, -2) * q.size(-2) ** -0.5
     return softmax(scores, seen[..., None, :])
 
 def msa_attention(q, k, v, block_idx, L, end=None, start=None, impl="auto"):
     """Exact attention over the chosen blocks (paper eq. 8), with gradients -> (B, T, H, D). Time and memory grow with
     T * S * L, never with T * T.
 
-    q:         (B, T, H, D)
-    k, v:      (B, Tk, Hkv, D)
-    block_idx: int32 (B, T, Hkv, S) as select_blocks gives it for the same L: own block in slot 0 and ids distinct;
-               nothing checks the values
-    L:         tokens in a block
-    end, start, impl: see full_attention
+    q                 (B, T, H, D)
+    k, v              (B, Tk, Hkv, D)
+    block_idx         int32 (B, T, Hkv, S) as select_blocks gives it for the same L: own block in slot 0 and ids distinct;
+                      nothing checks the values
+    L                 tokens in a block
+    end, start, impl  see full_attention
     Raises ValueError for tensors that do not fit.
     """
     _check_attention(q, k, v, end, start)
     B, T, _, D = q.shape
     S = block_idx.size(3)
-    _check_tensor("block_idx", block_idx, (B, T, k.size(2), S), q.device)
+    check_tensor("block_idx", block_idx, (B, T, k.size(2), S), q.device)
     if _pick(impl, q, D, L, grad=(q, k, v)):
         return _attend_triton(q.contiguous(), k, v, block_idx.contiguous(), L, end, start)
 
@@ -302,13 +304,13 @@ def msa_attention(q, k, v, block_idx, L, end=None, start=None, impl="auto"):
 def msa_decode(q, k, v, qi, ki, S, L, length, end=None, impl="auto", int8=None):
     """One decode step: choose blocks, attend -> out (B, T, H, D), block_idx (B, T, Hkv, S).
 
-    q, qi:  (B, T, H, D) and (B, T, Hkv, Di), of the new tokens
-    k, v:   (B, Tk, Hkv, D), a cache that holds the new tokens, too
-    ki:     (B, Tk, Di), the same for index keys
-    S, L:   see select_blocks
-    length: (B,) int32, the first new token's slot; length + T <= Tk
-    end, impl: see full_attention
-    int8:   quantize_index(ki, L), or None: it halves the bytes that the kernels read, and does not change the choice
+    q, qi      (B, T, H, D) and (B, T, Hkv, Di), of the new tokens
+    k, v       (B, Tk, Hkv, D), a cache that holds the new tokens, too
+    ki         (B, Tk, Di), the same for index keys
+    S, L       see select_blocks
+    length     (B,) int32, the first new token's slot; length + T <= Tk
+    end, impl  see full_attention
+    int8       quantize_index(ki, L), or None: it halves the bytes that the kernels read, and does not change the choice
     Raises ValueError for tensors that do not fit.
     """
     T, D = q.shape[1::2]
@@ -330,18 +332,18 @@ def index_kl_loss(qi, ki, q, k, block_idx=None, L=1, end=None, weight=None, stri
     The caller divides by the tokens of a whole step. Teacher: mean over the group's heads of the main softmax,
     detached. Only qi and ki have a gradient.
 
-    qi:        (B, T, Hkv, Di)
-    ki:        (B, T, Di)
-    q:         (B, T, H, D)
-    k:         (B, T, Hkv, D)
-    block_idx: (B, T, Hkv, S), whose tokens are the support; None: the whole visible prefix, for the warm-up
-    L, end:    see msa_attention
-    weight:    (B, T), of each token in the sum; 0 or less: none. None: 1 each
-    stride:    the sum is over every stride-th query
+    qi         (B, T, Hkv, Di)
+    ki         (B, T, Di)
+    q          (B, T, H, D)
+    k          (B, T, Hkv, D)
+    block_idx  (B, T, Hkv, S), whose tokens are the support; None: the whole visible prefix, for the warm-up
+    L, end     see msa_attention
+    weight     (B, T), of each token in the sum; 0 or less: none. None: 1 each
+    stride     the sum is over every stride-th query
     Raises ValueError for tensors that do not fit.
     """
     _check_branches(q, k, None, qi, ki, end, None)
-    _check_tensor("k", k, (*q.shape[:2], *k.shape[2:]), q.device)
+    check_tensor("k", k, (*q.shape[:2], *k.shape[2:]), q.device)
     q, k = q.detach(), k.detach()
     return _IndexKL.apply(qi, ki, q, k, block_idx, L, end, weight, stride)
 
@@ -382,7 +384,7 @@ def _share(weight, q, Hkv):
     """A query's share in the KL's sum, for each KV head: its weight (B, T), 0 or less = none -> fp32 or wider."""
     if weight is None:
         weight = torch.ones(q.shape[:2], device=q.device)
-    _check_tensor("weight", weight, q.shape[:2], q.device)
+    check_tensor("weight", weight, q.shape[:2], q.device)
     return weight.to(torch.promote_types(q.dtype, torch.float32)).clamp(min=0) / Hkv
 
 def _finite(x):
@@ -432,19 +434,18 @@ def _kl_prefix(qi, ki, q, k, blocks, L, i, end, share):
 def prefix_probs(q, k, seen):
     """Mean over the group's heads of the full softmax. q (B, T, H, D), k (B, Tk, Hkv, D), seen (B, T, 1, Tk) ->
     (B, T, Hkv, Tk), fp32 or wider."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    q = q.to(wide).unflatten(2, (k.size(2), -1))
+    q = widen(q).unflatten(2, (k.size(2), -1))
     q = q.permute(0, 2, 3, 1, 4)                                                # (B, Hkv, G, T, D)
-    k = k.to(wide).permute(0, 2, 3, 1)[:, :, None]                              # (B, Hkv, 1, D, Tk)
+    k = widen(k).permute(0, 2, 3, 1)[:, :, None]                                # (B, Hkv, 1, D, Tk)
     scores = q @ k * q.size(-1) ** -0.5
     return softmax(scores, seen[:, None, None, :, 0]).mean(2).transpose(1, 2)
 
 def msa_train(q, k, v, qi, ki, block_idx, L, end=None, weight=None, stride=1, impl="auto"):
     """msa_attention and index_kl_loss of one layer in training -> out (B, T, H, D), KL, both with gradients.
 
-    q, k, v, block_idx, L, end: see msa_attention; whole sequences, T = Tk
-    qi, ki, weight, stride:     see index_kl_loss. The kernels compute KL and gradient in one pass over the main scores
-    impl:                       see full_attention
+    q, k, v, block_idx, L, end  see msa_attention; whole sequences, T = Tk
+    qi, ki, weight, stride      see index_kl_loss. The kernels compute KL and gradient in one pass over the main scores
+    impl                        see full_attention
     Raises ValueError for tensors that do not fit.
     """
     if not _pick(impl, q, q.size(3), qi.size(3), L):
@@ -453,8 +454,8 @@ def msa_train(q, k, v, qi, ki, block_idx, L, end=None, weight=None, stride=1, im
     B, T = q.shape[:2]
     Hkv = k.size(2)
     _check_branches(q, k, v, qi, ki, end, None)
-    _check_tensor("k", k, (B, T, *k.shape[2:]), q.device)
-    _check_tensor("block_idx", block_idx, (B, T, Hkv, block_idx.size(-1)), q.device)
+    check_tensor("k", k, (B, T, *k.shape[2:]), q.device)
+    check_tensor("block_idx", block_idx, (B, T, Hkv, block_idx.size(-1)), q.device)
     share = _share(weight, q, Hkv)[:, stride - 1::stride].contiguous()
     inputs = (x.contiguous() for x in (q, k, v, qi, ki, block_idx))
     end = None if end is None else end.contiguous()
@@ -465,7 +466,7 @@ def block_recall(qi, ki, q, k, S, L, end=None, n_query=256):
     """How well the index branch finds the S-1 heaviest earlier blocks (paper 5.2), by the group-mean mass of the dense
     softmax, on about n_query evenly spaced queries with more than S earlier blocks.
 
-    qi, ki, q, k, end: see index_kl_loss; S, L: see select_blocks
+    qi, ki, q, k, end  see index_kl_loss; S, L: see select_blocks
     -> recall, the share of those blocks that it finds; the mass of what it finds over theirs; the share that a random
        choice would find. nan without such a query
     """
@@ -490,7 +491,7 @@ def block_recall(qi, ki, q, k, S, L, end=None, n_query=256):
     chance = (S - 1) / n_earlier[counts]
     return hits[counts].mean(), (held / best)[counts].mean(), chance.mean()
 
-def _check_tensor(name, x, shape, device, dtype=None):
+def check_tensor(name, x, shape, device, dtype=None):
     """ValueError unless x has this shape, device, and dtype if one is given."""
     if tuple(x.shape) != tuple(shape):
         raise ValueError(f"shape of {name} is {tuple(x.shape)}, expected {tuple(shape)}")
@@ -510,20 +511,20 @@ def _check_layout(q, Tk, end, start):
         if x is not None and not isinstance(x, torch.Tensor):
             raise ValueError(f"type of {name} is {type(x)}, expected {torch.Tensor}")
     if start is not None:
-        _check_tensor("start (a cache's length)", start, (B,), q.device, torch.int32)
+        check_tensor("start (a cache's length)", start, (B,), q.device, torch.int32)
     if end is not None:
         fits = end.dim() == 2 and end.size(0) == B and end.size(1) <= Tk
         if not fits or (start is None and end.size(1) < Tk):
             raise ValueError(f"shape of end is {tuple(end.shape)}, expected {(B, Tk)}, one end for each key")
-        _check_tensor("end", end, end.shape, q.device, torch.int32)
+        check_tensor("end", end, end.shape, q.device, torch.int32)
 
 def _check_attention(q, k, v, end, start):
     """ValueError unless main queries, keys and values (or None) fit together."""
     B, _, H, D = q.shape
     Tk, Hkv = k.shape[1:3]
-    _check_tensor("k", k, (B, Tk, Hkv, D), q.device, q.dtype)
+    check_tensor("k", k, (B, Tk, Hkv, D), q.device, q.dtype)
     if v is not None:
-        _check_tensor("v", v, k.shape, q.device, q.dtype)
+        check_tensor("v", v, k.shape, q.device, q.dtype)
     if H % Hkv != 0:
         raise ValueError(f"number of query heads is {H}, expected a multiple of {Hkv}, that of KV heads")
     _check_layout(q, Tk, end, start)
@@ -532,16 +533,16 @@ def _check_branches(q, k, v, qi, ki, end, start):
     """ValueError unless main and index branch fit together."""
     _check_attention(q, k, v, end, start)
     Di = qi.size(3)
-    _check_tensor("qi", qi, (*q.shape[:2], k.size(2), Di), q.device)
-    _check_tensor("ki", ki, (*k.shape[:2], Di), q.device, qi.dtype)
+    check_tensor("qi", qi, (*q.shape[:2], k.size(2), Di), q.device)
+    check_tensor("ki", ki, (*k.shape[:2], Di), q.device, qi.dtype)
 
 def _check_int8(int8, ki, L):
     """ValueError unless int8 is of the shapes and dtypes that quantize_index(ki, L) has."""
     ki8, scale, slack = int8
     B, Tk, _ = ki.shape
-    _check_tensor("ki8", ki8, ki.shape, ki.device, torch.int8)
-    _check_tensor("scale", scale, (B, Tk), ki.device, torch.bfloat16)
-    _check_tensor("slack", slack, (B, cdiv(Tk, L)), ki.device, torch.float32)
+    check_tensor("ki8", ki8, ki.shape, ki.device, torch.int8)
+    check_tensor("scale", scale, (B, Tk), ki.device, torch.bfloat16)
+    check_tensor("slack", slack, (B, cdiv(Tk, L)), ki.device, torch.float32)
 
 def _misfit(x, sizes):
     """Why the Triton kernels cannot take x and these sizes (head dims, L); None if they can.
@@ -986,7 +987,7 @@ def _combine_kernel(
 def _plan(blk, N, chunk_size, run):
     """Turn the choice around: which queries chose each block.
 
-    blk: (B, T, Hkv, slots), block ids, -1 for none; cut into chunks of chunk_size queries of one sequence
+    blk  (B, T, Hkv, slots), block ids, -1 for none; cut into chunks of chunk_size queries of one sequence
     -> edges int32 (B * T * Hkv * slots,): ids of (query, head, slot) sorted by (chunk, head, block)
        tasks int32 (B * chunks, P, 4): head, block, and a range of at most `run` edges, empty in tasks without work
        ends  int64 (B * chunks, Hkv * N): tasks up to a (head, block)'s last
@@ -1463,8 +1464,8 @@ def _kl_triton(q, qi, stat, block_idx, k, ki, L, end, share, stride):
     """The KL and its gradient, for the t queries that learn, every stride-th of the T that k and ki have.
 
     q (B, t, H, D), qi (B, t, Hkv, Di), block_idx (B, t, Hkv, S)
-    stat:  (B, t, H), log2-sum-exp of the main scores
-    share: (B, t), a query's share in the sum
+    stat   (B, t, H), log2-sum-exp of the main scores
+    share  (B, t), a query's share in the sum
     -> KL, dqi, dki
     """
     B, t, H, D = q.shape
@@ -2068,7 +2069,7 @@ STEPS = constexpr(32512)  # 127 * 256, a query's largest number in steps: two di
 def quantize_index(ki, L):
     """An int8 copy of index keys with an error bound, for msa_decode.
 
-    ki: (B, Tk, D)
+    ki  (B, Tk, D)
     -> ki8 (B, Tk, D) int8; scale (B, Tk) bf16, for each key; slack (B, N) fp32, for each block
 
     For every query and key of the block, q . k and scale * (q rounded to 16 bits) . k8, both as computed, differ by at

@@ -129,20 +129,25 @@ def timed(call, gpu, warm):
     torch.cuda.synchronize()
     return begin.elapsed_time(end), out
 
-def alternate(sides, gpu, reps=5, seconds=3.0):
-    """Time (call, check, warm) sides in turn, up to reps runs or its seconds: all ms. One output is alive at a time."""
-    times = [[] for _ in sides]
-    for call, _, warm in sides:
-        if warm:
-            call()
+def alternate(calls, gpu, check=None, cold=(), reps=5, seconds=3.0):
+    """Time calls in turn, each up to `reps` times or its seconds -> {name: ms of each run}.
+
+    calls   {name: function without arguments}; one output is alive at a time
+    check   check(name, output of the first timed run), which raises where that is wrong
+    cold    names of those that are not called once before they are timed
+    """
+    times = {name: [] for name in calls}
+    for name in calls:
+        if name not in cold:
+            calls[name]()
     for rep in range(reps):
-        for taken, (call, check, warm) in zip(times, sides):
+        for name, taken in times.items():
             if sum(taken) >= 1e3 * seconds:
                 continue
-            ms, out = timed(call, gpu, warm)
+            ms, out = timed(calls[name], gpu, name not in cold)
             taken.append(ms)
-            if rep == 0:
-                check(out)
+            if rep == 0 and check:
+                check(name, out)
             del out
     return times
 
@@ -155,12 +160,10 @@ def measure_rates(args):
     target = torch.empty_like(source)
     a = torch.randn(n, n, device=args.device, dtype=args.dtype)
     b = torch.randn(n, n, device=args.device, dtype=args.dtype)
-    sides = [(lambda: target.copy_(source), id, True), (lambda: a @ b, id, True)]
-    copy_times, matmul_times = alternate(sides, args.gpu, reps)
+    times = alternate({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, args.gpu, reps=reps)
 
-    bytes_moved = 2 * source.numel()   # read and written
-    now = {"copy": 1e3 * bytes_moved / statistics.median(copy_times),
-           "matmul": 2e3 * n ** 3 / statistics.median(matmul_times)}
+    done = {"copy": 2 * source.numel(), "matmul": 2 * n ** 3}  # bytes read and written, FLOPs
+    now = {name: 1e3 * amount / statistics.median(times[name]) for name, amount in done.items()}
     args.rates = {name: max(rate, args.rates.get(name, 0)) for name, rate in now.items()}
     return now
 
@@ -238,6 +241,10 @@ def near(name, got, want):
     if not error <= TOLERANCE[got.dtype]:  # also where it is nan
         raise ArithmeticError(f"{name}: relative RMS error {error:.1e}, allowed {TOLERANCE[got.dtype]:.0e}")
 
+def check_finite(name, x):
+    if not math.isfinite(x.sum(dtype=torch.float32)):
+        raise ArithmeticError(f"{name} holds nan or inf")
+
 def brute_force(q, k, v, i, blocks=None):
     """One query by the definition. q (H, D), k and v (Tk, Hkv, D), blocks (Hkv, S) or None for all -> (H, D)."""
     wide = torch.float64 if q.is_cuda else torch.float32
@@ -273,8 +280,7 @@ def check_choice(name, qi, keys, blocks, i):
 
 def check_rows(name, out, block_idx, q, k, v, qi, ki, first, most=256):
     """Nothing nan, and `most` queries, first and last too, against brute force. block_idx None: the dense side."""
-    if not math.isfinite(out.sum(dtype=torch.float32)):
-        raise ArithmeticError(f"{name}: the output holds nan or inf")
+    check_finite(f"{name}: the output", out)
     if block_idx is None:  # brute force over all keys takes its time
         most = min(most, 16 if q.is_cuda else 1)
     last = q.size(1) - 1
@@ -298,24 +304,14 @@ def gate(args, shape, whats):
         lengths.append(20_000)
     g = torch.Generator(args.device).manual_seed(0)
     for what, T in product(whats, lengths):
-        if what == "decode":
-            B, t, n_keys = 2, 1, capacity(T)
-        elif args.gpu:
-            B, t, n_keys = 1, T, T
-        else:
-            B, t, n_keys = 1, min(T, 32), capacity(T)
-        gate_length(args, shape, what, T, B, t, n_keys, g)
+        gate_length(args, shape, what, T, g)
 
-def gate_length(args, shape, what, T, B, t, n_keys, g):
-    """The last t of T queries of B sequences, whose keys lie in n_keys slots."""
-    H, Hkv = SHAPES[shape]
-
-    def new(*size):
-        return torch.randn(B, *size, D, generator=g, device=args.device, dtype=args.dtype)
-    q = new(t, H)
-    qi = new(t, Hkv)
-    k, v = new(n_keys, Hkv), new(n_keys, Hkv)
-    ki = new(n_keys)
+def gate_length(args, shape, what, T, g):
+    """Prefill of one sequence of T tokens, or a decode step of two: every side against brute force, and each other."""
+    t, slots = timed_sizes(args, what, T)
+    B = 2 if what == "decode" else 1
+    q, qi = random_queries(args, SHAPES[shape], g, B, t)
+    k, v, ki = random_cache(args, SHAPES[shape], g, B, slots)
     start = torch.full((B,), T - t, dtype=torch.int32, device=args.device)
     poison = [torch.full_like(q, math.nan) for _ in range(3)]
     del poison                         # what is allocated next lies where these were
@@ -336,13 +332,30 @@ def gate_length(args, shape, what, T, B, t, n_keys, g):
 
 # ---- rows of prefill and decode ------------------------------------------------------------------
 
+def timed_sizes(args, what, T):
+    """Of T tokens -> t, how many queries are timed, always the last ones; slots, how many keys the tensors hold."""
+    if what == "decode":
+        return 1, capacity(T)
+    if args.gpu:
+        return T, T
+    return min(T, 32), capacity(T)     # a CPU gathers whole key blocks in place
+
 def fill(args, g, *size):
     """Random numbers of variance 1: normal, on a CPU uniform, which takes a fifth of the time."""
     x = torch.empty(size, device=args.device, dtype=args.dtype)
     return x.normal_(generator=g) if args.gpu else x.uniform_(-3 ** 0.5, 3 ** 0.5, generator=g)
 
-def asked_whats(args):
-    return ("prefill", "decode") if args.what == "all" else (args.what,)
+def random_queries(args, heads, g, *size):
+    """-> q (*size, H, D), qi (*size, Hkv, D); heads is (H, Hkv)."""
+    H, Hkv = heads
+    return fill(args, g, *size, H, D), fill(args, g, *size, Hkv, D)
+
+def random_cache(args, heads, g, *size):
+    """-> k and v (*size, Hkv, D), ki (*size, D)."""
+    _, Hkv = heads
+    k = fill(args, g, *size, Hkv, D)
+    v = fill(args, g, *size, Hkv, D)
+    return k, v, fill(args, g, *size, D)
 
 def n_sets(args, shape, T, B):
     """Sets of buffers of a decode row: what is read between two uses of a set exceeds three times the last cache."""
@@ -376,7 +389,7 @@ def free_bytes(args):
 
 def lengths_that_fit(args, shape, what, B):
     """8K, 16K, ... and --ctx; 16K, 64K, ... on a CPU; a batch of 8: the longest, decode alone. No more than fits."""
-    if what not in asked_whats(args) or (what, B) == ("prefill", 8):
+    if what not in args.whats or (what, B) == ("prefill", 8):
         return []
     exponents = range(13, 26) if args.gpu else range(14, 26, 2)
     lengths = [2 ** n for n in exponents if 2 ** n < args.ctx] + [args.ctx]
@@ -398,6 +411,12 @@ def utilisation(row, stages, rates):
         shares[f"{side}_util"] = 1e3 * needed_s / row[f"{side}_ms"]
     return shares
 
+def side_row(args, what, shape, T, t, dense, sparse):
+    """What every row has that compares both sides; dense and sparse: ms of each run."""
+    dense_impl, msa_impl = impl_names(args.gpu, what, T)
+    return dict(what=what, shape=shape, ctx=T, queries=t, dense_impl=dense_impl, msa_impl=msa_impl,
+                dense_ms=statistics.median(dense), msa_ms=statistics.median(sparse))
+
 def make_row(args, what, shape, T, t, B, selection, index, dense, sparse):
     """A row from both sides' times, printed at once with what must be known beside it.
 
@@ -408,7 +427,8 @@ def make_row(args, what, shape, T, t, B, selection, index, dense, sparse):
     dense, sparse       ms of each run
     """
     stages = work(shape, T, t, B, args.size, BYTES[index])
-    row = dict(what=what, shape=shape, ctx=T, dense_ms=statistics.median(dense), msa_ms=statistics.median(sparse))
+    row = side_row(args, what, shape, T, t, dense, sparse)
+    row.update(selection=selection, batch=B, index=index)
     row.update(utilisation(row, stages, args.rates))
     if max(row["dense_util"], row["msa_util"]) > 1 and not args.gpu:  # other processes slowed the rates: once more
         measure_rates(args)
@@ -417,6 +437,9 @@ def make_row(args, what, shape, T, t, B, selection, index, dense, sparse):
     # a GPU's dense decode streams its keys, or it is no baseline; a CPU's may be bound by the products, not the bytes
     streams = what == "decode" and args.gpu
     fair = not streams or row["dense_util"] >= COPY_FLOOR
+    row["speedup"] = row["dense_ms"] / row["msa_ms"] if fair else None
+    row["predicted_ms"] = {side: least_ms(stages[side], args.rates) for side in stages}
+
     notes = []
     if index == "int8":
         notes.append("the kernels' time alone")
@@ -426,23 +449,12 @@ def make_row(args, what, shape, T, t, B, selection, index, dense, sparse):
     if not fair:
         notes.append(f"no ratio: full attention reads at less than {COPY_FLOOR:.0%} of the copy rate")
 
-    dense_impl, msa_impl = impl_names(args.gpu, what, T)
-    row.update(speedup=row["dense_ms"] / row["msa_ms"] if fair else None, selection=selection, batch=B, index=index,
-               queries=t, predicted_ms={side: least_ms(stages[side], args.rates) for side in stages},
-               dense_impl=dense_impl, msa_impl=msa_impl)
-    print_row(row, [len(dense), len(sparse)], notes)
+    speedup = f"{row['speedup']:7.2f}x" if fair else "    none"
+    line = ("{what:8}{shape:4}{ctx:>10,} {batch:>2}  {selection:11}{index:5}|"
+            "{dense_ms:11.3f} {dense_util:4.0%} |{msa_ms:12.3f} {msa_util:4.0%} |").format(**row)
+    least = "{dense:11.3f} {msa:8.3f}".format(**row["predicted_ms"])
+    print(f"{line} {speedup} |{least} | {len(dense)}, {len(sparse)}", *notes, sep="; ", flush=True)
     return row
-
-def print_row(row, runs, notes):
-    speedup = f"{row['speedup']:7.2f}x" if row["speedup"] else "    none"
-    cells = [
-        f"{row['what']:8}{row['shape']:4}{row['ctx']:>10,} {row['batch']:>2}  {row['selection']:11}{row['index']:5}",
-        f"{row['dense_ms']:11.3f} {row['dense_util']:4.0%} ",
-        f"{row['msa_ms']:12.3f} {row['msa_util']:4.0%} ",
-        f" {speedup} ",
-        "{dense:11.3f} {msa:8.3f} ".format(**row["predicted_ms"]),
-        f" {runs[0]}, {runs[1]}"]
-    print("|".join(cells), *notes, sep="; ", flush=True)
 
 def print_head(args, whats):
     """The head of the table, and below it the rules that its rows follow."""
@@ -494,22 +506,21 @@ def kernel_rows(args, row, call, calls=1):
         print(line)
     row["kernels"] = times
 
-def shape_rows(args, shape, lengths):
-    """All rows of one shape, batch -> lengths of its prefill and decode rows. Its buffers are freed on return."""
-    _, Hkv = SHAPES[shape]
+def shape_rows(args, shape, plan):
+    """All rows of one shape; plan: batch -> lengths of its prefill and of its decode rows, in tokens.
+
+    One cache holds the keys of all of a batch's rows: filling a million tokens' takes longer than timing them."""
     g = torch.Generator(args.device).manual_seed(1337)
     rows = []
-    for B, (prefill, decode) in lengths.items():
-        slots = max(map(capacity, prefill), default=L)
-        for T in decode:
-            slots = max(slots, capacity(T) * B * n_sets(args, shape, T, B))
+    for B, (prefill, decode) in plan.items():
+        slots = [capacity(T) for T in prefill]
+        slots += [n_sets(args, shape, T, B) * B * capacity(T) for T in decode]
         cache = None  # frees the last one first
-        k = fill(args, g, slots, Hkv, D)
-        v = fill(args, g, slots, Hkv, D)
-        cache = k, v, fill(args, g, slots, D)
-        del k, v
-        rows += prefill_rows(args, shape, cache, prefill, g)
-        rows += decode_rows(args, shape, B, decode, cache, g)
+        cache = random_cache(args, SHAPES[shape], g, max(slots, default=L))
+        for T in prefill:
+            rows += prefill_length(args, shape, T, cache, g)
+        for T in decode:
+            rows += decode_length(args, shape, B, T, decode_sets(args, shape, B, T, cache, g))
     return rows
 
 # ---- prefill -------------------------------------------------------------------------------------
@@ -540,55 +551,36 @@ def overlap(block_idx):
             counts.append(len(head[head >= 0].unique()))
     return statistics.mean(counts)
 
-def prefill_rows(args, shape, cache, lengths, g):
-    """Random and structured index branches in turn with the dense side; q, k and v are the same for all three."""
-    if not lengths:
-        return []
-    H, Hkv = SHAPES[shape]
-    longest = max(lengths) if args.gpu else 32
-    q = fill(args, g, longest, H, D)[None]
-    qi = fill(args, g, longest, Hkv, D)[None]
-    k, v, ki = (x[None] for x in cache)
-    rows = []
-    for T in lengths:
-        t = T if args.gpu else min(T, 32)
-        n_keys = T if args.gpu else capacity(T)  # a CPU gathers whole key blocks in place
-        tensors = q[:, :t], k[:, :n_keys], v[:, :n_keys], qi[:, :t], ki[:, :n_keys]
-        rows += prefill_length(args, shape, T, *tensors, g)
-    return rows
-
-def prefill_length(args, shape, T, q, k, v, qi, ki, g):
-    """The last queries of T tokens: q (1, t, H, D), qi (1, t, Hkv, D); k, v and ki hold T tokens or more -> two rows."""
-    t = q.size(1)
+def prefill_length(args, shape, T, cache, g):
+    """The last queries of T tokens, whose keys a cache of slots holds: k and v (slots, Hkv, D), ki (slots, D).
+    -> two rows: the index branch is random or structured, q, k and v are the same, and so is the dense side."""
+    t, slots = timed_sizes(args, "prefill", T)
+    q, qi = random_queries(args, SHAPES[shape], g, 1, t)
+    k, v, ki = (x[None, :slots] for x in cache)
     start = torch.tensor([T - t], dtype=torch.int32) if t < T else None
     branches = {"random": (qi, ki), "structured": structured(T, t, qi.size(2), ki, g)}
+    calls = {"dense": lambda: (full(q, k[:, :T], v[:, :T]), None)}
+    for name, branch in branches.items():
+        calls[name] = partial(sparse_prefill, q, k, v, *branch, start)
     distinct = {}
 
-    def dense():
-        return full(q, k[:, :T], v[:, :T]), None
-
-    def check(name, qi, ki, out):
-        check_rows(f"prefill {shape}, {T} tokens, {name}", *out, q, k, v, qi, ki, T - t)
+    def check(name, out):
+        check_rows(f"prefill {shape}, {T} tokens, {name}", *out, q, k, v, *branches.get(name, (qi, ki)), T - t)
         if name != "dense":
             distinct[name] = overlap(out[1])
 
     # a dense run of seconds takes place once: the shorter lengths have warmed up all but its plan
-    dense_ms = least_ms(work(shape, T, t)["dense"], args.rates)
-    is_short = dense_ms < (2000 if args.gpu else 500)
-    sides = [(dense, partial(check, "dense", qi, ki), is_short)]
-    for name, branch in branches.items():
-        sparse = partial(sparse_prefill, q, k, v, *branch, start)
-        sides.append((sparse, partial(check, name, *branch), is_short or args.gpu))
-    dense_times, *sparse_times = alternate(sides, args.gpu, seconds=3.0 if args.gpu else 0.3)
+    cold = ()
+    if least_ms(work(shape, T, t)["dense"], args.rates) >= (2000 if args.gpu else 500):
+        cold = ("dense",) if args.gpu else calls
+    times = alternate(calls, args.gpu, check, cold, seconds=3.0 if args.gpu else 0.3)
 
-    index = "bf16" if args.gpu else "fp32"
-    rows = [make_row(args, "prefill", shape, T, t, 1, name, index, dense_times, times)
-            for name, times in zip(branches, sparse_times)]
+    rows = [make_row(args, "prefill", shape, T, t, 1, name, args.index, times["dense"], times[name])
+            for name in branches]
     print(f"        distinct blocks of {min(64, t)} neighbours, a head: random {distinct['random']:.0f}, structured "
           f"{distinct['structured']:.0f}", flush=True)
     if args.gpu and T == args.ctx:
-        random_call, _, _ = sides[1]
-        kernel_rows(args, rows[0], random_call)
+        kernel_rows(args, rows[0], calls["random"])
     return rows
 
 # ---- decode --------------------------------------------------------------------------------------
@@ -610,37 +602,18 @@ def repeat(call, sets, rounds):
         return outs
     return replay
 
-def decode_sets(args, shape, B, T, cache, coded, g):
-    """Slices of the cache that push each other out of the last cache -> [(q, k, v, qi, ki, int8 index or None), ...]."""
-    H, Hkv = SHAPES[shape]
+def decode_sets(args, shape, B, T, cache, g):
+    """Slices of the cache that push each other out of the last cache, and queries of their own.
+    -> [(q (B, 1, H, D), k and v (B, slots, Hkv, D), qi (B, 1, Hkv, D), ki (B, slots, D), int8 index or None), ...]"""
     n = n_sets(args, shape, T, B)
     slots = capacity(T)
-
-    def cut(x, slots):
-        return x[:n * B * slots].unflatten(0, (n, B, slots))
-    q = fill(args, g, n * B, H, D).view(n, B, 1, H, D)
-    qi = fill(args, g, n * B, Hkv, D).view(n, B, 1, Hkv, D)
-    k, v, ki = (cut(x, slots) for x in cache)
-    int8 = [None] * n
-    if coded:
-        codes, scale, slack = coded
-        int8 = zip(cut(codes, slots), cut(scale, slots), cut(slack, slots // L))  # the bound is a block's
+    q, qi = random_queries(args, SHAPES[shape], g, n, B, 1)
+    k, v, ki = (x[:n * B * slots].unflatten(0, (n, B, slots)) for x in cache)
+    int8 = [msa.quantize_index(keys, L) if args.gpu else None for keys in ki]
     return list(zip(q, k, v, qi, ki, int8))
 
-def decode_rows(args, shape, B, lengths, cache, g):
-    """Dense, MSA, and on a GPU MSA with certified int8, in turn on the same sets of buffers: slices of the cache."""
-    if not lengths:
-        return []
-    coded = None
-    if args.gpu:
-        coded = [x[0] for x in msa.quantize_index(cache[2][None], L)]
-    rows = []
-    for T in lengths:
-        rows += decode_length(args, shape, B, T, decode_sets(args, shape, B, T, cache, coded, g))
-    return rows
-
 def decode_length(args, shape, B, T, sets):
-    """One new token of B sequences of T -> a row for each kind of index keys."""
+    """One new token of B sequences of T, on what decode_sets() returned -> a row for each kind of index keys."""
     length = torch.full((B,), T - 1, dtype=torch.int32, device=args.device)
     chosen = {}
 
@@ -654,32 +627,29 @@ def decode_length(args, shape, B, T, sets):
         return sparse_decode(q, k, v, qi, ki, length, int8)
 
     def check(name, outs):
-        ends = [0, len(sets) - 1] if len(sets) > 1 else [0]
-        for n in ends:
-            out, block_idx = outs[n]
-            check_rows(f"decode {shape}, {T} tokens, {name}", out, block_idx, *sets[n][:5], T - 1)
+        for n in {0, len(sets) - 1}:
+            check_rows(f"decode {shape}, {T} tokens, {name}", *outs[n], *sets[n][:5], T - 1)
         chosen[name] = [block_idx for _, block_idx in outs]
 
+    calls = {"dense": dense, args.index: sparse}
+    rounds, reps, seconds = 1, 5, 0.6
     if args.gpu:
-        calls = {"dense": dense, "bf16": sparse, "int8": sparse_int8}
+        calls["int8"] = sparse_int8
         rounds = math.ceil(16 / len(sets))  # starting a graph takes as long as a small kernel: 16 calls share it
         reps, seconds = 20, 60.0
-    else:
-        calls = {"dense": dense, "fp32": sparse}
-        rounds = 1
-        reps, seconds = 5, 0.6
-    sides = [(repeat(call, sets, rounds), partial(check, name), True) for name, call in calls.items()]
-    times = alternate(sides, args.gpu, reps, seconds)
+    replays = {name: repeat(call, sets, rounds) for name, call in calls.items()}
+    times = alternate(replays, args.gpu, check, reps=reps, seconds=seconds)
     if args.gpu and not all(map(torch.equal, chosen["bf16"], chosen["int8"])):
         raise ArithmeticError(f"decode {shape}, {T} tokens: certified int8 chooses other blocks than bf16")
 
     n_calls = len(sets) * rounds
-    per_call = {name: [ms / n_calls for ms in taken] for name, taken in zip(calls, times)}
+    per_call = {name: [ms / n_calls for ms in taken] for name, taken in times.items()}
+    dense_times = per_call.pop("dense")
     rows = []
-    for name, (call, _, _) in list(zip(calls, sides))[1:]:
-        rows.append(make_row(args, "decode", shape, T, 1, B, "random", name, per_call["dense"], per_call[name]))
+    for name, sparse_times in per_call.items():
+        rows.append(make_row(args, "decode", shape, T, 1, B, "random", name, dense_times, sparse_times))
         if args.gpu and T == args.ctx:
-            kernel_rows(args, rows[-1], call, n_calls)
+            kernel_rows(args, rows[-1], replays[name], n_calls)
     return rows
 
 # ---- train ---------------------------------------------------------------------------------------
@@ -708,13 +678,9 @@ def train_sides(args, shape, T, g):
     H, Hkv, S, L, _ = train_sizes(args.gpu, shape)
     dense_impl, msa_impl = pick_impl(args.gpu, "train", T)
 
-    def new(*size):
-        return torch.randn(1, T, *size, D, generator=g, device=args.device, dtype=args.dtype, requires_grad=True)
-    q = new(H)
-    k, v = new(Hkv), new(Hkv)
-    qi = new(Hkv)
-    ki = new()
-    grad_out = new(H).detach()
+    tensors = *random_queries(args, (H, Hkv), g, 1, T), *random_cache(args, (H, Hkv), g, 1, T)
+    q, qi, k, v, ki = (x.requires_grad_() for x in tensors)
+    grad_out = fill(args, g, 1, T, H, D)
 
     def dense():
         out = sdpa(q, k, v, dense_impl)
@@ -727,12 +693,6 @@ def train_sides(args, shape, T, g):
         return torch.autograd.grad((out, kl), (q, k, v, qi, ki), (grad_out, grad_kl))
     return dense, sparse
 
-def check_gradients(name, grads):
-    for grad in grads:
-        if not math.isfinite(grad.sum(dtype=torch.float32)):
-            raise ArithmeticError(f"{name}: a gradient holds nan or inf")
-
-@torch.enable_grad()
 def train_gate(args, shape):
     """On S * L tokens MSA reads every block: its gradients of q, k and v are those of full attention."""
     _, _, S, L, _ = train_sizes(args.gpu, shape)
@@ -740,27 +700,26 @@ def train_gate(args, shape):
     for name, got, want in zip(("q", "k", "v"), sparse(), dense()):
         near(f"gate: MSA's gradient of {name} against full attention's, train {shape} at T = S * L", got, want)
 
-@torch.enable_grad()
 def attention_row(args, shape, T):
     """Forward and backward of one layer's attention and KL, both sides in turn, on T tokens."""
     H, Hkv, S, L, _ = train_sizes(args.gpu, shape)
     dense, sparse = train_sides(args, shape, T, torch.Generator(args.device).manual_seed(1337))
     bit_equal = all(map(torch.equal, sparse(), sparse()))
-    check = partial(check_gradients, f"train {shape}, {T} tokens")
-    dense_times, msa_times = alternate([(dense, check, args.gpu), (sparse, check, args.gpu)], args.gpu)
 
-    dense_ms = statistics.median(dense_times)
-    msa_ms = statistics.median(msa_times)
-    flops = train_flops(T, H, Hkv, S, L)
-    dense_util = 1e3 * flops["dense"] / dense_ms / args.rates["matmul"]
-    msa_util = 1e3 * flops["msa"] / msa_ms / args.rates["matmul"]
-    print(f"{'train':8}{shape:4}{T:>10,} |{dense_ms:11.3f} {dense_util:4.0%} |{msa_ms:11.3f} {msa_util:4.0%} | "
-          f"{dense_ms / msa_ms:7.2f}x | {str(bit_equal):14} | {len(dense_times)}, {len(msa_times)}", flush=True)
-    dense_impl, msa_impl = impl_names(args.gpu, "train", T)
-    return dict(what="train", shape=shape, ctx=T, dense_ms=dense_ms, msa_ms=msa_ms, speedup=dense_ms / msa_ms,
-                dense_util=dense_util, msa_util=msa_util, selection="random", bit_equal=bit_equal, batch=1,
-                heads=[H, Hkv], index="bf16" if args.gpu else "fp32", queries=T,
-                dense_impl=dense_impl, msa_impl=msa_impl)
+    def check(name, grads):
+        for grad in grads:
+            check_finite(f"train {shape}, {T} tokens: a gradient", grad)
+    calls = {"dense": dense, "msa": sparse}
+    times = alternate(calls, args.gpu, check, cold=() if args.gpu else calls)
+
+    row = side_row(args, "train", shape, T, T, times["dense"], times["msa"])
+    stages = {side: [(flops, 0)] for side, flops in train_flops(T, H, Hkv, S, L).items()}
+    row.update(utilisation(row, stages, args.rates))
+    row.update(speedup=row["dense_ms"] / row["msa_ms"], selection="random", batch=1, heads=[H, Hkv],
+               index=args.index, bit_equal=bit_equal)
+    print("{what:8}{shape:4}{ctx:>10,} |{dense_ms:11.3f} {dense_util:4.0%} |{msa_ms:11.3f} {msa_util:4.0%} | "
+          "{speedup:7.2f}x | {bit_equal!s:14} | ".format(**row) + f"{len(times['dense'])}, {len(times['msa'])}", flush=True)
+    return row
 
 def step_plans(args):
     """Training steps that --what train times -> preset, [(attention, rows, tokens of a row, recompute)]: the preset's
@@ -783,13 +742,6 @@ def model_steps(model, learns, batch, mtp_every, recompute):
         found = train.train_step(model, batch, optimizers, groups, run_mtp=step == 0, recompute=recompute)
     return found["loss"]
 
-def model_flops(model, batch, mtp_every):
-    """FLOPs of these steps, as train.py counts them for its mfu."""
-    flops = 0.0
-    for step in range(mtp_every):
-        flops += batch["idx"].numel() * model.flops_per_token(batch["pos"], run_mtp=step == 0)
-    return flops
-
 def step_model(args, preset, attn, T, recompute):
     """A model to take steps with, compiled on a GPU -> it, its optimizers. A long sequence has no MTP modules."""
     changed = dict(max_seq_len=T)
@@ -806,7 +758,6 @@ def step_model(args, preset, attn, T, recompute):
         train.compile_model(model, learns[0][0])
     return model, learns
 
-@torch.enable_grad()
 def step_row(args, preset, attn, n_rows, T, recompute):
     """Optimizer steps of a preset on random tokens, of which every mtp_every-th has the MTP loss."""
     mtp_every = 1 if recompute else train.RUNS[preset]["mtp_every"]
@@ -832,52 +783,55 @@ def step_row(args, preset, attn, n_rows, T, recompute):
                tokens_per_s=1e3 * mtp_every * n_rows * T / ms, step_ms=ms / mtp_every, mfu=None, peak_gb=None)
     peak = train.peak_flops(args.device)
     if peak:
-        row["mfu"] = 1e3 * model_flops(model, batch, mtp_every) / ms / peak
+        a_token = model.flops_per_token(pos, run_mtp=True) + (mtp_every - 1) * model.flops_per_token(pos, run_mtp=False)
+        row["mfu"] = 1e3 * n_rows * T * a_token / ms / peak
     if args.gpu:
         row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    print_step_row(row, len(times))
+
+    mfu = f"{row['mfu']:.1%}" if peak else "none"
+    memory = f"{row['peak_gb']:.1f}" if args.gpu else "none"
+    recomputed = " recomputed" if recompute else ""
+    print(f"{'train':8}{preset:7}{attn:5}{n_rows:>4} x {T:>9,}{recomputed:11} | {row['step_ms']:10.1f} | "
+          f"{row['tokens_per_s']:8,.0f} | {mfu:>5} | {memory:>7} | {len(times)}", flush=True)
     return row
 
-def print_step_row(row, runs):
-    mfu = "none" if row["mfu"] is None else f"{row['mfu']:.1%}"
-    memory = "none" if row["peak_gb"] is None else f"{row['peak_gb']:.1f}"
-    recomputed = " recomputed" if row["recompute"] else ""
-    print(f"{'train':8}{row['shape']:7}{row['attn']:5}{row['batch']:>4} x {row['ctx']:>9,}{recomputed:11} | "
-          f"{row['step_ms']:10.1f} | {row['tokens_per_s']:8,.0f} | {mfu:>5} | {memory:>7} | {runs}", flush=True)
-
-def measure_all(measures):
-    """Call {name: function that measures a row} -> rows. What a GPU's memory does not hold is left out, and said."""
+def row_that_fits(name, measure, *given):
+    """-> [the row that measure(*given) returns]; [] and a line about `name` where it does not fit the GPU's memory."""
     rows = []
-    for name, measure in measures.items():
-        try:
-            rows.append(measure())
-        except torch.OutOfMemoryError:
-            print(f"        {name}: left out, it does not fit the GPU's memory", flush=True)
-        gc.collect()  # compiled halves of a block and the block refer to each other
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    try:
+        rows = [measure(*given)]
+    except torch.OutOfMemoryError:
+        print_left_out(name)
+    gc.collect()  # compiled halves of a block and the block refer to each other
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     return rows
+
+def print_left_out(name):
+    print(f"        {name}: left out, it does not fit the GPU's memory", flush=True)
 
 def run_train(args):
     """--what train: a layer's attention in training, dense and sparse, then whole steps of a model."""
+    layer_card(args)
+    if not args.gpu:
+        H, Hkv, topk, block, _ = train_sizes(args.gpu, "m3")
+        print(f"laptop  | a quarter of the heads (m3: {H}, {Hkv}), S = {topk} blocks of L = {block}")
     for shape in args.shapes:
         train_gate(args, shape)
     print(f"gate    | passed by {', '.join(args.shapes)}: gradients of q, k and v against full attention's at S * L "
           f"tokens, relative RMS at most {TOLERANCE[args.dtype]:.0e}\n\n{TRAIN_HEAD}")
-    measures = {}
+    compared = []
     for shape in args.shapes:
         *_, lengths = train_sizes(args.gpu, shape)
         for T in [T for T in lengths if T <= args.ctx] or [args.ctx]:
-            measures[f"train {shape}, {T:,} tokens"] = partial(attention_row, args, shape, T)
-    compared = measure_all(measures)
+            compared += row_that_fits(f"train {shape}, {T:,} tokens", attention_row, args, shape, T)
 
     print(f"\n{STEP_HEAD}")
     preset, plans = step_plans(args)
-    measures = {}
+    steps = []
     for attn, n_rows, T, recompute in plans:
-        name = f"train {preset}, {attn} attention, {T:,} tokens"
-        measures[f"{name}, {n_rows} rows"] = partial(step_row, args, preset, attn, n_rows, T, recompute)
-    steps = measure_all(measures)
+        name = f"train {preset}, {attn} attention, {T:,} tokens, {n_rows} rows"
+        steps += row_that_fits(name, step_row, args, preset, attn, n_rows, T, recompute)
 
     crossover = crossovers(compared)
     print_conclusion(compared)
@@ -920,28 +874,28 @@ def packings(samples, cfg):
             out[f"rows of {times * longest:,}, {budgets[-1]:,}"] = (partial(packed, times), budgets[-1])
     return out
 
-def fastest(steps, kept, gpu, rounds=3, slack=1.5):
-    """Time every step {name: call} in turn -> {name: (least ms, what the call returned)}.
+def fastest(steps, gpu):
+    """Time every step {name: call} three times, in turn -> {name: (least ms, what the call returned)}.
 
-    A name that is not in `kept` is timed no more once it took `slack` times the best of its like; on a GPU not before
-    the second round, since the first one compiles. What runs out of a GPU's memory is left out, and said."""
+    All but "merged" are each other's rivals: one is timed no more once it took 1.5 times the best of them; on a GPU not
+    before the second round, since the first one compiles. What runs out of a GPU's memory is left out, and said."""
     least = {}
-    for turn in range(rounds):
+    for turn in range(3):
         for name in list(steps):
             try:
                 took = timed(steps[name], gpu, True)
             except torch.OutOfMemoryError:
-                if name in kept:
+                if name == "merged":
                     raise
-                print(f"        {name}: left out, it does not fit the GPU's memory", flush=True)
+                print_left_out(name)
                 del steps[name]
                 continue
             if name not in least or took[0] < least[name][0]:
                 least[name] = took
         if gpu and turn == 0:
             continue
-        best = min(ms for name, (ms, _) in least.items() if name not in kept)
-        steps = {name: step for name, step in steps.items() if name in kept or least[name][0] <= slack * best}
+        best = min(ms for name, (ms, _) in least.items() if name != "merged")
+        steps = {name: step for name, step in steps.items() if name == "merged" or least[name][0] <= 1.5 * best}
     return least
 
 def tree_groups(asked, turns, n_mazes):
@@ -957,7 +911,6 @@ def tree_groups(asked, turns, n_mazes):
             episode.finish([rng.gauss(0, 1) for _ in episode.samples], True, 0.0)
     return [rl.advantages(group) for group in groups]
 
-@torch.enable_grad()
 def tree_row(args, preset, model, groups, turns):
     """A training step of rl.py on prefix trees, against the same samples packed in the way that was fastest; laying out
     and updating are included."""
@@ -969,7 +922,7 @@ def tree_row(args, preset, model, groups, turns):
     layouts = packings(samples, model.cfg)
     layouts["merged"] = (partial(rl.plan_rows, groups, model, True), rl.MICRO_TOKENS)
     steps = {name: partial(step, *layout) for name, layout in layouts.items()}
-    least = fastest(steps, ["merged"], args.gpu)
+    least = fastest(steps, args.gpu)
 
     merged_ms, merged = least.pop("merged")
     allowed = 0.05 if args.gpu else 1e-4  # bf16 adds up many micro-batches
@@ -999,22 +952,25 @@ def run_tree(args):
                 "{merged_tokens:7,} {merged_slots:8,} {merged_ms:9.1f} | {token_ratio:5.1f}x | {speedup:7.1f}x")
         print(line.format(**row), flush=True)
         rows.append(row)
-    print_conclusion(rows)
+    last = dict(row, packed=plain(row["packed_ms"]), merged=plain(row["merged_ms"]))
+    print("found   | At {turns} turns a training step on prefix trees takes {merged} ms where the same samples, packed "
+          "({packing}), take {packed}: {speedup:.1f} times less, for {token_ratio:.1f} times fewer tokens."
+          .format(**last))
     return dict(device=args.name, rows=rows)
 
 # ---- queue: rl.py's strict FIFO, window and greedy -----------------------------------------------
 
-def simulate(window, steps, sigma, seed, slots=64, groups=8, train_s=6.0):
+def simulate(window, steps, sigma, seed):
     """rl.py's queue alone, on a virtual clock: tasks of 20 s, every fourth, hard, of 80 s, with log-normal tails.
 
     window   how many of the oldest groups the trainer may take from
-    steps    training steps, each of `groups` groups and train_s seconds
+    steps    training steps, each of 8 groups and 6 s
     sigma    of the tails
     seed     of the tasks: the same ones under every window
-    slots    groups in flight
     -> rate (steps in 1,000 s), idle (share of the time), lag and max_lag (steps), early and hard (share of hard tasks
     in the first ten batches and in all)."""
-    queue = rl.WindowedFIFO(slots, window)
+    groups = 8
+    queue = rl.WindowedFIFO(64, window)  # groups in flight
     now = 0.0
     is_hard, lags, hard_shares = {}, [], []
     for step in range(steps):
@@ -1023,18 +979,18 @@ def simulate(window, steps, sigma, seed, slots=64, groups=8, train_s=6.0):
             is_hard[task] = rng.random() < 0.25
             usual_s = 80 if is_hard[task] else 20
             queue.finish(task, now + usual_s * math.exp(sigma * rng.gauss(0, 1)))
-        now = queue.wait(groups, now) + train_s
+        now = queue.wait(groups, now) + 6.0
         hard_shares.append(sum(is_hard[task] for task in queue.batch) / groups)
         lags += queue.publish(step + 1)
     return dict(rate=1000 * steps / now, idle=queue.idle / now, lag=sum(lags) / len(lags), max_lag=max(lags),
                 early=sum(hard_shares[:10]) / 10, hard=sum(hard_shares) / steps)
 
-def queue_rows(steps=1000):
+def queue_rows():
     """Strict FIFO, window and greedy on the same tasks, a row for each sigma and schedule."""
     rows = []
     print("queue: 64 groups in flight, 8 a step of 6 s, window 19 = 0.3 N; the same tasks and tails in every row")
     for sigma in SIGMAS:
-        of_sigma = {name: simulate(window, steps, sigma, SEED) for name, window in WINDOWS.items()}
+        of_sigma = {name: simulate(window, 1000, sigma, SEED) for name, window in WINDOWS.items()}
         for name, found in of_sigma.items():
             gain = found["rate"] / of_sigma["fifo"]["rate"] - 1
             print(f"sigma {sigma:.1f} {name:6s} | {found['rate']:5.1f} steps/1000 s {gain:+5.0%} | "
@@ -1043,7 +999,6 @@ def queue_rows(steps=1000):
             rows.append(dict(what="queue", schedule=name, sigma=sigma, **found))
     return rows
 
-@torch.enable_grad()
 def train_schedules(args):
     """A short run of rl.py under each schedule, one after the other, with the same seed and from one imitation.
     -> {schedule: its result}, {schedule: running mean of the share solved, by step}. KeyboardInterrupt if stopped."""
@@ -1078,17 +1033,28 @@ def run_queue(args):
 
 # ---- what the rows say ---------------------------------------------------------------------------
 
+def kinds_of(rows):
+    """Rows at batch 1 and random selection, which are in rising order -> {(what, shape, index): [row, ...]}."""
+    kinds = {}
+    for row in rows:
+        if (row["batch"], row["selection"]) == (1, "random"):
+            kinds.setdefault((row["what"], row["shape"], row["index"]), []).append(row)
+    return kinds
+
 def ratios(rows):
     """Dense over MSA at the longest length measured, with the same batch, selection and index keys."""
     keys = ("what", "ctx", "batch", "selection", "index")
+    longest = {}
+    for row in rows:  # in rising order
+        longest[row["what"], row["batch"]] = row["ctx"]
     out = []
     for dense, sparse in product(rows, rows):
-        like = [row["ctx"] for row in rows if (row["what"], row["batch"]) == (dense["what"], dense["batch"])]
-        same = {key: dense[key] for key in keys}
         pair = dense["shape"], sparse["shape"]
-        if dense["ctx"] < max(like) or not dense["speedup"] or pair == ("m3", "m2"):
+        same = {key: dense[key] for key in keys}
+        like = all(sparse[key] == dense[key] for key in keys)
+        if not like or not dense["speedup"] or pair == ("m3", "m2"):
             continue
-        if any(sparse[key] != value for key, value in same.items()):
+        if dense["ctx"] < longest[dense["what"], dense["batch"]]:
             continue
         published = PUBLISHED.get((dense["what"], *pair)) if dense["batch"] == 1 else None
         found = dict(same, dense=pair[0], msa=pair[1], ratio=dense["dense_ms"] / sparse["msa_ms"], published=published,
@@ -1107,12 +1073,9 @@ def ratios(rows):
 def crossovers(rows):
     """Smallest length from which on MSA won, of those with a ratio, at batch 1 and random selection; None: it lost the
     longest, or no length has a ratio. -> {kind: length}"""
-    kinds = {}
-    for row in rows:  # a kind's are in rising order
-        if (row["batch"], row["selection"]) == (1, "random"):
-            kinds.setdefault(f"{row['what']} {row['shape']} {row['index']}", []).append(row)
     out = {}
-    for name, kind in kinds.items():
+    for key, kind in kinds_of(rows).items():
+        name = " ".join(key)
         fair = [row for row in kind if row["speedup"]]
         won = []                       # at the end of `fair`
         for row in fair:
@@ -1140,13 +1103,7 @@ def short(T):
 
 def conclusion(rows):
     """What the rows say, in plain words: a sentence a kind, at batch 1, random selection and index keys as they are."""
-    kinds = {}
-    for row in rows:
-        if row["what"] == "tree":
-            kinds.setdefault("tree", []).append(row)
-        elif (row["batch"], row["selection"]) == (1, "random") and row["index"] != "int8":
-            kinds.setdefault((row["what"], row["shape"]), []).append(row)
-    return [tree_sentence(kind) if name == "tree" else sentence(kind) for name, kind in kinds.items()]
+    return [sentence(kind) for (_, _, index), kind in kinds_of(rows).items() if index != "int8"]
 
 def print_conclusion(rows):
     for line in conclusion(rows):
@@ -1163,14 +1120,13 @@ def what_was_timed(row):
 def sentence(kind):
     """Rows of one kind, in rising order -> what the longest says, and the longest at which full attention is faster."""
     last = kind[-1]
-    times = {"full attention": last["dense_ms"], "MSA": last["msa_ms"]}
-    fast = min(times, key=times.get)
-    slow = "full attention" if fast == "MSA" else "MSA"
-    line = (f"At {last['ctx']:,} tokens, for {what_was_timed(last)}, {fast} needs {plain(times[fast])} ms "
-            f"where {slow} needs {plain(times[slow])}: ")
+    sides = [(last["dense_ms"], "full attention"), (last["msa_ms"], "MSA")]
+    (fast_ms, fast), (slow_ms, slow) = sorted(sides)
+    line = (f"At {last['ctx']:,} tokens, for {what_was_timed(last)}, {fast} needs {plain(fast_ms)} ms "
+            f"where {slow} needs {plain(slow_ms)}: ")
     if not last["speedup"]:
         return line + "no ratio, as full attention reads too slowly to be a baseline."
-    line += f"{times[slow] / times[fast]:.1f} times less"
+    line += f"{slow_ms / fast_ms:.1f} times less"
     if fast == "full attention":
         return line + "."
     lost = [row["ctx"] for row in kind if row["dense_ms"] < row["msa_ms"]]
@@ -1180,38 +1136,26 @@ def sentence(kind):
     every = "measured" if len(fair) == len(kind) else "that has a ratio"
     return line + f"; MSA is faster at every length {every}, from {fair[0]:,} tokens on."
 
-def tree_sentence(kind):
-    """Rows of --what tree -> what the longest says."""
-    last = kind[-1]
-    return (f"At {last['turns']} turns a training step on prefix trees takes {plain(last['merged_ms'])} ms where the "
-            f"same samples, packed ({last['packing']}), take {plain(last['packed_ms'])}: {last['speedup']:.1f} times "
-            f"less, for {last['token_ratio']:.1f} times fewer tokens.")
-
-def time_lines(rows, what):
-    """Rows -> {name of a side: [(tokens, ms), ...]}, as measured at batch 1 and random selection."""
-    lines = {}
-    for row in rows:
-        if (row["what"], row["batch"], row["selection"]) == (what, 1, "random"):
-            point = row["ctx"]
-            lines.setdefault(f"{row['shape']} dense", []).append((point, row["dense_ms"]))
-            lines.setdefault(f"{row['shape']} msa, {row['index']} index", []).append((point, row["msa_ms"]))
-    return lines
-
 def draw(path, rows, title):
     """Time against length, log-log: a chart for prefill, one for decode, or one for train."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-    kinds = list(dict.fromkeys(row["what"] for row in rows))
-    figure = Figure((7 * len(kinds), 5), layout="constrained")
-    for axis, what in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
-        lines = time_lines(rows, what)
-        for name, points in lines.items():
-            style = "o--" if "dense" in name else "o-"
-            axis.semilogx(*zip(*points), style, base=2, ms=3, label=name)
-        axis.set(title=f"{what}, one layer, {title}", xlabel="tokens of context", ylabel="ms", yscale="log")
+    kinds = kinds_of(rows)
+    whats = list(dict.fromkeys(what for what, _, _ in kinds))
+    figure = Figure((7 * len(whats), 5), layout="constrained")
+    for axis, chart in zip(figure.subplots(1, len(whats), squeeze=False)[0], whats):
+        axis.set(title=f"{chart}, one layer, {title}", xlabel="tokens of context", ylabel="ms", yscale="log")
+        axis.set_xscale("log", base=2)
+        for (what, shape, index), kind in kinds.items():
+            if what != chart:
+                continue
+            points = [row["ctx"] for row in kind]
+            if index != "int8":        # its dense side is that of bf16
+                axis.plot(points, [row["dense_ms"] for row in kind], "o--", ms=3, label=f"{shape} dense")
+            axis.plot(points, [row["msa_ms"] for row in kind], "o-", ms=3, label=f"{shape} msa, {index} index")
 
         # lengths as people say them, and times as plain numbers: no powers of 2 or 10
-        lengths = sorted({T for points in lines.values() for T, _ in points})
+        lengths = sorted({row["ctx"] for row in rows if row["what"] == chart})
         axis.set_xticks(lengths, [short(T) for T in lengths])
         axis.set_xticks([], minor=True)
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -1232,6 +1176,7 @@ def parse_args(argv):
     p.add_argument("--figure", metavar="FILE", help="draw time against length, or queue's curves; needs matplotlib")
     args = p.parse_args(argv)
     args.shapes = [args.shape] if args.shape else list(SHAPES)
+    args.whats = ("prefill", "decode") if args.what == "all" else (args.what,)
     if not 1 <= args.ctx <= 2 ** 25:
         raise ValueError(f"--ctx {args.ctx}: it must be 1 to {2 ** 25:,}")
     if args.what == "tree" and (args.shape or args.figure):
@@ -1252,14 +1197,10 @@ def check_figure(path):
 
 def trial(args):
     """-> a function that does what a CPU is timed on, both sides of a short prefill."""
-    H, Hkv = SHAPES["m3"]
     t, T = 32, 16 * L
     g = torch.Generator().manual_seed(0)
-    q = fill(args, g, 1, t, H, D)
-    qi = fill(args, g, 1, t, Hkv, D)
-    k = fill(args, g, 1, T, Hkv, D)
-    v = fill(args, g, 1, T, Hkv, D)
-    ki = fill(args, g, 1, T, D)
+    q, qi = random_queries(args, SHAPES["m3"], g, 1, t)
+    k, v, ki = random_cache(args, SHAPES["m3"], g, 1, T)
     start = torch.tensor([T - t], dtype=torch.int32)
 
     def step():
@@ -1272,6 +1213,7 @@ def set_device(args):
     args.device, args.dtype, why = pick_device(args.device)
     args.size = args.dtype.itemsize
     args.gpu = args.device.type == "cuda"
+    args.index = "bf16" if args.gpu else "fp32"  # what the index keys are held in
     args.rates = {}
     if args.device.type not in ("cpu", "cuda") or (args.gpu and args.dtype != torch.bfloat16):
         raise ValueError(f"--device {args.device}: a CPU, or a CUDA GPU with bf16 tensor cores")
@@ -1288,41 +1230,37 @@ def set_device(args):
     return why
 
 def card(args, why):
-    """Where, what, and what to expect, printed before either side runs."""
+    """Where and when, printed before anything runs."""
     power = ""
     if args.gpu:
         query = f"nvidia-smi -i {args.device.index or 0} --query-gpu=power.limit,driver_version --format=csv,noheader"
         power = f", power limit and driver {subprocess.getoutput(query + ' 2> /dev/null') or 'unknown'}"
     print(f"run     | {time.strftime('%Y-%m-%d %H:%M')}, torch {torch.__version__}")
     print(f"device  | {args.name}{power}, {str(args.dtype)[6:]}: {why}")
-    if args.what == "queue":
-        return
-    print(f"context | up to {args.ctx:,} tokens")
-    if args.what == "tree":
-        return
-    for what in asked_whats(args):
+    if args.what != "queue":
+        print(f"context | up to {args.ctx:,} tokens")
+
+def layer_card(args):
+    """What is compared in one layer, and the rates, measured here."""
+    for what in args.whats:
         dense_impl, msa_impl = impl_names(args.gpu, what, args.ctx)
         print(f"sides   | {what}: full attention = {dense_impl}; MSA = {msa_impl}")
     print("rates   | measured: copy {copy:.3e} bytes/s, matmul {matmul:.3e} FLOP/s".format(**measure_rates(args)))
     print(f"shape   | one layer; query heads, KV = index heads: {SHAPES}; D = {D}, S = {S} blocks of L = {L} keys")
-    if args.what != "train":
-        print_predictions(args)
-    elif not args.gpu:
-        H, Hkv, topk, block, _ = train_sizes(args.gpu, "m3")
-        print(f"laptop  | a quarter of the heads (m3: {H}, {Hkv}), S = {topk} blocks of L = {block}")
 
 def print_predictions(args):
-    for shape, what in product(args.shapes, asked_whats(args)):
-        t = args.ctx if args.gpu else min(args.ctx, 32)
-        if what == "decode":
-            t = 1
+    for shape, what in product(args.shapes, args.whats):
+        t, _ = timed_sizes(args, what, args.ctx)
         stages = work(shape, args.ctx, t, 1, args.size, args.size)
         dense, sparse = (least_ms(stages[side], args.rates) for side in ("dense", "msa"))
         print(f"predict | roofline of {what} {shape} at {args.ctx:,}: dense {dense:,.3f} ms, MSA {sparse:,.3f} ms, "
               f"{dense / sparse:.2f}x", flush=True)
 
+@torch.no_grad()
 def run_attention(args):
     """--what prefill, decode, all: the gate, the rows of every shape, and what they say."""
+    layer_card(args)
+    print_predictions(args)
     batches = (1, 8) if args.gpu else (1,)
     plans = {}                         # shape -> batch -> lengths of prefill, of decode
     for shape in args.shapes:
@@ -1334,7 +1272,7 @@ def run_attention(args):
     print(f"gate    | passed by {', '.join(args.shapes)}: choice against torch, output against brute force in fp32, "
           f"relative RMS at most {TOLERANCE[args.dtype]:.0e}")
 
-    print_head(args, asked_whats(args))
+    print_head(args, args.whats)
     rows = []
     for shape, plan in plans.items():
         rows += shape_rows(args, shape, plan)
@@ -1347,7 +1285,6 @@ def run_attention(args):
         draw(args.figure, rows, args.name)
     return result
 
-@torch.no_grad()
 def run(args):
     why = set_device(args)
     if args.what == "tree":

@@ -5606,8 +5606,8 @@ def test_a_share_above_one_is_explained(monkeypatch, capsys):
 def test_rates_keep_the_largest(monkeypatch):
     """Rates measured on a busy machine do not replace larger ones."""
     args = SimpleNamespace(gpu=False, device=torch.device("cpu"), dtype=torch.float32, rates={})
-    times = iter([[[2.0], [8.0]], [[1.0], [9.0]]])
-    monkeypatch.setattr(bench, "alternate", lambda *args: next(times))
+    times = iter([dict(copy=[2.0], matmul=[8.0]), dict(copy=[1.0], matmul=[9.0])])
+    monkeypatch.setattr(bench, "alternate", lambda *args, **limits: next(times))
     first = bench.measure_rates(args)
     second = bench.measure_rates(args)
     assert second["copy"] == 2 * first["copy"]

@@ -1469,9 +1469,9 @@ def run_python(*argv, **options):
     """Another process runs a script, or a program after -c, in this folder -> its exit status and what it wrote."""
     return subprocess.run([sys.executable, *argv], cwd=HERE, capture_output=True, text=True, **options)
 
-@pytest.mark.skipif(msa.triton is None, reason="needs Triton")
 def test_no_spills_for_sm_90():
     """Every kernel compiles for Hopper, and the pinned Triton spills no register: in a process without interpreter."""
+    needs(msa.triton, "Triton")
     run = run_python(".ci/compile.py")
     assert run.returncode == 0, run.stderr[-2000:]
     kernels = json.loads(run.stdout.splitlines()[-1])

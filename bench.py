@@ -50,14 +50,6 @@ PUBLISHED = {
     ("decode", "m3", "m3"): "7.6x on an H800",
     ("prefill", "m2", "m3"): "9.7x, GPU not stated",
     ("decode", "m2", "m3"): "15.6x, GPU not stated"}
-# What to expect of a kernel, written before it ran: its share of the roofline, ms of latency, where the rest goes
-KERNELS = {
-    "_index_kernel": (0.8, 0, "a running top 16 between products"),
-    "_kv_outer_kernel": (0.55, 0, "gathers of q, parts written"),
-    "_combine_kernel": (0.85, 0, "the own block"),
-    "_scan_kernel": (1, 3e-3, "ramp-up"),
-    "_rescore_kernel": (1, 6e-3, "latency: find a floor, load blocks"),
-    "_attend_kernel": (1, 10e-3, "latency: choose, load, join")}
 STEP_LR = 1e-3                         # of the steps that --what train times, on random tokens
 BUDGETS = (2 ** 12, 2 ** 14, 2 ** 16)  # slots of a micro-batch that --what tree tries for the packed side
 WINDOWS = {"fifo": 1, "window": 19, "greedy": math.inf}    # oldest groups that the trainer may take from; 19 = 0.3 N
@@ -72,7 +64,12 @@ TREE_HEAD = ("tree    | turns longest |    packed  computed         ms  layout, 
              " merged computed        ms | tokens | speed-up")
 
 # ---- work and rates ------------------------------------------------------------------------------
-# What either side must compute and move, what this machine computes and copies in a second, and how a call is timed.
+# A row's times stand beside what they could be at best: FLOPs and bytes that each side needs, over the FLOP/s and
+# bytes/s that this machine reaches in one large matrix product and one large copy, measured in the same run.
+# Useful work alone counts: pairs of a query and a key that it sees, and each tensor read or written once.
+# Calls are timed in turn (A B A B), so that a machine that slows down slows all of them, and the median is reported.
+# Outside a time: allocating and filling the inputs, compiling, and the launch of a CUDA graph.
+
 
 def capacity(T):
     """Slots of a cache that holds T tokens: whole key blocks."""
@@ -113,7 +110,10 @@ def least_ms(stages, rates):
     return 1e3 * sum(max(flops / rates["matmul"], moved / rates["copy"]) for flops, moved in stages)
 
 def timed(call, gpu, warm):
-    """-> ms, what the call returned."""
+    """-> ms of the call, by CUDA events or the CPU's clock; what the call returned.
+
+    warm    False: the call may compile or plan first, for seconds, for which the GPU waits before its clock starts
+    """
     if not gpu:
         start = time.perf_counter()
         out = call()
@@ -153,13 +153,14 @@ def alternate(calls, gpu, check=None, cold=(), reps=5, seconds=3.0):
 
 def measure_rates(args):
     """Measure the copy and matrix rates -> those of now. args.rates keeps the largest: a busy machine's are low."""
-    free, n, reps = 2 ** 30, 2048, 5
+    size, n, reps = 2 ** 28, 2048, 5
     if args.gpu:
-        free, n, reps = torch.cuda.mem_get_info()[0], 8192, 20
-    source = torch.ones(min(2 ** 31, free // 4), dtype=torch.int8, device=args.device)  # a small GPU has room for no more
+        free, _ = torch.cuda.mem_get_info()
+        size, n, reps = min(2 ** 31, free // 4), 8192, 20  # a small GPU has room for no more
+    source = torch.ones(size, dtype=torch.int8, device=args.device)
     target = torch.empty_like(source)
     a = torch.randn(n, n, device=args.device, dtype=args.dtype)
-    b = torch.randn(n, n, device=args.device, dtype=args.dtype)
+    b = torch.randn_like(a)
     times = alternate({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, args.gpu, reps=reps)
 
     done = {"copy": 2 * source.numel(), "matmul": 2 * n ** 3}  # bytes read and written, FLOPs
@@ -168,6 +169,10 @@ def measure_rates(args):
     return now
 
 # ---- the two sides -------------------------------------------------------------------------------
+# Full attention is the fastest that we know of on each device, so that MSA's ratio is over no straw man: cuDNN's kernel
+# in prefill and training, our split-KV kernel in decode, and torch's flash attention on a CPU. Both sides get the same
+# q, k and v; MSA's time includes scoring the keys (qi, ki), choosing S blocks, and attention over them.
+# Shapes, in all sections: q (B, t, H, D); k, v (B, slots, Hkv, D); qi (B, t, Hkv, D); ki (B, slots, D).
 
 def pick_impl(gpu, what, T=2 ** 25):
     """Which code each side runs on T tokens, full attention's and MSA's: full(), sparse_*() and the card ask here."""
@@ -190,32 +195,42 @@ def impl_names(gpu, what, T=2 ** 25):
              "triton": f"kernels of msa.py, {kernels}"}
     return tuple(names[side] for side in pick_impl(gpu, what, T))
 
-def full(q, k, v, length=None):
-    """The best full attention there is. cuDNN raises where it cannot run."""
+def full(q, k, v, T, length=None):
+    """The best full attention there is, over the first T keys; cuDNN raises where it cannot run.
+
+    q       (B, t, H, D), the last t of T queries
+    k, v    (B, slots, Hkv, D)
+    length  decode alone: (B,) int32, the new token's slot
+    -> (B, t, H, D), and None where MSA returns its blocks
+    """
     what = "prefill" if length is None else "decode"
-    impl, _ = pick_impl(q.is_cuda, what, k.size(1))
+    impl, _ = pick_impl(q.is_cuda, what, T)
+    k = k[:, :T]
+    v = v[:, :T]
     if impl == "cpu flash":
-        return dense_rows(q, k, v)
+        return dense_rows(q, k, v), None
     if impl == "triton":
-        return msa.full_attention(q, k, v, None, length, "triton")
-    return sdpa(q, k, v, impl)
+        return msa.full_attention(q, k, v, None, length, "triton"), None
+    return sdpa(q, k, v, impl), None
 
 def sdpa(q, k, v, impl):
-    """torch's full attention of every query, by the kernel that pick_impl() names; it has a backward."""
+    """torch's full attention of every query, by the kernel that pick_impl() names; it has a backward.
+    q (B, T, H, D), k and v (B, T, Hkv, D) -> (B, T, H, D)"""
     backends = {"cpu flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(backends[impl]):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 def dense_rows(q, k, v):
-    """CPU: the last t of T queries, a group's heads as rows of one product; only the last t keys need a mask."""
+    """CPU: the last t of T queries, a group's heads as rows of one product; only the last t keys need a mask.
+    q (B, t, H, D), k and v (B, T, Hkv, D) -> (B, t, H, D)"""
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # unlike SDPA it returns the log-sum-exp
     t, T = q.size(1), k.size(1)
     G = q.size(2) // k.size(2)
     rows = q.unflatten(2, (-1, G)).transpose(1, 2).flatten(2, 3)                                 # (B, Hkv, t * G, D)
     k = k.transpose(1, 2)
     v = v.transpose(1, 2)
-    mask = torch.full((t, t), float("-inf")).triu(1)
+    mask = torch.full((t, t), -math.inf).triu(1)
     mask = mask.repeat_interleave(G, 0)[None, None]                                               # (1, 1, t * G, t)
     out, lse = flash(rows, k[:, :, T - t:], v[:, :, T - t:], attn_mask=mask)
     if t < T:
@@ -223,25 +238,34 @@ def dense_rows(q, k, v):
         out = torch.lerp(out, early, (early_lse - lse).sigmoid()[..., None])
     return out.unflatten(2, (t, G)).transpose(1, 2).flatten(2, 3)
 
-def sparse_prefill(q, k, v, qi, ki, start=None):
+def sparse_prefill(q, k, v, qi, ki, T):
+    """MSA of the last t of T queries, choosing included -> (1, t, H, D), blocks (1, t, Hkv, S)."""
     _, impl = pick_impl(q.is_cuda, "prefill")
+    t = q.size(1)
+    start = torch.tensor([T - t], dtype=torch.int32) if t < T else None  # on a CPU alone
     block_idx = msa.select_blocks(qi, ki, S, L, None, start, impl)
     return msa.msa_attention(q, k, v, block_idx, L, None, start, impl), block_idx
 
 def sparse_decode(q, k, v, qi, ki, length, int8=None):
+    """MSA of one new token of B sequences -> (B, 1, H, D), blocks (B, 1, Hkv, S)."""
     _, impl = pick_impl(q.is_cuda, "decode")
     return msa.msa_decode(q, k, v, qi, ki, S, L, length, None, impl, int8)
 
 # ---- checks --------------------------------------------------------------------------------------
-# Every path is checked against brute force on short contexts before anything is timed, and what is timed is checked too.
+# Every path is checked against brute force on short contexts before anything is timed, and the first timed run of
+# each side is checked again: for some queries, the chosen blocks against the scores in torch, and the output against
+# softmax by its definition, in fp32 or fp64. An error ends the script: no time is printed of a wrong result.
+# Checks take place between the timed runs, never within one.
 
 def near(name, got, want):
+    """ArithmeticError where the relative RMS error exceeds what got's dtype is allowed."""
     want = want.double()
     error = ((got.double() - want).norm() / want.norm()).item()
     if not error <= TOLERANCE[got.dtype]:  # also where it is nan
         raise ArithmeticError(f"{name}: relative RMS error {error:.1e}, allowed {TOLERANCE[got.dtype]:.0e}")
 
 def check_finite(name, x):
+    """ArithmeticError where x holds nan or inf."""
     if not math.isfinite(x.sum(dtype=torch.float32)):
         raise ArithmeticError(f"{name} holds nan or inf")
 
@@ -268,7 +292,8 @@ def check_choice(name, qi, keys, blocks, i):
     scores = scores.view(len(qi), n_earlier, L).amax(2)                                        # (Hkv, earlier blocks)
     want = scores.topk(min(S - 1, n_earlier)).values                                           # (Hkv, chosen)
     own = blocks[:, 0]
-    chosen, none = blocks[:, 1:].split((want.size(1), S - 1 - want.size(1)), 1)
+    chosen = blocks[:, 1:1 + want.size(1)]
+    none = blocks[:, 1 + want.size(1):]
 
     found = scores.gather(1, chosen.clamp(min=0).long())
     allowed = 2 ** -15 * keys.norm(dim=-1).max()
@@ -279,7 +304,15 @@ def check_choice(name, qi, keys, blocks, i):
         raise ArithmeticError(f"{name}: query {i} reads blocks {blocks.tolist()}, not those of highest score")
 
 def check_rows(name, out, block_idx, q, k, v, qi, ki, first, most=256):
-    """Nothing nan, and `most` queries, first and last too, against brute force. block_idx None: the dense side."""
+    """Nothing nan, and `most` queries, first and last too, against brute force.
+
+    name              what is checked, for the line of an error
+    out               (B, t, H, D), what was computed for t queries
+    block_idx         (B, t, Hkv, S), the blocks that were chosen; None: the dense side
+    q, k, v, qi, ki   what it was computed from
+    first             position of the first query
+    most              queries to check, of each sequence
+    """
     check_finite(f"{name}: the output", out)
     if block_idx is None:  # brute force over all keys takes its time
         most = min(most, 16 if q.is_cuda else 1)
@@ -297,13 +330,13 @@ def check_rows(name, out, block_idx, q, k, v, qi, ki, first, most=256):
             want = brute_force(q[b, n], k[b], v[b], first + n, blocks)
             near(f"{name}, query {first + n}", out[b, n], want)
 
-def gate(args, shape, whats):
-    """Paths to be timed, on short contexts, into memory full of nan; MSA is dense where S blocks are all there are."""
+def gate(args, shape, what):
+    """A path to be timed, on short contexts, into memory full of nan; MSA is dense where S blocks are all there are."""
     lengths = [1, 100, S * L - 81, 2 * S * L + 17]
     if args.gpu:
         lengths.append(20_000)
     g = torch.Generator(args.device).manual_seed(0)
-    for what, T in product(whats, lengths):
+    for T in lengths:
         gate_length(args, shape, what, T, g)
 
 def gate_length(args, shape, what, T, g):
@@ -312,17 +345,16 @@ def gate_length(args, shape, what, T, g):
     B = 2 if what == "decode" else 1
     q, qi = random_queries(args, SHAPES[shape], g, B, t)
     k, v, ki = random_cache(args, SHAPES[shape], g, B, slots)
-    start = torch.full((B,), T - t, dtype=torch.int32, device=args.device)
     poison = [torch.full_like(q, math.nan) for _ in range(3)]
     del poison                         # what is allocated next lies where these were
 
     if what == "prefill":
-        outs = {"MSA": sparse_prefill(q, k, v, qi, ki, start if t < T else None),
-                "dense": (full(q, k[:, :T], v[:, :T]), None)}
+        outs = {"MSA": sparse_prefill(q, k, v, qi, ki, T), "dense": full(q, k, v, T)}
     else:
-        outs = {"MSA": sparse_decode(q, k, v, qi, ki, start),
-                "dense": (full(q, k[:, :T], v[:, :T], start), None),
-                "certified int8": sparse_decode(q, k, v, qi, ki, start, msa.quantize_index(ki, L))}
+        length = torch.full((B,), T - 1, dtype=torch.int32, device=args.device)
+        outs = {"MSA": sparse_decode(q, k, v, qi, ki, length),
+                "dense": full(q, k, v, T, length),
+                "certified int8": sparse_decode(q, k, v, qi, ki, length, msa.quantize_index(ki, L))}
         if not torch.equal(outs["MSA"][1], outs["certified int8"][1]):
             raise ArithmeticError(f"gate: certified int8 chooses other blocks at T = {T}")
     for side, out in outs.items():
@@ -331,6 +363,10 @@ def gate_length(args, shape, what, T, g):
         near(f"gate: MSA against dense, {what} {shape} at T = {T} <= S * L", outs["MSA"][0], outs["dense"][0])
 
 # ---- rows of prefill and decode ------------------------------------------------------------------
+# A row is one layer's attention at one length: ms of full attention and of MSA, medians of their runs, and the ratio.
+# util is the share of the measured rate: of the matrix rate in prefill and training, of the copy rate in decode.
+# Outside on both sides: the projections from x to q, k, v and back, RoPE and norms; on MSA's also x to qi and ki.
+# Lengths double up to --ctx, as far as memory reaches. All tensors are random numbers of variance 1.
 
 def timed_sizes(args, what, T):
     """Of T tokens -> t, how many queries are timed, always the last ones; slots, how many keys the tensors hold."""
@@ -368,7 +404,7 @@ def n_sets(args, shape, T, B):
     return min(64, math.ceil(3 * cache / moved))  # more only below 4K
 
 def row_bytes(args, shape, what, B, T):
-    """About the memory of a row."""
+    """About the memory of a row, in bytes: a GiB for the runtime, the keys, and in prefill what a query needs."""
     H, Hkv = SHAPES[shape]
     key = (2 * Hkv + 1) * D * args.size
     if args.gpu:
@@ -382,40 +418,37 @@ def row_bytes(args, shape, what, B, T):
         need += T * query + chunk
     return need
 
-def free_bytes(args):
-    if args.gpu:
-        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-    return 0.7 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # the system needs some, too
-
 def lengths_that_fit(args, shape, what, B):
     """8K, 16K, ... and --ctx; 16K, 64K, ... on a CPU; a batch of 8: the longest, decode alone. No more than fits."""
     if what not in args.whats or (what, B) == ("prefill", 8):
         return []
     exponents = range(13, 26) if args.gpu else range(14, 26, 2)
     lengths = [2 ** n for n in exponents if 2 ** n < args.ctx] + [args.ctx]
-    need = {T: row_bytes(args, shape, what, B, T) for T in lengths}
-    free = free_bytes(args)
-    fit = [T for T in lengths if need[T] <= free]
+    free = 0.7 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # the system needs some, too
+    if args.gpu:
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    fit = [T for T in lengths if row_bytes(args, shape, what, B, T) <= free]
     if args.ctx not in fit:
-        print(f"memory  | {what} {shape}, batch {B}: {args.ctx:,} tokens need {need[args.ctx] / 1e9:.1f} GB of "
+        need = row_bytes(args, shape, what, B, args.ctx)
+        print(f"memory  | {what} {shape}, batch {B}: {args.ctx:,} tokens need {need / 1e9:.1f} GB of "
               f"{free / 1e9:.1f}; the longest length that fits is {max(fit, default=0):,}", flush=True)
     return fit if B == 1 else fit[-1:]
 
 def utilisation(row, stages, rates):
     """Share of a measured rate that each side reaches: useful FLOPs in prefill, bytes it needs in decode."""
     shares = {}
-    for side in stages:
-        flops = sum(flops for flops, _ in stages[side])
-        moved = sum(moved for _, moved in stages[side])
+    for side, parts in stages.items():
+        flops, moved = map(sum, zip(*parts))
         needed_s = moved / rates["copy"] if row["what"] == "decode" else flops / rates["matmul"]
         shares[f"{side}_util"] = 1e3 * needed_s / row[f"{side}_ms"]
     return shares
 
-def side_row(args, what, shape, T, t, dense, sparse):
-    """What every row has that compares both sides; dense and sparse: ms of each run."""
-    dense_impl, msa_impl = impl_names(args.gpu, what, T)
-    return dict(what=what, shape=shape, ctx=T, queries=t, dense_impl=dense_impl, msa_impl=msa_impl,
-                dense_ms=statistics.median(dense), msa_ms=statistics.median(sparse))
+def side_row(args, stages, dense, sparse, **row):
+    """A row that compares both sides, from ms of each run; row: what was run, that is what, shape, ctx and so on."""
+    row.update(dense_ms=statistics.median(dense), msa_ms=statistics.median(sparse))
+    row.update(speedup=row["dense_ms"] / row["msa_ms"], **utilisation(row, stages, args.rates))
+    row["dense_impl"], row["msa_impl"] = impl_names(args.gpu, row["what"], row["ctx"])
+    return row
 
 def make_row(args, what, shape, T, t, B, selection, index, dense, sparse):
     """A row from both sides' times, printed at once with what must be known beside it.
@@ -427,9 +460,8 @@ def make_row(args, what, shape, T, t, B, selection, index, dense, sparse):
     dense, sparse       ms of each run
     """
     stages = work(shape, T, t, B, args.size, BYTES[index])
-    row = side_row(args, what, shape, T, t, dense, sparse)
-    row.update(selection=selection, batch=B, index=index)
-    row.update(utilisation(row, stages, args.rates))
+    row = side_row(args, stages, dense, sparse, what=what, shape=shape, ctx=T, queries=t, batch=B,
+                   selection=selection, index=index)
     if max(row["dense_util"], row["msa_util"]) > 1 and not args.gpu:  # other processes slowed the rates: once more
         measure_rates(args)
         row.update(utilisation(row, stages, args.rates))
@@ -437,7 +469,6 @@ def make_row(args, what, shape, T, t, B, selection, index, dense, sparse):
     # a GPU's dense decode streams its keys, or it is no baseline; a CPU's may be bound by the products, not the bytes
     streams = what == "decode" and args.gpu
     fair = not streams or row["dense_util"] >= COPY_FLOOR
-    row["speedup"] = row["dense_ms"] / row["msa_ms"] if fair else None
     row["predicted_ms"] = {side: least_ms(stages[side], args.rates) for side in stages}
 
     notes = []
@@ -447,6 +478,7 @@ def make_row(args, what, shape, T, t, B, selection, index, dense, sparse):
         why = "a copy writes, too" if streams else "the rates were measured on a busier machine"
         notes.append(f"util > 100 %: {why}")
     if not fair:
+        row["speedup"] = None
         notes.append(f"no ratio: full attention reads at less than {COPY_FLOOR:.0%} of the copy rate")
 
     speedup = f"{row['speedup']:7.2f}x" if fair else "    none"
@@ -482,13 +514,16 @@ def kernel_rows(args, row, call, calls=1):
     score, attend = work(row["shape"], row["ctx"], t, B, args.size, BYTES[row["index"]])["msa"]
     out_bytes = B * t * H * D * args.size
     block_bytes = L * D * args.size
+    gathered = (attend[0] * (S - 1) / S, 2 * (S - 1) * out_bytes)
+    # (FLOPs, bytes), and what to expect, written before it ran: share of the roofline, ms of latency, where the rest goes
     design = {
-        "_index_kernel": score,
-        "_scan_kernel": score,
-        "_attend_kernel": attend,
-        "_rescore_kernel": (0, B * Hkv * 2 * S * block_bytes),  # random keys: some 2 S blocks a head
-        "_kv_outer_kernel": (attend[0] * (S - 1) / S, 2 * (S - 1) * out_bytes),
-        "_combine_kernel": (0, (S + 2) * out_bytes)}
+        "_index_kernel": (score, 0.8, 0, "a running top 16 between products"),
+        "_kv_outer_kernel": (gathered, 0.55, 0, "gathers of q, parts written"),
+        "_combine_kernel": ((0, (S + 2) * out_bytes), 0.85, 0, "the own block"),
+        "_scan_kernel": (score, 1, 3e-3, "ramp-up"),
+        # random keys: some 2 S blocks a head
+        "_rescore_kernel": ((0, B * Hkv * 2 * S * block_bytes), 1, 6e-3, "latency: find a floor, load blocks"),
+        "_attend_kernel": (attend, 1, 10e-3, "latency: choose, load, join")}
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
@@ -500,38 +535,37 @@ def kernel_rows(args, row, call, calls=1):
     for name, ms in times.items():
         line = f"        {name:16} {ms:10.4f} ms"
         if name in design:
-            share, wait, rest = KERNELS[name]
-            floor = least_ms([design[name]], args.rates)
+            stage, share, wait, rest = design[name]
+            floor = least_ms([stage], args.rates)
             line += f", expected {floor / share + wait:.4f}, roofline {floor:.4f} ({floor / ms:.0%}); the rest: {rest}"
         print(line)
     row["kernels"] = times
 
-def shape_rows(args, shape, plan):
-    """All rows of one shape; plan: batch -> lengths of its prefill and of its decode rows, in tokens.
-
-    One cache holds the keys of all of a batch's rows: filling a million tokens' takes longer than timing them."""
+def cache_rows(args, shape, B, prefill, decode):
+    """All rows of one shape and batch, from the lengths of its prefills and decode steps, in tokens. One cache holds the
+    keys of them all, as filling it with a million tokens takes longer than a row; it is freed on return."""
+    slots = [capacity(T) for T in prefill]
+    slots += [n_sets(args, shape, T, B) * B * capacity(T) for T in decode]
     g = torch.Generator(args.device).manual_seed(1337)
+    cache = random_cache(args, SHAPES[shape], g, max(slots, default=L))
     rows = []
-    for B, (prefill, decode) in plan.items():
-        slots = [capacity(T) for T in prefill]
-        slots += [n_sets(args, shape, T, B) * B * capacity(T) for T in decode]
-        cache = None  # frees the last one first
-        cache = random_cache(args, SHAPES[shape], g, max(slots, default=L))
-        for T in prefill:
-            rows += prefill_length(args, shape, T, cache, g)
-        for T in decode:
-            rows += decode_length(args, shape, B, T, decode_sets(args, shape, B, T, cache, g))
+    for T in prefill:
+        rows += prefill_length(args, shape, T, cache, g)
+    for T in decode:
+        rows += decode_length(args, shape, B, T, cache, g)
     return rows
 
 # ---- prefill -------------------------------------------------------------------------------------
+# All T queries against T keys, causal; a CPU computes the last 32 queries alone, as it would take hours for the rest.
+# MSA runs twice. With a random index branch, neighbouring queries choose unlike blocks, which is the worst case for a
+# kernel that shares blocks among queries; with a structured one they choose nearly alike, as trained models do.
+# Timed by CUDA events around one call. Where a dense run takes seconds it takes place once, not warmed up.
 
 def structured(T, t, Hkv, ki, g):
     """Index queries that turn slowly (a new direction every 512 tokens, lines between) and share one direction, which
     the keys of block 0 have: neighbours agree, block 0 is a sink. -> qi of the last t (1, t, Hkv, D), ki (1, Tk, D)."""
-    def new(*size):
-        return torch.randn(*size, generator=g, device=ki.device)
-    common = new(D)
-    turn = new(T // 512 + 2, Hkv, D)
+    common = torch.randn(D, generator=g, device=ki.device)
+    turn = torch.randn(T // 512 + 2, Hkv, D, generator=g, device=ki.device)
     qi = ki.new_empty(1, t, Hkv, D)
     positions = torch.arange(T - t, T, device=ki.device)
     for rows, i in zip(qi[0].split(2 ** 16), positions.split(2 ** 16)):  # wide tensors for a part at a time
@@ -557,11 +591,10 @@ def prefill_length(args, shape, T, cache, g):
     t, slots = timed_sizes(args, "prefill", T)
     q, qi = random_queries(args, SHAPES[shape], g, 1, t)
     k, v, ki = (x[None, :slots] for x in cache)
-    start = torch.tensor([T - t], dtype=torch.int32) if t < T else None
     branches = {"random": (qi, ki), "structured": structured(T, t, qi.size(2), ki, g)}
-    calls = {"dense": lambda: (full(q, k[:, :T], v[:, :T]), None)}
+    calls = {"dense": partial(full, q, k, v, T)}
     for name, branch in branches.items():
-        calls[name] = partial(sparse_prefill, q, k, v, *branch, start)
+        calls[name] = partial(sparse_prefill, q, k, v, *branch, T)
     distinct = {}
 
     def check(name, out):
@@ -584,6 +617,10 @@ def prefill_length(args, shape, T, cache, g):
     return rows
 
 # ---- decode --------------------------------------------------------------------------------------
+# One new token of each of B sequences against its T keys. The time is that of reading keys, so that no run may find
+# them in the L2: a CUDA graph goes through sets of buffers that are larger than it together, and a run's time is
+# divided by the calls. MSA also runs with certified int8 index keys, which must choose the same blocks as bf16.
+# Outside: launching the graph, and keeping the int8 copy up to date.
 
 def repeat(call, sets, rounds):
     """-> a function that calls on every set and returns the outputs; on a GPU a CUDA graph of `rounds` such rounds."""
@@ -604,27 +641,26 @@ def repeat(call, sets, rounds):
 
 def decode_sets(args, shape, B, T, cache, g):
     """Slices of the cache that push each other out of the last cache, and queries of their own.
-    -> [(q (B, 1, H, D), k and v (B, slots, Hkv, D), qi (B, 1, Hkv, D), ki (B, slots, D), int8 index or None), ...]"""
+    -> [(q (B, 1, H, D), k and v (B, slots, Hkv, D), qi (B, 1, Hkv, D), ki (B, slots, D), length (B,), int8 index or
+    None), ...]"""
     n = n_sets(args, shape, T, B)
     slots = capacity(T)
     q, qi = random_queries(args, SHAPES[shape], g, n, B, 1)
     k, v, ki = (x[:n * B * slots].unflatten(0, (n, B, slots)) for x in cache)
-    int8 = [msa.quantize_index(keys, L) if args.gpu else None for keys in ki]
-    return list(zip(q, k, v, qi, ki, int8))
-
-def decode_length(args, shape, B, T, sets):
-    """One new token of B sequences of T, on what decode_sets() returned -> a row for each kind of index keys."""
     length = torch.full((B,), T - 1, dtype=torch.int32, device=args.device)
+    int8 = [msa.quantize_index(keys, L) if args.gpu else None for keys in ki]
+    return list(zip(q, k, v, qi, ki, [length] * n, int8))
+
+def decode_length(args, shape, B, T, cache, g):
+    """One new token of B sequences of T, whose keys are slices of the cache -> a row for each kind of index keys."""
+    sets = decode_sets(args, shape, B, T, cache, g)
     chosen = {}
 
-    def dense(q, k, v, qi, ki, int8):
-        return full(q, k[:, :T], v[:, :T], length), None
+    def dense(q, k, v, qi, ki, length, int8):
+        return full(q, k, v, T, length)
 
-    def sparse(q, k, v, qi, ki, int8):
+    def sparse(q, k, v, qi, ki, length, int8):
         return sparse_decode(q, k, v, qi, ki, length)
-
-    def sparse_int8(q, k, v, qi, ki, int8):
-        return sparse_decode(q, k, v, qi, ki, length, int8)
 
     def check(name, outs):
         for n in {0, len(sets) - 1}:
@@ -634,7 +670,7 @@ def decode_length(args, shape, B, T, sets):
     calls = {"dense": dense, args.index: sparse}
     rounds, reps, seconds = 1, 5, 0.6
     if args.gpu:
-        calls["int8"] = sparse_int8
+        calls["int8"] = sparse_decode
         rounds = math.ceil(16 / len(sets))  # starting a graph takes as long as a small kernel: 16 calls share it
         reps, seconds = 20, 60.0
     replays = {name: repeat(call, sets, rounds) for name, call in calls.items()}
@@ -653,15 +689,18 @@ def decode_length(args, shape, B, T, sets):
     return rows
 
 # ---- train ---------------------------------------------------------------------------------------
-# One layer's attention forward and backward, as the rows above; then whole steps of a model by train.py's functions.
+# First one layer's attention, forward and backward, both sides in turn on the same tensors: full attention's
+# gradients of q, k and v; MSA's of qi and ki as well, with choosing blocks and the index branch's KL loss in its time.
+# Then whole optimizer steps of a model on random tokens, by train.py's own functions: short rows, and one long row
+# with recomputed activations. Compiling is outside, and so is peak memory of the steps that compile.
 
 def train_sizes(gpu, shape):
     """-> query heads, KV heads, S, L and lengths that --what train times; of M2's or M3's on a GPU."""
     H, Hkv = SHAPES[shape]
     if gpu:
-        return H, Hkv, S, L, (2 ** 13, 2 ** 15, 2 ** 17)
+        return H, Hkv, S, L
     # torch gathers S * L keys for every query and KV head: at full size a step of 512 tokens takes seconds
-    return H // 4, Hkv // 4, 4, 32, (512, 1024, 2048)
+    return H // 4, Hkv // 4, 4, 32
 
 def train_flops(T, H, Hkv, S, L):
     """Useful FLOPs of attention's forward and backward -> {side: FLOPs}. What is computed twice counts once."""
@@ -675,7 +714,7 @@ def train_flops(T, H, Hkv, S, L):
 def train_sides(args, shape, T, g):
     """Attention's forward and backward on T random tokens -> two functions that return gradients, full attention's of
     q, k and v, and MSA's, choosing and KL included, of q, k, v, qi and ki."""
-    H, Hkv, S, L, _ = train_sizes(args.gpu, shape)
+    H, Hkv, S, L = train_sizes(args.gpu, shape)
     dense_impl, msa_impl = pick_impl(args.gpu, "train", T)
 
     tensors = *random_queries(args, (H, Hkv), g, 1, T), *random_cache(args, (H, Hkv), g, 1, T)
@@ -695,14 +734,14 @@ def train_sides(args, shape, T, g):
 
 def train_gate(args, shape):
     """On S * L tokens MSA reads every block: its gradients of q, k and v are those of full attention."""
-    _, _, S, L, _ = train_sizes(args.gpu, shape)
+    _, _, S, L = train_sizes(args.gpu, shape)
     dense, sparse = train_sides(args, shape, S * L, torch.Generator(args.device).manual_seed(0))
     for name, got, want in zip(("q", "k", "v"), sparse(), dense()):
         near(f"gate: MSA's gradient of {name} against full attention's, train {shape} at T = S * L", got, want)
 
 def attention_row(args, shape, T):
     """Forward and backward of one layer's attention and KL, both sides in turn, on T tokens."""
-    H, Hkv, S, L, _ = train_sizes(args.gpu, shape)
+    H, Hkv, S, L = train_sizes(args.gpu, shape)
     dense, sparse = train_sides(args, shape, T, torch.Generator(args.device).manual_seed(1337))
     bit_equal = all(map(torch.equal, sparse(), sparse()))
 
@@ -712,11 +751,9 @@ def attention_row(args, shape, T):
     calls = {"dense": dense, "msa": sparse}
     times = alternate(calls, args.gpu, check, cold=() if args.gpu else calls)
 
-    row = side_row(args, "train", shape, T, T, times["dense"], times["msa"])
     stages = {side: [(flops, 0)] for side, flops in train_flops(T, H, Hkv, S, L).items()}
-    row.update(utilisation(row, stages, args.rates))
-    row.update(speedup=row["dense_ms"] / row["msa_ms"], selection="random", batch=1, heads=[H, Hkv],
-               index=args.index, bit_equal=bit_equal)
+    row = side_row(args, stages, times["dense"], times["msa"], what="train", shape=shape, ctx=T, queries=T, batch=1,
+                   selection="random", index=args.index, heads=[H, Hkv], bit_equal=bit_equal)
     print("{what:8}{shape:4}{ctx:>10,} |{dense_ms:11.3f} {dense_util:4.0%} |{msa_ms:11.3f} {msa_util:4.0%} | "
           "{speedup:7.2f}x | {bit_equal!s:14} | ".format(**row) + f"{len(times['dense'])}, {len(times['msa'])}", flush=True)
     return row
@@ -728,11 +765,8 @@ def step_plans(args):
         preset, rows, T, long = "small", 16, 2 ** 13, 2 ** 19
     else:
         preset, rows, T, long = "tiny", 4, 256, 1024
-    plans = [("msa", rows, min(T, args.ctx), False)]
-    for attn, tokens_of_row in (("full", long), ("msa", long), ("msa", 2 * long)):
-        if tokens_of_row <= args.ctx:
-            plans.append((attn, 1, tokens_of_row, True))
-    return preset, plans
+    long_rows = [("full", 1, long, True), ("msa", 1, long, True), ("msa", 1, 2 * long, True)]
+    return preset, [("msa", rows, min(T, args.ctx), False)] + [plan for plan in long_rows if plan[2] <= args.ctx]
 
 def model_steps(model, learns, batch, mtp_every, recompute):
     """train.py's optimizer steps on a batch, the first with the MTP loss, the others without -> the last one's loss.
@@ -744,10 +778,9 @@ def model_steps(model, learns, batch, mtp_every, recompute):
 
 def step_model(args, preset, attn, T, recompute):
     """A model to take steps with, compiled on a GPU -> it, its optimizers. A long sequence has no MTP modules."""
-    changed = dict(max_seq_len=T)
+    cfg = getattr(MiniMaxConfig, preset)(max_seq_len=T)
     if recompute:
-        changed["n_mtp"] = 0
-    cfg = getattr(MiniMaxConfig, preset)(**changed)
+        cfg.n_mtp = 0
     if attn == "full":
         cfg.attn_types = ["full"] * cfg.n_layer
     torch.manual_seed(1337)
@@ -814,17 +847,17 @@ def run_train(args):
     """--what train: a layer's attention in training, dense and sparse, then whole steps of a model."""
     layer_card(args)
     if not args.gpu:
-        H, Hkv, topk, block, _ = train_sizes(args.gpu, "m3")
+        H, Hkv, topk, block = train_sizes(args.gpu, "m3")
         print(f"laptop  | a quarter of the heads (m3: {H}, {Hkv}), S = {topk} blocks of L = {block}")
     for shape in args.shapes:
         train_gate(args, shape)
     print(f"gate    | passed by {', '.join(args.shapes)}: gradients of q, k and v against full attention's at S * L "
           f"tokens, relative RMS at most {TOLERANCE[args.dtype]:.0e}\n\n{TRAIN_HEAD}")
+    lengths = (2 ** 13, 2 ** 15, 2 ** 17) if args.gpu else (512, 1024, 2048)
+    lengths = [T for T in lengths if T <= args.ctx] or [args.ctx]
     compared = []
-    for shape in args.shapes:
-        *_, lengths = train_sizes(args.gpu, shape)
-        for T in [T for T in lengths if T <= args.ctx] or [args.ctx]:
-            compared += row_that_fits(f"train {shape}, {T:,} tokens", attention_row, args, shape, T)
+    for shape, T in product(args.shapes, lengths):
+        compared += row_that_fits(f"train {shape}, {T:,} tokens", attention_row, args, shape, T)
 
     print(f"\n{STEP_HEAD}")
     preset, plans = step_plans(args)
@@ -833,23 +866,24 @@ def run_train(args):
         name = f"train {preset}, {attn} attention, {T:,} tokens, {n_rows} rows"
         steps += row_that_fits(name, step_row, args, preset, attn, n_rows, T, recompute)
 
-    crossover = crossovers(compared)
-    print_conclusion(compared)
-    if args.figure:
-        draw(args.figure, compared, args.name)
-    return dict(device=args.name, rows=compared + steps, rates=args.rates, crossover=crossover)
+    return dict(conclude(args, compared), rows=compared + steps)
 
 # ---- tree: a step of rl.py, prefixes merged and not ----------------------------------------------
+# Samples of one maze share long prefixes. rl.py merges them into a tree, of which each prefix is computed once; the
+# other side is the same rl.train_step on the same samples, each with its own prefix, packed in several ways of which
+# the fastest counts. Both must have the same gradient norm. A time is the least of up to three steps, in turn; laying
+# the rows out and the update are in it. Outside: playing the episodes, as the samples are made by a teacher.
 
 def tree_turns(args):
     """Lengths of the mazes that fit --ctx: a GPU needs a long one to have work. ValueError if none fits."""
     lengths = (40, 80) if args.gpu else (5, 10, 20, 40, 80)
 
-    def room(turns):
-        return 14 * turns + 48  # a call, its result and a thought a turn; the prompt and the answer
-    if args.ctx < room(lengths[0]):
-        raise ValueError(f"--ctx {args.ctx}: a maze of {lengths[0]} turns, the shortest here, takes {room(lengths[0])}")
-    return [turns for turns in lengths if room(turns) <= args.ctx]
+    rooms = {turns: 14 * turns + 48 for turns in lengths}  # a call, its result, a thought a turn; prompt and answer
+    fit = [turns for turns in lengths if rooms[turns] <= args.ctx]
+    if not fit:
+        shortest = lengths[0]
+        raise ValueError(f"--ctx {args.ctx}: a maze of {shortest} turns, the shortest here, takes {rooms[shortest]}")
+    return fit
 
 def packings(samples, cfg):
     """Ways to lay samples out without merging -> {name: (function that gives the rows, most slots of a micro-batch)}.
@@ -912,10 +946,13 @@ def tree_groups(asked, turns, n_mazes):
     return [rl.advantages(group) for group in groups]
 
 def tree_row(args, preset, model, groups, turns):
-    """A training step of rl.py on prefix trees, against the same samples packed in the way that was fastest; laying out
-    and updating are included."""
+    """A training step of rl.py on prefix trees, against the same samples packed in the way that was fastest.
+
+    groups  samples of each episode of each group
+    turns   length of the mazes, for the row
+    """
     samples = [sample for group in groups for episode in group for sample in episode]
-    optimizers, *_ = train.configure_optimizers(model, 1e-3)
+    optimizers, *_ = train.configure_optimizers(model, STEP_LR)
 
     def step(lay_out, slots):  # a rate of 0: every step starts from the same weights
         return rl.train_step(model, optimizers, lay_out(), 0.0, 0.0, slots)
@@ -959,6 +996,10 @@ def run_tree(args):
     return dict(device=args.name, rows=rows)
 
 # ---- queue: rl.py's strict FIFO, window and greedy -----------------------------------------------
+# How long does a trainer wait for slow tasks, if it must take groups in order (fifo), may take any of the oldest
+# (window), or any at all (greedy)? First the queue alone, on a virtual clock: steps in 1,000 s, idle time, and whether
+# hard tasks come late. Then three short trainings of rl.py, one a schedule, from the same imitation: what they solve.
+# No real time is measured here: all seconds are virtual.
 
 def simulate(window, steps, sigma, seed):
     """rl.py's queue alone, on a virtual clock: tasks of 20 s, every fourth, hard, of 80 s, with log-normal tails.
@@ -1000,7 +1041,8 @@ def queue_rows():
     return rows
 
 def train_schedules(args):
-    """A short run of rl.py under each schedule, one after the other, with the same seed and from one imitation.
+    """A short run of rl.py under each schedule, one after the other, with the same seed and from one imitation, in a
+    folder that is deleted at the end.
     -> {schedule: its result}, {schedule: running mean of the share solved, by step}. KeyboardInterrupt if stopped."""
     trained, curves = {}, {}
     flags = [*TRAINING, "--device", str(args.device)]
@@ -1032,6 +1074,9 @@ def run_queue(args):
     return dict(device=args.name, rows=rows, trained=trained)
 
 # ---- what the rows say ---------------------------------------------------------------------------
+# Everything here is computed from the rows alone, nothing is measured: ratios at the longest length, also of M2's dense
+# side over M3's MSA as MiniMax published it; the length from which on MSA wins; a sentence for each kind of rows; the
+# figure. A row without a ratio (a GPU's dense decode that reads too slowly) is neither won nor lost.
 
 def kinds_of(rows):
     """Rows at batch 1 and random selection, which are in rising order -> {(what, shape, index): [row, ...]}."""
@@ -1105,9 +1150,14 @@ def conclusion(rows):
     """What the rows say, in plain words: a sentence a kind, at batch 1, random selection and index keys as they are."""
     return [sentence(kind) for (_, _, index), kind in kinds_of(rows).items() if index != "int8"]
 
-def print_conclusion(rows):
+def conclude(args, rows):
+    """Print what the rows say, draw them -> the script's result."""
+    crossover = crossovers(rows)
     for line in conclusion(rows):
         print(f"found   | {line}")
+    if args.figure:
+        draw(args.figure, rows, args.name)
+    return dict(device=args.name, rows=rows, rates=args.rates, crossover=crossover)
 
 def what_was_timed(row):
     if row["what"] == "train":  # on a CPU not M3's shape, but a quarter
@@ -1139,7 +1189,7 @@ def sentence(kind):
 def draw(path, rows, title):
     """Time against length, log-log: a chart for prefill, one for decode, or one for train."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator
     kinds = kinds_of(rows)
     whats = list(dict.fromkeys(what for what, _, _ in kinds))
     figure = Figure((7 * len(whats), 5), layout="constrained")
@@ -1159,12 +1209,15 @@ def draw(path, rows, title):
         axis.set_xticks(lengths, [short(T) for T in lengths])
         axis.set_xticks([], minor=True)
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:,.10g}"))
-        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.yaxis.set_major_formatter("{x:,.10g}")
+        axis.yaxis.set_minor_formatter("")
         axis.legend()
     figure.savefig(path)
 
 # ---- the script ----------------------------------------------------------------------------------
+# The card comes first: device, versions, what runs on each side, measured rates, and what a roofline predicts. Then the
+# gate, then the rows, each printed as soon as it is measured, then what they say; the last line is the result in JSON.
+# What is wrong with the flags is said before anything runs.
 
 def parse_args(argv):
     p = Parser(__doc__)
@@ -1201,11 +1254,10 @@ def trial(args):
     g = torch.Generator().manual_seed(0)
     q, qi = random_queries(args, SHAPES["m3"], g, 1, t)
     k, v, ki = random_cache(args, SHAPES["m3"], g, 1, T)
-    start = torch.tensor([T - t], dtype=torch.int32)
 
     def step():
-        full(q, k, v)
-        sparse_prefill(q, k, v, qi, ki, start)
+        full(q, k, v, T)
+        sparse_prefill(q, k, v, qi, ki, T)
     return step
 
 def set_device(args):
@@ -1262,28 +1314,26 @@ def run_attention(args):
     layer_card(args)
     print_predictions(args)
     batches = (1, 8) if args.gpu else (1,)
-    plans = {}                         # shape -> batch -> lengths of prefill, of decode
-    for shape in args.shapes:
-        plans[shape] = {B: [lengths_that_fit(args, shape, what, B) for what in ("prefill", "decode")] for B in batches}
-    if not any(lengths for plan in plans.values() for lengths in plan[1]):
+    plans = {}
+    for shape, B, what in product(args.shapes, batches, ("prefill", "decode")):
+        plans[shape, B, what] = lengths_that_fit(args, shape, what, B)
+    gated = [(shape, what) for (shape, B, what), lengths in plans.items() if B == 1 and lengths]
+    if not gated:
         raise MemoryError("no length fits")
-    for shape, plan in plans.items():
-        gate(args, shape, [what for what, lengths in zip(("prefill", "decode"), plan[1]) if lengths])
+    for shape, what in gated:
+        gate(args, shape, what)
     print(f"gate    | passed by {', '.join(args.shapes)}: choice against torch, output against brute force in fp32, "
           f"relative RMS at most {TOLERANCE[args.dtype]:.0e}")
 
     print_head(args, args.whats)
     rows = []
-    for shape, plan in plans.items():
-        rows += shape_rows(args, shape, plan)
+    for shape, B in product(args.shapes, batches):
+        rows += cache_rows(args, shape, B, plans[shape, B, "prefill"], plans[shape, B, "decode"])
         now = measure_rates(args)  # its buffers are free again
     print("rates   | at the end: copy {copy:.3e} bytes/s, matmul {matmul:.3e} FLOP/s".format(**now)
           + "; the largest measured are copy {copy:.3e}, matmul {matmul:.3e}".format(**args.rates))
-    result = dict(device=args.name, rows=rows, rates=args.rates, ratios=ratios(rows), crossover=crossovers(rows))
-    print_conclusion(rows)
-    if args.figure:
-        draw(args.figure, rows, args.name)
-    return result
+    found = ratios(rows)
+    return dict(conclude(args, rows), ratios=found)
 
 def run(args):
     why = set_device(args)

@@ -11,6 +11,7 @@
     rollout  all episodes in lock step, a token a forward; prompts and tool results are forced tokens
     train    a turn is a sample (context, action); the samples of a group merge into a prefix tree
     loss     CISPO: -1/Z sum sg(min(pi / pi_old, 1 + eps)) A log pi;  A = reward to go - mean return of the others
+             Z: action tokens of a step, sg: stop gradient, pi: the policy, pi_old: that of the rollout, A: advantage
 
 Differs from M2: clip, rewards' weights and baseline, not published, are ours, and marked. A stuck task fails at a
 deadline; the report's window would wait for ever.
@@ -227,7 +228,7 @@ class Sample:
     start: int
     logprobs: torch.Tensor             # (n - start,) at temperature 1 when it was sampled; NaN: a demonstration
     versions: torch.Tensor             # (n - start,) of the policy; several in one episode only with --serve
-    routes: torch.Tensor = None        # (n, r) experts and blocks (see pack_routes); the last, never fed, as before it
+    routes: torch.Tensor = None        # (n, r), see pack_routes; the last token is never fed: its row is the one before
     advantage: float = 1.0
 
 @dataclasses.dataclass
@@ -307,10 +308,11 @@ class Gateway:
         self.pool = {}                 # group -> its trajectories, until they have been trained on
 
     def context(self, episode, messages):
-        """Messages -> ids. Completions of one text may be of other tokens (bytes not of UTF-8): the last is last; what
-        was said once may be quoted twice. Tool calls are written out where the content is not a completion, which holds
-        its calls already: a client that turned all of it into calls gets the same text, so the same tokens, back.
-        ValueError, naming the message, for what is not text."""
+        """Messages -> ids. Two completions may have one text and different tokens, as all bytes that are not UTF-8 are
+        shown alike. So messages are read from the last to the first, and each takes the latest completion of its text
+        that is left. The only one left is not used up: a client may quote a completion twice. Tool calls are written out
+        where the content is not a completion, which holds its calls already: a client that turned all of it into calls
+        gets the same text, so the same tokens, back. ValueError, naming the message, for what is not text."""
         said = {text: list(known) for text, known in episode.said.items()}
         parts = []
         for place, message in reversed([*enumerate(messages)]):
@@ -363,8 +365,9 @@ def common_prefix(a, b):
 # ---- queue: windowed FIFO; the time is an argument ------------------------------------------------
 # Groups take unequal times. A trainer that waits for the oldest (strict FIFO) stands still for a slow one; a trainer
 # that takes whatever is finished (greedy) sees easy tasks first, and hard ones late, sampled by a policy of long ago.
-# Between them: the trainer takes any finished group of the `window` oldest ones. A slot is the right to have a group
-# in flight; its lag is the number of steps from the policy that sampled it to the one that it trains.
+# Between them: the trainer takes any finished group of the `window` oldest ones. A slot of
+# the queue (--slots) is the right to have a group in flight (a slot of a row, below, is a place in it); a group's lag is
+# the number of steps from the policy that sampled it to the one that it trains.
 # The queue never looks at a clock. `now` is real seconds where agents are other processes, and otherwise the virtual
 # clock: seconds that calls and steps would take on real machines (CALL_S, CHAR_S, TRAIN_S), so that a run on a laptop
 # shows the waiting of a large system, and shows the same each time.
@@ -377,8 +380,9 @@ class WindowedFIFO:
     `slots` groups are in flight. A slot is free for the next group once the step that consumed its group has
     published its weights. A group that is late at its deadline is over, as a failure; it is not dropped.
 
-    window 1 is strict FIFO. Greedy is window = inf; slots would not do: refilled slots reach beyond head + slots - 1.
-    At most slots + window - 2 groups pass a group by: floor((slots + window - 2) / P) steps of P groups.
+    window 1 is strict FIFO, window inf is greedy. window = slots is not greedy: the groups that refill slots have
+    numbers beyond head + slots - 1. A stuck group is overtaken by at most slots + window - 2 others, the slots - 1 older
+    ones and the window - 1 next newer ones: floor((slots + window - 2) / P) steps, if a step takes P groups.
     """
 
     def __init__(self, slots, window, deadline=math.inf):
@@ -483,10 +487,10 @@ def lockstep(model, players, group=1, generator=None, record=None):
     if not rows:
         return
 
-    heads = rows
+    leaders = rows
     if len(rows) == len(players):      # none was over at once: groups are whole
-        heads = rows[::group]
-    cache = prefill(model, rows, heads, record)
+        leaders = rows[::group]
+    cache = prefill(model, rows, leaders, record)
 
     while rows:
         # a forward for one token of each row
@@ -511,18 +515,18 @@ def lockstep(model, players, group=1, generator=None, record=None):
             rows = [rows[i] for i in alive]
             cache.select(torch.tensor(alive, dtype=torch.int64, device=device))
 
-def prefill(model, rows, heads, record):
-    """Feed what all rows can be fed at once -> their cache. heads: the first row of each group, whose prompt all of the
-    group begin with: it is computed once, and its keys and values are copied.
+def prefill(model, rows, leaders, record):
+    """Feed what all rows can be fed at once -> their cache. leaders: one row of each group, its first. All rows of the
+    group begin with its prompt, which is computed once, and whose keys and values are copied.
 
     No further than to the shortest prompt's last token but one: the last one's logits are needed, row by row."""
     device = model.embed.weight.device
     shared = min(len(row.feed) for row in rows) - 1
-    copies = len(rows) // len(heads)
-    cache = KVCache(model.cfg, len(heads), model.cfg.max_seq_len, device, model.dtype)
+    copies = len(rows) // len(leaders)
+    cache = KVCache(model.cfg, len(leaders), model.cfg.max_seq_len, device, model.dtype)
     notes = None
     if shared:
-        idx = torch.tensor([row.feed[:shared] for row in heads], device=device)
+        idx = torch.tensor([row.feed[:shared] for row in leaders], device=device)
         aux = model(idx, cache=cache, n_logits=0)[2]
         notes = record and record(aux)
     cache.expand(copies)
@@ -579,8 +583,8 @@ def rollout(model, gateway, episodes, version, generator=None, group=1, replay=F
     lockstep(model, players, group, generator, pack_routes if replay else None)
 
 def pack_routes(aux):
-    """aux of a forward -> (B, T, r) int32, to be recorded: experts of every layer, and the blocks of layers with MSA as
-    -2 - block (-1 stays -1)."""
+    """aux of a forward -> (B, T, r) int32, to be recorded: experts of every layer as they are, 0 or more, and the
+    blocks of layers with MSA as -2 - block, so that both can be told apart in one array; -1, no block, stays -1."""
     parts = [aux["experts"].int()]                                                              # (layers, B, T, A)
     if "block_idx" in aux:
         blocks = aux["block_idx"].flatten(3)
@@ -619,16 +623,17 @@ def unpack_routes(codes, cfg):
 # The context of a turn holds all turns before it, and all episodes of a group begin with one prompt: most tokens of a
 # group's samples are the same. A prefix tree holds each token once, in one row of the layout: a slot is a place in it,
 # and a path goes from the root to a leaf, over slots in rising order. One number a slot, `end`, the slot after its
-# subtree, is the whole attention mask: slot j is visible to slot i if j <= i < end[j]. Losses do not change: a slot
-# counts as often as samples go through it (its multiplicity, `weight`), and MTP and CISPO have sums over samples.
+# subtree, is the whole attention mask: slot j is visible to slot i if j <= i < end[j]. Losses do not change: `weight`,
+# the samples that go through a slot, is its count in the router's load and in the index branch's KL. CISPO (`entry`) and
+# the drafts' KL (`draft`) count the samples themselves.
 
 @dataclasses.dataclass
 class Leaf:
     """One path of a prefix tree, from the root to where its longest sample ends."""
     slots: np.ndarray                  # (n,) layout slots of the path's tokens
     samples: list                      # that end on it, the longest last
-    fork: int                          # so many of its slots are shared with the next leaf
-    stop: int                          # layout slot where what is not shared ends
+    fork: int                          # its first `fork` slots are the next leaf's, too; 0 for the last leaf
+    stop: int                          # where the subtrees of all its other slots end, a layout slot
 
     def moved(self, by):
         """The same leaf, in a layout where its tree starts `by` slots later."""
@@ -641,8 +646,9 @@ class PrefixTree:
                   a b c e f      pos      0 1   2 3   2 3 4      branches part after c: c is copied into each, so that
                   a b            weight   3 3   1 1   1 1 1      every position has one next token
 
-    Samples that part at depth p fork at L * ((p - max(K, 1)) // L): segments start at multiples of L, so that a key
-    block of the layout is one of a path, and module K of MTP finds its token K places on."""
+    (Drawn for L = 1 and K <= 1.) Samples that part at depth p fork at L * ((p - max(K, 1)) // L), 0 at least; what they
+    share after the fork is copied into each branch. Why? CISPO has one target a slot, MTP module k reads the token k
+    slots on, and a key block must hold tokens of one path."""
 
     def __init__(self, samples, cfg=None):
         sparse = cfg is not None and "msa" in cfg.attn_types
@@ -680,7 +686,7 @@ def labels(sample):
     return torch.cat([sample.ids[:, None], sample.routes], 1).numpy()
 
 class PackedRow:
-    """Trees one after the other in one row, as documents: none sees another. To collate it is one more tree.
+    """Trees one after the other in one row, as documents: none sees another. collate() takes it like a tree.
 
     A tree's size is a multiple of L, the key block's size, so that each of them starts at one."""
 
@@ -713,23 +719,27 @@ def pack_rows(trees, room):
     return [PackedRow(row) for row in rows]
 
 def plan_rows(groups, model, merge):
-    """Groups (samples of each episode) -> rows. A row is a tree of a whole group, or one an episode where computing the
-    shared prompt again costs less than masked attention across all branches. Without merge every sample is a tree of
-    its own. Rows of the longest one's length hold several, or each has its row, where pads cost less than the mask."""
+    """Groups (the samples of each episode) -> rows, in the layout that takes fewer FLOPs.
+
+    merge      one tree for a group, which computes the prompt once but masks across all branches; or one an episode
+    no merge   a tree for each sample. Either several share a row as long as the longest, which leaves few pads but
+               needs the mask; or each has a row of its own, which is plain causal but has pads
+    """
     cfg = model.cfg
-    a_token = 2 * model.num_params()[1]  # FLOPs
-    a_key = 4 * cfg.n_layer * cfg.n_head * cfg.head_dim  # of a query
+    token_flops = 2 * model.num_params()[1]
+    key_flops = 4 * cfg.n_layer * cfg.n_head * cfg.head_dim  # for each key of a query
 
     if not merge:
         alone = [PrefixTree([sample], cfg) for episodes in groups for samples in episodes for sample in samples]
         packed = pack_rows(alone, max((tree.size for tree in alone), default=0))
 
         def flops(rows):
-            a_query = a_key if rows is packed else a_key / 2  # a mask computes all keys, a causal product half of them
+            # a mask computes all keys, a causal product half of them
+            masked_flops = key_flops if rows is packed else key_flops / 2
             total = 0
             for batch in micro_batches(rows):
                 B, T = len(batch), batch[0].size
-                total += B * T * (a_token + a_query * T)
+                total += B * T * (token_flops + masked_flops * T)
             return total
         return min(packed, alone, key=flops)
 
@@ -737,7 +747,8 @@ def plan_rows(groups, model, merge):
     for episodes in groups:
         merged = [PrefixTree([sample for samples in episodes for sample in samples], cfg)] if any(episodes) else []
         apart = [PrefixTree(samples, cfg) for samples in episodes if samples]
-        rows += min(merged, apart, key=lambda trees: sum(tree.size * (a_token + a_key * tree.size) for tree in trees))
+        rows += min(merged, apart, key=lambda trees: sum(
+            tree.size * (token_flops + key_flops * tree.size) for tree in trees))
     return rows
 
 def micro_batches(rows, tokens=MICRO_TOKENS):
@@ -752,7 +763,7 @@ def micro_batches(rows, tokens=MICRO_TOKENS):
 def collate(rows, device):
     """Trees or packed rows as a micro-batch, padded to T slots -> dict of tensors on the device:
 
-    idx, pos, end          (B, T); end only where there is a fork: without one rows are plain causal, which is faster
+    idx, pos, end          (B, T); no end where each row is one path with no pad of its own: plain causal, faster
     weight                 (K + 1, B, T): weight[k] counts the samples that go on for k more tokens (a pad: none)
     draft                  (K + 1, B, T): draft[k] counts those whose action has the token k + 1 places on
     routes                 (B, T, r), if recorded
@@ -906,7 +917,8 @@ def align_drafts(model, batch, hidden, top=8):
 
 def backward(model, rows, mtp_weight=0.1, tokens=MICRO_TOKENS):
     """Gradients of a step's loss -> statistics, expert loads (layers, experts). The loss is CISPO's, the index branch's
-    KL and the drafts' KL times mtp_weight; each is a mean over the samples as they were before merging.
+    KL and the drafts' KL times mtp_weight. CISPO and the drafts are divided by Z, the action tokens of all samples as
+    they were before merging; the index branch's KL by `naive`, all their tokens.
 
     rows     trees or packed rows, computed in micro-batches of at most so many `tokens`
     Statistics: loss, entropy (a mean), ratio and version (of each action token of each sample), naive (tokens of all
@@ -963,9 +975,9 @@ def has_signal(model, magnitude):
 def train_step(model, optimizers, rows, rate, bias_rate=1e-3, tokens=MICRO_TOKENS):
     """Backward over micro-batches of at most so many tokens, clip, update, balance the router -> statistics.
     FloatingPointError: a norm that is not finite.
-    Momentum, orthogonalised or over its own root mean square, would move the weights at full size without a gradient
-    too: a step without signal leaves everything as it is, the router's biases and the optimizers' states as well, and
-    a matrix without a gradient keeps its weights and moments."""
+    Muon and AdamW scale a step to full size, however small its gradient: momentum alone would move the weights. So a
+    step without signal changes nothing, router biases and optimizer states included; and in any step a matrix without a
+    gradient keeps its weights and moments. Unlike in train.py all gradients are clipped as one, the index branch's too."""
     set_rates(optimizers, rate)
     stats, load = backward(model, rows, tokens=tokens)
     stats["signal"] = has_signal(model, stats["magnitude"])  # before the clip

@@ -6,13 +6,14 @@
     python train.py --preset m2 --dry-run          # parameters and bytes, nothing is allocated
 
     batch  = f(seed, split, step): evaluation cannot disturb training, and a resumed run sees what it would have seen
-    loss   = next token + mtp_weight * MTP + sum over MSA layers of the index branch's KL
+    loss   = next token + mtp_weight * MTP, in every mtp_every-th step, + the KL of each index branch
     step   : Muon on matrices (orthogonalised momentum), AdamW on the rest; the index branch's gradient clipped apart
     rate   : warm-up, constant, linear decay to 0 (WSD), a function of progress = max(step / steps, seconds / budget)
     rows   : short at first, longer later (M2: 8K, 32K, 192K tokens), the same number of tokens a step
-    MSA    : full attention while the index branch learns to predict it, then sparse (paper section 3.4)
+    MSA    : full attention for the first msa_from of the run, while the index branch learns, then sparse (paper 3.4)
 
-Differs from M2/M3: neither report publishes optimizer, rates or the length of the warm-up; all are measured choices.
+Differs from M2/M3: neither report publishes optimizer, rates, or how long the rate and the index branch warm up; all are
+measured choices.
 """
 import os
 import signal
@@ -484,7 +485,8 @@ def train_step(model, batch, optimizers, groups, parts=1, mtp_weight=MTP_WEIGHT[
     batch       idx, targets, pos and perhaps weight, end: (B, T) each, as of Tokens.rows
     optimizers  [] leaves the weights as they are, and the gradients where they are
     groups      lists of parameters; the gradient of each is clipped to norm 1 on its own
-    parts       gradient accumulation: the rows in so many parts, of which each loss is the same share as at once
+    parts       gradient accumulation: the rows are computed in this many parts. Each part's sums are divided by the
+                counts of the whole batch, so that the gradients add up to the batch's
     bias_rate   u of the router's load balancing
     index_warmup, run_mtp, recompute    this step's mode, see MiniMax.forward
     -> dict: loss, mtp_loss, index_kl (layers), means over the batch; expert_load (layers, experts); norms, one a group,
@@ -767,8 +769,8 @@ def dry_run(cfg, preset):
 # ---- where a run stands --------------------------------------------------------------------------
 # RunState holds all that a run counts; a checkpoint is this, the weights, the optimizers' states and the flags.
 # A checkpoint is written in one of two ways. With an evaluation every --eval-every steps: only what passes is kept.
-# Or by the clock, in between: then it is a draft, a file beside the checkpoint, whose weights nothing has judged yet.
-# The next step computes their loss; if that is no spike, the draft takes the checkpoint's place, else it is deleted.
+# Or by the clock, in between: then it is unproven, a file beside the checkpoint, whose weights nothing has judged yet.
+# The next step computes their loss; if that is no spike, the file takes the checkpoint's place, else it is deleted.
 
 @dataclasses.dataclass
 class RunState:
@@ -803,7 +805,7 @@ class Run:
     threads: Threads
     pending: list                      # (loss and norm, event) of steps that a GPU may still be at work on
     timer: SaveTimer | None = None
-    draft: str | None = None           # a checkpoint that waits for the loss of its weights
+    unproven: str | None = None        # a checkpoint that waits for the loss of its weights
     saved: int | None = None           # step of the last evaluated checkpoint
 
     @property
@@ -832,14 +834,14 @@ class Run:
         self.timer.saved(began)
         return path
 
-    def settle_draft(self):
-        """Keep the draft if the loss of its weights, which the step after it has measured, was no spike."""
+    def settle_unproven(self):
+        """Keep the unproven checkpoint if the loss of its weights, which the step after it has measured, was no spike."""
         self.drain()
         if self.now.above:
-            os.remove(self.draft)
+            os.remove(self.unproven)
         else:
-            place_checkpoint(self.args.out, self.draft, self.now.run)
-        self.draft = None
+            place_checkpoint(self.args.out, self.unproven, self.now.run)
+        self.unproven = None
 
     def evaluate(self, tokens, seconds):
         """Bits per byte of these tokens, in so many seconds, with the attention of the last step."""
@@ -1253,18 +1255,18 @@ def run_training(args, state):
             stop.append(1)
 
         # save: what the clock asks for waits for its loss, which the next step computes
-        if run.draft:
-            run.settle_draft()
+        if run.unproven:
+            run.settle_unproven()
         goes_on = run.progress() < 1 and not stop
         if goes_on and now.step % args.eval_every == 0:
             run.checkpoint()
         elif goes_on and run.timer.due():
             run.drain()
             if not now.above:
-                run.draft = run.write()
+                run.unproven = run.write()
 
-    if run.draft:
-        os.remove(run.draft)
+    if run.unproven:
+        os.remove(run.unproven)
     return finish(run, stop)
 
 def finish(run, stop):

@@ -33,6 +33,11 @@ from moe import SWIGLU_ALPHA, SWIGLU_LIMIT, MLP, Linear, MoE, count_params, upda
 from msa import (LEAST, NOTHING, block_recall, cdiv, check_tensor, constexpr, full_attention, index_kl_loss, jit,
                  msa_attention, msa_decode, msa_train, quantize_index, query_index, select_blocks, tl, triton, widen)
 
+# ---- the config ----------------------------------------------------------------------------------
+# One dataclass describes every model: M2, M3, and smaller ones of the same make, each by a classmethod. It says what a
+# model is. What may change from one step to the next, such as the index branch's warm-up, is an argument of `forward`.
+# A value with which no model can work is refused when the config is made, and again when the model is.
+
 M3_STYLE = dict(activation="swiglu_oai", gemma_norm=True, qk_norm="head")
 
 @dataclasses.dataclass
@@ -78,13 +83,14 @@ class MiniMaxConfig:
             assert all(kind in allowed for kind in types), f"{name} {types}: {' or '.join(allowed)}"
 
         # counts: of what the layers need, at least 1
-        needed = ["vocab_size", "n_layer", "n_embd", "n_head", "n_kv_head", "head_dim", "max_seq_len"]
+        needed = ["vocab_size", "n_layer", "n_embd", "n_head", "n_kv_head", "head_dim", "max_seq_len",
+                  "index_block_size", "index_topk_blocks", "index_kl_stride"]
         if "dense" in self.mlp_types:
             needed += ["dense_dim"]
         if "moe" in self.mlp_types:
             needed += ["n_expert", "n_expert_per_tok", "expert_dim"]
         if "msa" in self.attn_types:
-            needed += ["index_head_dim", "index_block_size", "index_topk_blocks", "index_kl_stride"]
+            needed += ["index_head_dim"]
         for name in [*needed, "rotary_dim", "shared_dim", "n_mtp"]:
             value = getattr(self, name)
             least = 1 if name in needed else 0
@@ -164,7 +170,10 @@ class MiniMaxConfig:
             index_head_dim=128, index_block_size=128, index_topk_blocks=16)
         return cls(**(fields | changes))
 
-# ---- norm, rope ----------------------------------------------------------------------------------
+# ---- norm and RoPE -------------------------------------------------------------------------------
+# Both compute in fp32 or wider, whatever the model's dtype. RoPE (arXiv 2104.09864) rotates each pair of channels of a
+# query or key by an angle that grows with the token's position, so that their product depends on how far apart the two
+# tokens are. Only the first rotary_dim channels of a head rotate.
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm, computed in fp32 or wider. Gemma's form stores the weight's distance from 1."""
@@ -193,14 +202,17 @@ def apply_rope(x, rope):
     """Rotate the pairs (c, c + rotary_dim / 2) of the first rotary_dim channels of x (B, T, H, D), leave the others."""
     cos, sin = rope
     half = cos.size(-1)
-    a = widen(x[..., :half])
-    b = widen(x[..., half:2 * half])
-    rest = x[..., 2 * half:]
+    a, b, rest = x.tensor_split((half, 2 * half), -1)
+    a = widen(a)
+    b = widen(b)
     turned_a = (a * cos - b * sin).to(x.dtype)
     turned_b = (b * cos + a * sin).to(x.dtype)
     return torch.cat([turned_a, turned_b, rest], -1)
 
 # ---- the cache -----------------------------------------------------------------------------------
+# Generation computes the keys and values of a token once and keeps them; a layer with MSA keeps its index keys, too. In a
+# forward each layer appends to its own lane of the buffers; then `advance` counts the new tokens, once for all lanes.
+# Between two forwards `crop` forgets a row's last tokens, `expand` copies rows, and `select` keeps some of them.
 
 class KVCache:
     """Keys, values and index keys of every layer and every MTP module, in static buffers; slot = position on the path.
@@ -241,7 +253,7 @@ class KVCache:
             check_tensor(name, new, (B, T, *lane.shape[3:]), lane.device)  # one row would be written to every row
         assert self.used + T <= self.capacity, f"{self.used} + {T} tokens do not fit a cache of {self.capacity}"
 
-        slot = (self.length[:, None] + torch.arange(T, device=k.device)).long()                           # (B, T)
+        slot = query_index(T, self.length, k.device)                                                      # (B, T)
         row = torch.arange(B, device=k.device)[:, None]
         for _, lane, new in written:
             lane[layer].index_put_((row, slot), new)
@@ -254,8 +266,8 @@ class KVCache:
     def update_coded(self, layer, T):
         """Quantize anew the key blocks that the last T tokens touch: the bound on rounding is a block's."""
         B, N = self.length.size(0), self.capacity // self.L
-        touched = torch.arange((T + self.L - 2) // self.L + 1, device=self.ki.device)
-        block = (self.length[:, None] // self.L + touched).clamp(max=N - 1).long()                        # (B, n)
+        n = (T + self.L - 2) // self.L + 1
+        block = query_index(n, self.length // self.L, self.ki.device).clamp(max=N - 1)                    # (B, n)
         row = torch.arange(B, device=self.ki.device)[:, None]
         keys = self.ki[layer].unflatten(1, (N, self.L))[row, block]                                    # (B, n, L, D)
         fresh = quantize_index(keys.flatten(1, 2), self.L)
@@ -305,6 +317,11 @@ class KVCache:
         self.used = int(self.length.max()) if len(rows) else 0  # read back: the longest row may be gone
 
 # ---- layers --------------------------------------------------------------------------------------
+# A layer with MSA has an index branch besides: small queries and keys, whose products rank the key blocks. Attention
+# reads the S blocks that it chose for each query (see msa.py); `Attention.attend` shows which operation does that in
+# training, prefill and decode. The index branch learns in training alone, from one loss alone: the KL between the
+# attention's softmax and its own, over all visible keys during its warm-up, over the chosen blocks later. Its input and
+# that softmax are detached: this loss moves nothing else, and no other loss moves the index branch.
 
 @dataclasses.dataclass
 class Context:
@@ -319,13 +336,13 @@ class Context:
     experts: torch.Tensor = None       # (B, T, A) a recorded choice of experts, to be used again
 
 class Indexer(nn.Module):
-    """MSA's index branch: a query head per KV head, one shared key head. Input detached: only the KL trains it."""
+    """MSA's index branch: one query head for each KV head, one key head for all. Its input is detached."""
 
     def __init__(self, cfg):
         super().__init__()
         D = cfg.index_head_dim
-        self.q_proj = Linear(cfg.n_embd, cfg.n_kv_head * D, bias=False)
-        self.k_proj = Linear(cfg.n_embd, D, bias=False)
+        self.q_proj = Linear(cfg.n_embd, cfg.n_kv_head * D)
+        self.k_proj = Linear(cfg.n_embd, D)
         self.q_norm = RMSNorm(D, cfg)
         self.k_norm = RMSNorm(D, cfg)
 
@@ -344,10 +361,10 @@ class Attention(nn.Module):
         super().__init__()
         H, Hkv, D = cfg.n_head, cfg.n_kv_head, cfg.head_dim
         self.cfg = cfg
-        self.q_proj = Linear(cfg.n_embd, H * D, bias=False)
-        self.k_proj = Linear(cfg.n_embd, Hkv * D, bias=False)
-        self.v_proj = Linear(cfg.n_embd, Hkv * D, bias=False)
-        self.o_proj = Linear(H * D, cfg.n_embd, bias=False)
+        self.q_proj = Linear(cfg.n_embd, H * D)
+        self.k_proj = Linear(cfg.n_embd, Hkv * D)
+        self.v_proj = Linear(cfg.n_embd, Hkv * D)
+        self.o_proj = Linear(H * D, cfg.n_embd)
         # M2 norms all heads' channels together: split over devices, its norm needs every shard's sum of squares
         together = cfg.qk_norm == "layer"
         self.q_norm = RMSNorm(H * D if together else D, cfg)
@@ -456,7 +473,7 @@ class MTP(nn.Module):
         self.h_norm = RMSNorm(cfg.n_embd, cfg)
         self.e_norm = RMSNorm(cfg.n_embd, cfg)
         self.norm = RMSNorm(cfg.n_embd, cfg)
-        self.proj = Linear(2 * cfg.n_embd, cfg.n_embd, bias=False)
+        self.proj = Linear(2 * cfg.n_embd, cfg.n_embd)
         self.block = Block(cfg, cfg.attn_types[-1], cfg.mlp_types[-1])
 
     def forward(self, h, embedded, ctx):
@@ -466,6 +483,11 @@ class MTP(nn.Module):
         return self.block(self.proj(both), ctx)
 
 # ---- losses --------------------------------------------------------------------------------------
+# A token's loss is -log p(the token after it), in nats: p = softmax(W h), where h is the token's hidden state after the
+# last norm and W the head; a target of -1 has no loss. MTP module k has the same loss on the token k further on, from its
+# own hidden states. The logits W h are the largest tensor of a step, V numbers a token: they are computed for a chunk of
+# tokens at a time, and each chunk gives its loss and its gradient at once. All losses are sums over tokens;
+# `count_losses` gives what to divide them by, so that a step may be cut into parts.
 
 @dataclasses.dataclass
 class Losses:
@@ -545,7 +567,8 @@ def _softmax_loss_kernel(
     m = tl.full([COLS], LEAST, tl.float32)
     l = tl.zeros([COLS], tl.float32)
     for first in range(0, V, COLS):
-        x = tl.load(row + first + column, mask=first + column < V, other=NOTHING).to(tl.float32)
+        at = first + column
+        x = tl.load(row + at, mask=at < V, other=NOTHING).to(tl.float32)
         new = tl.maximum(m, x)
         l = l * tl.exp(m - new) + tl.exp(x - new)
         m = new
@@ -558,11 +581,11 @@ def _softmax_loss_kernel(
 
     # the gradient, softmax - one-hot, over the logits
     for first in range(0, V, COLS):
-        inside = first + column < V
-        x = tl.load(row + first + column, mask=inside, other=0.0).to(tl.float32)
-        x = tl.exp(x - lse) - (first + column == target).to(tl.float32)
+        at = first + column
+        x = tl.load(row + at, mask=at < V, other=0.0).to(tl.float32)
+        x = tl.exp(x - lse) - (at == target).to(tl.float32)
         x = tl.where(target < 0, 0.0, x)
-        tl.store(row + first + column, x.to(logits.dtype.element_ty), mask=inside)
+        tl.store(row + at, x.to(logits.dtype.element_ty), mask=at < V)
 
 def softmax_loss(logits, y, impl="auto"):
     """Cross-entropy of each row; the gradient of their sum is written over the logits.
@@ -592,20 +615,16 @@ def softmax_loss(logits, y, impl="auto"):
     return loss
 
 def within_document(k, T, end, device):
-    """Which of T - k positions have a k-th next token in their document: bool (B, T - k), or (1, T - k) without end."""
+    """Which of the first T - k positions have a k-th next token in their document: bool (B, T - k); without end
+    (1, T - k), all True."""
     slot = torch.arange(k, max(k, T), device=device)[None]
     if end is None:
         return slot >= 0
     return slot < end[:, :slot.size(1)]
 
 def depth_weight(k, T, weight, end):
-    """A token's multiplicity at depth k of MTP: 0 where it has no k-th next token -> (B, T - k), None = 1."""
-    if weight is not None:
-        weight = weight[:, :max(0, T - k)]
-    if end is None:
-        return weight
-    inside = within_document(k, T, end, end.device)
-    return inside.float() if weight is None else weight * inside
+    """Multiplicity (B, T) of tokens -> at depth k of MTP: 0 where the document has no k-th next token, (B, T - k)."""
+    return weight[:, :max(0, T - k)] * within_document(k, T, end, weight.device)
 
 def stack_reports(reports):
     """What layers report, one dict each -> a dict of tensors whose first dimension are the layers that report it."""
@@ -616,6 +635,9 @@ def stack_reports(reports):
     return {key: torch.stack(layers) for key, layers in found.items()}
 
 # ---- the model -----------------------------------------------------------------------------------
+# MiniMax is the trunk (embedding, layers, norm, head) and the MTP modules. `forward` runs it: in training with losses, in
+# generation with a cache. The other methods count losses, parameters and FLOPs, balance the experts' load after a step
+# (see moe.py), and read and write released checkpoints with the functions of the sections below.
 
 class MiniMax(nn.Module):
     """`dtype` is what activations are computed in; weights keep theirs (fp32 in training) and are cast where used."""
@@ -627,7 +649,7 @@ class MiniMax(nn.Module):
         self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.layers = nn.ModuleList(Block(cfg, attn, mlp) for attn, mlp in zip(cfg.attn_types, cfg.mlp_types))
         self.norm = RMSNorm(cfg.n_embd, cfg)
-        self.lm_head = Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+        self.lm_head = Linear(cfg.n_embd, cfg.vocab_size)
         self.mtp = nn.ModuleList(MTP(cfg) for _ in range(cfg.n_mtp))
         self.asked_dtype = dtype
         self.first_dtype = self.embed.weight.dtype
@@ -677,11 +699,13 @@ class MiniMax(nn.Module):
         ValueError for an idx without a token.
         """
         B, T = idx.shape
-        if B == 0 or T == 0:
+        if idx.numel() == 0:
             raise ValueError(f"idx {(B, T)}: at least one row of at least one token")
         if pos is None:
             start = None if cache is None else cache.length
             pos = query_index(T, start, idx.device).expand(B, T)
+        if weight is None:
+            weight = torch.ones(B, T, device=idx.device)
         ctx = Context(rope_tables(pos, self.cfg.rotary_dim, self.cfg.rope_theta), end, weight, cache, index_warmup)
 
         # the trunk
@@ -716,8 +740,8 @@ class MiniMax(nn.Module):
         losses = Losses(next=none.sum(), mtp=none, kl=none)
         if targets is not None:
             losses.next = cross_entropy(x, self.lm_head.weight, targets)
-        if targets is not None and run_mtp and self.mtp:
-            losses.mtp = self.mtp_losses(hidden, idx, targets, ctx, reports)
+            if run_mtp and self.mtp:
+                losses.mtp = self.mtp_losses(hidden, idx, targets, ctx, reports)
         kls = [report.pop("index_kl") for report in reports if "index_kl" in report]
         if kls:
             losses.kl = torch.stack(kls)
@@ -741,7 +765,7 @@ class MiniMax(nn.Module):
         hidden    (B, T, C) of the trunk, before its last norm
         embedded  (B, T, C) embeddings of the tokens
         ctx       of the trunk
-        weights   weights[k] (B, T - k): multiplicity of a position at depth k, or None
+        weights   weights[k] (B, T - k): multiplicity of a position at depth k
         Yields k, the module's hidden states (B, T - k, C), normed for the head, and its aux.
         """
         T = hidden.size(1)
@@ -758,7 +782,7 @@ class MiniMax(nn.Module):
 
     def mtp_losses(self, hidden, idx, targets, ctx, reports):
         """Each MTP module's loss, a sum (K,). Adds what a module reports of its experts and index branch to `reports`.
-        What lies past the end of a document is seen by none, and has no target, KL or count of the router's."""
+        A position without a k-th next token in its document has no target, no KL and no part in the experts' load."""
         T = idx.size(1)
         embedded = self.embed(idx).to(hidden.dtype)
         weights = [depth_weight(k, T, ctx.weight, ctx.end) for k in range(len(self.mtp) + 1)]
@@ -784,17 +808,17 @@ class MiniMax(nn.Module):
             teaching = depth_weight(k, T, weight, end).clamp(min=0)
             queries.append(teaching[:, stride - 1::stride].sum())
 
+        tokens = torch.stack(tokens).clamp(min=1)
+        queries = torch.stack(queries).clamp(min=1)
+
         # a KL for each layer with MSA; MTP modules are like the last layer, and those deeper than T do not run
-        kl = queries[:1] * self.cfg.attn_types.count("msa")
+        kl = queries[:1].repeat(self.cfg.attn_types.count("msa"))
         if self.cfg.attn_types[-1] == "msa":
-            kl += queries[1:T]
-        return Losses(
-            next=tokens[0].clamp(min=1),
-            mtp=torch.stack(tokens[1:]).clamp(min=1) if K else tokens[0].new_zeros(0),
-            kl=torch.stack(kl).clamp(min=1) if kl else weight.new_zeros(0))
+            kl = torch.cat([kl, queries[1:T]])
+        return Losses(next=tokens[0], mtp=tokens[1:], kl=kl)
 
     def num_params(self):
-        """Total, and active for one token: no embedding, head or MTP, of the experts the chosen (the report's 9.8B)."""
+        """All parameters; those that compute one token (the report's 9.8B): no embedding, head or MTP, chosen experts."""
         total, active = count_params(self)
         tables = 2 * self.embed.weight.numel()
         modules = sum(count_params(module)[1] for module in self.mtp)
@@ -807,7 +831,7 @@ class MiniMax(nn.Module):
         pos  positions of the tokens in their documents, of any shape; pads are left out by the caller
         """
         cfg = self.cfg
-        modules = list(self.mtp) if run_mtp else []
+        modules = self.mtp if run_mtp else []
         kinds = cfg.attn_types + cfg.attn_types[-1:] * len(modules)
 
         # matrices; each module has the head once more
@@ -885,46 +909,45 @@ class MiniMax(nn.Module):
         (path / "config.json").write_text(json.dumps(config, indent=2))
 
 # ---- released checkpoints: names --------------------------------------------------------------------------------
-
 # A parameter of ours lies in a checkpoint in one of three ways:
 #     whole      attn.q_proj.weight (H D, C)   is   model.layers.0.self_attn.q_proj.weight
 #     halves     mlp.w13.weight (2 I, C)       is   mlp.gate_proj.weight (I, C) and mlp.up_proj.weight (I, C)
 #     experts    mlp.w2 (E, C, I)              is   experts.0.w2.weight (C, I), experts.1.w2.weight ...
 # and mlp.w13 (E, 2 I, C) is both halves of every expert. transformers stacks what the release keeps apart.
 
-# Our name of a parameter -> its forms: first the release's, which save_hf writes, then transformers' where it differs by
-# more than a synonym. {e} stands for an expert's number, {w1,w3} for the names of the two halves, gate and up.
+# Our name of a parameter -> its form in the release, which save_hf writes, or a list: the release's form, then that of
+# transformers, where they differ by more than a synonym. {e} stands for an expert's number, {w1,w3} for the names of the two halves, gate and up.
 MODEL_FORMS = {
-    "embed.weight": ["model.embed_tokens.weight"],
-    "norm.weight": ["model.norm.weight"],
-    "lm_head.weight": ["lm_head.weight"],
+    "embed.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "lm_head.weight": "lm_head.weight",
 }
 LAYER_FORMS = {  # ours after "layers.0.", theirs after "model.layers.0."
-    "attn_norm.weight": ["input_layernorm.weight"],
-    "attn.q_proj.weight": ["self_attn.q_proj.weight"],
-    "attn.k_proj.weight": ["self_attn.k_proj.weight"],
-    "attn.v_proj.weight": ["self_attn.v_proj.weight"],
-    "attn.o_proj.weight": ["self_attn.o_proj.weight"],
-    "attn.q_norm.weight": ["self_attn.q_norm.weight"],
-    "attn.k_norm.weight": ["self_attn.k_norm.weight"],
+    "attn_norm.weight": "input_layernorm.weight",
+    "attn.q_proj.weight": "self_attn.q_proj.weight",
+    "attn.k_proj.weight": "self_attn.k_proj.weight",
+    "attn.v_proj.weight": "self_attn.v_proj.weight",
+    "attn.o_proj.weight": "self_attn.o_proj.weight",
+    "attn.q_norm.weight": "self_attn.q_norm.weight",
+    "attn.k_norm.weight": "self_attn.k_norm.weight",
     # the index branch of M3's sparse layers
     "attn.indexer.q_proj.weight": ["self_attn.index_q_proj.weight", "self_attn.indexer.q_proj.weight"],
     "attn.indexer.k_proj.weight": ["self_attn.index_k_proj.weight", "self_attn.indexer.k_proj.weight"],
     "attn.indexer.q_norm.weight": ["self_attn.index_q_norm.weight", "self_attn.indexer.q_norm.weight"],
     "attn.indexer.k_norm.weight": ["self_attn.index_k_norm.weight", "self_attn.indexer.k_norm.weight"],
-    "mlp_norm.weight": ["post_attention_layernorm.weight"],
+    "mlp_norm.weight": "post_attention_layernorm.weight",
     # a mixture of experts
-    "mlp.router.weight": ["block_sparse_moe.gate.weight"],
+    "mlp.router.weight": "block_sparse_moe.gate.weight",
     "mlp.router.bias": ["block_sparse_moe.e_score_correction_bias", "mlp.gate.e_score_correction_bias"],
     "mlp.w13": ["block_sparse_moe.experts.{e}.{w1,w3}.weight", "mlp.experts.gate_up_proj"],
     "mlp.w2": ["block_sparse_moe.experts.{e}.w2.weight", "mlp.experts.down_proj"],
     # M3's shared expert
     "mlp.shared.w13.weight": ["block_sparse_moe.shared_experts.{gate_proj,up_proj}.weight",
                               "mlp.shared_experts.gate_up_proj.weight"],
-    "mlp.shared.w2.weight": ["block_sparse_moe.shared_experts.down_proj.weight"],
+    "mlp.shared.w2.weight": "block_sparse_moe.shared_experts.down_proj.weight",
     # M3's dense layers
     "mlp.w13.weight": ["mlp.{gate_proj,up_proj}.weight", "mlp.gate_up_proj.weight"],
-    "mlp.w2.weight": ["mlp.down_proj.weight"],
+    "mlp.w2.weight": "mlp.down_proj.weight",
 }
 # Words of a name that the release and transformers use for the same thing. Files mix them: each is read for the other.
 SYNONYMS = dict(block_sparse_moe="mlp", gate_proj="w1", up_proj="w3", down_proj="w2")
@@ -932,9 +955,12 @@ SYNONYMS = dict(block_sparse_moe="mlp", gate_proj="w1", up_proj="w3", down_proj=
 def released_forms(ours):
     """The forms in which checkpoints hold our parameter of that name, the release's first."""
     if ours in MODEL_FORMS:
-        return MODEL_FORMS[ours]
+        return [MODEL_FORMS[ours]]
     layers, number, inside = ours.split(".", 2)
-    return [f"model.{layers}.{number}.{form}" for form in LAYER_FORMS[inside]]
+    forms = LAYER_FORMS[inside]
+    if isinstance(forms, str):
+        forms = [forms]
+    return [f"model.{layers}.{number}.{form}" for form in forms]
 
 def released_tensors(param, form):
     """One of our parameters in a released form -> {released name: its tensor, a view}."""
@@ -1165,16 +1191,16 @@ def scale_to_float(scale):
 
 def possible_tiles(quant, method, rows, cols):
     """The sizes (height, width) that a matrix's tiles may have: the named one, or else the usual ones of the method."""
-    named = quant.get("weight_block_size")
-    if named is not None:
-        is_pair = isinstance(named, list) and len(named) == 2
-        if not is_pair or any(type(size) is not int or size < 1 for size in named):
-            raise ValueError(f"weight_block_size {named}: two whole numbers from 1")
-        return [named]
-    row, matrix = (1, cols), (rows, cols)
+    tiles = [(1, cols), (rows, cols)]
     if "weight_block_size" not in quant and method in ("fp8", "mxfp8"):
-        return [row, matrix, (128, 128), (1, 32)]
-    return [row, matrix]
+        tiles += [(128, 128), (1, 32)]
+    named = quant.get("weight_block_size")
+    if named is None:
+        return tiles
+    is_pair = isinstance(named, list) and len(named) == 2
+    if not is_pair or any(type(size) is not int or size < 1 for size in named):
+        raise ValueError(f"weight_block_size {named}: two whole numbers from 1")
+    return [named]
 
 def spread_scale(scale, shape, height, width):
     """A scale for each tile -> one for each element of a tensor of that shape, or None if their number differs."""
@@ -1209,28 +1235,28 @@ MODEL_TYPES = ("minimax_m2", "minimax_m3", "minimax_m3_text", "minimax_m3_vl", "
 # Fields that change what a model computes, and the values that this code computes; a field may be absent or null.
 FIXED = dict(
     # router and experts
-    scoring_func=["sigmoid"], use_routing_bias=[True], norm_topk_prob=[True], topk_method=["noaux_tc"],
-    n_group=[0, 1], num_expert_group=[0, 1], topk_group=[0, 1], router_jitter_noise=[0], decoder_sparse_step=[1],
-    mlp_only_layers=[[]], mlp_bias=[False],
+    scoring_func="sigmoid", use_routing_bias=True, norm_topk_prob=True, topk_method="noaux_tc",
+    n_group=[0, 1], num_expert_group=[0, 1], topk_group=[0, 1], router_jitter_noise=0, decoder_sparse_step=1,
+    mlp_only_layers=[[]], mlp_bias=False,
     # attention
-    use_qk_norm=[True], attention_output_gate=[False], attn_output_gate=[False], attention_dropout=[0],
-    attention_bias=[False], qkv_bias=[False], attention_out_bias=[False], use_bias=[False],
-    sliding_window=[], use_sliding_window=[False], attn_logit_softcapping=[],
-    rope_type=["default"], use_rope=[True], rope_interleave=[False], rope_interleaved=[False],
+    use_qk_norm=True, attention_output_gate=False, attn_output_gate=False, attention_dropout=0,
+    attention_bias=False, qkv_bias=False, attention_out_bias=False, use_bias=False,
+    sliding_window=[], use_sliding_window=False, attn_logit_softcapping=[],
+    rope_type="default", use_rope=True, rope_interleave=False, rope_interleaved=False,
     # residual stream and head
-    postnorm=[False], layernorm_full_attention_alpha=[1], layernorm_full_attention_beta=[1],
-    layernorm_mlp_alpha=[1], layernorm_mlp_beta=[1], final_logit_softcapping=[], tie_word_embeddings=[False])
+    postnorm=False, layernorm_full_attention_alpha=1, layernorm_full_attention_beta=1,
+    layernorm_mlp_alpha=1, layernorm_mlp_beta=1, final_logit_softcapping=[], tie_word_embeddings=False)
 FIXED_M2 = dict(
-    hidden_act=["silu"], use_gemma_norm=[False], qk_norm_type=["per_layer"],
-    routed_scaling_factor=[1], shared_intermediate_size=[0], n_shared_experts=[0],
+    hidden_act="silu", use_gemma_norm=False, qk_norm_type="per_layer",
+    routed_scaling_factor=1, shared_intermediate_size=0, n_shared_experts=0,
     swiglu_alpha=[], swiglu_beta=[], swiglu_limit=[], sparse_attention_config=[{}])
 FIXED_M3 = dict(
     hidden_act=["swigluoai", "silu"],  # transformers writes "silu", and computes swigluoai
-    use_gemma_norm=[True], qk_norm_type=["per_head"], n_shared_experts=[1],
-    swiglu_alpha=[SWIGLU_ALPHA], swiglu_beta=[1], swiglu_limit=[SWIGLU_LIMIT])
+    use_gemma_norm=True, qk_norm_type="per_head", n_shared_experts=1,
+    swiglu_alpha=SWIGLU_ALPHA, swiglu_beta=1, swiglu_limit=SWIGLU_LIMIT)
 FIXED_MSA = dict(  # where layers have MSA
-    use_sparse_attention=[True], sparse_init_block=[0], index_init_blocks=[0],
-    sparse_local_block=[1], index_local_blocks=[1], sparse_score_type=["max"], index_score_type=["max"])
+    use_sparse_attention=True, sparse_init_block=0, index_init_blocks=0,
+    sparse_local_block=1, index_local_blocks=1, sparse_score_type="max", index_score_type="max")
 ROPE_FIELDS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 SPARSE_FIELDS = {
     "use_sparse_attention", "sparse_attention_freq", "sparse_num_index_heads", "sparse_index_dim", "sparse_block_size",
@@ -1240,9 +1266,11 @@ def allow(places, allowed):
     """ValueError for a field that has another value than those allowed.
 
     places   dicts that may have the field
-    allowed  {field: its values}; [] allows null alone
+    allowed  {field: its value, or a list of values}; [] allows null alone
     """
     for key, values in allowed.items():
+        if not isinstance(values, list):
+            values = [values]
         for place in places:
             found = place.get(key)
             if found is not None and found not in values:
@@ -1309,13 +1337,13 @@ def rope_dicts(*places):
                 found.append(fields)
     return found
 
-def read_sizes(hf, rope, m2):
+def read_sizes(hf, m2):
     """The fields of MiniMaxConfig that the config always has: sizes, constants, and the types of layers."""
     found = {ours: pick(hf, theirs) for ours, theirs in COUNT_NAMES.items()}
     n = found["n_layer"]
     number = (int, float)
     found["norm_eps"] = pick(hf, "rms_norm_eps", kinds=number)
-    found["rope_theta"] = float(pick({**hf, **rope}, "rope_theta", kinds=number))
+    found["rope_theta"] = float(pick(hf, "rope_theta", kinds=number))
     found["attn_types"] = layer_list(hf, n, ATTN_LISTS, ["full"] if m2 else ["full", "msa"])
     found["mlp_types"] = layer_list(hf, n, MLP_LISTS, ["moe"] if m2 else ["moe", "dense"])
     if not m2:
@@ -1331,9 +1359,9 @@ def allow_same(places, found):
     n = found["n_layer"]
     dense_first = [*found["mlp_types"], "moe"].index("moe")
     allow(places, dict(
-        num_experts=[found["n_expert"]],
-        moe_intermediate_size=[found["expert_dim"]],
-        first_k_dense_replace=[dense_first],
+        num_experts=found["n_expert"],
+        moe_intermediate_size=found["expert_dim"],
+        first_k_dense_replace=dense_first,
         attn_type_list=[[1] * n]))  # 1: softmax, sparse or not
 
 def read_index_fields(hf, places, found):
@@ -1343,23 +1371,16 @@ def read_index_fields(hf, places, found):
     fields = {ours: pick(hf, *names) for ours, names in INDEX_NAMES.items()}
     allow(places, dict(
         FIXED_MSA,
-        sparse_num_index_heads=[n_kv_head],
-        index_n_heads=[n_kv_head],
+        sparse_num_index_heads=n_kv_head,
+        index_n_heads=n_kv_head,
         sparse_disable_index_value=[score_only, [1] * len(score_only), True]))
     return fields
 
-def rotary_channels(hf, rope, head_dim, rotary_dim):
-    """Channels of a head that rotate.
-
-    hf          the fields of a config: head_dim times its partial_rotary_factor
-    rope        its RoPE dict, whose partial_rotary_factor counts before that
-    head_dim    channels
-    rotary_dim  what rotates where neither has the factor; None = the whole head
-    """
-    factor = 1.0 if rotary_dim is None else rotary_dim / head_dim
-    if hf.get("partial_rotary_factor") is not None:
-        factor = hf["partial_rotary_factor"]
-    factor = rope.get("partial_rotary_factor", factor)
+def rotary_channels(hf, head_dim, rotary_dim):
+    """Channels of a head that rotate: head_dim times partial_rotary_factor, or rotary_dim where there is no factor."""
+    factor = hf.get("partial_rotary_factor")
+    if factor is None:
+        factor = rotary_dim / head_dim
     if type(factor) not in (int, float) or not 0 <= factor <= 1:
         raise ValueError(f"partial_rotary_factor {factor}, rotary_dim {rotary_dim}: a part of {head_dim} channels")
     return int(head_dim * factor)
@@ -1376,29 +1397,29 @@ def config_from_hf(hf):
     # a value that this code does not compute is refused wherever it stands
     places = [hf, text, sparse, *ropes]
     allow(ropes, dict(type=FIXED["rope_type"]))
-    allow(places, FIXED)
-    allow(places, FIXED_M2 if m2 else FIXED_M3)
+    allow(places, FIXED | (FIXED_M2 if m2 else FIXED_M3))
     for fields in ropes:
         only_fields(fields, "rope_parameters or rope_scaling", ROPE_FIELDS)
     only_fields(sparse, "sparse_attention_config", SPARSE_FIELDS)
 
-    # the model's own fields: the inner object's count before the outer one's
-    hf = {**hf, **text, **sparse}
-    found = read_sizes(hf, rope, m2)
+    # the model's own fields: those of an inner object count before the outer ones
+    hf = {**hf, **text, **sparse, **rope}
+    found = read_sizes(hf, m2)
     if sparse and hf.get("layer_types") is None:  # nothing else says which layers are sparse
         pick(hf, "sparse_attention_freq", kinds=(list,))
     allow_same(places, found)
     if "msa" in found["attn_types"]:
         found.update(read_index_fields(hf, places, found))
 
-    # transformers writes rotary_dim 64 into any M3, and rotates the whole head without a factor. Index heads narrower
-    # than a head have no channels for that: in the release's form, without a RoPE dict, rotary_dim must be meant.
+    # transformers writes rotary_dim 64 into every M3 and ignores it: without a factor it rotates the whole head. Index
+    # heads that are narrower than a head lack the channels for that: there, in the release's form, which has no RoPE
+    # dict, rotary_dim counts.
     head_dim = found["head_dim"]
     narrow = not ropes and found.get("index_head_dim", head_dim) < head_dim
-    rotary_dim = None
+    rotary_dim = head_dim
     if hf.get("rotary_dim") is not None and (m2 or narrow):
         rotary_dim = pick(hf, "rotary_dim")
-    found["rotary_dim"] = rotary_channels(hf, rope, head_dim, rotary_dim)
+    found["rotary_dim"] = rotary_channels(hf, head_dim, rotary_dim)
     try:
         return MiniMaxConfig(**found)
     except AssertionError as error:

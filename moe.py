@@ -160,7 +160,10 @@ def pick_experts(dtype):
 # ---- modules ----------------------------------------------------------------------------------------------------
 
 class Linear(nn.Linear):
-    """Weights stay in the dtype they are trained in and are cast to the activations' where they are used."""
+    """A product without bias. The weight stays in the dtype in which it is trained; where it is used, it is cast to x's."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out, bias=False)
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
@@ -171,8 +174,8 @@ class MLP(nn.Module):
     def __init__(self, n_embd, dim, activation):
         super().__init__()
         self.activation = activation
-        self.w13 = Linear(n_embd, 2 * dim, bias=False)
-        self.w2 = Linear(dim, n_embd, bias=False)
+        self.w13 = Linear(n_embd, 2 * dim)
+        self.w2 = Linear(dim, n_embd)
 
     def forward(self, x, weight=None, replay=None):
         """x (B, T, C) -> y (B, T, C), aux {}. weight and replay are what MoE takes: a dense layer has no choice."""

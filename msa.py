@@ -63,7 +63,7 @@ _compiled = functools.cache(torch.compile)
 # arguments are the same, and so is the result, up to rounding.
 
 def chunk(device):
-    """Elements of the largest temporary: index branch and MSA take queries in chunks and never hold a T x T matrix."""
+    """Elements of the largest temporary tensor that a chunk of queries may need."""
     return 1 << 24 if device.type == "cpu" else 1 << 29
 
 def cdiv(n, size):
@@ -95,7 +95,7 @@ def full_attention(q, k, v, end=None, start=None, impl="auto"):
     end    (B, Tk) int32, the end of each key's document; None: there is one
     start  (B,) int32, index of the first query in a cache; None: 0
     impl   auto, triton (decode alone: a start, T <= 4) or torch
-    Raises ValueError for tensors that do not fit, and where triton is asked for and cannot.
+    ValueError for tensors that do not fit, and where triton is asked for and cannot.
     """
     _check_attention(q, k, v, end, start)
     B, T, H, D = q.shape
@@ -199,7 +199,7 @@ def select_blocks(qi, ki, S, L, end=None, start=None, impl="auto"):
     S                 blocks a query reads. Slot 0 is its own block; -1 fills rows with fewer than S visible blocks
     L                 tokens in a block
     end, start, impl  see full_attention
-    Raises ValueError for tensors that do not fit, and S or L below 1.
+    ValueError for tensors that do not fit, and S or L below 1.
     """
     if S < 1 or L < 1:
         raise ValueError(f"S is {S} and L is {L}, expected 1 or more")
@@ -267,11 +267,11 @@ def msa_attention(q, k, v, block_idx, L, end=None, start=None, impl="auto"):
 
     q                 (B, T, H, D)
     k, v              (B, Tk, Hkv, D)
-    block_idx         int32 (B, T, Hkv, S) as select_blocks gives it for the same L: own block in slot 0 and ids distinct;
-                      nothing checks the values
+    block_idx         int32 (B, T, Hkv, S) as select_blocks gives it for the same L: own block in slot 0, ids distinct,
+                      which nothing checks
     L                 tokens in a block
     end, start, impl  see full_attention
-    Raises ValueError for tensors that do not fit.
+    ValueError for tensors that do not fit.
     """
     _check_attention(q, k, v, end, start)
     B, T, _, D = q.shape
@@ -302,7 +302,9 @@ def msa_attention(q, k, v, block_idx, L, end=None, start=None, impl="auto"):
     return torch.cat(out, 1)
 
 def msa_decode(q, k, v, qi, ki, S, L, length, end=None, impl="auto", int8=None):
-    """One decode step: choose blocks, attend -> out (B, T, H, D), block_idx (B, T, Hkv, S).
+    """A step of generation: choose blocks, attend -> out (B, T, H, D), block_idx (B, T, Hkv, S).
+
+    It does what select_blocks, then msa_attention do; for 1 to 4 new tokens the kernels of section E do both in one.
 
     q, qi      (B, T, H, D) and (B, T, Hkv, Di), of the new tokens
     k, v       (B, Tk, Hkv, D), a cache that holds the new tokens, too
@@ -311,14 +313,14 @@ def msa_decode(q, k, v, qi, ki, S, L, length, end=None, impl="auto", int8=None):
     length     (B,) int32, the first new token's slot; length + T <= Tk
     end, impl  see full_attention
     int8       quantize_index(ki, L), or None: it halves the bytes that the kernels read, and does not change the choice
-    Raises ValueError for tensors that do not fit.
+    ValueError for tensors that do not fit.
     """
     T, D = q.shape[1::2]
     Di = qi.size(3)
     if int8 is not None:
         _check_int8(int8, ki, L)
     if q.is_cuda and Di < 32:
-        int8 = None  # the tensor cores multiply 32 bytes at a time
+        int8 = None  # tensor cores multiply rows of 32 bytes
     few = T <= 4 and T * k.size(2) <= 64  # more columns spill registers
     if few and _pick(impl, q, D, Di, L, grad=(q, k, v)):
         _check_branches(q, k, v, qi, ki, end, length)
@@ -340,7 +342,7 @@ def index_kl_loss(qi, ki, q, k, block_idx=None, L=1, end=None, weight=None, stri
     L, end     see msa_attention
     weight     (B, T), of each token in the sum; 0 or less: none. None: 1 each
     stride     the sum is over every stride-th query
-    Raises ValueError for tensors that do not fit.
+    ValueError for tensors that do not fit.
     """
     _check_branches(q, k, None, qi, ki, end, None)
     check_tensor("k", k, (*q.shape[:2], *k.shape[2:]), q.device)
@@ -446,7 +448,7 @@ def msa_train(q, k, v, qi, ki, block_idx, L, end=None, weight=None, stride=1, im
     q, k, v, block_idx, L, end  see msa_attention; whole sequences, T = Tk
     qi, ki, weight, stride      see index_kl_loss. The kernels compute KL and gradient in one pass over the main scores
     impl                        see full_attention
-    Raises ValueError for tensors that do not fit.
+    ValueError for tensors that do not fit.
     """
     if not _pick(impl, q, q.size(3), qi.size(3), L):
         kl = index_kl_loss(qi, ki, q, k, block_idx, L, end, weight, stride)
@@ -466,7 +468,8 @@ def block_recall(qi, ki, q, k, S, L, end=None, n_query=256):
     """How well the index branch finds the S-1 heaviest earlier blocks (paper 5.2), by the group-mean mass of the dense
     softmax, on about n_query evenly spaced queries with more than S earlier blocks.
 
-    qi, ki, q, k, end  see index_kl_loss; S, L: see select_blocks
+    qi, ki, q, k, end  see index_kl_loss
+    S, L               see select_blocks
     -> recall, the share of those blocks that it finds; the mass of what it finds over theirs; the share that a random
        choice would find. nan without such a query
     """

@@ -51,6 +51,7 @@ from msa import implementation
 # written. The tokenizer is learned here, and tiktoken encodes with it.
 
 EOT = "<|endoftext|>"
+BYTES = [bytes([byte]) for byte in range(256)]
 LEARN_FROM = 2 ** 24                   # characters that tokens are learned from at most: the standard library fits
 PIECE = 256                            # bytes of a chunk that are learned from as one word, see words_of
 # a word with the space before it; one digit; marks; line breaks with the indentation after them; other spaces
@@ -190,7 +191,7 @@ def learn_bpe(texts, vocab_size, pattern):
     # a heap finds the most frequent pair: its items are (-count, pair)
     heap = [(-count, pair) for pair, count in counts.items()]
     heapify(heap)
-    ranks = [bytes([byte]) for byte in range(256)]
+    ranks = BYTES.copy()
     progress = Progress("merge", vocab_size - 257, "merges of the tokenizer")
     while heap and len(ranks) < vocab_size - 1:
         minus_count, pair = heappop(heap)
@@ -264,7 +265,6 @@ def guess_kind(raw):
 VERSION = 1                            # of the checkpoint's layout
 PARTS = dict(config=dict, tokenizer=dict, model=dict, optimizers=list, now=dict, args=dict)  # of a checkpoint
 LOCK = "ckpt.lock"                     # held by the process that writes a folder's checkpoint
-TEMPORARY = ".pt.tmp"                  # ends the name of a checkpoint that is being written
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # absent on Windows
 
 def checkpoint_path(folder):
@@ -359,8 +359,8 @@ def check_writable(folder):
         raise ValueError(f"--out {folder}: nothing can be written there: {error.strerror}") from None
 
 def temporary_path(folder):
-    """-> a path that nobody else has."""
-    return os.path.join(folder, f"ckpt.{os.urandom(6).hex()}{TEMPORARY}")
+    """-> a path that nobody else has, for a checkpoint that is being written."""
+    return os.path.join(folder, f"ckpt.{os.urandom(6).hex()}.pt.tmp")
 
 def new_temporary(folder):
     """-> file, path: a new file of a name that nobody else has; a link is not followed."""
@@ -460,7 +460,7 @@ def run_of(path):
         return "unknown"
 
 def keep_old(path):
-    """Make FILE FILE.old, in the place of an older one. With a second name first, the file is never without one."""
+    """Rename FILE to FILE.old, in place of an older one. The file gets a second name first: it is never without one."""
     second = temporary_path(os.path.dirname(path))
     try:
         os.link(path, second, follow_symlinks=False)
@@ -474,11 +474,9 @@ def keep_old(path):
 class SaveTimer:
     """When a process saves by time: 3, 6, 12 and 24 s after its start, then at each minute. `clock` gives seconds."""
     FIRST = (3, 6, 12, 24)
-    REST = 20                          # times what a save took must pass until the next: it costs 5 % at most
+    REST = 20                          # the next save waits 20 times as long as the last one took: 5 % of a run at most
 
-    def __init__(self, clock=None):
-        if clock is None:
-            clock = lambda: time.monotonic()  # looked up at each call, so that a test can replace it
+    def __init__(self, clock=lambda: time.monotonic()):  # looked up at each call, so that a test can replace it
         self.clock = clock
         self.start = self.clock()
         self.next = self.FIRST[0]
@@ -496,20 +494,12 @@ class SaveTimer:
 
 # ---- checkpoints: check, load ------------------------------------------------------------------
 
-# every checkpoint's config has these; a field that joined later may be missing
-CONFIG_FIELDS = """vocab_size n_layer n_embd n_head n_kv_head head_dim rotary_dim max_seq_len attn_types mlp_types
-    n_expert n_expert_per_tok expert_dim shared_dim dense_dim routed_scale activation gemma_norm qk_norm index_head_dim
-    index_block_size index_topk_blocks n_mtp rope_theta norm_eps""".split()
+LATER_FIELDS = ["index_kl_stride"]     # joined a checkpoint's config later: older ones lack it
 RUN_FIELDS = ("index_warmup", "mtp_active")  # older checkpoints have these, a run's state, in their config
-# what must be above 0 in a checkpoint's config -> the largest value: a larger one would only exhaust the memory
-CONFIG_RANGES = dict(
-    vocab_size=2 ** 31,
-    n_layer=2 ** 16,
-    n_embd=2 ** 31,
-    n_head=2 ** 31,
-    n_kv_head=2 ** 31,
-    head_dim=2 ** 31,
+# the largest values in a checkpoint's config, of what shows in no weight's shape: with larger ones memory would run out
+CONFIG_LIMITS = dict(
     max_seq_len=2 ** 24,
+    index_head_dim=2 ** 16,
     index_block_size=2 ** 16,
     index_topk_blocks=2 ** 16,
     index_kl_stride=2 ** 24,
@@ -553,15 +543,15 @@ def check_config(config, model):
     unknown = config.keys() - fields.keys()
     if unknown:
         raise ValueError(f"its config has {', '.join(sorted(unknown))}, which this code does not know")
-    check_fields("its config", config, fields, optional=fields.keys() - set(CONFIG_FIELDS))
-    for name, most in CONFIG_RANGES.items():
-        if not 0 < config.get(name, 1) <= most:
-            raise ValueError(f"its config has {name} = {config[name]}: it must be above 0, and at most {most:g}")
-    if config["index_head_dim"] > 2 ** 16:  # 0 where no layer is sparse
-        raise ValueError(f"its config has index_head_dim = {config['index_head_dim']}: at most 65536")
-    if config["n_mtp"] > len(model):  # or the model would take for ever to build
-        raise ValueError(f"its config has n_mtp = {config['n_mtp']}, more modules than it has weights")
-    return MiniMaxConfig(**config)  # it checks what its layers need
+    check_fields("its config", config, fields, optional=LATER_FIELDS)
+    cfg = MiniMaxConfig(**config)
+    for name, most in CONFIG_LIMITS.items():
+        value = getattr(cfg, name)
+        if value > most:
+            raise ValueError(f"its config has {name} = {value}: at most {most}")
+    if cfg.n_mtp > len(model):  # or the model would take for ever to build
+        raise ValueError(f"its config has n_mtp = {cfg.n_mtp}, more modules than it has weights")
+    return cfg
 
 def in_index_warmup(state):
     """Whether a checkpoint's index branch was still learning, while its layers had full attention."""
@@ -576,11 +566,9 @@ def check_tokenizer(spec):
     special = spec["special"]
     if not all(type(token) is bytes and token for token in ranks):
         raise ValueError("its tokenizer has ranks that are not bytes")
-    every_byte = {bytes([byte]) for byte in range(256)}
-    if len(set(ranks)) < len(ranks) or not every_byte <= set(ranks):
+    if len(set(ranks)) < len(ranks) or not set(BYTES) <= set(ranks):
         raise ValueError("its tokenizer has a token twice, or lacks one of the 256 bytes")
-    next_ids = range(len(ranks), len(ranks) + len(special))
-    if EOT not in special or list(special.values()) != list(next_ids):
+    if special != {EOT: len(ranks)}:
         raise ValueError(f"its tokenizer's special tokens, {str(special)[:40]}, do not follow the {len(ranks)} others")
     return Tokenizer(spec)
 
@@ -803,9 +791,9 @@ class Threads:
         self.free = on_cpu and self.most > 1 and not asked and not named  # the user leaves the choice to us
         self.times = []                # seconds of the first steps and of the last
         self.count = None
-        if self.free and not saved:
-            return
         if self.free:
+            if not saved:
+                return
             self.keep(saved)
         elif asked:
             self.use(asked, "by --threads")
@@ -1109,22 +1097,19 @@ def generate(model, prompts, max_new_tokens, n_samples=1, temperature=1.0, top_p
     lengths = [len(row) for row in rows]
     capacity = min(model.cfg.max_seq_len, max(lengths) + max_new_tokens)
 
-    # prefill as many tokens as the shortest prompt has, once for all samples of a prompt
+    # what the model reads: first as many tokens as the shortest prompt has, then a token of each row
     shared = min(lengths)
     cache = KVCache(model.cfg, len(prompts), capacity, device, model.dtype)
     idx = torch.tensor([prompt[:shared] for prompt in prompts], device=device)
-    logits = model(idx, cache=cache, n_logits=1, index_warmup=index_warmup)[0]
-    cache.expand(n_samples)
-    logits = logits.repeat_interleave(n_samples, 0)
-
-    token = None                       # drawn last; the first logits are the prefill's
     running = [True] * len(rows)
     for t in range(shared, capacity):
         running = [on and t < length + max_new_tokens for on, length in zip(running, lengths)]
         if not any(running):
             return
-        if token is not None:
-            logits = model(token[:, None], cache=cache, n_logits=1, index_warmup=index_warmup)[0]
+        logits = model(idx, cache=cache, n_logits=1, index_warmup=index_warmup)[0]
+        if t == shared:  # the prefill has run once for all samples of a prompt
+            cache.expand(n_samples)
+            logits = logits.repeat_interleave(n_samples, 0)
         last = logits[:, -1].float()
         logprobs = last.log_softmax(-1)
 
@@ -1135,6 +1120,7 @@ def generate(model, prompts, max_new_tokens, n_samples=1, temperature=1.0, top_p
         drawn = sample_next(last, temperature, top_p, top_k, generator)
         forced = torch.tensor([row[t] if t < len(row) else -1 for row in rows], device=device)
         token = torch.where(forced >= 0, forced, drawn)
+        idx = token[:, None]
 
         # a row that has ended goes on in step, unseen
         on = torch.tensor(running, device=device)
@@ -1350,10 +1336,11 @@ def run(args):
     counts = [stream.tokens for stream in streams]
     if max(counts) == room < args.max_new_tokens:
         print(f"\nstopped at the model's context of {context} tokens")
-    rate = sum(counts) / seconds
-    print(f"\n{sum(counts)} tokens, {rate:.0f} tokens/s; {prefill_s:.3f} s to the first")
+    total = sum(counts)
+    rate = total / seconds
+    print(f"\n{total} tokens, {rate:.0f} tokens/s; {prefill_s:.3f} s to the first")
     texts = [args.prompt + stream.text for stream in streams]
-    return dict(text=texts[0], tokens=sum(counts), tokens_per_s=rate, prefill_s=prefill_s, accepted=None, texts=texts)
+    return dict(text=texts[0], tokens=total, tokens_per_s=rate, prefill_s=prefill_s, accepted=None, texts=texts)
 
 def main(argv=None):
     less = "; fewer --n-samples or --max-new-tokens need less"

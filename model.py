@@ -210,8 +210,8 @@ def apply_rope(x, rope):
     return torch.cat([turned_a, turned_b, rest], -1)
 
 # ---- the cache -----------------------------------------------------------------------------------
-# Generation computes the keys and values of a token once and keeps them; a layer with MSA keeps its index keys, too. In a
-# forward each layer appends to its own lane of the buffers; then `advance` counts the new tokens, once for all lanes.
+# Generation computes the keys and values of a token once and keeps them; a layer with MSA keeps its index keys, too.
+# In a forward each layer appends to its own lane of the buffers; then `advance` counts the new tokens for all lanes.
 # Between two forwards `crop` forgets a row's last tokens, `expand` copies rows, and `select` keeps some of them.
 
 class KVCache:
@@ -234,7 +234,7 @@ class KVCache:
         slots = (lanes, batch, self.capacity)
         self.k = torch.zeros(*slots, cfg.n_kv_head, cfg.head_dim, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
-        self.ki = torch.zeros(*slots, cfg.index_head_dim, device=device, dtype=dtype)
+        self.ki = self.k.new_zeros(*slots, cfg.index_head_dim)
         self.length = torch.zeros(batch, dtype=torch.int32, device=device)
         self.used = 0
         self.coded = None
@@ -407,6 +407,7 @@ class Attention(nn.Module):
         if self.indexer is None:
             return full_attention(q, k, v, ctx.end, start), {}
 
+        # an evaluation measures how much of the attention's mass the index branch finds
         learns = self.training and ctx.cache is None
         aux = {}
         if ctx.cache is None and not self.training:
@@ -440,7 +441,8 @@ class Attention(nn.Module):
         is dense."""
         S, L = self.cfg.index_topk_blocks, self.cfg.index_block_size
         end = None if end is None else end[:1]
-        found = block_recall(qi[:1], ki[:1], q[:1], k[:1], S, L, end)
+        first = (x[:1] for x in (qi, ki, q, k))
+        found = block_recall(*first, S, L, end)
         return dict(zip(("block_recall", "score_recall", "block_chance"), found))
 
 class Block(nn.Module):
@@ -484,9 +486,9 @@ class MTP(nn.Module):
 
 # ---- losses --------------------------------------------------------------------------------------
 # A token's loss is -log p(the token after it), in nats: p = softmax(W h), where h is the token's hidden state after the
-# last norm and W the head; a target of -1 has no loss. MTP module k has the same loss on the token k further on, from its
-# own hidden states. The logits W h are the largest tensor of a step, V numbers a token: they are computed for a chunk of
-# tokens at a time, and each chunk gives its loss and its gradient at once. All losses are sums over tokens;
+# last norm and W the head; a target of -1 has no loss. MTP module k has the same loss on the token k further on, from
+# its own hidden states. The logits W h, V numbers a token, are the largest tensor of a step: they are computed for a
+# chunk of tokens at a time, and each chunk gives its loss and its gradient at once. All losses are sums over tokens;
 # `count_losses` gives what to divide them by, so that a step may be cut into parts.
 
 @dataclasses.dataclass
@@ -635,9 +637,9 @@ def stack_reports(reports):
     return {key: torch.stack(layers) for key, layers in found.items()}
 
 # ---- the model -----------------------------------------------------------------------------------
-# MiniMax is the trunk (embedding, layers, norm, head) and the MTP modules. `forward` runs it: in training with losses, in
-# generation with a cache. The other methods count losses, parameters and FLOPs, balance the experts' load after a step
-# (see moe.py), and read and write released checkpoints with the functions of the sections below.
+# MiniMax is the trunk (embedding, layers, norm, head) and the MTP modules. `forward` runs it: with losses in training,
+# with a cache in generation. The other methods count losses, parameters and FLOPs, balance the experts' load after a
+# step (see moe.py), and read and write released checkpoints with the functions of the sections below.
 
 class MiniMax(nn.Module):
     """`dtype` is what activations are computed in; weights keep theirs (fp32 in training) and are cast where used."""
@@ -818,15 +820,16 @@ class MiniMax(nn.Module):
         return Losses(next=tokens[0], mtp=tokens[1:], kl=kl)
 
     def num_params(self):
-        """All parameters; those that compute one token (the report's 9.8B): no embedding, head or MTP, chosen experts."""
+        """All parameters; those that compute one token, without embedding, head and MTP (M2's report: 9.8B)."""
         total, active = count_params(self)
         tables = 2 * self.embed.weight.numel()
         modules = sum(count_params(module)[1] for module in self.mtp)
         return total, active - tables - modules
 
     def flops_per_token(self, pos, index_warmup=False, run_mtp=True):
-        """Useful FLOPs a token of a training step: 6 for each active parameter, and for each key that a query head reads
-        2 D for its score, 2 D for its value, and twice as much in the backward pass (PaLM, arXiv 2204.02311, appendix B).
+        """Useful FLOPs of a training step, the mean over tokens: 6 for each active parameter, and for each key that a
+        query head reads 2 D for its score, 2 D for its value, and twice as much in the backward pass (PaLM, arXiv
+        2204.02311, appendix B).
 
         pos  positions of the tokens in their documents, of any shape; pads are left out by the caller
         """
@@ -852,7 +855,8 @@ class MiniMax(nn.Module):
         key = 4 * cfg.n_head * cfg.head_dim  # a key's score and value, all heads
         index_key = 2 * cfg.n_kv_head * cfg.index_head_dim
         full = 3 * key * visible
-        kl = (key / 2 + 3 * index_key) * read / cfg.index_kl_stride  # the teacher's scores; the index branch's, both ways
+        # the KL: the teacher's scores forward, the index branch's forward and backward
+        kl = (key / 2 + 3 * index_key) * read / cfg.index_kl_stride
         sparse = 3 * key * read + index_key * scored + kl
         attention = full * kinds.count("full") + sparse * kinds.count("msa")
         return 6 * active + attention.mean().item()
@@ -916,7 +920,8 @@ class MiniMax(nn.Module):
 # and mlp.w13 (E, 2 I, C) is both halves of every expert. transformers stacks what the release keeps apart.
 
 # Our name of a parameter -> its form in the release, which save_hf writes, or a list: the release's form, then that of
-# transformers, where they differ by more than a synonym. {e} stands for an expert's number, {w1,w3} for the names of the two halves, gate and up.
+# transformers, where they differ by more than a synonym. {e} stands for an expert's number, {w1,w3} for the names of
+# the two halves, gate and up.
 MODEL_FORMS = {
     "embed.weight": "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",
@@ -1026,8 +1031,8 @@ def fill(params, path, hf):
         raise ValueError(f"{path}: missing or incomplete: {', '.join(incomplete)}")
 
 # ---- released checkpoints: files --------------------------------------------------------------------------------
-# Released folders also hold what the text model does not need, and downloads leave stray or damaged files. So the index,
-# where there is one, decides which file counts for a tensor, and what is missing or doubled is an error with its name.
+# Released folders also hold what the text model does not need, and downloads leave stray or damaged files. So the
+# index, where there is one, decides which file counts for a tensor; what is missing or doubled is named in an error.
 
 # tensors that take no part in the text model's forward, under any prefix: M3's vision tower and MTP modules; scales of
 # activations and of a quantized cache, for this code quantizes neither
@@ -1136,13 +1141,13 @@ def read_tensors(path, hf):
             except ValueError as error:
                 raise ValueError(f"{path}: {scales[0]}: {error}") from None
         else:
-            had = f"{t.dtype} with {len(scales)} scales"
-            raise ValueError(f"{path}: {name} is {had}: fp8 has one, floats of 16 bits or more have none")
+            raise ValueError(f"{path}: {name} is {t.dtype} with {len(scales)} scales: "
+                             "fp8 has one, floats of 16 bits or more have none")
 
 # ---- released checkpoints: fp8 ----------------------------------------------------------------------------------
-# A weight in fp8 has numbers of 8 bits and, in a tensor beside it, scales that bring them back to their size: M2 has one
-# scale for a tile of 128 x 128, mxfp8 a power of two for 32 numbers of a row, others one for a row or for all. Files say
-# little about it: a scale is read by its shape, and refused where quantization_config says otherwise.
+# A weight in fp8 has numbers of 8 bits and, in a tensor beside it, scales that bring them back to their size: M2 has
+# one scale for a tile of 128 x 128, mxfp8 a power of two for 32 numbers of a row, others one for a row or for all.
+# Files say little about it: a scale is read by its shape, and refused where quantization_config says otherwise.
 
 SCALES = ("_scale_inv", "_scale")  # what a scale's name adds to its tensor's; both are factors, in spite of "inv"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

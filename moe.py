@@ -110,7 +110,7 @@ def experts_loop(x, w13, w2, weights, idx, activation):
     return y
 
 def experts_grouped(x, w13, w2, weights, idx, activation):
-    """The same from tokens sorted by expert: contiguous groups of one matrix product. Arguments as in `experts_loop`."""
+    """The same from tokens sorted by expert: groups of one matrix product. Arguments as in `experts_loop`."""
     (T, C), A, E = x.shape, idx.size(1), w13.size(0)
 
     # sort the T * A pairs of a token and its expert by expert; a GPU sorts bytes in an eighth of the passes
@@ -160,7 +160,7 @@ def pick_experts(dtype):
 # ---- modules ----------------------------------------------------------------------------------------------------
 
 class Linear(nn.Linear):
-    """A product without bias. The weight stays in the dtype in which it is trained; where it is used, it is cast to x's."""
+    """A product without bias. The weight stays in the dtype in which it is trained; a product casts it to that of x."""
 
     def __init__(self, n_in, n_out):
         super().__init__(n_in, n_out, bias=False)
@@ -259,9 +259,9 @@ def max_violation(load):
     return load.amax(-1) / load.mean(-1) - 1
 
 # ---- the gate's kernels -----------------------------------------------------------------------------------------
-# One program computes a tile: ROWS whole rows of I channels, COLS of which the last have no number. It reads gate and up
-# and writes y, where torch would read and write each step of the formula. Backward computes y and its slopes anew: that
-# is cheaper than to keep them.
+# One program computes a tile: ROWS rows of I channels, in COLS columns, of which the last may be empty. It reads gate
+# and up and writes y, where torch would read and write each step of the formula. Backward computes y and its slopes
+# anew: that is cheaper than to keep them.
 
 ALPHA = constexpr(SWIGLU_ALPHA)
 LIMIT = constexpr(SWIGLU_LIMIT)

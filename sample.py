@@ -5,8 +5,9 @@
     python sample.py --hf DIR --prompt 1,2,3                  # an M2 or M3 checkpoint of transformers, by token ids
 
     text -> chunks -> bytes, merged into tokens
-    generate: prefill as many tokens as the shortest prompt has -> loop { one token a row through the KV cache; MSA picks
-    its blocks anew each time }; a row still inside its prompt is forced, the others sample: temperature, top-k, top-p
+    generate: prefill as many tokens as the shortest prompt has -> loop { one token a row through the KV cache; MSA
+    chooses its blocks anew each time }; a row still inside its prompt takes the prompt's token, the others draw one:
+    temperature, top-k, top-p
 """
 import os
 import signal
@@ -505,7 +506,8 @@ CONFIG_LIMITS = dict(
     index_kl_stride=2 ** 24,
 )
 STATE_OF = dict(Muon=["momentum"], AdamW=["step", "exp_avg", "exp_avg_sq"])  # what an optimizer keeps of a parameter
-KINDS = {int: "a whole number of at least 0", float: "a finite number", type(None): "none"}  # in words, for check_fields
+# the kinds of check_fields, in words
+KINDS = {int: "a whole number of at least 0", float: "a finite number", type(None): "none"}
 
 def check_fields(what, fields, kinds, optional=()):
     """ValueError, in one line, unless the fields are of their kinds.
@@ -1094,7 +1096,7 @@ def generate(model, prompts, max_new_tokens, n_samples=1, temperature=1.0, top_p
     check_prompts(prompts, n_samples, model.cfg)
     device = model.embed.weight.device
     rows = [prompt for prompt in prompts for _ in range(n_samples)]
-    lengths = [len(row) for row in rows]
+    lengths = list(map(len, rows))
     capacity = min(model.cfg.max_seq_len, max(lengths) + max_new_tokens)
 
     # what the model reads: first as many tokens as the shortest prompt has, then a token of each row
@@ -1285,7 +1287,7 @@ def card(args, model, device, why, n_prompt, threads, index_warmup):
           f"top-p {args.top_p:g}, top-k {args.top_k}, seed {args.seed}\n", flush=True)
 
 def continue_prompt(args, model, tokenizer, prompt, max_new_tokens, index_warmup):
-    """Draw the samples, and print the first as it grows -> their Streams, seconds to the first token, seconds in all."""
+    """Draw the samples, print the first as it grows -> their Streams, seconds to the first token, seconds in all."""
     device = model.embed.weight.device
     streams = [Stream(args.stop) for _ in range(args.n_samples)]
     first_s = None

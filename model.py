@@ -11,8 +11,9 @@
     experts     256, 8 active, SwiGLU                            128, 4 active, scaled by 2, + 1 shared, clamped SwiGLU
 
 Legend for every file: B T C batch, tokens, channels; H query heads, Hkv key/value heads, G = H // Hkv, D head dim;
-E experts, A active per token; N key blocks, S selected blocks, L tokens per key block. pos = position of a token on its
-own path, end = see msa.py. Layout (B, T, H, D).
+E experts, A active per token; N key blocks, S selected blocks, L tokens per key block; K MTP modules. i, j = place in
+the row, or slot in the cache: visibility and key blocks go by it, block = i // L. pos = position on the token's own
+path: RoPE goes by it. They differ in packed rows and prefix trees. end: see msa.py. Shapes (B, T, H, D).
 
 Not published: initialisation, MTP's weights. MTP follows DeepSeek-V3 (arXiv 2412.19437) and reads before `norm`.
 """
@@ -215,7 +216,8 @@ def apply_rope(x, rope):
 # Between two forwards `crop` forgets a row's last tokens, `expand` copies rows, and `select` keeps some of them.
 
 class KVCache:
-    """Keys, values and index keys of every layer and every MTP module, in static buffers; slot = position on the path.
+    """Keys, values and index keys of every layer, in static buffers; slot = position on the path. There is room for
+    those of every MTP module, too: nothing here writes it, for no script drafts tokens.
 
     cfg       of the model
     batch     rows, 0 or more
@@ -488,15 +490,16 @@ class MTP(nn.Module):
 # A token's loss is -log p(the token after it), in nats: p = softmax(W h), where h is the token's hidden state after the
 # last norm and W the head; a target of -1 has no loss. MTP module k has the same loss on the token k further on, from
 # its own hidden states. The logits W h, V numbers a token, are the largest tensor of a step: they are computed for a
-# chunk of tokens at a time, and each chunk gives its loss and its gradient at once. All losses are sums over tokens;
-# `count_losses` gives what to divide them by, so that a step may be cut into parts.
+# chunk of tokens at a time, and each chunk gives its loss and its gradient at once.
+# forward gives sums; count_losses gives, for a whole step, what each is divided by; sums.over(counts) gives means; and
+# means.objective() the number that is minimised. The parts of a step add up because each is divided by the step's counts.
 
 @dataclasses.dataclass
 class Losses:
-    """Sums of losses, in nats, or what they are divided by. The caller divides once, over all parts of a step."""
-    next: torch.Tensor                 # () next token; tokens with a target
-    mtp: torch.Tensor                  # (K,) module by module; tokens with a k-th next one
-    kl: torch.Tensor                   # (layers with MSA,) trunk, then MTP modules; queries that teach
+    """The parts of a step's loss: as sums in nats, as counts to divide them by, or as means."""
+    next: torch.Tensor                 # (): of the next token         count: tokens that have a target
+    mtp: torch.Tensor                  # (K,): of each MTP module      count: tokens that have one k + 1 places on
+    kl: torch.Tensor                   # (layers with MSA,), trunk, then MTP    count: queries of the KL, by weight
 
     def over(self, total):
         """Sums over their counts -> means."""
@@ -682,11 +685,12 @@ class MiniMax(nn.Module):
 
     def forward(self, idx, targets=None, weight=None, cache=None, pos=None, end=None, replay=None, n_logits=None,
                 index_warmup=False, run_mtp=True, recompute=False):
-        """One forward for training, prefill, decode, verification of drafts and merged trees.
+        """One forward for training, prefill, decode and merged trees.
 
         idx           (B, T) tokens
         targets       (B, T) the token after each, -1 = no loss. Without n_logits they give the losses alone
-        weight        (B, T) multiplicity of a token, 0 = pad; default 1
+        weight        (B, T) how often a token counts in the router's load and the index branch's KL, 0 = pad; default 1.
+                      Next-token and MTP losses do not read it: there a target of -1 leaves a token out
         cache         KVCache to read and append to
         pos           (B, T) position on a token's own path; default: counts on from the cache
         end           (B, Tk) int32, key j is visible to query i iff j <= i < end[j]; default: causal
@@ -752,14 +756,14 @@ class MiniMax(nn.Module):
     def layer_contexts(self, ctx, replay):
         """The context of each layer of the trunk, with its part of the recorded choices."""
         replay = replay or {}
-        blocks = iter(replay.get("block_idx", ()))
-        experts = iter(replay.get("experts", ()))
-        for layer, block in enumerate(self.layers):
+        chosen_blocks = iter(replay.get("block_idx", ()))
+        chosen_experts = iter(replay.get("experts", ()))
+        for number, layer in enumerate(self.layers):
             yield dataclasses.replace(
                 ctx,
-                layer=layer,
-                block_idx=next(blocks, None) if block.attn.indexer else None,
-                experts=next(experts, None) if isinstance(block.mlp, MoE) else None)
+                layer=number,
+                block_idx=next(chosen_blocks, None) if layer.attn.indexer else None,
+                experts=next(chosen_experts, None) if isinstance(layer.mlp, MoE) else None)
 
     def mtp_walk(self, hidden, embedded, ctx, weights):
         """Run the MTP modules one after the other, as in training: module k at all positions with a k-th next slot.
@@ -807,8 +811,8 @@ class MiniMax(nn.Module):
         for k in range(K + 1):  # depth 0 is the trunk
             inside = within_document(k, T, end, targets.device)                                       # (B, T - k)
             tokens.append(((targets[:, k:] >= 0) & inside).sum())
-            teaching = depth_weight(k, T, weight, end).clamp(min=0)
-            queries.append(teaching[:, stride - 1::stride].sum())
+            of_kl = depth_weight(k, T, weight, end).clamp(min=0)[:, stride - 1::stride]
+            queries.append(of_kl.sum())
 
         tokens = torch.stack(tokens).clamp(min=1)
         queries = torch.stack(queries).clamp(min=1)

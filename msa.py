@@ -13,8 +13,9 @@ At T <= S * L every visible block is chosen and MSA is full attention.
 One visibility rule everywhere: key j is visible to query i iff j <= i < end[j]. `end` (B, Tk) is the end of the
 document, or of the subtree in a prefix tree laid out depth first; None is plain causal. With a cache, keys are slots
 0 … Tk-1 and the first query has index start (B,): T queries see Tk >= T keys. Layout (B, T, H, D) throughout.
-A query that sees no key gives 0 and no gradient. NaN and inf reach the queries that see them and no others (within a
-tile of a GPU's full attention, our KV-outer and draft kernels, a value's may); an index score of NaN ranks as -inf.
+A query that sees no key gives 0 and no gradient. A NaN or inf in q, k or v reaches only the queries that see it, with
+one exception: on a GPU, in full attention, _kv_outer_kernel and _dense_kernel, one in v may reach other queries of its
+tile (0 * NaN). An index score of NaN ranks as -inf.
 
 The file, in reading order. Section A, in torch, is the whole specification; the others are the same in Triton.
     A  the spec             full_attention, select_blocks, msa_attention, msa_decode, index_kl_loss, msa_train
@@ -595,8 +596,9 @@ def _power_of_2(n, least=1):
     return max(least, triton.next_power_of_2(n))
 
 def _lanes(end=None, **lanes):
-    """-> slots from one sequence of a cache lane (B, Tk, …) to the next (it may be a slice of a longer one), and end
-    padded to as many. Kernels read each sequence of a lane as one piece, all lanes with the same capacity."""
+    """Check that lanes (one layer's tensors of a cache: k, v or ki, each (B, Tk, …)) are laid out alike: kernels read
+    each sequence of a lane as one piece. -> capacity, slots from the start of a sequence to that of the next (more than
+    Tk where the lane is a slice of a longer one); end, padded to capacity."""
     capacity = None
     for name, x in lanes.items():
         width = x[0, 0].numel()
@@ -623,6 +625,9 @@ def _lanes(end=None, **lanes):
 # the maximum LEAST and the sum 0, and its output is 0.
 #
 # A ranking needs one number for (score, block): _key packs both into an int64 whose order is the choice's order.
+#
+# The log2-sum-exp of a row, log2 of the sum of 2^score, is called lse for one part, stat for all keys of a query, and
+# index_stat in the index branch. In full attention's decode alone, stat is the pair (maximum, sum).
 
 LOG2E = constexpr(math.log2(math.e))
 LN2 = constexpr(math.log(2))
@@ -771,7 +776,8 @@ def _index_kernel(
             # a block before i's own lies wholly before i: no other causal mask is needed
             score = tl.where(blk < i // L, score, NOTHING)
             new = tl.where(rank == blk - first_blk, score[:, None], new)
-        # of a descending and an ascending row the larger elements, place by place, are the top ones, and bitonic
+        # best is sorted downwards, key upwards. Place by place the larger of the two are the TOP best of both. They are
+        # bitonic, rising at most once and falling at most once, read as a ring: the merge sorts such a row
         key = tl.sort(_key(_ranked(new), (first_blk + rank)[None]), 1, False)
         best = tl.bitonic_merge(tl.maximum(best, key), 1, True)
 
@@ -1577,10 +1583,11 @@ def _sum_slots(part, block_idx, out, G):
 
 # ==== E. Decode ===================================================================================
 #
-# A step of generation: each sequence has T <= 4 new tokens (one, and drafts to verify), and a cache of `length` others.
-# Reading memory is all that takes time. Three kernels, or two where index keys are not int8:
-#     _scan_kernel     reads every index key once, for all heads and drafts. The blocks are cut into `runs` even runs, a
-#                      program each: it writes the score of every block, and the best of its run
+# A step of generation: each sequence has T <= 4 new tokens, and a cache of `length` others. T is 1 in our scripts; more
+# are for a caller that verifies drafts, tokens that it guessed. Reading memory is all that takes time. Three kernels, or
+# two where index keys are not int8:
+#     _scan_kernel     reads every index key once, for all heads and drafts. The blocks are cut into runs, neighbours
+#                      of about equal number, a program each: it writes the score of every block, and its run's best
 #     _rescore_kernel  certified int8, section F: the scan gave bounds, these are the exact scores where it matters
 #     _attend_kernel   S programs for each query and KV head. Each finds the block of its rank, from the bests of the
 #                      runs first, attends to it, and writes a part; the last one to arrive merges the S parts
@@ -1613,7 +1620,7 @@ def _block_scores(query, key, end, i, b, blk, capacity, L: constexpr):
 
 @jit
 def _run_start(run, n, runs):
-    """The n blocks before the last query's own, cut into even runs: the first block of a run."""
+    """The n blocks before the last query's own, cut into runs of about equal length: the first block of a run."""
     return (run.to(tl.int64) * n // runs).to(tl.int32)
 
 @jit
@@ -1722,9 +1729,12 @@ def _scan_kernel(
 
 @jit
 def _choose(block_score, run_best, row, slot, n, N, TOP: constexpr, RUNS: constexpr, PAIR: constexpr):
-    """The block of rank slot >= 1 among those before the query's own, whose scores alone are above -inf. Exact in two
-    steps, on pairs of runs of up to PAIR blocks: the TOP best blocks lie in the TOP best pairs, because each pair that
-    beats theirs holds a block that beats them. The leaders of those pairs are merged with whatever else beats one."""
+    """The block of rank slot >= 1 (1 is the best) among those before the query's own; -1 where there are fewer.
+
+    Exact in two steps. Two neighbouring runs make a pair, of up to PAIR blocks. First take the TOP pairs whose best
+    blocks score highest: a block of any other pair is beaten by TOP blocks, the best one of each of these. Then read
+    all blocks of these pairs. Their best ones, the leaders, are in order already. Go through the other blocks, best
+    first, as long as one beats the last leader: it takes its rank, and each leader that it beats moves down by one."""
     row = row.to(tl.int64)
     block_score += row * N
     run_best += row * RUNS
@@ -2061,8 +2071,9 @@ def _dense_triton(q, k, v, end, start):
 #                      at most |q| * scale * slack, by Cauchy-Schwarz
 #     _scan_kernel     with int8 keys gives each block an upper and a lower bound on its score. The queries are rounded,
 #                      too, to 16 bits: two int8 digits, because the tensor cores multiply int8 by int8
-#     _rescore_kernel  the floor is the (S - 1)-th best lower bound. Only a block whose upper bound reaches it can be
-#                      chosen; those few get their exact score, and all others keep a bound below the floor
+#     _rescore_kernel  the floor is the (S - 1)-th best of the pairs of runs, each by its best lower bound: S - 1 blocks
+#                      are sure to reach it. Only a block whose upper bound does, too, can be chosen; those few get
+#                      their exact score, and all others keep a bound below the floor
 # Random keys leave some 2 S blocks a head to rescore. Whatever nothing bounds, NaN and inf, is always rescored.
 
 GAMMA = 2.0 ** -16        # rounding of a score of D = 128 products, relative to |q| |k|
@@ -2121,8 +2132,8 @@ def _unscale(x, unit, more):
     y = x * (unit / STEPS * 2.0 ** 15) * 2.0 ** 15 + more
     return tl.where(x > NOTHING, tl.minimum(tl.maximum(y, -3e38), 3e38), x)
 
-# One program = every so many-th run of one query and index head whose best upper bound reaches the floor: its blocks
-# that do get their exact score. All others keep bounds below the floor: they are not chosen.
+# One program = a share of one row's live runs. A run is live if its best upper bound reaches the floor. The blocks in it
+# that do get their exact score; all others keep bounds below the floor: they are not chosen.
 @jit
 def _rescore_kernel(
     qi,           # (B, T, HKV, DI)

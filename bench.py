@@ -54,7 +54,7 @@ STEP_LR = 1e-3                         # of the steps that --what train times, o
 BUDGETS = (2 ** 12, 2 ** 14, 2 ** 16)  # slots of a micro-batch that --what tree tries for the packed side
 WINDOWS = {"fifo": 1, "window": 19, "greedy": math.inf}    # oldest groups that the trainer may take from; 19 = 0.3 N
 SIGMAS = (0.5, 0.8, 1.3)               # of the log-normal tails: rl.py's default, and two that are heavier
-SEED = 1337                            # of what --what queue draws and trains, as rl.py's own
+SEED = 1337                            # of all that is random here, as rl.py's own
 TRAINING = ("--steps", "20", "--seed", str(SEED))          # flags of rl.py for each of its three trainings
 # heads of the tables
 HEAD = "what    shape     ctx  B  selection  index|   dense ms util |     MSA ms util | speed-up | least ms | runs"
@@ -219,7 +219,8 @@ def sdpa(q, k, v, impl):
     backends = {"cpu flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(backends[impl]):
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return out.transpose(1, 2)
 
 def dense_rows(q, k, v):
     """CPU: the last t of T queries, a group's heads as rows of one product; only the last t keys need a mask.
@@ -335,16 +336,15 @@ def gate(args, shape, what):
     lengths = [1, 100, S * L - 81, 2 * S * L + 17]
     if args.gpu:
         lengths.append(20_000)
-    g = torch.Generator(args.device).manual_seed(0)
     for T in lengths:
-        gate_length(args, shape, what, T, g)
+        gate_length(args, shape, what, T)
 
-def gate_length(args, shape, what, T, g):
+def gate_length(args, shape, what, T):
     """Prefill of one sequence of T tokens, or a decode step of two: every side against brute force, and each other."""
     t, slots = timed_sizes(args, what, T)
     B = 2 if what == "decode" else 1
-    q, qi = random_queries(args, SHAPES[shape], g, B, t)
-    k, v, ki = random_cache(args, SHAPES[shape], g, B, slots)
+    q, qi = random_queries(args, SHAPES[shape], B, t)
+    k, v, ki = random_cache(args, SHAPES[shape], B, slots)
     poison = [torch.full_like(q, math.nan) for _ in range(3)]
     del poison                         # what is allocated next lies where these were
 
@@ -376,22 +376,22 @@ def timed_sizes(args, what, T):
         return T, T
     return min(T, 32), capacity(T)     # a CPU gathers whole key blocks in place
 
-def fill(args, g, *size):
+def fill(args, *size):
     """Random numbers of variance 1: normal, on a CPU uniform, which takes a fifth of the time."""
     x = torch.empty(size, device=args.device, dtype=args.dtype)
-    return x.normal_(generator=g) if args.gpu else x.uniform_(-3 ** 0.5, 3 ** 0.5, generator=g)
+    return x.normal_() if args.gpu else x.uniform_(-3 ** 0.5, 3 ** 0.5)
 
-def random_queries(args, heads, g, *size):
+def random_queries(args, heads, *size):
     """-> q (*size, H, D), qi (*size, Hkv, D); heads is (H, Hkv)."""
     H, Hkv = heads
-    return fill(args, g, *size, H, D), fill(args, g, *size, Hkv, D)
+    return fill(args, *size, H, D), fill(args, *size, Hkv, D)
 
-def random_cache(args, heads, g, *size):
+def random_cache(args, heads, *size):
     """-> k and v (*size, Hkv, D), ki (*size, D)."""
     _, Hkv = heads
-    k = fill(args, g, *size, Hkv, D)
-    v = fill(args, g, *size, Hkv, D)
-    return k, v, fill(args, g, *size, D)
+    k = fill(args, *size, Hkv, D)
+    v = fill(args, *size, Hkv, D)
+    return k, v, fill(args, *size, D)
 
 def n_sets(args, shape, T, B):
     """Sets of buffers of a decode row: what is read between two uses of a set exceeds three times the last cache."""
@@ -482,10 +482,11 @@ def make_row(args, what, shape, T, t, B, selection, index, dense, sparse):
         notes.append(f"no ratio: full attention reads at less than {COPY_FLOOR:.0%} of the copy rate")
 
     speedup = f"{row['speedup']:7.2f}x" if fair else "    none"
-    line = ("{what:8}{shape:4}{ctx:>10,} {batch:>2}  {selection:11}{index:5}|"
-            "{dense_ms:11.3f} {dense_util:4.0%} |{msa_ms:12.3f} {msa_util:4.0%} |").format(**row)
-    least = "{dense:11.3f} {msa:8.3f}".format(**row["predicted_ms"])
-    print(f"{line} {speedup} |{least} | {len(dense)}, {len(sparse)}", *notes, sep="; ", flush=True)
+    least = row["predicted_ms"]
+    print(f"{what:8}{shape:4}{T:>10,} {B:>2}  {selection:11}{index:5}|"
+          f"{row['dense_ms']:11.3f} {row['dense_util']:4.0%} |{row['msa_ms']:12.3f} {row['msa_util']:4.0%} | "
+          f"{speedup} |{least['dense']:11.3f} {least['msa']:8.3f} | {len(dense)}, {len(sparse)}",
+          *notes, sep="; ", flush=True)
     return row
 
 def print_head(args, whats):
@@ -515,7 +516,7 @@ def kernel_rows(args, row, call, calls=1):
     out_bytes = B * t * H * D * args.size
     block_bytes = L * D * args.size
     gathered = (attend[0] * (S - 1) / S, 2 * (S - 1) * out_bytes)
-    # (FLOPs, bytes), and what to expect, written before it ran: share of the roofline, ms of latency, where the rest goes
+    # its (FLOPs, bytes); what to expect of it, written before it ran: share of the roofline, ms of latency, the rest
     design = {
         "_index_kernel": (score, 0.8, 0, "a running top 16 between products"),
         "_kv_outer_kernel": (gathered, 0.55, 0, "gathers of q, parts written"),
@@ -542,30 +543,34 @@ def kernel_rows(args, row, call, calls=1):
     row["kernels"] = times
 
 def cache_rows(args, shape, B, prefill, decode):
-    """All rows of one shape and batch, from the lengths of its prefills and decode steps, in tokens. One cache holds the
-    keys of them all, as filling it with a million tokens takes longer than a row; it is freed on return."""
+    """All rows of one shape and batch. One cache holds the keys of them all, since filling it takes longer than a row;
+    it is freed on return.
+
+    B         sequences
+    prefill   lengths of its prefills, in tokens
+    decode    lengths of its decode steps
+    """
     slots = [capacity(T) for T in prefill]
     slots += [n_sets(args, shape, T, B) * B * capacity(T) for T in decode]
-    g = torch.Generator(args.device).manual_seed(1337)
-    cache = random_cache(args, SHAPES[shape], g, max(slots, default=L))
+    cache = random_cache(args, SHAPES[shape], max(slots, default=L))
     rows = []
     for T in prefill:
-        rows += prefill_length(args, shape, T, cache, g)
+        rows += prefill_length(args, shape, T, cache)
     for T in decode:
-        rows += decode_length(args, shape, B, T, cache, g)
+        rows += decode_length(args, shape, B, T, cache)
     return rows
 
 # ---- prefill -------------------------------------------------------------------------------------
-# All T queries against T keys, causal; a CPU computes the last 32 queries alone, as it would take hours for the rest.
-# MSA runs twice. With a random index branch, neighbouring queries choose unlike blocks, which is the worst case for a
-# kernel that shares blocks among queries; with a structured one they choose nearly alike, as trained models do.
+# All T queries against T keys, causal; a CPU computes the last 32 queries alone, against the whole context.
+# MSA runs twice. With a random index branch, neighbouring queries choose unlike blocks: few queries share a block that
+# a kernel loads. With a structured one they choose nearly the same blocks. Dense attention is the same for both.
 # Timed by CUDA events around one call. Where a dense run takes seconds it takes place once, not warmed up.
 
-def structured(T, t, Hkv, ki, g):
+def structured(T, t, Hkv, ki):
     """Index queries that turn slowly (a new direction every 512 tokens, lines between) and share one direction, which
     the keys of block 0 have: neighbours agree, block 0 is a sink. -> qi of the last t (1, t, Hkv, D), ki (1, Tk, D)."""
-    common = torch.randn(D, generator=g, device=ki.device)
-    turn = torch.randn(T // 512 + 2, Hkv, D, generator=g, device=ki.device)
+    common = torch.randn(D, device=ki.device)
+    turn = torch.randn(T // 512 + 2, Hkv, D, device=ki.device)
     qi = ki.new_empty(1, t, Hkv, D)
     positions = torch.arange(T - t, T, device=ki.device)
     for rows, i in zip(qi[0].split(2 ** 16), positions.split(2 ** 16)):  # wide tensors for a part at a time
@@ -585,13 +590,13 @@ def overlap(block_idx):
             counts.append(len(head[head >= 0].unique()))
     return statistics.mean(counts)
 
-def prefill_length(args, shape, T, cache, g):
+def prefill_length(args, shape, T, cache):
     """The last queries of T tokens, whose keys a cache of slots holds: k and v (slots, Hkv, D), ki (slots, D).
     -> two rows: the index branch is random or structured, q, k and v are the same, and so is the dense side."""
     t, slots = timed_sizes(args, "prefill", T)
-    q, qi = random_queries(args, SHAPES[shape], g, 1, t)
+    q, qi = random_queries(args, SHAPES[shape], 1, t)
     k, v, ki = (x[None, :slots] for x in cache)
-    branches = {"random": (qi, ki), "structured": structured(T, t, qi.size(2), ki, g)}
+    branches = {"random": (qi, ki), "structured": structured(T, t, qi.size(2), ki)}
     calls = {"dense": partial(full, q, k, v, T)}
     for name, branch in branches.items():
         calls[name] = partial(sparse_prefill, q, k, v, *branch, T)
@@ -639,21 +644,21 @@ def repeat(call, sets, rounds):
         return outs
     return replay
 
-def decode_sets(args, shape, B, T, cache, g):
+def decode_sets(args, shape, B, T, cache):
     """Slices of the cache that push each other out of the last cache, and queries of their own.
     -> [(q (B, 1, H, D), k and v (B, slots, Hkv, D), qi (B, 1, Hkv, D), ki (B, slots, D), length (B,), int8 index or
     None), ...]"""
     n = n_sets(args, shape, T, B)
     slots = capacity(T)
-    q, qi = random_queries(args, SHAPES[shape], g, n, B, 1)
+    q, qi = random_queries(args, SHAPES[shape], n, B, 1)
     k, v, ki = (x[:n * B * slots].unflatten(0, (n, B, slots)) for x in cache)
     length = torch.full((B,), T - 1, dtype=torch.int32, device=args.device)
     int8 = [msa.quantize_index(keys, L) if args.gpu else None for keys in ki]
     return list(zip(q, k, v, qi, ki, [length] * n, int8))
 
-def decode_length(args, shape, B, T, cache, g):
+def decode_length(args, shape, B, T, cache):
     """One new token of B sequences of T, whose keys are slices of the cache -> a row for each kind of index keys."""
-    sets = decode_sets(args, shape, B, T, cache, g)
+    sets = decode_sets(args, shape, B, T, cache)
     chosen = {}
 
     def dense(q, k, v, qi, ki, length, int8):
@@ -711,15 +716,15 @@ def train_flops(T, H, Hkv, S, L):
     kl = 2 * H * D + 3 * index         # the teacher's scores, the index branch's and their gradients
     return {"dense": attention * pairs, "msa": (attention + kl) * chosen + index * pairs}
 
-def train_sides(args, shape, T, g):
+def train_sides(args, shape, T):
     """Attention's forward and backward on T random tokens -> two functions that return gradients, full attention's of
     q, k and v, and MSA's, choosing and KL included, of q, k, v, qi and ki."""
     H, Hkv, S, L = train_sizes(args.gpu, shape)
     dense_impl, msa_impl = pick_impl(args.gpu, "train", T)
 
-    tensors = *random_queries(args, (H, Hkv), g, 1, T), *random_cache(args, (H, Hkv), g, 1, T)
+    tensors = *random_queries(args, (H, Hkv), 1, T), *random_cache(args, (H, Hkv), 1, T)
     q, qi, k, v, ki = (x.requires_grad_() for x in tensors)
-    grad_out = fill(args, g, 1, T, H, D)
+    grad_out = fill(args, 1, T, H, D)
 
     def dense():
         out = sdpa(q, k, v, dense_impl)
@@ -735,14 +740,14 @@ def train_sides(args, shape, T, g):
 def train_gate(args, shape):
     """On S * L tokens MSA reads every block: its gradients of q, k and v are those of full attention."""
     _, _, S, L = train_sizes(args.gpu, shape)
-    dense, sparse = train_sides(args, shape, S * L, torch.Generator(args.device).manual_seed(0))
+    dense, sparse = train_sides(args, shape, S * L)
     for name, got, want in zip(("q", "k", "v"), sparse(), dense()):
         near(f"gate: MSA's gradient of {name} against full attention's, train {shape} at T = S * L", got, want)
 
 def attention_row(args, shape, T):
     """Forward and backward of one layer's attention and KL, both sides in turn, on T tokens."""
     H, Hkv, S, L = train_sizes(args.gpu, shape)
-    dense, sparse = train_sides(args, shape, T, torch.Generator(args.device).manual_seed(1337))
+    dense, sparse = train_sides(args, shape, T)
     bit_equal = all(map(torch.equal, sparse(), sparse()))
 
     def check(name, grads):
@@ -754,8 +759,9 @@ def attention_row(args, shape, T):
     stages = {side: [(flops, 0)] for side, flops in train_flops(T, H, Hkv, S, L).items()}
     row = side_row(args, stages, times["dense"], times["msa"], what="train", shape=shape, ctx=T, queries=T, batch=1,
                    selection="random", index=args.index, heads=[H, Hkv], bit_equal=bit_equal)
-    print("{what:8}{shape:4}{ctx:>10,} |{dense_ms:11.3f} {dense_util:4.0%} |{msa_ms:11.3f} {msa_util:4.0%} | "
-          "{speedup:7.2f}x | {bit_equal!s:14} | ".format(**row) + f"{len(times['dense'])}, {len(times['msa'])}", flush=True)
+    print(f"{'train':8}{shape:4}{T:>10,} |{row['dense_ms']:11.3f} {row['dense_util']:4.0%} |"
+          f"{row['msa_ms']:11.3f} {row['msa_util']:4.0%} | {row['speedup']:7.2f}x | {str(bit_equal):14} | "
+          f"{len(times['dense'])}, {len(times['msa'])}", flush=True)
     return row
 
 def step_plans(args):
@@ -783,7 +789,7 @@ def step_model(args, preset, attn, T, recompute):
         cfg.n_mtp = 0
     if attn == "full":
         cfg.attn_types = ["full"] * cfg.n_layer
-    torch.manual_seed(1337)
+    torch.manual_seed(SEED)
     model = MiniMax(cfg, args.dtype).to(args.device).train()
     learns = train.configure_optimizers(model, STEP_LR)
     if args.gpu:
@@ -836,8 +842,7 @@ def row_that_fits(name, measure, *given):
     except torch.OutOfMemoryError:
         print_left_out(name)
     gc.collect()  # compiled halves of a block and the block refer to each other
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()           # does nothing where there is no GPU
     return rows
 
 def print_left_out(name):
@@ -985,14 +990,13 @@ def run_tree(args):
         if not rows:
             print(f"sides   | rl.train_step on both: {implementations(model, args.device, True, False)}\n{TREE_HEAD}")
         row = tree_row(args, preset, model, tree_groups(asked, turns, n_mazes), turns)
-        line = ("tree    | {turns:5} {ctx:7} | {packed_tokens:9,} {packed_slots:9,} {packed_ms:10.1f}  {packing:22} | "
-                "{merged_tokens:7,} {merged_slots:8,} {merged_ms:9.1f} | {token_ratio:5.1f}x | {speedup:7.1f}x")
-        print(line.format(**row), flush=True)
+        print(f"tree    | {turns:5} {row['ctx']:7} | {row['packed_tokens']:9,} {row['packed_slots']:9,} "
+              f"{row['packed_ms']:10.1f}  {row['packing']:22} | {row['merged_tokens']:7,} {row['merged_slots']:8,} "
+              f"{row['merged_ms']:9.1f} | {row['token_ratio']:5.1f}x | {row['speedup']:7.1f}x", flush=True)
         rows.append(row)
-    last = dict(row, packed=plain(row["packed_ms"]), merged=plain(row["merged_ms"]))
-    print("found   | At {turns} turns a training step on prefix trees takes {merged} ms where the same samples, packed "
-          "({packing}), take {packed}: {speedup:.1f} times less, for {token_ratio:.1f} times fewer tokens."
-          .format(**last))
+    print(f"found   | At {turns} turns a training step on prefix trees takes {plain(row['merged_ms'])} ms where the same "
+          f"samples, packed ({row['packing']}), take {plain(row['packed_ms'])}: {row['speedup']:.1f} times less, for "
+          f"{row['token_ratio']:.1f} times fewer tokens.")
     return dict(device=args.name, rows=rows)
 
 # ---- queue: rl.py's strict FIFO, window and greedy -----------------------------------------------
@@ -1094,16 +1098,15 @@ def ratios(rows):
         longest[row["what"], row["batch"]] = row["ctx"]
     out = []
     for dense, sparse in product(rows, rows):
-        pair = dense["shape"], sparse["shape"]
         same = {key: dense[key] for key in keys}
-        like = all(sparse[key] == dense[key] for key in keys)
-        if not like or not dense["speedup"] or pair == ("m3", "m2"):
+        pair = dense["shape"], sparse["shape"]
+        if same != {key: sparse[key] for key in keys} or not dense["speedup"] or pair == ("m3", "m2"):
             continue
         if dense["ctx"] < longest[dense["what"], dense["batch"]]:
             continue
         published = PUBLISHED.get((dense["what"], *pair)) if dense["batch"] == 1 else None
-        found = dict(same, dense=pair[0], msa=pair[1], ratio=dense["dense_ms"] / sparse["msa_ms"], published=published,
-                     dense_util=dense["dense_util"])
+        found = dict(same, dense=dense["shape"], msa=sparse["shape"], ratio=dense["dense_ms"] / sparse["msa_ms"],
+                     published=published, dense_util=dense["dense_util"])
         out.append(found)
 
         notes = [f"dense util {dense['dense_util']:.0%}"]
@@ -1111,8 +1114,9 @@ def ratios(rows):
             notes.append("the kernels' time alone")
         if published:
             notes.append(f"published, at 1M: {published}")
-        print("ratio   | {what} batch {batch}, {ctx:,} tokens, {dense} dense over {msa} MSA, {selection}, {index} "
-              "index: {ratio:.2f}x".format(**found) + f" ({'; '.join(notes)})")
+        print(f"ratio   | {dense['what']} batch {dense['batch']}, {dense['ctx']:,} tokens, {dense['shape']} dense over "
+              f"{sparse['shape']} MSA, {dense['selection']}, {dense['index']} index: {found['ratio']:.2f}x "
+              f"({'; '.join(notes)})")
     return out
 
 def crossovers(rows):
@@ -1161,7 +1165,8 @@ def conclude(args, rows):
 
 def what_was_timed(row):
     if row["what"] == "train":  # on a CPU not M3's shape, but a quarter
-        return "forward and backward of attention, {} query heads and {} KV heads".format(*row["heads"])
+        H, Hkv = row["heads"]
+        return f"forward and backward of attention, {H} query heads and {Hkv} KV heads"
     what = "a decode step"
     if row["what"] == "prefill":
         what = "a prefill" if row["queries"] == row["ctx"] else f"a prefill's last {row['queries']} queries"
@@ -1251,9 +1256,8 @@ def check_figure(path):
 def trial(args):
     """-> a function that does what a CPU is timed on, both sides of a short prefill."""
     t, T = 32, 16 * L
-    g = torch.Generator().manual_seed(0)
-    q, qi = random_queries(args, SHAPES["m3"], g, 1, t)
-    k, v, ki = random_cache(args, SHAPES["m3"], g, 1, T)
+    q, qi = random_queries(args, SHAPES["m3"], 1, t)
+    k, v, ki = random_cache(args, SHAPES["m3"], 1, T)
 
     def step():
         full(q, k, v, T)
@@ -1267,6 +1271,7 @@ def set_device(args):
     args.gpu = args.device.type == "cuda"
     args.index = "bf16" if args.gpu else "fp32"  # what the index keys are held in
     args.rates = {}
+    torch.manual_seed(SEED)
     if args.device.type not in ("cpu", "cuda") or (args.gpu and args.dtype != torch.bfloat16):
         raise ValueError(f"--device {args.device}: a CPU, or a CUDA GPU with bf16 tensor cores")
     if args.gpu:
@@ -1297,7 +1302,8 @@ def layer_card(args):
     for what in args.whats:
         dense_impl, msa_impl = impl_names(args.gpu, what, args.ctx)
         print(f"sides   | {what}: full attention = {dense_impl}; MSA = {msa_impl}")
-    print("rates   | measured: copy {copy:.3e} bytes/s, matmul {matmul:.3e} FLOP/s".format(**measure_rates(args)))
+    now = measure_rates(args)
+    print(f"rates   | measured: copy {now['copy']:.3e} bytes/s, matmul {now['matmul']:.3e} FLOP/s")
     print(f"shape   | one layer; query heads, KV = index heads: {SHAPES}; D = {D}, S = {S} blocks of L = {L} keys")
 
 def print_predictions(args):
@@ -1330,8 +1336,8 @@ def run_attention(args):
     for shape, B in product(args.shapes, batches):
         rows += cache_rows(args, shape, B, plans[shape, B, "prefill"], plans[shape, B, "decode"])
         now = measure_rates(args)  # its buffers are free again
-    print("rates   | at the end: copy {copy:.3e} bytes/s, matmul {matmul:.3e} FLOP/s".format(**now)
-          + "; the largest measured are copy {copy:.3e}, matmul {matmul:.3e}".format(**args.rates))
+    print(f"rates   | at the end: copy {now['copy']:.3e} bytes/s, matmul {now['matmul']:.3e} FLOP/s; the largest measured "
+          f"are copy {args.rates['copy']:.3e}, matmul {args.rates['matmul']:.3e}")
     found = ratios(rows)
     return dict(conclude(args, rows), ratios=found)
 

@@ -537,7 +537,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dh, dW = ctx.saved_tensors
-        return (grad * dh).to(dh.dtype), (grad * dW).to(dW.dtype), None, None
+        return grad * dh, grad * dW, None, None  # grad is a number: the dtypes stay
 
 def cross_entropy(h, W, targets, chunk=None):
     """Sum of the next-token losses, without an (n, V) matrix for all tokens at once.
@@ -572,8 +572,7 @@ def _softmax_loss_kernel(
     m = tl.full([COLS], LEAST, tl.float32)
     l = tl.zeros([COLS], tl.float32)
     for first in range(0, V, COLS):
-        at = first + column
-        x = tl.load(row + at, mask=at < V, other=NOTHING).to(tl.float32)
+        x = tl.load(row + first + column, mask=first + column < V, other=NOTHING).to(tl.float32)
         new = tl.maximum(m, x)
         l = l * tl.exp(m - new) + tl.exp(x - new)
         m = new
@@ -586,11 +585,11 @@ def _softmax_loss_kernel(
 
     # the gradient, softmax - one-hot, over the logits
     for first in range(0, V, COLS):
-        at = first + column
-        x = tl.load(row + at, mask=at < V, other=0.0).to(tl.float32)
-        x = tl.exp(x - lse) - (at == target).to(tl.float32)
+        inside = first + column < V
+        x = tl.load(row + first + column, mask=inside, other=0.0).to(tl.float32)
+        x = tl.exp(x - lse) - (first + column == target).to(tl.float32)
         x = tl.where(target < 0, 0.0, x)
-        tl.store(row + at, x.to(logits.dtype.element_ty), mask=at < V)
+        tl.store(row + first + column, x.to(logits.dtype.element_ty), mask=inside)
 
 def softmax_loss(logits, y, impl="auto"):
     """Cross-entropy of each row; the gradient of their sum is written over the logits.

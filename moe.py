@@ -28,7 +28,7 @@ SWIGLU_LIMIT = 7.0    # swiglu_limit of M3's config: gate is at most 7, up lies 
 
 def best(x, n):
     """The n largest of each row of x (T, E), finite, best first, ties by the lowest -> indices (T, n) int64.
-    torch.compile makes one kernel of n times argmax, where it leaves the kernels of topk or sort as they are."""
+    Compiled, it is argmax n times, which torch.compile makes one kernel of: topk and sort would stay kernels apart."""
     if not torch.compiler.is_compiling():
         order = x.sort(dim=-1, descending=True, stable=True).indices
         return order[:, :n].contiguous()

@@ -134,7 +134,7 @@ def _flex(q, k, v, end, tile=128):
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
     T = q.size(1)
     more = -T % tile
-    if more:  # whole tiles: it wants masks as long as its tensors
+    if more:  # whole tiles: FlexAttention wants masks as long as its tensors
         padded = (F.pad(x, (0, 0, 0, 0, 0, more)) for x in (q, k, v))
         return _flex(*padded, F.pad(end, (0, more)), tile)[:, :T]
 
@@ -172,7 +172,7 @@ def block_scores(qi, ki, i, end, L):
     step = max(1, chunk(qi.device) // (B * T * Hkv * L))
     for b in range(0, n, step):
         part = slice(b * L, min(n, b + step) * L)
-        # keys @ queries: where there are few, a CPU does it 2 to 4 times as fast as queries @ keys
+        # keys @ queries: for few queries a CPU does it 2 to 4 times as fast as queries @ keys
         scores = (widen(ki[:, part]) @ q).view(B, -1, L, T, Hkv)
         if end is not None:
             last = end[:, part].view(B, -1, L, 1)
@@ -245,7 +245,7 @@ def selected(block_idx, i, L, end):
     seen = (j >= 0) & (j <= i)
     if end is None:
         return seen
-    j = j.clamp(0, end.size(1)).long()  # the 0 put behind the last: a slot without an end is invisible
+    j = j.clamp(0, end.size(1)).long()  # a slot without an end finds the 0 that is put behind the last: it is invisible
     last = F.pad(end, (0, 1)).gather(1, j.flatten(1))
     return seen & (i < last.view(j.shape))
 
@@ -341,7 +341,7 @@ def index_kl_loss(qi, ki, q, k, block_idx=None, L=1, end=None, weight=None, stri
     k          (B, T, Hkv, D)
     block_idx  (B, T, Hkv, S), whose tokens are the support; None: the whole visible prefix, for the warm-up
     L, end     see msa_attention
-    weight     (B, T), of each token in the sum; 0 or less: none. None: 1 each
+    weight     (B, T), a token's factor in the sum, where less than 0 counts as 0; None: 1 each
     stride     the sum is over every stride-th query
     ValueError for tensors that do not fit.
     """
@@ -381,7 +381,7 @@ class _IndexKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dqi, dki = ctx.saved_tensors
-        return (grad * dqi).to(dqi.dtype), (grad * dki).to(dki.dtype), *[None] * 7
+        return grad * dqi, grad * dki, *[None] * 7  # grad is a number: the dtypes stay
 
 def _share(weight, q, Hkv):
     """A query's share in the KL's sum, for each KV head: its weight (B, T), 0 or less = none -> fp32 or wider."""
@@ -391,8 +391,8 @@ def _share(weight, q, Hkv):
     return weight.to(torch.promote_types(q.dtype, torch.float32)).clamp(min=0) / Hkv
 
 def _finite(x):
-    """x with 0 for NaN, and the largest number for inf: for products with what is 0 where x is invisible (0 * NaN is
-    NaN), and is NaN already where x is seen."""
+    """x with 0 for NaN, and the largest number for inf. Its factor is 0 where x is invisible, and 0 * NaN would be NaN;
+    where x is seen, a NaN in x has already made its factor NaN."""
     return x.nan_to_num(0.0)
 
 def _kl_terms(p, scores, seen, share, qi):
@@ -582,7 +582,7 @@ def _pick(impl, x, *sizes, grad=()):
         return True
     if impl == "triton":
         raise ValueError(f"impl='triton' does not fit: {why}")
-    warnings.warn(f"sparse attention runs in torch: {why}")  # one place: said once
+    warnings.warn(f"sparse attention runs in torch: {why}")  # Python shows a warning of one place once
     return False
 
 def implementation(device, dtype, *sizes):

@@ -818,13 +818,13 @@ class Threads:
         if self.free:
             self.use(min(saved, self.most), "as in the checkpoint")
 
-    def choose(self, step, faster=FASTER, rounds=3):
-        """Call step() with one thread and with all, in turn, each `rounds` times, and take one where it is `faster`
-        times as fast."""
+    def choose(self, step, faster=FASTER):
+        """Call step() with one thread and with all, in turn, each three times, and take one where it is `faster` times
+        as fast."""
         seconds = {1: [], self.most: []}
         torch.set_num_threads(1)
         step()  # the first has memory to allocate
-        for _ in range(rounds):
+        for _ in range(3):
             for count, taken in seconds.items():
                 torch.set_num_threads(count)
                 started = time.perf_counter()

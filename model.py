@@ -15,10 +15,9 @@ E experts, A active per token; N key blocks, S selected blocks, L tokens per key
 the row, or slot in the cache: visibility and key blocks go by it, block = i // L. pos = position on the token's own
 path: RoPE goes by it. They differ in packed rows and prefix trees. end: see msa.py. Shapes (B, T, H, D).
 
-Not published: initialisation, MTP's weights. MTP follows DeepSeek-V3 (arXiv 2412.19437) and reads before `norm`.
+Not published: initialisation, MTP's weights. MTP follows DeepSeek-V3 (arXiv 2412.19437): its first module reads the
+trunk's hidden states before `norm`.
 """
-from __future__ import annotations  # without Triton, tl.constexpr in a kernel's signature is no name
-
 import dataclasses
 import json
 import math
@@ -39,7 +38,8 @@ from msa import (LEAST, NOTHING, block_recall, cdiv, check_tensor, constexpr, fu
 # model is. What may change from one step to the next, such as the index branch's warm-up, is an argument of `forward`.
 # A value with which no model can work is refused when the config is made, and again when the model is.
 
-M3_STYLE = dict(activation="swiglu_oai", gemma_norm=True, qk_norm="head")
+# what M3 computes otherwise than M2
+M3_STYLE = dict(activation="swiglu_oai", gemma_norm=True, qk_norm="head", routed_scale=2.0)
 
 @dataclasses.dataclass
 class MiniMaxConfig:
@@ -136,7 +136,7 @@ class MiniMaxConfig:
             M3_STYLE,
             vocab_size=4096, n_layer=3, n_embd=128, n_head=4, n_kv_head=2, head_dim=32, rotary_dim=16, max_seq_len=1024,
             attn_types=["full", "msa", "msa"], mlp_types=["dense", "moe", "moe"],
-            n_expert=8, n_expert_per_tok=2, expert_dim=96, shared_dim=96, dense_dim=384, routed_scale=2.0,
+            n_expert=8, n_expert_per_tok=2, expert_dim=96, shared_dim=96, dense_dim=384,
             index_head_dim=64, index_block_size=8, index_topk_blocks=4, index_kl_stride=2, n_mtp=1)
         return cls(**(fields | changes))
 
@@ -147,7 +147,7 @@ class MiniMaxConfig:
             M3_STYLE,
             vocab_size=50304, n_layer=12, n_embd=768, n_head=4, n_kv_head=2, head_dim=128, rotary_dim=64,
             max_seq_len=2 ** 20, attn_types=["full"] * 3 + ["msa"] * 9, mlp_types=["dense"] * 3 + ["moe"] * 9,
-            n_expert=16, n_expert_per_tok=4, expert_dim=512, shared_dim=512, dense_dim=2304, routed_scale=2.0,
+            n_expert=16, n_expert_per_tok=4, expert_dim=512, shared_dim=512, dense_dim=2304,
             index_head_dim=128, index_block_size=128, index_topk_blocks=16, index_kl_stride=8, n_mtp=1)
         return cls(**(fields | changes))
 
@@ -167,7 +167,7 @@ class MiniMaxConfig:
             M3_STYLE,
             vocab_size=200064, n_layer=60, n_embd=6144, n_head=64, n_kv_head=4, head_dim=128, rotary_dim=64,
             max_seq_len=1048576, attn_types=["full"] * 3 + ["msa"] * 57, mlp_types=["dense"] * 3 + ["moe"] * 57,
-            n_expert=128, n_expert_per_tok=4, expert_dim=3072, shared_dim=3072, dense_dim=12288, routed_scale=2.0,
+            n_expert=128, n_expert_per_tok=4, expert_dim=3072, shared_dim=3072, dense_dim=12288,
             index_head_dim=128, index_block_size=128, index_topk_blocks=16)
         return cls(**(fields | changes))
 
@@ -247,7 +247,7 @@ class KVCache:
     def append(self, layer, k, v, ki):
         """Write k, v (B, T, Hkv, D) and ki (B, T, D), or None, from slot `length` on -> what the layer now holds, up to
         a whole key block. `advance` moves `length` once all layers have written."""
-        B, T = self.length.size(0), k.size(1)
+        B, T = len(self.length), k.size(1)
         written = [("k", self.k, k), ("v", self.v, v)]
         if ki is not None:
             written.append(("ki", self.ki, ki))
@@ -267,7 +267,7 @@ class KVCache:
 
     def update_coded(self, layer, T):
         """Quantize anew the key blocks that the last T tokens touch: the bound on rounding is a block's."""
-        B, N = self.length.size(0), self.capacity // self.L
+        B, N = len(self.length), self.capacity // self.L
         n = (T + self.L - 2) // self.L + 1
         block = query_index(n, self.length // self.L, self.ki.device).clamp(max=N - 1)                    # (B, n)
         row = torch.arange(B, device=self.ki.device)[:, None]
@@ -293,7 +293,7 @@ class KVCache:
         one_for_all = limit.dim() == 0
         shaped = one_for_all or limit.shape == self.length.shape
         if limit.is_floating_point() or not shaped or (limit < 0).any():
-            rows = self.length.size(0)
+            rows = len(self.length)
             raise ValueError(f"cannot crop {rows} rows to {limit.tolist()}: expected 0 or more, one or one a row")
         limit = limit.clamp(max=self.capacity)
         self.length = torch.minimum(self.length, limit.to(self.length))
@@ -301,12 +301,12 @@ class KVCache:
 
     def expand(self, n):
         """n copies of every row, side by side: a group that shares its prompt."""
-        rows = torch.arange(self.length.size(0), device=self.length.device)
+        rows = torch.arange(len(self.length), device=self.length.device)
         self.select(rows.repeat_interleave(n))
 
     def select(self, rows):
         """Keep these rows (int64), in this order."""
-        B = self.length.size(0)
+        B = len(self.length)
         rows = torch.as_tensor(rows, device=self.length.device)
         if rows.dim() != 1 or rows.dtype != torch.int64 or ((rows < 0) | (rows >= B)).any():
             raise ValueError(f"cannot select rows {rows.tolist()} of {B}: expected int64 from 0 to {B - 1}")
@@ -316,7 +316,7 @@ class KVCache:
         if self.coded:
             self.coded = [x[:, rows] for x in self.coded]
         self.length = self.length[rows]
-        self.used = int(self.length.max()) if len(rows) else 0  # read back: the longest row may be gone
+        self.used = max(self.length.tolist(), default=0)  # read back: the longest row may be gone
 
 # ---- layers --------------------------------------------------------------------------------------
 # A layer with MSA has an index branch besides: small queries and keys, whose products rank the key blocks. Attention
@@ -512,13 +512,8 @@ class Losses:
             loss = loss + mtp_weight * self.mtp.mean()
         return loss
 
-def token_loss(h, W, y):
-    """Sum of the losses of hidden (n, C) under head (V, C), fp32 or wider; targets y (n,), -1 = none."""
-    logits = h @ W.to(h.dtype).T                                                                              # (n, V)
-    return F.cross_entropy(widen(logits), y, ignore_index=-1, reduction="sum")
-
 class _ChunkedLoss(torch.autograd.Function):
-    """token_loss over chunks of rows. A chunk's gradient is taken at once: its logits are not kept, or made again."""
+    """cross_entropy in training. Each chunk's gradient is taken at once: its logits are not kept, or computed again."""
 
     @staticmethod
     def forward(ctx, h, W, y, chunk):
@@ -540,7 +535,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return grad * dh, grad * dW, None, None  # grad is a number: the dtypes stay
 
 def cross_entropy(h, W, targets, chunk=None):
-    """Sum of the next-token losses, without an (n, V) matrix for all tokens at once.
+    """Sum of the tokens' losses, fp32 or wider, without an (n, V) matrix for all tokens at once.
 
     h        (B, T, C) hidden states
     W        (V, C) head
@@ -553,7 +548,12 @@ def cross_entropy(h, W, targets, chunk=None):
         chunk = 2 ** (30 - len(W).bit_length())
     if torch.is_grad_enabled() and (h.is_cuda or len(y) > chunk):
         return _ChunkedLoss.apply(h, W, y, chunk)
-    return sum(token_loss(x, W, t) for x, t in zip(h.split(chunk), y.split(chunk)))
+    w = W.to(h.dtype)
+    total = 0.0
+    for x, t in zip(h.split(chunk), y.split(chunk)):
+        logits = x @ w.T                                                                                      # (n, V)
+        total = total + F.cross_entropy(widen(logits), t, ignore_index=-1, reduction="sum")
+    return total
 
 # One program = one row of logits. The second pass finds in the L2 what the first has read: few rows are under way.
 @jit
@@ -775,9 +775,8 @@ class MiniMax(nn.Module):
         """
         T = hidden.size(1)
         for k, module in enumerate(self.mtp[:T - 1], 1):
-            cos, sin = ctx.rope
             depth_ctx = Context(
-                rope=(cos[:, :T - k], sin[:, :T - k]),
+                rope=tuple(table[:, :T - k] for table in ctx.rope),
                 end=None if ctx.end is None else ctx.end[:, :T - k],
                 weight=weights[k],
                 index_warmup=ctx.index_warmup,
@@ -906,8 +905,7 @@ class MiniMax(nn.Module):
         # everything that can fail comes before the first byte is written
         tensors = {}
         for ours, param in self.state_dict().items():
-            release = released_forms(ours)[0]
-            tensors.update(released_tensors(param, release))
+            tensors.update(released_tensors(param, released_forms(ours)[0]))
         tensors = {name: part.contiguous() for name, part in tensors.items()}
         config = config_to_hf(self.cfg, str(self.embed.weight.dtype).removeprefix("torch."))
 
@@ -1240,7 +1238,8 @@ MLP_LISTS = dict(
     moe_layer_freq={0: "dense", 1: "moe"})
 MODEL_TYPES = ("minimax_m2", "minimax_m3", "minimax_m3_text", "minimax_m3_vl", "minimax_m3_vl_text")
 
-# Fields that change what a model computes, and the values that this code computes; a field may be absent or null.
+# Fields that change what a model computes, with the value, or list of values, that this code computes, see `allow`; a
+# field may be absent or null.
 FIXED = dict(
     # router and experts
     scoring_func="sigmoid", use_routing_bias=True, norm_topk_prob=True, topk_method="noaux_tc",
@@ -1339,8 +1338,7 @@ def rope_dicts(*places):
     found = []
     for place in places:
         for key in ("rope_scaling", "rope_parameters"):
-            fields = inner(place, key)
-            fields = {name: value for name, value in fields.items() if value is not None}
+            fields = {name: value for name, value in inner(place, key).items() if value is not None}
             if fields:
                 found.append(fields)
     return found
@@ -1364,13 +1362,12 @@ def read_sizes(hf, m2):
 
 def allow_same(places, found):
     """ValueError for a field that says again what `found` holds, and says otherwise."""
-    n = found["n_layer"]
     dense_first = [*found["mlp_types"], "moe"].index("moe")
     allow(places, dict(
         num_experts=found["n_expert"],
         moe_intermediate_size=found["expert_dim"],
         first_k_dense_replace=dense_first,
-        attn_type_list=[[1] * n]))  # 1: softmax, sparse or not
+        attn_type_list=[[1] * found["n_layer"]]))  # 1: softmax, sparse or not
 
 def read_index_fields(hf, places, found):
     """The index branch's fields of MiniMaxConfig, where a layer has one."""

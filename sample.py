@@ -1126,7 +1126,7 @@ def generate(model, prompts, max_new_tokens, n_samples=1, temperature=1.0, top_p
 
         # a row that has ended goes on in step, unseen
         on = torch.tensor(running, device=device)
-        logprob = logprobs.gather(-1, token[:, None])[:, 0]
+        logprob = logprobs.gather(-1, idx)[:, 0]
         yield torch.where(on, token, -1), logprob
         for row, chosen in enumerate(token.tolist()):
             if chosen in stop and t >= lengths[row]:
@@ -1196,7 +1196,7 @@ class TokenIds:
         for word in words:
             if not re.fullmatch(r"\s*[0-9]{1,9}\s*", word) or int(word) >= self.n_vocab:
                 raise ValueError(f"--prompt {text[:100]!r}: with --hf, ids below {self.n_vocab}, as in 1,2,3")
-        return [int(word) for word in words]
+        return list(map(int, words))
 
     def decode_bytes(self, ids):
         return "".join(f",{i}" for i in ids).encode()

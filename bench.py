@@ -56,12 +56,6 @@ WINDOWS = {"fifo": 1, "window": 19, "greedy": math.inf}    # oldest groups that 
 SIGMAS = (0.5, 0.8, 1.3)               # of the log-normal tails: rl.py's default, and two that are heavier
 SEED = 1337                            # of all that is random here, as rl.py's own
 TRAINING = ("--steps", "20", "--seed", str(SEED))          # flags of rl.py for each of its three trainings
-# heads of the tables
-HEAD = "what    shape     ctx  B  selection  index|   dense ms util |     MSA ms util | speed-up | least ms | runs"
-TRAIN_HEAD = "what    shape     ctx |   dense ms util |     MSA ms util | speed-up | two runs equal | runs"
-STEP_HEAD = "what    model  attn   rows x tokens             |    step ms | tokens/s |   mfu | peak GB | runs"
-TREE_HEAD = ("tree    | turns longest |    packed  computed         ms  layout, slots a batch  | "
-             " merged computed        ms | tokens | speed-up")
 
 # ---- work and rates ------------------------------------------------------------------------------
 # A row's times stand beside what they could be at best: FLOPs and bytes that each side needs, over the FLOP/s and
@@ -233,9 +227,10 @@ def dense_rows(q, k, v):
     v = v.transpose(1, 2)
     mask = torch.full((t, t), -math.inf).triu(1)
     mask = mask.repeat_interleave(G, 0)[None, None]                                               # (1, 1, t * G, t)
-    out, lse = flash(rows, k[:, :, T - t:], v[:, :, T - t:], attn_mask=mask)
-    if t < T:
-        early, early_lse = flash(rows, k[:, :, :T - t], v[:, :, :T - t])
+    first = T - t                      # position of the first query: all see the keys before it
+    out, lse = flash(rows, k[:, :, first:], v[:, :, first:], attn_mask=mask)
+    if first > 0:
+        early, early_lse = flash(rows, k[:, :, :first], v[:, :, :first])
         out = torch.lerp(out, early, (early_lse - lse).sigmoid()[..., None])
     return out.unflatten(2, (t, G)).transpose(1, 2).flatten(2, 3)
 
@@ -291,10 +286,11 @@ def check_choice(name, qi, keys, blocks, i):
     n_earlier = i // L
     scores = qi.to(keys.dtype) @ keys[:n_earlier * L].T
     scores = scores.view(len(qi), n_earlier, L).amax(2)                                        # (Hkv, earlier blocks)
-    want = scores.topk(min(S - 1, n_earlier)).values                                           # (Hkv, chosen)
+    n_chosen = min(S - 1, n_earlier)
+    want = scores.topk(n_chosen).values                                                        # (Hkv, chosen)
     own = blocks[:, 0]
-    chosen = blocks[:, 1:1 + want.size(1)]
-    none = blocks[:, 1 + want.size(1):]
+    chosen = blocks[:, 1:1 + n_chosen]
+    none = blocks[:, 1 + n_chosen:]
 
     found = scores.gather(1, chosen.clamp(min=0).long())
     allowed = 2 ** -15 * keys.norm(dim=-1).max()
@@ -434,19 +430,19 @@ def lengths_that_fit(args, shape, what, B):
               f"{free / 1e9:.1f}; the longest length that fits is {max(fit, default=0):,}", flush=True)
     return fit if B == 1 else fit[-1:]
 
-def utilisation(row, stages, rates):
-    """Share of a measured rate that each side reaches: useful FLOPs in prefill, bytes it needs in decode."""
-    shares = {}
+def add_utilisation(row, stages, rates):
+    """Share of a measured rate that each side reaches: of the matrix rate by useful FLOPs, in decode of the copy rate by
+    the bytes that it needs."""
     for side, parts in stages.items():
         flops, moved = map(sum, zip(*parts))
         needed_s = moved / rates["copy"] if row["what"] == "decode" else flops / rates["matmul"]
-        shares[f"{side}_util"] = 1e3 * needed_s / row[f"{side}_ms"]
-    return shares
+        row[f"{side}_util"] = 1e3 * needed_s / row[f"{side}_ms"]
 
 def side_row(args, stages, dense, sparse, **row):
     """A row that compares both sides, from ms of each run; row: what was run, that is what, shape, ctx and so on."""
     row.update(dense_ms=statistics.median(dense), msa_ms=statistics.median(sparse))
-    row.update(speedup=row["dense_ms"] / row["msa_ms"], **utilisation(row, stages, args.rates))
+    row["speedup"] = row["dense_ms"] / row["msa_ms"]
+    add_utilisation(row, stages, args.rates)
     row["dense_impl"], row["msa_impl"] = impl_names(args.gpu, row["what"], row["ctx"])
     return row
 
@@ -464,7 +460,7 @@ def make_row(args, what, shape, T, t, B, selection, index, dense, sparse):
                    selection=selection, index=index)
     if max(row["dense_util"], row["msa_util"]) > 1 and not args.gpu:  # other processes slowed the rates: once more
         measure_rates(args)
-        row.update(utilisation(row, stages, args.rates))
+        add_utilisation(row, stages, args.rates)
 
     # a GPU's dense decode streams its keys, or it is no baseline; a CPU's may be bound by the products, not the bytes
     streams = what == "decode" and args.gpu
@@ -491,6 +487,8 @@ def make_row(args, what, shape, T, t, B, selection, index, dense, sparse):
 
 def print_head(args, whats):
     """The head of the table, and below it the rules that its rows follow."""
+    head = ("\nwhat    shape     ctx  B  selection  index|   dense ms util |     MSA ms util | speed-up | "
+            "least ms | runs")
     lines = []
     if "prefill" in whats and not args.gpu:
         lines += ["prefill: of the last 32 queries alone, against the whole context"]
@@ -503,7 +501,7 @@ def print_head(args, whats):
         lines += ["decode: full attention here is bound by products as much as by bytes, so that it need not",
                   "    reach the copy rate; util says what it reaches"]
     lines += ["outside, on both sides: projecting x to q, k, v and back; on MSA's also to qi and ki"]
-    print(f"\n{HEAD}", *lines, sep="\n        ", flush=True)
+    print(head, *lines, sep="\n        ", flush=True)
 
 def kernel_rows(args, row, call, calls=1):
     """Print a call's GPU time by kernel, over `calls` steps, beside what was expected and the least its design allows.
@@ -596,14 +594,15 @@ def prefill_length(args, shape, T, cache):
     t, slots = timed_sizes(args, "prefill", T)
     q, qi = random_queries(args, SHAPES[shape], 1, t)
     k, v, ki = (x[None, :slots] for x in cache)
-    branches = {"random": (qi, ki), "structured": structured(T, t, qi.size(2), ki)}
-    calls = {"dense": partial(full, q, k, v, T)}
-    for name, branch in branches.items():
-        calls[name] = partial(sparse_prefill, q, k, v, *branch, T)
+    turning = structured(T, t, qi.size(2), ki)
+    calls = {"dense": partial(full, q, k, v, T),
+             "random": partial(sparse_prefill, q, k, v, qi, ki, T),
+             "structured": partial(sparse_prefill, q, k, v, *turning, T)}
     distinct = {}
 
     def check(name, out):
-        check_rows(f"prefill {shape}, {T} tokens, {name}", *out, q, k, v, *branches.get(name, (qi, ki)), T - t)
+        branch = turning if name == "structured" else (qi, ki)
+        check_rows(f"prefill {shape}, {T} tokens, {name}", *out, q, k, v, *branch, T - t)
         if name != "dense":
             distinct[name] = overlap(out[1])
 
@@ -614,7 +613,7 @@ def prefill_length(args, shape, T, cache):
     times = alternate(calls, args.gpu, check, cold, seconds=3.0 if args.gpu else 0.3)
 
     rows = [make_row(args, "prefill", shape, T, t, 1, name, args.index, times["dense"], times[name])
-            for name in branches]
+            for name in ("random", "structured")]
     print(f"        distinct blocks of {min(64, t)} neighbours, a head: random {distinct['random']:.0f}, structured "
           f"{distinct['structured']:.0f}", flush=True)
     if args.gpu and T == args.ctx:
@@ -700,7 +699,7 @@ def decode_length(args, shape, B, T, cache):
 # with recomputed activations. Compiling is outside, and so is peak memory of the steps that compile.
 
 def train_sizes(gpu, shape):
-    """-> query heads, KV heads, S, L and lengths that --what train times; of M2's or M3's on a GPU."""
+    """-> query heads, KV heads, S and L that --what train times; those of M2 or M3 on a GPU."""
     H, Hkv = SHAPES[shape]
     if gpu:
         return H, Hkv, S, L
@@ -717,8 +716,8 @@ def train_flops(T, H, Hkv, S, L):
     return {"dense": attention * pairs, "msa": (attention + kl) * chosen + index * pairs}
 
 def train_sides(args, shape, T):
-    """Attention's forward and backward on T random tokens -> two functions that return gradients, full attention's of
-    q, k and v, and MSA's, choosing and KL included, of q, k, v, qi and ki."""
+    """Attention's forward and backward on T random tokens -> {side: function that returns gradients}: full attention's
+    of q, k and v, and MSA's, choosing and KL included, of q, k, v, qi and ki."""
     H, Hkv, S, L = train_sizes(args.gpu, shape)
     dense_impl, msa_impl = pick_impl(args.gpu, "train", T)
 
@@ -735,25 +734,24 @@ def train_sides(args, shape, T):
         out, kl = msa.msa_train(q, k, v, qi, ki, block_idx, L, impl=msa_impl)
         grad_kl = torch.full_like(kl, 1 / T)  # the KL is a sum over the tokens
         return torch.autograd.grad((out, kl), (q, k, v, qi, ki), (grad_out, grad_kl))
-    return dense, sparse
+    return {"dense": dense, "msa": sparse}
 
 def train_gate(args, shape):
     """On S * L tokens MSA reads every block: its gradients of q, k and v are those of full attention."""
     _, _, S, L = train_sizes(args.gpu, shape)
-    dense, sparse = train_sides(args, shape, S * L)
-    for name, got, want in zip(("q", "k", "v"), sparse(), dense()):
+    calls = train_sides(args, shape, S * L)
+    for name, got, want in zip(("q", "k", "v"), calls["msa"](), calls["dense"]()):
         near(f"gate: MSA's gradient of {name} against full attention's, train {shape} at T = S * L", got, want)
 
 def attention_row(args, shape, T):
     """Forward and backward of one layer's attention and KL, both sides in turn, on T tokens."""
     H, Hkv, S, L = train_sizes(args.gpu, shape)
-    dense, sparse = train_sides(args, shape, T)
-    bit_equal = all(map(torch.equal, sparse(), sparse()))
+    calls = train_sides(args, shape, T)
+    bit_equal = all(map(torch.equal, calls["msa"](), calls["msa"]()))
 
     def check(name, grads):
         for grad in grads:
             check_finite(f"train {shape}, {T} tokens: a gradient", grad)
-    calls = {"dense": dense, "msa": sparse}
     times = alternate(calls, args.gpu, check, cold=() if args.gpu else calls)
 
     stages = {side: [(flops, 0)] for side, flops in train_flops(T, H, Hkv, S, L).items()}
@@ -822,7 +820,7 @@ def step_row(args, preset, attn, n_rows, T, recompute):
                tokens_per_s=1e3 * mtp_every * n_rows * T / ms, step_ms=ms / mtp_every, mfu=None, peak_gb=None)
     peak = train.peak_flops(args.device)
     if peak:
-        a_token = model.flops_per_token(pos, run_mtp=True) + (mtp_every - 1) * model.flops_per_token(pos, run_mtp=False)
+        a_token = sum(model.flops_per_token(pos, run_mtp=step == 0) for step in range(mtp_every))
         row["mfu"] = 1e3 * n_rows * T * a_token / ms / peak
     if args.gpu:
         row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
@@ -836,14 +834,14 @@ def step_row(args, preset, attn, n_rows, T, recompute):
 
 def row_that_fits(name, measure, *given):
     """-> [the row that measure(*given) returns]; [] and a line about `name` where it does not fit the GPU's memory."""
-    rows = []
     try:
-        rows = [measure(*given)]
+        return [measure(*given)]
     except torch.OutOfMemoryError:
         print_left_out(name)
-    gc.collect()  # compiled halves of a block and the block refer to each other
-    torch.cuda.empty_cache()           # does nothing where there is no GPU
-    return rows
+        return []
+    finally:
+        gc.collect()                   # compiled halves of a block and the block refer to each other
+        torch.cuda.empty_cache()       # does nothing where there is no GPU
 
 def print_left_out(name):
     print(f"        {name}: left out, it does not fit the GPU's memory", flush=True)
@@ -857,14 +855,15 @@ def run_train(args):
     for shape in args.shapes:
         train_gate(args, shape)
     print(f"gate    | passed by {', '.join(args.shapes)}: gradients of q, k and v against full attention's at S * L "
-          f"tokens, relative RMS at most {TOLERANCE[args.dtype]:.0e}\n\n{TRAIN_HEAD}")
+          f"tokens, relative RMS at most {TOLERANCE[args.dtype]:.0e}")
+    print("\nwhat    shape     ctx |   dense ms util |     MSA ms util | speed-up | two runs equal | runs")
     lengths = (2 ** 13, 2 ** 15, 2 ** 17) if args.gpu else (512, 1024, 2048)
     lengths = [T for T in lengths if T <= args.ctx] or [args.ctx]
     compared = []
     for shape, T in product(args.shapes, lengths):
         compared += row_that_fits(f"train {shape}, {T:,} tokens", attention_row, args, shape, T)
 
-    print(f"\n{STEP_HEAD}")
+    print("\nwhat    model  attn   rows x tokens             |    step ms | tokens/s |   mfu | peak GB | runs")
     preset, plans = step_plans(args)
     steps = []
     for attn, n_rows, T, recompute in plans:
@@ -898,19 +897,17 @@ def packings(samples, cfg):
     longest = max(len(sample.ids) for sample in samples)
     padded = longest * len(samples)
 
-    def trees():
-        return [rl.PrefixTree([sample], cfg) for sample in samples]
+    def lay_out(times):
+        trees = [rl.PrefixTree([sample], cfg) for sample in samples]
+        return rl.pack_rows(trees, times * longest) if times else trees
 
-    def packed(times):
-        return rl.pack_rows(trees(), times * longest)
     budgets = [slots for slots in BUDGETS if slots == BUDGETS[0] or slots // 4 < padded]
+    layouts = list(product(budgets, (0, 1)))
+    layouts += [(budgets[-1], times) for times in (2, 4) if times * longest <= min(padded // 2, budgets[-1])]
     out = {}
-    for slots in budgets:
-        out[f"padded, {slots:,}"] = (trees, slots)
-        out[f"rows of {longest:,}, {slots:,}"] = (partial(packed, 1), slots)
-    for times in (2, 4):
-        if times * longest <= min(padded // 2, budgets[-1]):
-            out[f"rows of {times * longest:,}, {budgets[-1]:,}"] = (partial(packed, times), budgets[-1])
+    for slots, times in layouts:
+        kind = f"rows of {times * longest:,}" if times else "padded"
+        out[f"{kind}, {slots:,}"] = (partial(lay_out, times), slots)
     return out
 
 def fastest(steps, gpu):
@@ -934,13 +931,15 @@ def fastest(steps, gpu):
         if gpu and turn == 0:
             continue
         best = min(ms for name, (ms, _) in least.items() if name != "merged")
-        steps = {name: step for name, step in steps.items() if name == "merged" or least[name][0] <= 1.5 * best}
+        for name in list(steps):
+            if name != "merged" and least[name][0] > 1.5 * best:
+                del steps[name]
     return least
 
-def tree_groups(asked, turns, n_mazes):
+def tree_groups(asked, n_mazes):
     """All turns of four episodes of each maze by a teacher, with random rewards -> groups of samples of episodes."""
     gateway = rl.Gateway()
-    rng = random.Random(turns)
+    rng = random.Random(asked.turns)
     groups = []
     for maze in range(n_mazes):
         task = rl.make_task(asked, maze)
@@ -988,15 +987,17 @@ def run_tree(args):
         asked, _ = rl.parse_args(["--task", "maze", "--preset", preset, "--turns", str(turns)])
         model = rl.make_model(asked, args.device, args.dtype)
         if not rows:
-            print(f"sides   | rl.train_step on both: {implementations(model, args.device, True, False)}\n{TREE_HEAD}")
-        row = tree_row(args, preset, model, tree_groups(asked, turns, n_mazes), turns)
+            print(f"sides   | rl.train_step on both: {implementations(model, args.device, True, False)}\n"
+                  "tree    | turns longest |    packed  computed         ms  layout, slots a batch  | "
+                  " merged computed        ms | tokens | speed-up")
+        row = tree_row(args, preset, model, tree_groups(asked, n_mazes), turns)
         print(f"tree    | {turns:5} {row['ctx']:7} | {row['packed_tokens']:9,} {row['packed_slots']:9,} "
               f"{row['packed_ms']:10.1f}  {row['packing']:22} | {row['merged_tokens']:7,} {row['merged_slots']:8,} "
               f"{row['merged_ms']:9.1f} | {row['token_ratio']:5.1f}x | {row['speedup']:7.1f}x", flush=True)
         rows.append(row)
-    print(f"found   | At {turns} turns a training step on prefix trees takes {plain(row['merged_ms'])} ms where the same "
-          f"samples, packed ({row['packing']}), take {plain(row['packed_ms'])}: {row['speedup']:.1f} times less, for "
-          f"{row['token_ratio']:.1f} times fewer tokens.")
+    print(f"found   | At {turns} turns a training step on prefix trees takes {plain(row['merged_ms'])} ms where the "
+          f"same samples, packed ({row['packing']}), take {plain(row['packed_ms'])}: {row['speedup']:.1f} times less, "
+          f"for {row['token_ratio']:.1f} times fewer tokens.")
     return dict(device=args.name, rows=rows)
 
 # ---- queue: rl.py's strict FIFO, window and greedy -----------------------------------------------
@@ -1094,8 +1095,9 @@ def ratios(rows):
     """Dense over MSA at the longest length measured, with the same batch, selection and index keys."""
     keys = ("what", "ctx", "batch", "selection", "index")
     longest = {}
-    for row in rows:  # in rising order
-        longest[row["what"], row["batch"]] = row["ctx"]
+    for row in rows:  # one shape may have memory for longer ones
+        key = row["what"], row["batch"]
+        longest[key] = max(row["ctx"], longest.get(key, 0))
     out = []
     for dense, sparse in product(rows, rows):
         same = {key: dense[key] for key in keys}
@@ -1146,7 +1148,7 @@ def short(T):
     """A length as an axis says it: 300, 16K (16,384), 1M (a million, or 1,048,576)."""
     units = {2 ** 20: "M", 10 ** 6: "M", 2 ** 10: "K"}
     for size, unit in units.items():
-        if T and T % size == 0:
+        if T % size == 0:
             return f"{T // size}{unit}"
     return f"{T:,}"
 
@@ -1195,22 +1197,20 @@ def draw(path, rows, title):
     """Time against length, log-log: a chart for prefill, one for decode, or one for train."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
-    kinds = kinds_of(rows)
-    whats = list(dict.fromkeys(what for what, _, _ in kinds))
+    whats = list(dict.fromkeys(row["what"] for row in rows))
     figure = Figure((7 * len(whats), 5), layout="constrained")
-    for axis, chart in zip(figure.subplots(1, len(whats), squeeze=False)[0], whats):
-        axis.set(title=f"{chart}, one layer, {title}", xlabel="tokens of context", ylabel="ms", yscale="log")
+    for axis, what in zip(figure.subplots(1, len(whats), squeeze=False)[0], whats):
+        axis.set(title=f"{what}, one layer, {title}", xlabel="tokens of context", ylabel="ms", yscale="log")
         axis.set_xscale("log", base=2)
-        for (what, shape, index), kind in kinds.items():
-            if what != chart:
-                continue
+        charted = [row for row in rows if row["what"] == what]
+        for (_, shape, index), kind in kinds_of(charted).items():
             points = [row["ctx"] for row in kind]
             if index != "int8":        # its dense side is that of bf16
                 axis.plot(points, [row["dense_ms"] for row in kind], "o--", ms=3, label=f"{shape} dense")
             axis.plot(points, [row["msa_ms"] for row in kind], "o-", ms=3, label=f"{shape} msa, {index} index")
 
         # lengths as people say them, and times as plain numbers: no powers of 2 or 10
-        lengths = sorted({row["ctx"] for row in rows if row["what"] == chart})
+        lengths = sorted({row["ctx"] for row in charted})
         axis.set_xticks(lengths, [short(T) for T in lengths])
         axis.set_xticks([], minor=True)
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -1336,8 +1336,8 @@ def run_attention(args):
     for shape, B in product(args.shapes, batches):
         rows += cache_rows(args, shape, B, plans[shape, B, "prefill"], plans[shape, B, "decode"])
         now = measure_rates(args)  # its buffers are free again
-    print(f"rates   | at the end: copy {now['copy']:.3e} bytes/s, matmul {now['matmul']:.3e} FLOP/s; the largest measured "
-          f"are copy {args.rates['copy']:.3e}, matmul {args.rates['matmul']:.3e}")
+    print(f"rates   | at the end: copy {now['copy']:.3e} bytes/s, matmul {now['matmul']:.3e} FLOP/s; the largest "
+          f"measured are copy {args.rates['copy']:.3e}, matmul {args.rates['matmul']:.3e}")
     found = ratios(rows)
     return dict(conclude(args, rows), ratios=found)
 

@@ -55,7 +55,7 @@ BUDGETS = (2 ** 12, 2 ** 14, 2 ** 16)  # slots of a micro-batch that --what tree
 WINDOWS = {"fifo": 1, "window": 19, "greedy": math.inf}    # oldest groups that the trainer may take from; 19 = 0.3 N
 SIGMAS = (0.5, 0.8, 1.3)               # of the log-normal tails: rl.py's default, and two that are heavier
 SEED = 1337                            # of all that is random here, as rl.py's own
-TRAINING = ("--steps", "20", "--seed", str(SEED))          # flags of rl.py for each of its three trainings
+TRAINING = f"--steps 20 --seed {SEED}".split()             # flags of rl.py for each of its three trainings
 
 # ---- work and rates ------------------------------------------------------------------------------
 # A row's times stand beside what they could be at best: FLOPs and bytes that each side needs, over the FLOP/s and
@@ -225,8 +225,7 @@ def dense_rows(q, k, v):
     rows = q.unflatten(2, (-1, G)).transpose(1, 2).flatten(2, 3)                                 # (B, Hkv, t * G, D)
     k = k.transpose(1, 2)
     v = v.transpose(1, 2)
-    mask = torch.full((t, t), -math.inf).triu(1)
-    mask = mask.repeat_interleave(G, 0)[None, None]                                               # (1, 1, t * G, t)
+    mask = torch.full((t, t), -math.inf).triu(1).repeat_interleave(G, 0)[None, None]              # (1, 1, t * G, t)
     first = T - t                      # position of the first query: all see the keys before it
     out, lse = flash(rows, k[:, :, first:], v[:, :, first:], attn_mask=mask)
     if first > 0:
@@ -328,35 +327,35 @@ def check_rows(name, out, block_idx, q, k, v, qi, ki, first, most=256):
             near(f"{name}, query {first + n}", out[b, n], want)
 
 def gate(args, shape, what):
-    """A path to be timed, on short contexts, into memory full of nan; MSA is dense where S blocks are all there are."""
+    """A path to be timed, on short contexts: prefill of one sequence, or a decode step of two. Every side against brute
+    force, and MSA against the dense side where S blocks are all there are."""
     lengths = [1, 100, S * L - 81, 2 * S * L + 17]
     if args.gpu:
         lengths.append(20_000)
-    for T in lengths:
-        gate_length(args, shape, what, T)
-
-def gate_length(args, shape, what, T):
-    """Prefill of one sequence of T tokens, or a decode step of two: every side against brute force, and each other."""
-    t, slots = timed_sizes(args, what, T)
     B = 2 if what == "decode" else 1
-    q, qi = random_queries(args, SHAPES[shape], B, t)
-    k, v, ki = random_cache(args, SHAPES[shape], B, slots)
-    poison = [torch.full_like(q, math.nan) for _ in range(3)]
-    del poison                         # what is allocated next lies where these were
+    for T in lengths:
+        t, slots = timed_sizes(args, what, T)
+        q, qi = random_queries(args, SHAPES[shape], B, t)
+        k, v, ki = random_cache(args, SHAPES[shape], B, slots)
+        poison = [torch.full_like(q, math.nan) for _ in range(3)]
+        del poison                     # what is allocated next lies where these were
 
-    if what == "prefill":
-        outs = {"MSA": sparse_prefill(q, k, v, qi, ki, T), "dense": full(q, k, v, T)}
-    else:
-        length = torch.full((B,), T - 1, dtype=torch.int32, device=args.device)
-        outs = {"MSA": sparse_decode(q, k, v, qi, ki, length),
-                "dense": full(q, k, v, T, length),
-                "certified int8": sparse_decode(q, k, v, qi, ki, length, msa.quantize_index(ki, L))}
-        if not torch.equal(outs["MSA"][1], outs["certified int8"][1]):
-            raise ArithmeticError(f"gate: certified int8 chooses other blocks at T = {T}")
-    for side, out in outs.items():
-        check_rows(f"gate: {side}, {what} {shape} at T = {T}", *out, q, k, v, qi, ki, T - t, 15)
-    if T <= S * L:
-        near(f"gate: MSA against dense, {what} {shape} at T = {T} <= S * L", outs["MSA"][0], outs["dense"][0])
+        # what both sides compute
+        if what == "prefill":
+            outs = {"MSA": sparse_prefill(q, k, v, qi, ki, T), "dense": full(q, k, v, T)}
+        else:
+            length = torch.full((B,), T - 1, dtype=torch.int32, device=args.device)
+            outs = {"MSA": sparse_decode(q, k, v, qi, ki, length),
+                    "dense": full(q, k, v, T, length),
+                    "certified int8": sparse_decode(q, k, v, qi, ki, length, msa.quantize_index(ki, L))}
+            if not torch.equal(outs["MSA"][1], outs["certified int8"][1]):
+                raise ArithmeticError(f"gate: certified int8 chooses other blocks at T = {T}")
+
+        # what it should be
+        for side, out in outs.items():
+            check_rows(f"gate: {side}, {what} {shape} at T = {T}", *out, q, k, v, qi, ki, T - t, 15)
+        if T <= S * L:
+            near(f"gate: MSA against dense, {what} {shape} at T = {T} <= S * L", outs["MSA"][0], outs["dense"][0])
 
 # ---- rows of prefill and decode ------------------------------------------------------------------
 # A row is one layer's attention at one length: ms of full attention and of MSA, medians of their runs, and the ratio.
@@ -431,8 +430,8 @@ def lengths_that_fit(args, shape, what, B):
     return fit if B == 1 else fit[-1:]
 
 def add_utilisation(row, stages, rates):
-    """Share of a measured rate that each side reaches: of the matrix rate by useful FLOPs, in decode of the copy rate by
-    the bytes that it needs."""
+    """Share of a measured rate that each side reaches: of the matrix rate, by useful FLOPs; in decode of the copy rate,
+    by the bytes that it needs."""
     for side, parts in stages.items():
         flops, moved = map(sum, zip(*parts))
         needed_s = moved / rates["copy"] if row["what"] == "decode" else flops / rates["matmul"]
@@ -780,26 +779,29 @@ def model_steps(model, learns, batch, mtp_every, recompute):
         found = train.train_step(model, batch, optimizers, groups, run_mtp=step == 0, recompute=recompute)
     return found["loss"]
 
-def step_model(args, preset, attn, T, recompute):
-    """A model to take steps with, compiled on a GPU -> it, its optimizers. A long sequence has no MTP modules."""
+def step_row(args, preset, attn, n_rows, T, recompute):
+    """Optimizer steps of a preset on random tokens, of which every mtp_every-th has the MTP loss.
+
+    attn        full, in every layer, or msa: as in the preset
+    n_rows, T   rows of T tokens
+    recompute   as one long sequence needs it, which has no MTP modules either
+    """
     cfg = getattr(MiniMaxConfig, preset)(max_seq_len=T)
+    mtp_every = train.RUNS[preset]["mtp_every"]
     if recompute:
+        mtp_every = 1
         cfg.n_mtp = 0
     if attn == "full":
         cfg.attn_types = ["full"] * cfg.n_layer
+
+    # a model to take steps with, and random tokens
     torch.manual_seed(SEED)
     model = MiniMax(cfg, args.dtype).to(args.device).train()
     learns = train.configure_optimizers(model, STEP_LR)
     if args.gpu:
         torch.compiler.reset()  # graphs of another size count against the limit of recompilations
         train.compile_model(model, learns[0][0])
-    return model, learns
-
-def step_row(args, preset, attn, n_rows, T, recompute):
-    """Optimizer steps of a preset on random tokens, of which every mtp_every-th has the MTP loss."""
-    mtp_every = 1 if recompute else train.RUNS[preset]["mtp_every"]
-    model, learns = step_model(args, preset, attn, T, recompute)
-    text = torch.randint(model.cfg.vocab_size, (n_rows, T + 1), device=args.device)
+    text = torch.randint(cfg.vocab_size, (n_rows, T + 1), device=args.device)
     pos = torch.arange(T, device=args.device).expand(n_rows, T)
     batch = dict(idx=text[:, :-1], targets=text[:, 1:], pos=pos)
 
@@ -815,21 +817,22 @@ def step_row(args, preset, attn, n_rows, T, recompute):
     if not math.isfinite(loss):
         raise ArithmeticError(f"train {preset}, {attn} attention, {T} tokens: the loss is {loss.item()}")
 
+    # what a step needed, in a row
     ms = statistics.median(times)
-    row = dict(what="train", shape=preset, ctx=T, batch=n_rows, attn=attn, recompute=recompute,
-               tokens_per_s=1e3 * mtp_every * n_rows * T / ms, step_ms=ms / mtp_every, mfu=None, peak_gb=None)
-    peak = train.peak_flops(args.device)
-    if peak:
+    peak_flops = train.peak_flops(args.device)
+    mfu = None
+    if peak_flops:
         a_token = sum(model.flops_per_token(pos, run_mtp=step == 0) for step in range(mtp_every))
-        row["mfu"] = 1e3 * n_rows * T * a_token / ms / peak
-    if args.gpu:
-        row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        mfu = 1e3 * n_rows * T * a_token / ms / peak_flops
+    peak_gb = torch.cuda.max_memory_allocated() / 1e9 if args.gpu else None
+    row = dict(what="train", shape=preset, ctx=T, batch=n_rows, attn=attn, recompute=recompute, mfu=mfu, peak_gb=peak_gb,
+               tokens_per_s=1e3 * mtp_every * n_rows * T / ms, step_ms=ms / mtp_every)
 
-    mfu = f"{row['mfu']:.1%}" if peak else "none"
-    memory = f"{row['peak_gb']:.1f}" if args.gpu else "none"
+    utilised = f"{mfu:.1%}" if mfu else "none"
+    memory = f"{peak_gb:.1f}" if args.gpu else "none"
     recomputed = " recomputed" if recompute else ""
     print(f"{'train':8}{preset:7}{attn:5}{n_rows:>4} x {T:>9,}{recomputed:11} | {row['step_ms']:10.1f} | "
-          f"{row['tokens_per_s']:8,.0f} | {mfu:>5} | {memory:>7} | {len(times)}", flush=True)
+          f"{row['tokens_per_s']:8,.0f} | {utilised:>5} | {memory:>7} | {len(times)}", flush=True)
     return row
 
 def row_that_fits(name, measure, *given):
@@ -1035,14 +1038,15 @@ def queue_rows():
     """Strict FIFO, window and greedy on the same tasks, a row for each sigma and schedule."""
     rows = []
     print("queue: 64 groups in flight, 8 a step of 6 s, window 19 = 0.3 N; the same tasks and tails in every row")
-    for sigma in SIGMAS:
-        of_sigma = {name: simulate(window, 1000, sigma, SEED) for name, window in WINDOWS.items()}
-        for name, found in of_sigma.items():
-            gain = found["rate"] / of_sigma["fifo"]["rate"] - 1
-            print(f"sigma {sigma:.1f} {name:6s} | {found['rate']:5.1f} steps/1000 s {gain:+5.0%} | "
-                  f"idle {found['idle']:3.0%} | lag mean {found['lag']:4.1f} max {found['max_lag']:3d} | "
-                  f"hard tasks: first 10 batches {found['early']:.2f}, all {found['hard']:.2f}", flush=True)
-            rows.append(dict(what="queue", schedule=name, sigma=sigma, **found))
+    for sigma, (name, window) in product(SIGMAS, WINDOWS.items()):
+        found = simulate(window, 1000, sigma, SEED)
+        if name == "fifo":             # the first of each sigma, and the others' measure
+            fifo_rate = found["rate"]
+        gain = found["rate"] / fifo_rate - 1
+        print(f"sigma {sigma:.1f} {name:6s} | {found['rate']:5.1f} steps/1000 s {gain:+5.0%} | "
+              f"idle {found['idle']:3.0%} | lag mean {found['lag']:4.1f} max {found['max_lag']:3d} | "
+              f"hard tasks: first 10 batches {found['early']:.2f}, all {found['hard']:.2f}", flush=True)
+        rows.append(dict(what="queue", schedule=name, sigma=sigma, **found))
     return rows
 
 def train_schedules(args):
@@ -1230,7 +1234,7 @@ def parse_args(argv):
                    help="longest context, in tokens: 65536, 1e6, 64k (k = 1,024) or 1M (M = 1,048,576)")
     p.add_argument("--what", choices=("prefill", "decode", "train", "tree", "queue", "all"), default="all",
                    help="what to time; tree: rl.py's training step; queue: its schedules; all: prefill and decode")
-    p.add_argument("--shape", choices=tuple(SHAPES), help="default: both")
+    p.add_argument("--shape", choices=SHAPES, help="default: both")
     p.add_argument("--figure", metavar="FILE", help="draw time against length, or queue's curves; needs matplotlib")
     args = p.parse_args(argv)
     args.shapes = [args.shape] if args.shape else list(SHAPES)

@@ -540,8 +540,7 @@ def kernel_rows(args, row, call, calls=1):
     row["kernels"] = times
 
 def cache_rows(args, shape, B, prefill, decode):
-    """All rows of one shape and batch. One cache holds the keys of them all, since filling it takes longer than a row;
-    it is freed on return.
+    """All rows of one shape and batch. One cache, filled once and freed on return, holds the keys of them all.
 
     B         sequences
     prefill   lengths of its prefills, in tokens
@@ -825,8 +824,8 @@ def step_row(args, preset, attn, n_rows, T, recompute):
         a_token = sum(model.flops_per_token(pos, run_mtp=step == 0) for step in range(mtp_every))
         mfu = 1e3 * n_rows * T * a_token / ms / peak_flops
     peak_gb = torch.cuda.max_memory_allocated() / 1e9 if args.gpu else None
-    row = dict(what="train", shape=preset, ctx=T, batch=n_rows, attn=attn, recompute=recompute, mfu=mfu, peak_gb=peak_gb,
-               tokens_per_s=1e3 * mtp_every * n_rows * T / ms, step_ms=ms / mtp_every)
+    row = dict(what="train", shape=preset, ctx=T, batch=n_rows, attn=attn, recompute=recompute, step_ms=ms / mtp_every,
+               tokens_per_s=1e3 * mtp_every * n_rows * T / ms, mfu=mfu, peak_gb=peak_gb)
 
     utilised = f"{mfu:.1%}" if mfu else "none"
     memory = f"{peak_gb:.1f}" if args.gpu else "none"
@@ -987,7 +986,7 @@ def run_tree(args):
     preset, n_mazes = ("small", 16) if args.gpu else ("micro", 1)
     rows = []
     for turns in tree_turns(args):
-        asked, _ = rl.parse_args(["--task", "maze", "--preset", preset, "--turns", str(turns)])
+        asked, _ = rl.parse_args(f"--task maze --preset {preset} --turns {turns}".split())
         model = rl.make_model(asked, args.device, args.dtype)
         if not rows:
             print(f"sides   | rl.train_step on both: {implementations(model, args.device, True, False)}\n"
@@ -1031,8 +1030,8 @@ def simulate(window, steps, sigma, seed):
         now = queue.wait(groups, now) + 6.0
         hard_shares.append(sum(is_hard[task] for task in queue.batch) / groups)
         lags += queue.publish(step + 1)
-    return dict(rate=1000 * steps / now, idle=queue.idle / now, lag=sum(lags) / len(lags), max_lag=max(lags),
-                early=sum(hard_shares[:10]) / 10, hard=sum(hard_shares) / steps)
+    return dict(rate=1000 * steps / now, idle=queue.idle / now, lag=statistics.fmean(lags), max_lag=max(lags),
+                early=statistics.fmean(hard_shares[:10]), hard=statistics.fmean(hard_shares))
 
 def queue_rows():
     """Strict FIFO, window and greedy on the same tasks, a row for each sigma and schedule."""
@@ -1045,7 +1044,7 @@ def queue_rows():
         gain = found["rate"] / fifo_rate - 1
         print(f"sigma {sigma:.1f} {name:6s} | {found['rate']:5.1f} steps/1000 s {gain:+5.0%} | "
               f"idle {found['idle']:3.0%} | lag mean {found['lag']:4.1f} max {found['max_lag']:3d} | "
-              f"hard tasks: first 10 batches {found['early']:.2f}, all {found['hard']:.2f}", flush=True)
+              f"hard tasks: first 10 batches {found['early']:.2f}, all {found['hard']:.2f}")
         rows.append(dict(what="queue", schedule=name, sigma=sigma, **found))
     return rows
 
@@ -1310,7 +1309,10 @@ def layer_card(args):
     print(f"rates   | measured: copy {now['copy']:.3e} bytes/s, matmul {now['matmul']:.3e} FLOP/s")
     print(f"shape   | one layer; query heads, KV = index heads: {SHAPES}; D = {D}, S = {S} blocks of L = {L} keys")
 
-def print_predictions(args):
+@torch.no_grad()
+def run_attention(args):
+    """--what prefill, decode, all: the gate, the rows of every shape, and what they say."""
+    layer_card(args)
     for shape, what in product(args.shapes, args.whats):
         t, _ = timed_sizes(args, what, args.ctx)
         stages = work(shape, args.ctx, t, 1, args.size, args.size)
@@ -1318,11 +1320,7 @@ def print_predictions(args):
         print(f"predict | roofline of {what} {shape} at {args.ctx:,}: dense {dense:,.3f} ms, MSA {sparse:,.3f} ms, "
               f"{dense / sparse:.2f}x", flush=True)
 
-@torch.no_grad()
-def run_attention(args):
-    """--what prefill, decode, all: the gate, the rows of every shape, and what they say."""
-    layer_card(args)
-    print_predictions(args)
+    # the lengths that memory has room for, and the gate of what will be timed
     batches = (1, 8) if args.gpu else (1,)
     plans = {}
     for shape, B, what in product(args.shapes, batches, ("prefill", "decode")):
@@ -1335,6 +1333,7 @@ def run_attention(args):
     print(f"gate    | passed by {', '.join(args.shapes)}: choice against torch, output against brute force in fp32, "
           f"relative RMS at most {TOLERANCE[args.dtype]:.0e}")
 
+    # rows, the rates measured again between them, and what they say
     print_head(args, args.whats)
     rows = []
     for shape, B in product(args.shapes, batches):

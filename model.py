@@ -572,7 +572,8 @@ def _softmax_loss_kernel(
     m = tl.full([COLS], LEAST, tl.float32)
     l = tl.zeros([COLS], tl.float32)
     for first in range(0, V, COLS):
-        x = tl.load(row + first + column, mask=first + column < V, other=NOTHING).to(tl.float32)
+        token = first + column
+        x = tl.load(row + token, mask=token < V, other=NOTHING).to(tl.float32)
         new = tl.maximum(m, x)
         l = l * tl.exp(m - new) + tl.exp(x - new)
         m = new
@@ -585,11 +586,11 @@ def _softmax_loss_kernel(
 
     # the gradient, softmax - one-hot, over the logits
     for first in range(0, V, COLS):
-        inside = first + column < V
-        x = tl.load(row + first + column, mask=inside, other=0.0).to(tl.float32)
-        x = tl.exp(x - lse) - (first + column == target).to(tl.float32)
+        token = first + column
+        x = tl.load(row + token, mask=token < V, other=0.0).to(tl.float32)
+        x = tl.exp(x - lse) - (token == target).to(tl.float32)
         x = tl.where(target < 0, 0.0, x)
-        tl.store(row + first + column, x.to(logits.dtype.element_ty), mask=inside)
+        tl.store(row + token, x.to(logits.dtype.element_ty), mask=token < V)
 
 def softmax_loss(logits, y, impl="auto"):
     """Cross-entropy of each row; the gradient of their sum is written over the logits.

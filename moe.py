@@ -15,6 +15,8 @@ expert and runs one grouped matrix product, with no host synchronisation, `gated
 """
 from __future__ import annotations  # without Triton, tl.constexpr in a kernel's signature is no name
 
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -198,6 +200,10 @@ class Router(nn.Module):
         return super()._apply(at_least_fp32, recurse)
 
     def forward(self, x):
+        # in training alone: for the few tokens of a decoding step, splitting the weight would be most of the work
+        on_tensor_cores = x.is_cuda and x.dtype == torch.bfloat16 and self.weight.dtype == torch.float32
+        if torch.is_grad_enabled() and on_tensor_cores:
+            return _WideGate.apply(x, self.weight)
         return F.linear(x.to(self.weight.dtype), self.weight)
 
 class MoE(nn.Module):
@@ -257,6 +263,49 @@ def update_bias(bias, load, rate):
 def max_violation(load):
     """MaxVio of load (…, E): how far the busiest expert is above the mean; 0 = balanced, E - 1 = one takes all."""
     return load.amax(-1) / load.mean(-1) - 1
+
+# ---- the router's product on tensor cores -----------------------------------------------------------------------
+# Tensor cores multiply bf16, of 8 bits, and the gate's weights are fp32, of 24. A number of 24 bits is the sum of three
+# of 8 bits, so three products give the exact one: W x = W1 x + W2 x + W3 x, each summed in fp32.
+
+def _terms(x):
+    """x in fp32, 0 or over 2^-110 -> three terms in bf16 with the same sum: 8 bits each of its 24."""
+    first = _head(x)
+    second = _head(x - first)
+    third = x - first - second
+    return first.bfloat16(), second.bfloat16(), third.bfloat16()
+
+def _head(x):
+    """The first 8 bits of x (fp32), in fp32. They are cut off, not rounded by .bfloat16(): torch.compile leaves out that
+    rounding, and x - head(x) would be 0."""
+    return (x.view(torch.int32) & -2 ** 16).view(torch.float32)
+
+class _WideGate(torch.autograd.Function):
+    """x (n, C) bf16, W (E, C) fp32 -> x W^T in fp32, on tensor cores and without a copy of x in fp32: products of two
+    bf16 numbers are exact in fp32, and sums are fp32. bmm and not mm, whose out_dtype torch.compile may not know."""
+
+    @staticmethod
+    def forward(ctx, x, W):
+        ctx.save_for_backward(x, W)
+        stacked = torch.cat(_terms(W))                                              # (3 E, C)
+        products = torch.bmm(x[None], stacked.T[None], out_dtype=W.dtype)[0]        # (n, 3 E)
+        return products.unflatten(1, (3, -1)).sum(1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, W = ctx.saved_tensors
+        g1, g2, g3 = _terms(grad)                                                   # (n, E)
+        w1, w2, _ = _terms(W)                                                       # (E, C)
+
+        # dx = g1 w1 + g1 w2 + g2 w1: 16 of 24 bits, for what is left is rounded to bf16
+        dx = torch.cat([g1, g1, g2], 1) @ torch.cat([w1, w2, w1])
+
+        # dW sums over tokens, in so many parts: one would keep six multiprocessors busy
+        parts = math.gcd(len(x), 64)
+        left = torch.cat([g1, g2, g3], 1).unflatten(0, (parts, -1))                 # (parts, n / parts, 3 E)
+        right = x.unflatten(0, (parts, -1))                                         # (parts, n / parts, C)
+        dW = torch.bmm(left.transpose(1, 2), right, out_dtype=W.dtype).sum(0)       # (3 E, C)
+        return dx, dW.unflatten(0, (3, -1)).sum(0)
 
 # ---- the gate's kernels -----------------------------------------------------------------------------------------
 # One program computes a tile: ROWS rows of I channels, in COLS columns, of which the last may be empty. It reads gate

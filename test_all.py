@@ -1645,21 +1645,29 @@ def test_the_compiled_choice_is_a_stable_sort():
 
     assert torch.equal(compiled(scores, 4), moe.best(scores, 4))
 
-def test_router_computes_in_fp32():
-    """In a bf16 model the router's logits and the gradient of its weight are as near fp64 as fp32's."""
+def test_wide_gate_is_fp32():
+    """A gate's three bf16 terms are its fp32 weight: logits and dW are as near fp64 as fp32's; dx is rounded once."""
     T, C, E = 200, 64, 16
-    router = moe.Router(C, E).bfloat16()
-    W = torch.randn(E, C)
-    router.weight.data = W.clone()
-    x = torch.randn(T, C).bfloat16()
-    upstream = torch.randn(T, E)
+    gpu = torch.cuda.is_available()
+    device = "cuda" if gpu else "cpu"
+    x = torch.randn(T, C, device=device).bfloat16()
+    W = torch.randn(E, C, device=device)
+    upstream = torch.randn(T, E, device=device)
+    gate = torch.compile(moe._WideGate.apply, disable=not gpu)
 
-    got = with_grads(router(x), [router.weight], upstream)
+    def run(function, x, W):
+        inputs = x.requires_grad_(), W.requires_grad_()
+        y = function(*inputs)
+        return with_grads(y, inputs, upstream.to(y.dtype))
 
-    exact = W.double().requires_grad_()
-    want = with_grads(F.linear(x.double(), exact), [exact], upstream.double())
-    for a, b in zip(got, want):
-        assert worst(a, b) < 4e-6 * b.abs().max()
+    with pytest.MonkeyPatch.context() as patch:
+        if not gpu:  # a CPU's bmm knows no out_dtype
+            patch.setattr(torch, "bmm", lambda a, b, out_dtype: a.float() @ b.float())
+        got = run(gate, x, W)
+
+    want = run(F.linear, x.double(), W.double())
+    for a, b, near in zip(got, want, (4e-6, 0.004, 4e-6)):  # one rounding to bf16: 2^-8
+        assert worst(a, b) < near * b.abs().max()
 
 @parametrize("activation", ["swiglu", "swiglu_oai"])
 def test_loop_equals_grouped(activation):
@@ -5872,9 +5880,10 @@ def weights_from_biased_scores(real, logits, bias, n_active, scale=1.0, idx=None
     best = (logits.sigmoid() + bias).topk(n_active, -1)
     return best.values * scale / best.values.sum(-1, keepdim=True), best.indices
 
-def gate_in_bf16(real, router, x):
-    """The router multiplies in the model's dtype."""
-    return F.linear(x, router.weight.to(x.dtype)).float()
+def gate_of_one_term(real, x):
+    """The router's gate is bf16: two of its three terms are lost."""
+    first, second, third = real(x)
+    return first, 0 * second, 0 * third
 
 def bias_falls_where_load_is_low(real, bias, load, rate):
     """Balancing has the wrong sign."""
@@ -6019,7 +6028,7 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("torch.Tensor.amax", mean_for_max, brute_force),
     mutant("msa.group_probs", teacher_of_mean_logits, on(test_index_kl_value_and_gradient, "blocks")),
     mutant("moe.route", weights_from_biased_scores, test_bias_moves_choice_never_weight),
-    mutant("moe.Router.forward", gate_in_bf16, test_router_computes_in_fp32),
+    mutant("moe._terms", gate_of_one_term, test_wide_gate_is_fp32),
     mutant("moe.update_bias", bias_falls_where_load_is_low, test_bias_update_balances),
     mutant("moe.gated", silu_for_m3, test_swiglu_oai_clamps),
     mutant("moe.gated", gate_of_1_7021, on(test_gate_kernels_equal_fp64, "swiglu_oai")),

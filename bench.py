@@ -494,8 +494,7 @@ def print_head(args, whats):
     if "decode" in whats and args.gpu:
         lines += [f"decode: a ratio only where full attention reads at {COPY_FLOOR:.0%} of the copy rate or more,",
                   "    at any length and batch; elsewhere both times stand alone",
-                  "int8: the kernels' time; the copy's upkeep (quantising the new token's block) is outside,",
-                  "    and a KVCache keeps a copy only where it is told to (int8=True)"]
+                  "int8: the kernels' time; the copy's upkeep (quantising the new token's block) is outside"]
     elif "decode" in whats:
         lines += ["decode: full attention here is bound by products as much as by bytes, so that it need not",
                   "    reach the copy rate; util says what it reaches"]

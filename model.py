@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe import SWIGLU_ALPHA, SWIGLU_LIMIT, MLP, Linear, MoE, count_params, update_bias, use_triton
 from msa import (LEAST, NOTHING, block_recall, cdiv, check_tensor, constexpr, full_attention, index_kl_loss, jit,
-                 msa_attention, msa_decode, msa_train, quantize_index, query_index, select_blocks, tl, triton, widen)
+                 msa_attention, msa_decode, msa_train, query_index, select_blocks, tl, triton, widen)
 
 # ---- the config ----------------------------------------------------------------------------------
 # One dataclass describes every model: M2, M3, and smaller ones of the same make, each by a classmethod. It says what a
@@ -222,12 +222,10 @@ class KVCache:
     cfg       of the model
     batch     rows, 0 or more
     capacity  slots of a row, 1 or more; rounded up to whole key blocks, which gather_blocks reads in place
-    int8      keep quantize_index of the index keys, too, for msa_decode. Keeping it up to date launches some 28 small
-              kernels a layer and step, which pays from about 4 million slots on
     `length` (B,) int32 lives on the device; `used`, a bound on it that the host knows, spares reading it back.
     """
 
-    def __init__(self, cfg, batch, capacity, device="cpu", dtype=torch.float32, int8=False):
+    def __init__(self, cfg, batch, capacity, device="cpu", dtype=torch.float32):
         if batch < 0 or capacity < 1:
             raise ValueError(f"a cache of {batch} rows with {capacity} slots: expected 0 or more rows, 1 or more slots")
         lanes = cfg.n_layer + cfg.n_mtp
@@ -239,10 +237,6 @@ class KVCache:
         self.ki = self.k.new_zeros(*slots, cfg.index_head_dim)
         self.length = torch.zeros(batch, dtype=torch.int32, device=device)
         self.used = 0
-        self.coded = None
-        if int8:
-            coded = quantize_index(self.ki.flatten(0, 1), self.L)
-            self.coded = [x.unflatten(0, (lanes, batch)) for x in coded]
 
     def append(self, layer, k, v, ki):
         """Write k, v (B, T, Hkv, D) and ki (B, T, D), or None, from slot `length` on -> what the layer now holds, up to
@@ -259,29 +253,9 @@ class KVCache:
         row = torch.arange(B, device=k.device)[:, None]
         for _, lane, new in written:
             lane[layer].index_put_((row, slot), new)
-        if self.coded and ki is not None:
-            self.update_coded(layer, T)
 
         held = cdiv(self.used + T, self.L) * self.L  # spare slots are invisible: no query has their index
         return self.k[layer, :, :held], self.v[layer, :, :held], self.ki[layer, :, :held]
-
-    def update_coded(self, layer, T):
-        """Quantize anew the key blocks that the last T tokens touch: the bound on rounding is a block's."""
-        B, N = len(self.length), self.capacity // self.L
-        n = (T + self.L - 2) // self.L + 1
-        block = query_index(n, self.length // self.L, self.ki.device).clamp(max=N - 1)                    # (B, n)
-        row = torch.arange(B, device=self.ki.device)[:, None]
-        keys = self.ki[layer].unflatten(1, (N, self.L))[row, block]                                    # (B, n, L, D)
-        fresh = quantize_index(keys.flatten(1, 2), self.L)
-        for lane, new in zip(self.coded, fresh):
-            lane[layer].unflatten(1, (N, -1))[row, block] = new.unflatten(1, (block.size(1), -1))
-
-    def int8(self, layer, held):
-        """quantize_index of the first `held` slots of a layer, or None."""
-        if not self.coded:
-            return None
-        keys, scale, slack = self.coded  # two a slot, one a block
-        return keys[layer, :, :held], scale[layer, :, :held], slack[layer, :, :held // self.L]
 
     def advance(self, T):
         self.length = self.length + T
@@ -313,8 +287,6 @@ class KVCache:
         self.k = self.k[:, rows]
         self.v = self.v[:, rows]
         self.ki = self.ki[:, rows]
-        if self.coded:
-            self.coded = [x[:, rows] for x in self.coded]
         self.length = self.length[rows]
         self.used = max(self.length.tolist(), default=0)  # read back: the longest row may be gone
 
@@ -423,8 +395,7 @@ class Attention(nn.Module):
 
         # prefill and decode: choice and attention in one operation
         if ctx.cache is not None and ctx.block_idx is None:
-            coded = ctx.cache.int8(ctx.layer, ki.size(1))
-            y, aux["block_idx"] = msa_decode(q, k, v, qi, ki, S, L, start, ctx.end, int8=coded)
+            y, aux["block_idx"] = msa_decode(q, k, v, qi, ki, S, L, start, ctx.end)
             return y, aux
 
         # training, evaluation, replay: a choice, made now or recorded, then attention over the chosen blocks

@@ -76,7 +76,7 @@ def widen(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 def query_index(T, start, device):
-    """Layout index i of each query: (1, T), or (B, T) where start (B,) is given."""
+    """Index i of each query in its row, or slot in the cache: (1, T), or (B, T) where start (B,) is given."""
     i = torch.arange(T, device=device)[None]
     return i if start is None else i + start[:, None]
 

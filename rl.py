@@ -42,6 +42,7 @@ import numpy as np
 import torch
 
 from model import Context, KVCache, MiniMax, MiniMaxConfig, rope_tables
+from msa import widen
 from sample import (Parser, SaveTimer, Threads, Tokenizer, check_fields, check_finite, check_memory, check_weights,
                     checkpoint_path, command, implementations, learn_bpe, load_checkpoint, load_model,
                     load_optimizers, lock_folder, number, on_signals, pick_device, sample_next, save_checkpoint)
@@ -873,8 +874,7 @@ def policy(model, batch):
         batch["idx"], weight=batch["weight"][0], pos=batch["pos"], end=batch.get("end"), replay=replay, n_logits=0)
     hidden = aux["hidden"].flatten(0, 1)[batch["slots"]]
     logits = model.lm_head(model.norm(hidden))
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    logp = logits.to(wide).log_softmax(-1)
+    logp = widen(logits).log_softmax(-1)
     entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
     logprob = logp.gather(-1, batch["target"][:, None])[:, 0]
     return logprob, entropy, losses, aux
@@ -891,9 +891,8 @@ def align_drafts(model, batch, hidden, top=8):
     # not published: the form of the report's top-K KL.
     """
     hidden = hidden.detach()
-    wide = torch.promote_types(hidden.dtype, torch.float32)
     head = model.lm_head.weight.detach().to(hidden.dtype)
-    teacher = (model.norm(hidden).detach() @ head.T).to(wide).softmax(-1)                                # (B, T, V)
+    teacher = widen(model.norm(hidden).detach() @ head.T).softmax(-1)                                # (B, T, V)
     embedded = model.embed(batch["idx"]).detach().to(hidden.dtype)
 
     rope = rope_tables(batch["pos"], model.cfg.rotary_dim, model.cfg.rope_theta)
@@ -904,7 +903,7 @@ def align_drafts(model, batch, hidden, top=8):
     loads = []
     kls = []
     for k, h, aux in model.mtp_walk(hidden, embedded, ctx, weights):
-        logp = (h @ head.T).to(wide).log_softmax(-1)                                                 # (B, T - k, V)
+        logp = widen(h @ head.T).log_softmax(-1)                                                 # (B, T - k, V)
         q, token = teacher[:, k:].topk(min(top, teacher.size(-1)))
         q = q / q.sum(-1, keepdim=True)
         kl = (q * (q.log() - logp.gather(-1, token))).nan_to_num(0.0).sum(-1)                           # (B, T - k)
@@ -1350,8 +1349,7 @@ def run(args, state):
         source = Served(model, args, queue)
     threads = Threads(device, args.threads, state and state["now"].get("threads"))
     if threads.count is None:
-        faster = Threads.FASTER_FOR_STEPS if args.steps else Threads.FASTER
-        threads.choose(trial(source, args), faster)
+        threads.choose(trial(source, args), args.steps)
     card(args, model, queue, device, why, threads)
 
     # imitation, or where a run stood

@@ -818,9 +818,10 @@ class Threads:
         if self.free:
             self.use(min(saved, self.most), "as in the checkpoint")
 
-    def choose(self, step, faster=FASTER):
-        """Call step() with one thread and with all, in turn, each three times, and take one where it is `faster` times
-        as fast."""
+    def choose(self, step, n_steps=None):
+        """Call step() with one thread and with all, in turn, each three times, and take one where it is clearly faster.
+        n_steps: of the run, None where it ends by the clock."""
+        faster = self.FASTER_FOR_STEPS if n_steps else self.FASTER
         seconds = {1: [], self.most: []}
         torch.set_num_threads(1)
         step()  # the first has memory to allocate

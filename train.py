@@ -1118,8 +1118,7 @@ def set_up(args, state):
         batch = {key: x.to(device) for key, x in batch.items()}
         warm_compile(model, batch, args.accumulate, optimizers[0], run.groups)
     if run.threads.count is None:
-        faster = Threads.FASTER_FOR_STEPS if args.steps else Threads.FASTER
-        run.threads.choose(trial(run), faster)
+        run.threads.choose(trial(run), args.steps)
     card(run, why, time.perf_counter() - started)
     if state:
         print_changes(state, args, now)

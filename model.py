@@ -595,7 +595,7 @@ def within_document(k, T, end, device):
     (1, T - k), all True."""
     slot = torch.arange(k, max(k, T), device=device)[None]
     if end is None:
-        return slot >= 0
+        return torch.ones_like(slot, dtype=torch.bool)
     return slot < end[:, :slot.size(1)]
 
 def depth_weight(k, T, weight, end):
@@ -801,9 +801,9 @@ class MiniMax(nn.Module):
         return total, active - tables - modules
 
     def flops_per_token(self, pos, index_warmup=False, run_mtp=True):
-        """Useful FLOPs of a training step, the mean over tokens: 6 for each active parameter, and for each key that a
-        query head reads 2 D for its score, 2 D for its value, and twice as much in the backward pass (PaLM, arXiv
-        2204.02311, appendix B).
+        """Useful FLOPs of a training step, the mean over tokens: 6 for each active parameter (the index branch's need 4,
+        as its input has no gradient; they are counted as 6), and for each key that a query head reads 2 D for its
+        score, 2 D for its value, and twice as much in the backward pass (PaLM, arXiv 2204.02311, appendix B).
 
         pos  positions of the tokens in their documents, of any shape; pads are left out by the caller
         """

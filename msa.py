@@ -1020,7 +1020,7 @@ def _plan(blk, N, chunk_size, run):
     offset = torch.searchsorted(bucket, torch.arange(chunks * buckets + 1, device=device, dtype=small))
     first = offset[:-1].view(chunks, buckets)
     last = offset[1:].view(chunks, buckets)
-    count = -(-(last - first) // run)
+    count = cdiv(last - first, run)
     ends = count.cumsum(1)
 
     # the p-th task of a chunk: its bucket, and which of the bucket's tasks it is
@@ -1595,7 +1595,7 @@ def _sum_slots(part, block_idx, out, G):
 # reads what that one wrote. Full attention, the baseline, splits the keys over programs instead: _dense_kernel writes
 # parts and _dense_sum_kernel merges them (Flash-Decoding). A row is one (sequence, draft, KV head).
 
-PROGRAMS = 264            # full attention's decode splits its keys into as many: two a multiprocessor of an H100
+PROGRAMS = 264            # full attention's decode splits its keys into as many: two a multiprocessor of an H200
 AT_ONCE = constexpr(264)  # programs of the scan that run at once there
 
 @jit
@@ -1708,7 +1708,7 @@ def _scan_kernel(
             best = tl.max(tl.where(seen, (s + wide[None]) * this, NOTHING), 0)  # [COLS]
         score = tl.where(g == blk - lo, best[:, None], score)
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()  # not before: programs that wait would crowd where room is first
+        tl.extra.cuda.gdc_launch_dependents()  # not earlier: waiting programs would take room from this kernel's
 
     # write; the keys that other programs still read would evict both from the L2
     mine = c < T * HKV
@@ -1724,7 +1724,7 @@ def _scan_kernel(
     blocks = block_score + row[:, None] * N + lo + g
     tl.store(blocks, score, mask=mine[:, None] & (g < hi - lo), eviction_policy="evict_last")
     tl.store(run_best + row * runs + run, tl.max(score, 1), mask=mine, eviction_policy="evict_last")
-    resets = tl.where(run == 0, T * HKV, 0)  # one run alone does: none in the others
+    resets = tl.where(run == 0, T * HKV, 0)  # the first run's program alone resets the counters
     tl.store(done + b * T * HKV + c, 0, mask=c < resets)
 
 @jit
@@ -1772,7 +1772,7 @@ def _join(part, lse, out, row, S: constexpr, G: constexpr, D: constexpr, ROWS: c
     weights in a vector of heads each part would wait for threads to exchange them (3.5 us, not 2.4)."""
     g = tl.arange(0, ROWS)[:, None]
     c = tl.arange(0, D // 8)[None]
-    real = (g < G) & (c >= 0)                                                   # [ROWS, D / 8]
+    real = (g < G) & (c >= 0)                                                   # [ROWS, D / 8]: c >= 0 gives the shape
     channel = c[:, :, None] * 8 + tl.arange(0, 8)
     peak = tl.full([ROWS, D // 8], LEAST, tl.float32)
     total = tl.zeros([ROWS, D // 8], tl.float32)
@@ -1847,7 +1847,7 @@ def _attend_kernel(
     keys = _key_tile(b.to(tl.int64), j, h, capacity, HKV, D)
     key = tl.load(k + keys, mask=seen[:, None], other=0.0)                      # [L, D]
     value = tl.load(v + keys, mask=seen[:, None], other=0.0)                    # [L, D]
-    p, peak = _softmax_tile(_scores(query, key, SCALE), seen, LEAST)                                   # [ROWS, L]
+    p, peak = _softmax_tile(_scores(query, key, SCALE), seen, LEAST)            # [ROWS, L]
     total = tl.sum(p, 1)
     mean = _mean(_weigh(p, value), total)                                       # [ROWS, D]
     place = (row.to(tl.int64) * S + slot) * G + g
@@ -2013,12 +2013,15 @@ def _decode_triton(q, k, v, qi, ki, S, L, length, end, int8):
             raise ValueError(f"int8 keys, scales and slacks have {lanes} a sequence, expected "
                              f"{(capacity, capacity, N)}: quantize whole cache lanes, then slice")
 
+    # what the kernels write, for each other and for the caller
     block_score, run_best, run_upper, run_lower = _decode_scratch(rows, N, grid.runs, q.device)
     done = torch.empty(rows, dtype=torch.int32, device=q.device)
     block_idx = torch.empty(B, T, Hkv, S, dtype=torch.int32, device=q.device)
     part = torch.empty(rows * S * G, D, dtype=q.dtype, device=q.device)
     lse = torch.empty(rows * S * G, device=q.device)
     out = torch.empty_like(q)
+
+    # scan, rescore where the scan gave bounds, attend
     shared = dict(
         end=end, length=length, block_score=block_score, run_best=run_best,
         T=T, capacity=capacity,

@@ -38,7 +38,7 @@ import torch
 
 from model import MiniMax, MiniMaxConfig, count_params
 from moe import max_violation
-from msa import chunk
+from msa import cdiv, chunk
 from sample import (ICONV, LOCK, PATTERN, Parser, Progress, SaveTimer, Threads, Tokenizer, check_fields, check_finite,
                     check_memory, checkpoint_path, command, guess_kind, implementations, learn_bpe, load_checkpoint,
                     load_model, load_optimizers, lock_folder, number, on_signals, pick_device, place_checkpoint,
@@ -58,6 +58,13 @@ RUNS = {
     "small": dict(seq_len=8192, batch_size=16, lr=4e-3, minutes=10.0, mtp_every=4, msa_from=0.05, stages=((0, 1),))}
 # flags that each start decides anew: a checkpoint of train.py or rl.py does not hand them on
 RUN_ALONE = ("out", "resume", "device", "stop_after", "dry_run", "figure", "token")
+SPIKE = 1.0                            # nats over its running mean by which a loss is a spike,
+SPIKE_SPREADS = 4                      # and as many times its usual distance from it
+SPIKE_STEPS = 5                        # spikes in a row that end a run
+WORSE = 1.5                            # val_bpb over the lowest so far at which a run has diverged
+EVAL_ROWS = 16                         # windows of an evaluation at a time
+EMBED_SCALE = 12.0                     # the embedding's rate over the schedule's: measured
+MUON_RMS = 0.2                         # of an update, as AdamW's
 # Dense bf16 FLOP/s by the GPU's full name, from NVIDIA's datasheets (half of what they print "with sparsity")
 PEAK = {
     "H100 80GB HBM3": 989.4e12, "H800": 989.4e12, "H200": 989.4e12,               # SXM
@@ -78,7 +85,7 @@ def count_bytes(docs):
     return sum(len(text.encode()) for _, text in docs)
 
 def round_up(n, multiple):
-    return -(-n // multiple) * multiple
+    return cdiv(n, multiple) * multiple
 
 def list_files(path):
     """Files of the corpus, sorted: (name relative to it, path). None is the interpreter's own standard library."""
@@ -342,7 +349,7 @@ class Muon(torch.optim.Optimizer):
                 stacked = torch.stack(updates) if len(updates) > 1 else updates[0][None]  # experts are not copied
                 rows, cols = stacked.size(-2) // group["stack"], stacked.size(-1)
                 matrices = orthogonalize(stacked.view(-1, rows, cols))
-                size = 0.2 * max(rows, cols) ** 0.5 * group["lr"]
+                size = MUON_RMS * max(rows, cols) ** 0.5 * group["lr"]
                 for p, matrix in zip(params, matrices.reshape(stacked.shape)):
                     if p.dim() == 3:
                         matrix = matrix.masked_fill(self.idle_experts(p), 0)
@@ -384,7 +391,7 @@ def configure_optimizers(model, lr):
         dict(params=kinds["stacked"], stack=2),
         dict(params=kinds["index matrix"], stack=1)], lr)
     adamw = torch.optim.AdamW([
-        dict(params=kinds["embed"], scale=12.0),
+        dict(params=kinds["embed"], scale=EMBED_SCALE),
         dict(params=kinds["head"] + kinds["vector"]),
         dict(params=kinds["index vector"])], lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
     index = [p for name, p in model.named_parameters() if is_index(name)]
@@ -485,6 +492,7 @@ def train_step(model, batch, optimizers, groups, parts=1, mtp_weight=MTP_WEIGHT[
     batch       idx, targets, pos and perhaps weight, end: (B, T) each, as of Tokens.rows
     optimizers  [] leaves the weights as they are, and the gradients where they are
     groups      lists of parameters; the gradient of each is clipped to norm 1 on its own
+    mtp_weight  of the MTP losses' mean
     parts       gradient accumulation: the rows are computed in this many parts. Each part's sums are divided by the
                 counts of the whole batch, so that the gradients add up to the batch's
     bias_rate   u of the router's load balancing
@@ -493,7 +501,7 @@ def train_step(model, batch, optimizers, groups, parts=1, mtp_weight=MTP_WEIGHT[
     of the gradients before they were clipped.
     """
     total = model.count_losses(batch["targets"], batch.get("weight"), batch.get("end"), run_mtp)
-    load = torch.zeros(0)
+    loads = []
     means = []
     for chunks in zip(*(x.chunk(parts) for x in batch.values())):
         part = dict(zip(batch, chunks))
@@ -502,9 +510,9 @@ def train_step(model, batch, optimizers, groups, parts=1, mtp_weight=MTP_WEIGHT[
         # experts learn through their weights, attention through q, k and v, the index branch through the KL alone
         mean.objective(mtp_weight).backward()
         means.append((mean.next.detach(), mean.mtp.detach(), mean.kl.detach()))
-        if "expert_load" in aux:
-            load = aux["expert_load"] + (load if len(load) else 0.0)
+        loads.append(aux.get("expert_load", torch.zeros(0)))
     loss, mtp, kl = (sum(x) for x in zip(*means))
+    load = sum(loads)
     norms = [torch.nn.utils.clip_grad_norm_(group, 1.0) for group in groups]
     if optimizers:
         update(model, optimizers, load, bias_rate)
@@ -517,11 +525,11 @@ def check_divergence(loss, norm, now):
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise FloatingPointError(f"loss {loss}, gradient norm {norm}: not finite")
     mean = loss if now.ema is None else now.ema
-    if loss > mean + max(1.0, 4 * now.spread):
+    if loss > mean + max(SPIKE, SPIKE_SPREADS * now.spread):
         now.above += 1
     else:
         now.above = 0
-    if now.above >= 5:
+    if now.above >= SPIKE_STEPS:
         raise FloatingPointError(f"loss spike: {loss:.3f} and four before it, where the running mean was {mean:.3f}")
     if now.above == 0:
         share = max(0.05, 1 / (now.step + 1))  # a plain mean at first
@@ -798,7 +806,7 @@ class Run:
     device: torch.device
     model: MiniMax
     tokenizer: Tokenizer
-    data: dict                         # train, val, preview: Tokens; skipped: number of files
+    data: dict                         # train, val, preview: Tokens; skipped: number of files; text: hash of the text
     optimizers: list
     groups: tuple                      # parameters of the main model, of the index branch: each is clipped on its own
     now: RunState
@@ -846,7 +854,7 @@ class Run:
     def evaluate(self, tokens, seconds):
         """Bits per byte of these tokens, in so many seconds, with the attention of the last step."""
         index_warmup = not self.now.sparse
-        return evaluate(self.model, tokens, self.args.seq_len, 16, self.device, seconds, self.tokenizer, index_warmup)
+        return evaluate(self.model, tokens, self.args.seq_len, EVAL_ROWS, self.device, seconds, self.tokenizer, index_warmup)
 
     def checkpoint(self):
         """Evaluate on the first bytes of validation, and save -> what was found, and the seconds that it took.
@@ -862,7 +870,7 @@ class Run:
             now.usual = min(now.usual, max(1.0, found["val_bpb"] / bits))
         print(f"eval {now.step:05d} | {report(found)}{remark(found, bits, now.usual)} | "
               f"first {found['val_bytes']:,} bytes", flush=True)
-        if not found["val_bpb"] <= 1.5 * now.bpb:
+        if not found["val_bpb"] <= WORSE * now.bpb:
             raise FloatingPointError(f"val_bpb {found['val_bpb']:.3f} after {now.bpb:.3f}")
         now.bpb = min(now.bpb, found["val_bpb"])
         place_checkpoint(self.args.out, self.write(), now.run)
@@ -1085,7 +1093,7 @@ def set_up(args, state):
     cfg = model.cfg if model else configure(args)
 
     # memory and text, then a new model of the text's vocabulary
-    rows = -(-args.batch_size // args.accumulate)
+    rows = cdiv(args.batch_size, args.accumulate)
     sized = dataclasses.replace(cfg, vocab_size=args.vocab_size)
     need = step_bytes(sized, rows, args.seq_len, device, args.recompute)
     check_memory(need, device, "--accumulate, --recompute, --batch-size or --seq-len")

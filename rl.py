@@ -41,7 +41,7 @@ from queue import Empty, SimpleQueue
 import numpy as np
 import torch
 
-from model import Context, KVCache, MiniMax, MiniMaxConfig, rope_tables
+from model import Context, KVCache, Losses, MiniMax, MiniMaxConfig, rope_tables
 from msa import widen
 from sample import (Parser, SaveTimer, Threads, Tokenizer, check_fields, check_finite, check_memory, check_weights,
                     checkpoint_path, command, implementations, learn_bpe, load_checkpoint, load_model,
@@ -886,9 +886,8 @@ def align_drafts(model, batch, hidden, top=8):
     hidden   (B, T, C), the trunk's, before its last norm
     Summed over drafted action tokens, by multiplicity. Trunk, embedding and head are detached: drafts follow the
     policy and do not pull at it. The teacher is a distribution, the same for every branch; a hard target, the next
-    token, would be another one in each.
-    -> loss, expert loads, index KLs.
-    # not published: the form of the report's top-K KL.
+    token, would be another one in each. Not published: the form of the report's top-K KL.
+    -> sums (K,), one a module; expert loads (1, experts) and sums of the index KL (1,), one a module that has them.
     """
     hidden = hidden.detach()
     head = model.lm_head.weight.detach().to(hidden.dtype)
@@ -898,8 +897,8 @@ def align_drafts(model, batch, hidden, top=8):
     rope = rope_tables(batch["pos"], model.cfg.rotary_dim, model.cfg.rope_theta)
     ctx = Context(rope, batch.get("end"))
     T = hidden.size(1)
-    weights = [weight[:, :max(0, T - k)] for k, weight in enumerate(batch["weight"])]
-    loss = 0.0
+    weights = [weight[:, :T - k] for k, weight in enumerate(batch["weight"])]
+    sums = [torch.zeros((), device=hidden.device)] * len(model.mtp)
     loads = []
     kls = []
     for k, h, aux in model.mtp_walk(hidden, embedded, ctx, weights):
@@ -907,17 +906,17 @@ def align_drafts(model, batch, hidden, top=8):
         q, token = teacher[:, k:].topk(min(top, teacher.size(-1)))
         q = q / q.sum(-1, keepdim=True)
         kl = (q * (q.log() - logp.gather(-1, token))).nan_to_num(0.0).sum(-1)                           # (B, T - k)
-        loss = loss + (kl * batch["draft"][k][:, :-k]).sum() / len(model.mtp)
+        sums[k - 1] = (kl * batch["draft"][k][:, :-k]).sum()
         if "expert_load" in aux:
             loads.append(aux["expert_load"][None])
         if "index_kl" in aux:
-            kls.append(aux["index_kl"])
-    return loss, loads, kls
+            kls.append(aux["index_kl"][None])
+    return torch.stack(sums), loads, kls
 
 def backward(model, rows, mtp_weight=0.1, tokens=MICRO_TOKENS):
-    """Gradients of a step's loss -> statistics, expert loads (layers, experts). The loss is CISPO's, the index branch's
-    KL and the drafts' KL times mtp_weight. CISPO and the drafts are divided by Z, the action tokens of all samples as
-    they were before merging; the index branch's KL by `naive`, all their tokens.
+    """Gradients of a step's loss -> statistics, expert loads (layers, experts). The loss is train.py's objective, with
+    CISPO in place of the next token's loss and the drafts' KL in place of MTP's. CISPO and the drafts are divided by Z,
+    the action tokens of all samples as they were before merging; the index branch's KL by `naive`, all their tokens.
 
     rows     trees or packed rows, computed in micro-batches of at most so many `tokens`
     Statistics: loss, entropy (a mean), ratio and version (of each action token of each sample), naive (tokens of all
@@ -925,6 +924,7 @@ def backward(model, rows, mtp_weight=0.1, tokens=MICRO_TOKENS):
     """
     Z = sum(len(sample.logprobs) for row in rows for sample in row.samples)
     naive = sum(row.n_naive for row in rows)
+    total = Losses(next=1, mtp=Z, kl=naive)  # cispo_loss has divided by Z already
     load = 0.0
     magnitude = 0.0
     computed = 0
@@ -939,16 +939,16 @@ def backward(model, rows, mtp_weight=0.1, tokens=MICRO_TOKENS):
         old = batch["old"].to(logprob.dtype)
         old = torch.where(old.isnan(), logprob.detach()[batch["entry"]], old)  # a demonstration has none: ratio 1
         advantage = batch["advantage"].to(logprob.dtype)
-        loss, ratio = cispo_loss(logprob, batch["entry"], old, advantage, Z)
+        losses.next, ratio = cispo_loss(logprob, batch["entry"], old, advantage, Z)
         magnitude = magnitude + (ratio.clamp(max=1 + EPS_HIGH) * advantage).abs().sum() / Z
 
-        # those of the index branch and of MTP
+        # the drafts', beside the index branch's, which the forward has summed
         loads = [aux["expert_load"]]
-        loss = loss + losses.kl.sum() / naive
         if len(model.mtp):
-            mtp, mtp_loads, kls = align_drafts(model, batch, aux["hidden"])
-            loss = loss + mtp_weight * mtp / Z + sum(kls) / naive
+            losses.mtp, mtp_loads, kls = align_drafts(model, batch, aux["hidden"])
+            losses.kl = torch.cat([losses.kl, *kls])
             loads += mtp_loads
+        loss = losses.over(total).objective(mtp_weight)
         loss.backward()
         load = load + torch.cat(loads)
         parts.append((loss.detach()[None], entropy[batch["entry"]], ratio, batch["version"]))

@@ -36,6 +36,7 @@ import socket
 import sys
 import threading
 import time
+import typing
 from queue import Empty, SimpleQueue
 
 import numpy as np
@@ -67,9 +68,6 @@ ROUNDING = 16                          # units of the last place: eight times wh
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")  # types of a message's parts that are text
 MAX_BODY = 1 << 20                     # bytes of a request to the gateway
 
-# what a checkpoint says of its run; run and threads are missing in older ones
-NOW = dict(step=int, seconds=float, warm=float, ema=(float, type(None)), curve=list, max_lag=int, naive=int, slots=int,
-           reward=float, run=(str, type(None)), threads=(int, type(None)))
 MADE_BY = ("task", "turns", "preset", "attn", "mtp")  # what the model of a checkpoint depends on
 
 # ---- agents: they see messages and text, nothing of the model ------------------------------------
@@ -1069,10 +1067,11 @@ def warm_start(source, args, stop, threads):
     if state and is_same_imitation(state, args, model):
         check_imitation(folder, state, model)
         model.load_state_dict(state["model"])
-        before = restore(state, optimizers)
+        restore(state, optimizers)
+        before = state["now"]
         step = before.get("step", args.warm_steps)
         threads.keep(before.get("threads") or threads.count)
-        run = before["run"]            # it is the same imitation that goes on
+        run = before.get("run")        # it is the same imitation that goes on
         saved = step
         print(f"warm    | {step} steps read from {folder}", flush=True)
 
@@ -1242,8 +1241,26 @@ def resume_args(parser, argv, given):
             raise ValueError(f"--{flag} {value}: the checkpoint was made with {was}")
     return args, None if early else state  # the imitation's weights are read where they are needed
 
+@dataclasses.dataclass
+class Record:
+    """What a run has counted until now, between two steps: what a checkpoint calls `now`."""
+    step: int = 0                      # of training on rewards
+    seconds: float = 0.0               # since the start, the imitation included
+    warm: float = 0.0                  # until the imitation's end
+    ema: float | None = None           # running mean of the share solved
+    curve: list = dataclasses.field(default_factory=list)  # [share solved, ema] of each step
+    max_lag: int = 0                   # of a group, in steps
+    naive: int = 0                     # tokens of all samples
+    slots: int = 0                     # that they took once merged
+    reward: float = 0.0                # of all episodes
+    run: str | None = None             # name of the run
+    threads: int | None = None         # of the CPU: bits depend on it
+
+# field -> the kinds that check_fields allows
+NOW = {name: typing.get_args(kind) or kind for name, kind in typing.get_type_hints(Record).items()}
+
 def check_record(now):
-    """ValueError unless a checkpoint's now has all that a run goes on counting."""
+    """ValueError unless a checkpoint's now has all that a run goes on counting; older ones lack run and threads."""
     check_fields("the checkpoint's now", now, NOW, optional=["run", "threads"])
     if bool(now["curve"]) != (now["ema"] is not None):
         raise ValueError("the checkpoint's now has a curve without its running mean, ema, or the reverse")
@@ -1277,13 +1294,13 @@ def card(args, model, queue, device, why, threads):
 def count_step(now, episodes, stats, lags):
     """Add one step to the run's record, `now`. stats: what train_step returned; lags: of its groups, in steps."""
     solved = sum(episode.success for episode in episodes) / len(episodes)
-    now["ema"] = 0.9 * now["ema"] + 0.1 * solved if now["curve"] else solved
-    now["step"] += 1
-    now["curve"] = now["curve"] + [[solved, now["ema"]]]
-    now["max_lag"] = max(now["max_lag"], *lags)
-    now["naive"] += stats["naive"]
-    now["slots"] += stats["slots"]
-    now["reward"] += sum(sum(episode.rewards) for episode in episodes)
+    now.ema = 0.9 * now.ema + 0.1 * solved if now.curve else solved
+    now.step += 1
+    now.curve.append([solved, now.ema])
+    now.max_lag = max(now.max_lag, *lags)
+    now.naive += stats["naive"]
+    now.slots += stats["slots"]
+    now.reward += sum(sum(episode.rewards) for episode in episodes)
 
 def print_step(now, args, episodes, stats, lags, decode):
     """One line a step; now and then an episode. `decode`: ids -> text.
@@ -1293,16 +1310,16 @@ def print_step(now, args, episodes, stats, lags, decode):
     merge      tokens of all samples over slots of the prefix trees that they were merged into
     """
     reward = sum(sum(episode.rewards) for episode in episodes) / len(episodes)
-    solved, ema = now["curve"][-1]
-    lag = now["step"] - 1 - stats["version"]
+    solved, ema = now.curve[-1]
+    lag = now.step - 1 - stats["version"]
     ratios = " ".join(f"{steps}:{stats['ratio'][lag == steps].quantile(0.99):.2f}" for steps in lag.unique().tolist())
     saved = stats["naive"] - stats["slots"]
     no_signal = "" if stats["signal"] else " | no signal: weights kept"
-    print(f"step {now['step']:04d} | reward {reward:+.3f} | solved {solved:.3f} ema {ema:.3f} | "
+    print(f"step {now.step:04d} | reward {reward:+.3f} | solved {solved:.3f} ema {ema:.3f} | "
           f"norm {stats['norm']:.2f} | entropy {stats['entropy']:.2f} | lag {max(lags)}, ratio q99 {ratios} | "
-          f"merge {stats['naive'] / stats['slots']:.1f}x, {saved:,} tokens saved | {now['seconds']:.0f} s{no_signal}",
+          f"merge {stats['naive'] / stats['slots']:.1f}x, {saved:,} tokens saved | {now.seconds:.0f} s{no_signal}",
           flush=True)
-    if now["step"] % args.show_every == 1 % args.show_every:
+    if now.step % args.show_every == 1 % args.show_every:
         print_episode(episodes[0], decode)
 
 def print_episode(episode, decode):
@@ -1357,28 +1374,28 @@ def run(args, state):
     threads.times = []  # these steps are others than the imitation's
     optimizers = configure_optimizers(model, args.lr)[0]
     if state:
-        now = restore(state, optimizers, source)
+        restore(state, optimizers, source)
+        now = Record(**{name: value for name, value in state["now"].items() if name in NOW})
     else:
         warm = time.perf_counter() - started
-        now = dict(step=0, seconds=warm, warm=warm, ema=None, curve=[], max_lag=0, naive=0, slots=0, reward=0.0,
-                   run=os.urandom(8).hex())
+        now = Record(seconds=warm, warm=warm, run=os.urandom(8).hex())
     if ready and not state:
-        save(args.out, args, source, optimizers, now)  # killed from here on, the run can go on
+        save(args.out, args, source, optimizers, vars(now))  # killed from here on, the run can go on
     timer = SaveTimer()
     changed = False
     if ready and args.serve is not None:
         print(f"gateway | http://127.0.0.1:{source.server_port}/v1 key {source.token}", flush=True)
-    if state and share_done(now, vars(args)) >= 1:
-        print(f"nothing left to do after step {now['step']}: give more --steps or --minutes", flush=True)
+    if state and share_done(vars(now), vars(args)) >= 1:
+        print(f"nothing left to do after step {now.step}: give more --steps or --minutes", flush=True)
 
-    while share_done(now, vars(args)) < 1 and not stop:
+    while share_done(vars(now), vars(args)) < 1 and not stop:
         began = time.perf_counter()
         changed = True
 
         # rollout: free slots are filled, finished groups are taken from the window
-        rate = args.lr * min(1.0, 2 * (1 - share_done(now, vars(args))))
-        source.start(queue.admit(now["step"], source.now), now["step"])
-        seconds_left = 60 * args.minutes - now["seconds"] if args.minutes else math.inf
+        rate = args.lr * min(1.0, 2 * (1 - share_done(vars(now), vars(args))))
+        source.start(queue.admit(now.step, source.now), now.step)
+        seconds_left = 60 * args.minutes - now.seconds if args.minutes else math.inf
         source.wait(stop, seconds_left)
         if len(queue.batch) < args.groups:  # stopped, or out of time, while agents of other processes were at work
             break
@@ -1392,9 +1409,9 @@ def run(args, state):
             stats = train_step(model, optimizers, rows, rate)
             if threads.slowed(time.perf_counter() - step_began):
                 threads.choose_again(trial(source, args))
-        now["threads"] = threads.count if device.type == "cpu" else None  # bits depend on it
-        lags = queue.publish(now["step"] + bool(rows))
-        now["seconds"] += time.perf_counter() - began
+        now.threads = threads.count if device.type == "cpu" else None  # bits depend on it
+        lags = queue.publish(now.step + bool(rows))
+        now.seconds += time.perf_counter() - began
 
         # tell and save
         if stats:
@@ -1403,32 +1420,32 @@ def run(args, state):
             print_step(now, args, episodes, stats, lags, source.tokenizer.decode)
         else:
             print(f"no step   | groups {[group[0].task for group in groups]}: no turn to learn from", flush=True)
-        if now["step"] % args.save_every == 0 or timer.due():
+        if now.step % args.save_every == 0 or timer.due():
             save_began = timer.clock()
-            save(args.out, args, source, optimizers, now)
+            save(args.out, args, source, optimizers, vars(now))
             timer.saved(save_began)
 
     if ready and changed:  # a run with nothing left has nothing to save
-        save(args.out, args, source, optimizers, now)
+        save(args.out, args, source, optimizers, vars(now))
     if not ready:
         print(f"stopped in the imitation, saved in {args.out}/warm; the same command goes on", flush=True)
-    elif stop or not now["step"]:  # all the time went into the imitation, or into waiting for other processes
-        print(f"stopped after step {now['step']}, saved; --resume --out {args.out} goes on", flush=True)
+    elif stop or not now.step:  # all the time went into the imitation, or into waiting for other processes
+        print(f"stopped after step {now.step}, saved; --resume --out {args.out} goes on", flush=True)
     if args.serve is not None:
         source.close()
     return summary(args, now, source, queue)
 
 def summary(args, now, source, queue):
     """Draw the curve, where --figure asks for it -> what the last line of stdout says."""
-    curve = now["curve"]
+    curve = now.curve
     if args.figure and curve:
         solved, ema = zip(*curve)
         draw({"a batch of fresh problems": solved, "EMA": ema}, args.figure, args.task)
     virtual = max(source.now, 1e-9)
     return dict(
-        reward_start=curve[0][0] if curve else None, reward_end=now["ema"], steps=now["step"],
-        merge_ratio=now["naive"] / max(now["slots"], 1), max_lag=now["max_lag"], seconds=now["seconds"],
-        virtual_seconds=virtual, idle=queue.idle / virtual, reward_per_virtual_s=now["reward"] / virtual)
+        reward_start=curve[0][0] if curve else None, reward_end=now.ema, steps=now.step,
+        merge_ratio=now.naive / max(now.slots, 1), max_lag=now.max_lag, seconds=now.seconds,
+        virtual_seconds=virtual, idle=queue.idle / virtual, reward_per_virtual_s=now.reward / virtual)
 
 def save(folder, args, source, optimizers, now):
     """Write FOLDER/ckpt.pt, all there is between two steps: weights, momenta, flags, `now`, the queue, the groups in
@@ -1440,8 +1457,8 @@ def save(folder, args, source, optimizers, now):
     save_checkpoint(folder, now=now, pool=pool, queue=vars(source.queue), clock=source.now, **parts)
 
 def restore(state, optimizers, source=None):
-    """Put a checkpoint's optimizers back, and, given a source, its queue, clock and pool -> now. ValueError if they do
-    not fit. Groups that agents of other processes had begun start again: none is lost, and none is counted twice."""
+    """Put a checkpoint's optimizers back, and, given a source, its queue, clock and pool. ValueError if they do not
+    fit. Groups that agents of other processes had begun start again: none is lost, and none is counted twice."""
     load_optimizers(optimizers, state["optimizers"], state["now"].get("step", 0))
     if source:
         try:
@@ -1451,7 +1468,6 @@ def restore(state, optimizers, source=None):
             raise ValueError(f"the checkpoint's queue, pool or clock: {reason}") from None
     if isinstance(source, Served):
         source.start([t for t, when in source.queue.due.items() if when > source.now], state["now"]["step"])
-    return {**state["now"], "run": state["now"].get("run")}
 
 def restore_episodes(state, source):
     """Queue, clock, and the pool's trajectories. An error, of any kind that Python has, if they are none."""

@@ -4597,7 +4597,7 @@ def test_rl_resume_loses_no_task(unbroken, tmp_path):
         return train_step(*args)
 
     def killed_in_step_3(now, *args):
-        if now["step"] == 2:
+        if now.step == 2:
             sys.exit(9)
         return count_step(now, *args)
 

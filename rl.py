@@ -527,7 +527,8 @@ def prefill(model, rows, leaders, record):
     if shared:
         idx = torch.tensor([row.feed[:shared] for row in leaders], device=device)
         aux = model(idx, cache=cache, n_logits=0)[2]
-        notes = record and record(aux)
+        if record is not None:
+            notes = record(aux)
     cache.expand(copies)
     for i, row in enumerate(rows):
         row.feed = row.feed[shared:]
@@ -1319,7 +1320,7 @@ def print_step(now, args, episodes, stats, lags, decode):
           f"norm {stats['norm']:.2f} | entropy {stats['entropy']:.2f} | lag {max(lags)}, ratio q99 {ratios} | "
           f"merge {stats['naive'] / stats['slots']:.1f}x, {saved:,} tokens saved | {now.seconds:.0f} s{no_signal}",
           flush=True)
-    if now.step % args.show_every == 1 % args.show_every:
+    if (now.step - 1) % args.show_every == 0:  # the first of every `show_every` steps
         print_episode(episodes[0], decode)
 
 def print_episode(episode, decode):
@@ -1364,13 +1365,15 @@ def run(args, state):
         source = Local(model, args, queue)
     else:
         source = Served(model, args, queue)
-    threads = Threads(device, args.threads, state and state["now"].get("threads"))
+    threads = Threads(device, args.threads, state["now"].get("threads") if state else None)
     if threads.count is None:
         threads.choose(trial(source, args), args.steps)
     card(args, model, queue, device, why, threads)
 
     # imitation, or where a run stood
-    ready = bool(state) or warm_start(source, args, stop, threads)
+    ready = True
+    if state is None:
+        ready = warm_start(source, args, stop, threads)
     threads.times = []  # these steps are others than the imitation's
     optimizers = configure_optimizers(model, args.lr)[0]
     if state:
@@ -1379,8 +1382,8 @@ def run(args, state):
     else:
         warm = time.perf_counter() - started
         now = Record(seconds=warm, warm=warm, run=os.urandom(8).hex())
-    if ready and not state:
-        save(args.out, args, source, optimizers, vars(now))  # killed from here on, the run can go on
+        if ready:
+            save(args.out, args, source, optimizers, vars(now))  # killed from here on, the run can go on
     timer = SaveTimer()
     changed = False
     if ready and args.serve is not None:
@@ -1394,7 +1397,8 @@ def run(args, state):
 
         # rollout: free slots are filled, finished groups are taken from the window
         rate = args.lr * min(1.0, 2 * (1 - share_done(vars(now), vars(args))))
-        source.start(queue.admit(now.step, source.now), now.step)
+        version = now.step             # of the policy
+        source.start(queue.admit(version, source.now), version)
         seconds_left = 60 * args.minutes - now.seconds if args.minutes else math.inf
         source.wait(stop, seconds_left)
         if len(queue.batch) < args.groups:  # stopped, or out of time, while agents of other processes were at work
@@ -1409,8 +1413,9 @@ def run(args, state):
             stats = train_step(model, optimizers, rows, rate)
             if threads.slowed(time.perf_counter() - step_began):
                 threads.choose_again(trial(source, args))
+            version += 1
         now.threads = threads.count if device.type == "cpu" else None  # bits depend on it
-        lags = queue.publish(now.step + bool(rows))
+        lags = queue.publish(version)
         now.seconds += time.perf_counter() - began
 
         # tell and save

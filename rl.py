@@ -60,9 +60,17 @@ CALL_S = 1.0                           # of a call
 CHAR_S = 0.02                          # of a character
 TRAIN_S = 4.0                          # of a training step
 MAX_NEW = 16                           # tokens of one completion at most
-STOP = (*b"].",)                       # a call or an answer ends with one of these
-WARM_LR = 1.2e-2                       # rate of the imitation
+STOP = {ord("]"), ord(".")}            # a call or an answer ends with one of these
+CAP = 64                               # characters of context in --task cap
+# imitation
+WARM_LR = 1.2e-2                       # its rate
+WARM_TASKS = 64                        # of a step
+WARM_EVERY = 20                        # steps between its saves, and between its lines
 NOISE = 0.15                           # share of the teacher's characters that is wrong
+# the run
+MINUTES = 2.9                          # where neither --minutes nor --steps is given
+WINDOW_SHARE = 0.3                     # of --slots: the queue's window
+EMA = 0.9                              # what the running mean of the share solved keeps of itself in a step
 MICRO_TOKENS = 16384                   # slots of a micro-batch at most, so that its activations fit a small GPU
 ROUNDING = 16                          # units of the last place: eight times what is left of terms that cancel
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")  # types of a message's parts that are text
@@ -211,7 +219,7 @@ def make_task(args, number, split=0):
     rng = random.Random(f"{args.seed} {split} {number}")
     if args.task == "calculator":
         return Calculator(rng)
-    return Maze(rng, args.turns, cap=64 if args.task == "cap" else math.inf)
+    return Maze(rng, args.turns, cap=CAP if args.task == "cap" else math.inf)
 
 # ---- gateway and data pool: text becomes tokens here, and nowhere else ---------------------------
 # An agent's reply comes back in its next messages, as text. Were it tokenised anew, other tokens than those that were
@@ -1051,7 +1059,7 @@ def demonstrate(gateway, task, rng, noise, wander=0.0):
         gateway.record(episode, gateway.context(episode, messages), ids, [math.nan] * len(ids), 0)
 
 def warm_start(source, args, stop, threads):
-    """Imitate the teacher for --warm-steps, 64 tasks each -> whether all steps are done (`stop` may end it before).
+    """Imitate the teacher for --warm-steps, WARM_TASKS tasks each -> whether all steps are done (`stop` may end it before).
     --out/warm keeps it, or as much as was done of it. A demonstration's advantage is 1, and its ratio 1."""
     model = source.model
     folder = os.path.join(args.out, "warm")
@@ -1084,23 +1092,24 @@ def warm_start(source, args, stop, threads):
         saved = 0
     timer = SaveTimer()                # after that save, whose length would put off the one after 3 s
     while step < args.warm_steps and not stop:
-        if step != saved and (step % 20 == 0 or timer.due()):
+        if step != saved and (step % WARM_EVERY == 0 or timer.due()):
             began = timer.clock()
             keep()
             timer.saved(began)
             saved = step
 
         rng = random.Random(f"{args.seed} warm {step}")
-        tasks = [make_task(args, step * 64 + i, 1) for i in range(64)]
+        tasks = [make_task(args, step * WARM_TASKS + i, 1) for i in range(WARM_TASKS)]
         demos = [demonstrate(source, task, rng, NOISE) for task in tasks]
         began = time.perf_counter()
         trees = [PrefixTree(demo.samples, model.cfg) for demo in demos]
+        # the rate rises for 20 steps, and falls in the last nine tenths to a tenth
         rate = WARM_LR * min(1, (step + 1) / 20, 1.1 - step / args.warm_steps)
         stats = train_step(model, optimizers, trees, rate)
         step += 1
         if threads.slowed(time.perf_counter() - began):
             threads.choose_again(trial(source, args))
-        if step % 20 == 0 or step == args.warm_steps:
+        if step % WARM_EVERY == 0 or step == args.warm_steps:
             print(f"warm {step:04d} | loss {stats['loss']:.3f} | norm {stats['norm']:.2f} | "
                   f"{time.perf_counter() - started:.0f} s", flush=True)
     if step != saved:
@@ -1172,7 +1181,7 @@ def parse_args(argv, locks=None):
     # queue
     p.add_argument("--schedule", default="window", choices=["window", "fifo", "greedy"])
     p.add_argument("--slots", type=count, default=48, help="groups in flight")
-    p.add_argument("--window", type=count, help="width; default: 0.3 of --slots")
+    p.add_argument("--window", type=count, help=f"width; default: {WINDOW_SHARE} of --slots")
     p.add_argument("--deadline", type=positive, default=600.0, help="seconds a group has")
     p.add_argument("--sigma", type=number(0, 10, float), default=0.5, help="log-normal tail of times")
     # model and training
@@ -1185,7 +1194,7 @@ def parse_args(argv, locks=None):
     p.add_argument("--replay", action="store_true", help="use experts and blocks of the rollout")
     # length of the run
     p.add_argument("--steps", type=count, help="end after this many")
-    p.add_argument("--minutes", type=positive, help="in all; default: 2.9")
+    p.add_argument("--minutes", type=positive, help=f"in all; default: {MINUTES}")
     p.add_argument("--seed", type=number(0), default=1337, help="of all that is random")
     # what is printed and kept
     p.add_argument("--out", default="out_rl", help="folder of the run")
@@ -1208,7 +1217,7 @@ def parse_args(argv, locks=None):
     if args.groups > args.slots:
         raise ValueError(f"--groups {args.groups}: at most --slots, {args.slots}")
     if not args.minutes and not args.steps:
-        args.minutes = 2.9
+        args.minutes = MINUTES
     check_figure(args.figure)
     if locks and not args.resume:
         lock_folders(args, locks)
@@ -1275,7 +1284,7 @@ def needed_bytes(args, device):
         cfg = make_model(args, "meta", None).cfg
     demo = demonstrate(Gateway(), make_task(args, 0, 1), random.Random(0), 0.0)
     slots = PrefixTree(demo.samples, cfg).size
-    return step_bytes(cfg, min(64, max(1, MICRO_TOKENS // slots)), slots, device)
+    return step_bytes(cfg, min(WARM_TASKS, max(1, MICRO_TOKENS // slots)), slots, device)
 
 def card(args, model, queue, device, why, threads):
     """Print what a run is made of: the start-up card. why: of the device and dtype."""
@@ -1295,7 +1304,7 @@ def card(args, model, queue, device, why, threads):
 def count_step(now, episodes, stats, lags):
     """Add one step to the run's record, `now`. stats: what train_step returned; lags: of its groups, in steps."""
     solved = sum(episode.success for episode in episodes) / len(episodes)
-    now.ema = 0.9 * now.ema + 0.1 * solved if now.curve else solved
+    now.ema = EMA * now.ema + (1 - EMA) * solved if now.curve else solved
     now.step += 1
     now.curve.append([solved, now.ema])
     now.max_lag = max(now.max_lag, *lags)
@@ -1343,7 +1352,7 @@ def make_queue(args):
     elif args.schedule == "greedy":
         window = math.inf
     else:
-        window = args.window or max(1, int(0.3 * args.slots))
+        window = args.window or max(1, int(WINDOW_SHARE * args.slots))
     return WindowedFIFO(args.slots, window, args.deadline)
 
 def run(args, state):

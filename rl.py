@@ -372,9 +372,9 @@ def common_prefix(a, b):
 # ---- queue: windowed FIFO; the time is an argument ------------------------------------------------
 # Groups take unequal times. A trainer that waits for the oldest (strict FIFO) stands still for a slow one; a trainer
 # that takes whatever is finished (greedy) sees easy tasks first, and hard ones late, sampled by a policy of long ago.
-# Between them: the trainer takes any finished group of the `window` oldest ones. A slot of
-# the queue (--slots) is the right to have a group in flight (a slot of a row, below, is a place in it); a group's lag is
-# the number of steps from the policy that sampled it to the one that it trains.
+# Between them: the trainer takes any finished group of the `window` oldest ones.
+# A slot of the queue (--slots) is the right to have a group in flight; a slot of a row, below, is a place in it. A
+# group's lag is the number of steps from the policy that sampled it to the one that it trains.
 # The queue never looks at a clock. `now` is real seconds where agents are other processes, and otherwise the virtual
 # clock: seconds that calls and steps would take on real machines (CALL_S, CHAR_S, TRAIN_S), so that a run on a laptop
 # shows the waiting of a large system, and shows the same each time.
@@ -841,7 +841,7 @@ def align_targets(leaves, samples):
 def advantages(group):
     """Set the advantage of a group's samples: the reward to go of each turn (its own and all later ones), less the mean
     return of the group's other episodes -> [samples of an episode].
-    # not published: the baseline. With the own return in it, it would depend on the action, and bias the gradient."""
+    Not published: the baseline. With the own return in it, it would depend on the action, and bias the gradient."""
     returns = [sum(episode.rewards) for episode in group]
     # rewards may come in fp32: a smaller difference is one of rounding, and would still move the weights at full size
     least = 1e-6 * max(sum(map(abs, episode.rewards)) for episode in group)

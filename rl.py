@@ -75,6 +75,7 @@ MICRO_TOKENS = 16384                   # slots of a micro-batch at most, so that
 ROUNDING = 16                          # units of the last place: eight times what is left of terms that cancel
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")  # types of a message's parts that are text
 MAX_BODY = 1 << 20                     # bytes of a request to the gateway
+KEY_FIELD = {"/v1/chat/completions": "model", "/v1/finish": "task"}  # path -> where a request names its episode
 
 MADE_BY = ("task", "turns", "preset", "attn", "mtp")  # what the model of a checkpoint depends on
 
@@ -979,8 +980,14 @@ def has_signal(model, magnitude):
     return torch.stack(norms).norm().item() > max(1e-10, ROUNDING * unit * magnitude)
 
 def train_step(model, optimizers, rows, rate, bias_rate=1e-3, tokens=MICRO_TOKENS):
-    """Backward over micro-batches of at most so many tokens, clip, update, balance the router -> statistics.
+    """Backward, clip, update, balance the router -> statistics: those of `backward`, signal, norm (before the clip).
+
+    rows       trees or packed rows
+    rate       of the matrices
+    bias_rate  u of the router's load balancing
+    tokens     of a micro-batch, at most
     FloatingPointError: a norm that is not finite.
+
     Muon and AdamW scale a step to full size, however small its gradient: momentum alone would move the weights. So a
     step without signal changes nothing, router biases and optimizer states included; and in any step a matrix without a
     gradient keeps its weights and moments. Unlike in train.py all gradients are clipped as one, the index branch's too."""
@@ -1690,10 +1697,12 @@ class Served(Gateway, http.server.ThreadingHTTPServer):
         """One request, in the run's thread -> status, and a JSON object or what is wrong. Episodes are named
         "group.row"; the name stands for a model's in a completion."""
         try:
-            body = dict(json.loads(raw).items())
+            body = json.loads(raw)
+            if not isinstance(body, dict):
+                raise TypeError("not a JSON object")
             if path == "/v1/tasks":
                 return 200, self.claim()
-            key = str(body.get({"/v1/chat/completions": "model", "/v1/finish": "task"}.get(path)))
+            key = str(body.get(KEY_FIELD.get(path)))
             if key not in self.open:
                 raise Refused(404, f"unknown path or task, or one that is over: {path}, {key}"[:200])
             if key not in self.claimed:  # or its next turn would be another client's, who claims it later

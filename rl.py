@@ -24,20 +24,20 @@ if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: no 
 
 import bisect
 import contextlib
-import dataclasses
 import hmac
-import http.server
 import io
 import json
 import math
-import random
 import re
 import socket
 import sys
 import threading
 import time
 import typing
+from dataclasses import asdict, dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from queue import Empty, SimpleQueue
+from random import Random
 
 import numpy as np
 import torch
@@ -217,7 +217,7 @@ class Maze(Task):
 
 def make_task(args, number, split=0):
     """Task `number` of a split: a pure function of the seed, so that every group of a run is a fresh problem."""
-    rng = random.Random(f"{args.seed} {split} {number}")
+    rng = Random(f"{args.seed} {split} {number}")
     if args.task == "calculator":
         return Calculator(rng)
     return Maze(rng, args.turns, cap=CAP if args.task == "cap" else math.inf)
@@ -229,7 +229,7 @@ def make_task(args, number, split=0):
 # the context, the action (the tokens that were sampled), their log-probs and the version of the policy, the number of
 # training steps before it. The samples of groups that wait, or have finished and are not trained on, are the pool.
 
-@dataclasses.dataclass
+@dataclass
 class Sample:
     """One completion as the trainer sees it: ids[:start] is the whole context, ids[start:] the action."""
     ids: torch.Tensor                  # (n,)
@@ -239,15 +239,15 @@ class Sample:
     routes: torch.Tensor = None        # (n, r), see pack_routes; the last token is never fed: its row is the one before
     advantage: float = 1.0
 
-@dataclasses.dataclass
+@dataclass
 class Trajectory:
     """An episode: its samples, a reward for each, and, while it runs, the gateway's memory of what was said."""
     task: int                          # number of its group
-    samples: list = dataclasses.field(default_factory=list)
-    rewards: list = dataclasses.field(default_factory=list)
+    samples: list = field(default_factory=list)
+    rewards: list = field(default_factory=list)
     success: bool = False
     seconds: float = 0.0
-    said: dict = dataclasses.field(default_factory=dict)  # text of a completion -> its tokens, each time
+    said: dict = field(default_factory=dict)  # text of a completion -> its tokens, each time
 
     def finish(self, rewards, success, seconds):
         """The episode is over: what agent() returns, or a client reports. What was said is forgotten."""
@@ -454,13 +454,13 @@ class WindowedFIFO:
 # With --replay the rollout also records its discrete choices, each token's experts and key blocks (its route): the
 # trainer then computes with the same ones, though rounding, in another layout, might choose others.
 
-@dataclasses.dataclass
+@dataclass
 class Player:
     """A row of the rollout: a coroutine, and what it has in the cache. `lockstep` says what they tell each other."""
     play: object                       # the coroutine
     feed: list                         # tokens to feed next; empty: it is over
     length: int = 0                    # tokens in its cache
-    notes: list = dataclasses.field(default_factory=list)  # what was recorded of each of them
+    notes: list = field(default_factory=list)  # what was recorded of each of them
 
     def advance(self, token, logprob, note):
         """The first token of `feed` has gone through the model. After the last one the coroutine hears what was
@@ -580,16 +580,17 @@ def play_episode(gateway, episode, agent, context_size, version):
             routes = torch.from_numpy(np.stack(notes + notes[-1:]))
         reply = gateway.record(episode, context, ids, logprobs, version, routes)
 
-def rollout(model, gateway, episodes, version, generator=None, group=1, replay=False):
+def rollout(gateway, episodes, version, generator=None, group=1):
     """Play episodes in lock step until each is over, or an agent of another process has had its turn.
 
+    gateway    with the model; its --replay records routes, too
     episodes   [(trajectory, agent)]; `group` of one prompt lie side by side
     version    of the policy, for the record
     generator  of the sampling
-    replay     record routes, too
     """
+    model = gateway.model
     players = [play_episode(gateway, episode, agent, model.cfg.max_seq_len, version) for episode, agent in episodes]
-    lockstep(model, players, group, generator, pack_routes if replay else None)
+    lockstep(model, players, group, generator, pack_routes if gateway.args.replay else None)
 
 def pack_routes(aux):
     """aux of a forward -> (B, T, r) int32, to be recorded: experts of every layer as they are, 0 or more, and the
@@ -636,7 +637,7 @@ def unpack_routes(codes, cfg):
 # the samples that go through a slot, is its count in the router's load and in the index branch's KL. CISPO (`entry`) and
 # the drafts' KL (`draft`) count the samples themselves.
 
-@dataclasses.dataclass
+@dataclass
 class Leaf:
     """One path of a prefix tree, from the root to where its longest sample ends."""
     slots: np.ndarray                  # (n,) layout slots of the path's tokens
@@ -663,7 +664,6 @@ class PrefixTree:
         sparse = cfg is not None and "msa" in cfg.attn_types
         self.L = cfg.index_block_size if sparse else 1
         self.K = cfg.n_mtp if cfg else 0
-        self.n_naive = sum(len(sample.ids) for sample in samples)
 
         # tokens sort by id and recorded routes: an equal token of other experts is another. What is shorter comes first
         self.samples = sorted(samples, key=lambda sample: labels(sample).astype(">i4").tobytes())
@@ -703,7 +703,6 @@ class PackedRow:
         self.L = trees[0].L
         self.K = trees[0].K
         self.samples = [sample for tree in trees for sample in tree.samples]
-        self.n_naive = sum(tree.n_naive for tree in trees)
         self.leaves = []
         self.size = 0
         for tree in trees:
@@ -864,12 +863,12 @@ def cispo_loss(logprob, entry, old, advantage, Z, eps_high=EPS_HIGH):
     old        (m,) its log-prob at rollout
     advantage  (m,)
     Z          action tokens of the step
-    -> loss, ratios (m,).
+    -> loss, ratios (m,), weights (m,): clipped ratio times advantage.
     """
     ratio = (logprob.detach()[entry] - old).exp()
     weights = ratio.clamp(max=1 + eps_high) * advantage
     coefficient = torch.zeros_like(logprob).index_add(0, entry, weights)
-    return -(coefficient * logprob).sum() / Z, ratio
+    return -(coefficient * logprob).sum() / Z, ratio, weights
 
 def policy(model, batch):
     """Forward of a micro-batch, see collate -> log-prob of the action token after each of batch["slots"], and entropy
@@ -931,7 +930,7 @@ def backward(model, rows, mtp_weight=0.1, tokens=MICRO_TOKENS):
     samples), slots (of the rows), computed (slots of the micro-batches, pads included), magnitude (see has_signal).
     """
     Z = sum(len(sample.logprobs) for row in rows for sample in row.samples)
-    naive = sum(row.n_naive for row in rows)
+    naive = sum(len(sample.ids) for row in rows for sample in row.samples)
     total = Losses(next=1, mtp=Z, kl=naive)  # cispo_loss has divided by Z already
     load = 0.0
     magnitude = 0.0
@@ -947,8 +946,8 @@ def backward(model, rows, mtp_weight=0.1, tokens=MICRO_TOKENS):
         old = batch["old"].to(logprob.dtype)
         old = torch.where(old.isnan(), logprob.detach()[batch["entry"]], old)  # a demonstration has none: ratio 1
         advantage = batch["advantage"].to(logprob.dtype)
-        losses.next, ratio = cispo_loss(logprob, batch["entry"], old, advantage, Z)
-        magnitude = magnitude + (ratio.clamp(max=1 + EPS_HIGH) * advantage).abs().sum() / Z
+        losses.next, ratio, weights = cispo_loss(logprob, batch["entry"], old, advantage, Z)
+        magnitude = magnitude + weights.abs().sum() / Z
 
         # the drafts', beside the index branch's, which the forward has summed
         loads = [aux["expert_load"]]
@@ -1022,12 +1021,12 @@ class Local(Gateway):
             self.pool[task] = [Trajectory(task) for _ in range(args.rollouts)]
             episodes += [(episode, make_task(args, task).agent()) for episode in self.pool[task]]
         generator = torch.Generator(self.model.embed.weight.device)
-        generator.manual_seed(random.Random(f"{args.seed} {tasks[:1]}").getrandbits(62))
-        rollout(self.model, self, episodes, version, generator, args.rollouts, args.replay)
+        generator.manual_seed(Random(f"{args.seed} {tasks[:1]}").getrandbits(62))
+        rollout(self, episodes, version, generator, args.rollouts)
 
         for task in tasks:
             group = self.pool[task]
-            tail = math.exp(args.sigma * random.Random(f"{args.seed} tail {task}").gauss(0, 1))
+            tail = math.exp(args.sigma * Random(f"{args.seed} tail {task}").gauss(0, 1))
             seconds = tail * max(episode.seconds for episode in group)
             if seconds > self.queue.deadline:  # by then it is given up
                 for episode in group:
@@ -1066,8 +1065,8 @@ def demonstrate(gateway, task, rng, noise, wander=0.0):
         gateway.record(episode, gateway.context(episode, messages), ids, [math.nan] * len(ids), 0)
 
 def warm_start(source, args, stop, threads):
-    """Imitate the teacher for --warm-steps, WARM_TASKS tasks each -> whether all steps are done (`stop` may end it before).
-    --out/warm keeps it, or as much as was done of it. A demonstration's advantage is 1, and its ratio 1."""
+    """Imitate the teacher for --warm-steps -> whether all steps are done (`stop` may end it before). --out/warm keeps
+    it, or as much as was done of it. A demonstration's advantage is 1, and its ratio 1."""
     model = source.model
     folder = os.path.join(args.out, "warm")
     started = time.perf_counter()
@@ -1092,7 +1091,7 @@ def warm_start(source, args, stop, threads):
         print(f"warm    | {step} steps read from {folder}", flush=True)
 
     def keep():
-        save(folder, args, source, optimizers, dict(run=run, step=step, threads=threads.count))
+        save(folder, source, optimizers, dict(run=run, step=step, threads=threads.count))
 
     if saved is None:                  # killed at once, it goes on
         keep()
@@ -1105,7 +1104,7 @@ def warm_start(source, args, stop, threads):
             timer.saved(began)
             saved = step
 
-        rng = random.Random(f"{args.seed} warm {step}")
+        rng = Random(f"{args.seed} warm {step}")
         tasks = [make_task(args, step * WARM_TASKS + i, 1) for i in range(WARM_TASKS)]
         demos = [demonstrate(source, task, rng, NOISE) for task in tasks]
         began = time.perf_counter()
@@ -1115,7 +1114,7 @@ def warm_start(source, args, stop, threads):
         stats = train_step(model, optimizers, trees, rate)
         step += 1
         if threads.slowed(time.perf_counter() - began):
-            threads.choose_again(trial(source, args))
+            threads.choose_again(trial(source))
         if step % WARM_EVERY == 0 or step == args.warm_steps:
             print(f"warm {step:04d} | loss {stats['loss']:.3f} | norm {stats['norm']:.2f} | "
                   f"{time.perf_counter() - started:.0f} s", flush=True)
@@ -1148,9 +1147,9 @@ def is_over(imitation):
     end = imitation["args"].get("warm_steps", 0)
     return type(end) is not int or step >= end
 
-def trial(source, args):
+def trial(source):
     """-> a function that runs a step's forward and backward passes, on few episodes, and leaves the model as it was."""
-    demos = [demonstrate(source, make_task(args, i, 1), random.Random(i), 0.0) for i in range(8)]
+    demos = [demonstrate(source, make_task(source.args, i, 1), Random(i), 0.0) for i in range(8)]
     trees = [PrefixTree(demo.samples, source.model.cfg) for demo in demos]
 
     def step():
@@ -1258,14 +1257,14 @@ def resume_args(parser, argv, given):
             raise ValueError(f"--{flag} {value}: the checkpoint was made with {was}")
     return args, None if early else state  # the imitation's weights are read where they are needed
 
-@dataclasses.dataclass
+@dataclass
 class Record:
     """What a run has counted until now, between two steps: what a checkpoint calls `now`."""
     step: int = 0                      # of training on rewards
     seconds: float = 0.0               # since the start, the imitation included
     warm: float = 0.0                  # until the imitation's end
     ema: float | None = None           # running mean of the share solved
-    curve: list = dataclasses.field(default_factory=list)  # [share solved, ema] of each step
+    curve: list = field(default_factory=list)  # [share solved, ema] of each step
     max_lag: int = 0                   # of a group, in steps
     naive: int = 0                     # tokens of all samples
     slots: int = 0                     # that they took once merged
@@ -1289,7 +1288,7 @@ def needed_bytes(args, device):
     """About the memory of a step of the imitation, the largest one's; a little less rather than more."""
     with torch.device("meta"):
         cfg = make_model(args, "meta", None).cfg
-    demo = demonstrate(Gateway(), make_task(args, 0, 1), random.Random(0), 0.0)
+    demo = demonstrate(Gateway(), make_task(args, 0, 1), Random(0), 0.0)
     slots = PrefixTree(demo.samples, cfg).size
     return step_bytes(cfg, min(WARM_TASKS, max(1, MICRO_TOKENS // slots)), slots, device)
 
@@ -1383,7 +1382,7 @@ def run(args, state):
         source = Served(model, args, queue)
     threads = Threads(device, args.threads, state["now"].get("threads") if state else None)
     if threads.count is None:
-        threads.choose(trial(source, args), args.steps)
+        threads.choose(trial(source), args.steps)
     card(args, model, queue, device, why, threads)
 
     # imitation, or where a run stood
@@ -1399,7 +1398,7 @@ def run(args, state):
         warm = time.perf_counter() - started
         now = Record(seconds=warm, warm=warm, run=os.urandom(8).hex())
         if ready:
-            save(args.out, args, source, optimizers, vars(now))  # killed from here on, the run can go on
+            save(args.out, source, optimizers, vars(now))  # killed from here on, the run can go on
     timer = SaveTimer()
     changed = False
     if ready and args.serve is not None:
@@ -1428,7 +1427,7 @@ def run(args, state):
             step_began = time.perf_counter()
             stats = train_step(model, optimizers, rows, rate)
             if threads.slowed(time.perf_counter() - step_began):
-                threads.choose_again(trial(source, args))
+                threads.choose_again(trial(source))
             version += 1
         now.threads = threads.count if device.type == "cpu" else None  # bits depend on it
         lags = queue.publish(version)
@@ -1443,11 +1442,11 @@ def run(args, state):
             print(f"no step   | groups {[group[0].task for group in groups]}: no turn to learn from", flush=True)
         if now.step % args.save_every == 0 or timer.due():
             save_began = timer.clock()
-            save(args.out, args, source, optimizers, vars(now))
+            save(args.out, source, optimizers, vars(now))
             timer.saved(save_began)
 
     if ready and changed:  # a run with nothing left has nothing to save
-        save(args.out, args, source, optimizers, vars(now))
+        save(args.out, source, optimizers, vars(now))
     if not ready:
         print(f"stopped in the imitation, saved in {args.out}/warm; the same command goes on", flush=True)
     elif stop or not now.step:  # all the time went into the imitation, or into waiting for other processes
@@ -1468,12 +1467,12 @@ def summary(args, now, source, queue):
         merge_ratio=now.naive / max(now.slots, 1), max_lag=now.max_lag, seconds=now.seconds,
         virtual_seconds=virtual, idle=queue.idle / virtual, reward_per_virtual_s=now.reward / virtual)
 
-def save(folder, args, source, optimizers, now):
+def save(folder, source, optimizers, now):
     """Write FOLDER/ckpt.pt, all there is between two steps: weights, momenta, flags, `now`, the queue, the groups in
     flight with what was said in them, the clock. FloatingPointError if a weight is not finite: what was saved before
     is kept."""
-    parts = checkpoint_parts(args, source.model, source.tokenizer, optimizers)
-    pool = {task: list(map(dataclasses.asdict, group)) for task, group in source.pool.items()}
+    parts = checkpoint_parts(source.args, source.model, source.tokenizer, optimizers)
+    pool = {task: list(map(asdict, group)) for task, group in source.pool.items()}
     os.makedirs(folder, exist_ok=True)
     save_checkpoint(folder, now=now, pool=pool, queue=vars(source.queue), clock=source.now, **parts)
 
@@ -1576,7 +1575,7 @@ class TimedReader(io.RawIOBase):
         self.connection.settimeout(max(1e-3, self.until - time.monotonic()))
         return self.connection.recv_into(buffer)
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     """POST of a JSON object -> a JSON object; what is refused gets a 4xx and OpenAI's error object."""
     timeout = 2                        # seconds
     default_request_version = "HTTP/1.0"
@@ -1640,7 +1639,7 @@ def hung_up(connection):
 class Refused(Exception):
     """(status, reason): what a request gets in place of an answer."""
 
-class Served(Gateway, http.server.ThreadingHTTPServer):
+class Served(Gateway, ThreadingHTTPServer):
     """Agents of other processes, in real seconds, on loopback.
 
     POST /v1/tasks {}                                          -> {task, messages}: an episode is claimed
@@ -1653,7 +1652,7 @@ class Served(Gateway, http.server.ThreadingHTTPServer):
     def __init__(self, model, args, queue):
         super().__init__(model, args, queue)
         try:
-            http.server.ThreadingHTTPServer.__init__(self, ("127.0.0.1", args.serve), Handler)
+            ThreadingHTTPServer.__init__(self, ("127.0.0.1", args.serve), Handler)
         except OSError as error:
             raise OSError(f"--serve {args.serve}: no port to listen on, {error.strerror}") from None
         self.open = {}                 # name of an episode, "group.row" -> it, until its end
@@ -1752,7 +1751,7 @@ class Served(Gateway, http.server.ThreadingHTTPServer):
         """One completion, in OpenAI's form. A turn whose client is gone by its end was not taken."""
         episode = self.open[key]
         agent = (messages for messages in [body["messages"]])  # it has one turn, and hears nothing
-        rollout(self.model, self, [(episode, agent)], self.version, replay=self.args.replay)
+        rollout(self, [(episode, agent)], self.version)
         ids = episode.samples[-1].ids[n_context:].tolist()
         message = dict(role="assistant", content=self.tokenizer.decode(ids))
         if hung_up(client):

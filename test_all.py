@@ -4311,7 +4311,7 @@ def test_cispo_by_hand():
     entry = torch.tensor([0, 0, 1])
     old = torch.tensor([-1.5, -0.5, -4.0], dtype=torch.float64)
     advantage = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    loss, _ = rl.cispo_loss(logprob, entry, old, advantage, 3)
+    loss, *_ = rl.cispo_loss(logprob, entry, old, advantage, 3)
     loss.backward()
 
     # two samples share the first token, at ratios e^0.5 and e^-0.5; e^3.9 is clipped to 1 + 4
@@ -4875,7 +4875,7 @@ def test_a_resumed_gateway_begins_again_what_had_begun(tmp_path, monkeypatch):
         assert server.chat(key, role="") == 200
         assert server.end(key, 1) == 200
     server.wait([], 0.01)
-    rl.save(tmp_path, server.args, server, [], dict(step=8))
+    rl.save(tmp_path, server, [], dict(step=8))
 
     resumed = rl.Served(server.model, server.args, rl.WindowedFIFO(2, 1, 0.3))
     rl.restore(read_checkpoint(tmp_path), [], resumed)
@@ -4938,7 +4938,7 @@ def test_another_vocabulary_than_the_tokenizers_is_refused(tmp_path):
     args = rl.parse_args([])[0]
     model = MiniMax(MiniMaxConfig.micro(vocab_size=300, max_seq_len=96))
     source = rl.Local(model, args, rl.WindowedFIFO(4, 1))
-    rl.save(tmp_path, args, source, [], dict(step=1))
+    rl.save(tmp_path, source, [], dict(step=1))
 
     for main, argv in ((sample.main, sample_args(tmp_path)), (rl.main, resume(tmp_path))):
         line = refused(main, argv)

@@ -36,7 +36,8 @@ import msa
 import rl
 import train
 from model import MiniMax, MiniMaxConfig
-from sample import Parser, Threads, command, implementations, load_checkpoint, pick_device, tokens
+from sample import (Parser, Threads, check_figure, command, figure_format, implementations, load_checkpoint,
+                    pick_device, tokens)
 
 SHAPES = {"m2": (48, 8), "m3": (64, 4)}                    # query heads, KV heads = index heads
 D, S, L = 128, 16, 128
@@ -1219,7 +1220,7 @@ def draw(path, rows, title):
         axis.yaxis.set_major_formatter("{x:,.10g}")
         axis.yaxis.set_minor_formatter("")
         axis.legend()
-    figure.savefig(path)
+    figure.savefig(path, format=figure_format(path))
 
 # ---- the script ----------------------------------------------------------------------------------
 # The card comes first: device, versions, what runs on each side, measured rates, and what a roofline predicts. Then the
@@ -1246,14 +1247,6 @@ def parse_args(argv):
     if args.figure:
         check_figure(args.figure)
     return args
-
-def check_figure(path):
-    """ValueError if it cannot be drawn or written: it shows now, not after minutes."""
-    folder = os.path.dirname(path) or "."
-    if not os.path.isdir(folder) or os.path.isdir(path) or not os.access(folder, os.W_OK):
-        raise ValueError(f"--figure {path}: it must be a file in a folder that can be written")
-    from matplotlib.figure import Figure
-    Figure().savefig(os.devnull, format=os.path.splitext(path)[1][1:] or "png")
 
 def trial(args):
     """-> a function that does what a CPU is timed on, both sides of a short prefill."""

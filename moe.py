@@ -13,8 +13,6 @@ Differs from M2/M3: the report does not publish the balancing rule; the sign upd
 (arXiv 2408.15664). No token is ever dropped. `experts_loop` is the specification; `experts_grouped` sorts tokens by
 expert and runs one grouped matrix product, with no host synchronisation, `gated` in between as one Triton kernel.
 """
-from __future__ import annotations  # without Triton, tl.constexpr in a kernel's signature is no name
-
 import math
 
 import torch
@@ -316,14 +314,14 @@ ALPHA = constexpr(SWIGLU_ALPHA)
 LIMIT = constexpr(SWIGLU_LIMIT)
 
 @jit
-def _gate(h, at, valid, I: tl.constexpr, OAI: tl.constexpr):
-    """y = up * gate * sigmoid(alpha * gate), dy / dgate and dy / dup of a tile of h, each (ROWS, COLS) fp32."""
+def _gate(h, at, valid, I: constexpr, OAI: constexpr):
+    """y = up * gate * sigmoid(alpha * gate), dy / dgate and dy / dup of a tile of h, each [ROWS, COLS] fp32."""
     gate = tl.load(h + at, mask=valid, other=0.0).to(tl.float32)
     up = tl.load(h + at + I, mask=valid, other=0.0).to(tl.float32)
-    alpha: tl.constexpr = ALPHA if OAI else 1.0
+    alpha: constexpr = ALPHA if OAI else 1.0
     if OAI:
         raw_gate, raw_up = gate, up
-        keep_nan: tl.constexpr = tl.PropagateNan.ALL  # else a GPU takes the smaller of NaN and 7 to be 7
+        keep_nan: constexpr = tl.PropagateNan.ALL  # else a GPU takes the smaller of NaN and 7 to be 7
         gate = tl.minimum(gate, LIMIT, keep_nan)
         up = tl.clamp(up, -LIMIT, LIMIT, keep_nan) + 1
 
@@ -345,18 +343,18 @@ def _gated_kernel(
     out,                 # (n, I)
     n,
     # sizes
-    I: tl.constexpr,
-    OAI: tl.constexpr,   # M3's activation, not M2's
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    I: constexpr,
+    OAI: constexpr,   # M3's activation, not M2's
+    ROWS: constexpr,
+    COLS: constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, COLS)
-    valid = (row < n)[:, None] & (col < I)                                          # (ROWS, COLS)
+    valid = (row < n)[:, None] & (col < I)                                          # [ROWS, COLS]
     at = row[:, None] * (2 * I) + col
     y, _, _ = _gate(h, at, valid, I, OAI)
     if weight is not None:
-        factor = tl.load(weight + row, mask=row < n, other=0.0)                     # (ROWS,)
+        factor = tl.load(weight + row, mask=row < n, other=0.0)                     # [ROWS]
         y *= factor[:, None]
     tl.store(out + row[:, None] * I + col, y.to(out.dtype.element_ty), mask=valid)
 
@@ -371,21 +369,21 @@ def _gated_grad_kernel(
     dweight,             # (n, 1), written where weight is not None
     n,
     # sizes
-    I: tl.constexpr,
-    OAI: tl.constexpr,   # M3's activation, not M2's
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    I: constexpr,
+    OAI: constexpr,   # M3's activation, not M2's
+    ROWS: constexpr,
+    COLS: constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, COLS)
-    valid = (row < n)[:, None] & (col < I)                                          # (ROWS, COLS)
+    valid = (row < n)[:, None] & (col < I)                                          # [ROWS, COLS]
     at = row[:, None] * (2 * I) + col
     y, dgate, dup = _gate(h, at, valid, I, OAI)
     dy = tl.load(grad + row[:, None] * I + col, mask=valid, other=0.0).to(tl.float32)
 
     # out = weight * y
     if weight is not None:
-        factor = tl.load(weight + row, mask=row < n, other=0.0)                     # (ROWS,)
+        factor = tl.load(weight + row, mask=row < n, other=0.0)                     # [ROWS]
         tl.store(dweight + row, tl.sum(dy * y, 1), mask=row < n)
         dy *= factor[:, None]
 

@@ -44,9 +44,10 @@ import torch
 
 from model import Context, KVCache, Losses, MiniMax, MiniMaxConfig, rope_tables
 from msa import widen
-from sample import (Parser, SaveTimer, Threads, Tokenizer, check_fields, check_finite, check_memory, check_weights,
-                    checkpoint_path, command, implementations, learn_bpe, load_checkpoint, load_model,
-                    load_optimizers, lock_folder, number, on_signals, pick_device, sample_next, save_checkpoint)
+from sample import (Parser, SaveTimer, Threads, Tokenizer, check_fields, check_figure, check_finite, check_memory,
+                    check_weights, checkpoint_path, command, figure_format, implementations, learn_bpe,
+                    load_checkpoint, load_model, load_optimizers, lock_folder, number, on_signals, pick_device,
+                    sample_next, save_checkpoint)
 from train import (checkpoint_parts, configure_optimizers, is_index, merge_args, round_up, set_rates, share_done,
                    step_bytes, update)
 
@@ -1224,7 +1225,8 @@ def parse_args(argv, locks=None):
         raise ValueError(f"--groups {args.groups}: at most --slots, {args.slots}")
     if not args.minutes and not args.steps:
         args.minutes = MINUTES
-    check_figure(args.figure)
+    if args.figure:
+        check_figure(args.figure)
     if locks and not args.resume:
         lock_folders(args, locks)
     return args, state
@@ -1530,29 +1532,14 @@ def restore_episode(task, fields, tokens):
     return episode
 
 def draw(lines, path, task):
-    """Draw curves, {name: (steps,)}, into the file `path`, whose name ends in the picture's format."""
+    """Draw curves, {name: (steps,)}, into the file `path`."""
     from matplotlib.figure import Figure
     axis = Figure(figsize=(7, 3.5), layout="constrained").subplots()
     for name, values in lines.items():
         axis.plot(values, label=name)
     axis.set(ylim=(0, 1.02), xlabel="step", ylabel=f"{task}: share solved, sampled")
     axis.figure.legend(handles=axis.lines, loc="outside right upper")
-    picture = io.BytesIO()
-    axis.figure.savefig(picture, format=os.path.splitext(path)[1][1:] or "png")
-    with open(path, "wb") as file:
-        file.write(picture.getvalue())
-
-def check_figure(path):
-    """ValueError if --figure cannot be drawn or written: this shows now, not after minutes. The file is made if it is
-    not there."""
-    if path is None:
-        return
-    from matplotlib.figure import Figure
-    try:
-        Figure().savefig(io.BytesIO(), format=os.path.splitext(path)[1][1:] or "png")
-        open(path, "ab").close()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--figure {path}: {getattr(error, 'strerror', None) or error}") from None
+    axis.figure.savefig(path, format=figure_format(path))
 
 # ---- the gateway's door: agents of other processes, through OpenAI's protocol ---------------------
 # Any agent that speaks OpenAI's chat completions can be trained: it claims an episode, asks for turns under the

@@ -946,6 +946,23 @@ def implementations(model, device, trains=False, decodes=True):
         words.append(f"experts: {'grouped_mm' if grouped else 'a loop, as grouped_mm has no fp64'}")
     return "; ".join(words)
 
+def figure_format(path):
+    """-> a picture's format, the suffix of its name; png where that has none."""
+    suffix = os.path.splitext(path)[1]
+    return suffix[1:] or "png"
+
+def check_figure(path):
+    """ValueError if --figure cannot be drawn or written: it shows now, not after minutes. Nothing is created."""
+    from matplotlib.figure import Figure
+    folder = os.path.dirname(path) or "."
+    target = path if os.path.exists(path) else folder
+    if not os.path.isdir(folder) or os.path.isdir(path) or not os.access(target, os.W_OK):
+        raise ValueError(f"--figure {path}: it must be a file in a folder that can be written")
+    try:
+        Figure().savefig(os.devnull, format=figure_format(path))
+    except ValueError as error:
+        raise ValueError(f"--figure {path}: {error}") from None
+
 def tolerant_output():
     """Print what the terminal's encoding lacks (an ASCII terminal, a file name that is no UTF-8) as an escape."""
     for stream in (sys.stdout, sys.stderr):

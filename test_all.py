@@ -5113,14 +5113,15 @@ def test_rl_names_the_port_it_refuses(tmp_path):
     assert "in use" in line
 
 @parametrize("name, word", [
-    ("none/a.png", "No such file"),
-    ("a.abc", "abc")])
+    ("none/a.png", "a folder that can be written"),
+    ("a.abc", "supported formats")])
 def test_rl_names_the_figure_it_refuses(name, word, tmp_path):
     """A figure that cannot be written, or of no known format: one line with flag, value and reason."""
     figure = tmp_path / name
     line = refused(rl.main, rl_args(tmp_path, "--steps 1", "--figure", figure))
-    assert f"--figure {figure}" in line
+    assert f"--figure {figure}: " in line
     assert word in line
+    assert not figure.exists()
 
 # ---- 14. bad input, damaged files, README, mutants -----------------------------------------------
 # What a script cannot obey it refuses in one line that names the value, with exit code 2 and no traceback. What is
@@ -5191,7 +5192,7 @@ def test_sample_refuses_bad_input(trained, tmp_path, monkeypatch, line, word):
 
 @refusals(
     ("--figure .", "a file"),
-    ("--figure x.abc", "abc"),
+    ("--figure x.abc", "--figure x.abc: Format 'abc'"),
     ("--what tree --figure x.svg", "--figure"),
     ("--what tree --shape m3", "--shape"),
     ("--what tree --ctx 117", "takes 118"),

@@ -344,7 +344,7 @@ def _gated_kernel(
     n,
     # sizes
     I: constexpr,
-    OAI: constexpr,   # M3's activation, not M2's
+    OAI: constexpr,      # M3's activation, not M2's
     ROWS: constexpr,
     COLS: constexpr,
 ):
@@ -370,7 +370,7 @@ def _gated_grad_kernel(
     n,
     # sizes
     I: constexpr,
-    OAI: constexpr,   # M3's activation, not M2's
+    OAI: constexpr,      # M3's activation, not M2's
     ROWS: constexpr,
     COLS: constexpr,
 ):

@@ -40,7 +40,9 @@ from sample import (Parser, Threads, check_figure, command, figure_format, imple
                     pick_device, tokens)
 
 SHAPES = {"m2": (48, 8), "m3": (64, 4)}                    # query heads, KV heads = index heads
-D, S, L = 128, 16, 128
+D = 128                                # channels of a head
+S = 16                                 # blocks that a query reads
+L = 128                                # keys of a block
 BYTES = {"int8": 1 + 2 / D, "bf16": 2, "fp32": 4}          # of an index key's element; int8 has a bf16 scale a key
 COPY_FLOOR = 0.97                      # share of the copy rate that a GPU's dense decode must reach to be a baseline
 # Relative RMS. bf16 rounds the probabilities, the partial outputs and the output, 2^-9 each; fp32 only sums differently
@@ -68,7 +70,7 @@ TRAINING = f"--steps 20 --seed {SEED}".split()             # flags of rl.py for 
 
 def capacity(T):
     """Slots of a cache that holds T tokens: whole key blocks."""
-    return -(-T // L) * L
+    return train.round_up(T, L)
 
 def count_pairs(T, t):
     """Pairs of one of the last t of T queries and a key that it sees."""
@@ -148,17 +150,21 @@ def alternate(calls, gpu, check=None, cold=(), reps=5, seconds=3.0):
 
 def measure_rates(args):
     """Measure the copy and matrix rates -> those of now. args.rates keeps the largest: a busy machine's are low."""
-    size, n, reps = 2 ** 28, 2048, 5
+    size = 2 ** 28                     # bytes that are copied
+    n = 2048                           # rows and columns of a matrix
+    reps = 5
     if args.gpu:
         free, _ = torch.cuda.mem_get_info()
-        size, n, reps = min(2 ** 31, free // 4), 8192, 20  # a small GPU has room for no more
+        size = min(2 ** 31, free // 4)  # a small GPU has room for no more
+        n = 8192
+        reps = 20
     source = torch.ones(size, dtype=torch.int8, device=args.device)
     target = torch.empty_like(source)
     a = torch.randn(n, n, device=args.device, dtype=args.dtype)
     b = torch.randn_like(a)
     times = alternate({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, args.gpu, reps=reps)
 
-    done = {"copy": 2 * source.numel(), "matmul": 2 * n ** 3}  # bytes read and written, FLOPs
+    done = {"copy": 2 * size, "matmul": 2 * n ** 3}  # bytes read and written, FLOPs
     now = {name: 1e3 * amount / statistics.median(times[name]) for name, amount in done.items()}
     args.rates = {name: max(rate, args.rates.get(name, 0)) for name, rate in now.items()}
     return now
@@ -658,6 +664,7 @@ def decode_length(args, shape, B, T, cache):
     sets = decode_sets(args, shape, B, T, cache)
     chosen = {}
 
+    # the sides
     def dense(q, k, v, qi, ki, length, int8):
         return full(q, k, v, T, length)
 
@@ -669,17 +676,22 @@ def decode_length(args, shape, B, T, cache):
             check_rows(f"decode {shape}, {T} tokens, {name}", *outs[n], *sets[n][:5], T - 1)
         chosen[name] = [block_idx for _, block_idx in outs]
 
+    # time them
     calls = {"dense": dense, args.index: sparse}
-    rounds, reps, seconds = 1, 5, 0.6
+    rounds = 1
+    reps = 5
+    seconds = 0.6
     if args.gpu:
         calls["int8"] = sparse_decode
         rounds = math.ceil(16 / len(sets))  # starting a graph takes as long as a small kernel: 16 calls share it
-        reps, seconds = 20, 60.0
+        reps = 20
+        seconds = 60.0
     replays = {name: repeat(call, sets, rounds) for name, call in calls.items()}
     times = alternate(replays, args.gpu, check, reps=reps, seconds=seconds)
     if args.gpu and not all(map(torch.equal, chosen["bf16"], chosen["int8"])):
         raise ArithmeticError(f"decode {shape}, {T} tokens: certified int8 chooses other blocks than bf16")
 
+    # a row for each kind of index keys
     n_calls = len(sets) * rounds
     per_call = {name: [ms / n_calls for ms in taken] for name, taken in times.items()}
     dense_times = per_call.pop("dense")
@@ -764,11 +776,15 @@ def step_plans(args):
     """Training steps that --what train times -> preset, [(attention, rows, tokens of a row, recompute)]: the preset's
     own rows, then one long sequence with `recompute`, up to --ctx."""
     if args.gpu:
-        preset, rows, T, long = "small", 16, 2 ** 13, 2 ** 19
+        preset = "small"
+        own = ("msa", 16, min(2 ** 13, args.ctx), False)
+        long = 2 ** 19
     else:
-        preset, rows, T, long = "tiny", 4, 256, 1024
+        preset = "tiny"
+        own = ("msa", 4, min(256, args.ctx), False)
+        long = 1024
     long_rows = [("full", 1, long, True), ("msa", 1, long, True), ("msa", 1, 2 * long, True)]
-    return preset, [("msa", rows, min(T, args.ctx), False)] + [plan for plan in long_rows if plan[2] <= args.ctx]
+    return preset, [own] + [plan for plan in long_rows if plan[2] <= args.ctx]
 
 def model_steps(model, learns, batch, mtp_every, recompute):
     """train.py's optimizer steps on a batch, the first with the MTP loss, the others without -> the last one's loss.
@@ -842,7 +858,7 @@ def row_that_fits(name, measure, *given):
         print_left_out(name)
         return []
     finally:
-        gc.collect()                   # compiled halves of a block and the block refer to each other
+        gc.collect()                   # a compiled block and its graphs refer to each other
         torch.cuda.empty_cache()       # does nothing where there is no GPU
 
 def print_left_out(name):
@@ -983,7 +999,8 @@ def tree_row(args, preset, model, groups, turns):
 
 def run_tree(args):
     """--what tree: the samples are all turns of four episodes of a maze, of 16 mazes on a GPU."""
-    preset, n_mazes = ("small", 16) if args.gpu else ("micro", 1)
+    preset = "small" if args.gpu else "micro"
+    n_mazes = 16 if args.gpu else 1
     rows = []
     for turns in tree_turns(args):
         asked, _ = rl.parse_args(f"--task maze --preset {preset} --turns {turns}".split())
@@ -1020,7 +1037,9 @@ def simulate(window, steps, sigma, seed):
     groups = 8
     queue = rl.WindowedFIFO(64, window)  # groups in flight
     now = 0.0
-    is_hard, lags, hard_shares = {}, [], []
+    is_hard = {}                       # of each task
+    lags = []
+    hard_shares = []                   # of each batch
     for step in range(steps):
         for task in queue.admit(step, now):
             rng = random.Random(f"{seed} {task}")
@@ -1052,7 +1071,8 @@ def train_schedules(args):
     """A short run of rl.py under each schedule, one after the other, with the same seed and from one imitation, in a
     folder that is deleted at the end.
     -> {schedule: its result}, {schedule: running mean of the share solved, by step}. KeyboardInterrupt if stopped."""
-    trained, curves = {}, {}
+    trained = {}
+    curves = {}
     flags = [*TRAINING, "--device", str(args.device)]
     if args.threads:
         flags += ["--threads", str(args.threads)]
@@ -1223,9 +1243,9 @@ def draw(path, rows, title):
     figure.savefig(path, format=figure_format(path))
 
 # ---- the script ----------------------------------------------------------------------------------
-# The card comes first: device, versions, what runs on each side, measured rates, and what a roofline predicts. Then the
-# gate, then the rows, each printed as soon as it is measured, then what they say; the last line is the result in JSON.
-# What is wrong with the flags is said before anything runs.
+# The card comes first, after a CPU's number of threads: device, versions, what runs on each side, measured rates, and
+# what a roofline predicts. Then the gate, then the rows, each printed as soon as it is measured, then what they say; the
+# last line is the result in JSON. What is wrong with the flags is said before anything runs.
 
 def parse_args(argv):
     p = Parser(__doc__)

@@ -26,6 +26,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 
@@ -67,6 +68,28 @@ TRAINING = f"--steps 20 --seed {SEED}".split()             # flags of rl.py for 
 # Calls are timed in turn (A B A B), so that a machine that slows down slows all of them, and the median is reported.
 # Outside a time: allocating and filling the inputs, compiling, and the launch of a CUDA graph.
 
+
+@dataclass
+class Machine:
+    """What a script runs on, and how fast that is."""
+    device: torch.device
+    dtype: torch.dtype                 # of all tensors
+    name: str = ""
+    rates: dict = field(default_factory=dict)  # the largest measured: copy, bytes/s; matmul, FLOP/s
+
+    @property
+    def gpu(self):
+        return self.device.type == "cuda"
+
+    @property
+    def size(self):
+        """Bytes of an element."""
+        return self.dtype.itemsize
+
+    @property
+    def index(self):
+        """What the index keys are held in, see BYTES."""
+        return "bf16" if self.gpu else "fp32"
 
 def capacity(T):
     """Slots of a cache that holds T tokens: whole key blocks."""
@@ -148,25 +171,25 @@ def alternate(calls, gpu, check=None, cold=(), reps=5, seconds=3.0):
             del out
     return times
 
-def measure_rates(args):
-    """Measure the copy and matrix rates -> those of now. args.rates keeps the largest: a busy machine's are low."""
+def measure_rates(machine):
+    """Measure the copy and matrix rates -> those of now. machine.rates keeps the largest: a busy machine's are low."""
     size = 2 ** 28                     # bytes that are copied
     n = 2048                           # rows and columns of a matrix
     reps = 5
-    if args.gpu:
+    if machine.gpu:
         free, _ = torch.cuda.mem_get_info()
         size = min(2 ** 31, free // 4)  # a small GPU has room for no more
         n = 8192
         reps = 20
-    source = torch.ones(size, dtype=torch.int8, device=args.device)
+    source = torch.ones(size, dtype=torch.int8, device=machine.device)
     target = torch.empty_like(source)
-    a = torch.randn(n, n, device=args.device, dtype=args.dtype)
+    a = torch.randn(n, n, device=machine.device, dtype=machine.dtype)
     b = torch.randn_like(a)
-    times = alternate({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, args.gpu, reps=reps)
+    times = alternate({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, machine.gpu, reps=reps)
 
     done = {"copy": 2 * size, "matmul": 2 * n ** 3}  # bytes read and written, FLOPs
     now = {name: 1e3 * amount / statistics.median(times[name]) for name, amount in done.items()}
-    args.rates = {name: max(rate, args.rates.get(name, 0)) for name, rate in now.items()}
+    machine.rates = {name: max(rate, machine.rates.get(name, 0)) for name, rate in now.items()}
     return now
 
 # ---- the two sides -------------------------------------------------------------------------------
@@ -333,17 +356,17 @@ def check_rows(name, out, block_idx, q, k, v, qi, ki, first, most=256):
             want = brute_force(q[b, n], k[b], v[b], first + n, blocks)
             near(f"{name}, query {first + n}", out[b, n], want)
 
-def gate(args, shape, what):
+def gate(machine, shape, what):
     """A path to be timed, on short contexts: prefill of one sequence, or a decode step of two. Every side against brute
     force, and MSA against the dense side where S blocks are all there are."""
     lengths = [1, 100, S * L - 81, 2 * S * L + 17]
-    if args.gpu:
+    if machine.gpu:
         lengths.append(20_000)
     B = 2 if what == "decode" else 1
     for T in lengths:
-        t, slots = timed_sizes(args, what, T)
-        q, qi = random_queries(args, SHAPES[shape], B, t)
-        k, v, ki = random_cache(args, SHAPES[shape], B, slots)
+        t, slots = timed_sizes(machine, what, T)
+        q, qi = random_queries(machine, SHAPES[shape], B, t)
+        k, v, ki = random_cache(machine, SHAPES[shape], B, slots)
         poison = [torch.full_like(q, math.nan) for _ in range(3)]
         del poison                     # what is allocated next lies where these were
 
@@ -351,7 +374,7 @@ def gate(args, shape, what):
         if what == "prefill":
             outs = {"MSA": sparse_prefill(q, k, v, qi, ki, T), "dense": full(q, k, v, T)}
         else:
-            length = torch.full((B,), T - 1, dtype=torch.int32, device=args.device)
+            length = torch.full((B,), T - 1, dtype=torch.int32, device=machine.device)
             outs = {"MSA": sparse_decode(q, k, v, qi, ki, length),
                     "dense": full(q, k, v, T, length),
                     "certified int8": sparse_decode(q, k, v, qi, ki, length, msa.quantize_index(ki, L))}
@@ -370,68 +393,68 @@ def gate(args, shape, what):
 # Outside on both sides: the projections from x to q, k, v and back, RoPE and norms; on MSA's also x to qi and ki.
 # Lengths double up to --ctx, as far as memory reaches. All tensors are random numbers of variance 1.
 
-def timed_sizes(args, what, T):
+def timed_sizes(machine, what, T):
     """Of T tokens -> t, how many queries are timed, always the last ones; slots, how many keys the tensors hold."""
     if what == "decode":
         return 1, capacity(T)
-    if args.gpu:
+    if machine.gpu:
         return T, T
     return min(T, 32), capacity(T)     # a CPU gathers whole key blocks in place
 
-def fill(args, *size):
+def fill(machine, *size):
     """Random numbers of variance 1: normal, on a CPU uniform, which takes a fifth of the time."""
-    x = torch.empty(size, device=args.device, dtype=args.dtype)
-    return x.normal_() if args.gpu else x.uniform_(-3 ** 0.5, 3 ** 0.5)
+    x = torch.empty(size, device=machine.device, dtype=machine.dtype)
+    return x.normal_() if machine.gpu else x.uniform_(-3 ** 0.5, 3 ** 0.5)
 
-def random_queries(args, heads, *size):
+def random_queries(machine, heads, *size):
     """-> q (*size, H, D), qi (*size, Hkv, D); heads is (H, Hkv)."""
     H, Hkv = heads
-    return fill(args, *size, H, D), fill(args, *size, Hkv, D)
+    return fill(machine, *size, H, D), fill(machine, *size, Hkv, D)
 
-def random_cache(args, heads, *size):
+def random_cache(machine, heads, *size):
     """-> k and v (*size, Hkv, D), ki (*size, D)."""
     _, Hkv = heads
-    k = fill(args, *size, Hkv, D)
-    v = fill(args, *size, Hkv, D)
-    return k, v, fill(args, *size, D)
+    k = fill(machine, *size, Hkv, D)
+    v = fill(machine, *size, Hkv, D)
+    return k, v, fill(machine, *size, D)
 
-def n_sets(args, shape, T, B):
+def n_sets(machine, shape, T, B):
     """Sets of buffers of a decode row: what is read between two uses of a set exceeds three times the last cache."""
     cache = 2 ** 25
-    index = args.size
-    if args.gpu:
-        cache = torch.cuda.get_device_properties(args.device).L2_cache_size
+    index = machine.size
+    if machine.gpu:
+        cache = torch.cuda.get_device_properties(machine.device).L2_cache_size
         index = 1                      # int8 index keys
-    moved = sum(moved for _, moved in work(shape, T, 1, B, args.size, index)["msa"])
+    moved = sum(moved for _, moved in work(shape, T, 1, B, machine.size, index)["msa"])
     return min(64, math.ceil(3 * cache / moved))  # more only below 4K
 
-def row_bytes(args, shape, what, B, T):
+def row_bytes(machine, shape, what, B, T):
     """About the memory of a row, in bytes: a GiB for the runtime, the keys, and in prefill what a query needs."""
     H, Hkv = SHAPES[shape]
-    key = (2 * Hkv + 1) * D * args.size
-    if args.gpu:
+    key = (2 * Hkv + 1) * D * machine.size
+    if machine.gpu:
         key += 16 * D                  # quantize_index, in fp32
-    sets = n_sets(args, shape, T, B) if what == "decode" else 1
+    sets = n_sets(machine, shape, T, B) if what == "decode" else 1
     need = 2 ** 30 + capacity(T) * B * sets * key
-    if what == "prefill" and args.gpu:
+    if what == "prefill" and machine.gpu:
         # q, an output, two index branches, the plan; the partial outputs of one chunk
-        query = 2 * (H + Hkv + 1) * D * args.size + 48 * Hkv * S
-        chunk = 2 ** 14 * H * S * D * args.size
+        query = 2 * (H + Hkv + 1) * D * machine.size + 48 * Hkv * S
+        chunk = 2 ** 14 * H * S * D * machine.size
         need += T * query + chunk
     return need
 
-def lengths_that_fit(args, shape, what, B):
+def lengths_that_fit(args, machine, shape, what, B):
     """8K, 16K, ... and --ctx; 16K, 64K, ... on a CPU; a batch of 8: the longest, decode alone. No more than fits."""
     if what not in args.whats or (what, B) == ("prefill", 8):
         return []
-    exponents = range(13, 26) if args.gpu else range(14, 26, 2)
+    exponents = range(13, 26) if machine.gpu else range(14, 26, 2)
     lengths = [2 ** n for n in exponents if 2 ** n < args.ctx] + [args.ctx]
     free = 0.7 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # the system needs some, too
-    if args.gpu:
+    if machine.gpu:
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-    fit = [T for T in lengths if row_bytes(args, shape, what, B, T) <= free]
+    fit = [T for T in lengths if row_bytes(machine, shape, what, B, T) <= free]
     if args.ctx not in fit:
-        need = row_bytes(args, shape, what, B, args.ctx)
+        need = row_bytes(machine, shape, what, B, args.ctx)
         print(f"memory  | {what} {shape}, batch {B}: {args.ctx:,} tokens need {need / 1e9:.1f} GB of "
               f"{free / 1e9:.1f}; the longest length that fits is {max(fit, default=0):,}", flush=True)
     return fit if B == 1 else fit[-1:]
@@ -444,15 +467,15 @@ def add_utilisation(row, stages, rates):
         needed_s = moved / rates["copy"] if row["what"] == "decode" else flops / rates["matmul"]
         row[f"{side}_util"] = 1e3 * needed_s / row[f"{side}_ms"]
 
-def side_row(args, stages, dense, sparse, **row):
+def side_row(machine, stages, dense, sparse, **row):
     """A row that compares both sides, from ms of each run; row: what was run, that is what, shape, ctx and so on."""
     row.update(dense_ms=statistics.median(dense), msa_ms=statistics.median(sparse))
     row["speedup"] = row["dense_ms"] / row["msa_ms"]
-    add_utilisation(row, stages, args.rates)
-    row["dense_impl"], row["msa_impl"] = impl_names(args.gpu, row["what"], row["ctx"])
+    add_utilisation(row, stages, machine.rates)
+    row["dense_impl"], row["msa_impl"] = impl_names(machine.gpu, row["what"], row["ctx"])
     return row
 
-def make_row(args, what, shape, T, t, B, selection, index, dense, sparse):
+def make_row(machine, what, shape, T, t, B, selection, index, dense, sparse):
     """A row from both sides' times, printed at once with what must be known beside it.
 
     what, shape         prefill or decode, m2 or m3
@@ -461,17 +484,17 @@ def make_row(args, what, shape, T, t, B, selection, index, dense, sparse):
     index               what the index keys are held in, see BYTES
     dense, sparse       ms of each run
     """
-    stages = work(shape, T, t, B, args.size, BYTES[index])
-    row = side_row(args, stages, dense, sparse, what=what, shape=shape, ctx=T, queries=t, batch=B,
+    stages = work(shape, T, t, B, machine.size, BYTES[index])
+    row = side_row(machine, stages, dense, sparse, what=what, shape=shape, ctx=T, queries=t, batch=B,
                    selection=selection, index=index)
-    if max(row["dense_util"], row["msa_util"]) > 1 and not args.gpu:  # other processes slowed the rates: once more
-        measure_rates(args)
-        add_utilisation(row, stages, args.rates)
+    if max(row["dense_util"], row["msa_util"]) > 1 and not machine.gpu:  # other processes slowed the rates: once more
+        measure_rates(machine)
+        add_utilisation(row, stages, machine.rates)
 
     # a GPU's dense decode streams its keys, or it is no baseline; a CPU's may be bound by the products, not the bytes
-    streams = what == "decode" and args.gpu
+    streams = what == "decode" and machine.gpu
     fair = not streams or row["dense_util"] >= COPY_FLOOR
-    row["predicted_ms"] = {side: least_ms(stages[side], args.rates) for side in stages}
+    row["predicted_ms"] = {side: least_ms(stages[side], machine.rates) for side in stages}
 
     notes = []
     if index == "int8":
@@ -491,14 +514,14 @@ def make_row(args, what, shape, T, t, B, selection, index, dense, sparse):
           *notes, sep="; ", flush=True)
     return row
 
-def print_head(args, whats):
+def print_head(machine, whats):
     """The head of the table, and below it the rules that its rows follow."""
     head = ("\nwhat    shape     ctx  B  selection  index|   dense ms util |     MSA ms util | speed-up | "
             "least ms | runs")
     lines = []
-    if "prefill" in whats and not args.gpu:
+    if "prefill" in whats and not machine.gpu:
         lines += ["prefill: of the last 32 queries alone, against the whole context"]
-    if "decode" in whats and args.gpu:
+    if "decode" in whats and machine.gpu:
         lines += [f"decode: a ratio only where full attention reads at {COPY_FLOOR:.0%} of the copy rate or more,",
                   "    at any length and batch; elsewhere both times stand alone",
                   "int8: the kernels' time; the copy's upkeep (quantising the new token's block) is outside"]
@@ -508,16 +531,16 @@ def print_head(args, whats):
     lines += ["outside, on both sides: projecting x to q, k, v and back; on MSA's also to qi and ki"]
     print(head, *lines, sep="\n        ", flush=True)
 
-def kernel_rows(args, row, call, calls=1):
+def kernel_rows(machine, row, call, calls=1):
     """Print a call's GPU time by kernel, over `calls` steps, beside what was expected and the least its design allows.
 
     KV-outer writes S - 1 partial outputs a query and head and gathers q as often, and the combine kernel reads them.
     In decode a kernel starts while the one before it ends, and waits: its time here is longer than its share."""
     H, Hkv = SHAPES[row["shape"]]
     B, t = row["batch"], row["queries"]
-    score, attend = work(row["shape"], row["ctx"], t, B, args.size, BYTES[row["index"]])["msa"]
-    out_bytes = B * t * H * D * args.size
-    block_bytes = L * D * args.size
+    score, attend = work(row["shape"], row["ctx"], t, B, machine.size, BYTES[row["index"]])["msa"]
+    out_bytes = B * t * H * D * machine.size
+    block_bytes = L * D * machine.size
     gathered = (attend[0] * (S - 1) / S, 2 * (S - 1) * out_bytes)
     # its (FLOPs, bytes); what to expect of it, written before it ran: share of the roofline, ms of latency, the rest
     design = {
@@ -540,12 +563,12 @@ def kernel_rows(args, row, call, calls=1):
         line = f"        {name:16} {ms:10.4f} ms"
         if name in design:
             stage, share, wait, rest = design[name]
-            floor = least_ms([stage], args.rates)
+            floor = least_ms([stage], machine.rates)
             line += f", expected {floor / share + wait:.4f}, roofline {floor:.4f} ({floor / ms:.0%}); the rest: {rest}"
         print(line)
     row["kernels"] = times
 
-def cache_rows(args, shape, B, prefill, decode):
+def cache_rows(args, machine, shape, B, prefill, decode):
     """All rows of one shape and batch. One cache, filled once and freed on return, holds the keys of them all.
 
     B         sequences
@@ -553,13 +576,13 @@ def cache_rows(args, shape, B, prefill, decode):
     decode    lengths of its decode steps
     """
     slots = [capacity(T) for T in prefill]
-    slots += [n_sets(args, shape, T, B) * B * capacity(T) for T in decode]
-    cache = random_cache(args, SHAPES[shape], max(slots, default=L))
+    slots += [n_sets(machine, shape, T, B) * B * capacity(T) for T in decode]
+    cache = random_cache(machine, SHAPES[shape], max(slots, default=L))
     rows = []
     for T in prefill:
-        rows += prefill_length(args, shape, T, cache)
+        rows += prefill_length(args, machine, shape, T, cache)
     for T in decode:
-        rows += decode_length(args, shape, B, T, cache)
+        rows += decode_length(args, machine, shape, B, T, cache)
     return rows
 
 # ---- prefill -------------------------------------------------------------------------------------
@@ -592,11 +615,11 @@ def overlap(block_idx):
             counts.append(len(head[head >= 0].unique()))
     return statistics.mean(counts)
 
-def prefill_length(args, shape, T, cache):
+def prefill_length(args, machine, shape, T, cache):
     """The last queries of T tokens, whose keys a cache of slots holds: k and v (slots, Hkv, D), ki (slots, D).
     -> two rows: the index branch is random or structured, q, k and v are the same, and so is the dense side."""
-    t, slots = timed_sizes(args, "prefill", T)
-    q, qi = random_queries(args, SHAPES[shape], 1, t)
+    t, slots = timed_sizes(machine, "prefill", T)
+    q, qi = random_queries(machine, SHAPES[shape], 1, t)
     k, v, ki = (x[None, :slots] for x in cache)
     turning = structured(T, t, qi.size(2), ki)
     calls = {"dense": partial(full, q, k, v, T),
@@ -612,16 +635,16 @@ def prefill_length(args, shape, T, cache):
 
     # a dense run of seconds takes place once: the shorter lengths have warmed up all but its plan
     cold = ()
-    if least_ms(work(shape, T, t)["dense"], args.rates) >= (2000 if args.gpu else 500):
-        cold = ("dense",) if args.gpu else calls
-    times = alternate(calls, args.gpu, check, cold, seconds=3.0 if args.gpu else 0.3)
+    if least_ms(work(shape, T, t)["dense"], machine.rates) >= (2000 if machine.gpu else 500):
+        cold = ("dense",) if machine.gpu else calls
+    times = alternate(calls, machine.gpu, check, cold, seconds=3.0 if machine.gpu else 0.3)
 
-    rows = [make_row(args, "prefill", shape, T, t, 1, name, args.index, times["dense"], times[name])
+    rows = [make_row(machine, "prefill", shape, T, t, 1, name, machine.index, times["dense"], times[name])
             for name in ("random", "structured")]
     print(f"        distinct blocks of {min(64, t)} neighbours, a head: random {distinct['random']:.0f}, structured "
           f"{distinct['structured']:.0f}", flush=True)
-    if args.gpu and T == args.ctx:
-        kernel_rows(args, rows[0], calls["random"])
+    if machine.gpu and T == args.ctx:
+        kernel_rows(machine, rows[0], calls["random"])
     return rows
 
 # ---- decode --------------------------------------------------------------------------------------
@@ -647,21 +670,21 @@ def repeat(call, sets, rounds):
         return outs
     return replay
 
-def decode_sets(args, shape, B, T, cache):
+def decode_sets(machine, shape, B, T, cache):
     """Slices of the cache that push each other out of the last cache, and queries of their own.
     -> [(q (B, 1, H, D), k and v (B, slots, Hkv, D), qi (B, 1, Hkv, D), ki (B, slots, D), length (B,), int8 index or
     None), ...]"""
-    n = n_sets(args, shape, T, B)
+    n = n_sets(machine, shape, T, B)
     slots = capacity(T)
-    q, qi = random_queries(args, SHAPES[shape], n, B, 1)
+    q, qi = random_queries(machine, SHAPES[shape], n, B, 1)
     k, v, ki = (x[:n * B * slots].unflatten(0, (n, B, slots)) for x in cache)
-    length = torch.full((B,), T - 1, dtype=torch.int32, device=args.device)
-    int8 = [msa.quantize_index(keys, L) if args.gpu else None for keys in ki]
+    length = torch.full((B,), T - 1, dtype=torch.int32, device=machine.device)
+    int8 = [msa.quantize_index(keys, L) if machine.gpu else None for keys in ki]
     return list(zip(q, k, v, qi, ki, [length] * n, int8))
 
-def decode_length(args, shape, B, T, cache):
+def decode_length(args, machine, shape, B, T, cache):
     """One new token of B sequences of T, whose keys are slices of the cache -> a row for each kind of index keys."""
-    sets = decode_sets(args, shape, B, T, cache)
+    sets = decode_sets(machine, shape, B, T, cache)
     chosen = {}
 
     # the sides
@@ -677,18 +700,18 @@ def decode_length(args, shape, B, T, cache):
         chosen[name] = [block_idx for _, block_idx in outs]
 
     # time them
-    calls = {"dense": dense, args.index: sparse}
+    calls = {"dense": dense, machine.index: sparse}
     rounds = 1
     reps = 5
     seconds = 0.6
-    if args.gpu:
+    if machine.gpu:
         calls["int8"] = sparse_decode
         rounds = math.ceil(16 / len(sets))  # starting a graph takes as long as a small kernel: 16 calls share it
         reps = 20
         seconds = 60.0
     replays = {name: repeat(call, sets, rounds) for name, call in calls.items()}
-    times = alternate(replays, args.gpu, check, reps=reps, seconds=seconds)
-    if args.gpu and not all(map(torch.equal, chosen["bf16"], chosen["int8"])):
+    times = alternate(replays, machine.gpu, check, reps=reps, seconds=seconds)
+    if machine.gpu and not all(map(torch.equal, chosen["bf16"], chosen["int8"])):
         raise ArithmeticError(f"decode {shape}, {T} tokens: certified int8 chooses other blocks than bf16")
 
     # a row for each kind of index keys
@@ -697,9 +720,9 @@ def decode_length(args, shape, B, T, cache):
     dense_times = per_call.pop("dense")
     rows = []
     for name, sparse_times in per_call.items():
-        rows.append(make_row(args, "decode", shape, T, 1, B, "random", name, dense_times, sparse_times))
-        if args.gpu and T == args.ctx:
-            kernel_rows(args, rows[-1], replays[name], n_calls)
+        rows.append(make_row(machine, "decode", shape, T, 1, B, "random", name, dense_times, sparse_times))
+        if machine.gpu and T == args.ctx:
+            kernel_rows(machine, rows[-1], replays[name], n_calls)
     return rows
 
 # ---- train ---------------------------------------------------------------------------------------
@@ -725,15 +748,15 @@ def train_flops(T, H, Hkv, S, L):
     kl = 2 * H * D + 3 * index         # the teacher's scores, the index branch's and their gradients
     return {"dense": attention * pairs, "msa": (attention + kl) * chosen + index * pairs}
 
-def train_sides(args, shape, T):
+def train_sides(machine, shape, T):
     """Attention's forward and backward on T random tokens -> {side: function that returns gradients}: full attention's
     of q, k and v, and MSA's, choosing and KL included, of q, k, v, qi and ki."""
-    H, Hkv, S, L = train_sizes(args.gpu, shape)
-    dense_impl, msa_impl = pick_impl(args.gpu, "train", T)
+    H, Hkv, S, L = train_sizes(machine.gpu, shape)
+    dense_impl, msa_impl = pick_impl(machine.gpu, "train", T)
 
-    tensors = *random_queries(args, (H, Hkv), 1, T), *random_cache(args, (H, Hkv), 1, T)
+    tensors = *random_queries(machine, (H, Hkv), 1, T), *random_cache(machine, (H, Hkv), 1, T)
     q, qi, k, v, ki = (x.requires_grad_() for x in tensors)
-    grad_out = fill(args, 1, T, H, D)
+    grad_out = fill(machine, 1, T, H, D)
 
     def dense():
         out = sdpa(q, k, v, dense_impl)
@@ -746,45 +769,45 @@ def train_sides(args, shape, T):
         return torch.autograd.grad((out, kl), (q, k, v, qi, ki), (grad_out, grad_kl))
     return {"dense": dense, "msa": sparse}
 
-def train_gate(args, shape):
+def train_gate(machine, shape):
     """On S * L tokens MSA reads every block: its gradients of q, k and v are those of full attention."""
-    _, _, S, L = train_sizes(args.gpu, shape)
-    calls = train_sides(args, shape, S * L)
+    _, _, S, L = train_sizes(machine.gpu, shape)
+    calls = train_sides(machine, shape, S * L)
     for name, got, want in zip(("q", "k", "v"), calls["msa"](), calls["dense"]()):
         near(f"gate: MSA's gradient of {name} against full attention's, train {shape} at T = S * L", got, want)
 
-def attention_row(args, shape, T):
+def attention_row(machine, shape, T):
     """Forward and backward of one layer's attention and KL, both sides in turn, on T tokens."""
-    H, Hkv, S, L = train_sizes(args.gpu, shape)
-    calls = train_sides(args, shape, T)
+    H, Hkv, S, L = train_sizes(machine.gpu, shape)
+    calls = train_sides(machine, shape, T)
     bit_equal = all(map(torch.equal, calls["msa"](), calls["msa"]()))
 
     def check(name, grads):
         for grad in grads:
             check_finite(f"train {shape}, {T} tokens: a gradient", grad)
-    times = alternate(calls, args.gpu, check, cold=() if args.gpu else calls)
+    times = alternate(calls, machine.gpu, check, cold=() if machine.gpu else calls)
 
     stages = {side: [(flops, 0)] for side, flops in train_flops(T, H, Hkv, S, L).items()}
-    row = side_row(args, stages, times["dense"], times["msa"], what="train", shape=shape, ctx=T, queries=T, batch=1,
-                   selection="random", index=args.index, heads=[H, Hkv], bit_equal=bit_equal)
+    row = side_row(machine, stages, times["dense"], times["msa"], what="train", shape=shape, ctx=T, queries=T, batch=1,
+                   selection="random", index=machine.index, heads=[H, Hkv], bit_equal=bit_equal)
     print(f"{'train':8}{shape:4}{T:>10,} |{row['dense_ms']:11.3f} {row['dense_util']:4.0%} |"
           f"{row['msa_ms']:11.3f} {row['msa_util']:4.0%} | {row['speedup']:7.2f}x | {str(bit_equal):14} | "
           f"{len(times['dense'])}, {len(times['msa'])}", flush=True)
     return row
 
-def step_plans(args):
+def step_plans(gpu, ctx):
     """Training steps that --what train times -> preset, [(attention, rows, tokens of a row, recompute)]: the preset's
     own rows, then one long sequence with `recompute`, up to --ctx."""
-    if args.gpu:
+    if gpu:
         preset = "small"
-        own = ("msa", 16, min(2 ** 13, args.ctx), False)
+        own = ("msa", 16, min(2 ** 13, ctx), False)
         long = 2 ** 19
     else:
         preset = "tiny"
-        own = ("msa", 4, min(256, args.ctx), False)
+        own = ("msa", 4, min(256, ctx), False)
         long = 1024
-    long_rows = [("full", 1, long, True), ("msa", 1, long, True), ("msa", 1, 2 * long, True)]
-    return preset, [own] + [plan for plan in long_rows if plan[2] <= args.ctx]
+    plans = [own, ("full", 1, long, True), ("msa", 1, long, True), ("msa", 1, 2 * long, True)]
+    return preset, [plan for plan in plans if plan[2] <= ctx]
 
 def model_steps(model, learns, batch, mtp_every, recompute):
     """train.py's optimizer steps on a batch, the first with the MTP loss, the others without -> the last one's loss.
@@ -794,7 +817,7 @@ def model_steps(model, learns, batch, mtp_every, recompute):
         found = train.train_step(model, batch, optimizers, groups, run_mtp=step == 0, recompute=recompute)
     return found["loss"]
 
-def step_row(args, preset, attn, n_rows, T, recompute):
+def step_row(machine, preset, attn, n_rows, T, recompute):
     """Optimizer steps of a preset on random tokens, of which every mtp_every-th has the MTP loss.
 
     attn        full, in every layer, or msa: as in the preset
@@ -811,40 +834,40 @@ def step_row(args, preset, attn, n_rows, T, recompute):
 
     # a model to take steps with, and random tokens
     torch.manual_seed(SEED)
-    model = MiniMax(cfg, args.dtype).to(args.device).train()
+    model = MiniMax(cfg, machine.dtype).to(machine.device).train()
     learns = train.configure_optimizers(model, STEP_LR)
-    if args.gpu:
+    if machine.gpu:
         torch.compiler.reset()  # graphs of another size count against the limit of recompilations
         train.compile_model(model, learns[0][0])
-    text = torch.randint(cfg.vocab_size, (n_rows, T + 1), device=args.device)
-    pos = torch.arange(T, device=args.device).expand(n_rows, T)
+    text = torch.randint(cfg.vocab_size, (n_rows, T + 1), device=machine.device)
+    pos = torch.arange(T, device=machine.device).expand(n_rows, T)
     batch = dict(idx=text[:, :-1], targets=text[:, 1:], pos=pos)
 
     # the first steps compile; memory is that of the others
     steps = partial(model_steps, model, learns, batch, mtp_every, recompute)
     steps()
-    if args.gpu:
+    if machine.gpu:
         torch.cuda.reset_peak_memory_stats()
     times = []
     while len(times) < 5 and sum(times) < 3000:
-        ms, loss = timed(steps, args.gpu, True)
+        ms, loss = timed(steps, machine.gpu, True)
         times.append(ms)
     if not math.isfinite(loss):
         raise ArithmeticError(f"train {preset}, {attn} attention, {T} tokens: the loss is {loss.item()}")
 
     # what a step needed, in a row
     ms = statistics.median(times)
-    peak_flops = train.peak_flops(args.device)
+    peak_flops = train.peak_flops(machine.device)
     mfu = None
     if peak_flops:
         a_token = sum(model.flops_per_token(pos, run_mtp=step == 0) for step in range(mtp_every))
         mfu = 1e3 * n_rows * T * a_token / ms / peak_flops
-    peak_gb = torch.cuda.max_memory_allocated() / 1e9 if args.gpu else None
+    peak_gb = torch.cuda.max_memory_allocated() / 1e9 if machine.gpu else None
     row = dict(what="train", shape=preset, ctx=T, batch=n_rows, attn=attn, recompute=recompute, step_ms=ms / mtp_every,
                tokens_per_s=1e3 * mtp_every * n_rows * T / ms, mfu=mfu, peak_gb=peak_gb)
 
     utilised = f"{mfu:.1%}" if mfu else "none"
-    memory = f"{peak_gb:.1f}" if args.gpu else "none"
+    memory = f"{peak_gb:.1f}" if machine.gpu else "none"
     recomputed = " recomputed" if recompute else ""
     print(f"{'train':8}{preset:7}{attn:5}{n_rows:>4} x {T:>9,}{recomputed:11} | {row['step_ms']:10.1f} | "
           f"{row['tokens_per_s']:8,.0f} | {utilised:>5} | {memory:>7} | {len(times)}", flush=True)
@@ -864,31 +887,31 @@ def row_that_fits(name, measure, *given):
 def print_left_out(name):
     print(f"        {name}: left out, it does not fit the GPU's memory", flush=True)
 
-def run_train(args):
+def run_train(args, machine):
     """--what train: a layer's attention in training, dense and sparse, then whole steps of a model."""
-    layer_card(args)
-    if not args.gpu:
-        H, Hkv, topk, block = train_sizes(args.gpu, "m3")
+    layer_card(args, machine)
+    if not machine.gpu:
+        H, Hkv, topk, block = train_sizes(machine.gpu, "m3")
         print(f"laptop  | a quarter of the heads (m3: {H}, {Hkv}), S = {topk} blocks of L = {block}")
     for shape in args.shapes:
-        train_gate(args, shape)
+        train_gate(machine, shape)
     print(f"gate    | passed by {', '.join(args.shapes)}: gradients of q, k and v against full attention's at S * L "
-          f"tokens, relative RMS at most {TOLERANCE[args.dtype]:.0e}")
+          f"tokens, relative RMS at most {TOLERANCE[machine.dtype]:.0e}")
     print("\nwhat    shape     ctx |   dense ms util |     MSA ms util | speed-up | two runs equal | runs")
-    lengths = (2 ** 13, 2 ** 15, 2 ** 17) if args.gpu else (512, 1024, 2048)
+    lengths = (2 ** 13, 2 ** 15, 2 ** 17) if machine.gpu else (512, 1024, 2048)
     lengths = [T for T in lengths if T <= args.ctx] or [args.ctx]
     compared = []
     for shape, T in product(args.shapes, lengths):
-        compared += row_that_fits(f"train {shape}, {T:,} tokens", attention_row, args, shape, T)
+        compared += row_that_fits(f"train {shape}, {T:,} tokens", attention_row, machine, shape, T)
 
     print("\nwhat    model  attn   rows x tokens             |    step ms | tokens/s |   mfu | peak GB | runs")
-    preset, plans = step_plans(args)
+    preset, plans = step_plans(machine.gpu, args.ctx)
     steps = []
     for attn, n_rows, T, recompute in plans:
         name = f"train {preset}, {attn} attention, {T:,} tokens, {n_rows} rows"
-        steps += row_that_fits(name, step_row, args, preset, attn, n_rows, T, recompute)
+        steps += row_that_fits(name, step_row, machine, preset, attn, n_rows, T, recompute)
 
-    return dict(conclude(args, compared), rows=compared + steps)
+    return dict(conclude(args, machine, compared), rows=compared + steps)
 
 # ---- tree: a step of rl.py, prefixes merged and not ----------------------------------------------
 # Samples of one maze share long prefixes. rl.py merges them into a tree, of which each prefix is computed once; the
@@ -896,15 +919,15 @@ def run_train(args):
 # the fastest counts. Both must have the same gradient norm. A time is the least of up to three steps, in turn; laying
 # the rows out and the update are in it. Outside: playing the episodes, as the samples are made by a teacher.
 
-def tree_turns(args):
+def tree_turns(gpu, ctx):
     """Lengths of the mazes that fit --ctx: a GPU needs a long one to have work. ValueError if none fits."""
-    lengths = (40, 80) if args.gpu else (5, 10, 20, 40, 80)
+    lengths = (40, 80) if gpu else (5, 10, 20, 40, 80)
 
     rooms = {turns: 14 * turns + 48 for turns in lengths}  # a call, its result, a thought a turn; prompt and answer
-    fit = [turns for turns in lengths if rooms[turns] <= args.ctx]
+    fit = [turns for turns in lengths if rooms[turns] <= ctx]
     if not fit:
         shortest = lengths[0]
-        raise ValueError(f"--ctx {args.ctx}: a maze of {shortest} turns, the shortest here, takes {rooms[shortest]}")
+        raise ValueError(f"--ctx {ctx}: a maze of {shortest} turns, the shortest here, takes {rooms[shortest]}")
     return fit
 
 def packings(samples, cfg):
@@ -967,7 +990,7 @@ def tree_groups(asked, n_mazes):
             episode.finish([rng.gauss(0, 1) for _ in episode.samples], True, 0.0)
     return [rl.advantages(group) for group in groups]
 
-def tree_row(args, preset, model, groups, turns):
+def tree_row(machine, preset, model, groups, turns):
     """A training step of rl.py on prefix trees, against the same samples packed in the way that was fastest.
 
     groups  samples of each episode of each group
@@ -981,10 +1004,10 @@ def tree_row(args, preset, model, groups, turns):
     layouts = packings(samples, model.cfg)
     layouts["merged"] = (partial(rl.plan_rows, groups, model, True), rl.MICRO_TOKENS)
     steps = {name: partial(step, *layout) for name, layout in layouts.items()}
-    least = fastest(steps, args.gpu)
+    least = fastest(steps, machine.gpu)
 
     merged_ms, merged = least.pop("merged")
-    allowed = 0.05 if args.gpu else 1e-4  # bf16 adds up many micro-batches
+    allowed = 0.05 if machine.gpu else 1e-4  # bf16 adds up many micro-batches
     for name, (_, stats) in least.items():
         if not abs(merged["norm"] / stats["norm"] - 1) < allowed:
             norms = f"{merged['norm']} merged, {stats['norm']} {name}"
@@ -997,19 +1020,19 @@ def tree_row(args, preset, model, groups, turns):
                 token_ratio=merged["naive"] / merged["slots"], speedup=packed_ms / merged_ms,
                 packings={name: ms for name, (ms, _) in least.items()})
 
-def run_tree(args):
+def run_tree(args, machine):
     """--what tree: the samples are all turns of four episodes of a maze, of 16 mazes on a GPU."""
-    preset = "small" if args.gpu else "micro"
-    n_mazes = 16 if args.gpu else 1
+    preset = "small" if machine.gpu else "micro"
+    n_mazes = 16 if machine.gpu else 1
     rows = []
-    for turns in tree_turns(args):
+    for turns in tree_turns(machine.gpu, args.ctx):
         asked, _ = rl.parse_args(f"--task maze --preset {preset} --turns {turns}".split())
-        model = rl.make_model(asked, args.device, args.dtype)
+        model = rl.make_model(asked, machine.device, machine.dtype)
         if not rows:
-            print(f"sides   | rl.train_step on both: {implementations(model, args.device, True, False)}\n"
+            print(f"sides   | rl.train_step on both: {implementations(model, machine.device, True, False)}\n"
                   "tree    | turns longest |    packed  computed         ms  layout, slots a batch  | "
                   " merged computed        ms | tokens | speed-up")
-        row = tree_row(args, preset, model, tree_groups(asked, n_mazes), turns)
+        row = tree_row(machine, preset, model, tree_groups(asked, n_mazes), turns)
         print(f"tree    | {turns:5} {row['ctx']:7} | {row['packed_tokens']:9,} {row['packed_slots']:9,} "
               f"{row['packed_ms']:10.1f}  {row['packing']:22} | {row['merged_tokens']:7,} {row['merged_slots']:8,} "
               f"{row['merged_ms']:9.1f} | {row['token_ratio']:5.1f}x | {row['speedup']:7.1f}x", flush=True)
@@ -1017,7 +1040,7 @@ def run_tree(args):
     print(f"found   | At {turns} turns a training step on prefix trees takes {plain(row['merged_ms'])} ms where the "
           f"same samples, packed ({row['packing']}), take {plain(row['packed_ms'])}: {row['speedup']:.1f} times less, "
           f"for {row['token_ratio']:.1f} times fewer tokens.")
-    return dict(device=args.name, rows=rows)
+    return dict(device=machine.name, rows=rows)
 
 # ---- queue: rl.py's strict FIFO, window and greedy -----------------------------------------------
 # How long does a trainer wait for slow tasks, if it must take groups in order (fifo), may take any of the oldest
@@ -1067,13 +1090,13 @@ def queue_rows():
         rows.append(dict(what="queue", schedule=name, sigma=sigma, **found))
     return rows
 
-def train_schedules(args):
+def train_schedules(args, machine):
     """A short run of rl.py under each schedule, one after the other, with the same seed and from one imitation, in a
     folder that is deleted at the end.
     -> {schedule: its result}, {schedule: running mean of the share solved, by step}. KeyboardInterrupt if stopped."""
     trained = {}
     curves = {}
-    flags = [*TRAINING, "--device", str(args.device)]
+    flags = [*TRAINING, "--device", str(machine.device)]
     if args.threads:
         flags += ["--threads", str(args.threads)]
     with tempfile.TemporaryDirectory() as folder:
@@ -1089,17 +1112,17 @@ def train_schedules(args):
             curves[name] = [ema for _, ema in load_checkpoint(out)["now"]["curve"]]
     return trained, curves
 
-def run_queue(args):
+def run_queue(args, machine):
     """--what queue: the queue alone, then the trainings; the figure has the curves of what they solve."""
     rows = queue_rows()
-    trained, curves = train_schedules(args)
+    trained, curves = train_schedules(args, machine)
     for name, result in trained.items():
         print(f"trained {name:6s} | {result['steps']} steps in {result['virtual_seconds']:4.0f} virtual s | "
               f"idle {result['idle']:3.0%} | reward {result['reward_per_virtual_s']:.2f} a virtual s | "
               f"solved {result['reward_start']:.2f} -> {result['reward_end']:.2f} | lag {result['max_lag']}")
     if args.figure:
         rl.draw(curves, args.figure, "calculator")
-    return dict(device=args.name, rows=rows, trained=trained)
+    return dict(device=machine.name, rows=rows, trained=trained)
 
 # ---- what the rows say ---------------------------------------------------------------------------
 # Everything here is computed from the rows alone, nothing is measured: ratios at the longest length, also of M2's dense
@@ -1179,14 +1202,14 @@ def conclusion(rows):
     """What the rows say, in plain words: a sentence a kind, at batch 1, random selection and index keys as they are."""
     return [sentence(kind) for (_, _, index), kind in kinds_of(rows).items() if index != "int8"]
 
-def conclude(args, rows):
+def conclude(args, machine, rows):
     """Print what the rows say, draw them -> the script's result."""
     crossover = crossovers(rows)
     for line in conclusion(rows):
         print(f"found   | {line}")
     if args.figure:
-        draw(args.figure, rows, args.name)
-    return dict(device=args.name, rows=rows, rates=args.rates, crossover=crossover)
+        draw(args.figure, rows, machine.name)
+    return dict(device=machine.name, rows=rows, rates=machine.rates, crossover=crossover)
 
 def what_was_timed(row):
     if row["what"] == "train":  # on a CPU not M3's shape, but a quarter
@@ -1244,8 +1267,8 @@ def draw(path, rows, title):
 
 # ---- the script ----------------------------------------------------------------------------------
 # The card comes first, after a CPU's number of threads: device, versions, what runs on each side, measured rates, and
-# what a roofline predicts. Then the gate, then the rows, each printed as soon as it is measured, then what they say; the
-# last line is the result in JSON. What is wrong with the flags is said before anything runs.
+# what a roofline predicts. Then the gate, then the rows, each printed as soon as it is measured, then what they say.
+# The last line is the result in JSON. What is wrong with the flags is said before anything runs.
 
 def parse_args(argv):
     p = Parser(__doc__)
@@ -1268,11 +1291,11 @@ def parse_args(argv):
         check_figure(args.figure)
     return args
 
-def trial(args):
+def trial(machine):
     """-> a function that does what a CPU is timed on, both sides of a short prefill."""
     t, T = 32, 16 * L
-    q, qi = random_queries(args, SHAPES["m3"], 1, t)
-    k, v, ki = random_cache(args, SHAPES["m3"], 1, T)
+    q, qi = random_queries(machine, SHAPES["m3"], 1, t)
+    k, v, ki = random_cache(machine, SHAPES["m3"], 1, T)
 
     def step():
         full(q, k, v, T)
@@ -1280,94 +1303,92 @@ def trial(args):
     return step
 
 def set_device(args):
-    """Device, dtype, threads and name into args -> why this dtype."""
-    args.device, args.dtype, why = pick_device(args.device)
-    args.size = args.dtype.itemsize
-    args.gpu = args.device.type == "cuda"
-    args.index = "bf16" if args.gpu else "fp32"  # what the index keys are held in
-    args.rates = {}
+    """-> the machine, its CPU threads chosen; why this dtype."""
+    device, dtype, why = pick_device(args.device)
+    machine = Machine(device, dtype)
     torch.manual_seed(SEED)
-    if args.device.type not in ("cpu", "cuda") or (args.gpu and args.dtype != torch.bfloat16):
-        raise ValueError(f"--device {args.device}: a CPU, or a CUDA GPU with bf16 tensor cores")
-    if args.gpu:
-        torch.cuda.set_device(args.device.index or 0)
-        args.name = torch.cuda.get_device_name()
-        return why
+    if device.type != "cpu" and dtype != torch.bfloat16:
+        raise ValueError(f"--device {device}: a CPU, or a CUDA GPU with bf16 tensor cores")
+    if machine.gpu:
+        torch.cuda.set_device(device.index or 0)
+        machine.name = torch.cuda.get_device_name()
+        return machine, why
     if args.what != "queue":  # rl.py chooses for itself
-        threads = Threads(args.device, args.threads)
+        threads = Threads(device, args.threads)
         if threads.count is None:
-            threads.choose(trial(args))
+            threads.choose(trial(machine))
         print(f"threads | {threads}")
-    args.name = f"CPU, {torch.get_num_threads()} threads"
-    return why
+    machine.name = f"CPU, {torch.get_num_threads()} threads"
+    return machine, why
 
-def card(args, why):
+def card(args, machine, why):
     """Where and when, printed before anything runs."""
     power = ""
-    if args.gpu:
-        query = f"nvidia-smi -i {args.device.index or 0} --query-gpu=power.limit,driver_version --format=csv,noheader"
+    if machine.gpu:
+        number = machine.device.index or 0
+        query = f"nvidia-smi -i {number} --query-gpu=power.limit,driver_version --format=csv,noheader"
         power = f", power limit and driver {subprocess.getoutput(query + ' 2> /dev/null') or 'unknown'}"
     print(f"run     | {time.strftime('%Y-%m-%d %H:%M')}, torch {torch.__version__}")
-    print(f"device  | {args.name}{power}, {str(args.dtype)[6:]}: {why}")
+    print(f"device  | {machine.name}{power}, {str(machine.dtype)[6:]}: {why}")
     if args.what != "queue":
         print(f"context | up to {args.ctx:,} tokens")
 
-def layer_card(args):
+def layer_card(args, machine):
     """What is compared in one layer, and the rates, measured here."""
     for what in args.whats:
-        dense_impl, msa_impl = impl_names(args.gpu, what, args.ctx)
+        dense_impl, msa_impl = impl_names(machine.gpu, what, args.ctx)
         print(f"sides   | {what}: full attention = {dense_impl}; MSA = {msa_impl}")
-    now = measure_rates(args)
+    now = measure_rates(machine)
     print(f"rates   | measured: copy {now['copy']:.3e} bytes/s, matmul {now['matmul']:.3e} FLOP/s")
     print(f"shape   | one layer; query heads, KV = index heads: {SHAPES}; D = {D}, S = {S} blocks of L = {L} keys")
 
 @torch.no_grad()
-def run_attention(args):
+def run_attention(args, machine):
     """--what prefill, decode, all: the gate, the rows of every shape, and what they say."""
-    layer_card(args)
+    layer_card(args, machine)
     for shape, what in product(args.shapes, args.whats):
-        t, _ = timed_sizes(args, what, args.ctx)
-        stages = work(shape, args.ctx, t, 1, args.size, args.size)
-        dense, sparse = (least_ms(stages[side], args.rates) for side in ("dense", "msa"))
+        t, _ = timed_sizes(machine, what, args.ctx)
+        stages = work(shape, args.ctx, t, 1, machine.size, machine.size)
+        dense, sparse = (least_ms(stages[side], machine.rates) for side in ("dense", "msa"))
         print(f"predict | roofline of {what} {shape} at {args.ctx:,}: dense {dense:,.3f} ms, MSA {sparse:,.3f} ms, "
               f"{dense / sparse:.2f}x", flush=True)
 
     # the lengths that memory has room for, and the gate of what will be timed
-    batches = (1, 8) if args.gpu else (1,)
+    batches = (1, 8) if machine.gpu else (1,)
     plans = {}
     for shape, B, what in product(args.shapes, batches, ("prefill", "decode")):
-        plans[shape, B, what] = lengths_that_fit(args, shape, what, B)
+        plans[shape, B, what] = lengths_that_fit(args, machine, shape, what, B)
     gated = [(shape, what) for (shape, B, what), lengths in plans.items() if B == 1 and lengths]
     if not gated:
         raise MemoryError("no length fits")
     for shape, what in gated:
-        gate(args, shape, what)
+        gate(machine, shape, what)
     print(f"gate    | passed by {', '.join(args.shapes)}: choice against torch, output against brute force in fp32, "
-          f"relative RMS at most {TOLERANCE[args.dtype]:.0e}")
+          f"relative RMS at most {TOLERANCE[machine.dtype]:.0e}")
 
     # rows, the rates measured again between them, and what they say
-    print_head(args, args.whats)
+    print_head(machine, args.whats)
     rows = []
     for shape, B in product(args.shapes, batches):
-        rows += cache_rows(args, shape, B, plans[shape, B, "prefill"], plans[shape, B, "decode"])
-        now = measure_rates(args)  # its buffers are free again
+        rows += cache_rows(args, machine, shape, B, plans[shape, B, "prefill"], plans[shape, B, "decode"])
+        now = measure_rates(machine)  # its buffers are free again
     print(f"rates   | at the end: copy {now['copy']:.3e} bytes/s, matmul {now['matmul']:.3e} FLOP/s; the largest "
-          f"measured are copy {args.rates['copy']:.3e}, matmul {args.rates['matmul']:.3e}")
+          f"measured are copy {machine.rates['copy']:.3e}, matmul {machine.rates['matmul']:.3e}")
     found = ratios(rows)
-    return dict(conclude(args, rows), ratios=found)
+    return dict(conclude(args, machine, rows), ratios=found)
 
 def run(args):
-    why = set_device(args)
+    machine, why = set_device(args)
     if args.what == "tree":
-        tree_turns(args)  # what is wrong with --ctx shows now, not below the card
-    card(args, why)
+        tree_turns(machine.gpu, args.ctx)  # what is wrong with --ctx shows now, not below the card
+    card(args, machine, why)
     if args.what == "tree":
-        return run_tree(args)
+        return run_tree(args, machine)
     if args.what == "queue":
-        return run_queue(args)
+        return run_queue(args, machine)
     if args.what == "train":
-        return run_train(args)
-    return run_attention(args)
+        return run_train(args, machine)
+    return run_attention(args, machine)
 
 def main(argv=None):
     return command("bench.py", lambda locks: run(parse_args(argv)))

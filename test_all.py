@@ -5499,18 +5499,21 @@ def test_an_msa_off_by_one_percent_is_never_timed(monkeypatch, line, word):
     monkeypatch.setattr(msa, "msa_attention", lambda *args: real(*args) * 1.01)
     assert word in refused_line(line, code=1)
 
-def bench_args(gpu):
-    """What bench.make_row reads of its arguments: a device that copies 1 TB/s and multiplies 100 TFLOP/s."""
-    return SimpleNamespace(gpu=gpu, size=2 if gpu else 4, rates=dict(copy=1e12, matmul=1e14))
+def machine_of_bench(gpu):
+    """A machine that copies 1 TB/s and multiplies 100 TFLOP/s: a GPU, or this CPU."""
+    rates = dict(copy=1e12, matmul=1e14)
+    if gpu:
+        return bench.Machine(torch.device("cuda"), torch.bfloat16, rates=rates)
+    return bench.Machine(torch.device("cpu"), torch.float32, rates=rates)
 
 def fabricated_row(ctx, share, msa_ms, gpu=True, what="decode", index="bf16", queries=1, batch=1):
     """A row of bench.py whose dense side reads at `share` of the copy rate (decode), or computes at `share` of the
     matrix rate (prefill)."""
-    args = bench_args(gpu)
-    flops, moved = bench.work("m3", ctx, queries, batch, args.size)["dense"][0]
-    needed = moved / args.rates["copy"] if what == "decode" else flops / args.rates["matmul"]
+    machine = machine_of_bench(gpu)
+    flops, moved = bench.work("m3", ctx, queries, batch, machine.size)["dense"][0]
+    needed = moved / machine.rates["copy"] if what == "decode" else flops / machine.rates["matmul"]
     dense_ms = 1e3 * needed / share
-    return bench.make_row(args, what, "m3", ctx, queries, batch, "random", index, [dense_ms], [msa_ms])
+    return bench.make_row(machine, what, "m3", ctx, queries, batch, "random", index, [dense_ms], [msa_ms])
 
 @parametrize("ctx", [8192, 2 ** 17, 2 ** 18, 1_000_000])
 @parametrize("batch", [1, 8])
@@ -5543,7 +5546,7 @@ def test_int8_rows_are_called_the_kernels_time(capsys):
     assert ["kernels' time" in line for line in lines] == [False, True]
     assert "MSA needs 0.0900 ms" in bench.conclusion(rows)[0]  # the bf16 row's time, not the int8 row's
 
-    bench.print_head(bench_args(True), ("decode",))
+    bench.print_head(machine_of_bench(True), ("decode",))
     head = capsys.readouterr().out
     assert "upkeep" in head
     assert "97%" in head
@@ -5584,7 +5587,7 @@ def test_a_share_above_one_is_explained(monkeypatch, capsys):
     def on_a_cpu(share):
         return fabricated_row(16384, share, 5.0, gpu=False, what="prefill", queries=32)
 
-    monkeypatch.setattr(bench, "measure_rates", lambda args: args.rates.update(matmul=2e14))
+    monkeypatch.setattr(bench, "measure_rates", lambda machine: machine.rates.update(matmul=2e14))
     assert on_a_cpu(1.56)["dense_util"] == pytest.approx(0.78)
     assert "> 100 %" not in capsys.readouterr().out
 
@@ -5595,13 +5598,13 @@ def test_a_share_above_one_is_explained(monkeypatch, capsys):
 
 def test_rates_keep_the_largest(monkeypatch):
     """Rates measured on a busy machine do not replace larger ones."""
-    args = SimpleNamespace(gpu=False, device=torch.device("cpu"), dtype=torch.float32, rates={})
+    machine = bench.Machine(torch.device("cpu"), torch.float32)
     times = iter([dict(copy=[2.0], matmul=[8.0]), dict(copy=[1.0], matmul=[9.0])])
     monkeypatch.setattr(bench, "alternate", lambda *args, **limits: next(times))
-    first = bench.measure_rates(args)
-    second = bench.measure_rates(args)
+    first = bench.measure_rates(machine)
+    second = bench.measure_rates(machine)
     assert second["copy"] == 2 * first["copy"]
-    assert args.rates == dict(copy=second["copy"], matmul=first["matmul"])
+    assert machine.rates == dict(copy=second["copy"], matmul=first["matmul"])
 
 @parametrize("text, value", {
     "64k": 65536,
@@ -5716,7 +5719,7 @@ def test_the_train_bench_reports_its_rows():
 
 def test_the_train_bench_plans_long_sequences():
     """Sequences as long as --ctx are trained with full attention and MSA, recomputed."""
-    preset, plans = bench.step_plans(SimpleNamespace(gpu=False, ctx=2048))
+    preset, plans = bench.step_plans(False, 2048)
     assert preset == "tiny"
     assert plans == [
         ("msa", 4, 256, False),
@@ -5724,7 +5727,7 @@ def test_the_train_bench_plans_long_sequences():
         ("msa", 1, 1024, True),
         ("msa", 1, 2048, True)]
 
-    _, plans = bench.step_plans(SimpleNamespace(gpu=True, ctx=10 ** 6))
+    _, plans = bench.step_plans(True, 10 ** 6)
     assert [plan[:3] for plan in plans] == [
         ("msa", 16, 8192),
         ("full", 1, 2 ** 19),
@@ -5739,8 +5742,8 @@ def test_the_train_bench_has_no_mtp_loss_on_long_sequences(monkeypatch):
         return torch.zeros(())
 
     monkeypatch.setattr(bench, "model_steps", no_steps)
-    args = SimpleNamespace(gpu=False, device=torch.device("cpu"), dtype=torch.float32)
-    row = bench.step_row(args, "tiny", "full", 1, 64, True)
+    machine = bench.Machine(torch.device("cpu"), torch.float32)
+    row = bench.step_row(machine, "tiny", "full", 1, 64, True)
     model, _, batch, mtp_every, recompute = seen[0]
     assert row["attn"] == "full"
     assert row["recompute"] is True

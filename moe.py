@@ -390,15 +390,21 @@ def _gated_grad_kernel(
     tl.store(dh + at, (dy * dgate).to(dh.dtype.element_ty), mask=valid)
     tl.store(dh + at + I, (dy * dup).to(dh.dtype.element_ty), mask=valid)
 
-def _gate_tile(I, activation):
-    """Sizes and options of a launch: tiles of 2,048 numbers, or of one row where it has more."""
+def _gate_launch(h, activation):
+    """-> grid, and what both kernels are given: h, and tiles of 2,048 numbers, or of one row where it has more."""
+    I = h.size(-1) // 2
+    n = h.numel() // (2 * I)
     cols = triton.next_power_of_2(I)
-    return dict(
+    rows = max(1, 2048 // cols)
+    given = dict(
+        h=h,
+        n=n,
         I=I,
         OAI=activation == "swiglu_oai",
-        ROWS=max(1, 2048 // cols),
+        ROWS=rows,
         COLS=cols,
         num_warps=4 if cols < 4096 else 8)
+    return (triton.cdiv(n, rows),), given
 
 class _Gated(torch.autograd.Function):
     """`gated` in Triton."""
@@ -407,12 +413,9 @@ class _Gated(torch.autograd.Function):
     def forward(ctx, h, weight, activation):
         ctx.save_for_backward(h, weight)
         ctx.activation = activation
-        I = h.size(-1) // 2
-        out = h.new_empty(*h.shape[:-1], I)
-        n = out.numel() // I
-        tile = _gate_tile(I, activation)
-        grid = triton.cdiv(n, tile["ROWS"])
-        _gated_kernel[grid,](h=h, weight=weight, out=out, n=n, **tile)
+        grid, given = _gate_launch(h, activation)
+        out = h.new_empty(*h.shape[:-1], given["I"])
+        _gated_kernel[grid](weight=weight, out=out, **given)
         return out
 
     @staticmethod
@@ -420,9 +423,6 @@ class _Gated(torch.autograd.Function):
         h, weight = ctx.saved_tensors
         dh = torch.empty_like(h)
         dweight = None if weight is None else torch.empty_like(weight)
-        I = h.size(-1) // 2
-        n = h.numel() // (2 * I)
-        tile = _gate_tile(I, ctx.activation)
-        grid = triton.cdiv(n, tile["ROWS"])
-        _gated_grad_kernel[grid,](h=h, weight=weight, grad=grad.contiguous(), dh=dh, dweight=dweight, n=n, **tile)
+        grid, given = _gate_launch(h, ctx.activation)
+        _gated_grad_kernel[grid](weight=weight, grad=grad.contiguous(), dh=dh, dweight=dweight, **given)
         return dh, dweight, None

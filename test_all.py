@@ -1014,6 +1014,7 @@ def kernel_qkv(B, T, Tk, Hkv, G, D=16, grad=False):
     needs_interpreter()
     torch.manual_seed(T + Tk)
     band = 2048
+
     def between_bands(length, *heads):
         shape = (B, Tk + 8, *heads, D)
         buffer = torch.full((math.prod(shape) + 2 * band,), math.nan)
@@ -1059,6 +1060,7 @@ TREE = packed_end(37, [16])  # end of two rows of 37 tokens, the first one a tre
 TREE[0] = 37
 TREE[0, :13] = 13
 TREE[0, 16:24] = 24
+
 PREFILL_CASES = {  # B, T, Tk, Hkv, G, S, end, start
     "two KV heads of three": (1, 37, 37, 2, 3, 4, None, None),
     "one token": (1, 1, 1, 1, 2, 3, None, None),
@@ -1066,6 +1068,7 @@ PREFILL_CASES = {  # B, T, Tk, Hkv, G, S, end, start
     "the own block alone": (1, 17, 17, 1, 2, 1, None, None),
     "a tree": (2, 37, 37, 2, 3, 4, TREE, None),
     "after a cache": (2, 10, 64, 2, 3, 3, None, starts(20, 50))}
+
 @parametrize("case", PREFILL_CASES)
 def test_prefill_kernels_equal_torch(case):
     """Selection and attention against the torch half: the choice exactly, outputs to rounding, all written."""
@@ -1088,6 +1091,7 @@ DECODE_CASES = {  # B, T, Tk, Hkv, G, S, end, start
     "short": (2, 1, 24, 2, 3, 4, None, starts(0, 9)),
     "documents": (2, 2, 40, 2, 3, 4, TREE, starts(35, 30)),
     "at a document's end": (2, 2, 40, 2, 3, 4, TREE, starts(23, 15))}
+
 @parametrize("case", DECODE_CASES)
 def test_decode_kernels_equal_torch(case):
     """Decode, sparse with and without int8 keys, and dense: the choice exactly, outputs to rounding, all written."""
@@ -1114,6 +1118,7 @@ TRAINING_CASES = {  # B, T, Tk, Hkv, G; S; the rows are trees; order; queries a 
     "half a sequence a launch": ((2, 29, 29, 2, 3), 3, True, "query-outer", 5, 16),
     "one task a block": ((1, 21, 21, 1, 16), 2, False, "KV-outer", 1024, 8192),
     "two sequences a launch": ((2, 13, 13, 2, 2), 3, True, "KV-outer", 5, 64)}
+
 @parametrize("case", TRAINING_CASES)
 def test_training_kernels_equal_autograd(case):
     """Attention, KL and all gradients equal the torch half's, hot blocks and chunks split; two runs are bit-equal."""
@@ -1144,6 +1149,7 @@ def test_gate_kernels_equal_fp64(activation):
     width = 22
     h = 9 * torch.randn(rows, 2 * width)
     upstream = torch.randn(rows, width)
+
     def run(impl, dtype, *tensors):
         inputs = [x.to(dtype).requires_grad_() for x in tensors]
         y = moe.gated(inputs[0], activation, *inputs[1:], impl=impl)
@@ -1164,6 +1170,7 @@ def test_loss_kernel_equals_torch():
     logits = (9 * torch.randn(5, 44)).repeat(1, 200)
     logits += 20 * torch.arange(5)[:, None]  # each row is above the one before
     targets = torch.tensor([0, 8799, -1, 8192, 5])
+
     def run(impl):
         written = logits.clone()
         return softmax_loss(written, targets, impl), written
@@ -1269,6 +1276,7 @@ def test_attention_kernels_pass_gradcheck():
     S = 3
     end = packed_end(T, [8], 1)
     q, k, v, qi, ki = kernel_qkv(1, T, T, 1, 2, D=4, grad=True)
+
     def attend(q, k, v, L=4):
         blocks = msa.select_blocks(qi, ki, S, L, end)
         return msa.msa_train(q, k, v, qi, ki, blocks, L, end, None, 2, "triton")[0]
@@ -1288,6 +1296,7 @@ def test_kl_kernels_pass_gradcheck():
     q, k, v, qi, ki = kernel_qkv(1, T, T, 1, 2, D=4, grad=True)
     q.data.mul_(20)  # a teacher with probabilities below 1e-4, too
     blocks = msa.select_blocks(qi, ki, 3, L, end)
+
     def kl(qi, ki, impl="triton"):
         return msa.msa_train(q, k, v, qi, ki, blocks, L, end, weight, 2, impl)[1]
 
@@ -1324,8 +1333,10 @@ def test_certified_int8_is_exact_where_int8_errs():
 
 def heavy_tails(*shape):
     return torch.randn(*shape) ** 5
+
 def nearly_one(*shape):
     return 1e-6 * torch.randn(*shape) + 1
+
 @parametrize("make", [torch.randn, heavy_tails, nearly_one, torch.zeros])
 def test_int8_bound_holds(make):
     """|q.k - scale q.k8| <= |q| scale slack for any q, in fp64, whatever the keys are."""
@@ -1349,6 +1360,7 @@ def test_int8_bound_is_tight():
     torch.manual_seed(0)
     ki = torch.randn(N * L, D)
     q = torch.randn(n_query, D)
+
     def rescored(near, bound):
         """Blocks a query that may be among the 15 best, if each key's scores are `near`'s to within |q| * bound."""
         score = near @ q.T
@@ -1373,6 +1385,7 @@ def scanned_bounds(qi, ki, int8, S, length):
     Tk = ki.size(1)
     kv = torch.zeros(1, Tk, Hkv, D)
     left = []
+
     def scratch(*args, real=msa._decode_scratch):
         left.extend(real(*args))
         return left
@@ -1428,6 +1441,7 @@ def test_wrong_tensors_are_refused():
     blocks = msa.select_blocks(qi, ki, 3, 4)
     select = partial(msa.select_blocks, qi=qi, ki=ki, S=3, L=4)
     attend = partial(msa.msa_attention, q=q, k=k, v=v, block_idx=blocks, L=4)
+
     def assert_refused(stated, function, **wrong):
         with value_error(stated):
             function(**wrong)
@@ -1509,6 +1523,7 @@ def test_kernels_on_a_gpu(T, Hkv, G, kind):
     if kind == "needle":  # one key answers the last query of head 0
         ki[:, T // 3] = 4 * qi[:, -1, 0]
 
+    # the choice
     blocks = msa.select_blocks(qi, ki, S, L, impl="triton")
     exact = msa.select_blocks(qi.float(), ki.float(), S, L, impl="torch")
     differs = (blocks.sort().values != exact.sort().values).any(-1)
@@ -1517,12 +1532,14 @@ def test_kernels_on_a_gpu(T, Hkv, G, kind):
     if kind == "needle":
         assert (blocks[:, -1, 0] == T // 3 // L).any(-1).all()
 
+    # prefill
     want = msa.msa_attention(q.double(), k.double(), v.double(), blocks, L, impl="torch")
     task = q, k, v, blocks, L, None, None, "triton"
     prefill = msa.msa_attention(*task)
     assert torch.equal(prefill, msa.msa_attention(*task))
     assert relative(prefill, want) < 5e-3
 
+    # decode
     last = starts(T - 1, T - 1).cuda()
     step = q[:, -1:], k, v, qi[:, -1:], ki, S, L, last, None, "triton"
     out, chosen = msa.msa_decode(*step)
@@ -1539,8 +1556,10 @@ def test_gradients_are_dense_on_a_gpu(T, Hkv, G):
     q, k, v, qi, ki = gpu_qkv(2, T, Hkv, G)
     blocks = msa.select_blocks(qi, ki, 16, 128, impl="triton")
     upstream = torch.randn(q.shape, device="cuda")
+
     def sparse(q, k, v):
         return msa.msa_train(q, k, v, qi, ki, blocks, 128, impl="triton")[0]
+
     def gradients(attend, dtype):
         inputs = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
         return torch.autograd.grad(attend(*inputs), inputs, upstream.to(dtype))
@@ -2597,6 +2616,7 @@ def padded(tmp_path_factory):
     for i in range(70):
         (texts / f"{i}.txt").write_text(TEXT[100 * i:101 * i + 20], encoding="utf-8")
     batches = []
+
     def get_batch(*args, real=train.get_batch):
         batches.append(real(*args))
         return batches[-1]
@@ -3907,6 +3927,7 @@ def test_standard_input_is_read(trained, monkeypatch):
     """--prompt - continues UTF-8 that comes through a pipe, whatever the locale, and refuses the rest by name."""
     argv = sample_args(trained.out, "--max-new-tokens 9 --prompt -")
     text = "na\u00efve \u4e2d\u6587"
+
     def pipe(raw):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="ascii"))
 
@@ -6051,6 +6072,7 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
 def test_mutants_are_caught(target, sabotage, test, monkeypatch):
     """Each sabotage makes the tests that guard it fail: they pass without it, or this suite would not."""
     real = pkgutil.resolve_name(target)
+
     def sabotaged(*args, **kw):
         return sabotage(real, *args, **kw)
     monkeypatch.setattr(target, sabotaged)

@@ -5207,7 +5207,7 @@ def test_bad_input_is_refused_in_one_line(tmp_path, monkeypatch, line):
     (f"--prompt '{3000 * 'x '}'", "context"),
     ("--hf .", "config.json"))
 def test_sample_refuses_bad_input(trained, tmp_path, monkeypatch, line, word):
-    """Folders without a model, a prompt too long, later features: what is wrong is named."""
+    """A folder without a model, a flag that does not exist, a prompt too long: what is wrong is named."""
     monkeypatch.chdir(tmp_path)
     assert word in refused(sample.main, sample_args(trained[0], line))
 
@@ -5556,7 +5556,7 @@ def test_a_slow_baseline_gives_no_ratio(ctx, batch, capsys):
     assert on_a_cpu["speedup"] is not None
 
 def test_int8_rows_are_called_the_kernels_time(capsys):
-    """bf16 leads; int8 rows and ratios say that upkeep is outside, the table's head where a cache keeps a copy."""
+    """bf16 leads; int8 rows, ratios and the table's head say that the copy's upkeep is outside."""
     rows = [fabricated_row(1_000_000, 1.0, 0.09), fabricated_row(1_000_000, 1.0, 0.06, index="int8")]
     lines = capsys.readouterr().out.splitlines()
     assert ["kernels' time" in line for line in lines] == [False, True]
@@ -5801,7 +5801,7 @@ def test_bench_ends_in_one_line(monkeypatch, capsys, reason, code, said):
     assert stop.value.code == code
     assert capsys.readouterr().err == f"bench.py: {said}\n"
 
-def test_bench_names_what_runs(monkeypatch):
+def test_bench_names_what_runs():
     """The card names each side by the rule that picks it: a GPU's prefill, decode and tiny prefill, a CPU."""
     assert bench.pick_impl(True, "prefill", 4096) == ("cudnn", "triton")
     assert bench.pick_impl(True, "prefill", 100) == ("math", "triton")

@@ -3233,6 +3233,20 @@ def test_muon_orthogonalises(shape):
     assert values.min() > 0.3
     assert values.max() < 1.4
 
+def test_muon_holds_an_expert_without_a_gradient():
+    """An expert that no token chose keeps its weights, although its momentum is not zero."""
+    experts = torch.nn.Parameter(torch.randn(3, 8, 8))
+    muon = train.Muon([experts], lr=0.1)
+    experts.grad = torch.randn(3, 8, 8)
+    muon.step()
+    before = experts.detach().clone()
+
+    experts.grad[1] = 0
+    muon.step()
+
+    moved = (experts != before).flatten(1).any(1)
+    assert moved.tolist() == [True, False, True]
+
 @parametrize("progress, rate", [
     (0.0, 0.01), (0.05, 0.51),         # warm-up
     (0.3, 1), (0.6, 1),
@@ -3639,6 +3653,25 @@ def test_a_warm_up_checkpoint_says_what_it_is(corpus, trained, tmp_path):
 
     assert notice in early
     assert notice not in late
+
+@parametrize("warms_up", [False, True])
+@parametrize("knows_its_run", [False, True])
+def test_older_checkpoints_say_their_mode(trained, tmp_path, warms_up, knows_its_run):
+    """Older checkpoints have a run's mode in their config, and no stride there: sample.py and --resume take them."""
+    def make_older(state):
+        config = state["config"]
+        config.update(index_warmup=warms_up, mtp_active=True)
+        del config["index_kl_stride"]
+        if not knows_its_run:
+            forget_the_run(state)
+
+    tamper(trained.out, tmp_path, make_older)
+
+    _, said = run_sample(tmp_path, "--max-new-tokens 2")
+    result, _ = resume_run(tmp_path, "--steps 13")
+
+    assert ("still learning" in said) == warms_up
+    assert result["step"] == 13
 
 @pytest.fixture
 def other_text(tmp_path):
@@ -5773,6 +5806,13 @@ def test_the_train_bench_has_no_mtp_loss_on_long_sequences(monkeypatch):
     assert model.cfg.attn_types == ["full"] * 3
     assert len(model.mtp) == 0
     assert torch.equal(batch["idx"][:, 1:], batch["targets"][:, :-1])
+
+def test_the_gpt2_baseline_runs():
+    """Its tiny form, in a process of its own, on three steps."""
+    run = run_python(".ci/gpt2_baseline.py", *"--data moe.py --steps 3 --tiny --device cpu".split())
+
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert json.loads(run.stdout.splitlines()[-1])["steps"] == 3
 
 def test_bench_counts_training_flops():
     """Attention's forward and backward against a count of its pairs, by hand."""

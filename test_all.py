@@ -54,6 +54,7 @@ from model import (Context, KVCache, MiniMax, MiniMaxConfig, RMSNorm, apply_rope
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid", "ignore:overflow", "ignore:All-NaN")
 parametrize = pytest.mark.parametrize
+session_fixture = pytest.fixture(scope="session")
 HERE = Path(__file__).resolve().parent
 GOLDEN = HERE / ".ci" / "golden"
 TEXT = (HERE / "msa.py").read_text(encoding="utf-8") + "na\u00efve \u4e2d\u6587 \U0001f600\n"
@@ -126,12 +127,16 @@ def each_value(**values):
     cases = [(key, value) for key in values for value in values[key]]
     return parametrize("key, value", cases, ids=str)
 
-def quiet(main, argv):
+def last_json(text):
+    """What the last line of a program's output says, in JSON."""
+    return json.loads(text.strip().splitlines()[-1])
+
+def quiet(script, argv):
     """Run a script's main -> its result, and what it printed, whose last line is the result in JSON."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        result = main([str(x) for x in argv])
+        result = script.main([str(x) for x in argv])
     text = out.getvalue()
-    assert json.loads(text.strip().splitlines()[-1]) == result
+    assert last_json(text) == result
     return result, text
 
 # ---- 1. text -------------------------------------------------------------------------------------
@@ -239,7 +244,7 @@ def test_published_parameter_counts():
 
 def test_dry_run_prints_the_published_sizes():
     """train.py --preset m2 --dry-run: M2's totals to the digit, how 229.9B comes out, the cache at its full length."""
-    result, text = quiet(train.main, ["--preset", "m2", "--dry-run"])
+    result, text = quiet(train, ["--preset", "m2", "--dry-run"])
 
     assert result["params_total"] == 228_689_764_864
     assert result["params_active"] == 9_801_359_872
@@ -679,7 +684,7 @@ def brute_blocks(qi, ki, S, L, end):
 ])
 def test_selection_equals_brute_force(T, L, S):
     """Own block first, then the best earlier blocks, -1 if there are fewer; odd lengths, documents, a cached start."""
-    _, _, _, qi, ki = random_qkv(T=T)
+    *_, qi, ki = random_qkv(T=T)
     start = torch.tensor([2, 2]).int()
 
     for end in (None, packed_end(T, [8, 24])):
@@ -703,7 +708,7 @@ def test_ties_go_to_the_lowest_block():
 def test_index_keys_of_nan_choose_nothing():
     """An index key of NaN counts as a hidden one; a block of nothing else is chosen by its own queries alone."""
     T, L = 32, 4
-    _, _, _, qi, ki = random_qkv(T=T)
+    *_, qi, ki = random_qkv(T=T)
     spots = [1, 5, 9, 13, 30]
     hidden = packed_end(T, [])
     hidden[:, spots] = 0
@@ -720,7 +725,7 @@ def test_index_keys_of_nan_choose_nothing():
 def test_index_keys_of_inf_are_huge(value):
     """An index key of inf counts as a huge one; the own block is first all the same."""
     T, L = 32, 4
-    _, _, _, qi, ki = random_qkv(T=T)
+    *_, qi, ki = random_qkv(T=T)
     ki[:, 4:8] = 0.0
     ki[:, :, 0] = 1.0
     ki[:, [1, 5, 9, 13, 30], 0] = value
@@ -1469,7 +1474,7 @@ def test_no_spills_for_sm_90():
     needs(msa.triton, "Triton")
     run = run_python(".ci/compile.py")
     assert run.returncode == 0, run.stderr[-2000:]
-    kernels = json.loads(run.stdout.splitlines()[-1])
+    kernels = last_json(run.stdout)
 
     sources = [(HERE / name).read_text(encoding="utf-8") for name in ("msa.py", "moe.py", "model.py")]
     written = re.findall(r"^def (_\w+_kernel)", "\n".join(sources), re.M)
@@ -2509,7 +2514,7 @@ def write_parts(folder, text):
     for i in range(4):
         (folder / f"part{i}.py").write_text(text[size * i:size * (i + 1)], encoding="utf-8")
 
-@pytest.fixture(scope="session")
+@session_fixture
 def corpus(tmp_path_factory):
     """A folder of 12,000 characters of Python."""
     folder = tmp_path_factory.mktemp("corpus")
@@ -2526,11 +2531,11 @@ def resume(out, line="", *more):
 
 def start_run(corpus, out, line, *more):
     """A new run on a CPU -> its result, and what it printed."""
-    return quiet(train.main, train_args(corpus, out, line, *more))
+    return quiet(train, train_args(corpus, out, line, *more))
 
 def resume_run(out, line="", *more):
     """The folder's run goes on -> its result, and what it printed."""
-    return quiet(train.main, resume(out, line, *more))
+    return quiet(train, resume(out, line, *more))
 
 def read_checkpoint(folder):
     return sample.load_checkpoint(str(folder))
@@ -2549,10 +2554,10 @@ def changed_weights(got, want):
 def files(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
-def refused(main, argv, code=2):
+def refused(script, argv, code=2):
     """The exit code and one line on stderr, no traceback -> the line."""
     with pytest.raises(SystemExit) as stop, contextlib.redirect_stderr(io.StringIO()) as err:
-        quiet(main, argv)
+        quiet(script, argv)
     said = err.getvalue()
     assert stop.value.code == code, said
     assert "Traceback" not in said
@@ -2560,7 +2565,7 @@ def refused(main, argv, code=2):
 
 ShortRun = namedtuple("ShortRun", "out result text")
 
-@pytest.fixture(scope="session")
+@session_fixture
 def trained(corpus, tmp_path_factory):
     """A short run: its folder, result and output."""
     out = tmp_path_factory.mktemp("run")
@@ -2608,7 +2613,7 @@ def test_another_seed_is_another_run(trained, corpus, tmp_path):
 
     assert "lm_head.weight" in changed_weights(tmp_path, trained.out)
 
-@pytest.fixture(scope="session")
+@session_fixture
 def padded(tmp_path_factory):
     """Four steps on documents of few tokens, whose rows hold many pads -> folder, result, the steps' batches."""
     texts = tmp_path_factory.mktemp("short")
@@ -2710,7 +2715,7 @@ def test_cards_name_what_runs(trained):
 @parametrize("cfg, dtype, word", [
     (MiniMaxConfig.tiny(), torch.bfloat16, "sizes (32, 64, 8)"),
     (MiniMaxConfig.small(), torch.bfloat16, "msa: Triton"),
-    (MiniMaxConfig.small(), torch.float32, "the dtype is torch.float32")], ids=["tiny", "small", "small in fp32"])
+    (MiniMaxConfig.small(), torch.float32, "the dtype is torch.float32")])
 def test_cards_follow_the_choice_of_kernels(cfg, dtype, word, monkeypatch):
     """On a GPU the card's words come from the rules that choose: dtype and sizes; tiny's L = 8 fits no kernel."""
     def on_gpu(*shape, dtype, **kw):
@@ -2828,7 +2833,7 @@ def test_threads_by_environment(two_threads, monkeypatch):
 
 def test_no_threads_are_refused(corpus, tmp_path):
     """--threads 0 is refused by its value."""
-    assert "0" in refused(train.main, train_args(corpus, tmp_path, "--threads 0"))
+    assert "0" in refused(train, train_args(corpus, tmp_path, "--threads 0"))
 
 def test_an_mtp_loss_is_shown_where_it_was_measured(trained):
     """A line shows it if a step since the line before had one: MTP runs in every 8th, a line stands for 4."""
@@ -2849,7 +2854,9 @@ def test_training_in_bits_a_byte(trained, corpus):
     assert trained.result["train_bpb"] == pytest.approx(bits)
     assert "bytes of validation are too few" in trained.text
 
-@parametrize("text", ["ab", "hello world\n" * 10], ids=["two characters", "one row"])
+@parametrize("text", [
+    "ab",                              # two characters
+    "hello world\n" * 10])             # one row
 def test_tiny_texts_train(text, tmp_path):
     """A text of two characters, or of one row: steps whose rows are pads alone change nothing that is reported."""
     (tmp_path / "text").write_text(text)
@@ -2908,7 +2915,7 @@ def test_a_full_attention_run_becomes_sparse(corpus, tmp_path):
     """--resume --attn msa: every weight is kept, an index branch joins, learns, then chooses; there is no way back."""
     start_run(corpus, tmp_path, "--attn full --steps 6")
     old = weights(tmp_path)
-    assert "nothing is left" in refused(train.main, resume(tmp_path, "--attn msa"))
+    assert "nothing is left" in refused(train, resume(tmp_path, "--attn msa"))
 
     _, text = resume_run(tmp_path, "--attn msa --lr 1e-12 --steps 12")
     assert "from 75% of the run" in text
@@ -2919,7 +2926,7 @@ def test_a_full_attention_run_becomes_sparse(corpus, tmp_path):
             assert worst(new[name], old[name]) < 1e-6
     assert all(".indexer." in name for name in new.keys() - old.keys())
 
-    assert "trained with msa" in refused(train.main, resume(tmp_path, "--attn full"))
+    assert "trained with msa" in refused(train, resume(tmp_path, "--attn full"))
 
 SMALL_TOKENIZER = sample.Tokenizer(sample.learn_bpe([TEXT], 300, sample.PATTERN))
 
@@ -3144,7 +3151,7 @@ NO_UTF8 = {  # a file's name -> its bytes, and what its refusal says
     "noise": (random.Random(0).randbytes(1000), "1 binary")}
 
 def refused_data(path, out):
-    return refused(train.main, ["--data", path, "--out", out / "run"])
+    return refused(train, ["--data", path, "--out", out / "run"])
 
 @parametrize("name", NO_UTF8)
 def test_what_is_no_utf8_is_named(name, tmp_path):
@@ -3260,7 +3267,7 @@ def test_divergence_stops_the_run(checkpoint, tmp_path, eval_every):
     """A rate of 1000 ends in a message and exit 1; the checkpoint stays as it was."""
     before = checkpoint.read_bytes()
 
-    line = refused(train.main, resume(tmp_path, "--steps 60 --lr 1000 --eval-every", eval_every), code=1)
+    line = refused(train, resume(tmp_path, "--steps 60 --lr 1000 --eval-every", eval_every), code=1)
 
     assert re.search("stopped: (loss|val_bpb)", line)
     assert checkpoint.read_bytes() == before
@@ -3271,7 +3278,7 @@ def test_a_nan_stops_the_run(trained, tmp_path, eval_every):
     name = "layers.1.attn.indexer.q_proj.weight"
     tamper(trained.out, tmp_path, lambda state: state["model"][name].fill_(math.nan))
 
-    line = refused(train.main, resume(tmp_path, "--steps 60 --eval-every", eval_every), code=1)
+    line = refused(train, resume(tmp_path, "--steps 60 --eval-every", eval_every), code=1)
 
     assert "not finite" in line
 
@@ -3320,7 +3327,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(corpus, tmp_path):
 
     assert run.wait() == 0
     assert "go on with --resume" in rest
-    result = json.loads(rest.strip().splitlines()[-1])
+    result = last_json(rest)
     assert result["step"] >= 4
     assert result["step"] == steps_done(tmp_path)
 
@@ -3384,7 +3391,7 @@ def run_until_killed(argv):
     with pytest.MonkeyPatch.context() as patch:
         paced(patch, kill=6)
         with pytest.raises(Killed):
-            quiet(train.main, argv)
+            quiet(train, argv)
 
 def test_saves_follow_the_clock():
     """Saves are due after 3, 6, 12, 24 s and at each minute, but not before 20 times what the last one took."""
@@ -3430,7 +3437,7 @@ def test_saves_by_time_keep_the_last_good_checkpoint(checkpoint, tmp_path, monke
     whole = checkpoint.read_bytes()
     paced(monkeypatch, change=change)
 
-    line = refused(train.main, resume(tmp_path, "--steps 60 --eval-every 1000"), code=1)
+    line = refused(train, resume(tmp_path, "--steps 60 --eval-every 1000"), code=1)
 
     assert word in line
     assert files(tmp_path) == {"ckpt.pt": whole}
@@ -3441,7 +3448,9 @@ def test_saves_by_time_take_a_calm_step(checkpoint, tmp_path):
 
     assert steps_done(tmp_path) == 15
 
-@parametrize("more", ["", "--stop-after 3"], ids=["in an evaluation", "in the last evaluation"])
+@parametrize("more", [
+    "",                                # in an evaluation
+    "--stop-after 3"])                 # in the last evaluation
 def test_a_new_run_keeps_the_one_before_it(checkpoint, corpus, tmp_path, more):
     """Ctrl-C in a new run's evaluation, or many saves: ckpt.pt.old is the run before, whole, and nothing else is."""
     before = checkpoint.read_bytes()
@@ -3473,20 +3482,20 @@ def test_a_folder_has_one_writer(checkpoint, corpus, tmp_path):
     assert owner.stdout.readline() == "held\n"
     before = files(tmp_path)
 
-    for main, argv in (
-            (train.main, train_args(corpus, tmp_path, "--steps 1")),
-            (train.main, resume(tmp_path)),
-            (rl.main, rl_args(tmp_path)),
-            (rl.main, resume(tmp_path))):
-        assert f"process {owner.pid}" in refused(main, argv)
+    for script, argv in (
+            (train, train_args(corpus, tmp_path, "--steps 1")),
+            (train, resume(tmp_path)),
+            (rl, rl_args(tmp_path)),
+            (rl, resume(tmp_path))):
+        assert f"process {owner.pid}" in refused(script, argv)
         assert files(tmp_path) == before
 
     run_sample(tmp_path, "--max-new-tokens 1")
 
     owner.kill()
     owner.wait()
-    result, _ = resume_run(tmp_path, "--steps 13")
-    assert result["step"] == 13
+    resume_run(tmp_path, "--steps 13")
+    assert steps_done(tmp_path) == 13
     assert os.listdir(tmp_path) == ["ckpt.pt"]  # neither the lock nor what the killed one had half written
 
 @pytest.fixture
@@ -3503,8 +3512,8 @@ def test_unwritable_folders_are_refused_at_the_start(nothing_is_read, corpus, tm
     (tmp_path / "file").write_text("x")
     (tmp_path / "taken" / "ckpt.pt").mkdir(parents=True)
 
-    assert word in refused(train.main, train_args(corpus, tmp_path / place))
-    assert word in refused(rl.main, rl_args(tmp_path / place))
+    assert word in refused(train, train_args(corpus, tmp_path / place))
+    assert word in refused(rl, rl_args(tmp_path / place))
 
     assert sorted(os.listdir(tmp_path)) == ["file", "taken"]
 
@@ -3517,7 +3526,7 @@ def test_read_only_disks_are_refused_at_the_start(nothing_is_read, checkpoint, c
     before_each_call(monkeypatch, os, "open", read_only)
 
     for argv in (train_args(corpus, tmp_path), train_args(corpus, tmp_path / "new"), resume(tmp_path)):
-        assert "Read-only file system" in refused(train.main, argv)
+        assert "Read-only file system" in refused(train, argv)
     assert os.listdir(tmp_path) == ["ckpt.pt"]
 
 def test_links_are_not_written_through(checkpoint, tmp_path):
@@ -3551,7 +3560,7 @@ def test_what_is_in_the_locks_place_is_named(corpus, tmp_path, kind):
     else:
         os.mkfifo(lock)
 
-    line = refused(train.main, train_args(corpus, tmp_path, "--steps 1"))
+    line = refused(train, train_args(corpus, tmp_path, "--steps 1"))
 
     assert f"{lock} is in the way" in line
     assert target.read_text() == "mine"
@@ -3593,7 +3602,7 @@ def test_ctrl_c_before_the_steps_or_after_them(checkpoint, corpus, tmp_path, mon
     before = checkpoint.read_bytes()
     press_ctrl_c(monkeypatch, name, nth)
 
-    line = refused(train.main, train_args(corpus, tmp_path, "--steps 3"), code=130)
+    line = refused(train, train_args(corpus, tmp_path, "--steps 3"), code=130)
 
     assert line == "train.py: interrupted"
     assert_kept(tmp_path, kept, before)
@@ -3668,10 +3677,10 @@ def test_older_checkpoints_say_their_mode(trained, tmp_path, warms_up, knows_its
     tamper(trained.out, tmp_path, make_older)
 
     _, said = run_sample(tmp_path, "--max-new-tokens 2")
-    result, _ = resume_run(tmp_path, "--steps 13")
+    resume_run(tmp_path, "--steps 13")
 
     assert ("still learning" in said) == warms_up
-    assert result["step"] == 13
+    assert steps_done(tmp_path) == 13
 
 @pytest.fixture
 def other_text(tmp_path):
@@ -3741,7 +3750,7 @@ def sample_args(out, line="", *more):
 
 def run_sample(out, line, *more):
     """sample.py speaks from a folder's checkpoint -> its result, and what it printed."""
-    return quiet(sample.main, sample_args(out, line, *more))
+    return quiet(sample, sample_args(out, line, *more))
 
 def refusals(*cases):
     """Cases of a command line, and a word that its refusal must hold; the line, cut to 60 letters, names the test."""
@@ -3936,7 +3945,7 @@ def test_stream_releases_whole_characters_and_hides_stops():
     (f"--prompt {5000 * '9'} --hf '{GOLDEN}/m3'", "ids below"))
 def test_arguments_that_would_change_a_sample_in_silence(trained, line, word):
     """An empty stop text, bytes that are no UTF-8, digits of other scripts, a billion samples: refused, by name."""
-    error_line = refused(sample.main, sample_args(trained.out, line))
+    error_line = refused(sample, sample_args(trained.out, line))
     assert word in error_line
     assert len(error_line) < 300
 
@@ -3965,13 +3974,13 @@ def test_standard_input_is_read(trained, monkeypatch):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="ascii"))
 
     pipe(text.encode())
-    result, _ = quiet(sample.main, argv)
+    result, _ = quiet(sample, argv)
     assert result["text"].startswith(text)
 
     pipe(text.encode("utf-16"))
-    assert "UTF-16" in refused(sample.main, argv)
+    assert "UTF-16" in refused(sample, argv)
     monkeypatch.setattr(sys, "stdin", None)
-    assert "closed" in refused(sample.main, argv)
+    assert "closed" in refused(sample, argv)
 
 def test_no_prompt_waits_for_no_pipe(trained):
     """Without a prompt the card says how standard input is read, and an open pipe, as under cron, stops nothing."""
@@ -3986,11 +3995,11 @@ def test_no_prompt_waits_for_no_pipe(trained):
         for file in (kept, reader, writer):
             os.close(file)
 
-def run_in_ascii(main, argv):
+def run_in_ascii(script, argv):
     """Run a script's main on a terminal of ASCII alone -> what it printed."""
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     with contextlib.redirect_stdout(terminal), contextlib.suppress(SystemExit):
-        main([*map(str, argv)])
+        script.main([*map(str, argv)])
     assert terminal.errors == "backslashreplace"
     terminal.seek(0)
     return terminal.read()
@@ -3998,18 +4007,18 @@ def run_in_ascii(main, argv):
 @parametrize("script", [sample, train, rl, bench])
 def test_help_on_an_ascii_terminal(script):
     """What the terminal's encoding lacks is printed as an escape, in any script; nothing stops."""
-    assert "--help" in run_in_ascii(script.main, ["--help"])
+    assert "--help" in run_in_ascii(script, ["--help"])
 
 def test_a_prompt_on_an_ascii_terminal(trained):
     """sample.py prints a prompt's other letters as escapes."""
     argv = sample_args(trained.out, "--prompt na\u00efve --max-new-tokens 3")
-    assert r"na\xefve" in run_in_ascii(sample.main, argv)
+    assert r"na\xefve" in run_in_ascii(sample, argv)
 
 def test_a_file_name_on_an_ascii_terminal(tmp_path):
     """train.py prints the other letters of a file's name as escapes."""
     corpus = tmp_path / "na\u00efve.txt"
     corpus.write_text(TEXT)
-    assert r"na\xefve" in run_in_ascii(train.main, train_args(corpus, tmp_path / "run", "--steps 1"))
+    assert r"na\xefve" in run_in_ascii(train, train_args(corpus, tmp_path / "run", "--steps 1"))
 
 @parametrize("script", ["sample.py", "train.py", "rl.py", "bench.py"])
 def test_ctrl_c_during_the_imports(script, tmp_path):
@@ -4463,7 +4472,7 @@ def test_no_signal_no_step(line):
     assert learner.step(one_of_eight)["signal"]
     assert worst(learner.model.lm_head.weight, weights["lm_head.weight"]) > 1e-6
 
-@pytest.fixture(scope="session")
+@session_fixture
 def drafting_learner():
     """A learner with an MTP module; who trains it takes a copy."""
     return Learner("--task calculator --mtp 1")
@@ -4607,11 +4616,11 @@ def rl_args(out, line="", *more):
 
 def run_rl(out, line):
     """A short run of rl.py -> its result, and what it printed."""
-    return quiet(rl.main, rl_args(out, line))
+    return quiet(rl, rl_args(out, line))
 
 FOUR_STEPS = "--steps 4 --save-every 2"
 
-@pytest.fixture(scope="session")
+@session_fixture
 def unbroken(tmp_path_factory):
     """A run of four steps that nothing stops: its folder and result."""
     out = tmp_path_factory.mktemp("unbroken")
@@ -4680,15 +4689,15 @@ def test_a_lock_is_no_text(tmp_path):
     """A run whose folder lies in its own text does not read what it writes there."""
     (tmp_path / "a.txt").write_text("some text\n" * 9)
     with sample.lock_folder(str(tmp_path / "run")):
-        assert [name for name, _ in train.list_files(str(tmp_path))] == ["a.txt"]
+        assert names(train.list_files(str(tmp_path))) == ["a.txt"]
 
 def test_folders_of_rl_have_one_writer(tmp_path):
     """rl.py's imitation is held from the start, as its run is; a refused run leaves no folder."""
     with sample.lock_folder(str(tmp_path / "warm")):
-        assert "warm" in refused(rl.main, rl_args(tmp_path))
+        assert "warm" in refused(rl, rl_args(tmp_path))
     assert os.listdir(tmp_path) == []
 
-    line = refused(rl.main, ["--out", tmp_path / "new", "--device", "cpux"])
+    line = refused(rl, ["--out", tmp_path / "new", "--device", "cpux"])
     assert "cpux" in line
     assert os.listdir(tmp_path) == []
 
@@ -4715,7 +4724,7 @@ def test_rl_saves_by_time(tmp_path):
     """Killed in the imitation or in the run, rl.py goes on from the last seconds."""
     argv = rl_args(tmp_path, "--warm-steps 5 --slots 2 --groups 1 --steps 9")
     with killed_after(4):
-        quiet(rl.main, argv)
+        quiet(rl, argv)
     assert steps_done(tmp_path / "warm") == 3
 
     # the imitation's last two steps, and four of the run, whose arguments come from the command line
@@ -4736,7 +4745,7 @@ def test_rl_saves_no_nan(unbroken, tmp_path, monkeypatch):
         return stats
 
     monkeypatch.setattr(rl, "train_step", poison)
-    line = refused(rl.main, resume(tmp_path, "--steps 9 --save-every 1"), code=1)
+    line = refused(rl, resume(tmp_path, "--steps 9 --save-every 1"), code=1)
     assert "not finite" in line
     assert kept.read_bytes() == before
 
@@ -4752,15 +4761,15 @@ def test_a_slow_first_save_puts_none_off(tmp_path):
                 real(*args)
 
             patch.setattr(rl, "save", slow_save)
-            quiet(rl.main, argv)
+            quiet(rl, argv)
     assert saves == [0, 3, 6]
 
 def test_scripts_know_whose_checkpoint_it_is(trained, unbroken):
     """--resume in the other script's folder says which command goes on with it; nothing is changed."""
     folder, _ = unbroken
     for theirs in (folder, folder / "warm"):
-        assert "python rl.py --resume" in refused(train.main, resume(theirs))
-    assert "python train.py --resume" in refused(rl.main, resume(trained[0]))
+        assert "python rl.py --resume" in refused(train, resume(theirs))
+    assert "python train.py --resume" in refused(rl, resume(trained[0]))
 
 def post(url, body, key="k", method="POST"):
     """Ask a gateway -> the status, and its answer or what is wrong."""
@@ -4798,7 +4807,7 @@ def play_by_http(url, ask, task, messages):
 
 def assert_two_steps(run):
     assert run.wait(600) == 0
-    assert json.loads(run.stdout.read().splitlines()[-1])["steps"] == 2
+    assert last_json(run.stdout.read())["steps"] == 2
 
 def assert_bad_requests_are_refused(url, task, messages):
     good = dict(model=task, messages=messages)
@@ -4994,8 +5003,8 @@ def test_another_vocabulary_than_the_tokenizers_is_refused(tmp_path):
     source = rl.Local(model, args, rl.WindowedFIFO(4, 1))
     rl.save(tmp_path, source, [], dict(step=1))
 
-    for main, argv in ((sample.main, sample_args(tmp_path)), (rl.main, resume(tmp_path))):
-        line = refused(main, argv)
+    for script, argv in ((sample, sample_args(tmp_path)), (rl, resume(tmp_path))):
+        line = refused(script, argv)
         assert "300" in line
         assert "257" in line
 
@@ -5077,7 +5086,7 @@ def test_gateway_reads_what_clients_send(message, text):
     ids = gateway.context(rl.Trajectory(0), [USER, message, USER])
     assert gateway.tokenizer.decode(ids) == "Q1+2;" + text + "Q1+2;"
 
-@pytest.fixture(scope="session")
+@session_fixture
 def ask_claimed():
     """Asks a gateway for a turn of a task that is claimed: (**body) -> status, answer."""
     server = ServedAlone()
@@ -5162,7 +5171,7 @@ def test_rl_names_the_port_it_refuses(tmp_path):
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        line = refused(rl.main, rl_args(tmp_path, f"--serve {port} --steps 1"))
+        line = refused(rl, rl_args(tmp_path, f"--serve {port} --steps 1"))
     assert f"--serve {port}" in line
     assert "in use" in line
 
@@ -5172,7 +5181,7 @@ def test_rl_names_the_port_it_refuses(tmp_path):
 def test_rl_names_the_figure_it_refuses(name, word, tmp_path):
     """A figure that cannot be written, or of no known format: one line with flag, value and reason."""
     figure = tmp_path / name
-    line = refused(rl.main, rl_args(tmp_path, "--steps 1", "--figure", figure))
+    line = refused(rl, rl_args(tmp_path, "--steps 1", "--figure", figure))
     assert f"--figure {figure}: " in line
     assert word in line
     assert not figure.exists()
@@ -5182,7 +5191,7 @@ def test_rl_names_the_figure_it_refuses(name, word, tmp_path):
 # read from a file is distrusted part by part, and no refusal changes a file. Then come bench.py's rows and README's
 # commands, and last the mutants: each numeric check above must fail on sabotaged code.
 
-SCRIPTS = {"train.py": train.main, "rl.py": rl.main, "sample.py": sample.main, "bench.py": bench.main}
+SCRIPTS = {"train.py": train, "rl.py": rl, "sample.py": sample, "bench.py": bench}
 
 def run_line(line, *more):
     """Run a command line as one types it, with more arguments -> its result, and what it printed."""
@@ -5242,7 +5251,7 @@ def test_bad_input_is_refused_in_one_line(tmp_path, monkeypatch, line):
 def test_sample_refuses_bad_input(trained, tmp_path, monkeypatch, line, word):
     """A folder without a model, a flag that does not exist, a prompt too long: what is wrong is named."""
     monkeypatch.chdir(tmp_path)
-    assert word in refused(sample.main, sample_args(trained[0], line))
+    assert word in refused(sample, sample_args(trained[0], line))
 
 @refusals(
     ("--figure .", "a file"),
@@ -5253,16 +5262,16 @@ def test_sample_refuses_bad_input(trained, tmp_path, monkeypatch, line, word):
     ("--what queue --shape m3", "--shape"))
 def test_bench_refuses_bad_input(line, word):
     """A folder as figure, flags that do not go together, mazes that do not fit: what is wrong is named."""
-    assert word in refused(bench.main, line.split())
+    assert word in refused(bench, line.split())
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @parametrize("script", [train, sample, rl])
 def test_a_gpu_that_is_absent_is_refused(script, tmp_path):
     """--device cuda without a GPU is refused by that name."""
-    assert "cuda" in refused(script.main, ["--device", "cuda", "--out", tmp_path])
+    assert "cuda" in refused(script, ["--device", "cuda", "--out", tmp_path])
 
 @parametrize("name", [
-    "meta", "", "CPU", "cpu:1", "cuda:-1", "cuda:99", "mps", "xla", "cuda:\u0663"], ids=repr)
+    "meta", "", "CPU", "cpu:1", "cuda:-1", "cuda:99", "mps", "xla", "cuda:\u0663"])
 def test_devices_that_cannot_run_are_refused(name, corpus, tmp_path):
     """Only a device that this code runs on, and that is there, gets past the command line: else one line names it."""
     if name == "mps" and torch.backends.mps.is_available():
@@ -5463,10 +5472,10 @@ def test_sample_refuses_tampered_checkpoints(trained, tmp_path, change):
 def test_nan_weights_are_refused(trained, tmp_path):
     """Neither sampled from nor trained on, and named."""
     tamper(trained[0], tmp_path, replace_weight(lambda weight: torch.full_like(weight, math.nan)))
-    assert f"{BIG} is not finite" in refused(sample.main, sample_args(tmp_path))
-    assert f"{BIG} is not finite" in refused(train.main, resume(tmp_path, "--steps 13"), code=1)
+    assert f"{BIG} is not finite" in refused(sample, sample_args(tmp_path))
+    assert f"{BIG} is not finite" in refused(train, resume(tmp_path, "--steps 13"), code=1)
 
-@pytest.fixture(scope="session")
+@session_fixture
 def agents(tmp_path_factory):
     """The folder of a short run of rl.py."""
     out = tmp_path_factory.mktemp("agents")
@@ -5505,7 +5514,7 @@ def test_full_disk_keeps_the_old_checkpoint(checkpoint, tmp_path, monkeypatch):
 
     whole = checkpoint.read_bytes()
     monkeypatch.setattr(os, "fsync", full)
-    assert "No space left" in refused(train.main, resume(tmp_path, "--steps 14"))
+    assert "No space left" in refused(train, resume(tmp_path, "--steps 14"))
     assert files(tmp_path) == {"ckpt.pt": whole}
 
 def test_a_full_disk_is_named(checkpoint, tmp_path):
@@ -5515,7 +5524,7 @@ def test_a_full_disk_is_named(checkpoint, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        line = refused(train.main, resume(tmp_path, "--steps 13"))
+        line = refused(train, resume(tmp_path, "--steps 13"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "ckpt.pt" in line
@@ -5677,7 +5686,7 @@ def test_tokens_as_people_write_them(text, value):
     assert sample.tokens(text) == value
 
 @parametrize("text", [
-    "", "k", "64kb", "64 kk", "1.5", "-5", "inf", "nan", "0x10", "1e", "1,5M", "6_5", "\u0661", "1e99"], ids=repr)
+    "", "k", "64kb", "64 kk", "1.5", "-5", "inf", "nan", "0x10", "1e", "1,5M", "6_5", "\u0661", "1e99"])
 def test_tokens_as_nobody_writes_them(text):
     """Nonsense is refused, with an example of what is read."""
     with pytest.raises(ValueError, match="1,048,576"):
@@ -5812,7 +5821,7 @@ def test_the_gpt2_baseline_runs():
     run = run_python(".ci/gpt2_baseline.py", *"--data moe.py --steps 3 --tiny --device cpu".split())
 
     assert run.returncode == 0, run.stderr[-2000:]
-    assert json.loads(run.stdout.splitlines()[-1])["steps"] == 3
+    assert last_json(run.stdout)["steps"] == 3
 
 def test_bench_counts_training_flops():
     """Attention's forward and backward against a count of its pairs, by hand."""

@@ -319,9 +319,9 @@ class Gateway:
     def context(self, episode, messages):
         """Messages -> ids. Two completions may have one text and different tokens, as all bytes that are not UTF-8 are
         shown alike. So messages are read from the last to the first, and each takes the latest completion of its text
-        that is left. The only one left is not used up: a client may quote a completion twice. Tool calls are written out
-        where the content is not a completion, which holds its calls already: a client that turned all of it into calls
-        gets the same text, so the same tokens, back. ValueError, naming the message, for what is not text."""
+        that is left. The only one left is not used up: a client may quote a completion twice. Tool calls are written
+        out where the content is not a completion, which holds its calls already: a client that turned all of it into
+        calls gets the same text, so the same tokens, back. ValueError, naming the message, for what is not text."""
         said = {text: list(known) for text, known in episode.said.items()}
         parts = []
         for place, message in reversed([*enumerate(messages)]):
@@ -390,8 +390,8 @@ class WindowedFIFO:
     published its weights. A group that is late at its deadline is over, as a failure; it is not dropped.
 
     window 1 is strict FIFO, window inf is greedy. window = slots is not greedy: the groups that refill slots have
-    numbers beyond head + slots - 1. A stuck group is overtaken by at most slots + window - 2 others, the slots - 1 older
-    ones and the window - 1 next newer ones: floor((slots + window - 2) / P) steps, if a step takes P groups.
+    numbers beyond head + slots - 1. A stuck group is overtaken by at most slots + window - 2 others, the slots - 1
+    older ones and the window - 1 next newer ones: floor((slots + window - 2) / P) steps, if a step takes P groups.
     """
 
     def __init__(self, slots, window, deadline=math.inf):
@@ -635,8 +635,8 @@ def unpack_routes(codes, cfg):
 # group's samples are the same. A prefix tree holds each token once, in one row of the layout: a slot is a place in it,
 # and a path goes from the root to a leaf, over slots in rising order. One number a slot, `end`, the slot after its
 # subtree, is the whole attention mask: slot j is visible to slot i if j <= i < end[j]. Losses do not change: `weight`,
-# the samples that go through a slot, is its count in the router's load and in the index branch's KL. CISPO (`entry`) and
-# the drafts' KL (`draft`) count the samples themselves.
+# the samples that go through a slot, is its count in the router's load and in the index branch's KL. CISPO (`entry`)
+# and the drafts' KL (`draft`) count the samples themselves.
 
 @dataclass
 class Leaf:
@@ -990,7 +990,7 @@ def train_step(model, optimizers, rows, rate, bias_rate=1e-3, tokens=MICRO_TOKEN
 
     Muon and AdamW scale a step to full size, however small its gradient: momentum alone would move the weights. So a
     step without signal changes nothing, router biases and optimizer states included; and in any step a matrix without a
-    gradient keeps its weights and moments. Unlike in train.py all gradients are clipped as one, the index branch's too."""
+    gradient keeps its weights and moments. Unlike in train.py all gradients are clipped as one."""
     set_rates(optimizers, rate)
     stats, load = backward(model, rows, tokens=tokens)
     stats["signal"] = has_signal(model, stats["magnitude"])  # before the clip

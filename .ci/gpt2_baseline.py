@@ -129,6 +129,8 @@ def main():
     args = parse_args()
     args.device, dtype, _ = pick_device(args.device)
     on_gpu = args.device.type == "cuda"
+
+    # sizes: GPT-2 124M on small's rows, or a trial's
     if args.tiny:
         B, T = 2, 128
         vocab_size = 300
@@ -140,11 +142,13 @@ def main():
         val_bytes = VAL_BYTES
         sizes = {}
 
+    # the text, cut and tokenized as train.py does
     texts, val_texts, _ = load_data(args.data, None, val_bytes)
     tokenizer = Tokenizer(learn_bpe((text for _, text in texts), vocab_size, PATTERN))
     data = Tokens(texts, tokenizer, 1, T)
     val = Tokens(val_texts, tokenizer, 1, T)
 
+    # the model, compiled on a GPU
     torch.manual_seed(SEED)
     model = GPT2(tokenizer.n_vocab, T, **sizes).to(args.device)
     forward = torch.compile(model) if on_gpu else model
@@ -152,6 +156,7 @@ def main():
     print(f"GPT-2: {sum(p.numel() for p in model.parameters()):,} parameters, {dtype}, {B} rows of {T} tokens a step, "
           f"{data.n_tokens:,} tokens of text", flush=True)
 
+    # what a step needs: its rows, and their loss
     def batch_at(step):
         return get_batch(data, SEED, 0, step, B, T)
 
@@ -162,9 +167,12 @@ def main():
         with half:
             return forward(idx, targets)
 
-    loss_of(batch_at(0)).backward()  # compiles before the clock starts, as train.py does
+    # compile before the clock starts, as train.py does
+    loss_of(batch_at(0)).backward()
     model.zero_grad(set_to_none=True)
     wait(args.device)
+
+    # train, and measure what train.py measures
     steps, seconds = train(model, optimizer, loss_of, batch_at, args)
     val_bpb = evaluate(loss_of, val, B, T)
     tokens_per_s = steps * B * T / seconds

@@ -691,8 +691,8 @@ def decode_length(args, machine, shape, B, T, cache):
     def dense(q, k, v, qi, ki, length, int8):
         return full(q, k, v, T, length)
 
-    def sparse(q, k, v, qi, ki, length, int8):
-        return sparse_decode(q, k, v, qi, ki, length)
+    def sparse(*buffers):
+        return sparse_decode(*buffers[:-1])  # without the int8 index
 
     def check(name, outs):
         for n in {0, len(sets) - 1}:
@@ -856,21 +856,22 @@ def step_row(machine, preset, attn, n_rows, T, recompute):
         raise ArithmeticError(f"train {preset}, {attn} attention, {T} tokens: the loss is {loss.item()}")
 
     # what a step needed, in a row
-    ms = statistics.median(times)
+    step_ms = statistics.median(times) / mtp_every
+    tokens_per_s = 1e3 * n_rows * T / step_ms
     peak_flops = train.peak_flops(machine.device)
     mfu = None
     if peak_flops:
-        a_token = sum(model.flops_per_token(pos, run_mtp=step == 0) for step in range(mtp_every))
-        mfu = 1e3 * n_rows * T * a_token / ms / peak_flops
+        a_token = statistics.mean(model.flops_per_token(pos, run_mtp=step == 0) for step in range(mtp_every))
+        mfu = tokens_per_s * a_token / peak_flops
     peak_gb = torch.cuda.max_memory_allocated() / 1e9 if machine.gpu else None
-    row = dict(what="train", shape=preset, ctx=T, batch=n_rows, attn=attn, recompute=recompute, step_ms=ms / mtp_every,
-               tokens_per_s=1e3 * mtp_every * n_rows * T / ms, mfu=mfu, peak_gb=peak_gb)
+    row = dict(what="train", shape=preset, ctx=T, batch=n_rows, attn=attn, recompute=recompute, step_ms=step_ms,
+               tokens_per_s=tokens_per_s, mfu=mfu, peak_gb=peak_gb)
 
     utilised = f"{mfu:.1%}" if mfu else "none"
     memory = f"{peak_gb:.1f}" if machine.gpu else "none"
     recomputed = " recomputed" if recompute else ""
-    print(f"{'train':8}{preset:7}{attn:5}{n_rows:>4} x {T:>9,}{recomputed:11} | {row['step_ms']:10.1f} | "
-          f"{row['tokens_per_s']:8,.0f} | {utilised:>5} | {memory:>7} | {len(times)}", flush=True)
+    print(f"{'train':8}{preset:7}{attn:5}{n_rows:>4} x {T:>9,}{recomputed:11} | {step_ms:10.1f} | "
+          f"{tokens_per_s:8,.0f} | {utilised:>5} | {memory:>7} | {len(times)}", flush=True)
     return row
 
 def row_that_fits(name, measure, *given):
@@ -972,9 +973,7 @@ def fastest(steps, gpu):
         if gpu and turn == 0:
             continue
         best = min(ms for name, (ms, _) in least.items() if name != "merged")
-        for name in list(steps):
-            if name != "merged" and least[name][0] > 1.5 * best:
-                del steps[name]
+        steps = {name: call for name, call in steps.items() if name == "merged" or least[name][0] <= 1.5 * best}
     return least
 
 def tree_groups(asked, n_mazes):
@@ -1101,9 +1100,9 @@ def train_schedules(args, machine):
         flags += ["--threads", str(args.threads)]
     with tempfile.TemporaryDirectory() as folder:
         for name in WINDOWS:
-            out = os.path.join(folder, name)
+            out = f"{folder}/{name}"
             if trained:  # rl.py reads an imitation of the same task, model and seed
-                shutil.copytree(os.path.join(folder, "fifo", "warm"), os.path.join(out, "warm"))
+                shutil.copytree(f"{folder}/fifo/warm", f"{out}/warm")
             asked, _ = rl.parse_args([*flags, "--schedule", name, "--out", out])
             trained[name] = rl.run(asked, None)
             if trained[name]["steps"] < asked.steps:
@@ -1139,16 +1138,15 @@ def kinds_of(rows):
 
 def ratios(rows):
     """Dense over MSA at the longest length measured, with the same batch, selection and index keys."""
-    keys = ("what", "ctx", "batch", "selection", "index")
     longest = {}
     for row in rows:  # one shape may have memory for longer ones
         key = row["what"], row["batch"]
         longest[key] = max(row["ctx"], longest.get(key, 0))
     out = []
     for dense, sparse in product(rows, rows):
-        same = {key: dense[key] for key in keys}
+        same = {key: dense[key] for key in ("what", "ctx", "batch", "selection", "index")}
         pair = dense["shape"], sparse["shape"]
-        if same != {key: sparse[key] for key in keys} or not dense["speedup"] or pair == ("m3", "m2"):
+        if not same.items() <= sparse.items() or not dense["speedup"] or pair == ("m3", "m2"):
             continue
         if dense["ctx"] < longest[dense["what"], dense["batch"]]:
             continue

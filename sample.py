@@ -948,8 +948,7 @@ def implementations(model, device, trains=False, decodes=True):
 
 def figure_format(path):
     """-> a picture's format, the suffix of its name; png where that has none."""
-    suffix = os.path.splitext(path)[1]
-    return suffix[1:] or "png"
+    return os.path.splitext(path)[1][1:] or "png"
 
 def check_figure(path):
     """ValueError if --figure cannot be drawn or written: it shows now, not after minutes. Nothing is created."""

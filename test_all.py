@@ -5564,10 +5564,8 @@ def test_an_msa_off_by_one_percent_is_never_timed(monkeypatch, line, word):
 
 def machine_of_bench(gpu):
     """A machine that copies 1 TB/s and multiplies 100 TFLOP/s: a GPU, or this CPU."""
-    rates = dict(copy=1e12, matmul=1e14)
-    if gpu:
-        return bench.Machine(torch.device("cuda"), torch.bfloat16, rates=rates)
-    return bench.Machine(torch.device("cpu"), torch.float32, rates=rates)
+    device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
+    return bench.Machine(torch.device(device), dtype, rates=dict(copy=1e12, matmul=1e14))
 
 def fabricated_row(ctx, share, msa_ms, gpu=True, what="decode", index="bf16", queries=1, batch=1):
     """A row of bench.py whose dense side reads at `share` of the copy rate (decode), or computes at `share` of the
@@ -5805,8 +5803,7 @@ def test_the_train_bench_has_no_mtp_loss_on_long_sequences(monkeypatch):
         return torch.zeros(())
 
     monkeypatch.setattr(bench, "model_steps", no_steps)
-    machine = bench.Machine(torch.device("cpu"), torch.float32)
-    row = bench.step_row(machine, "tiny", "full", 1, 64, True)
+    row = bench.step_row(machine_of_bench(False), "tiny", "full", 1, 64, True)
     model, _, batch, mtp_every, recompute = seen[0]
     assert row["attn"] == "full"
     assert row["recompute"] is True

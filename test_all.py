@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
 os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # no test's threads are chosen by the clock
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before msa is imported: a kernel's decorator reads the flag

@@ -463,7 +463,7 @@ class MTP(nn.Module):
 # its own hidden states. The logits W h, V numbers a token, are the largest tensor of a step: they are computed for a
 # chunk of tokens at a time, and each chunk gives its loss and its gradient at once.
 # forward gives sums; count_losses gives, for a whole step, what each is divided by; sums.over(counts) gives means; and
-# means.objective() the number that is minimised. The parts of a step add up because each is divided by the step's counts.
+# means.objective() the number that is minimised. The parts of a step add up: each is divided by the step's counts.
 
 @dataclasses.dataclass
 class Losses:
@@ -660,8 +660,8 @@ class MiniMax(nn.Module):
 
         idx           (B, T) tokens
         targets       (B, T) the token after each, -1 = no loss. Without n_logits they give the losses alone
-        weight        (B, T) how often a token counts in the router's load and the index branch's KL, 0 = pad; default 1.
-                      Next-token and MTP losses do not read it: there a target of -1 leaves a token out
+        weight        (B, T) how often a token counts in the router's load and the index branch's KL, 0 = pad; default
+                      1. Next-token and MTP losses do not read it: there a target of -1 leaves a token out
         cache         KVCache to read and append to
         pos           (B, T) position on a token's own path; default: counts on from the cache
         end           (B, Tk) int32, key j is visible to query i iff j <= i < end[j]; default: causal
@@ -801,8 +801,8 @@ class MiniMax(nn.Module):
         return total, active - tables - modules
 
     def flops_per_token(self, pos, index_warmup=False, run_mtp=True):
-        """Useful FLOPs of a training step, the mean over tokens: 6 for each active parameter (the index branch's need 4,
-        as its input has no gradient; they are counted as 6), and for each key that a query head reads 2 D for its
+        """Useful FLOPs of a training step, the mean over tokens: 6 for each active parameter (the index branch's need
+        4, as its input has no gradient; they are counted as 6), and for each key that a query head reads 2 D for its
         score, 2 D for its value, and twice as much in the backward pass (PaLM, arXiv 2204.02311, appendix B).
 
         pos  positions of the tokens in their documents, of any shape; pads are left out by the caller

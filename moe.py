@@ -246,10 +246,13 @@ class MoE(nn.Module):
 
 def count_params(module):
     """Parameters and router biases: all, and those that one token uses."""
-    moes = [m for m in module.modules() if isinstance(m, MoE)]
     total = sum(t.numel() for t in [*module.parameters(), *module.buffers()])
-    idle = [(m.w13[0].numel() + m.w2[0].numel()) * (m.cfg.n_expert - m.cfg.n_expert_per_tok) for m in moes]
-    return total, total - sum(idle)
+    active = total
+    for layer in module.modules():
+        if isinstance(layer, MoE):
+            an_expert = layer.w13[0].numel() + layer.w2[0].numel()
+            active -= an_expert * (layer.cfg.n_expert - layer.cfg.n_expert_per_tok)
+    return total, active
 
 # ---- balancing --------------------------------------------------------------------------------------------------
 
@@ -274,8 +277,8 @@ def _terms(x):
     return first.bfloat16(), second.bfloat16(), third.bfloat16()
 
 def _head(x):
-    """The first 8 bits of x (fp32), in fp32. They are cut off, not rounded by .bfloat16(): torch.compile leaves out that
-    rounding, and x - head(x) would be 0."""
+    """The first 8 bits of x (fp32), in fp32. They are cut off, not rounded by .bfloat16(): torch.compile leaves out
+    that rounding, and x - head(x) would be 0."""
     return (x.view(torch.int32) & -2 ** 16).view(torch.float32)
 
 class _WideGate(torch.autograd.Function):

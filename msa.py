@@ -1584,8 +1584,8 @@ def _sum_slots(part, block_idx, out, G):
 # ==== E. Decode ===================================================================================
 #
 # A step of generation: each sequence has T <= 4 new tokens, and a cache of `length` others. T is 1 in our scripts; more
-# are for a caller that verifies drafts, tokens that it guessed. Reading memory is all that takes time. Three kernels, or
-# two where index keys are not int8:
+# are for a caller that verifies drafts, tokens that it guessed. Reading memory is all that takes time. Three kernels,
+# or two where index keys are not int8:
 #     _scan_kernel     reads every index key once, for all heads and drafts. The blocks are cut into runs, neighbours
 #                      of about equal number, a program each: it writes the score of every block, and its run's best
 #     _rescore_kernel  certified int8, section F: the scan gave bounds, these are the exact scores where it matters
@@ -2135,8 +2135,8 @@ def _unscale(x, unit, more):
     y = x * (unit / STEPS * 2.0 ** 15) * 2.0 ** 15 + more
     return tl.where(x > NOTHING, tl.minimum(tl.maximum(y, -3e38), 3e38), x)
 
-# One program = a share of one row's live runs. A run is live if its best upper bound reaches the floor. The blocks in it
-# that do get their exact score; all others keep bounds below the floor: they are not chosen.
+# One program = a share of one row's live runs. A run is live if its best upper bound reaches the floor. The blocks in
+# it that do get their exact score; all others keep bounds below the floor: they are not chosen.
 @jit
 def _rescore_kernel(
     qi,           # (B, T, HKV, DI)

@@ -626,8 +626,9 @@ def unpack_routes(codes, cfg):
     experts = codes[..., :n_moe * A].unflatten(-1, (n_moe, A))
     replay = dict(experts=experts.permute(2, 0, 1, 3))
     if n_msa:
-        blocks = codes[..., n_moe * A:].unflatten(-1, (n_msa, cfg.n_kv_head, -1)).permute(2, 0, 1, 3, 4)
-        replay["block_idx"] = torch.where(blocks < -1, -2 - blocks, -1).int().contiguous()
+        blocks = codes[..., n_moe * A:].unflatten(-1, (n_msa, cfg.n_kv_head, -1))
+        blocks = torch.where(blocks < -1, -2 - blocks, -1).int()
+        replay["block_idx"] = blocks.permute(2, 0, 1, 3, 4).contiguous()
     return replay
 
 # ---- prefix trees --------------------------------------------------------------------------------

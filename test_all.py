@@ -1386,7 +1386,7 @@ def test_int8_bound_is_tight():
     assert fp8 > 5 * int8
 
 def scanned_bounds(qi, ki, int8, S, length):
-    """Upper and lower bounds that the int8 scan of a decode step leaves in scratch memory (2, rows, keys), for L = 1."""
+    """Upper and lower bounds that the int8 scan of a decode step leaves in scratch (2, rows, keys), for L = 1."""
     _, T, Hkv, D = qi.shape
     Tk = ki.size(1)
     kv = torch.zeros(1, Tk, Hkv, D)
@@ -2253,7 +2253,8 @@ def test_cache_refuses_what_does_not_fit():
     """A crop below 0 or of another number of rows, rows it has not, keys of another shape, a size of 0: refused."""
     cache = KVCache(small_config(), 2, 12)
     cache.advance(5)
-    for length in (-1, torch.tensor([-1, 3]), torch.tensor([3]), torch.tensor([[1], [2]]), 2.5):
+    two_columns = torch.tensor([[1], [2]])
+    for length in (-1, torch.tensor([-1, 3]), torch.tensor([3]), two_columns, 2.5):
         with value_error("cannot crop 2 rows to"):
             cache.crop(length)
     for rows in ([2], [-1], [[0]], [0.0]):
@@ -2266,7 +2267,12 @@ def test_cache_refuses_what_does_not_fit():
     assert cache.length.tolist() == [5, 5]
     assert cache.used == 5
 
-    for length, left in ((9, [5, 5]), (torch.tensor([9, 4]), [5, 4]), (2 ** 40, [5, 4]), (0, [0, 0])):
+    crops = [
+        (9, [5, 5]),
+        (torch.tensor([9, 4]), [5, 4]),
+        (2 ** 40, [5, 4]),
+        (0, [0, 0])]
+    for length, left in crops:
         cache.crop(length)
         assert cache.length.tolist() == left
         assert cache.used == max(left)
@@ -4347,7 +4353,7 @@ def test_window_of_figure_5():
     (24, 7, 12),
     (64, 19, 8)])
 def test_the_bound_of_lags_is_attained(slots, window, groups):
-    """A group is passed by at most floor((slots + window - 2) / groups) steps, and by so many if the last one sticks."""
+    """A group is overtaken by at most floor((slots + window - 2) / groups) steps; by so many if the last one sticks."""
     _, lag = train_past(slots - 1, window, slots, groups)
     assert lag == (slots + window - 2) // groups
 

@@ -12,8 +12,8 @@
     rows   : short at first, longer later (M2: 8K, 32K, 192K tokens), the same number of tokens a step
     MSA    : full attention for the first msa_from of the run, while the index branch learns, then sparse (paper 3.4)
 
-Differs from M2/M3: neither report publishes optimizer, rates, or how long the rate and the index branch warm up; all are
-measured choices.
+Differs from M2/M3: neither report publishes optimizer, rates, or how long the rate and the index branch warm up; all
+are measured choices.
 """
 import os
 import signal
@@ -843,7 +843,7 @@ class Run:
         return path
 
     def settle_unproven(self):
-        """Keep the unproven checkpoint if the loss of its weights, which the step after it has measured, was no spike."""
+        """Keep the unproven checkpoint if the loss of its weights, which the step after it measured, was no spike."""
         self.drain()
         if self.now.above:
             os.remove(self.unproven)
@@ -854,7 +854,8 @@ class Run:
     def evaluate(self, tokens, seconds):
         """Bits per byte of these tokens, in so many seconds, with the attention of the last step."""
         index_warmup = not self.now.sparse
-        return evaluate(self.model, tokens, self.args.seq_len, EVAL_ROWS, self.device, seconds, self.tokenizer, index_warmup)
+        return evaluate(
+            self.model, tokens, self.args.seq_len, EVAL_ROWS, self.device, seconds, self.tokenizer, index_warmup)
 
     def checkpoint(self):
         """Evaluate on the first bytes of validation, and save -> what was found, and the seconds that it took.

@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe import SWIGLU_ALPHA, SWIGLU_LIMIT, MLP, Linear, MoE, count_params, update_bias, use_triton
 from msa import (LEAST, NOTHING, block_recall, cdiv, check_tensor, constexpr, full_attention, index_kl_loss, jit,
-                 msa_attention, msa_decode, msa_train, query_index, select_blocks, tl, triton, widen)
+                 msa_attention, msa_decode, msa_train, query_index, round_up, select_blocks, tl, triton, widen)
 
 # ---- the config ----------------------------------------------------------------------------------
 # One dataclass describes every model: M2, M3, and smaller ones of the same make, each by a classmethod. It says what a
@@ -230,7 +230,7 @@ class KVCache:
             raise ValueError(f"a cache of {batch} rows with {capacity} slots: expected 0 or more rows, 1 or more slots")
         lanes = cfg.n_layer + cfg.n_mtp
         self.L = cfg.index_block_size
-        self.capacity = cdiv(capacity, self.L) * self.L
+        self.capacity = round_up(capacity, self.L)
         slots = (lanes, batch, self.capacity)
         self.k = torch.zeros(*slots, cfg.n_kv_head, cfg.head_dim, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
@@ -254,7 +254,7 @@ class KVCache:
         for _, lane, new in written:
             lane[layer].index_put_((row, slot), new)
 
-        held = cdiv(self.used + T, self.L) * self.L  # spare slots are invisible: no query has their index
+        held = round_up(self.used + T, self.L)  # spare slots are invisible: no query has their index
         return self.k[layer, :, :held], self.v[layer, :, :held], self.ki[layer, :, :held]
 
     def advance(self, T):

@@ -13,6 +13,8 @@ Differs from M2/M3: the report does not publish the balancing rule; the sign upd
 (arXiv 2408.15664). No token is ever dropped. `experts_loop` is the specification; `experts_grouped` sorts tokens by
 expert and runs one grouped matrix product, with no host synchronisation, `gated` in between as one Triton kernel.
 """
+from __future__ import annotations  # without Triton, tl.constexpr in a kernel's signature is no name
+
 import math
 
 import torch
@@ -311,24 +313,26 @@ class _WideGate(torch.autograd.Function):
 # ---- the gate's kernels -----------------------------------------------------------------------------------------
 # One program computes a tile: ROWS rows of I channels, in COLS columns, of which the last may be empty. It reads gate
 # and up and writes y, where torch would read and write each step of the formula. Backward computes y and its slopes
-# anew: that is cheaper than to keep them.
+# anew: that is cheaper than to keep them. torch.compile copies their text to where no name but tl is known, so that it
+# is tl.constexpr here, where msa.py says constexpr.
 
 ALPHA = constexpr(SWIGLU_ALPHA)
 LIMIT = constexpr(SWIGLU_LIMIT)
 
 @jit
-def _gate(h, at, valid, I: constexpr, OAI: constexpr):
-    """y = up * gate * sigmoid(alpha * gate), dy / dgate and dy / dup of a tile of h, each [ROWS, COLS] fp32."""
+def _gate(h, at, valid, I, OAI):
+    """y = up * gate * sigmoid(alpha * gate), dy / dgate and dy / dup of a tile of h, each [ROWS, COLS] fp32. I and OAI
+    are constants, as they are the callers'."""
     gate = tl.load(h + at, mask=valid, other=0.0).to(tl.float32)
     up = tl.load(h + at + I, mask=valid, other=0.0).to(tl.float32)
-    alpha: constexpr = ALPHA if OAI else 1.0
+    scaled = gate
     if OAI:
         raw_gate, raw_up = gate, up
-        keep_nan: constexpr = tl.PropagateNan.ALL  # else a GPU takes the smaller of NaN and 7 to be 7
+        keep_nan: tl.constexpr = tl.PropagateNan.ALL  # else a GPU takes the smaller of NaN and 7 to be 7
         gate = tl.minimum(gate, LIMIT, keep_nan)
         up = tl.clamp(up, -LIMIT, LIMIT, keep_nan) + 1
+        scaled = gate * ALPHA  # in this order: the interpreter multiplies no constexpr by a tile
 
-    scaled = gate * alpha  # in this order: the interpreter multiplies no constexpr by a tile
     sigmoid = 1 / (1 + tl.exp(-scaled))
     dgate = up * sigmoid * (1 + scaled * (1 - sigmoid))
     dup = gate * sigmoid
@@ -346,10 +350,10 @@ def _gated_kernel(
     out,                 # (n, I)
     n,
     # sizes
-    I: constexpr,
-    OAI: constexpr,      # M3's activation, not M2's
-    ROWS: constexpr,
-    COLS: constexpr,
+    I: tl.constexpr,
+    OAI: tl.constexpr,      # M3's activation, not M2's
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, COLS)
@@ -372,10 +376,10 @@ def _gated_grad_kernel(
     dweight,             # (n, 1), written where weight is not None
     n,
     # sizes
-    I: constexpr,
-    OAI: constexpr,      # M3's activation, not M2's
-    ROWS: constexpr,
-    COLS: constexpr,
+    I: tl.constexpr,
+    OAI: tl.constexpr,      # M3's activation, not M2's
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, COLS)

@@ -71,6 +71,9 @@ def cdiv(n, size):
     """n / size, rounded up."""
     return -(-n // size)
 
+def round_up(n, multiple):
+    return cdiv(n, multiple) * multiple
+
 def widen(x):
     """x in fp32; what is wider already stays as it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

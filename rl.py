@@ -1115,8 +1115,7 @@ def warm_start(source, args, stop, threads):
         rate = WARM_LR * min(1, (step + 1) / 20, 1.1 - step / args.warm_steps)
         stats = train_step(model, optimizers, trees, rate)
         step += 1
-        if threads.slowed(time.perf_counter() - began):
-            threads.choose_again(trial(source))
+        threads.watch(time.perf_counter() - began, trial, source)
         if step % WARM_EVERY == 0 or step == args.warm_steps:
             print(f"warm {step:04d} | loss {stats['loss']:.3f} | norm {stats['norm']:.2f} | "
                   f"{time.perf_counter() - started:.0f} s", flush=True)
@@ -1429,8 +1428,7 @@ def run(args, state):
         if rows:
             step_began = time.perf_counter()
             stats = train_step(model, optimizers, rows, rate)
-            if threads.slowed(time.perf_counter() - step_began):
-                threads.choose_again(trial(source))
+            threads.watch(time.perf_counter() - step_began, trial, source)
             version += 1
         now.threads = threads.count if device.type == "cpu" else None  # bits depend on it
         lags = queue.publish(version)

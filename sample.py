@@ -854,10 +854,12 @@ class Threads:
         slow = list(itertools.takewhile(lambda took: took > self.SLOWER * usual, last))
         return len(slow) == self.STEPS or len(slow) > 1 and sum(slow) > self.SECONDS
 
-    def choose_again(self, step):
-        """Steps have become slower: look again, and say what comes of it."""
+    def watch(self, seconds, trial, given):
+        """A step took so many seconds: where steps have become slower, choose again by trial(given), and say so."""
+        if not self.slowed(seconds):
+            return
         before = self.count
-        self.choose(step)
+        self.choose(trial(given))
         parts = "; bits may part from here" if self.count != before else ""
         print(f"threads | steps became {self.SLOWER:g} times slower: {self} (before: {before}{parts})", flush=True)
 

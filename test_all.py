@@ -1170,6 +1170,10 @@ def test_gate_kernels_equal_fp64(activation):
             size = want.abs().max() if is_sum else want.abs()
             assert ((mine - want).abs() < 2e-6 * (size + 1)).all()
 
+def test_compile_can_copy_the_gates_kernels():
+    """torch.compile copies a kernel's text to where it has tl: a name for tl.constexpr is undefined there, on a GPU."""
+    assert ": constexpr" not in (HERE / "moe.py").read_text()
+
 def test_loss_kernel_equals_torch():
     """The vocabulary loss's kernel, and the gradient that it writes over the logits, on rows of two tiles."""
     needs_interpreter()

@@ -38,7 +38,7 @@ import torch
 
 from model import MiniMax, MiniMaxConfig, count_params
 from moe import max_violation
-from msa import cdiv, chunk
+from msa import cdiv, chunk, round_up
 from sample import (ICONV, LOCK, PATTERN, Parser, Progress, SaveTimer, Threads, Tokenizer, check_fields, check_finite,
                     check_memory, checkpoint_path, command, guess_kind, implementations, learn_bpe, load_checkpoint,
                     load_model, load_optimizers, lock_folder, number, on_signals, pick_device, place_checkpoint,
@@ -83,9 +83,6 @@ PEAK = {
 
 def count_bytes(docs):
     return sum(len(text.encode()) for _, text in docs)
-
-def round_up(n, multiple):
-    return cdiv(n, multiple) * multiple
 
 def list_files(path):
     """Files of the corpus, sorted: (name relative to it, path). None is the interpreter's own standard library."""
@@ -1254,8 +1251,7 @@ def run_training(args, state):
         now.step += 1
         seconds = time.perf_counter() - began
         now.seconds += seconds
-        if run.threads.slowed(seconds):
-            run.threads.choose_again(trial(run))
+        run.threads.watch(seconds, trial, run)
         log.add(found, run_mtp)
         if shows:
             log.print_step(found, rate)

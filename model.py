@@ -18,6 +18,7 @@ path: RoPE goes by it. They differ in packed rows and prefix trees. end: see msa
 Not published: initialisation, MTP's weights. MTP follows DeepSeek-V3 (arXiv 2412.19437): its first module reads the
 trunk's hidden states before `norm`.
 """
+import copy
 import dataclasses
 import json
 import math
@@ -216,16 +217,17 @@ def apply_rope(x, rope):
 # Between two forwards `crop` forgets a row's last tokens, `expand` copies rows, and `select` keeps some of them.
 
 class KVCache:
-    """Keys, values and index keys of every layer, in static buffers; slot = position on the path. There is room for
-    those of every MTP module, too: nothing here writes it, for no script drafts tokens.
+    """Keys, values and index keys of every layer, then of every MTP module, in static buffers; slot = position on the
+    path.
 
     cfg       of the model
     batch     rows, 0 or more
     capacity  slots of a row, 1 or more; rounded up to whole key blocks, which gather_blocks reads in place
+    history   keep each slot's token and the trunk's hidden state too, from which MTP modules draft
     `length` (B,) int32 lives on the device; `used`, a bound on it that the host knows, spares reading it back.
     """
 
-    def __init__(self, cfg, batch, capacity, device="cpu", dtype=torch.float32):
+    def __init__(self, cfg, batch, capacity, device="cpu", dtype=torch.float32, history=False):
         if batch < 0 or capacity < 1:
             raise ValueError(f"a cache of {batch} rows with {capacity} slots: expected 0 or more rows, 1 or more slots")
         lanes = cfg.n_layer + cfg.n_mtp
@@ -235,6 +237,10 @@ class KVCache:
         self.k = torch.zeros(*slots, cfg.n_kv_head, cfg.head_dim, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
         self.ki = self.k.new_zeros(*slots, cfg.index_head_dim)
+        self.ids = self.hidden = None
+        if history:
+            self.ids = torch.zeros(batch, self.capacity, dtype=torch.int64, device=device)
+            self.hidden = self.k.new_zeros(batch, self.capacity, cfg.n_embd)
         self.length = torch.zeros(batch, dtype=torch.int32, device=device)
         self.used = 0
 
@@ -257,9 +263,24 @@ class KVCache:
         held = round_up(self.used + T, self.L)  # spare slots are invisible: no query has their index
         return self.k[layer, :, :held], self.v[layer, :, :held], self.ki[layer, :, :held]
 
+    def remember(self, idx, hidden):
+        """Keep tokens (B, T) and the trunk's hidden states (B, T, C) from slot `length` on, for drafting."""
+        if self.ids is None:
+            return
+        slot = query_index(idx.size(1), self.length, idx.device)                                          # (B, T)
+        self.ids.scatter_(1, slot, idx)
+        self.hidden.scatter_(1, slot[..., None].expand_as(hidden), hidden)
+
     def advance(self, T):
         self.length = self.length + T
         self.used += T
+
+    def at(self, length, used):
+        """The same buffers, to be read and written from slot `length` (B,) on; `used` bounds it."""
+        view = copy.copy(self)
+        view.length = length
+        view.used = used
+        return view
 
     def crop(self, length):
         """Forget every slot from `length` on: an int, or a tensor (B,), which is read back; beyond the end, nothing."""
@@ -287,6 +308,9 @@ class KVCache:
         self.k = self.k[:, rows]
         self.v = self.v[:, rows]
         self.ki = self.ki[:, rows]
+        if self.ids is not None:
+            self.ids = self.ids[rows]
+            self.hidden = self.hidden[rows]
         self.length = self.length[rows]
         self.used = max(self.length.tolist(), default=0)  # read back: the longest row may be gone
 
@@ -703,6 +727,7 @@ class MiniMax(nn.Module):
             losses = self.sum_losses(hidden, x, idx, targets, ctx, reports, run_mtp)
         aux = dict(hidden=hidden, **stack_reports(reports))
         if cache is not None:
+            cache.remember(idx, hidden)
             cache.advance(T)
         if targets is not None and n_logits is None:
             return None, losses, aux
@@ -768,6 +793,59 @@ class MiniMax(nn.Module):
             losses[k - 1] = cross_entropy(h, self.lm_head.weight, shifted)
             reports.append({key: aux[key] for key in ("expert_load", "index_kl") if key in aux})
         return torch.stack(losses)
+
+    def draft(self, cache, token, n, n_stale, draw, index_warmup=False):
+        """Guess the n tokens that follow `token`, by the MTP modules, one depth after the other (multi-token prediction
+        as a draft model: DeepSeek-V3, arXiv 2412.19437, section 2.2).
+
+        cache    with history, of 1 slot or more a row; its length, and what the trunk wrote, stay as they are
+        token    (B,), drawn last: the first that is not in the cache
+        n        drafts; beyond the last module that module goes on, reading its own output in place of the trunk's
+        n_stale  at most so many of a row's last slots are new since the modules last ran
+        draw     logits (B, V) -> token (B,), and the distribution (B, V) it was drawn from, or None
+        -> drafts (B, n), distributions (B, n, V) or None
+        """
+        K = len(self.mtp)
+        last = cache.length.long() - 1     # slot of the trunk's newest hidden state
+        following = last[:, None] + 1 + torch.arange(n + 1, device=token.device)  # slots of `token` and the drafts
+        cache.ids.scatter_(1, following[:, :1], token[:, None])
+
+        # The window: every slot that is new, and K before, where module k has read a draft in place of the k-th next
+        # token. Its states are the trunk's: none that a module made for an earlier draft is read again.
+        T = n_stale + K
+        first = (last + 1 - T).clamp(min=0)                                                                   # (B,)
+        slots = first[:, None] + torch.arange(T, device=token.device)                                         # (B, T)
+        x = cache.hidden.gather(1, slots[..., None].expand(-1, -1, self.cfg.n_embd))                      # (B, T, C)
+        newest = (last - first).clamp(min=0)[:, None, None].expand(-1, 1, self.cfg.n_embd)
+        window = cache.at(first.int(), max(0, cache.used - T))
+
+        drafts = []
+        probs = []
+        for depth in range(1, n + 1):
+            k = min(depth, K)
+            module = self.mtp[k - 1]
+            if depth <= K:
+                embedded = self.embed(cache.ids.gather(1, slots + depth)).to(x.dtype)
+                x = module(x, embedded, self.draft_context(window, slots, k, index_warmup))[0]
+                h = x.gather(1, newest)                                                                   # (B, 1, C)
+            else:
+                # h stands for the state of the next slot
+                beyond = depth - K
+                slot = following[:, beyond - 1:beyond]
+                embedded = self.embed(cache.ids.gather(1, slot + K)).to(x.dtype)
+                ahead = cache.at(slot[:, 0].int(), cache.used + beyond - 1)
+                h = module(h, embedded, self.draft_context(ahead, slot, k, index_warmup))[0]
+            token, p = draw(widen(self.lm_head(module.norm(h))[:, 0]))
+            cache.ids.scatter_(1, following[:, depth:depth + 1], token[:, None])
+            drafts.append(token)
+            probs.append(p)
+        return torch.stack(drafts, 1), None if probs[0] is None else torch.stack(probs, 1)
+
+    def draft_context(self, cache, slots, k, index_warmup):
+        """What MTP module k is told when it drafts: cache, a view that begins at slots (B, T)."""
+        rope = rope_tables(slots, self.cfg.rotary_dim, self.cfg.rope_theta)
+        weight = torch.ones(slots.shape, device=slots.device)
+        return Context(rope, None, weight, cache, index_warmup, self.cfg.n_layer + k - 1)
 
     def count_losses(self, targets, weight=None, end=None, run_mtp=True):
         """What the sums of `forward` are divided by -> Losses, each at least 1. Arguments as there, of a whole step."""

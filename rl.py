@@ -42,12 +42,12 @@ from random import Random
 import numpy as np
 import torch
 
-from model import Context, KVCache, Losses, MiniMax, MiniMaxConfig, rope_tables
+from model import Context, Losses, MiniMax, MiniMaxConfig, rope_tables
 from msa import widen
-from sample import (Parser, SaveTimer, Threads, Tokenizer, check_fields, check_figure, check_finite, check_memory,
+from sample import (Parser, Sampling, SaveTimer, Threads, Tokenizer, check_fields, check_figure, check_finite, check_memory,
                     check_weights, checkpoint_path, command, figure_format, implementations, learn_bpe,
-                    load_checkpoint, load_model, load_optimizers, lock_folder, number, on_signals, pick_device,
-                    sample_next, save_checkpoint)
+                    load_checkpoint, load_model, load_optimizers, lock_folder, lockstep, number, on_signals,
+                    pick_device, save_checkpoint)
 from train import (checkpoint_parts, configure_optimizers, is_index, merge_args, round_up, set_rates, share_done,
                    step_bytes, update)
 
@@ -449,103 +449,10 @@ class WindowedFIFO:
         return now
 
 # ---- rollout: all episodes in step, a token a forward --------------------------------------------
-# Each row of the batch is a player: a coroutine that says which tokens to feed, and is sent a token sampled after them.
-# A prompt or a tool's answer is fed, a token a forward, while other rows sample: no row ever waits for another.
-# A player's next context begins, mostly, as its last one did; what they share stays in the KV cache.
+# Each row of sample.py's loop is a player, here one that plays an episode: it feeds an agent's contexts, of which those
+# of a tool are fed while other rows sample: no row ever waits for another.
 # With --replay the rollout also records its discrete choices, each token's experts and key blocks (its route): the
 # trainer then computes with the same ones, though rounding, in another layout, might choose others.
-
-@dataclass
-class Player:
-    """A row of the rollout: a coroutine, and what it has in the cache. `lockstep` says what they tell each other."""
-    play: object                       # the coroutine
-    feed: list                         # tokens to feed next; empty: it is over
-    length: int = 0                    # tokens in its cache
-    notes: list = field(default_factory=list)  # what was recorded of each of them
-
-    def advance(self, token, logprob, note):
-        """The first token of `feed` has gone through the model. After the last one the coroutine hears what was
-        sampled, and says what it keeps of the cache, and what comes next."""
-        self.feed = self.feed[1:]
-        self.length += 1
-        if note is not None:
-            self.notes.append(note)
-        if self.feed:
-            return
-        with contextlib.suppress(StopIteration):  # it is over, with nothing to feed
-            self.length, self.feed = self.play.send((token, logprob, self.notes))
-            self.notes = self.notes[:self.length]
-
-@torch.no_grad()
-def lockstep(model, players, group=1, generator=None, record=None):
-    """Drive coroutines in step, one token a row and forward.
-
-    players    each yields how many tokens of its cache it keeps and the tokens to feed next; after the last of them it
-               is sent a token sampled at temperature 1, nothing cut, its logprob, and the notes on every token in its
-               cache. It ends by returning
-    group      players lie side by side in groups of one first prompt, whose keys and values are computed once
-    record     aux -> (B, T, r) array: r numbers to note for every token; None: notes are empty
-    """
-    model.eval()
-    device = model.embed.weight.device
-    rows = []
-    for play in players:
-        first = next(play, None)       # None: over before it began
-        if first:
-            rows.append(Player(play, feed=first[1]))
-    if not rows:
-        return
-
-    leaders = rows
-    if len(rows) == len(players):      # none was over at once: groups are whole
-        leaders = rows[::group]
-    cache = prefill(model, rows, leaders, record)
-
-    while rows:
-        # a forward for one token of each row
-        idx = torch.tensor([row.feed[:1] for row in rows], device=device)
-        logits, _, aux = model(idx, cache=cache, n_logits=1)
-        logits = logits[:, 0].float()
-        notes = record(aux)[:, 0] if record else [None] * len(rows)
-        sampled = sample_next(logits, generator=generator)
-        logprobs = logits.log_softmax(-1).gather(-1, sampled[:, None])[:, 0]
-
-        # each row hears of it
-        fed = [row.length + 1 for row in rows]
-        for row, *heard in zip(rows, sampled.tolist(), logprobs.tolist(), notes):
-            row.advance(*heard)
-
-        # the cache follows: what was dropped of a context, and rows that are over
-        kept = [row.length for row in rows]
-        if kept != fed:
-            cache.crop(torch.tensor(kept, dtype=torch.int32, device=device))
-        alive = [i for i, row in enumerate(rows) if row.feed]
-        if len(alive) < len(rows):
-            rows = [rows[i] for i in alive]
-            cache.select(torch.tensor(alive, dtype=torch.int64, device=device))
-
-def prefill(model, rows, leaders, record):
-    """Feed what all rows can be fed at once -> their cache. leaders: one row of each group, its first. All rows of the
-    group begin with its prompt, which is computed once, and whose keys and values are copied.
-
-    No further than to the shortest prompt's last token but one: the last one's logits are needed, row by row."""
-    device = model.embed.weight.device
-    shared = min(len(row.feed) for row in rows) - 1
-    copies = len(rows) // len(leaders)
-    cache = KVCache(model.cfg, len(leaders), model.cfg.max_seq_len, device, model.dtype)
-    notes = None
-    if shared:
-        idx = torch.tensor([row.feed[:shared] for row in leaders], device=device)
-        aux = model(idx, cache=cache, n_logits=0)[2]
-        if record is not None:
-            notes = record(aux)
-    cache.expand(copies)
-    for i, row in enumerate(rows):
-        row.feed = row.feed[shared:]
-        row.length = shared
-        if notes is not None:
-            row.notes = list(notes[i // copies])
-    return cache
 
 def play_episode(gateway, episode, agent, context_size, version):
     """A player of lockstep: feeds an agent's contexts and hands it what was sampled. Its cache keeps what a new context
@@ -591,7 +498,8 @@ def rollout(gateway, episodes, version, generator=None, group=1):
     """
     model = gateway.model
     players = [play_episode(gateway, episode, agent, model.cfg.max_seq_len, version) for episode, agent in episodes]
-    lockstep(model, players, group, generator, pack_routes if gateway.args.replay else None)
+    record = pack_routes if gateway.args.replay else None
+    lockstep(model, players, group, Sampling(generator=generator), record)
 
 def pack_routes(aux):
     """aux of a forward -> (B, T, r) int32, to be recorded: experts of every layer as they are, 0 or more, and the

@@ -41,10 +41,11 @@ except ImportError:  # not on Windows
 import regex
 import tiktoken
 import torch
+import torch.nn.functional as F
 
 from model import KVCache, MiniMax, MiniMaxConfig
 from moe import experts_grouped, pick_experts
-from msa import implementation
+from msa import implementation, widen
 
 # ---- tokenizer, BPE ----------------------------------------------------------------------------
 # A byte-level BPE: a pattern cuts a text into chunks, roughly words, and pairs of neighbouring tokens merge within a
@@ -1044,8 +1045,8 @@ class Progress:
         print(f"{self.what:7} | {done / self.total:.0%} of {self.total:,} {self.unit}, {left:.0f} s left", flush=True)
 
 # ---- generation --------------------------------------------------------------------------------
-# logits -> temperature -> the top_k largest -> the smallest set that holds top_p -> one draw; then from token to token
-# through the KV cache, and from tokens to text that can be shown while it grows.
+# logits -> temperature -> the top_k largest -> the smallest set that holds top_p -> one draw, or, of drafts, as many as
+# hold and one draw.
 
 def largest_logit(logits):
     """(B, V) -> (B, 1). ValueError for a row with a NaN or +inf in it, or with nothing but -inf: it has no softmax."""
@@ -1084,6 +1085,262 @@ def sample_next(logits, temperature=1.0, top_p=1.0, top_k=None, generator=None):
     p = truncate_logits(logits, temperature, top_p, top_k).softmax(-1)
     return torch.multinomial(p, 1, generator=generator)[:, 0]
 
+def verify(logits, drafts, draft_probs, n_drafts, temperature=1.0, top_p=1.0, top_k=None, generator=None):
+    """Speculative sampling (arXiv 2211.17192, algorithm 1): what comes out has the distribution of plain sampling.
+
+    logits       (B, K + 1, V), fp32 or wider, of the model: after the last sure token and after each draft
+    drafts       (B, K) int64
+    draft_probs  (B, K, V), the distributions that they were drawn from; not read at temperature 0
+    n_drafts     (B,), how many of a row's drafts count
+    temperature, top_p, top_k, generator  as in sample_next, of the model's distribution p
+    -> n_accepted (B,), how many of a row's drafts hold, from the first on; token (B,), drawn in place of the next.
+
+    A draft holds with min(1, p / q). In place of the first that fails comes a draw from what p has more than q; after
+    them all, one from p. Greedy: a draft holds where it is the model's choice.
+    """
+    K = drafts.size(1)
+    in_use = torch.arange(K, device=drafts.device) < n_drafts[:, None]
+    if temperature == 0:
+        largest_logit(logits.flatten(0, 1))
+        best = logits.argmax(-1)                                                                      # (B, K + 1)
+        holds = in_use & (drafts == best[:, :K])
+        n_accepted = holds.cumprod(1).sum(1)
+        return n_accepted, best.gather(1, n_accepted[:, None])[:, 0]
+
+    p = truncate_logits(logits.flatten(0, 1), temperature, top_p, top_k).softmax(-1).view(logits.shape)
+    if K == 0:
+        return n_drafts, torch.multinomial(p[:, 0], 1, generator=generator)[:, 0]
+    q = draft_probs.to(p.dtype)
+    p_draft = p[:, :K].gather(2, drafts[..., None])[..., 0]                                               # (B, K)
+    q_draft = q.gather(2, drafts[..., None])[..., 0]
+    luck = torch.rand(drafts.shape, generator=generator, device=p.device, dtype=p.dtype)
+    holds = in_use & (luck * q_draft < p_draft)
+    n_accepted = holds.cumprod(1).sum(1)
+
+    # the distribution of the last token: p, less q where a draft has failed
+    each_row = torch.arange(len(p), device=p.device)
+    p_last = p[each_row, n_accepted]                                                                      # (B, V)
+    q_last = F.pad(q, (0, 0, 0, 1))[each_row, n_accepted]
+    has_failed = n_accepted < n_drafts
+    more = (p_last - q_last).clamp(min=0)
+    has_more = more.sum(-1) > 0  # p equals q but for rounding: then a draft fails hardly ever
+    last = torch.where((has_failed & has_more)[:, None], more, p_last)
+    return n_accepted, torch.multinomial(last, 1, generator=generator)[:, 0]
+
+# ---- the generation loop -------------------------------------------------------------------------
+# One loop generates for all: each row of the batch is a player, a coroutine that says which tokens to feed, and is sent
+# a token sampled after them. sample.py's players feed what was drawn; rl.py's play an agent, whose tools' answers are
+# fed while other rows sample. What a player's next context shares with its last one stays in the KV cache.
+# With `speculate` a step reads K drafts behind a row's token. Those that hold are sent to the player one by one: where
+# it feeds something else, the rest is forgotten.
+
+@dataclasses.dataclass
+class Sampling:
+    """How tokens are drawn: see truncate_logits. Temperature 0 is greedy."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = None
+    generator: torch.Generator = None
+
+@dataclasses.dataclass
+class Player:
+    """A row of the loop: a coroutine, and what it has in the cache. `play` says what they tell each other."""
+    coroutine: object
+    feed: list                         # tokens to feed next; empty: it is over
+    length: int = 0                    # tokens in its cache
+    notes: list = dataclasses.field(default_factory=list)  # what was recorded of each of them
+    has_drawn: bool = False
+
+    def hear(self, n_fed, drawn, logprobs, notes):
+        """A step has fed n_fed tokens of `feed`, and drafts behind them, of which all that held are in the cache, and in
+        `drawn` before its last token. After the last token of `feed` the coroutine hears what was drawn, token by
+        token, and says what it keeps of the cache, and what comes next. notes: of all tokens fed, or []."""
+        self.feed = self.feed[n_fed:]
+        self.length += n_fed
+        self.notes += notes[:n_fed]
+        if self.feed:
+            return
+        self.has_drawn = True
+        for n, (token, logprob) in enumerate(zip(drawn, logprobs), n_fed):
+            if n > n_fed:              # the token before was a draft: it is in the cache
+                self.length += 1
+                self.notes += notes[n - 1:n]
+            self.feed = []
+            with contextlib.suppress(StopIteration):  # it is over, with nothing to feed
+                kept, self.feed = self.coroutine.send((token, logprob, self.notes))
+            if not self.feed:
+                return
+            if kept != self.length or self.feed != [token]:
+                break
+        self.length = kept
+        self.notes = self.notes[:kept]
+
+class Decoder:
+    """A model, the cache of some rows, and the step that reads tokens of each row and draws the next."""
+
+    def __init__(self, model, rows, capacity, sampling, speculate=0, index_warmup=False):
+        """capacity: tokens of a row, drafts not included. ValueError for drafts by a model without an MTP module."""
+        if speculate and not model.mtp:
+            raise ValueError(f"speculate {speculate}: the model has no MTP module to draft with")
+        self.model = model
+        self.sampling = sampling
+        self.speculate = speculate
+        self.index_warmup = index_warmup
+        self.n_stale = 0               # slots at a row's end that the MTP modules have not read
+        if speculate:
+            capacity += speculate + len(model.mtp) + 1
+        self.cache = KVCache(model.cfg, rows, capacity, model.embed.weight.device, model.dtype, history=speculate > 0)
+
+    def read(self, idx, n_logits):
+        """idx (B, T) -> logits, aux; the cache holds them."""
+        logits, _, aux = self.model(idx, cache=self.cache, n_logits=n_logits, index_warmup=self.index_warmup)
+        self.n_stale += idx.size(1)
+        return logits, aux
+
+    def draw_draft(self, logits):
+        """(B, V) -> token (B,), its distribution (B, V), or None where drafts are greedy."""
+        sampling = self.sampling
+        if sampling.temperature == 0:
+            return logits.argmax(-1), None
+        q = truncate_logits(logits, sampling.temperature, sampling.top_p, sampling.top_k).softmax(-1)
+        return torch.multinomial(q, 1, generator=sampling.generator)[:, 0], q
+
+    def step(self, fed, n_fed, n_drafts, allowed=None):
+        """Feed, draft, verify, draw, with no word to the host.
+
+        fed       (B, T): a row's first n_fed (B,) tokens count
+        n_drafts  (B,): 0, or T - 1 in rows that feed one token and have slots in the cache; None: 0 in every row
+        allowed   (B, V) bool: what the first token drawn may be; None: any
+        -> drawn (B, K + 1): the drafts that hold, then one token; logprobs (B, K + 1) of them, under the model itself;
+        n_accepted (B,): drafts that hold; aux. K is T - 1 with drafts, 0 without.
+        """
+        model, cache, sampling = self.model, self.cache, self.sampling
+        T = fed.size(1)
+        drafts = fed[:, :0]
+        draft_probs = None
+        if n_drafts is None:
+            n_drafts = torch.zeros_like(n_fed)
+        else:
+            drafts, draft_probs = model.draft(
+                cache, fed[:, 0], T - 1, self.n_stale, self.draw_draft, self.index_warmup)
+            self.n_stale = 0
+            behind = torch.where(n_drafts[:, None] > 0, drafts, fed[:, 1:])
+            fed = torch.cat([fed[:, :1], behind], 1)
+
+        # one forward for all; then the logits after the last token that counts, and after each draft
+        start = cache.length
+        logits, aux = self.read(fed, T)
+        if T > 1:
+            place = (n_fed - 1)[:, None] + torch.arange(drafts.size(1) + 1, device=fed.device)
+            place = place.clamp(max=T - 1)[..., None]
+            logits = logits.gather(1, place.expand(-1, -1, logits.size(2)))
+        logits = widen(logits)                                                                        # (B, K + 1, V)
+        logprobs = logits.log_softmax(-1)
+        if allowed is not None:
+            first = logits[:, :1].masked_fill(~allowed[:, None], float("-inf"))
+            logits = torch.cat([first, logits[:, 1:]], 1)
+
+        n_accepted, token = verify(logits, drafts, draft_probs, n_drafts, sampling.temperature, sampling.top_p,
+                                   sampling.top_k, sampling.generator)
+        drawn = F.pad(drafts, (0, 1)).scatter(1, n_accepted[:, None], token[:, None])
+        cache.length = (start + n_fed + n_accepted).int()
+        return drawn, logprobs.gather(2, drawn[..., None])[..., 0], n_accepted, aux
+
+@torch.no_grad()
+def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0, allowed=None, index_warmup=False,
+         capacity=None, accepted=None):
+    """Drive coroutines in step -> yields after each forward.
+
+    players    each yields how many tokens of its cache it keeps and the tokens to feed next; after the last of them it
+               is sent a token sampled after it, its logprob at temperature 1, nothing cut, and the notes on every token
+               in its cache. It ends by returning
+    group      players lie side by side in groups of one first prompt, whose keys and values are computed once
+    record     aux -> (B, T, r) array: r numbers to note for every token; None: notes are empty
+    speculate  drafts behind a row's token
+    allowed    (V,) bool: what a row's first new token may be; None: any
+    index_warmup  as in MiniMax.forward
+    capacity   tokens of a row, at most; None: the model's context
+    accepted   a list: of each row and step with drafts, how many held is appended
+    ValueError for drafts by a model without an MTP module, and for logits that nothing can be drawn from.
+    """
+    model.eval()
+    device = model.embed.weight.device
+    rows = []
+    for coroutine in players:
+        first = next(coroutine, None)  # None: over before it began
+        if first:
+            rows.append(Player(coroutine, feed=first[1]))
+    if not rows:
+        return
+
+    leaders = rows
+    if len(rows) == len(players):      # none was over at once: groups are whole
+        leaders = rows[::group]
+    decoder = Decoder(model, len(leaders), capacity or model.cfg.max_seq_len, sampling, speculate, index_warmup)
+    prefill(decoder, rows, leaders, record)
+    cache = decoder.cache
+
+    while rows:
+        # what each row reads: its next tokens, and drafts behind a single one
+        may_draft = [speculate > 0 and len(row.feed) == 1 and row.length > 0 for row in rows]
+        T = 1 + speculate if any(may_draft) else min(1 + speculate, max(len(row.feed) for row in rows))
+        feeds = [row.feed[:T] for row in rows]
+        n_fed = [len(feed) for feed in feeds]
+        fed = torch.tensor([feed + [0] * (T - len(feed)) for feed in feeds], device=device)
+        n_drafts = None
+        if any(may_draft):
+            n_drafts = torch.tensor([speculate if may else 0 for may in may_draft], device=device)
+        first_allowed = None
+        if allowed is not None and not all(row.has_drawn for row in rows):
+            has_drawn = torch.tensor([row.has_drawn for row in rows], device=device)
+            first_allowed = allowed.to(device) | has_drawn[:, None]
+        drawn, logprobs, n_accepted, aux = decoder.step(fed, torch.tensor(n_fed, device=device), n_drafts, first_allowed)
+
+        # each row hears of it
+        notes = record(aux) if record else [[]] * len(rows)
+        held = n_accepted.tolist()
+        filled = [row.length + n + more for row, n, more in zip(rows, n_fed, held)]
+        for row, n, more, tokens, scores, note in zip(rows, n_fed, held, drawn.tolist(), logprobs.tolist(), notes):
+            row.hear(n, tokens[:more + 1], scores[:more + 1], list(note))
+        if accepted is not None:
+            accepted += [more for more, may in zip(held, may_draft) if may]
+
+        # the cache follows: what was dropped of a context, and rows that are over
+        kept = [row.length for row in rows]
+        cache.used = max(filled)
+        if kept != filled:
+            cache.crop(torch.tensor(kept, dtype=torch.int32, device=device))
+        alive = [i for i, row in enumerate(rows) if row.feed]
+        if len(alive) < len(rows):
+            rows = [rows[i] for i in alive]
+            cache.select(torch.tensor(alive, dtype=torch.int64, device=device))
+        yield
+
+def lockstep(*args, **options):
+    """`play` to its end."""
+    for _ in play(*args, **options):
+        pass
+
+def prefill(decoder, rows, leaders, record):
+    """Feed what all rows can be fed at once. leaders: one row of each group, its first, and the rows of the decoder's
+    cache. All rows of the group begin with its prompt, which is computed once, and whose keys and values are copied.
+
+    No further than to the shortest prompt's last token but one: the last one's logits are needed, row by row."""
+    shared = min(len(row.feed) for row in rows) - 1
+    copies = len(rows) // len(leaders)
+    notes = None
+    if shared:
+        idx = torch.tensor([row.feed[:shared] for row in leaders], device=decoder.cache.length.device)
+        _, aux = decoder.read(idx, n_logits=0)
+        if record is not None:
+            notes = record(aux)
+    decoder.cache.expand(copies)
+    for i, row in enumerate(rows):
+        row.feed = row.feed[shared:]
+        row.length = shared
+        if notes is not None:
+            row.notes = list(notes[i // copies])
+
 def check_prompts(prompts, n_samples, cfg):
     """ValueError for no prompt, an empty one, or one that exceeds the context or the vocabulary."""
     if not prompts or n_samples < 1:
@@ -1095,61 +1352,62 @@ def check_prompts(prompts, n_samples, cfg):
         if not 0 <= token < cfg.vocab_size:  # a GPU would stop at an assertion, and with it the process
             raise ValueError(f"token {token} in a prompt: the model's vocabulary is 0 to {cfg.vocab_size - 1}")
 
-@torch.no_grad()
+def continue_row(prompt, n_tokens, stop, out):
+    """A player that feeds a prompt, then every token drawn, until n_tokens are there, or one of `stop`. What is drawn
+    and its logprob go into `out`."""
+    kept = 0
+    feed = prompt
+    for _ in range(n_tokens):
+        token, logprob, _ = yield kept, feed
+        out.append((token, logprob))
+        if token in stop:
+            return
+        kept += len(feed)
+        feed = [token]
+
 def generate(model, prompts, max_new_tokens, n_samples=1, temperature=1.0, top_p=0.95, top_k=40, generator=None,
-             stop=(), allowed=None, index_warmup=False):
-    """Continue each prompt n_samples times, all rows in step -> yields token (B,), logprob (B,) at each step.
+             stop=(), allowed=None, index_warmup=False, speculate=0, accepted=None):
+    """Continue each prompt n_samples times, all rows in step -> yields token (B,), logprob (B,), position by position.
 
     prompts         lists of token ids
     max_new_tokens  of each row, at most; the context is a limit too
     n_samples       rows of each prompt, side by side: B = len(prompts) * n_samples
     temperature, top_p, top_k, generator  as in sample_next
     stop            ids that end a row
-    allowed         (V,) bool: what a row's first new token may be; None for any
-    index_warmup    as in MiniMax.forward
+    allowed, index_warmup, speculate, accepted  as in `play`
 
-    token, int64: drawn, or the prompt's own in a row that is still inside its prompt, or -1 in a row that has ended
-    (a stop id, max_new_tokens, the context). logprob, fp32, is under the model itself: temperature 1, nothing cut.
-    ValueError for no prompt, an empty one, one that exceeds the context or the vocabulary.
+    The first position is that after the shortest prompt. token, int64: drawn, or the prompt's own in a row that is
+    still inside its prompt, or -1 in a row that has ended (a stop id, max_new_tokens, the context). logprob, fp32, is
+    under the model itself: temperature 1, nothing cut; NaN where nothing was drawn. With drafts rows are not equally
+    far: a position is handed out when all rows have come to it.
+    ValueError for no prompt, an empty one, one that exceeds the context or the vocabulary, and what `play` refuses.
     """
     check_prompts(prompts, n_samples, model.cfg)
     device = model.embed.weight.device
     rows = [prompt for prompt in prompts for _ in range(n_samples)]
-    lengths = list(map(len, rows))
-    capacity = min(model.cfg.max_seq_len, max(lengths) + max_new_tokens)
+    longest = max(map(len, rows))
+    capacity = min(model.cfg.max_seq_len, longest + max_new_tokens)
 
-    # what the model reads: first as many tokens as the shortest prompt has, then a token of each row
-    shared = min(lengths)
-    cache = KVCache(model.cfg, len(prompts), capacity, device, model.dtype)
-    idx = torch.tensor([prompt[:shared] for prompt in prompts], device=device)
-    running = [True] * len(rows)
-    for t in range(shared, capacity):
-        running = [on and t < length + max_new_tokens for on, length in zip(running, lengths)]
-        if not any(running):
-            return
-        logits = model(idx, cache=cache, n_logits=1, index_warmup=index_warmup)[0]
-        if t == shared:  # the prefill has run once for all samples of a prompt
-            cache.expand(n_samples)
-            logits = logits.repeat_interleave(n_samples, 0)
-        last = logits[:, -1].float()
-        logprobs = last.log_softmax(-1)
+    # what each row has to hand out: the rest of its prompt, then what is drawn
+    shared = min(map(len, rows))
+    outs = [[(token, math.nan) for token in row[shared:]] for row in rows]
+    sizes = [min(max_new_tokens, capacity - len(row)) for row in rows]
+    players = [continue_row(row, size, stop, out) for row, size, out in zip(rows, sizes, outs)]
+    sampling = Sampling(temperature, top_p, top_k, generator)
 
-        # each row draws a token; inside its prompt it takes the prompt's own instead
-        if allowed is not None:
-            is_first = torch.tensor([t == length for length in lengths], device=device)
-            last = last.masked_fill(is_first[:, None] & ~allowed.to(device), float("-inf"))
-        drawn = sample_next(last, temperature, top_p, top_k, generator)
-        forced = torch.tensor([row[t] if t < len(row) else -1 for row in rows], device=device)
-        token = torch.where(forced >= 0, forced, drawn)
-        idx = token[:, None]
+    def column(t):
+        pairs = [out[t] if t < len(out) else (-1, math.nan) for out in outs]
+        tokens, logprobs = zip(*pairs)
+        return torch.tensor(tokens, device=device), torch.tensor(logprobs, device=device)
 
-        # a row that has ended goes on in step, unseen
-        on = torch.tensor(running, device=device)
-        logprob = logprobs.gather(-1, idx)[:, 0]
-        yield torch.where(on, token, -1), logprob
-        for row, chosen in enumerate(token.tolist()):
-            if chosen in stop and t >= lengths[row]:
-                running[row] = False
+    t = 0
+    for _ in play(model, players, n_samples, sampling, None, speculate, allowed, index_warmup, capacity, accepted):
+        running = [len(out) for out, player in zip(outs, players) if player.gi_frame is not None]
+        while t < min(running, default=0):
+            yield column(t)
+            t += 1
+    for t in range(t, max(map(len, outs))):
+        yield column(t)
 
 def heal(tokenizer, ids):
     """Take back the last token of a prompt, for the model to choose it anew -> ids without it; allowed (V,) bool, the
@@ -1202,6 +1460,8 @@ class Stream:
 # ---- the script --------------------------------------------------------------------------------
 
 MAX_SAMPLES = 1024                     # of --n-samples: each has its keys and values
+MAX_DRAFTS = 64                        # of --speculate: hardly any text holds so many
+PLAIN_TOKENS = 32                      # drawn without drafts, too, to say which of the two is faster
 
 class TokenIds:
     """Stands in for the tokenizer of a checkpoint of transformers: its text is token ids, as in 1,2,3."""
@@ -1257,6 +1517,8 @@ def parse_args(argv):
     p.add_argument("--top-p", type=number(0, 1, float, above=True), default=0.95)
     p.add_argument("--top-k", type=number(0, math.inf), default=40, help="0 = off")
     p.add_argument("--stop", type=utf8, action="append", default=[], help="a text that ends a sample (may be repeated)")
+    p.add_argument("--speculate", type=number(0, MAX_DRAFTS), default=0, metavar="K",
+                   help="tokens drafted by the MTP modules for each forward, 0 = none: the text is distributed as without")
     p.add_argument("--seed", type=number(0, 2 ** 63 - 1), default=1337)
     args = p.parse_args(argv)
     if "" in args.stop:
@@ -1305,17 +1567,21 @@ def card(args, model, device, why, n_prompt, threads, index_warmup):
     print(f"prompt  | {n_prompt} tokens of a context of {cfg.max_seq_len}; temperature {args.temperature:g}, "
           f"top-p {args.top_p:g}, top-k {args.top_k}, seed {args.seed}\n", flush=True)
 
-def continue_prompt(args, model, tokenizer, prompt, max_new_tokens, index_warmup):
-    """Draw the samples, print the first as it grows -> their Streams, seconds to the first token, seconds in all."""
-    device = model.embed.weight.device
+def steps_of(args, model, tokenizer, prompt, max_new_tokens, index_warmup, speculate, accepted=None):
+    """`generate` with the script's flags."""
+    generator = torch.Generator(model.embed.weight.device).manual_seed(args.seed)
+    return generate(model, [prompt.ids], max_new_tokens, args.n_samples, args.temperature, args.top_p, args.top_k,
+                    generator, {tokenizer.eot}, prompt.allowed, index_warmup, speculate, accepted)
+
+def continue_prompt(args, steps, tokenizer, prompt):
+    """Draw the samples, print the first as it grows -> their Streams, seconds to the first token, seconds in all.
+    steps: of `generate`."""
     streams = [Stream(args.stop) for _ in range(args.n_samples)]
     first_s = None
     taken = prompt.taken  # the prompt's text has shown these bytes of the first new token
 
     print(args.prompt, end="", flush=True)
     started = time.perf_counter()
-    steps = generate(model, [prompt.ids], max_new_tokens, args.n_samples, args.temperature, args.top_p, args.top_k,
-                     torch.Generator(device).manual_seed(args.seed), {tokenizer.eot}, prompt.allowed, index_warmup)
     for drawn, _ in steps:
         if first_s is None:
             first_s = time.perf_counter() - started
@@ -1330,10 +1596,25 @@ def continue_prompt(args, model, tokenizer, prompt, max_new_tokens, index_warmup
             break
     return streams, first_s, time.perf_counter() - started
 
+def held_by_depth(accepted, speculate):
+    """Drafts that held, of each verification -> by depth d, the share of verifications in which drafts 1 to d all held;
+    None without a verification."""
+    if not accepted:
+        return None
+    return [sum(n >= depth for n in accepted) / len(accepted) for depth in range(1, speculate + 1)]
+
+def print_drafts(held, rate, plain_rate):
+    """Whether drafts pay. held: by depth; rate, plain_rate: tokens/s with drafts and without."""
+    verdict = "drafts pay" if rate > plain_rate else "drafts do not pay on this device"
+    print(f"drafts  | held to depth 1, 2, ...: {' '.join(f'{share:.2f}' for share in held)}; {verdict}: "
+          f"{rate:.0f} tokens/s with them, {plain_rate:.0f} without")
+
 def run(args):
     # the model, the prompt in its tokens, the start-up card
     device, dtype, why = pick_device(args.device)
     model, tokenizer, index_warmup = read_model(args, device, dtype)
+    if args.speculate and not model.mtp:
+        raise ValueError(f"--speculate {args.speculate}: the model has no MTP module to draft with")
     context = model.cfg.max_seq_len
     prompt = encode_prompt(args.prompt, tokenizer, context)
     threads = Threads(device, args.threads)
@@ -1345,7 +1626,9 @@ def run(args):
 
     # the first sample is on the screen by the end of this; the others follow it
     room = min(args.max_new_tokens, context - len(prompt.ids))
-    streams, prefill_s, seconds = continue_prompt(args, model, tokenizer, prompt, room, index_warmup)
+    accepted = []
+    steps = steps_of(args, model, tokenizer, prompt, room, index_warmup, args.speculate, accepted)
+    streams, prefill_s, seconds = continue_prompt(args, steps, tokenizer, prompt)
     for row, stream in enumerate(streams):
         rest = stream.feed(b"", final=True)
         if row == 0:
@@ -1360,8 +1643,14 @@ def run(args):
     total = sum(counts)
     rate = total / seconds
     print(f"\n{total} tokens, {rate:.0f} tokens/s; {prefill_s:.3f} s to the first")
+    held = held_by_depth(accepted, args.speculate)
+    if held:
+        started = time.perf_counter()
+        plain = steps_of(args, model, tokenizer, prompt, min(room, PLAIN_TOKENS), index_warmup, speculate=0)
+        n_plain = sum((drawn >= 0).sum().item() for drawn, _ in plain)
+        print_drafts(held, rate, n_plain / (time.perf_counter() - started))
     texts = [args.prompt + stream.text for stream in streams]
-    return dict(text=texts[0], tokens=total, tokens_per_s=rate, prefill_s=prefill_s, accepted=None, texts=texts)
+    return dict(text=texts[0], tokens=total, tokens_per_s=rate, prefill_s=prefill_s, accepted=held, texts=texts)
 
 def main(argv=None):
     less = "; fewer --n-samples or --max-new-tokens need less"

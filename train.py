@@ -44,6 +44,7 @@ from sample import (ICONV, LOCK, PATTERN, Parser, Progress, SaveTimer, Threads, 
                     load_model, load_optimizers, lock_folder, number, on_signals, pick_device, place_checkpoint,
                     saved_flags, write_checkpoint)
 
+HEAD = 2 ** 20                         # bytes of a file that tell what it is, if it is no text
 VAL_BYTES = 512 * 1024                 # val_bpb is measured on this much of the validation text
 FEW_BYTES = 32 * 1024                  # of validation: some 10,000 tokens, whose mean loss is uncertain by 2 %
 EVAL_SHARE = 0.25                      # of --minutes: the last evaluation takes no longer
@@ -100,14 +101,17 @@ def list_files(path):
     return [(os.path.relpath(file, root), file) for file in files]
 
 def read_text(path):
-    """-> text, None; or None and why there is no text."""
+    """-> text, None; or None and why there is no text. Of a file with a zero byte in its HEAD no more is read: beside
+    a program's text may lie its libraries, gigabytes of them."""
     if os.path.isdir(path):
         return None, "linked folder" if os.path.islink(path) else "unreadable folder"
     if not os.path.isfile(path):  # a named pipe would be waited for, a device read, for ever
         return None, "pipe, device or broken link"
     try:
         with open(path, "rb") as file:
-            raw = file.read()
+            raw = file.read(HEAD)
+            if 0 not in raw:
+                raw += file.read()
         if raw and 0 not in raw:
             return raw.decode("utf-8"), None
     except UnicodeDecodeError:

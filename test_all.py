@@ -190,7 +190,7 @@ def test_ids_past_uint16_are_kept():
         eot = 200_063
 
         def encode_batch(self, texts):
-            return [[200_062] * len(text) for text in texts]
+            return (np.full(len(text), 200_062, np.uint32) for text in texts)
 
     assert train.Tokens([("a", "xyz")], Wide(), 4, 8).ids[:2].tolist() == [200_063, 200_062]
 
@@ -203,7 +203,7 @@ def test_a_million_spaces_before_a_word(space):
     ids = tok.encode(text)
 
     assert tok.decode(ids) == text
-    assert tok.encode_batch([text, "b", ""]) == [ids, tok.encode("b"), []]
+    assert [found.tolist() for found in tok.encode_batch([text, "b", ""])] == [ids, tok.encode("b"), []]
 
 @parametrize("run", [1, 100, 4096])
 def test_short_runs_keep_the_patterns_ids(run):
@@ -224,6 +224,8 @@ def test_only_long_runs_are_cut(run):
     assert "".join(pieces) == text
     assert max(len(space) for piece in pieces for space in re.findall(r"\s+", piece)) == 4096
     assert pieces[-1] == "\t" * 904 + " y"  # 5,000 tabs less 4,096
+    shifted = [sample.cut_runs("x" * before + text) for before in range(0, 512, 73)]
+    assert {len(found) for found in shifted} == {len(pieces)}, "wherever the run begins"
     assert sample.count_chunks([spaces + "x"], sample.PATTERN)[" x"] == 1
 
 # ---- 2. config -----------------------------------------------------------------------------------
@@ -3228,14 +3230,17 @@ def test_long_texts_are_learned_from_in_part(monkeypatch, capsys):
     monkeypatch.setattr(sample, "LEARN_FROM", 8_000)
     before_each_call(monkeypatch, sample, "count_chunks", lambda texts, pattern: seen.extend(texts))
     tick(monkeypatch, 1, sample)
+    monkeypatch.setattr(train, "ENCODED", 500)
     texts = [TEXT[i:i + 2000] for i in range(0, 24_000, 2000)]
-    pieces = [TEXT[i:i + 500] for i in range(0, 8000, 500)]
+    long = TEXT[:1200]
 
     tok = sample.Tokenizer(sample.learn_bpe(texts, 300, sample.PATTERN))
-    ids = train.encode(tok, pieces, at_once=1000)
+    found = train.encode(tok, [long, "", TEXT[:300], sample.EOT])
 
     assert sum(map(len, seen)) <= 10_000
-    assert ids == [tok.encode(piece) for piece in pieces]
+    assert [ids.dtype for ids in found] == 4 * [np.int32]
+    assert found[0].tolist() == tok.encode(long[:500]) + tok.encode(long[500:1000]) + tok.encode(long[1000:])
+    assert [ids.tolist() for ids in found[1:]] == [[], tok.encode(TEXT[:300]), tok.encode(sample.EOT)]
     said = capsys.readouterr().out
     for what in ("count", "merge", "encode"):
         assert re.search(rf"^{what} +\| \d+% of [\d,]+ .*, \d+ s left$", said, re.MULTILINE), what

@@ -44,6 +44,7 @@ from sample import (ICONV, LOCK, PATTERN, Parser, Progress, SaveTimer, Threads, 
                     load_model, load_optimizers, lock_folder, number, on_signals, pick_device, place_checkpoint,
                     saved_flags, write_checkpoint)
 
+ENCODED = 500_000                      # characters of a text that are encoded together: the next may be another thread's
 HEAD = 2 ** 20                         # bytes of a file that tell what it is, if it is no text
 VAL_BYTES = 512 * 1024                 # val_bpb is measured on this much of the validation text
 FEW_BYTES = 32 * 1024                  # of validation: some 10,000 tokens, whose mean loss is uncertain by 2 %
@@ -205,24 +206,25 @@ def load_data(path, val_path, val_bytes):
         raise ValueError(f"{path}: too little text to hold some out for validation; give --val-data")
     return train, truncate(val, val_bytes), skipped
 
-def encode(tokenizer, pieces, at_once=4_000_000):
-    """Texts -> a list of ids for each. About `at_once` characters are encoded at a time, on all cores, so that a line
-    can say how far it has come where that takes long."""
+def encode(tokenizer, texts):
+    """Texts -> the ids of each, an array. Long texts are encoded in pieces, which threads do at the same time."""
+    pieces = []
+    counts = []                        # of a text's pieces
+    for text in texts:
+        starts = range(0, len(text), ENCODED)
+        pieces += [text[start:start + ENCODED] for start in starts]
+        counts.append(len(starts))
+
     progress = Progress("encode", sum(map(len, pieces)), "characters")
-    ids = []
-    waiting = []
-    size = 0                           # characters that wait
+    encoded = []
     done = 0
-    for piece in pieces:
-        waiting.append(piece)
-        size += len(piece)
-        if size >= at_once:
-            ids += tokenizer.encode_batch(waiting)
-            done += size
-            progress.at(done)
-            waiting = []
-            size = 0
-    return ids + tokenizer.encode_batch(waiting)
+    for piece, ids in zip(pieces, tokenizer.encode_batch(pieces)):
+        encoded.append(ids)
+        done += len(piece)
+        progress.at(done)
+
+    found = iter(encoded)
+    return [np.concatenate([[], *itertools.islice(found, n)], dtype=np.int32, casting="unsafe") for n in counts]
 
 class Tokens:
     """Documents laid out once, one after the other, each from a multiple of L, with pads between them.
@@ -233,30 +235,27 @@ class Tokens:
     end     the slot after its document's last token; for a pad the slot after itself, so that nothing else sees it
     """
 
-    def __init__(self, docs, tokenizer, L, seq_len):
+    def __init__(self, docs, tokenizer, L, seq_len, encoded=None):
+        """docs: [(name, text)]; L: slots of a key block; seq_len: of a row; encoded: what `encode` gives, where it is
+        known."""
         self.eot = tokenizer.eot
         self.L = L
         self.n_bytes = count_bytes(docs)
-
-        # long texts in pieces, which threads encode at the same time
-        pieces = [[text[i:i + 500_000] for i in range(0, len(text), 500_000)] for _, text in docs]
-        encoded = iter(encode(tokenizer, [piece for doc in pieces for piece in doc]))
-        rows = []
-        for doc in pieces:
-            parts = [[self.eot], *(next(encoded) for _ in doc)]
-            rows.append(np.concatenate(parts).astype(np.int32))
-        self.n_tokens = sum(map(len, rows))
+        if encoded is None:
+            encoded = encode(tokenizer, [text for _, text in docs])
+        lengths = [1 + len(ids) for ids in encoded]  # with the eot
+        self.n_tokens = sum(lengths)
 
         # pads everywhere, then the documents over them
-        size = sum(round_up(len(row), L) for row in rows)
+        size = sum(round_up(length, L) for length in lengths)
         size = max(round_up(size, seq_len), seq_len)
         self.ids = np.full(size + 1, self.eot, dtype=np.int32)
         self.begin = np.full(size, -1, dtype=np.int32)
         self.end = np.arange(1, size + 1, dtype=np.int32)
         begin = 0
-        for row in rows:
-            end = begin + len(row)
-            self.ids[begin:end] = row
+        for ids, length in zip(encoded, lengths):
+            end = begin + length
+            self.ids[begin + 1:end] = ids  # after the eot
             self.begin[begin:end] = begin
             self.end[begin:end] = end
             begin = round_up(end, L)

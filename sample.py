@@ -19,6 +19,8 @@ import argparse
 import codecs
 import contextlib
 import dataclasses
+import hashlib
+import io
 import itertools
 import json
 import math
@@ -269,6 +271,82 @@ def guess_kind(raw):
     if any(0x80 <= byte < 0xa0 for byte in raw):  # no letters in Latin-1
         return "Windows-1252"
     return "Latin-1"
+
+# ---- cache -------------------------------------------------------------------------------------
+# What a start computes from a text, its tokenizer and its ids, is the same at the next start: it is kept in the user's
+# cache folder. A file's name there is a hash of all that decides its content, the text included, so that no file is
+# ever out of date. It begins with a hash of the rest: a damaged file is as good as none, and is written anew. Where
+# the folder cannot be written, each start computes.
+CACHE_VERSION = 1                      # raise it when a text gets other tokens or ids: what is in caches is then not read
+CACHE_BYTES = 2 ** 30                  # of all files together: those that were used longest ago go
+CACHED_FILE = r"[0-9a-f]{64}(\.cache|\.[0-9a-f]{12}\.tmp)"  # no other file in the folder is ours
+
+def cache_folder():
+    """-> NANO_MINIMAX_CACHE, where it is empty None, for no cache; by default nano-minimax in the user's caches."""
+    folder = os.environ.get("NANO_MINIMAX_CACHE")
+    if folder is not None:
+        return folder or None
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(caches, "nano-minimax")
+
+def cache_path(*parts):
+    """-> the file of what these parts (numbers, strings, bytes and lists of them) decide; None without a cache."""
+    folder = cache_folder()
+    if folder is None:
+        return None
+    everything = (CACHE_VERSION, tiktoken.__version__, regex.__version__, *parts)
+    return os.path.join(folder, f"{hashlib.sha256(repr(everything).encode()).hexdigest()}.cache")
+
+def read_cache(path):
+    """-> what write_cache put there; None if there is nothing, or it is damaged."""
+    if path is None:
+        return None
+    try:
+        with open(path, "rb") as file:
+            digest = file.read(32)
+            content = file.read()
+        if hashlib.sha256(content).digest() != digest:
+            return None
+        os.utime(path)                 # used now
+        return torch.load(io.BytesIO(content), weights_only=True)
+    except Exception:  # as in load_checkpoint
+        return None
+
+def write_cache(path, value):
+    """Keep a value, plain types and tensors, for the next start -> whether that was possible."""
+    if path is None:
+        return False
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    content = buffer.getbuffer()
+    temporary = f"{path.removesuffix('.cache')}.{os.urandom(6).hex()}.tmp"
+    try:
+        if len(content) > CACHE_BYTES:
+            return False
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        with open(temporary, "xb") as file:
+            file.write(hashlib.sha256(content).digest())
+            file.write(content)
+        os.replace(temporary, path)
+        prune_cache(os.path.dirname(path))
+        return True
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        return False
+
+def prune_cache(folder):
+    """Remove the files that were used longest ago, until the others have CACHE_BYTES at most."""
+    files = []
+    for entry in os.scandir(folder):
+        if re.fullmatch(CACHED_FILE, entry.name):
+            found = entry.stat(follow_symlinks=False)
+            files.append((found.st_mtime, found.st_size, entry.path))
+    total = 0
+    for _, size, path in sorted(files, reverse=True):
+        total += size
+        if total > CACHE_BYTES:
+            os.remove(path)
 
 # ---- checkpoints: write, read ------------------------------------------------------------------
 # A checkpoint is one plain dict, FOLDER/ckpt.pt: version, config, tokenizer, model, optimizers, now, args. It is

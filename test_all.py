@@ -41,6 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
 os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # no test's threads are chosen by the clock
+os.environ["NANO_MINIMAX_CACHE"] = ""  # none: each test computes what it tests
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before msa is imported: a kernel's decorator reads the flag
 
@@ -224,8 +225,8 @@ def test_only_long_runs_are_cut(run):
     assert "".join(pieces) == text
     assert max(len(space) for piece in pieces for space in re.findall(r"\s+", piece)) == 4096
     assert pieces[-1] == "\t" * 904 + " y"  # 5,000 tabs less 4,096
-    shifted = [sample.cut_runs("x" * before + text) for before in range(0, 512, 73)]
-    assert {len(found) for found in shifted} == {len(pieces)}, "wherever the run begins"
+    shifted = [sample.cut_runs("x" * before + spaces) for before in range(0, 512, 73)]
+    assert {len(found) for found in shifted} == {msa.cdiv(run, 4096)}, "wherever the run begins"
     assert sample.count_chunks([spaces + "x"], sample.PATTERN)[" x"] == 1
 
 # ---- 2. config -----------------------------------------------------------------------------------
@@ -3244,6 +3245,174 @@ def test_long_texts_are_learned_from_in_part(monkeypatch, capsys):
     said = capsys.readouterr().out
     for what in ("count", "merge", "encode"):
         assert re.search(rf"^{what} +\| \d+% of [\d,]+ .*, \d+ s left$", said, re.MULTILINE), what
+
+def prepared(corpus, vocab_size=300):
+    """What a start makes of a folder: the ids that are trained on, and the tokenizer's spec."""
+    args = SimpleNamespace(data=str(corpus), val_data=None, vocab_size=vocab_size, seq_len=64)
+    tok, data = train.prepare(args, MiniMaxConfig.micro(), None, train.Laps())
+    return data["train"].ids.tolist(), tok.spec
+
+def cache_files(folder):
+    return sorted(path for path in folder.iterdir() if path.suffix == ".cache")
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A folder in which this test's starts keep what they compute."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("NANO_MINIMAX_CACHE", str(folder))
+    return folder
+
+def test_a_text_is_tokenized_once(corpus, cache, monkeypatch):
+    """The second start on a text learns and encodes nothing, and has the same tokens as one without a cache."""
+    docs, _ = train.read_corpus(str(corpus))
+    learned, _ = train.split_corpus(docs)
+    texts = [text for _, text in learned]
+    encoded = []
+    before_each_call(monkeypatch, sample.Tokenizer, "encode_array", lambda tok, text: encoded.append(text))
+
+    first = prepared(corpus)
+    assert set(texts) <= set(encoded)
+    encoded.clear()
+    with monkeypatch.context() as patch:
+        patch.delattr(train, "learn_bpe")
+        second = prepared(corpus)
+    assert not set(texts) & set(encoded), "validation's few texts are encoded at each start"
+    monkeypatch.setenv("NANO_MINIMAX_CACHE", "")
+    alone = prepared(corpus)
+
+    assert first == alone
+    assert second == alone
+    assert len(cache_files(cache)) == 2
+
+def test_another_text_is_tokenized_anew(tmp_path, cache):
+    """One letter more, or another vocabulary, and nothing in the cache fits."""
+    text = tmp_path / "text"
+    text.write_text(TEXT[:20_000])
+    before = prepared(text)
+    text.write_text("x" + TEXT[:20_000])  # of the side that is trained on
+
+    after = prepared(text)
+    small = prepared(text, vocab_size=290)
+
+    assert after[0] != before[0]
+    assert len(small[1]["ranks"]) == 289
+    assert len(cache_files(cache)) == 6
+
+def flip_a_bit(path):
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+def make_a_folder(path):
+    path.unlink()
+    path.mkdir()
+
+@named("damage", {
+    "bit": flip_a_bit,
+    "half": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "empty": lambda path: os.truncate(path, 0),
+    "folder": make_a_folder})
+def test_a_damaged_cache_is_none(damage, corpus, cache, monkeypatch):
+    """What was changed on the disk is computed anew, silently, and right."""
+    first = prepared(corpus)
+    for path in cache_files(cache):
+        damage(path)
+
+    assert prepared(corpus) == first
+    assert not list(cache.glob("*.tmp"))
+
+def test_a_cache_that_cannot_be_written_is_none(corpus, cache):
+    """A file where the folder should be is in nobody's way."""
+    cache.write_text("mine")
+
+    prepared(corpus)
+
+    assert cache.read_text() == "mine"
+
+def test_the_cache_is_bounded(cache, monkeypatch):
+    """The files used longest ago go, whatever is not the cache's own stays, and nothing too large is kept."""
+    monkeypatch.setattr(sample, "CACHE_BYTES", 30_000)
+    paths = [sample.cache_path(number) for number in range(4)]
+    for age, path in zip((30, 20, 10), paths):
+        assert sample.write_cache(path, torch.zeros(2000))  # 8,000 bytes and torch's own
+        os.utime(path, (time.time() - age, time.time() - age))
+    (cache / "notes.txt").write_text("mine" * 20_000)
+    assert sample.read_cache(paths[0]) is not None  # used now
+
+    assert sample.write_cache(paths[3], torch.zeros(2000))
+    assert not sample.write_cache(sample.cache_path("large"), torch.zeros(10_000))
+
+    assert [os.path.exists(path) for path in paths] == [True, False, True, True]
+    assert (cache / "notes.txt").exists()
+    assert sum(path.stat().st_size for path in cache_files(cache)) <= 30_000
+
+def test_where_the_cache_is(monkeypatch):
+    """NANO_MINIMAX_CACHE, then XDG_CACHE_HOME, then ~/.cache."""
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("NANO_MINIMAX_CACHE")
+    assert sample.cache_folder() == os.path.expanduser("~/.cache/nano-minimax")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert sample.cache_folder() == os.path.join("/caches", "nano-minimax")
+    monkeypatch.setenv("NANO_MINIMAX_CACHE", "/here")
+    assert sample.cache_folder() == "/here"
+
+def test_the_caches_version_is_raised():
+    """Other tokens or ids of a text need another CACHE_VERSION, or starts would go on with what is in their cache."""
+    text = "".join(f"def f{i}(x):\n    return x + {i}  # \u00e9\t\n" for i in range(200))
+    tok = sample.Tokenizer(sample.learn_bpe([text], 320, sample.PATTERN))
+    ids, = train.encode(tok, [text + " " * 5000 + text])
+
+    digest = hashlib.sha256(b"".join(tok.spec["ranks"]) + ids.tobytes()).hexdigest()
+
+    assert (sample.CACHE_VERSION, digest[:16]) == (1, "2ae37e080c165a5c")
+
+def test_a_start_says_where_its_time_went(trained):
+    """The card's last line: seconds in all, and of its parts, which add up."""
+    whole, parts = re.search(r"^ready +\| ([\d.]+) s: (.*)$", trained.text, re.MULTILINE).groups()
+    seconds = [float(part.split()[-1]) for part in parts.split(", ")]
+
+    assert abs(sum(seconds) - float(whole)) < 0.6, "parts under 0.05 s are left out, the others rounded"
+
+def test_a_large_binary_is_not_read(tmp_path):
+    """Of a file with a zero byte in its first megabyte no more is read: a terabyte, with holes, takes no time."""
+    path = tmp_path / "library.so"
+    path.write_bytes(b"\x7fELF\0\1\2\3" * 64)
+    os.truncate(path, 2 ** 40)
+
+    assert train.read_text(path) == (None, "binary")
+
+def test_a_zero_byte_after_the_head(tmp_path, monkeypatch):
+    """A file whose first zero byte comes late is no text, either."""
+    monkeypatch.setattr(train, "HEAD", 100)
+    path = tmp_path / "late"
+    path.write_bytes(b"x" * 1000 + b"\0")
+
+    assert train.read_text(path) == (None, "binary")
+
+def test_a_start_compiles_all_modes(monkeypatch):
+    """After warm_compile no step of a run, with MTP or without, dense or sparse, compiles another graph."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch.compiler.reset()
+    cfg = MiniMaxConfig.tiny(vocab_size=300, n_layer=2, attn_types=["full", "msa"], mlp_types=["dense", "moe"])
+    model = MiniMax(cfg, torch.bfloat16).train()  # grouped_mm is compiled in bf16 alone
+    optimizers, index, rest = train.configure_optimizers(model, 1e-3)
+    idx = torch.randint(0, 300, (1, 64))
+    batch = dict(idx=idx, targets=idx, pos=torch.arange(64)[None])
+    run = SimpleNamespace(
+        args=SimpleNamespace(accumulate=1, recompute=False), model=model, optimizers=optimizers, groups=(rest, index),
+        now=train.RunState())
+
+    train.compile_model(model, optimizers[0])
+    train.warm_compile(run, batch)
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for index_warmup in (True, False):
+        for run_mtp in (True, False):
+            train.train_step(model, batch, optimizers, run.groups, index_warmup=index_warmup, run_mtp=run_mtp)
+
+    assert compiled > 5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
+    torch.compiler.reset()
 
 @parametrize("shape", [
     (3, 16, 48),                       # wide

@@ -32,6 +32,7 @@ import sysconfig
 import time
 import typing
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -39,12 +40,13 @@ import torch
 from model import MiniMax, MiniMaxConfig, count_params
 from moe import max_violation
 from msa import cdiv, chunk, round_up
-from sample import (ICONV, LOCK, PATTERN, Parser, Progress, SaveTimer, Threads, Tokenizer, check_fields, check_finite,
-                    check_memory, checkpoint_path, command, guess_kind, implementations, learn_bpe, load_checkpoint,
-                    load_model, load_optimizers, lock_folder, number, on_signals, pick_device, place_checkpoint,
-                    saved_flags, write_checkpoint)
+from sample import (ICONV, LOCK, PATTERN, Parser, Progress, SaveTimer, Threads, Tokenizer, cache_path, check_fields,
+                    check_finite, check_memory, checkpoint_path, command, guess_kind, implementations, learn_bpe,
+                    load_checkpoint, load_model, load_optimizers, lock_folder, number, on_signals, pick_device,
+                    place_checkpoint, read_cache, saved_flags, write_cache, write_checkpoint)
 
 ENCODED = 500_000                      # characters of a text that are encoded together: the next may be another thread's
+READERS = 16                           # threads that read files: a cold disk or a network answers many at once
 HEAD = 2 ** 20                         # bytes of a file that tell what it is, if it is no text
 VAL_BYTES = 512 * 1024                 # val_bpb is measured on this much of the validation text
 FEW_BYTES = 32 * 1024                  # of validation: some 10,000 tokens, whose mean loss is uncertain by 2 %
@@ -125,8 +127,10 @@ def read_corpus(path):
     """-> [(name, text)], and a Counter of the files that were skipped, by what they are."""
     docs = []
     kinds = Counter()
-    for name, file in list_files(path):
-        text, kind = read_text(file)
+    files = list_files(path)
+    with ThreadPoolExecutor(READERS) as pool:
+        found = list(pool.map(read_text, [file for _, file in files]))
+    for (name, _), (text, kind) in zip(files, found):
         if text is None:
             kinds[kind] += 1
         else:
@@ -545,11 +549,18 @@ def compile_model(model, muon):
     model.norm.compile(dynamic=False)
     muon.blend = torch.compile(muon.blend, dynamic=True)
 
-def warm_compile(model, batch, parts, muon, groups):
-    """Compile what the steps of a run need before its clock starts; the model is left as it was. A graph is compiled
-    for each of a step's modes: with the index branch's warm-up or without, with MTP or without."""
-    for index_warmup, run_mtp in itertools.product((True, False), (True, False)):
-        train_step(model, batch, [], groups, parts, index_warmup=index_warmup, run_mtp=run_mtp)
+def warm_compile(run, batch):
+    """Compile what the steps of a run need before its clock starts; the model is left as it was. There are graphs for
+    the index branch's warm-up, where the run has one before it, and others for sparse attention. Each step here has
+    MTP: one without needs no graph beside these."""
+    args = run.args
+    model = run.model
+    muon = run.optimizers[0]
+    modes = [False]
+    if "msa" in model.cfg.attn_types and not run.now.sparse:
+        modes = [True, False]
+    for index_warmup in modes:
+        train_step(model, batch, [], run.groups, args.accumulate, index_warmup=index_warmup, recompute=args.recompute)
     shapes = {p.dim(): p for p in model.parameters() if p.dim() > 1}  # a matrix, a stack of experts: two graphs
     for p in shapes.values():
         flat = torch.ones(p.numel(), device=p.device, dtype=p.dtype)
@@ -928,18 +939,62 @@ def stage_at(share):
 # to sparse: what such a change does to the schedule is printed. What was reached, longer rows and sparse attention,
 # stays.
 
-def prepare(args, cfg, tokenizer):
-    """Text -> tokenizer (learned from the training side where there is none), and a dict of what the run reads."""
+class Laps:
+    """Where the time of a start goes; as a str, seconds in all and of each part that takes some."""
+
+    def __init__(self):
+        self.began = time.perf_counter()
+        self.last = self.began
+        self.seconds = {}              # name of a part -> its seconds
+
+    def end(self, part):
+        """What began when the part before it ended is done."""
+        now = time.perf_counter()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self.last
+        self.last = now
+
+    def __str__(self):
+        parts = [f"{part} {seconds:.1f}" for part, seconds in self.seconds.items() if seconds >= 0.05]
+        return f"{self.last - self.began:.1f} s: {', '.join(parts)}"
+
+def prepare(args, cfg, tokenizer, laps):
+    """Text -> tokenizer (learned from the training side where there is none), and a dict of what the run reads.
+    Tokenizer and ids come from the cache where an earlier start has kept them. laps, Laps, is told of each part."""
     train, val, skipped = load_data(args.data, args.val_data, VAL_BYTES)
+    text = hash_text(train, val)
+    laps.end("text")
     if tokenizer is None:
-        texts = (text for _, text in train)
-        tokenizer = Tokenizer(learn_bpe(texts, args.vocab_size, PATTERN))
+        tokenizer = Tokenizer(learn_tokens(train, text, args.vocab_size))
+    laps.end("tokenizer")
+
     L = cfg.index_block_size if "msa" in cfg.attn_types else 1
     docs = dict(train=train, val=val, preview=truncate(val, VAL_BYTES // 8))  # for the evaluations on the way
-    data = {side: Tokens(docs[side], tokenizer, L, args.seq_len) for side in docs}
+    encoded = dict(train=encode_once(train, tokenizer, text))
+    data = {side: Tokens(docs[side], tokenizer, L, args.seq_len, encoded.get(side)) for side in docs}
     data["skipped"] = skipped
-    data["text"] = hash_text(train, val)
+    data["text"] = text
+    laps.end("encoding")
     return tokenizer, data
+
+def learn_tokens(docs, text, vocab_size):
+    """learn_bpe of the documents, once for a text -> the spec of a Tokenizer. text: its hash_text."""
+    path = cache_path("tokenizer", text, vocab_size, PATTERN)
+    spec = read_cache(path)
+    if spec is None:
+        spec = learn_bpe((text for _, text in docs), vocab_size, PATTERN)
+        write_cache(path, spec)
+    return spec
+
+def encode_once(docs, tokenizer, text):
+    """`encode` of the documents to train on, once for a text and a tokenizer. text: its hash_text."""
+    path = cache_path("ids", text, ENCODED, sorted(tokenizer.spec.items()))
+    kept = read_cache(path)
+    if kept is None:
+        encoded = encode(tokenizer, [words for _, words in docs])
+        kept = dict(lengths=list(map(len, encoded)), ids=torch.from_numpy(np.concatenate(encoded)))
+        if write_cache(path, kept):
+            print(f"cache   | this text's tokens are kept in {os.path.dirname(path)} for the next start", flush=True)
+    return np.split(kept["ids"].numpy(), np.cumsum(kept["lengths"])[:-1])
 
 def hash_text(*sides):
     """Lists of (name, text) -> a name for their text, by which a resumed run knows it again."""
@@ -1041,8 +1096,8 @@ def mtp_weight_at(share):
     """Weight of the MTP loss at this share of the run."""
     return MTP_WEIGHT[1] if share > 1 - DECAY else MTP_WEIGHT[0]
 
-def card(run, why, setup):
-    """Print what a run is made of: the start-up card. why: of the device and dtype; setup: seconds that all took."""
+def card(run, why, laps):
+    """Print what a run is made of: the start-up card. why: of the device and dtype; laps: Laps of the start."""
     args = run.args
     model = run.model
     data = run.data
@@ -1074,13 +1129,14 @@ def card(run, why, setup):
         print(f"vocab   | {cfg.vocab_size:,} tokens, not {args.vocab_size:,}: the text has no more pairs to merge")
     first = ", ".join(map(str, SaveTimer.FIRST))
     print(f"saves   | after {first} s and each minute, in {args.out}; with an evaluation every {args.eval_every} steps")
-    print(f"ready   | {setup:.1f} s", flush=True)
+    print(f"ready   | {laps}", flush=True)
 
 def set_up(args, state):
     """Everything that a run works with, its start-up card printed -> Run. state: the checkpoint, None for a new run.
     ValueError if checkpoint, data, memory and flags do not go together."""
-    started = time.perf_counter()
+    laps = Laps()
     device, dtype, why = pick_device(args.device)
+    laps.end("device")
 
     # the model: of the checkpoint, perhaps with sparse attention from now on
     model = tokenizer = None
@@ -1098,10 +1154,12 @@ def set_up(args, state):
     sized = dataclasses.replace(cfg, vocab_size=args.vocab_size)
     need = step_bytes(sized, rows, args.seq_len, device, args.recompute)
     check_memory(need, device, "--accumulate, --recompute, --batch-size or --seq-len")
-    tokenizer, data = prepare(args, cfg, tokenizer)
+    laps.end("model")
+    tokenizer, data = prepare(args, cfg, tokenizer, laps)
     cfg.vocab_size = tokenizer.n_vocab
     if model is None:
-        model = MiniMax(cfg, dtype).to(device)
+        with torch.device(device):     # a GPU draws the weights of `small` at once, a CPU in seconds
+            model = MiniMax(cfg, dtype)
     model.train()
     optimizers, index, rest = configure_optimizers(model, args.lr)
 
@@ -1120,15 +1178,21 @@ def set_up(args, state):
         if run.progress() >= 1:
             raise ValueError("--attn msa: nothing is left of the run to convert in; give more --steps or --minutes")
 
+    laps.end("model")
+
     # what computes
     if run.on_gpu:
+        print("compile | norms, projections and experts by torch.compile, attention by Triton; both keep it on disk "
+              "for the next start", flush=True)
         compile_model(model, optimizers[0])
         batch = get_batch(data["train"], args.seed, 0, 0, args.batch_size, args.seq_len)
         batch = {key: x.to(device) for key, x in batch.items()}
-        warm_compile(model, batch, args.accumulate, optimizers[0], run.groups)
+        warm_compile(run, batch)
+        laps.end("compiling")
     if run.threads.count is None:
         run.threads.choose(trial(run), args.steps)
-    card(run, why, time.perf_counter() - started)
+        laps.end("threads")
+    card(run, why, laps)
     if state:
         print_changes(state, args, now)
     run.timer = SaveTimer()

@@ -542,12 +542,23 @@ def check_divergence(loss, norm, now):
 
 def compile_model(model, muon):
     """torch.compile, for a GPU, what lies between the kernels: norms, projections, rotations, experts, momentum.
-    Attention stays as it is: its kernels are our own, or torch's."""
+    Attention stays as it is: its kernels are our own, or torch's. Layers of one kind share their graphs, which torch
+    keeps on disk for the next start."""
+    import torch._functorch.config as cache  # here, as importing the compiler takes seconds
+    cache.autograd_cache_allow_custom_autograd_functions = True  # or the experts' graphs, with _Rows, are not kept
     for block in [*model.layers, *(module.block for module in model.mtp)]:
-        block.attn.attend = torch.compiler.disable(block.attn.attend)  # here, as importing the compiler takes seconds
+        block.attn.attend = torch.compiler.disable(one_layout(block.attn.attend))
         block.compile(dynamic=False)
     model.norm.compile(dynamic=False)
     muon.blend = torch.compile(muon.blend, dynamic=True)
+
+def one_layout(attend):
+    """An Attention's `attend` whose y is contiguous, whatever operation it is from: one graph reads it. The product
+    that follows needs it so."""
+    def contiguous(*args):
+        y, aux = attend(*args)
+        return y.contiguous(), aux
+    return contiguous
 
 def warm_compile(run, batch):
     """Compile what the steps of a run need before its clock starts; the model is left as it was. There are graphs for

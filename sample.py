@@ -45,6 +45,7 @@ import regex
 import tiktoken
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from model import KVCache, MiniMax, MiniMaxConfig
 from moe import experts_grouped, pick_experts
@@ -467,15 +468,16 @@ def remove_temporaries(folder):
         if is_temporary and (os.path.isfile(path) or os.path.islink(path)):
             os.remove(path)
 
-def load_checkpoint(folder, device="cpu"):
+def load_checkpoint(folder, mmap=False):
     """Read FOLDER/ckpt.pt, a plain dict (weights_only). ValueError, naming the file, if it is absent, damaged, of
-    another version, or a part of it is missing or of another type."""
+    another version, or a part of it is missing or of another type. mmap: a tensor is read when it is used first, so
+    that whoever wants the weights alone does not wait for the optimizers' moments."""
     # read it
     path = checkpoint_path(folder)
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such checkpoint; train.py --out {folder} makes one, or rl.py --out {folder}")
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except PermissionError as error:
         raise ValueError(f"{path}: the checkpoint cannot be read: {error.strerror}") from None
     except Exception as error:  # torch raises half a dozen types, by where the file is broken
@@ -681,12 +683,22 @@ def check_weights(found, wanted):
 def check_finite(weights):
     """FloatingPointError, naming the first, if a weight is NaN or infinite."""
     for name, weight in weights.items():
-        if not torch.isfinite(weight).all():
+        if not torch.stack(weight.aminmax()).isfinite().all():  # one pass, a NaN is both; isfinite alone makes five
             raise FloatingPointError(f"the weight {name} is not finite")
 
 def first_line(error):
     """The first line of an error's text; an error without a text is named by its type."""
     return (str(error) or type(error).__name__).splitlines()[0]
+
+class Undrawn(TorchFunctionMode):
+    """Within it a model is made without its random first weights, where others are about to replace them: they take
+    seconds, and on the meta device torch imports its compiler to draw nothing."""
+    DRAWS = (torch.Tensor.normal_, torch.nn.init.normal_, torch.nn.init.kaiming_uniform_)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in self.DRAWS:  # in place: nobody reads what they return
+            return None
+        return function(*args, **(kwargs or {}))
 
 def load_model(state, device="cpu", dtype=torch.float32):
     """Checkpoint -> model in evaluation mode, tokenizer. ValueError if its parts do not fit together or into this code,
@@ -697,12 +709,14 @@ def load_model(state, device="cpu", dtype=torch.float32):
         if tokenizer.n_vocab != cfg.vocab_size:
             raise ValueError(f"its model has a vocabulary of {cfg.vocab_size} tokens, its tokenizer one of "
                              f"{tokenizer.n_vocab}: they must be equal")
-        with torch.device("meta"):  # nothing is allocated before all shapes are known to fit
-            wanted = MiniMax(cfg, dtype).state_dict()
-        check_weights(state["model"], wanted)
-        check_finite(state["model"])
-        model = MiniMax(cfg, dtype).to(device)
+        with Undrawn():
+            with torch.device("meta"):  # nothing is allocated before all shapes are known to fit
+                wanted = MiniMax(cfg, dtype).state_dict()
+            check_weights(state["model"], wanted)
+            with torch.device(device):
+                model = MiniMax(cfg, dtype)
         model.load_state_dict(state["model"])
+        check_finite(model.state_dict())
         return model.eval(), tokenizer
     except (TypeError, KeyError, AttributeError, RuntimeError, AssertionError, ValueError) as error:
         raise ValueError(f"the checkpoint does not fit this code: {first_line(error)}") from None
@@ -1622,7 +1636,7 @@ def read_model(args, device, dtype):
     """-> model, tokenizer, whether the model's index branch was still learning."""
     if args.hf is None:
         try:
-            state = load_checkpoint(args.out, device)
+            state = load_checkpoint(args.out, mmap=True)
             return *load_model(state, device, dtype), in_index_warmup(state)
         except FloatingPointError as error:  # here it is bad input, not a run that diverged
             raise ValueError(str(error)) from None

@@ -3390,6 +3390,35 @@ def test_a_zero_byte_after_the_head(tmp_path, monkeypatch):
 
     assert train.read_text(path) == (None, "binary")
 
+def test_loading_draws_no_weights(trained):
+    """A model whose weights come from a checkpoint is made without random ones, and reads them before they are needed
+    from a mapped file, too."""
+    before = torch.get_rng_state()
+    whole, _ = sample.load_model(sample.load_checkpoint(str(trained.out)))
+    mapped, _ = sample.load_model(sample.load_checkpoint(str(trained.out), mmap=True))
+
+    assert torch.equal(torch.get_rng_state(), before)
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(weight, mapped.state_dict()[name]), name
+        assert weight.isfinite().all(), name
+
+def test_a_sample_needs_no_compiler(trained):
+    """sample.py on a CPU runs without torch's compiler, whose import takes a second and more."""
+    code = f"import sys, sample; sample.main({['--out', str(trained.out), '--max-new-tokens', '2']}); "
+    code += "print('torch._dynamo' in sys.modules)"
+
+    assert run_python("-c", code).stdout.split()[-1] == "False"
+
+@parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_weight_that_is_not_finite_is_found(value):
+    """One number among a million is enough, with larger and smaller ones around it."""
+    weight = torch.randn(1000, 1000)
+    sample.check_finite(dict(weight=weight))
+    weight[500, 500] = value
+
+    with pytest.raises(FloatingPointError, match="the weight w is not finite"):
+        sample.check_finite(dict(w=weight))
+
 def test_a_start_compiles_all_modes(monkeypatch):
     """After warm_compile no step of a run, with MTP or without, dense or sparse, compiles another graph."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))

@@ -3426,14 +3426,15 @@ def test_a_start_compiles_all_modes(monkeypatch):
     cfg = MiniMaxConfig.tiny(vocab_size=300, n_layer=2, attn_types=["full", "msa"], mlp_types=["dense", "moe"])
     model = MiniMax(cfg, torch.bfloat16).train()  # grouped_mm is compiled in bf16 alone
     optimizers, index, rest = train.configure_optimizers(model, 1e-3)
-    idx = torch.randint(0, 300, (1, 64))
-    batch = dict(idx=idx, targets=idx, pos=torch.arange(64)[None])
+    tokens = train.Tokens([("a", TEXT[:2000])], SMALL_TOKENIZER, 8, 64)
+    args = SimpleNamespace(seed=1, batch_size=1, seq_len=64, accumulate=1, recompute=False)
     run = SimpleNamespace(
-        args=SimpleNamespace(accumulate=1, recompute=False), model=model, optimizers=optimizers, groups=(rest, index),
+        args=args, model=model, device="cpu", data=dict(train=tokens), optimizers=optimizers, groups=(rest, index),
         now=train.RunState())
+    batch = train.get_batch(tokens, 1, 0, 1, 1, 64)
 
     train.compile_model(model, optimizers[0])
-    train.warm_compile(run, batch)
+    train.warm_compile(run)
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for index_warmup in (True, False):
         for run_mtp in (True, False):

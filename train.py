@@ -228,7 +228,11 @@ def encode(tokenizer, texts):
         progress.at(done)
 
     found = iter(encoded)
-    return [np.concatenate([[], *itertools.islice(found, n)], dtype=np.int32, casting="unsafe") for n in counts]
+    joined = []
+    for n in counts:
+        parts = [[], *itertools.islice(found, n)]  # an empty text has no piece
+        joined.append(np.concatenate(parts, dtype=np.int32, casting="unsafe"))
+    return joined
 
 class Tokens:
     """Documents laid out once, one after the other, each from a multiple of L, with pads between them.
@@ -560,13 +564,15 @@ def one_layout(attend):
         return y.contiguous(), aux
     return contiguous
 
-def warm_compile(run, batch):
+def warm_compile(run):
     """Compile what the steps of a run need before its clock starts; the model is left as it was. There are graphs for
     the index branch's warm-up, where the run has one before it, and others for sparse attention. Each step here has
     MTP: one without needs no graph beside these."""
     args = run.args
     model = run.model
     muon = run.optimizers[0]
+    batch = get_batch(run.data["train"], args.seed, 0, 0, args.batch_size, args.seq_len)
+    batch = {key: x.to(run.device) for key, x in batch.items()}
     modes = [False]
     if "msa" in model.cfg.attn_types and not run.now.sparse:
         modes = [True, False]
@@ -1002,10 +1008,12 @@ def encode_once(docs, tokenizer, text):
     kept = read_cache(path)
     if kept is None:
         encoded = encode(tokenizer, [words for _, words in docs])
-        kept = dict(lengths=list(map(len, encoded)), ids=torch.from_numpy(np.concatenate(encoded)))
+        ids = torch.from_numpy(np.concatenate(encoded))
+        kept = dict(lengths=[len(text_ids) for text_ids in encoded], ids=ids)
         if write_cache(path, kept):
             print(f"cache   | this text's tokens are kept in {os.path.dirname(path)} for the next start", flush=True)
-    return np.split(kept["ids"].numpy(), np.cumsum(kept["lengths"])[:-1])
+    ends = np.cumsum(kept["lengths"])
+    return np.split(kept["ids"].numpy(), ends[:-1])
 
 def hash_text(*sides):
     """Lists of (name, text) -> a name for their text, by which a resumed run knows it again."""
@@ -1196,9 +1204,7 @@ def set_up(args, state):
         print("compile | norms, projections and experts by torch.compile, attention by Triton; both keep it on disk "
               "for the next start", flush=True)
         compile_model(model, optimizers[0])
-        batch = get_batch(data["train"], args.seed, 0, 0, args.batch_size, args.seq_len)
-        batch = {key: x.to(device) for key, x in batch.items()}
-        warm_compile(run, batch)
+        warm_compile(run)
         laps.end("compiling")
     if run.threads.count is None:
         run.threads.choose(trial(run), args.steps)

@@ -40,10 +40,10 @@ import torch
 from model import MiniMax, MiniMaxConfig, count_params
 from moe import max_violation
 from msa import cdiv, chunk, round_up
-from sample import (ICONV, LOCK, PATTERN, Parser, Progress, SaveTimer, Threads, Tokenizer, cache_path, check_fields,
-                    check_finite, check_memory, checkpoint_path, command, guess_kind, implementations, learn_bpe,
-                    load_checkpoint, load_model, load_optimizers, lock_folder, number, on_signals, pick_device,
-                    place_checkpoint, read_cache, saved_flags, write_cache, write_checkpoint)
+from sample import (ICONV, LEARN_FROM, LOCK, PATTERN, Parser, Progress, SaveTimer, Threads, Tokenizer, cache_path,
+                    check_fields, check_finite, check_memory, checkpoint_path, command, guess_kind, implementations,
+                    learn_bpe, load_checkpoint, load_model, load_optimizers, lock_folder, number, on_signals,
+                    pick_device, place_checkpoint, read_cache, saved_flags, write_cache, write_checkpoint)
 
 ENCODED = 500_000                      # characters of a text that are encoded together: the next may be another thread's
 READERS = 16                           # threads that read files: a cold disk or a network answers many at once
@@ -568,6 +568,8 @@ def warm_compile(run):
     """Compile what the steps of a run need before its clock starts; the model is left as it was. There are graphs for
     the index branch's warm-up, where the run has one before it, and others for sparse attention. Each step here has
     MTP: one without needs no graph beside these."""
+    print("compile | norms, projections and experts by torch.compile, attention by Triton; both keep it on disk for the "
+          "next start", flush=True)
     args = run.args
     model = run.model
     muon = run.optimizers[0]
@@ -995,10 +997,10 @@ def prepare(args, cfg, tokenizer, laps):
 
 def learn_tokens(docs, text, vocab_size):
     """learn_bpe of the documents, once for a text -> the spec of a Tokenizer. text: its hash_text."""
-    path = cache_path("tokenizer", text, vocab_size, PATTERN)
+    path = cache_path("tokenizer", text, vocab_size, PATTERN, LEARN_FROM)
     spec = read_cache(path)
     if spec is None:
-        spec = learn_bpe((text for _, text in docs), vocab_size, PATTERN)
+        spec = learn_bpe((words for _, words in docs), vocab_size, PATTERN)
         write_cache(path, spec)
     return spec
 
@@ -1191,18 +1193,12 @@ def set_up(args, state):
         args=args, device=device, model=model, tokenizer=tokenizer, data=data, optimizers=optimizers,
         groups=(rest, index), now=now, threads=Threads(device, args.threads, now.threads),
         pending=[], saved=now.step if state else None)
-    if converted:  # the index branch learns for the same share of what is left
-        now.sparse = False
-        now.sparse_from = run.progress() + (1 - run.progress()) * args.msa_from
-        if run.progress() >= 1:
-            raise ValueError("--attn msa: nothing is left of the run to convert in; give more --steps or --minutes")
-
+    if converted:
+        start_index_branch(run)
     laps.end("model")
 
     # what computes
     if run.on_gpu:
-        print("compile | norms, projections and experts by torch.compile, attention by Triton; both keep it on disk "
-              "for the next start", flush=True)
         compile_model(model, optimizers[0])
         warm_compile(run)
         laps.end("compiling")
@@ -1214,6 +1210,14 @@ def set_up(args, state):
         print_changes(state, args, now)
     run.timer = SaveTimer()
     return run
+
+def start_index_branch(run):
+    """Let the index branch, which has just joined, learn for the same share of what is left as of a new run."""
+    now = run.now
+    now.sparse = False
+    now.sparse_from = run.progress() + (1 - run.progress()) * run.args.msa_from
+    if run.progress() >= 1:
+        raise ValueError("--attn msa: nothing is left of the run to convert in; give more --steps or --minutes")
 
 def trial(run):
     """-> a function that runs a step's forward and backward passes, on few tokens, and leaves the model as it was: with

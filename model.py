@@ -772,14 +772,11 @@ class MiniMax(nn.Module):
         """
         T = hidden.size(1)
         for k, module in enumerate(self.mtp[:T - 1], 1):
-            depth_ctx = Context(
-                rope=tuple(table[:, :T - k] for table in ctx.rope),
-                end=None if ctx.end is None else ctx.end[:, :T - k],
-                weight=weights[k],
-                index_warmup=ctx.index_warmup,
-                layer=self.cfg.n_layer + k - 1)
-            hidden, aux = module(hidden[:, :T - k], embedded[:, k:], depth_ctx)
-            yield k, module.norm(hidden), aux
+            # the last k slots have no k-th next one: pads, for rows of the trunk's length use its compiled graphs
+            depth_ctx = Context(ctx.rope, ctx.end, F.pad(weights[k], (0, k)), index_warmup=ctx.index_warmup,
+                                layer=self.cfg.n_layer + k - 1)
+            hidden, aux = module(hidden, F.pad(embedded[:, k:], (0, 0, 0, k)), depth_ctx)
+            yield k, module.norm(hidden[:, :T - k]), aux
 
     def mtp_losses(self, hidden, idx, targets, ctx, reports):
         """Each MTP module's loss, a sum (K,). Adds what a module reports of its experts and index branch to `reports`.

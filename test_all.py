@@ -5460,7 +5460,7 @@ def test_bad_input_is_refused_in_one_line(tmp_path, monkeypatch, line):
 
 @refusals(
     ("--out .", "ckpt.pt"),
-    ("--speculate 2", "--speculate"),
+    ("--speculate 65", "--speculate"),
     (f"--prompt '{3000 * 'x '}'", "context"),
     ("--hf .", "config.json"))
 def test_sample_refuses_bad_input(trained, tmp_path, monkeypatch, line, word):

@@ -1,4 +1,5 @@
-"""A baseline for train.py: GPT-2 124M by nanoGPT's recipe, on the same text, tokenizer, row length and time.
+"""A baseline: GPT-2 124M by nanoGPT's recipe, for train.py on the same text, tokenizer, row length and time, and for
+the decoding that `bench.py --what generate` times, with random weights.
 
     python .ci/gpt2_baseline.py --data FOLDER --minutes 5        # on a GPU, beside train.py --preset small
     python .ci/gpt2_baseline.py --steps 3 --tiny --device cpu    # the same code in seconds: does it run?
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sample import PATTERN, Tokenizer, learn_bpe, pick_device
@@ -41,13 +43,19 @@ class Layer(nn.Module):
         self.up = nn.Linear(C, 4 * C, bias=False)
         self.down = nn.Linear(4 * C, C, bias=False)
 
-    def forward(self, x):
-        x = x + self.attention(self.attn_norm(x))
+    def forward(self, x, cache=None, slots=None, mask=None):
+        x = x + self.attention(self.attn_norm(x), cache, slots, mask)
         return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
 
-    def attention(self, x):
+    def attention(self, x, cache, slots, mask):
         q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)                                    # (B, H, T, D)
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)                                # (B, H, T, D)
+        else:
+            held_k, held_v = cache
+            held_k[:, :, slots] = k
+            held_v[:, :, slots] = v
+            y = F.scaled_dot_product_attention(q, held_k, held_v, attn_mask=mask)
         return self.out(y.transpose(1, 2).flatten(2))
 
 class GPT2(nn.Module):
@@ -68,6 +76,109 @@ class GPT2(nn.Module):
             x = layer(x)
         logits = self.norm(x) @ self.wte.weight.T
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def make_cache(self, B, n_slots):
+        """Static buffers: a pair of keys and values (B, H, n_slots, D) for each layer."""
+        H = self.layers[0].n_head
+        size = (B, H, n_slots, self.wte.embedding_dim // H)
+        weight = self.wte.weight
+        return [(weight.new_zeros(size), weight.new_zeros(size)) for _ in self.layers]
+
+    @torch.no_grad()
+    def next_logits(self, idx, cache=None, slots=None):
+        """Logits (B, V) of the token after the last.
+
+        idx    (B, T) tokens: all of the text, or with a cache those that it lacks
+        cache  of make_cache, to which their keys and values are written
+        slots  (T,) their positions; with a cache alone
+        """
+        if cache is None:
+            caches = [None] * len(self.layers)
+            mask = None
+            slots = torch.arange(idx.size(1), device=idx.device)
+        else:
+            caches = cache
+            n_slots = cache[0][0].size(2)
+            mask = torch.arange(n_slots, device=idx.device) <= slots[:, None]                          # (T, n_slots)
+        x = self.wte(idx) + self.wpe(slots)
+        for layer, held in zip(self.layers, caches):
+            x = layer(x, held, slots, mask)
+        return self.norm(x[:, -1]) @ self.wte.weight.T
+
+# ---- generation ----------------------------------------------------------------------------------
+# Both ways yield a token (B,) at a time. Without a cache, as nanoGPT's own `generate`, each token takes a forward of the
+# whole text. With one, a step is a forward of one token; on a GPU it is compiled and captured, drawing included, in a
+# CUDA graph, so that no step waits for the host.
+
+def draw(logits, temperature, top_k):
+    """(B, V) -> token (B,): the largest, or one of the top_k largest by their probabilities."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+    p = (logits / temperature).masked_fill(logits < least, -math.inf).softmax(-1, dtype=torch.float32)
+    # the least of exponential times is that of each rate's share: a draw without waiting for the GPU
+    return (p / torch.empty_like(p).exponential_()).argmax(-1)
+
+@torch.no_grad()
+def generate_uncached(model, idx, n_new, temperature, top_k):
+    """Continue each row of idx (B, T) by n_new tokens; a text longer than the context loses its beginning."""
+    for _ in range(n_new):
+        context = idx[:, -model.wpe.num_embeddings:]
+        token = draw(model.next_logits(context), temperature, top_k)
+        idx = torch.cat([idx, token[:, None]], 1)
+        yield token
+
+class Decoder:
+    """Generation with a static cache of n_slots for B rows; it may be used again and again."""
+
+    def __init__(self, model, B, n_slots, temperature, top_k):
+        device = model.wte.weight.device
+        self.model = model
+        self.sampling = temperature, top_k
+        self.cache = model.make_cache(B, n_slots)
+        self.token = torch.zeros(B, dtype=torch.int64, device=device)  # the last one of each row
+        self.slot = torch.zeros(1, dtype=torch.int64, device=device)   # and where its keys go
+        self.next_logits = model.next_logits
+        self.replay = self.step
+        if device.type == "cuda":
+            self.replay = self.capture()
+
+    @torch.no_grad()
+    def step(self):
+        """Read the last token, and draw the next one into its place."""
+        logits = self.next_logits(self.token[:, None], self.cache, self.slot)
+        self.token.copy_(draw(logits, *self.sampling))
+        self.slot += 1
+
+    def capture(self):
+        """-> a function that replays a step, compiled and in a CUDA graph."""
+        self.next_logits = torch.compile(self.model.next_logits, fullgraph=True, dynamic=False)
+        # of one query: Inductor's own code of the products is faster than a kernel for many (as in gpt-fast)
+        with sdpa_kernel(SDPBackend.MATH):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    self.step()
+            torch.cuda.current_stream().wait_stream(side)
+            self.slot.zero_()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.step()
+        return graph.replay
+
+    @torch.no_grad()
+    def generate(self, idx, n_new):
+        """Continue each row of idx (B, T) by n_new tokens."""
+        T = idx.size(1)
+        slots = torch.arange(T, device=idx.device)
+        logits = self.model.next_logits(idx, self.cache, slots)
+        self.token.copy_(draw(logits, *self.sampling))
+        self.slot.fill_(T)
+        yield self.token.clone()
+        for _ in range(n_new - 1):
+            self.replay()
+            yield self.token.clone()
 
 # ---- training and evaluation ---------------------------------------------------------------------
 

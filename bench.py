@@ -5,6 +5,7 @@
     python bench.py --what train --ctx 1M                    # forward and backward of attention, and whole steps
     python bench.py --what tree                              # a training step of rl.py, prefixes merged and not
     python bench.py --what queue --figure queue.svg          # rl.py's strict FIFO, window and greedy
+    python bench.py --what generate --out DIR                # tokens/s of a whole model, GPT-2's, and with drafts
 
 The sides take turns (A B A B) on the same tensors. Dense prefill is cuDNN SDPA, dense decode our split-KV kernel; on a
 CPU both are SDPA with a group's G heads as rows, which reads K and V once (enable_gqa: G times, 5 to 11 times slower).
@@ -19,6 +20,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: no 
     at_ctrl_c = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import gc
+import importlib.util
 import math
 import random
 import shutil
@@ -26,9 +28,10 @@ import statistics
 import subprocess
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
+from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -36,9 +39,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import msa
 import rl
 import train
-from model import MiniMax, MiniMaxConfig
-from sample import (Parser, Threads, check_figure, command, figure_format, implementations, load_checkpoint,
-                    pick_device, tokens)
+from model import Context, KVCache, MiniMax, MiniMaxConfig, rope_tables
+from sample import (Parser, Threads, check_figure, command, figure_format, free_memory, generate, implementations,
+                    in_index_warmup, load_checkpoint, load_model, pick_device, tokens)
 
 SHAPES = {"m2": (48, 8), "m3": (64, 4)}                    # query heads, KV heads = index heads
 D = 128                                # channels of a head
@@ -282,12 +285,13 @@ def sparse_decode(q, k, v, qi, ki, length, int8=None):
 # softmax by its definition, in fp32 or fp64. An error ends the script: no time is printed of a wrong result.
 # Checks take place between the timed runs, never within one.
 
-def near(name, got, want):
-    """ArithmeticError where the relative RMS error exceeds what got's dtype is allowed."""
+def near(name, got, want, layers=1):
+    """ArithmeticError where the relative RMS error exceeds what got's dtype is allowed, `layers` times."""
     want = want.double()
     error = ((got.double() - want).norm() / want.norm()).item()
-    if not error <= TOLERANCE[got.dtype]:  # also where it is nan
-        raise ArithmeticError(f"{name}: relative RMS error {error:.1e}, allowed {TOLERANCE[got.dtype]:.0e}")
+    allowed = layers * TOLERANCE[got.dtype]
+    if not error <= allowed:           # also where it is nan
+        raise ArithmeticError(f"{name}: relative RMS error {error:.1e}, allowed {allowed:.0e}")
 
 def check_finite(name, x):
     """ArithmeticError where x holds nan or inf."""
@@ -1123,6 +1127,426 @@ def run_queue(args, machine):
         rl.draw(curves, args.figure, "calculator")
     return dict(device=machine.name, rows=rows, trained=trained)
 
+# ---- generate: tokens a second of a whole model --------------------------------------------------
+# Four tables of one model: a checkpoint's (--out), or a preset with random weights. First plain decoding, of one
+# sequence and of 32, in turn with a GPT-2 of nanoGPT's shape: its time has prefill apart ("first"), and in the rest
+# every step, drawing included. Then one decode step at a long context, MSA against full attention in every layer, same
+# weights and same random cache. Then speculative decoding by MTP's drafts against plain decoding, both greedy, on
+# held-out text, and how often drafts hold. Outside of all times: loading, compiling, capturing, and the tokenizer.
+
+DECODED = {"cpu": 128, "cuda": 512}    # tokens of a prompt, and as many new ones; less where the context is short
+LONG_CONTEXT = {"cpu": 2 ** 16, "cuda": 2 ** 19}           # tokens before the one step that reads them, without --ctx
+SEQUENCES = (1, 32)                    # decoded at once
+DRAFTED_TEXTS = {"cpu": 4, "cuda": 8}  # prompts that are continued with drafts and without
+WINDOWS_READ = 32                      # of held-out text, on which drafts are compared with the trunk's choice
+MOST_DRAFTS = 3                        # K = 1, 2, 3
+DRAWN = dict(temperature=0.8, top_p=1.0, top_k=40)         # plain decoding and GPT-2; nanoGPT has no top-p
+GREEDY = dict(temperature=0, top_p=1.0, top_k=None)
+# A greedy token's logit may be so far below the largest one, as a share of that: a forward without a cache sums in
+# another order, and where two tokens are nearly equal that decides. In bf16 it may also choose another expert
+TIE = {torch.bfloat16: 0.1, torch.float32: 1e-3}
+
+@dataclass
+class Subject:
+    """The model that is decoded, and texts for it to continue."""
+    name: str                          # the preset, or the folder
+    model: MiniMax
+    index_warmup: bool = False         # its index branch was still learning: full attention
+    windows: list = field(default_factory=list)  # held-out texts, as ids of `length` tokens; [] without a checkpoint
+    length: int = 0                    # tokens of a prompt, and new ones of each row
+
+    def prompts(self, n):
+        """-> n prompts, held-out ones evenly spaced, or random ones where there are none."""
+        if self.windows:
+            every = len(self.windows) / n
+            return [self.windows[int(every * i)] for i in range(n)]
+        draw = torch.Generator().manual_seed(SEED)
+        return torch.randint(self.model.cfg.vocab_size, (n, self.length), generator=draw).tolist()
+
+    def generate(self, prompts, **given):
+        """As sample.generate, `length` new tokens of each prompt -> yields token (B,) alone."""
+        steps = generate(self.model, prompts, self.length, index_warmup=self.index_warmup, **given)
+        return (token for token, _ in steps)
+
+def make_subject(args, machine):
+    """The checkpoint of --out, or a preset with random weights."""
+    torch.manual_seed(SEED)
+    if args.out is None:
+        preset = "small" if machine.gpu else "tiny"
+        model = MiniMax(getattr(MiniMaxConfig, preset)()).to(machine.device).to(machine.dtype).eval()
+        subject = Subject(preset, model)
+    else:
+        state = load_checkpoint(args.out, machine.device)
+        model, tokenizer = load_model(state, machine.device, machine.dtype)
+        subject = Subject(args.out, model, in_index_warmup(state))
+    subject.length = min(DECODED[machine.device.type], model.cfg.max_seq_len // 2)
+    if args.out is not None:
+        subject.windows = held_out(state["args"], tokenizer, subject.length)
+    return subject
+
+def held_out(given, tokenizer, length):
+    """Windows of `length` tokens of the documents that a run, whose arguments are given, was validated on. [] and a
+    line where that text is not there: it has moved, or rl.py made the checkpoint."""
+    try:
+        _, docs, _ = train.load_data(given["data"], given["val_data"], train.VAL_BYTES)
+    except (KeyError, ValueError) as error:
+        print(f"text    | none held out, random tokens instead: {type(error).__name__}: {error}")
+        return []
+    windows = []
+    for ids in tokenizer.encode_batch([text for _, text in docs]):
+        ids = [tokenizer.eot, *ids]
+        windows += [ids[start:start + length] for start in range(0, len(ids) - length + 1, length)]
+    return windows
+
+def load_baseline():
+    """-> .ci/gpt2_baseline.py, as a module."""
+    path = Path(__file__).resolve().parent / ".ci" / "gpt2_baseline.py"
+    spec = importlib.util.spec_from_file_location("gpt2_baseline", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+def make_gpt2(machine, baseline, subject):
+    """A GPT-2 with random weights: 124M on a GPU; on a CPU as many layers and about as many parameters as the model."""
+    cfg = subject.model.cfg
+    context = 2 * subject.length
+    sizes = {}
+    if not machine.gpu:
+        # 12 n C^2 + (V + T) C parameters, solved for C
+        total, _ = subject.model.num_params()
+        per_square = 12 * cfg.n_layer
+        per_channel = cfg.vocab_size + context
+        C = (math.sqrt(per_channel ** 2 + 4 * per_square * total) - per_channel) / (2 * per_square)
+        sizes = dict(C=8 * max(1, round(C / 8)), H=4, n_layer=cfg.n_layer)
+    gpt2 = baseline.GPT2(cfg.vocab_size, context, **sizes)
+    return gpt2.to(machine.device).to(machine.dtype).eval()
+
+@dataclass
+class Generated:
+    """What a run of generation gave, and its seconds."""
+    tokens: torch.Tensor               # (B, n)
+    first_s: float                     # to the first token of each row
+    rest_s: float                      # for the n - 1 others
+
+def clock(steps, machine):
+    """Take all tokens (B,) that a generator yields -> Generated."""
+    def now():
+        if machine.gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    started = now()
+    tokens = [next(steps)]
+    first = now()
+    tokens += steps
+    return Generated(torch.stack(tokens, 1), first - started, now() - first)
+
+def step_bytes(model, B, T, size):
+    """Bytes that one decode step of B rows must read: every matrix that computes a token, the experts that B tokens
+    touch if they choose independently, the head, and each row's keys at T tokens. size: of an element."""
+    cfg = model.cfg
+    _, active = model.num_params()
+    numbers = active + cfg.vocab_size * cfg.n_embd
+    n_moe = cfg.mlp_types.count("moe")
+    if n_moe:
+        expert = 3 * cfg.n_embd * cfg.expert_dim
+        missed = (1 - cfg.n_expert_per_tok / cfg.n_expert) ** B
+        touched = cfg.n_expert * (1 - missed)
+        numbers += n_moe * expert * (touched - cfg.n_expert_per_tok)
+
+    a_token = 2 * cfg.n_kv_head * cfg.head_dim
+    read = count_chosen(T, 1, cfg.index_topk_blocks, cfg.index_block_size)
+    keys = cfg.attn_types.count("full") * T * a_token
+    keys += cfg.attn_types.count("msa") * (T * cfg.index_head_dim + read * a_token)
+    return size * (numbers + B * keys)
+
+def check_greedy(name, subject, prompts, tokens):
+    """ArithmeticError unless each of the tokens (B, n) is the model's own choice, by a forward without a cache."""
+    model = subject.model
+    for prompt, row in zip(prompts, tokens):
+        text = torch.cat([torch.tensor(prompt, device=row.device), row])[None]
+        logits = model(text[:, :-1], n_logits=len(row), index_warmup=subject.index_warmup)[0][0].float()   # (n, V)
+        best = logits.amax(-1)
+        behind = best - logits.gather(-1, row[:, None])[:, 0]
+        allowed = TIE[model.dtype] * logits.abs().amax(-1)
+        if not (behind <= allowed).all():
+            at = int((behind / allowed).nan_to_num(math.inf).argmax())
+            raise ArithmeticError(f"{name}: new token {at} is {row[at].item()}, whose logit is {behind[at]:.3g} below "
+                                  f"the largest, allowed {allowed[at]:.1g}")
+
+def check_baseline(baseline, gpt2, idx):
+    """ArithmeticError unless the baseline's logits with a cache, filled in two parts, are those without one."""
+    T = idx.size(1)
+    half = T // 2
+    cache = gpt2.make_cache(len(idx), T)
+    slots = torch.arange(T, device=idx.device)
+    gpt2.next_logits(idx[:, :half], cache, slots[:half])
+    cached = gpt2.next_logits(idx[:, half:], cache, slots[half:])
+    near("gate: GPT-2's logits with a cache against those without", cached, gpt2.next_logits(idx), 5)
+
+# ---- generate: plain decoding, and GPT-2 ---------------------------------------------------------
+
+def decoding_rows(machine, subject, baseline, gpt2, B, reps=3):
+    """Plain decoding of B sequences, the model and GPT-2 in turn -> a row for each side."""
+    length = subject.length
+    prompts = subject.prompts(B)
+    idx = torch.tensor(prompts, device=machine.device)
+    drawn = DRAWN["temperature"], DRAWN["top_k"]
+    decoder = baseline.Decoder(gpt2, B, 2 * length, *drawn)
+    sides = {"model": partial(subject.generate, prompts, **DRAWN),
+             "gpt2": partial(decoder.generate, idx, length)}
+    if B == 1 and not machine.gpu:
+        sides["gpt2 without a cache"] = partial(baseline.generate_uncached, gpt2, idx, length, *drawn)
+
+    # in turn, after a run of each that compiles and allocates
+    runs = {name: [] for name in sides}
+    for rep in range(1 + reps):
+        for name, side in sides.items():
+            found = clock(side(), machine)
+            if rep > 0:
+                runs[name].append(found)
+
+    # bytes: at the middle of the new tokens; GPT-2's static cache is read whole
+    n_gpt2 = sum(p.numel() for name, p in gpt2.named_parameters() if not name.startswith("wpe"))
+    C = gpt2.wte.embedding_dim
+    needed = {"model": step_bytes(subject.model, B, length + length // 2, machine.size),
+              "gpt2": machine.size * (n_gpt2 + B * len(gpt2.layers) * 2 * length * 2 * C)}
+    rows = []
+    for name, found in runs.items():
+        step_s = statistics.median(run.rest_s for run in found) / (length - 1)
+        row = dict(what="generate", table="decode", shape=subject.name, side=name, batch=B, ctx=2 * length,
+                   prompt=length, new=length, first_s=statistics.median(run.first_s for run in found),
+                   step_ms=1e3 * step_s, tokens_per_s=B / step_s, step_bytes=needed.get(name))
+        row["util"] = row["step_bytes"] / step_s / machine.rates["copy"] if name in needed else None
+        rows.append(row)
+        row["model_over"] = rows[0]["tokens_per_s"] / row["tokens_per_s"]
+        print_decoding(row)
+    return rows
+
+def print_decoding(row):
+    util = "none" if row["util"] is None else f"{row['util']:.0%}"
+    ratio = f"{row['model_over']:7.2f}x" if row["side"] != "model" else ""
+    print(f"{row['side']:20} {row['batch']:>4} x {row['prompt']:>4} + {row['new']:<4} | {row['first_s']:8.3f} | "
+          f"{row['tokens_per_s']:10,.0f} | {plain(row['step_ms']):>8} | {util:>5} | {ratio}", flush=True)
+
+# ---- generate: a step at a long context ----------------------------------------------------------
+
+def decode_step(model, cache, length, idx):
+    """One token (1, 1) after `length` others -> logits, None. The cache's length is set first: every call is the same
+    step, also in a CUDA graph."""
+    cache.length.fill_(length)
+    cache.used = length
+    return model(idx, cache=cache, n_logits=1)[0], None
+
+def long_cache(machine, cfg, T):
+    """A cache of one row whose T - 1 tokens have random keys, values and index keys of variance 1."""
+    cache = KVCache(cfg, 1, T, machine.device, machine.dtype)
+    for lane in (cache.k, cache.v, cache.ki):
+        if machine.gpu:
+            lane.normal_()
+        else:
+            lane.uniform_(-3 ** 0.5, 3 ** 0.5)
+    return cache
+
+def context_sides(machine, cfg):
+    """-> the model with its own layers, and one with full attention in every layer, of the same random weights."""
+    torch.manual_seed(SEED)
+    sparse = MiniMax(cfg).to(machine.device).to(machine.dtype).eval()
+    dense = MiniMax(replace(cfg, attn_types=["full"] * cfg.n_layer)).to(machine.device).to(machine.dtype).eval()
+    dense.load_state_dict(sparse.state_dict(), strict=False)  # it has no index branch
+    return {"dense": dense, "msa": sparse}
+
+def context_that_fits(machine, cfg, T):
+    """T, halved until a cache of that many tokens and both models fit the memory, and a line where it was."""
+    a_token = cfg.n_layer * (2 * cfg.n_kv_head * cfg.head_dim + cfg.index_head_dim)
+    total, _ = MiniMax(cfg).num_params() if not machine.gpu else (0, 0)
+    room = 0.7 * free_memory(machine.device)
+    asked = T
+    while machine.size * (T * a_token + 3 * total) > room and T > 1:
+        T //= 2
+    if T < asked:
+        print(f"memory  | {asked:,} tokens do not fit: {T:,} instead")
+    return T
+
+def context_row(machine, subject, T):
+    """A decode step of the whole model after T - 1 tokens: MSA in its sparse layers, and full attention in all."""
+    cfg = replace(subject.model.cfg, n_mtp=0)
+    T = context_that_fits(machine, cfg, T)
+    models = context_sides(machine, cfg)
+    idx = torch.zeros(1, 1, dtype=torch.int64, device=machine.device)
+
+    # where S blocks are all there are, both sides are the same function; bf16 rounds in each of the layers
+    short = min(T, cfg.index_topk_blocks * cfg.index_block_size)
+    cache = long_cache(machine, cfg, short)
+    want, _ = decode_step(models["dense"], cache, short - 1, idx)
+    got, _ = decode_step(models["msa"], cache, short - 1, idx)
+    near(f"gate: a step with MSA against full attention, at {short} tokens <= S * L", got, want, 5)
+
+    # one cache for both
+    cache = long_cache(machine, cfg, T)
+    steps = {}
+    for side, model in models.items():
+        steps[side] = repeat(partial(decode_step, model, cache, T - 1), [(idx,)], 1)
+
+    def check(name, outs):
+        check_finite(f"a step at {T} tokens, {name}", outs[0][0])
+    times = alternate(steps, machine.gpu, check, reps=20, seconds=2.0)
+
+    row = dict(what="generate", table="context", shape=subject.name, ctx=T, batch=1)
+    for side, model in models.items():
+        row[f"{side}_ms"] = statistics.median(times[side])
+        row[f"{side}_bytes"] = step_bytes(model, 1, T, machine.size)
+        row[f"{side}_util"] = 1e3 * row[f"{side}_bytes"] / row[f"{side}_ms"] / machine.rates["copy"]
+    row["speedup"] = row["dense_ms"] / row["msa_ms"]
+    row["bytes_allow"] = row["dense_bytes"] / row["msa_bytes"]
+    print(f"{T:>12,} | {plain(row['dense_ms']):>11} {row['dense_bytes'] / 1e6:8,.0f} {row['dense_util']:4.0%} | "
+          f"{plain(row['msa_ms']):>11} {row['msa_bytes'] / 1e6:8,.0f} {row['msa_util']:4.0%} | "
+          f"{row['speedup']:7.2f}x | {row['bytes_allow']:10.2f}x", flush=True)
+    return row
+
+# ---- generate: drafts ----------------------------------------------------------------------------
+# A verification's drafts hold up to the first that differs from the trunk's own choice. Two measures of how often:
+# "accepted" counts, in the runs that are timed, the verifications in which drafts 1 to d all held. "agreed" needs no
+# decoding: in one forward over held-out text, module d's choice against the trunk's choice of the same token. Its
+# control, "shifted", compares with the trunk's choice one place on: where that agrees too, the text says nothing.
+
+def draft_agreement(model, rows, shift=0, index_warmup=False):
+    """Share of places of held-out text where the modules' choices 1 to d all are the trunk's -> a list by depth d.
+
+    rows   (B, T) tokens
+    shift  compare with the trunk's choice for so many places further on: a control
+    """
+    cfg = model.cfg
+    B, T = rows.shape
+    pos = torch.arange(T, device=rows.device).expand(B, T)
+    logits, _, aux = model(rows, n_logits=T, index_warmup=index_warmup)
+    trunk = logits.argmax(-1)                                                                              # (B, T)
+    ctx = Context(rope_tables(pos, cfg.rotary_dim, cfg.rope_theta), index_warmup=index_warmup)
+    embedded = model.embed(rows).to(model.dtype)
+    weights = [torch.ones(B, T - k, device=rows.device) for k in range(cfg.n_mtp + 1)]
+    n = T - cfg.n_mtp - shift                                          # places that every depth has
+    held = torch.ones(B, n, dtype=torch.bool, device=rows.device)
+    shares = []
+    for depth, hidden, _ in model.mtp_walk(aux["hidden"], embedded, ctx, weights):
+        drafted = model.lm_head(hidden).argmax(-1)[:, :n]              # of the token depth + 1 places on
+        held = held & (drafted == trunk[:, depth + shift:depth + shift + n])
+        shares.append(held.float().mean().item())
+    return shares
+
+def accepted_shares(held, K):
+    """Drafts that held in each verification -> by depth d the share of verifications in which drafts 1 to d all held."""
+    return [statistics.fmean(n >= depth for n in held) for depth in range(1, K + 1)]
+
+def draft_rows(machine, subject):
+    """Speculative decoding of one sequence at a time, K = 1, 2, 3, in turn with plain decoding -> a row for each K."""
+    prompts = subject.prompts(DRAFTED_TEXTS[machine.device.type])
+    held = {K: [] for K in range(1, MOST_DRAFTS + 1)}                  # drafts that held, of each verification
+    sides = {0: partial(subject.generate, **GREEDY)}
+    for K in held:
+        sides[K] = partial(subject.generate, **GREEDY, speculate=K, accepted=held[K])
+
+    # the first prompt once more: the first run compiles
+    for side in sides.values():
+        clock(side(prompts[:1]), machine)
+    for counts in held.values():
+        counts.clear()
+    seconds = dict.fromkeys(sides, 0.0)
+    same = dict.fromkeys(sides, 0)
+    for prompt in prompts:
+        for K, side in sides.items():
+            found = clock(side([prompt]), machine)
+            if K == 0:
+                plain_tokens = found.tokens
+            check_greedy(f"K = {K}", subject, [prompt], found.tokens)
+            seconds[K] += found.rest_s
+            same[K] += torch.equal(found.tokens, plain_tokens)
+
+    # a row for each K; a ratio only where all outputs are the same
+    n_tokens = len(prompts) * (subject.length - 1)
+    rows = []
+    for K, counts in held.items():
+        row = dict(what="generate", table="drafts", shape=subject.name, ctx=2 * subject.length, batch=1, K=K,
+                   prompt=subject.length, new=subject.length, texts=len(prompts), same=same[K],
+                   accepted=accepted_shares(counts, K), tokens_a_verification=1 + statistics.fmean(counts),
+                   plain_tokens_per_s=n_tokens / seconds[0], tokens_per_s=n_tokens / seconds[K], speedup=None)
+        if same[K] == len(prompts):
+            row["speedup"] = seconds[0] / seconds[K]
+        rows.append(row)
+        print_drafts(row)
+    return rows
+
+def print_drafts(row):
+    shares = " / ".join(f"{share:.2f}" for share in row["accepted"])
+    speedup = f"{row['speedup']:7.2f}x" if row["speedup"] else "no ratio: outputs differ at a near tie"
+    print(f"K = {row['K']} | {shares:18} | {row['tokens_a_verification']:10.2f} | {row['plain_tokens_per_s']:8,.0f} | "
+          f"{row['tokens_per_s']:8,.0f} | {row['same']:>3} of {row['texts']:<3} | {speedup}", flush=True)
+
+def agreement_row(machine, subject):
+    """How often drafts agree with the trunk on held-out text, and its control."""
+    rows = torch.tensor(subject.prompts(min(WINDOWS_READ, len(subject.windows))), device=machine.device)
+    agree = partial(draft_agreement, subject.model, rows, index_warmup=subject.index_warmup)
+    row = dict(what="generate", table="agreement", shape=subject.name, ctx=rows.size(1), batch=len(rows),
+               agreed=agree(), shifted=agree(shift=1))
+    for name in ("agreed", "shifted"):
+        print(f"{name:7} | {' / '.join(f'{share:.3f}' for share in row[name])}, by depth, over {rows.numel():,} "
+              "held-out tokens", flush=True)
+    return row
+
+def say_drafts(rows, trained):
+    """The line that says whether drafts pay on this device."""
+    fair = [row for row in rows if row["speedup"]]
+    if not trained:
+        return "random weights or tokens: how often drafts hold, and so their speed, says nothing of a trained model"
+    if not fair:
+        return "whether drafts pay on this device is not known: outputs differ at near ties, for every K"
+    best = max(fair, key=lambda row: row["speedup"])
+    speeds = f"{best['tokens_per_s']:,.0f} tokens/s with K = {best['K']}, {best['plain_tokens_per_s']:,.0f} without"
+    pay = "drafts pay" if best["speedup"] > 1 else "drafts do not pay"
+    return f"{pay} on this device: {speeds}, {best['speedup']:.2f}x"
+
+@torch.no_grad()
+def run_generate(args, machine):
+    """--what generate: plain decoding and GPT-2's, a step at a long context, and drafts."""
+    subject = make_subject(args, machine)
+    model = subject.model
+    baseline = load_baseline()
+    gpt2 = make_gpt2(machine, baseline, subject)
+    total, active = model.num_params()
+    weights = "random weights" if args.out is None else "a checkpoint"
+    n_gpt2 = sum(p.numel() for p in gpt2.parameters())
+    print(f"model   | {subject.name}, {weights}: {total:,} parameters, {active:,} active; attention "
+          f"{' '.join(model.cfg.attn_types)}; {model.cfg.n_mtp} MTP modules\n"
+          f"kernels | {implementations(model, machine.device)}\n"
+          f"gpt2    | {n_gpt2:,} parameters, random, static cache"
+          f"{', a compiled step in a CUDA graph' if machine.gpu else ''}")
+    now = measure_rates(machine)
+    print(f"rates   | measured: copy {now['copy']:.3e} bytes/s, matmul {now['matmul']:.3e} FLOP/s")
+
+    # nothing is timed that is wrong
+    prompts = subject.prompts(2)
+    tokens = clock(subject.generate(prompts, **GREEDY), machine).tokens
+    check_greedy("gate", subject, prompts, tokens)
+    check_baseline(baseline, gpt2, torch.tensor(prompts, device=machine.device))
+    print("gate    | passed: greedy tokens against a forward without a cache; GPT-2's cache against none")
+
+    print("\nside                 rows x prompt + new |  first s |   tokens/s | ms a step |  util | model over it")
+    rows = []
+    for B in SEQUENCES:
+        rows += decoding_rows(machine, subject, baseline, gpt2, B)
+
+    if "msa" in model.cfg.attn_types:
+        print("\na step after | full attention ms       MB util |      MSA ms       MB util | speed-up | bytes allow")
+        rows += row_that_fits(f"a step after {args.ctx:,} tokens", context_row, machine, subject, args.ctx)
+
+    if model.cfg.n_mtp:
+        print("\ndrafts | accepted, by depth | tokens a verification | plain tokens/s | tokens/s | same outputs | ratio")
+        drafts = draft_rows(machine, subject)
+        rows += drafts
+        if subject.windows:
+            rows.append(agreement_row(machine, subject))
+        print(f"found   | {say_drafts(drafts, bool(subject.windows))}")
+    return dict(device=machine.name, rows=rows, rates=machine.rates)
+
 # ---- what the rows say ---------------------------------------------------------------------------
 # Everything here is computed from the rows alone, nothing is measured: ratios at the longest length, also of M2's dense
 # side over M3's MSA as MiniMax published it; the length from which on MSA wins; a sentence for each kind of rows; the
@@ -1270,19 +1694,29 @@ def draw(path, rows, title):
 
 def parse_args(argv):
     p = Parser(__doc__)
-    p.add_argument("--ctx", type=tokens, default=1_000_000,
-                   help="longest context, in tokens: 65536, 1e6, 64k (k = 1,024) or 1M (M = 1,048,576)")
-    p.add_argument("--what", choices=("prefill", "decode", "train", "tree", "queue", "all"), default="all",
-                   help="what to time; tree: rl.py's training step; queue: its schedules; all: prefill and decode")
+    p.add_argument("--ctx", type=tokens,
+                   help="longest context, in tokens: 65536, 1e6, 64k (k = 1,024) or 1M (M = 1,048,576); default: "
+                   "1,000,000; of --what generate 512k, on a CPU 64k")
+    p.add_argument("--what", choices=("prefill", "decode", "train", "tree", "queue", "generate", "all"), default="all",
+                   help="what to time; tree: rl.py's training step; queue: its schedules; generate: a whole model's "
+                   "tokens/s; all: prefill and decode")
+    p.add_argument("--out", metavar="DIR", help="--what generate: folder of a checkpoint; default: a preset with "
+                   "random weights, tiny or on a GPU small")
     p.add_argument("--shape", choices=SHAPES, help="default: both")
     p.add_argument("--figure", metavar="FILE", help="draw time against length, or queue's curves; needs matplotlib")
     args = p.parse_args(argv)
     args.shapes = [args.shape] if args.shape else list(SHAPES)
     args.whats = ("prefill", "decode") if args.what == "all" else (args.what,)
-    if not 1 <= args.ctx <= 2 ** 25:
+    if args.ctx is None and args.what != "generate":
+        args.ctx = 1_000_000
+    if args.ctx is not None and not 1 <= args.ctx <= 2 ** 25:
         raise ValueError(f"--ctx {args.ctx}: it must be 1 to {2 ** 25:,}")
     if args.what == "tree" and (args.shape or args.figure):
         raise ValueError("--what tree trains rl.py's own model and has no chart: leave out --shape and --figure")
+    if args.what == "generate" and (args.shape or args.figure):
+        raise ValueError("--what generate decodes a whole model and has no chart: leave out --shape and --figure")
+    if args.out and args.what != "generate":
+        raise ValueError(f"--out {args.out}: --what generate alone reads a checkpoint")
     if args.what == "queue" and args.shape:
         raise ValueError("--what queue trains rl.py's own model: leave out --shape")
     if args.figure:
@@ -1377,6 +1811,8 @@ def run_attention(args, machine):
 
 def run(args):
     machine, why = set_device(args)
+    if args.ctx is None:
+        args.ctx = LONG_CONTEXT[machine.device.type]
     if args.what == "tree":
         tree_turns(machine.gpu, args.ctx)  # what is wrong with --ctx shows now, not below the card
     card(args, machine, why)
@@ -1386,6 +1822,8 @@ def run(args):
         return run_queue(args, machine)
     if args.what == "train":
         return run_train(args, machine)
+    if args.what == "generate":
+        return run_generate(args, machine)
     return run_attention(args, machine)
 
 def main(argv=None):

@@ -30,7 +30,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 
 import torch
@@ -1134,11 +1134,13 @@ def run_queue(args, machine):
 # weights and same random cache. Then speculative decoding by MTP's drafts against plain decoding, both greedy, on
 # held-out text, and how often drafts hold. Outside of all times: loading, compiling, capturing, and the tokenizer.
 
-DECODED = {"cpu": 128, "cuda": 512}    # tokens of a prompt, and as many new ones; less where the context is short
+# tokens of a prompt, and as many new ones; less where the context is short
+DECODED = {"cpu": 256, "cuda": 512}    # by plain decoding
+DRAFTED = {"cpu": 128, "cuda": 512}    # with drafts; a CPU's model has been trained on rows of 256
 LONG_CONTEXT = {"cpu": 2 ** 16, "cuda": 2 ** 19}           # tokens before the one step that reads them, without --ctx
 SEQUENCES = (1, 32)                    # decoded at once
 DRAFTED_TEXTS = {"cpu": 4, "cuda": 8}  # prompts that are continued with drafts and without
-WINDOWS_READ = 32                      # of held-out text, on which drafts are compared with the trunk's choice
+COMPARED_TEXTS = 32                    # windows of held-out text in which drafts are compared with the trunk's choice
 MOST_DRAFTS = 3                        # K = 1, 2, 3
 DRAWN = dict(temperature=0.8, top_p=1.0, top_k=40)         # plain decoding and GPT-2; nanoGPT has no top-p
 GREEDY = dict(temperature=0, top_p=1.0, top_k=None)
@@ -1152,20 +1154,31 @@ class Subject:
     name: str                          # the preset, or the folder
     model: MiniMax
     index_warmup: bool = False         # its index branch was still learning: full attention
-    windows: list = field(default_factory=list)  # held-out texts, as ids of `length` tokens; [] without a checkpoint
-    length: int = 0                    # tokens of a prompt, and new ones of each row
+    docs: list = field(default_factory=list)  # ids of each held-out document; [] where there are none
 
-    def prompts(self, n):
-        """-> n prompts, held-out ones evenly spaced, or random ones where there are none."""
-        if self.windows:
-            every = len(self.windows) / n
-            return [self.windows[int(every * i)] for i in range(n)]
+    def length(self, most):
+        """Tokens of a prompt, and as many new ones: `most`, or half the model's context."""
+        return min(most, self.model.cfg.max_seq_len // 2)
+
+    def windows(self, n, length):
+        """-> n windows of `length` tokens of held-out documents, evenly spaced; as many as there are if that is less."""
+        found = []
+        for ids in self.docs:
+            found += [ids[start:start + length] for start in range(0, len(ids) - length + 1, length)]
+        n = min(n, len(found))
+        return [found[len(found) * i // n] for i in range(n)]
+
+    def prompts(self, n, length):
+        """-> n prompts of `length` tokens: held-out text, repeated if it is short, or random where there is none."""
+        found = self.windows(n, length)
+        if found:
+            return [found[i % len(found)] for i in range(n)]
         draw = torch.Generator().manual_seed(SEED)
-        return torch.randint(self.model.cfg.vocab_size, (n, self.length), generator=draw).tolist()
+        return torch.randint(self.model.cfg.vocab_size, (n, length), generator=draw).tolist()
 
-    def generate(self, prompts, **given):
-        """As sample.generate, `length` new tokens of each prompt -> yields token (B,) alone."""
-        steps = generate(self.model, prompts, self.length, index_warmup=self.index_warmup, **given)
+    def generate(self, prompts, n_new, **given):
+        """As sample.generate, a prompt a row -> yields token (B,) alone."""
+        steps = generate(self.model, prompts, n_new, index_warmup=self.index_warmup, **given)
         return (token for token, _ in steps)
 
 def make_subject(args, machine):
@@ -1174,29 +1187,22 @@ def make_subject(args, machine):
     if args.out is None:
         preset = "small" if machine.gpu else "tiny"
         model = MiniMax(getattr(MiniMaxConfig, preset)()).to(machine.device).to(machine.dtype).eval()
-        subject = Subject(preset, model)
-    else:
-        state = load_checkpoint(args.out, machine.device)
-        model, tokenizer = load_model(state, machine.device, machine.dtype)
-        subject = Subject(args.out, model, in_index_warmup(state))
-    subject.length = min(DECODED[machine.device.type], model.cfg.max_seq_len // 2)
-    if args.out is not None:
-        subject.windows = held_out(state["args"], tokenizer, subject.length)
-    return subject
+        return Subject(preset, model)
+    state = load_checkpoint(args.out, machine.device)
+    model, tokenizer = load_model(state, machine.device, machine.dtype)
+    docs = held_out(state["args"], tokenizer)
+    return Subject(args.out, model, in_index_warmup(state), docs)
 
-def held_out(given, tokenizer, length):
-    """Windows of `length` tokens of the documents that a run, whose arguments are given, was validated on. [] and a
-    line where that text is not there: it has moved, or rl.py made the checkpoint."""
+def held_out(given, tokenizer):
+    """The documents that a run, whose arguments are given, was validated on -> ids of each. [] and a line where that
+    text is not there: it has moved, or rl.py made the checkpoint."""
     try:
         _, docs, _ = train.load_data(given["data"], given["val_data"], train.VAL_BYTES)
     except (KeyError, ValueError) as error:
         print(f"text    | none held out, random tokens instead: {type(error).__name__}: {error}")
         return []
-    windows = []
-    for ids in tokenizer.encode_batch([text for _, text in docs]):
-        ids = [tokenizer.eot, *ids]
-        windows += [ids[start:start + length] for start in range(0, len(ids) - length + 1, length)]
-    return windows
+    encoded = tokenizer.encode_batch([text for _, text in docs])
+    return [[tokenizer.eot, *ids] for ids in encoded]
 
 def load_baseline():
     """-> .ci/gpt2_baseline.py, as a module."""
@@ -1209,7 +1215,7 @@ def load_baseline():
 def make_gpt2(machine, baseline, subject):
     """A GPT-2 with random weights: 124M on a GPU; on a CPU as many layers and about as many parameters as the model."""
     cfg = subject.model.cfg
-    context = 2 * subject.length
+    context = 2 * subject.length(DECODED[machine.device.type])
     sizes = {}
     if not machine.gpu:
         # 12 n C^2 + (V + T) C parameters, solved for C
@@ -1274,7 +1280,7 @@ def check_greedy(name, subject, prompts, tokens):
             raise ArithmeticError(f"{name}: new token {at} is {row[at].item()}, whose logit is {behind[at]:.3g} below "
                                   f"the largest, allowed {allowed[at]:.1g}")
 
-def check_baseline(baseline, gpt2, idx):
+def check_baseline(gpt2, idx):
     """ArithmeticError unless the baseline's logits with a cache, filled in two parts, are those without one."""
     T = idx.size(1)
     half = T // 2
@@ -1286,25 +1292,27 @@ def check_baseline(baseline, gpt2, idx):
 
 # ---- generate: plain decoding, and GPT-2 ---------------------------------------------------------
 
-def decoding_rows(machine, subject, baseline, gpt2, B, reps=3):
-    """Plain decoding of B sequences, the model and GPT-2 in turn -> a row for each side."""
-    length = subject.length
-    prompts = subject.prompts(B)
+def decoding_rows(machine, subject, baseline, gpt2, B, reps=3, seconds=3.0):
+    """Plain decoding of B sequences, the model and GPT-2 in turn -> a row for each side, of up to `reps` runs or the
+    seconds."""
+    length = subject.length(DECODED[machine.device.type])
+    prompts = subject.prompts(B, length)
     idx = torch.tensor(prompts, device=machine.device)
     drawn = DRAWN["temperature"], DRAWN["top_k"]
     decoder = baseline.Decoder(gpt2, B, 2 * length, *drawn)
-    sides = {"model": partial(subject.generate, prompts, **DRAWN),
+    sides = {"model": partial(subject.generate, prompts, length, **DRAWN),
              "gpt2": partial(decoder.generate, idx, length)}
     if B == 1 and not machine.gpu:
         sides["gpt2 without a cache"] = partial(baseline.generate_uncached, gpt2, idx, length, *drawn)
 
-    # in turn, after a run of each that compiles and allocates
+    # in turn, after some tokens of each, which compile and allocate
+    for side in sides.values():
+        clock(islice(side(), 4), machine)
     runs = {name: [] for name in sides}
-    for rep in range(1 + reps):
+    for _ in range(reps):
         for name, side in sides.items():
-            found = clock(side(), machine)
-            if rep > 0:
-                runs[name].append(found)
+            if sum(run.rest_s for run in runs[name]) < seconds:
+                runs[name].append(clock(side(), machine))
 
     # bytes: at the middle of the new tokens; GPT-2's static cache is read whole
     n_gpt2 = sum(p.numel() for name, p in gpt2.named_parameters() if not name.startswith("wpe"))
@@ -1399,8 +1407,8 @@ def context_row(machine, subject, T):
         row[f"{side}_util"] = 1e3 * row[f"{side}_bytes"] / row[f"{side}_ms"] / machine.rates["copy"]
     row["speedup"] = row["dense_ms"] / row["msa_ms"]
     row["bytes_allow"] = row["dense_bytes"] / row["msa_bytes"]
-    print(f"{T:>12,} | {plain(row['dense_ms']):>11} {row['dense_bytes'] / 1e6:8,.0f} {row['dense_util']:4.0%} | "
-          f"{plain(row['msa_ms']):>11} {row['msa_bytes'] / 1e6:8,.0f} {row['msa_util']:4.0%} | "
+    print(f"{T:>12,} | {plain(row['dense_ms']):>17} {row['dense_bytes'] / 1e6:6,.0f} {row['dense_util']:4.0%} | "
+          f"{plain(row['msa_ms']):>12} {row['msa_bytes'] / 1e6:6,.0f} {row['msa_util']:4.0%} | "
           f"{row['speedup']:7.2f}x | {row['bytes_allow']:10.2f}x", flush=True)
     return row
 
@@ -1439,22 +1447,25 @@ def accepted_shares(held, K):
 
 def draft_rows(machine, subject):
     """Speculative decoding of one sequence at a time, K = 1, 2, 3, in turn with plain decoding -> a row for each K."""
-    prompts = subject.prompts(DRAFTED_TEXTS[machine.device.type])
+    length = subject.length(DRAFTED[machine.device.type])
+    prompts = subject.prompts(DRAFTED_TEXTS[machine.device.type], length)
     held = {K: [] for K in range(1, MOST_DRAFTS + 1)}                  # drafts that held, of each verification
-    sides = {0: partial(subject.generate, **GREEDY)}
+    sides = {0: GREEDY}
     for K in held:
-        sides[K] = partial(subject.generate, **GREEDY, speculate=K, accepted=held[K])
+        sides[K] = dict(GREEDY, speculate=K, accepted=held[K])
 
-    # the first prompt once more: the first run compiles
-    for side in sides.values():
-        clock(side(prompts[:1]), machine)
+    # some tokens of each, which compile
+    for given in sides.values():
+        clock(islice(subject.generate(prompts[:1], length, **given), 4), machine)
     for counts in held.values():
         counts.clear()
+
+    # prompt by prompt, all sides in turn
     seconds = dict.fromkeys(sides, 0.0)
     same = dict.fromkeys(sides, 0)
     for prompt in prompts:
-        for K, side in sides.items():
-            found = clock(side([prompt]), machine)
+        for K, given in sides.items():
+            found = clock(subject.generate([prompt], length, **given), machine)
             if K == 0:
                 plain_tokens = found.tokens
             check_greedy(f"K = {K}", subject, [prompt], found.tokens)
@@ -1462,11 +1473,11 @@ def draft_rows(machine, subject):
             same[K] += torch.equal(found.tokens, plain_tokens)
 
     # a row for each K; a ratio only where all outputs are the same
-    n_tokens = len(prompts) * (subject.length - 1)
+    n_tokens = len(prompts) * (length - 1)
     rows = []
     for K, counts in held.items():
-        row = dict(what="generate", table="drafts", shape=subject.name, ctx=2 * subject.length, batch=1, K=K,
-                   prompt=subject.length, new=subject.length, texts=len(prompts), same=same[K],
+        row = dict(what="generate", table="drafts", shape=subject.name, ctx=2 * length, batch=1, K=K,
+                   prompt=length, new=length, texts=len(prompts), same=same[K],
                    accepted=accepted_shares(counts, K), tokens_a_verification=1 + statistics.fmean(counts),
                    plain_tokens_per_s=n_tokens / seconds[0], tokens_per_s=n_tokens / seconds[K], speedup=None)
         if same[K] == len(prompts):
@@ -1478,12 +1489,13 @@ def draft_rows(machine, subject):
 def print_drafts(row):
     shares = " / ".join(f"{share:.2f}" for share in row["accepted"])
     speedup = f"{row['speedup']:7.2f}x" if row["speedup"] else "no ratio: outputs differ at a near tie"
-    print(f"K = {row['K']} | {shares:18} | {row['tokens_a_verification']:10.2f} | {row['plain_tokens_per_s']:8,.0f} | "
-          f"{row['tokens_per_s']:8,.0f} | {row['same']:>3} of {row['texts']:<3} | {speedup}", flush=True)
+    print(f"K = {row['K']}   | {shares:18} | {row['tokens_a_verification']:21.2f} | {row['plain_tokens_per_s']:14,.0f} | "
+          f"{row['tokens_per_s']:8,.0f} | {row['same']:>6} of {row['texts']:<2} | {speedup}", flush=True)
 
 def agreement_row(machine, subject):
     """How often drafts agree with the trunk on held-out text, and its control."""
-    rows = torch.tensor(subject.prompts(min(WINDOWS_READ, len(subject.windows))), device=machine.device)
+    windows = subject.windows(COMPARED_TEXTS, subject.length(DRAFTED[machine.device.type]))
+    rows = torch.tensor(windows, device=machine.device)
     agree = partial(draft_agreement, subject.model, rows, index_warmup=subject.index_warmup)
     row = dict(what="generate", table="agreement", shape=subject.name, ctx=rows.size(1), batch=len(rows),
                agreed=agree(), shifted=agree(shift=1))
@@ -1523,10 +1535,10 @@ def run_generate(args, machine):
     print(f"rates   | measured: copy {now['copy']:.3e} bytes/s, matmul {now['matmul']:.3e} FLOP/s")
 
     # nothing is timed that is wrong
-    prompts = subject.prompts(2)
-    tokens = clock(subject.generate(prompts, **GREEDY), machine).tokens
+    prompts = subject.prompts(2, subject.length(DRAFTED[machine.device.type]))
+    tokens = clock(subject.generate(prompts, len(prompts[0]), **GREEDY), machine).tokens
     check_greedy("gate", subject, prompts, tokens)
-    check_baseline(baseline, gpt2, torch.tensor(prompts, device=machine.device))
+    check_baseline(gpt2, torch.tensor(prompts, device=machine.device))
     print("gate    | passed: greedy tokens against a forward without a cache; GPT-2's cache against none")
 
     print("\nside                 rows x prompt + new |  first s |   tokens/s | ms a step |  util | model over it")
@@ -1535,16 +1547,16 @@ def run_generate(args, machine):
         rows += decoding_rows(machine, subject, baseline, gpt2, B)
 
     if "msa" in model.cfg.attn_types:
-        print("\na step after | full attention ms       MB util |      MSA ms       MB util | speed-up | bytes allow")
+        print("\na step after | full attention ms     MB util |       MSA ms     MB util | speed-up | bytes allow")
         rows += row_that_fits(f"a step after {args.ctx:,} tokens", context_row, machine, subject, args.ctx)
 
     if model.cfg.n_mtp:
         print("\ndrafts | accepted, by depth | tokens a verification | plain tokens/s | tokens/s | same outputs | ratio")
         drafts = draft_rows(machine, subject)
         rows += drafts
-        if subject.windows:
+        if subject.docs:
             rows.append(agreement_row(machine, subject))
-        print(f"found   | {say_drafts(drafts, bool(subject.windows))}")
+        print(f"found   | {say_drafts(drafts, bool(subject.docs))}")
     return dict(device=machine.name, rows=rows, rates=machine.rates)
 
 # ---- what the rows say ---------------------------------------------------------------------------

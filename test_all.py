@@ -5474,7 +5474,11 @@ def test_sample_refuses_bad_input(trained, tmp_path, monkeypatch, line, word):
     ("--what tree --figure x.svg", "--figure"),
     ("--what tree --shape m3", "--shape"),
     ("--what tree --ctx 117", "takes 118"),
-    ("--what queue --shape m3", "--shape"))
+    ("--what queue --shape m3", "--shape"),
+    ("--what generate --figure x.svg", "--figure"),
+    ("--what generate --shape m3", "--shape"),
+    ("--what generate --device cpu --out none", "none/ckpt.pt"),
+    ("--what tree --out run", "--out run"))
 def test_bench_refuses_bad_input(line, word):
     """A folder as figure, flags that do not go together, mazes that do not fit: what is wrong is named."""
     assert word in refused(bench, line.split())
@@ -6027,6 +6031,212 @@ def test_the_train_bench_has_no_mtp_loss_on_long_sequences(monkeypatch):
     assert model.cfg.attn_types == ["full"] * 3
     assert len(model.mtp) == 0
     assert torch.equal(batch["idx"][:, 1:], batch["targets"][:, :-1])
+
+@pytest.fixture
+def few_tokens(monkeypatch):
+    """--what generate continues prompts of 12 and 8 tokens."""
+    monkeypatch.setattr(bench, "DECODED", {"cpu": 12})
+    monkeypatch.setattr(bench, "DRAFTED", {"cpu": 8})
+    monkeypatch.setattr(bench, "DRAFTED_TEXTS", {"cpu": 2})
+    monkeypatch.setattr(bench, "COMPARED_TEXTS", 3)
+    monkeypatch.setattr(bench, "SEQUENCES", (1, 3))
+
+def test_the_generate_bench_reports_its_tables(few_tokens, trained):
+    """--what generate: plain decoding beside GPT-2's, a step at a long context, drafts on held-out text."""
+    T = 300
+    result, text = run_line("bench.py --what generate --ctx 300 --device cpu", "--out", trained.out)
+    tables = {}
+    for row in result["rows"]:
+        assert row["what"] == "generate"
+        tables.setdefault(row["table"], []).append(row)
+    assert "gate    | passed" in text
+
+    sides = [(row["side"], row["batch"]) for row in tables["decode"]]
+    assert sides == [("model", 1), ("gpt2", 1), ("gpt2 without a cache", 1), ("model", 3), ("gpt2", 3)]
+    for row in tables["decode"]:
+        assert (row["prompt"], row["new"], row["ctx"]) == (12, 12, 24)
+        assert row["tokens_per_s"] == pytest.approx(1e3 * row["batch"] / row["step_ms"])
+    ours, gpt2, *_ = tables["decode"]
+    assert gpt2["model_over"] == ours["tokens_per_s"] / gpt2["tokens_per_s"]
+
+    context, = tables["context"]
+    assert context["ctx"] == T
+    assert context["speedup"] == context["dense_ms"] / context["msa_ms"]
+    assert context["bytes_allow"] == context["dense_bytes"] / context["msa_bytes"]
+
+    assert [row["K"] for row in tables["drafts"]] == [1, 2, 3]
+    for row in tables["drafts"]:
+        assert row["same"] == row["texts"] == 2
+        assert len(row["accepted"]) == row["K"]
+        assert row["accepted"] == sorted(row["accepted"], reverse=True)
+        assert row["speedup"] == pytest.approx(row["tokens_per_s"] / row["plain_tokens_per_s"])
+    agreement, = tables["agreement"]
+    assert agreement["batch"] == 3
+    assert "found   | drafts " in text
+
+def test_the_generate_bench_takes_random_weights(few_tokens, monkeypatch):
+    """Without a checkpoint: the preset, random prompts, and a line that says what they do not show."""
+    monkeypatch.setattr(MiniMaxConfig, "tiny", small_config)
+    result, text = run_line("bench.py --what generate --ctx 40 --device cpu")
+    assert {row["shape"] for row in result["rows"]} == {"tiny"}
+    assert "agreement" not in {row["table"] for row in result["rows"]}
+    assert "found   | random weights or tokens" in text
+
+def test_tokens_that_are_not_the_models_own_are_never_timed(few_tokens, monkeypatch, trained):
+    """One wrong token of a greedy continuation stops --what generate."""
+    real = sample.generate
+
+    def wrong_at_the_end(model, prompts, n_new, **given):
+        for t, (token, logprob) in enumerate(real(model, prompts, n_new, **given)):
+            yield (token if t < n_new - 1 else (token + 1) % 300), logprob
+
+    monkeypatch.setattr(bench, "generate", wrong_at_the_end)
+    line = refused_line("bench.py --what generate --device cpu", "--out", trained.out, code=1)
+    assert "gate: new token 7 is" in line
+
+def test_random_text_where_the_held_out_one_is_gone(trained, capsys):
+    """A checkpoint whose corpus has moved, or that rl.py made, is decoded all the same, and a line says so."""
+    _, tokenizer = sample.load_model(read_checkpoint(trained.out))
+    assert bench.held_out(dict(data="no/such", val_data=None), tokenizer) == []
+    assert "no/such" in capsys.readouterr().out
+    assert bench.held_out({}, tokenizer) == []
+    assert "none held out" in capsys.readouterr().out
+
+def test_bench_counts_the_bytes_of_a_decode_step():
+    """Weights and keys that a step reads, from the shapes of the parameters and by hand."""
+    model = make_model(n_mtp=1)
+    cfg = model.cfg
+    size = 4
+    T = 100
+    B = 2
+
+    # dense weights, without the tables and MTP, and the head; of an expert's weights what two tokens touch
+    names = dict(model.named_parameters())
+    experts = [name for name in names if re.fullmatch(r"layers.\d.mlp.(w13|w2)", name)]
+    kept = [name for name in names if not name.startswith(("embed", "mtp")) and name not in experts]
+    weights = sum(names[name].numel() for name in kept)
+    weights += sum(buffer.numel() for name, buffer in model.named_buffers() if name.startswith("layers"))
+    idle = (1 - cfg.n_expert_per_tok / cfg.n_expert) ** B
+    touched = sum(names[name].numel() for name in experts) * (1 - idle)
+
+    # one full layer reads all T tokens; two with MSA score them, and read 2 blocks and T % 4 tokens of their own
+    a_token = 2 * cfg.n_kv_head * cfg.head_dim
+    keys = T * a_token + 2 * (T * cfg.index_head_dim + (2 * 4 + 4) * a_token)
+    assert bench.step_bytes(model, B, T, size) == pytest.approx(size * (weights + touched + B * keys))
+
+@named("speeds, said", {
+    "they pay": ([1.2, 1.5, 1.4], "drafts pay on this device: 150 tokens/s with K = 2, 100 without, 1.50x"),
+    "they do not": ([0.9, 0.8, 0.7], "drafts do not pay on this device: 90 tokens/s with K = 1, 100 without, 0.90x"),
+    "ties": ([None] * 3, "not known")})
+def test_the_bench_says_whether_drafts_pay(speeds, said):
+    """The best K's speed beside the plain one, where outputs are the same."""
+    rows = []
+    for K, speedup in enumerate(speeds, 1):
+        rows.append(dict(K=K, speedup=speedup, plain_tokens_per_s=100, tokens_per_s=100 * (speedup or 1)))
+    assert said in bench.say_drafts(rows, True)
+    assert "random weights" in bench.say_drafts(rows, False)
+
+def test_accepted_shares_by_depth():
+    """Depth d counts verifications in which drafts 1 to d all held."""
+    assert bench.accepted_shares([0, 3, 1, 3], 3) == [0.75, 0.5, 0.5]
+
+KEYS = 4                               # of keyed_rows
+SYMBOLS = 7
+
+def keyed_rows(B, T):
+    """Rows whose first token is a key: from each symbol it leads some symbols on, so that all that follows is certain
+    to whoever reads the key."""
+    key = torch.randint(KEYS, (B, 1))
+    first = torch.randint(SYMBOLS, (B, 1))
+    walk = (first + (key + 1) * torch.arange(T - 1)) % SYMBOLS
+    return torch.cat([key + SYMBOLS, walk], 1)
+
+@session_fixture
+def key_reader():
+    """A model with two MTP modules that has learned keyed_rows."""
+    torch.manual_seed(0)
+    cfg = small_config(vocab_size=SYMBOLS + KEYS, n_layer=1, attn_types=["full"], mlp_types=["dense"], n_mtp=2)
+    model = MiniMax(cfg).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(100):
+        rows = keyed_rows(16, 17)
+        batch = dict(idx=rows[:, :-1], targets=rows[:, 1:])
+        _, sums, _ = model(**batch)
+        counts = model.count_losses(batch["targets"])
+        sums.over(counts).objective(1.0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+def attend_to_all(q, k, v, end=None, start=None):
+    """Sabotage: full attention without its causal mask."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
+
+@torch.no_grad()
+def test_agreement_of_drafts_and_its_controls(key_reader, monkeypatch):
+    """What two modules draft of a certain text is the trunk's choice. Compared with its choice one place on it never
+    is; and a model that sees the future, which it has not in training, agrees with itself less, not more."""
+    torch.manual_seed(1)
+    rows = keyed_rows(64, 16)
+    agreed = bench.draft_agreement(key_reader, rows)
+    assert min(agreed) > 0.98
+    assert agreed == sorted(agreed, reverse=True)
+
+    shifted = bench.draft_agreement(key_reader, rows, shift=1)
+    assert max(shifted) < 0.02
+
+    monkeypatch.setattr("model.full_attention", attend_to_all)
+    unmasked = bench.draft_agreement(key_reader, rows)
+    assert max(unmasked) < min(agreed) - 0.02
+
+@session_fixture
+def gpt2():
+    """The baseline's module, and a small GPT-2 whose weights are large enough that its choices differ."""
+    baseline = bench.load_baseline()
+    torch.manual_seed(0)
+    model = baseline.GPT2(61, 24, C=32, H=4, n_layer=2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(4)
+    return baseline, model
+
+def test_the_gpt2_baseline_has_the_same_logits_with_a_cache(gpt2):
+    """A prefill in two parts equals one without a cache; with keys in slots that others need it does not."""
+    _, model = gpt2
+    idx = random_ids(2, 16)
+    bench.check_baseline(model, idx)
+
+    def to_the_wrong_slots(idx, cache=None, slots=None):
+        return model.next_logits(idx, cache, None if slots is None else slots // 2)
+
+    broken = SimpleNamespace(make_cache=model.make_cache, next_logits=to_the_wrong_slots)
+    with pytest.raises(ArithmeticError, match="GPT-2"):
+        bench.check_baseline(broken, idx)
+
+def test_the_gpt2_baseline_generates_the_same_with_a_cache(gpt2):
+    """Greedy text with a static cache, used twice, equals that of nanoGPT's way, the whole text for each token."""
+    baseline, model = gpt2
+    idx = random_ids(3, 9)
+    want = torch.stack([*baseline.generate_uncached(model, idx, 12, 0, None)], 1)
+    decoder = baseline.Decoder(model, 3, 21, 0, None)
+    for _ in range(2):
+        got = torch.stack([*decoder.generate(idx, 12)], 1)
+        assert torch.equal(got, want)
+    assert len(want.unique()) > 5  # or any slot would do
+
+def test_the_gpt2_baseline_draws_by_probability(gpt2):
+    """Of the top_k largest alone, in proportion to their probabilities; temperature 0 takes the largest."""
+    baseline, _ = gpt2
+    n = 20_000
+    p = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    torch.manual_seed(0)
+    drawn = baseline.draw(p.log().repeat(n, 1), 1.0, 3)
+    counts = torch.bincount(drawn, minlength=4) / n
+    want = torch.tensor([0.5, 0.3, 0.15, 0]) / 0.95
+    assert worst(counts, want) < 5 * 0.5 / n ** 0.5  # five standard deviations
+    assert counts[3] == 0
+    assert baseline.draw(p.log()[None], 0, 3).item() == 0
 
 def test_the_gpt2_baseline_runs():
     """Its tiny form, in a process of its own, on three steps."""

@@ -6076,7 +6076,8 @@ def test_the_generate_bench_reports_its_tables(few_tokens, trained):
 
 def test_the_generate_bench_takes_random_weights(few_tokens, monkeypatch):
     """Without a checkpoint: the preset, random prompts, and a line that says what they do not show."""
-    monkeypatch.setattr(MiniMaxConfig, "tiny", small_config)
+    cfg = small_config()
+    monkeypatch.setattr(MiniMaxConfig, "tiny", lambda: cfg)
     result, text = run_line("bench.py --what generate --ctx 40 --device cpu")
     assert {row["shape"] for row in result["rows"]} == {"tiny"}
     assert "agreement" not in {row["table"] for row in result["rows"]}

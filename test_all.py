@@ -6191,6 +6191,15 @@ def test_agreement_of_drafts_and_its_controls(key_reader, monkeypatch):
     unmasked = bench.draft_agreement(key_reader, rows)
     assert max(unmasked) < min(agreed) - 0.02
 
+@torch.no_grad()
+def test_a_draft_counts_only_after_those_before_it(key_reader):
+    """Where module 1 is wrong module 2 does not count, right as it may be: its drafts come after the wrong one."""
+    model = copy.deepcopy(key_reader)
+    model.mtp[0].norm.weight.fill_(-1)  # 1 + weight = 0: its logits are 0, its hidden states as they were
+    first, second = bench.draft_agreement(model, keyed_rows(64, 16))
+    assert first < 0.3
+    assert second <= first
+
 @session_fixture
 def gpt2():
     """The baseline's module, and a small GPT-2 whose weights are large enough that its choices differ."""

@@ -6034,7 +6034,12 @@ def test_the_train_bench_has_no_mtp_loss_on_long_sequences(monkeypatch):
 
 @pytest.fixture
 def few_tokens(monkeypatch):
-    """--what generate continues prompts of 12 and 8 tokens."""
+    """--what generate continues prompts of 12 and 8 tokens, on a machine whose rates are not measured."""
+    def set_rates(machine):
+        machine.rates = dict(copy=1e10, matmul=1e11)
+        return machine.rates
+
+    monkeypatch.setattr(bench, "measure_rates", set_rates)
     monkeypatch.setattr(bench, "DECODED", {"cpu": 12})
     monkeypatch.setattr(bench, "DRAFTED", {"cpu": 8})
     monkeypatch.setattr(bench, "DRAFTED_TEXTS", {"cpu": 2})
@@ -6127,15 +6132,19 @@ def test_bench_counts_the_bytes_of_a_decode_step():
 
 @named("speeds, said", {
     "they pay": ([1.2, 1.5, 1.4], "drafts pay on this device: 150 tokens/s with K = 2, 100 without, 1.50x"),
-    "they do not": ([0.9, 0.8, 0.7], "drafts do not pay on this device: 90 tokens/s with K = 1, 100 without, 0.90x"),
-    "ties": ([None] * 3, "not known")})
+    "they do not": ([0.9, 0.8, 0.7], "drafts do not pay on this device: 90 tokens/s with K = 1, 100 without, 0.90x")})
 def test_the_bench_says_whether_drafts_pay(speeds, said):
-    """The best K's speed beside the plain one, where outputs are the same."""
+    """The best K's speed beside the plain one, and whether the text is the same."""
     rows = []
     for K, speedup in enumerate(speeds, 1):
-        rows.append(dict(K=K, speedup=speedup, plain_tokens_per_s=100, tokens_per_s=100 * (speedup or 1)))
-    assert said in bench.say_drafts(rows, True)
+        row = dict(K=K, speedup=speedup, plain_tokens_per_s=100, tokens_per_s=100 * speedup, same=8, texts=8)
+        rows.append(row)
+    assert bench.say_drafts(rows, True) == said
     assert "random weights" in bench.say_drafts(rows, False)
+
+    for row in rows:
+        row["same"] = 6
+    assert bench.say_drafts(rows, True) == f"{said}; the same text in 6 of 8, the others part where two tokens nearly tie"
 
 def test_accepted_shares_by_depth():
     """Depth d counts verifications in which drafts 1 to d all held."""

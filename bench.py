@@ -1182,13 +1182,18 @@ class Subject:
         steps = generate(self.model, prompts, n_new, index_warmup=self.index_warmup, **given)
         return (token for token, _ in steps)
 
+def random_model(machine, cfg):
+    """A model with random weights, drawn on the device."""
+    torch.manual_seed(SEED)
+    with machine.device:
+        model = MiniMax(cfg)
+    return model.to(machine.dtype).eval()
+
 def make_subject(args, machine):
     """The checkpoint of --out, or a preset with random weights."""
-    torch.manual_seed(SEED)
     if args.out is None:
         preset = "small" if machine.gpu else "tiny"
-        model = MiniMax(getattr(MiniMaxConfig, preset)()).to(machine.device).to(machine.dtype).eval()
-        return Subject(preset, model)
+        return Subject(preset, random_model(machine, getattr(MiniMaxConfig, preset)()))
     state = load_checkpoint(args.out, machine.device)
     model, tokenizer = load_model(state, machine.device, machine.dtype)
     docs = held_out(state["args"], tokenizer)
@@ -1226,8 +1231,9 @@ def make_gpt2(machine, baseline, subject):
         per_channel = cfg.vocab_size + context
         C = (math.sqrt(per_channel ** 2 + 4 * per_square * total) - per_channel) / (2 * per_square)
         sizes = dict(C=8 * max(1, round(C / 8)), H=4, n_layer=cfg.n_layer)
-    gpt2 = baseline.GPT2(cfg.vocab_size, context, **sizes)
-    return gpt2.to(machine.device).to(machine.dtype).eval()
+    with machine.device:
+        gpt2 = baseline.GPT2(cfg.vocab_size, context, **sizes)
+    return gpt2.to(machine.dtype).eval()
 
 @dataclass
 class Generated:
@@ -1361,9 +1367,8 @@ def long_cache(machine, cfg, T):
 
 def context_sides(machine, cfg):
     """-> the model with its own layers, and one with full attention in every layer, of the same random weights."""
-    torch.manual_seed(SEED)
-    sparse = MiniMax(cfg).to(machine.device).to(machine.dtype).eval()
-    dense = MiniMax(replace(cfg, attn_types=["full"] * cfg.n_layer)).to(machine.device).to(machine.dtype).eval()
+    sparse = random_model(machine, cfg)
+    dense = random_model(machine, replace(cfg, attn_types=["full"] * cfg.n_layer))
     dense.load_state_dict(sparse.state_dict(), strict=False)  # it has no index branch
     return {"dense": dense, "msa": sparse}
 
@@ -1427,20 +1432,24 @@ def draft_agreement(model, rows, shift=0, index_warmup=False):
     rows   (B, T) tokens
     shift  compare with the trunk's choice for so many places further on: a control
     """
+    # the trunk's choices, and what the modules need of it
     cfg = model.cfg
     B, T = rows.shape
-    pos = torch.arange(T, device=rows.device).expand(B, T)
     logits, _, aux = model(rows, n_logits=T, index_warmup=index_warmup)
     trunk = logits.argmax(-1)                                                                              # (B, T)
-    ctx = Context(rope_tables(pos, cfg.rotary_dim, cfg.rope_theta), index_warmup=index_warmup)
     embedded = model.embed(rows).to(model.dtype)
-    weights = [torch.ones(B, T - k, device=rows.device) for k in range(cfg.n_mtp + 1)]
+    pos = torch.arange(T, device=rows.device).expand(B, T)
+    ctx = Context(rope_tables(pos, cfg.rotary_dim, cfg.rope_theta), index_warmup=index_warmup)
+    weights = [torch.ones(B, T - depth, device=rows.device) for depth in range(cfg.n_mtp + 1)]
+
+    # at place i, module d and the trunk at i + d choose the token i + d + 1
     n = T - cfg.n_mtp - shift                                          # places that every depth has
     held = torch.ones(B, n, dtype=torch.bool, device=rows.device)
     shares = []
     for depth, hidden, _ in model.mtp_walk(aux["hidden"], embedded, ctx, weights):
-        drafted = model.lm_head(hidden).argmax(-1)[:, :n]              # of the token depth + 1 places on
-        held = held & (drafted == trunk[:, depth + shift:depth + shift + n])
+        drafted = model.lm_head(hidden).argmax(-1)[:, :n]
+        first = depth + shift
+        held = held & (drafted == trunk[:, first:first + n])
         shares.append(held.float().mean().item())
     return shares
 
@@ -1482,7 +1491,8 @@ def draft_rows(machine, subject):
         row = dict(what="generate", table="drafts", shape=subject.name, ctx=2 * length, batch=1, K=K,
                    prompt=length, new=length, texts=len(prompts), same=same[K],
                    accepted=accepted_shares(counts, K), tokens_a_verification=1 + statistics.fmean(counts),
-                   plain_tokens_per_s=n_tokens / seconds[0], tokens_per_s=n_tokens / seconds[K], speedup=seconds[0] / seconds[K])
+                   plain_tokens_per_s=n_tokens / seconds[0], tokens_per_s=n_tokens / seconds[K],
+                   speedup=seconds[0] / seconds[K])
         rows.append(row)
         print_drafts(row)
     return rows
@@ -1492,9 +1502,8 @@ def print_drafts(row):
     print(f"K = {row['K']}   | {shares:18} | {row['tokens_a_verification']:21.2f} | {row['plain_tokens_per_s']:14,.0f} | "
           f"{row['tokens_per_s']:8,.0f} | {row['same']:>6} of {row['texts']:<2} | {row['speedup']:5.2f}x", flush=True)
 
-def agreement_row(machine, subject):
-    """How often drafts agree with the trunk on held-out text, and its control."""
-    windows = subject.windows(COMPARED_TEXTS, subject.length(DRAFTED[machine.device.type]))
+def agreement_row(machine, subject, windows):
+    """How often drafts agree with the trunk on windows of held-out text, and its control."""
     rows = torch.tensor(windows, device=machine.device)
     agree = partial(draft_agreement, subject.model, rows, index_warmup=subject.index_warmup)
     row = dict(what="generate", table="agreement", shape=subject.name, ctx=rows.size(1), batch=len(rows),
@@ -1566,9 +1575,10 @@ def run_generate(args, machine):
         print("\ndrafts | accepted, by depth | tokens a verification | plain tokens/s | tokens/s | same outputs | ratio")
         drafts = draft_rows(machine, subject)
         rows += drafts
-        if subject.docs:
-            rows.append(agreement_row(machine, subject))
-        print(f"found   | {say_drafts(drafts, bool(subject.docs))}")
+        windows = subject.windows(COMPARED_TEXTS, subject.length(DRAFTED[machine.device.type]))
+        if windows:
+            rows.append(agreement_row(machine, subject, windows))
+        print(f"found   | {say_drafts(drafts, bool(windows))}")
     return dict(device=machine.name, rows=rows, rates=machine.rates)
 
 # ---- what the rows say ---------------------------------------------------------------------------

@@ -1162,7 +1162,7 @@ class Subject:
         return min(most, self.model.cfg.max_seq_len // 2)
 
     def windows(self, n, length):
-        """-> n windows of `length` tokens of held-out documents, evenly spaced; as many as there are if that is less."""
+        """-> n windows of `length` tokens of held-out documents, evenly spaced; fewer where there are no more."""
         found = []
         for ids in self.docs:
             found += [ids[start:start + length] for start in range(0, len(ids) - length + 1, length)]
@@ -1454,7 +1454,7 @@ def draft_agreement(model, rows, shift=0, index_warmup=False):
     return shares
 
 def accepted_shares(held, K):
-    """Drafts that held in each verification -> by depth d the share of verifications in which drafts 1 to d all held."""
+    """Drafts that held in each verification -> by depth d, the share of those in which drafts 1 to d all held."""
     return [statistics.fmean(n >= depth for n in held) for depth in range(1, K + 1)]
 
 def draft_rows(machine, subject):
@@ -1499,8 +1499,9 @@ def draft_rows(machine, subject):
 
 def print_drafts(row):
     shares = " / ".join(f"{share:.2f}" for share in row["accepted"])
-    print(f"K = {row['K']}   | {shares:18} | {row['tokens_a_verification']:21.2f} | {row['plain_tokens_per_s']:14,.0f} | "
-          f"{row['tokens_per_s']:8,.0f} | {row['same']:>6} of {row['texts']:<2} | {row['speedup']:5.2f}x", flush=True)
+    same = f"{row['same']} of {row['texts']}"
+    print(f"K = {row['K']}  | {shares:18} | {row['tokens_a_verification']:21.2f} | {row['plain_tokens_per_s']:14,.0f} | "
+          f"{row['tokens_per_s']:8,.0f} | {same:>9} | {row['speedup']:5.2f}x", flush=True)
 
 def agreement_row(machine, subject, windows):
     """How often drafts agree with the trunk on windows of held-out text, and its control."""
@@ -1572,7 +1573,7 @@ def run_generate(args, machine):
         rows += row_that_fits(f"a step after {args.ctx:,} tokens", context_row, machine, subject, args.ctx)
 
     if model.cfg.n_mtp:
-        print("\ndrafts | accepted, by depth | tokens a verification | plain tokens/s | tokens/s | same outputs | ratio")
+        print("\ndrafts | accepted, by depth | tokens a verification | plain tokens/s | tokens/s | same text | ratio")
         drafts = draft_rows(machine, subject)
         rows += drafts
         windows = subject.windows(COMPARED_TEXTS, subject.length(DRAFTED[machine.device.type]))

@@ -106,9 +106,9 @@ class GPT2(nn.Module):
         return self.norm(x[:, -1]) @ self.wte.weight.T
 
 # ---- generation ----------------------------------------------------------------------------------
-# Both ways yield a token (B,) at a time. Without a cache, as nanoGPT's own `generate`, each token takes a forward of the
-# whole text. With one, a step is a forward of one token; on a GPU it is compiled and captured, drawing included, in a
-# CUDA graph, so that no step waits for the host.
+# Both ways yield a token (B,) at a time. Without a cache, as nanoGPT's own `generate`, each token takes a forward of
+# the whole text. With one, a step is a forward of one token; on a GPU it is compiled and captured, drawing included, in
+# a CUDA graph, so that no step waits for the host.
 
 def draw(logits, temperature, top_k):
     """(B, V) -> token (B,): the largest, or one of the top_k largest by their probabilities."""

@@ -41,8 +41,8 @@ import msa
 import rl
 import train
 from model import Context, KVCache, MiniMax, MiniMaxConfig, rope_tables
-from sample import (Parser, Threads, check_figure, command, figure_format, free_memory, generate, implementations,
-                    in_index_warmup, load_checkpoint, load_model, pick_device, tokens)
+from sample import (Parser, Threads, check_figure, command, figure_format, free_memory, generate, held_by_depth,
+                    implementations, in_index_warmup, load_checkpoint, load_model, pick_device, tokens)
 
 SHAPES = {"m2": (48, 8), "m3": (64, 4)}                    # query heads, KV heads = index heads
 D = 128                                # channels of a head
@@ -1453,10 +1453,6 @@ def draft_agreement(model, rows, shift=0, index_warmup=False):
         shares.append(held.float().mean().item())
     return shares
 
-def accepted_shares(held, K):
-    """Drafts that held in each verification -> by depth d, the share of those in which drafts 1 to d all held."""
-    return [statistics.fmean(n >= depth for n in held) for depth in range(1, K + 1)]
-
 def draft_rows(machine, subject):
     """Speculative decoding of one sequence at a time, K = 1, 2, 3, in turn with plain decoding -> a row for each K."""
     length = subject.length(DRAFTED[machine.device.type])
@@ -1490,7 +1486,7 @@ def draft_rows(machine, subject):
     for K, counts in held.items():
         row = dict(what="generate", table="drafts", shape=subject.name, ctx=2 * length, batch=1, K=K,
                    prompt=length, new=length, texts=len(prompts), same=same[K],
-                   accepted=accepted_shares(counts, K), tokens_a_verification=1 + statistics.fmean(counts),
+                   accepted=held_by_depth(counts, K), tokens_a_verification=1 + statistics.fmean(counts),
                    plain_tokens_per_s=n_tokens / seconds[0], tokens_per_s=n_tokens / seconds[K],
                    speedup=seconds[0] / seconds[K])
         rows.append(row)

@@ -6146,10 +6146,6 @@ def test_the_bench_says_whether_drafts_pay(speeds, said):
         row["same"] = 6
     assert bench.say_drafts(rows, True) == f"{said}; the same text in 6 of 8, the others part where two tokens nearly tie"
 
-def test_accepted_shares_by_depth():
-    """Depth d counts verifications in which drafts 1 to d all held."""
-    assert bench.accepted_shares([0, 3, 1, 3], 3) == [0.75, 0.5, 0.5]
-
 KEYS = 4                               # of keyed_rows
 SYMBOLS = 7
 

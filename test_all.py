@@ -24,7 +24,7 @@ import sys
 import time
 import warnings
 from collections import Counter, namedtuple
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
@@ -4245,6 +4245,330 @@ def test_ctrl_c_during_the_imports(script, tmp_path):
     assert run.returncode == 130
     assert run.stdout + run.stderr == ""
 
+# Drafts keep every word. MTP modules draft tokens and one forward of the trunk judges them (arXiv 2211.17192): a draft
+# holds with min(1, p / q), and the first that fails is replaced by a draw from max(p - q, 0). So greedy text is the same
+# token for token, and sampled text has the same distribution. Both are held to references that know nothing of drafts:
+# plain decoding, and distributions counted out in fp64. python .ci/lossless.py does the same at full size.
+
+ROUNDS = 20_000
+BY_LUCK = 1e-9                         # an honest sampler fails an assertion this often
+SETTINGS = [(1.0, 1.0, None), (0.7, 0.9, None), (1.4, 1.0, 3), (0.8, 0.85, 4)]  # temperature, top-p, top-k
+
+def chance(draws, shares):
+    """Pearson's chi-square: how likely draws are, by luck alone, at least this far from their shares.
+
+    A bias adds its non-centrality, n sum(d ** 2 / share), to chi-square's mean. It is at least 4 n TV ** 2, where TV is
+    the bias's total variation, so that 20,000 draws of 125 kinds, whose limit is 244, find a TV of 0.055 in 999 of
+    1,000 cases, and draws of 5 kinds, whose limit is 48, a TV of 0.037."""
+    n_draws = len(draws)
+    counts = torch.bincount(draws, minlength=len(shares)).double()
+    impossible = counts[shares == 0].sum().item()
+    assert impossible == 0, f"{impossible} draws of what has no share"
+
+    # chi-square wants at least 5 of a kind: rarer ones are counted together
+    expected = n_draws * shares
+    rare = expected < 5
+    if expected[rare].sum() < 5:       # too few still: they join the most frequent kind
+        rare[expected.argmax()] = rare.any()
+    counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    counts = counts[expected > 0]
+    expected = expected[expected > 0]
+
+    distance = ((counts - expected) ** 2 / expected).sum()
+    freedom = torch.tensor((len(expected) - 1) / 2).double()
+    return torch.special.gammaincc(freedom, distance / 2).item()
+
+def plain_shares(logits, temperature, top_p, top_k):
+    """One row of logits, a list -> the probability of each token, by plain Python in fp64."""
+    ranked = sorted(range(len(logits)), key=lambda i: -logits[i])
+    ranked = ranked[:top_k]            # all where top_k is None
+    weight = {i: math.exp((logits[i] - max(logits)) / temperature) for i in ranked}
+    total = sum(weight.values())
+
+    kept = []
+    mass = 0.0
+    for i in ranked:
+        if top_p < 1 and mass >= top_p:
+            break
+        kept.append(i)
+        mass += weight[i] / total
+    return [weight[i] / total / mass if i in kept else 0.0 for i in range(len(logits))]
+
+def shares_of(table, *settings):
+    """Rows of logits -> rows of probabilities, fp64."""
+    return torch.tensor([plain_shares(row, *settings) for row in table.tolist()], dtype=torch.float64)
+
+def drawn_from(logits):
+    """The probabilities that a test's drafts are drawn from."""
+    return shares_of(logits, 1.0, 1.0, None)
+
+def draw_each(shares):
+    """A token from each row of probabilities."""
+    return torch.multinomial(shares, 1)[:, 0]
+
+def verified_triples(settings, greedy_drafts=False):
+    """Rounds of sample.verify on a chain of 5 tokens, each of whose rows of logits depends on the token before -> the
+    three tokens of each round as one number, and each triple's share. What a round leaves open is drawn plainly."""
+    V = 5
+    n_drafts_most = 2
+    torch.manual_seed(0)
+    target = torch.randn(V, V) * 1.5
+    # drafts' logits lie around 80, almost halfway between two bf16 numbers, whose steps there are 0.5
+    drafter = (2 * (target + torch.randn(V, V))).round() / 2 + 80
+    drafter = drafter + 0.24 * torch.randn(V, V).sign()
+    p = shares_of(target, *settings)
+    q = shares_of(drafter, 1.0, 1.0, None)
+    drawn = drawn_from(drafter)
+    if greedy_drafts:
+        drawn = F.one_hot(drafter.argmax(-1), V).double()
+
+    # a round begins after token 0; of four rounds one has no draft, one has one, and two have two
+    before = torch.zeros(ROUNDS, dtype=torch.int64)
+    context = [before]
+    for _ in range(n_drafts_most):
+        context.append(draw_each(drawn[context[-1]]))
+    context = torch.stack(context, 1)                                                       # (rounds, 3)
+    drafts = context[:, 1:]
+    n_drafts = (torch.arange(ROUNDS) % 4).clamp(max=n_drafts_most)
+    draft_probs = None if greedy_drafts else q[context[:, :-1]].float()
+
+    held, token = sample.verify(target[context], drafts, draft_probs, n_drafts, *settings, None)
+
+    # the drafts that held, the token after them, and plain draws
+    assert (held <= n_drafts).all()
+    triple = []
+    last = before
+    for place in range(3):
+        plain = draw_each(p[last])
+        last = torch.where(held == place, token, plain)
+        if place < n_drafts_most:
+            last = torch.where(held > place, drafts[:, place], last)
+        triple.append(last)
+    first, second, third = triple
+    share = p[0][:, None, None] * p[:, :, None] * p[None]
+    return (first * V + second) * V + third, share.flatten()
+
+@parametrize("settings", SETTINGS, ids=str)
+@parametrize("greedy_drafts", [False, True], ids=["drawn drafts", "greedy drafts"])
+def test_verified_drafts_have_the_plain_distribution(settings, greedy_drafts):
+    """20,000 rounds of verification: three tokens in a row, and the first alone, have the shares counted out in fp64."""
+    triples, share = verified_triples(settings, greedy_drafts)
+
+    assert chance(triples, share) > BY_LUCK
+    assert chance(triples // 25, share.view(5, 25).sum(1)) > BY_LUCK
+
+def test_at_temperature_0_a_draft_holds_if_it_is_the_argmax():
+    """Greedy verification: 0, 1 or 2 drafts hold, then comes the argmax; a draft beyond n_drafts does not count."""
+    logits = torch.tensor([[0.0, 2, 1], [3, 2, 1], [0, 1, 2]]).expand(4, 3, 3)
+    drafts = torch.tensor([[2, 0], [1, 1], [1, 0], [1, 0]])
+    n_drafts = torch.tensor([2, 2, 2, 1])
+
+    held, token = sample.verify(logits, drafts, None, n_drafts, 0, 1.0, None, None)
+
+    assert held.tolist() == [0, 1, 2, 1]
+    assert token.tolist() == [1, 0, 2, 0]
+
+def test_equal_distributions_reject_nothing():
+    """Drafts whose q is p all hold, cut by top-k and top-p too; what p cuts never holds."""
+    torch.manual_seed(0)
+    settings = (0.8, 0.85, 4)
+    logits = torch.randn(1000, 3, 7)
+    p = sample.truncate_logits(logits.flatten(0, 1), *settings).softmax(-1)
+    drafts = draw_each(p).view(1000, 3)[:, :2]
+    p = p.view(1000, 3, 7)
+    two = torch.full((1000,), 2)
+
+    held, _ = sample.verify(logits, drafts, p[:, :2], two, *settings, None)
+    assert (held == 2).all()
+
+    least = logits.argmin(-1)[:, :2]   # the least of 7 is not among the 4 largest
+    held, token = sample.verify(logits, least, None, two, *settings, None)
+    assert (held == 0).all()
+    assert (p[:, 0].gather(1, token[:, None]) > 0).all()
+
+@parametrize("settings", SETTINGS[::3], ids=str)
+def test_sampled_text_has_the_plain_distribution(settings):
+    """20,000 samples of four tokens with two drafts: every text's share is that of plain decoding, multiplied out."""
+    V = 4
+    n_new = 4
+    prompt = [3, 1]
+    torch.manual_seed(0)
+    model = make_model(torch.float64, vocab_size=V, n_mtp=2)
+    model.lm_head.weight.data *= 6     # logits of a few units: distributions that differ from one another
+
+    # the share of a text is the product of its tokens'
+    texts = torch.cartesian_prod(*[torch.arange(V)] * n_new)                                     # (V ** 4, 4)
+    rows = torch.cat([torch.tensor([prompt]).expand(len(texts), -1), texts], 1)
+    logits = model(rows[:, :-1])[0][:, len(prompt) - 1:]
+    shares = shares_of(logits.flatten(0, 1), *settings)
+    share = shares.gather(1, texts.flatten()[:, None]).view(texts.shape).prod(1)
+
+    accepted = []
+    steps = list(sample.generate(model, [prompt], n_new, ROUNDS, *settings, speculate=2, accepted=accepted))
+    tokens = torch.stack([token for token, _ in steps])
+    number = 0
+    for token in tokens:
+        number = number * V + token
+    assert chance(number, share) > BY_LUCK
+    for place in range(n_new):
+        digit = texts[:, place]
+        one = torch.zeros(V, dtype=torch.float64).index_add(0, digit, share)
+        assert chance(tokens[place], one) > BY_LUCK
+    assert 0.1 < np.mean(accepted) < 1.9, "without drafts that hold and drafts that fail this shows nothing"
+
+def chained_text(n, length, seed):
+    """n rows of a text in which each of 61 tokens is followed by one token in 7 of 10 cases, by others else."""
+    rules = torch.Generator().manual_seed(99)
+    next_of = torch.stack([torch.randperm(61, generator=rules)[:3] for _ in range(61)])    # (61, 3)
+    generator = torch.Generator().manual_seed(seed)
+    token = torch.randint(0, 61, (n,), generator=generator)
+    row = [token]
+    for _ in range(length - 1):
+        which = torch.multinomial(torch.tensor([0.7, 0.2, 0.1]), n, True, generator=generator)
+        token = next_of[token, which]
+        row.append(token)
+    return torch.stack(row, 1)
+
+@lru_cache
+def trained_drafter(attn, steps=8):
+    """A model with three MTP modules that has learned some of chained_text: some of its drafts hold, some do not."""
+    torch.manual_seed(0)
+    attn_types = dict(full=["full"] * 3, msa=["full", "msa", "msa"])[attn]
+    model = MiniMax(small_config(n_mtp=3, attn_types=attn_types)).train()
+    optimizers, _, _ = train.configure_optimizers(model, 1e-2)
+    for step in range(steps):
+        text = chained_text(8, 33, seed=step)
+        batch = dict(idx=text[:, :-1], targets=text[:, 1:])
+        train.train_step(model, batch, optimizers, [], mtp_weight=1.0)
+    return model.eval()
+
+def make_drafter(attn, dtype=torch.float64, max_seq_len=256):
+    """A copy of the trained model, of a context that may be short."""
+    model = copy.deepcopy(trained_drafter(attn)).to(dtype)
+    model.cfg.max_seq_len = max_seq_len
+    return model
+
+def ragged_prompts(n, seed=0):
+    """n prompts of chained_text, of 1 to 11 tokens."""
+    rows = chained_text(n, 11, 1000 + seed).tolist()
+    return [row[:1 + 7 * i % 11] for i, row in enumerate(rows)]
+
+def count_held(accepted, depth):
+    """Share of verifications in which drafts 1 to depth all held."""
+    return np.mean(np.array(accepted) >= depth)
+
+def assert_same_words(model, prompts, n_new, K, **options):
+    """Greedy text with K drafts a forward is the text without: tokens, and log-probabilities -> how many drafts held
+    in each verification."""
+    accepted = []
+    plain = greedy(model, prompts, n_new, **options)
+    drafted = greedy(model, prompts, n_new, speculate=K, accepted=accepted, **options)
+
+    assert torch.equal(drafted[0], plain[0])
+    running = plain[0] >= 0
+    near = 1e-6 if model.dtype == torch.float64 else 1e-3
+    assert worst(drafted[1][running], plain[1][running]) < near
+    return accepted
+
+SITUATIONS = dict(  # max_new_tokens, context, options of generate
+    plain=(24, 256, dict()),
+    two_samples=(10, 256, dict(n_samples=2)),
+    one_new_token=(1, 256, dict()),
+    two_new_tokens=(2, 256, dict()),
+    the_contexts_end=(24, 18, dict()),
+    stop_ids=(24, 256, dict(stop=set(range(0, 61, 6)))),
+    a_first_token_of_few=(10, 256, dict(allowed=torch.arange(61) % 5 == 0)),
+    warm_up=(10, 256, dict(index_warmup=True)))
+
+@parametrize("attn", ["full", "msa"])
+@parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@parametrize("K", [1, 2, 3, 5])
+def test_greedy_drafts_change_no_word(attn, dtype, K):
+    """Prompts of 1 to 11 tokens in one batch: speculative text is plain text, where some drafts hold and some fail, with
+    more drafts than modules, too. Drafts that only slow it down would pass (mlx-lm#1211): the work is counted below."""
+    model = make_drafter(attn, dtype)
+    accepted = assert_same_words(model, ragged_prompts(12), 24, K)
+    for depth in range(1, min(K, 3) + 1):
+        assert 0.1 < count_held(accepted, depth) < 0.99
+
+@parametrize("attn", ["full", "msa"])
+@named("n_new, context, options", SITUATIONS)
+def test_drafts_end_where_plain_text_ends(attn, n_new, context, options):
+    """Stop ids, the context's end, one new token, two samples of a prompt, a choice of first tokens: as without drafts."""
+    model = make_drafter(attn, max_seq_len=context)
+    assert_same_words(model, ragged_prompts(6), n_new, 3, **options)
+
+@torch.no_grad()
+def brute_held(model, text, K):
+    """How many of the modules' greedy drafts hold after each beginning of a text -> a list by the number of tokens known,
+    the last of which the trunk has not read. The modules run over the whole text, without a cache: a row for each
+    beginning, with its drafts in place of the text's own tokens."""
+    T = len(text) - K                  # slots of the trunk
+    ids = torch.tensor(text)
+    known = torch.arange(2, T + 2)     # one row each
+    row = torch.arange(len(known))
+    rows = ids.repeat(len(known), 1)
+    hidden = model(ids[None, :T])[2]["hidden"].expand(len(known), -1, -1)                # (rows, T, C)
+    ctx = Context(rope_tables(torch.arange(T)[None], model.cfg.rotary_dim, model.cfg.rope_theta))
+    holds = torch.ones(len(known), dtype=torch.bool)
+    held = torch.zeros(len(known), dtype=torch.int64)
+    for k, module in enumerate(model.mtp[:K], 1):
+        hidden, _ = module(hidden, model.embed(rows[:, k:k + T]).to(hidden.dtype), ctx)
+        drafts = model.lm_head(module.norm(hidden[row, known - 2])).argmax(-1)
+        place = known + k - 1
+        inside = place < len(text)
+        holds = holds & (drafts == ids[place.clamp(max=len(text) - 1)]) & inside
+        held += holds
+        rows[row[inside], place[inside]] = drafts[inside]
+    return [0, 0, *held.tolist()]
+
+@parametrize("attn", ["full", "msa"])
+def test_drafts_are_those_of_the_whole_text(attn):
+    """As many drafts hold at each verification as brute force over the whole text says: also in the first after a prefill
+    (vllm#55055: its drafts were stale), after rejections (vllm#33561: a lane of the cache was built from the previous
+    module's hidden states), from the trunk's hidden state of the right token (vllm#36531). So whether the first draft
+    holds at a place does not depend on K (vllm#48892: 83 % held at K = 1, 76 % at 8), with K beyond the modules too."""
+    model = make_drafter(attn)
+    n_modules = 3
+    first = Counter()
+    for prompt in ragged_prompts(4, seed=1):
+        tokens, _ = greedy(model, [prompt], 30)
+        text = prompt + tokens[:, 0].tolist()
+        want = brute_held(model, text, n_modules)
+        for K in (1, 2, 3, 5):
+            accepted = []
+            greedy(model, [prompt], 30, speculate=K, accepted=accepted)
+            known = len(prompt) + 1    # the prefill gives the first new token
+            for held in accepted:
+                if known + K >= len(text):  # fewer drafts fit before the end
+                    break
+                assert min(held, n_modules) == min(want[known], K), (K, known)
+                first[held > 0] += 1
+                known += held + 1
+    assert min(first.values()) > 10    # both cases occur
+
+def test_drafts_that_hold_save_forwards(monkeypatch):
+    """The trunk runs once for the prompt and once a verification, over K + 1 tokens at most: equal text that took more
+    work would be no gain (mlx-lm#1211: 13.6 times slower, outputs equal)."""
+    model = make_drafter("full")
+    K = 3
+    prompt = ragged_prompts(1)[0]
+    sizes = []
+    real = type(model.layers[0]).forward
+
+    def counting(block, x, ctx):
+        if block is model.layers[0]:
+            sizes.append(x.size(1))
+        return real(block, x, ctx)
+    monkeypatch.setattr(type(model.layers[0]), "forward", counting)
+    accepted = []
+    tokens, _ = greedy(model, [prompt], 40, speculate=K, accepted=accepted)
+
+    assert sum(accepted) > 10
+    assert len(sizes) <= 1 + len(accepted)
+    assert max(sizes[1:]) <= K + 1
+
 # ---- 13. agent RL --------------------------------------------------------------------------------
 # Agents speak with a gateway, which records every token. A queue chooses whose turns are trained on; those of a group
 # are merged into a prefix tree, and a step on the tree must be the step on each turn alone. Trees and windows come
@@ -6494,6 +6818,37 @@ def no_clip(real, *args):
     """CISPO's weights are not bounded."""
     return real(*args, eps_high=math.inf)
 
+def rejected_drafts_redrawn_from_p(real, logits, drafts, q, n_drafts, *settings):
+    """A draft that fails is replaced by a draw from p, not from what p has more than q."""
+    held, token = real(logits, drafts, q, n_drafts, *settings)
+    row = torch.arange(len(held))
+    anew = sample.sample_next(logits[row, held], *settings)
+    return held, torch.where(held < n_drafts, anew, token)
+
+def q_of_another_temperature(real, logits, drafts, q, *args):
+    """The ratio's q is not the one that the draft was drawn from."""
+    return real(logits, drafts, q.sqrt() / q.sqrt().sum(-1, keepdim=True), *args)
+
+def drafts_hold_wherever_p_allows(real, logits, drafts, q, *args):
+    """A draft is taken for a token that p drew: no ratio."""
+    return real(logits, drafts, 0 * q, *args)
+
+def drafts_drawn_in_bf16(real, logits):
+    """Drafts are drawn from bf16 logits, and the ratio's q is computed from fp32 ones (DeepSpec#31)."""
+    return real(logits.bfloat16())
+
+def one_draft_more_holds(real, logits, drafts, q, n_drafts, *settings):
+    """The first draft that fails is kept."""
+    held, token = real(logits, drafts, q, n_drafts, *settings)
+    return torch.minimum(held + 1, n_drafts), token
+
+def token_of_the_row_before(real, logits, drafts, q, n_drafts, *settings):
+    """The token after the drafts is drawn from the distribution of the last draft."""
+    held, token = real(logits, drafts, q, n_drafts, *settings)
+    row = torch.arange(len(held))
+    before = sample.sample_next(logits[row, (held - 1).clamp(min=0)], *settings)
+    return held, torch.where(held == n_drafts, before, token)
+
 def on(test, *args):
     """The test with these arguments, under its own name."""
     def run():
@@ -6510,6 +6865,10 @@ brute_force = on(test_selection_equals_brute_force, 37, 4, 3)
 task_a_block = on(test_training_kernels_equal_autograd, "one task a block")
 merged = on(test_merged_equals_separate, "full", 2)
 replayed = on(test_rollout_logprobs_are_the_trainers, "--task maze --attn msa --replay")
+verified = on(test_verified_drafts_have_the_plain_distribution, SETTINGS[0], False)
+sampled_text = on(test_sampled_text_has_the_plain_distribution, SETTINGS[0])
+greedily_verified = test_at_temperature_0_a_draft_holds_if_it_is_the_argmax
+drafted = on(test_greedy_drafts_change_no_word, "msa", torch.float64, 3)
 MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("msa.selected", no_causal_mask,
            on(test_msa_equals_loop, 37, 4, 3),
@@ -6552,7 +6911,13 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("moe.experts_loop", expert_drops_after_8_tokens, merged),
     mutant("rl.WindowedFIFO.__init__", greedy_with_window_n, test_window_of_figure_5),
     mutant("rl.pack_routes", replay_of_other_experts, replayed),
-    mutant("rl.cispo_loss", no_clip, test_cispo_by_hand)]
+    mutant("rl.cispo_loss", no_clip, test_cispo_by_hand),
+    mutant("sample.verify", rejected_drafts_redrawn_from_p, verified, sampled_text),
+    mutant("sample.verify", q_of_another_temperature, verified, sampled_text),
+    mutant("sample.verify", drafts_hold_wherever_p_allows, verified, sampled_text),
+    mutant("sample.verify", token_of_the_row_before, verified),
+    mutant(f"{__name__}.drawn_from", drafts_drawn_in_bf16, verified),
+    mutant("sample.verify", one_draft_more_holds, greedily_verified, drafted)]
 
 @parametrize("target, sabotage, test", [case for cases in MUTANTS for case in cases])
 def test_mutants_are_caught(target, sabotage, test, monkeypatch):

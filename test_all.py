@@ -4321,7 +4321,8 @@ def verified_triples(settings, greedy_drafts=False):
     q = shares_of(drafter, 1.0, 1.0, None)
     drawn = drawn_from(drafter)
     if greedy_drafts:
-        drawn = F.one_hot(drafter.argmax(-1), V).double()
+        q = F.one_hot(drafter.argmax(-1), V).double()
+        drawn = q
 
     # a round begins after token 0; of four rounds one has no draft, one has one, and two have two
     before = torch.zeros(ROUNDS, dtype=torch.int64)
@@ -4331,7 +4332,7 @@ def verified_triples(settings, greedy_drafts=False):
     context = torch.stack(context, 1)                                                       # (rounds, 3)
     drafts = context[:, 1:]
     n_drafts = (torch.arange(ROUNDS) % 4).clamp(max=n_drafts_most)
-    draft_probs = None if greedy_drafts else q[context[:, :-1]].float()
+    draft_probs = q[context[:, :-1]].float()
 
     held, token = sample.verify(target[context], drafts, draft_probs, n_drafts, *settings, None)
 
@@ -4383,13 +4384,14 @@ def test_equal_distributions_reject_nothing():
     assert (held == 2).all()
 
     least = logits.argmin(-1)[:, :2]   # the least of 7 is not among the 4 largest
-    held, token = sample.verify(logits, least, None, two, *settings, None)
+    certain = F.one_hot(least, 7).float()
+    held, token = sample.verify(logits, least, certain, two, *settings, None)
     assert (held == 0).all()
     assert (p[:, 0].gather(1, token[:, None]) > 0).all()
 
-@parametrize("settings", SETTINGS[::3], ids=str)
-def test_sampled_text_has_the_plain_distribution(settings):
-    """20,000 samples of four tokens with two drafts: every text's share is that of plain decoding, multiplied out."""
+def sampled_texts(settings, n_samples):
+    """Texts of four tokens after one prompt, with two drafts a forward -> the texts as numbers, each text's share by
+    plain decoding, and how many drafts held in each verification."""
     V = 4
     n_new = 4
     prompt = [3, 1]
@@ -4398,23 +4400,27 @@ def test_sampled_text_has_the_plain_distribution(settings):
     model.lm_head.weight.data *= 6     # logits of a few units: distributions that differ from one another
 
     # the share of a text is the product of its tokens'
-    texts = torch.cartesian_prod(*[torch.arange(V)] * n_new)                                     # (V ** 4, 4)
+    texts = torch.cartesian_prod(*[torch.arange(V)] * n_new)                                # (V ** 4, 4)
     rows = torch.cat([torch.tensor([prompt]).expand(len(texts), -1), texts], 1)
     logits = model(rows[:, :-1])[0][:, len(prompt) - 1:]
     shares = shares_of(logits.flatten(0, 1), *settings)
     share = shares.gather(1, texts.flatten()[:, None]).view(texts.shape).prod(1)
 
     accepted = []
-    steps = list(sample.generate(model, [prompt], n_new, ROUNDS, *settings, speculate=2, accepted=accepted))
-    tokens = torch.stack([token for token, _ in steps])
+    steps = sample.generate(model, [prompt], n_new, n_samples, *settings, speculate=2, accepted=accepted)
     number = 0
-    for token in tokens:
+    for token, _ in steps:
         number = number * V + token
-    assert chance(number, share) > BY_LUCK
-    for place in range(n_new):
-        digit = texts[:, place]
-        one = torch.zeros(V, dtype=torch.float64).index_add(0, digit, share)
-        assert chance(tokens[place], one) > BY_LUCK
+    return number, share, accepted
+
+@parametrize("settings", [(0.9, 0.95, 3)], ids=str)
+def test_sampled_text_has_the_plain_distribution(settings, n_samples=4000):
+    """Samples of four tokens with two drafts: every text, and every first two tokens, have the share of plain decoding,
+    multiplied out."""
+    texts, share, accepted = sampled_texts(settings, n_samples)
+
+    assert chance(texts, share) > BY_LUCK
+    assert chance(texts // 16, share.view(16, 16).sum(1)) > BY_LUCK
     assert 0.1 < np.mean(accepted) < 1.9, "without drafts that hold and drafts that fail this shows nothing"
 
 def chained_text(n, length, seed):
@@ -4466,9 +4472,9 @@ def assert_same_words(model, prompts, n_new, K, **options):
     drafted = greedy(model, prompts, n_new, speculate=K, accepted=accepted, **options)
 
     assert torch.equal(drafted[0], plain[0])
-    running = plain[0] >= 0
+    drawn = plain[1].isfinite()        # not a prompt's token, nor past a row's end
     near = 1e-6 if model.dtype == torch.float64 else 1e-3
-    assert worst(drafted[1][running], plain[1][running]) < near
+    assert worst(drafted[1][drawn], plain[1][drawn]) < near
     return accepted
 
 SITUATIONS = dict(  # max_new_tokens, context, options of generate
@@ -4539,9 +4545,9 @@ def test_drafts_are_those_of_the_whole_text(attn):
         for K in (1, 2, 3, 5):
             accepted = []
             greedy(model, [prompt], 30, speculate=K, accepted=accepted)
-            known = len(prompt) + 1    # the prefill gives the first new token
+            known = max(2, len(prompt))  # drafts come after a token that follows another
             for held in accepted:
-                if known + K >= len(text):  # fewer drafts fit before the end
+                if known + K >= len(text):  # a text ends at its length, whatever holds
                     break
                 assert min(held, n_modules) == min(want[known], K), (K, known)
                 first[held > 0] += 1
@@ -4568,6 +4574,107 @@ def test_drafts_that_hold_save_forwards(monkeypatch):
     assert sum(accepted) > 10
     assert len(sizes) <= 1 + len(accepted)
     assert max(sizes[1:]) <= K + 1
+
+@torch.no_grad()
+def brute_lanes(model, idx):
+    """What the MTP modules' lanes of the cache must hold of texts (B, T): k, v and perhaps ki of each module, from a
+    forward over the whole texts without a cache."""
+    lanes = []
+
+    def record(attn, inputs):
+        x, ctx = inputs
+        _, k, v, _, ki = attn.project(x, ctx.rope)
+        lane = dict(k=k, v=v)
+        if ki is not None:
+            lane["ki"] = ki
+        lanes.append(lane)
+    hooks = [module.block.attn.register_forward_pre_hook(record) for module in model.mtp]
+    model(idx, targets=idx)
+    for hook in hooks:
+        hook.remove()
+    return lanes
+
+def check_lanes(real, model, cache, token, n, *args):
+    """Draft, and hold the lanes of the modules that draft, to the last slot whose tokens are known, to brute force over
+    the rows' texts."""
+    out = real(model, cache, token, n, *args)
+    longest = int(cache.length.max()) + 1
+    lanes = brute_lanes(model, cache.ids[:, :longest])
+    for number, lane in enumerate(lanes[:n]):
+        for name, want in lane.items():
+            slots = torch.arange(want.size(1))
+            known = slots < cache.length[:, None] - number  # the first module reads a slot's next token
+            got = getattr(cache, name)[model.cfg.n_layer + number, :, :want.size(1)]
+            difference = (got - want).flatten(2).abs().amax(2)
+            assert difference[known].sum() < 1e-9, (number, name)
+    return out
+
+@torch.no_grad()
+def assert_greedy(model, context, token, logprob):
+    """The token is the argmax after the context, by a forward over all of it, and has this log-probability."""
+    logits = model(torch.tensor([context]), n_logits=1)[0][0, -1]
+    assert token == logits.argmax().item(), len(context)
+    assert abs(logprob - logits.float().log_softmax(-1)[token].item()) < 1e-6
+
+def wandering_player(prompt, seed, heard):
+    """A player of lockstep that samples a few tokens, then drops a part of what it has in the cache and feeds something
+    else, again and again; it may stop with drafts under way. What it was sent goes to `heard`: context, token, logprob."""
+    choice = random.Random(seed)
+    path = []                          # tokens in its cache
+    keep = 0
+    feed = prompt
+    for _ in range(choice.randint(3, 6)):
+        for _ in range(choice.randint(1, 7)):
+            path = path[:keep] + feed
+            token, logprob, _ = yield keep, feed
+            heard.append((path, token, logprob))
+            keep = len(path)
+            feed = [token]
+
+        # drop nothing, all, a whole key block, all but the last token, or any number
+        keep = choice.choice([len(path), 0, len(path) // 4 * 4, len(path) - 1, choice.randint(0, len(path))])
+        feed = [choice.randrange(61) for _ in range(choice.randint(1, 6))]
+
+@parametrize("attn", ["full", "msa"])
+@parametrize("K", [1, 3, 5])
+def test_drafts_outlive_cropping(attn, K):
+    """Rows that share their first prompt, are cropped anywhere, fed on, and leave at any time: each token sampled with
+    drafts is the argmax of a forward over its context alone, and whenever a module drafts, its lane of the cache is the
+    one that brute force computes from the trunk's hidden states. Where it was seen to fail: drafts and a prefix cache
+    diverged, cancelled requests too (sglang#24175); a full hit left no token to compute (nano-vllm#144); an index lane
+    out of step after a partial hit (omlx#1888); an index error of MTP on a cached prefix (vllm-ascend#9024); a reused
+    slot's old content was read (nano-vllm#163); lanes built from a module's own hidden states (vllm#33561)."""
+    model = make_drafter(attn)
+    heard = []
+    prompts = [prompt for prompt in ragged_prompts(3, seed=4) for _ in range(2)]
+    players = [wandering_player(prompt, seed, heard) for seed, prompt in enumerate(prompts)]
+
+    greedily = sample.Sampling(temperature=0)
+    real = MiniMax.draft
+    with mock.patch.object(MiniMax, "draft", lambda *args: check_lanes(real, *args)):
+        sample.lockstep(model, players, group=2, sampling=greedily, speculate=K)
+
+    assert len(heard) > 60
+    for case in heard:
+        assert_greedy(model, *case)
+
+def targets_one_further(real, model, hidden, idx, targets, ctx, reports):
+    """MTP modules learn the token after the one that they draft."""
+    later = F.pad(targets[:, 1:], (0, 1), value=-1)
+    return real(model, hidden, idx, later, ctx, reports)
+
+def test_modules_with_shifted_targets_draft_nothing(monkeypatch):
+    """A control of acceptance: modules trained on targets one token too far ahead change no word, and their drafts hold
+    as seldom as a text says a token twice (peers saw 0.01 to 0.11, tenstorrent/vllm#442); honest ones hold in more than
+    half of the verifications."""
+    prompts = ragged_prompts(12)
+    honest = assert_same_words(make_drafter("full"), prompts, 24, 1)
+    real = MiniMax.mtp_losses
+    monkeypatch.setattr(MiniMax, "mtp_losses", lambda *args: targets_one_further(real, *args))
+    shifted = trained_drafter.__wrapped__("full").double()
+
+    assert count_held(honest, 1) > 0.5
+    assert count_held(assert_same_words(shifted, prompts, 24, 1), 1) < 0.15
 
 # ---- 13. agent RL --------------------------------------------------------------------------------
 # Agents speak with a gateway, which records every token. A queue chooses whose turns are trained on; those of a group
@@ -6849,6 +6956,23 @@ def token_of_the_row_before(real, logits, drafts, q, n_drafts, *settings):
     before = sample.sample_next(logits[row, (held - 1).clamp(min=0)], *settings)
     return held, torch.where(held == n_drafts, before, token)
 
+def states_of_the_slot_before(real, cache, idx, hidden):
+    """Modules are fed the hidden state of the token before (as vllm#36531)."""
+    real(cache, idx, hidden.roll(1, 1))
+
+def drafts_from_before_the_prefill(real, model, cache, token, n, n_stale, *args):
+    """A draft reads the newest slots alone: what a prefill wrote is not read (as vllm#55055)."""
+    return real(model, cache, token, n, min(n_stale, 1), *args)
+
+def drafts_seen_by_earlier_tokens(real, q, k, v, end=None, start=None, impl="auto"):
+    """No causal mask among the tokens of one forward: a token sees the drafts after it."""
+    if start is None or q.size(1) == 1:
+        return real(q, k, v, end, start, impl)
+    last = start[:, None] + q.size(1)
+    mask = torch.arange(k.size(1)) < last
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask[:, None, None], enable_gqa=True).transpose(1, 2)
+
 def on(test, *args):
     """The test with these arguments, under its own name."""
     def run():
@@ -6866,9 +6990,11 @@ task_a_block = on(test_training_kernels_equal_autograd, "one task a block")
 merged = on(test_merged_equals_separate, "full", 2)
 replayed = on(test_rollout_logprobs_are_the_trainers, "--task maze --attn msa --replay")
 verified = on(test_verified_drafts_have_the_plain_distribution, SETTINGS[0], False)
-sampled_text = on(test_sampled_text_has_the_plain_distribution, SETTINGS[0])
+sampled_text = on(test_sampled_text_has_the_plain_distribution, (0.9, 0.95, 3))
 greedily_verified = test_at_temperature_0_a_draft_holds_if_it_is_the_argmax
 drafted = on(test_greedy_drafts_change_no_word, "msa", torch.float64, 3)
+whole_text = on(test_drafts_are_those_of_the_whole_text, "msa")
+cropped = on(test_drafts_outlive_cropping, "msa", 3)
 MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("msa.selected", no_causal_mask,
            on(test_msa_equals_loop, 37, 4, 3),
@@ -6913,11 +7039,14 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("rl.pack_routes", replay_of_other_experts, replayed),
     mutant("rl.cispo_loss", no_clip, test_cispo_by_hand),
     mutant("sample.verify", rejected_drafts_redrawn_from_p, verified, sampled_text),
-    mutant("sample.verify", q_of_another_temperature, verified, sampled_text),
-    mutant("sample.verify", drafts_hold_wherever_p_allows, verified, sampled_text),
+    mutant("sample.verify", q_of_another_temperature, verified),
+    mutant("sample.verify", drafts_hold_wherever_p_allows, verified),
     mutant("sample.verify", token_of_the_row_before, verified),
     mutant(f"{__name__}.drawn_from", drafts_drawn_in_bf16, verified),
-    mutant("sample.verify", one_draft_more_holds, greedily_verified, drafted)]
+    mutant("sample.verify", one_draft_more_holds, greedily_verified, drafted),
+    mutant("model.full_attention", drafts_seen_by_earlier_tokens, drafted),
+    mutant("model.KVCache.remember", states_of_the_slot_before, whole_text),
+    mutant("model.MiniMax.draft", drafts_from_before_the_prefill, whole_text, cropped)]
 
 @parametrize("target, sabotage, test", [case for cases in MUTANTS for case in cases])
 def test_mutants_are_caught(target, sabotage, test, monkeypatch):

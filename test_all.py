@@ -4414,7 +4414,7 @@ def sampled_texts(settings, n_samples):
     return number, share, accepted
 
 @parametrize("settings", [(0.9, 0.95, 3)], ids=str)
-def test_sampled_text_has_the_plain_distribution(settings, n_samples=4000):
+def test_sampled_text_has_the_plain_distribution(settings, n_samples=1500):
     """Samples of four tokens with two drafts: every text, and every first two tokens, have the share of plain decoding,
     multiplied out."""
     texts, share, accepted = sampled_texts(settings, n_samples)
@@ -4478,7 +4478,6 @@ def assert_same_words(model, prompts, n_new, K, **options):
     return accepted
 
 SITUATIONS = dict(  # max_new_tokens, context, options of generate
-    plain=(24, 256, dict()),
     two_samples=(10, 256, dict(n_samples=2)),
     one_new_token=(1, 256, dict()),
     two_new_tokens=(2, 256, dict()),
@@ -4488,11 +4487,15 @@ SITUATIONS = dict(  # max_new_tokens, context, options of generate
     warm_up=(10, 256, dict(index_warmup=True)))
 
 @parametrize("attn", ["full", "msa"])
-@parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@parametrize("K", [1, 2, 3, 5])
+@parametrize("dtype, K", [
+    (torch.float64, 1),
+    (torch.float64, 2),
+    (torch.float64, 3),
+    (torch.float64, 5),
+    (torch.float32, 3)], ids=str)
 def test_greedy_drafts_change_no_word(attn, dtype, K):
     """Prompts of 1 to 11 tokens in one batch: speculative text is plain text, where some drafts hold and some fail, with
-    more drafts than modules, too. Drafts that only slow it down would pass (mlx-lm#1211): the work is counted below."""
+    more drafts than modules, too. In fp64 no near tie excuses a difference."""
     model = make_drafter(attn, dtype)
     accepted = assert_same_words(model, ragged_prompts(12), 24, K)
     for depth in range(1, min(K, 3) + 1):
@@ -4537,14 +4540,15 @@ def test_drafts_are_those_of_the_whole_text(attn):
     holds at a place does not depend on K (vllm#48892: 83 % held at K = 1, 76 % at 8), with K beyond the modules too."""
     model = make_drafter(attn)
     n_modules = 3
+    n_new = 28
     first = Counter()
-    for prompt in ragged_prompts(4, seed=1):
-        tokens, _ = greedy(model, [prompt], 30)
+    for prompt in ragged_prompts(3, seed=1):
+        tokens, _ = greedy(model, [prompt], n_new)
         text = prompt + tokens[:, 0].tolist()
         want = brute_held(model, text, n_modules)
-        for K in (1, 2, 3, 5):
+        for K in (3, 1, 2, 5):
             accepted = []
-            greedy(model, [prompt], 30, speculate=K, accepted=accepted)
+            greedy(model, [prompt], n_new, speculate=K, accepted=accepted)
             known = max(2, len(prompt))  # drafts come after a token that follows another
             for held in accepted:
                 if known + K >= len(text):  # a text ends at its length, whatever holds
@@ -4553,6 +4557,26 @@ def test_drafts_are_those_of_the_whole_text(attn):
                 first[held > 0] += 1
                 known += held + 1
     assert min(first.values()) > 10    # both cases occur
+
+@torch.no_grad()
+def test_sampled_drafts_have_the_models_logprobs():
+    """With drafts, too, a token's log-probability is the model's at temperature 1, nothing cut, whichever of p and q it
+    was drawn from; and one seed gives one text."""
+    model = make_drafter("msa")
+    prompt = [3, 1, 4]
+
+    def speak(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return list(zip(*sample.generate(model, [prompt], 30, 2, 0.8, 0.9, 20, generator, speculate=3)))
+
+    tokens, logprobs = map(torch.stack, speak(seed=1))
+    rows = torch.cat([torch.tensor([prompt, prompt]), tokens.T], 1)
+    logits = model(rows[:, :-1])[0][:, len(prompt) - 1:]
+    want = logits.log_softmax(-1).gather(2, tokens.T[..., None])[..., 0]
+    assert worst(logprobs.T, want) < 1e-6
+
+    assert torch.equal(torch.stack(speak(seed=1)[0]), tokens)
+    assert not torch.equal(torch.stack(speak(seed=2)[0]), tokens)
 
 def test_drafts_that_hold_save_forwards(monkeypatch):
     """The trunk runs once for the prompt and once a verification, over K + 1 tokens at most: equal text that took more
@@ -4635,8 +4659,7 @@ def wandering_player(prompt, seed, heard):
         keep = choice.choice([len(path), 0, len(path) // 4 * 4, len(path) - 1, choice.randint(0, len(path))])
         feed = [choice.randrange(61) for _ in range(choice.randint(1, 6))]
 
-@parametrize("attn", ["full", "msa"])
-@parametrize("K", [1, 3, 5])
+@parametrize("attn, K", [("full", 3), ("msa", 1), ("msa", 3), ("msa", 5)])
 def test_drafts_outlive_cropping(attn, K):
     """Rows that share their first prompt, are cropped anywhere, fed on, and leave at any time: each token sampled with
     drafts is the argmax of a forward over its context alone, and whenever a module drafts, its lane of the cache is the

@@ -1,108 +1,172 @@
-"""Drafts keep every word, at full size: 1,000 prompts greedy, 20,000 rounds sampled, and controls that must fail.
+"""Drafts keep every word, at full size: 1,000 prompts greedy, 20,000 rounds sampled, and controls that must be caught.
 
-    python .ci/lossless.py                # some minutes on two cores; --prompts 100 for a look
+    python .ci/lossless.py                # all of it; --prompts 50 --samples 2000 for a look
 
-A table of every comparison; exit code 1 if a text differs, a distribution is off, or a control passes. The checks are
-those of test_all.py, which runs a small sample of them.
+Prints a row for every comparison. Exit code 1 if a greedy text differs, a distribution is off, or a control passes. The
+checks are those of test_all.py, which runs a small sample of them.
 """
 import argparse
 import sys
+import time
 from pathlib import Path
 from unittest import mock
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import model
 import sample
 import test_all as suite
 
-BATCH = 50                             # prompts of one batch, of 1 to 11 tokens
-N_NEW = 24
-KINDS = ("full", "msa")
-DTYPES = (torch.float64, torch.float32)
-DRAFTS = (1, 2, 3, 5)                  # the models have three modules: 5 applies the last one again
-
-def compare_greedy(model, n_prompts, K, faults):
-    """Texts with K drafts a forward against plain ones; prints a row of the table."""
-    accepted = []
-    n_tokens = 0
-    n_wrong = 0                        # prompts whose text differs
-    for start in range(0, n_prompts, BATCH):
-        prompts = suite.ragged_prompts(min(BATCH, n_prompts - start), seed=start)
-        plain, _ = suite.greedy(model, prompts, N_NEW)
-        drafted, _ = suite.greedy(model, prompts, N_NEW, speculate=K, accepted=accepted)
-        n_tokens += int((plain >= 0).sum())
-        if drafted.shape == plain.shape:
-            n_wrong += int((drafted != plain).any(0).sum())
-        else:
-            n_wrong += len(prompts)
-    shares = [f"{suite.count_held(accepted, depth):.3f}" for depth in range(1, K + 1)]
-    print(f"{n_prompts:7,d} {n_tokens:8,d} {n_wrong:6d}   {' '.join(shares)}", flush=True)
-    if n_wrong:
-        faults.append(f"K = {K}: {n_wrong} texts differ")
-
-def greedy_table(n_prompts, faults):
-    print("greedy: speculative = plain")
-    print("attn  dtype    K prompts   tokens differ   held at depth 1, 2 ...")
-    for attn in KINDS:
-        for dtype in DTYPES:
-            model = suite.make_drafter(attn, dtype)
-            for K in DRAFTS:
-                print(f"{attn:5s} {str(dtype)[6:]} {K:2d} ", end="")
-                compare_greedy(model, n_prompts, K, faults)
-
-def sampled_table(faults):
-    """Chi-square of sample.verify over 20,000 rounds, honest and under each sabotage."""
-    print("\nsampled: chance of draws so far from their shares, of three tokens and of the first alone")
-    print(f"{'temperature, top-p, top-k':26s} {'sampler':32s} {'three':>8s} {'one':>8s}")
-    for settings in suite.SETTINGS:
-        for sabotage in (None, *CONTROLS):
-            three, one = chances(settings, sabotage)
-            name = "honest" if sabotage is None else sabotage.__name__
-            print(f"{str(settings):26s} {name:32s} {three:8.1e} {one:8.1e}", flush=True)
-            caught = min(three, one) < suite.BY_LUCK
-            # cut to the same few tokens, drafts from two precisions can be alike: the uncut row must tell
-            must = settings == suite.SETTINGS[0]
-            if sabotage is None and caught:
-                faults.append(f"{settings}: the distribution is off")
-            if sabotage is not None and must and not caught:
-                faults.append(f"{settings}: {name} passes")
-
-CONTROLS = [
+BATCH = 50                             # prompts of 1 to 11 tokens that lie in one batch
+N_NEW = 24                             # tokens of a text
+DRAFTS = (1, 2, 3, 5)                  # the models have three modules: with 5 drafts the last one goes on
+TEXT_SETTINGS = [(1.0, 1.0, None), (0.9, 0.95, 3)]
+BIASES = [                             # of sample.verify
     suite.rejected_drafts_redrawn_from_p,
     suite.q_of_another_temperature,
-    suite.drafts_hold_wherever_p_allows,
-    suite.drafts_drawn_in_bf16]
+    suite.drafts_hold_wherever_p_allows]
 
-def chances(settings, sabotage):
-    """Chances of the triples and of their first tokens; 0 where what is impossible was drawn."""
-    target = "sample.verify"
-    real = sample.verify
-    if sabotage is suite.drafts_drawn_in_bf16:
-        target = "test_all.drawn_from"
-        real = suite.drawn_from
-    replaced = real
-    if sabotage is not None:
-        def replaced(*args):
-            return sabotage(real, *args)
-    with mock.patch(target, replaced):
-        triples, share = suite.verified_triples(settings)
+class Table:
+    """Prints rows, and remembers what is wrong with them."""
+
+    def __init__(self):
+        self.faults = []
+        self.start = time.monotonic()
+
+    def row(self, text, fault=None):
+        print(text if fault is None else f"{text}   FAULT: {fault}", flush=True)
+        if fault is not None:
+            self.faults.append(fault)
+
+    def heading(self, text):
+        print(f"\n{text}   ({time.monotonic() - self.start:.0f} s)", flush=True)
+
+def biased(target, real, bias):
+    """A context in which the bias takes the place of what is called `target`."""
+    return mock.patch(target, lambda *args: bias(real, *args))
+
+def count_differing(plain, drafted):
+    """Texts, one a column, that are not equal."""
+    if plain.shape != drafted.shape:
+        return plain.size(1)
+    return int((plain != drafted).any(0).sum())
+
+def compare_greedy(table, n_prompts):
+    """Greedy text with drafts against plain text, in full and sparse layers, in fp64 and fp32."""
+    table.heading("greedy: speculative text = plain text")
+    print("layers dtype    K  prompts  tokens  differ  drafts 1 to d all held, d = 1, 2 ...")
+    sizes = [min(BATCH, n_prompts - start) for start in range(0, n_prompts, BATCH)]
+    batches = [suite.ragged_prompts(size, seed=nth) for nth, size in enumerate(sizes)]
+    for attn in ("full", "msa"):
+        for dtype in (torch.float64, torch.float32):
+            drafter = suite.make_drafter(attn, dtype)
+            plain = [suite.greedy(drafter, batch, N_NEW)[0] for batch in batches]
+            drawn = sum(int((tokens >= 0).sum()) for tokens in plain)
+            for K in DRAFTS:
+                accepted = []
+                differ = 0
+                for batch, want in zip(batches, plain):
+                    got, _ = suite.greedy(drafter, batch, N_NEW, speculate=K, accepted=accepted)
+                    differ += count_differing(want, got)
+                held = [f"{suite.count_held(accepted, depth):.3f}" for depth in range(1, K + 1)]
+                fault = None
+                if differ:
+                    fault = f"{differ} texts of {attn}, {dtype}, K = {K} differ"
+                table.row(f"{attn:6s} {str(dtype)[6:]}  {K}  {n_prompts:7,d} {drawn:7,d} {differ:7d}  {' '.join(held)}",
+                          fault)
+
+def judge(table, what, settings, chances, must_be_caught):
+    """A row of a chi-square: both chances, and whether they say what they should."""
+    caught = min(chances) < suite.BY_LUCK
+    fault = None
+    if must_be_caught is not None and caught != must_be_caught:
+        fault = f"{what} at {settings}: {'not caught' if must_be_caught else 'a biased distribution'}"
+    table.row(f"{str(settings):18s} {what:32s} {chances[0]:8.1e}  {chances[1]:8.1e}", fault)
+
+def chances_of(draws, share, n_first):
+    """Chances of the draws and of their first part, of n_first kinds; 0 where what is impossible was drawn."""
+    by_first = share.view(n_first, -1)
     try:
-        return suite.chance(triples, share), suite.chance(triples // 25, share.view(5, 25).sum(1))
+        return suite.chance(draws, share), suite.chance(draws // by_first.size(1), by_first.sum(1))
     except AssertionError:
         return 0.0, 0.0
 
+def compare_verified(table):
+    """Rounds of sample.verify: honest, and with each bias, which the uncut distribution must show; cut to a few tokens,
+    two precisions can be alike."""
+    table.heading(f"verification: {suite.ROUNDS:,d} rounds, how likely by luck: three tokens, the first alone")
+    for settings in suite.SETTINGS:
+        uncut = settings == suite.SETTINGS[0]
+        judge(table, "honest", settings, chances_of(*suite.verified_triples(settings), 5), False)
+        for bias in BIASES:
+            with biased("sample.verify", sample.verify, bias):
+                chances = chances_of(*suite.verified_triples(settings), 5)
+            judge(table, bias.__name__, settings, chances, True)
+        with biased("test_all.drawn_from", suite.drawn_from, suite.drafts_drawn_in_bf16):
+            chances = chances_of(*suite.verified_triples(settings), 5)
+        judge(table, "drafts_drawn_in_bf16", settings, chances, True if uncut else None)
+
+def compare_texts(table, n_samples):
+    """Whole generation: texts of four tokens with two drafts a forward."""
+    table.heading(f"sampled text: {n_samples:,d} texts, how likely by luck: four tokens, the first two")
+    for settings in TEXT_SETTINGS:
+        draws, share, accepted = suite.sampled_texts(settings, n_samples)
+        judge(table, "honest", settings, chances_of(draws, share, 16), False)
+        with biased("sample.verify", sample.verify, suite.rejected_drafts_redrawn_from_p):
+            draws, share, _ = suite.sampled_texts(settings, n_samples)
+        judge(table, "rejected_drafts_redrawn_from_p", settings, chances_of(draws, share, 16), True)
+
+def compare_acceptance(table, n_prompts=60):
+    """What acceptance says of models that are wrong: modules with shifted targets, a trunk without its causal mask."""
+    table.heading("acceptance, K = 1: how often the draft holds, and texts that differ from plain ones")
+    prompts = suite.ragged_prompts(n_prompts)
+
+    def measure(what, drafter, low, high, differs):
+        accepted = []
+        plain, _ = suite.greedy(drafter, prompts, N_NEW)
+        drafted, _ = suite.greedy(drafter, prompts, N_NEW, speculate=1, accepted=accepted)
+        share = suite.count_held(accepted, 1)
+        differ = count_differing(plain, drafted)
+        fault = None
+        if not low <= share <= high or differs != (differ > 0):
+            fault = f"acceptance of {what}: {share:.3f}, expected {low} to {high}; {differ} texts differ"
+        table.row(f"{what:32s} {share:.3f}  {differ:4d} of {n_prompts}", fault)
+
+    honest = suite.make_drafter("full")
+    measure("honest", honest, 0.5, 0.95, differs=False)
+    with biased("model.MiniMax.mtp_losses", model.MiniMax.mtp_losses, suite.targets_one_further):
+        shifted = suite.trained_drafter.__wrapped__("full").double()
+    measure("targets shifted by one", shifted, 0.0, 0.15, differs=False)
+
+    # the mask is missing when drafts are verified: a token sees the draft after it
+    real = model.full_attention
+    with biased("model.full_attention", real, suite.drafts_seen_by_earlier_tokens):
+        measure("no mask in verification", honest, 0.0, 1.0, differs=True)
+
+    # the mask is missing in training, too: the model reads the next token instead of predicting it
+    def unmasked(real, q, k, v, end=None, start=None, impl="auto"):
+        if start is None:
+            start = torch.zeros(len(q), dtype=torch.int32)
+        return suite.drafts_seen_by_earlier_tokens(real, q, k, v, end, start, impl)
+
+    with biased("model.full_attention", real, unmasked):
+        reader = suite.trained_drafter.__wrapped__("full", steps=160).double()
+        measure("no mask at all", reader, 0.5, 1.0, differs=True)
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--prompts", type=int, default=1000)
+    parser.add_argument("--prompts", type=int, default=1000, help="greedy texts to compare")
+    parser.add_argument("--samples", type=int, default=suite.ROUNDS, help="sampled texts")
     args = parser.parse_args()
-    faults = []
-    greedy_table(args.prompts, faults)
-    sampled_table(faults)
-    for fault in faults:
-        print(f"FAULT | {fault}")
-    print("no fault" if not faults else f"{len(faults)} faults")
-    return 1 if faults else 0
+
+    table = Table()
+    compare_verified(table)
+    compare_texts(table, args.samples)
+    compare_acceptance(table)
+    compare_greedy(table, args.prompts)
+    print(f"\n{len(table.faults)} faults   ({time.monotonic() - table.start:.0f} s)")
+    return 1 if table.faults else 0
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4580,6 +4580,23 @@ def test_sampled_drafts_have_the_models_logprobs():
     assert torch.equal(torch.stack(speak(seed=1)[0]), tokens)
     assert not torch.equal(torch.stack(speak(seed=2)[0]), tokens)
 
+def test_sample_drafts_and_says_how_many_hold(trained):
+    """sample.py --speculate: the text without, and in its JSON, by depth d, how often drafts 1 to d all held."""
+    line = "--prompt 'def ' --max-new-tokens 20 --temperature 0"
+    plain, _ = run_sample(trained.out, line)
+    drafted, _ = run_sample(trained.out, line + " --speculate 3")
+    assert drafted["text"] == plain["text"]
+    assert plain["accepted"] is None
+
+    first, second, third = drafted["accepted"]
+    assert 1 >= first >= second >= third >= 0
+    assert sample.held_by_depth([0, 3, 1, 1], 3) == [0.75, 0.25, 0.25]
+
+def test_drafts_need_a_module():
+    """A model without MTP modules has nothing to draft with: refused by the number of drafts asked for."""
+    with value_error("speculate 2.*no MTP module"):
+        next(sample.generate(make_model(n_mtp=0), [[1, 2]], 3, speculate=2))
+
 def test_drafts_that_hold_save_forwards(monkeypatch):
     """The trunk runs once for the prompt and once a verification, over K + 1 tokens at most: equal text that took more
     work would be no gain (mlx-lm#1211: 13.6 times slower, outputs equal)."""
@@ -6984,6 +7001,13 @@ def drafts_hold_wherever_p_allows(real, logits, drafts, q, *args):
 def drafts_drawn_in_bf16(real, logits):
     """Drafts are drawn from bf16 logits, and the ratio's q is computed from fp32 ones (DeepSpec#31)."""
     return real(logits.bfloat16())
+
+def loop_draws_in_bf16(real, decoder, logits):
+    """The same in the loop: its drafts are drawn from bf16 logits of about 150, where the steps are 1."""
+    coarse = (logits + 150).bfloat16().float() - 150
+    token, _ = real(decoder, coarse)
+    _, q = real(decoder, logits)
+    return token, q
 
 def one_draft_more_holds(real, logits, drafts, q, n_drafts, *settings):
     """The first draft that fails is kept."""

@@ -116,6 +116,9 @@ def compare_texts(table, n_samples):
         with biased("sample.verify", sample.verify, suite.rejected_drafts_redrawn_from_p):
             draws, share, _ = suite.sampled_texts(settings, n_samples)
         judge(table, "rejected_drafts_redrawn_from_p", settings, chances_of(draws, share, 16), True)
+        with biased("sample.Decoder.draw_draft", sample.Decoder.draw_draft, suite.loop_draws_in_bf16):
+            draws, share, _ = suite.sampled_texts(settings, n_samples)
+        judge(table, "loop_draws_in_bf16", settings, chances_of(draws, share, 16), True)
 
 def compare_acceptance(table, n_prompts=60):
     """What acceptance says of models that are wrong: modules with shifted targets, a trunk without its causal mask."""

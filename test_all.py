@@ -4414,7 +4414,7 @@ def sampled_texts(settings, n_samples):
     return number, share, accepted
 
 @parametrize("settings", [(0.9, 0.95, 3)], ids=str)
-def test_sampled_text_has_the_plain_distribution(settings, n_samples=1500):
+def test_sampled_text_has_the_plain_distribution(settings, n_samples=2500):
     """Samples of four tokens with two drafts: every text, and every first two tokens, have the share of plain decoding,
     multiplied out."""
     texts, share, accepted = sampled_texts(settings, n_samples)
@@ -7108,6 +7108,7 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("sample.verify", drafts_hold_wherever_p_allows, verified),
     mutant("sample.verify", token_of_the_row_before, verified),
     mutant(f"{__name__}.drawn_from", drafts_drawn_in_bf16, verified),
+    mutant("sample.Decoder.draw_draft", loop_draws_in_bf16, sampled_text),
     mutant("sample.verify", one_draft_more_holds, greedily_verified, drafted),
     mutant("model.full_attention", drafts_seen_by_earlier_tokens, drafted),
     mutant("model.KVCache.remember", states_of_the_slot_before, whole_text),

@@ -4313,8 +4313,9 @@ def verified_triples(settings, greedy_drafts=False):
     V = 5
     n_drafts_most = 2
     torch.manual_seed(0)
+
+    # the drafts' logits lie around 80, almost halfway between two bf16 numbers, whose steps there are 0.5
     target = torch.randn(V, V) * 1.5
-    # drafts' logits lie around 80, almost halfway between two bf16 numbers, whose steps there are 0.5
     drafter = (2 * (target + torch.randn(V, V))).round() / 2 + 80
     drafter = drafter + 0.24 * torch.randn(V, V).sign()
     p = shares_of(target, *settings)
@@ -4353,7 +4354,12 @@ def verified_triples(settings, greedy_drafts=False):
 @parametrize("settings", SETTINGS, ids=str)
 @parametrize("greedy_drafts", [False, True], ids=["drawn drafts", "greedy drafts"])
 def test_verified_drafts_have_the_plain_distribution(settings, greedy_drafts):
-    """20,000 rounds of verification: three tokens in a row, and the first alone, have the shares computed in fp64."""
+    """20,000 rounds of verification: three tokens in a row, and the first alone, have the shares computed in fp64.
+
+    The biased samplers at the end of this file have a non-centrality of 540 (a failed draft redrawn from p), 1,100 (q
+    of another temperature) and 210 (drafts drawn in bf16). Of 125 kinds a non-centrality of 215 is found in 999 of
+    1,000 cases; of the first token's 5 kinds one of 100, where drafts in bf16 have 180. DeepSpec#48's control has 356.
+    """
     triples, share = verified_triples(settings, greedy_drafts)
 
     assert chance(triples, share) > BY_LUCK
@@ -4513,7 +4519,8 @@ def brute_held(model, text, K):
     """How many of the modules' greedy drafts hold after each beginning of a text -> a list by the number of tokens
     known, the last of which the trunk has not read. The modules run over the whole text, without a cache: a row for
     each beginning, with its drafts in place of the text's own tokens."""
-    T = len(text) - K                  # slots of the trunk
+    # the trunk reads the text once
+    T = len(text) - K                  # slots
     ids = torch.tensor(text)
     known = torch.arange(2, T + 2)     # one row each
     row = torch.arange(len(known))
@@ -4523,8 +4530,11 @@ def brute_held(model, text, K):
     holds = torch.ones(len(known), dtype=torch.bool)
     held = torch.zeros(len(known), dtype=torch.int64)
     for k, module in enumerate(model.mtp[:K], 1):
+        # each row drafts from its newest slot
         hidden, _ = module(hidden, model.embed(rows[:, k:k + T]).to(hidden.dtype), ctx)
         drafts = model.lm_head(module.norm(hidden[row, known - 2])).argmax(-1)
+
+        # the draft holds if it and those before are the text's, and the next module reads it in any case
         place = known + k - 1
         inside = place < len(text)
         holds = holds & (drafts == ids[place.clamp(max=len(text) - 1)]) & inside
@@ -4620,8 +4630,8 @@ def test_drafts_that_hold_save_forwards(monkeypatch):
 
 @torch.no_grad()
 def brute_lanes(model, idx):
-    """What the MTP modules' lanes of the cache must hold of texts (B, T): k, v and perhaps ki of each module, from a
-    forward over the whole texts without a cache."""
+    """What the cache's lanes must hold of texts (B, T), the layers' and then the MTP modules': k, v and perhaps ki of
+    each, from a forward over the whole texts without a cache."""
     lanes = []
 
     def record(attn, inputs):
@@ -4631,26 +4641,29 @@ def brute_lanes(model, idx):
         if ki is not None:
             lane["ki"] = ki
         lanes.append(lane)
-    hooks = [module.block.attn.register_forward_pre_hook(record) for module in model.mtp]
+    blocks = [*model.layers, *(module.block for module in model.mtp)]
+    hooks = [block.attn.register_forward_pre_hook(record) for block in blocks]
     model(idx, targets=idx)
     for hook in hooks:
         hook.remove()
     return lanes
 
 def check_lanes(real, model, cache, token, n, *args):
-    """Draft, and hold the lanes of the modules that draft, to the last slot whose tokens are known, to brute force over
-    the rows' texts."""
-    out = real(model, cache, token, n, *args)
+    """Draft, and hold the cache's lanes, those of modules that have not drafted left out, to brute force over the rows'
+    texts: in the trunk's lanes every slot, in module k's those whose k-th next token is known."""
+    drafted = real(model, cache, token, n, *args)
+    n_layer = model.cfg.n_layer
     longest = int(cache.length.max()) + 1
     lanes = brute_lanes(model, cache.ids[:, :longest])
-    for number, lane in enumerate(lanes[:n]):
+    for number, lane in enumerate(lanes[:n_layer + n]):
+        depth = max(1, number - n_layer + 1)
         for name, want in lane.items():
             slots = torch.arange(want.size(1))
-            known = slots < cache.length[:, None] - number  # the first module reads a slot's next token
-            got = getattr(cache, name)[model.cfg.n_layer + number, :, :want.size(1)]
+            known = slots + depth <= cache.length[:, None]  # `token` is the one after the cache's last
+            got = getattr(cache, name)[number, :, :want.size(1)]
             difference = (got - want).flatten(2).abs().amax(2)
             assert difference[known].sum() < 1e-9, (number, name)
-    return out
+    return drafted
 
 @torch.no_grad()
 def assert_greedy(model, context, token, logprob):
@@ -4687,9 +4700,9 @@ def wandering_player(prompt, seed, context, heard):
         keep = choice.choice([len(path), 0, whole_blocks, len(path) - 1, choice.randint(0, len(path))])
         feed = [choice.randrange(61) for _ in range(choice.randint(1, 6))]
 
-def assert_wanderers_hear_argmaxes(attn, K, seed, context):
+def wanderers_hear_argmaxes(attn, K, seed, context):
     """Six wandering players, of three first prompts, with drafts: each token that they are sent is the argmax of a
-    forward over its context alone, and whenever modules draft, their lanes are right."""
+    forward over its context alone, and whenever modules draft, all lanes are right -> the number of tokens."""
     model = make_drafter(attn, max_seq_len=context)
     heard = []
     prompts = [prompt for prompt in ragged_prompts(3, seed) for _ in range(2)]
@@ -4699,9 +4712,9 @@ def assert_wanderers_hear_argmaxes(attn, K, seed, context):
     with mock.patch.object(MiniMax, "draft", lambda *args: check_lanes(real, *args)):
         sample.lockstep(model, players, group=2, sampling=greedily, speculate=K)
 
-    assert len(heard) > 20
     for case in heard:
         assert_greedy(model, *case)
+    return len(heard)
 
 @parametrize("attn, K, context", [
     ("full", 3, 256),
@@ -4714,7 +4727,7 @@ def test_drafts_outlive_cropping(attn, K, context):
     diverged, also when requests were cancelled (sglang#24175); a full hit left no token to compute (nano-vllm#144); an
     index lane was out of step after a partial hit (omlx#1888); MTP on a cached prefix was an index error
     (vllm-ascend#9024); a reused slot's old content was read (nano-vllm#163)."""
-    assert_wanderers_hear_argmaxes(attn, K, 1, context)
+    assert wanderers_hear_argmaxes(attn, K, 1, context) > 20
 
 def targets_one_further(real, model, hidden, idx, targets, ctx, reports):
     """MTP modules learn the token after the one that they draft."""

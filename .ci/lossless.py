@@ -157,6 +157,20 @@ def compare_acceptance(table, n_prompts=60):
         reader = suite.trained_drafter.__wrapped__("full", steps=160).double()
         measure("no mask at all", reader, 0.5, 1.0, differs=True)
 
+def compare_players(table, n_runs=60):
+    """Rows that crop their contexts at random, share prompts and leave, a run a seed (sglang#24175 took 50 runs)."""
+    table.heading(f"players: {n_runs} runs, each token = the argmax after its context, each lane = brute force")
+    n_tokens = 0
+    for seed in range(n_runs):
+        attn = ("full", "msa")[seed % 2]
+        K = (*DRAFTS, 8)[seed % 5]
+        context = (256, 20, 13)[seed % 3]
+        try:
+            n_tokens += suite.wanderers_hear_argmaxes(attn, K, seed, context)
+        except AssertionError as error:
+            table.row(f"seed {seed}, {attn}, K = {K}, context {context}", f"seed {seed}: {error}")
+    table.row(f"{n_tokens:,d} tokens")
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--prompts", type=int, default=1000, help="greedy texts to compare")
@@ -167,6 +181,7 @@ def main():
     compare_verified(table)
     compare_texts(table, args.samples)
     compare_acceptance(table)
+    compare_players(table)
     compare_greedy(table, args.prompts)
     print(f"\n{len(table.faults)} faults   ({time.monotonic() - table.start:.0f} s)")
     return 1 if table.faults else 0

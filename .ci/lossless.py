@@ -55,7 +55,7 @@ def count_differing(plain, drafted):
 def compare_greedy(table, n_prompts):
     """Greedy text with drafts against plain text, in full and sparse layers, in fp64 and fp32."""
     table.heading("greedy: speculative text = plain text")
-    print("layers dtype    K  prompts  tokens  differ  drafts 1 to d all held, d = 1, 2 ...")
+    print("layers dtype    K  prompts  tokens  differ  drafts 1 to d all held, d = 1, 2 ..., where verifications began")
     sizes = [min(BATCH, n_prompts - start) for start in range(0, n_prompts, BATCH)]
     batches = [suite.ragged_prompts(size, seed=nth) for nth, size in enumerate(sizes)]
     for attn in ("full", "msa"):

@@ -1163,22 +1163,29 @@ def truncate_logits(logits, temperature, top_p, top_k):
     logits (B, V) fp32. top_k None or 0 and top_p 1 cut nothing. Of equal logits the lowest ids stay."""
     if not (temperature > 0 and 0 < top_p <= 1 and (top_k is None or top_k >= 0)):
         raise ValueError(f"temperature {temperature}, top_p {top_p}, top_k {top_k}: above 0; above 0 to 1; 0 or more")
+    V = logits.size(-1)
     largest = largest_logit(logits)
-    order = None  # (B, V): ids by falling logit
-    if top_k or top_p < 1:
-        order = logits.sort(descending=True, stable=True).indices
-
     # less the largest: no quotient overflows, and softmax would subtract it anyway
     logits = (logits - largest) / max(temperature, torch.finfo(logits.dtype).tiny)
-    if top_k:
-        logits = logits.scatter(-1, order[:, top_k:], float("-inf"))
+    n = min(top_k or V, V)
+    if n == V and top_p == 1:
+        return logits
+
+    # how many stay in a row: n, or as many as hold top_p, the first one even where it alone exceeds it
+    ranked = logits.topk(n).values                                                                         # (B, n)
+    n_kept = torch.full_like(largest, n, dtype=torch.int64)                                                # (B, 1)
     if top_p < 1:
-        p = logits.softmax(-1).gather(-1, order)
-        before = p.cumsum(-1) - p  # mass of the tokens before: the first stays even where it alone exceeds top_p
-        beyond = before >= top_p
-        beyond = torch.zeros_like(beyond).scatter(-1, order, beyond)  # by id, no longer by falling logit
-        logits = logits.masked_fill(beyond, float("-inf"))
-    return logits
+        p = ranked.softmax(-1)
+        before = p.cumsum(-1) - p
+        n_kept = (before < top_p).sum(-1, keepdim=True)
+
+    # they are what lies above the last of them, and of what equals it the lowest ids
+    last = ranked.gather(-1, n_kept - 1)
+    above = logits > last
+    level = logits == last
+    room = n_kept - above.sum(-1, keepdim=True)
+    kept = above | (level & (level.cumsum(-1) <= room))
+    return logits.masked_fill(~kept, float("-inf"))
 
 def sample_next(logits, temperature=1.0, top_p=1.0, top_k=None, generator=None):
     """(B, V) -> token (B,). temperature 0 is greedy. ValueError for what largest_logit and truncate_logits refuse."""

@@ -1208,7 +1208,7 @@ def held_out(given, tokenizer):
         print(f"text    | none held out, random tokens instead: {type(error).__name__}: {error}")
         return []
     encoded = tokenizer.encode_batch([text for _, text in docs])
-    return [[tokenizer.eot, *ids] for ids in encoded]
+    return [[tokenizer.eot, *ids.tolist()] for ids in encoded]
 
 def load_baseline():
     """-> .ci/gpt2_baseline.py, as a module."""

@@ -917,7 +917,8 @@ class MiniMax(nn.Module):
     def update_router_bias(self, load, rate):
         """One step of load balancing, after the optimizer's. load (layers with experts, E) = aux["expert_load"]."""
         for layer, row in zip(self.moe_layers(), load):
-            update_bias(layer.router.bias, row, rate)
+            if layer.router.weight.requires_grad:  # what is frozen keeps its bias, too
+                update_bias(layer.router.bias, row, rate)
 
     @classmethod
     def from_hf(cls, path, device="cpu", dtype=torch.float32):

@@ -54,6 +54,7 @@ EVAL_SHARE = 0.25                      # of --minutes: the last evaluation takes
 APART = 1.1                            # validation that rises so far over its usual share of training is remarked upon
 USUAL = 1.3                            # that share, in bits a byte, at most: other files differ, the first by 20 %
 MTP_WEIGHT = (0.3, 0.1)                # before and in the decay phase (M2 report)
+MTP_ALONE = 0.1                        # share of what is left of a run that modules which join learn without the trunk
 WARMUP, DECAY = 0.02, 0.6              # shares of the run
 # mtp_every: steps between MTP losses; msa_from: share of the run under full attention; stages: share -> cuts of a row
 RUNS = {
@@ -495,7 +496,7 @@ def evaluate(model, tokens, T, batch_size, device, seconds=math.inf, tokenizer=N
 
 def train_step(model, batch, optimizers, groups, parts=1, mtp_weight=MTP_WEIGHT[0], bias_rate=0.0,
                index_warmup=False, run_mtp=True, recompute=False):
-    """Forward and backward over the batch in parts, clip, update.
+    """Forward and backward over the batch in parts, clip, update. Parameters that require no gradient stay as they are.
 
     batch       idx, targets, pos and perhaps weight, end: (B, T) each, as of Tokens.rows
     optimizers  [] leaves the weights as they are, and the gradients where they are
@@ -505,8 +506,8 @@ def train_step(model, batch, optimizers, groups, parts=1, mtp_weight=MTP_WEIGHT[
                 counts of the whole batch, so that the gradients add up to the batch's
     bias_rate   u of the router's load balancing
     index_warmup, run_mtp, recompute    this step's mode, see MiniMax.forward
-    -> dict: loss, mtp_loss, index_kl (layers), means over the batch; expert_load (layers, experts); norms, one a group,
-    of the gradients before they were clipped.
+    -> dict: loss, mtp_loss (modules that ran), index_kl (layers), means over the batch; expert_load (layers, experts);
+    norms, one a group, of the gradients before they were clipped.
     """
     total = model.count_losses(batch["targets"], batch.get("weight"), batch.get("end"), run_mtp)
     loads = []
@@ -524,8 +525,13 @@ def train_step(model, batch, optimizers, groups, parts=1, mtp_weight=MTP_WEIGHT[
     norms = [torch.nn.utils.clip_grad_norm_(group, 1.0) for group in groups]
     if optimizers:
         update(model, optimizers, load, bias_rate)
-    mtp_loss = mtp.mean() if len(mtp) else torch.zeros_like(loss)
-    return dict(loss=loss, mtp_loss=mtp_loss, index_kl=kl, expert_load=load, norms=norms)
+    return dict(loss=loss, mtp_loss=mtp, index_kl=kl, expert_load=load, norms=norms)
+
+def freeze_trunk(model, frozen=True):
+    """Only MTP modules learn: embedding, layers, last norm and head get no gradient, so no optimizer moves them, and
+    their routers' biases stay. Frozen False: all learn."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith("mtp.") or not frozen)
 
 def check_divergence(loss, norm, now):
     """Look at one step's loss and gradient norm, and keep the running mean of the loss in `now`, a RunState.
@@ -646,6 +652,8 @@ def parse_args(argv, locks=None):
     # model
     p.add_argument("--preset", default="tiny", choices=["tiny", "small", "m2", "m3"], help="the model")
     p.add_argument("--attn", default="msa", choices=["msa", "full"], help="msa, or full attention in every layer")
+    p.add_argument("--mtp", type=number(0, 8), help="MTP modules; more of them may join with --resume; default: the "
+                   "preset's, or the checkpoint's")
     p.add_argument("--vocab-size", type=number(257), help="tokens that the BPE learns; default: the preset's")
     # text
     p.add_argument("--data", help="a text file or a folder of them; default: the Python standard library")
@@ -761,12 +769,13 @@ def configure(args):
     """Preset and flags -> MiniMaxConfig. What the flags leave open is filled into args, from RUNS. ValueError if the
     rows do not fit the model's context or its key blocks."""
     cfg = getattr(MiniMaxConfig, args.preset)()
-    defaults = dict(RUNS.get(args.preset, {}), vocab_size=cfg.vocab_size)
+    defaults = dict(RUNS.get(args.preset, {}), vocab_size=cfg.vocab_size, mtp=cfg.n_mtp)
     if args.steps is not None:
         defaults["minutes"] = None
     for name, value in defaults.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
+    cfg.n_mtp = args.mtp
     if args.attn == "full":
         cfg.attn_types = ["full"] * cfg.n_layer
     if args.dry_run:
@@ -793,6 +802,8 @@ def dry_run(cfg, preset):
         print(f"  428B of the model card = {total / 1e9:.3f}B + the vision tower; 23B = {active / 1e9:.2f}B, or "
               f"{(active + 2 * table) / 1e9:.3f}B with embedding and head")
     print(f"  an MTP module adds {mtp:,} parameters, {active_mtp:,} active")
+    if cfg.n_mtp:
+        print(f"  with --mtp {cfg.n_mtp} there are {total + cfg.n_mtp * mtp:,} parameters")
     print(f"  weights   {2 * total / 1e9:10.3f} GB bf16, {4 * total / 1e9:.3f} GB fp32")
     moments = 4 * (total + count_two_moments(model))  # bytes
     print(f"  optimizer {moments / 1e9:10.3f} GB fp32: one moment, two where AdamW works (not the matrices)")
@@ -824,6 +835,8 @@ class RunState:
     usual: float = USUAL               # least that validation has been as a multiple of training, bits a byte
     sparse_from: float = 0.0           # share of the run from which attention is sparse
     sparse: bool = False               # whether it is
+    joint_from: float = 0.0            # share of the run from which the trunk learns beside modules that have joined
+    joint: bool = True                 # whether it does
     reached: float = 0.0               # share that rows and attention have come to: it never shrinks, whatever the end
     text: str = ""                     # hash of what is learned from and validated on
     run: str | None = None             # name of the run
@@ -941,6 +954,10 @@ def share_done(now, args):
         of_minutes = (now["seconds"] - warm) / max(60 * args["minutes"] - warm, 1e-9)
     return max(of_steps, of_minutes)
 
+def later(share, part):
+    """The share of a run at which `part` of what is left after `share` is done."""
+    return share + (1 - share) * part
+
 def cut_at(share, args):
     """Into how many parts rows are cut at this share of the run; a part has at least 16 tokens."""
     cuts = [n for first, n in args.stages if share >= first]
@@ -1035,7 +1052,8 @@ def convert(old, saved, step, args):
     old, saved   the model, and its optimizers' states as a checkpoint has them, after `step` steps
     ValueError if the model is not of --preset.
     """
-    new = MiniMax(dataclasses.replace(configure(args), vocab_size=old.cfg.vocab_size), old.dtype)
+    cfg = dataclasses.replace(configure(args), vocab_size=old.cfg.vocab_size, n_mtp=old.cfg.n_mtp)
+    new = MiniMax(cfg, old.dtype)
     try:
         missing, unexpected = new.load_state_dict(old.state_dict(), strict=False)
         fits = not unexpected and all(map(is_index, missing))
@@ -1043,18 +1061,44 @@ def convert(old, saved, step, args):
         fits = False
     if not fits:
         raise ValueError(f"--attn msa: the checkpoint's model is not of --preset {args.preset}")
-    params = dict(new.to(old.embed.weight.device).named_parameters())
-    sources = configure_optimizers(old, args.lr)[0]
-    targets = configure_optimizers(new, args.lr)[0]
+    new = new.to(old.embed.weight.device)
+    return new, carry_states(old, new, saved, step)
+
+def add_modules(old, saved, step, n_mtp):
+    """A model -> one with more MTP modules, and the states of its optimizers: weights and states are kept by name. Each
+    new module is a copy of the last one, as a random one would disturb the trunk (M2 report); without one it is random.
+    Its optimizer state is new.
+
+    old, saved   the model, and its optimizers' states as a checkpoint has them, after `step` steps
+    n_mtp        modules of the new model
+    """
+    new = MiniMax(dataclasses.replace(old.cfg, n_mtp=n_mtp), old.dtype).to(old.embed.weight.device)
+    new.load_state_dict(old.state_dict(), strict=False)
+    if old.mtp:
+        for module in new.mtp[len(old.mtp):]:
+            module.load_state_dict(old.mtp[-1].state_dict())
+    return new, carry_states(old, new, saved, step)
+
+def carry_states(old, new, saved, step):
+    """`saved`, the states of the optimizers of `old` after `step` steps -> those of `new`, a model that has the same
+    parameters and more. What is new has no state."""
+    params = dict(new.named_parameters())
+    sources = configure_optimizers(old, 1.0)[0]  # rates are set before each step
+    targets = configure_optimizers(new, 1.0)[0]
     load_optimizers(sources, saved, step)
     for source, target in zip(sources, targets):
         for name, p in old.named_parameters():
             if p in source.state:
                 target.state[params[name]] = source.state[p]
-    return new, [target.state_dict() for target in targets]
+    return [target.state_dict() for target in targets]
 
 def check_match(cfg, state, args):
-    """ValueError unless a checkpoint's model is the one that its args describe."""
+    """ValueError unless a checkpoint's model is the one that its args describe, and --mtp goes on with it."""
+    modules = state["args"].get("mtp", cfg.n_mtp)  # older args lack it
+    if modules != cfg.n_mtp:
+        raise ValueError(f"the checkpoint's args say --mtp {modules}, its model has {cfg.n_mtp}")
+    if args.mtp < cfg.n_mtp:
+        raise ValueError(f"--mtp {args.mtp}: the checkpoint has {cfg.n_mtp} MTP modules, and none is dropped")
     saved = state["args"]["attn"]
     if (saved == "msa") != ("msa" in cfg.attn_types):
         raise ValueError(f"the checkpoint's args say --attn {saved}, its layers are {' '.join(cfg.attn_types)}")
@@ -1105,7 +1149,15 @@ def print_changes(state, args, now):
             line += "; attention stays sparse"
         if args.attn == "msa" and not now.sparse and after >= now.sparse_from:
             line += "; attention becomes sparse"
+        if not now.joint and after >= now.joint_from:
+            line += "; the trunk learns again"
         print(f"resume  | step {now.step}: {line}", flush=True)
+
+    had = state["config"]["n_mtp"]
+    if args.mtp > had:
+        which = f"module {args.mtp} joins" if args.mtp == had + 1 else f"modules {had + 1} to {args.mtp} join"
+        origin = f"a copy of module {had}" if had else "random"
+        print(f"resume  | step {now.step}: MTP {which}, {origin}", flush=True)
 
     if old.get("text", now.text) != now.text:
         here = args.data or "the Python standard library"
@@ -1129,10 +1181,12 @@ def card(run, why, laps):
     print(f"model   | {args.preset}: {total:,} parameters, {active:,} active per token without embedding and head")
     print(f"device  | {run.device}, {str(model.dtype).removeprefix('torch.')}: {why}")
     print(f"threads | {run.threads}")
-    print(f"layers  | attention {' '.join(cfg.attn_types)}; mlp {' '.join(cfg.mlp_types)}; {cfg.n_mtp} MTP module")
+    print(f"layers  | attention {' '.join(cfg.attn_types)}; mlp {' '.join(cfg.mlp_types)}; {cfg.n_mtp} MTP module{'s' if cfg.n_mtp > 1 else ''}")
     if "msa" in cfg.attn_types:
         since = "as before" if now.sparse else f"from {now.sparse_from:.0%} of the run"
         print(f"msa     | {S} blocks of {L}: {min(S * L, T)} of {T} keys, {since}")
+    if not now.joint:
+        print(f"mtp     | its modules learn alone until {now.joint_from:.0%} of the run: the trunk is frozen")
     shared = " + 1 shared" if cfg.shared_dim else ""
     print(f"experts | {cfg.n_expert_per_tok} of {cfg.n_expert}{shared}")
     print(f"kernels | {implementations(model, run.device, trains=True, decodes=False)}")
@@ -1163,11 +1217,16 @@ def set_up(args, state):
     model = tokenizer = None
     if state:
         model, tokenizer = load_model(state, device, dtype)
+        if args.mtp is None:           # older args lack it
+            args.mtp = model.cfg.n_mtp
         check_match(model.cfg, state, args)
     torch.manual_seed(args.seed)
     converted = bool(state) and args.attn != state["args"]["attn"]
     if converted:
         model, state["optimizers"] = convert(model, state["optimizers"], state["now"]["step"], args)
+    grown = bool(state) and args.mtp > model.cfg.n_mtp
+    if grown:
+        model, state["optimizers"] = add_modules(model, state["optimizers"], state["now"]["step"], args.mtp)
     cfg = model.cfg if model else configure(args)
 
     # memory and text, then a new model of the text's vocabulary
@@ -1193,6 +1252,8 @@ def set_up(args, state):
         args=args, device=device, model=model, tokenizer=tokenizer, data=data, optimizers=optimizers,
         groups=(rest, index), now=now, threads=Threads(device, args.threads, now.threads),
         pending=[], saved=now.step if state else None)
+    if grown:
+        start_modules(run)
     if converted:
         start_index_branch(run)
     laps.end("model")
@@ -1205,17 +1266,31 @@ def set_up(args, state):
     if run.threads.count is None:
         run.threads.choose(trial(run), args.steps)
         laps.end("threads")
+    if not now.joint:  # only now: what is compiled needs gradients, in steps without MTP, too
+        freeze_trunk(model)
     card(run, why, laps)
     if state:
         print_changes(state, args, now)
     run.timer = SaveTimer()
     return run
 
-def start_index_branch(run):
-    """Let the index branch, which has just joined, learn for the same share of what is left as of a new run."""
+def start_modules(run):
+    """Let the MTP modules, of which some have just joined, learn alone for a share of what is left."""
     now = run.now
+    now.joint = False
+    now.joint_from = later(run.progress(), MTP_ALONE)
+    if run.progress() >= 1:
+        raise ValueError(f"--mtp {run.args.mtp}: nothing is left of the run to train in; give more --steps or --minutes")
+
+def start_index_branch(run):
+    """Let the index branch, which has just joined, learn for the same share of what is left as of a new run, once the
+    trunk learns."""
+    now = run.now
+    begins = run.progress()
+    if not now.joint:
+        begins = max(begins, now.joint_from)
     now.sparse = False
-    now.sparse_from = run.progress() + (1 - run.progress()) * run.args.msa_from
+    now.sparse_from = later(begins, run.args.msa_from)
     if run.progress() >= 1:
         raise ValueError("--attn msa: nothing is left of the run to convert in; give more --steps or --minutes")
 
@@ -1248,14 +1323,13 @@ class Log:
         """Forget what was reported: a line has been printed."""
         self.since = dataclasses.replace(self.run.now)
         self.load = 0.0                # (layers, experts) tokens that chose an expert
-        self.mtp = math.nan            # no MTP loss yet
+        self.mtp = []                  # each MTP module's loss; none yet
 
-    def add(self, found, run_mtp):
+    def add(self, found):
         """Note what train_step found. Nothing is read from the GPU, which would have to finish first."""
-        cfg = self.run.model.cfg
-        n_layers = cfg.mlp_types.count("moe")  # after them comes the MTP module's load
+        n_layers = self.run.model.cfg.mlp_types.count("moe")  # after them come the MTP modules' loads
         self.load = self.load + found["expert_load"][:n_layers]
-        if run_mtp and cfg.n_mtp:
+        if len(found["mtp_loss"]):
             self.mtp = found["mtp_loss"]
 
     def print_step(self, found, rate):
@@ -1265,11 +1339,15 @@ class Log:
         if len(found["index_kl"]):
             self.kl = found["index_kl"].mean().item()
         losses = [
-            ("loss", math.nan if now.ema is None else now.ema, 3),
-            ("train_bpb", train_bits(now, run.data), 3),
-            ("mtp", float(self.mtp), 3),
-            ("kl", self.kl, 4)]
-        shown = [f"{name} {value:.{digits}f} | " for name, value, digits in losses if not math.isnan(value)]
+            ("loss", [math.nan if now.ema is None else now.ema], 3),
+            ("train_bpb", [train_bits(now, run.data)], 3),
+            ("mtp", list(map(float, self.mtp)), 3),  # by depth
+            ("kl", [self.kl], 4)]
+        shown = ""
+        for name, values, digits in losses:
+            words = [f"{value:.{digits}f}" for value in values if not math.isnan(value)]
+            if words:
+                shown += f"{name} {' '.join(words)} | "
         violation = math.nan
         if "moe" in run.model.cfg.mlp_types:
             violation = max_violation(self.load).max().item()
@@ -1277,7 +1355,7 @@ class Log:
         part = min(1.0, run.progress())
         minutes_left = now.seconds * (1 / part - 1) / 60
         norm = found["norms"][0].item()
-        print(f"step {now.step:05d} {part:4.0%} | {''.join(shown)}lr {rate:.1e} | norm {norm:.2f} | "
+        print(f"step {now.step:05d} {part:4.0%} | {shown}lr {rate:.1e} | norm {norm:.2f} | "
               f"maxvio {violation:.2f} | {tokens_per_s:,.0f} tok/s{f', mfu {mfu:.1%}' if mfu else ''} | "
               f"eta {minutes_left:.1f}m", flush=True)
         self.start_anew()
@@ -1312,10 +1390,14 @@ def run_training(args, state):
         began = time.perf_counter()
         done = run.progress()
 
-        # this step's mode: sparse attention or the index branch's warm-up, MTP or not, the rate, the length of rows
+        # this step's mode: sparse attention or the index branch's warm-up, a frozen trunk, MTP or not, the rate, the
+        # length of rows
         now.reached = max(now.reached, done)
         now.sparse = now.sparse or done >= now.sparse_from
-        run_mtp = now.step % args.mtp_every == 0
+        if not now.joint and done >= now.joint_from:
+            now.joint = True
+            freeze_trunk(run.model, frozen=False)
+        run_mtp = now.step % args.mtp_every == 0 or not now.joint
         rate = args.lr * schedule(done, WARMUP, DECAY)
         set_rates(run.optimizers, rate)
         cut = cut_at(now.reached, args)
@@ -1340,7 +1422,7 @@ def run_training(args, state):
         seconds = time.perf_counter() - began
         now.seconds += seconds
         run.threads.watch(seconds, trial, run)
-        log.add(found, run_mtp)
+        log.add(found)
         if shows:
             log.print_step(found, rate)
         if args.stop_after and now.step >= args.stop_after:

@@ -26,6 +26,7 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
+import json
 import math
 import sys
 import sysconfig
@@ -41,9 +42,10 @@ from model import MiniMax, MiniMaxConfig, count_params
 from moe import max_violation
 from msa import cdiv, chunk, round_up
 from sample import (ICONV, LEARN_FROM, LOCK, PATTERN, Parser, Progress, SaveTimer, Threads, Tokenizer, cache_path,
-                    check_fields, check_finite, check_memory, checkpoint_path, command, guess_kind, implementations,
-                    learn_bpe, load_checkpoint, load_model, load_optimizers, lock_folder, number, on_signals,
-                    pick_device, place_checkpoint, read_cache, saved_flags, write_cache, write_checkpoint)
+                    check_fields, check_figure, check_finite, check_memory, checkpoint_path, command, figure_format,
+                    guess_kind, implementations, learn_bpe, load_checkpoint, load_model, load_optimizers, lock_folder,
+                    new_temporary, number, on_signals, pick_device, place_checkpoint, read_cache, saved_flags,
+                    write_cache, write_checkpoint)
 
 ENCODED = 500_000                      # characters of a text that are encoded together: the next may be another thread's
 READERS = 16                           # threads that read files: a cold disk or a network answers many at once
@@ -672,7 +674,7 @@ def parse_args(argv, locks=None):
     p.add_argument("--bias-rate", type=number(0, math.inf, float), default=0.01,
                    help="u of the router's load balancing, 0 = off")
     # what is printed and kept
-    p.add_argument("--out", default="out", help="folder of the checkpoint")
+    p.add_argument("--out", default="out", help="folder of the checkpoint and of log.jsonl")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     p.add_argument("--eval-every", type=count, default=200,
                    help="steps from one evaluation and checkpoint to the next")
@@ -695,6 +697,7 @@ def parse_args(argv, locks=None):
         raise ValueError(f"--preset {args.preset}: its training state takes terabytes; --dry-run prints how many")
     if locks and not args.resume:
         locks.enter_context(lock_folder(args.out))
+    check_log(args.out)
     return args, state
 
 def resume_args(parser, argv, given, state):
@@ -876,6 +879,13 @@ class Run:
             loss, norm = seen.tolist()
             check_divergence(loss, norm, self.now)
 
+    def log(self, kind, **values):
+        """Append a line to the run's log: of what kind it is, where the run stands, and these values."""
+        now = self.now
+        share = min(1.0, self.progress())
+        where = dict(kind=kind, run=now.run, step=now.step, share=share, seconds=now.seconds)
+        append_line(log_path(self.args.out), {**where, **values})
+
     def write(self):
         """Write all there is between two steps into a new file beside the checkpoint -> its path."""
         began = self.timer.clock()
@@ -914,6 +924,7 @@ class Run:
             now.usual = min(now.usual, max(1.0, found["val_bpb"] / bits))
         print(f"eval {now.step:05d} | {report(found)}{remark(found, bits, now.usual)} | "
               f"first {found['val_bytes']:,} bytes", flush=True)
+        self.log("eval", train_bpb=bits, **found)
         if not found["val_bpb"] <= WORSE * now.bpb:
             raise FloatingPointError(f"val_bpb {found['val_bpb']:.3f} after {now.bpb:.3f}")
         now.bpb = min(now.bpb, found["val_bpb"])
@@ -968,6 +979,69 @@ def stage_at(share):
     if share < WARMUP:
         return "warm-up"
     return "decay" if share > 1 - DECAY else "constant"
+
+# ---- a run's log ---------------------------------------------------------------------------------
+# Each line on the screen about a step or an evaluation is a line of JSON in FOLDER/log.jsonl, too: kind is "step",
+# "eval" or "final". It is written at once, so that a killed process leaves whole lines. A resumed run goes on in the
+# file, without the lines of steps after its checkpoint: these steps are done again. A new run begins anew.
+
+def log_path(folder):
+    return os.path.join(folder, "log.jsonl")
+
+def check_log(folder):
+    """ValueError if no log can be written into the folder: seen now, not after minutes of training."""
+    path = log_path(folder)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"--out {folder}: {path} is in the way of the log: it is not a file")
+
+def read_log(folder):
+    """-> the log's lines, dicts; none where there is no log. What is no such line is left out."""
+    lines = []
+    if not os.path.isfile(log_path(folder)):
+        return lines
+    with open(log_path(folder), "rb") as file:
+        for raw in file:
+            try:
+                line = json.loads(raw)
+            except ValueError:  # not JSON, or no UTF-8
+                continue
+            if isinstance(line, dict) and type(line.get("step")) is int:
+                lines.append(line)
+    return lines
+
+def begin_log(folder, run, step):
+    """Keep of the folder's log what this run wrote up to this step: nothing of it, if the run is new. Several runs may
+    have written there: a new one that is killed before its first checkpoint leaves the checkpoint of the one before."""
+    file, temporary = new_temporary(folder)
+    with file:
+        for line in read_log(folder):
+            if line.get("run") == run and line["step"] <= step:
+                file.write(to_json(line))
+    os.replace(temporary, log_path(folder))  # a link is not followed
+
+def append_line(path, values):
+    """Append a line of JSON to the file. OSError, and the file is as it was, if it cannot be written whole."""
+    line = to_json(values)
+    try:
+        with open(path, "ab", buffering=0) as file:
+            size = file.tell()
+            if file.write(line) < len(line):
+                file.truncate(size)
+                raise OSError("the disk is full, or a limit on the size of files is reached")
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}; the last checkpoint is kept") from None
+
+def to_json(values):
+    """A dict of numbers, words and lists -> a line of JSON, bytes. A number that is not finite becomes null."""
+    def plain(value):
+        if isinstance(value, list):
+            return [plain(x) for x in value]
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        return value
+
+    line = {name: plain(value) for name, value in values.items()}
+    return json.dumps(line, allow_nan=False).encode() + b"\n"
 
 # ---- starting and resuming -----------------------------------------------------------------------
 # set_up makes a run, in an order that keeps refusals early: the checkpoint's model first, then memory, then the text,
@@ -1311,7 +1385,7 @@ def trial(run):
 # a step late: while the GPU is at work on one step, the CPU prepares the next. Whatever ends the run, --steps, the
 # minutes, Ctrl-C or SIGTERM, it saves, evaluates once more, and says in JSON what has become of it.
 
-class Log:
+class StepReport:
     """What steps have reported since the last line was printed."""
 
     def __init__(self, run):
@@ -1332,32 +1406,47 @@ class Log:
         if len(found["mtp_loss"]):
             self.mtp = found["mtp_loss"]
 
-    def print_step(self, found, rate):
-        """One line: how far, losses, rate, norm, balance of the experts, speed, time left."""
+    def measure(self, found, rate):
+        """What a step's line tells, by name: losses, rate, norm, balance of the experts, speed. nan: none yet."""
         run = self.run
         now = run.now
         if len(found["index_kl"]):
             self.kl = found["index_kl"].mean().item()
-        losses = [
-            ("loss", [math.nan if now.ema is None else now.ema], 3),
-            ("train_bpb", [train_bits(now, run.data)], 3),
-            ("mtp", list(map(float, self.mtp)), 3),  # by depth
-            ("kl", [self.kl], 4)]
+        violations = []
+        if "moe" in run.model.cfg.mlp_types:
+            violations = max_violation(self.load).tolist()
+        tokens_per_s, mfu = speed(now, self.since, run.device)
+        return dict(
+            loss=math.nan if now.ema is None else now.ema,
+            train_bpb=train_bits(now, run.data),
+            mtp=list(map(float, self.mtp)),  # by depth
+            kl=self.kl,
+            lr=rate,
+            norm=found["norms"][0].item(),
+            max_vio=violations,        # by layer, as in an evaluation
+            tokens_per_s=tokens_per_s,
+            mfu=mfu)
+
+    def print_step(self, found, rate):
+        """One line on the screen and one in the log: how far, what was measured, and on the screen the time left."""
+        run = self.run
+        now = run.now
+        seen = self.measure(found, rate)
+        run.log("step", **seen)
+
+        losses = [("loss", [seen["loss"]], 3), ("train_bpb", [seen["train_bpb"]], 3), ("mtp", seen["mtp"], 3),
+                  ("kl", [seen["kl"]], 4)]
         shown = ""
         for name, values, digits in losses:
             words = [f"{value:.{digits}f}" for value in values if not math.isnan(value)]
             if words:
                 shown += f"{name} {' '.join(words)} | "
-        violation = math.nan
-        if "moe" in run.model.cfg.mlp_types:
-            violation = max_violation(self.load).max().item()
-        tokens_per_s, mfu = speed(now, self.since, run.device)
         part = min(1.0, run.progress())
         minutes_left = now.seconds * (1 / part - 1) / 60
-        norm = found["norms"][0].item()
-        print(f"step {now.step:05d} {part:4.0%} | {shown}lr {rate:.1e} | norm {norm:.2f} | "
-              f"maxvio {violation:.2f} | {tokens_per_s:,.0f} tok/s{f', mfu {mfu:.1%}' if mfu else ''} | "
-              f"eta {minutes_left:.1f}m", flush=True)
+        violation = max(seen["max_vio"], default=math.nan)
+        mfu = f", mfu {seen['mfu']:.1%}" if seen["mfu"] else ""
+        print(f"step {now.step:05d} {part:4.0%} | {shown}lr {rate:.1e} | norm {seen['norm']:.2f} | "
+              f"maxvio {violation:.2f} | {seen['tokens_per_s']:,.0f} tok/s{mfu} | eta {minutes_left:.1f}m", flush=True)
         self.start_anew()
 
 def next_batch(run, cut, run_mtp):
@@ -1382,7 +1471,8 @@ def run_training(args, state):
     run = set_up(args, state)
     now = run.now
     stop = on_signals()
-    log = Log(run)
+    begin_log(args.out, now.run, now.step)
+    report = StepReport(run)
     if run.progress() >= 1:
         print(f"nothing left to do after step {now.step}: give more --steps or --minutes", flush=True)
 
@@ -1422,9 +1512,9 @@ def run_training(args, state):
         seconds = time.perf_counter() - began
         now.seconds += seconds
         run.threads.watch(seconds, trial, run)
-        log.add(found)
+        report.add(found)
         if shows:
-            log.print_step(found, rate)
+            report.print_step(found, rate)
         if args.stop_after and now.step >= args.stop_after:
             stop.append(1)
 
@@ -1466,6 +1556,7 @@ def finish(run, stop):
     unseen = f"; for {missing:,} more --minutes left no time" if missing else ""
     print(f"final {now.step:04d} | {report(final)}{remark(final, bits, now.usual)} | "
           f"{final['val_bytes']:,} bytes{unseen}")
+    run.log("final", train_bpb=bits, **final)
     return summary(run, final)
 
 def summary(run, final):

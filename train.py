@@ -679,6 +679,7 @@ def parse_args(argv, locks=None):
     p.add_argument("--eval-every", type=count, default=200,
                    help="steps from one evaluation and checkpoint to the next")
     p.add_argument("--log-every", type=count, default=20, help="steps from one progress line to the next")
+    p.add_argument("--figure", metavar="FILE", help="draw the run's curves; needs matplotlib")
     p.add_argument("--stop-after", type=count, help="save and leave after this step, as Ctrl-C would")
     p.add_argument("--seed", type=number(0, 2 ** 63 - 1), default=1337)
     p.add_argument("--dry-run", action="store_true", help="print parameters and bytes, allocate nothing")
@@ -686,8 +687,12 @@ def parse_args(argv, locks=None):
     argv = sys.argv[1:] if argv is None else argv
     args = p.parse_args(argv)
     state = None
+    if args.dry_run and args.figure:
+        raise ValueError(f"--figure {args.figure}: --dry-run trains nothing that could be drawn")
     if args.dry_run:
         return args, None
+    if args.figure:
+        check_figure(args.figure)
     if args.resume:
         if locks:
             locks.enter_context(lock_folder(args.out, create=False))
@@ -1042,6 +1047,40 @@ def to_json(values):
 
     line = {name: plain(value) for name, value in values.items()}
     return json.dumps(line, allow_nan=False).encode() + b"\n"
+
+def draw(path, lines, title):
+    """--figure: a run's curves over its steps: bits a byte of training and of validation, below them the rate.
+
+    path   file to write
+    lines  of the log
+    title  above the chart
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, MaxNLocator
+    figure = Figure((7, 5), layout="constrained")
+    bits, rate = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+
+    def plot(axis, kinds, name, style, label):
+        """What lines of these kinds have under that name, where they have it."""
+        points = [(line["step"], line[name]) for line in lines if line["kind"] in kinds and line.get(name) is not None]
+        if points:
+            axis.plot(*zip(*points), style, ms=4, label=label)
+
+    plot(bits, ["step"], "train_bpb", "-", "training, running mean")
+    plot(bits, ["eval", "final"], "val_bpb", "o-", "validation")
+    plot(rate, ["step"], "lr", "-", "rate")
+
+    # the first losses are several times the last ones, and would flatten them: an axis of ratios, in plain numbers
+    bits.set(title=title, ylabel="bits a byte", yscale="log")
+    bits.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 5)))
+    bits.yaxis.set_major_formatter("{x:.3g}")
+    bits.yaxis.set_minor_formatter("")
+    bits.grid(alpha=0.3)
+    if bits.lines:
+        bits.legend()
+    rate.set(xlabel="step", ylabel="rate")
+    rate.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.savefig(path, format=figure_format(path))
 
 # ---- starting and resuming -----------------------------------------------------------------------
 # set_up makes a run, in an order that keeps refusals early: the checkpoint's model first, then memory, then the text,
@@ -1531,7 +1570,10 @@ def run_training(args, state):
 
     if run.unproven:
         os.remove(run.unproven)
-    return finish(run, stop)
+    result = finish(run, stop)
+    if args.figure:
+        draw(args.figure, read_log(args.out), args.preset)
+    return result
 
 def finish(run, stop):
     """Save, evaluate on all of the validation text that time allows -> the run's summary."""

@@ -62,6 +62,8 @@ WARMUP, DECAY = 0.02, 0.6              # shares of the run
 RUNS = {
     "tiny": dict(seq_len=256, batch_size=4, lr=1.2e-2, minutes=2.5, mtp_every=8, msa_from=0.5,
                  stages=((0.0, 8), (0.2, 4), (0.45, 2), (0.75, 1))),
+    "mini": dict(seq_len=512, batch_size=8, lr=8e-3, minutes=60.0, mtp_every=8, msa_from=0.3,
+                 stages=((0.0, 8), (0.2, 4), (0.45, 2), (0.75, 1))),
     "small": dict(seq_len=8192, batch_size=16, lr=4e-3, minutes=10.0, mtp_every=4, msa_from=0.05, stages=((0, 1),))}
 # flags that each start decides anew: a checkpoint of train.py or rl.py does not hand them on
 RUN_ALONE = ("out", "resume", "device", "stop_after", "dry_run", "figure", "token")
@@ -652,7 +654,7 @@ def parse_args(argv, locks=None):
     p = Parser(__doc__)
     count = number(1)
     # model
-    p.add_argument("--preset", default="tiny", choices=["tiny", "small", "m2", "m3"], help="the model")
+    p.add_argument("--preset", default="tiny", choices=["tiny", "mini", "small", "m2", "m3"], help="the model")
     p.add_argument("--attn", default="msa", choices=["msa", "full"], help="msa, or full attention in every layer")
     p.add_argument("--mtp", type=number(0, 8), help="MTP modules; more of them may join with --resume; default: the "
                    "preset's, or the checkpoint's")

@@ -886,20 +886,24 @@ class MiniMax(nn.Module):
         modules = sum(count_params(module)[1] for module in self.mtp)
         return total, active - tables - modules
 
-    def flops_per_token(self, pos, index_warmup=False, run_mtp=True):
+    def flops_per_token(self, pos, index_warmup=False, run_mtp=True, frozen=False):
         """Useful FLOPs of a training step, the mean over tokens: 6 for each active parameter (the index branch's need
         4, as its input has no gradient; they are counted as 6), and for each key that a query head reads 2 D for its
         score, 2 D for its value, and twice as much in the backward pass (PaLM, arXiv 2204.02311, appendix B).
 
-        pos  positions of the tokens in their documents, of any shape; pads are left out by the caller
+        pos     positions of the tokens in their documents, of any shape; pads are left out by the caller
+        frozen  MTP modules alone learn: the trunk has a forward pass only, a third, and the head no gradient
         """
         cfg = self.cfg
         modules = self.mtp if run_mtp else []
-        kinds = cfg.attn_types + cfg.attn_types[-1:] * len(modules)
 
-        # matrices; each module has the head once more
-        active = self.num_params()[1] + self.lm_head.weight.numel() * (1 + len(modules))
-        active += sum(count_params(module)[1] for module in modules)
+        # matrices: 2 FLOPs forward, 2 each for the gradients of input and weights; each module has the head once more
+        head = self.lm_head.weight.numel()
+        trunk = self.num_params()[1] + head
+        heads = head * len(modules)
+        matrices = 6 * (trunk + heads + sum(count_params(module)[1] for module in modules))
+        if frozen:
+            matrices -= 4 * trunk + 2 * heads
 
         # how many keys a query reads, and how many the index branch scores for it
         pos = pos.double()
@@ -918,8 +922,12 @@ class MiniMax(nn.Module):
         # the KL: the teacher's scores forward, the index branch's forward and backward
         kl = (key / 2 + 3 * index_key) * read / cfg.index_kl_stride
         sparse = 3 * key * read + index_key * scored + kl
-        attention = full * kinds.count("full") + sparse * kinds.count("msa")
-        return 6 * active + attention.mean().item()
+        attention = full * cfg.attn_types.count("full") + sparse * cfg.attn_types.count("msa")
+        if frozen:
+            attention = attention / 3
+        of_modules = full if cfg.attn_types[-1] == "full" else sparse
+        attention = attention + of_modules * len(modules)
+        return matrices + attention.mean().item()
 
     def moe_layers(self):
         """Every mixture of experts, trunk then MTP: the rows of aux["expert_load"]."""

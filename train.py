@@ -56,7 +56,8 @@ EVAL_SHARE = 0.25                      # of --minutes: the last evaluation takes
 APART = 1.1                            # validation that rises so far over its usual share of training is remarked upon
 USUAL = 1.3                            # that share, in bits a byte, at most: other files differ, the first by 20 %
 MTP_WEIGHT = (0.3, 0.1)                # before and in the decay phase (M2 report)
-MTP_ALONE = 0.1                        # share of what is left of a run that modules which join learn without the trunk
+MTP_ALONE = 0.1                        # share of what is left of a run that modules which join learn without the trunk:
+                                       # the M2 report names none; tiny's losses had settled after 20 of 200 steps
 WARMUP, DECAY = 0.02, 0.6              # shares of the run
 # mtp_every: steps between MTP losses; msa_from: share of the run under full attention; stages: share -> cuts of a row
 RUNS = {
@@ -1500,7 +1501,8 @@ def next_batch(run, cut, run_mtp):
     n_real = int(real.sum())
     now.tokens += n_real
     if n_real:
-        now.flops += n_real * run.model.flops_per_token(batch["pos"][real], not now.sparse, run_mtp)
+        flops = run.model.flops_per_token(batch["pos"][real], not now.sparse, run_mtp, frozen=not now.joint)
+        now.flops += n_real * flops
     if run.on_gpu:
         batch = {key: x.pin_memory() for key, x in batch.items()}
     return {key: x.to(run.device, non_blocking=True) for key, x in batch.items()}, n_real

@@ -246,6 +246,22 @@ def test_published_parameter_counts():
     assert count_params(mtp) == (3_687_602_432, 176_969_984)
     assert 0.95 * 85e6 < small < 1.05 * 85e6
 
+def test_sizes_of_the_small_presets():
+    """tiny has 2.5M parameters, mini ten times as many, in all and active."""
+    with torch.device("meta"):
+        tiny = MiniMax(MiniMaxConfig.tiny()).num_params()
+        mini = MiniMax(MiniMaxConfig.mini()).num_params()
+
+    assert tiny == (2_499_736, 568_656)
+    assert mini == (24_279_200, 5_345_920)
+
+def test_dry_run_counts_mtp_modules():
+    """--mtp K --dry-run: a module's size, and that of the model with K of them."""
+    _, text = quiet(train, ["--preset", "mini", "--mtp", "3", "--dry-run"])
+
+    assert "an MTP module adds 3,728,928 parameters" in text
+    assert f"with --mtp 3 there are {24_279_200 + 2 * 3_728_928:,} parameters" in text
+
 def test_dry_run_prints_the_published_sizes():
     """train.py --preset m2 --dry-run: M2's totals to the digit, how 229.9B comes out, the cache at its full length."""
     result, text = quiet(train, ["--preset", "m2", "--dry-run"])
@@ -2367,6 +2383,18 @@ def test_flops_count_the_keys_that_are_read():
     scored = 4 * 2 * 16 * 4
     assert more == attention + learned + scored
 
+def test_a_frozen_trunk_is_a_third_of_its_flops():
+    """While MTP modules learn alone the trunk runs forward only, and their heads give no gradient of the weights."""
+    model = make_model(n_mtp=2)
+    pos = torch.zeros(1, 1)
+    head = model.lm_head.weight.numel()
+
+    trunk = model.flops_per_token(pos, run_mtp=False)
+    both = model.flops_per_token(pos)
+    alone = model.flops_per_token(pos, frozen=True)
+
+    assert both - alone == pytest.approx(2 / 3 * trunk + 2 * 2 * head)
+
 def step_gradients(model, batch, parts):
     """A step that moves nothing -> what it reports, and every gradient."""
     params = list(model.parameters())
@@ -2565,6 +2593,11 @@ def changed_weights(got, want):
     got = weights(got)
     return [name for name, weight in weights(want).items() if not torch.equal(got[name], weight)]
 
+def assert_kept(folder, name, before):
+    """The file is as it was, and no files but checkpoints and a log are left."""
+    assert (folder / name).read_bytes() == before
+    assert {*os.listdir(folder)} <= {"ckpt.pt", "ckpt.pt.old", "log.jsonl"}
+
 def files(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
@@ -2576,6 +2609,11 @@ def refused(script, argv, code=2):
     assert stop.value.code == code, said
     assert "Traceback" not in said
     return said.strip().splitlines()[-1]
+
+def refusals(*cases):
+    """Cases of a command line, and a word that its refusal must hold; the line, cut to 60 letters, names the test."""
+    named = [pytest.param(*case, id=case[0][:60]) for case in cases]
+    return parametrize("line, word", named)
 
 ShortRun = namedtuple("ShortRun", "out result text")
 
@@ -2941,6 +2979,253 @@ def test_a_full_attention_run_becomes_sparse(corpus, tmp_path):
     assert all(".indexer." in name for name in new.keys() - old.keys())
 
     assert "trained with msa" in refused(train, resume(tmp_path, "--attn full"))
+
+def changed_parts(got, want):
+    """Which parts of the model have other weights in two checkpoints: names before the first dot, "mtp.0" and so on."""
+    return {".".join(name.split(".")[:2 if name.startswith("mtp") else 1]) for name in changed_weights(got, want)}
+
+@session_fixture
+def joined(trained, tmp_path_factory):
+    """The short run goes on with three MTP modules: a copy of its folder, after 14 of 32 steps, and what it printed. A
+    tenth of the 20 steps that are left, two, are the modules' alone."""
+    out = tmp_path_factory.mktemp("joined")
+    copy_checkpoint(trained.out, out)
+    _, text = resume_run(out, "--mtp 3 --steps 32 --stop-after 14 --log-every 1")
+    return out, text
+
+def test_modules_join_a_trained_model(joined, trained):
+    """--resume --mtp 3: two modules join, all three learn alone, and nothing else moves by a bit, no router's bias."""
+    out, text = joined
+
+    assert "MTP modules 2 to 3 join, a copy of module 1" in text
+    assert "learn alone until 44% of the run: the trunk is frozen" in text
+    assert "3 MTP modules" in text
+    assert changed_parts(out, trained.out) == {"mtp.0"}
+    new = weights(out)
+    assert any(new[name].ne(new[name.replace("mtp.1", "mtp.2")]).any() for name in new if name.startswith("mtp.1"))
+    lines = re.findall(r"mtp (\d[\d. ]+) \|", text)
+    assert [len(losses.split()) for losses in lines] == [3, 3]
+
+def test_a_frozen_trunk_keeps_its_moments(joined, trained):
+    """Its optimizers do not step: every momentum and step count is the saved one; those of new modules are new."""
+    states = []
+    for out in (trained.out, joined[0]):
+        state = read_checkpoint(out)
+        of_run, _ = sample.load_model(state)
+        optimizers = train.configure_optimizers(of_run, 1.0)[0]
+        sample.load_optimizers(optimizers, state["optimizers"], state["now"]["step"])
+        names = {p: name for name, p in of_run.named_parameters()}
+        states.append({names[p]: kept for optimizer in optimizers for p, kept in optimizer.state.items()})
+    before, after = states
+
+    for name, kept in before.items():
+        same = all(torch.equal(kept[key], after[name][key]) for key in kept)
+        assert same != name.startswith("mtp."), name
+    assert before["mtp.0.norm.weight"]["step"] == 2, "an MTP loss in every eighth of 12 steps"
+    assert after["mtp.0.norm.weight"]["step"] == 4
+    assert after["mtp.2.norm.weight"]["step"] == 2
+
+def test_the_trunk_learns_again(joined, tmp_path):
+    """After the modules' own steps, 12 and 13, all parts learn; MTP's in the next step that has their loss, 16."""
+    copy_checkpoint(joined[0], tmp_path)
+    trunk = {"embed", "layers", "norm", "lm_head"}
+
+    resume_run(tmp_path, "--stop-after 15")
+    assert changed_parts(tmp_path, joined[0]) == trunk
+
+    resume_run(tmp_path, "--stop-after 17")
+    assert changed_parts(tmp_path, joined[0]) == trunk | {"mtp.0", "mtp.1", "mtp.2"}
+
+def test_a_frozen_phase_resumes_exactly(joined, trained, tmp_path):
+    """Interrupted between the two steps that modules learn alone, a run has the bits of one that was not."""
+    copy_checkpoint(trained.out, tmp_path)
+    resume_run(tmp_path, "--mtp 3 --steps 32 --stop-after 13")
+    assert not read_checkpoint(tmp_path)["now"]["joint"]
+
+    _, text = resume_run(tmp_path, "--stop-after 14")
+
+    assert "the trunk is frozen" in text
+    assert "join" not in text
+    assert changed_weights(tmp_path, joined[0]) == []
+
+def test_a_module_joins_as_a_copy(trained):
+    """Each new module equals the last one, its router's bias included; it has no optimizer state, all others keep it."""
+    state = read_checkpoint(trained.out)
+    old, _ = sample.load_model(state)
+
+    new, states = train.add_modules(old, state["optimizers"], 12, 3)
+
+    last = old.mtp[-1].state_dict()
+    for module in new.mtp[1:]:
+        for name, weight in module.state_dict().items():
+            assert torch.equal(weight, last[name]), name
+    for name, weight in old.state_dict().items():
+        assert torch.equal(new.state_dict()[name], weight), name
+    assert [len(kept["state"]) for kept in states] == [len(kept["state"]) for kept in state["optimizers"]]
+
+def test_a_frozen_step_is_the_modules_part_of_a_step():
+    """With the trunk frozen, MTP modules get the gradients of a full step, in fp64, and nothing else gets any."""
+    batch = random_text(2, 40)
+
+    def gradients(frozen):
+        model = make_model(torch.float64, n_mtp=2).train()
+        train.freeze_trunk(model, frozen)
+        train.train_step(model, batch, [], [], parts=2, mtp_weight=0.3)
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    alone = gradients(True)
+    for name, grad in gradients(False).items():
+        if name.startswith("mtp."):
+            assert relative(alone[name], grad) < 1e-10, name
+        else:
+            assert alone[name] is None, name
+
+def test_the_first_module_is_random(corpus, tmp_path):
+    """Without a module to copy, one begins with random weights; a model converted to MSA in the same start takes it."""
+    start_run(corpus, tmp_path, "--attn full --mtp 0 --steps 4")
+    before = weights(tmp_path)
+    assert not any(name.startswith("mtp.") for name in before)
+
+    _, text = resume_run(tmp_path, "--attn msa --mtp 1 --steps 24 --stop-after 5")
+
+    assert "MTP module 1 joins, random" in text
+    assert "from 62% of the run" in text, "half of what is left after the modules' own steps"
+    after = weights(tmp_path)
+    assert after["mtp.0.proj.weight"].std() > 0
+    for name, weight in before.items():
+        assert torch.equal(after[name], weight), name
+
+@refusals(
+    ("--mtp 0", "the checkpoint has 1 MTP modules"),
+    ("--mtp 2", "nothing is left of the run"))
+def test_modules_do_not_leave_and_need_time(checkpoint, tmp_path, line, word):
+    """Fewer modules than saved, or more of them in a run that is over: one line, and the checkpoint stays as it was."""
+    before = checkpoint.read_bytes()
+
+    said = refused(train, resume(tmp_path, line))
+
+    assert line in said
+    assert word in said
+    assert checkpoint.read_bytes() == before
+
+def test_older_checkpoints_do_not_say_their_modules(trained, tmp_path):
+    """Args of before --mtp: the model itself says how many there are. Args that contradict it are refused."""
+    tamper(trained.out, tmp_path, lambda state: state["args"].pop("mtp"))
+    resume_run(tmp_path, "--steps 13")
+    assert read_checkpoint(tmp_path)["args"]["mtp"] == 1
+
+    tamper(trained.out, tmp_path, put("args/mtp", 2))
+    assert "say --mtp 2, its model has 1" in refused(train, resume(tmp_path, "--steps 13"))
+
+def read_log(folder, kind=None):
+    """The lines of a run's log, of one kind or of all; each is whole."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if kind in (None, line["kind"])]
+
+def test_the_log_says_what_the_screen_says(trained):
+    """log.jsonl has a line for each printed step and evaluation, with the numbers that were printed."""
+    steps = read_log(trained.out, "step")
+    printed = re.findall(r"^step (\d+) .*? loss ([\d.]+) .*? lr ([\d.e-]+) \| norm ([\d.]+) .*? maxvio ([\d.]+)",
+                         trained.text, re.MULTILINE)
+    assert len(printed) == 4
+    for line, (step, loss, rate, norm, violation) in zip(steps, printed, strict=True):
+        assert line["step"] == int(step)
+        assert f"{line['loss']:.3f}" == loss
+        assert f"{line['lr']:.1e}" == rate
+        assert f"{line['norm']:.2f}" == norm
+        assert f"{max(line['max_vio']):.2f}" == violation
+        assert line["share"] == pytest.approx(line["step"] / 12)
+    assert [len(line["mtp"]) for line in steps] == [1, 0, 0, 1]
+
+    evals = read_log(trained.out, "eval")
+    assert [line["step"] for line in evals] == [5, 10, 12]
+    for line, val_bpb in zip(evals, re.findall(r"^eval .*?val_bpb ([\d.]+)", trained.text, re.MULTILINE), strict=True):
+        assert f"{line['val_bpb']:.4f}" == val_bpb
+    [final] = read_log(trained.out, "final")
+    for name in ("step", "val_bpb", "train_bpb", "block_recall", "max_vio", "seconds"):
+        assert final[name] == trained.result[name]
+
+def test_a_resumed_run_goes_on_in_its_log(corpus, tmp_path):
+    """Killed after its checkpoint, a run that goes on drops the lines of steps that it does again, and damaged ones."""
+    whole = tmp_path / "whole"
+    killed = tmp_path / "killed"
+    start_run(corpus, whole, "--steps 6 --log-every 1")
+
+    run_until_killed(train_args(corpus, killed, "--steps 6 --log-every 1"))
+    assert steps_done(killed) == 3
+    assert [line["step"] for line in read_log(killed)] == [1, 2, 3, 4, 5]
+    with open(killed / "log.jsonl", "ab") as file:
+        file.write(b'\xff\n[1]\n{"step": "x"}\n{"step": 2, "los')
+    resume_run(killed)
+
+    lost = [line["loss"] for line in read_log(killed, "step")]
+    assert lost == [line["loss"] for line in read_log(whole, "step")]
+    assert len({line["run"] for line in read_log(killed)}) == 1
+
+def test_a_new_run_begins_its_log_anew(checkpoint, trained, corpus, tmp_path):
+    """Nothing of the run before is left in it; a log that is a link is replaced, and what it led to stays."""
+    other = tmp_path / "other"
+    other.write_bytes((trained.out / "log.jsonl").read_bytes())
+    before = other.read_bytes()
+    (tmp_path / "log.jsonl").symlink_to(other)
+
+    start_run(corpus, tmp_path, "--steps 1")
+
+    assert [line["kind"] for line in read_log(tmp_path)] == ["step", "eval", "final"]
+    assert other.read_bytes() == before
+
+def test_a_number_that_is_none_is_null_in_the_log(tmp_path):
+    """JSON has neither nan nor infinity: strict readers would refuse the file."""
+    train.append_line(tmp_path / "log", dict(loss=math.nan, mtp=[1.0, math.inf], step=3, kind="step"))
+
+    assert (tmp_path / "log").read_text() == '{"loss": null, "mtp": [1.0, null], "step": 3, "kind": "step"}\n'
+
+def test_a_log_that_cannot_be_written_is_named(nothing_is_read, corpus, tmp_path):
+    """A folder in its place is refused before any text is read; a disk that is full later leaves whole lines."""
+    resource = pytest.importorskip("resource")
+    folder = tmp_path / "run"
+    (folder / "log.jsonl").mkdir(parents=True)
+    assert "log.jsonl is in the way" in refused(train, train_args(corpus, folder))
+
+    log = tmp_path / "log.jsonl"
+    line = dict(step=1)
+    train.append_line(log, line)
+    size = log.stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, hard))
+    try:
+        with pytest.raises(OSError, match="cannot write .*log.jsonl: the disk is full"):
+            train.append_line(log, line)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert log.stat().st_size == size
+
+def test_a_run_draws_its_curves(checkpoint, trained, tmp_path):
+    """--figure: bits a byte of training and validation over the steps, and the rate; also of a run that is over."""
+    shutil.copy(trained.out / "log.jsonl", tmp_path)
+    figure = tmp_path / "run.svg"
+
+    resume_run(tmp_path, "", "--figure", figure)
+
+    assert {"bits a byte", "validation", "training, running mean", "rate", "step"} <= labels_of(figure)
+
+@refusals(
+    ("--figure .", "a file"),
+    ("--figure x.abc", "--figure x.abc: Format 'abc'"),
+    ("--figure x.svg --dry-run", "--dry-run"))
+def test_a_figure_that_cannot_be_drawn_is_refused(nothing_is_read, tmp_path, monkeypatch, line, word):
+    """A folder, a format that does not exist, a run that trains nothing: refused before any text is read."""
+    monkeypatch.chdir(tmp_path)
+
+    assert word in refused(train, ["--out", tmp_path / "run", *line.split()])
+
+    assert os.listdir(tmp_path) == []
+
+def test_a_figure_without_matplotlib_says_what_to_install(nothing_is_read, tmp_path, monkeypatch):
+    """The package is optional: without it --figure is refused at the start."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+
+    assert "pip install matplotlib" in refused(train, ["--out", tmp_path / "run", "--figure", tmp_path / "x.svg"])
 
 SMALL_TOKENIZER = sample.Tokenizer(sample.learn_bpe([TEXT], 300, sample.PATTERN))
 
@@ -3655,7 +3940,7 @@ def test_saves_by_time_keep_the_last_good_checkpoint(checkpoint, tmp_path, monke
     line = refused(train, resume(tmp_path, "--steps 60 --eval-every 1000"), code=1)
 
     assert word in line
-    assert files(tmp_path) == {"ckpt.pt": whole}
+    assert_kept(tmp_path, "ckpt.pt", whole)
 
 def test_saves_by_time_take_a_calm_step(checkpoint, tmp_path):
     """Without a jump, or a NaN, the same weights are saved."""
@@ -3679,7 +3964,7 @@ def test_a_new_run_keeps_the_one_before_it(checkpoint, corpus, tmp_path, more):
 
     resume_run(tmp_path, "--eval-every 1")  # the same run: nothing else is put aside
     assert (tmp_path / "ckpt.pt.old").read_bytes() == before
-    assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "ckpt.pt.old"]
+    assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "ckpt.pt.old", "log.jsonl"]
 
 HOLD_A_FOLDER = """
 import sample, sys, time
@@ -3711,7 +3996,7 @@ def test_a_folder_has_one_writer(checkpoint, corpus, tmp_path):
     owner.wait()
     resume_run(tmp_path, "--steps 13")
     assert steps_done(tmp_path) == 13
-    assert os.listdir(tmp_path) == ["ckpt.pt"]  # neither the lock nor what the killed one had half written
+    assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "log.jsonl"]  # no lock, nothing that was half written
 
 @pytest.fixture
 def nothing_is_read(monkeypatch):
@@ -3791,11 +4076,6 @@ def press_ctrl_c(monkeypatch, name, nth=1):
             signal.raise_signal(signal.SIGINT)
 
     before_each_call(monkeypatch, train, name, press)
-
-def assert_kept(folder, name, before):
-    """The file is as it was, and no files but checkpoints are left."""
-    assert (folder / name).read_bytes() == before
-    assert {*os.listdir(folder)} <= {"ckpt.pt", "ckpt.pt.old"}
 
 @parametrize("name", ["train_step", "evaluate"])
 def test_ctrl_c_in_a_step_or_an_evaluation_saves(checkpoint, corpus, tmp_path, monkeypatch, name):
@@ -3966,11 +4246,6 @@ def sample_args(out, line="", *more):
 def run_sample(out, line, *more):
     """sample.py speaks from a folder's checkpoint -> its result, and what it printed."""
     return quiet(sample, sample_args(out, line, *more))
-
-def refusals(*cases):
-    """Cases of a command line, and a word that its refusal must hold; the line, cut to 60 letters, names the test."""
-    named = [pytest.param(*case, id=case[0][:60]) for case in cases]
-    return parametrize("line, word", named)
 
 def test_generate_is_greedy_argmax_of_full_forwards():
     """Temperature 0: generation through cache and MSA decode equals argmax over a full forward at every step."""
@@ -5936,6 +6211,8 @@ def refused_line(line, *more, code=2):
     "train.py --device cpux",
     "train.py --minutes nan",
     "train.py --bias-rate nan",
+    "train.py --mtp 9",
+    "train.py --figure no/x.png",
     "rl.py --task chess",
     "rl.py --groups 50",
     "rl.py --window 0",
@@ -6030,6 +6307,12 @@ def test_a_steps_memory_is_estimated():
 
     assert 0.25e9 < estimate(4, 256) < 0.45e9, "measured: 0.32 to 0.37 GB"
     assert 2.0e9 < estimate(16, 1024) < 4.0e9, "measured: 2.8 to 3.0 GB"
+
+    mini = MiniMaxConfig.mini()
+    more = dataclasses.replace(mini, n_mtp=3)
+    cpu = torch.device("cpu")
+    of_modules = train.step_bytes(more, 8, 512, cpu) - train.step_bytes(mini, 8, 512, cpu)
+    assert 2 * 3_728_928 * 12 < of_modules < 1e9, "weights, gradients and a moment of two modules, and what they keep"
 
 @named("kind, limit, used, cache", {
     "v2": ("", "memory.max", "memory.current", "inactive_file"),
@@ -6236,7 +6519,7 @@ def test_full_disk_keeps_the_old_checkpoint(checkpoint, tmp_path, monkeypatch):
     whole = checkpoint.read_bytes()
     monkeypatch.setattr(os, "fsync", full)
     assert "No space left" in refused(train, resume(tmp_path, "--steps 14"))
-    assert files(tmp_path) == {"ckpt.pt": whole}
+    assert_kept(tmp_path, "ckpt.pt", whole)
 
 def test_a_full_disk_is_named(checkpoint, tmp_path):
     """When no more can be written, the line names the file and how much was written, and nothing is left behind."""
@@ -6252,7 +6535,7 @@ def test_a_full_disk_is_named(checkpoint, tmp_path):
     assert "MB were written" in line
     assert "untouched" in line
     assert "inline_container" not in line  # torch's own words
-    assert files(tmp_path) == {"ckpt.pt": whole}
+    assert_kept(tmp_path, "ckpt.pt", whole)
 
 def assert_row(row, ctx):
     """A row of bench.py has the promised keys, its length, and the ratio of its times."""
@@ -6957,6 +7240,10 @@ def mtp_past_a_documents_end(real, model, hidden, idx, targets, ctx, reports):
     """MTP and its KL see and predict the next document."""
     return real(model, hidden, idx, targets, dataclasses.replace(ctx, end=None), reports)
 
+def trunk_learns_too(real, model, frozen=True):
+    """Nothing is frozen while MTP modules learn alone."""
+    real(model, False)
+
 def documents_counted(real, model, *args):
     """A packed row's loss is divided by its documents, not by their tokens."""
     total = real(model, *args)
@@ -7108,6 +7395,7 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
            test_gradients_are_bit_equal_on_a_gpu,
            on(test_gradients_are_dense_on_a_gpu, 129, 4, 16)),
     mutant("model.MiniMax.mtp_losses", mtp_past_a_documents_end, documents),
+    mutant("train.freeze_trunk", trunk_learns_too, test_a_frozen_step_is_the_modules_part_of_a_step),
     mutant("model.MiniMax.count_losses", documents_counted, documents),
     mutant("rl.collate", flat_positions_in_a_tree, merged),
     mutant("rl.collate", multiplicity_missing, merged),

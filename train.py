@@ -566,6 +566,9 @@ def compile_model(model, muon):
         block.compile(dynamic=False)
     model.norm.compile(dynamic=False)
     muon.blend = torch.compile(muon.blend, dynamic=True)
+    # beyond its limit, 8 graphs of a function, torch would run it uncompiled, and only warn: each MTP module's rows have
+    # a length of their own, and a frozen trunk has graphs of its own
+    torch._dynamo.config.recompile_limit = 64
 
 def one_layout(attend):
     """An Attention's `attend` whose y is contiguous, whatever operation it is from: one graph reads it. The product

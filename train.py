@@ -3,6 +3,8 @@
     python train.py                              # tiny on the interpreter's standard library: CPU, minutes, no download
     python train.py --data notes/ --minutes 10     # any text file or folder; --resume goes on from out/ckpt.pt
     python train.py --resume --attn msa --steps 800  # a run with --attn full goes on with sparse attention
+    python train.py --resume --mtp 3 --steps 800     # two more MTP modules join: copies, which learn alone at first
+    python train.py --figure run.svg                 # draws out/log.jsonl, where each printed line is one of JSON
     python train.py --preset m2 --dry-run          # parameters and bytes, nothing is allocated
 
     batch  = f(seed, split, step): evaluation cannot disturb training, and a resumed run sees what it would have seen
@@ -566,8 +568,8 @@ def compile_model(model, muon):
         block.compile(dynamic=False)
     model.norm.compile(dynamic=False)
     muon.blend = torch.compile(muon.blend, dynamic=True)
-    # beyond its limit, 8 graphs of a function, torch would run it uncompiled, and only warn: each MTP module's rows have
-    # a length of their own, and a frozen trunk has graphs of its own
+    # beyond its limit, 8 graphs of a function, torch would run it uncompiled, and only warn: each MTP module's rows
+    # have a length of their own, and a frozen trunk has graphs of its own
     torch._dynamo.config.recompile_limit = 64
 
 def one_layout(attend):
@@ -1068,9 +1070,9 @@ def draw(path, lines, title):
 
     def plot(axis, kinds, name, style, label):
         """What lines of these kinds have under that name, where they have it."""
-        points = [(line["step"], line[name]) for line in lines if line["kind"] in kinds and line.get(name) is not None]
-        if points:
-            axis.plot(*zip(*points), style, ms=4, label=label)
+        found = [line for line in lines if line["kind"] in kinds and line.get(name) is not None]
+        if found:
+            axis.plot([line["step"] for line in found], [line[name] for line in found], style, ms=4, label=label)
 
     plot(bits, ["step"], "train_bpb", "-", "training, running mean")
     plot(bits, ["eval", "final"], "val_bpb", "o-", "validation")
@@ -1090,9 +1092,9 @@ def draw(path, lines, title):
 
 # ---- starting and resuming -----------------------------------------------------------------------
 # set_up makes a run, in an order that keeps refusals early: the checkpoint's model first, then memory, then the text,
-# which takes seconds to read. A resumed run may change its end, its rate, its text, and once its attention, from full
-# to sparse: what such a change does to the schedule is printed. What was reached, longer rows and sparse attention,
-# stays.
+# which takes seconds to read. A resumed run may change its end, its rate, its text, once its attention, from full to
+# sparse, and its number of MTP modules, to more: what such a change does to the schedule is printed. What was reached,
+# longer rows and sparse attention, stays.
 
 class Laps:
     """Where the time of a start goes; as a str, seconds in all and of each part that takes some."""
@@ -1300,7 +1302,8 @@ def card(run, why, laps):
     print(f"model   | {args.preset}: {total:,} parameters, {active:,} active per token without embedding and head")
     print(f"device  | {run.device}, {str(model.dtype).removeprefix('torch.')}: {why}")
     print(f"threads | {run.threads}")
-    print(f"layers  | attention {' '.join(cfg.attn_types)}; mlp {' '.join(cfg.mlp_types)}; {cfg.n_mtp} MTP module{'s' if cfg.n_mtp > 1 else ''}")
+    modules = "MTP modules" if cfg.n_mtp > 1 else "MTP module"
+    print(f"layers  | attention {' '.join(cfg.attn_types)}; mlp {' '.join(cfg.mlp_types)}; {cfg.n_mtp} {modules}")
     if "msa" in cfg.attn_types:
         since = "as before" if now.sparse else f"from {now.sparse_from:.0%} of the run"
         print(f"msa     | {S} blocks of {L}: {min(S * L, T)} of {T} keys, {since}")
@@ -1479,8 +1482,11 @@ class StepReport:
         seen = self.measure(found, rate)
         run.log("step", **seen)
 
-        losses = [("loss", [seen["loss"]], 3), ("train_bpb", [seen["train_bpb"]], 3), ("mtp", seen["mtp"], 3),
-                  ("kl", [seen["kl"]], 4)]
+        losses = [
+            ("loss", [seen["loss"]], 3),
+            ("train_bpb", [seen["train_bpb"]], 3),
+            ("mtp", seen["mtp"], 3),
+            ("kl", [seen["kl"]], 4)]
         shown = ""
         for name, values, digits in losses:
             words = [f"{value:.{digits}f}" for value in values if not math.isnan(value)]
@@ -1489,9 +1495,11 @@ class StepReport:
         part = min(1.0, run.progress())
         minutes_left = now.seconds * (1 / part - 1) / 60
         violation = max(seen["max_vio"], default=math.nan)
-        mfu = f", mfu {seen['mfu']:.1%}" if seen["mfu"] else ""
+        speed = f"{seen['tokens_per_s']:,.0f} tok/s"
+        if seen["mfu"]:
+            speed += f", mfu {seen['mfu']:.1%}"
         print(f"step {now.step:05d} {part:4.0%} | {shown}lr {rate:.1e} | norm {seen['norm']:.2f} | "
-              f"maxvio {violation:.2f} | {seen['tokens_per_s']:,.0f} tok/s{mfu} | eta {minutes_left:.1f}m", flush=True)
+              f"maxvio {violation:.2f} | {speed} | eta {minutes_left:.1f}m", flush=True)
         self.start_anew()
 
 def next_batch(run, cut, run_mtp):

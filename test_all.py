@@ -3163,7 +3163,7 @@ def test_a_resumed_run_goes_on_in_its_log(corpus, tmp_path):
     assert len({line["run"] for line in read_log(killed)}) == 1
 
 def test_a_new_run_begins_its_log_anew(checkpoint, trained, corpus, tmp_path):
-    """Nothing of the run before is left in it; a log that is a link is replaced, and what it led to stays."""
+    """Nothing of another run is left in it; a log that is a link is replaced, and what it led to stays."""
     other = tmp_path / "other"
     other.write_bytes((trained.out / "log.jsonl").read_bytes())
     before = other.read_bytes()
@@ -3173,6 +3173,10 @@ def test_a_new_run_begins_its_log_anew(checkpoint, trained, corpus, tmp_path):
 
     assert [line["kind"] for line in read_log(tmp_path)] == ["step", "eval", "final"]
     assert other.read_bytes() == before
+
+    copy_checkpoint(trained.out, tmp_path)  # as if the new run had been killed before its first checkpoint
+    resume_run(tmp_path, "--steps 13")
+    assert {line["run"] for line in read_log(tmp_path)} == {read_checkpoint(trained.out)["now"]["run"]}
 
 def test_a_number_that_is_none_is_null_in_the_log(tmp_path):
     """JSON has neither nan nor infinity: strict readers would refuse the file."""

@@ -1402,7 +1402,8 @@ def start_modules(run):
     now.joint = False
     now.joint_from = later(run.progress(), MTP_ALONE)
     if run.progress() >= 1:
-        raise ValueError(f"--mtp {run.args.mtp}: nothing is left of the run to train in; give more --steps or --minutes")
+        K = run.args.mtp
+        raise ValueError(f"--mtp {K}: nothing is left of the run to train in; give more --steps or --minutes")
 
 def start_index_branch(run):
     """Let the index branch, which has just joined, learn for the same share of what is left as of a new run, once the

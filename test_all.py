@@ -7360,6 +7360,7 @@ merged = on(test_merged_equals_separate, "full", 2)
 replayed = on(test_rollout_logprobs_are_the_trainers, "--task maze --attn msa --replay")
 verified = on(test_verified_drafts_have_the_plain_distribution, SETTINGS[0], False)
 sampled_text = on(test_sampled_text_has_the_plain_distribution, (0.9, 0.95, 3))
+many_sampled_texts = on(test_sampled_text_has_the_plain_distribution, (0.9, 0.95, 3), 6000)
 greedily_verified = test_at_temperature_0_a_draft_holds_if_it_is_the_argmax
 drafted = on(test_greedy_drafts_change_no_word, "msa", torch.float64, 3)
 whole_text = on(test_drafts_are_those_of_the_whole_text, "msa")
@@ -7413,7 +7414,7 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("sample.verify", drafts_hold_wherever_p_allows, verified),
     mutant("sample.verify", token_of_the_row_before, verified),
     mutant(f"{__name__}.drawn_from", drafts_drawn_in_bf16, verified),
-    mutant("sample.Decoder.draw_draft", loop_draws_in_bf16, sampled_text),
+    mutant("sample.Decoder.draw_draft", loop_draws_in_bf16, many_sampled_texts),
     mutant("sample.verify", one_draft_more_holds, greedily_verified, drafted),
     mutant("model.full_attention", drafts_seen_by_earlier_tokens, drafted),
     mutant("model.KVCache.remember", states_of_the_slot_before, whole_text),

@@ -3739,6 +3739,7 @@ def test_a_start_compiles_all_modes(monkeypatch):
     (1, 32, 32)], ids=str)
 def test_muon_orthogonalises(shape):
     """Newton-Schulz brings every singular value near 1, for stacks of matrices of each shape."""
+    torch.manual_seed(0)  # a square matrix may be near to singular
     values = torch.linalg.svdvals(train.orthogonalize(torch.randn(shape)))
 
     assert values.min() > 0.3

@@ -1112,7 +1112,8 @@ class Laps:
 
     def __str__(self):
         parts = [f"{part} {seconds:.1f}" for part, seconds in self.seconds.items() if seconds >= 0.05]
-        return f"{self.last - self.began:.1f} s: {', '.join(parts)}"
+        whole = f"{self.last - self.began:.1f} s"
+        return f"{whole}: {', '.join(parts)}" if parts else whole
 
 def prepare(args, cfg, tokenizer, laps):
     """Text -> tokenizer (learned from the training side where there is none), and a dict of what the run reads.

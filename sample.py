@@ -1274,7 +1274,7 @@ class Player:
         for n, (token, logprob) in enumerate(zip(drawn, logprobs), n_fed):
             if n > n_fed:              # the token before was a draft: it is in the cache
                 self.length += 1
-                self.notes += notes[n - 1:n]
+                self.notes = self.notes + notes[n - 1:n]  # a new list: the coroutine may have kept the old one
             self.feed = []
             with contextlib.suppress(StopIteration):  # it is over, with nothing to feed
                 kept, self.feed = self.coroutine.send((token, logprob, self.notes))
@@ -1331,8 +1331,8 @@ class Decoder:
         if n_drafts is None:
             n_drafts = torch.zeros_like(n_fed)
         else:
-            drafts, draft_probs = model.draft(
-                cache, fed[:, 0], T - 1, self.n_stale, self.draw_draft, self.index_warmup)
+            n_stale = min(self.n_stale, cache.used)  # what rows have dropped again may have been more
+            drafts, draft_probs = model.draft(cache, fed[:, 0], T - 1, n_stale, self.draw_draft, self.index_warmup)
             self.n_stale = 0
             behind = torch.where(n_drafts[:, None] > 0, drafts, fed[:, 1:])
             fed = torch.cat([fed[:, :1], behind], 1)

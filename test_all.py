@@ -5009,6 +5009,34 @@ def test_drafts_outlive_cropping(attn, K, context):
     (vllm-ascend#9024); a reused slot's old content was read (nano-vllm#163)."""
     assert wanderers_hear_argmaxes(attn, K, 1, context) > 20
 
+def forgetful_player(rounds, notes_heard):
+    """A player that begins anew after each token, with two tokens, and after so many rounds goes on from what it hears.
+    notes_heard takes the notes that it was sent, and how many they were then."""
+    for _ in range(rounds):
+        token, _, _ = yield 0, [3, 1]
+    kept = 2
+    for _ in range(20):
+        token, _, notes = yield kept, [token]
+        kept += 1
+        notes_heard.append((notes, len(notes)))
+
+def note_experts(aux):
+    """A record for `play`: each token's experts."""
+    return aux["experts"].permute(1, 2, 0, 3).flatten(2).numpy()
+
+def test_a_player_that_never_drafts_may_then_draft():
+    """Modules read what is new in the cache, not all that was ever fed: 40 times two tokens do not fit this context.
+    And what a player was told stays as it was told, though drafts that hold follow."""
+    model = make_drafter("full", max_seq_len=32)
+    notes_heard = []
+
+    sample.lockstep(model, [forgetful_player(40, notes_heard)], sampling=sample.Sampling(temperature=0),
+                    record=note_experts, speculate=3)
+
+    sizes = [size for _, size in notes_heard]
+    assert sizes == list(range(3, 23))
+    assert [len(notes) for notes, _ in notes_heard] == sizes
+
 def targets_one_further(real, model, hidden, idx, targets, ctx, reports):
     """MTP modules learn the token after the one that they draft."""
     later = F.pad(targets[:, 1:], (0, 1), value=-1)

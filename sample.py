@@ -283,11 +283,14 @@ CACHE_BYTES = 2 ** 30                  # of all files together: those that were 
 CACHED_FILE = r"[0-9a-f]{64}(\.cache|\.[0-9a-f]{12}\.tmp)"  # no other file in the folder is ours
 
 def cache_folder():
-    """-> NANO_MINIMAX_CACHE, where it is empty None, for no cache; by default nano-minimax in the user's caches."""
+    """-> NANO_MINIMAX_CACHE, where it is empty None, for no cache; by default nano-minimax in the user's caches, None
+    for a user without a home."""
     folder = os.environ.get("NANO_MINIMAX_CACHE")
     if folder is not None:
         return folder or None
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if caches.startswith("~"):         # else a folder of that name would be made here
+        return None
     return os.path.join(caches, "nano-minimax")
 
 def cache_path(*parts):
@@ -308,7 +311,8 @@ def read_cache(path):
             content = file.read()
         if hashlib.sha256(content).digest() != digest:
             return None
-        os.utime(path)                 # used now
+        with contextlib.suppress(OSError):  # a cache that can be read alone
+            os.utime(path)             # used now
         return torch.load(io.BytesIO(content), weights_only=True)
     except Exception:  # as in load_checkpoint
         return None
@@ -332,22 +336,26 @@ def write_cache(path, value):
         prune_cache(os.path.dirname(path))
         return True
     except OSError:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
         return False
+    finally:                           # after Ctrl-C, too
+        with contextlib.suppress(OSError):  # it has its name: mostly
+            os.remove(temporary)
 
 def prune_cache(folder):
-    """Remove the files that were used longest ago, until the others have CACHE_BYTES at most."""
+    """Remove the files that were used longest ago, until the others have CACHE_BYTES at most. Another process may do
+    the same at the same time."""
     files = []
     for entry in os.scandir(folder):
         if re.fullmatch(CACHED_FILE, entry.name):
-            found = entry.stat(follow_symlinks=False)
-            files.append((found.st_mtime, found.st_size, entry.path))
+            with contextlib.suppress(FileNotFoundError):
+                found = entry.stat(follow_symlinks=False)
+                files.append((found.st_mtime, found.st_size, entry.path))
     total = 0
     for _, size, path in sorted(files, reverse=True):
         total += size
         if total > CACHE_BYTES:
-            os.remove(path)
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
 
 # ---- checkpoints: write, read ------------------------------------------------------------------
 # A checkpoint is one plain dict, FOLDER/ckpt.pt: version, config, tokenizer, model, optimizers, now, args. It is

@@ -3635,6 +3635,53 @@ def test_the_cache_is_bounded(cache, monkeypatch):
     assert (cache / "notes.txt").exists()
     assert sum(path.stat().st_size for path in cache_files(cache)) <= 30_000
 
+def test_a_cache_that_can_be_read_alone_is_read(cache, monkeypatch):
+    """A file of another user, or on a disk that is read alone, cannot be marked as used, and is of use."""
+    path = sample.cache_path("mine")
+    assert sample.write_cache(path, [1, 2])
+
+    def refuse(*args):
+        raise PermissionError(1, "Operation not permitted")
+    monkeypatch.setattr(os, "utime", refuse)
+
+    assert sample.read_cache(path) == [1, 2]
+
+def test_two_processes_prune_a_cache(cache, monkeypatch):
+    """A file that another process removes between two calls is gone, and that is all: what was written is kept."""
+    monkeypatch.setattr(sample, "CACHE_BYTES", 30_000)
+    old = sample.cache_path("old")
+    assert sample.write_cache(old, torch.zeros(3000))
+    os.utime(old, (1, 1))
+    real = os.remove
+
+    def remove_twice(path):
+        if path == old:
+            real(path)
+        real(path)
+    monkeypatch.setattr(os, "remove", remove_twice)
+
+    assert sample.write_cache(sample.cache_path("new"), torch.zeros(6000))
+    assert not os.path.exists(old)
+
+def test_a_cache_that_is_interrupted_leaves_nothing(cache, monkeypatch):
+    """Ctrl-C while a file is written: nothing half written stays."""
+    def interrupt(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(os, "replace", interrupt)
+
+    with pytest.raises(KeyboardInterrupt):
+        sample.write_cache(sample.cache_path("mine"), [1, 2])
+
+    assert not list(cache.iterdir())
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch):
+    """As in a container, with a number for a user: no folder ~ is made where the script runs."""
+    monkeypatch.delenv("NANO_MINIMAX_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+
+    assert sample.cache_folder() is None
+
 def test_where_the_cache_is(monkeypatch):
     """NANO_MINIMAX_CACHE, then XDG_CACHE_HOME, then ~/.cache."""
     monkeypatch.setenv("HOME", "/home/me")

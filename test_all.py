@@ -3178,6 +3178,23 @@ def test_a_new_run_begins_its_log_anew(checkpoint, trained, corpus, tmp_path):
     resume_run(tmp_path, "--steps 13")
     assert {line["run"] for line in read_log(tmp_path)} == {read_checkpoint(trained.out)["now"]["run"]}
 
+def test_a_run_without_a_checkpoint_leaves_the_log_of_the_last_one(checkpoint, trained, corpus, tmp_path):
+    """Killed before its first checkpoint, a new run leaves another run's, and with it that run's lines; its own first
+    checkpoint takes them out."""
+    copy_checkpoint(trained.out, tmp_path)
+    shutil.copy(trained.out / "log.jsonl", tmp_path)
+    before = read_log(tmp_path)
+
+    run_until_killed(train_args(corpus, tmp_path, "--steps 6 --log-every 1"), step=2)
+    assert read_log(tmp_path)[:-1] == before
+    resume_run(tmp_path, "--steps 13")
+    assert read_log(tmp_path)[:len(before)] == before
+    assert read_log(tmp_path)[-1]["step"] == 13
+
+    run_until_killed(train_args(corpus, tmp_path, "--steps 6 --log-every 1"), step=6)
+    assert len({line["run"] for line in read_log(tmp_path)}) == 1
+    assert read_log(tmp_path)[0]["step"] == 1
+
 def test_a_number_that_is_none_is_null_in_the_log(tmp_path):
     """JSON has neither nan nor infinity: strict readers would refuse the file."""
     train.append_line(tmp_path / "log", dict(loss=math.nan, mtp=[1.0, math.inf], step=3, kind="step"))
@@ -3938,10 +3955,10 @@ def paced(monkeypatch, kill=None, change=change_nothing):
     monkeypatch.setattr(train, "train_step", train_step)
     monkeypatch.setattr(time, "monotonic", lambda: begun + len(calls))
 
-def run_until_killed(argv):
-    """A paced run of five steps, killed in the sixth."""
+def run_until_killed(argv, step=6):
+    """A paced run, killed in this step."""
     with pytest.MonkeyPatch.context() as patch:
-        paced(patch, kill=6)
+        paced(patch, kill=step)
         with pytest.raises(Killed):
             quiet(train, argv)
 

@@ -46,8 +46,8 @@ from msa import cdiv, chunk, round_up
 from sample import (ICONV, LEARN_FROM, LOCK, PATTERN, Parser, Progress, SaveTimer, Threads, Tokenizer, cache_path,
                     check_fields, check_figure, check_finite, check_memory, checkpoint_path, command, figure_format,
                     guess_kind, implementations, learn_bpe, load_checkpoint, load_model, load_optimizers, lock_folder,
-                    new_temporary, number, on_signals, pick_device, place_checkpoint, read_cache, saved_flags,
-                    write_cache, write_checkpoint)
+                    new_temporary, number, on_signals, pick_device, place_checkpoint, read_cache, run_of,
+                    saved_flags, write_cache, write_checkpoint)
 
 ENCODED = 500_000                      # characters of a text that are encoded together: the next may be another thread's
 READERS = 16                           # threads that read files: a cold disk or a network answers many at once
@@ -874,6 +874,7 @@ class Run:
     timer: SaveTimer | None = None
     unproven: str | None = None        # a checkpoint that waits for the loss of its weights
     saved: int | None = None           # step of the last evaluated checkpoint
+    placed: bool = False               # whether a checkpoint of this process lies in the folder
 
     @property
     def on_gpu(self):
@@ -914,8 +915,15 @@ class Run:
         if self.now.above:
             os.remove(self.unproven)
         else:
-            place_checkpoint(self.args.out, self.unproven, self.now.run)
+            self.place(self.unproven)
         self.unproven = None
+
+    def place(self, temporary):
+        """Give a written checkpoint its name. With the run's first one, other runs' lines leave the log."""
+        place_checkpoint(self.args.out, temporary, self.now.run)
+        if not self.placed:
+            begin_log(self.args.out, self.now.run, self.now.step)
+            self.placed = True
 
     def evaluate(self, tokens, seconds):
         """Bits per byte of these tokens, in so many seconds, with the attention of the last step."""
@@ -941,7 +949,7 @@ class Run:
         if not found["val_bpb"] <= WORSE * now.bpb:
             raise FloatingPointError(f"val_bpb {found['val_bpb']:.3f} after {now.bpb:.3f}")
         now.bpb = min(now.bpb, found["val_bpb"])
-        place_checkpoint(self.args.out, self.write(), now.run)
+        self.place(self.write())
         self.saved = now.step
         return found, took
 
@@ -996,7 +1004,8 @@ def stage_at(share):
 # ---- a run's log ---------------------------------------------------------------------------------
 # Each line on the screen about a step or an evaluation is a line of JSON in FOLDER/log.jsonl, too: kind is "step",
 # "eval" or "final". It is written at once, so that a killed process leaves whole lines. A resumed run goes on in the
-# file, without the lines of steps after its checkpoint: these steps are done again. A new run begins anew.
+# file, without the lines of steps after its checkpoint: these steps are done again. A new run begins anew, once its
+# first checkpoint has taken the place of another run's: until then that one may go on, and its lines stay.
 
 def log_path(folder):
     return os.path.join(folder, "log.jsonl")
@@ -1023,12 +1032,13 @@ def read_log(folder):
     return lines
 
 def begin_log(folder, run, step):
-    """Keep of the folder's log what this run wrote up to this step: nothing of it, if the run is new. Several runs may
-    have written there: a new one that is killed before its first checkpoint leaves the checkpoint of the one before."""
+    """Keep of the folder's log what this run wrote up to this step: nothing of it, if the run is new. Beside it stays
+    what the run of the checkpoint that lies there wrote: this one may be killed before it has one of its own."""
+    last_steps = {run_of(checkpoint_path(folder)): math.inf, run: step}  # run -> the last step whose lines are kept
     file, temporary = new_temporary(folder)
     with file:
         for line in read_log(folder):
-            if line.get("run") == run and line["step"] <= step:
+            if line["step"] <= last_steps.get(line.get("run"), -1):
                 file.write(to_json(line))
     os.replace(temporary, log_path(folder))  # a link is not followed
 

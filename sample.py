@@ -1721,11 +1721,29 @@ def held_by_depth(accepted, speculate):
         return None
     return [sum(n >= depth for n in accepted) / len(accepted) for depth in range(1, speculate + 1)]
 
-def print_drafts(held, rate, plain_rate):
-    """Whether drafts pay. held: by depth; rate, plain_rate: tokens/s with drafts and without."""
-    verdict = "drafts pay" if rate > plain_rate else "drafts do not pay on this device"
-    print(f"drafts  | held to depth 1, 2, ...: {' '.join(f'{share:.2f}' for share in held)}; {verdict}: "
-          f"{rate:.0f} tokens/s with them, {plain_rate:.0f} without")
+def time_plain(steps):
+    """Draw samples without drafts, unseen -> tokens, seconds to the first, seconds in all. steps: of `generate`."""
+    n_tokens = 0
+    first_s = None
+    started = time.perf_counter()
+    for drawn, _ in steps:
+        if first_s is None:
+            first_s = time.perf_counter() - started
+        n_tokens += (drawn >= 0).sum().item()
+    return n_tokens, first_s, time.perf_counter() - started
+
+def print_drafts(held, n_samples, drafted, plain):
+    """How many drafts held, by depth, and whether they pay: by the tokens after each sample's first one, as the prompt
+    takes as long with drafts as without. drafted, plain: tokens, seconds to the first, seconds in all."""
+    line = f"drafts  | held to depth 1, 2, ...: {' '.join(f'{share:.2f}' for share in held)}"
+    rates = []
+    for n_tokens, first_s, seconds in (drafted, plain):
+        if n_tokens > n_samples:
+            rates.append((n_tokens - n_samples) / (seconds - first_s))
+    if len(rates) == 2:                # otherwise there is nothing to compare
+        verdict = "drafts pay" if rates[0] > rates[1] else "drafts do not pay on this device"
+        line += f"; {verdict}: {rates[0]:.1f} tokens/s with them, {rates[1]:.1f} without"
+    print(line)
 
 def run(args):
     # the model, the prompt in its tokens, the start-up card
@@ -1763,10 +1781,8 @@ def run(args):
     print(f"\n{total} tokens, {rate:.0f} tokens/s; {prefill_s:.3f} s to the first")
     held = held_by_depth(accepted, args.speculate)
     if held:
-        started = time.perf_counter()
-        plain = steps_of(args, model, tokenizer, prompt, min(room, PLAIN_TOKENS), index_warmup, speculate=0)
-        n_plain = sum((drawn >= 0).sum().item() for drawn, _ in plain)
-        print_drafts(held, rate, n_plain / (time.perf_counter() - started))
+        steps = steps_of(args, model, tokenizer, prompt, min(room, PLAIN_TOKENS), index_warmup, speculate=0)
+        print_drafts(held, args.n_samples, (total, prefill_s, seconds), time_plain(steps))
     texts = [args.prompt + stream.text for stream in streams]
     return dict(text=texts[0], tokens=total, tokens_per_s=rate, prefill_s=prefill_s, accepted=held, texts=texts)
 

@@ -4787,6 +4787,7 @@ def chained_text(n, length, seed):
     return torch.stack(row, 1)
 
 @lru_cache
+@torch.enable_grad()                   # the first test that asks for it may need no gradients
 def trained_drafter(attn, steps=8):
     """A model with three MTP modules that has learned some of chained_text: some of its drafts hold, some do not."""
     torch.manual_seed(0)
@@ -4945,6 +4946,25 @@ def test_sample_drafts_and_says_how_many_hold(trained):
     first, second, third = drafted["accepted"]
     assert 1 >= first >= second >= third >= 0
     assert sample.held_by_depth([0, 3, 1, 1], 3) == [0.75, 0.25, 0.25]
+
+def test_whether_drafts_pay_is_asked_behind_the_prompt(trained, monkeypatch):
+    """Plain text is drawn for fewer tokens: with the time of a long prompt in both, drafts would always seem to pay."""
+    clock = [0.0]
+    monkeypatch.setattr(sample.time, "perf_counter", lambda: clock[0])
+
+    def generate_timed(model, prompts, max_new_tokens, *args):
+        *_, speculate, accepted = args
+        for place in range(max_new_tokens):
+            clock[0] += 100.0 if place == 0 else 2.0 if speculate else 1.0
+            if speculate:
+                accepted.append(0)
+            yield torch.tensor([1]), torch.tensor([0.0])
+    monkeypatch.setattr(sample, "generate", generate_timed)
+
+    _, text = run_sample(trained.out, "--prompt 'def ' --max-new-tokens 101 --speculate 2")
+    assert "drafts do not pay on this device: 0.5 tokens/s with them, 1.0 without" in text
+    _, text = run_sample(trained.out, "--prompt 'def ' --max-new-tokens 1 --speculate 2")
+    assert "drafts  | held to depth 1, 2, ...: 0.00 0.00\n" in text
 
 def test_drafts_need_a_module():
     """A model without MTP modules has nothing to draft with: refused by the number of drafts asked for."""

@@ -449,8 +449,8 @@ class WindowedFIFO:
         return now
 
 # ---- rollout: all episodes in step, a token a forward --------------------------------------------
-# Each row of sample.py's loop is a player, here one that plays an episode: it feeds an agent's contexts, of which those
-# of a tool are fed while other rows sample: no row ever waits for another.
+# A player of sample.py's loop plays an episode: it feeds the agent's contexts. A prompt or a tool's answer is fed, a
+# token a forward, while other rows sample: no row ever waits for another.
 # With --replay the rollout also records its discrete choices, each token's experts and key blocks (its route): the
 # trainer then computes with the same ones, though rounding, in another layout, might choose others.
 

@@ -5,9 +5,10 @@
     python sample.py --hf DIR --prompt 1,2,3                  # an M2 or M3 checkpoint of transformers, by token ids
 
     text -> chunks -> bytes, merged into tokens
-    generate: prefill as many tokens as the shortest prompt has -> loop { one token a row through the KV cache; MSA
-    chooses its blocks anew each time }; a row still inside its prompt takes the prompt's token, the others draw one:
-    temperature, top-k, top-p
+    generate: prefill what all prompts can be fed at once -> loop { one token a row through the KV cache; MSA chooses
+    its blocks anew each time }; a row still inside its prompt is fed the prompt's token, the others draw one:
+    temperature, top-k, top-p. With --speculate K a row is fed K drafts of its MTP modules too, and the forward says
+    which of them hold
 """
 import os
 import signal
@@ -1270,9 +1271,9 @@ class Player:
     has_drawn: bool = False
 
     def hear(self, n_fed, drawn, logprobs, notes):
-        """A step has fed n_fed tokens of `feed`, and drafts behind them, of which all that held are in the cache, and in
-        `drawn` before its last token. After the last token of `feed` the coroutine hears what was drawn, token by
-        token, and says what it keeps of the cache, and what comes next. notes: of all tokens fed, or []."""
+        """A step has fed n_fed tokens of `feed`, and drafts behind them. `drawn` are the drafts that held, which are in
+        the cache, then one token that is not. After the last token of `feed` the coroutine hears what was drawn, token
+        by token, and says what it keeps of the cache, and what comes next. notes: of all tokens fed, or []."""
         self.feed = self.feed[n_fed:]
         self.length += n_fed
         self.notes += notes[:n_fed]

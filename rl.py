@@ -44,8 +44,8 @@ import torch
 
 from model import Context, Losses, MiniMax, MiniMaxConfig, rope_tables
 from msa import widen
-from sample import (Parser, Sampling, SaveTimer, Threads, Tokenizer, check_fields, check_figure, check_finite, check_memory,
-                    check_weights, checkpoint_path, command, figure_format, implementations, learn_bpe,
+from sample import (Parser, Sampling, SaveTimer, Threads, Tokenizer, check_fields, check_figure, check_finite,
+                    check_memory, check_weights, checkpoint_path, command, figure_format, implementations, learn_bpe,
                     load_checkpoint, load_model, load_optimizers, lock_folder, lockstep, number, on_signals,
                     pick_device, save_checkpoint)
 from train import (checkpoint_parts, configure_optimizers, is_index, merge_args, round_up, set_rates, share_done,

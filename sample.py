@@ -1413,7 +1413,8 @@ def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0,
         if allowed is not None and not all(row.has_drawn for row in rows):
             has_drawn = torch.tensor([row.has_drawn for row in rows], device=device)
             first_allowed = allowed.to(device) | has_drawn[:, None]
-        drawn, logprobs, n_accepted, aux = decoder.step(fed, torch.tensor(n_fed, device=device), n_drafts, first_allowed)
+        n_counted = torch.tensor(n_fed, device=device)
+        drawn, logprobs, n_accepted, aux = decoder.step(fed, n_counted, n_drafts, first_allowed)
 
         # each row hears of it
         notes = record(aux) if record else [[]] * len(rows)

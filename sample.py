@@ -1743,8 +1743,8 @@ def print_drafts(held, n_samples, drafted, plain):
         if n_tokens > n_samples:
             rates.append((n_tokens - n_samples) / (seconds - first_s))
     if len(rates) == 2:                # otherwise there is nothing to compare
-        verdict = "drafts pay" if rates[0] > rates[1] else "drafts do not pay on this device"
-        line += f"; {verdict}: {rates[0]:.1f} tokens/s with them, {rates[1]:.1f} without"
+        verdict = "drafts pay" if rates[0] > rates[1] else "drafts do not pay here"
+        line += f"; {verdict}: {rates[0]:.1f} tokens/s with them, {rates[1]:.1f} without, in a second run"
     print(line)
 
 def run(args):

@@ -259,8 +259,8 @@ def test_dry_run_counts_mtp_modules():
     """--mtp K --dry-run: a module's size, and that of the model with K of them."""
     _, text = quiet(train, ["--preset", "mini", "--mtp", "3", "--dry-run"])
 
-    assert "an MTP module adds 3,728,928 parameters" in text
-    assert f"with --mtp 3 there are {24_279_200 + 2 * 3_728_928:,} parameters" in text
+    assert f"mini: {24_279_200 + 2 * 3_728_928:,} parameters" in text
+    assert "of them 3,728,928 in each of 3 MTP modules" in text
 
 def test_dry_run_prints_the_published_sizes():
     """train.py --preset m2 --dry-run: M2's totals to the digit, how 229.9B comes out, the cache at its full length."""
@@ -4962,7 +4962,7 @@ def test_whether_drafts_pay_is_asked_behind_the_prompt(trained, monkeypatch):
     monkeypatch.setattr(sample, "generate", generate_timed)
 
     _, text = run_sample(trained.out, "--prompt 'def ' --max-new-tokens 101 --speculate 2")
-    assert "drafts do not pay on this device: 0.5 tokens/s with them, 1.0 without" in text
+    assert "drafts do not pay here: 0.5 tokens/s with them, 1.0 without, in a second run" in text
     _, text = run_sample(trained.out, "--prompt 'def ' --max-new-tokens 1 --speculate 2")
     assert "drafts  | held to depth 1, 2, ...: 0.00 0.00\n" in text
 

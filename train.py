@@ -806,7 +806,7 @@ def dry_run(cfg, preset):
     """Print parameters and bytes of a preset, and how the published figures come out -> the last line of stdout. The
     model is made on torch's meta device, which has shapes and no memory."""
     with torch.device("meta"):
-        model = MiniMax(dataclasses.replace(cfg, n_mtp=0))
+        model = MiniMax(cfg)
         total, active = model.num_params()
         mtp, active_mtp = count_params(MiniMax(dataclasses.replace(cfg, n_mtp=1)).mtp[0])
     table = cfg.vocab_size * cfg.n_embd
@@ -817,9 +817,10 @@ def dry_run(cfg, preset):
     if preset == "m3":
         print(f"  428B of the model card = {total / 1e9:.3f}B + the vision tower; 23B = {active / 1e9:.2f}B, or "
               f"{(active + 2 * table) / 1e9:.3f}B with embedding and head")
-    print(f"  an MTP module adds {mtp:,} parameters, {active_mtp:,} active")
     if cfg.n_mtp:
-        print(f"  with --mtp {cfg.n_mtp} there are {total + cfg.n_mtp * mtp:,} parameters")
+        print(f"  of them {mtp:,} in each of {cfg.n_mtp} MTP modules, {active_mtp:,} active")
+    else:
+        print(f"  an MTP module adds {mtp:,} parameters, {active_mtp:,} active")
     print(f"  weights   {2 * total / 1e9:10.3f} GB bf16, {4 * total / 1e9:.3f} GB fp32")
     moments = 4 * (total + count_two_moments(model))  # bytes
     print(f"  optimizer {moments / 1e9:10.3f} GB fp32: one moment, two where AdamW works (not the matrices)")
@@ -1085,7 +1086,8 @@ def draw(path, lines, title):
             axis.plot([line["step"] for line in found], [line[name] for line in found], style, ms=4, label=label)
 
     plot(bits, ["step"], "train_bpb", "-", "training, running mean")
-    plot(bits, ["eval", "final"], "val_bpb", "o-", "validation")
+    plot(bits, ["eval"], "val_bpb", "o-", "validation, its beginning")
+    plot(bits, ["final"], "val_bpb", "D", "validation, all of it")
     plot(rate, ["step"], "lr", "-", "rate")
 
     # the first losses are several times the last ones, and would flatten them: an axis of ratios, in plain numbers

@@ -174,8 +174,8 @@ def compare_players(table, n_runs=60):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--prompts", type=int, default=1000, help="greedy texts to compare")
-    parser.add_argument("--samples", type=int, default=suite.ROUNDS, help="sampled texts")
+    parser.add_argument("--prompts", type=sample.number(1), default=1000, help="greedy texts to compare")
+    parser.add_argument("--samples", type=sample.number(1), default=suite.ROUNDS, help="sampled texts")
     args = parser.parse_args()
 
     table = Table()

@@ -3228,7 +3228,7 @@ def test_a_run_draws_its_curves(checkpoint, trained, tmp_path):
 
     resume_run(tmp_path, "", "--figure", figure)
 
-    assert {"bits a byte", "validation", "training, running mean", "rate", "step"} <= labels_of(figure)
+    assert {"bits a byte", "validation, all of it", "training, running mean", "rate", "step"} <= labels_of(figure)
 
 @refusals(
     ("--figure .", "a file"),

@@ -1325,7 +1325,7 @@ class Decoder:
         return torch.multinomial(q, 1, generator=sampling.generator)[:, 0], q
 
     def step(self, fed, n_fed, n_drafts, allowed=None):
-        """Feed, draft, verify, draw, with no word to the host.
+        """Feed, draft, verify, draw.
 
         fed       (B, T): a row's first n_fed (B,) tokens count
         n_drafts  (B,): 0, or T - 1 in rows that feed one token and have slots in the cache; None: 0 in every row

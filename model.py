@@ -202,7 +202,8 @@ class RMSNorm(nn.Module):
         weight = self.weight.to(wide.dtype)
         if self.gemma:
             weight = 1 + weight
-        return F.rms_norm(wide, weight.shape, weight, self.eps).to(x.dtype)
+        y = F.rms_norm(wide, weight.shape, weight, self.eps)
+        return y if wide is x else y.to(x.dtype)
 
 def rope_tables(pos, rotary_dim, theta):
     """cos and sin of each position's angles: (B, T) -> two (B, T, 1, rotary_dim / 2), fp32 in any model."""

@@ -126,15 +126,20 @@ def experts_grouped(x, w13, w2, weights, idx, activation):
     ends = torch.searchsorted(sorted_e.int(), experts, right=True).int()            # (E,)
 
     # weighted before w2 and not after: a row's I channels are fewer than its C
-    rows = _Rows.apply(x, order // A, inverse, A)                                   # (T*A, C)
-    factors = _Rows.apply(weights.reshape(-1, 1), order, inverse, 1)                # (T*A, 1)
+    take = _Rows.apply if torch.is_grad_enabled() else take_rows
+    rows = take(x, order // A, inverse, A)                                          # (T*A, C)
+    factors = take(weights.reshape(-1, 1), order, inverse, 1)                       # (T*A, 1)
     h = F.grouped_mm(rows, w13.transpose(1, 2), offs=ends)
     h = gated(h, activation, factors)                                               # (T*A, I)
     out = F.grouped_mm(h, w2.transpose(1, 2), offs=ends)
 
     # back in the order of tokens, whose A experts add up
-    out = _Rows.apply(out, inverse, order, 1)
+    out = take(out, inverse, order, 1)
     return out.view(T, A, C).sum(1)
+
+def take_rows(x, index, back, n):
+    """_Rows without a gradient."""
+    return x.index_select(0, index)
 
 class _Rows(torch.autograd.Function):
     """x[index], where every row of x appears n times, at the places that `back` lists row by row. The gradient is
@@ -168,7 +173,8 @@ class Linear(nn.Linear):
         super().__init__(n_in, n_out, bias=False)
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype))
+        weight = self.weight
+        return F.linear(x, weight if weight.dtype == x.dtype else weight.to(x.dtype))
 
 class MLP(nn.Module):
     """Gated feed-forward layer: M3's dense layers and its shared expert."""

@@ -3627,13 +3627,14 @@ def test_a_damaged_cache_is_none(damage, corpus, cache, monkeypatch):
     assert prepared(corpus) == first
     assert not list(cache.glob("*.tmp"))
 
-def test_a_cache_that_cannot_be_written_is_none(corpus, cache):
-    """A file where the folder should be is in nobody's way."""
+def test_a_cache_that_cannot_be_written_is_none(corpus, cache, capsys):
+    """A file where the folder should be is in nobody's way; a line says that nothing is kept."""
     cache.write_text("mine")
 
     prepared(corpus)
 
     assert cache.read_text() == "mine"
+    assert f"{cache} cannot keep" in capsys.readouterr().out
 
 def test_the_cache_is_bounded(cache, monkeypatch):
     """The files used longest ago go, whatever is not the cache's own stays, and nothing too large is kept."""

@@ -1165,6 +1165,9 @@ def encode_once(docs, tokenizer, text):
         kept = dict(lengths=[len(text_ids) for text_ids in encoded], ids=ids)
         if write_cache(path, kept):
             print(f"cache   | this text's tokens are kept in {os.path.dirname(path)} for the next start", flush=True)
+        elif path:
+            print(f"cache   | {os.path.dirname(path)} cannot keep this text's tokens: the next start learns them anew",
+                  flush=True)
     ends = np.cumsum(kept["lengths"])
     return np.split(kept["ids"].numpy(), ends[:-1])
 

@@ -1496,7 +1496,8 @@ def draft_rows(machine, subject):
 def print_drafts(row):
     shares = " / ".join(f"{share:.2f}" for share in row["accepted"])
     same = f"{row['same']} of {row['texts']}"
-    print(f"K = {row['K']}  | {shares:18} | {row['tokens_a_verification']:21.2f} | {row['plain_tokens_per_s']:14,.0f} | "
+    print(f"K = {row['K']}  | {shares:18} | {row['tokens_a_verification']:21.2f} | "
+          f"{row['plain_tokens_per_s']:14,.0f} | "
           f"{row['tokens_per_s']:8,.0f} | {same:>9} | {row['speedup']:5.2f}x", flush=True)
 
 def agreement_row(machine, subject, windows):

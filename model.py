@@ -143,7 +143,7 @@ class MiniMaxConfig:
 
     @classmethod
     def mini(cls, **changes):
-        """M3's pattern with 24M parameters (5.3M active without embedding and head), for a laptop's night."""
+        """M3's pattern with 24M parameters (5.3M active without embedding and head), for an hour on a laptop."""
         fields = dict(
             M3_STYLE,
             vocab_size=8192, n_layer=6, n_embd=256, n_head=4, n_kv_head=2, head_dim=64, rotary_dim=32, max_seq_len=4096,

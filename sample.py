@@ -67,7 +67,7 @@ PATTERN = r" ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s*\n[ \t]*|\s+(?!\S)|\s"
 # longer runs of spaces overflow the encoder's stack, at a million; no text that is meant for reading has them
 LONGEST_RUN = 4096
 LONG_RUN = re.compile(r"(?<!\s)\s{%d,}" % (LONGEST_RUN + 1))
-LOOK = 512                             # a longer run lies under LONGEST_RUN // LOOK neighbours of every LOOK-th character
+LOOK = 512                             # a longer run lies under LONGEST_RUN // LOOK neighbours of each LOOK-th one
 MAY_BE_LONG = re.compile(r"\s{%d}" % (LONGEST_RUN // LOOK))
 
 def cut_runs(text):
@@ -279,7 +279,7 @@ def guess_kind(raw):
 # cache folder. A file's name there is a hash of all that decides its content, the text included, so that no file is
 # ever out of date. It begins with a hash of the rest: a damaged file is as good as none, and is written anew. Where
 # the folder cannot be written, each start computes.
-CACHE_VERSION = 1                      # raise it when a text gets other tokens or ids: what is in caches is then not read
+CACHE_VERSION = 1                      # raise it when a text gets other tokens or ids: older caches are then not read
 CACHE_BYTES = 2 ** 30                  # of all files together: those that were used longest ago go
 CACHED_FILE = r"[0-9a-f]{64}(\.cache|\.[0-9a-f]{12}\.tmp)"  # no other file in the folder is ours
 
@@ -1420,7 +1420,8 @@ def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0,
         notes = record(aux) if record else [[]] * len(rows)
         held = n_accepted.tolist()
         filled = [row.length + n + more for row, n, more in zip(rows, n_fed, held)]
-        for row, n, more, tokens, scores, note in zip(rows, n_fed, held, drawn.tolist(), logprobs.tolist(), notes):
+        news = zip(n_fed, held, drawn.tolist(), logprobs.tolist(), notes)
+        for row, (n, more, tokens, scores, note) in zip(rows, news):
             row.hear(n, tokens[:more + 1], scores[:more + 1], list(note))
         if accepted is not None:
             accepted += [more for more, may in zip(held, may_draft) if may]
@@ -1638,7 +1639,8 @@ def parse_args(argv):
     p.add_argument("--top-k", type=number(0, math.inf), default=40, help="0 = off")
     p.add_argument("--stop", type=utf8, action="append", default=[], help="a text that ends a sample (may be repeated)")
     p.add_argument("--speculate", type=number(0, MAX_DRAFTS), default=0, metavar="K",
-                   help="tokens drafted by the MTP modules for each forward, 0 = none: the text is distributed as without")
+                   help=f"tokens that MTP modules draft for each forward, at most {MAX_DRAFTS}, 0 = none: the text is "
+                   "distributed as without")
     p.add_argument("--seed", type=number(0, 2 ** 63 - 1), default=1337)
     args = p.parse_args(argv)
     if "" in args.stop:

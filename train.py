@@ -4,7 +4,7 @@
     python train.py --data notes/ --minutes 10     # any text file or folder; --resume goes on from out/ckpt.pt
     python train.py --resume --attn msa --steps 800  # a run with --attn full goes on with sparse attention
     python train.py --resume --mtp 3 --steps 800     # two more MTP modules join: copies, which learn alone at first
-    python train.py --figure run.svg                 # draws out/log.jsonl, where each printed line is one of JSON
+    python train.py --resume --figure run.svg        # draws out/log.jsonl, where each printed line is one of JSON
     python train.py --preset m2 --dry-run          # parameters and bytes, nothing is allocated
 
     batch  = f(seed, split, step): evaluation cannot disturb training, and a resumed run sees what it would have seen
@@ -49,7 +49,7 @@ from sample import (ICONV, LEARN_FROM, LOCK, PATTERN, Parser, Progress, SaveTime
                     new_temporary, number, on_signals, pick_device, place_checkpoint, read_cache, run_of,
                     saved_flags, write_cache, write_checkpoint)
 
-ENCODED = 500_000                      # characters of a text that are encoded together: the next may be another thread's
+ENCODED = 500_000                      # characters of a text that one thread encodes at a time
 READERS = 16                           # threads that read files: a cold disk or a network answers many at once
 HEAD = 2 ** 20                         # bytes of a file that tell what it is, if it is no text
 VAL_BYTES = 512 * 1024                 # val_bpb is measured on this much of the validation text
@@ -568,8 +568,8 @@ def compile_model(model, muon):
         block.compile(dynamic=False)
     model.norm.compile(dynamic=False)
     muon.blend = torch.compile(muon.blend, dynamic=True)
-    # beyond its limit, 8 graphs of a function, torch would run it uncompiled, and only warn: each MTP module's rows
-    # have a length of their own, and a frozen trunk has graphs of its own
+    # beyond its limit, 8 graphs of a function, torch would run it uncompiled, and only warn: a run has graphs for each
+    # kind of layer and of attention, and, where MTP modules join, for a frozen trunk
     torch._dynamo.config.recompile_limit = 64
 
 def one_layout(attend):
@@ -584,8 +584,8 @@ def warm_compile(run):
     """Compile what the steps of a run need before its clock starts; the model is left as it was. There are graphs for
     the index branch's warm-up, where the run has one before it, and others for sparse attention. Each step here has
     MTP: one without needs no graph beside these."""
-    print("compile | norms, projections and experts by torch.compile, attention by Triton; both keep it on disk for the "
-          "next start", flush=True)
+    print("compile | norms, projections and experts by torch.compile, attention by Triton; both keep it on disk for "
+          "the next start", flush=True)
     args = run.args
     model = run.model
     muon = run.optimizers[0]
@@ -1083,7 +1083,9 @@ def draw(path, lines, title):
         """What lines of these kinds have under that name, where they have it."""
         found = [line for line in lines if line["kind"] in kinds and line.get(name) is not None]
         if found:
-            axis.plot([line["step"] for line in found], [line[name] for line in found], style, ms=4, label=label)
+            steps = [line["step"] for line in found]
+            values = [line[name] for line in found]
+            axis.plot(steps, values, style, ms=4, label=label)
 
     plot(bits, ["step"], "train_bpb", "-", "training, running mean")
     plot(bits, ["eval"], "val_bpb", "o-", "validation, its beginning")

@@ -1194,7 +1194,7 @@ def make_subject(args, machine):
     if args.out is None:
         preset = "small" if machine.gpu else "tiny"
         return Subject(preset, random_model(machine, getattr(MiniMaxConfig, preset)()))
-    state = load_checkpoint(args.out, machine.device)
+    state = load_checkpoint(args.out, mmap=True)
     model, tokenizer = load_model(state, machine.device, machine.dtype)
     docs = held_out(state["args"], tokenizer)
     return Subject(args.out, model, in_index_warmup(state), docs)

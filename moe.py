@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from msa import constexpr, jit, tl, triton
+from msa import _overlap, _prefetch, cdiv, constexpr, jit, tl, triton
 
 SWIGLU_ALPHA = 1.702  # swiglu_alpha of M3's config: gate * sigmoid(1.702 * gate) is nearly a GELU
 SWIGLU_LIMIT = 7.0    # swiglu_limit of M3's config: gate is at most 7, up lies within 7 of 0
@@ -331,6 +331,11 @@ def _gate(h, at, valid, I, OAI):
     are constants, as they are the callers'."""
     gate = tl.load(h + at, mask=valid, other=0.0).to(tl.float32)
     up = tl.load(h + at + I, mask=valid, other=0.0).to(tl.float32)
+    return _gate_tile(gate, up, OAI)
+
+@jit
+def _gate_tile(gate, up, OAI):
+    """_gate of two tiles in fp32 that are loaded already."""
     scaled = gate
     if OAI:
         raw_gate, raw_up = gate, up
@@ -439,3 +444,446 @@ class _Gated(torch.autograd.Function):
         grid, given = _gate_launch(h, ctx.activation)
         _gated_grad_kernel[grid](weight=weight, grad=grad.contiguous(), dh=dh, dweight=dweight, **given)
         return dh, dweight, None
+
+# ---- few rows: the kernels of a decoding step ---------------------------------------------------------------------
+# A step of generation has R rows, a few dozen at most: tokens, and drafts of tokens, of all sequences. It reads every
+# weight once, and that and the start of kernels is all that takes time. Hence few kernels, each of many programs:
+#     _few_linear_kernel  [norm], product [+ residual]: projections and the head
+#     _few_route_kernel   norm, router, choice of experts: a program a row
+#     _few_up_kernel      norm, w13 of the experts that some row chose and of the shared one, gate
+#     _few_down_kernel    w2 of the same, sum, + residual
+# A program has ROWS rows and COLS columns of a product. It brings its weights to the L2 while the kernel before still
+# runs (PDL, see msa.py's section E), and then sums the channels in SPLIT parts, one a warp: one warp alone would wait
+# for K / 16 products of a tensor core, one after the other. A norm's weight is folded into the matrix behind it, and
+# its 1 / rms, a number a row, is multiplied after the product.
+#
+# Tiles and the order of every sum depend on a matrix's sizes alone. So a row's result has the same bits in any company:
+# what is generated does not depend on the batch, and a token that is verified as a draft gets the logits of plain
+# decoding. An expert that other rows chose adds an exact 0.
+
+FEW_SPLIT = 4  # warps of a program, and parts of its sums
+
+@jit
+def _few_part(SPLIT, BLOCK):
+    """Channels of a block in SPLIT parts, [SPLIT, BLOCK / SPLIT]. SPLIT and BLOCK are constants."""
+    size: tl.constexpr = BLOCK // SPLIT
+    return tl.arange(0, SPLIT)[:, None] * size + tl.arange(0, size)
+
+@jit
+def _few_rows(x, at, channel, held, K):
+    """Rows of x that start at `at` [ROWS] -> [SPLIT, ROWS, BLOCK / SPLIT], 0 where not held [ROWS] and past K."""
+    real = held[None, :, None] & (channel < K)[:, None, :]
+    return tl.load(x + at[None, :, None] + channel[:, None, :], mask=real, other=0.0)
+
+@jit
+def _few_columns(weight, at, channel, K):
+    """Rows of a matrix that start at `at` [COLS], as columns -> [SPLIT, BLOCK / SPLIT, COLS], 0 past K."""
+    real = (channel < K)[:, :, None] & (at >= 0)[None, None, :]
+    return tl.load(weight + at[None, None, :] + channel[:, :, None], mask=real, other=0.0)
+
+@jit
+def _few_dot(x, weight, acc):
+    """acc [SPLIT, ROWS, COLS] + the parts' products."""
+    return tl.dot(x, weight, acc, input_precision="ieee")
+
+@jit
+def _few_scale(square, K, EPS):
+    """Sums of squares [SPLIT, ROWS, BLOCK / SPLIT] of rows of K channels -> 1 / rms [ROWS]."""
+    total = tl.sum(tl.sum(square, 2), 0)
+    return tl.rsqrt(total / K + EPS)
+
+# One program = ROWS rows and COLS columns.
+@jit
+def _few_linear_kernel(
+    x,         # (R, K)
+    weight,    # (N, K)
+    residual,  # (R, N), or None
+    out,       # (R, N), written
+    R,
+    N,
+    K: tl.constexpr,
+    EPS: tl.constexpr,    # of the norm of x, or None
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    BLOCK: tl.constexpr,  # channels at a time
+    MOST: tl.constexpr,   # COLS * K, rounded up
+    SPLIT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    first = tl.program_id(0) * COLS
+    col = tl.minimum(first + tl.arange(0, COLS), N - 1).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    part = _few_part(SPLIT, BLOCK)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        if tl.program_id(0) < 264:  # later programs find the memory busy
+            _prefetch(weight + first.to(tl.int64) * K, tl.minimum(COLS, N - first) * K, MOST)
+        tl.extra.cuda.gdc_wait()
+
+    acc = tl.zeros([SPLIT, ROWS, COLS], tl.float32)
+    square = tl.zeros([SPLIT, ROWS, BLOCK // SPLIT], tl.float32)
+    for k in range(0, K, BLOCK):
+        rows = _few_rows(x, row * K, k + part, row < R, K)
+        columns = _few_columns(weight, col * K, k + part, K)
+        acc = _few_dot(rows, columns, acc)
+        if EPS is not None:
+            wide = rows.to(tl.float32)
+            square += wide * wide
+    y = tl.sum(acc, 0)                                                              # [ROWS, COLS]
+    if EPS is not None:
+        y *= _few_scale(square, K, EPS)[:, None]
+
+    at = row[:, None].to(tl.int64) * N + col[None]
+    real = (row < R)[:, None] & (first + tl.arange(0, COLS) < N)[None]
+    if residual is not None:
+        y += tl.load(residual + at, mask=real, other=0.0).to(tl.float32)
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=real)
+
+# One program = one row.
+@jit
+def _few_route_kernel(
+    x,        # (R, C)
+    weight,   # (E, C) fp32
+    bias,     # (E,) fp32
+    factor,   # (R, A) fp32, written: the weights of a row's experts
+    idx,      # (R, A) int32, written: the row's experts, best first
+    C: tl.constexpr,
+    E: tl.constexpr,
+    A: tl.constexpr,
+    SCALE: tl.constexpr,
+    EPS: tl.constexpr,
+    EXPERTS: tl.constexpr,  # E, rounded up
+    CHOSEN: tl.constexpr,   # A, rounded up
+    BLOCK: tl.constexpr,    # channels at a time
+    MOST: tl.constexpr,     # E * C, rounded up
+    PDL: tl.constexpr,
+):
+    row = tl.program_id(0)
+    expert = tl.arange(0, EXPERTS)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        if row == 0:
+            _prefetch(weight, E * C, MOST)
+        tl.extra.cuda.gdc_wait()
+
+    # scores
+    acc = tl.zeros([EXPERTS, BLOCK], tl.float32)
+    square = tl.zeros([BLOCK], tl.float32)
+    for c in range(0, C, BLOCK):
+        channel = c + tl.arange(0, BLOCK)
+        held = channel < C
+        wide = tl.load(x + row * C + channel, mask=held, other=0.0).to(tl.float32)
+        real = held[None] & (expert < E)[:, None]
+        acc += wide[None] * tl.load(weight + expert[:, None] * C + channel[None], mask=real, other=0.0)
+        square += wide * wide
+    logit = tl.sum(acc, 1) * tl.rsqrt(tl.sum(square, 0) / C + EPS)                  # [EXPERTS]
+    score = 1 / (1 + tl.exp(-logit))
+    biased = score + tl.load(bias + expert, mask=expert < E, other=0.0)
+    biased = tl.where(expert < E, biased, float("-inf"))
+
+    # the best A, ties by the lowest
+    place = tl.arange(0, CHOSEN)
+    chosen = tl.zeros([CHOSEN], tl.int32)
+    picked = tl.zeros([CHOSEN], tl.float32)
+    for a in tl.static_range(A):
+        best = tl.min(tl.where(biased == tl.max(biased, 0), expert, E - 1), 0)
+        chosen = tl.where(place == a, best, chosen)
+        picked = tl.where(place == a, tl.sum(tl.where(expert == best, score, 0.0), 0), picked)
+        biased = tl.where(expert == best, float("-inf"), biased)
+    picked = picked * SCALE / tl.sum(picked, 0)
+    tl.store(factor + row * A + place, picked, mask=place < A)
+    tl.store(idx + row * A + place, chosen, mask=place < A)
+
+@jit
+def _few_choice(idx, row, expert, R, A, CHOSEN):
+    """Which rows [ROWS] chose the expert, and the place of it in their lists. A and CHOSEN are constants."""
+    place = tl.arange(0, CHOSEN)
+    held = (row < R)[:, None] & (place < A)[None]
+    mine = tl.load(idx + row[:, None] * A + place[None], mask=held, other=-1) == expert
+    return tl.max(mine.to(tl.int32), 1) > 0, tl.sum(tl.where(mine, place[None], 0), 1)
+
+# One program = ROWS rows and COLS columns of one expert: the first is the shared one. The others have either an expert
+# each, or a pair of a row and its expert, of which the first in the batch computes for all rows that chose it.
+@jit
+def _few_up_kernel(
+    x,         # (R, C)
+    w13,       # (E, 2 I, C), or None
+    shared13,  # (2 IS, C), or None
+    factor,    # (R, A), or None
+    idx,       # (R, A), or None
+    h,         # (R, A * I + IS), written: gated and weighted, by a row's own list of experts, the shared one last
+    R,
+    C: tl.constexpr,
+    I: tl.constexpr,
+    IS: tl.constexpr,
+    A: tl.constexpr,
+    EPS: tl.constexpr,
+    OAI: tl.constexpr,        # M3's activation, not M2's
+    BY_EXPERT: tl.constexpr,  # a program has an expert, not a pair
+    PAIRS: tl.constexpr,      # R * A, rounded up
+    CHOSEN: tl.constexpr,     # A, rounded up
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    BLOCK: tl.constexpr,      # channels at a time
+    MOST: tl.constexpr,       # COLS * C, rounded up
+    SPLIT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    first = tl.program_id(0) * COLS
+    slot = tl.program_id(1)
+    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    part = _few_part(SPLIT, BLOCK)
+    if PDL:
+        if IS > 0:
+            if (slot == 0) & (first < IS):
+                _prefetch(shared13 + first * C, COLS * C, MOST)
+                _prefetch(shared13 + (IS + first) * C, COLS * C, MOST)
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()  # not before: _few_down_kernel reads the choice before its own wait
+
+    # the shared expert, for all rows
+    chosen = row < R
+    weight = tl.where(chosen, 1.0, 0.0)
+    place = tl.full([ROWS], A, tl.int32)
+    width = IS
+    matrix = shared13
+    if IS > 0:
+        slot -= 1
+
+    # or one that some row chose
+    if w13 is not None:
+        if IS == 0:
+            matrix = w13
+        if slot >= 0:
+            expert = slot
+            if not BY_EXPERT:
+                pair = tl.arange(0, PAIRS)
+                expert = tl.load(idx + slot)
+                same = tl.load(idx + pair, mask=pair < R * A, other=-1) == expert
+                if tl.min(tl.where(same, pair, PAIRS), 0) < slot:
+                    expert = -2  # an earlier pair's program computes it
+            chosen, place = _few_choice(idx, row, expert, R, A, CHOSEN)
+            weight = tl.load(factor + row * A + place, mask=chosen, other=0.0)
+            width = I
+            matrix = w13 + tl.maximum(expert, 0).to(tl.int64) * (2 * I * C)
+
+    if (tl.max(chosen.to(tl.int32), 0) > 0) & (first < width):
+        col = tl.minimum(first + tl.arange(0, COLS), width - 1)
+        gate = tl.zeros([SPLIT, ROWS, COLS], tl.float32)
+        up = tl.zeros([SPLIT, ROWS, COLS], tl.float32)
+        square = tl.zeros([SPLIT, ROWS, BLOCK // SPLIT], tl.float32)
+        for c in range(0, C, BLOCK):
+            channel = c + part
+            rows = _few_rows(x, row * C, channel, chosen, C)
+            gate = _few_dot(rows, _few_columns(matrix, col * C, channel, C), gate)
+            up = _few_dot(rows, _few_columns(matrix, (width + col) * C, channel, C), up)
+            wide = rows.to(tl.float32)
+            square += wide * wide
+        scale = _few_scale(square, C, EPS)[:, None]
+        y, _, _ = _gate_tile(tl.sum(gate, 0) * scale, tl.sum(up, 0) * scale, OAI)   # [ROWS, COLS]
+        y *= weight[:, None]
+        real = chosen[:, None] & (first + tl.arange(0, COLS) < width)[None]
+        at = row.to(tl.int64) * (A * I + IS) + place * I
+        tl.store(h + at[:, None] + col[None], y.to(h.dtype.element_ty), mask=real)
+
+# One program = ROWS rows and COLS columns, through the experts that some row chose, in their order, and the shared one.
+@jit
+def _few_down_kernel(
+    h,         # (R, A * I + IS)
+    w2,        # (E, C, I), or None
+    shared2,   # (C, IS), or None
+    idx,       # (R, A), or None
+    residual,  # (R, C)
+    out,       # (R, C), written
+    R,
+    C: tl.constexpr,
+    I: tl.constexpr,
+    IS: tl.constexpr,
+    A: tl.constexpr,
+    EXPERTS: tl.constexpr,  # E, rounded up
+    PAIRS: tl.constexpr,    # R * A, rounded up
+    CHOSEN: tl.constexpr,   # A, rounded up
+    AHEAD: tl.constexpr,    # pairs whose weights are brought to the L2
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    BLOCK: tl.constexpr,    # channels at a time
+    MOST: tl.constexpr,     # COLS * max(I, IS), rounded up
+    SPLIT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    first = tl.program_id(0) * COLS
+    col = tl.minimum(first + tl.arange(0, COLS), C - 1)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    part = _few_part(SPLIT, BLOCK)
+    ahead = tl.minimum(COLS, C - first)  # columns whose weights are brought to the L2
+
+    # the choice is whole: the kernel before let this one start after its own wait. The experts in it, in their order
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    if w2 is not None:
+        for p in tl.static_range(AHEAD):
+            if PDL:
+                start = tl.load(idx + p).to(tl.int64) * C + first
+                _prefetch(w2 + start * I, ahead * I, MOST)
+        pair = tl.arange(0, PAIRS)
+        expert = tl.arange(0, EXPERTS)
+        chosen = tl.load(idx + pair, mask=pair < R * A, other=0)
+        count = tl.histogram(chosen, EXPERTS, mask=pair < R * A)
+        used = (count > 0).to(tl.int32)
+        order = tl.cumsum(used, 0) * used                                           # [EXPERTS], from 1 on; 0: idle
+    if PDL:
+        if IS > 0:
+            _prefetch(shared2 + first * IS, ahead * IS, MOST)
+        tl.extra.cuda.gdc_wait()
+
+    acc = tl.zeros([SPLIT, ROWS, COLS], tl.float32)
+    at = row.to(tl.int64) * (A * I + IS)
+    if w2 is not None:
+        pieces: tl.constexpr = (I + BLOCK - 1) // BLOCK
+        for piece in range(0, tl.max(order, 0) * pieces):
+            this = tl.sum(tl.where(order == piece // pieces + 1, expert, 0), 0)
+            mine, place = _few_choice(idx, row, this, R, A, CHOSEN)
+            channel = piece % pieces * BLOCK + part
+            rows = _few_rows(h, at + place * I, channel, mine, I)
+            columns = _few_columns(w2, (this.to(tl.int64) * C + col) * I, channel, I)
+            acc = _few_dot(rows, columns, acc)
+    for i in range(0, IS, BLOCK):
+        rows = _few_rows(h, at + A * I, i + part, row < R, IS)
+        columns = _few_columns(shared2, col * IS, i + part, IS)
+        acc = _few_dot(rows, columns, acc)
+
+    y = tl.sum(acc, 0)                                                              # [ROWS, COLS]
+    at = row[:, None] * C + col[None]
+    real = (row < R)[:, None] & (first + tl.arange(0, COLS) < C)[None]
+    y += tl.load(residual + at, mask=real, other=0.0).to(tl.float32)
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=real)
+
+def _few_tiles(R, K, cols, x):
+    """What the launches of few rows share. R rows, K channels of the sum, cols columns a program; x says the device."""
+    block = min(256, triton.next_power_of_2(max(K, 16 * FEW_SPLIT)))
+    return dict(
+        R=R,
+        ROWS=16 if R <= 16 else 32,
+        COLS=cols,
+        BLOCK=block,
+        MOST=triton.next_power_of_2(cols * K),
+        SPLIT=FEW_SPLIT,
+        num_warps=FEW_SPLIT,
+        num_stages=4,
+        **_overlap(x))
+
+def few_linear(x, weight, eps=None, residual=None, dtype=None, impl="auto"):
+    """[RMS norm], product, [+ residual] of few rows.
+
+    x         (..., K)
+    weight    (N, K), a norm's weight folded in: see `fold`
+    eps       of the norm; None: there is no norm
+    residual  (..., N)
+    dtype     of the result; default: that of x
+    impl      see use_triton
+    -> (..., N)
+    """
+    dtype = dtype or x.dtype
+    if not use_triton(impl, x):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        y = F.linear(x, weight).to(wide.dtype)
+        if eps is not None:
+            y = y * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+        if residual is not None:
+            y = y + residual
+        return y.to(dtype)
+
+    (N, K), R = weight.shape, x.numel() // x.size(-1)
+    out = torch.empty(*x.shape[:-1], N, device=x.device, dtype=dtype)
+    tiles = _few_tiles(R, K, 32 if N > 8192 else 16 if N > 1024 else 8, x)
+    grid = cdiv(N, tiles["COLS"]), cdiv(R, tiles["ROWS"])
+    _few_linear_kernel[grid](
+        x=x, weight=weight, residual=residual, out=out,
+        N=N, K=K, EPS=eps, **tiles)
+    return out
+
+def few_route(x, weight, bias, n_active, scale, eps, impl="auto"):
+    """RMS norm, router and choice of few rows: `route` of normed rows.
+
+    x             (..., C)
+    weight, bias  (E, C) with the norm's weight folded in, (E,): fp32 or wider
+    n_active      A, experts a row
+    scale         the sum of a row's weights
+    eps           of the norm
+    impl          see use_triton
+    -> weights (..., A) in the dtype of weight, idx (..., A) int32, best first
+    """
+    lead = x.shape[:-1]
+    E, C = weight.shape
+    if not use_triton(impl, x):
+        logits = few_linear(x.to(weight.dtype), weight, eps, impl="torch").view(-1, E)
+        factor, idx = route(logits, bias, n_active, scale)
+        return factor.view(*lead, n_active), idx.view(*lead, n_active).int()
+
+    factor = torch.empty(*lead, n_active, device=x.device, dtype=weight.dtype)
+    idx = torch.empty(*lead, n_active, device=x.device, dtype=torch.int32)
+    experts = triton.next_power_of_2(E)
+    channels = triton.next_power_of_2(C)
+    _few_route_kernel[x.numel() // C,](
+        x=x, weight=weight, bias=bias, factor=factor, idx=idx,
+        C=C, E=E, A=n_active, SCALE=scale, EPS=eps,
+        EXPERTS=experts,
+        CHOSEN=triton.next_power_of_2(n_active),
+        BLOCK=min(channels, max(16, 16384 // experts)),
+        MOST=experts * channels,
+        num_warps=8, **_overlap(x))
+    return factor, idx
+
+def few_mlp(x, eps, activation, shared=None, routed=None, factor=None, idx=None, impl="auto"):
+    """RMS norm, experts, + x, of few rows: a dense layer is a shared expert alone.
+
+    x           (..., C)
+    eps         of the norm
+    activation  see `gated`
+    shared      w13 (2 IS, C) with the norm's weight folded in, w2 (C, IS); or None
+    routed      w13 (E, 2 I, C), the same, w2 (E, C, I); or None
+    factor      (..., A) a row's experts add up with these factors
+    idx         (..., A) int32, a row's experts
+    impl        see use_triton
+    -> (..., C)
+    """
+    if not use_triton(impl, x):
+        return _few_mlp_torch(x, eps, activation, shared, routed, factor, idx)
+    C, R = x.size(-1), x.numel() // x.size(-1)
+    shared13, shared2 = shared or (None, None)
+    w13, w2 = routed or (None, None)
+    IS = 0 if shared is None else shared2.size(1)
+    E, I = (0, 0) if routed is None else (w2.size(0), w2.size(2))
+    A = 0 if routed is None else idx.size(-1)
+    h = torch.empty(R, A * I + IS, device=x.device, dtype=x.dtype)
+    out = torch.empty_like(x)
+    shared_sizes = dict(
+        idx=idx, C=C, I=I, IS=IS, A=A,
+        PAIRS=triton.next_power_of_2(max(1, R * A)),
+        CHOSEN=triton.next_power_of_2(max(1, A)))
+
+    tiles = _few_tiles(R, C, 16, x)
+    slots = (IS > 0) + min(E, R * A)
+    _few_up_kernel[cdiv(max(I, IS), 16), slots, cdiv(R, tiles["ROWS"])](
+        x=x, w13=w13, shared13=shared13, factor=factor, h=h,
+        EPS=eps, OAI=activation == "swiglu_oai", BY_EXPERT=E <= R * A, **shared_sizes, **tiles)
+
+    tiles = _few_tiles(R, max(I, IS), 8, x)
+    _few_down_kernel[cdiv(C, 8), cdiv(R, tiles["ROWS"])](
+        h=h, w2=w2, shared2=shared2, residual=x, out=out,
+        EXPERTS=triton.next_power_of_2(max(1, E)), AHEAD=min(R * A, 8), **shared_sizes, **tiles)
+    return out
+
+def _few_mlp_torch(x, eps, activation, shared, routed, factor, idx):
+    """few_mlp, row by row and expert by expert: the specification."""
+    rows = x.flatten(0, -2)
+    wide = rows.to(torch.promote_types(x.dtype, torch.float32))
+    normed = (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
+    y = torch.zeros_like(rows)
+    if routed is not None:
+        A = idx.size(-1)
+        y = experts_loop(normed, *routed, factor.view(-1, A), idx.view(-1, A).long(), activation)
+    if shared is not None:
+        w13, w2 = shared
+        y = y + gated(normed @ w13.T, activation) @ w2.T
+    return (rows + y).view_as(x)

@@ -30,9 +30,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from moe import SWIGLU_ALPHA, SWIGLU_LIMIT, MLP, Linear, MoE, count_params, update_bias, use_triton
-from msa import (LEAST, NOTHING, block_recall, cdiv, check_tensor, constexpr, full_attention, index_kl_loss, jit,
-                 msa_attention, msa_decode, msa_train, query_index, round_up, select_blocks, tl, triton, widen)
+from moe import (SWIGLU_ALPHA, SWIGLU_LIMIT, MLP, Linear, MoE, count_params, few_linear, few_mlp, few_route,
+                 update_bias, use_triton)
+from msa import (LEAST, NOTHING, _overlap, _power_of_2, block_recall, cdiv, check_tensor, constexpr, full_attention,
+                 index_kl_loss, jit, msa_attention, msa_decode, msa_train, query_index, round_up, select_blocks, tl,
+                 triton, widen)
 
 # ---- the config ----------------------------------------------------------------------------------
 # One dataclass describes every model: M2, M3, and smaller ones of the same make, each by a classmethod. It says what a
@@ -199,18 +201,24 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         wide = widen(x)
-        weight = self.weight.to(wide.dtype)
-        if self.gemma:
-            weight = 1 + weight
+        weight = self.gain(wide.dtype)
         y = F.rms_norm(wide, weight.shape, weight, self.eps)
         return y if wide is x else y.to(x.dtype)
 
+    def gain(self, dtype):
+        """The factor of each channel."""
+        weight = self.weight.to(dtype)
+        return 1 + weight if self.gemma else weight
+
 def rope_tables(pos, rotary_dim, theta):
     """cos and sin of each position's angles: (B, T) -> two (B, T, 1, rotary_dim / 2), fp32 in any model."""
-    channel = torch.arange(0, rotary_dim, 2, device=pos.device, dtype=torch.float32)
-    frequency = theta ** (-channel / rotary_dim)
-    angle = pos[..., None, None].float() * frequency
+    angle = pos[..., None, None].float() * rope_frequency(rotary_dim, theta, pos.device)
     return angle.cos(), angle.sin()
+
+def rope_frequency(rotary_dim, theta, device):
+    """Radians a position by which each pair of channels turns: (rotary_dim / 2,) fp32."""
+    channel = torch.arange(0, rotary_dim, 2, device=device, dtype=torch.float32)
+    return theta ** (-channel / rotary_dim)
 
 def apply_rope(x, rope):
     """Rotate the pairs (c, c + rotary_dim / 2) of the first rotary_dim channels of x (B, T, H, D), leave the others."""
@@ -980,6 +988,274 @@ class MiniMax(nn.Module):
         path.mkdir(parents=True, exist_ok=True)
         save_file(tensors, path / "model.safetensors", {"format": "pt"})
         (path / "config.json").write_text(json.dumps(config, indent=2))
+
+# ---- decoding --------------------------------------------------------------------------------------
+# DecodeWeights computes what MiniMax.forward computes with a cache, for the few tokens of a decoding step, in as few
+# kernels as there are places where programs must meet (see the end of moe.py). A layer is
+#     x -> norm, q k v qi ki -> head norms, RoPE, into the cache -> attention (2 kernels) -> o_proj, + x
+#       -> norm, router -> norm, w13, gate -> w2, + x
+# The weights are copied once, in the dtype of activations, routers in fp32; what has one input is one matrix. Nothing
+# reads the device: shapes are those of idx and of the cache, so that a CUDA graph can hold a step. A token gets the
+# same bits whatever rows stand beside it, and whether T = 1 or it is one of T drafts.
+
+def fold(norm, *weights, dtype):
+    """Matrices (N, C) behind one norm -> one matrix (sum of N, C) in dtype, for input that is not yet multiplied by the
+    norm's weight."""
+    joined = torch.cat([widen(weight) for weight in weights], -2)
+    return (joined * norm.gain(joined.dtype)).to(dtype).contiguous()
+
+class DecodeLayer:
+    """The weights of a Block for `decode`. Gains are the norms' factors, in fp32 or wider."""
+
+    def __init__(self, block, cfg, dtype):
+        attn, mlp = block.attn, block.mlp
+        wide = torch.promote_types(dtype, torch.float32)
+        projections = [attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight]
+        self.gains = [attn.q_norm.gain(wide), attn.k_norm.gain(wide), None, None]  # of q, k, qi, ki
+        if attn.indexer is not None:
+            projections += [attn.indexer.q_proj.weight, attn.indexer.k_proj.weight]
+            self.gains[2:] = attn.indexer.q_norm.gain(wide), attn.indexer.k_norm.gain(wide)
+        self.qkv = fold(block.attn_norm, *projections, dtype=dtype)
+        self.out = attn.o_proj.weight.to(dtype)
+
+        # a dense layer is a shared expert alone
+        self.router = None
+        self.routed = None
+        shared = mlp
+        if isinstance(mlp, MoE):
+            self.router = fold(block.mlp_norm, mlp.router.weight, dtype=wide), mlp.router.bias.to(wide)
+            self.routed = fold(block.mlp_norm, mlp.w13, dtype=dtype), mlp.w2.to(dtype)
+            shared = mlp.shared
+        self.shared = None
+        if shared is not None:
+            self.shared = fold(block.mlp_norm, shared.w13.weight, dtype=dtype), shared.w2.weight.to(dtype)
+
+class DecodeWeights:
+    """A model's weights as a decoding step reads them, copied when this is made: later changes are not seen."""
+
+    @torch.no_grad()
+    def __init__(self, model):
+        cfg, dtype = model.cfg, model.dtype
+        head = model.lm_head.weight
+        self.cfg = cfg
+        self.embed = model.embed.weight.to(dtype)
+        self.frequency = rope_frequency(cfg.rotary_dim, cfg.rope_theta, head.device)
+        self.layers = [DecodeLayer(block, cfg, dtype) for block in model.layers]
+        self.head = fold(model.norm, head, dtype=dtype)
+        self.modules = [
+            dict(
+                embedded=fold(module.e_norm, module.proj.weight[:, :cfg.n_embd], dtype=dtype),
+                hidden=fold(module.h_norm, module.proj.weight[:, cfg.n_embd:], dtype=dtype),
+                layer=DecodeLayer(module.block, cfg, dtype),
+                head=fold(module.norm, head, dtype=dtype))
+            for module in model.mtp]
+
+    @torch.no_grad()
+    def step(self, idx, cache, index_warmup=False, impl="auto"):
+        """The trunk on the next tokens of every row.
+
+        idx           (B, T) tokens; the kernels take T from 1 to 8
+        cache         KVCache: the new keys and values are written, and `length` is left as it is
+        index_warmup  MSA layers have full attention
+        impl          "triton", "torch" or "auto": see use_triton
+        -> logits (B, T, V) fp32 or wider; hidden (B, T, C) before the last norm; aux: block_idx and experts as those of
+        MiniMax.forward
+        """
+        x = F.embedding(idx, self.embed)
+        blocks = []
+        experts = []
+        for lane, layer in enumerate(self.layers):
+            x, block_idx, chosen = self.run_layer(layer, x, cache, lane, index_warmup, impl)
+            if block_idx is not None:
+                blocks.append(block_idx)
+            if chosen is not None:
+                experts.append(chosen)
+        return self.logits(x, self.head, impl), x, dict(block_idx=blocks, experts=experts)
+
+    @torch.no_grad()
+    def draft(self, k, hidden, idx, cache, index_warmup=False, impl="auto"):
+        """MTP module k, from 0 on, in its own lane of the cache.
+
+        hidden  (B, T, C) of the trunk, or of the module before
+        idx     (B, T) the token after each
+        The others, and what is returned but for aux, as in `step`.
+        """
+        module = self.modules[k]
+        eps = self.cfg.norm_eps
+        x = few_linear(F.embedding(idx, self.embed), module["embedded"], eps, impl=impl)
+        x = few_linear(hidden, module["hidden"], eps, residual=x, impl=impl)
+        x, _, _ = self.run_layer(module["layer"], x, cache, self.cfg.n_layer + k, index_warmup, impl)
+        return self.logits(x, module["head"], impl), x
+
+    def logits(self, x, head, impl):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return few_linear(x, head, self.cfg.norm_eps, dtype=wide, impl=impl)
+
+    def run_layer(self, layer, x, cache, lane, index_warmup, impl):
+        """One layer: x (B, T, C) -> x (B, T, C), block_idx or None, experts (B, T, A) or None."""
+        cfg = self.cfg
+        eps = cfg.norm_eps
+        k, v, ki = cache.k[lane], cache.v[lane], cache.ki[lane]  # whole lanes, of static shapes
+
+        # attention
+        projected = few_linear(x, layer.qkv, eps, impl=impl)
+        q, qi = append_heads(projected, layer.gains, self.frequency, cache, lane, cfg, impl)
+        block_idx = None
+        if qi is None or index_warmup:
+            y = full_attention(q, k, v, None, cache.length, impl)
+        else:
+            S, L = cfg.index_topk_blocks, cfg.index_block_size
+            y, block_idx = msa_decode(q, k, v, qi, ki, S, L, cache.length, None, impl)
+        x = few_linear(y.flatten(2), layer.out, residual=x, impl=impl)
+
+        # experts
+        factor = idx = None
+        if layer.router is not None:
+            factor, idx = few_route(x, *layer.router, cfg.n_expert_per_tok, cfg.routed_scale, eps, impl)
+        x = few_mlp(x, eps, cfg.activation, layer.shared, layer.routed, factor, idx, impl)
+        return x, block_idx, idx
+
+def append_heads(x, gains, frequency, cache, lane, cfg, impl="auto"):
+    """Norms and RoPE of new heads; keys and values go into the cache.
+
+    x          (B, T, N): q, k, v and, with an index branch, qi and ki, side by side
+    gains      of the norms of q, k, qi, ki; the last two may be None
+    frequency  see rope_frequency
+    cache      KVCache; slots from `length` on of this lane are written
+    impl       see use_triton
+    -> q (B, T, H, D), qi (B, T, Hkv, Di) or None
+    """
+    B, T, _ = x.shape
+    H, Hkv, D, Di = cfg.n_head, cfg.n_kv_head, cfg.head_dim, cfg.index_head_dim
+    has_index = gains[2] is not None
+    if use_triton(impl, x):
+        q = x.new_empty(B, T, H, D)
+        qi = x.new_empty(B, T, Hkv, Di) if has_index else None
+        heads = H + 2 * Hkv + (Hkv + 1 if has_index else 0)
+        together = cfg.qk_norm == "layer"
+        _append_kernel[heads, B * T](
+            x=x, q_gain=gains[0], k_gain=gains[1], qi_gain=gains[2], ki_gain=gains[3], frequency=frequency,
+            length=cache.length, q=q, qi=qi, k=cache.k[lane], v=cache.v[lane], ki=cache.ki[lane],
+            T=T, capacity=cache.capacity,
+            H=H, HKV=Hkv, D=D, DI=Di, ROT=cfg.rotary_dim, EPS=cfg.norm_eps,
+            TOGETHER=together,
+            num_warps=4 if together else 1, **_overlap(x))
+        return q, qi
+
+    rope = rope_tables(query_index(T, cache.length, x.device), cfg.rotary_dim, cfg.rope_theta)
+    sizes = [H * D, Hkv * D, Hkv * D] + ([Hkv * Di, Di] if has_index else [])
+    q, k, v, *index = (part.unflatten(-1, (-1, D if n < 3 else Di)) for n, part in enumerate(x.split(sizes, -1)))
+
+    def turned(heads, gain):
+        wide = widen(heads)
+        across = wide if len(gain) == heads.size(-1) else wide.flatten(-2)
+        normed = F.rms_norm(across, gain.shape, gain, cfg.norm_eps).to(x.dtype)
+        return apply_rope(normed.view_as(heads), rope)
+
+    slot = query_index(T, cache.length, x.device)                                                         # (B, T)
+    row = torch.arange(B, device=x.device)[:, None]
+    cache.k[lane][row, slot] = turned(k, gains[1])
+    cache.v[lane][row, slot] = v
+    if not has_index:
+        return turned(q, gains[0]), None
+    qi, ki = index
+    cache.ki[lane][row, slot] = turned(ki, gains[3])[:, :, 0]
+    return turned(q, gains[0]), turned(qi, gains[2])
+
+@jit
+def _turn(source, first, gain, frequency, pos, target, WIDTH, D, ROT, EPS):
+    """Norm of the WIDTH channels at source, then RoPE of the D of them from `first` on, a head -> target. WIDTH to EPS
+    are constants."""
+    # 1 / rms
+    every = tl.arange(0, triton.next_power_of_2(WIDTH))
+    wide = tl.load(source + every, mask=every < WIDTH, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, 0) / WIDTH + EPS)
+
+    # the head, in the precision of activations, and each channel's mate in the rotation
+    c = tl.arange(0, triton.next_power_of_2(D))
+    x = tl.load(source + first + c, mask=c < D, other=0.0).to(tl.float32) * scale
+    x *= tl.load(gain + first + c, mask=c < D, other=0.0)
+    x = x.to(target.dtype.element_ty).to(tl.float32)
+    if ROT > 0:
+        half: constexpr = ROT // 2
+        turns = c < ROT
+        mate = first + tl.where(c < half, c + half, c - half)
+        y = tl.load(source + mate, mask=turns, other=0.0).to(tl.float32) * scale
+        y *= tl.load(gain + mate, mask=turns, other=0.0)
+        y = y.to(target.dtype.element_ty).to(tl.float32)
+        angle = pos.to(tl.float32) * tl.load(frequency + c % half, mask=turns, other=0.0)
+        y = tl.where(c < half, -y, y)
+        x = tl.where(turns, x * tl.cos(angle) + y * tl.sin(angle), x)
+    tl.store(target + c, x.to(target.dtype.element_ty), mask=c < D)
+
+# One program = one head of one row.
+@jit
+def _append_kernel(
+    # heads and norms
+    x,          # (R, N): q, k, v, and qi, ki where there is an index branch
+    q_gain,     # (D,), or (H * D,) where TOGETHER
+    k_gain,     # (D,), or (HKV * D,) where TOGETHER
+    qi_gain,    # (DI,), or None
+    ki_gain,    # (DI,), or None
+    frequency,  # (ROT / 2,)
+    length,     # (B,)
+    # written
+    q,          # (R, H, D)
+    qi,         # (R, HKV, DI), or None
+    k,          # (B, capacity, HKV, D), a lane
+    v,          # as k
+    ki,         # (B, capacity, DI), a lane
+    # sizes
+    T,
+    capacity,
+    H: constexpr,
+    HKV: constexpr,
+    D: constexpr,
+    DI: constexpr,
+    ROT: constexpr,
+    EPS: constexpr,
+    TOGETHER: constexpr,  # a norm is over all heads
+    PDL: constexpr,
+):
+    head = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()  # not before: the scan lets a kernel read q before its own wait
+    b = row // T
+    pos = tl.load(length + b) + row % T  # the slot
+    place = b * capacity + pos
+    fits = pos < capacity
+
+    main: constexpr = (H + 2 * HKV) * D
+    n: constexpr = main + (0 if qi is None else (HKV + 1) * DI)
+    x += row * n
+    if head < H:
+        target = q + (row * H + head) * D
+        if TOGETHER:
+            _turn(x, head * D, q_gain, frequency, pos, target, H * D, D, ROT, EPS)
+        else:
+            _turn(x + head * D, 0, q_gain, frequency, pos, target, D, D, ROT, EPS)
+    elif head < H + HKV:
+        h = head - H
+        target = k + (place * HKV + h) * D
+        if fits:
+            if TOGETHER:
+                _turn(x + H * D, h * D, k_gain, frequency, pos, target, HKV * D, D, ROT, EPS)
+            else:
+                _turn(x + head * D, 0, k_gain, frequency, pos, target, D, D, ROT, EPS)
+    elif head < H + 2 * HKV:
+        h = head - H - HKV
+        c = tl.arange(0, triton.next_power_of_2(D))
+        value = tl.load(x + head * D + c, mask=c < D, other=0.0)
+        tl.store(v + (place * HKV + h) * D + c, value, mask=(c < D) & fits)
+    elif qi is not None:
+        h = head - H - 2 * HKV
+        source = x + main + h * DI
+        if h < HKV:
+            _turn(source, 0, qi_gain, frequency, pos, qi + (row * HKV + h) * DI, DI, DI, ROT, EPS)
+        elif fits:
+            _turn(source, 0, ki_gain, frequency, pos, ki + place * DI, DI, DI, ROT, EPS)
 
 # ---- released checkpoints: names --------------------------------------------------------------------------------
 # A parameter of ours lies in a checkpoint in one of three ways:

@@ -1600,7 +1600,7 @@ def _sum_slots(part, block_idx, out, G):
 # reads what that one wrote. Full attention, the baseline, splits the keys over programs instead: _dense_kernel writes
 # parts and _dense_sum_kernel merges them (Flash-Decoding). A row is one (sequence, draft, KV head).
 
-PROGRAMS = 264            # full attention's decode splits its keys into as many: two a multiprocessor of an H200
+PROGRAMS = 264            # full attention's decode splits a sequence into as many: two a multiprocessor of an H200
 AT_ONCE = constexpr(264)  # programs of the scan that run at once there
 
 @jit
@@ -1865,7 +1865,7 @@ def _attend_kernel(
     if tl.atomic_add(done + row, 1, sem="acq_rel") == S - 1:
         _join(part, lse, out, row.to(tl.int64), S, G, D, ROWS)
 
-# One program = one of SPLIT ranges of keys of one sequence and KV head, for the T * G query rows at once.
+# One program = every SPLIT-th tile of keys of one sequence and KV head, for the T * G query rows at once.
 @jit
 def _dense_kernel(
     q,       # (B, T, HKV * G, D)
@@ -1898,12 +1898,11 @@ def _dense_kernel(
     i = tl.load(length + b) + r // G
     n = tl.load(length + b) + T
 
-    # online softmax over the keys of this range
-    size = tl.cdiv(tl.cdiv(n, TILE), tl.num_programs(0)) * TILE
+    # online softmax over every SPLIT-th tile: which program sums a key, and when, depends on no other token or row
     peak = tl.full([ROWS], LEAST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, D], tl.float32)
-    for j0 in range(split * size, tl.minimum(split * size + size, n), TILE):
+    for j0 in range(split * TILE, n, tl.num_programs(0) * TILE):
         j = j0 + tl.arange(0, TILE)
         keys = _key_tile(b.to(tl.int64), j, h, capacity, HKV, D)
         held = (j < n)[:, None]
@@ -2055,7 +2054,7 @@ def _dense_triton(q, k, v, end, start):
     G = H // Hkv
     capacity, end = _lanes(end, k=k, v=v)
     tile = 64 if k.is_cuda else 32
-    split = max(1, min(PROGRAMS // (B * Hkv), cdiv(capacity, 2 * tile)))
+    split = max(1, min(PROGRAMS // Hkv, cdiv(capacity, tile)))  # whatever B and T are: the order of sums is the same
     parts = B * T * H * split
     scratch = torch.empty(parts * (D + 2), device=q.device)
     out = torch.empty_like(q)

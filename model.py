@@ -212,13 +212,10 @@ class RMSNorm(nn.Module):
 
 def rope_tables(pos, rotary_dim, theta):
     """cos and sin of each position's angles: (B, T) -> two (B, T, 1, rotary_dim / 2), fp32 in any model."""
-    angle = pos[..., None, None].float() * rope_frequency(rotary_dim, theta, pos.device)
+    channel = torch.arange(0, rotary_dim, 2, device=pos.device, dtype=torch.float32)
+    frequency = theta ** (-channel / rotary_dim)
+    angle = pos[..., None, None].float() * frequency
     return angle.cos(), angle.sin()
-
-def rope_frequency(rotary_dim, theta, device):
-    """Radians a position by which each pair of channels turns: (rotary_dim / 2,) fp32."""
-    channel = torch.arange(0, rotary_dim, 2, device=device, dtype=torch.float32)
-    return theta ** (-channel / rotary_dim)
 
 def apply_rope(x, rope):
     """Rotate the pairs (c, c + rotary_dim / 2) of the first rotary_dim channels of x (B, T, H, D), leave the others."""
@@ -1031,15 +1028,20 @@ class DecodeLayer:
             self.shared = fold(block.mlp_norm, shared.w13.weight, dtype=dtype), shared.w2.weight.to(dtype)
 
 class DecodeWeights:
-    """A model's weights as a decoding step reads them, copied when this is made: later changes are not seen."""
+    """A model's weights as a decoding step reads them, copied when this is made: later changes are not seen.
+
+    model  MiniMax
+    slots  the largest capacity of a cache: RoPE's angles are a table
+    """
 
     @torch.no_grad()
-    def __init__(self, model):
+    def __init__(self, model, slots):
         cfg, dtype = model.cfg, model.dtype
         head = model.lm_head.weight
         self.cfg = cfg
         self.embed = model.embed.weight.to(dtype)
-        self.frequency = rope_frequency(cfg.rotary_dim, cfg.rope_theta, head.device)
+        cos, sin = rope_tables(torch.arange(slots, device=head.device), cfg.rotary_dim, cfg.rope_theta)
+        self.rope = cos.flatten(1), sin.flatten(1)  # (slots, rotary_dim / 2) both
         self.layers = [DecodeLayer(block, cfg, dtype) for block in model.layers]
         self.head = fold(model.norm, head, dtype=dtype)
         self.modules = [
@@ -1097,14 +1099,13 @@ class DecodeWeights:
         eps = cfg.norm_eps
         k, v, ki = cache.k[lane], cache.v[lane], cache.ki[lane]  # whole lanes, of static shapes
 
-        # attention
+        # attention. A cache of S blocks has no choice: all that a query sees
+        S, L = cfg.index_topk_blocks, cfg.index_block_size
         projected = few_linear(x, layer.qkv, eps, impl=impl)
-        q, qi = append_heads(projected, layer.gains, self.frequency, cache, lane, cfg, impl)
-        block_idx = None
-        if qi is None or index_warmup:
+        q, qi, block_idx = append_heads(projected, layer.gains, self.rope, cache, lane, cfg, impl)
+        if qi is None or index_warmup or cache.capacity <= S * L:
             y = full_attention(q, k, v, None, cache.length, impl)
         else:
-            S, L = cfg.index_topk_blocks, cfg.index_block_size
             y, block_idx = msa_decode(q, k, v, qi, ki, S, L, cache.length, None, impl)
         x = few_linear(y.flatten(2), layer.out, residual=x, impl=impl)
 
@@ -1115,57 +1116,69 @@ class DecodeWeights:
         x = few_mlp(x, eps, cfg.activation, layer.shared, layer.routed, factor, idx, impl)
         return x, block_idx, idx
 
-def append_heads(x, gains, frequency, cache, lane, cfg, impl="auto"):
+def append_heads(x, gains, rope, cache, lane, cfg, impl="auto"):
     """Norms and RoPE of new heads; keys and values go into the cache.
 
-    x          (B, T, N): q, k, v and, with an index branch, qi and ki, side by side
-    gains      of the norms of q, k, qi, ki; the last two may be None
-    frequency  see rope_frequency
-    cache      KVCache; slots from `length` on of this lane are written
-    impl       see use_triton
-    -> q (B, T, H, D), qi (B, T, Hkv, Di) or None
+    x      (B, T, N): q, k, v and, with an index branch, qi and ki, side by side
+    gains  of the norms of q, k, qi, ki; the last two may be None
+    rope   cos, sin of every slot: (slots, rotary_dim / 2) both
+    cache  KVCache; slots from `length` on of this lane are written
+    impl   see use_triton
+    -> q (B, T, H, D); with an index branch qi (B, T, Hkv, Di) and block_idx (B, T, Hkv, S), the own block and the S - 1
+    before it, or else None
     """
     B, T, _ = x.shape
     H, Hkv, D, Di = cfg.n_head, cfg.n_kv_head, cfg.head_dim, cfg.index_head_dim
+    S, L = cfg.index_topk_blocks, cfg.index_block_size
     has_index = gains[2] is not None
     if use_triton(impl, x):
         q = x.new_empty(B, T, H, D)
-        qi = x.new_empty(B, T, Hkv, Di) if has_index else None
-        heads = H + 2 * Hkv + (Hkv + 1 if has_index else 0)
+        qi = None
+        block_idx = None
+        heads = H + 2 * Hkv
+        if has_index:
+            qi = x.new_empty(B, T, Hkv, Di)
+            block_idx = torch.empty(B, T, Hkv, S, dtype=torch.int32, device=x.device)
+            heads += Hkv + 1
         together = cfg.qk_norm == "layer"
         _append_kernel[heads, B * T](
-            x=x, q_gain=gains[0], k_gain=gains[1], qi_gain=gains[2], ki_gain=gains[3], frequency=frequency,
-            length=cache.length, q=q, qi=qi, k=cache.k[lane], v=cache.v[lane], ki=cache.ki[lane],
+            x=x, q_gain=gains[0], k_gain=gains[1], qi_gain=gains[2], ki_gain=gains[3], cos=rope[0], sin=rope[1],
+            length=cache.length, q=q, qi=qi, k=cache.k[lane], v=cache.v[lane], ki=cache.ki[lane], block_idx=block_idx,
             T=T, capacity=cache.capacity,
-            H=H, HKV=Hkv, D=D, DI=Di, ROT=cfg.rotary_dim, EPS=cfg.norm_eps,
+            H=H, HKV=Hkv, D=D, DI=Di, ROT=cfg.rotary_dim, L=L, S=S, EPS=cfg.norm_eps,
             TOGETHER=together,
             num_warps=4 if together else 1, **_overlap(x))
-        return q, qi
-
-    rope = rope_tables(query_index(T, cache.length, x.device), cfg.rotary_dim, cfg.rope_theta)
-    sizes = [H * D, Hkv * D, Hkv * D] + ([Hkv * Di, Di] if has_index else [])
-    q, k, v, *index = (part.unflatten(-1, (-1, D if n < 3 else Di)) for n, part in enumerate(x.split(sizes, -1)))
-
-    def turned(heads, gain):
-        wide = widen(heads)
-        across = wide if len(gain) == heads.size(-1) else wide.flatten(-2)
-        normed = F.rms_norm(across, gain.shape, gain, cfg.norm_eps).to(x.dtype)
-        return apply_rope(normed.view_as(heads), rope)
+        return q, qi, block_idx
 
     slot = query_index(T, cache.length, x.device)                                                         # (B, T)
     row = torch.arange(B, device=x.device)[:, None]
-    cache.k[lane][row, slot] = turned(k, gains[1])
-    cache.v[lane][row, slot] = v
+    angles = [table[slot][:, :, None] for table in rope]
+    sizes = [H * D, Hkv * D, Hkv * D]
+    if has_index:
+        sizes += [Hkv * Di, Di]
+    q, k, v, *index = x.split(sizes, -1)
+
+    def turned(heads, gain, D):
+        split = heads.unflatten(-1, (-1, D))
+        normed = widen(heads if len(gain) != D else split)
+        normed = F.rms_norm(normed, gain.shape, gain, cfg.norm_eps).to(x.dtype)
+        return apply_rope(normed.view_as(split), angles)
+
+    cache.k[lane][row, slot] = turned(k, gains[1], D)
+    cache.v[lane][row, slot] = v.unflatten(-1, (-1, D))
+    q = turned(q, gains[0], D)
     if not has_index:
-        return turned(q, gains[0]), None
+        return q, None, None
     qi, ki = index
-    cache.ki[lane][row, slot] = turned(ki, gains[3])[:, :, 0]
-    return turned(q, gains[0]), turned(qi, gains[2])
+    cache.ki[lane][row, slot] = turned(ki, gains[3], Di)[:, :, 0]
+    blocks = slot[:, :, None] // L - torch.arange(S, device=x.device)                                     # (B, T, S)
+    blocks = blocks.clamp(min=-1).int()
+    return q, turned(qi, gains[2], Di), blocks[:, :, None].expand(B, T, Hkv, S)
 
 @jit
-def _turn(source, first, gain, frequency, pos, target, WIDTH, D, ROT, EPS):
-    """Norm of the WIDTH channels at source, then RoPE of the D of them from `first` on, a head -> target. WIDTH to EPS
-    are constants."""
+def _turn(source, first, gain, cos, sin, target, WIDTH, D, ROT, EPS):
+    """Norm of the WIDTH channels at source, then RoPE of the D of them from `first` on, a head -> target. cos, sin:
+    of its position. WIDTH to EPS are constants."""
     # 1 / rms
     every = tl.arange(0, triton.next_power_of_2(WIDTH))
     wide = tl.load(source + every, mask=every < WIDTH, other=0.0).to(tl.float32)
@@ -1183,9 +1196,10 @@ def _turn(source, first, gain, frequency, pos, target, WIDTH, D, ROT, EPS):
         y = tl.load(source + mate, mask=turns, other=0.0).to(tl.float32) * scale
         y *= tl.load(gain + mate, mask=turns, other=0.0)
         y = y.to(target.dtype.element_ty).to(tl.float32)
-        angle = pos.to(tl.float32) * tl.load(frequency + c % half, mask=turns, other=0.0)
         y = tl.where(c < half, -y, y)
-        x = tl.where(turns, x * tl.cos(angle) + y * tl.sin(angle), x)
+        cos = tl.load(cos + c % half, mask=turns, other=1.0)
+        sin = tl.load(sin + c % half, mask=turns, other=0.0)
+        x = x * cos + y * sin
     tl.store(target + c, x.to(target.dtype.element_ty), mask=c < D)
 
 # One program = one head of one row.
@@ -1197,7 +1211,8 @@ def _append_kernel(
     k_gain,     # (D,), or (HKV * D,) where TOGETHER
     qi_gain,    # (DI,), or None
     ki_gain,    # (DI,), or None
-    frequency,  # (ROT / 2,)
+    cos,        # (slots, ROT / 2)
+    sin,        # (slots, ROT / 2)
     length,     # (B,)
     # written
     q,          # (R, H, D)
@@ -1205,6 +1220,7 @@ def _append_kernel(
     k,          # (B, capacity, HKV, D), a lane
     v,          # as k
     ki,         # (B, capacity, DI), a lane
+    block_idx,  # (R, HKV, S), or None
     # sizes
     T,
     capacity,
@@ -1213,6 +1229,8 @@ def _append_kernel(
     D: constexpr,
     DI: constexpr,
     ROT: constexpr,
+    L: constexpr,
+    S: constexpr,
     EPS: constexpr,
     TOGETHER: constexpr,  # a norm is over all heads
     PDL: constexpr,
@@ -1226,6 +1244,9 @@ def _append_kernel(
     pos = tl.load(length + b) + row % T  # the slot
     place = b * capacity + pos
     fits = pos < capacity
+    angles = tl.minimum(pos, capacity - 1) * (ROT // 2)
+    cos += angles
+    sin += angles
 
     main: constexpr = (H + 2 * HKV) * D
     n: constexpr = main + (0 if qi is None else (HKV + 1) * DI)
@@ -1233,29 +1254,33 @@ def _append_kernel(
     if head < H:
         target = q + (row * H + head) * D
         if TOGETHER:
-            _turn(x, head * D, q_gain, frequency, pos, target, H * D, D, ROT, EPS)
+            _turn(x, head * D, q_gain, cos, sin, target, H * D, D, ROT, EPS)
         else:
-            _turn(x + head * D, 0, q_gain, frequency, pos, target, D, D, ROT, EPS)
+            _turn(x + head * D, 0, q_gain, cos, sin, target, D, D, ROT, EPS)
     elif head < H + HKV:
         h = head - H
         target = k + (place * HKV + h) * D
         if fits:
             if TOGETHER:
-                _turn(x + H * D, h * D, k_gain, frequency, pos, target, HKV * D, D, ROT, EPS)
+                _turn(x + H * D, h * D, k_gain, cos, sin, target, HKV * D, D, ROT, EPS)
             else:
-                _turn(x + head * D, 0, k_gain, frequency, pos, target, D, D, ROT, EPS)
+                _turn(x + head * D, 0, k_gain, cos, sin, target, D, D, ROT, EPS)
     elif head < H + 2 * HKV:
         h = head - H - HKV
         c = tl.arange(0, triton.next_power_of_2(D))
         value = tl.load(x + head * D + c, mask=c < D, other=0.0)
         tl.store(v + (place * HKV + h) * D + c, value, mask=(c < D) & fits)
+        if block_idx is not None:
+            slot = tl.arange(0, triton.next_power_of_2(S))
+            blocks = tl.maximum(pos // L - slot, -1).to(tl.int32)
+            tl.store(block_idx + (row * HKV + h) * S + slot, blocks, mask=slot < S)
     elif qi is not None:
         h = head - H - 2 * HKV
         source = x + main + h * DI
         if h < HKV:
-            _turn(source, 0, qi_gain, frequency, pos, qi + (row * HKV + h) * DI, DI, DI, ROT, EPS)
+            _turn(source, 0, qi_gain, cos, sin, qi + (row * HKV + h) * DI, DI, DI, ROT, EPS)
         elif fits:
-            _turn(source, 0, ki_gain, frequency, pos, ki + place * DI, DI, DI, ROT, EPS)
+            _turn(source, 0, ki_gain, cos, sin, ki + place * DI, DI, DI, ROT, EPS)
 
 # ---- released checkpoints: names --------------------------------------------------------------------------------
 # A parameter of ours lies in a checkpoint in one of three ways:

@@ -100,18 +100,18 @@ def full_attention(q, k, v, end=None, start=None, impl="auto"):
     k, v   (B, Tk, Hkv, D), Tk >= T
     end    (B, Tk) int32, the end of each key's document; None: there is one
     start  (B,) int32, index of the first query in a cache; None: 0
-    impl   auto, triton (decode alone: a start, T <= 4) or torch
+    impl   auto, triton (decode alone: a start, T <= 8) or torch
     ValueError for tensors that do not fit, and where triton is asked for and cannot.
     """
     _check_attention(q, k, v, end, start)
     B, T, H, D = q.shape
     Tk = k.size(1)
-    decode = start is not None and T <= 4  # all that our kernel does: a prefill is SDPA's
+    decode = start is not None and T <= NEW  # all that our kernel does: a prefill is SDPA's
     if impl == "auto" and not decode:
         impl = "torch"
     if _pick(impl, q, D, grad=(q, k, v)):
         if not decode:
-            raise ValueError(f"impl='triton' is for decode alone, which has a start and T <= 4: T is {T}")
+            raise ValueError(f"impl='triton' is for decode alone, which has a start and T <= {NEW}: T is {T}")
         return _dense_triton(q.contiguous(), k, v, end, start.contiguous())
 
     if end is not None and start is None and q.is_cuda and q.dtype.itemsize == 2 and torch.is_grad_enabled():
@@ -310,7 +310,7 @@ def msa_attention(q, k, v, block_idx, L, end=None, start=None, impl="auto"):
 def msa_decode(q, k, v, qi, ki, S, L, length, end=None, impl="auto", int8=None):
     """A step of generation: choose blocks, attend -> out (B, T, H, D), block_idx (B, T, Hkv, S).
 
-    It does what select_blocks, then msa_attention do; for 1 to 4 new tokens the kernels of section E do both in one.
+    It does what select_blocks, then msa_attention do; for 1 to 8 new tokens the kernels of section E do both in one.
 
     q, qi      (B, T, H, D) and (B, T, Hkv, Di), of the new tokens
     k, v       (B, Tk, Hkv, D), a cache that holds the new tokens, too
@@ -327,7 +327,7 @@ def msa_decode(q, k, v, qi, ki, S, L, length, end=None, impl="auto", int8=None):
         _check_int8(int8, ki, L)
     if q.is_cuda and Di < 32:
         int8 = None  # tensor cores multiply rows of 32 bytes
-    few = T <= 4 and T * k.size(2) <= 64  # more columns spill registers
+    few = T <= NEW and T * k.size(2) <= 64  # more columns spill registers
     if few and _pick(impl, q, D, Di, L, grad=(q, k, v)):
         _check_branches(q, k, v, qi, ki, end, length)
         q, qi, length = q.contiguous(), qi.contiguous(), length.contiguous()
@@ -1588,9 +1588,9 @@ def _sum_slots(part, block_idx, out, G):
 
 # ==== E. Decode ===================================================================================
 #
-# A step of generation: each sequence has T <= 4 new tokens, and a cache of `length` others. T is 1 in our scripts; more
-# are for a caller that verifies drafts, tokens that it guessed. Reading memory is all that takes time. Three kernels,
-# or two where index keys are not int8:
+# A step of generation: each sequence has T <= NEW new tokens, and a cache of `length` others. T is more than 1 where
+# drafts, tokens that were guessed, are verified. Reading memory is all that takes time. Three kernels, or two where
+# index keys are not int8:
 #     _scan_kernel     reads every index key once, for all heads and drafts. The blocks are cut into runs, neighbours
 #                      of about equal number, a program each: it writes the score of every block, and its run's best
 #     _rescore_kernel  certified int8, section F: the scan gave bounds, these are the exact scores where it matters
@@ -1599,7 +1599,11 @@ def _sum_slots(part, block_idx, out, G):
 # Each kernel may start while the one before still runs (programmatic dependent launch, PDL): it waits where it first
 # reads what that one wrote. Full attention, the baseline, splits the keys over programs instead: _dense_kernel writes
 # parts and _dense_sum_kernel merges them (Flash-Decoding). A row is one (sequence, draft, KV head).
+#
+# Grids depend on static sizes, and a row's sums on the row alone: a token has the same bits alone, in a batch, and as
+# one of T drafts. So a block's score does not depend on its run, nor a part of full attention on what is past i.
 
+NEW = 8                   # new tokens of a sequence at most: beyond, a prompt's kernels serve
 PROGRAMS = 264            # full attention's decode splits a sequence into as many: two a multiprocessor of an H200
 AT_ONCE = constexpr(264)  # programs of the scan that run at once there
 

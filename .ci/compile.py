@@ -16,11 +16,11 @@ import msa
 
 # A kernel's parameters by their type, where it is not an array of int32: names mean the same in every kernel.
 TYPES = {
-    "*bf16": "q k v qi ki scale part out dout dq dqi a b h",
-    "*fp32": "lse stat index_stat delta share kl dk dv dki weight dweight loss "
-             "slack block_score run_best run_upper run_lower",
+    "*bf16": "q k v qi ki scale part out dout dq dqi a b h x residual w13 w2 shared13 shared2",
+    "*fp32": "lse stat index_stat delta share kl dk dv dki weight dweight loss bias factor cos sin "
+             "slack block_score run_best run_upper run_lower q_gain k_gain qi_gain ki_gain",
     "*i64": "ends",
-    "i32": "T capacity n P V edge0",
+    "i32": "T capacity n P V edge0 R N",
     "tensordesc<bf16[128, 128]>": "keys",
 }
 # Sizes of M3's sparse attention, and what differs in M2's heads. S1 is S - 1, TOP the same rounded up.
@@ -79,6 +79,26 @@ def variants():
     yield variant("attend", M3, num_warps=8, RUNS=512, PAIR=32, ROWS=16)
     yield variant("dense", M3, num_stages=4, ROWS=16, TILE=64, types=dict(part="*fp32"))
     yield variant("dense_sum", M3, SPLIT=66, PADDED=128, types=dict(part="*fp32"))
+
+    # a decoding step of `small`: R rows; the projections and the head, then experts, or a dense layer's one
+    small = dict(C=768, I=512, IS=512, A=4, E=16, EPS=1e-6, EXPERTS=16, CHOSEN=4, SPLIT=4, BLOCK=256, PDL=True)
+    dense = dict(small, I=0, IS=2304, A=0, PAIRS=1, ROWS=16)
+    bf16 = dict(weight="*bf16")
+    few = dict(num_stages=4)
+    for rows in (16, 32):
+        tile = dict(small, ROWS=rows, PAIRS=4 * rows)
+        yield variant("few_linear", tile, **few, K=768, COLS=16, MOST=16384, types=dict(bf16, residual=None))
+        yield variant("few_linear", tile, **few, K=512, COLS=8, MOST=4096, types=dict(bf16, EPS=None))
+        yield variant("few_linear", tile, **few, K=768, COLS=32, MOST=32768, types=dict(bf16, residual=None, out="*fp32"))
+        yield variant("few_up", tile, **few, OAI=True, BY_EXPERT=rows == 32, COLS=16, MOST=16384)
+        yield variant("few_down", tile, **few, AHEAD=4, COLS=8, MOST=4096)
+    yield variant("few_up", dense, **few, OAI=True, BY_EXPERT=True, COLS=16, MOST=16384,
+                  types=dict(w13=None, factor=None, idx=None))
+    yield variant("few_down", dense, **few, AHEAD=0, COLS=8, MOST=32768, types=dict(w2=None, idx=None))
+    yield variant("few_route", dict(small, BLOCK=1024), num_warps=8, SCALE=2.0, MOST=16384)
+    heads = dict(M3, H=4, HKV=2, ROT=64, EPS=1e-6)
+    yield variant("append", heads, num_warps=1, TOGETHER=False)
+    yield variant("append", dict(heads, H=48, HKV=8), TOGETHER=True, types=dict(qi=None, block_idx=None))
 
     # the gate and the loss, token by token
     gate = dict(I=512, OAI=True, ROWS=4, COLS=512)

@@ -1053,26 +1053,23 @@ class DecodeWeights:
             for module in model.mtp]
 
     @torch.no_grad()
-    def step(self, idx, cache, index_warmup=False, impl="auto"):
+    def step(self, idx, cache, index_warmup=False, routes=False, impl="auto"):
         """The trunk on the next tokens of every row.
 
         idx           (B, T) tokens; the kernels take T from 1 to 8
         cache         KVCache: the new keys and values are written, and `length` is left as it is
         index_warmup  MSA layers have full attention
+        routes        whether aux is wanted: it costs two kernels
         impl          "triton", "torch" or "auto": see use_triton
-        -> logits (B, T, V) fp32 or wider; hidden (B, T, C) before the last norm; aux: block_idx and experts as those of
-        MiniMax.forward
+        -> logits (B, T, V) fp32 or wider; hidden (B, T, C) before the last norm; aux, block_idx and experts as those of
+        MiniMax.forward but for the order of a token's blocks
         """
         x = F.embedding(idx, self.embed)
-        blocks = []
-        experts = []
+        reports = []
         for lane, layer in enumerate(self.layers):
-            x, block_idx, chosen = self.run_layer(layer, x, cache, lane, index_warmup, impl)
-            if block_idx is not None:
-                blocks.append(block_idx)
-            if chosen is not None:
-                experts.append(chosen)
-        return self.logits(x, self.head, impl), x, dict(block_idx=blocks, experts=experts)
+            x, report = self.run_layer(layer, x, cache, lane, index_warmup, impl)
+            reports.append(report)
+        return self.logits(x, self.head, impl), x, stack_reports(reports) if routes else {}
 
     @torch.no_grad()
     def draft(self, k, hidden, idx, cache, index_warmup=False, impl="auto"):
@@ -1086,7 +1083,7 @@ class DecodeWeights:
         eps = self.cfg.norm_eps
         x = few_linear(F.embedding(idx, self.embed), module["embedded"], eps, impl=impl)
         x = few_linear(hidden, module["hidden"], eps, residual=x, impl=impl)
-        x, _, _ = self.run_layer(module["layer"], x, cache, self.cfg.n_layer + k, index_warmup, impl)
+        x, _ = self.run_layer(module["layer"], x, cache, self.cfg.n_layer + k, index_warmup, impl)
         return self.logits(x, module["head"], impl), x
 
     def logits(self, x, head, impl):
@@ -1094,9 +1091,10 @@ class DecodeWeights:
         return few_linear(x, head, self.cfg.norm_eps, dtype=wide, impl=impl)
 
     def run_layer(self, layer, x, cache, lane, index_warmup, impl):
-        """One layer: x (B, T, C) -> x (B, T, C), block_idx or None, experts (B, T, A) or None."""
+        """One layer: x (B, T, C) -> x (B, T, C), and the choices that it made: block_idx, experts."""
         cfg = self.cfg
         eps = cfg.norm_eps
+        report = {}
         k, v, ki = cache.k[lane], cache.v[lane], cache.ki[lane]  # whole lanes, of static shapes
 
         # attention. A cache of S blocks has no choice: all that a query sees
@@ -1107,14 +1105,17 @@ class DecodeWeights:
             y = full_attention(q, k, v, None, cache.length, impl)
         else:
             y, block_idx = msa_decode(q, k, v, qi, ki, S, L, cache.length, None, impl)
+        if qi is not None and not index_warmup:
+            report["block_idx"] = block_idx
         x = few_linear(y.flatten(2), layer.out, residual=x, impl=impl)
 
         # experts
         factor = idx = None
         if layer.router is not None:
             factor, idx = few_route(x, *layer.router, cfg.n_expert_per_tok, cfg.routed_scale, eps, impl)
+            report["experts"] = idx
         x = few_mlp(x, eps, cfg.activation, layer.shared, layer.routed, factor, idx, impl)
-        return x, block_idx, idx
+        return x, report
 
 def append_heads(x, gains, rope, cache, lane, cfg, impl="auto"):
     """Norms and RoPE of new heads; keys and values go into the cache.

@@ -761,6 +761,8 @@ def _few_down_kernel(
 def _few_tiles(R, K, cols, x):
     """What the launches of few rows share. R rows, K channels of the sum, cols columns a program; x says the device."""
     block = min(256, triton.next_power_of_2(max(K, 16 * FEW_SPLIT)))
+    if not x.is_cuda:
+        cols = 32  # the interpreter is slow: few programs
     return dict(
         R=R,
         ROWS=16 if R <= 16 else 32,
@@ -864,12 +866,12 @@ def few_mlp(x, eps, activation, shared=None, routed=None, factor=None, idx=None,
 
     tiles = _few_tiles(R, C, 16, x)
     slots = (IS > 0) + min(E, R * A)
-    _few_up_kernel[cdiv(max(I, IS), 16), slots, cdiv(R, tiles["ROWS"])](
+    _few_up_kernel[cdiv(max(I, IS), tiles["COLS"]), slots, cdiv(R, tiles["ROWS"])](
         x=x, w13=w13, shared13=shared13, factor=factor, h=h,
         EPS=eps, OAI=activation == "swiglu_oai", BY_EXPERT=E <= R * A, **shared_sizes, **tiles)
 
     tiles = _few_tiles(R, max(I, IS), 8, x)
-    _few_down_kernel[cdiv(C, 8), cdiv(R, tiles["ROWS"])](
+    _few_down_kernel[cdiv(C, tiles["COLS"]), cdiv(R, tiles["ROWS"])](
         h=h, w2=w2, shared2=shared2, residual=x, out=out,
         EXPERTS=triton.next_power_of_2(max(1, E)), AHEAD=min(R * A, 8), **shared_sizes, **tiles)
     return out

@@ -51,8 +51,8 @@ import msa
 import rl
 import sample
 import train
-from model import (Context, KVCache, MiniMax, MiniMaxConfig, RMSNorm, apply_rope, config_from_hf, config_to_hf,
-                   count_params, cross_entropy, parts_by_name, plain_name, rope_tables, softmax_loss)
+from model import (Context, DecodeWeights, KVCache, MiniMax, MiniMaxConfig, RMSNorm, apply_rope, config_from_hf,
+                   config_to_hf, count_params, cross_entropy, parts_by_name, plain_name, rope_tables, softmax_loss)
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid", "ignore:overflow", "ignore:All-NaN")
 parametrize = pytest.mark.parametrize
@@ -1205,6 +1205,141 @@ def test_loss_kernel_equals_torch():
         return softmax_loss(written, targets, impl), written
 
     assert worst_of(run("triton"), run("torch")) < 1e-5
+
+def few_experts(C, I, E):
+    """w13 (E, 2 I, C) and w2 (E, C, I)."""
+    return torch.randn(E, 2 * I, C) / C ** 0.5, torch.randn(E, C, I) / I ** 0.5
+
+FEW_C = 40  # channels: not a whole block, nor are the 24 columns of an expert whole tiles
+
+@parametrize("R", [1, 5, 20])
+def test_few_row_kernels_equal_torch(R):
+    """A decoding step's kernels: norm and product, + residual; router; experts, chosen, shared, or both."""
+    needs_interpreter()
+    E, A, eps = 6, 3, 1e-3
+    torch.manual_seed(R)
+    x = torch.randn(R, FEW_C)
+
+    residual = torch.randn(R, 27)
+    weight = torch.randn(27, FEW_C)
+    with poisoned():
+        for normed in (None, eps):
+            assert_same(*both_halves(moe.few_linear, x, weight, normed, None, None))
+            assert_same(*both_halves(moe.few_linear, x, weight, normed, residual, torch.float64))
+
+        # experts 1 and 2 are the same: a tie, of which the lowest is the better one
+        router = torch.randn(E, FEW_C)
+        router[2] = router[1]
+        bias = torch.tensor([0, 2, 2, 0, 0.1, 0])
+        (factor, idx), (want_factor, want) = both_halves(moe.few_route, x, router, bias, A, 2.0, eps)
+        assert torch.equal(idx, want)
+        assert idx[:, :2].tolist() == [[1, 2]] * R
+        assert_same(factor, want_factor)
+
+        routed = few_experts(FEW_C, 24, E)
+        shared = [matrix[0] for matrix in few_experts(FEW_C, 56, 1)]
+        for activation in ("swiglu", "swiglu_oai"):
+            assert_same(*both_halves(moe.few_mlp, x, eps, activation, shared, routed, factor, idx))
+        assert_same(*both_halves(moe.few_mlp, x, eps, "swiglu", None, routed, factor, idx))
+        assert_same(*both_halves(moe.few_mlp, x, eps, "swiglu", shared, None, None, None))
+
+def test_few_rows_have_the_same_bits_alone():
+    """Product, choice and experts of a row do not depend, to the last bit, on how many rows stand beside it."""
+    needs_interpreter()
+    R, E, A = 18, 6, 3
+    x = torch.randn(R, FEW_C)
+    weight = torch.randn(27, FEW_C)
+    router = torch.randn(E, FEW_C), torch.zeros(E)
+    routed = few_experts(FEW_C, 24, E)
+
+    def layer(x):
+        factor, idx = moe.few_route(x, *router, A, 1.0, 1e-3, impl="triton")
+        y = moe.few_mlp(x, 1e-3, "swiglu", None, routed, factor, idx, impl="triton")
+        return moe.few_linear(y, weight, 1e-3, impl="triton")
+
+    together = layer(x)
+    for rows in (slice(0, 1), slice(17, 18), slice(4, 9)):
+        assert torch.equal(layer(x[rows]), together[rows])
+
+# a dense and a sparse layer that chooses 3 of 10 blocks, or M2's layers; two tiles of keys
+STEP = dict(vocab_size=29, n_layer=2, n_embd=32, n_head=2, n_kv_head=1, head_dim=16, rotary_dim=8, n_expert=4,
+            expert_dim=24, attn_types=["full"] * 2, mlp_types=["moe"] * 2)
+STEP_CASES = {
+    "M3's layers": MiniMaxConfig.tiny(**STEP | dict(
+        attn_types=["full", "msa"], mlp_types=["dense", "moe"], shared_dim=16, dense_dim=40,
+        index_head_dim=16, index_block_size=8, index_topk_blocks=3)),
+    "as many blocks as are chosen": MiniMaxConfig.tiny(**STEP | dict(
+        attn_types=["msa"] * 2, mlp_types=["dense", "moe"], shared_dim=0, dense_dim=40, n_mtp=0,
+        index_head_dim=16, index_block_size=8, index_topk_blocks=10)),
+    "M2's layers": MiniMaxConfig.micro(**STEP)}
+LENGTHS = [77, 40, 4]
+
+def step_model(case):
+    """A model with norms and biases that are not the identity, and its weights for decoding."""
+    needs_interpreter()
+    torch.manual_seed(7)
+    model = MiniMax(STEP_CASES[case]).eval()
+    for name, x in [*model.named_parameters(), *model.named_buffers()]:
+        if x.dim() == 1:
+            x.data += 0.1 * torch.randn_like(x)
+    return model, DecodeWeights(model, 80)
+
+def step_cache(cfg, rows):
+    """A cache that holds LENGTHS[row] tokens of each of these rows."""
+    generator = torch.Generator().manual_seed(3)
+    cache = KVCache(cfg, 3, 80)
+    for lane in (cache.k, cache.v, cache.ki):
+        lane.normal_(generator=generator)
+    cache.length = starts(*LENGTHS)
+    cache.select(torch.tensor(rows))
+    return cache
+
+TOKENS = torch.tensor([[1, 28], [0, 7], [9, 3]])
+
+@parametrize("case", STEP_CASES)
+def test_decoding_step_equals_forward(case):
+    """DecodeWeights gives the logits, states, choices, keys and values of `forward`, in torch and in kernels; MTP, too."""
+    model, weights = step_model(case)
+    cfg = model.cfg
+    cache = step_cache(cfg, [0, 1, 2])
+    with torch.no_grad():
+        want, _, aux = model(TOKENS, cache=cache)
+
+    for impl in ("torch", "triton"):
+        mine = step_cache(cfg, [0, 1, 2])
+        with poisoned():
+            logits, hidden, chosen = weights.step(TOKENS, mine, routes=True, impl=impl)
+        assert torch.equal(mine.length, starts(*LENGTHS))
+        assert worst_of((logits, hidden, mine.k, mine.v, mine.ki),
+                        (want, aux["hidden"], cache.k, cache.v, cache.ki)) < 2e-5  # fp32, weights folded
+        assert torch.equal(chosen["experts"].long(), aux["experts"])
+        if "block_idx" in aux:
+            assert torch.equal(chosen["block_idx"].sort(-1).values, aux["block_idx"].sort(-1).values)
+
+        if cfg.n_mtp:
+            theirs = step_cache(cfg, [0, 1, 2])
+            rope = rope_tables(LENGTHS[0] + torch.arange(2).expand(3, 2), cfg.rotary_dim, cfg.rope_theta)
+            theirs.length[:] = mine.length[:] = LENGTHS[0]
+            ctx = Context(rope, cache=theirs, layer=cfg.n_layer)
+            with torch.no_grad():
+                state, _ = model.mtp[0](hidden, model.embed(TOKENS), ctx)
+                drafted = model.lm_head(model.mtp[0].norm(state))
+            assert worst_of(weights.draft(0, hidden, TOKENS, mine, impl=impl), (drafted, state)) < 2e-5
+
+@parametrize("case", ["M3's layers", "M2's layers"])
+def test_tokens_have_the_same_bits_alone_and_as_drafts(case):
+    """A row alone, token by token or not, gets the logits, keys and values of a batch of drafts, to the last bit."""
+    model, weights = step_model(case)
+    batch = step_cache(model.cfg, [0, 1, 2])
+    want, _, _ = weights.step(TOKENS, batch, impl="triton")
+    for row, T in ((0, 1), (2, 2)):
+        cache = step_cache(model.cfg, [row])
+        for tokens, logits in zip(TOKENS[row].split(T), want[row].split(T)):
+            mine, _, _ = weights.step(tokens[None], cache, impl="triton")
+            assert torch.equal(mine[0], logits)
+            cache.length += T
+        assert torch.equal(cache.k, batch.k[:, row:row + 1])
+        assert torch.equal(cache.ki, batch.ki[:, row:row + 1])
 
 @parametrize("name, value", [
     ("q", math.nan),

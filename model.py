@@ -1072,19 +1072,24 @@ class DecodeWeights:
         return self.logits(x, self.head, impl), x, stack_reports(reports) if routes else {}
 
     @torch.no_grad()
-    def draft(self, k, hidden, idx, cache, index_warmup=False, impl="auto"):
-        """MTP module k, from 0 on, in its own lane of the cache.
+    def draft_state(self, k, hidden, idx, cache, index_warmup=False, impl="auto"):
+        """MTP module k, from 1 on, in its own lane of the cache.
 
         hidden  (B, T, C) of the trunk, or of the module before
-        idx     (B, T) the token after each
-        The others, and what is returned but for aux, as in `step`.
+        idx     (B, T) the k-th token after each
+        The others as in `step`.
+        -> hidden (B, T, C) before the module's last norm
         """
-        module = self.modules[k]
+        module = self.modules[k - 1]
         eps = self.cfg.norm_eps
         x = few_linear(F.embedding(idx, self.embed), module["embedded"], eps, impl=impl)
         x = few_linear(hidden, module["hidden"], eps, residual=x, impl=impl)
-        x, _ = self.run_layer(module["layer"], x, cache, self.cfg.n_layer + k, index_warmup, impl)
-        return self.logits(x, module["head"], impl), x
+        return self.run_layer(module["layer"], x, cache, self.cfg.n_layer + k - 1, index_warmup, impl)[0]
+
+    @torch.no_grad()
+    def draft_logits(self, k, hidden, impl="auto"):
+        """The last norm of MTP module k, from 1 on, and the head -> logits (B, T, V) fp32 or wider."""
+        return self.logits(hidden, self.modules[k - 1]["head"], impl)
 
     def logits(self, x, head, impl):
         wide = torch.promote_types(x.dtype, torch.float32)

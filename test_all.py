@@ -1298,7 +1298,7 @@ TOKENS = torch.tensor([[1, 28], [0, 7], [9, 3]])
 
 @parametrize("case", STEP_CASES)
 def test_decoding_step_equals_forward(case):
-    """DecodeWeights gives the logits, states, choices, keys and values of `forward`, in torch and in kernels; MTP, too."""
+    """DecodeWeights gives logits, states, choices, keys and values of `forward`, in torch and in kernels; MTP, too."""
     model, weights = step_model(case)
     cfg = model.cfg
     cache = step_cache(cfg, [0, 1, 2])
@@ -1324,7 +1324,8 @@ def test_decoding_step_equals_forward(case):
             with torch.no_grad():
                 state, _ = model.mtp[0](hidden, model.embed(TOKENS), ctx)
                 drafted = model.lm_head(model.mtp[0].norm(state))
-            assert worst_of(weights.draft(0, hidden, TOKENS, mine, impl=impl), (drafted, state)) < 2e-5
+            my_state = weights.draft_state(1, hidden, TOKENS, mine, impl=impl)
+            assert worst_of((my_state, weights.draft_logits(1, state, impl)), (state, drafted)) < 2e-5
 
 @parametrize("case", ["M3's layers", "M2's layers"])
 def test_tokens_have_the_same_bits_alone_and_as_drafts(case, monkeypatch):

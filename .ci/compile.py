@@ -89,7 +89,8 @@ def variants():
         tile = dict(small, ROWS=rows, PAIRS=4 * rows)
         yield variant("few_linear", tile, **few, K=768, COLS=16, MOST=16384, types=dict(bf16, residual=None))
         yield variant("few_linear", tile, **few, K=512, COLS=8, MOST=4096, types=dict(bf16, EPS=None))
-        yield variant("few_linear", tile, **few, K=768, COLS=32, MOST=32768, types=dict(bf16, residual=None, out="*fp32"))
+        head = dict(bf16, residual=None, out="*fp32")
+        yield variant("few_linear", tile, **few, K=768, COLS=32, MOST=32768, types=head)
         yield variant("few_up", tile, **few, OAI=True, BY_EXPERT=rows == 32, COLS=16, MOST=16384)
         yield variant("few_down", tile, **few, AHEAD=4, COLS=8, MOST=4096)
     yield variant("few_up", dense, **few, OAI=True, BY_EXPERT=True, COLS=16, MOST=16384,

@@ -1869,7 +1869,7 @@ def _attend_kernel(
     if tl.atomic_add(done + row, 1, sem="acq_rel") == S - 1:
         _join(part, lse, out, row.to(tl.int64), S, G, D, ROWS)
 
-# One program = every SPLIT-th tile of keys of one sequence and KV head, for the T * G query rows at once.
+# One program = every SPLIT-th tile of keys of one sequence and KV head, for the G heads of up to TOKENS queries at once.
 @jit
 def _dense_kernel(
     q,       # (B, T, HKV * G, D)
@@ -1884,7 +1884,8 @@ def _dense_kernel(
     HKV: constexpr,
     G: constexpr,
     D: constexpr,
-    ROWS: constexpr,  # T * G, rounded up
+    TOKENS: constexpr,
+    ROWS: constexpr,  # TOKENS * G, rounded up
     TILE: constexpr,  # keys at a time
     PDL: constexpr,
 ):
@@ -1893,10 +1894,12 @@ def _dense_kernel(
         tl.extra.cuda.gdc_wait()
     split = tl.program_id(0)
     h = tl.program_id(1)
-    b = tl.program_id(2)
-    r = tl.arange(0, ROWS)
+    groups = tl.cdiv(T, TOKENS)
+    b = tl.program_id(2) // groups
+    first = tl.program_id(2) % groups * TOKENS * G
     d = tl.arange(0, D)
-    mine = r < T * G
+    r = first + tl.arange(0, ROWS)
+    mine = r < tl.minimum(first + TOKENS * G, T * G)
     heads = ((b.to(tl.int64) * T + r // G) * HKV + h) * G + r % G
     query = tl.load(q + heads[:, None] * D + d, mask=mine[:, None], other=0.0)  # [ROWS, D]
     i = tl.load(length + b) + r // G
@@ -2058,6 +2061,7 @@ def _dense_triton(q, k, v, end, start):
     G = H // Hkv
     capacity, end = _lanes(end, k=k, v=v)
     tile = 64 if k.is_cuda else 32
+    tokens = min(T, max(1, 32 // G))  # from 64 rows on, Hopper multiplies by other instructions: other bits
     split = max(1, min(PROGRAMS // Hkv, cdiv(capacity, tile)))  # whatever B and T are: the order of sums is the same
     parts = B * T * H * split
     scratch = torch.empty(parts * (D + 2), device=q.device)
@@ -2066,9 +2070,9 @@ def _dense_triton(q, k, v, end, start):
         part=scratch[:parts * D], stat=scratch[parts * D:],
         T=T, HKV=Hkv, G=G, D=D,
         num_warps=4, **_overlap(q))
-    _dense_kernel[split, Hkv, B](
+    _dense_kernel[split, Hkv, B * cdiv(T, tokens)](
         q=q, k=k, v=v, end=end, length=start,
-        capacity=capacity, ROWS=_power_of_2(T * G, 16), TILE=tile,
+        capacity=capacity, TOKENS=tokens, ROWS=_power_of_2(tokens * G, 16), TILE=tile,
         num_stages=4 if shared["PDL"] else 2, **shared)  # before Hopper: less shared memory
     _dense_sum_kernel[T * G, Hkv, B](
         out=out, SPLIT=split, PADDED=_power_of_2(split), **shared)

@@ -77,7 +77,8 @@ def variants():
     yield variant("scan", M3, **scan, num_warps=2, types=dict(ki="*i8"))
     yield variant("rescore", M3, **scan, RUNS=512)
     yield variant("attend", M3, num_warps=8, RUNS=512, PAIR=32, ROWS=16)
-    yield variant("dense", M3, num_stages=4, ROWS=16, TILE=64, types=dict(part="*fp32"))
+    yield variant("dense", M3, num_stages=4, TOKENS=1, ROWS=16, TILE=64, types=dict(part="*fp32"))
+    yield variant("dense", M3, num_stages=4, TOKENS=2, ROWS=32, TILE=64, types=dict(part="*fp32"))
     yield variant("dense_sum", M3, SPLIT=66, PADDED=128, types=dict(part="*fp32"))
 
     # a decoding step of `small`: R rows; the projections and the head, then experts, or a dense layer's one

@@ -1148,11 +1148,13 @@ def append_heads(x, gains, rope, cache, lane, cfg, impl="auto"):
             heads += Hkv + 1
         together = cfg.qk_norm == "layer"
         _append_kernel[heads, B * T](
-            x=x, q_gain=gains[0], k_gain=gains[1], qi_gain=gains[2], ki_gain=gains[3], cos=rope[0], sin=rope[1],
-            length=cache.length, q=q, qi=qi, k=cache.k[lane], v=cache.v[lane], ki=cache.ki[lane], block_idx=block_idx,
+            x=x, cos=rope[0], sin=rope[1], length=cache.length,
+            q_gain=gains[0], k_gain=gains[1], qi_gain=gains[2], ki_gain=gains[3],
+            q=q, qi=qi, block_idx=block_idx,
+            k=cache.k[lane], v=cache.v[lane], ki=cache.ki[lane],
             T=T, capacity=cache.capacity,
-            H=H, HKV=Hkv, D=D, DI=Di, ROT=cfg.rotary_dim, L=L, S=S, EPS=cfg.norm_eps,
-            TOGETHER=together,
+            H=H, HKV=Hkv, D=D, DI=Di, L=L, S=S,
+            ROT=cfg.rotary_dim, EPS=cfg.norm_eps, TOGETHER=together,
             num_warps=4 if together else 1, **_overlap(x))
         return q, qi, block_idx
 
@@ -1165,10 +1167,10 @@ def append_heads(x, gains, rope, cache, lane, cfg, impl="auto"):
     q, k, v, *index = x.split(sizes, -1)
 
     def turned(heads, gain, D):
-        split = heads.unflatten(-1, (-1, D))
-        normed = widen(heads if len(gain) != D else split)
-        normed = F.rms_norm(normed, gain.shape, gain, cfg.norm_eps).to(x.dtype)
-        return apply_rope(normed.view_as(split), angles)
+        by_head = heads.unflatten(-1, (-1, D))
+        wide = widen(by_head if len(gain) == D else heads)  # M2's norm is over all heads
+        normed = F.rms_norm(wide, gain.shape, gain, cfg.norm_eps).to(x.dtype)
+        return apply_rope(normed.view_as(by_head), angles)
 
     cache.k[lane][row, slot] = turned(k, gains[1], D)
     cache.v[lane][row, slot] = v.unflatten(-1, (-1, D))
@@ -1243,11 +1245,11 @@ def _append_kernel(
 ):
     head = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
+    b = row // T
+    pos = tl.load(length + b) + row % T  # the slot; no kernel of a step writes it
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()  # not before: the scan lets a kernel read q before its own wait
-    b = row // T
-    pos = tl.load(length + b) + row % T  # the slot
     place = b * capacity + pos
     fits = pos < capacity
     angles = tl.minimum(pos, capacity - 1) * (ROT // 2)

@@ -574,7 +574,8 @@ def _few_route_kernel(
         held = channel < C
         wide = tl.load(x + row * C + channel, mask=held, other=0.0).to(tl.float32)
         real = held[None] & (expert < E)[:, None]
-        acc += wide[None] * tl.load(weight + expert[:, None] * C + channel[None], mask=real, other=0.0)
+        at = expert[:, None] * C + channel[None]
+        acc += wide[None] * tl.load(weight + at, mask=real, other=0.0)              # [EXPERTS, BLOCK]
         square += wide * wide
     logit = tl.sum(acc, 1) * tl.rsqrt(tl.sum(square, 0) / C + EPS)                  # [EXPERTS]
     score = 1 / (1 + tl.exp(-logit))
@@ -600,7 +601,8 @@ def _few_choice(idx, row, expert, R, A, CHOSEN):
     place = tl.arange(0, CHOSEN)
     held = (row < R)[:, None] & (place < A)[None]
     mine = tl.load(idx + row[:, None] * A + place[None], mask=held, other=-1) == expert
-    return tl.max(mine.to(tl.int32), 1) > 0, tl.sum(tl.where(mine, place[None], 0), 1)
+    chose = tl.max(mine.to(tl.int32), 1) > 0
+    return chose, tl.sum(tl.where(mine, place[None], 0), 1)
 
 # One program = ROWS rows and COLS columns of one expert: the first is the shared one. The others have either an expert
 # each, or a pair of a row and its expert, of which the first in the batch computes for all rows that chose it.
@@ -774,6 +776,11 @@ def _few_tiles(R, K, cols, x):
         num_stages=4,
         **_overlap(x))
 
+def _inverse_rms(x, eps):
+    """1 / rms of each row of x (..., C) -> (..., 1), fp32 or wider."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+
 def few_linear(x, weight, eps=None, residual=None, dtype=None, impl="auto"):
     """[RMS norm], product, [+ residual] of few rows.
 
@@ -787,10 +794,9 @@ def few_linear(x, weight, eps=None, residual=None, dtype=None, impl="auto"):
     """
     dtype = dtype or x.dtype
     if not use_triton(impl, x):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        y = F.linear(x, weight).to(wide.dtype)
+        y = F.linear(x, weight)
         if eps is not None:
-            y = y * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+            y = y * _inverse_rms(x, eps)
         if residual is not None:
             y = y + residual
         return y.to(dtype)
@@ -879,12 +885,11 @@ def few_mlp(x, eps, activation, shared=None, routed=None, factor=None, idx=None,
 def _few_mlp_torch(x, eps, activation, shared, routed, factor, idx):
     """few_mlp, row by row and expert by expert: the specification."""
     rows = x.flatten(0, -2)
-    wide = rows.to(torch.promote_types(x.dtype, torch.float32))
-    normed = (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
+    normed = (rows * _inverse_rms(rows, eps)).to(x.dtype)
     y = torch.zeros_like(rows)
     if routed is not None:
         A = idx.size(-1)
-        y = experts_loop(normed, *routed, factor.view(-1, A), idx.view(-1, A).long(), activation)
+        y = experts_loop(normed, *routed, factor.view(-1, A), idx.view(-1, A), activation)
     if shared is not None:
         w13, w2 = shared
         y = y + gated(normed @ w13.T, activation) @ w2.T

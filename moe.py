@@ -879,7 +879,7 @@ def few_mlp(x, eps, activation, shared=None, routed=None, factor=None, idx=None,
     tiles = _few_tiles(R, max(I, IS), 8, x)
     _few_down_kernel[cdiv(C, tiles["COLS"]), cdiv(R, tiles["ROWS"])](
         h=h, w2=w2, shared2=shared2, residual=x, out=out,
-        EXPERTS=triton.next_power_of_2(max(1, E)), AHEAD=min(R * A, 8), **shared_sizes, **tiles)
+        EXPERTS=triton.next_power_of_2(max(2, E)), AHEAD=min(R * A, 8), **shared_sizes, **tiles)
     return out
 
 def _few_mlp_torch(x, eps, activation, shared, routed, factor, idx):

@@ -1738,6 +1738,62 @@ def test_gradients_are_dense_on_a_gpu(T, Hkv, G):
         assert relative(mine, want) < relative(theirs, want) + 1e-3
 
 @gpu
+@parametrize("capacity", [1024, 4096])
+def test_decoding_step_on_a_gpu(capacity):
+    """`small` in bf16: as near to fp32 as `forward` is; alone, in a batch, as drafts, in a CUDA graph: the same bits."""
+    needs(torch.cuda.is_available(), "a GPU")
+    B, T, length = 33, 4, capacity - 130  # drafts cross from one block into the next
+    cfg = MiniMaxConfig.small(n_mtp=0, vocab_size=4096)
+    torch.manual_seed(1)
+    with torch.device("cuda"):
+        model = MiniMax(cfg, torch.bfloat16).eval()
+        tokens = torch.randint(0, cfg.vocab_size, (B, T))
+        exact = MiniMax(cfg)
+    exact.load_state_dict(model.state_dict())
+    weights = DecodeWeights(model, capacity)
+
+    def cache_of(rows, dtype=torch.bfloat16):
+        generator = torch.Generator("cuda").manual_seed(2)
+        cache = KVCache(cfg, rows, capacity, "cuda", dtype)
+        for lane in (cache.k, cache.v, cache.ki):
+            one = torch.empty(lane[:, :1].shape, device="cuda", dtype=torch.bfloat16).normal_(generator=generator)
+            lane.copy_(one)
+        cache.length += length
+        cache.used = length
+        return cache
+
+    # precision
+    batch = cache_of(B)
+    got, _, _ = weights.step(tokens, batch)
+    with torch.no_grad():
+        forward, _, _ = model(tokens, cache=cache_of(B))
+        want, _, _ = exact.eval()(tokens, cache=cache_of(B, torch.float32))
+    error, usual = relative(got, want), relative(forward, want)
+    print(f"capacity {capacity}: relative error {error:.4f}, of forward {usual:.4f}")
+    assert error < 1.2 * usual + 1e-3
+
+    # bits: fewer rows, and token by token
+    for rows in (1, 5, 17):
+        fewer, _, _ = weights.step(tokens[:rows], cache_of(rows))
+        assert torch.equal(fewer, got[:rows])
+    cache = cache_of(B)
+    for t in range(T):
+        logits, _, _ = weights.step(tokens[:, t:t + 1], cache)
+        assert torch.equal(logits[:, 0], got[:, t])
+        cache.length += 1
+    assert torch.equal(cache.k, batch.k)
+
+    # bits: a graph, on other tokens than it was captured with
+    idx = torch.zeros_like(tokens)
+    cache = cache_of(B)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured, _, _ = weights.step(idx, cache)
+    idx.copy_(tokens)
+    graph.replay()
+    assert torch.equal(captured, got)
+
+@gpu
 @parametrize("kind", ["plain", "alike", "cancelling", "sink", "equal"])
 def test_int8_choice_is_exact_on_a_gpu(kind, rounds=20):
     """Certified int8 decode chooses as bf16 does: 5 kinds x 20,480 rows = 102,400, ragged, four drafts, worst cases."""
@@ -7530,6 +7586,14 @@ def greedy_with_window_n(real, queue, N, W, deadline=math.inf):
     """A window of all slots is taken for no window."""
     real(queue, N, min(N, W), deadline)
 
+def sums_by_the_batch(real, R, *args):
+    """How many channels are summed at a time depends on the number of rows."""
+    return real(R, *args) | dict(BLOCK=32 if R == 1 else 16)
+
+def draft_in_the_wrong_slot(real, x, gains, rope, cache, *args):
+    """A step writes its keys and values one slot too far."""
+    return real(x, gains, rope, cache.at(cache.length + 1, cache.used), *args)
+
 def replay_of_other_experts(real, aux):
     """A rollout records experts that it did not use."""
     return real(dict(aux, experts=(aux["experts"] + 1) % 8))
@@ -7630,6 +7694,8 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("moe.update_bias", bias_falls_where_load_is_low, test_bias_update_balances),
     mutant("moe.gated", silu_for_m3, test_swiglu_oai_clamps),
     mutant("moe.gated", gate_of_1_7021, on(test_gate_kernels_equal_fp64, "swiglu_oai")),
+    mutant("moe._few_tiles", sums_by_the_batch, test_few_rows_have_the_same_bits_alone),
+    mutant("model.append_heads", draft_in_the_wrong_slot, on(test_decoding_step_equals_forward, "M2's layers")),
     mutant("moe.experts_grouped", experts_unweighted, on(test_loop_equals_grouped, "swiglu")),
     mutant("torch.nn.Embedding.forward", embedding_scaled, on(test_parity_with_transformers, "m2")),
     mutant(f"{__name__}.apply_rope", rope_on_every_channel, test_rope_is_relative_and_partial),

@@ -11,7 +11,8 @@ chosen, with weights .2/1.1 = .18 and .9/1.1 = .82: expert 3 gets tokens, but ha
 
 Differs from M2/M3: the report does not publish the balancing rule; the sign update is that of loss-free balancing
 (arXiv 2408.15664). No token is ever dropped. `experts_loop` is the specification; `experts_grouped` sorts tokens by
-expert and runs one grouped matrix product, with no host synchronisation, `gated` in between as one Triton kernel.
+expert and runs one grouped matrix product, with no host synchronisation, `gated` in between as one Triton kernel. The
+few rows of a decoding step have kernels of their own: `few_route`, `few_mlp`.
 """
 from __future__ import annotations  # without Triton, tl.constexpr in a kernel's signature is no name
 

@@ -808,7 +808,7 @@ class MiniMax(nn.Module):
             reports.append({key: aux[key] for key in ("expert_load", "index_kl") if key in aux})
         return torch.stack(losses)
 
-    def draft(self, cache, token, n, n_stale, draw, index_warmup=False):
+    def draft(self, cache, token, n, n_stale, draw, index_warmup=False, weights=None):
         """Guess the n tokens that follow `token`, by the MTP modules, one depth after the other (multi-token prediction
         as a draft model: DeepSeek-V3, arXiv 2412.19437, section 2.2).
 
@@ -817,9 +817,11 @@ class MiniMax(nn.Module):
         n        drafts; beyond the last module that module goes on, reading its own output in place of the trunk's
         n_stale  at most so many of a row's last slots are new since the modules last ran
         draw     logits (B, V) -> token (B,), and the distribution (B, V) it was drawn from, or None
+        weights  DecodeWeights of the model, to compute with its kernels: then at most 8 slots are new, K included
         -> drafts (B, n), distributions (B, n, V) or None
         """
         K = len(self.mtp)
+        by = weights or self
         last = cache.length.long() - 1     # slot of the trunk's newest hidden state
         following = last[:, None] + 1 + torch.arange(n + 1, device=token.device)  # slots of `token` and the drafts
         cache.ids.scatter_(1, following[:, :1], token[:, None])
@@ -837,29 +839,37 @@ class MiniMax(nn.Module):
         probs = []
         for depth in range(1, n + 1):
             k = min(depth, K)
-            module = self.mtp[k - 1]
             if depth <= K:
-                embedded = self.embed(cache.ids.gather(1, slots + depth)).to(x.dtype)
-                x = module(x, embedded, self.draft_context(window, slots, k, index_warmup))[0]
+                x = by.draft_state(k, x, cache.ids.gather(1, slots + depth), window, index_warmup)
                 h = x.gather(1, newest)                                                                   # (B, 1, C)
             else:
                 # h stands for the state of the next slot
                 beyond = depth - K
                 slot = following[:, beyond - 1:beyond]
-                embedded = self.embed(cache.ids.gather(1, slot + K)).to(x.dtype)
                 ahead = cache.at(slot[:, 0].int(), cache.used + beyond - 1)
-                h = module(h, embedded, self.draft_context(ahead, slot, k, index_warmup))[0]
-            token, p = draw(widen(self.lm_head(module.norm(h))[:, 0]))
+                h = by.draft_state(k, h, cache.ids.gather(1, slot + K), ahead, index_warmup)
+            token, p = draw(by.draft_logits(k, h)[:, 0])
             cache.ids.scatter_(1, following[:, depth:depth + 1], token[:, None])
             drafts.append(token)
             probs.append(p)
         return torch.stack(drafts, 1), None if probs[0] is None else torch.stack(probs, 1)
 
-    def draft_context(self, cache, slots, k, index_warmup):
-        """What MTP module k is told when it drafts: cache, a view that begins at slots (B, T)."""
+    def draft_state(self, k, hidden, idx, cache, index_warmup=False):
+        """MTP module k, from 1 on, on slots from the cache's length on, in its own lane.
+
+        hidden  (B, T, C) of the trunk, or of the module before
+        idx     (B, T) the k-th token after each
+        -> hidden (B, T, C) before the module's last norm
+        """
+        slots = query_index(idx.size(1), cache.length, idx.device)                                            # (B, T)
         rope = rope_tables(slots, self.cfg.rotary_dim, self.cfg.rope_theta)
         weight = torch.ones(slots.shape, device=slots.device)
-        return Context(rope, None, weight, cache, index_warmup, self.cfg.n_layer + k - 1)
+        ctx = Context(rope, None, weight, cache, index_warmup, self.cfg.n_layer + k - 1)
+        return self.mtp[k - 1](hidden, self.embed(idx).to(hidden.dtype), ctx)[0]
+
+    def draft_logits(self, k, hidden):
+        """The last norm of MTP module k, from 1 on, and the head -> logits (B, T, V) fp32 or wider."""
+        return widen(self.lm_head(self.mtp[k - 1].norm(hidden)))
 
     def count_losses(self, targets, weight=None, end=None, run_mtp=True):
         """What the sums of `forward` are divided by -> Losses, each at least 1. Arguments as there, of a whole step."""

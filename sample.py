@@ -48,9 +48,9 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from model import KVCache, MiniMax, MiniMaxConfig
+from model import DecodeWeights, KVCache, MiniMax, MiniMaxConfig
 from moe import experts_grouped, pick_experts
-from msa import implementation, widen
+from msa import NEW, implementation, widen
 
 # ---- tokenizer, BPE ----------------------------------------------------------------------------
 # A byte-level BPE: a pattern cuts a text into chunks, roughly words, and pairs of neighbouring tokens merge within a
@@ -1167,13 +1167,14 @@ def largest_logit(logits):
         raise ValueError("logits with NaN or +inf among them, or all -inf: nothing can be drawn from them")
     return largest
 
-def truncate_logits(logits, temperature, top_p, top_k):
+def truncate_logits(logits, temperature, top_p, top_k, check=True):
     """Temperature, then the top_k largest, then the smallest set that holds top_p of what is left; the rest is -inf.
-    logits (B, V) fp32. top_k None or 0 and top_p 1 cut nothing. Of equal logits the lowest ids stay."""
+    logits (B, V) fp32. top_k None or 0 and top_p 1 cut nothing. Of equal logits the lowest ids stay. Without check
+    nothing is read back from the device, and what largest_logit refuses gives anything."""
     if not (temperature > 0 and 0 < top_p <= 1 and (top_k is None or top_k >= 0)):
         raise ValueError(f"temperature {temperature}, top_p {top_p}, top_k {top_k}: above 0; above 0 to 1; 0 or more")
     V = logits.size(-1)
-    largest = largest_logit(logits)
+    largest = largest_logit(logits) if check else logits.amax(-1, keepdim=True)
     # less the largest: no quotient overflows, and softmax would subtract it anyway
     logits = (logits - largest) / max(temperature, torch.finfo(logits.dtype).tiny)
     n = min(top_k or V, V)
@@ -1196,15 +1197,22 @@ def truncate_logits(logits, temperature, top_p, top_k):
     kept = above | (level & (level.cumsum(-1) <= room))
     return logits.masked_fill(~kept, float("-inf"))
 
+def draw(p, generator=None):
+    """Distributions (B, V), whose sums may differ -> token (B,)."""
+    if not p.is_cuda:
+        return torch.multinomial(p, 1, generator=generator)[:, 0]
+    # the first of V clocks with rates p to ring; multinomial waits for the device
+    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
+
 def sample_next(logits, temperature=1.0, top_p=1.0, top_k=None, generator=None):
     """(B, V) -> token (B,). temperature 0 is greedy. ValueError for what largest_logit and truncate_logits refuse."""
     if temperature == 0:
         largest_logit(logits)
         return logits.argmax(-1)
     p = truncate_logits(logits, temperature, top_p, top_k).softmax(-1)
-    return torch.multinomial(p, 1, generator=generator)[:, 0]
+    return draw(p, generator)
 
-def verify(logits, drafts, draft_probs, n_drafts, temperature=1.0, top_p=1.0, top_k=None, generator=None):
+def verify(logits, drafts, draft_probs, n_drafts, temperature=1.0, top_p=1.0, top_k=None, generator=None, check=True):
     """Speculative sampling (arXiv 2211.17192, algorithm 1): what comes out has the distribution of plain sampling.
 
     logits       (B, K + 1, V), fp32 or wider, of the model: after the last sure token and after each draft
@@ -1212,6 +1220,7 @@ def verify(logits, drafts, draft_probs, n_drafts, temperature=1.0, top_p=1.0, to
     draft_probs  (B, K, V), the distributions that they were drawn from; not read at temperature 0
     n_drafts     (B,), how many of a row's drafts count
     temperature, top_p, top_k, generator  as in sample_next, of the model's distribution p
+    check        see truncate_logits
     -> n_accepted (B,), how many of a row's drafts hold, from the first on; token (B,), drawn in place of the next.
 
     A draft holds with min(1, p / q). In place of the first that fails comes a draw from what p has more than q; after
@@ -1220,15 +1229,16 @@ def verify(logits, drafts, draft_probs, n_drafts, temperature=1.0, top_p=1.0, to
     K = drafts.size(1)
     in_use = torch.arange(K, device=drafts.device) < n_drafts[:, None]
     if temperature == 0:
-        largest_logit(logits.flatten(0, 1))
+        if check:
+            largest_logit(logits.flatten(0, 1))
         best = logits.argmax(-1)                                                                      # (B, K + 1)
         holds = in_use & (drafts == best[:, :K])
         n_accepted = holds.cumprod(1).sum(1)
         return n_accepted, best.gather(1, n_accepted[:, None])[:, 0]
 
-    p = truncate_logits(logits.flatten(0, 1), temperature, top_p, top_k).softmax(-1).view(logits.shape)
+    p = truncate_logits(logits.flatten(0, 1), temperature, top_p, top_k, check).softmax(-1).view(logits.shape)
     if K == 0:
-        return n_drafts, torch.multinomial(p[:, 0], 1, generator=generator)[:, 0]
+        return n_drafts, draw(p[:, 0], generator)
     q = draft_probs.to(p.dtype)
     p_draft = p[:, :K].gather(2, drafts[..., None])[..., 0]                                               # (B, K)
     q_draft = q.gather(2, drafts[..., None])[..., 0]
@@ -1244,7 +1254,7 @@ def verify(logits, drafts, draft_probs, n_drafts, temperature=1.0, top_p=1.0, to
     more = (p_last - q_last).clamp(min=0)
     has_more = more.sum(-1) > 0  # p equals q but for rounding: then a draft fails hardly ever
     last = torch.where((has_failed & has_more)[:, None], more, p_last)
-    return n_accepted, torch.multinomial(last, 1, generator=generator)[:, 0]
+    return n_accepted, draw(last, generator)
 
 # ---- the generation loop -------------------------------------------------------------------------
 # One loop generates for all: each row of the batch is a player, a coroutine that says which tokens to feed, and is sent
@@ -1295,24 +1305,42 @@ class Player:
         self.notes = self.notes[:kept]
 
 class Decoder:
-    """A model, the cache of some rows, and the step that reads tokens of each row and draws the next."""
+    """A model, the cache of some rows, and the step that reads tokens of each row and draws the next.
 
-    def __init__(self, model, rows, capacity, sampling, speculate=0, index_warmup=False):
-        """capacity: tokens of a row, drafts not included. ValueError for drafts by a model without an MTP module."""
+    On a GPU a step of few tokens is one CUDA graph of the kernels of model.DecodeWeights: nothing in it depends on the
+    host, and its shapes are static, for which rows that have ended stay in the batch.
+    """
+
+    def __init__(self, model, rows, capacity, sampling, speculate=0, index_warmup=False, record=None, kernels=None):
+        """capacity: tokens of a row, drafts not included; record: as of `play`; kernels: whether to compute steps with
+        DecodeWeights, default: on a GPU. ValueError for drafts by a model without an MTP module."""
         if speculate and not model.mtp:
             raise ValueError(f"speculate {speculate}: the model has no MTP module to draft with")
         self.model = model
         self.sampling = sampling
         self.speculate = speculate
         self.index_warmup = index_warmup
+        self.record = record
         self.n_stale = 0               # slots at a row's end that the MTP modules have not read
+        self.on_gpu = model.embed.weight.is_cuda
         if speculate:
             capacity += speculate + len(model.mtp) + 1
         self.cache = KVCache(model.cfg, rows, capacity, model.embed.weight.device, model.dtype, history=speculate > 0)
+        self.weights = None
+        widest = 1 + speculate + (len(model.mtp) if speculate else 0)
+        if kernels or kernels is None and self.on_gpu and widest <= NEW:
+            self.weights = DecodeWeights(model, self.cache.capacity)
+        self.graphs = {}               # of steps, by their shapes
 
     def read(self, idx, n_logits):
         """idx (B, T) -> logits, aux; the cache holds them."""
-        logits, _, aux = self.model(idx, cache=self.cache, n_logits=n_logits, index_warmup=self.index_warmup)
+        if self.weights is None or n_logits == 0:
+            logits, _, aux = self.model(idx, cache=self.cache, n_logits=n_logits, index_warmup=self.index_warmup)
+        else:
+            routes = self.record is not None
+            logits, hidden, aux = self.weights.step(idx, self.cache, self.index_warmup, routes)
+            self.cache.remember(idx, hidden)
+            self.cache.used += idx.size(1)
         self.n_stale += idx.size(1)
         return logits, aux
 
@@ -1321,8 +1349,12 @@ class Decoder:
         sampling = self.sampling
         if sampling.temperature == 0:
             return logits.argmax(-1), None
-        q = truncate_logits(logits, sampling.temperature, sampling.top_p, sampling.top_k).softmax(-1)
-        return torch.multinomial(q, 1, generator=sampling.generator)[:, 0], q
+        q = truncate_logits(logits, sampling.temperature, sampling.top_p, sampling.top_k, check=not self.on_gpu)
+        q = q.softmax(-1)
+        return draw(q, sampling.generator), q
+
+    def draft(self, token, n, n_stale, weights):
+        return self.model.draft(self.cache, token, n, n_stale, self.draw_draft, self.index_warmup, weights)
 
     def step(self, fed, n_fed, n_drafts, allowed=None):
         """Feed, draft, verify, draw.
@@ -1333,15 +1365,31 @@ class Decoder:
         -> drawn (B, K + 1): the drafts that hold, then one token; logprobs (B, K + 1) of them, under the model itself;
         n_accepted (B,): drafts that hold; aux. K is T - 1 with drafts, 0 without.
         """
-        model, cache, sampling = self.model, self.cache, self.sampling
+        T = fed.size(1)
+        if n_drafts is not None and self.weights is not None:
+            if self.n_stale > T:       # a prompt: the kernels are for few tokens
+                self.draft(fed[:, 0], len(self.model.mtp), min(self.n_stale, self.cache.used), None)
+            self.n_stale = T           # the window of every step, of one shape
+        if self.weights is None or not self.on_gpu:
+            return self.compute(fed, n_fed, n_drafts, allowed)
+        key = (T, n_drafts is None, allowed is None)
+        if key not in self.graphs:
+            self.graphs[key] = StepGraph(self, fed, n_fed, n_drafts, allowed)
+        return self.graphs[key].replay(fed, n_fed, n_drafts, allowed)
+
+    def compute(self, fed, n_fed, n_drafts, allowed):
+        """`step`, with no word to the host where it runs on a GPU."""
+        cache, sampling = self.cache, self.sampling
         T = fed.size(1)
         drafts = fed[:, :0]
         draft_probs = None
         if n_drafts is None:
             n_drafts = torch.zeros_like(n_fed)
         else:
-            n_stale = min(self.n_stale, cache.used)  # what rows have dropped again may have been more
-            drafts, draft_probs = model.draft(cache, fed[:, 0], T - 1, n_stale, self.draw_draft, self.index_warmup)
+            n_stale = self.n_stale     # of a graph: one number for all of its steps
+            if self.weights is None:   # what rows have dropped again may have been more
+                n_stale = min(n_stale, cache.used)
+            drafts, draft_probs = self.draft(fed[:, 0], T - 1, n_stale, self.weights)
             self.n_stale = 0
             behind = torch.where(n_drafts[:, None] > 0, drafts, fed[:, 1:])
             fed = torch.cat([fed[:, :1], behind], 1)
@@ -1351,7 +1399,7 @@ class Decoder:
         logits, aux = self.read(fed, T)
         if T > 1:
             place = (n_fed - 1)[:, None] + torch.arange(drafts.size(1) + 1, device=fed.device)
-            place = place.clamp(max=T - 1)[..., None]
+            place = place.clamp(0, T - 1)[..., None]
             logits = logits.gather(1, place.expand(-1, -1, logits.size(2)))
         logits = widen(logits)                                                                        # (B, K + 1, V)
         logprobs = logits.log_softmax(-1)
@@ -1360,14 +1408,73 @@ class Decoder:
             logits = torch.cat([first, logits[:, 1:]], 1)
 
         n_accepted, token = verify(logits, drafts, draft_probs, n_drafts, sampling.temperature, sampling.top_p,
-                                   sampling.top_k, sampling.generator)
+                                   sampling.top_k, sampling.generator, check=self.weights is None or not self.on_gpu)
         drawn = F.pad(drafts, (0, 1)).scatter(1, n_accepted[:, None], token[:, None])
         cache.length = (start + n_fed + n_accepted).int()
         return drawn, logprobs.gather(2, drawn[..., None])[..., 0], n_accepted, aux
 
+class StepGraph:
+    """A Decoder's step as a CUDA graph: its inputs and outputs lie where they lay when it was captured."""
+
+    def __init__(self, decoder, *inputs):
+        """inputs: of Decoder.step. The first step runs here, twice, to compile its kernels; it leaves the cache's length
+        as it was."""
+        length = decoder.cache.length
+        self.decoder = decoder
+        self.inputs = [None if x is None else x.clone() for x in inputs]
+        self.length = length.clone()
+        state = decoder.cache.used, decoder.n_stale
+        generator = decoder.sampling.generator
+
+        def compute():
+            decoder.cache.length = self.length
+            decoder.cache.used, decoder.n_stale = state
+            drawn, logprobs, n_accepted, aux = decoder.compute(*self.inputs)
+            is_valid = logprobs[:, :1].isfinite().to(torch.float64)
+            numbers = [n_accepted[:, None], drawn, logprobs, is_valid]
+            return torch.cat([x.double() for x in numbers], 1), aux
+
+        # warm up on a stream of its own, as a capture wants
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                compute()
+        torch.cuda.current_stream().wait_stream(stream)
+
+        self.graph = torch.cuda.CUDAGraph()
+        if generator is not None:
+            self.graph.register_generator_state(generator)
+        with torch.cuda.graph(self.graph):
+            self.numbers, self.aux = compute()
+            self.length.copy_(decoder.cache.length)
+        decoder.cache.length = length
+        decoder.cache.used, decoder.n_stale = state
+
+    def replay(self, *inputs):
+        """-> as of Decoder.step, on the host. ValueError where nothing could be drawn."""
+        decoder = self.decoder
+        for mine, x in zip(self.inputs, inputs):
+            if mine is not None:
+                mine.copy_(x)
+        if decoder.cache.length is not self.length:  # a crop made a new tensor
+            self.length.copy_(decoder.cache.length)
+        self.graph.replay()
+        T = inputs[0].size(1)
+        decoder.cache.length = self.length
+        decoder.cache.used += T
+        decoder.n_stale = T if inputs[2] is not None else decoder.n_stale + T
+
+        numbers = self.numbers.cpu()   # one copy, for which the host waits
+        if not numbers[:, -1].all():
+            raise ValueError("logits with NaN or +inf among them, or all -inf: nothing can be drawn from them")
+        K = (numbers.size(1) - 3) // 2
+        n_accepted, drawn, logprobs, _ = numbers.split([1, K + 1, K + 1, 1], 1)
+        return drawn.long(), logprobs, n_accepted[:, 0].long(), self.aux
+
 @torch.no_grad()
 def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0, allowed=None, index_warmup=False,
-         capacity=None, accepted=None):
+         capacity=None, accepted=None, kernels=None):
     """Drive coroutines in step -> yields after each forward.
 
     players    each yields how many tokens of its cache it keeps and the tokens to feed next; after the last of them it
@@ -1380,6 +1487,7 @@ def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0,
     index_warmup  as in MiniMax.forward
     capacity   tokens of a row, at most; None: the model's context
     accepted   a list: of each row and step with drafts, how many held is appended
+    kernels    see Decoder
     ValueError for drafts by a model without an MTP module, and for logits that nothing can be drawn from.
     """
     model.eval()
@@ -1395,7 +1503,8 @@ def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0,
     leaders = rows
     if len(rows) == len(players):      # none was over at once: groups are whole
         leaders = rows[::group]
-    decoder = Decoder(model, len(leaders), capacity or model.cfg.max_seq_len, sampling, speculate, index_warmup)
+    capacity = capacity or model.cfg.max_seq_len
+    decoder = Decoder(model, len(leaders), capacity, sampling, speculate, index_warmup, record, kernels)
     prefill(decoder, rows, leaders, record)
     cache = decoder.cache
 
@@ -1432,7 +1541,7 @@ def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0,
         if kept != filled:
             cache.crop(torch.tensor(kept, dtype=torch.int32, device=device))
         alive = [i for i, row in enumerate(rows) if row.feed]
-        if len(alive) < len(rows):
+        if not alive or len(alive) < len(rows) and not decoder.graphs:
             rows = [rows[i] for i in alive]
             cache.select(torch.tensor(alive, dtype=torch.int64, device=device))
         yield

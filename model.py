@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe import (SWIGLU_ALPHA, SWIGLU_LIMIT, MLP, Linear, MoE, count_params, few_linear, few_mlp, few_route,
                  update_bias, use_triton)
-from msa import (LEAST, NOTHING, _overlap, _power_of_2, block_recall, cdiv, check_tensor, constexpr, full_attention,
+from msa import (LEAST, NOTHING, _overlap, block_recall, cdiv, check_tensor, constexpr, full_attention,
                  index_kl_loss, jit, msa_attention, msa_decode, msa_train, query_index, round_up, select_blocks, tl,
                  triton, widen)
 

@@ -4570,6 +4570,23 @@ def test_generate_batches_ragged_prompts():
         assert torch.equal(tokens[running, row][n_forced:], want_tokens[:, 0])
         assert worst(logprobs[running, row][n_forced:], want_logprobs[:, 0]) < 1e-4
 
+@parametrize("attn", ["full", "msa"])
+@parametrize("speculate", [0, 1, 3])
+def test_steps_by_decode_weights_change_no_word(attn, speculate):
+    """A loop whose steps are DecodeWeights', as on a GPU, gives the text of one that calls forward."""
+    torch.manual_seed(1)
+    model = MiniMax(small_config(n_mtp=2, attn_types=["full", attn, attn])).double().eval()
+    prompts = [[1, 2, 3], [5], [7, 8, 9, 10, 11] * 3]
+
+    def text(speculate, kernels):
+        outs = [[] for _ in prompts]
+        players = [sample.continue_row(prompt, 20, (), out) for prompt, out in zip(prompts, outs)]
+        greedy = sample.Sampling(temperature=0)
+        sample.lockstep(model, players, 1, greedy, speculate=speculate, capacity=48, kernels=kernels)
+        return [[token for token, _ in out] for out in outs]
+
+    assert text(speculate, kernels=True) == text(0, kernels=False)
+
 def test_generate_stops_and_fits():
     """A stop token ends a row, the context ends all, and a prompt too long is refused with both numbers."""
     model = make_model()
@@ -7603,9 +7620,9 @@ def no_clip(real, *args):
     """CISPO's weights are not bounded."""
     return real(*args, eps_high=math.inf)
 
-def rejected_drafts_redrawn_from_p(real, logits, drafts, q, n_drafts, *settings):
+def rejected_drafts_redrawn_from_p(real, logits, drafts, q, n_drafts, *settings, **check):
     """A draft that fails is replaced by a draw from p, not from what p has more than q."""
-    held, token = real(logits, drafts, q, n_drafts, *settings)
+    held, token = real(logits, drafts, q, n_drafts, *settings, **check)
     row = torch.arange(len(held))
     anew = sample.sample_next(logits[row, held], *settings)
     return held, torch.where(held < n_drafts, anew, token)
@@ -7629,14 +7646,14 @@ def loop_draws_in_bf16(real, decoder, logits):
     _, q = real(decoder, logits)
     return token, q
 
-def one_draft_more_holds(real, logits, drafts, q, n_drafts, *settings):
+def one_draft_more_holds(real, logits, drafts, q, n_drafts, *settings, **check):
     """The first draft that fails is kept."""
-    held, token = real(logits, drafts, q, n_drafts, *settings)
+    held, token = real(logits, drafts, q, n_drafts, *settings, **check)
     return torch.minimum(held + 1, n_drafts), token
 
-def token_of_the_row_before(real, logits, drafts, q, n_drafts, *settings):
+def token_of_the_row_before(real, logits, drafts, q, n_drafts, *settings, **check):
     """The token after the drafts is drawn from the distribution of the last draft."""
-    held, token = real(logits, drafts, q, n_drafts, *settings)
+    held, token = real(logits, drafts, q, n_drafts, *settings, **check)
     row = torch.arange(len(held))
     before = sample.sample_next(logits[row, (held - 1).clamp(min=0)], *settings)
     return held, torch.where(held == n_drafts, before, token)

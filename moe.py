@@ -453,16 +453,15 @@ class _Gated(torch.autograd.Function):
 #     _few_route_kernel   norm, router, choice of experts: a program a row
 #     _few_up_kernel      norm, w13 of the experts that some row chose and of the shared one, gate
 #     _few_down_kernel    w2 of the same, sum, + residual
-# A program has ROWS rows and COLS columns of a product. It brings its weights to the L2 while the kernel before still
-# runs (PDL, see msa.py's section E), and then sums the channels in SPLIT parts, one a warp: one warp alone would wait
-# for K / 16 products of a tensor core, one after the other. A norm's weight is folded into the matrix behind it, and
-# its 1 / rms, a number a row, is multiplied after the product.
+# A program has ROWS rows and COLS columns of a product, weight times x: COLS is the tensor core's M, 16 or more, and ROWS
+# its N, 8 or more. It sums the channels in SPLIT parts, one a warp: one warp alone would wait for K / 16 products, one
+# after the other. It starts while the kernel before still runs (PDL, see msa.py's section E); a projection then brings
+# its weights to the L2, which costs more than it gains for experts and the head. A norm's weight is folded into the
+# matrix behind it, and its 1 / rms, a number a row, is multiplied after the product.
 #
 # Tiles and the order of every sum depend on a matrix's sizes alone. So a row's result has the same bits in any company:
 # what is generated does not depend on the batch, and a token that is verified as a draft gets the logits of plain
 # decoding. An expert that other rows chose adds an exact 0.
-
-FEW_SPLIT = 4  # warps of a program, and parts of its sums
 
 @jit
 def _few_part(SPLIT, BLOCK):
@@ -472,25 +471,25 @@ def _few_part(SPLIT, BLOCK):
 
 @jit
 def _few_rows(x, at, channel, held, K):
-    """Rows of x that start at `at` [ROWS] -> [SPLIT, ROWS, BLOCK / SPLIT], 0 where not held [ROWS] and past K."""
-    real = held[None, :, None] & (channel < K)[:, None, :]
-    return tl.load(x + at[None, :, None] + channel[:, None, :], mask=real, other=0.0)
+    """Rows of x that start at `at` [ROWS], as columns -> [SPLIT, BLOCK / SPLIT, ROWS], 0 where not held and past K."""
+    real = held[None, None, :] & (channel < K)[:, :, None]
+    return tl.load(x + at[None, None, :] + channel[:, :, None], mask=real, other=0.0)
 
 @jit
 def _few_columns(weight, at, channel, K):
-    """Rows of a matrix that start at `at` [COLS], as columns -> [SPLIT, BLOCK / SPLIT, COLS], 0 past K."""
-    real = (channel < K)[:, :, None] & (at >= 0)[None, None, :]
-    return tl.load(weight + at[None, None, :] + channel[:, :, None], mask=real, other=0.0)
+    """Rows of a matrix that start at `at` [COLS] -> [SPLIT, COLS, BLOCK / SPLIT], 0 past K."""
+    real = (channel < K)[:, None, :] & (at >= 0)[None, :, None]
+    return tl.load(weight + at[None, :, None] + channel[:, None, :], mask=real, other=0.0)
 
 @jit
-def _few_dot(x, weight, acc):
-    """acc [SPLIT, ROWS, COLS] + the parts' products."""
-    return tl.dot(x, weight, acc, input_precision="ieee")
+def _few_dot(weight, x, acc):
+    """acc [SPLIT, COLS, ROWS] + the parts' products."""
+    return tl.dot(weight, x, acc, input_precision="ieee")
 
 @jit
 def _few_scale(square, K, EPS):
-    """Sums of squares [SPLIT, ROWS, BLOCK / SPLIT] of rows of K channels -> 1 / rms [ROWS]."""
-    total = tl.sum(tl.sum(square, 2), 0)
+    """Squares [SPLIT, BLOCK / SPLIT, ROWS] of rows of K channels -> 1 / rms [ROWS]."""
+    total = tl.sum(tl.sum(square, 1), 0)
     return tl.rsqrt(total / K + EPS)
 
 # One program = ROWS rows and COLS columns.
@@ -509,6 +508,7 @@ def _few_linear_kernel(
     BLOCK: tl.constexpr,  # channels at a time
     MOST: tl.constexpr,   # COLS * K, rounded up
     SPLIT: tl.constexpr,
+    AHEAD: tl.constexpr,  # weights are brought to the L2 while the kernel before runs
     PDL: tl.constexpr,
 ):
     first = tl.program_id(0) * COLS
@@ -516,26 +516,29 @@ def _few_linear_kernel(
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     part = _few_part(SPLIT, BLOCK)
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        if tl.program_id(0) < 264:  # later programs find the memory busy
+        if AHEAD:
+            tl.extra.cuda.gdc_launch_dependents()
             _prefetch(weight + first.to(tl.int64) * K, tl.minimum(COLS, N - first) * K, MOST)
         tl.extra.cuda.gdc_wait()
 
-    acc = tl.zeros([SPLIT, ROWS, COLS], tl.float32)
-    square = tl.zeros([SPLIT, ROWS, BLOCK // SPLIT], tl.float32)
+    acc = tl.zeros([SPLIT, COLS, ROWS], tl.float32)
+    square = tl.zeros([SPLIT, BLOCK // SPLIT, ROWS], tl.float32)
     for k in range(0, K, BLOCK):
-        rows = _few_rows(x, row * K, k + part, row < R, K)
         columns = _few_columns(weight, col * K, k + part, K)
-        acc = _few_dot(rows, columns, acc)
+        rows = _few_rows(x, row * K, k + part, row < R, K)
+        acc = _few_dot(columns, rows, acc)
         if EPS is not None:
             wide = rows.to(tl.float32)
             square += wide * wide
-    y = tl.sum(acc, 0)                                                              # [ROWS, COLS]
+    if PDL:
+        if not AHEAD:
+            tl.extra.cuda.gdc_launch_dependents()
+    y = tl.sum(acc, 0)                                                              # [COLS, ROWS]
     if EPS is not None:
-        y *= _few_scale(square, K, EPS)[:, None]
+        y *= _few_scale(square, K, EPS)[None]
 
-    at = row[:, None].to(tl.int64) * N + col[None]
-    real = (row < R)[:, None] & (first + tl.arange(0, COLS) < N)[None]
+    at = row[None].to(tl.int64) * N + col[:, None]
+    real = (row < R)[None] & (first + tl.arange(0, COLS) < N)[:, None]
     if residual is not None:
         y += tl.load(residual + at, mask=real, other=0.0).to(tl.float32)
     tl.store(out + at, y.to(out.dtype.element_ty), mask=real)
@@ -628,7 +631,6 @@ def _few_up_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     BLOCK: tl.constexpr,      # channels at a time
-    MOST: tl.constexpr,       # COLS * C, rounded up
     SPLIT: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -637,12 +639,7 @@ def _few_up_kernel(
     row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     part = _few_part(SPLIT, BLOCK)
     if PDL:
-        if IS > 0:
-            if (slot == 0) & (first < IS):
-                _prefetch(shared13 + first * C, COLS * C, MOST)
-                _prefetch(shared13 + (IS + first) * C, COLS * C, MOST)
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()  # not before: _few_down_kernel reads the choice before its own wait
 
     # the shared expert, for all rows
     chosen = row < R
@@ -672,22 +669,24 @@ def _few_up_kernel(
 
     if (tl.max(chosen.to(tl.int32), 0) > 0) & (first < width):
         col = tl.minimum(first + tl.arange(0, COLS), width - 1)
-        gate = tl.zeros([SPLIT, ROWS, COLS], tl.float32)
-        up = tl.zeros([SPLIT, ROWS, COLS], tl.float32)
-        square = tl.zeros([SPLIT, ROWS, BLOCK // SPLIT], tl.float32)
+        gate = tl.zeros([SPLIT, COLS, ROWS], tl.float32)
+        up = tl.zeros([SPLIT, COLS, ROWS], tl.float32)
+        square = tl.zeros([SPLIT, BLOCK // SPLIT, ROWS], tl.float32)
         for c in range(0, C, BLOCK):
             channel = c + part
             rows = _few_rows(x, row * C, channel, chosen, C)
-            gate = _few_dot(rows, _few_columns(matrix, col * C, channel, C), gate)
-            up = _few_dot(rows, _few_columns(matrix, (width + col) * C, channel, C), up)
+            gate = _few_dot(_few_columns(matrix, col * C, channel, C), rows, gate)
+            up = _few_dot(_few_columns(matrix, (width + col) * C, channel, C), rows, up)
             wide = rows.to(tl.float32)
             square += wide * wide
-        scale = _few_scale(square, C, EPS)[:, None]
-        y, _, _ = _gate_tile(tl.sum(gate, 0) * scale, tl.sum(up, 0) * scale, OAI)   # [ROWS, COLS]
-        y *= weight[:, None]
-        real = chosen[:, None] & (first + tl.arange(0, COLS) < width)[None]
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()  # after the wait: _few_down_kernel reads the choice before its own
+        scale = _few_scale(square, C, EPS)[None]
+        y, _, _ = _gate_tile(tl.sum(gate, 0) * scale, tl.sum(up, 0) * scale, OAI)   # [COLS, ROWS]
+        y *= weight[None]
+        real = chosen[None] & (first + tl.arange(0, COLS) < width)[:, None]
         at = row.to(tl.int64) * (A * I + IS) + place * I
-        tl.store(h + at[:, None] + col[None], y.to(h.dtype.element_ty), mask=real)
+        tl.store(h + at[None] + col[:, None], y.to(h.dtype.element_ty), mask=real)
 
 # One program = ROWS rows and COLS columns, through the experts that some row chose, in their order, and the shared one.
 @jit
@@ -706,11 +705,9 @@ def _few_down_kernel(
     EXPERTS: tl.constexpr,  # E, rounded up
     PAIRS: tl.constexpr,    # R * A, rounded up
     CHOSEN: tl.constexpr,   # A, rounded up
-    AHEAD: tl.constexpr,    # pairs whose weights are brought to the L2
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     BLOCK: tl.constexpr,    # channels at a time
-    MOST: tl.constexpr,     # COLS * max(I, IS), rounded up
     SPLIT: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -718,28 +715,21 @@ def _few_down_kernel(
     col = tl.minimum(first + tl.arange(0, COLS), C - 1)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     part = _few_part(SPLIT, BLOCK)
-    ahead = tl.minimum(COLS, C - first)  # columns whose weights are brought to the L2
 
-    # the choice is whole: the kernel before let this one start after its own wait. The experts in it, in their order
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+    # the experts that its rows chose, in their order. The choice is whole: the kernel before let this one start after
+    # its own wait
     if w2 is not None:
-        for p in tl.static_range(AHEAD):
-            if PDL:
-                start = tl.load(idx + p).to(tl.int64) * C + first
-                _prefetch(w2 + start * I, ahead * I, MOST)
         pair = tl.arange(0, PAIRS)
         expert = tl.arange(0, EXPERTS)
-        chosen = tl.load(idx + pair, mask=pair < R * A, other=0)
-        count = tl.histogram(chosen, EXPERTS, mask=pair < R * A)
+        of_a_row = (pair < R * A) & (pair // A // ROWS == tl.program_id(1))
+        chosen = tl.load(idx + pair, mask=of_a_row, other=0)
+        count = tl.histogram(chosen, EXPERTS, mask=of_a_row)
         used = (count > 0).to(tl.int32)
         order = tl.cumsum(used, 0) * used                                           # [EXPERTS], from 1 on; 0: idle
     if PDL:
-        if IS > 0:
-            _prefetch(shared2 + first * IS, ahead * IS, MOST)
         tl.extra.cuda.gdc_wait()
 
-    acc = tl.zeros([SPLIT, ROWS, COLS], tl.float32)
+    acc = tl.zeros([SPLIT, COLS, ROWS], tl.float32)
     at = row.to(tl.int64) * (A * I + IS)
     if w2 is not None:
         pieces: tl.constexpr = (I + BLOCK - 1) // BLOCK
@@ -747,34 +737,61 @@ def _few_down_kernel(
             this = tl.sum(tl.where(order == piece // pieces + 1, expert, 0), 0)
             mine, place = _few_choice(idx, row, this, R, A, CHOSEN)
             channel = piece % pieces * BLOCK + part
-            rows = _few_rows(h, at + place * I, channel, mine, I)
             columns = _few_columns(w2, (this.to(tl.int64) * C + col) * I, channel, I)
-            acc = _few_dot(rows, columns, acc)
+            rows = _few_rows(h, at + place * I, channel, mine, I)
+            acc = _few_dot(columns, rows, acc)
     for i in range(0, IS, BLOCK):
-        rows = _few_rows(h, at + A * I, i + part, row < R, IS)
         columns = _few_columns(shared2, col * IS, i + part, IS)
-        acc = _few_dot(rows, columns, acc)
+        rows = _few_rows(h, at + A * I, i + part, row < R, IS)
+        acc = _few_dot(columns, rows, acc)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
 
-    y = tl.sum(acc, 0)                                                              # [ROWS, COLS]
-    at = row[:, None] * C + col[None]
-    real = (row < R)[:, None] & (first + tl.arange(0, COLS) < C)[None]
+    y = tl.sum(acc, 0)                                                              # [COLS, ROWS]
+    at = row[None] * C + col[:, None]
+    real = (row < R)[None] & (first + tl.arange(0, COLS) < C)[:, None]
     y += tl.load(residual + at, mask=real, other=0.0).to(tl.float32)
     tl.store(out + at, y.to(out.dtype.element_ty), mask=real)
 
-def _few_tiles(R, K, cols, x):
-    """What the launches of few rows share. R rows, K channels of the sum, cols columns a program; x says the device."""
-    block = min(256, triton.next_power_of_2(max(K, 16 * FEW_SPLIT)))
+def _few_tiles(name, R, K, N, x):
+    """What a launch of few rows needs to know.
+
+    name  "linear", "up" or "down"
+    R     rows
+    K     channels of a sum
+    N     columns of all programs
+    x     any of its tensors: says the device
+
+    BLOCK and SPLIT decide the order of sums: they depend on the sizes of the matrix alone. The others were the fastest of
+    127 and 232 that were timed on an H200, for 1, 4, 32 and 128 rows of `small`.
+    """
+    rows = 8 if R <= 8 else 16
+    cols = 16
+    block = 256
+    split = 4
+    stages = 4
     if not x.is_cuda:
-        cols = 32  # the interpreter is slow: few programs
+        cols = 32                      # the interpreter is slow: few programs
+    elif name == "linear" and N > 8192:
+        cols = 128
+        block = 64
+        split = 1
+    elif name == "linear":
+        cols = 32 if R > 8 and N > 1024 else 16
+    elif name == "up":
+        cols = 32
+        stages = 3
+    else:
+        block = 512
+    block = min(block, triton.next_power_of_2(max(K, 16 * split)))
     return dict(
         R=R,
-        ROWS=16 if R <= 16 else 32,
+        ROWS=rows,
         COLS=cols,
         BLOCK=block,
-        MOST=triton.next_power_of_2(cols * K),
-        SPLIT=FEW_SPLIT,
-        num_warps=FEW_SPLIT,
-        num_stages=4,
+        SPLIT=split,
+        num_warps=4,
+        num_stages=stages,
         **_overlap(x))
 
 def _inverse_rms(x, eps):
@@ -804,11 +821,14 @@ def few_linear(x, weight, eps=None, residual=None, dtype=None, impl="auto"):
 
     (N, K), R = weight.shape, x.numel() // x.size(-1)
     out = torch.empty(*x.shape[:-1], N, device=x.device, dtype=dtype)
-    tiles = _few_tiles(R, K, 32 if N > 8192 else 16 if N > 1024 else 8, x)
+    tiles = _few_tiles("linear", R, K, N, x)
     grid = cdiv(N, tiles["COLS"]), cdiv(R, tiles["ROWS"])
     _few_linear_kernel[grid](
         x=x, weight=weight, residual=residual, out=out,
-        N=N, K=K, EPS=eps, **tiles)
+        N=N, K=K, EPS=eps,
+        MOST=triton.next_power_of_2(tiles["COLS"] * K),
+        AHEAD=N <= 8192,  # the head's many programs would find the memory busy
+        **tiles)
     return out
 
 def few_route(x, weight, bias, n_active, scale, eps, impl="auto"):
@@ -871,16 +891,16 @@ def few_mlp(x, eps, activation, shared=None, routed=None, factor=None, idx=None,
         PAIRS=triton.next_power_of_2(max(1, R * A)),
         CHOSEN=triton.next_power_of_2(max(1, A)))
 
-    tiles = _few_tiles(R, C, 16, x)
+    tiles = _few_tiles("up", R, C, 2 * max(I, IS), x)
     slots = (IS > 0) + min(E, R * A)
     _few_up_kernel[cdiv(max(I, IS), tiles["COLS"]), slots, cdiv(R, tiles["ROWS"])](
         x=x, w13=w13, shared13=shared13, factor=factor, h=h,
         EPS=eps, OAI=activation == "swiglu_oai", BY_EXPERT=E <= R * A, **shared_sizes, **tiles)
 
-    tiles = _few_tiles(R, max(I, IS), 8, x)
+    tiles = _few_tiles("down", R, max(I, IS), C, x)
     _few_down_kernel[cdiv(C, tiles["COLS"]), cdiv(R, tiles["ROWS"])](
         h=h, w2=w2, shared2=shared2, residual=x, out=out,
-        EXPERTS=triton.next_power_of_2(max(2, E)), AHEAD=min(R * A, 8), **shared_sizes, **tiles)
+        EXPERTS=triton.next_power_of_2(max(2, E)), **shared_sizes, **tiles)
     return out
 
 def _few_mlp_torch(x, eps, activation, shared, routed, factor, idx):

@@ -1961,17 +1961,24 @@ def _dense_sum_kernel(
     r = tl.program_id(0)
     h = tl.program_id(1)
     b = tl.program_id(2)
-    split = tl.arange(0, PADDED)
     d = tl.arange(0, D)
-    held = split < SPLIT
-    place = ((b * HKV + h).to(tl.int64) * SPLIT + split) * T * G + r
-    peak = tl.load(stat + 2 * place, mask=held, other=LEAST)
-    weight = tl.exp2(peak - tl.max(peak, 0))                                    # [PADDED]
-    sums = tl.load(stat + 2 * place + 1, mask=held, other=0.0)
-    total = tl.sum(weight * sums, 0)
-    parts = part + place[:, None] * D + d
-    acc = tl.load(parts, mask=held[:, None], other=0.0)                         # [PADDED, D]
-    mean = tl.sum(acc * weight[:, None], 0) / tl.maximum(total, TINY)
+    first = (b * HKV + h).to(tl.int64) * SPLIT
+    every = tl.arange(0, PADDED)
+    peak = tl.load(stat + 2 * ((first + every) * T * G + r), mask=every < SPLIT, other=LEAST)
+    highest = tl.max(peak, 0)
+
+    # sixteen at a time: the order of sums does not depend on how many there are
+    total = 0.0
+    acc = tl.zeros([D], tl.float32)
+    for start in range(0, SPLIT, 16):
+        split = start + tl.arange(0, 16)
+        held = split < SPLIT
+        place = (first + split) * T * G + r
+        weight = tl.exp2(tl.load(stat + 2 * place, mask=held, other=LEAST) - highest)           # [16]
+        total += tl.sum(weight * tl.load(stat + 2 * place + 1, mask=held, other=0.0), 0)
+        some = tl.load(part + place[:, None] * D + d, mask=held[:, None], other=0.0)            # [16, D]
+        acc += tl.sum(some * weight[:, None], 0)
+    mean = acc / tl.maximum(total, TINY)
     row = ((b.to(tl.int64) * T + r // G) * HKV + h) * G + r % G
     tl.store(out + row * D + d, mean)
 

@@ -816,9 +816,9 @@ class MiniMax(nn.Module):
         token    (B,), drawn last: the first that is not in the cache
         n        drafts; beyond the last module that module goes on, reading its own output in place of the trunk's
         n_stale  at most so many of a row's last slots are new since the modules last ran
-        draw     logits (B, V) -> token (B,), and the distribution (B, V) it was drawn from, or None
+        draw     logits (B, V) -> token (B,), and what it was drawn from
         weights  DecodeWeights of the model, to compute with its kernels: then at most 8 slots are new, K included
-        -> drafts (B, n), distributions (B, n, V) or None
+        -> drafts (B, n), and of each what `draw` gave beside it, a list
         """
         K = len(self.mtp)
         by = weights or self
@@ -836,7 +836,7 @@ class MiniMax(nn.Module):
         window = cache.at(first.int(), max(0, cache.used - T))
 
         drafts = []
-        probs = []
+        drawn_from = []
         for depth in range(1, n + 1):
             k = min(depth, K)
             if depth <= K:
@@ -848,11 +848,11 @@ class MiniMax(nn.Module):
                 slot = following[:, beyond - 1:beyond]
                 ahead = cache.at(slot[:, 0].int(), cache.used + beyond - 1)
                 h = by.draft_state(k, h, cache.ids.gather(1, slot + K), ahead, index_warmup)
-            token, p = draw(by.draft_logits(k, h)[:, 0])
+            token, distribution = draw(by.draft_logits(k, h)[:, 0])
             cache.ids.scatter_(1, following[:, depth:depth + 1], token[:, None])
             drafts.append(token)
-            probs.append(p)
-        return torch.stack(drafts, 1), None if probs[0] is None else torch.stack(probs, 1)
+            drawn_from.append(distribution)
+        return torch.stack(drafts, 1), drawn_from
 
     def draft_state(self, k, hidden, idx, cache, index_warmup=False):
         """MTP module k, from 1 on, on slots from the cache's length on, in its own lane.
@@ -1040,15 +1040,18 @@ class DecodeLayer:
 class DecodeWeights:
     """A model's weights as a decoding step reads them, copied when this is made: later changes are not seen.
 
-    model  MiniMax
-    slots  the largest capacity of a cache: RoPE's angles are a table
+    model   MiniMax
+    slots   the largest capacity of a cache: RoPE's angles are a table
+    tokens  the most that a row will keep of them: drafts behind the last may lie further on. Default: slots
     """
 
     @torch.no_grad()
-    def __init__(self, model, slots):
+    def __init__(self, model, slots, tokens=None):
         cfg, dtype = model.cfg, model.dtype
         head = model.lm_head.weight
         self.cfg = cfg
+        # of so few tokens sparse attention chooses all
+        self.is_short = (tokens or slots) <= cfg.index_topk_blocks * cfg.index_block_size
         self.embed = model.embed.weight.to(dtype)
         cos, sin = rope_tables(torch.arange(slots, device=head.device), cfg.rotary_dim, cfg.rope_theta)
         self.rope = cos.flatten(1), sin.flatten(1)  # (slots, rotary_dim / 2) both
@@ -1112,11 +1115,11 @@ class DecodeWeights:
         report = {}
         k, v, ki = cache.k[lane], cache.v[lane], cache.ki[lane]  # whole lanes, of static shapes
 
-        # attention. A cache of S blocks has no choice: all that a query sees
+        # attention
         S, L = cfg.index_topk_blocks, cfg.index_block_size
         projected = few_linear(x, layer.qkv, eps, impl=impl)
         q, qi, block_idx = append_heads(projected, layer.gains, self.rope, cache, lane, cfg, impl)
-        if qi is None or index_warmup or cache.capacity <= S * L:
+        if qi is None or index_warmup or self.is_short:
             y = full_attention(q, k, v, None, cache.length, impl)
         else:
             y, block_idx = msa_decode(q, k, v, qi, ki, S, L, cache.length, None, impl)

@@ -50,7 +50,7 @@ from torch.overrides import TorchFunctionMode
 
 from model import DecodeWeights, KVCache, MiniMax, MiniMaxConfig
 from moe import experts_grouped, pick_experts
-from msa import NEW, implementation, widen
+from msa import NEW, constexpr, implementation, jit, tl, triton, widen
 
 # ---- tokenizer, BPE ----------------------------------------------------------------------------
 # A byte-level BPE: a pattern cuts a text into chunks, roughly words, and pairs of neighbouring tokens merge within a
@@ -1167,14 +1167,13 @@ def largest_logit(logits):
         raise ValueError("logits with NaN or +inf among them, or all -inf: nothing can be drawn from them")
     return largest
 
-def truncate_logits(logits, temperature, top_p, top_k, check=True):
+def truncate_logits(logits, temperature, top_p, top_k):
     """Temperature, then the top_k largest, then the smallest set that holds top_p of what is left; the rest is -inf.
-    logits (B, V) fp32. top_k None or 0 and top_p 1 cut nothing. Of equal logits the lowest ids stay. Without check
-    nothing is read back from the device, and what largest_logit refuses gives anything."""
+    logits (B, V) fp32. top_k None or 0 and top_p 1 cut nothing. Of equal logits the lowest ids stay."""
     if not (temperature > 0 and 0 < top_p <= 1 and (top_k is None or top_k >= 0)):
         raise ValueError(f"temperature {temperature}, top_p {top_p}, top_k {top_k}: above 0; above 0 to 1; 0 or more")
     V = logits.size(-1)
-    largest = largest_logit(logits) if check else logits.amax(-1, keepdim=True)
+    largest = largest_logit(logits)
     # less the largest: no quotient overflows, and softmax would subtract it anyway
     logits = (logits - largest) / max(temperature, torch.finfo(logits.dtype).tiny)
     n = min(top_k or V, V)
@@ -1197,22 +1196,15 @@ def truncate_logits(logits, temperature, top_p, top_k, check=True):
     kept = above | (level & (level.cumsum(-1) <= room))
     return logits.masked_fill(~kept, float("-inf"))
 
-def draw(p, generator=None):
-    """Distributions (B, V), whose sums may differ -> token (B,)."""
-    if not p.is_cuda:
-        return torch.multinomial(p, 1, generator=generator)[:, 0]
-    # the first of V clocks with rates p to ring; multinomial waits for the device
-    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
-
 def sample_next(logits, temperature=1.0, top_p=1.0, top_k=None, generator=None):
     """(B, V) -> token (B,). temperature 0 is greedy. ValueError for what largest_logit and truncate_logits refuse."""
     if temperature == 0:
         largest_logit(logits)
         return logits.argmax(-1)
     p = truncate_logits(logits, temperature, top_p, top_k).softmax(-1)
-    return draw(p, generator)
+    return torch.multinomial(p, 1, generator=generator)[:, 0]
 
-def verify(logits, drafts, draft_probs, n_drafts, temperature=1.0, top_p=1.0, top_k=None, generator=None, check=True):
+def verify(logits, drafts, draft_probs, n_drafts, temperature=1.0, top_p=1.0, top_k=None, generator=None):
     """Speculative sampling (arXiv 2211.17192, algorithm 1): what comes out has the distribution of plain sampling.
 
     logits       (B, K + 1, V), fp32 or wider, of the model: after the last sure token and after each draft
@@ -1220,29 +1212,24 @@ def verify(logits, drafts, draft_probs, n_drafts, temperature=1.0, top_p=1.0, to
     draft_probs  (B, K, V), the distributions that they were drawn from; not read at temperature 0
     n_drafts     (B,), how many of a row's drafts count
     temperature, top_p, top_k, generator  as in sample_next, of the model's distribution p
-    check        see truncate_logits
     -> n_accepted (B,), how many of a row's drafts hold, from the first on; token (B,), drawn in place of the next.
 
     A draft holds with min(1, p / q). In place of the first that fails comes a draw from what p has more than q; after
     them all, one from p. Greedy: a draft holds where it is the model's choice.
     """
     K = drafts.size(1)
-    in_use = torch.arange(K, device=drafts.device) < n_drafts[:, None]
     if temperature == 0:
-        if check:
-            largest_logit(logits.flatten(0, 1))
-        best = logits.argmax(-1)                                                                      # (B, K + 1)
-        holds = in_use & (drafts == best[:, :K])
-        n_accepted = holds.cumprod(1).sum(1)
-        return n_accepted, best.gather(1, n_accepted[:, None])[:, 0]
+        largest_logit(logits.flatten(0, 1))
+        return verify_greedily(logits.argmax(-1), drafts, n_drafts)
 
-    p = truncate_logits(logits.flatten(0, 1), temperature, top_p, top_k, check).softmax(-1).view(logits.shape)
+    p = truncate_logits(logits.flatten(0, 1), temperature, top_p, top_k).softmax(-1).view(logits.shape)
     if K == 0:
-        return n_drafts, draw(p[:, 0], generator)
+        return n_drafts, torch.multinomial(p[:, 0], 1, generator=generator)[:, 0]
     q = draft_probs.to(p.dtype)
     p_draft = p[:, :K].gather(2, drafts[..., None])[..., 0]                                               # (B, K)
     q_draft = q.gather(2, drafts[..., None])[..., 0]
     luck = torch.rand(drafts.shape, generator=generator, device=p.device, dtype=p.dtype)
+    in_use = torch.arange(K, device=drafts.device) < n_drafts[:, None]
     holds = in_use & (luck * q_draft < p_draft)
     n_accepted = holds.cumprod(1).sum(1)
 
@@ -1254,7 +1241,421 @@ def verify(logits, drafts, draft_probs, n_drafts, temperature=1.0, top_p=1.0, to
     more = (p_last - q_last).clamp(min=0)
     has_more = more.sum(-1) > 0  # p equals q but for rounding: then a draft fails hardly ever
     last = torch.where((has_failed & has_more)[:, None], more, p_last)
-    return n_accepted, draw(last, generator)
+    return n_accepted, torch.multinomial(last, 1, generator=generator)[:, 0]
+
+def verify_greedily(best, drafts, n_drafts):
+    """`verify` at temperature 0. best (B, K + 1): the model's choices."""
+    K = drafts.size(1)
+    in_use = torch.arange(K, device=drafts.device) < n_drafts[:, None]
+    holds = in_use & (drafts == best[:, :K])
+    n_accepted = holds.cumprod(1).sum(1)
+    return n_accepted, best.gather(1, n_accepted[:, None])[:, 0]
+
+# ---- generation: drawing by kernels --------------------------------------------------------------
+# The same for a step on a GPU. There torch's operators are some thirty kernels, in most of which one multiprocessor
+# reads a row of logits: more time than the model takes. Here are three:
+#     _peaks_kernel   many programs a row: the largest of each 64 logits, and sums for log-sum-exp
+#     _draw_kernel    a row: cut it, draw from what is left. The k largest logits are in the k groups of 64 with the
+#                     largest peaks, so that with top-k those are all that is read
+#     _verify_kernel  a sequence: which drafts hold, and what comes in place of the first that does not
+# A cut is all that it takes to know each token's probability: the largest logit, the least that is kept, as temperature
+# scales it, the last id of those equal to it, and the sum of exponentials.
+#
+# Random numbers are Philox's, of a key that lies on the device and moves on with each step: a CUDA graph draws anew.
+
+CUT = 4                                # numbers of a cut
+STREAMS = 64                           # keys of a step: each launch has one of its own
+GROUP = 64                             # logits with one peak
+CHUNK = 2048                           # logits of a program of _peaks_kernel
+MOST_GROUPS = 128                      # top-k up to here reads groups; above, or without, a program reads the whole row
+
+@jit
+def _sum_where(mask, x):
+    return tl.sum(tl.where(mask, x, 0.0), 0)
+
+@jit
+def _least_kept(x, weight, wanted):
+    """The largest t of x such that the weights of all that is t or more sum to `wanted`; if none does, the least of x
+    that is not -inf."""
+    top = tl.max(x, 0)
+    least = tl.min(tl.where(x > float("-inf"), x, float("inf")), 0)
+    enough = _sum_where(x >= top, weight) >= wanted
+    searching = _sum_where(x >= least, weight) >= wanted
+    searching = searching & (enough == 0)
+
+    # halve: what is lo or more is enough, what is hi or more is not, until all in between are equal
+    lo = least
+    hi = top
+    mid = lo + (hi - lo) * 0.5
+    between = 2
+    while searching & (between > 1) & (lo < mid) & (mid < hi):
+        suffices = _sum_where(x >= mid, weight) >= wanted
+        lo = tl.where(suffices, mid, lo)
+        hi = tl.where(suffices, hi, mid)
+        mid = lo + (hi - lo) * 0.5
+        between = tl.sum(((x >= lo) & (x < hi)).to(tl.int32), 0)
+    found = tl.max(tl.where(x < hi, x, float("-inf")), 0)
+    return tl.where(enough, top, tl.where(searching, found, least))
+
+@jit
+def _last_kept(equal, token, room, V):
+    """The id of the room-th token that is `equal`; V if there are no more than room."""
+    crowded = tl.sum(equal.to(tl.int32), 0) > room
+    lo = -1
+    hi = V
+    while crowded & (hi - lo > 1):
+        mid = (lo + hi) // 2
+        fits = tl.sum((equal & (token <= mid)).to(tl.int32), 0) <= room
+        lo = tl.where(fits, mid, lo)
+        hi = tl.where(fits, hi, mid)
+    return tl.where(crowded, lo, V)
+
+@jit
+def _weight(logit, token, cut, temperature):
+    """exp of what a token's logit is below the row's largest, 0 where the row's cut leaves it out."""
+    x = (logit - tl.load(cut)) / temperature
+    least = tl.load(cut + 1)
+    kept = (x > least) | ((x == least) & (token <= tl.load(cut + 2)))
+    return tl.where(kept, tl.exp(x), 0.0)
+
+@jit
+def _race(weight, token, key, place, best, winner):
+    """Clocks that ring at the rates `weight`, after an earlier race that `winner` won with 1 / time = best: which one of
+    all rings first is a draw. place: where the random numbers of the row start."""
+    u = tl.maximum(tl.rand(key, place + token), 2.0 ** -32)
+    small = u * (1 + u * (0.5 + u / 3))                                         # log near 1 would round it
+    wait = tl.where(u < 1e-3, small, -tl.log(1 - u))
+    speed = tl.where(weight > 0, weight / wait, -1.0)
+    fastest = tl.max(speed, 0)
+    who = tl.min(tl.where(speed == fastest, token, 2147483647), 0)
+    return tl.maximum(best, fastest), tl.where(fastest > best, who, winner)
+
+@jit
+def _logit_row(first, row, N, T):
+    """Where the logits of a launch's row lie, in rows of V: see draw_rows."""
+    b = row // N
+    at = row % N
+    if first is not None:
+        at = tl.minimum(tl.load(first + b).to(tl.int32) + at, T - 1)
+    return (b * T + at).to(tl.int64)
+
+@jit
+def _may_draw(x, allowed, row, N, V, i):
+    """x (logits of tokens i), -inf where a first row must not draw."""
+    if allowed is not None:
+        is_first = row % N == 0
+        may = tl.load(allowed + (row // N).to(tl.int64) * V + i, mask=(i >= 0) & (i < V) & is_first, other=1)
+        x = tl.where(may != 0, x, float("-inf"))
+    return x
+
+# One program = one chunk of one row.
+@jit
+def _peaks_kernel(
+    logits,   # (B, T, V)
+    first,    # (B,), or None: see draw_rows
+    allowed,  # (B, V) bool, or None
+    peak,     # (B * N, groups) fp32, written: the largest that may be drawn of each
+    stat,     # (B * N, chunks, 2) fp32, written: the largest of all, NaN if one is; the sum of exponentials less it
+    T,
+    V,
+    N,
+    GROUP: constexpr,
+    CHUNK: constexpr,
+):
+    chunk = tl.program_id(0)
+    row = tl.program_id(1)
+    group = chunk * (CHUNK // GROUP) + tl.arange(0, CHUNK // GROUP)
+    i = group[:, None] * GROUP + tl.arange(0, GROUP)
+    start = _logit_row(first, row, N, T) * V
+    x = tl.load(logits + start + i, mask=i < V, other=float("-inf")).to(tl.float32)     # [groups, GROUP]
+
+    largest = tl.max(tl.max(x, 1), 0)
+    total = tl.sum(tl.sum(tl.exp(x - tl.maximum(largest, -3e38)), 1), 0)
+    has_nan = tl.sum(tl.sum((x != x).to(tl.int32), 1), 0) > 0
+    stat += (row * tl.num_programs(0) + chunk) * 2
+    tl.store(stat, tl.where(has_nan, float("nan"), largest))
+    tl.store(stat + 1, total)
+    peaks = tl.max(_may_draw(x, allowed, row, N, V, i), 1)
+    tl.store(peak + row * tl.cdiv(V, GROUP) + group, peaks, mask=group * GROUP < V)
+
+@jit
+def _tokens(group, start, LISTED: constexpr, GROUP: constexpr, TILE: constexpr):
+    """The tokens [TILE] of a list of groups, -1 for none, or without a list those from `start` on."""
+    if group is None:
+        i = start + tl.arange(0, TILE)
+    else:
+        listed = tl.load(group + tl.arange(0, LISTED))
+        i = tl.reshape(listed[:, None] * GROUP + tl.arange(0, GROUP), [TILE])
+    return i
+
+@jit
+def _logits_of(logits, row, i, V):
+    """Of tokens i in a row of V; -inf where there is none."""
+    return tl.load(logits + row * V + i, mask=(i >= 0) & (i < V), other=float("-inf")).to(tl.float32)
+
+# One program = one row.
+@jit
+def _draw_kernel(
+    logits,       # (B, T, V)
+    first,        # (B,) the token of each sequence whose logits are its first row, or None: 0
+    allowed,      # (B, V) bool, what a first row may draw, or None
+    key,          # (1,)
+    peak,         # (B * N, groups), of _peaks_kernel
+    stat,         # (B * N, chunks, 2), of _peaks_kernel
+    token,        # (B, N) int64, written
+    lse,          # (B, N) fp32, written: log-sum-exp of the row's logits, NaN where nothing can be drawn
+    cut,          # (B, N, 4) fp32, written unless greedy
+    group,        # (B, N, LISTED) int32, written: the groups that hold the k largest, then -1; not without BY_GROUP
+    T,
+    V,
+    N,            # rows of a sequence
+    chunks,
+    temperature,
+    top_p,
+    top_k,
+    GREEDY: constexpr,
+    BY_K: constexpr,      # whether top_k cuts
+    BY_P: constexpr,
+    BY_GROUP: constexpr,  # whether the k groups are all that is read
+    STREAM: constexpr,
+    GROUP: constexpr,
+    GROUPS: constexpr,    # of a row, rounded up
+    CHUNKS: constexpr,    # of a row, rounded up
+    LISTED: constexpr,    # top_k, rounded up
+    SIZE: constexpr,      # of all that is read: LISTED * GROUP, or V rounded up
+    TILE: constexpr,      # at a time, where no cut is sought
+):
+    row = tl.program_id(0)
+    at = _logit_row(first, row, N, T)
+
+    # under the model itself
+    c = tl.arange(0, CHUNKS)
+    parts = stat + (row * chunks + c) * 2
+    peaks = tl.load(parts, mask=c < chunks, other=float("-inf"))                # [CHUNKS]
+    largest = tl.max(peaks, 0)
+    total = tl.sum(tl.load(parts + 1, mask=c < chunks, other=0.0) * tl.exp(peaks - largest), 0)
+    has_nan = tl.sum((peaks != peaks).to(tl.int32), 0) > 0
+
+    # what may be drawn
+    g = tl.arange(0, GROUPS)
+    n_groups = tl.cdiv(V, GROUP)
+    best = tl.load(peak + row * n_groups + g, mask=g < n_groups, other=float("-inf"))    # [GROUPS]
+    picked = tl.max(best, 0)
+    is_valid = (largest < float("inf")) & (picked > float("-inf")) & (has_nan == 0)
+    tl.store(lse + row, tl.where(is_valid, largest + tl.log(total), float("nan")))
+
+    if GREEDY:
+        i = tl.argmax(best, 0) * GROUP + tl.arange(0, GROUP)
+        x = _may_draw(_logits_of(logits, at, i, V), allowed, row, N, V, i)
+        winner = tl.min(tl.where(x == picked, i, V - 1), 0)
+    else:
+        # list the groups of the k largest peaks, of equal ones the first
+        if BY_GROUP:
+            edge = _least_kept(best, tl.where(best > float("-inf"), 1.0, 0.0), top_k)
+            n_above = tl.sum((best > edge).to(tl.int32), 0)
+            final = _last_kept(best == edge, g, top_k - n_above, V)
+            listed = (best > edge) | ((best == edge) & (g <= final))
+            place = tl.cumsum(listed.to(tl.int32), 0) - 1
+            group += row * LISTED
+            slot = tl.arange(0, LISTED)
+            tl.store(group + slot, -1, mask=slot >= tl.sum(listed.to(tl.int32), 0))
+            tl.store(group + place, g, mask=listed)
+            tl.debug_barrier()         # now every thread sees the list
+
+        # the cut
+        least = float("-inf")
+        last = V
+        if BY_K or BY_P:
+            i = _tokens(group if BY_GROUP else None, 0, LISTED, GROUP, SIZE)
+            x = _may_draw(_logits_of(logits, at, i, V), allowed, row, N, V, i)
+            x = (x - picked) / temperature                                      # [SIZE]
+            if BY_K:
+                least = _least_kept(x, tl.where(x > float("-inf"), 1.0, 0.0), top_k)
+                room = top_k - tl.sum((x > least).to(tl.int32), 0)
+                last = _last_kept(x == least, i, room, V)
+                x = tl.where((x > least) | ((x == least) & (i <= last)), x, float("-inf"))
+            if BY_P:
+                weight = tl.exp(x)
+                wanted = top_p * tl.sum(weight, 0)
+                lowest = _least_kept(x, weight, wanted)
+                missing = wanted - _sum_where(x > lowest, weight)
+                room = tl.maximum(tl.ceil(missing / tl.exp(lowest) - 1e-4), 1.0)  # less what a sum may be off
+                lasts = _last_kept(x == lowest, i, room, V)
+                last = tl.where(lowest > least, lasts, tl.minimum(last, lasts))
+                least = lowest
+        cut += row * 4
+        tl.store(cut, picked)
+        tl.store(cut + 1, least)
+        tl.store(cut + 2, last.to(tl.float32))
+        tl.debug_barrier()
+
+        # the draw
+        total = 0.0
+        fastest = -1.0
+        winner = 0
+        for start in range(0, V if not BY_GROUP else 1, TILE):
+            i = _tokens(group if BY_GROUP else None, start, LISTED, GROUP, TILE)
+            x = _may_draw(_logits_of(logits, at, i, V), allowed, row, N, V, i)
+            weight = _weight(x, i, cut, temperature)                            # [TILE]
+            total += tl.sum(weight, 0)
+            fastest, winner = _race(weight, i, tl.load(key) + STREAM, row * (GROUPS * GROUP), fastest, winner)
+        tl.store(cut + 3, total)
+    tl.store(token + row, winner.to(tl.int64))
+
+# One program = one sequence.
+@jit
+def _verify_kernel(
+    logits,        # (B, T, V) fp32, of the model
+    first,         # (B,) the token of each sequence whose logits its first draft is compared with
+    cut,           # (B, K + 1, 4), of these rows
+    group,         # (B, K + 1, LISTED), of these rows; not without BY_GROUP
+    token,         # (B, K + 1) int64, drawn from them
+    drafts,        # (B, K) int64
+    draft_logits,  # (B, K, V) fp32
+    draft_cut,     # (B, K, 4)
+    n_drafts,      # (B,) int64, how many count
+    key,           # (1,)
+    n_accepted,    # (B,) int64, written
+    out,           # (B,) int64, written: the token after the drafts that hold
+    T,
+    V,
+    temperature,
+    K: constexpr,
+    BY_GROUP: constexpr,
+    STREAM: constexpr,
+    GROUP: constexpr,
+    GROUPS: constexpr,
+    LISTED: constexpr,
+    SIZE: constexpr,
+    TILE: constexpr,
+):
+    b = tl.program_id(0)
+    count = tl.load(n_drafts + b)
+    start = tl.load(first + b).to(tl.int32)
+    draws = tl.load(key) + STREAM
+
+    # a draft holds with min(1, p / q)
+    held = 0
+    for k in tl.static_range(K):
+        d = tl.load(drafts + b * K + k).to(tl.int32)
+        row = (b * T + tl.minimum(start + k, T - 1)).to(tl.int64)
+        mine = (b * K + k).to(tl.int64)
+        its_cut = cut + (b * (K + 1) + k) * 4
+        p = _weight(tl.load(logits + row * V + d).to(tl.float32), d, its_cut, temperature) / tl.load(its_cut + 3)
+        q = _weight(tl.load(draft_logits + mine * V + d).to(tl.float32), d, draft_cut + mine * 4, temperature)
+        luck = tl.rand(draws, b * K + k)
+        holds = (k < count) & (luck * q < p * tl.load(draft_cut + mine * 4 + 3)) & (held == k)
+        held += holds.to(tl.int32)
+    tl.store(n_accepted + b, held.to(tl.int64))
+    chosen = tl.load(token + b * (K + 1) + held)
+
+    # in place of the first that fails comes a draw from what p has more than q
+    if held < count:
+        at = (b * T + tl.minimum(start + held, T - 1)).to(tl.int64)
+        failed = (b * K + held).to(tl.int64)
+        row_p = b * (K + 1) + held
+        cut += row_p * 4
+        draft_cut += failed * 4
+        fastest = -1.0
+        winner = 0
+        for first_token in range(0, V if not BY_GROUP else 1, TILE):
+            i = _tokens(group + row_p * LISTED if BY_GROUP else None, first_token, LISTED, GROUP, TILE)
+            share_p = _weight(_logits_of(logits, at, i, V), i, cut, temperature) / tl.load(cut + 3)     # [TILE]
+            share_q = _weight(_logits_of(draft_logits, failed, i, V), i, draft_cut, temperature)
+            more = share_p - share_q / tl.load(draft_cut + 3)
+            fastest, winner = _race(more, i, draws + 1, b * (GROUPS * GROUP), fastest, winner)
+        if fastest > 0:                # p equals q but for rounding: then a draft fails hardly ever
+            chosen = winner.to(tl.int64)
+    tl.store(out + b, chosen)
+
+@dataclasses.dataclass
+class Drawn:
+    """What draw_rows found in rows of logits (B, T, V)."""
+    token: torch.Tensor                # (B, n) int64
+    lse: torch.Tensor                  # (B, n) the row's log-sum-exp, NaN where nothing can be drawn
+    cut: torch.Tensor                  # (B, n, 4)
+    group: torch.Tensor                # (B, n, LISTED) int32, of the k largest logits
+
+def row_sizes(V, sampling):
+    """Constants of the kernels for rows of V logits."""
+    top_k = min(sampling.top_k or V, V)
+    by_group = top_k <= MOST_GROUPS and top_k < V
+    listed = triton.next_power_of_2(top_k) if by_group else 1
+    size = listed * GROUP if by_group else max(GROUP, triton.next_power_of_2(V))
+    return dict(
+        BY_GROUP=by_group,
+        GROUP=GROUP,
+        GROUPS=triton.next_power_of_2(triton.cdiv(V, GROUP)),
+        LISTED=listed,
+        SIZE=size,
+        TILE=size if by_group else min(size, 4096),
+        num_warps=16 if size > 8192 else 8)
+
+def draw_rows(logits, sampling, key, stream, n=1, first=None, allowed=None):
+    """Cut rows of logits as truncate_logits does, and draw a token of each.
+
+    logits   (B, T, V)
+    key      (1,) int64 of the random numbers
+    stream   0 to STREAMS - 1: of this launch
+    n        rows of a sequence
+    first    (B,) the token of each sequence whose logits are its first row, or None: 0; past T - 1 the last one's
+    allowed  (B, V) bool, what a first row may draw, or None
+    -> Drawn
+    """
+    B, T, V = logits.shape
+    device = logits.device
+    chunks = triton.cdiv(V, CHUNK)
+    sizes = row_sizes(V, sampling)
+    peak = torch.empty(B * n, triton.cdiv(V, GROUP), device=device)
+    stat = torch.empty(B * n, chunks, 2, device=device)
+    found = Drawn(
+        token=torch.empty(B, n, dtype=torch.int64, device=device),
+        lse=torch.empty(B, n, device=device),
+        cut=torch.empty(B, n, CUT, device=device),
+        group=torch.empty(B, n, sizes["LISTED"], dtype=torch.int32, device=device))
+    _peaks_kernel[chunks, B * n](
+        logits=logits, first=first, allowed=allowed, peak=peak, stat=stat,
+        T=T, V=V, N=n, GROUP=GROUP, CHUNK=CHUNK, num_warps=4)
+
+    top_k = min(sampling.top_k or V, V)
+    _draw_kernel[B * n,](
+        logits=logits, first=first, allowed=allowed, key=key, peak=peak, stat=stat,
+        token=found.token, lse=found.lse, cut=found.cut, group=found.group,
+        T=T, V=V, N=n, chunks=chunks,
+        temperature=max(sampling.temperature, torch.finfo(torch.float32).tiny),
+        top_p=float(sampling.top_p),
+        top_k=top_k,
+        GREEDY=sampling.temperature == 0,
+        BY_K=top_k < V,
+        BY_P=sampling.top_p < 1,
+        STREAM=stream,
+        CHUNKS=triton.next_power_of_2(chunks),
+        **sizes)
+    return found
+
+def verify_rows(logits, first, drawn, drafts, draft_logits, draft_cut, n_drafts, sampling, key, stream):
+    """`verify` above temperature 0, of rows that draw_rows has cut and drawn from.
+
+    logits, first            of the model: as given to draw_rows
+    drawn                    its result, for n = K + 1
+    drafts                   (B, K) int64
+    draft_logits, draft_cut  (B, K, V) and (B, K, 4), that they were drawn from
+    n_drafts                 (B,) int64
+    key, stream              as in draw_rows; stream + 1 is used too
+    -> n_accepted (B,), token (B,)
+    """
+    B, T, V = logits.shape
+    n_accepted = torch.empty_like(n_drafts)
+    out = torch.empty_like(n_drafts)
+    _verify_kernel[B,](
+        logits=logits, first=first, cut=drawn.cut, group=drawn.group, token=drawn.token, drafts=drafts,
+        draft_logits=draft_logits, draft_cut=draft_cut, n_drafts=n_drafts, key=key, n_accepted=n_accepted, out=out,
+        T=T, V=V,
+        temperature=max(sampling.temperature, torch.finfo(torch.float32).tiny),
+        K=drafts.size(1),
+        STREAM=stream,
+        **row_sizes(V, sampling))
+    return n_accepted, out
 
 # ---- the generation loop -------------------------------------------------------------------------
 # One loop generates for all: each row of the batch is a player, a coroutine that says which tokens to feed, and is sent
@@ -1308,12 +1709,13 @@ class Decoder:
     """A model, the cache of some rows, and the step that reads tokens of each row and draws the next.
 
     On a GPU a step of few tokens is one CUDA graph of the kernels of model.DecodeWeights: nothing in it depends on the
-    host, and its shapes are static, for which rows that have ended stay in the batch.
+    host, and its shapes are static, for which rows that have ended stay in the batch. While the host reads what a step
+    has drawn, the next one runs already, on the tokens drawn: where a row is fed something else, it is forgotten.
     """
 
     def __init__(self, model, rows, capacity, sampling, speculate=0, index_warmup=False, record=None, kernels=None):
-        """capacity: tokens of a row, drafts not included; record: as of `play`; kernels: whether to compute steps with
-        DecodeWeights, default: on a GPU. ValueError for drafts by a model without an MTP module."""
+        """capacity: tokens of a row, drafts not included; record: as of `play`; kernels: whether steps are as on a GPU,
+        default: on a GPU. ValueError for drafts by a model without an MTP module."""
         if speculate and not model.mtp:
             raise ValueError(f"speculate {speculate}: the model has no MTP module to draft with")
         self.model = model
@@ -1323,14 +1725,29 @@ class Decoder:
         self.record = record
         self.n_stale = 0               # slots at a row's end that the MTP modules have not read
         self.on_gpu = model.embed.weight.is_cuda
-        if speculate:
-            capacity += speculate + len(model.mtp) + 1
-        self.cache = KVCache(model.cfg, rows, capacity, model.embed.weight.device, model.dtype, history=speculate > 0)
+        slots = capacity
+        if speculate:                  # drafts, and those of a step that is forgotten
+            slots += 2 * (speculate + 1) + len(model.mtp)
+        self.cache = KVCache(model.cfg, rows, slots, model.embed.weight.device, model.dtype, history=speculate > 0)
         self.weights = None
         widest = 1 + speculate + (len(model.mtp) if speculate else 0)
         if kernels or kernels is None and self.on_gpu and widest <= NEW:
-            self.weights = DecodeWeights(model, self.cache.capacity)
-        self.graphs = {}               # of steps, by their shapes
+            self.weights = DecodeWeights(model, slots, capacity)
+
+        # steps as graphs, by their shapes; what they work on; the one that runs ahead
+        self.graphs = {}
+        self.length = None             # of the cache; made by the first step, when there are all rows
+        self.before = None             # the same, before the last step
+        self.last = None               # tokens drawn last
+        self.ahead = None
+
+        # random numbers of the kernels
+        self.key = None
+        self.n_draws = 0               # launches of a step that have drawn
+        if self.weights is not None and self.on_gpu:
+            generator = sampling.generator
+            home = None if generator is None else generator.device
+            self.key = torch.randint(2 ** 62, (1,), generator=generator, device=home).to(model.embed.weight.device)
 
     def read(self, idx, n_logits):
         """idx (B, T) -> logits, aux; the cache holds them."""
@@ -1345,13 +1762,16 @@ class Decoder:
         return logits, aux
 
     def draw_draft(self, logits):
-        """(B, V) -> token (B,), its distribution (B, V), or None where drafts are greedy."""
+        """(B, V) -> token (B,), and what it was drawn from: (B, V), by kernels its logits and cut, greedy None."""
         sampling = self.sampling
+        if self.key is not None:
+            self.n_draws += 1
+            drawn = draw_rows(logits[:, None], sampling, self.key, stream=self.n_draws)
+            return drawn.token[:, 0], (logits, drawn.cut[:, 0])
         if sampling.temperature == 0:
             return logits.argmax(-1), None
-        q = truncate_logits(logits, sampling.temperature, sampling.top_p, sampling.top_k, check=not self.on_gpu)
-        q = q.softmax(-1)
-        return draw(q, sampling.generator), q
+        q = truncate_logits(logits, sampling.temperature, sampling.top_p, sampling.top_k).softmax(-1)
+        return torch.multinomial(q, 1, generator=sampling.generator)[:, 0], q
 
     def draft(self, token, n, n_stale, weights):
         return self.model.draft(self.cache, token, n, n_stale, self.draw_draft, self.index_warmup, weights)
@@ -1366,111 +1786,263 @@ class Decoder:
         n_accepted (B,): drafts that hold; aux. K is T - 1 with drafts, 0 without.
         """
         T = fed.size(1)
-        if n_drafts is not None and self.weights is not None:
-            if self.n_stale > T:       # a prompt: the kernels are for few tokens
-                self.draft(fed[:, 0], len(self.model.mtp), min(self.n_stale, self.cache.used), None)
-            self.n_stale = T           # the window of every step, of one shape
-        if self.weights is None or not self.on_gpu:
-            return self.compute(fed, n_fed, n_drafts, allowed)
+        device = self.cache.length.device
+        if self.weights is None:
+            inputs = [None if x is None else x.to(device) for x in (fed, n_fed, n_drafts, allowed)]
+            return self.compute(*inputs)
+
+        if self.length is None:
+            self.length = self.cache.length.clone()
+            self.before = self.length.clone()
+            self.last = torch.zeros_like(self.length, dtype=torch.int64)
+        if n_drafts is not None and self.n_stale > T:  # a prompt: the kernels are for few tokens
+            self.forget()
+            self.draft(fed[:, 0].to(device), len(self.model.mtp), min(self.n_stale, self.cache.used), None)
         key = (T, n_drafts is None, allowed is None)
         if key not in self.graphs:
-            self.graphs[key] = StepGraph(self, fed, n_fed, n_drafts, allowed)
-        return self.graphs[key].replay(fed, n_fed, n_drafts, allowed)
+            self.forget()
+            self.graphs[key] = StepGraph(self, T, n_drafts is not None, allowed)
+        graph = self.graphs[key]
+
+        # this step, which may have run ahead, and the next one
+        asked = graph.ask(fed, n_fed, n_drafts)
+        ahead = self.ahead
+        if ahead is not None and ahead.graph is graph and self.cache.length is self.length and ahead.fits(fed, n_fed):
+            turn = ahead.turn
+            self.ahead = None
+        else:
+            self.forget()
+            turn = graph.launch(asked, allowed)
+        is_steady = allowed is None and self.record is None and n_fed.max() == 1
+        if is_steady:
+            next_turn = graph.launch(graph.ask_ahead(asked))
+
+        drawn, logprobs, n_accepted = graph.hear(turn)
+        n_accepted = torch.where(n_fed > 0, n_accepted, 0)
+        if is_steady:
+            self.ahead = Ahead(graph, next_turn, drawn.gather(1, n_accepted[:, None])[:, 0], n_fed)
+        self.cache.used += T
+        self.n_stale = T if n_drafts is not None else self.n_stale + T
+        return drawn, logprobs, n_accepted, graph.aux
+
+    def forget(self):
+        """Undo the step that runs ahead, if there is one. The cache's length is self.length then."""
+        if self.wait():
+            self.length.copy_(self.before)
+        if self.cache.length is not self.length:  # a crop made a new tensor
+            self.length.copy_(self.cache.length)
+            self.cache.length = self.length
+
+    def wait(self):
+        """Wait for the step that runs ahead, whose result nobody wants -> whether there was one."""
+        ahead = self.ahead
+        self.ahead = None
+        if ahead is not None:
+            ahead.graph.wait(ahead.turn)
+        return ahead is not None
 
     def compute(self, fed, n_fed, n_drafts, allowed):
         """`step`, with no word to the host where it runs on a GPU."""
-        cache, sampling = self.cache, self.sampling
+        cache = self.cache
         T = fed.size(1)
         drafts = fed[:, :0]
-        draft_probs = None
+        drawn_from = []                # each draft's distribution
         if n_drafts is None:
             n_drafts = torch.zeros_like(n_fed)
         else:
             n_stale = self.n_stale     # of a graph: one number for all of its steps
             if self.weights is None:   # what rows have dropped again may have been more
                 n_stale = min(n_stale, cache.used)
-            drafts, draft_probs = self.draft(fed[:, 0], T - 1, n_stale, self.weights)
+            drafts, drawn_from = self.draft(fed[:, 0], T - 1, n_stale, self.weights)
             self.n_stale = 0
             behind = torch.where(n_drafts[:, None] > 0, drafts, fed[:, 1:])
             fed = torch.cat([fed[:, :1], behind], 1)
 
-        # one forward for all; then the logits after the last token that counts, and after each draft
+        # logits of the last token that is fed, and of each draft
         start = cache.length
         logits, aux = self.read(fed, T)
+        first = (n_fed - 1).clamp(min=0)
+        if self.key is None:
+            n_accepted, drawn, logprobs = self.draw(logits, first, drafts, drawn_from, n_drafts, allowed)
+        else:
+            n_accepted, drawn, logprobs = self.draw_by_kernels(logits, first, drafts, drawn_from, n_drafts, allowed)
+        cache.length = (start + n_fed + n_accepted).int()
+        return drawn, logprobs, n_accepted, aux
+
+    def draw(self, logits, first, drafts, drawn_from, n_drafts, allowed):
+        """logits (B, T, V), those of row b's draft k at first[b] + k -> n_accepted, drawn, logprobs: see `step`."""
+        sampling = self.sampling
+        T = logits.size(1)
+        K = drafts.size(1)
         if T > 1:
-            place = (n_fed - 1)[:, None] + torch.arange(drafts.size(1) + 1, device=fed.device)
-            place = place.clamp(0, T - 1)[..., None]
+            place = first[:, None] + torch.arange(K + 1, device=first.device)
+            place = place.clamp(max=T - 1)[..., None]
             logits = logits.gather(1, place.expand(-1, -1, logits.size(2)))
         logits = widen(logits)                                                                        # (B, K + 1, V)
         logprobs = logits.log_softmax(-1)
         if allowed is not None:
-            first = logits[:, :1].masked_fill(~allowed[:, None], float("-inf"))
-            logits = torch.cat([first, logits[:, 1:]], 1)
+            first_row = logits[:, :1].masked_fill(~allowed[:, None], -math.inf)
+            logits = torch.cat([first_row, logits[:, 1:]], 1)
 
+        draft_probs = None
+        if K and sampling.temperature:
+            draft_probs = torch.stack(drawn_from, 1)
         n_accepted, token = verify(logits, drafts, draft_probs, n_drafts, sampling.temperature, sampling.top_p,
-                                   sampling.top_k, sampling.generator, check=self.weights is None or not self.on_gpu)
+                                   sampling.top_k, sampling.generator)
         drawn = F.pad(drafts, (0, 1)).scatter(1, n_accepted[:, None], token[:, None])
-        cache.length = (start + n_fed + n_accepted).int()
-        return drawn, logprobs.gather(2, drawn[..., None])[..., 0], n_accepted, aux
+        return n_accepted, drawn, logprobs.gather(2, drawn[..., None])[..., 0]
+
+    def draw_by_kernels(self, logits, first, drafts, drawn_from, n_drafts, allowed):
+        """As `draw`. Nothing is refused: where nothing can be drawn logprobs are NaN."""
+        sampling = self.sampling
+        B, T, V = logits.shape
+        K = drafts.size(1)
+        rows = draw_rows(logits, sampling, self.key, 0, K + 1, first, allowed)
+        if K == 0 or sampling.temperature == 0:
+            n_accepted, token = verify_greedily(rows.token, drafts, n_drafts)
+        else:
+            draft_logits, draft_cuts = zip(*drawn_from)
+            n_accepted, token = verify_rows(
+                logits, first, rows, drafts, torch.stack(draft_logits, 1), torch.stack(draft_cuts, 1), n_drafts, sampling,
+                self.key, stream=self.n_draws + 1)
+        self.key += STREAMS
+        self.n_draws = 0
+
+        drawn = F.pad(drafts, (0, 1)).scatter(1, n_accepted[:, None], token[:, None])
+        place = (first[:, None] + torch.arange(K + 1, device=first.device)).clamp(max=T - 1)
+        logprobs = logits.flatten(1).gather(1, place * V + drawn) - rows.lse
+        return n_accepted, drawn, logprobs
+
+@dataclasses.dataclass
+class Ahead:
+    """A step that was launched before the host knew what the one before has drawn."""
+    graph: "StepGraph"
+    turn: int                          # of the graph's two buffers
+    tokens: torch.Tensor               # (B,) what it was fed, by row
+    n_fed: torch.Tensor                # (B,) 1, or 0 in rows that had ended
+
+    def fits(self, fed, n_fed):
+        """Whether rows are now to be fed that; what it was fed in a row that has ended meanwhile does not matter."""
+        same = (n_fed == 1) & (self.n_fed == 1) & (fed[:, 0] == self.tokens)
+        return bool((same | (n_fed == 0)).all())
 
 class StepGraph:
-    """A Decoder's step as a CUDA graph: its inputs and outputs lie where they lay when it was captured."""
+    """A Decoder's step as a CUDA graph (on a CPU as a function): its inputs and outputs lie where they lay when it was
+    captured. The host's copies of them are two of each, in turn."""
 
-    def __init__(self, decoder, *inputs):
-        """inputs: of Decoder.step. The first step runs here, twice, to compile its kernels; it leaves the cache's length
-        as it was."""
-        length = decoder.cache.length
+    def __init__(self, decoder, T, has_drafts, allowed):
+        rows = len(decoder.length)
+        device = decoder.length.device
+        n_drawn = T if has_drafts else 1
         self.decoder = decoder
-        self.inputs = [None if x is None else x.clone() for x in inputs]
-        self.length = length.clone()
-        state = decoder.cache.used, decoder.n_stale
-        generator = decoder.sampling.generator
+        self.T = T
+        self.has_drafts = has_drafts
+        self.asked = torch.zeros(rows, T + 3, dtype=torch.int64, device=device)  # see `ask`
+        self.allowed = None if allowed is None else torch.ones_like(allowed, device=device)
+        self.told = torch.zeros(rows, 1 + 2 * n_drawn, dtype=torch.int64, device=device)  # n_accepted, drawn, logprobs
+        self.aux = {}
 
-        def compute():
-            decoder.cache.length = self.length
-            decoder.cache.used, decoder.n_stale = state
-            drawn, logprobs, n_accepted, aux = decoder.compute(*self.inputs)
-            is_valid = logprobs[:, :1].isfinite().to(torch.float64)
-            numbers = [n_accepted[:, None], drawn, logprobs, is_valid]
-            return torch.cat([x.double() for x in numbers], 1), aux
+        # on the host
+        self.turn = 0
+        self.sent = [on_host(self.asked) for _ in range(2)]
+        self.heard = [on_host(self.told) for _ in range(2)]
+        self.done = [torch.cuda.Event() if self.asked.is_cuda else None for _ in range(2)]
 
-        # warm up on a stream of its own, as a capture wants
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                compute()
-        torch.cuda.current_stream().wait_stream(stream)
+        # capture, which computes: then all is as before
+        state = decoder.length.clone(), decoder.last.clone()
+        self.replay = captured(self.compute, device)
+        decoder.length.copy_(state[0])
+        decoder.last.copy_(state[1])
 
-        self.graph = torch.cuda.CUDAGraph()
-        if generator is not None:
-            self.graph.register_generator_state(generator)
-        with torch.cuda.graph(self.graph):
-            self.numbers, self.aux = compute()
-            self.length.copy_(decoder.cache.length)
-        decoder.cache.length = length
-        decoder.cache.used, decoder.n_stale = state
-
-    def replay(self, *inputs):
-        """-> as of Decoder.step, on the host. ValueError where nothing could be drawn."""
+    def compute(self):
+        """`Decoder.compute` of what was asked."""
         decoder = self.decoder
-        for mine, x in zip(self.inputs, inputs):
-            if mine is not None:
-                mine.copy_(x)
-        if decoder.cache.length is not self.length:  # a crop made a new tensor
-            self.length.copy_(decoder.cache.length)
-        self.graph.replay()
-        T = inputs[0].size(1)
-        decoder.cache.length = self.length
-        decoder.cache.used += T
-        decoder.n_stale = T if inputs[2] is not None else decoder.n_stale + T
+        cache = decoder.cache
+        fed, n_fed, n_drafts, follows = self.asked.split([self.T, 1, 1, 1], 1)
+        first = torch.where(follows > 0, decoder.last[:, None], fed[:, :1])
+        fed = torch.cat([first, fed[:, 1:]], 1)
+        n_drafts = n_drafts[:, 0] if self.has_drafts else None
 
-        numbers = self.numbers.cpu()   # one copy, for which the host waits
-        if not numbers[:, -1].all():
+        state = cache.used, decoder.n_stale
+        decoder.before.copy_(decoder.length)
+        cache.length = decoder.length
+        decoder.n_stale = self.T       # the window of every step with drafts, of one shape
+        drawn, logprobs, n_accepted, self.aux = decoder.compute(fed, n_fed[:, 0], n_drafts, self.allowed)
+        decoder.length.copy_(cache.length)
+        cache.length = decoder.length
+        cache.used, decoder.n_stale = state
+
+        decoder.last.copy_(drawn.gather(1, n_accepted[:, None])[:, 0])
+        bits = logprobs.double().view(torch.int64)
+        self.told.copy_(torch.cat([n_accepted[:, None], drawn, bits], 1))
+
+    def ask(self, fed, n_fed, n_drafts):
+        """-> (B, T + 3) of tokens to feed, how many of them count, drafts, and whether the token drawn last comes in
+        place of the first."""
+        none = torch.zeros_like(n_fed)
+        if n_drafts is None:
+            n_drafts = none
+        return torch.cat([fed, n_fed[:, None], n_drafts[:, None], none[:, None]], 1)
+
+    def ask_ahead(self, asked):
+        """The step after that: a row that is fed one token is fed the one drawn last."""
+        ahead = asked.clone()
+        n_fed = asked[:, -3]
+        if self.has_drafts:
+            ahead[:, -2] = n_fed * (self.T - 1)
+        ahead[:, -1] = n_fed
+        return ahead
+
+    def wait(self, turn):
+        if self.done[turn] is not None:
+            self.done[turn].synchronize()
+
+    def launch(self, asked, allowed=None):
+        """-> turn, for `hear`."""
+        turn = self.turn
+        self.turn = 1 - turn
+        self.sent[turn].copy_(asked)
+        self.asked.copy_(self.sent[turn], non_blocking=True)
+        if allowed is not None:
+            self.allowed.copy_(allowed)
+        self.replay()
+        self.heard[turn].copy_(self.told, non_blocking=True)
+        if self.done[turn] is not None:
+            self.done[turn].record()
+        return turn
+
+    def hear(self, turn):
+        """Wait for what was launched -> drawn, logprobs, n_accepted, as of Decoder.step, on the host. ValueError where
+        nothing could be drawn."""
+        self.wait(turn)
+        n_drawn = self.told.size(1) // 2
+        n_accepted, drawn, bits = self.heard[turn].clone().split([1, n_drawn, n_drawn], 1)
+        logprobs = bits.contiguous().view(torch.float64)
+        if logprobs[:, 0].isnan().any():
             raise ValueError("logits with NaN or +inf among them, or all -inf: nothing can be drawn from them")
-        K = (numbers.size(1) - 3) // 2
-        n_accepted, drawn, logprobs, _ = numbers.split([1, K + 1, K + 1, 1], 1)
-        return drawn.long(), logprobs, n_accepted[:, 0].long(), self.aux
+        return drawn, logprobs, n_accepted[:, 0]
+
+def on_host(x):
+    """A copy of a tensor for the host to read and write while a GPU works."""
+    return x.cpu().pin_memory() if x.is_cuda else x.clone()
+
+def captured(compute, device):
+    """A function of static inputs and outputs, which it computes twice -> one that replays it as a CUDA graph, or on a CPU
+    itself."""
+    if device.type != "cuda":
+        return compute
+
+    # on a stream of its own, as a capture wants
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            compute()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        compute()
+    return graph.replay
 
 @torch.no_grad()
 def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0, allowed=None, index_warmup=False,
@@ -1508,43 +2080,45 @@ def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0,
     prefill(decoder, rows, leaders, record)
     cache = decoder.cache
 
-    while rows:
-        # what each row reads: its next tokens, and drafts behind a single one
-        may_draft = [speculate > 0 and len(row.feed) == 1 and row.length > 0 for row in rows]
-        T = 1 + speculate if any(may_draft) else min(1 + speculate, max(len(row.feed) for row in rows))
-        feeds = [row.feed[:T] for row in rows]
-        n_fed = [len(feed) for feed in feeds]
-        fed = torch.tensor([feed + [0] * (T - len(feed)) for feed in feeds], device=device)
-        n_drafts = None
-        if any(may_draft):
-            n_drafts = torch.tensor([speculate if may else 0 for may in may_draft], device=device)
-        first_allowed = None
-        if allowed is not None and not all(row.has_drawn for row in rows):
-            has_drawn = torch.tensor([row.has_drawn for row in rows], device=device)
-            first_allowed = allowed.to(device) | has_drawn[:, None]
-        n_counted = torch.tensor(n_fed, device=device)
-        drawn, logprobs, n_accepted, aux = decoder.step(fed, n_counted, n_drafts, first_allowed)
+    try:
+        while rows:
+            # what each row reads: its next tokens, and drafts behind a single one
+            may_draft = [speculate > 0 and len(row.feed) == 1 and row.length > 0 for row in rows]
+            T = 1 + speculate if any(may_draft) else min(1 + speculate, max(len(row.feed) for row in rows))
+            feeds = [row.feed[:T] for row in rows]
+            n_fed = [len(feed) for feed in feeds]
+            fed = torch.tensor([feed + [0] * (T - len(feed)) for feed in feeds])
+            n_drafts = None
+            if any(may_draft):
+                n_drafts = torch.tensor([speculate if may else 0 for may in may_draft])
+            first_allowed = None
+            if allowed is not None and not all(row.has_drawn for row in rows):
+                has_drawn = torch.tensor([row.has_drawn for row in rows])
+                first_allowed = allowed.cpu() | has_drawn[:, None]
+            drawn, logprobs, n_accepted, aux = decoder.step(fed, torch.tensor(n_fed), n_drafts, first_allowed)
 
-        # each row hears of it
-        notes = record(aux) if record else [[]] * len(rows)
-        held = n_accepted.tolist()
-        filled = [row.length + n + more for row, n, more in zip(rows, n_fed, held)]
-        news = zip(n_fed, held, drawn.tolist(), logprobs.tolist(), notes)
-        for row, (n, more, tokens, scores, note) in zip(rows, news):
-            row.hear(n, tokens[:more + 1], scores[:more + 1], list(note))
-        if accepted is not None:
-            accepted += [more for more, may in zip(held, may_draft) if may]
+            # each row hears of it
+            notes = record(aux) if record else [[]] * len(rows)
+            held = n_accepted.tolist()
+            filled = [row.length + n + more for row, n, more in zip(rows, n_fed, held)]
+            news = zip(n_fed, held, drawn.tolist(), logprobs.tolist(), notes)
+            for row, (n, more, tokens, scores, note) in zip(rows, news):
+                row.hear(n, tokens[:more + 1], scores[:more + 1], list(note))
+            if accepted is not None:
+                accepted += [more for more, may in zip(held, may_draft) if may]
 
-        # the cache follows: what was dropped of a context, and rows that are over
-        kept = [row.length for row in rows]
-        cache.used = max(filled)
-        if kept != filled:
-            cache.crop(torch.tensor(kept, dtype=torch.int32, device=device))
-        alive = [i for i, row in enumerate(rows) if row.feed]
-        if not alive or len(alive) < len(rows) and not decoder.graphs:
-            rows = [rows[i] for i in alive]
-            cache.select(torch.tensor(alive, dtype=torch.int64, device=device))
-        yield
+            # the cache follows: what was dropped of a context, and rows that are over
+            kept = [row.length for row in rows]
+            cache.used = max(filled)
+            if kept != filled:
+                cache.crop(torch.tensor(kept, dtype=torch.int32, device=device))
+            alive = [i for i, row in enumerate(rows) if row.feed]
+            if not alive or len(alive) < len(rows) and not decoder.graphs:
+                rows = [rows[i] for i in alive]
+                cache.select(torch.tensor(alive, dtype=torch.int64, device=device))
+            yield
+    finally:
+        decoder.wait()
 
 def lockstep(*args, **options):
     """`play` to its end."""
@@ -1613,7 +2187,6 @@ def generate(model, prompts, max_new_tokens, n_samples=1, temperature=1.0, top_p
     ValueError for no prompt, an empty one, one that exceeds the context or the vocabulary, and what `play` refuses.
     """
     check_prompts(prompts, n_samples, model.cfg)
-    device = model.embed.weight.device
     rows = [prompt for prompt in prompts for _ in range(n_samples)]
     longest = max(map(len, rows))
     capacity = min(model.cfg.max_seq_len, longest + max_new_tokens)
@@ -1628,7 +2201,7 @@ def generate(model, prompts, max_new_tokens, n_samples=1, temperature=1.0, top_p
     def column(t):
         pairs = [out[t] if t < len(out) else (-1, math.nan) for out in outs]
         tokens, logprobs = zip(*pairs)
-        return torch.tensor(tokens, device=device), torch.tensor(logprobs, device=device)
+        return torch.tensor(tokens), torch.tensor(logprobs)
 
     t = 0
     for _ in play(model, players, n_samples, sampling, None, speculate, allowed, index_warmup, capacity, accepted):

@@ -1638,7 +1638,7 @@ def test_no_spills_for_sm_90():
     assert run.returncode == 0, run.stderr[-2000:]
     kernels = last_json(run.stdout)
 
-    sources = [(HERE / name).read_text(encoding="utf-8") for name in ("msa.py", "moe.py", "model.py")]
+    sources = [(HERE / name).read_text(encoding="utf-8") for name in ("msa.py", "moe.py", "model.py", "sample.py")]
     written = re.findall(r"^def (_\w+_kernel)", "\n".join(sources), re.M)
     assert {name for name, *_ in kernels} == set(written)
 
@@ -4573,14 +4573,29 @@ def test_generate_batches_ragged_prompts():
 @parametrize("attn", ["full", "msa"])
 @parametrize("speculate", [0, 1, 3])
 def test_steps_by_decode_weights_change_no_word(attn, speculate):
-    """A loop whose steps are DecodeWeights', as on a GPU, gives the text of one that calls forward."""
+    """A loop whose steps are as on a GPU, by DecodeWeights and one step ahead, gives the text of one that calls forward."""
     torch.manual_seed(1)
     model = MiniMax(small_config(n_mtp=2, attn_types=["full", attn, attn])).double().eval()
     prompts = [[1, 2, 3], [5], [7, 8, 9, 10, 11] * 3]
 
+    def restless(prompt, out):
+        """Drops what it has read, and feeds something else than what was drawn, now and then."""
+        kept = 0
+        feed = prompt
+        for n in range(15):
+            token, logprob, _ = yield kept, feed
+            out.append((token, logprob))
+            kept += len(feed)
+            feed = [token]
+            if n % 5 == 4:
+                kept -= 2
+                feed = [n, token]
+
     def text(speculate, kernels):
         outs = [[] for _ in prompts]
         players = [sample.continue_row(prompt, 20, (), out) for prompt, out in zip(prompts, outs)]
+        outs.append([])
+        players.append(restless([4, 5], outs[-1]))
         greedy = sample.Sampling(temperature=0)
         sample.lockstep(model, players, 1, greedy, speculate=speculate, capacity=48, kernels=kernels)
         return [[token for token, _ in out] for out in outs]
@@ -4920,6 +4935,186 @@ def test_verified_drafts_have_the_plain_distribution(settings, greedy_drafts):
 
     assert chance(triples, share) > BY_LUCK
     assert chance(triples // 25, share.view(5, 25).sum(1)) > BY_LUCK
+
+KERNEL_KEY = torch.tensor([12345])
+
+def cut_shares(logits, cut, temperature):
+    """The probabilities (R, V) that a cut (R, 4) of the draw kernel says rows of logits have."""
+    largest, least, last, total = cut.split(1, 1)
+    x = (logits - largest) / max(temperature, torch.finfo(torch.float32).tiny)
+    kept = (x > least) | ((x == least) & (torch.arange(x.size(1), device=x.device) <= last))
+    return torch.where(kept, x.exp() / total, 0)
+
+CUTS = [(1.0, 1.0, None), (0.7, 1.0, 5), (1.3, 0.8, None), (0.9, 0.65, 10), (0.8, 0.95, 40), (1.0, 1e-4, None),
+        (1e-30, 0.9, 7)]
+
+@parametrize("settings", CUTS, ids=str)
+def test_draw_kernel_cuts_as_truncate_logits(settings, monkeypatch):
+    """Whole logits with ties, all equal ones, and some of -inf: the kernels' cut gives truncate_logits' shares. There are
+    five groups of peaks in two chunks, or 3 of which top-k lists 5."""
+    needs_interpreter()
+    V = 37
+    monkeypatch.setattr(sample, "GROUP", 8 if settings[2] == 10 else 16)
+    monkeypatch.setattr(sample, "CHUNK", 32)
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(3, 2, V)
+    logits[0, 0] = logits[0, 0].round()
+    logits[1, 1] = 0
+    logits[2, 0, :9] = -math.inf
+    with poisoned():
+        drawn = sample.draw_rows(logits, sample.Sampling(*settings), KERNEL_KEY, 1, n=2)
+
+    rows = logits.flatten(0, 1)
+    want = sample.truncate_logits(rows, *settings).softmax(-1)
+    assert worst_of((cut_shares(rows, drawn.cut.flatten(0, 1), settings[0]), drawn.lse.flatten()),
+                    (want, rows.logsumexp(-1))) < 1e-6
+    assert (want.gather(1, drawn.token.view(-1, 1)) > 0).all()
+
+def test_draw_kernel_is_told_what_to_read():
+    """The greedy token of the right row, what is allowed there, a NaN or +inf, or nothing allowed: lse is NaN."""
+    needs_interpreter()
+    torch.manual_seed(0)
+    logits = torch.randn(4, 3, 20)
+    logits[1, 2, 3] = math.nan
+    logits[2, 1, 3] = math.inf
+    allowed = torch.ones(4, 20, dtype=torch.bool)
+    allowed[0, logits[0, 1].argmax()] = False
+    allowed[3] = False
+    greedy = sample.Sampling(temperature=0)
+    first = torch.tensor([1, 2, 1, 0])
+    drawn = sample.draw_rows(logits, greedy, KERNEL_KEY, 0, 2, first, allowed)
+    token, lse = drawn.token, drawn.lse
+
+    assert token[0, 0] == logits[0, 1].topk(2).indices[1]
+    assert token[0, 1] == logits[0, 2].argmax()
+    assert token[3, 1] == logits[3, 1].argmax()
+    assert lse.isnan().tolist() == [[False, False], [True, True], [True, False], [True, False]]
+    assert worst(lse[0], logits[0, 1:].logsumexp(-1)) < 1e-6
+
+@parametrize("top_k", [None, 3])
+def test_verify_kernel_at_its_ends(top_k, monkeypatch):
+    """p = q: all drafts that count hold. p and q share no token: none does, and the next token is one of p's."""
+    needs_interpreter()
+    monkeypatch.setattr(sample, "GROUP", 2)
+    monkeypatch.setattr(sample, "CHUNK", 4)
+    B, K, V = 6, 2, 8
+    torch.manual_seed(0)
+    plain = sample.Sampling(top_k=top_k)
+    p = torch.randn(B, K + 1, V)
+    q = p[:, :K].clone()
+    n_drafts = torch.tensor([0, 1, 2, 2, 2, 2])
+
+    def verified(p, q):
+        first = torch.zeros(B, dtype=torch.int64)
+        drafted = sample.draw_rows(q, plain, KERNEL_KEY, 1, K)
+        drawn = sample.draw_rows(p, plain, KERNEL_KEY, 2, K + 1)
+        found = sample.verify_rows(p, first, drawn, drafted.token, q, drafted.cut, n_drafts, plain, KERNEL_KEY, 3)
+        return drawn.token, *found
+
+    token, held, last = verified(p, q)
+    assert torch.equal(held, n_drafts)
+    assert torch.equal(last, token.gather(1, held[:, None])[:, 0])
+
+    p[:, :, ::2] = -math.inf
+    q[:, :, 1::2] = -math.inf
+    _, held, last = verified(p, q)
+    assert (held == 0).all()
+    assert (last % 2 == 1).all()
+
+@gpu
+@parametrize("settings", CUTS[:5], ids=str)
+def test_kernels_draw_and_verify_the_plain_distribution(settings):
+    """On a GPU, 20,000 rounds on a chain of 5 tokens, see above; and the cut of 50,304 logits is truncate_logits'."""
+    needs(torch.cuda.is_available(), "a GPU")
+    V = 5
+    K = 2
+    torch.manual_seed(0)
+    target = torch.randn(V, V) * 1.5
+    drafter = target + torch.randn(V, V)
+    p = shares_of(target, *settings)
+    target = target.cuda()
+    drafter = drafter.cuda()
+    sampling = sample.Sampling(*settings)
+    key = KERNEL_KEY.cuda()
+
+    # drafts, one in a row of the other; of four rounds one has none, one has one, and two have two
+    context = torch.zeros(ROUNDS, 1, dtype=torch.int64, device="cuda")
+    cuts = []
+    for k in range(K):
+        drafted = sample.draw_rows(drafter[context[:, -1]][:, None], sampling, key, k)
+        cuts.append(drafted.cut)
+        context = torch.cat([context, drafted.token], 1)
+    drafts = context[:, 1:].contiguous()
+    n_drafts = (torch.arange(ROUNDS, device="cuda") % 4).clamp(max=K)
+    logits = target[context]
+    drawn = sample.draw_rows(logits, sampling, key, 2, K + 1)
+    first = torch.zeros_like(n_drafts)
+    held, token = sample.verify_rows(
+        logits, first, drawn, drafts, drafter[context[:, :-1]].contiguous(), torch.cat(cuts, 1), n_drafts, sampling, key, 3)
+
+    # the drafts that held, the token after them, and plain draws
+    triple = []
+    last = torch.zeros(ROUNDS, dtype=torch.int64)
+    for place in range(3):
+        plain = draw_each(p[last])
+        last = torch.where(held.cpu() == place, token.cpu(), plain)
+        if place < K:
+            last = torch.where(held.cpu() > place, drafts[:, place].cpu(), last)
+        triple.append(last)
+    share = p[0][:, None, None] * p[:, :, None] * p[None]
+    assert chance((triple[0] * V + triple[1]) * V + triple[2], share.flatten()) > BY_LUCK
+
+    # as many logits as `small` has
+    many = 3 * torch.randn(4, 1, 50304, device="cuda")
+    drawn = sample.draw_rows(many, sampling, key, 0)
+    want = sample.truncate_logits(many[:, 0], *settings).softmax(-1)
+    got = cut_shares(many[:, 0], drawn.cut[:, 0], settings[0])
+    assert (got - want).abs().sum() < 1e-3             # at the edge of top-p the order of a sum may decide
+    assert worst(drawn.lse[:, 0], many[:, 0].logsumexp(-1)) < 1e-6
+
+@gpu
+@parametrize("attn", ["full", "msa"])
+def test_generation_on_a_gpu(attn):
+    """In bf16, by CUDA graphs: drafts, and other rows beside it, change no greedy token; a seed gives one text again;
+    logprobs are those of a forward."""
+    needs(torch.cuda.is_available(), "a GPU")
+    torch.manual_seed(1)
+    cfg = MiniMaxConfig.small(n_mtp=2, vocab_size=4096, n_layer=4, attn_types=["full", attn, attn, attn],
+                              mlp_types=["dense", "moe", "moe", "moe"])
+    with torch.device("cuda"):
+        model = MiniMax(cfg, torch.bfloat16).eval()
+    prompts = [torch.randint(0, 4096, (n,)).tolist() for n in (700, 2100, 1)]
+
+    def text(prompts, speculate=0, **settings):
+        steps = sample.generate(model, prompts, 40, speculate=speculate, **settings)
+        tokens, logprobs = zip(*steps)
+        return torch.stack(tokens, 1), torch.stack(logprobs, 1)
+
+    def check_logprobs(prompt, tokens, logprobs):
+        whole = torch.tensor([prompt + tokens.tolist()], device="cuda")
+        with torch.no_grad():
+            logits = model(whole[:, :-1], n_logits=len(tokens))[0][0].float().log_softmax(-1)
+        want = logits.gather(1, whole[0, len(prompt):, None])[:, 0].cpu()
+        assert (logprobs - want).abs().median() < 0.02                 # another order of sums in bf16
+
+    for prompt in prompts:
+        plain, logprobs = text([prompt], temperature=0)
+        check_logprobs(prompt, plain[0], logprobs[0])
+        for speculate in (1, 3):
+            assert torch.equal(text([prompt], speculate, temperature=0)[0], plain)
+
+    # rows that are not equally long, of which one ends early
+    stop = plain[0, 5].item()          # the short prompt's
+    for speculate in (0, 2):
+        tokens, logprobs = text(prompts[::2], speculate, stop=[stop])
+        read = len(prompts[0]) - 1     # tokens of the long row that are its prompt's
+        check_logprobs(prompts[0], tokens[0, read:read + 40], logprobs[0, read:read + 40])
+        ended = (tokens[1] == -1).nonzero()[0].item()
+        assert tokens[1, ended - 1] == stop or ended == 40
+        check_logprobs(prompts[2], tokens[1, :ended], logprobs[1, :ended])
+
+    drawn = [text(prompts[:1], 2, generator=torch.Generator("cuda").manual_seed(5))[0] for _ in range(2)]
+    assert torch.equal(*drawn)
 
 def test_at_temperature_0_a_draft_holds_if_it_is_the_argmax():
     """Greedy verification: 0, 1 or 2 drafts hold, then comes the argmax; a draft beyond n_drafts does not count."""
@@ -7604,9 +7799,9 @@ def greedy_with_window_n(real, queue, N, W, deadline=math.inf):
     """A window of all slots is taken for no window."""
     real(queue, N, min(N, W), deadline)
 
-def sums_by_the_batch(real, R, *args):
+def sums_by_the_batch(real, name, R, *args):
     """How many channels are summed at a time depends on the number of rows."""
-    return real(R, *args) | dict(BLOCK=32 if R == 1 else 16)
+    return real(name, R, *args) | dict(BLOCK=32 if R == 1 else 16)
 
 def draft_in_the_wrong_slot(real, x, gains, rope, cache, *args):
     """A step writes its keys and values one slot too far."""

@@ -13,14 +13,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model
 import moe
 import msa
+import sample
 
 # A kernel's parameters by their type, where it is not an array of int32: names mean the same in every kernel.
 TYPES = {
     "*bf16": "q k v qi ki scale part out dout dq dqi a b h x residual w13 w2 shared13 shared2",
     "*fp32": "lse stat index_stat delta share kl dk dv dki weight dweight loss bias factor cos sin "
-             "slack block_score run_best run_upper run_lower q_gain k_gain qi_gain ki_gain",
-    "*i64": "ends",
-    "i32": "T capacity n P V edge0 R N",
+             "slack block_score run_best run_upper run_lower q_gain k_gain qi_gain ki_gain logits peak cut draft_logits "
+             "draft_cut",
+    "*i64": "ends first key token drafts n_drafts n_accepted",
+    "*i1": "allowed",
+    "i32": "T capacity n P V edge0 R N chunks top_k",
+    "fp32": "temperature top_p",
     "tensordesc<bf16[128, 128]>": "keys",
 }
 # Sizes of M3's sparse attention, and what differs in M2's heads. S1 is S - 1, TOP the same rounded up.
@@ -34,6 +38,7 @@ def variant(name, sizes, num_warps=4, num_stages=3, maxnreg=None, types=(), **mo
     for kind, names in TYPES.items():
         values.update(dict.fromkeys(names.split(), kind))
     values.update(sizes, **more)
+    num_warps = values.pop("num_warps", num_warps)
     values.update(types)
     args = {parameter: values.get(parameter, "*i32") for parameter in kernel.arg_names}
     options = dict(num_warps=num_warps, num_stages=num_stages)
@@ -43,7 +48,7 @@ def variant(name, sizes, num_warps=4, num_stages=3, maxnreg=None, types=(), **mo
 
 def find(name):
     """The kernel of this name, in whichever file it is."""
-    for file in (msa, moe, model):
+    for file in (msa, moe, model, sample):
         kernel = getattr(file, f"_{name}_kernel", None)
         if kernel is not None:
             return kernel
@@ -86,17 +91,31 @@ def variants():
     dense = dict(small, I=0, IS=2304, A=0, PAIRS=1, ROWS=16)
     bf16 = dict(weight="*bf16")
     few = dict(num_stages=4)
-    for rows in (16, 32):
+    for rows in (8, 16):
         tile = dict(small, ROWS=rows, PAIRS=4 * rows)
-        yield variant("few_linear", tile, **few, K=768, COLS=16, MOST=16384, types=dict(bf16, residual=None))
-        yield variant("few_linear", tile, **few, K=512, COLS=8, MOST=4096, types=dict(bf16, EPS=None))
-        head = dict(bf16, residual=None, out="*fp32")
-        yield variant("few_linear", tile, **few, K=768, COLS=32, MOST=32768, types=head)
-        yield variant("few_up", tile, **few, OAI=True, BY_EXPERT=rows == 32, COLS=16, MOST=16384)
-        yield variant("few_down", tile, **few, AHEAD=4, COLS=8, MOST=4096)
-    yield variant("few_up", dense, **few, OAI=True, BY_EXPERT=True, COLS=16, MOST=16384,
+        wide = dict(COLS=16 if rows == 8 else 32, MOST=16384 if rows == 8 else 32768, AHEAD=True)
+        yield variant("few_linear", tile, **few, **wide, K=768, types=dict(bf16, residual=None))
+        yield variant("few_linear", tile, **few, K=512, COLS=16, MOST=8192, AHEAD=True, types=dict(bf16, EPS=None))
+        head = dict(COLS=128, MOST=131072, SPLIT=1, BLOCK=64, AHEAD=False)
+        yield variant("few_linear", dict(tile, **head), **few, K=768, types=dict(bf16, residual=None, out="*fp32"))
+        yield variant("few_up", tile, num_stages=3, OAI=True, BY_EXPERT=rows > 8, COLS=32)
+        yield variant("few_down", dict(tile, BLOCK=512), **few, COLS=16)
+    yield variant("few_up", dense, num_stages=3, OAI=True, BY_EXPERT=True, COLS=32,
                   types=dict(w13=None, factor=None, idx=None))
-    yield variant("few_down", dense, **few, AHEAD=0, COLS=8, MOST=32768, types=dict(w2=None, idx=None))
+    yield variant("few_down", dict(dense, BLOCK=512), **few, COLS=16, types=dict(w2=None, idx=None))
+
+    # drawing from `small`'s logits: greedy, top-k and top-p, whole; drafts. (Top-p without top-k holds a whole row, more
+    # than there are registers.)
+    row = dict(GROUP=64, CHUNK=2048, CHUNKS=32, GROUPS=1024, STREAM=0, TILE=4096, num_warps=8)
+    listed = dict(row, BY_GROUP=True, LISTED=64, SIZE=4096)
+    whole = dict(row, BY_GROUP=False, LISTED=1, SIZE=65536, num_warps=16)
+    every = dict(allowed=None)
+    yield variant("peaks", dict(row, num_warps=4))
+    yield variant("draw", listed, GREEDY=True, BY_K=True, BY_P=False, types=every)
+    yield variant("draw", listed, GREEDY=False, BY_K=True, BY_P=True)
+    yield variant("draw", whole, GREEDY=False, BY_K=False, BY_P=False, types=every)
+    for sizes in (listed, whole):
+        yield variant("verify", sizes, K=3, types=dict(out="*i64"))
     yield variant("few_route", dict(small, BLOCK=1024), num_warps=8, SCALE=2.0, MOST=16384)
     heads = dict(M3, H=4, HKV=2, ROT=64, EPS=1e-6)
     yield variant("append", heads, num_warps=1, TOGETHER=False)

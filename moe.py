@@ -888,7 +888,7 @@ def few_mlp(x, eps, activation, shared=None, routed=None, factor=None, idx=None,
     out = torch.empty_like(x)
     shared_sizes = dict(
         idx=idx, C=C, I=I, IS=IS, A=A,
-        PAIRS=triton.next_power_of_2(max(1, R * A)),
+        PAIRS=triton.next_power_of_2(max(32, R * A)),  # few values: each compiles
         CHOSEN=triton.next_power_of_2(max(1, A)))
 
     tiles = _few_tiles("up", R, C, 2 * max(I, IS), x)

@@ -2077,7 +2077,8 @@ def _dense_triton(q, k, v, end, start):
     G = H // Hkv
     capacity, end = _lanes(end, k=k, v=v)
     tile = 64 if k.is_cuda else 32
-    tokens = min(T, max(1, 32 // G))  # from 64 rows on, Hopper multiplies by other instructions: other bits
+    # from 64 rows on, Hopper multiplies by other instructions: other bits. One kernel for all T above 1: fewer compile
+    tokens = 1 if T == 1 else max(1, min(NEW, 32 // G))
     split = max(1, min(PROGRAMS // Hkv, cdiv(capacity, tile)))  # whatever B and T are: the order of sums is the same
     parts = B * T * H * split
     scratch = torch.empty(parts * (D + 2), device=q.device)

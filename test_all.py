@@ -7407,7 +7407,7 @@ def test_tokens_that_are_not_the_models_own_are_never_timed(few_tokens, monkeypa
 
     monkeypatch.setattr(bench, "generate", wrong_at_the_end)
     line = refused_line("bench.py --what generate --device cpu", "--out", trained.out, code=1)
-    assert "gate: new token 7 is" in line
+    assert "gate: 1 of 8 tokens are not the model's choice. Token 7 is" in line
 
 def test_random_text_where_the_held_out_one_is_gone(trained, capsys):
     """A checkpoint whose corpus has moved, or that rl.py made, is decoded all the same, and a line says so."""

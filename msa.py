@@ -63,6 +63,10 @@ _compiled = functools.cache(torch.compile)
 # "auto" is Triton on a GPU where it fits (_misfit says why not), "torch" is the code here, "triton" insists. The
 # arguments are the same, and so is the result, up to rounding.
 
+# Copies of a query's own keys, multiplied by it alone, cost a CPU more than so many times as many keys for all queries
+# (B * T = 4096, S * L = 64, with gradients: 0.97 s at any T; by a mask 0.07 s at 512, 0.15 at 1024, 0.30 at 2048)
+SHORT = 32
+
 def chunk(device):
     """Elements of the largest temporary tensor that a chunk of queries may need."""
     return 1 << 24 if device.type == "cpu" else 1 << 29
@@ -79,6 +83,9 @@ def widen(x):
     if x.dtype == torch.float32:  # the usual case, of which a decoding step on a CPU has a hundred
         return x
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+def all_finite(*tensors):
+    return all(x.isfinite().all() for x in tensors)
 
 def query_index(T, start, device):
     """Index i of each query in its row, or slot in the cache: (1, T), or (B, T) where start (B,) is given."""
@@ -116,23 +123,40 @@ def full_attention(q, k, v, end=None, start=None, impl="auto"):
 
     if end is not None and start is None and q.is_cuda and q.dtype.itemsize == 2 and torch.is_grad_enabled():
         return _flex(q, k, v, end)
-    if q.device.type == "cpu" and not all(x.isfinite().all() for x in (q, k, v)):
+    if q.device.type == "cpu" and not all_finite(q, k, v):
         # torch's operator adds its mask to the scores, so that a NaN passes it: MSA over every block masks its keys
         every = torch.arange(cdiv(Tk, 64), dtype=torch.int32)
         return msa_attention(q, k, v, every.expand(B, T, k.size(2), -1), 64, end, start, "torch")
 
-    attend = F.scaled_dot_product_attention
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))                                                # (B, H, T, D)
     if end is None and start is None:
-        return attend(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))                                            # (B, H, T, D)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    return _attend_masked(q, k, v, None, 1, end, start)
+
+def _attend_masked(q, k, v, block_idx, L, end, start):
+    """torch's operator with a mask: what is visible, and with block_idx what is chosen, too. See msa_attention."""
+    B, T, H, _ = q.shape
+    Tk, Hkv = k.shape[1:3]
     i = query_index(T, start, q.device)
     j = torch.arange(Tk, device=q.device)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))                                                # (B, H, T, D)
     step = max(1, chunk(q.device) // (B * H * Tk))  # a masked backend may hold all its scores
     out = []
     for t in range(0, T, step):
-        mask = visible(i[:, t:t + step], j, end)[:, None]                       # (B, 1, t, Tk)
-        out.append(attend(q[:, :, t:t + step], k, v, mask, enable_gqa=True))
+        rows = slice(t, t + step)
+        mask = visible(i[:, rows], j, end)[:, None]                             # (B, 1, t, Tk)
+        if block_idx is not None:
+            chosen = chosen_blocks(block_idx[:, rows], cdiv(Tk, L)).transpose(1, 2)     # (B, Hkv, t, N)
+            mask = mask & chosen.repeat_interleave(L, -1)[..., :Tk]
+            mask = mask.repeat_interleave(H // Hkv, 1)                          # (B, H, t, Tk)
+        out.append(F.scaled_dot_product_attention(q[:, :, rows], k, v, mask, enable_gqa=True))
     return torch.cat(out, 2).transpose(1, 2)
+
+def chosen_blocks(block_idx, N):
+    """block_idx (B, T, Hkv, S) -> which of N blocks are in it: bool (B, T, Hkv, N)."""
+    chosen = torch.zeros(*block_idx.shape[:3], N + 1, dtype=torch.bool, device=block_idx.device)
+    block = torch.where(block_idx < 0, N, block_idx).long()
+    return chosen.scatter_(3, block, True)[..., :N]
 
 def _flex(q, k, v, end, tile=128):
     """FlexAttention over documents or trees, for training on a GPU: it skips tiles that are invisible as a whole."""
@@ -269,7 +293,7 @@ def group_probs(q, keys, seen):
 
 def msa_attention(q, k, v, block_idx, L, end=None, start=None, impl="auto"):
     """Exact attention over the chosen blocks (paper eq. 8), with gradients -> (B, T, H, D). Time and memory grow with
-    T * S * L, never with T * T.
+    T * S * L, not with T * T; a short context has a mask instead on a CPU.
 
     q                 (B, T, H, D)
     k, v              (B, Tk, Hkv, D)
@@ -285,6 +309,9 @@ def msa_attention(q, k, v, block_idx, L, end=None, start=None, impl="auto"):
     check_tensor("block_idx", block_idx, (B, T, k.size(2), S), q.device)
     if _pick(impl, q, D, L, grad=(q, k, v)):
         return _attend_triton(q.contiguous(), k, v, block_idx.contiguous(), L, end, start)
+
+    if q.device.type == "cpu" and T >= 16 and k.size(1) <= SHORT * S * L and all_finite(q, k, v):
+        return _attend_masked(q, k, v, block_idx, L, end, start)
 
     def attend(q, i, blocks, k, v):
         seen = selected(blocks, i, L, end)

@@ -824,14 +824,17 @@ def test_index_kl_value_and_gradient(support):
     (33, 16, 2),
 ])
 def test_msa_equals_loop(T, L, S):
-    """Attention over the gathered blocks equals a loop over their tokens, gradients too; documents included."""
+    """Attention over the gathered blocks, and by a mask, equals a loop over their tokens, gradients too; documents
+    included."""
     q, k, v, qi, ki = random_qkv(T=T, grad=True)
 
     for end in (None, packed_end(T, [16])):
         blocks = msa.select_blocks(qi, ki, S, L, end)
         want = with_grads(loop_attention(q, k, v, end, blocks, L), (q, k, v))
-        got = with_grads(msa.msa_attention(q, k, v, blocks, L, end), (q, k, v))
-        assert worst_of(got, want) < 1e-10
+        for short in (0, 32):
+            with mock.patch.object(msa, "SHORT", short):
+                got = with_grads(msa.msa_attention(q, k, v, blocks, L, end), (q, k, v))
+            assert worst_of(got, want) < 1e-10
 
 @parametrize("dtype, near", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 def test_few_tokens_make_msa_dense(dtype, near):
@@ -7649,6 +7652,10 @@ def test_walk(trained, capsys):
 
 # Mutants: each sabotage below is one mistake, and the tests that guard against it must fail when it is made.
 # A sabotage is called with the real function first, then with that one's arguments.
+def every_block_chosen(real, block_idx, N):
+    """A mask that forgets the choice."""
+    return torch.ones_like(real(block_idx, N))
+
 def no_causal_mask(real, block_idx, i, L, end):
     """MSA sees every token of a chosen block, those to come included."""
     return (block_idx[..., None] >= 0).expand(*block_idx.shape, L).flatten(-2)
@@ -7894,6 +7901,7 @@ drafted = on(test_greedy_drafts_change_no_word, "msa", torch.float64, 3)
 whole_text = on(test_drafts_are_those_of_the_whole_text, "msa")
 cropped = on(test_drafts_outlive_cropping, "msa", 3, 24)
 MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
+    mutant("msa.chosen_blocks", every_block_chosen, on(test_msa_equals_loop, 37, 4, 3)),
     mutant("msa.selected", no_causal_mask,
            on(test_msa_equals_loop, 37, 4, 3),
            on(test_few_tokens_make_msa_dense, torch.float32, 1e-6)),

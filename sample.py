@@ -2368,6 +2368,8 @@ def card(args, model, device, why, n_prompt, threads, index_warmup):
     print(f"kernels | {implementations(model, device)}")
     print(f"device  | {device}, {str(model.dtype).removeprefix('torch.')}: {why}")
     print(f"threads | {threads}")
+    if device.type == "cuda":
+        print("compile | the kernels of a step, by Triton, which keeps them on disk for the next start")
     print(f"prompt  | {n_prompt} tokens of a context of {cfg.max_seq_len}; temperature {args.temperature:g}, "
           f"top-p {args.top_p:g}, top-k {args.top_k}, seed {args.seed}\n", flush=True)
 
@@ -2418,17 +2420,18 @@ def time_plain(steps):
         n_tokens += (drawn >= 0).sum().item()
     return n_tokens, first_s, time.perf_counter() - started
 
-def print_drafts(held, n_samples, drafted, plain):
-    """How many drafts held, by depth, and whether they pay: by the tokens after each sample's first one, as the prompt
-    takes as long with drafts as without. drafted, plain: tokens, seconds to the first, seconds in all."""
+def rate_after_first(n_samples, n_tokens, first_s, seconds):
+    """Tokens a second after each sample's first, which waits for the prompt; None if there are no more."""
+    if n_tokens <= n_samples:
+        return None
+    return (n_tokens - n_samples) / (seconds - first_s)
+
+def print_drafts(held, drafted, plain):
+    """How many drafts held, by depth, and whether they pay: tokens a second with drafts and without."""
     line = f"drafts  | held to depth 1, 2, ...: {' '.join(f'{share:.2f}' for share in held)}"
-    rates = []
-    for n_tokens, first_s, seconds in (drafted, plain):
-        if n_tokens > n_samples:
-            rates.append((n_tokens - n_samples) / (seconds - first_s))
-    if len(rates) == 2:                # otherwise there is nothing to compare
-        verdict = "drafts pay" if rates[0] > rates[1] else "drafts do not pay here"
-        line += f"; {verdict}: {rates[0]:.1f} tokens/s with them, {rates[1]:.1f} without, in a second run"
+    if drafted and plain:              # otherwise there is nothing to compare
+        verdict = "drafts pay" if drafted > plain else "drafts do not pay here"
+        line += f"; {verdict}: {drafted:.1f} tokens/s with them, {plain:.1f} without, in a second run"
     print(line)
 
 def run(args):
@@ -2463,12 +2466,13 @@ def run(args):
     if max(counts) == room < args.max_new_tokens:
         print(f"\nstopped at the model's context of {context} tokens")
     total = sum(counts)
-    rate = total / seconds
-    print(f"\n{total} tokens, {rate:.0f} tokens/s; {prefill_s:.3f} s to the first")
+    rate = rate_after_first(args.n_samples, total, prefill_s, seconds)
+    more = "" if rate is None else f", then {rate:,.0f} tokens/s"
+    print(f"\n{total} tokens: {prefill_s:.3f} s to the first{more}")
     held = held_by_depth(accepted, args.speculate)
     if held:
         steps = steps_of(args, model, tokenizer, prompt, min(room, PLAIN_TOKENS), index_warmup, speculate=0)
-        print_drafts(held, args.n_samples, (total, prefill_s, seconds), time_plain(steps))
+        print_drafts(held, rate, rate_after_first(args.n_samples, *time_plain(steps)))
     texts = [args.prompt + stream.text for stream in streams]
     return dict(text=texts[0], tokens=total, tokens_per_s=rate, prefill_s=prefill_s, accepted=held, texts=texts)
 

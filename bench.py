@@ -1289,9 +1289,9 @@ def check_greedy(name, subject, prompts, tokens):
         wrong = ~(behind <= allowed)   # also where it is nan
         if wrong.float().mean() > OTHER_EXPERT[model.dtype]:
             at = int((behind / allowed).nan_to_num(math.inf).argmax())
-            raise ArithmeticError(f"{name}: {wrong.sum().item()} of {len(row)} tokens are not the model's choice. Token "
-                                  f"{at} is {row[at].item()}, whose logit is {behind[at]:.3g} below the largest, allowed "
-                                  f"{allowed[at]:.1g}")
+            raise ArithmeticError(f"{name}: {wrong.sum().item()} of {len(row)} tokens are not the model's choice. "
+                                  f"Token {at} is {row[at].item()}, whose logit is {behind[at]:.3g} below the "
+                                  f"largest, allowed {allowed[at]:.1g}")
 
 def check_baseline(gpt2, idx):
     """ArithmeticError unless the baseline's logits with a cache, filled in two parts, are those without one."""

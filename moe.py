@@ -453,11 +453,11 @@ class _Gated(torch.autograd.Function):
 #     _few_route_kernel   norm, router, choice of experts: a program a row
 #     _few_up_kernel      norm, w13 of the experts that some row chose and of the shared one, gate
 #     _few_down_kernel    w2 of the same, sum, + residual
-# A program has ROWS rows and COLS columns of a product, weight times x: COLS is the tensor core's M, 16 or more, and ROWS
-# its N, 8 or more. It sums the channels in SPLIT parts, one a warp: one warp alone would wait for K / 16 products, one
-# after the other. It starts while the kernel before still runs (PDL, see msa.py's section E); a projection then brings
-# its weights to the L2, which costs more than it gains for experts and the head. A norm's weight is folded into the
-# matrix behind it, and its 1 / rms, a number a row, is multiplied after the product.
+# A program has ROWS rows and COLS columns of a product, weight times x: COLS is the tensor core's M, 16 or more, and
+# ROWS its N, 8 or more. It sums the channels in SPLIT parts, one a warp: one warp alone would wait for K / 16 products,
+# one after the other. It starts while the kernel before still runs (PDL, see msa.py's section E); a projection then
+# brings its weights to the L2, which costs more than it gains for experts and the head. A norm's weight is folded into
+# the matrix behind it, and its 1 / rms, a number a row, is multiplied after the product.
 #
 # Tiles and the order of every sum depend on a matrix's sizes alone. So a row's result has the same bits in any company:
 # what is generated does not depend on the batch, and a token that is verified as a draft gets the logits of plain
@@ -762,8 +762,8 @@ def _few_tiles(name, R, K, N, x):
     N     columns of all programs
     x     any of its tensors: says the device
 
-    BLOCK and SPLIT decide the order of sums: they depend on the sizes of the matrix alone. The others were the fastest of
-    127 and 232 that were timed on an H200, for 1, 4, 32 and 128 rows of `small`.
+    BLOCK and SPLIT decide the order of sums: they depend on the sizes of the matrix alone. The others were among the
+    fastest of 359 that were timed on an H200, for 1, 4, 32 and 128 rows of `small` (RESULTS.md).
     """
     rows = 8 if R <= 8 else 16
     cols = 16

@@ -1896,7 +1896,7 @@ def _attend_kernel(
     if tl.atomic_add(done + row, 1, sem="acq_rel") == S - 1:
         _join(part, lse, out, row.to(tl.int64), S, G, D, ROWS)
 
-# One program = every SPLIT-th tile of keys of one sequence and KV head, for the G heads of up to TOKENS queries at once.
+# One program = every SPLIT-th tile of keys of one sequence and KV head, for the G heads of up to TOKENS queries.
 @jit
 def _dense_kernel(
     q,       # (B, T, HKV * G, D)

@@ -1320,8 +1320,8 @@ def _weight(logit, token, cut, temperature):
 
 @jit
 def _race(weight, token, key, place, best, winner):
-    """Clocks that ring at the rates `weight`, after an earlier race that `winner` won with 1 / time = best: which one of
-    all rings first is a draw. place: where the random numbers of the row start."""
+    """Clocks that ring at the rates `weight`, after a race that `winner` won with 1 / time = best: which one of all
+    rings first is a draw. place: where the random numbers of the row start."""
     u = tl.maximum(tl.rand(key, place + token), 2.0 ** -32)
     small = u * (1 + u * (0.5 + u / 3))                                         # log near 1 would round it
     wait = tl.where(u < 1e-3, small, -tl.log(1 - u))
@@ -1903,8 +1903,8 @@ class Decoder:
         else:
             draft_logits, draft_cuts = zip(*drawn_from)
             n_accepted, token = verify_rows(
-                logits, first, rows, drafts, torch.stack(draft_logits, 1), torch.stack(draft_cuts, 1), n_drafts, sampling,
-                self.key, stream=self.n_draws + 1)
+                logits, first, rows, drafts, torch.stack(draft_logits, 1), torch.stack(draft_cuts, 1), n_drafts,
+                sampling, self.key, stream=self.n_draws + 1)
         self.key += STREAMS
         self.n_draws = 0
 
@@ -2027,8 +2027,8 @@ def on_host(x):
     return x.cpu().pin_memory() if x.is_cuda else x.clone()
 
 def captured(compute, device):
-    """A function of static inputs and outputs, which it computes twice -> one that replays it as a CUDA graph, or on a CPU
-    itself."""
+    """A function of static inputs and outputs -> one that replays it as a CUDA graph, which computes it twice first; on
+    a CPU the function itself."""
     if device.type != "cuda":
         return compute
 

@@ -1744,7 +1744,7 @@ def test_gradients_are_dense_on_a_gpu(T, Hkv, G):
 @gpu
 @parametrize("capacity", [1024, 4096])
 def test_decoding_step_on_a_gpu(capacity):
-    """`small` in bf16: as near to fp32 as `forward` is; alone, in a batch, as drafts, in a CUDA graph: the same bits."""
+    """`small` in bf16: as near to fp32 as `forward`; alone, in a batch, as drafts, in a CUDA graph: the same bits."""
     needs(torch.cuda.is_available(), "a GPU")
     B, T, length = 33, 4, capacity - 130  # drafts cross from one block into the next
     cfg = MiniMaxConfig.small(n_mtp=0, vocab_size=4096)
@@ -4576,7 +4576,7 @@ def test_generate_batches_ragged_prompts():
 @parametrize("attn", ["full", "msa"])
 @parametrize("speculate", [0, 1, 3])
 def test_steps_by_decode_weights_change_no_word(attn, speculate):
-    """A loop whose steps are as on a GPU, by DecodeWeights and one step ahead, gives the text of one that calls forward."""
+    """A loop whose steps are as on a GPU, by DecodeWeights and one ahead, gives the text of one that calls forward."""
     torch.manual_seed(1)
     model = MiniMax(small_config(n_mtp=2, attn_types=["full", attn, attn])).double().eval()
     prompts = [[1, 2, 3], [5], [7, 8, 9, 10, 11] * 3]
@@ -4953,8 +4953,8 @@ CUTS = [(1.0, 1.0, None), (0.7, 1.0, 5), (1.3, 0.8, None), (0.9, 0.65, 10), (0.8
 
 @parametrize("settings", CUTS, ids=str)
 def test_draw_kernel_cuts_as_truncate_logits(settings, monkeypatch):
-    """Whole logits with ties, all equal ones, and some of -inf: the kernels' cut gives truncate_logits' shares. There are
-    five groups of peaks in two chunks, or 3 of which top-k lists 5."""
+    """Whole logits with ties, all equal ones, and some of -inf: the kernels' cut gives truncate_logits' shares. There
+    are 3 groups of peaks in two chunks, or 5, all of which top-k lists."""
     needs_interpreter()
     V = 37
     monkeypatch.setattr(sample, "GROUP", 8 if settings[2] == 10 else 16)
@@ -5052,8 +5052,9 @@ def test_kernels_draw_and_verify_the_plain_distribution(settings):
     logits = target[context]
     drawn = sample.draw_rows(logits, sampling, key, 2, K + 1)
     first = torch.zeros_like(n_drafts)
+    draft_logits = drafter[context[:, :-1]].contiguous()
     held, token = sample.verify_rows(
-        logits, first, drawn, drafts, drafter[context[:, :-1]].contiguous(), torch.cat(cuts, 1), n_drafts, sampling, key, 3)
+        logits, first, drawn, drafts, draft_logits, torch.cat(cuts, 1), n_drafts, sampling, key, 3)
 
     # the drafts that held, the token after them, and plain draws
     triple = []
@@ -7456,7 +7457,8 @@ def test_the_bench_says_whether_drafts_pay(speeds, said):
 
     for row in rows:
         row["same"] = 6
-    assert bench.say_drafts(rows, True) == f"{said}; the same text in 6 of 8, the others part where two tokens nearly tie"
+    parted = "the same text in 6 of 8, the others part where two tokens nearly tie"
+    assert bench.say_drafts(rows, True) == f"{said}; {parted}"
 
 KEYS = 4                               # of keyed_rows
 SYMBOLS = 7

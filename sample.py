@@ -1505,22 +1505,25 @@ def _draw_kernel(
 # One program = one sequence.
 @jit
 def _verify_kernel(
-    logits,        # (B, T, V) fp32, of the model
+    logits,        # (B, T, V), of the model
     first,         # (B,) the token of each sequence whose logits its first draft is compared with
-    cut,           # (B, K + 1, 4), of these rows
+    lse,           # (B, K + 1), of these rows
+    cut,           # (B, K + 1, 4), of these rows; not read if greedy
     group,         # (B, K + 1, LISTED), of these rows; not without BY_GROUP
     token,         # (B, K + 1) int64, drawn from them
     drafts,        # (B, K) int64
-    draft_logits,  # (B, K, V) fp32
-    draft_cut,     # (B, K, 4)
+    draft_logits,  # (B, K, V); not read if greedy
+    draft_cut,     # (B, K, 4); not read if greedy
     n_drafts,      # (B,) int64, how many count
     key,           # (1,)
     n_accepted,    # (B,) int64, written
-    out,           # (B,) int64, written: the token after the drafts that hold
+    drawn,         # (B, K + 1) int64, written: the drafts that hold, then one token, then anything
+    logprob,       # (B, K + 1) fp32, written: of these, under the model itself
     T,
     V,
     temperature,
     K: constexpr,
+    GREEDY: constexpr,
     BY_GROUP: constexpr,
     STREAM: constexpr,
     GROUP: constexpr,
@@ -1533,40 +1536,54 @@ def _verify_kernel(
     count = tl.load(n_drafts + b)
     start = tl.load(first + b).to(tl.int32)
     draws = tl.load(key) + STREAM
+    rows = b * (K + 1)
 
-    # a draft holds with min(1, p / q)
+    # a draft holds with min(1, p / q); greedy, where it is the model's choice
     held = 0
     for k in tl.static_range(K):
-        d = tl.load(drafts + b * K + k).to(tl.int32)
-        row = (b * T + tl.minimum(start + k, T - 1)).to(tl.int64)
-        mine = (b * K + k).to(tl.int64)
-        its_cut = cut + (b * (K + 1) + k) * 4
-        p = _weight(tl.load(logits + row * V + d).to(tl.float32), d, its_cut, temperature) / tl.load(its_cut + 3)
-        q = _weight(tl.load(draft_logits + mine * V + d).to(tl.float32), d, draft_cut + mine * 4, temperature)
-        luck = tl.rand(draws, b * K + k)
-        holds = (k < count) & (luck * q < p * tl.load(draft_cut + mine * 4 + 3)) & (held == k)
-        held += holds.to(tl.int32)
+        d = tl.load(drafts + b * K + k)
+        if GREEDY:
+            holds = d == tl.load(token + rows + k)
+        else:
+            at = (b * T + tl.minimum(start + k, T - 1)).to(tl.int64)
+            mine = (b * K + k).to(tl.int64)
+            its_cut = cut + (rows + k) * 4
+            p = _weight(tl.load(logits + at * V + d).to(tl.float32), d, its_cut, temperature) / tl.load(its_cut + 3)
+            q = _weight(tl.load(draft_logits + mine * V + d).to(tl.float32), d, draft_cut + mine * 4, temperature)
+            luck = tl.rand(draws, b * K + k)
+            holds = luck * q < p * tl.load(draft_cut + mine * 4 + 3)
+        held += ((k < count) & holds & (held == k)).to(tl.int32)
     tl.store(n_accepted + b, held.to(tl.int64))
-    chosen = tl.load(token + b * (K + 1) + held)
+    chosen = tl.load(token + rows + held)
 
     # in place of the first that fails comes a draw from what p has more than q
-    if held < count:
-        at = (b * T + tl.minimum(start + held, T - 1)).to(tl.int64)
-        failed = (b * K + held).to(tl.int64)
-        row_p = b * (K + 1) + held
-        cut += row_p * 4
-        draft_cut += failed * 4
-        fastest = -1.0
-        winner = 0
-        for first_token in range(0, V if not BY_GROUP else 1, TILE):
-            i = _tokens(group + row_p * LISTED if BY_GROUP else None, first_token, LISTED, GROUP, TILE)
-            share_p = _weight(_logits_of(logits, at, i, V), i, cut, temperature) / tl.load(cut + 3)     # [TILE]
-            share_q = _weight(_logits_of(draft_logits, failed, i, V), i, draft_cut, temperature)
-            more = share_p - share_q / tl.load(draft_cut + 3)
-            fastest, winner = _race(more, i, draws + 1, b * (GROUPS * GROUP), fastest, winner)
-        if fastest > 0:                # p equals q but for rounding: then a draft fails hardly ever
-            chosen = winner.to(tl.int64)
-    tl.store(out + b, chosen)
+    if not GREEDY and K > 0:
+        if held < count:
+            row = (b * T + tl.minimum(start + held, T - 1)).to(tl.int64)
+            failed = (b * K + held).to(tl.int64)
+            row_p = rows + held
+            cut += row_p * 4
+            draft_cut += failed * 4
+            fastest = -1.0
+            winner = 0
+            for first_token in range(0, V if not BY_GROUP else 1, TILE):
+                i = _tokens(group + row_p * LISTED if BY_GROUP else None, first_token, LISTED, GROUP, TILE)
+                share_p = _weight(_logits_of(logits, row, i, V), i, cut, temperature) / tl.load(cut + 3)    # [TILE]
+                share_q = _weight(_logits_of(draft_logits, failed, i, V), i, draft_cut, temperature)
+                more = share_p - share_q / tl.load(draft_cut + 3)
+                fastest, winner = _race(more, i, draws + 1, b * (GROUPS * GROUP), fastest, winner)
+            if fastest > 0:            # p equals q but for rounding: then a draft fails hardly ever
+                chosen = winner.to(tl.int64)
+
+    # what was drawn, and how likely it was
+    for k in tl.static_range(K + 1):
+        this = chosen
+        if k < K:
+            this = tl.where(k < held, tl.load(drafts + b * K + k), chosen)
+        at = (b * T + tl.minimum(start + k, T - 1)).to(tl.int64)
+        score = tl.load(logits + at * V + this).to(tl.float32) - tl.load(lse + rows + k)
+        tl.store(drawn + rows + k, this)
+        tl.store(logprob + rows + k, score)
 
 @dataclasses.dataclass
 class Drawn:
@@ -1633,29 +1650,33 @@ def draw_rows(logits, sampling, key, stream, n=1, first=None, allowed=None):
         **sizes)
     return found
 
-def verify_rows(logits, first, drawn, drafts, draft_logits, draft_cut, n_drafts, sampling, key, stream):
-    """`verify` above temperature 0, of rows that draw_rows has cut and drawn from.
+def verify_rows(logits, first, rows, drafts, drafted, n_drafts, sampling, key, stream):
+    """`verify` of rows that draw_rows has cut and drawn from.
 
-    logits, first            of the model: as given to draw_rows
-    drawn                    its result, for n = K + 1
-    drafts                   (B, K) int64
-    draft_logits, draft_cut  (B, K, V) and (B, K, 4), that they were drawn from
-    n_drafts                 (B,) int64
-    key, stream              as in draw_rows; stream + 1 is used too
-    -> n_accepted (B,), token (B,)
+    logits, first  of the model: as given to draw_rows
+    rows           its result, for n = K + 1
+    drafts         (B, K) int64
+    drafted        logits (B, K, V) and cuts (B, K, 4) that they were drawn from; None at temperature 0, and for K = 0
+    n_drafts       (B,) int64
+    key, stream    as in draw_rows; stream + 1 is used too
+    -> n_accepted (B,), drawn (B, K + 1), logprobs (B, K + 1): see Decoder.step
     """
     B, T, V = logits.shape
     n_accepted = torch.empty_like(n_drafts)
-    out = torch.empty_like(n_drafts)
+    drawn = torch.empty_like(rows.token)
+    logprob = torch.empty_like(rows.lse)
+    draft_logits, draft_cut = drafted or (None, None)
     _verify_kernel[B,](
-        logits=logits, first=first, cut=drawn.cut, group=drawn.group, token=drawn.token, drafts=drafts,
-        draft_logits=draft_logits, draft_cut=draft_cut, n_drafts=n_drafts, key=key, n_accepted=n_accepted, out=out,
+        logits=logits, first=first, lse=rows.lse, cut=rows.cut, group=rows.group, token=rows.token, drafts=drafts,
+        draft_logits=draft_logits, draft_cut=draft_cut, n_drafts=n_drafts, key=key,
+        n_accepted=n_accepted, drawn=drawn, logprob=logprob,
         T=T, V=V,
         temperature=max(sampling.temperature, torch.finfo(torch.float32).tiny),
         K=drafts.size(1),
+        GREEDY=sampling.temperature == 0,
         STREAM=stream,
         **row_sizes(V, sampling))
-    return n_accepted, out
+    return n_accepted, drawn, logprob
 
 # ---- the generation loop -------------------------------------------------------------------------
 # One loop generates for all: each row of the batch is a player, a coroutine that says which tokens to feed, and is sent
@@ -1895,23 +1916,15 @@ class Decoder:
     def draw_by_kernels(self, logits, first, drafts, drawn_from, n_drafts, allowed):
         """As `draw`. Nothing is refused: where nothing can be drawn logprobs are NaN."""
         sampling = self.sampling
-        B, T, V = logits.shape
         K = drafts.size(1)
         rows = draw_rows(logits, sampling, self.key, 0, K + 1, first, allowed)
-        if K == 0 or sampling.temperature == 0:
-            n_accepted, token = verify_greedily(rows.token, drafts, n_drafts)
-        else:
-            draft_logits, draft_cuts = zip(*drawn_from)
-            n_accepted, token = verify_rows(
-                logits, first, rows, drafts, torch.stack(draft_logits, 1), torch.stack(draft_cuts, 1), n_drafts,
-                sampling, self.key, stream=self.n_draws + 1)
+        drafted = None
+        if K and sampling.temperature:
+            drafted = [torch.stack(parts, 1) for parts in zip(*drawn_from)]
+        found = verify_rows(logits, first, rows, drafts, drafted, n_drafts, sampling, self.key, self.n_draws + 1)
         self.key += STREAMS
         self.n_draws = 0
-
-        drawn = F.pad(drafts, (0, 1)).scatter(1, n_accepted[:, None], token[:, None])
-        place = (first[:, None] + torch.arange(K + 1, device=first.device)).clamp(max=T - 1)
-        logprobs = logits.flatten(1).gather(1, place * V + drawn) - rows.lse
-        return n_accepted, drawn, logprobs
+        return found
 
 @dataclasses.dataclass
 class Ahead:

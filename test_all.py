@@ -5010,19 +5010,24 @@ def test_verify_kernel_at_its_ends(top_k, monkeypatch):
     def verified(p, q):
         first = torch.zeros(B, dtype=torch.int64)
         drafted = sample.draw_rows(q, plain, KERNEL_KEY, 1, K)
-        drawn = sample.draw_rows(p, plain, KERNEL_KEY, 2, K + 1)
-        found = sample.verify_rows(p, first, drawn, drafted.token, q, drafted.cut, n_drafts, plain, KERNEL_KEY, 3)
-        return drawn.token, *found
+        rows = sample.draw_rows(p, plain, KERNEL_KEY, 2, K + 1)
+        drafts = drafted.token
+        held, drawn, logprobs = sample.verify_rows(
+            p, first, rows, drafts, (q, drafted.cut), n_drafts, plain, KERNEL_KEY, 3)
+        want = p.log_softmax(-1).gather(2, drawn[..., None])[..., 0]
+        assert worst(logprobs, want) < 1e-6
+        return rows.token, drafts, held, drawn
 
-    token, held, last = verified(p, q)
+    token, drafts, held, drawn = verified(p, q)
     assert torch.equal(held, n_drafts)
-    assert torch.equal(last, token.gather(1, held[:, None])[:, 0])
+    for b, n in enumerate(held.tolist()):
+        assert drawn[b, :n + 1].tolist() == [*drafts[b, :n].tolist(), token[b, n].item()]
 
     p[:, :, ::2] = -math.inf
     q[:, :, 1::2] = -math.inf
-    _, held, last = verified(p, q)
+    _, _, held, drawn = verified(p, q)
     assert (held == 0).all()
-    assert (last % 2 == 1).all()
+    assert (drawn[:, 0] % 2 == 1).all()
 
 @gpu
 @parametrize("settings", CUTS[:5], ids=str)
@@ -5050,20 +5055,21 @@ def test_kernels_draw_and_verify_the_plain_distribution(settings):
     drafts = context[:, 1:].contiguous()
     n_drafts = (torch.arange(ROUNDS, device="cuda") % 4).clamp(max=K)
     logits = target[context]
-    drawn = sample.draw_rows(logits, sampling, key, 2, K + 1)
+    rows = sample.draw_rows(logits, sampling, key, 2, K + 1)
     first = torch.zeros_like(n_drafts)
-    draft_logits = drafter[context[:, :-1]].contiguous()
-    held, token = sample.verify_rows(
-        logits, first, drawn, drafts, draft_logits, torch.cat(cuts, 1), n_drafts, sampling, key, 3)
+    drafted = drafter[context[:, :-1]].contiguous(), torch.cat(cuts, 1)
+    held, drawn, _ = sample.verify_rows(logits, first, rows, drafts, drafted, n_drafts, sampling, key, 3)
+    held = held.cpu()
+    token = drawn.cpu().gather(1, held[:, None])[:, 0]
 
     # the drafts that held, the token after them, and plain draws
     triple = []
     last = torch.zeros(ROUNDS, dtype=torch.int64)
     for place in range(3):
         plain = draw_each(p[last])
-        last = torch.where(held.cpu() == place, token.cpu(), plain)
+        last = torch.where(held == place, token, plain)
         if place < K:
-            last = torch.where(held.cpu() > place, drafts[:, place].cpu(), last)
+            last = torch.where(held > place, drafts[:, place].cpu(), last)
         triple.append(last)
     share = p[0][:, None, None] * p[:, :, None] * p[None]
     assert chance((triple[0] * V + triple[1]) * V + triple[2], share.flatten()) > BY_LUCK

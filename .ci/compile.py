@@ -19,9 +19,9 @@ import sample
 TYPES = {
     "*bf16": "q k v qi ki scale part out dout dq dqi a b h x residual w13 w2 shared13 shared2",
     "*fp32": "lse stat index_stat delta share kl dk dv dki weight dweight loss bias factor cos sin "
-             "slack block_score run_best run_upper run_lower q_gain k_gain qi_gain ki_gain logits peak cut "
-             "draft_logits draft_cut",
-    "*i64": "ends first key token drafts n_drafts n_accepted",
+             "slack block_score run_best run_upper run_lower q_gain k_gain qi_gain ki_gain logits peak cut draft_logits "
+             "draft_cut logprob",
+    "*i64": "ends first key token drafts n_drafts n_accepted drawn",
     "*i1": "allowed",
     "i32": "T capacity n P V edge0 R N chunks top_k",
     "fp32": "temperature top_p",
@@ -115,7 +115,8 @@ def variants():
     yield variant("draw", listed, GREEDY=False, BY_K=True, BY_P=True)
     yield variant("draw", whole, GREEDY=False, BY_K=False, BY_P=False, types=every)
     for sizes in (listed, whole):
-        yield variant("verify", sizes, K=3, types=dict(out="*i64"))
+        yield variant("verify", sizes, K=3, GREEDY=False)
+    yield variant("verify", listed, K=0, GREEDY=True, types=dict(cut=None, draft_logits=None, draft_cut=None))
     yield variant("few_route", dict(small, BLOCK=1024), num_warps=8, SCALE=2.0, MOST=16384)
     heads = dict(M3, H=4, HKV=2, ROT=64, EPS=1e-6)
     yield variant("append", heads, num_warps=1, TOGETHER=False)

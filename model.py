@@ -241,7 +241,8 @@ class KVCache:
     batch     rows, 0 or more
     capacity  slots of a row, 1 or more; rounded up to whole key blocks, which gather_blocks reads in place
     history   keep each slot's token and the trunk's hidden state too, from which MTP modules draft
-    `length` (B,) int32 lives on the device; `used`, a bound on it that the host knows, spares reading it back.
+    `length` (B,) int32 lives on the device; `used`, a bound on it that the host knows, spares reading it back. (Rows
+    that have ended may exceed it: see sample.Decoder.)
     """
 
     def __init__(self, cfg, batch, capacity, device="cpu", dtype=torch.float32, history=False):
@@ -1001,9 +1002,9 @@ class MiniMax(nn.Module):
 # kernels as there are places where programs must meet (see the end of moe.py). A layer is
 #     x -> norm, q k v qi ki -> head norms, RoPE, into the cache -> attention (2 kernels) -> o_proj, + x
 #       -> norm, router -> norm, w13, gate -> w2, + x
-# The weights are copied once, in the dtype of activations, routers in fp32; what has one input is one matrix. Nothing
-# reads the device: shapes are those of idx and of the cache, so that a CUDA graph can hold a step. A token gets the
-# same bits whatever rows stand beside it, and whether T = 1 or it is one of T drafts.
+# The weights are copied once, in the dtype of activations, routers in fp32; what has one input is one matrix. With
+# kernels nothing waits for the device: shapes are those of idx and of the cache, so that a CUDA graph can hold a step. A
+# token gets the same bits whatever rows stand beside it, and whether T = 1 or it is one of T drafts.
 
 def fold(norm, *weights, dtype):
     """Matrices (N, C) behind one norm -> one matrix (sum of N, C) in dtype, for input that is not yet multiplied by the

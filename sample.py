@@ -880,6 +880,8 @@ def pick_device(name=None):
 
     # bf16 only where it is fast
     device = torch.device(name)
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # streams, events and Triton take the current one
     if device.type == "cuda" and torch.cuda.get_device_capability(name) >= (8, 0):
         return device, torch.bfloat16, f"{torch.cuda.get_device_name(name)} has bf16 tensor cores"
     return device, torch.float32, "bf16 products are 10-70 times slower than fp32 on CPUs without AMX"
@@ -1264,7 +1266,8 @@ def verify_greedily(best, drafts, n_drafts):
 # Random numbers are Philox's, of a key that lies on the device and moves on with each step: a CUDA graph draws anew.
 
 CUT = 4                                # numbers of a cut
-STREAMS = 64                           # keys of a step: each launch has one of its own
+STREAMS = 64                           # keys of a step: each launch that draws has one of its own, or two,
+FIRST_STREAM = 17                      # from here on: Triton compiles a kernel anew for 1 and for multiples of 16
 GROUP = 64                             # logits with one peak
 CHUNK = 2048                           # logits of a program of _peaks_kernel
 MOST_GROUPS = 128                      # top-k up to here reads groups; above, or without, a program reads the whole row
@@ -1286,13 +1289,13 @@ def _least_kept(x, weight, wanted):
     # halve: what is lo or more is enough, what is hi or more is not, until all in between are equal
     lo = least
     hi = top
-    mid = lo + (hi - lo) * 0.5
+    mid = lo * 0.5 + hi * 0.5
     between = 2
     while searching & (between > 1) & (lo < mid) & (mid < hi):
         suffices = _sum_where(x >= mid, weight) >= wanted
         lo = tl.where(suffices, mid, lo)
         hi = tl.where(suffices, hi, mid)
-        mid = lo + (hi - lo) * 0.5
+        mid = lo * 0.5 + hi * 0.5
         between = tl.sum(((x >= lo) & (x < hi)).to(tl.int32), 0)
     found = tl.max(tl.where(x < hi, x, float("-inf")), 0)
     return tl.where(enough, top, tl.where(searching, found, least))
@@ -1410,6 +1413,7 @@ def _draw_kernel(
     V,
     N,            # rows of a sequence
     chunks,
+    stream,       # added to the key
     temperature,
     top_p,
     top_k,
@@ -1417,7 +1421,6 @@ def _draw_kernel(
     BY_K: constexpr,      # whether top_k cuts
     BY_P: constexpr,
     BY_GROUP: constexpr,  # whether the k groups are all that is read
-    STREAM: constexpr,
     GROUP: constexpr,
     GROUPS: constexpr,    # of a row, rounded up
     CHUNKS: constexpr,    # of a row, rounded up
@@ -1498,7 +1501,7 @@ def _draw_kernel(
             x = _may_draw(_logits_of(logits, at, i, V), allowed, row, N, V, i)
             weight = _weight(x, i, cut, temperature)                            # [TILE]
             total += tl.sum(weight, 0)
-            fastest, winner = _race(weight, i, tl.load(key) + STREAM, row * (GROUPS * GROUP), fastest, winner)
+            fastest, winner = _race(weight, i, tl.load(key) + stream, row * (GROUPS * GROUP), fastest, winner)
         tl.store(cut + 3, total)
     tl.store(token + row, winner.to(tl.int64))
 
@@ -1507,6 +1510,7 @@ def _draw_kernel(
 def _verify_kernel(
     logits,        # (B, T, V), of the model
     first,         # (B,) the token of each sequence whose logits its first draft is compared with
+    allowed,       # (B, V) bool, what a first row may draw, or None
     lse,           # (B, K + 1), of these rows
     cut,           # (B, K + 1, 4), of these rows; not read if greedy
     group,         # (B, K + 1, LISTED), of these rows; not without BY_GROUP
@@ -1521,11 +1525,11 @@ def _verify_kernel(
     logprob,       # (B, K + 1) fp32, written: of these, under the model itself
     T,
     V,
+    stream,        # added to the key; the next one too
     temperature,
     K: constexpr,
     GREEDY: constexpr,
     BY_GROUP: constexpr,
-    STREAM: constexpr,
     GROUP: constexpr,
     GROUPS: constexpr,
     LISTED: constexpr,
@@ -1535,7 +1539,7 @@ def _verify_kernel(
     b = tl.program_id(0)
     count = tl.load(n_drafts + b)
     start = tl.load(first + b).to(tl.int32)
-    draws = tl.load(key) + STREAM
+    draws = tl.load(key) + stream
     rows = b * (K + 1)
 
     # a draft holds with min(1, p / q); greedy, where it is the model's choice
@@ -1548,7 +1552,8 @@ def _verify_kernel(
             at = (b * T + tl.minimum(start + k, T - 1)).to(tl.int64)
             mine = (b * K + k).to(tl.int64)
             its_cut = cut + (rows + k) * 4
-            p = _weight(tl.load(logits + at * V + d).to(tl.float32), d, its_cut, temperature) / tl.load(its_cut + 3)
+            logit = _may_draw(_logits_of(logits, at, d, V), allowed, rows + k, K + 1, V, d)
+            p = _weight(logit, d, its_cut, temperature) / tl.load(its_cut + 3)
             q = _weight(tl.load(draft_logits + mine * V + d).to(tl.float32), d, draft_cut + mine * 4, temperature)
             luck = tl.rand(draws, b * K + k)
             holds = luck * q < p * tl.load(draft_cut + mine * 4 + 3)
@@ -1568,7 +1573,8 @@ def _verify_kernel(
             winner = 0
             for first_token in range(0, V if not BY_GROUP else 1, TILE):
                 i = _tokens(group + row_p * LISTED if BY_GROUP else None, first_token, LISTED, GROUP, TILE)
-                share_p = _weight(_logits_of(logits, row, i, V), i, cut, temperature) / tl.load(cut + 3)    # [TILE]
+                x = _may_draw(_logits_of(logits, row, i, V), allowed, row_p, K + 1, V, i)               # [TILE]
+                share_p = _weight(x, i, cut, temperature) / tl.load(cut + 3)
                 share_q = _weight(_logits_of(draft_logits, failed, i, V), i, draft_cut, temperature)
                 more = share_p - share_q / tl.load(draft_cut + 3)
                 fastest, winner = _race(more, i, draws + 1, b * (GROUPS * GROUP), fastest, winner)
@@ -1613,7 +1619,7 @@ def draw_rows(logits, sampling, key, stream, n=1, first=None, allowed=None):
 
     logits   (B, T, V)
     key      (1,) int64 of the random numbers
-    stream   0 to STREAMS - 1: of this launch
+    stream   from FIRST_STREAM on, of this launch
     n        rows of a sequence
     first    (B,) the token of each sequence whose logits are its first row, or None: 0; past T - 1 the last one's
     allowed  (B, V) bool, what a first row may draw, or None
@@ -1623,6 +1629,8 @@ def draw_rows(logits, sampling, key, stream, n=1, first=None, allowed=None):
     device = logits.device
     chunks = triton.cdiv(V, CHUNK)
     sizes = row_sizes(V, sampling)
+    if first is not None:
+        first = first.contiguous()
     peak = torch.empty(B * n, triton.cdiv(V, GROUP), device=device)
     stat = torch.empty(B * n, chunks, 2, device=device)
     found = Drawn(
@@ -1645,36 +1653,38 @@ def draw_rows(logits, sampling, key, stream, n=1, first=None, allowed=None):
         GREEDY=sampling.temperature == 0,
         BY_K=top_k < V,
         BY_P=sampling.top_p < 1,
-        STREAM=stream,
+        stream=stream,
         CHUNKS=triton.next_power_of_2(chunks),
         **sizes)
     return found
 
-def verify_rows(logits, first, rows, drafts, drafted, n_drafts, sampling, key, stream):
+def verify_rows(logits, first, rows, drafts, drafted, n_drafts, sampling, key, stream, allowed=None):
     """`verify` of rows that draw_rows has cut and drawn from.
 
-    logits, first  of the model: as given to draw_rows
-    rows           its result, for n = K + 1
-    drafts         (B, K) int64
-    drafted        logits (B, K, V) and cuts (B, K, 4) that they were drawn from; None at temperature 0, and for K = 0
-    n_drafts       (B,) int64
-    key, stream    as in draw_rows; stream + 1 is used too
+    logits, first, allowed  of the model: as given to draw_rows
+    rows                    its result, for n = K + 1
+    drafts                  (B, K) int64
+    drafted                 logits (B, K, V) and cuts (B, K, 4) that they were drawn from; None at temperature 0, and
+                            for K = 0
+    n_drafts                (B,) int64
+    key, stream             as in draw_rows; stream + 1 is used too
     -> n_accepted (B,), drawn (B, K + 1), logprobs (B, K + 1): see Decoder.step
     """
     B, T, V = logits.shape
-    n_accepted = torch.empty_like(n_drafts)
+    n_accepted = torch.empty_like(rows.token[:, 0])
     drawn = torch.empty_like(rows.token)
     logprob = torch.empty_like(rows.lse)
     draft_logits, draft_cut = drafted or (None, None)
     _verify_kernel[B,](
-        logits=logits, first=first, lse=rows.lse, cut=rows.cut, group=rows.group, token=rows.token, drafts=drafts,
-        draft_logits=draft_logits, draft_cut=draft_cut, n_drafts=n_drafts, key=key,
+        logits=logits, first=first.contiguous(), allowed=allowed, lse=rows.lse, cut=rows.cut, group=rows.group,
+        token=rows.token, drafts=drafts.contiguous(), draft_logits=draft_logits, draft_cut=draft_cut,
+        n_drafts=n_drafts.contiguous(), key=key,
         n_accepted=n_accepted, drawn=drawn, logprob=logprob,
         T=T, V=V,
         temperature=max(sampling.temperature, torch.finfo(torch.float32).tiny),
         K=drafts.size(1),
         GREEDY=sampling.temperature == 0,
-        STREAM=stream,
+        stream=stream,
         **row_sizes(V, sampling))
     return n_accepted, drawn, logprob
 
@@ -1746,14 +1756,16 @@ class Decoder:
         self.record = record
         self.n_stale = 0               # slots at a row's end that the MTP modules have not read
         self.on_gpu = model.embed.weight.is_cuda
-        slots = capacity
-        if speculate:                  # drafts, and those of a step that is forgotten
-            slots += 2 * (speculate + 1) + len(model.mtp)
+        slots = capacity + 2 * (speculate + 1)  # drafts, and those of a step that is forgotten
+        if speculate:
+            slots += len(model.mtp)
         self.cache = KVCache(model.cfg, rows, slots, model.embed.weight.device, model.dtype, history=speculate > 0)
         self.weights = None
         widest = 1 + speculate + (len(model.mtp) if speculate else 0)
-        if kernels or kernels is None and self.on_gpu and widest <= NEW:
-            self.weights = DecodeWeights(model, slots, capacity)
+        if kernels is None:
+            kernels = self.on_gpu and triton is not None and model.dtype.itemsize == 2 and widest <= NEW
+        if kernels:
+            self.weights = DecodeWeights(model, self.cache.capacity, capacity)
 
         # steps as graphs, by their shapes; what they work on; the one that runs ahead
         self.graphs = {}
@@ -1764,7 +1776,7 @@ class Decoder:
 
         # random numbers of the kernels
         self.key = None
-        self.n_draws = 0               # launches of a step that have drawn
+        self.n_draws = 0               # drafts that a step has drawn
         if self.weights is not None and self.on_gpu:
             generator = sampling.generator
             home = None if generator is None else generator.device
@@ -1787,22 +1799,28 @@ class Decoder:
         sampling = self.sampling
         if self.key is not None:
             self.n_draws += 1
-            drawn = draw_rows(logits[:, None], sampling, self.key, stream=self.n_draws)
+            drawn = draw_rows(logits[:, None], sampling, self.key, FIRST_STREAM + self.n_draws)
             return drawn.token[:, 0], (logits, drawn.cut[:, 0])
         if sampling.temperature == 0:
             return logits.argmax(-1), None
         q = truncate_logits(logits, sampling.temperature, sampling.top_p, sampling.top_k).softmax(-1)
         return torch.multinomial(q, 1, generator=sampling.generator)[:, 0], q
 
-    def draft(self, token, n, n_stale, weights):
-        return self.model.draft(self.cache, token, n, n_stale, self.draw_draft, self.index_warmup, weights)
+    def read_prompt(self, token):
+        """Let the modules read all that is new to them; what they guess after token (B,) is of no use."""
+        def best(logits):
+            return logits.argmax(-1), None
+        self.length.clamp_(max=self.cache.used)  # rows that have ended may have gone on a little
+        n_stale = min(self.n_stale, self.cache.used)
+        self.model.draft(self.cache, token, len(self.model.mtp), n_stale, best, self.index_warmup)
 
-    def step(self, fed, n_fed, n_drafts, allowed=None):
+    def step(self, fed, n_fed, n_drafts, allowed=None, may_run_ahead=False):
         """Feed, draft, verify, draw.
 
         fed       (B, T): a row's first n_fed (B,) tokens count
         n_drafts  (B,): 0, or T - 1 in rows that feed one token and have slots in the cache; None: 0 in every row
         allowed   (B, V) bool: what the first token drawn may be; None: any
+        may_run_ahead  whether rows are likely to be fed next what is drawn now
         -> drawn (B, K + 1): the drafts that hold, then one token; logprobs (B, K + 1) of them, under the model itself;
         n_accepted (B,): drafts that hold; aux. K is T - 1 with drafts, 0 without.
         """
@@ -1818,7 +1836,7 @@ class Decoder:
             self.last = torch.zeros_like(self.length, dtype=torch.int64)
         if n_drafts is not None and self.n_stale > T:  # a prompt: the kernels are for few tokens
             self.forget()
-            self.draft(fed[:, 0].to(device), len(self.model.mtp), min(self.n_stale, self.cache.used), None)
+            self.read_prompt(fed[:, 0].to(device))
         key = (T, n_drafts is None, allowed is None)
         if key not in self.graphs:
             self.forget()
@@ -1834,13 +1852,13 @@ class Decoder:
         else:
             self.forget()
             turn = graph.launch(asked, allowed)
-        is_steady = allowed is None and self.record is None and n_fed.max() == 1
-        if is_steady:
+        may_run_ahead = may_run_ahead and allowed is None and self.record is None
+        if may_run_ahead:
             next_turn = graph.launch(graph.ask_ahead(asked))
 
         drawn, logprobs, n_accepted = graph.hear(turn)
         n_accepted = torch.where(n_fed > 0, n_accepted, 0)
-        if is_steady:
+        if may_run_ahead:
             self.ahead = Ahead(graph, next_turn, drawn.gather(1, n_accepted[:, None])[:, 0], n_fed)
         self.cache.used += T
         self.n_stale = T if n_drafts is not None else self.n_stale + T
@@ -1874,7 +1892,8 @@ class Decoder:
             n_stale = self.n_stale     # of a graph: one number for all of its steps
             if self.weights is None:   # what rows have dropped again may have been more
                 n_stale = min(n_stale, cache.used)
-            drafts, drawn_from = self.draft(fed[:, 0], T - 1, n_stale, self.weights)
+            drafts, drawn_from = self.model.draft(
+                cache, fed[:, 0], T - 1, n_stale, self.draw_draft, self.index_warmup, self.weights)
             self.n_stale = 0
             behind = torch.where(n_drafts[:, None] > 0, drafts, fed[:, 1:])
             fed = torch.cat([fed[:, :1], behind], 1)
@@ -1917,11 +1936,12 @@ class Decoder:
         """As `draw`. Nothing is refused: where nothing can be drawn logprobs are NaN."""
         sampling = self.sampling
         K = drafts.size(1)
-        rows = draw_rows(logits, sampling, self.key, 0, K + 1, first, allowed)
+        rows = draw_rows(logits, sampling, self.key, FIRST_STREAM, K + 1, first, allowed)
         drafted = None
         if K and sampling.temperature:
             drafted = [torch.stack(parts, 1) for parts in zip(*drawn_from)]
-        found = verify_rows(logits, first, rows, drafts, drafted, n_drafts, sampling, self.key, self.n_draws + 1)
+        stream = FIRST_STREAM + self.n_draws + 1
+        found = verify_rows(logits, first, rows, drafts, drafted, n_drafts, sampling, self.key, stream, allowed)
         self.key += STREAMS
         self.n_draws = 0
         return found
@@ -1961,7 +1981,7 @@ class StepGraph:
         self.heard = [on_host(self.told) for _ in range(2)]
         self.done = [torch.cuda.Event() if self.asked.is_cuda else None for _ in range(2)]
 
-        # capture, which computes: then all is as before
+        # capture, which computes on zeros: afterwards lengths and tokens are as before
         state = decoder.length.clone(), decoder.last.clone()
         self.replay = captured(self.compute, device)
         decoder.length.copy_(state[0])
@@ -1974,7 +1994,7 @@ class StepGraph:
         fed, n_fed, n_drafts, follows = self.asked.split([self.T, 1, 1, 1], 1)
         first = torch.where(follows > 0, decoder.last[:, None], fed[:, :1])
         fed = torch.cat([first, fed[:, 1:]], 1)
-        n_drafts = n_drafts[:, 0] if self.has_drafts else None
+        n_drafts = n_drafts[:, 0] if self.has_drafts else None  # a column: its numbers do not lie side by side
 
         state = cache.used, decoder.n_stale
         decoder.before.copy_(decoder.length)
@@ -2031,7 +2051,8 @@ class StepGraph:
         n_drawn = self.told.size(1) // 2
         n_accepted, drawn, bits = self.heard[turn].clone().split([1, n_drawn, n_drawn], 1)
         logprobs = bits.contiguous().view(torch.float64)
-        if logprobs[:, 0].isnan().any():
+        was_drawn = torch.arange(n_drawn) <= n_accepted
+        if (logprobs.isnan() & was_drawn).any():
             raise ValueError("logits with NaN or +inf among them, or all -inf: nothing can be drawn from them")
         return drawn, logprobs, n_accepted[:, 0]
 
@@ -2108,7 +2129,9 @@ def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0,
             if allowed is not None and not all(row.has_drawn for row in rows):
                 has_drawn = torch.tensor([row.has_drawn for row in rows])
                 first_allowed = allowed.cpu() | has_drawn[:, None]
-            drawn, logprobs, n_accepted, aux = decoder.step(fed, torch.tensor(n_fed), n_drafts, first_allowed)
+            is_drawing = all(len(row.feed) <= 1 for row in rows)  # no row is inside a prompt or a tool's answer
+            drawn, logprobs, n_accepted, aux = decoder.step(
+                fed, torch.tensor(n_fed), n_drafts, first_allowed, is_drawing)
 
             # each row hears of it
             notes = record(aux) if record else [[]] * len(rows)

@@ -4605,6 +4605,46 @@ def test_steps_by_decode_weights_change_no_word(attn, speculate):
 
     assert text(speculate, kernels=True) == text(0, kernels=False)
 
+@parametrize("speculate", [0, 2])
+def test_rows_that_end_at_the_capacity_stay_in_it(speculate):
+    """A row that fills its cache and ends, while another one drops some of its context and goes on; and one that reads a
+    long answer, while no step runs ahead."""
+    torch.manual_seed(1)
+    model = MiniMax(small_config(n_mtp=1, attn_types=["full", "msa", "msa"])).double().eval()
+    capacity = 16
+
+    def full(out):
+        out.append((yield 0, list(range(1, capacity + 1)))[0])
+
+    def going_on(out):
+        kept = 0
+        feed = [3, 4]
+        for n in range(9):
+            out.append((yield kept, feed)[0])
+            kept += len(feed)
+            feed = [out[-1]]
+            if n == 4:
+                kept -= 3
+                feed = [7] * 7
+        assert kept + len(feed) <= capacity
+
+    def text(kernels):
+        outs = [], []
+        sample.lockstep(model, [full(outs[0]), going_on(outs[1])], 1, sample.Sampling(temperature=0),
+                        speculate=speculate, capacity=capacity, kernels=kernels)
+        return outs
+
+    launched = []
+    real = sample.StepGraph.launch
+
+    def counted(graph, *args):
+        launched.append(args)
+        return real(graph, *args)
+    with mock.patch.object(sample.StepGraph, "launch", counted):
+        assert text(kernels=True) == text(kernels=False)
+    # 16 steps of one token, the first row's, then some 14 more, each once, and two that ran ahead in vain
+    assert len(launched) <= 34
+
 def test_generate_stops_and_fits():
     """A stop token ends a row, the context ends all, and a prompt too long is refused with both numbers."""
     model = make_model()
@@ -5006,14 +5046,15 @@ def test_verify_kernel_at_its_ends(top_k, monkeypatch):
     p = torch.randn(B, K + 1, V)
     q = p[:, :K].clone()
     n_drafts = torch.tensor([0, 1, 2, 2, 2, 2])
+    column = torch.stack([n_drafts, n_drafts + 9], 1)[:, 0]  # its numbers do not lie side by side
 
-    def verified(p, q):
+    def verified(p, q, allowed=None):
         first = torch.zeros(B, dtype=torch.int64)
         drafted = sample.draw_rows(q, plain, KERNEL_KEY, 1, K)
-        rows = sample.draw_rows(p, plain, KERNEL_KEY, 2, K + 1)
+        rows = sample.draw_rows(p, plain, KERNEL_KEY, 2, K + 1, None, allowed)
         drafts = drafted.token
         held, drawn, logprobs = sample.verify_rows(
-            p, first, rows, drafts, (q, drafted.cut), n_drafts, plain, KERNEL_KEY, 3)
+            p, first, rows, drafts, (q, drafted.cut), column, plain, KERNEL_KEY, 3, allowed)
         want = p.log_softmax(-1).gather(2, drawn[..., None])[..., 0]
         assert worst(logprobs, want) < 1e-6
         return rows.token, drafts, held, drawn
@@ -5022,6 +5063,16 @@ def test_verify_kernel_at_its_ends(top_k, monkeypatch):
     assert torch.equal(held, n_drafts)
     for b, n in enumerate(held.tolist()):
         assert drawn[b, :n + 1].tolist() == [*drafts[b, :n].tolist(), token[b, n].item()]
+
+    # a first token that is not allowed, however likely
+    best = q[:, 0].argmax(-1)
+    q[:, 0] += 30 * F.one_hot(best, V)
+    p[:, 0] = q[:, 0]
+    allowed = ~F.one_hot(best, V).bool()
+    _, drafts, held, drawn = verified(p, q, allowed)
+    assert torch.equal(drafts[:, 0], best)
+    assert (held == 0).all()
+    assert (drawn[:, 0] != best).all()
 
     p[:, :, ::2] = -math.inf
     q[:, :, 1::2] = -math.inf

@@ -19,11 +19,11 @@ import sample
 TYPES = {
     "*bf16": "q k v qi ki scale part out dout dq dqi a b h x residual w13 w2 shared13 shared2",
     "*fp32": "lse stat index_stat delta share kl dk dv dki weight dweight loss bias factor cos sin "
-             "slack block_score run_best run_upper run_lower q_gain k_gain qi_gain ki_gain logits peak cut draft_logits "
-             "draft_cut logprob",
+             "slack block_score run_best run_upper run_lower q_gain k_gain qi_gain ki_gain logits peak cut "
+             "draft_logits draft_cut logprob",
     "*i64": "ends first key token drafts n_drafts n_accepted drawn",
     "*i1": "allowed",
-    "i32": "T capacity n P V edge0 R N chunks top_k",
+    "i32": "T capacity n P V edge0 R N chunks top_k stream",
     "fp32": "temperature top_p",
     "tensordesc<bf16[128, 128]>": "keys",
 }
@@ -106,7 +106,7 @@ def variants():
 
     # drawing from `small`'s logits: greedy, top-k and top-p, whole; drafts. (Top-p without top-k holds a whole row,
     # more than there are registers.)
-    row = dict(GROUP=64, CHUNK=2048, CHUNKS=32, GROUPS=1024, STREAM=0, TILE=4096, num_warps=8)
+    row = dict(GROUP=64, CHUNK=2048, CHUNKS=32, GROUPS=1024, TILE=4096, num_warps=8)
     listed = dict(row, BY_GROUP=True, LISTED=64, SIZE=4096)
     whole = dict(row, BY_GROUP=False, LISTED=1, SIZE=65536, num_warps=16)
     every = dict(allowed=None)

@@ -1314,6 +1314,34 @@ def _last_kept(equal, token, room, V):
     return tl.where(crowded, lo, V)
 
 @jit
+def _top_k(x, i, k, V):
+    """The k largest of x, of tokens i, all if there are fewer: the least of them, and the last token equal to it."""
+    least = _least_kept(x, tl.where(x > float("-inf"), 1.0, 0.0), k)
+    room = k - tl.sum((x > least).to(tl.int32), 0)
+    return least, _last_kept(x == least, i, room, V)
+
+@jit
+def _top_p(x, i, p, V):
+    """The fewest of x that hold p of all: as _top_k."""
+    weight = tl.exp(x)
+    wanted = p * tl.sum(weight, 0)
+    least = _least_kept(x, weight, wanted)
+    missing = wanted - _sum_where(x > least, weight)
+    room = tl.maximum(tl.ceil(missing / tl.exp(least) - 1e-4), 1.0)             # less what a sum may be off
+    return least, _last_kept(x == least, i, room, V)
+
+@jit
+def _list_groups(peak, g, k, V, group, LISTED: constexpr):
+    """Write a list of the groups g with the k largest peaks, of equal ones the first, then -1."""
+    least, last = _top_k(peak, g, k, V)
+    listed = ((peak > least) | ((peak == least) & (g <= last))) & (peak > float("-inf"))
+    place = tl.cumsum(listed.to(tl.int32), 0) - 1
+    slot = tl.arange(0, LISTED)
+    tl.store(group + slot, -1, mask=slot >= tl.sum(listed.to(tl.int32), 0))
+    tl.store(group + place, g, mask=listed)
+    tl.debug_barrier()                 # now every thread sees the list
+
+@jit
 def _weight(logit, token, cut, temperature):
     """exp of what a token's logit is below the row's largest, 0 where the row's cut leaves it out."""
     x = (logit - tl.load(cut)) / temperature
@@ -1452,18 +1480,9 @@ def _draw_kernel(
         x = _may_draw(_logits_of(logits, at, i, V), allowed, row, N, V, i)
         winner = tl.min(tl.where(x == picked, i, V - 1), 0)
     else:
-        # list the groups of the k largest peaks, of equal ones the first
         if BY_GROUP:
-            edge = _least_kept(best, tl.where(best > float("-inf"), 1.0, 0.0), top_k)
-            n_above = tl.sum((best > edge).to(tl.int32), 0)
-            final = _last_kept(best == edge, g, top_k - n_above, V)
-            listed = (best > edge) | ((best == edge) & (g <= final))
-            place = tl.cumsum(listed.to(tl.int32), 0) - 1
             group += row * LISTED
-            slot = tl.arange(0, LISTED)
-            tl.store(group + slot, -1, mask=slot >= tl.sum(listed.to(tl.int32), 0))
-            tl.store(group + place, g, mask=listed)
-            tl.debug_barrier()         # now every thread sees the list
+            _list_groups(best, g, top_k, V, group, LISTED)
 
         # the cut
         least = float("-inf")
@@ -1473,18 +1492,11 @@ def _draw_kernel(
             x = _may_draw(_logits_of(logits, at, i, V), allowed, row, N, V, i)
             x = (x - picked) / temperature                                      # [SIZE]
             if BY_K:
-                least = _least_kept(x, tl.where(x > float("-inf"), 1.0, 0.0), top_k)
-                room = top_k - tl.sum((x > least).to(tl.int32), 0)
-                last = _last_kept(x == least, i, room, V)
+                least, last = _top_k(x, i, top_k, V)
                 x = tl.where((x > least) | ((x == least) & (i <= last)), x, float("-inf"))
             if BY_P:
-                weight = tl.exp(x)
-                wanted = top_p * tl.sum(weight, 0)
-                lowest = _least_kept(x, weight, wanted)
-                missing = wanted - _sum_where(x > lowest, weight)
-                room = tl.maximum(tl.ceil(missing / tl.exp(lowest) - 1e-4), 1.0)  # less what a sum may be off
-                lasts = _last_kept(x == lowest, i, room, V)
-                last = tl.where(lowest > least, lasts, tl.minimum(last, lasts))
+                lowest, last_of_it = _top_p(x, i, top_p, V)
+                last = tl.where(lowest > least, last_of_it, tl.minimum(last, last_of_it))
                 least = lowest
         cut += row * 4
         tl.store(cut, picked)

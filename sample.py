@@ -32,6 +32,7 @@ import statistics
 import sys
 import time
 import typing
+import warnings
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from heapq import heapify, heappop, heappush
@@ -1776,6 +1777,7 @@ class Decoder:
         widest = 1 + speculate + (len(model.mtp) if speculate else 0)
         if kernels is None:
             kernels = self.on_gpu and triton is not None and model.dtype.itemsize == 2 and widest <= NEW
+            kernels = kernels and has_room_for_copy(model)
         if kernels:
             self.weights = DecodeWeights(model, self.cache.capacity, capacity)
 
@@ -2067,6 +2069,17 @@ class StepGraph:
         if (logprobs.isnan() & was_drawn).any():
             raise ValueError("logits with NaN or +inf among them, or all -inf: nothing can be drawn from them")
         return drawn, logprobs, n_accepted[:, 0]
+
+def has_room_for_copy(model):
+    """Whether DecodeWeights, a second copy of a model's weights, fits the device: a warning if not."""
+    device = model.embed.weight.device
+    need = sum(p.numel() for p in model.parameters()) * model.dtype.itemsize
+    free = free_memory(device)
+    if device.type == "cuda":          # what torch keeps for later tensors
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if need > 0.9 * free:
+        warnings.warn(f"{need / 1e9:.1f} GB for a second copy of the weights do not fit: steps wait for the host")
+    return need <= 0.9 * free
 
 def on_host(x):
     """A copy of a tensor for the host to read and write while a GPU works."""

@@ -4645,6 +4645,17 @@ def test_rows_that_end_at_the_capacity_stay_in_it(speculate):
     # 16 steps of one token, the first row's, then some 14 more, each once, and two that ran ahead in vain
     assert len(launched) <= 34
 
+@parametrize("share, fits", [(0.8, False), (1.3, True)])
+def test_a_copy_of_the_weights_is_made_where_it_fits(share, fits, monkeypatch):
+    """A model that fills its GPU is decoded without a copy of its weights, and says so."""
+    model = make_model()
+    size = 4 * sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr(sample, "free_memory", lambda device: share * size)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert sample.has_room_for_copy(model) == fits
+    assert len(caught) == (not fits)
+
 def test_generate_stops_and_fits():
     """A stop token ends a row, the context ends all, and a prompt too long is refused with both numbers."""
     model = make_model()

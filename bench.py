@@ -1146,8 +1146,8 @@ MOST_DRAFTS = 3                        # K = 1, 2, 3
 DRAWN = dict(temperature=0.8, top_p=1.0, top_k=40)         # plain decoding and GPT-2; nanoGPT has no top-p
 GREEDY = dict(temperature=0, top_p=1.0, top_k=None)
 # A greedy token's logit may be so far below the largest one, as a share of that: a forward without a cache sums in
-# another order, and where two tokens are nearly equal that decides. In bf16 another expert may be chosen, too, which
-# with random weights changes every logit: 2 % of tokens did; such a share may differ
+# another order, and where two tokens are nearly equal that decides. In bf16 it may choose another expert, too, which
+# with random weights changes every logit: 2 % of tokens differed, and such a share may
 TIE = {torch.bfloat16: 0.1, torch.float32: 1e-3}
 OTHER_EXPERT = {torch.bfloat16: 0.05, torch.float32: 0}
 
@@ -1394,13 +1394,6 @@ def long_cache(machine, cfg, T):
         else:
             lane.uniform_(-3 ** 0.5, 3 ** 0.5)
     return cache
-
-def context_sides(machine, cfg):
-    """-> the model with its own layers, and one with full attention in every layer, of the same random weights."""
-    sparse = random_model(machine, cfg)
-    dense = random_model(machine, replace(cfg, attn_types=["full"] * cfg.n_layer))
-    dense.load_state_dict(sparse.state_dict(), strict=False)  # it has no index branch
-    return {"dense": dense, "msa": sparse}
 
 def context_that_fits(machine, cfg, T):
     """T, halved until a cache of that many tokens fits 0.7 of the free memory, and a line where it was."""

@@ -822,7 +822,7 @@ class MiniMax(nn.Module):
         -> drafts (B, n), and of each what `draw` gave beside it, a list
         """
         K = len(self.mtp)
-        by = weights or self
+        decoder = self if weights is None else weights
         last = cache.length.long() - 1     # slot of the trunk's newest hidden state
         following = last[:, None] + 1 + torch.arange(n + 1, device=token.device)  # slots of `token` and the drafts
         cache.ids.scatter_(1, following[:, :1], token[:, None])
@@ -841,15 +841,15 @@ class MiniMax(nn.Module):
         for depth in range(1, n + 1):
             k = min(depth, K)
             if depth <= K:
-                x = by.draft_state(k, x, cache.ids.gather(1, slots + depth), window, index_warmup)
+                x = decoder.draft_state(k, x, cache.ids.gather(1, slots + depth), window, index_warmup)
                 h = x.gather(1, newest)                                                                   # (B, 1, C)
             else:
                 # h stands for the state of the next slot
                 beyond = depth - K
                 slot = following[:, beyond - 1:beyond]
                 ahead = cache.at(slot[:, 0].int(), cache.used + beyond - 1)
-                h = by.draft_state(k, h, cache.ids.gather(1, slot + K), ahead, index_warmup)
-            token, distribution = draw(by.draft_logits(k, h)[:, 0])
+                h = decoder.draft_state(k, h, cache.ids.gather(1, slot + K), ahead, index_warmup)
+            token, distribution = draw(decoder.draft_logits(k, h)[:, 0])
             cache.ids.scatter_(1, following[:, depth:depth + 1], token[:, None])
             drafts.append(token)
             drawn_from.append(distribution)
@@ -1002,7 +1002,7 @@ class MiniMax(nn.Module):
 # kernels as there are places where programs must meet (see the end of moe.py). A layer is
 #     x -> norm, q k v qi ki -> head norms, RoPE, into the cache -> attention (2 kernels) -> o_proj, + x
 #       -> norm, router -> norm, w13, gate -> w2, + x
-# The weights are copied once, in the dtype of activations, routers in fp32; what has one input is one matrix. With
+# Matrices behind a norm are copied, in the dtype of activations, routers in fp32; what has one input is one matrix. With
 # kernels nothing waits for the device: shapes are those of idx and of the cache, so that a CUDA graph can hold a step. A
 # token gets the same bits whatever rows stand beside it, and whether T = 1 or it is one of T drafts.
 
@@ -1013,7 +1013,7 @@ def fold(norm, *weights, dtype):
     return (joined * norm.gain(joined.dtype)).to(dtype).contiguous()
 
 class DecodeLayer:
-    """The weights of a Block for `decode`. Gains are the norms' factors, in fp32 or wider."""
+    """The weights of a Block for DecodeWeights.run_layer. Gains are the norms' factors, in fp32 or wider."""
 
     def __init__(self, block, cfg, dtype):
         attn, mlp = block.attn, block.mlp
@@ -1039,7 +1039,8 @@ class DecodeLayer:
             self.shared = fold(block.mlp_norm, shared.w13.weight, dtype=dtype), shared.w2.weight.to(dtype)
 
 class DecodeWeights:
-    """A model's weights as a decoding step reads them, copied when this is made: later changes are not seen.
+    """A model's weights as a decoding step reads them: matrices behind a norm are copies, others may be the model's own.
+    After a change of weights make another one.
 
     model   MiniMax
     slots   the largest capacity of a cache: RoPE's angles are a table
@@ -1169,7 +1170,7 @@ def append_heads(x, gains, rope, cache, lane, cfg, impl="auto"):
             T=T, capacity=cache.capacity,
             H=H, HKV=Hkv, D=D, DI=Di, L=L, S=S,
             ROT=cfg.rotary_dim, EPS=cfg.norm_eps, TOGETHER=together,
-            num_warps=4 if together else 1, **_overlap(x))
+            num_warps=4 if together else 1, **_overlap(x, B * T))
         return q, qi, block_idx
 
     slot = query_index(T, cache.length, x.device)                                                         # (B, T)

@@ -455,11 +455,12 @@ class _Gated(torch.autograd.Function):
 #     _few_down_kernel    w2 of the same, sum, + residual
 # A program has ROWS rows and COLS columns of a product, weight times x: COLS is the tensor core's M, 16 or more, and
 # ROWS its N, 8 or more. It sums the channels in SPLIT parts, one a warp: one warp alone would wait for K / 16 products,
-# one after the other. It starts while the kernel before still runs (PDL, see msa.py's section E); a projection then
-# brings its weights to the L2, which costs more than it gains for experts and the head. A norm's weight is folded into
-# the matrix behind it, and its 1 / rms, a number a row, is multiplied after the product.
+# one after the other. (The head has so many columns that a warp has some of its own.) With few rows it starts while the
+# kernel before still runs (PDL, see msa.py's section E); a projection, and the router, then bring their weights to the
+# L2, which costs more than it gains for experts. A norm's weight is folded into the matrix behind it, and its 1 / rms,
+# a number a row, is multiplied after the product.
 #
-# Tiles and the order of every sum depend on a matrix's sizes alone. So a row's result has the same bits in any company:
+# BLOCK and SPLIT, and so the order of every sum, depend on a matrix's sizes alone. So a row's result has the same bits in any company:
 # what is generated does not depend on the batch, and a token that is verified as a draft gets the logits of plain
 # decoding. An expert that other rows chose adds an exact 0.
 
@@ -753,6 +754,8 @@ def _few_down_kernel(
     y += tl.load(residual + at, mask=real, other=0.0).to(tl.float32)
     tl.store(out + at, y.to(out.dtype.element_ty), mask=real)
 
+MOST_PROJECTED = 8192     # columns of a projection; the head has more, whose many programs find the memory busy
+
 def _few_tiles(name, R, K, N, x):
     """What a launch of few rows needs to know.
 
@@ -762,8 +765,8 @@ def _few_tiles(name, R, K, N, x):
     N     columns of all programs
     x     any of its tensors: says the device
 
-    BLOCK and SPLIT decide the order of sums: they depend on the sizes of the matrix alone. The others were among the
-    fastest of 359 that were timed on an H200, for 1, 4, 32 and 128 rows of `small` (RESULTS.md).
+    BLOCK and SPLIT decide the order of sums: they depend on the sizes of the matrix alone. The others were chosen from
+    412 timings on an H200, of `small`'s kernels for 1, 4, 32 and 128 rows (RESULTS.md).
     """
     rows = 8 if R <= 8 else 16
     cols = 16
@@ -772,7 +775,7 @@ def _few_tiles(name, R, K, N, x):
     stages = 4
     if not x.is_cuda:
         cols = 32                      # the interpreter is slow: few programs
-    elif name == "linear" and N > 8192:
+    elif name == "linear" and N > MOST_PROJECTED:
         cols = 128
         block = 64
         split = 1
@@ -792,7 +795,7 @@ def _few_tiles(name, R, K, N, x):
         SPLIT=split,
         num_warps=4,
         num_stages=stages,
-        **_overlap(x))
+        **_overlap(x, R))
 
 def _inverse_rms(x, eps):
     """1 / rms of each row of x (..., C) -> (..., 1), fp32 or wider."""
@@ -827,7 +830,7 @@ def few_linear(x, weight, eps=None, residual=None, dtype=None, impl="auto"):
         x=x, weight=weight, residual=residual, out=out,
         N=N, K=K, EPS=eps,
         MOST=triton.next_power_of_2(tiles["COLS"] * K),
-        AHEAD=N <= 8192,  # the head's many programs would find the memory busy
+        AHEAD=N <= MOST_PROJECTED,
         **tiles)
     return out
 
@@ -860,7 +863,7 @@ def few_route(x, weight, bias, n_active, scale, eps, impl="auto"):
         CHOSEN=triton.next_power_of_2(n_active),
         BLOCK=min(channels, max(16, 16384 // experts)),
         MOST=experts * channels,
-        num_warps=8, **_overlap(x))
+        num_warps=8, **_overlap(x, x.numel() // C))
     return factor, idx
 
 def few_mlp(x, eps, activation, shared=None, routed=None, factor=None, idx=None, impl="auto"):

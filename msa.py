@@ -63,9 +63,11 @@ _compiled = functools.cache(torch.compile)
 # "auto" is Triton on a GPU where it fits (_misfit says why not), "torch" is the code here, "triton" insists. The
 # arguments are the same, and so is the result, up to rounding.
 
-# Copies of a query's own keys, multiplied by it alone, cost a CPU more than so many times as many keys for all queries
-# (B * T = 4096, S * L = 64, with gradients: 0.97 s at any T; by a mask 0.07 s at 512, 0.15 at 1024, 0.30 at 2048)
+# On a CPU gathered keys are slow: each query multiplies copies of its own. Up to so many times S * L keys a mask over
+# all of them is faster (two cores of an EPYC, B * T = 4096, S * L = 64, with gradients: 0.97 s at any T; by a mask
+# 0.07 s at 512, 0.15 at 1024, 0.30 at 2048)
 SHORT = 32
+FEW_QUERIES = 16          # a step of generation has fewer: they gather
 
 def chunk(device):
     """Elements of the largest temporary tensor that a chunk of queries may need."""
@@ -310,7 +312,7 @@ def msa_attention(q, k, v, block_idx, L, end=None, start=None, impl="auto"):
     if _pick(impl, q, D, L, grad=(q, k, v)):
         return _attend_triton(q.contiguous(), k, v, block_idx.contiguous(), L, end, start)
 
-    if q.device.type == "cpu" and T >= 16 and k.size(1) <= SHORT * S * L and all_finite(q, k, v):
+    if q.device.type == "cpu" and T >= FEW_QUERIES and k.size(1) <= SHORT * S * L and all_finite(q, k, v):
         return _attend_masked(q, k, v, block_idx, L, end, start)
 
     def attend(q, i, blocks, k, v):
@@ -1911,8 +1913,8 @@ def _dense_kernel(
     HKV: constexpr,
     G: constexpr,
     D: constexpr,
-    TOKENS: constexpr,
-    ROWS: constexpr,  # TOKENS * G, rounded up
+    TOKENS: constexpr,  # queries of a program
+    ROWS: constexpr,    # TOKENS * G, rounded up
     TILE: constexpr,  # keys at a time
     PDL: constexpr,
 ):
@@ -2009,10 +2011,11 @@ def _dense_sum_kernel(
     row = ((b.to(tl.int64) * T + r // G) * HKV + h) * G + r % G
     tl.store(out + row * D + d, mean)
 
-def _overlap(x):
-    """Programmatic dependent launch where the GPU has it: a launch, about 1 us, hides behind the kernel before."""
-    hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
-    return dict(PDL=hopper, launch_pdl=hopper)
+def _overlap(x, rows=1):
+    """Programmatic dependent launch where the GPU has it: a launch, about 1 us, hides behind the kernel before. Not for
+    many rows: their programs fill the GPU, and those of the next kernel would take their place."""
+    pays = x.is_cuda and rows <= 16 and torch.cuda.get_device_capability(x.device)[0] >= 9
+    return dict(PDL=pays, launch_pdl=pays)
 
 @dataclass
 class Grid:
@@ -2104,7 +2107,7 @@ def _dense_triton(q, k, v, end, start):
     G = H // Hkv
     capacity, end = _lanes(end, k=k, v=v)
     tile = 64 if k.is_cuda else 32
-    # from 64 rows on, Hopper multiplies by other instructions: other bits. One kernel for all T above 1: fewer compile
+    # from 64 rows on, Hopper multiplies by other instructions: other bits. One size for all T above 1: fewer kernels to compile
     tokens = 1 if T == 1 else max(1, min(NEW, 32 // G))
     split = max(1, min(PROGRAMS // Hkv, cdiv(capacity, tile)))  # whatever B and T are: the order of sums is the same
     parts = B * T * H * split
@@ -2113,7 +2116,7 @@ def _dense_triton(q, k, v, end, start):
     shared = dict(
         part=scratch[:parts * D], stat=scratch[parts * D:],
         T=T, HKV=Hkv, G=G, D=D,
-        num_warps=4, **_overlap(q))
+        num_warps=4, **_overlap(q, B * T))
     _dense_kernel[split, Hkv, B * cdiv(T, tokens)](
         q=q, k=k, v=v, end=end, length=start,
         capacity=capacity, TOKENS=tokens, ROWS=_power_of_2(tokens * G, 16), TILE=tile,

@@ -1221,9 +1221,13 @@ def verify(logits, drafts, draft_probs, n_drafts, temperature=1.0, top_p=1.0, to
     them all, one from p. Greedy: a draft holds where it is the model's choice.
     """
     K = drafts.size(1)
+    in_use = torch.arange(K, device=drafts.device) < n_drafts[:, None]
     if temperature == 0:
         largest_logit(logits.flatten(0, 1))
-        return verify_greedily(logits.argmax(-1), drafts, n_drafts)
+        best = logits.argmax(-1)                                                                      # (B, K + 1)
+        holds = in_use & (drafts == best[:, :K])
+        n_accepted = holds.cumprod(1).sum(1)
+        return n_accepted, best.gather(1, n_accepted[:, None])[:, 0]
 
     p = truncate_logits(logits.flatten(0, 1), temperature, top_p, top_k).softmax(-1).view(logits.shape)
     if K == 0:
@@ -1232,7 +1236,6 @@ def verify(logits, drafts, draft_probs, n_drafts, temperature=1.0, top_p=1.0, to
     p_draft = p[:, :K].gather(2, drafts[..., None])[..., 0]                                               # (B, K)
     q_draft = q.gather(2, drafts[..., None])[..., 0]
     luck = torch.rand(drafts.shape, generator=generator, device=p.device, dtype=p.dtype)
-    in_use = torch.arange(K, device=drafts.device) < n_drafts[:, None]
     holds = in_use & (luck * q_draft < p_draft)
     n_accepted = holds.cumprod(1).sum(1)
 
@@ -1246,27 +1249,20 @@ def verify(logits, drafts, draft_probs, n_drafts, temperature=1.0, top_p=1.0, to
     last = torch.where((has_failed & has_more)[:, None], more, p_last)
     return n_accepted, torch.multinomial(last, 1, generator=generator)[:, 0]
 
-def verify_greedily(best, drafts, n_drafts):
-    """`verify` at temperature 0. best (B, K + 1): the model's choices."""
-    K = drafts.size(1)
-    in_use = torch.arange(K, device=drafts.device) < n_drafts[:, None]
-    holds = in_use & (drafts == best[:, :K])
-    n_accepted = holds.cumprod(1).sum(1)
-    return n_accepted, best.gather(1, n_accepted[:, None])[:, 0]
-
 # ---- generation: drawing by kernels --------------------------------------------------------------
 # The same for a step on a GPU. There torch's operators are some thirty kernels, in most of which one multiprocessor
-# reads a row of logits: more time than the model takes. Here are three:
+# reads a row of logits. Here are three:
 #     _peaks_kernel   many programs a row: the largest of each 64 logits, and sums for log-sum-exp
 #     _draw_kernel    a row: cut it, draw from what is left. The k largest logits are in the k groups of 64 with the
 #                     largest peaks, so that with top-k those are all that is read
-#     _verify_kernel  a sequence: which drafts hold, and what comes in place of the first that does not
+#     _verify_kernel  a sequence: which drafts hold, what comes in place of the first that does not, and how likely the
+#                     model finds each of these tokens
 # A cut is all that it takes to know each token's probability: the largest logit, the least that is kept, as temperature
 # scales it, the last id of those equal to it, and the sum of exponentials.
 #
 # Random numbers are Philox's, of a key that lies on the device and moves on with each step: a CUDA graph draws anew.
 
-CUT = 4                                # numbers of a cut
+CUT = constexpr(4)                     # numbers of a cut
 STREAMS = 64                           # keys of a step: each launch that draws has one of its own, or two,
 FIRST_STREAM = 17                      # from here on: Triton compiles a kernel anew for 1 and for multiples of 16
 GROUP = 64                             # logits with one peak
@@ -1387,7 +1383,7 @@ def _peaks_kernel(
     first,    # (B,), or None: see draw_rows
     allowed,  # (B, V) bool, or None
     peak,     # (B * N, groups) fp32, written: the largest that may be drawn of each
-    stat,     # (B * N, chunks, 2) fp32, written: the largest of all, NaN if one is; the sum of exponentials less it
+    stat,     # (B * N, chunks, 2) fp32, written: the largest of all, NaN if one is; the sum of exp(logit - it)
     T,
     V,
     N,
@@ -1499,7 +1495,7 @@ def _draw_kernel(
                 lowest, last_of_it = _top_p(x, i, top_p, V)
                 last = tl.where(lowest > least, last_of_it, tl.minimum(last, last_of_it))
                 least = lowest
-        cut += row * 4
+        cut += row * CUT
         tl.store(cut, picked)
         tl.store(cut + 1, least)
         tl.store(cut + 2, last.to(tl.float32))
@@ -1564,12 +1560,12 @@ def _verify_kernel(
         else:
             at = (b * T + tl.minimum(start + k, T - 1)).to(tl.int64)
             mine = (b * K + k).to(tl.int64)
-            its_cut = cut + (rows + k) * 4
+            its_cut = cut + (rows + k) * CUT
             logit = _may_draw(_logits_of(logits, at, d, V), allowed, rows + k, K + 1, V, d)
             p = _weight(logit, d, its_cut, temperature) / tl.load(its_cut + 3)
-            q = _weight(tl.load(draft_logits + mine * V + d).to(tl.float32), d, draft_cut + mine * 4, temperature)
+            q = _weight(tl.load(draft_logits + mine * V + d).to(tl.float32), d, draft_cut + mine * CUT, temperature)
             luck = tl.rand(draws, b * K + k)
-            holds = luck * q < p * tl.load(draft_cut + mine * 4 + 3)
+            holds = luck * q < p * tl.load(draft_cut + mine * CUT + 3)
         held += ((k < count) & holds & (held == k)).to(tl.int32)
     tl.store(n_accepted + b, held.to(tl.int64))
     chosen = tl.load(token + rows + held)
@@ -1580,8 +1576,8 @@ def _verify_kernel(
             row = (b * T + tl.minimum(start + held, T - 1)).to(tl.int64)
             failed = (b * K + held).to(tl.int64)
             row_p = rows + held
-            cut += row_p * 4
-            draft_cut += failed * 4
+            cut += row_p * CUT
+            draft_cut += failed * CUT
             fastest = -1.0
             winner = 0
             for first_token in range(0, V if not BY_GROUP else 1, TILE):
@@ -1649,7 +1645,7 @@ def draw_rows(logits, sampling, key, stream, n=1, first=None, allowed=None):
     found = Drawn(
         token=torch.empty(B, n, dtype=torch.int64, device=device),
         lse=torch.empty(B, n, device=device),
-        cut=torch.empty(B, n, CUT, device=device),
+        cut=torch.empty(B, n, int(CUT), device=device),
         group=torch.empty(B, n, sizes["LISTED"], dtype=torch.int32, device=device))
     _peaks_kernel[chunks, B * n](
         logits=logits, first=first, allowed=allowed, peak=peak, stat=stat,
@@ -1753,13 +1749,14 @@ class Decoder:
     """A model, the cache of some rows, and the step that reads tokens of each row and draws the next.
 
     On a GPU a step of few tokens is one CUDA graph of the kernels of model.DecodeWeights: nothing in it depends on the
-    host, and its shapes are static, for which rows that have ended stay in the batch. While the host reads what a step
+    host, and its shapes are static: rows that have ended stay in the batch. While the host reads what a step
     has drawn, the next one runs already, on the tokens drawn: where a row is fed something else, it is forgotten.
     """
 
     def __init__(self, model, rows, capacity, sampling, speculate=0, index_warmup=False, record=None, kernels=None):
         """capacity: tokens of a row, drafts not included; record: as of `play`; kernels: whether steps are as on a GPU,
-        default: on a GPU. ValueError for drafts by a model without an MTP module."""
+        default: on a GPU in 16 bits, with few drafts, where weights fit twice. ValueError for drafts by a model without
+        an MTP module."""
         if speculate and not model.mtp:
             raise ValueError(f"speculate {speculate}: the model has no MTP module to draft with")
         self.model = model
@@ -1809,7 +1806,8 @@ class Decoder:
         return logits, aux
 
     def draw_draft(self, logits):
-        """(B, V) -> token (B,), and what it was drawn from: (B, V), by kernels its logits and cut, greedy None."""
+        """Logits (B, V) -> token (B,), and what it was drawn from: its distribution (B, V), or None where greedy; by
+        kernels its logits and cut."""
         sampling = self.sampling
         if self.key is not None:
             self.n_draws += 1
@@ -2071,7 +2069,7 @@ class StepGraph:
         return drawn, logprobs, n_accepted[:, 0]
 
 def has_room_for_copy(model):
-    """Whether DecodeWeights, a second copy of a model's weights, fits the device: a warning if not."""
+    """Whether DecodeWeights, about a second copy of a model's weights, fits the device: a warning if not."""
     device = model.embed.weight.device
     need = sum(p.numel() for p in model.parameters()) * model.dtype.itemsize
     free = free_memory(device)
@@ -2174,7 +2172,7 @@ def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0,
             if kept != filled:
                 cache.crop(torch.tensor(kept, dtype=torch.int32, device=device))
             alive = [i for i, row in enumerate(rows) if row.feed]
-            if not alive or len(alive) < len(rows) and not decoder.graphs:
+            if not alive or (len(alive) < len(rows) and not decoder.graphs):
                 rows = [rows[i] for i in alive]
                 cache.select(torch.tensor(alive, dtype=torch.int64, device=device))
             yield
@@ -2241,7 +2239,7 @@ def generate(model, prompts, max_new_tokens, n_samples=1, temperature=1.0, top_p
     stop            ids that end a row
     allowed, index_warmup, speculate, accepted  as in `play`
 
-    The first position is that after the shortest prompt. token, int64: drawn, or the prompt's own in a row that is
+    The first position is that after the shortest prompt. Both lie on the host. token, int64: drawn, or the prompt's own in a row that is
     still inside its prompt, or -1 in a row that has ended (a stop id, max_new_tokens, the context). logprob, fp32, is
     under the model itself: temperature 1, nothing cut; NaN where nothing was drawn. With drafts rows are not equally
     far: a position is handed out when all rows have come to it.
@@ -2429,7 +2427,7 @@ def card(args, model, device, why, n_prompt, threads, index_warmup):
     print(f"kernels | {implementations(model, device)}")
     print(f"device  | {device}, {str(model.dtype).removeprefix('torch.')}: {why}")
     print(f"threads | {threads}")
-    if device.type == "cuda":
+    if device.type == "cuda" and model.dtype.itemsize == 2:
         print("compile | the kernels of a step, by Triton, which keeps them on disk for the next start")
     print(f"prompt  | {n_prompt} tokens of a context of {cfg.max_seq_len}; temperature {args.temperature:g}, "
           f"top-p {args.top_p:g}, top-k {args.top_k}, seed {args.seed}\n", flush=True)

@@ -88,11 +88,11 @@ def variants():
 
     # a decoding step of `small`: R rows; the projections and the head, then experts, or a dense layer's one
     small = dict(C=768, I=512, IS=512, A=4, E=16, EPS=1e-6, EXPERTS=16, CHOSEN=4, SPLIT=4, BLOCK=256, PDL=True)
-    dense = dict(small, I=0, IS=2304, A=0, PAIRS=1, ROWS=16)
+    dense = dict(small, I=0, IS=2304, A=0, PAIRS=32, CHOSEN=1, EXPERTS=2, ROWS=16)
     bf16 = dict(weight="*bf16")
     few = dict(num_stages=4)
     for rows in (8, 16):
-        tile = dict(small, ROWS=rows, PAIRS=4 * rows)
+        tile = dict(small, ROWS=rows, PAIRS=max(32, 4 * rows))
         wide = dict(COLS=16 if rows == 8 else 32, MOST=16384 if rows == 8 else 32768, AHEAD=True)
         yield variant("few_linear", tile, **few, **wide, K=768, types=dict(bf16, residual=None))
         yield variant("few_linear", tile, **few, K=512, COLS=16, MOST=8192, AHEAD=True, types=dict(bf16, EPS=None))

@@ -63,10 +63,10 @@ _compiled = functools.cache(torch.compile)
 # "auto" is Triton on a GPU where it fits (_misfit says why not), "torch" is the code here, "triton" insists. The
 # arguments are the same, and so is the result, up to rounding.
 
-# On a CPU gathered keys are slow: each query multiplies copies of its own. Up to so many times S * L keys a mask over
-# all of them is faster (two cores of an EPYC, B * T = 4096, S * L = 64, with gradients: 0.97 s at any T; by a mask
-# 0.07 s at 512, 0.15 at 1024, 0.30 at 2048)
-SHORT = 32
+# On a CPU gathered keys are slow: each query multiplies copies of its own, which only its G heads share. While Tk G is no
+# more than so many times S L, a mask over all keys is faster. On two cores of an EPYC equal times are at about 70 (G = 2,
+# with gradients 200), 220 (G = 6) and 190 (G = 16)
+SHORT = 96
 FEW_QUERIES = 16          # a step of generation has fewer: they gather
 
 def chunk(device):
@@ -306,13 +306,15 @@ def msa_attention(q, k, v, block_idx, L, end=None, start=None, impl="auto"):
     ValueError for tensors that do not fit.
     """
     _check_attention(q, k, v, end, start)
-    B, T, _, D = q.shape
+    B, T, H, D = q.shape
     S = block_idx.size(3)
     check_tensor("block_idx", block_idx, (B, T, k.size(2), S), q.device)
     if _pick(impl, q, D, L, grad=(q, k, v)):
         return _attend_triton(q.contiguous(), k, v, block_idx.contiguous(), L, end, start)
 
-    if q.device.type == "cpu" and T >= FEW_QUERIES and k.size(1) <= SHORT * S * L and all_finite(q, k, v):
+    G = H // k.size(2)
+    is_short = T >= FEW_QUERIES and k.size(1) * G <= SHORT * S * L
+    if q.device.type == "cpu" and is_short and all_finite(q, k, v):
         return _attend_masked(q, k, v, block_idx, L, end, start)
 
     def attend(q, i, blocks, k, v):

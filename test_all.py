@@ -831,7 +831,7 @@ def test_msa_equals_loop(T, L, S):
     for end in (None, packed_end(T, [16])):
         blocks = msa.select_blocks(qi, ki, S, L, end)
         want = with_grads(loop_attention(q, k, v, end, blocks, L), (q, k, v))
-        for short in (0, 32):
+        for short in (0, 96):
             with mock.patch.object(msa, "SHORT", short):
                 got = with_grads(msa.msa_attention(q, k, v, blocks, L, end), (q, k, v))
             assert worst_of(got, want) < 1e-10

@@ -1292,7 +1292,8 @@ def _append_kernel(
         h = head - H - HKV
         c = tl.arange(0, triton.next_power_of_2(D))
         value = tl.load(x + head * D + c, mask=c < D, other=0.0)
-        tl.store(v + (place * HKV + h) * D + c, value, mask=(c < D) & fits)
+        if fits:
+            tl.store(v + (place * HKV + h) * D + c, value, mask=c < D)
         if block_idx is not None:
             slot = tl.arange(0, triton.next_power_of_2(S))
             blocks = tl.maximum(pos // L - slot, -1).to(tl.int32)

@@ -1371,9 +1371,8 @@ def _logit_row(first, row, N, T):
 def _may_draw(x, allowed, row, N, V, i):
     """x (logits of tokens i), -inf where a first row must not draw."""
     if allowed is not None:
-        is_first = row % N == 0
-        may = tl.load(allowed + (row // N).to(tl.int64) * V + i, mask=(i >= 0) & (i < V) & is_first, other=1)
-        x = tl.where(may != 0, x, float("-inf"))
+        may = tl.load(allowed + (row // N).to(tl.int64) * V + i, mask=(i >= 0) & (i < V), other=1)
+        x = tl.where((may != 0) | (row % N > 0), x, float("-inf"))
     return x
 
 # One program = one chunk of one row.

@@ -1855,19 +1855,19 @@ class Decoder:
         graph = self.graphs[key]
 
         # this step, which may have run ahead, and the next one
-        asked = graph.ask(fed, n_fed, n_drafts)
+        inputs = graph.pack(fed, n_fed, n_drafts)
         ahead = self.ahead
         if ahead is not None and ahead.graph is graph and self.cache.length is self.length and ahead.fits(fed, n_fed):
             turn = ahead.turn
             self.ahead = None
         else:
             self.forget()
-            turn = graph.launch(asked, allowed)
+            turn = graph.launch(inputs, allowed)
         may_run_ahead = may_run_ahead and allowed is None and self.record is None
         if may_run_ahead:
-            next_turn = graph.launch(graph.ask_ahead(asked))
+            next_turn = graph.launch(graph.pack_ahead(inputs))
 
-        drawn, logprobs, n_accepted = graph.hear(turn)
+        drawn, logprobs, n_accepted = graph.result(turn)
         n_accepted = torch.where(n_fed > 0, n_accepted, 0)
         if may_run_ahead:
             self.ahead = Ahead(graph, next_turn, drawn.gather(1, n_accepted[:, None])[:, 0], n_fed)
@@ -1981,16 +1981,17 @@ class StepGraph:
         self.decoder = decoder
         self.T = T
         self.has_drafts = has_drafts
-        self.asked = torch.zeros(rows, T + 3, dtype=torch.int64, device=device)  # see `ask`
+        self.inputs = torch.zeros(rows, T + 3, dtype=torch.int64, device=device)  # see `pack`
         self.allowed = None if allowed is None else torch.ones_like(allowed, device=device)
-        self.told = torch.zeros(rows, 1 + 2 * n_drawn, dtype=torch.int64, device=device)  # n_accepted, drawn, logprobs
+        # n_accepted, drawn, logprobs
+        self.outputs = torch.zeros(rows, 1 + 2 * n_drawn, dtype=torch.int64, device=device)
         self.aux = {}
 
         # on the host
         self.turn = 0
-        self.sent = [on_host(self.asked) for _ in range(2)]
-        self.heard = [on_host(self.told) for _ in range(2)]
-        self.done = [torch.cuda.Event() if self.asked.is_cuda else None for _ in range(2)]
+        self.inputs_on_host = [on_host(self.inputs) for _ in range(2)]
+        self.outputs_on_host = [on_host(self.outputs) for _ in range(2)]
+        self.done = [torch.cuda.Event() if self.inputs.is_cuda else None for _ in range(2)]
 
         # capture, which computes on zeros: afterwards lengths and tokens are as before
         state = decoder.length.clone(), decoder.last.clone()
@@ -1999,10 +2000,10 @@ class StepGraph:
         decoder.last.copy_(state[1])
 
     def compute(self):
-        """`Decoder.compute` of what was asked."""
+        """`Decoder.compute` of the inputs."""
         decoder = self.decoder
         cache = decoder.cache
-        fed, n_fed, n_drafts, follows = self.asked.split([self.T, 1, 1, 1], 1)
+        fed, n_fed, n_drafts, follows = self.inputs.split([self.T, 1, 1, 1], 1)
         first = torch.where(follows > 0, decoder.last[:, None], fed[:, :1])
         fed = torch.cat([first, fed[:, 1:]], 1)
         n_drafts = n_drafts[:, 0] if self.has_drafts else None  # a column: its numbers do not lie side by side
@@ -2018,9 +2019,9 @@ class StepGraph:
 
         decoder.last.copy_(drawn.gather(1, n_accepted[:, None])[:, 0])
         bits = logprobs.double().view(torch.int64)
-        self.told.copy_(torch.cat([n_accepted[:, None], drawn, bits], 1))
+        self.outputs.copy_(torch.cat([n_accepted[:, None], drawn, bits], 1))
 
-    def ask(self, fed, n_fed, n_drafts):
+    def pack(self, fed, n_fed, n_drafts):
         """-> (B, T + 3) of tokens to feed, how many of them count, drafts, and whether the token drawn last comes in
         place of the first."""
         none = torch.zeros_like(n_fed)
@@ -2028,10 +2029,10 @@ class StepGraph:
             n_drafts = none
         return torch.cat([fed, n_fed[:, None], n_drafts[:, None], none[:, None]], 1)
 
-    def ask_ahead(self, asked):
+    def pack_ahead(self, inputs):
         """The step after that: a row that is fed one token is fed the one drawn last."""
-        ahead = asked.clone()
-        n_fed = asked[:, -3]
+        ahead = inputs.clone()
+        n_fed = inputs[:, -3]
         if self.has_drafts:
             ahead[:, -2] = n_fed * (self.T - 1)
         ahead[:, -1] = n_fed
@@ -2041,26 +2042,26 @@ class StepGraph:
         if self.done[turn] is not None:
             self.done[turn].synchronize()
 
-    def launch(self, asked, allowed=None):
-        """-> turn, for `hear`."""
+    def launch(self, inputs, allowed=None):
+        """-> turn, for `result`."""
         turn = self.turn
         self.turn = 1 - turn
-        self.sent[turn].copy_(asked)
-        self.asked.copy_(self.sent[turn], non_blocking=True)
+        self.inputs_on_host[turn].copy_(inputs)
+        self.inputs.copy_(self.inputs_on_host[turn], non_blocking=True)
         if allowed is not None:
             self.allowed.copy_(allowed)
         self.replay()
-        self.heard[turn].copy_(self.told, non_blocking=True)
+        self.outputs_on_host[turn].copy_(self.outputs, non_blocking=True)
         if self.done[turn] is not None:
             self.done[turn].record()
         return turn
 
-    def hear(self, turn):
+    def result(self, turn):
         """Wait for what was launched -> drawn, logprobs, n_accepted, as of Decoder.step, on the host. ValueError where
         nothing could be drawn."""
         self.wait(turn)
-        n_drawn = self.told.size(1) // 2
-        n_accepted, drawn, bits = self.heard[turn].clone().split([1, n_drawn, n_drawn], 1)
+        n_drawn = self.outputs.size(1) // 2
+        n_accepted, drawn, bits = self.outputs_on_host[turn].clone().split([1, n_drawn, n_drawn], 1)
         logprobs = bits.contiguous().view(torch.float64)
         was_drawn = torch.arange(n_drawn) <= n_accepted
         if (logprobs.isnan() & was_drawn).any():
@@ -2238,10 +2239,10 @@ def generate(model, prompts, max_new_tokens, n_samples=1, temperature=1.0, top_p
     stop            ids that end a row
     allowed, index_warmup, speculate, accepted  as in `play`
 
-    The first position is that after the shortest prompt. Both lie on the host. token, int64: drawn, or the prompt's own in a row that is
-    still inside its prompt, or -1 in a row that has ended (a stop id, max_new_tokens, the context). logprob, fp32, is
-    under the model itself: temperature 1, nothing cut; NaN where nothing was drawn. With drafts rows are not equally
-    far: a position is handed out when all rows have come to it.
+    The first position is that after the shortest prompt. Both lie on the host. token, int64: drawn, or the prompt's own
+    in a row that is still inside its prompt, or -1 in a row that has ended (a stop id, max_new_tokens, the context).
+    logprob, fp32, is under the model itself: temperature 1, nothing cut; NaN where nothing was drawn. With drafts rows
+    are not equally far: a position is handed out when all rows have come to it.
     ValueError for no prompt, an empty one, one that exceeds the context or the vocabulary, and what `play` refuses.
     """
     check_prompts(prompts, n_samples, model.cfg)

@@ -1002,9 +1002,9 @@ class MiniMax(nn.Module):
 # kernels as there are places where programs must meet (see the end of moe.py). A layer is
 #     x -> norm, q k v qi ki -> head norms, RoPE, into the cache -> attention (2 kernels) -> o_proj, + x
 #       -> norm, router -> norm, w13, gate -> w2, + x
-# Matrices behind a norm are copied, in the dtype of activations, routers in fp32; what has one input is one matrix. With
-# kernels nothing waits for the device: shapes are those of idx and of the cache, so that a CUDA graph can hold a step. A
-# token gets the same bits whatever rows stand beside it, and whether T = 1 or it is one of T drafts.
+# Matrices behind a norm are copied, in the dtype of activations, routers in fp32; what has one input is one matrix.
+# With kernels nothing waits for the device: shapes are those of idx and of the cache, so that a CUDA graph can hold a
+# step. A token gets the same bits whatever rows stand beside it, and whether T = 1 or it is one of T drafts.
 
 def fold(norm, *weights, dtype):
     """Matrices (N, C) behind one norm -> one matrix (sum of N, C) in dtype, for input that is not yet multiplied by the
@@ -1039,7 +1039,7 @@ class DecodeLayer:
             self.shared = fold(block.mlp_norm, shared.w13.weight, dtype=dtype), shared.w2.weight.to(dtype)
 
 class DecodeWeights:
-    """A model's weights as a decoding step reads them: matrices behind a norm are copies, others may be the model's own.
+    """A model's weights as a decoding step reads them: matrices behind a norm are copies, others may be the model's.
     After a change of weights make another one.
 
     model   MiniMax

@@ -460,9 +460,9 @@ class _Gated(torch.autograd.Function):
 # L2, which costs more than it gains for experts. A norm's weight is folded into the matrix behind it, and its 1 / rms,
 # a number a row, is multiplied after the product.
 #
-# BLOCK and SPLIT, and so the order of every sum, depend on a matrix's sizes alone. So a row's result has the same bits in any company:
-# what is generated does not depend on the batch, and a token that is verified as a draft gets the logits of plain
-# decoding. An expert that other rows chose adds an exact 0.
+# BLOCK and SPLIT, and so the order of every sum, depend on a matrix's sizes alone. So a row's result has the same bits
+# in any company: what is generated does not depend on the batch, and a token that is verified as a draft gets the
+# logits of plain decoding. An expert that other rows chose adds an exact 0.
 
 @jit
 def _few_part(SPLIT, BLOCK):

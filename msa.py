@@ -63,9 +63,9 @@ _compiled = functools.cache(torch.compile)
 # "auto" is Triton on a GPU where it fits (_misfit says why not), "torch" is the code here, "triton" insists. The
 # arguments are the same, and so is the result, up to rounding.
 
-# On a CPU gathered keys are slow: each query multiplies copies of its own, which only its G heads share. While Tk G is no
-# more than so many times S L, a mask over all keys is faster. On two cores of an EPYC equal times are at about 70 (G = 2,
-# with gradients 200), 220 (G = 6) and 190 (G = 16)
+# On a CPU gathered keys are slow: each query multiplies copies of its own, which only its G heads share. While Tk G is
+# no more than so many times S L, a mask over all keys is faster. On two cores of an EPYC equal times are at about 70
+# (G = 2, with gradients 200), 220 (G = 6) and 190 (G = 16)
 SHORT = 96
 FEW_QUERIES = 16          # a step of generation has fewer: they gather
 
@@ -2109,7 +2109,8 @@ def _dense_triton(q, k, v, end, start):
     G = H // Hkv
     capacity, end = _lanes(end, k=k, v=v)
     tile = 64 if k.is_cuda else 32
-    # from 64 rows on, Hopper multiplies by other instructions: other bits. One size for all T above 1: fewer kernels to compile
+    # from 64 rows on, Hopper multiplies by other instructions: other bits. One size for all T above 1: fewer kernels to
+    # compile
     tokens = 1 if T == 1 else max(1, min(NEW, 32 // G))
     split = max(1, min(PROGRAMS // Hkv, cdiv(capacity, tile)))  # whatever B and T are: the order of sums is the same
     parts = B * T * H * split

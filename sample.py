@@ -1371,7 +1371,9 @@ def _logit_row(first, row, N, T):
 def _may_draw(x, allowed, row, N, V, i):
     """x (logits of tokens i), -inf where a first row must not draw."""
     if allowed is not None:
-        may = tl.load(allowed + (row // N).to(tl.int64) * V + i, mask=(i >= 0) & (i < V), other=1)
+        start = (row // N).to(tl.int64) * V
+        real = (i >= 0) & (i < V)
+        may = tl.load(allowed + start + i, mask=real, other=1)
         x = tl.where((may != 0) | (row % N > 0), x, float("-inf"))
     return x
 
@@ -1418,7 +1420,9 @@ def _tokens(group, start, LISTED: constexpr, GROUP: constexpr, TILE: constexpr):
 @jit
 def _logits_of(logits, row, i, V):
     """Of tokens i in a row of V; -inf where there is none."""
-    return tl.load(logits + row * V + i, mask=(i >= 0) & (i < V), other=float("-inf")).to(tl.float32)
+    real = (i >= 0) & (i < V)
+    x = tl.load(logits + row * V + i, mask=real, other=float("-inf"))
+    return x.to(tl.float32)
 
 # One program = one row.
 @jit

@@ -4610,8 +4610,8 @@ def test_steps_by_decode_weights_change_no_word(attn, speculate):
 
 @parametrize("speculate", [0, 2])
 def test_rows_that_end_at_the_capacity_stay_in_it(speculate):
-    """A row that fills its cache and ends, while another one drops some of its context and goes on; and one that reads a
-    long answer, while no step runs ahead."""
+    """A row fills its cache and ends, while another one drops some of its context and goes on, and reads a long
+    answer, while no step runs ahead."""
     torch.manual_seed(1)
     model = MiniMax(small_config(n_mtp=1, attn_types=["full", "msa", "msa"])).double().eval()
     capacity = 16

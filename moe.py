@@ -741,10 +741,11 @@ def _few_down_kernel(
             columns = _few_columns(w2, (this.to(tl.int64) * C + col) * I, channel, I)
             rows = _few_rows(h, at + place * I, channel, mine, I)
             acc = _few_dot(columns, rows, acc)
-    for i in range(0, IS, BLOCK):
-        columns = _few_columns(shared2, col * IS, i + part, IS)
-        rows = _few_rows(h, at + A * I, i + part, row < R, IS)
-        acc = _few_dot(columns, rows, acc)
+    if shared2 is not None:            # a loop of no turns is compiled, too
+        for i in range(0, IS, BLOCK):
+            columns = _few_columns(shared2, col * IS, i + part, IS)
+            rows = _few_rows(h, at + A * I, i + part, row < R, IS)
+            acc = _few_dot(columns, rows, acc)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 

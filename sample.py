@@ -1263,8 +1263,8 @@ def verify(logits, drafts, draft_probs, n_drafts, temperature=1.0, top_p=1.0, to
 # Random numbers are Philox's, of a key that lies on the device and moves on with each step: a CUDA graph draws anew.
 
 CUT = constexpr(4)                     # numbers of a cut
-STREAMS = 64                           # keys of a step: each launch that draws has one of its own, or two,
-FIRST_STREAM = 17                      # from here on: Triton compiles a kernel anew for 1 and for multiples of 16
+KEYS_A_STEP = 64                       # each launch of a step that draws adds a number of its own, or two, to the key,
+FIRST_OFFSET = 17                      # from here on: Triton compiles a kernel anew for 1 and for multiples of 16
 GROUP = 64                             # logits with one peak
 CHUNK = 2048                           # logits of a program of _peaks_kernel
 MOST_GROUPS = 128                      # top-k up to here reads groups; above, or without, a program reads the whole row
@@ -1441,7 +1441,7 @@ def _draw_kernel(
     V,
     N,            # rows of a sequence
     chunks,
-    stream,       # added to the key
+    key_offset,   # added to the key
     temperature,
     top_p,
     top_k,
@@ -1488,14 +1488,15 @@ def _draw_kernel(
         least = float("-inf")
         last = V
         if BY_K or BY_P:
-            i = _tokens(group if BY_GROUP else None, 0, LISTED, GROUP, SIZE)
-            x = _may_draw(_logits_of(logits, at, i, V), allowed, row, N, V, i)
-            x = (x - picked) / temperature                                      # [SIZE]
+            listed = _tokens(group if BY_GROUP else None, 0, LISTED, GROUP, SIZE)
+            score = _may_draw(_logits_of(logits, at, listed, V), allowed, row, N, V, listed)
+            score = (score - picked) / temperature                              # [SIZE]
             if BY_K:
-                least, last = _top_k(x, i, top_k, V)
-                x = tl.where((x > least) | ((x == least) & (i <= last)), x, float("-inf"))
+                least, last = _top_k(score, listed, top_k, V)
+                kept = (score > least) | ((score == least) & (listed <= last))
+                score = tl.where(kept, score, float("-inf"))
             if BY_P:
-                lowest, last_of_it = _top_p(x, i, top_p, V)
+                lowest, last_of_it = _top_p(score, listed, top_p, V)
                 last = tl.where(lowest > least, last_of_it, tl.minimum(last, last_of_it))
                 least = lowest
         cut += row * CUT
@@ -1513,7 +1514,7 @@ def _draw_kernel(
             x = _may_draw(_logits_of(logits, at, i, V), allowed, row, N, V, i)
             weight = _weight(x, i, cut, temperature)                            # [TILE]
             total += tl.sum(weight, 0)
-            fastest, winner = _race(weight, i, tl.load(key) + stream, row * (GROUPS * GROUP), fastest, winner)
+            fastest, winner = _race(weight, i, tl.load(key) + key_offset, row * (GROUPS * GROUP), fastest, winner)
         tl.store(cut + 3, total)
     tl.store(token + row, winner.to(tl.int64))
 
@@ -1537,7 +1538,7 @@ def _verify_kernel(
     logprob,       # (B, K + 1) fp32, written: of these, under the model itself
     T,
     V,
-    stream,        # added to the key; the next one too
+    key_offset,    # added to the key; the next one too
     temperature,
     K: constexpr,
     GREEDY: constexpr,
@@ -1551,7 +1552,7 @@ def _verify_kernel(
     b = tl.program_id(0)
     count = tl.load(n_drafts + b)
     start = tl.load(first + b).to(tl.int32)
-    draws = tl.load(key) + stream
+    draws = tl.load(key) + key_offset
     rows = b * (K + 1)
 
     # a draft holds with min(1, p / q); greedy, where it is the model's choice
@@ -1626,15 +1627,15 @@ def row_sizes(V, sampling):
         TILE=size if by_group else min(size, 4096),
         num_warps=16 if size > 8192 else 8)
 
-def draw_rows(logits, sampling, key, stream, n=1, first=None, allowed=None):
+def draw_rows(logits, sampling, key, key_offset, n=1, first=None, allowed=None):
     """Cut rows of logits as truncate_logits does, and draw a token of each.
 
-    logits   (B, T, V)
-    key      (1,) int64 of the random numbers
-    stream   from FIRST_STREAM on, of this launch
-    n        rows of a sequence
-    first    (B,) the token of each sequence whose logits are its first row, or None: 0; past T - 1 the last one's
-    allowed  (B, V) bool, what a first row may draw, or None
+    logits      (B, T, V)
+    key         (1,) int64 of the random numbers
+    key_offset  from FIRST_OFFSET on, of this launch
+    n           rows of a sequence
+    first       (B,) the token of each sequence whose logits are its first row, or None: 0; past T - 1 the last one's
+    allowed     (B, V) bool, what a first row may draw, or None
     -> Drawn
     """
     B, T, V = logits.shape
@@ -1665,12 +1666,12 @@ def draw_rows(logits, sampling, key, stream, n=1, first=None, allowed=None):
         GREEDY=sampling.temperature == 0,
         BY_K=top_k < V,
         BY_P=sampling.top_p < 1,
-        stream=stream,
+        key_offset=key_offset,
         CHUNKS=triton.next_power_of_2(chunks),
         **sizes)
     return found
 
-def verify_rows(logits, first, rows, drafts, drafted, n_drafts, sampling, key, stream, allowed=None):
+def verify_rows(logits, first, rows, drafts, drafted, n_drafts, sampling, key, key_offset, allowed=None):
     """`verify` of rows that draw_rows has cut and drawn from.
 
     logits, first, allowed  of the model: as given to draw_rows
@@ -1679,7 +1680,7 @@ def verify_rows(logits, first, rows, drafts, drafted, n_drafts, sampling, key, s
     drafted                 logits (B, K, V) and cuts (B, K, 4) that they were drawn from; None at temperature 0, and
                             for K = 0
     n_drafts                (B,) int64
-    key, stream             as in draw_rows; stream + 1 is used too
+    key, key_offset         as in draw_rows; key_offset + 1 is used too
     -> n_accepted (B,), drawn (B, K + 1), logprobs (B, K + 1): see Decoder.step
     """
     B, T, V = logits.shape
@@ -1696,7 +1697,7 @@ def verify_rows(logits, first, rows, drafts, drafted, n_drafts, sampling, key, s
         temperature=max(sampling.temperature, torch.finfo(torch.float32).tiny),
         K=drafts.size(1),
         GREEDY=sampling.temperature == 0,
-        stream=stream,
+        key_offset=key_offset,
         **row_sizes(V, sampling))
     return n_accepted, drawn, logprob
 
@@ -1814,7 +1815,7 @@ class Decoder:
         sampling = self.sampling
         if self.key is not None:
             self.n_draws += 1
-            drawn = draw_rows(logits[:, None], sampling, self.key, FIRST_STREAM + self.n_draws)
+            drawn = draw_rows(logits[:, None], sampling, self.key, FIRST_OFFSET + self.n_draws)
             return drawn.token[:, 0], (logits, drawn.cut[:, 0])
         if sampling.temperature == 0:
             return logits.argmax(-1), None
@@ -1951,13 +1952,13 @@ class Decoder:
         """As `draw`. Nothing is refused: where nothing can be drawn logprobs are NaN."""
         sampling = self.sampling
         K = drafts.size(1)
-        rows = draw_rows(logits, sampling, self.key, FIRST_STREAM, K + 1, first, allowed)
+        rows = draw_rows(logits, sampling, self.key, FIRST_OFFSET, K + 1, first, allowed)
         drafted = None
         if K and sampling.temperature:
             drafted = [torch.stack(parts, 1) for parts in zip(*drawn_from)]
-        stream = FIRST_STREAM + self.n_draws + 1
-        found = verify_rows(logits, first, rows, drafts, drafted, n_drafts, sampling, self.key, stream, allowed)
-        self.key += STREAMS
+        key_offset = FIRST_OFFSET + self.n_draws + 1
+        found = verify_rows(logits, first, rows, drafts, drafted, n_drafts, sampling, self.key, key_offset, allowed)
+        self.key += KEYS_A_STEP
         self.n_draws = 0
         return found
 
@@ -2088,8 +2089,8 @@ def on_host(x):
     return x.cpu().pin_memory() if x.is_cuda else x.clone()
 
 def captured(compute, device):
-    """A function of static inputs and outputs -> one that replays it as a CUDA graph, which computes it twice first; on
-    a CPU the function itself."""
+    """A function of static inputs -> one that replays it as a CUDA graph, into the same results each time. The function
+    computes twice before. On a CPU: the function itself."""
     if device.type != "cuda":
         return compute
 

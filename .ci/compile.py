@@ -23,7 +23,7 @@ TYPES = {
              "draft_logits draft_cut logprob",
     "*i64": "ends first key token drafts n_drafts n_accepted drawn",
     "*i1": "allowed",
-    "i32": "T capacity n P V edge0 R N chunks top_k stream",
+    "i32": "T capacity n P V edge0 R N chunks top_k key_offset",
     "fp32": "temperature top_p",
     "tensordesc<bf16[128, 128]>": "keys",
 }

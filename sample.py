@@ -1853,10 +1853,10 @@ class Decoder:
         if n_drafts is not None and self.n_stale > T:  # a prompt: the kernels are for few tokens
             self.forget()
             self.read_prompt(fed[:, 0].to(device))
-        key = (T, n_drafts is None, allowed is None)
+        key = T, n_drafts is None
         if key not in self.graphs:
             self.forget()
-            self.graphs[key] = StepGraph(self, T, n_drafts is not None, allowed)
+            self.graphs[key] = StepGraph(self, T, n_drafts is not None)
         graph = self.graphs[key]
 
         # this step, which may have run ahead, and the next one
@@ -1977,9 +1977,10 @@ class Ahead:
 
 class StepGraph:
     """A Decoder's step as a CUDA graph (on a CPU as a function): its inputs and outputs lie where they lay when it was
-    captured. The host's copies of them are two of each, in turn."""
+    captured. The host's copies of them are two of each, in turn. A step that may not draw every token is no graph: a
+    text has one, its first."""
 
-    def __init__(self, decoder, T, has_drafts, allowed):
+    def __init__(self, decoder, T, has_drafts):
         rows = len(decoder.length)
         device = decoder.length.device
         n_drawn = T if has_drafts else 1
@@ -1987,7 +1988,6 @@ class StepGraph:
         self.T = T
         self.has_drafts = has_drafts
         self.inputs = torch.zeros(rows, T + 3, dtype=torch.int64, device=device)  # see `pack`
-        self.allowed = None if allowed is None else torch.ones_like(allowed, device=device)
         # n_accepted, drawn, logprobs
         self.outputs = torch.zeros(rows, 1 + 2 * n_drawn, dtype=torch.int64, device=device)
         self.aux = {}
@@ -2004,8 +2004,8 @@ class StepGraph:
         decoder.length.copy_(state[0])
         decoder.last.copy_(state[1])
 
-    def compute(self):
-        """`Decoder.compute` of the inputs."""
+    def compute(self, allowed=None):
+        """`Decoder.compute` of the inputs -> aux."""
         decoder = self.decoder
         cache = decoder.cache
         fed, n_fed, n_drafts, follows = self.inputs.split([self.T, 1, 1, 1], 1)
@@ -2017,7 +2017,7 @@ class StepGraph:
         decoder.before.copy_(decoder.length)
         cache.length = decoder.length
         decoder.n_stale = self.T       # the window of every step with drafts, of one shape
-        drawn, logprobs, n_accepted, self.aux = decoder.compute(fed, n_fed[:, 0], n_drafts, self.allowed)
+        drawn, logprobs, n_accepted, aux = decoder.compute(fed, n_fed[:, 0], n_drafts, allowed)
         decoder.length.copy_(cache.length)
         cache.length = decoder.length
         cache.used, decoder.n_stale = state
@@ -2025,6 +2025,7 @@ class StepGraph:
         decoder.last.copy_(drawn.gather(1, n_accepted[:, None])[:, 0])
         bits = logprobs.double().view(torch.int64)
         self.outputs.copy_(torch.cat([n_accepted[:, None], drawn, bits], 1))
+        return aux
 
     def pack(self, fed, n_fed, n_drafts):
         """-> (B, T + 3) of tokens to feed, how many of them count, drafts, and whether the token drawn last comes in
@@ -2053,9 +2054,10 @@ class StepGraph:
         self.turn = 1 - turn
         self.inputs_on_host[turn].copy_(inputs)
         self.inputs.copy_(self.inputs_on_host[turn], non_blocking=True)
-        if allowed is not None:
-            self.allowed.copy_(allowed)
-        self.replay()
+        if allowed is None:
+            self.aux = self.replay()
+        else:
+            self.aux = self.compute(allowed.to(self.inputs.device))
         self.outputs_on_host[turn].copy_(self.outputs, non_blocking=True)
         if self.done[turn] is not None:
             self.done[turn].record()
@@ -2103,8 +2105,12 @@ def captured(compute, device):
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        compute()
-    return graph.replay
+        results = compute()
+
+    def replay():
+        graph.replay()
+        return results
+    return replay
 
 @torch.no_grad()
 def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0, allowed=None, index_warmup=False,

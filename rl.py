@@ -315,6 +315,8 @@ class Gateway:
         self.queue = queue
         self.now = 0.0                 # seconds since the start
         self.pool = {}                 # group -> its trajectories, until they have been trained on
+        self.n_sampled = 0             # tokens, in Local's rollouts of this process
+        self.rollout_s = 0.0           # real seconds of these
 
     def context(self, episode, messages):
         """Messages -> ids. Two completions may have one text and different tokens, as all bytes that are not UTF-8 are
@@ -932,7 +934,10 @@ class Local(Gateway):
             episodes += [(episode, make_task(args, task).agent()) for episode in self.pool[task]]
         generator = torch.Generator(self.model.embed.weight.device)
         generator.manual_seed(Random(f"{args.seed} {tasks[:1]}").getrandbits(62))
+        began = time.perf_counter()
         rollout(self, episodes, version, generator, args.rollouts)
+        self.rollout_s += time.perf_counter() - began
+        self.n_sampled += sum(len(sample.ids) - sample.start for episode, _ in episodes for sample in episode.samples)
 
         for task in tasks:
             group = self.pool[task]
@@ -1371,10 +1376,12 @@ def summary(args, now, source, queue):
         solved, ema = zip(*curve)
         draw({"a batch of fresh problems": solved, "EMA": ema}, args.figure, args.task)
     virtual = max(source.now, 1e-9)
+    sampled_per_s = source.n_sampled / source.rollout_s if source.rollout_s else None
     return dict(
         reward_start=curve[0][0] if curve else None, reward_end=now.ema, steps=now.step,
         merge_ratio=now.naive / max(now.slots, 1), max_lag=now.max_lag, seconds=now.seconds,
-        virtual_seconds=virtual, idle=queue.idle / virtual, reward_per_virtual_s=now.reward / virtual)
+        virtual_seconds=virtual, idle=queue.idle / virtual, reward_per_virtual_s=now.reward / virtual,
+        rollout_tokens_per_s=sampled_per_s)
 
 def save(folder, source, optimizers, now):
     """Write FOLDER/ckpt.pt, all there is between two steps: weights, momenta, flags, `now`, the queue, the groups in

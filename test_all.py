@@ -6574,6 +6574,18 @@ def test_episodes_past_the_deadline_fail():
     episodes = source.pool[0] + source.pool[1]
     assert [episode.rewards[-1] for episode in episodes] == [-0.2] * 4
 
+def test_rollouts_count_what_the_policy_sampled():
+    """The rate of rollouts counts sampled tokens alone, over the seconds that they took."""
+    args, model = args_and_model(FEW)
+    source = rl.Local(model, args, rl.WindowedFIFO(2, 1))
+    with mock.patch.object(source, "record", wraps=source.record) as record:
+        began = time.perf_counter()
+        source.start(source.queue.admit(0), 0)
+        elapsed = time.perf_counter() - began
+    sampled = [len(call.args[2]) for call in record.call_args_list]
+    assert source.n_sampled == sum(sampled) > 0
+    assert 0 < source.rollout_s <= elapsed
+
 def test_completions_of_one_text_keep_their_tokens():
     """Two bytes that are no UTF-8 are one text; the tokens of each come back in their order."""
     gateway = rl.Gateway()
@@ -7382,6 +7394,7 @@ def test_the_queue_bench_compares_three_schedules(short_trainings, tmp_path):
     for trained in trainings.values():
         assert trained["steps"] == 2
         assert has_keys(trained, "virtual_seconds idle reward_per_virtual_s reward_start reward_end max_lag")
+        assert trained["rollout_tokens_per_s"] > 0
     assert text.count("steps read from") == 2  # the first training made the imitation
     assert len({trained["reward_start"] for trained in trainings.values()}) == 1
     assert len(re.findall("trained \\w+ +\\| 2 steps", text)) == 3

@@ -1,9 +1,9 @@
-"""Compile every kernel for sm_90, without a GPU: one line of JSON, a kernel's name, registers and stack bytes (spills)
-of each. Stack bytes are null where spills are known: see spills_are_known.
+"""Compile every kernel for sm_90, without a GPU. Print one line of JSON: of each kernel its name, registers, and stack
+bytes (spills), or null where spills are known.
 
-Every kernel is launched, and Triton is stopped where it would compile it: a launch that fails on a GPU, because an
-argument has a name that Triton keeps for itself, fails here. A decoding step launches its kernels itself, on tensors
-without data. The launches of prefill, training and int8 keys are written by hand, below.
+Every kernel is launched, and Triton is stopped where it would compile: what fails in a launch on a GPU, such as a
+parameter with a name that Triton keeps for itself, fails here, too. A decoding step makes its own launches, on tensors
+without data. Those of prefill, training and int8 keys are written by hand.
 """
 import json
 import multiprocessing
@@ -55,15 +55,15 @@ def find(name):
     raise ValueError(f"no kernel is called {name}")
 
 def collect(*functions):
-    """Call functions that launch kernels -> a dict: what Triton needs to compile a launch -> the kernel's name, and
-    whether it may spill. Launches that are compiled alike are one."""
+    """Call functions that launch kernels -> dict: what Triton needs to compile a launch -> the kernel's name, and
+    whether its spills are known. Launches that compile to the same are one entry."""
     launches = {}
 
     def note(fn, compile, **_):
         names = fn.jit_function.arg_names
         constants = {names[place]: value for (place,), value in compile["constants"].items()}
         launches[compile["specialization_data"]] = fn.name, spills_are_known(fn.name, constants)
-        return True                    # Triton compiles nothing, and launches nothing
+        return True                    # Triton neither compiles nor launches
 
     driver.set_active(Hopper())
     knobs.runtime.jit_cache_hook = note
@@ -73,8 +73,7 @@ def collect(*functions):
     return launches
 
 def spills_are_known(name, constants):
-    """Top-p without top-k: a program holds a whole row of logits, to read it again and again. A long row is more than
-    there are registers."""
+    """Top-p without top-k searches a whole row of logits, which a program holds: a long row exceeds its registers."""
     if name != "_draw_kernel":
         return False
     holds_row = constants["BY_P"] and not constants["BY_GROUP"]
@@ -82,14 +81,14 @@ def spills_are_known(name, constants):
 
 def compile_launch(launch):
     """-> [kernel's name, registers, stack bytes]."""
-    data, (name, may_spill) = launch
+    data, (name, known) = launch
     compiled = find(name).preload(data)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(buffering=0) as file:
         file.write(compiled.asm["cubin"])
         run = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True)
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", run.stdout).groups()
-    return [name, int(registers), None if may_spill else int(stack)]
+    return [name, int(registers), None if known else int(stack)]
 
 # ---- by hand: prefill, training, int8 keys -------------------------------------------------------
 
@@ -100,8 +99,8 @@ ARRAYS = {
                    "run_upper run_lower",
     torch.int64: "ends",
 }
-NUMBERS = "T capacity n P V edge0 R N".split()
-NUMBER = 3  # neither 1 nor a multiple of 16: for these Triton compiles a kernel of its own
+NUMBERS = "T capacity n P V edge0".split()
+ANY = 3  # a number that Triton compiles nothing special for: neither 1 nor a multiple of 16
 
 # Sizes of M3's sparse attention, and what differs in M2's heads. S1 is S - 1, TOP the same rounded up.
 M3 = dict(HKV=4, G=16, D=128, DI=128, L=128, S=16, S1=15, TOP=16, PDL=True)
@@ -110,7 +109,7 @@ M2 = dict(M3, HKV=8, G=6)
 def launch(name, sizes, num_warps=4, num_stages=3, maxnreg=None, types=(), **more):
     """A launch at these sizes. types: parameters whose type differs from ARRAYS; None: an argument left out."""
     kernel = find(f"_{name}_kernel")
-    values = dict.fromkeys(NUMBERS, NUMBER)
+    values = dict.fromkeys(NUMBERS, ANY)
     for dtype, names in ARRAYS.items():
         values.update(dict.fromkeys(names.split(), dtype))
     values["keys"] = TensorDescriptor(MockTensor(torch.bfloat16), [128, 128], [128, 1], [128, 128])
@@ -161,9 +160,9 @@ def launch_by_hand():
     launch("attend", M3, num_warps=8, RUNS=512, PAIR=32, ROWS=16)
 
 # ---- decoding steps ------------------------------------------------------------------------------
-# Models without data launch what real ones do. Every argument that may be None is there in one of the steps, and is
-# None in another; every constant takes each of its values; rows of logits are cut in every way. One row, or one token, is
-# a constant, too: Triton compiles a kernel of its own for the number 1.
+# Models without data launch what real ones do. These few steps reach every kind of launch: an argument that may be None
+# is None in one of them, and not in another; a switch is on and off; tiles have each of their sizes; and rows of logits
+# are cut in every way. One row, or one token a row, is a kind of its own: Triton compiles the number 1 as a constant.
 
 GREEDY = Sampling(temperature=0.0)
 TOP_K = Sampling(top_k=40)
@@ -172,8 +171,8 @@ TOP_K_AND_P = Sampling(top_k=40, top_p=0.9)
 UNCUT = Sampling()
 
 def launch_steps():
-    """Decoding steps of M2's and M3's patterns: one layer of each kind, one MTP module."""
-    # tensors of a FakeTensorMode have no data: they lie on a CPU, and say that it is a GPU
+    """Decoding steps of M2's and M3's patterns: a layer of each kind, and an MTP module."""
+    # tensors of FakeTensorMode have no data; on a CPU, they say that they are on a GPU, at aligned addresses
     FakeTensor.is_cuda = property(lambda tensor: True)
     FakeTensor.data_ptr = lambda tensor: tensor.storage_offset() * tensor.itemsize
     torch.cuda.get_device_capability = lambda device: (9, 0)
@@ -195,7 +194,7 @@ def launch_steps_of_m2():
     launch_step(wide, 1, 0, GREEDY)
 
 def launch_steps_of_m3():
-    """A dense layer with full attention; a shared expert and others behind MSA, which a long cache has."""
+    """A dense layer with full attention; MSA, which a long cache has, with a shared expert among others."""
     layers = dict(n_layer=2, attn_types=["full", "msa"], mlp_types=["dense", "moe"], n_mtp=1)
     small = MiniMax(MiniMaxConfig.small(**layers), torch.bfloat16)
     launch_step(small, 1, 0, TOP_K, capacity=8192, guided=True)

@@ -300,6 +300,22 @@ class KVCache:
         view.used = used
         return view
 
+    def row(self, i, used):
+        """Row i alone, in the same buffers; `used` bounds its length, which `set_length` carries back."""
+        view = self.at(self.length[i:i + 1], used)
+        view.k = self.k[:, i:i + 1]
+        view.v = self.v[:, i:i + 1]
+        view.ki = self.ki[:, i:i + 1]
+        if self.ids is not None:
+            view.ids = self.ids[i:i + 1]
+            view.hidden = self.hidden[i:i + 1]
+        return view
+
+    def set_length(self, i, length):
+        """Row i holds so many slots."""
+        self.length[i] = length
+        self.used = max(self.used, length)
+
     def crop(self, length):
         """Forget every slot from `length` on: an int, or a tensor (B,), which is read back; beyond the end, nothing."""
         limit = torch.as_tensor(length)

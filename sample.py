@@ -1701,6 +1701,154 @@ def verify_rows(logits, first, rows, drafts, drafted, n_drafts, sampling, key, k
         **row_sizes(V, sampling))
     return n_accepted, drawn, logprob
 
+# ---- generation: prefix cache --------------------------------------------------------------------
+# Contexts that begin alike have the same keys, values and index keys there, for a causal model never looks ahead. What a
+# row has computed is kept by blocks of tokens, in a trie whose edges are the blocks themselves: what is found has been
+# compared token by token, no hash decides. All lanes of a block come and go together.
+# What MTP module k wrote at a slot depends on the k-th next token, too. A row that goes on from a path of blocks
+# therefore lets the modules read the last slots again: see MiniMax.draft.
+
+def row_lanes(cache, row):
+    """What a KVCache holds of a row: name -> (layers, slots, ...)."""
+    lanes = dict(k=cache.k[:, row], v=cache.v[:, row], ki=cache.ki[:, row])
+    if cache.hidden is not None:
+        lanes["hidden"] = cache.hidden[row:row + 1]
+    return lanes
+
+@dataclasses.dataclass(eq=False)
+class Block:
+    """A block of tokens behind those of its parents, and what a KVCache's lanes hold of it."""
+    tokens: tuple
+    parent: "Block"
+    lanes: dict = dataclasses.field(default_factory=dict)     # name -> (layers, L, ...)
+    n_read: int = 0                    # MTP modules whose lanes are whole, too
+    children: dict = dataclasses.field(default_factory=dict)  # by their tokens
+    users: int = 0                     # rows that have it in hand: it stays
+    used_at: int = 0                   # on the cache's clock
+    is_listed: bool = False            # among the cache's leaves
+
+    @property
+    def bytes(self):
+        return sum(lane.numel() * lane.element_size() for lane in self.lanes.values())
+
+class PrefixCache:
+    """A trie over blocks of tokens. Its bytes are bounded: unused leaves go, those first that were not used for longest
+    (the rule of vLLM and SGLang: arXiv 2312.07104).
+
+    max_bytes  of all lanes together
+    One for each model: after a change of weights make another one.
+    """
+
+    def __init__(self, max_bytes):
+        self.max_bytes = max_bytes
+        self.bytes = 0
+        self.root = Block((), None)
+        self.clock = 0                 # uses so far
+        self.leaves = []               # a heap: (used_at, number, block), each an unused leaf when it was listed
+
+    def match(self, tokens, cache):
+        """The longest path of blocks that tokens begin with, not beyond the last token but one: something must be
+        computed, for the last one's logits. Its blocks stay until `release`.
+
+        cache  KVCache, all of whose lanes must be there
+        -> [Block, ...]
+        """
+        L = cache.L
+        names = row_lanes(cache, 0).keys()
+        path = []
+        block = self.root
+        for start in range(0, len(tokens) - L, L):
+            block = block.children.get(tuple(tokens[start:start + L]))
+            if block is None or not names <= block.lanes.keys():
+                break
+            path.append(block)
+        self.hold(path)
+        return path
+
+    def hold(self, path):
+        """A user more of each block."""
+        self.clock += 1
+        for block in path:
+            block.users += 1
+            block.used_at = self.clock
+
+    def release(self, path):
+        """A user less of each block."""
+        for block in path:
+            block.users -= 1
+            self.list_leaf(block)
+
+    def restore(self, path, cache, row, n_modules=0):
+        """Write a path into a row of a KVCache -> how many of its slots the first n_modules MTP modules have read."""
+        if not path:
+            return 0
+        n_slots = len(path) * cache.L
+        for name, lane in row_lanes(cache, row).items():
+            lane[:, :n_slots] = torch.cat([block.lanes[name] for block in path], 1)
+        if cache.ids is not None:
+            tokens = [token for block in path for token in block.tokens]
+            cache.ids[row, :n_slots] = torch.tensor(tokens, device=cache.ids.device)
+        cache.set_length(row, n_slots)
+        read = itertools.takewhile(lambda block: block.n_read >= n_modules, path)
+        return cache.L * len(list(read))
+
+    def insert(self, tokens, cache, row, n_read=0, n_modules=0):
+        """Keep the whole blocks of what a row of a KVCache holds, as far as there is room.
+
+        tokens     of the row, from slot 0 on
+        n_read     slots that MTP modules have read, with the tokens behind them
+        n_modules  these modules: the first so many
+        """
+        L = cache.L
+        lanes = row_lanes(cache, row)
+        path = []
+        block = self.root
+        for end in range(L, len(tokens) + 1, L):
+            slots = slice(end - L, end)
+            key = tuple(tokens[slots])
+            child = block.children.get(key, Block(key, block))
+            path.append(child)
+            self.hold([child])         # before others go, to make room
+            is_new = not lanes.keys() <= child.lanes.keys()
+            is_better = end <= n_read and n_modules > child.n_read
+            if is_new or is_better:
+                if not self.fill(child, {name: lane[:, slots] for name, lane in lanes.items()}):
+                    break
+                child.n_read = n_modules if end <= n_read else 0
+            block.children[key] = child
+            block = child
+        self.release(path)
+
+    def fill(self, block, lanes):
+        """Copy lanes into a block -> whether there was room."""
+        more = sum(lane.numel() * lane.element_size() for lane in lanes.values()) - block.bytes
+        if not self.make_room(more):
+            return False
+        block.lanes = {name: lane.clone() for name, lane in lanes.items()}
+        self.bytes += more
+        return True
+
+    def make_room(self, more):
+        """Let unused leaves go until so many bytes more fit -> whether they do."""
+        while self.bytes + more > self.max_bytes and self.leaves:
+            used_at, _, block = heappop(self.leaves)
+            block.is_listed = False
+            if used_at < block.used_at:
+                self.list_leaf(block)  # used since, and perhaps in use, or no leaf any more
+            else:
+                del block.parent.children[block.tokens]
+                self.bytes -= block.bytes
+                self.list_leaf(block.parent)
+        return self.bytes + more <= self.max_bytes
+
+    def list_leaf(self, block):
+        """List a block that may go, if it is one."""
+        may_go = block.lanes and not block.users and not block.children  # the root has no lanes
+        if may_go and not block.is_listed:
+            block.is_listed = True
+            self.clock += 1
+            heappush(self.leaves, (block.used_at, self.clock, block))
+
 # ---- the generation loop -------------------------------------------------------------------------
 # One loop generates for all: each row of the batch is a player, a coroutine that says which tokens to feed, and is sent
 # a token sampled after them. sample.py's players feed what was drawn; rl.py's play an agent, whose tools' answers are
@@ -1721,23 +1869,33 @@ class Player:
     """A row of the loop: a coroutine, and what it has in the cache. `play` says what they tell each other."""
     coroutine: object
     feed: list                         # tokens to feed next; empty: it is over
-    length: int = 0                    # tokens in its cache
-    notes: list = dataclasses.field(default_factory=list)  # what was recorded of each of them
+    tokens: list = dataclasses.field(default_factory=list)  # those in its cache
+    notes: list = dataclasses.field(default_factory=list)   # what was recorded of each of them
+    path: list = dataclasses.field(default_factory=list)    # blocks of a PrefixCache that it has in hand
+    n_cached: int = 0                  # tokens that came from there
     has_drawn: bool = False
+
+    @property
+    def length(self):
+        return len(self.tokens)
+
+    def take(self, n, notes):
+        """The next n tokens of `feed` are in the cache now, and so noted."""
+        self.tokens += self.feed[:n]
+        self.feed = self.feed[n:]
+        self.notes += notes
 
     def hear(self, n_fed, drawn, logprobs, notes):
         """A step has fed n_fed tokens of `feed`, and drafts behind them. `drawn` are the drafts that held, which are in
         the cache, then one token that is not. After the last token of `feed` the coroutine hears what was drawn, token
         by token, and says what it keeps of the cache, and what comes next. notes: of all tokens fed, or []."""
-        self.feed = self.feed[n_fed:]
-        self.length += n_fed
-        self.notes += notes[:n_fed]
+        self.take(n_fed, notes[:n_fed])
         if self.feed:
             return
         self.has_drawn = True
         for n, (token, logprob) in enumerate(zip(drawn, logprobs), n_fed):
             if n > n_fed:              # the token before was a draft: it is in the cache
-                self.length += 1
+                self.tokens.append(before)
                 self.notes = self.notes + notes[n - 1:n]  # a new list: the coroutine may have kept the old one
             self.feed = []
             with contextlib.suppress(StopIteration):  # it is over, with nothing to feed
@@ -1746,7 +1904,8 @@ class Player:
                 return
             if kept != self.length or self.feed != [token]:
                 break
-        self.length = kept
+            before = token
+        del self.tokens[kept:]
         self.notes = self.notes[:kept]
 
 class Decoder:
@@ -1768,6 +1927,7 @@ class Decoder:
         self.speculate = speculate
         self.index_warmup = index_warmup
         self.record = record
+        self.n_modules = min(speculate, len(model.mtp))  # that draft
         self.n_stale = 0               # slots at a row's end that the MTP modules have not read
         self.on_gpu = model.embed.weight.is_cuda
         slots = capacity + 2 * (speculate + 1)  # drafts, and those of a step that is forgotten
@@ -1822,13 +1982,12 @@ class Decoder:
         q = truncate_logits(logits, sampling.temperature, sampling.top_p, sampling.top_k).softmax(-1)
         return torch.multinomial(q, 1, generator=sampling.generator)[:, 0], q
 
-    def read_prompt(self, token):
-        """Let the modules read all that is new to them; what they guess after token (B,) is of no use."""
+    def read_prompt(self, cache, token, n_stale):
+        """Let the modules read the last n_stale slots, which are new to them; what they guess after token (B,) is of no
+        use."""
         def best(logits):
             return logits.argmax(-1), None
-        self.length.clamp_(max=self.cache.used)  # rows that have ended may have gone on a little
-        n_stale = min(self.n_stale, self.cache.used)
-        self.model.draft(self.cache, token, len(self.model.mtp), n_stale, best, self.index_warmup)
+        self.model.draft(cache, token, len(self.model.mtp), n_stale, best, self.index_warmup)
 
     def step(self, fed, n_fed, n_drafts, allowed=None, may_run_ahead=False):
         """Feed, draft, verify, draw.
@@ -1852,7 +2011,8 @@ class Decoder:
             self.last = torch.zeros_like(self.length, dtype=torch.int64)
         if n_drafts is not None and self.n_stale > T:  # a prompt: the kernels are for few tokens
             self.forget()
-            self.read_prompt(fed[:, 0].to(device))
+            self.length.clamp_(max=self.cache.used)  # rows that have ended may have gone on a little
+            self.read_prompt(self.cache, fed[:, 0].to(device), min(self.n_stale, self.cache.used))
         key = T, n_drafts is None
         if key not in self.graphs:
             self.forget()
@@ -2114,7 +2274,7 @@ def captured(compute, device):
 
 @torch.no_grad()
 def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0, allowed=None, index_warmup=False,
-         capacity=None, accepted=None, kernels=None):
+         capacity=None, accepted=None, kernels=None, prefixes=None, cached=None):
     """Drive coroutines in step -> yields after each forward.
 
     players    each yields how many tokens of its cache it keeps and the tokens to feed next; after the last of them it
@@ -2128,8 +2288,13 @@ def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0,
     capacity   tokens of a row, at most; None: the model's context
     accepted   a list: of each row and step with drafts, how many held is appended
     kernels    see Decoder
-    ValueError for drafts by a model without an MTP module, and for logits that nothing can be drawn from.
+    prefixes   PrefixCache: what it has of the first prompts is not computed, and it keeps what rows compute
+    cached     a list: of each row, how many tokens of its first prompt came from there is appended
+    ValueError for drafts by a model without an MTP module, for logits that nothing can be drawn from, and for `record`
+    beside `prefixes`: what is not computed has no notes.
     """
+    if record is not None and prefixes is not None:
+        raise ValueError("a prefix cache keeps no notes, so that nothing can be recorded")
     model.eval()
     device = model.embed.weight.device
     rows = []
@@ -2145,10 +2310,11 @@ def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0,
         leaders = rows[::group]
     capacity = capacity or model.cfg.max_seq_len
     decoder = Decoder(model, len(leaders), capacity, sampling, speculate, index_warmup, record, kernels)
-    prefill(decoder, rows, leaders, record)
     cache = decoder.cache
-
     try:
+        prefill(decoder, rows, leaders, prefixes)
+        if cached is not None:
+            cached += [row.n_cached for row in rows]
         while rows:
             # what each row reads: its next tokens, and drafts behind a single one
             may_draft = [speculate > 0 and len(row.feed) == 1 and row.length > 0 for row in rows]
@@ -2182,6 +2348,10 @@ def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0,
             cache.used = max(filled)
             if kept != filled:
                 cache.crop(torch.tensor(kept, dtype=torch.int32, device=device))
+            if prefixes is not None:
+                for i, row in enumerate(rows):
+                    if n_fed[i] and not row.feed:
+                        keep_prefix(prefixes, decoder, row, i)
             alive = [i for i, row in enumerate(rows) if row.feed]
             if not alive or (len(alive) < len(rows) and not decoder.graphs):
                 rows = [rows[i] for i in alive]
@@ -2189,31 +2359,99 @@ def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0,
             yield
     finally:
         decoder.wait()
+        if prefixes is not None:       # of a loop that was left before its rows were over
+            for row in rows:
+                prefixes.release(row.path)
 
 def lockstep(*args, **options):
     """`play` to its end."""
     for _ in play(*args, **options):
         pass
 
-def prefill(decoder, rows, leaders, record):
-    """Feed what all rows can be fed at once. leaders: one row of each group, its first, and the rows of the decoder's
-    cache. All rows of the group begin with its prompt, which is computed once, and whose keys and values are copied.
+PART = dict(cpu=2048, cuda=16384)      # tokens of prompts that one forward reads: they bound its memory
+ALONE = 32                             # tokens: what prompts have more than the shortest is fed to each row alone
 
-    No further than to the shortest prompt's last token but one: the last one's logits are needed, row by row."""
-    shared = min(len(row.feed) for row in rows) - 1
+def prefill(decoder, rows, leaders, prefixes=None):
+    """Feed each row its prompt but for the last token, whose logits are needed row by row. leaders: one row of each
+    group, its first, and the rows of the decoder's cache. All rows of a group begin with its prompt, which is computed
+    once, and whose keys and values are copied.
+
+    Rows are fed side by side as far as the shortest prompt goes. What is left, if it is not little, is fed row by row;
+    with a PrefixCache all is, so that a row finds what the rows before it have left there.
+    """
+    cache = decoder.cache
+    reader = PromptReader(decoder, sum(len(row.feed) - 1 for row in leaders))
+    n_read = [0] * len(leaders)        # slots that the MTP modules have read
+    if prefixes is None:
+        shared = min(len(row.feed) for row in leaders) - 1
+        n_read = [reader.read(cache, leaders, shared)] * len(leaders)
+
+    for i, row in enumerate(leaders):
+        if prefixes is not None:
+            row.path = prefixes.match(row.feed, cache)
+            n_read[i] = prefixes.restore(row.path, cache, i, decoder.n_modules)
+            row.n_cached = len(row.path) * cache.L
+            row.take(row.n_cached, [])
+            reader.done += row.n_cached
+        left = len(row.feed) - 1
+        if prefixes is not None or left > ALONE:
+            n_read[i] = reader.read(cache.row(i, row.length), [row], left, n_read[i])
+            cache.set_length(i, row.length)
+        if prefixes is not None:
+            known = n_read[i] - decoder.n_modules  # at the last slots the modules have read guesses
+            prefixes.insert(row.tokens, cache, i, known, decoder.n_modules)
+    decoder.n_stale = max(row.length - n for row, n in zip(leaders, n_read))
+
+    # the others of each group
     copies = len(rows) // len(leaders)
-    notes = None
-    if shared:
-        idx = torch.tensor([row.feed[:shared] for row in leaders], device=decoder.cache.length.device)
-        _, aux = decoder.read(idx, n_logits=0)
-        if record is not None:
-            notes = record(aux)
-    decoder.cache.expand(copies)
+    if copies > 1:
+        cache.expand(copies)
     for i, row in enumerate(rows):
-        row.feed = row.feed[shared:]
-        row.length = shared
-        if notes is not None:
-            row.notes = list(notes[i // copies])
+        leader = leaders[i // copies]
+        if row is not leader:
+            row.n_cached = leader.n_cached
+            row.take(leader.length, leader.notes)
+
+class PromptReader:
+    """Feeds prompts in parts of bounded memory, and says how far it is where that takes long."""
+
+    def __init__(self, decoder, total):
+        """total: tokens of all prompts."""
+        self.decoder = decoder
+        self.progress = Progress("prefill", total, "tokens")
+        self.done = 0                  # tokens
+
+    def read(self, cache, rows, size, n_read=0):
+        """Feed rows, which are those of the cache, the next `size` tokens of their prompts -> how many slots the MTP
+        modules have read; n_read: had read before."""
+        decoder = self.decoder
+        device = cache.length.device
+        part = max(1, PART[device.type] // len(rows))
+        while size:
+            n = min(size, part)
+            idx = torch.tensor([row.feed[:n] for row in rows], device=device)
+            _, _, aux = decoder.model(idx, cache=cache, n_logits=0, index_warmup=decoder.index_warmup)
+            notes = [[]] * len(rows)
+            if decoder.record is not None:
+                notes = decoder.record(aux)
+            for row, noted in zip(rows, notes):
+                row.take(n, list(noted))
+            size -= n
+            self.done += n * len(rows)
+            self.progress.at(self.done)
+
+            # the modules follow, part by part
+            if decoder.speculate:
+                following = torch.tensor([row.feed[0] for row in rows], device=device)
+                decoder.read_prompt(cache, following, rows[0].length - n_read)
+                n_read = rows[0].length
+        return n_read
+
+def keep_prefix(prefixes, decoder, row, i):
+    """A row is over: a PrefixCache keeps what it has computed."""
+    prefixes.insert(row.tokens, decoder.cache, i, row.length - decoder.n_stale, decoder.n_modules)
+    prefixes.release(row.path)
+    row.path = []
 
 def check_prompts(prompts, n_samples, cfg):
     """ValueError for no prompt, an empty one, or one that exceeds the context or the vocabulary."""
@@ -2240,7 +2478,7 @@ def continue_row(prompt, n_tokens, stop, out):
         feed = [token]
 
 def generate(model, prompts, max_new_tokens, n_samples=1, temperature=1.0, top_p=0.95, top_k=40, generator=None,
-             stop=(), allowed=None, index_warmup=False, speculate=0, accepted=None):
+             stop=(), allowed=None, index_warmup=False, speculate=0, accepted=None, prefixes=None, cached=None):
     """Continue each prompt n_samples times, all rows in step -> yields token (B,), logprob (B,), position by position.
 
     prompts         lists of token ids
@@ -2248,7 +2486,7 @@ def generate(model, prompts, max_new_tokens, n_samples=1, temperature=1.0, top_p
     n_samples       rows of each prompt, side by side: B = len(prompts) * n_samples
     temperature, top_p, top_k, generator  as in sample_next
     stop            ids that end a row
-    allowed, index_warmup, speculate, accepted  as in `play`
+    allowed, index_warmup, speculate, accepted, prefixes, cached  as in `play`
 
     The first position is that after the shortest prompt. Both lie on the host. token, int64: drawn, or the prompt's own
     in a row that is still inside its prompt, or -1 in a row that has ended (a stop id, max_new_tokens, the context).
@@ -2274,7 +2512,9 @@ def generate(model, prompts, max_new_tokens, n_samples=1, temperature=1.0, top_p
         return torch.tensor(tokens), torch.tensor(logprobs)
 
     t = 0
-    for _ in play(model, players, n_samples, sampling, None, speculate, allowed, index_warmup, capacity, accepted):
+    steps = play(model, players, n_samples, sampling, None, speculate, allowed, index_warmup, capacity, accepted,
+                 prefixes=prefixes, cached=cached)
+    for _ in steps:
         running = [len(out) for out, player in zip(outs, players) if player.gi_frame is not None]
         while t < min(running, default=0):
             yield column(t)

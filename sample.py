@@ -3,6 +3,7 @@
     python sample.py --prompt "def "                          # from out/ckpt.pt, which holds tokenizer and config too
     python sample.py --prompt "import os" --n-samples 3 --temperature 0.7 --seed 1
     python sample.py --hf DIR --prompt 1,2,3                  # an M2 or M3 checkpoint of transformers, by token ids
+    python sample.py --chat                                   # a conversation, each turn of which goes on from the last
 
     text -> chunks -> bytes, merged into tokens
     generate: prefill what all prompts can be fed at once -> loop { one token a row through the KV cache; MSA chooses
@@ -1028,6 +1029,14 @@ def free_memory(device):
     available = 1024 * int(rows["MemAvailable"].split()[0])
     return min(available, cgroup_room())
 
+def peak_memory(device):
+    """Bytes that this process had at most: of the GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource                    # not on Windows
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
 def check_memory(need, device, ways, unsure=1.25):
     """ValueError, before anything is allocated, where a run needs clearly more memory than is free.
 
@@ -1702,8 +1711,8 @@ def verify_rows(logits, first, rows, drafts, drafted, n_drafts, sampling, key, k
     return n_accepted, drawn, logprob
 
 # ---- generation: prefix cache --------------------------------------------------------------------
-# Contexts that begin alike have the same keys, values and index keys there, for a causal model never looks ahead. What a
-# row has computed is kept by blocks of tokens, in a trie whose edges are the blocks themselves: what is found has been
+# Contexts that begin alike have the same keys, values and index keys there, for a causal model never looks ahead. What
+# a row has computed is kept by blocks of tokens, in a trie whose edges are the blocks themselves: what is found has been
 # compared token by token, no hash decides. All lanes of a block come and go together.
 # What MTP module k wrote at a slot depends on the k-th next token, too. A row that goes on from a path of blocks
 # therefore lets the modules read the last slots again: see MiniMax.draft.
@@ -1987,7 +1996,7 @@ class Decoder:
         use."""
         def best(logits):
             return logits.argmax(-1), None
-        self.model.draft(cache, token, len(self.model.mtp), n_stale, best, self.index_warmup)
+        self.model.draft(cache, token, self.n_modules, n_stale, best, self.index_warmup)
 
     def step(self, fed, n_fed, n_drafts, allowed=None, may_run_ahead=False):
         """Feed, draft, verify, draw.
@@ -2357,9 +2366,16 @@ def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0,
                 rows = [rows[i] for i in alive]
                 cache.select(torch.tensor(alive, dtype=torch.int64, device=device))
             yield
+    except GeneratorExit:              # nobody wants more: what is there may be of use
+        decoder.wait()
+        if prefixes is not None:
+            for i, row in enumerate(rows):
+                if row.feed:
+                    keep_prefix(prefixes, decoder, row, i)
+        raise
     finally:
         decoder.wait()
-        if prefixes is not None:       # of a loop that was left before its rows were over
+        if prefixes is not None:
             for row in rows:
                 prefixes.release(row.path)
 
@@ -2603,12 +2619,15 @@ def read_standard_input():
     """-> all of standard input. ValueError if it is closed or not UTF-8."""
     if sys.stdin is None:
         raise ValueError("--prompt -: standard input is closed")
-    raw = sys.stdin.buffer.read()
+    return decode_text(sys.stdin.buffer.read(), "--prompt -: standard input")
+
+def decode_text(raw, source):
+    """Bytes -> text. ValueError, naming the source, if they are not UTF-8."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         kind = guess_kind(raw)
-        raise ValueError(f"--prompt -: standard input must be UTF-8; from byte {error.start} it is {kind}") from None
+        raise ValueError(f"{source} must be UTF-8; from byte {error.start} it is {kind}") from None
 
 def standard_input_is_piped():
     """Whether standard input is a pipe or a file, not a terminal or /dev/null; nothing is read, so nothing waits."""
@@ -2624,6 +2643,8 @@ def parse_args(argv):
     p.add_argument("--hf", help="folder of a checkpoint of transformers (M2, or M3's text model) instead")
     p.add_argument("--prompt", type=utf8, default="",
                    help="text to continue, - for all of standard input; token ids, as in 1,2,3, with --hf")
+    p.add_argument("--prompt-file", metavar="FILE", help="a file with the text to continue, - for standard input")
+    p.add_argument("--chat", action="store_true", help=f"a conversation, line by line: {HELP}")
     p.add_argument("--max-new-tokens", type=number(1, math.inf), default=200)
     p.add_argument("--n-samples", type=number(1, MAX_SAMPLES), default=1, help="continuations, drawn together")
     p.add_argument("--temperature", type=number(0.001, 1000, float, zero=True), default=0.8, help="0 = greedy")
@@ -2637,9 +2658,19 @@ def parse_args(argv):
     args = p.parse_args(argv)
     if "" in args.stop:
         raise ValueError("--stop '': it must be a text of one character or more")
-    if args.prompt == "-":
+    if args.prompt and args.prompt_file is not None:
+        raise ValueError("--prompt and --prompt-file: one text is continued")
+    if args.chat and args.n_samples > 1:
+        raise ValueError(f"--n-samples {args.n_samples}: --chat has one answer to each line")
+    reads_input = "-" in (args.prompt, args.prompt_file)
+    if args.chat and reads_input:
+        raise ValueError("--chat reads standard input, line by line: the prompt must come from elsewhere")
+    if reads_input:
         args.prompt = read_standard_input()
-    elif not args.prompt and standard_input_is_piped():
+    elif args.prompt_file is not None:
+        with open(args.prompt_file, "rb") as file:
+            args.prompt = decode_text(file.read(), f"--prompt-file {args.prompt_file}")
+    elif not args.prompt and not args.chat and standard_input_is_piped():
         print("input   | standard input is not read; --prompt - reads it", flush=True)
     return args
 
@@ -2696,11 +2727,11 @@ def continue_prompt(args, steps, tokenizer, prompt):
     first_s = None
     taken = prompt.taken  # the prompt's text has shown these bytes of the first new token
 
-    print(args.prompt, end="", flush=True)
     started = time.perf_counter()
     for drawn, _ in steps:
         if first_s is None:
             first_s = time.perf_counter() - started
+            print(args.prompt, end="", flush=True)  # behind the progress of a long one
         for row, token in enumerate(drawn.tolist()):
             if token in (-1, tokenizer.eot):
                 continue
@@ -2744,6 +2775,187 @@ def print_drafts(held, drafted, plain):
         line += f"; {verdict}: {drafted:.1f} tokens/s with them, {plain:.1f} without, in a second run"
     print(line)
 
+# ---- the script: a conversation ------------------------------------------------------------------
+# A model that was not trained to converse has no template: what is said are paragraphs, parted by blank lines. The
+# context is the tokens themselves. What the model has said is never tokenized again, and none of it is left out, thoughts
+# neither: so each turn begins with all of the last one's context, and only what is new is computed.
+
+BLANK_LINE = "\n\n"
+HELP = "/reset forgets all, /save FILE and /load FILE keep it, /quit or end of input ends"
+
+class Conversation:
+    """Its tokens, the model that speaks, and what it has computed."""
+
+    def __init__(self, args, model, tokenizer, index_warmup):
+        if isinstance(tokenizer, TokenIds):
+            raise ValueError("--chat: a checkpoint of --hf has no tokenizer here, so that it cannot be talked to")
+        device = model.embed.weight.device
+        self.args = args
+        self.model = model
+        self.tokenizer = tokenizer
+        self.index_warmup = index_warmup
+        self.generator = torch.Generator(device).manual_seed(args.seed)
+        self.prefixes = PrefixCache(prefix_bytes(device))
+        self.ids = tokenizer.encode(args.prompt)
+
+        # an answer begins with a word: no blank line, and no end
+        allowed = [not token.startswith(b"\n") for token in tokenizer.spec["ranks"]]
+        allowed += [False] * len(tokenizer.spec["special"])
+        self.allowed = torch.tensor(allowed)
+
+        # of all answers, and of the last one
+        self.n_drawn = 0
+        self.accepted = []
+        self.last = dict(tokens_per_s=None, prefill_s=None, cached=0)
+
+    @property
+    def text(self):
+        return self.tokenizer.decode(self.ids)
+
+    def ask(self, text):
+        """One turn: read a text, print the answer as it grows. ValueError, and nothing changes, if the context has no
+        room for it. Ctrl-C ends the answer, not the conversation: what was said stays."""
+        parting = BLANK_LINE if self.ids and not self.text.endswith(BLANK_LINE) else ""
+        ids = self.ids + self.tokenizer.encode(parting + text + BLANK_LINE)
+        context = self.model.cfg.max_seq_len
+        room = min(self.args.max_new_tokens, context - len(ids))
+        if room < 1:
+            raise ValueError(f"the context is full: it would have {len(ids):,} tokens, and the model's holds "
+                             f"{context:,}, the answer included; nothing was read. /reset begins anew")
+
+        self.ids = ids
+        interrupted = False
+        stream = Stream([BLANK_LINE, *self.args.stop])
+        steps = self.steps(room)
+        try:
+            self.answer(steps, stream)
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            steps.close()
+        print(stream.feed(b"", final=True))
+        if interrupted:
+            print("stopped | by Ctrl-C; another one ends the conversation")
+        elif len(self.ids) == context:
+            print(f"full    | the model's context of {context:,} tokens ends here. /reset begins anew")
+        elif stream.tokens == room:
+            print(f"stopped | after {room:,} tokens: see --max-new-tokens")
+
+    def steps(self, room):
+        """`generate` behind the context, at most `room` tokens."""
+        args = self.args
+        self.cached = []
+        return generate(self.model, [self.ids], room, 1, args.temperature, args.top_p, args.top_k, self.generator,
+                        {self.tokenizer.eot}, self.allowed, self.index_warmup, args.speculate, self.accepted,
+                        self.prefixes, self.cached)
+
+    def answer(self, steps, stream):
+        """Print what is drawn, and make it part of the context."""
+        n_read = len(self.ids)
+        first_s = None
+        started = time.perf_counter()
+        for token, _ in steps:
+            seconds = time.perf_counter() - started
+            if first_s is None:
+                first_s = seconds
+                print(f"prefill {n_read - self.cached[0]:,} of {n_read:,} tokens, {first_s:.3f} s", flush=True)
+            token = token.item()
+            if token == self.tokenizer.eot:
+                break
+            self.ids.append(token)
+            self.n_drawn += 1
+            print(stream.feed(self.tokenizer.decode_bytes([token])), end="", flush=True)
+            if stream.done:
+                break
+        n_drawn = len(self.ids) - n_read
+        self.last = dict(tokens_per_s=rate_after_first(1, n_drawn, first_s, seconds), prefill_s=first_s,
+                         cached=self.cached[0])
+
+    def save(self, path):
+        """Write the tokens, and their text, which says with which tokenizer they go, into a file."""
+        said = dict(ids=self.ids, text=self.text)
+        temporary = f"{path}.{os.urandom(6).hex()}.tmp"
+        try:
+            with open(temporary, "x", encoding="utf-8") as file:
+                json.dump(said, file)
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+        print(f"saved   | {len(self.ids):,} tokens in {path}")
+
+    def load(self, path):
+        """Go on from a file of `save`. ValueError, and nothing changes, if it is none, or of another tokenizer."""
+        try:
+            with open(path, encoding="utf-8") as file:
+                said = json.load(file)
+            ids = [*said["ids"]]
+            is_known = all(type(i) is int and 0 <= i < self.tokenizer.n_vocab for i in ids)
+            fits = is_known and self.tokenizer.decode(ids) == said["text"]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(f"{path} is no conversation: {type(error).__name__}: {error}"[:200]) from None
+        if not fits:
+            raise ValueError(f"{path} is a conversation in another vocabulary")
+        self.ids = ids
+        print(f"loaded  | {len(ids):,} tokens of {path}\n{self.text}")
+
+    def obey(self, line):
+        """A command -> whether the conversation goes on."""
+        verb, _, path = line.partition(" ")
+        path = path.strip()
+        if line == "/quit":
+            return False
+        if line == "/reset":
+            self.ids = []
+            print("reset   | the conversation is empty")
+        elif verb == "/save" and path:
+            self.save(path)
+        elif verb == "/load" and path:
+            self.load(path)
+        else:
+            print(f"unknown | {HELP}")
+        return True
+
+def prefix_bytes(device):
+    """How much memory a PrefixCache may take: a quarter of what is free, 1 GiB where nobody knows."""
+    free = free_memory(device)
+    return 2 ** 30 if free is None else free // 4
+
+def lines_of_input():
+    """Lines that a person types, or a pipe brings, without their ends. ValueError for one that is not UTF-8."""
+    if sys.stdin is None:
+        raise ValueError("--chat: standard input is closed")
+    prompt = ""
+    if sys.stdin.isatty():
+        prompt = "> "
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401, input() then knows arrow keys
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # for `utf8` to refuse
+    while True:
+        try:
+            yield input(prompt)
+        except EOFError:
+            return
+
+def chat(args, model, tokenizer, index_warmup):
+    """--chat -> the script's result."""
+    conversation = Conversation(args, model, tokenizer, index_warmup)
+    print(f"chat    | {HELP}", flush=True)
+    for line in lines_of_input():
+        try:
+            if line.startswith("/"):
+                if not conversation.obey(line.strip()):
+                    break
+            elif line.strip():
+                conversation.ask(utf8(line))
+        except (ValueError, OSError) as error:
+            print(f"refused | {error}", flush=True)
+    held = held_by_depth(conversation.accepted, args.speculate)
+    return dict(text=conversation.text, tokens=conversation.n_drawn, accepted=held, **conversation.last)
+
+# ---- the script: a prompt -------------------------------------------------------------------------
+
 def run(args):
     # the model, the prompt in its tokens, the start-up card
     device, dtype, why = pick_device(args.device)
@@ -2758,6 +2970,8 @@ def run(args):
         with torch.no_grad():
             threads.choose(lambda: model(idx, n_logits=1, index_warmup=index_warmup))
     card(args, model, device, why, len(prompt.ids), threads, index_warmup)
+    if args.chat:
+        return chat(args, model, tokenizer, index_warmup)
 
     # the first sample is on the screen by the end of this; the others follow it
     room = min(args.max_new_tokens, context - len(prompt.ids))
@@ -2779,12 +2993,15 @@ def run(args):
     rate = rate_after_first(args.n_samples, total, prefill_s, seconds)
     more = "" if rate is None else f", then {rate:,.0f} tokens/s"
     print(f"\n{total} tokens: {prefill_s:.3f} s to the first{more}")
+    if len(prompt.ids) > PART[device.type]:
+        print(f"memory  | {peak_memory(device) / 1e6:,.0f} MB at most, the prompt read {PART[device.type]:,} tokens at a time")
     held = held_by_depth(accepted, args.speculate)
     if held:
         steps = steps_of(args, model, tokenizer, prompt, min(room, PLAIN_TOKENS), index_warmup, speculate=0)
         print_drafts(held, rate, rate_after_first(args.n_samples, *time_plain(steps)))
     texts = [args.prompt + stream.text for stream in streams]
-    return dict(text=texts[0], tokens=total, tokens_per_s=rate, prefill_s=prefill_s, accepted=held, texts=texts)
+    return dict(text=texts[0], tokens=total, tokens_per_s=rate, prefill_s=prefill_s, accepted=held, cached=0,
+                texts=texts)
 
 def main(argv=None):
     less = "; fewer --n-samples or --max-new-tokens need less"

@@ -4778,7 +4778,7 @@ def test_settings_that_allow_no_draw(temperature, top_p, top_k):
 def test_sample_speaks_from_the_checkpoint(trained):
     """sample.py needs the checkpoint alone; its JSON has what it promises, and the text is printed."""
     result, text = run_sample(trained.out, "--prompt 'def ' --max-new-tokens 20 --n-samples 2")
-    assert set("text tokens tokens_per_s prefill_s accepted".split()) <= set(result)
+    assert set("text tokens tokens_per_s prefill_s accepted cached".split()) <= set(result)
     assert len(result["texts"]) == 2
     assert result["text"].startswith("def ")
     assert result["text"] in text
@@ -4866,6 +4866,128 @@ def test_no_prompt_waits_for_no_pipe(trained):
         os.dup2(kept, 0)
         for file in (kept, reader, writer):
             os.close(file)
+
+def test_a_prompt_from_a_file(trained, tmp_path, monkeypatch):
+    """--prompt-file FILE and - are --prompt with the text itself; what is no text is refused by name."""
+    file = tmp_path / "prompt.txt"
+    file.write_text("def f(", encoding="utf-8")
+    line = "--max-new-tokens 9 --temperature 0"
+    want = run_sample(trained.out, f"--prompt 'def f(' {line}")[0]["text"]
+    assert run_sample(trained.out, f"{line} --prompt-file", file)[0]["text"] == want
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"def f(")))
+    assert run_sample(trained.out, f"{line} --prompt-file -")[0]["text"] == want
+
+    file.write_bytes(b"\xff\xfe\x00\x01")
+    assert str(file) in refused(sample, sample_args(trained.out, line, "--prompt-file", file))
+    assert "missing" in refused(sample, sample_args(trained.out, line, "--prompt-file", tmp_path / "missing"))
+    assert "one text" in refused(sample, sample_args(trained.out, "--prompt a --prompt-file b"))
+
+def talk(out, line, said, monkeypatch):
+    """sample.py --chat hears these lines -> its result, and what it printed."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(said).encode()), encoding="utf-8"))
+    return run_sample(out, f"--chat --temperature 0 --max-new-tokens 12 {line}")
+
+@parametrize("K", [0, 1])
+def test_a_conversation_goes_on_from_what_was_computed(trained, K, monkeypatch):
+    """Each turn's answer is that of a model that reads the whole conversation, and hardly any of it is read again."""
+    result, text = talk(trained.out, f"--speculate {K}", ["import os", "class A:", "", "x = 1"], monkeypatch)
+    state = sample.load_checkpoint(trained.out)
+    model, tokenizer = sample.load_model(state, torch.device("cpu"), torch.float32)
+    ids = []
+    n_reads = []
+    for line in ("import os", "class A:", "x = 1"):
+        said = tokenizer.decode(ids)
+        parting = "\n\n" if ids and not said.endswith("\n\n") else ""
+        ids += tokenizer.encode(f"{parting}{line}\n\n")
+        n_reads.append(len(ids))
+        answer = ""
+        first = [not token.startswith(b"\n") for token in tokenizer.spec["ranks"]] + [False]
+        steps = sample.generate(model, [ids], 12, temperature=0, stop={tokenizer.eot}, allowed=torch.tensor(first))
+        for token, _ in steps:
+            if "\n\n" in answer or token.item() == tokenizer.eot:
+                break
+            ids = ids + [token.item()]
+            answer = tokenizer.decode(ids[n_reads[-1]:])
+    assert result["text"] == tokenizer.decode(ids)
+
+    reads = re.findall(r"^prefill (\d+) of (\d+) tokens", text, re.M)
+    assert [int(whole) for _, whole in reads] == n_reads
+    assert result["cached"] == n_reads[-1] - int(reads[-1][0])
+    for (new, whole), before in zip(reads[1:], n_reads):
+        assert int(new) < int(whole) - before + model.cfg.index_block_size + 1  # the last block was not whole
+    assert (result["accepted"] is None) == (K == 0)
+
+def test_commands_of_a_conversation(trained, tmp_path, monkeypatch):
+    """/save and /load carry a conversation to another process, /reset forgets it, what is no command is said to be."""
+    file = tmp_path / "talk.json"
+    result, text = talk(trained.out, "", ["import os", f"/save {file}", "/reset", "x", "/quit", "never read"], monkeypatch)
+    assert "never read" not in text
+    assert result["text"].startswith("x\n\n")
+    kept = json.loads(file.read_text())
+    assert kept["text"].startswith("import os\n\n")
+
+    whole, _ = talk(trained.out, "", ["import os", "y"], monkeypatch)
+    later, text = talk(trained.out, "", [f"/load {file}", "/what", "y"], monkeypatch)
+    assert later["text"] == whole["text"]
+    assert kept["text"] in text
+    assert "unknown | /reset" in text
+
+BAD_CONVERSATIONS = dict(
+    no_file=None,
+    no_json=b"\xff{",
+    a_list=b"[1, 2]",
+    no_ids=b'{"text": ""}',
+    other_ids=b'{"ids": [1, 2], "text": "import"}',
+    large_ids=b'{"ids": [1000000], "text": ""}',
+    words=b'{"ids": ["a"], "text": "a"}')
+
+@named("content", BAD_CONVERSATIONS)
+def test_what_is_no_conversation_is_not_loaded(trained, tmp_path, content, monkeypatch):
+    """A line says so, and the conversation stays."""
+    file = tmp_path / "talk.json"
+    if content is not None:
+        file.write_bytes(content)
+    result, text = talk(trained.out, "", ["import os", f"/load {file}", "y"], monkeypatch)
+    assert f"refused |" in text
+    assert "talk.json" in text
+    assert result["text"].startswith("import os\n\n")
+
+def test_a_full_context_is_told(trained, monkeypatch):
+    """No word of the conversation is cut in silence: a line that does not fit is not read, an answer that meets the end
+    of the context says so."""
+    long = "x = 1 # " * 200
+    result, text = talk(trained.out, "", ["import os", long, "/reset", "import os"], monkeypatch)
+    assert "the context is full" in text
+    assert result["text"].startswith("import os\n\n")
+    assert long not in result["text"]
+
+    context = sample.load_checkpoint(trained.out)["config"]["max_seq_len"]
+    _, text = talk(trained.out, "--max-new-tokens 100000", ["import os"] * 40, monkeypatch)
+    assert f"full    | the model's context of {context:,} tokens ends here" in text or "the context is full" in text
+
+def test_ctrl_c_ends_an_answer(trained, monkeypatch):
+    """Within an answer it ends that, and what was said stays; the conversation goes on."""
+    real = sample.Stream.feed
+    fed = []
+
+    def interrupted(stream, raw, final=False):
+        fed.append(raw)
+        if len(fed) == 4:
+            raise KeyboardInterrupt
+        return real(stream, raw, final)
+    monkeypatch.setattr(sample.Stream, "feed", interrupted)
+    result, text = talk(trained.out, "", ["import os", "x = 1"], monkeypatch)
+    assert "by Ctrl-C" in text
+    assert result["text"].startswith("import os\n\n")
+    assert "x = 1\n\n" in result["text"]
+    assert result["tokens"] > 4
+
+@parametrize("line, word", [
+    ("--chat --n-samples 2", "n-samples"),
+    ("--chat --prompt -", "line by line"),
+    ("--chat --prompt-file -", "line by line")])
+def test_what_a_conversation_cannot_have(trained, line, word):
+    assert word in refused(sample, sample_args(trained.out, line))
 
 def run_in_ascii(script, argv):
     """Run a script's main on a terminal of ASCII alone -> what it printed."""

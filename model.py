@@ -137,7 +137,8 @@ class MiniMaxConfig:
         """M3's pattern at a size that two CPU cores train in three minutes."""
         fields = dict(
             M3_STYLE,
-            vocab_size=4096, n_layer=3, n_embd=128, n_head=4, n_kv_head=2, head_dim=32, rotary_dim=16, max_seq_len=32768,
+            vocab_size=4096, max_seq_len=32768,
+            n_layer=3, n_embd=128, n_head=4, n_kv_head=2, head_dim=32, rotary_dim=16,
             attn_types=["full", "msa", "msa"], mlp_types=["dense", "moe", "moe"],
             n_expert=8, n_expert_per_tok=2, expert_dim=96, shared_dim=96, dense_dim=384,
             index_head_dim=64, index_block_size=8, index_topk_blocks=4, index_kl_stride=2, n_mtp=1)

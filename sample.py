@@ -1712,8 +1712,8 @@ def verify_rows(logits, first, rows, drafts, drafted, n_drafts, sampling, key, k
 
 # ---- generation: prefix cache --------------------------------------------------------------------
 # Contexts that begin alike have the same keys, values and index keys there, for a causal model never looks ahead. What
-# a row has computed is kept by blocks of tokens, in a trie whose edges are the blocks themselves: what is found has been
-# compared token by token, no hash decides. All lanes of a block come and go together.
+# a row has computed is kept by blocks of tokens, in a trie whose edges are the blocks themselves: what is found has
+# been compared token by token, no hash decides. All lanes of a block come and go together.
 # What MTP module k wrote at a slot depends on the k-th next token, too. A row that goes on from a path of blocks
 # therefore lets the modules read the last slots again: see MiniMax.draft.
 
@@ -2777,8 +2777,8 @@ def print_drafts(held, drafted, plain):
 
 # ---- the script: a conversation ------------------------------------------------------------------
 # A model that was not trained to converse has no template: what is said are paragraphs, parted by blank lines. The
-# context is the tokens themselves. What the model has said is never tokenized again, and none of it is left out, thoughts
-# neither: so each turn begins with all of the last one's context, and only what is new is computed.
+# context is the tokens themselves. What the model has said is never tokenized again, and none of it is left out, nor are
+# its thoughts: so each turn begins with all of the last one's context, and only what is new is computed.
 
 BLANK_LINE = "\n\n"
 HELP = "/reset forgets all, /save FILE and /load FILE keep it, /quit or end of input ends"
@@ -2993,8 +2993,9 @@ def run(args):
     rate = rate_after_first(args.n_samples, total, prefill_s, seconds)
     more = "" if rate is None else f", then {rate:,.0f} tokens/s"
     print(f"\n{total} tokens: {prefill_s:.3f} s to the first{more}")
-    if len(prompt.ids) > PART[device.type]:
-        print(f"memory  | {peak_memory(device) / 1e6:,.0f} MB at most, the prompt read {PART[device.type]:,} tokens at a time")
+    part = PART[device.type]
+    if len(prompt.ids) > part:
+        print(f"memory  | {peak_memory(device) / 1e6:,.0f} MB at most; the prompt was read {part:,} tokens at a time")
     held = held_by_depth(accepted, args.speculate)
     if held:
         steps = steps_of(args, model, tokenizer, prompt, min(room, PLAIN_TOKENS), index_warmup, speculate=0)

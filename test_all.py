@@ -4920,7 +4920,8 @@ def test_a_conversation_goes_on_from_what_was_computed(trained, K, monkeypatch):
 def test_commands_of_a_conversation(trained, tmp_path, monkeypatch):
     """/save and /load carry a conversation to another process, /reset forgets it, what is no command is said to be."""
     file = tmp_path / "talk.json"
-    result, text = talk(trained.out, "", ["import os", f"/save {file}", "/reset", "x", "/quit", "never read"], monkeypatch)
+    said = ["import os", f"/save {file}", "/reset", "x", "/quit", "never read"]
+    result, text = talk(trained.out, "", said, monkeypatch)
     assert "never read" not in text
     assert result["text"].startswith("x\n\n")
     kept = json.loads(file.read_text())
@@ -4948,7 +4949,7 @@ def test_what_is_no_conversation_is_not_loaded(trained, tmp_path, content, monke
     if content is not None:
         file.write_bytes(content)
     result, text = talk(trained.out, "", ["import os", f"/load {file}", "y"], monkeypatch)
-    assert f"refused |" in text
+    assert "refused |" in text
     assert "talk.json" in text
     assert result["text"].startswith("import os\n\n")
 

@@ -5897,6 +5897,28 @@ def test_a_conversation_is_computed_once(attn, K):
     assert cached == [found[0]] * 2 + [found[1]] * 2
     assert_adds_up(prefixes)
 
+@torch.no_grad()
+def test_int8_copies_of_cached_index_keys():
+    """msa_decode's certified int8 keys are made block by block: those of keys from the prefix cache are the same, and so
+    are the blocks that they choose."""
+    model = make_drafter("msa", torch.float32)
+    text = chained_text(1, 40, seed=5)
+    L = model.cfg.index_block_size
+    cache = KVCache(model.cfg, 1, 40)
+    model(text, cache=cache)
+    prefixes = sample.PrefixCache(10 ** 9)
+    prefixes.insert(text[0].tolist(), cache, 0)
+
+    other = KVCache(model.cfg, 1, 40)
+    path = prefixes.match(text[0].tolist() + [0], other)
+    prefixes.restore(path, other, 0)
+    assert len(path) == 10
+    for lane in range(1, model.cfg.n_layer):
+        want = msa.quantize_index(cache.ki[lane], L)
+        got = msa.quantize_index(other.ki[lane], L)
+        for x, y in zip(got, want):
+            assert torch.equal(x, y)
+
 def test_requests_that_come_together_share_their_beginning():
     """Prompts of one batch: those behind the first find what it has computed."""
     model = make_drafter("msa")

@@ -1724,11 +1724,13 @@ class Player:
     length: int = 0                    # tokens in its cache
     notes: list = dataclasses.field(default_factory=list)  # what was recorded of each of them
     has_drawn: bool = False
+    allowed: torch.Tensor = None       # (V,) bool: what its first new token may be; None: any
 
-    def hear(self, n_fed, drawn, logprobs, notes):
+    def hear(self, n_fed, drawn, logprobs, notes, best=None):
         """A step has fed n_fed tokens of `feed`, and drafts behind them. `drawn` are the drafts that held, which are in
         the cache, then one token that is not. After the last token of `feed` the coroutine hears what was drawn, token
-        by token, and says what it keeps of the cache, and what comes next. notes: of all tokens fed, or []."""
+        by token, and says what it keeps of the cache, and what comes next. notes: of all tokens fed, or []. best: of
+        each token drawn, the likeliest tokens in its place, or None."""
         self.feed = self.feed[n_fed:]
         self.length += n_fed
         self.notes += notes[:n_fed]
@@ -1740,8 +1742,11 @@ class Player:
                 self.length += 1
                 self.notes = self.notes + notes[n - 1:n]  # a new list: the coroutine may have kept the old one
             self.feed = []
+            news = token, logprob, self.notes
+            if best is not None:
+                news = *news, best[n - n_fed]
             with contextlib.suppress(StopIteration):  # it is over, with nothing to feed
-                kept, self.feed = self.coroutine.send((token, logprob, self.notes))
+                kept, self.feed = self.coroutine.send(news)
             if not self.feed:
                 return
             if kept != self.length or self.feed != [token]:
@@ -1757,10 +1762,11 @@ class Decoder:
     has drawn, the next one runs already, on the tokens drawn: where a row is fed something else, it is forgotten.
     """
 
-    def __init__(self, model, rows, capacity, sampling, speculate=0, index_warmup=False, record=None, kernels=None):
-        """capacity: tokens of a row, drafts not included; record: as of `play`; kernels: whether steps are as on a GPU,
-        default: on a GPU in 16 bits, with few drafts, where weights fit twice. ValueError for drafts by a model without
-        an MTP module."""
+    def __init__(self, model, rows, capacity, sampling, speculate=0, index_warmup=False, record=None, kernels=None,
+                 n_best=0):
+        """capacity: tokens of a row, drafts not included; record, n_best: as of `play`; kernels: whether steps are as
+        on a GPU, default: on a GPU in 16 bits, with few drafts, where weights fit twice. ValueError for drafts by a
+        model without an MTP module."""
         if speculate and not model.mtp:
             raise ValueError(f"speculate {speculate}: the model has no MTP module to draft with")
         self.model = model
@@ -1768,6 +1774,7 @@ class Decoder:
         self.speculate = speculate
         self.index_warmup = index_warmup
         self.record = record
+        self.n_best = n_best
         self.n_stale = 0               # slots at a row's end that the MTP modules have not read
         self.on_gpu = model.embed.weight.is_cuda
         slots = capacity + 2 * (speculate + 1)  # drafts, and those of a step that is forgotten
@@ -1838,7 +1845,7 @@ class Decoder:
         allowed   (B, V) bool: what the first token drawn may be; None: any
         may_run_ahead  whether rows are likely to be fed next what is drawn now
         -> drawn (B, K + 1): the drafts that hold, then one token; logprobs (B, K + 1) of them, under the model itself;
-        n_accepted (B,): drafts that hold; aux. K is T - 1 with drafts, 0 without.
+        n_accepted (B,): drafts that hold; aux, with `best` of `play`. K is T - 1 with drafts, 0 without.
         """
         T = fed.size(1)
         device = self.cache.length.device
@@ -1868,7 +1875,7 @@ class Decoder:
         else:
             self.forget()
             turn = graph.launch(inputs, allowed)
-        may_run_ahead = may_run_ahead and allowed is None and self.record is None
+        may_run_ahead = may_run_ahead and allowed is None and self.record is None and not self.n_best
         if may_run_ahead:
             next_turn = graph.launch(graph.pack_ahead(inputs))
 
@@ -1922,19 +1929,16 @@ class Decoder:
             n_accepted, drawn, logprobs = self.draw(logits, first, drafts, drawn_from, n_drafts, allowed)
         else:
             n_accepted, drawn, logprobs = self.draw_by_kernels(logits, first, drafts, drawn_from, n_drafts, allowed)
+        if self.n_best:
+            aux = dict(aux, best=self.best_tokens(rows_behind(logits, first, drafts.size(1))))
         cache.length = (start + n_fed + n_accepted).int()
         return drawn, logprobs, n_accepted, aux
 
     def draw(self, logits, first, drafts, drawn_from, n_drafts, allowed):
         """logits (B, T, V), those of row b's draft k at first[b] + k -> n_accepted, drawn, logprobs: see `step`."""
         sampling = self.sampling
-        T = logits.size(1)
         K = drafts.size(1)
-        if T > 1:
-            place = first[:, None] + torch.arange(K + 1, device=first.device)
-            place = place.clamp(max=T - 1)[..., None]
-            logits = logits.gather(1, place.expand(-1, -1, logits.size(2)))
-        logits = widen(logits)                                                                        # (B, K + 1, V)
+        logits = widen(rows_behind(logits, first, K))                                                 # (B, K + 1, V)
         logprobs = logits.log_softmax(-1)
         if allowed is not None:
             first_row = logits[:, :1].masked_fill(~allowed[:, None], -math.inf)
@@ -1947,6 +1951,11 @@ class Decoder:
                                    sampling.top_k, sampling.generator)
         drawn = F.pad(drafts, (0, 1)).scatter(1, n_accepted[:, None], token[:, None])
         return n_accepted, drawn, logprobs.gather(2, drawn[..., None])[..., 0]
+
+    def best_tokens(self, logits):
+        """Logits (B, K + 1, V) -> (B, K + 1, n_best, 2) fp64: the likeliest tokens and their logprobs, nothing cut."""
+        logprobs, tokens = widen(logits).log_softmax(-1).topk(self.n_best)
+        return torch.stack([tokens.double(), logprobs.double()], -1)
 
     def draw_by_kernels(self, logits, first, drafts, drawn_from, n_drafts, allowed):
         """As `draw`. Nothing is refused: where nothing can be drawn logprobs are NaN."""
@@ -1961,6 +1970,15 @@ class Decoder:
         self.key += KEYS_A_STEP
         self.n_draws = 0
         return found
+
+def rows_behind(logits, first, K):
+    """logits (B, T, V) -> (B, K + 1, V): those at first[b] and at the K places behind it, past T - 1 the last one's."""
+    T = logits.size(1)
+    if T == 1:
+        return logits
+    place = first[:, None] + torch.arange(K + 1, device=first.device)
+    place = place.clamp(max=T - 1)[..., None]
+    return logits.gather(1, place.expand(-1, -1, logits.size(2)))
 
 @dataclasses.dataclass
 class Ahead:
@@ -2114,38 +2132,42 @@ def captured(compute, device):
 
 @torch.no_grad()
 def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0, allowed=None, index_warmup=False,
-         capacity=None, accepted=None, kernels=None):
+         capacity=None, accepted=None, kernels=None, n_best=0):
     """Drive coroutines in step -> yields after each forward.
 
     players    each yields how many tokens of its cache it keeps and the tokens to feed next; after the last of them it
                is sent a token sampled after it, its logprob at temperature 1, nothing cut, and the notes on every token
                in its cache. It ends by returning
-    group      players lie side by side in groups of one first prompt, whose keys and values are computed once
+    group      players lie side by side in groups of one first prompt, whose keys and values are computed once: the size
+               of all groups, or a list of their sizes
     record     aux -> (B, T, r) array: r numbers to note for every token; None: notes are empty
     speculate  drafts behind a row's token
-    allowed    (V,) bool: what a row's first new token may be; None: any
+    allowed    (V,) bool, or (players, V): what a row's first new token may be; None: any
     index_warmup  as in MiniMax.forward
     capacity   tokens of a row, at most; None: the model's context
     accepted   a list: of each row and step with drafts, how many held is appended
     kernels    see Decoder
+    n_best     a player is sent, beside a token, [[token, logprob]] of the n_best likeliest in its place; 0: no such list
     ValueError for drafts by a model without an MTP module, and for logits that nothing can be drawn from.
     """
     model.eval()
     device = model.embed.weight.device
+    if allowed is not None:
+        allowed = allowed.cpu().expand(len(players), -1)
     rows = []
-    for coroutine in players:
+    for i, coroutine in enumerate(players):
         first = next(coroutine, None)  # None: over before it began
         if first:
-            rows.append(Player(coroutine, feed=first[1]))
+            rows.append(Player(coroutine, feed=first[1], allowed=None if allowed is None else allowed[i]))
     if not rows:
         return
 
-    leaders = rows
+    sizes = [1] * len(rows)
     if len(rows) == len(players):      # none was over at once: groups are whole
-        leaders = rows[::group]
+        sizes = group if isinstance(group, list) else [group] * (len(rows) // group)
     capacity = capacity or model.cfg.max_seq_len
-    decoder = Decoder(model, len(leaders), capacity, sampling, speculate, index_warmup, record, kernels)
-    prefill(decoder, rows, leaders, record)
+    decoder = Decoder(model, len(sizes), capacity, sampling, speculate, index_warmup, record, kernels, n_best)
+    prefill(decoder, rows, sizes, record)
     cache = decoder.cache
 
     try:
@@ -2162,7 +2184,7 @@ def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0,
             first_allowed = None
             if allowed is not None and not all(row.has_drawn for row in rows):
                 has_drawn = torch.tensor([row.has_drawn for row in rows])
-                first_allowed = allowed.cpu() | has_drawn[:, None]
+                first_allowed = torch.stack([row.allowed for row in rows]) | has_drawn[:, None]
             is_drawing = all(len(row.feed) <= 1 for row in rows)  # no row is inside a prompt or a tool's answer
             drawn, logprobs, n_accepted, aux = decoder.step(
                 fed, torch.tensor(n_fed), n_drafts, first_allowed, is_drawing)
@@ -2171,9 +2193,10 @@ def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0,
             notes = record(aux) if record else [[]] * len(rows)
             held = n_accepted.tolist()
             filled = [row.length + n + more for row, n, more in zip(rows, n_fed, held)]
-            news = zip(n_fed, held, drawn.tolist(), logprobs.tolist(), notes)
-            for row, (n, more, tokens, scores, note) in zip(rows, news):
-                row.hear(n, tokens[:more + 1], scores[:more + 1], list(note))
+            best = aux["best"].tolist() if n_best else [None] * len(rows)
+            news = zip(n_fed, held, drawn.tolist(), logprobs.tolist(), notes, best)
+            for row, (n, more, tokens, scores, note, likeliest) in zip(rows, news):
+                row.hear(n, tokens[:more + 1], scores[:more + 1], list(note), likeliest)
             if accepted is not None:
                 accepted += [more for more, may in zip(held, may_draft) if may]
 
@@ -2195,25 +2218,26 @@ def lockstep(*args, **options):
     for _ in play(*args, **options):
         pass
 
-def prefill(decoder, rows, leaders, record):
-    """Feed what all rows can be fed at once. leaders: one row of each group, its first, and the rows of the decoder's
-    cache. All rows of the group begin with its prompt, which is computed once, and whose keys and values are copied.
+def prefill(decoder, rows, sizes, record):
+    """Feed what all rows can be fed at once. sizes: of the groups; the decoder's cache has a row for each. All rows of
+    a group begin with its prompt, which is computed once, and whose keys and values are copied.
 
     No further than to the shortest prompt's last token but one: the last one's logits are needed, row by row."""
     shared = min(len(row.feed) for row in rows) - 1
-    copies = len(rows) // len(leaders)
+    group_of = [group for group, size in enumerate(sizes) for _ in range(size)]
     notes = None
     if shared:
-        idx = torch.tensor([row.feed[:shared] for row in leaders], device=decoder.cache.length.device)
+        feeds = [rows[group_of.index(group)].feed[:shared] for group in range(len(sizes))]
+        idx = torch.tensor(feeds, device=decoder.cache.length.device)
         _, aux = decoder.read(idx, n_logits=0)
         if record is not None:
             notes = record(aux)
-    decoder.cache.expand(copies)
-    for i, row in enumerate(rows):
+    decoder.cache.select(torch.tensor(group_of))
+    for row, group in zip(rows, group_of):
         row.feed = row.feed[shared:]
         row.length = shared
         if notes is not None:
-            row.notes = list(notes[i // copies])
+            row.notes = list(notes[group])
 
 def check_prompts(prompts, n_samples, cfg):
     """ValueError for no prompt, an empty one, or one that exceeds the context or the vocabulary."""

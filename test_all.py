@@ -6427,9 +6427,15 @@ def post(url, body, key="k", method="POST"):
             return refusal.code, None
         return refusal.code, json.load(refusal)["error"]["message"]
 
+def need_server():
+    """Skip a test of a server where the optional packages that carry it are missing."""
+    pytest.importorskip("starlette")
+    pytest.importorskip("uvicorn")
+
 @contextlib.contextmanager
 def serving(out):
     """rl.py --serve in a process of its own, for two steps of four episodes -> the process, the gateway's address."""
+    need_server()
     command = [sys.executable, "rl.py", *rl_args(out, "--steps 2 --serve 0 --token k")]
     with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) as run:
         try:
@@ -6474,7 +6480,7 @@ def assert_bad_requests_are_refused(url, task, messages):
     for method in ("HEAD", "GET", "BREW"):
         assert post(url + "/tasks", {}, method=method)[0] == 405, method
 
-CLAIM = b"POST /v1/tasks HTTP/1.1\r\nAuthorization: Bearer k\r\n"
+CLAIM = b"POST /v1/tasks HTTP/1.1\r\nHost: here\r\nAuthorization: Bearer k\r\n"
 
 def hang_up_and_drip(url):
     """A client that is gone once it has asked, and one that sends a byte now and then until the gateway hangs up."""
@@ -6521,13 +6527,14 @@ class ServedAlone(rl.Served):
     """A gateway with two groups of two waiting, which is asked without HTTP -> statuses and answers."""
 
     def __init__(self, deadline=math.inf, version=0):
+        need_server()
         args, model = args_and_model(f"{FEW} --serve 0 --token k")
         super().__init__(model, args, rl.WindowedFIFO(2, 1, deadline))
         self.start(self.queue.admit(version), version)
-        self.here, self.there = socket.socketpair()  # a client that is gone took no turn: this one stays
+        self.client = SimpleNamespace(gone=False)
 
     def answer_to(self, path, **body):
-        return self.answer(f"/v1/{path}", json.dumps(body).encode(), self.here)
+        return self.answer(f"/v1/{path}", json.dumps(body).encode(), self.client)
 
     def claims(self, n):
         return [self.answer_to("tasks")[1]["task"] for _ in range(n)]
@@ -6559,14 +6566,14 @@ USER = user("Q1+2;")
 
 def test_gateway_listens_on_loopback():
     """No other machine reaches it."""
-    assert ServedAlone().server_address[0] == "127.0.0.1"
+    assert ServedAlone().door.address[0] == "127.0.0.1"
 
 def test_a_client_that_is_gone_took_no_turn():
     """A turn whose client has hung up by its end is not recorded; another one is, with its policy's version."""
     server = ServedAlone(version=7)
     assert server.claims(2) == ["0.0", "0.1"]
     server.chat("0.1")
-    server.there.close()
+    server.client.gone = True
     server.chat("0.0")
 
     gone, stayed = server.pool[0]
@@ -6667,13 +6674,13 @@ def test_another_vocabulary_than_the_tokenizers_is_refused(tmp_path):
 
 def test_idle_and_slow_clients_hold_up_no_other(monkeypatch):
     """Twenty connections that say nothing or half of it, with a minute to do so: others are answered meanwhile."""
-    monkeypatch.setattr(rl.Handler, "timeout", 60)
+    monkeypatch.setattr(sample, "PATIENCE", 60)
     server = ServedAlone()
-    idle = [socket.create_connection(server.server_address) for _ in range(20)]
+    idle = [socket.create_connection(server.door.address) for _ in range(20)]
     for connection, said in zip(idle, [b"", b"POS", CLAIM, CLAIM + b"Content-Length: 9\r\n\r\n{"] * 5):
         connection.sendall(said)
 
-    url = f"http://127.0.0.1:{server.server_port}/v1"
+    url = server.door.url
     claims = []
     stop = []
 

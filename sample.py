@@ -2568,9 +2568,15 @@ class Door:
             import uvicorn
         except ImportError as error:
             raise ValueError(f"--serve {port}: {error}; pip install starlette uvicorn") from None
+        # named TCP: asyncio sends small packets of such sockets at once, others would wait 40 ms for the one before
+        self.socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        if os.name == "posix":         # elsewhere two servers could share a port
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            self.socket = socket.create_server(("127.0.0.1", port), backlog=BACKLOG)
+            self.socket.bind(("127.0.0.1", port))
+            self.socket.listen(BACKLOG)
         except OSError as error:
+            self.socket.close()
             raise OSError(f"--serve {port}: no port to listen on, {error.strerror}") from None
         self.address = self.socket.getsockname()
         self.url = f"http://127.0.0.1:{self.address[1]}/v1"
@@ -2848,7 +2854,8 @@ def text_logprobs(scores):
     return dict(
         tokens=[shown(score.raw) for score in scores],
         token_logprobs=[finite(score.logprob) for score in scores],
-        top_logprobs=[{shown(raw): finite(logprob) for raw, logprob in score.best} for score in scores],
+        # of tokens that look alike, parts of characters, the likeliest stays
+        top_logprobs=[{shown(raw): finite(logprob) for raw, logprob in reversed(score.best)} for score in scores],
         text_offset=[score.start for score in scores])
 
 def choice_object(asked, piece, is_first=False):
@@ -3179,6 +3186,7 @@ class Engine:
         unanswered = [asked for batch in self.batches for asked in batch.requests]
         for asked in [*self.waiting, *unanswered]:
             asked.client.tell(Refused(503, "the server is shutting down"))
+        self.waiting = []
         for batch in self.batches:
             batch.steps.close()
 

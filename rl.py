@@ -1432,8 +1432,9 @@ def draw(lines, path, task):
 # ---- the gateway's door: agents of other processes, through OpenAI's protocol ---------------------
 # Any agent that speaks OpenAI's chat completions can be trained: it claims an episode, asks for turns under the
 # episode's name in place of a model's, and reports rewards. Its code is a black box; the gateway sees all it needs.
-# sample.py's server carries it: an event loop hears all connections, so that an idle or slow one holds up no other. What
-# they ask is put into a queue, and the run's thread answers it between two steps: the model has one user at a time.
+# sample.py's server carries it: an event loop hears all connections, so that an idle or slow one holds up no other.
+# What they ask is put into a queue, and the run's thread answers it between two steps: the model has one user at a
+# time.
 
 class Served(Gateway):
     """Agents of other processes, in real seconds, on loopback.

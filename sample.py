@@ -1,4 +1,5 @@
-"""Everything that touches text, and what all scripts share: tokenizer, checkpoints, running a script, `generate`.
+"""Everything that touches text, and what all scripts share: tokenizer, checkpoints, running a script, `generate`, a
+server.
 
     python sample.py --prompt "def "                          # from out/ckpt.pt, which holds tokenizer and config too
     python sample.py --prompt "import os" --n-samples 3 --temperature 0.7 --seed 1
@@ -2153,7 +2154,7 @@ def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0,
     capacity   tokens of a row, at most; None: the model's context
     accepted   a list: of each row and step with drafts, how many held is appended
     kernels    see Decoder
-    n_best     a player is sent, beside a token, [[token, logprob]] of the n_best likeliest in its place; 0: no such list
+    n_best     a player is sent, beside a token, [[token, logprob]] of so many likeliest ones in its place; 0: no list
     ValueError for drafts by a model without an MTP module, and for logits that nothing can be drawn from.
     """
     model.eval()
@@ -3255,8 +3256,8 @@ def parse_args(argv):
                    "distributed as without")
     p.add_argument("--seed", type=number(0, 2 ** 63 - 1), default=1337)
     p.add_argument("--serve", type=number(0, 65535), metavar="PORT",
-                   help="answer requests in OpenAI's protocol there, on loopback, until Ctrl-C; 0 = any port. The flags "
-                   "above then say what a request leaves out")
+                   help="answer requests in OpenAI's protocol there, on loopback, until Ctrl-C; 0 = any port. Where a "
+                   "request says nothing, the flags above do; pip install starlette uvicorn")
     p.add_argument("--token", type=utf8, help="key that clients of --serve must show; default: one is made and printed")
     args = p.parse_args(argv)
     if "" in args.stop:

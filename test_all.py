@@ -6130,10 +6130,8 @@ def test_a_slow_client_holds_up_nobody(monkeypatch):
     assert server.engine.n_tokens < 32 * 900
     server.close()
 
-def test_a_client_that_reads_too_slowly_is_told(monkeypatch):
+def test_a_client_that_reads_too_slowly_is_told():
     """What waits for a client is bounded: past the bound it is given up, and hears why behind what it was told."""
-    monkeypatch.setattr(sample, "UNREAD", 3)
-
     async def tell_and_hear():
         client = sample.Client()
         for i in range(9):
@@ -6143,7 +6141,8 @@ def test_a_client_that_reads_too_slowly_is_told(monkeypatch):
         with pytest.raises(sample.Refused, match="too slowly"):
             await client.hear()
 
-    asyncio.run(tell_and_hear())
+    with mock.patch.object(sample, "UNREAD", 3):
+        asyncio.run(tell_and_hear())
 
 def test_idle_and_dripping_connections_are_cut_off(monkeypatch):
     """No head, half a head, half a body: others are answered meanwhile, and each connection has its end."""
@@ -8675,6 +8674,26 @@ def states_of_the_slot_before(real, cache, idx, hidden):
     """Modules are fed the hidden state of the token before (as vllm#36531)."""
     real(cache, idx, hidden.roll(1, 1))
 
+def seeds_ignored(real, requests, engine):
+    return real([dataclasses.replace(asked, seed=None) for asked in requests], engine)
+
+def newcomers_wait_for_an_end(real, engine):
+    if not engine.batches:
+        real(engine)
+
+def decoded_for_who_is_gone(real, asked, *args):
+    deaf = SimpleNamespace(gone=False, tell=asked.client.tell)
+    return real(dataclasses.replace(asked, client=deaf), *args)
+
+def news_without_a_bound(real, client, piece):
+    client.news.append(piece)
+
+def likeliest_of_another_row(real, decoder, logits):
+    return real(decoder, logits.roll(1, 0))
+
+def groups_of_one_size(real, decoder, rows, sizes, record):
+    return real(decoder, rows, [len(rows) // len(sizes)] * len(sizes), record)
+
 def drafts_from_before_the_prefill(real, model, cache, token, n, n_stale, *args):
     """A draft reads the newest slots alone: what a prefill wrote is not read (as vllm#55055)."""
     return real(model, cache, token, n, min(n_stale, 1), *args)
@@ -8770,7 +8789,13 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("sample.verify", one_draft_more_holds, greedily_verified, drafted),
     mutant("model.full_attention", drafts_seen_by_earlier_tokens, drafted),
     mutant("model.KVCache.remember", states_of_the_slot_before, whole_text),
-    mutant("model.MiniMax.draft", drafts_from_before_the_prefill, whole_text, cropped)]
+    mutant("model.MiniMax.draft", drafts_from_before_the_prefill, whole_text, cropped),
+    mutant("sample.Decoder.best_tokens", likeliest_of_another_row, on(test_the_likeliest_tokens_are_handed_out, 0, False)),
+    mutant("sample.prefill", groups_of_one_size, test_groups_of_unequal_size_and_first_tokens_of_their_own),
+    mutant("sample.form_batches", seeds_ignored, test_a_seed_is_a_text_whatever_runs_beside_it),
+    mutant("sample.Engine.admit", newcomers_wait_for_an_end, test_a_newcomer_waits_for_no_long_text),
+    mutant("sample.write_row", decoded_for_who_is_gone, test_who_hangs_up_is_not_decoded_for),
+    mutant("sample.Client.tell", news_without_a_bound, test_a_client_that_reads_too_slowly_is_told)]
 
 @parametrize("target, sabotage, test", [case for cases in MUTANTS for case in cases])
 def test_mutants_are_caught(target, sabotage, test, monkeypatch):

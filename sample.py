@@ -2369,7 +2369,7 @@ class Stream:
 
 PATIENCE = 2.0                         # seconds that a client has to send a request's head, and then its body
 STALLED = 60.0                         # seconds after which a client that reads nothing of its answer is cut off
-UNREAD = 4096                          # tokens of an answer that may wait for a client: one that is slower loses it
+UNREAD = 4096                          # tokens of a text that may wait for a client: one that is slower loses it
 GRACE = 2                              # seconds that answers have to be sent once the server is closed
 BACKLOG = 1024                         # connections that may wait until they are heard
 # status -> OpenAI's name for what is wrong, where there is one
@@ -2401,6 +2401,7 @@ class Client:
         self.gone = False              # nobody will read what it is told
         self.left = asyncio.Event()
         self.news = deque()
+        self.most = UNREAD             # pieces of news that may wait
         self.stirred = asyncio.Event()  # there may be news, or it has left
 
     async def watch(self, receive):
@@ -2420,11 +2421,11 @@ class Client:
         return {"type": "http.disconnect"}
 
     def tell(self, piece):
-        """From any thread: a piece of the answer, or a Refused. A client that lets UNREAD of them wait is given up."""
+        """From any thread: a piece of the answer, or a Refused. A client that lets too many of them wait is given up."""
         if self.gone:
             return
-        if len(self.news) >= UNREAD:
-            piece = Refused(503, f"the answer was read too slowly: {UNREAD} pieces of it waited")
+        if len(self.news) >= self.most:
+            piece = Refused(503, f"the answer was read too slowly: {self.most} pieces of it waited")
             self.gone = True
         self.news.append(piece)
         with contextlib.suppress(RuntimeError):  # the event loop is closed
@@ -2923,6 +2924,7 @@ class Protocol:
         # long texts take their time to become tokens: not on the event loop
         asked = await asyncio.to_thread(read_request, raw, is_chat, self.args, engine.tokenizer, engine.model.cfg)
         asked.client = client
+        client.most = UNREAD * asked.n_rows
         engine.put(asked)
 
         kind = "chat.completion" if is_chat else "text_completion"
@@ -3152,6 +3154,7 @@ class Engine:
 
     def admit(self):
         """Requests that have waited a moment become batches, as many as there is room for, in their order."""
+        # what has come
         with contextlib.suppress(Empty):
             if not self.batches and not self.waiting:  # nothing else to do
                 self.waiting.append(self.came.get(timeout=LOOK_S))
@@ -3160,12 +3163,15 @@ class Engine:
         self.waiting = [asked for asked in self.waiting if not asked.client.gone]
         if not self.waiting:
             return
+
+        # others may be about to come
         too_early = self.waiting[0].came + GATHER_S - time.monotonic()
         if too_early > 0:
             if not self.batches:
                 time.sleep(too_early)
             return
 
+        # what there is room for
         room = MOST_ROWS - sum(batch.n_rows for batch in self.batches)
         n_admitted = 0
         for asked in self.waiting:

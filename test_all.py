@@ -6048,6 +6048,21 @@ def test_a_seed_is_a_text_whatever_runs_beside_it():
     assert text_among(8, []) != alone
     assert text_among(None, []) != text_among(None, [None])
 
+def test_a_server_that_drafts_says_the_same():
+    """With drafts of MTP modules, greedily: the text without them, with as many log-probabilities."""
+    def text_with_drafts(K):
+        engine = sample.Engine(make_drafter("full"), sample.TokenIds(61), speculate=K)
+        client = put_text(engine, prompt=[[3, 1, 4]], max_tokens=30, temperature=0, logprobs=2)
+        run_engine(engine, 31)
+        piece, = sample.join_pieces(client.news)
+        return piece
+
+    plain, drafted = text_with_drafts(0), text_with_drafts(2)
+    assert drafted.text == plain.text
+    assert drafted.finish == plain.finish == "length"
+    assert len(drafted.scores) == plain.n_tokens == 30
+    assert [score.logprob for score in drafted.scores] == pytest.approx([score.logprob for score in plain.scores])
+
 def test_long_prompts_are_not_fed_beside_short_ones():
     """Prompts of about one length are one batch; a long one would be fed token by token behind a short one."""
     engine = sample.Engine(*speaker())
@@ -6113,7 +6128,7 @@ def test_a_client_that_hangs_up_leaves_nothing(served, stream):
 def test_a_slow_client_holds_up_nobody(monkeypatch):
     """One that reads nothing of a long answer: another is answered meanwhile, its own answer is given up, it is cut
     off, and nothing stays."""
-    monkeypatch.setattr(sample, "UNREAD", 400)
+    monkeypatch.setattr(sample, "UNREAD", 20)
     monkeypatch.setattr(sample, "STALLED", 1.0)
     server = TextServer().start()
     ask = dict(HELLO, n=32, max_tokens=1000, stream=True, logprobs=True, top_logprobs=20)

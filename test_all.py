@@ -6089,13 +6089,13 @@ def test_rows_are_limited_and_requests_keep_their_order():
 def test_what_goes_wrong_in_a_batch_ends_that_batch_alone(capsys):
     """A NaN: 500 for those who wait for this batch; the next request is answered. Too little memory: 503."""
     engine = sample.Engine(*speaker())
-    for error, status in ((ValueError("NaN"), 500), (MemoryError("full"), 503)):
+    for fault, status in ((ValueError("NaN"), 500), (MemoryError("full"), 503)):
         client = put_text(engine, max_tokens=3)
-        with mock.patch.object(sample.Decoder, "step", side_effect=error):
+        with mock.patch.object(sample.Decoder, "step", side_effect=fault):
             run_engine(engine)
         assert client.news[-1].args[0] == status
         assert not engine.batches
-    assert str(error) in capsys.readouterr().out
+    assert str(fault) in capsys.readouterr().out
 
     client = put_text(engine, max_tokens=3)
     run_engine(engine, 3)
@@ -8806,7 +8806,8 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("model.full_attention", drafts_seen_by_earlier_tokens, drafted),
     mutant("model.KVCache.remember", states_of_the_slot_before, whole_text),
     mutant("model.MiniMax.draft", drafts_from_before_the_prefill, whole_text, cropped),
-    mutant("sample.Decoder.best_tokens", likeliest_of_another_row, on(test_the_likeliest_tokens_are_handed_out, 0, False)),
+    mutant("sample.Decoder.best_tokens", likeliest_of_another_row,
+           on(test_the_likeliest_tokens_are_handed_out, 0, False)),
     mutant("sample.prefill", groups_of_one_size, test_groups_of_unequal_size_and_first_tokens_of_their_own),
     mutant("sample.form_batches", seeds_ignored, test_a_seed_is_a_text_whatever_runs_beside_it),
     mutant("sample.Engine.admit", newcomers_wait_for_an_end, test_a_newcomer_waits_for_no_long_text),

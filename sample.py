@@ -2846,10 +2846,15 @@ def finite(logprob):
     """JSON has no infinity: OpenAI writes -9999 for a token that cannot be."""
     return max(logprob, -9999.0)
 
+def token_object(raw, logprob):
+    return dict(token=shown(raw), logprob=finite(logprob), bytes=list(raw))
+
 def chat_logprobs(scores):
-    def entry(raw, logprob):
-        return dict(token=shown(raw), logprob=finite(logprob), bytes=list(raw))
-    rows = [dict(entry(score.raw, score.logprob), top_logprobs=[entry(*one) for one in score.best]) for score in scores]
+    rows = []
+    for score in scores:
+        row = token_object(score.raw, score.logprob)
+        row["top_logprobs"] = [token_object(raw, logprob) for raw, logprob in score.best]
+        rows.append(row)
     return dict(content=rows, refusal=None)
 
 def text_logprobs(scores):

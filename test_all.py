@@ -6182,8 +6182,12 @@ def test_idle_and_dripping_connections_are_cut_off(monkeypatch):
 # field -> values that are refused
 WRONG = dict(
     model=["gpt", 5, []],
-    messages=[None, 5, "x", {}, [], [1], [None], [{}], [dict(role=1, content="")], [dict(role="user", content=5)],
-              [dict(role="user", content=[dict(type="image_url")])], [user("x" * 5000)]],
+    messages=[
+        None, 5, "x", {}, [], [1], [None], [{}],
+        [dict(role=1, content="")],
+        [user(5)],
+        [user([dict(type="image_url")])],
+        [user("x" * 5000)]],
     max_tokens=[0, -1, 1.5, "5", True, [], math.inf, 2 ** 40],
     max_completion_tokens=[0, "x"],
     n=[0, -1, 257, "2", True, 1.5, math.nan],

@@ -22,20 +22,16 @@ import signal
 if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: no traceback
     at_ctrl_c = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
+import asyncio
 import bisect
 import contextlib
-import hmac
-import io
 import json
 import math
 import re
-import socket
 import sys
-import threading
 import time
 import typing
 from dataclasses import asdict, dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from queue import Empty, SimpleQueue
 from random import Random
 
@@ -44,10 +40,10 @@ import torch
 
 from model import Context, Losses, MiniMax, MiniMaxConfig, rope_tables
 from msa import widen
-from sample import (Parser, Sampling, SaveTimer, Threads, Tokenizer, check_fields, check_figure, check_finite,
-                    check_memory, check_weights, checkpoint_path, command, figure_format, implementations, learn_bpe,
-                    load_checkpoint, load_model, load_optimizers, lock_folder, lockstep, number, on_signals,
-                    pick_device, save_checkpoint)
+from sample import (Door, Parser, Refused, Sampling, SaveTimer, Threads, Tokenizer, check_fields, check_figure,
+                    check_finite, check_memory, check_weights, checkpoint_path, command, figure_format, implementations,
+                    learn_bpe, load_checkpoint, load_model, load_optimizers, lock_folder, lockstep, make_app,
+                    message_text, number, on_signals, pick_device, refusal, reply, save_checkpoint)
 from train import (checkpoint_parts, configure_optimizers, is_index, merge_args, round_up, set_rates, share_done,
                    step_bytes, update)
 
@@ -74,8 +70,8 @@ WINDOW_SHARE = 0.3                     # of --slots: the queue's window
 EMA = 0.9                              # what the running mean of the share solved keeps of itself in a step
 MICRO_TOKENS = 16384                   # slots of a micro-batch at most, so that its activations fit a small GPU
 ROUNDING = 16                          # units of the last place: eight times what is left of terms that cancel
-TEXT_PARTS = ("text", "input_text", "output_text", "refusal")  # types of a message's parts that are text
 MAX_BODY = 1 << 20                     # bytes of a request to the gateway
+MOMENT = 0.002                         # seconds in which the end of a client that has left arrives behind its request
 KEY_FIELD = {"/v1/chat/completions": "model", "/v1/finish": "task"}  # path -> where a request names its episode
 
 MADE_BY = ("task", "turns", "preset", "attn", "mtp")  # what the model of a checkpoint depends on
@@ -265,28 +261,6 @@ class Trajectory:
             rewards = [0.0] * max(1, len(self.samples))
         rewards[-1] += FAILURE
         self.finish(rewards, False, self.seconds)
-
-def message_text(content, where):
-    """What a message says: a string, null, or a list of parts, strings or of text, joined as they are -> text."""
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise ValueError(f"{where}: content is a string, null or a list of parts, not {content!r:.60}")
-    texts = []
-    for part in content:
-        if isinstance(part, str):
-            texts.append(part)
-            continue
-        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
-        if kind not in TEXT_PARTS:
-            raise ValueError(f"{where}: a part of type {kind!r:.40}: text alone is served, {', '.join(TEXT_PARTS)}")
-        text = part.get("refusal" if kind == "refusal" else "text")
-        if not isinstance(text, str):
-            raise ValueError(f"{where}: a part of type {kind} whose text is {text!r:.40}, not a string")
-        texts.append(text)
-    return "".join(texts)
 
 def calls_text(message, where):
     """The tool calls beside a message's content, in the protocol of the tasks: name[arguments], one after the other."""
@@ -1317,7 +1291,7 @@ def run(args, state):
     timer = SaveTimer()
     changed = False
     if ready and args.serve is not None:
-        print(f"gateway | http://127.0.0.1:{source.server_port}/v1 key {source.token}", flush=True)
+        print(f"gateway | {source.door.url} key {source.token}", flush=True)
     if state and share_done(vars(now), vars(args)) >= 1:
         print(f"nothing left to do after step {now.step}: give more --steps or --minutes", flush=True)
 
@@ -1458,89 +1432,11 @@ def draw(lines, path, task):
 # ---- the gateway's door: agents of other processes, through OpenAI's protocol ---------------------
 # Any agent that speaks OpenAI's chat completions can be trained: it claims an episode, asks for turns under the
 # episode's name in place of a model's, and reports rewards. Its code is a black box; the gateway sees all it needs.
-# A connection is heard in a thread of its own, so that an idle or slow one holds up no other. What it asks is put into
-# a queue, and the run's thread answers it between two steps: the model has one user at a time.
+# sample.py's server carries it: an event loop hears all connections, so that an idle or slow one holds up no other.
+# What they ask is put into a queue, and the run's thread answers it between two steps: the model has one user at a
+# time.
 
-class TimedReader(io.RawIOBase):
-    """Reads what a client sends, headers and body, within so many seconds in all: a client that sends a byte now and
-    then would otherwise keep its connection, and its thread, for ever."""
-
-    def __init__(self, connection, seconds):
-        self.connection = connection
-        self.until = time.monotonic() + seconds
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        self.connection.settimeout(max(1e-3, self.until - time.monotonic()))
-        return self.connection.recv_into(buffer)
-
-class Handler(BaseHTTPRequestHandler):
-    """POST of a JSON object -> a JSON object; what is refused gets a 4xx and OpenAI's error object."""
-    timeout = 2                        # seconds
-    default_request_version = "HTTP/1.0"
-
-    def log_message(self, *args):
-        pass
-
-    def setup(self):
-        super().setup()
-        self.rfile = io.BufferedReader(TimedReader(self.connection, self.timeout))
-
-    def do_POST(self):
-        size = self.headers.get("Content-Length", "")
-        fits = re.fullmatch("[0-9]{1,7}", size) and int(size) <= MAX_BODY
-        raw = self.rfile.read(int(size)) if fits else None
-        key = self.headers.get("Authorization", "")
-        if not hmac.compare_digest(key.encode(), f"Bearer {self.server.token}".encode()):
-            self.reply(401, "wrong token", raw is not None)
-        elif raw is None:
-            self.reply(413, f"Content-Length {size[:20]}: it must be there, and at most {MAX_BODY}", False)
-        else:
-            answer = self.server.ask(self.path, raw, self.connection)
-            if answer:
-                self.reply(*answer)
-
-    def send_error(self, code, message=None, explain=None):
-        """The reply to what http.server itself refuses: other methods, garbled request lines, endless headers."""
-        code = {501: 405, 505: 400}.get(code, code)
-        self.reply(code, f"{message or 'too long'}: only POST is served", False)
-
-    def reply(self, code, said, heard=True):
-        """Send a status, and a JSON object or what is wrong. heard: whether the request was read to its end. If not,
-        the rest is read and dropped, while there is time: with unread data the close would be a reset, and the client
-        would never see the reply."""
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.end_headers()
-        if code != 200:
-            said = dict(error=dict(message=said, type="invalid_request_error"))
-        if self.command != "HEAD":
-            self.wfile.write(json.dumps(said).encode())
-        if not heard:
-            self.connection.shutdown(socket.SHUT_WR)
-            while self.rfile.read1(MAX_BODY) and time.monotonic() < self.rfile.raw.until:
-                pass
-
-def hung_up(connection):
-    """Whether the client is gone, so that nobody will read an answer. One that has only closed its sending side looks
-    the same, and counts as gone."""
-    patience = connection.gettimeout()
-    connection.settimeout(0)
-    try:
-        return not connection.recv(1, socket.MSG_PEEK)
-    except BlockingIOError:            # nothing to read: it waits
-        return False
-    except ConnectionError:
-        return True
-    finally:
-        connection.settimeout(patience)
-
-class Refused(Exception):
-    """(status, reason): what a request gets in place of an answer."""
-
-class Served(Gateway, ThreadingHTTPServer):
+class Served(Gateway):
     """Agents of other processes, in real seconds, on loopback.
 
     POST /v1/tasks {}                                          -> {task, messages}: an episode is claimed
@@ -1548,42 +1444,38 @@ class Served(Gateway, ThreadingHTTPServer):
                                                                tokens at most, whatever is asked for
     POST /v1/finish {task, rewards, success: bool}             its end, with a reward for each turn
     """
-    request_queue_size = 1024          # connections that may wait until they are heard
 
     def __init__(self, model, args, queue):
         super().__init__(model, args, queue)
-        try:
-            ThreadingHTTPServer.__init__(self, ("127.0.0.1", args.serve), Handler)
-        except OSError as error:
-            raise OSError(f"--serve {args.serve}: no port to listen on, {error.strerror}") from None
         self.open = {}                 # name of an episode, "group.row" -> it, until its end
         self.claimed = set()
         self.token = args.token or os.urandom(16).hex()
-        self.asked = SimpleQueue()     # (where the reply goes, path, raw body, connection)
+        self.asked = SimpleQueue()     # (path, raw body, client)
         self.over = False
-        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
-
-    def handle_error(self, request, client_address):
-        """Print an error, unless it is a connection that broke, which is usual."""
-        if not isinstance(sys.exc_info()[1], OSError):
-            super().handle_error(request, client_address)
+        self.door = Door(args.serve)
+        paths = ("/v1/tasks", *KEY_FIELD)
+        self.door.open(make_app(self.token, dict.fromkeys(paths, self.ask), most=MAX_BODY))
 
     def close(self):
         """Accept no more requests; clients that still wait for an answer get a refusal."""
-        self.shutdown()
-        self.server_close()
         self.over = True
-        while not self.asked.empty():
-            reply, *_ = self.asked.get()
-            reply.put((503, "the run is over"))
+        with contextlib.suppress(Empty):
+            while True:
+                *_, client = self.asked.get_nowait()
+                client.tell(Refused(503, "the run is over"))
+        self.door.close()
 
-    def ask(self, path, raw, client):
-        """A connection's thread waits here for the run's -> what `answer` says; None: the client gave up meanwhile."""
-        reply = SimpleQueue()
-        self.asked.put((reply, path, raw, client))
+    async def ask(self, request):
+        """On the event loop: a request waits here for the run's thread, which answers it."""
+        raw, client = request.scope["heard"]
+        with contextlib.suppress(TimeoutError):  # a client may have left as it asked: a moment shows it
+            await asyncio.wait_for(client.left.wait(), MOMENT)
+        self.asked.put((request.url.path, raw, client))
         if self.over:
-            return 503, "the run is over"
-        return reply.get()
+            raise Refused(503, "the run is over")
+        for status, said in await client.hear():
+            return reply(said) if status == 200 else refusal(status, said)
+        raise Refused(400, "the client has left")
 
     def start(self, tasks, version):
         """Open the episodes of these groups: from now on clients can claim them, and play the policy `version`."""
@@ -1655,7 +1547,7 @@ class Served(Gateway, ThreadingHTTPServer):
         rollout(self, [(episode, agent)], self.version)
         ids = episode.samples[-1].ids[n_context:].tolist()
         message = dict(role="assistant", content=self.tokenizer.decode(ids))
-        if hung_up(client):
+        if client.gone:
             episode.samples.pop()
             episode.said[message["content"]].pop()
         turn = dict(index=0, message=message, finish_reason="stop" if ids[-1] in STOP else "length")
@@ -1680,17 +1572,16 @@ class Served(Gateway, ThreadingHTTPServer):
             for task in self.queue.due.keys() - still_open:
                 self.queue.finish(task)
 
-    def answer_one(self, reply, path, raw, client, started):
+    def answer_one(self, path, raw, client, started):
         """Answer one request, whatever happens in it. started: of the run, on the monotonic clock."""
         self.now = time.monotonic() - started
+        if client.gone:                # one that gave up during a training step asks again, or does not
+            return
         try:
-            if hung_up(client):        # one that gave up during a training step asks again, or does not
-                reply.put(None)
-            else:
-                reply.put(self.answer(path, raw, client))
+            client.tell(self.answer(path, raw, client))
         except Exception as error:     # its turn is lost, the run goes on
             print(f"gateway | {path}: {error!r}", flush=True)
-            reply.put((500, repr(error)[:200]))
+            client.tell((500, repr(error)[:200]))
 
 def main(argv=None):
     return command("rl.py", lambda locks: run(*parse_args(argv, locks)), "; the last good checkpoint is kept")

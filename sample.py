@@ -1,9 +1,11 @@
-"""Everything that touches text, and what all scripts share: tokenizer, checkpoints, running a script, `generate`.
+"""Everything that touches text, and what all scripts share: tokenizer, checkpoints, running a script, `generate`, a
+server.
 
     python sample.py --prompt "def "                          # from out/ckpt.pt, which holds tokenizer and config too
     python sample.py --prompt "import os" --n-samples 3 --temperature 0.7 --seed 1
     python sample.py --hf DIR --prompt 1,2,3                  # an M2 or M3 checkpoint of transformers, by token ids
     python sample.py --chat                                   # a conversation, each turn of which goes on from the last
+    python sample.py --serve 8000 --token KEY                 # OpenAI's protocol on loopback, for any of its clients
 
     text -> chunks -> bytes, merged into tokens
     generate: prefill what all prompts can be fed at once -> loop { one token a row through the KV cache; MSA chooses
@@ -18,25 +20,30 @@ if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: no 
     at_ctrl_c = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
+import asyncio
 import codecs
 import contextlib
 import dataclasses
 import hashlib
+import hmac
 import io
 import itertools
 import json
 import math
 import re
 import shutil
+import socket
 import stat
 import statistics
 import sys
+import threading
 import time
 import typing
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from heapq import heapify, heappop, heappush
+from queue import Empty, SimpleQueue
 
 try:
     import fcntl
@@ -1883,6 +1890,7 @@ class Player:
     path: list = dataclasses.field(default_factory=list)    # blocks of a PrefixCache that it has in hand
     n_cached: int = 0                  # tokens that came from there
     has_drawn: bool = False
+    allowed: torch.Tensor = None       # (V,) bool: what its first new token may be; None: any
 
     @property
     def length(self):
@@ -1894,26 +1902,29 @@ class Player:
         self.feed = self.feed[n:]
         self.notes += notes
 
-    def hear(self, n_fed, drawn, logprobs, notes):
+    def hear(self, n_fed, drawn, logprobs, notes, best=None):
         """A step has fed n_fed tokens of `feed`, and drafts behind them. `drawn` are the drafts that held, which are in
         the cache, then one token that is not. After the last token of `feed` the coroutine hears what was drawn, token
-        by token, and says what it keeps of the cache, and what comes next. notes: of all tokens fed, or []."""
+        by token, and says what it keeps of the cache, and what comes next. notes: of all tokens fed, or []. best: of
+        each token drawn, the likeliest tokens in its place, or None."""
         self.take(n_fed, notes[:n_fed])
         if self.feed:
             return
         self.has_drawn = True
         for n, (token, logprob) in enumerate(zip(drawn, logprobs), n_fed):
             if n > n_fed:              # the token before was a draft: it is in the cache
-                self.tokens.append(before)
+                self.tokens.append(drawn[n - n_fed - 1])
                 self.notes = self.notes + notes[n - 1:n]  # a new list: the coroutine may have kept the old one
             self.feed = []
+            news = token, logprob, self.notes
+            if best is not None:
+                news = *news, best[n - n_fed]
             with contextlib.suppress(StopIteration):  # it is over, with nothing to feed
-                kept, self.feed = self.coroutine.send((token, logprob, self.notes))
+                kept, self.feed = self.coroutine.send(news)
             if not self.feed:
                 return
             if kept != self.length or self.feed != [token]:
                 break
-            before = token
         del self.tokens[kept:]
         self.notes = self.notes[:kept]
 
@@ -1925,10 +1936,11 @@ class Decoder:
     has drawn, the next one runs already, on the tokens drawn: where a row is fed something else, it is forgotten.
     """
 
-    def __init__(self, model, rows, capacity, sampling, speculate=0, index_warmup=False, record=None, kernels=None):
-        """capacity: tokens of a row, drafts not included; record: as of `play`; kernels: whether steps are as on a GPU,
-        default: on a GPU in 16 bits, with few drafts, where weights fit twice. ValueError for drafts by a model without
-        an MTP module."""
+    def __init__(self, model, rows, capacity, sampling, speculate=0, index_warmup=False, record=None, kernels=None,
+                 n_best=0):
+        """capacity: tokens of a row, drafts not included; record, n_best: as of `play`; kernels: whether steps are as
+        on a GPU, default: on a GPU in 16 bits, with few drafts, where weights fit twice. ValueError for drafts by a
+        model without an MTP module."""
         if speculate and not model.mtp:
             raise ValueError(f"speculate {speculate}: the model has no MTP module to draft with")
         self.model = model
@@ -1937,6 +1949,7 @@ class Decoder:
         self.index_warmup = index_warmup
         self.record = record
         self.n_modules = min(speculate, len(model.mtp))  # that draft
+        self.n_best = n_best
         self.n_stale = 0               # slots at a row's end that the MTP modules have not read
         self.on_gpu = model.embed.weight.is_cuda
         slots = capacity + 2 * (speculate + 1)  # drafts, and those of a step that is forgotten
@@ -2006,7 +2019,7 @@ class Decoder:
         allowed   (B, V) bool: what the first token drawn may be; None: any
         may_run_ahead  whether rows are likely to be fed next what is drawn now
         -> drawn (B, K + 1): the drafts that hold, then one token; logprobs (B, K + 1) of them, under the model itself;
-        n_accepted (B,): drafts that hold; aux. K is T - 1 with drafts, 0 without.
+        n_accepted (B,): drafts that hold; aux, with `best` of `play`. K is T - 1 with drafts, 0 without.
         """
         T = fed.size(1)
         device = self.cache.length.device
@@ -2037,7 +2050,7 @@ class Decoder:
         else:
             self.forget()
             turn = graph.launch(inputs, allowed)
-        may_run_ahead = may_run_ahead and allowed is None and self.record is None
+        may_run_ahead = may_run_ahead and allowed is None and self.record is None and not self.n_best
         if may_run_ahead:
             next_turn = graph.launch(graph.pack_ahead(inputs))
 
@@ -2091,19 +2104,16 @@ class Decoder:
             n_accepted, drawn, logprobs = self.draw(logits, first, drafts, drawn_from, n_drafts, allowed)
         else:
             n_accepted, drawn, logprobs = self.draw_by_kernels(logits, first, drafts, drawn_from, n_drafts, allowed)
+        if self.n_best:
+            aux = dict(aux, best=self.best_tokens(rows_behind(logits, first, drafts.size(1))))
         cache.length = (start + n_fed + n_accepted).int()
         return drawn, logprobs, n_accepted, aux
 
     def draw(self, logits, first, drafts, drawn_from, n_drafts, allowed):
         """logits (B, T, V), those of row b's draft k at first[b] + k -> n_accepted, drawn, logprobs: see `step`."""
         sampling = self.sampling
-        T = logits.size(1)
         K = drafts.size(1)
-        if T > 1:
-            place = first[:, None] + torch.arange(K + 1, device=first.device)
-            place = place.clamp(max=T - 1)[..., None]
-            logits = logits.gather(1, place.expand(-1, -1, logits.size(2)))
-        logits = widen(logits)                                                                        # (B, K + 1, V)
+        logits = widen(rows_behind(logits, first, K))                                                 # (B, K + 1, V)
         logprobs = logits.log_softmax(-1)
         if allowed is not None:
             first_row = logits[:, :1].masked_fill(~allowed[:, None], -math.inf)
@@ -2116,6 +2126,11 @@ class Decoder:
                                    sampling.top_k, sampling.generator)
         drawn = F.pad(drafts, (0, 1)).scatter(1, n_accepted[:, None], token[:, None])
         return n_accepted, drawn, logprobs.gather(2, drawn[..., None])[..., 0]
+
+    def best_tokens(self, logits):
+        """Logits (B, K + 1, V) -> (B, K + 1, n_best, 2) fp64: the likeliest tokens and their logprobs, nothing cut."""
+        logprobs, tokens = widen(logits).log_softmax(-1).topk(self.n_best)
+        return torch.stack([tokens.double(), logprobs.double()], -1)
 
     def draw_by_kernels(self, logits, first, drafts, drawn_from, n_drafts, allowed):
         """As `draw`. Nothing is refused: where nothing can be drawn logprobs are NaN."""
@@ -2130,6 +2145,15 @@ class Decoder:
         self.key += KEYS_A_STEP
         self.n_draws = 0
         return found
+
+def rows_behind(logits, first, K):
+    """logits (B, T, V) -> (B, K + 1, V): those at first[b] and at the K places behind it, past T - 1 the last one's."""
+    T = logits.size(1)
+    if T == 1:
+        return logits
+    place = first[:, None] + torch.arange(K + 1, device=first.device)
+    place = place.clamp(max=T - 1)[..., None]
+    return logits.gather(1, place.expand(-1, -1, logits.size(2)))
 
 @dataclasses.dataclass
 class Ahead:
@@ -2283,20 +2307,22 @@ def captured(compute, device):
 
 @torch.no_grad()
 def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0, allowed=None, index_warmup=False,
-         capacity=None, accepted=None, kernels=None, prefixes=None, cached=None):
+         capacity=None, accepted=None, kernels=None, n_best=0, prefixes=None, cached=None):
     """Drive coroutines in step -> yields after each forward.
 
     players    each yields how many tokens of its cache it keeps and the tokens to feed next; after the last of them it
                is sent a token sampled after it, its logprob at temperature 1, nothing cut, and the notes on every token
                in its cache. It ends by returning
-    group      players lie side by side in groups of one first prompt, whose keys and values are computed once
+    group      players lie side by side in groups of one first prompt, whose keys and values are computed once: the size
+               of all groups, or a list of their sizes
     record     aux -> (B, T, r) array: r numbers to note for every token; None: notes are empty
     speculate  drafts behind a row's token
-    allowed    (V,) bool: what a row's first new token may be; None: any
+    allowed    (V,) bool, or (players, V): what a row's first new token may be; None: any
     index_warmup  as in MiniMax.forward
     capacity   tokens of a row, at most; None: the model's context
     accepted   a list: of each row and step with drafts, how many held is appended
     kernels    see Decoder
+    n_best     a player is sent, beside a token, [[token, logprob]] of so many likeliest ones in its place; 0: no list
     prefixes   PrefixCache: what it has of the first prompts is not computed, and it keeps what rows compute
     cached     a list: of each row, how many tokens of its first prompt came from there is appended
     ValueError for drafts by a model without an MTP module, for logits that nothing can be drawn from, and for `record`
@@ -2306,24 +2332,27 @@ def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0,
         raise ValueError("a prefix cache keeps no notes, so that nothing can be recorded")
     model.eval()
     device = model.embed.weight.device
+    if allowed is not None:
+        allowed = allowed.cpu().expand(len(players), -1)
     rows = []
-    for coroutine in players:
+    for i, coroutine in enumerate(players):
         first = next(coroutine, None)  # None: over before it began
         if first:
-            rows.append(Player(coroutine, feed=first[1]))
+            rows.append(Player(coroutine, feed=first[1], allowed=None if allowed is None else allowed[i]))
     if not rows:
         return
 
-    leaders = rows
+    sizes = [1] * len(rows)
     if len(rows) == len(players):      # none was over at once: groups are whole
-        leaders = rows[::group]
+        sizes = group if isinstance(group, list) else [group] * (len(rows) // group)
     capacity = capacity or model.cfg.max_seq_len
-    decoder = Decoder(model, len(leaders), capacity, sampling, speculate, index_warmup, record, kernels)
+    decoder = Decoder(model, len(sizes), capacity, sampling, speculate, index_warmup, record, kernels, n_best)
     cache = decoder.cache
     try:
-        prefill(decoder, rows, leaders, prefixes)
+        yield from prefill(decoder, rows, sizes, prefixes)
         if cached is not None:
             cached += [row.n_cached for row in rows]
+        yield                          # before anything is drawn
         while rows:
             # what each row reads: its next tokens, and drafts behind a single one
             may_draft = [speculate > 0 and len(row.feed) == 1 and row.length > 0 for row in rows]
@@ -2337,7 +2366,7 @@ def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0,
             first_allowed = None
             if allowed is not None and not all(row.has_drawn for row in rows):
                 has_drawn = torch.tensor([row.has_drawn for row in rows])
-                first_allowed = allowed.cpu() | has_drawn[:, None]
+                first_allowed = torch.stack([row.allowed for row in rows]) | has_drawn[:, None]
             is_drawing = all(len(row.feed) <= 1 for row in rows)  # no row is inside a prompt or a tool's answer
             drawn, logprobs, n_accepted, aux = decoder.step(
                 fed, torch.tensor(n_fed), n_drafts, first_allowed, is_drawing)
@@ -2346,9 +2375,10 @@ def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0,
             notes = record(aux) if record else [[]] * len(rows)
             held = n_accepted.tolist()
             filled = [row.length + n + more for row, n, more in zip(rows, n_fed, held)]
-            news = zip(n_fed, held, drawn.tolist(), logprobs.tolist(), notes)
-            for row, (n, more, tokens, scores, note) in zip(rows, news):
-                row.hear(n, tokens[:more + 1], scores[:more + 1], list(note))
+            best = aux["best"].tolist() if n_best else [None] * len(rows)
+            news = zip(n_fed, held, drawn.tolist(), logprobs.tolist(), notes, best)
+            for row, (n, more, tokens, scores, note, likeliest) in zip(rows, news):
+                row.hear(n, tokens[:more + 1], scores[:more + 1], list(note), likeliest)
             if accepted is not None:
                 accepted += [more for more, may in zip(held, may_draft) if may]
 
@@ -2387,20 +2417,23 @@ def lockstep(*args, **options):
 PART = dict(cpu=2048, cuda=16384)      # tokens of prompts that one forward reads: they bound its memory
 ALONE = 32                             # tokens: what prompts have more than the shortest is fed to each row alone
 
-def prefill(decoder, rows, leaders, prefixes=None):
-    """Feed each row its prompt but for the last token, whose logits are needed row by row. leaders: one row of each
-    group, its first, and the rows of the decoder's cache. All rows of a group begin with its prompt, which is computed
-    once, and whose keys and values are copied.
+def prefill(decoder, rows, sizes, prefixes=None):
+    """Feed each row its prompt but for the last token, whose logits are needed row by row. sizes: of the groups; the
+    decoder's cache has a row for each. All rows of a group begin with its prompt, which is computed once, and whose
+    keys and values are copied.
 
     Rows are fed side by side as far as the shortest prompt goes. What is left, if it is not little, is fed row by row;
-    with a PrefixCache all is, so that a row finds what the rows before it have left there.
+    with a PrefixCache all is, so that a row finds what the rows before it have left there. Yields after each forward.
     """
     cache = decoder.cache
+    group_of = [group for group, size in enumerate(sizes) for _ in range(size)]
+    leaders = [rows[group_of.index(group)] for group in range(len(sizes))]
     reader = PromptReader(decoder, sum(len(row.feed) - 1 for row in leaders))
     n_read = [0] * len(leaders)        # slots that the MTP modules have read
     if prefixes is None:
         shared = min(len(row.feed) for row in leaders) - 1
-        n_read = [reader.read(cache, leaders, shared)] * len(leaders)
+        n_slots = yield from reader.read(cache, leaders, shared)
+        n_read = [n_slots] * len(leaders)
 
     for i, row in enumerate(leaders):
         if prefixes is not None:
@@ -2411,7 +2444,7 @@ def prefill(decoder, rows, leaders, prefixes=None):
             reader.done += row.n_cached
         left = len(row.feed) - 1
         if prefixes is not None or left > ALONE:
-            n_read[i] = reader.read(cache.row(i, row.length), [row], left, n_read[i])
+            n_read[i] = yield from reader.read(cache.row(i, row.length), [row], left, n_read[i])
             cache.set_length(i, row.length)
         if prefixes is not None:
             known = n_read[i] - decoder.n_modules  # at the last slots the modules have read guesses
@@ -2419,11 +2452,10 @@ def prefill(decoder, rows, leaders, prefixes=None):
     decoder.n_stale = max(row.length - n for row, n in zip(leaders, n_read))
 
     # the others of each group
-    copies = len(rows) // len(leaders)
-    if copies > 1:
-        cache.expand(copies)
-    for i, row in enumerate(rows):
-        leader = leaders[i // copies]
+    if len(rows) > len(leaders):
+        cache.select(torch.tensor(group_of))
+    for row, group in zip(rows, group_of):
+        leader = leaders[group]
         if row is not leader:
             row.n_cached = leader.n_cached
             row.take(leader.length, leader.notes)
@@ -2438,8 +2470,8 @@ class PromptReader:
         self.done = 0                  # tokens
 
     def read(self, cache, rows, size, n_read=0):
-        """Feed rows, which are those of the cache, the next `size` tokens of their prompts -> how many slots the MTP
-        modules have read; n_read: had read before."""
+        """Feed rows, which are those of the cache, the next `size` tokens of their prompts. Yields after each forward
+        -> how many slots the MTP modules have read; n_read: had read before."""
         decoder = self.decoder
         device = cache.length.device
         part = max(1, PART[device.type] // len(rows))
@@ -2461,6 +2493,7 @@ class PromptReader:
                 following = torch.tensor([row.feed[0] for row in rows], device=device)
                 decoder.read_prompt(cache, following, rows[0].length - n_read)
                 n_read = rows[0].length
+            yield
         return n_read
 
 def keep_prefix(prefixes, decoder, row, i):
@@ -2586,6 +2619,860 @@ class Stream:
         self.shown += len(new)
         return new
 
+# ---- a server: HTTP ------------------------------------------------------------------------------
+# OpenAI's protocol on loopback. Starlette and uvicorn, which are optional packages, speak HTTP on an event loop in a
+# thread of their own; the model has one user, the main thread: an Engine here, the gateway in rl.py. Between the two
+# stands a Client: the model's thread tells it news, the event loop hears them and sends them on. What a client does,
+# reading slowly, hanging up, sending nonsense, costs the event loop a little, and the model's thread nothing.
+
+PATIENCE = 2.0                         # seconds that a client has to send a request's head, and then its body
+STALLED = 60.0                         # seconds after which a client that reads nothing of its answer is cut off
+UNREAD = 4096                          # tokens of a text that may wait for a client: one that is slower loses it
+GRACE = 2                              # seconds that answers have to be sent once the server is closed
+BACKLOG = 1024                         # connections that may wait until they are heard
+# status -> OpenAI's name for what is wrong, where there is one
+ERROR_CODE = {401: "invalid_api_key", 404: "not_found", 429: "rate_limit_exceeded"}
+TEXT_PARTS = ("text", "input_text", "output_text", "refusal")  # types of a message's parts that are text
+
+class Refused(Exception):
+    """(status, reason), and perhaps OpenAI's name for it: what a request gets in place of an answer."""
+
+def error_object(status, reason, code=None):
+    """OpenAI's object for a request that is refused."""
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return dict(error=dict(message=reason, type=kind, param=None, code=code or ERROR_CODE.get(status)))
+
+def reply(body, status=200, headers=None):
+    """A JSON object as Starlette's response. In ASCII: a lone surrogate, which JSON may hold, is no UTF-8."""
+    from starlette.responses import Response
+    return Response(json.dumps(body), status, headers, media_type="application/json")
+
+def refusal(status, reason, code=None, headers=None):
+    """The response for a request that is refused."""
+    return reply(error_object(status, reason, code), status, headers)
+
+class Client:
+    """Who waits for an answer. The model's thread reads `gone` and calls `tell`; all else is the event loop's."""
+
+    def __init__(self):
+        self.loop = asyncio.get_running_loop()
+        self.gone = False              # nobody will read what it is told
+        self.left = asyncio.Event()
+        self.news = deque()
+        self.most = UNREAD             # pieces of news that may wait
+        self.stirred = asyncio.Event()  # there may be news, or it has left
+
+    async def watch(self, receive):
+        """Wait until the client hangs up. One that has only closed its sending side looks the same."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.leave()
+
+    def leave(self):
+        self.gone = True
+        self.left.set()
+        self.stirred.set()
+
+    async def receive(self):
+        """What the app hears once the request is read: that the client has left."""
+        await self.left.wait()
+        return {"type": "http.disconnect"}
+
+    def tell(self, piece):
+        """From any thread: a piece of the answer, or a Refused. A client that lets too many of them wait is given up."""
+        if self.gone:
+            return
+        if len(self.news) >= self.most:
+            piece = Refused(503, f"the answer was read too slowly: {self.most} pieces of it waited")
+            self.gone = True
+        self.news.append(piece)
+        with contextlib.suppress(RuntimeError):  # the event loop is closed
+            self.loop.call_soon_threadsafe(self.stirred.set)
+
+    async def hear(self):
+        """Wait for news -> all there are, in order; [] once the client has left. Refused where that comes first."""
+        while not self.news and not self.left.is_set():
+            await self.stirred.wait()
+            self.stirred.clear()
+        pieces = []
+        while self.news and not (pieces and isinstance(self.news[0], Refused)):
+            pieces.append(self.news.popleft())
+        if pieces and isinstance(pieces[0], Refused):
+            raise pieces[0]
+        return pieces
+
+async def read_body(receive, most):
+    """-> the bytes of a request. Refused if they are more than `most`, or slower than PATIENCE.
+
+    What is too large is read to its end and dropped, while there is time: with unread data the close would be a reset,
+    and the client would never see the reply."""
+    parts = []
+    size = 0
+    more = True
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(PATIENCE):
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise Refused(400, "the client hung up within its request")
+                size += len(message["body"])
+                if size <= most:
+                    parts.append(message["body"])
+                more = message["more_body"]
+    if size > most:
+        raise Refused(413, f"a body of more than {most} bytes")
+    if more:
+        raise Refused(408, f"the request has not come to its end in {PATIENCE:g} seconds")
+    return b"".join(parts)
+
+def guarded(app, token, most):
+    """-> an ASGI app in front of another: it reads a request to its end, checks the key, and watches the client. The
+    app finds the bytes and the Client in scope["heard"]."""
+    expected = f"Bearer {token}".encode()
+
+    async def serve(scope, receive, send):
+        try:
+            raw = await read_body(receive, most)
+            key = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(key, expected):
+                raise Refused(401, "wrong token: Authorization must be Bearer and the server's key")
+        except Refused as error:
+            response = refusal(*error.args, headers={"Connection": "close"})
+            return await response(scope, receive, send)
+
+        client = Client()
+        watch = asyncio.create_task(client.watch(receive))
+        scope["heard"] = raw, client
+        try:
+            await app(scope, client.receive, send)
+        except Exception as error:     # the app has answered 500; the server goes on
+            print(f"server  | {scope['path']!r:.100}: {error!r}", flush=True)
+        finally:
+            watch.cancel()
+            client.leave()
+    return serve
+
+def make_app(token, posts, gets=(), most=2 ** 24):
+    """-> an ASGI app. What is refused gets OpenAI's error object.
+
+    token        the key that each request must show
+    posts, gets  {path: async function of a Starlette request -> response}; it finds (bytes, Client) in
+                 request.scope["heard"], and may raise Refused
+    most         bytes of a request
+    """
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.routing import Route
+
+    async def refuse(request, error):
+        where = f"{request.method} {request.url.path!r:.100}"
+        if isinstance(error, Refused):
+            return refusal(*error.args)
+        if isinstance(error, HTTPException):  # 404 or 405, by the router
+            return refusal(error.status_code, f"{where}: {error.detail}", headers=error.headers)
+        return refusal(500, f"{where}: {error!r:.200}")
+
+    routes = [Route(path, answer, methods=["POST"]) for path, answer in posts.items()]
+    routes += [Route(path, answer, methods=["GET"]) for path, answer in dict(gets).items()]
+    app = Starlette(routes=routes, exception_handlers={kind: refuse for kind in (Refused, HTTPException, Exception)})
+    app.router.redirect_slashes = False  # another path is another path
+    return guarded(app, token, most)
+
+def patient_protocol():
+    """-> the class of a connection: uvicorn's, which would wait for a request's head, and for a reader, for ever."""
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Connection(H11Protocol):
+        """Cut off if the head of a request takes over PATIENCE seconds, or if nothing is read for STALLED."""
+        head_due = None                # timers
+        read_due = None
+
+        def connection_made(self, transport):
+            super().connection_made(transport)
+            self.head_due = self.loop.call_later(PATIENCE, transport.abort)
+
+        def data_received(self, data):
+            super().data_received(data)
+            is_heard = self.cycle is not None and not self.cycle.response_complete
+            if is_heard:
+                self.head_due = stopped(self.head_due)
+            elif self.head_due is None:
+                self.head_due = self.loop.call_later(PATIENCE, self.transport.abort)
+
+        def pause_writing(self):
+            super().pause_writing()
+            self.read_due = self.loop.call_later(STALLED, self.transport.abort)
+
+        def resume_writing(self):
+            super().resume_writing()
+            self.read_due = stopped(self.read_due)
+
+        def connection_lost(self, error):
+            super().connection_lost(error)
+            self.head_due = stopped(self.head_due)
+            self.read_due = stopped(self.read_due)
+    return Connection
+
+def stopped(timer):
+    """Stop a timer, if there is one -> None."""
+    if timer is not None:
+        timer.cancel()
+
+class Door:
+    """A port of loopback, and uvicorn, which serves an app there in a thread of its own."""
+
+    def __init__(self, port):
+        """ValueError without the packages, OSError without the port: before a model is read."""
+        try:
+            import starlette
+            import uvicorn
+        except ImportError as error:
+            raise ValueError(f"--serve {port}: {error}; pip install starlette uvicorn") from None
+        # named TCP: asyncio sends small packets of such sockets at once, others would wait 40 ms for the one before
+        self.socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        if os.name == "posix":         # elsewhere two servers could share a port
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            self.socket.bind(("127.0.0.1", port))
+            self.socket.listen(BACKLOG)
+        except OSError as error:
+            self.socket.close()
+            raise OSError(f"--serve {port}: no port to listen on, {error.strerror}") from None
+        self.address = self.socket.getsockname()
+        self.url = f"http://127.0.0.1:{self.address[1]}/v1"
+        self.server = None
+
+    def open(self, app):
+        import uvicorn
+        # one implementation of each part, whatever else is installed; no log: clients' mistakes are no news
+        config = uvicorn.Config(
+            app, http=patient_protocol(), ws="none", loop="asyncio", lifespan="off", log_config=None,
+            log_level="critical", access_log=False, server_header=False, timeout_graceful_shutdown=GRACE)
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run, args=([self.socket],), daemon=True)
+        self.thread.start()
+
+    def close(self):
+        """Accept no more connections; answers under way have GRACE seconds to be sent."""
+        if self.server is not None:
+            self.server.should_exit = True
+            self.thread.join(2 * GRACE)
+        self.socket.close()
+
+# ---- a server: what is asked ---------------------------------------------------------------------
+# The body of a request, checked field by field: null is as good as absent, and fields that are unknown change nothing.
+# A field that would change the text, and is not served, is refused: ignored, it would change it in silence.
+
+MODEL_ID = "nano-minimax"              # the only model's name
+TEXT_TOKENS = 16                       # of /v1/completions where max_tokens is absent, as the protocol has it
+MOST_STOPS = 64
+MOST_BEST = 20                         # of top_logprobs
+MOST_ROWS = 256                        # texts that are decoded at once
+NOT_SERVED = dict(                     # field -> the value that changes nothing, the only one that is served
+    presence_penalty=0, frequency_penalty=0, repetition_penalty=1, min_p=0, logit_bias={}, best_of=1, echo=False,
+    suffix="", response_format=dict(type="text"))
+
+@dataclasses.dataclass
+class Asked:
+    """A request for completions. What it leaves out, the script's flags say."""
+    is_chat: bool
+    prompts: list                      # of Prompt
+    n: int                             # texts of each
+    max_new_tokens: int                # of each text
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int | None
+    stops: list
+    has_logprobs: bool
+    n_best: int                        # likeliest tokens beside each
+    is_stream: bool
+    has_usage: bool                    # a stream's last piece
+    client: Client = None
+    came: float = 0.0                  # when the engine was asked
+    cached: int = 0                    # tokens of the prompts that came from the prefix cache
+
+    @property
+    def n_rows(self):
+        return len(self.prompts) * self.n
+
+    @property
+    def n_prompt(self):
+        return sum(len(prompt.ids) for prompt in self.prompts)
+
+def message_text(content, where):
+    """What a message says: a string, null, or a list of parts, strings or of text, joined as they are -> text."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ValueError(f"{where}: content is a string, null or a list of parts, not {content!r:.60}")
+    texts = []
+    for part in content:
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+        if kind not in TEXT_PARTS:
+            raise ValueError(f"{where}: a part of type {kind!r:.40}: text alone is served, {', '.join(TEXT_PARTS)}")
+        text = part.get("refusal" if kind == "refusal" else "text")
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: a part of type {kind} whose text is {text!r:.40}, not a string")
+        texts.append(text)
+    return "".join(texts)
+
+def read_object(raw):
+    """-> the JSON object that a request is. Refused if it is none."""
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise Refused(400, f"the body is not JSON: {error}"[:200]) from None
+    if not isinstance(body, dict):
+        raise Refused(400, f"the body is {type(body).__name__}, not a JSON object")
+    return body
+
+def read_number(body, name, default, low, high=2 ** 31 - 1, kind=int):
+    """A number of a request, of a range; null or absent: the default."""
+    value = body.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise Refused(400, f"{name} {value!r:.40}: it must be a number")
+    try:
+        return number(low, high, kind)(str(value))
+    except (argparse.ArgumentTypeError, ValueError) as error:  # ValueError: too long for an int's text
+        raise Refused(400, f"{name} {error}"[:200]) from None
+
+def read_flag(body, name):
+    """Whether a field of a request is true; null or absent: it is not."""
+    value = body.get(name)
+    if not isinstance(value, bool | None):
+        raise Refused(400, f"{name} {value!r:.40}: it must be true or false")
+    return bool(value)
+
+def read_stops(body):
+    """The texts that end a completion."""
+    stops = body.get("stop")
+    if stops is None:
+        return []
+    if isinstance(stops, str):
+        stops = [stops]
+    fit = isinstance(stops, list) and len(stops) <= MOST_STOPS
+    if not fit or not all(isinstance(stop, str) and stop for stop in stops):
+        raise Refused(400, f"stop {stops!r:.60}: a text, or at most {MOST_STOPS} of them, none of them empty")
+    return stops
+
+def read_logprobs(body, is_chat):
+    """-> whether tokens' log-probabilities are asked for, and of how many of the likeliest tokens beside each."""
+    if not is_chat:
+        n_best = read_number(body, "logprobs", None, 0, MOST_BEST)
+        return n_best is not None, n_best or 0
+    has_logprobs = read_flag(body, "logprobs")
+    n_best = read_number(body, "top_logprobs", 0, 0, MOST_BEST)
+    if n_best and not has_logprobs:
+        raise Refused(400, f"top_logprobs {n_best}: logprobs must be true, too")
+    return has_logprobs, n_best
+
+def chat_text(messages):
+    """A base model has no template: the contents, joined by blank lines."""
+    if not isinstance(messages, list) or not messages:
+        raise Refused(400, f"messages {messages!r:.60}: a list of at least one is needed")
+    texts = []
+    for place, message in enumerate(messages):
+        where = f"messages[{place}]"
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise Refused(400, f"{where}: a message is {{role, content}}, its role a string")
+        try:
+            text = message_text(message.get("content"), where)
+        except ValueError as error:
+            raise Refused(400, str(error)) from None
+        if text:
+            texts.append(text)
+    return "\n\n".join(texts)
+
+def is_ids(value):
+    return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
+
+def read_prompts(body, is_chat):
+    """-> what is to be continued: texts, or lists of token ids."""
+    if is_chat:
+        return [chat_text(body.get("messages"))]
+    prompt = body.get("prompt")
+    if prompt is None:
+        return [""]
+    prompts = [prompt] if isinstance(prompt, str) or is_ids(prompt) else prompt
+    fit = isinstance(prompts, list) and bool(prompts)
+    if not fit or not all(isinstance(one, str) or is_ids(one) for one in prompts):
+        raise Refused(400, f"prompt {prompt!r:.60}: a text, a list of token ids, or a list of these")
+    return prompts
+
+def to_prompt(given, tokenizer, cfg):
+    """A text or token ids -> Prompt. Refused if the context or the vocabulary has no room for it."""
+    try:
+        if isinstance(given, str):
+            return encode_prompt(given, tokenizer, cfg.max_seq_len)
+        check_prompts([given], 1, cfg)
+        check_room(given, cfg.max_seq_len)
+        return Prompt(given)
+    except ValueError as error:
+        is_long = "context" in str(error)
+        raise Refused(400, str(error), "context_length_exceeded" if is_long else None) from None
+
+def read_request(raw, is_chat, args, tokenizer, cfg):
+    """The bytes of a request -> Asked. Refused if it cannot be served. args: the script's flags."""
+    body = read_object(raw)
+    model = body.get("model")
+    if model not in (None, MODEL_ID):
+        raise Refused(404, f"model {model!r:.60}: {MODEL_ID} is served", "model_not_found")
+    for name, neutral in NOT_SERVED.items():
+        if body.get(name) not in (None, neutral):
+            raise Refused(400, f"{name} {body[name]!r:.60}: it is not served")
+
+    # how the tokens are drawn; below a thousandth the likeliest one is
+    temperature = read_number(body, "temperature", args.temperature, 0, 1000, float)
+    if temperature < 1e-3:
+        temperature = 0.0
+    top_p = read_number(body, "top_p", args.top_p, 0, 1, float)
+    if top_p == 0:
+        raise Refused(400, "top_p 0: it must be above 0")
+
+    # how many; the newer of two names counts
+    max_new_tokens = args.max_new_tokens if is_chat else TEXT_TOKENS
+    max_new_tokens = read_number(body, "max_tokens", max_new_tokens, 1)
+    max_new_tokens = read_number(body, "max_completion_tokens", max_new_tokens, 1)
+    has_logprobs, n_best = read_logprobs(body, is_chat)
+    options = body.get("stream_options")
+    if not isinstance(options, dict | None):
+        raise Refused(400, f"stream_options {options!r:.60}: it must be an object")
+    n = read_number(body, "n", 1, 1, MOST_ROWS)
+    given = read_prompts(body, is_chat)
+    if len(given) * n > MOST_ROWS:
+        raise Refused(400, f"{len(given)} prompts, n {n}: at most {MOST_ROWS} texts in all")
+    return Asked(
+        is_chat=is_chat,
+        prompts=[to_prompt(one, tokenizer, cfg) for one in given],
+        n=n,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=read_number(body, "top_k", args.top_k, 0),
+        seed=read_number(body, "seed", None, -2 ** 63, 2 ** 63 - 1),
+        stops=read_stops(body),
+        has_logprobs=has_logprobs,
+        n_best=min(n_best, cfg.vocab_size),
+        is_stream=read_flag(body, "stream"),
+        has_usage=read_flag(options or {}, "include_usage"))
+
+# ---- a server: what is answered ------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Score:
+    """A token of an answer, and how likely it was: under the model itself, at temperature 1, nothing cut."""
+    raw: bytes
+    logprob: float
+    best: list                         # [(bytes, logprob)] of the likeliest tokens in its place
+    start: int                         # character of the text that it begins in
+
+@dataclasses.dataclass
+class Piece:
+    """What is new in one text of an answer."""
+    index: int                         # of the text
+    text: str = ""
+    scores: list = dataclasses.field(default_factory=list)  # of the tokens that begin in the text
+    finish: str | None = None          # stop or length: the text is over
+    n_tokens: int = 0                  # of the text, once it is over
+
+def join_pieces(pieces):
+    """Pieces, in their order -> one for each text."""
+    by_text = defaultdict(list)
+    for piece in pieces:
+        by_text[piece.index].append(piece)
+    return [
+        Piece(
+            index=index,
+            text="".join(part.text for part in parts),
+            scores=[score for part in parts for score in part.scores],
+            finish=parts[-1].finish,
+            n_tokens=parts[-1].n_tokens)
+        for index, parts in sorted(by_text.items())]
+
+def shown(raw):
+    return raw.decode("utf-8", errors="replace")
+
+def finite(logprob):
+    """JSON has no infinity: OpenAI writes -9999 for a token that cannot be."""
+    return max(logprob, -9999.0)
+
+def token_object(raw, logprob):
+    return dict(token=shown(raw), logprob=finite(logprob), bytes=list(raw))
+
+def chat_logprobs(scores):
+    rows = []
+    for score in scores:
+        row = token_object(score.raw, score.logprob)
+        row["top_logprobs"] = [token_object(raw, logprob) for raw, logprob in score.best]
+        rows.append(row)
+    return dict(content=rows, refusal=None)
+
+def text_logprobs(scores):
+    return dict(
+        tokens=[shown(score.raw) for score in scores],
+        token_logprobs=[finite(score.logprob) for score in scores],
+        # of tokens that look alike, parts of characters, the likeliest stays
+        top_logprobs=[{shown(raw): finite(logprob) for raw, logprob in reversed(score.best)} for score in scores],
+        text_offset=[score.start for score in scores])
+
+def choice_object(asked, piece, is_first=False):
+    """A piece of a text, or all of it, as the protocol's choice. is_first: a stream's first of this text."""
+    choice = dict(index=piece.index, logprobs=None, finish_reason=piece.finish)
+    if asked.has_logprobs and (piece.scores or not asked.is_stream):
+        choice["logprobs"] = chat_logprobs(piece.scores) if asked.is_chat else text_logprobs(piece.scores)
+    if not asked.is_chat:
+        choice["text"] = piece.text
+    elif not asked.is_stream:
+        choice["message"] = dict(role="assistant", content=piece.text, refusal=None)
+    elif is_first:
+        choice["delta"] = dict(role="assistant", content="")
+    else:
+        choice["delta"] = dict(content=piece.text) if piece.text else {}
+    return choice
+
+def usage_object(asked, n_tokens):
+    return dict(
+        prompt_tokens=asked.n_prompt, completion_tokens=n_tokens, total_tokens=asked.n_prompt + n_tokens,
+        prompt_tokens_details=dict(cached_tokens=asked.cached))
+
+def event(body):
+    """A server-sent event."""
+    return f"data: {json.dumps(body)}\n\n"
+
+class Protocol:
+    """OpenAI's completions over an Engine, on the event loop."""
+
+    def __init__(self, engine, args):
+        self.engine = engine
+        self.args = args
+        self.created = int(time.time())
+
+    def app(self, token):
+        posts = {"/v1/chat/completions": self.chat, "/v1/completions": self.text}
+        gets = {"/v1/models": self.models, "/v1/models/{name}": self.model}
+        return make_app(token, posts, gets)
+
+    def model_object(self):
+        return dict(id=MODEL_ID, object="model", created=self.created, owned_by=MODEL_ID,
+                    max_model_len=self.engine.model.cfg.max_seq_len)
+
+    async def models(self, request):
+        return reply(dict(object="list", data=[self.model_object()]))
+
+    async def model(self, request):
+        name = request.path_params["name"]
+        if name != MODEL_ID:
+            raise Refused(404, f"model {name!r:.60}: {MODEL_ID} is served", "model_not_found")
+        return reply(self.model_object())
+
+    async def chat(self, request):
+        return await self.complete(request, is_chat=True)
+
+    async def text(self, request):
+        return await self.complete(request, is_chat=False)
+
+    async def complete(self, request, is_chat):
+        """Ask the engine -> a response, or a stream of events."""
+        from starlette.responses import StreamingResponse
+        raw, client = request.scope["heard"]
+        engine = self.engine
+        # long texts take their time to become tokens: not on the event loop
+        asked = await asyncio.to_thread(read_request, raw, is_chat, self.args, engine.tokenizer, engine.model.cfg)
+        asked.client = client
+        client.most = UNREAD * asked.n_rows
+        engine.put(asked)
+
+        kind = "chat.completion" if is_chat else "text_completion"
+        if asked.is_stream and is_chat:
+            kind += ".chunk"
+        name = f"{'chatcmpl' if is_chat else 'cmpl'}-{os.urandom(12).hex()}"
+        head = dict(id=name, object=kind, created=int(time.time()), model=MODEL_ID)
+        if asked.is_stream:
+            return StreamingResponse(self.events(asked, head), media_type="text/event-stream")
+        return await self.whole(asked, head)
+
+    async def whole(self, asked, head):
+        """The answer once it is complete."""
+        pieces = []
+        n_running = asked.n_rows
+        while n_running:
+            news = await asked.client.hear()
+            if not news:
+                raise Refused(400, "the client has left")
+            pieces += news
+            n_running -= sum(piece.finish is not None for piece in news)
+        texts = join_pieces(pieces)
+        n_tokens = sum(text.n_tokens for text in texts)
+        choices = [choice_object(asked, text) for text in texts]
+        return reply(dict(head, choices=choices, usage=usage_object(asked, n_tokens)))
+
+    async def events(self, asked, head):
+        """The answer as it grows: server-sent events."""
+        try:
+            async for body in self.chunks(asked, head):
+                yield event(body)
+        except Refused as error:       # the status has long been sent
+            yield event(error_object(*error.args))
+            return
+        yield "data: [DONE]\n\n"
+
+    async def chunks(self, asked, head):
+        """-> yields what is new: the role, texts, how each ended, what all took."""
+        if asked.has_usage:
+            head = dict(head, usage=None)
+        if asked.is_chat:
+            for index in range(asked.n_rows):
+                yield dict(head, choices=[choice_object(asked, Piece(index), is_first=True)])
+        n_running = asked.n_rows
+        n_tokens = 0
+        while n_running:
+            news = await asked.client.hear()
+            if not news:
+                raise Refused(400, "the client has left")
+            for piece in join_pieces(news):
+                if piece.text or piece.scores:
+                    grown = dataclasses.replace(piece, finish=None)
+                    yield dict(head, choices=[choice_object(asked, grown)])
+                if piece.finish:
+                    end = Piece(piece.index, finish=piece.finish)
+                    yield dict(head, choices=[choice_object(asked, end)])
+                    n_running -= 1
+                    n_tokens += piece.n_tokens
+        if asked.has_usage:
+            yield dict(head, choices=[], usage=usage_object(asked, n_tokens))
+
+# ---- a server: the engine ------------------------------------------------------------------------
+# One thread owns the model. Requests that wait when it looks, and are drawn from alike, become rows of one batch, whose
+# prompts are computed once each. `play` yields after each forward: so several batches are alive at once, and take
+# turns. A newcomer waits for one forward of each, never for a long text to end.
+
+GATHER_S = 0.005                       # seconds that a request waits for others to come with it
+LOOK_S = 0.05                          # seconds from one look for requests, or for Ctrl-C, to the next
+MOST_WAITING = 512                     # requests; the next one is refused
+RAGGED = 32                            # tokens of a prompt that are fed one by one, beside a shorter one, at most
+
+def write_row(asked, index, prompt, engine):
+    """A player of the loop: one text of an answer. It ends with the text, or as the client hangs up."""
+    client = asked.client
+    tokenizer = engine.tokenizer
+    stream = Stream(asked.stops)
+    waiting = []                       # Scores whose text has not been released
+    taken = prompt.taken
+    finish = None
+    kept = 0
+    feed = prompt.ids
+    left = min(asked.max_new_tokens, engine.model.cfg.max_seq_len - len(prompt.ids))
+
+    while finish is None:
+        token, logprob, _, *more = yield kept, feed
+        if client.gone:
+            return
+        engine.n_tokens += 1
+        left -= 1
+        kept += len(feed)
+        feed = [token]
+        if token == tokenizer.eot:
+            finish = "stop"
+            new = stream.feed(b"", final=True)
+        else:
+            raw = tokenizer.decode_bytes([token])[taken:]
+            taken = 0
+            if asked.has_logprobs:
+                best = more[0] if more else []
+                best = [(tokenizer.decode_bytes([int(one)]), score) for one, score in best]
+                waiting.append(Score(raw, logprob, best, len(stream.text)))
+            new = stream.feed(raw)
+            if stream.done:
+                finish = "stop"
+            elif left == 0:
+                finish = "length"
+                new += stream.feed(b"", final=True)
+                if stream.done:        # the rest held a stop text
+                    finish = "stop"
+
+        # a token is told of with the text that it begins in, and not at all where that is cut off
+        scores = [score for score in waiting if score.start < stream.shown]
+        del waiting[:len(scores)]
+        if new or finish:
+            client.tell(Piece(index, new, scores, finish, stream.tokens))
+
+class Batch:
+    """Rows that are decoded together: texts of requests that are drawn from alike, prompts of about one length."""
+
+    def __init__(self, parts, engine):
+        """parts: [(Asked, index of the first text, Prompt)], by length; those of one prompt lie side by side."""
+        self.requests = [asked for asked, _, _ in parts]  # one for each of its prompts
+        self.cached = []               # of each row, tokens of its prompt from the prefix cache
+        self.n_rows = sum(asked.n for asked in self.requests)
+        first = self.requests[0]
+        cfg = engine.model.cfg
+        generator = engine.generator
+        if first.seed is not None:
+            generator = torch.Generator(generator.device).manual_seed(first.seed)
+
+        players = []
+        sizes = []
+        may_start = []
+        before = None
+        for asked, start, prompt in parts:
+            players += [write_row(asked, start + i, prompt, engine) for i in range(asked.n)]
+            may_start += [prompt.allowed] * asked.n
+            if before is not None and before.ids == prompt.ids:
+                sizes[-1] += asked.n
+            else:
+                sizes.append(asked.n)
+            before = prompt
+
+        self.steps = play(
+            engine.model, players, sizes,
+            Sampling(first.temperature, first.top_p, first.top_k, generator),
+            speculate=engine.speculate,
+            allowed=stack_allowed(may_start, cfg.vocab_size),
+            index_warmup=engine.index_warmup,
+            capacity=max(min(cfg.max_seq_len, len(prompt.ids) + asked.max_new_tokens) for asked, _, prompt in parts),
+            n_best=first.n_best,
+            prefixes=engine.prefixes,
+            cached=self.cached)
+
+    def advance(self):
+        """One forward -> whether there are more to come. What goes wrong is told to the clients."""
+        try:
+            next(self.steps)
+            self.count_cached()
+            return True
+        except StopIteration:
+            return False
+        except Exception as error:     # these requests are lost, the others go on
+            status = 503 if is_out_of_memory(error) else 500
+            print(f"server  | {error!r:.200}", flush=True)
+            self.refuse(status, f"the model could not go on: {error!r:.200}")
+            return False
+
+    def count_cached(self):
+        """Once prompts have been read, each request knows how much of its own came from the prefix cache."""
+        row = 0
+        for asked in self.requests if self.cached else ():
+            asked.cached += self.cached[row]
+            row += asked.n
+        self.cached.clear()
+
+    def refuse(self, status, reason):
+        for asked in self.requests:
+            asked.client.tell(Refused(status, reason))
+
+def stack_allowed(rows, n_vocab):
+    """What each row's first token may be, (V,) bool or None: any -> (rows, V), or None where each may be any."""
+    if all(row is None for row in rows):
+        return None
+    every = torch.ones(n_vocab, dtype=torch.bool)
+    return torch.stack([every if row is None else row for row in rows])
+
+def form_batches(requests, engine):
+    """Requests -> batches. One with a seed is drawn alone, from random numbers of its own: its text is the same
+    whatever runs beside it."""
+    alike = defaultdict(list)
+    for place, asked in enumerate(requests):
+        for i, prompt in enumerate(asked.prompts):
+            alone = None if asked.seed is None else (place, i)
+            key = asked.temperature, asked.top_p, asked.top_k, asked.n_best, alone
+            alike[key].append((asked, i * asked.n, prompt))
+
+    batches = []
+    for parts in alike.values():
+        parts.sort(key=lambda part: (len(part[2].ids), part[2].ids))
+        start = 0
+        for end in range(1, len(parts) + 1):
+            shortest = len(parts[start][2].ids)
+            if end == len(parts) or len(parts[end][2].ids) > shortest + RAGGED:
+                batches.append(Batch(parts[start:end], engine))
+                start = end
+    return batches
+
+class Engine:
+    """The model's one user: it decodes what clients ask for, until it is stopped."""
+
+    def __init__(self, model, tokenizer, index_warmup=False, speculate=0, seed=1337):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.index_warmup = index_warmup
+        self.speculate = speculate
+        self.generator = torch.Generator(model.embed.weight.device).manual_seed(seed)
+        self.came = SimpleQueue()      # requests that the event loop has put
+        self.waiting = []              # ... that this thread has seen
+        self.batches = []
+        self.prefixes = PrefixCache(prefix_bytes(model.embed.weight.device))
+        self.over = False
+        self.n_requests = 0            # that were decoded, or are
+        self.n_tokens = 0              # drawn for them
+
+    def put(self, asked):
+        """From the event loop: a request. Refused if too many wait."""
+        if self.came.qsize() + len(self.waiting) >= MOST_WAITING:
+            raise Refused(429, f"{MOST_WAITING} requests wait already")
+        asked.came = time.monotonic()
+        self.came.put(asked)
+        if self.over:
+            raise Refused(503, "the server is shutting down")
+
+    def run(self, stop):
+        """Decode until there is something in `stop`."""
+        while not stop:
+            self.admit()
+            self.batches = [batch for batch in self.batches if batch.advance()]
+
+    def admit(self):
+        """Requests that have waited a moment become batches, as many as there is room for, in their order."""
+        # what has come
+        with contextlib.suppress(Empty):
+            if not self.batches and not self.waiting:  # nothing else to do
+                self.waiting.append(self.came.get(timeout=LOOK_S))
+            while True:
+                self.waiting.append(self.came.get_nowait())
+        self.waiting = [asked for asked in self.waiting if not asked.client.gone]
+        if not self.waiting:
+            return
+
+        # others may be about to come
+        too_early = self.waiting[0].came + GATHER_S - time.monotonic()
+        if too_early > 0:
+            if not self.batches:
+                time.sleep(too_early)
+            return
+
+        # what there is room for
+        room = MOST_ROWS - sum(batch.n_rows for batch in self.batches)
+        n_admitted = 0
+        for asked in self.waiting:
+            room -= asked.n_rows
+            if room < 0:
+                break
+            n_admitted += 1
+        admitted = self.waiting[:n_admitted]
+        self.waiting = self.waiting[n_admitted:]
+        self.n_requests += n_admitted
+        self.batches += form_batches(admitted, self)
+
+    def close(self):
+        """Clients that wait, or are being answered, are told that there is an end."""
+        self.over = True
+        with contextlib.suppress(Empty):
+            while True:
+                self.waiting.append(self.came.get_nowait())
+        unanswered = [asked for batch in self.batches for asked in batch.requests]
+        for asked in [*self.waiting, *unanswered]:
+            asked.client.tell(Refused(503, "the server is shutting down"))
+        self.waiting = []
+        for batch in self.batches:
+            batch.steps.close()
+
 # ---- the script --------------------------------------------------------------------------------
 
 MAX_SAMPLES = 1024                     # of --n-samples: each has its keys and values
@@ -2655,9 +3542,18 @@ def parse_args(argv):
                    help=f"tokens that MTP modules draft for each forward, at most {MAX_DRAFTS}, 0 = none: the text is "
                    "distributed as without")
     p.add_argument("--seed", type=number(0, 2 ** 63 - 1), default=1337)
+    p.add_argument("--serve", type=number(0, 65535), metavar="PORT",
+                   help="answer requests in OpenAI's protocol there, on loopback, until Ctrl-C; 0 = any port. Where a "
+                   "request says nothing, the flags above do; pip install starlette uvicorn")
+    p.add_argument("--token", type=utf8, help="key that clients of --serve must show; default: one is made and printed")
     args = p.parse_args(argv)
     if "" in args.stop:
         raise ValueError("--stop '': it must be a text of one character or more")
+    if args.serve is not None:
+        for flag in ("prompt", "prompt_file", "chat", "stop", "n_samples"):
+            if getattr(args, flag) != p.get_default(flag):
+                raise ValueError(f"--{flag.replace('_', '-')}: not with --serve, where each request says its own")
+        return args
     if args.prompt and args.prompt_file is not None:
         raise ValueError("--prompt and --prompt-file: one text is continued")
     if args.chat and args.n_samples > 1:
@@ -2676,6 +3572,13 @@ def parse_args(argv):
 
 def read_model(args, device, dtype):
     """-> model, tokenizer, whether the model's index branch was still learning."""
+    model, tokenizer, index_warmup = read_checkpoint(args, device, dtype)
+    if args.speculate and not model.mtp:
+        raise ValueError(f"--speculate {args.speculate}: the model has no MTP module to draft with")
+    return model, tokenizer, index_warmup
+
+def read_checkpoint(args, device, dtype):
+    """`read_model`, whether it can do what the flags ask or not."""
     if args.hf is None:
         try:
             state = load_checkpoint(args.out, mmap=True)
@@ -2688,6 +3591,15 @@ def read_model(args, device, dtype):
         raise ValueError(f"--hf {args.hf}: {type(error).__name__}: {error}") from None
     return model, TokenIds(model.cfg.vocab_size), False
 
+def choose_threads(args, model, device, ids, index_warmup):
+    """-> Threads, which are tried, where nothing decides, on the first of these tokens."""
+    threads = Threads(device, args.threads)
+    if threads.count is None:
+        idx = torch.tensor([ids[:256]])
+        with torch.no_grad():
+            threads.choose(lambda: model(idx, n_logits=1, index_warmup=index_warmup))
+    return threads
+
 def encode_prompt(text, tokenizer, max_seq_len):
     """-> Prompt. ValueError if the context has no room after it."""
     if isinstance(tokenizer, TokenIds):
@@ -2696,11 +3608,15 @@ def encode_prompt(text, tokenizer, max_seq_len):
         prompt = Prompt(*heal(tokenizer, tokenizer.encode(text)))
     else:
         prompt = Prompt([tokenizer.eot])
-    if len(prompt.ids) >= max_seq_len:
-        raise ValueError(f"the prompt has {len(prompt.ids)} tokens; the model's context is {max_seq_len}, all included")
+    check_room(prompt.ids, max_seq_len)
     return prompt
 
-def card(args, model, device, why, n_prompt, threads, index_warmup):
+def check_room(ids, max_seq_len):
+    """ValueError if the context has no room after a prompt."""
+    if len(ids) >= max_seq_len:
+        raise ValueError(f"the prompt has {len(ids)} tokens; the model's context is {max_seq_len}, all included")
+
+def card(args, model, device, why, threads, index_warmup):
     cfg = model.cfg
     total, active = model.num_params()
     print(f"model   | {total:,} parameters, {active:,} active; attention {' '.join(cfg.attn_types)}")
@@ -2711,8 +3627,10 @@ def card(args, model, device, why, n_prompt, threads, index_warmup):
     print(f"threads | {threads}")
     if device.type == "cuda" and model.dtype.itemsize == 2:
         print("compile | the kernels of a step, by Triton, which keeps them on disk for the next start")
-    print(f"prompt  | {n_prompt} tokens of a context of {cfg.max_seq_len}; temperature {args.temperature:g}, "
-          f"top-p {args.top_p:g}, top-k {args.top_k}, seed {args.seed}\n", flush=True)
+
+def drawing(args):
+    """How tokens are drawn, in words for a start-up card."""
+    return f"temperature {args.temperature:g}, top-p {args.top_p:g}, top-k {args.top_k}, seed {args.seed}"
 
 def steps_of(args, model, tokenizer, prompt, max_new_tokens, index_warmup, speculate, accepted=None):
     """`generate` with the script's flags."""
@@ -2774,6 +3692,32 @@ def print_drafts(held, drafted, plain):
         verdict = "drafts pay" if drafted > plain else "drafts do not pay here"
         line += f"; {verdict}: {drafted:.1f} tokens/s with them, {plain:.1f} without, in a second run"
     print(line)
+
+# ---- the script: a server ------------------------------------------------------------------------
+
+def serve(args):
+    """Answer requests until Ctrl-C or SIGTERM -> what the last line of stdout says."""
+    door = Door(args.serve)
+    stop = on_signals()
+    device, dtype, why = pick_device(args.device)
+    model, tokenizer, index_warmup = read_model(args, device, dtype)
+    threads = choose_threads(args, model, device, [0] * min(256, model.cfg.max_seq_len), index_warmup)
+    card(args, model, device, why, threads, index_warmup)
+    print(f"context | {model.cfg.max_seq_len} tokens; where a request does not say: {drawing(args)}, "
+          f"{args.max_new_tokens} new tokens", flush=True)
+
+    engine = Engine(model, tokenizer, index_warmup, args.speculate, args.seed)
+    token = args.token or os.urandom(16).hex()
+    door.open(Protocol(engine, args).app(token))
+    print(f"server  | {door.url} key {token}", flush=True)
+    began = time.perf_counter()
+    try:
+        engine.run(stop)
+    finally:
+        engine.close()
+        door.close()
+    return dict(text=None, tokens=engine.n_tokens, tokens_per_s=None, prefill_s=None, accepted=None, cached=0,
+                requests=engine.n_requests, seconds=time.perf_counter() - began)
 
 # ---- the script: a conversation ------------------------------------------------------------------
 # A model that was not trained to converse has no template: what is said are paragraphs, parted by blank lines. The
@@ -2957,19 +3901,17 @@ def chat(args, model, tokenizer, index_warmup):
 # ---- the script: a prompt -------------------------------------------------------------------------
 
 def run(args):
+    if args.serve is not None:
+        return serve(args)
+
     # the model, the prompt in its tokens, the start-up card
     device, dtype, why = pick_device(args.device)
     model, tokenizer, index_warmup = read_model(args, device, dtype)
-    if args.speculate and not model.mtp:
-        raise ValueError(f"--speculate {args.speculate}: the model has no MTP module to draft with")
     context = model.cfg.max_seq_len
     prompt = encode_prompt(args.prompt, tokenizer, context)
-    threads = Threads(device, args.threads)
-    if threads.count is None:
-        idx = torch.tensor([prompt.ids[:256]])
-        with torch.no_grad():
-            threads.choose(lambda: model(idx, n_logits=1, index_warmup=index_warmup))
-    card(args, model, device, why, len(prompt.ids), threads, index_warmup)
+    threads = choose_threads(args, model, device, prompt.ids, index_warmup)
+    card(args, model, device, why, threads, index_warmup)
+    print(f"prompt  | {len(prompt.ids)} tokens of a context of {context}; {drawing(args)}\n", flush=True)
     if args.chat:
         return chat(args, model, tokenizer, index_warmup)
 

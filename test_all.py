@@ -1,9 +1,10 @@
 """The suite, and a guided tour in the order of a token's walk: text, config, parts, attention, index branch, MSA,
-kernels, router, model, cache, training, sampling, agents, bad input, and last the mutants: each checker can fail.
+kernels, router, model, cache, training, sampling, server, agents, bad input, and last mutants: each checker can fail.
 Everything is offline and takes at most 240 s on 2 cores; `python test_all.py` prints each test's one-line lesson.
 What is compared against is not ours: outputs that transformers 5.23 computed (.ci/golden), torch's operators,
 brute-force loops, closed forms, published counts. fp32 tolerances are a few roundings of such sums; fp64 ones 1e-10.
 """
+import asyncio
 import contextlib
 import copy
 import dataclasses
@@ -24,7 +25,9 @@ import sys
 import time
 import warnings
 from collections import Counter, namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
+from http.client import HTTPConnection
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
@@ -6082,6 +6085,667 @@ def test_references_and_bytes_of_the_prefix_cache_add_up(max_blocks):
         assert seen["full"] > 50
 
 # ---- 13. agent RL --------------------------------------------------------------------------------
+# ---- 13. a server --------------------------------------------------------------------------------
+# sample.py --serve speaks OpenAI's protocol. What it says is held to `generate`, to full forwards, and to what OpenAI's
+# own client and LangChain's make of it. Then come clients as they are: many at once, slow ones, such that hang up or
+# send nonsense. None of them may hold up another, and nothing of them may stay.
+
+def need_server():
+    """Skip a test of a server where the optional packages that carry it are missing."""
+    pytest.importorskip("starlette")
+    pytest.importorskip("uvicorn")
+
+@lru_cache
+def speaker():
+    """A small random model and a tokenizer with merges."""
+    spec = sample.learn_bpe([TEXT], 300, sample.PATTERN)
+    torch.manual_seed(0)
+    return MiniMax(MiniMaxConfig.micro(vocab_size=300, max_seq_len=1024)).eval(), sample.Tokenizer(spec)
+
+def user(content):
+    return dict(role="user", content=content)
+
+def text_part(text, kind="text"):
+    return dict(type=kind, text=text)
+
+CLAIM = b"POST /v1/tasks HTTP/1.1\r\nHost: here\r\nAuthorization: Bearer k\r\n"
+
+class TextServer:
+    """sample.py --serve in this process: engine and door. The engine runs from `start` on, in a thread."""
+
+    def __init__(self):
+        need_server()
+        self.engine = sample.Engine(*speaker())
+        self.door = sample.Door(0)
+        self.url = self.door.url
+        self.door.open(sample.Protocol(self.engine, serve_args()).app("k"))
+        self.stop = []
+        self.thread = Thread(target=self.engine.run, args=(self.stop,), daemon=True)
+
+    def start(self):
+        self.thread.start()
+        return self
+
+    def close(self):
+        self.stop.append(1)
+        if self.thread.ident:
+            self.thread.join()
+        self.engine.close()
+        self.door.close()
+
+    def until(self, happened):
+        """Wait until happened() holds."""
+        for _ in range(6000):
+            if happened():
+                return
+            time.sleep(0.01)
+        raise AssertionError("it did not happen within a minute")
+
+    def until_idle(self):
+        """Nothing of any client stays: no row, no request, no connection, no task."""
+        state = self.door.server.server_state
+        engine = self.engine
+        self.until(lambda: not (engine.batches or engine.waiting or engine.came.qsize()))
+        self.until(lambda: not (state.connections or state.tasks))
+
+    def ask(self, path="/chat/completions", method="POST", key="k", **body):
+        """-> status, and the JSON of the answer."""
+        raw = body.pop("raw", None)
+        if raw is None:
+            raw = json.dumps(body).encode()
+        headers = dict(Authorization=f"Bearer {key}", Connection="close")
+        connection = HTTPConnection(*self.door.address, timeout=60)
+        connection.request(method, "/v1" + path, raw, headers)
+        answer = connection.getresponse()
+        said = answer.read()
+        connection.close()
+        return answer.status, json.loads(said)
+
+    def text(self, **body):
+        """The text of the only choice."""
+        status, answer = self.ask(**dict(HELLO, **body))
+        assert status == 200, answer
+        choice, = answer["choices"]
+        return choice["message"]["content"]
+
+    def openai(self, kind="OpenAI"):
+        openai = pytest.importorskip("openai")
+        return getattr(openai, kind)(base_url=self.url, api_key="k", max_retries=0)
+
+def serve_args(line=""):
+    return sample.parse_args(shlex.split(f"--serve 0 --temperature 1 --top-p 1 --top-k 0 {line}"))
+
+HELLO = dict(messages=[dict(role="user", content="import os")], max_tokens=20, temperature=0)
+
+@session_fixture
+def served():
+    server = TextServer().start()
+    yield server
+    server.close()
+
+def generated(text, n_tokens, n_samples=1, temperature=0, seed=None):
+    """What `generate` makes of a prompt -> its texts, up to their end-of-text token."""
+    model, tokenizer = speaker()
+    prompt = sample.encode_prompt(text, tokenizer, model.cfg.max_seq_len)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    steps = sample.generate(model, [prompt.ids], n_tokens, n_samples, temperature, 1.0, None, generator,
+                            {tokenizer.eot}, prompt.allowed)
+    rows = torch.stack([drawn for drawn, _ in steps], 1).tolist()
+    texts = []
+    for row in rows:
+        tokens = [token for token in row if token not in (-1, tokenizer.eot)]
+        texts.append(tokenizer.decode_bytes(tokens)[prompt.taken:].decode("utf-8", errors="replace"))
+    return texts
+
+@parametrize("temperature, n", [(0, 1), (1, 1), (1, 3)])
+def test_server_says_what_generate_says(served, temperature, n):
+    """Greedy, or with a seed: the text, or the texts, are those of `generate`, and of sample.py --seed."""
+    text = "def f(x):\n    "
+    fields = dict(max_tokens=30, temperature=temperature, n=n, seed=5)
+    want = generated(text, 30, n, temperature, seed=5)
+    assert len(set(want)) == n
+
+    _, chat = served.ask(messages=[dict(role="user", content=text)], **fields)
+    assert [choice["message"]["content"] for choice in chat["choices"]] == want
+    _, plain = served.ask("/completions", prompt=text, **fields)
+    assert [choice["text"] for choice in plain["choices"]] == want
+    ends = {choice["finish_reason"] for choice in plain["choices"]}
+    assert ends == ({"length", "stop"} if n > 1 else {"length"})  # one of the three draws its end
+
+def test_contents_are_joined_by_blank_lines(served):
+    """A base model has no template. Parts are joined, null is nothing, and unknown fields change nothing."""
+    plain = served.ask("/completions", prompt="one\n\ntwo\n\nthree", max_tokens=12, temperature=0)[1]
+    messages = [
+        dict(role="system", content="one"),
+        dict(role="assistant", content=None),
+        dict(role="user", content=[text_part("tw"), text_part("o")], name=None),
+        dict(role="user", content="three")]
+    nothing = dict.fromkeys("n stop seed stream stream_options logprobs top_logprobs top_p tools model user".split())
+    text = served.text(messages=messages, max_tokens=12, unknown=[1], logit_bias={}, min_p=0, **nothing)
+    assert text == plain["choices"][0]["text"]
+
+def test_completions_take_texts_and_ids(served):
+    """A prompt is a text, token ids, or a list of either: texts come in their order, n of each."""
+    _, tokenizer = speaker()
+    prompts = ["import", "def f(x):", "import"]
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    texts, by_ids = [
+        [choice["text"] for choice in served.ask("/completions", prompt=prompt, n=2, temperature=0)[1]["choices"]]
+        for prompt in (prompts, ids)]
+    assert texts == [text for prompt in prompts for text in generated(prompt, sample.TEXT_TOKENS) * 2]
+    assert len(by_ids) == 6
+    assert by_ids[:2] == by_ids[4:]
+    assert by_ids[0] != by_ids[2]
+
+def test_a_text_ends_before_its_stop(served):
+    """Greedy text to the first of two stops, and not a character of it; streamed it is the same."""
+    whole = generated("import os", 40)[0]
+    stop = whole[7:10]
+    ask = dict(HELLO, max_tokens=40, stop=["never", stop])
+    _, answer = served.ask(**ask)
+    choice, = answer["choices"]
+    assert choice["message"]["content"] == whole[:whole.index(stop)]
+    assert choice["finish_reason"] == "stop"
+    assert answer["usage"]["completion_tokens"] < 40
+
+    chunks = [*served.openai().chat.completions.create(model=sample.MODEL_ID, stream=True, **ask)]
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == choice["message"]["content"]
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+def test_openai_client_streams_what_it_gets_whole(served):
+    """Role, contents, an end for each text, usage, [DONE]: joined, they are the answer in one piece."""
+    create = served.openai().chat.completions.create
+    ask = dict(HELLO, model=sample.MODEL_ID, n=2, seed=3, temperature=1)
+    whole = create(**ask)
+    chunks = [*create(stream=True, stream_options=dict(include_usage=True), **ask)]
+    assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
+    assert len({chunk.id for chunk in chunks}) == 1
+
+    for want in whole.choices:
+        parts = [chunk.choices[0] for chunk in chunks if chunk.choices and chunk.choices[0].index == want.index]
+        assert [part.delta.role for part in parts] == ["assistant"] + [None] * (len(parts) - 1)
+        assert "".join(part.delta.content or "" for part in parts) == want.message.content
+        assert [part.finish_reason for part in parts] == [None] * (len(parts) - 1) + ["length"]
+    assert not chunks[-1].choices
+    assert chunks[-1].usage == whole.usage
+    assert whole.usage.prompt_tokens_details.cached_tokens == 0
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+
+def test_openai_client_finds_the_model(served):
+    """Listed and asked for by name; another name, another key: the client's own errors."""
+    openai = pytest.importorskip("openai")
+    client = served.openai()
+    listed, = client.models.list()
+    assert client.models.retrieve(listed.id) == listed
+    with pytest.raises(openai.NotFoundError, match="model 'gpt'"):
+        client.models.retrieve("gpt")
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=served.url, api_key="x").models.list()
+
+def test_langchain_speaks_with_it(served):
+    """Another real client: one answer, a stream, several at once, and logprobs."""
+    langchain = pytest.importorskip("langchain_openai")
+    chat = langchain.ChatOpenAI(base_url=served.url, api_key="k", model=sample.MODEL_ID, temperature=0, max_tokens=12)
+    want = generated("import os", 12)[0]
+    assert chat.invoke("import os").content == want
+    parts = [*chat.stream("import os", stream_usage=True)]
+    assert "".join(part.content for part in parts) == want
+    assert sum(part.usage_metadata["output_tokens"] for part in parts if part.usage_metadata) == 12
+
+    assert [answer.content for answer in chat.batch(["import os"] * 4)] == [want] * 4
+    assert chat.invoke("import os", stop=[want[3]]).content == want[:want.index(want[3])]
+    scored = chat.bind(logprobs=True, top_logprobs=2).invoke("import os")
+    assert len(scored.response_metadata["logprobs"]["content"]) == 12
+
+def full_logprobs(ids):
+    """-> logprobs (T, V) after each of these tokens, by a full forward."""
+    model, _ = speaker()
+    with torch.no_grad():
+        return model(torch.tensor([ids]))[0][0].log_softmax(-1)
+
+def test_logprobs_are_the_models(served):
+    """Of each token, and of the likeliest in its place: those of a full forward at temperature 1. Their bytes are the
+    text's, also where a token is a part of a character."""
+    _, tokenizer = speaker()
+    ids = tokenizer.encode("import os")
+    ask = dict(prompt=[ids], max_tokens=24, seed=1, temperature=0.7, top_p=0.9)
+    _, plain = served.ask("/completions", logprobs=3, **ask)
+    choice, = plain["choices"]
+    scores = choice["logprobs"]
+    assert len(scores["tokens"]) == len(scores["text_offset"]) == 24
+
+    # token by token, as the server found it by its logprob
+    for logprob, best in zip(scores["token_logprobs"], scores["top_logprobs"], strict=True):
+        want = full_logprobs(ids)[-1]
+        token = (want - logprob).abs().argmin().item()
+        assert want[token].item() == pytest.approx(logprob, abs=1e-4)
+        likeliest = want.topk(3).values.tolist()
+        assert max(best.values()) == pytest.approx(likeliest[0], abs=1e-4)
+        assert all(min(abs(score - other) for other in likeliest) < 1e-4 for score in best.values())
+        ids = [*ids, token]
+    assert tokenizer.decode(ids).startswith("import os" + choice["text"])
+
+    _, chat = served.ask(**dict(HELLO, logprobs=True, top_logprobs=2, temperature=1, seed=2))
+    choice, = chat["choices"]
+    content = choice["logprobs"]["content"]
+    raw = b"".join(bytes(entry["bytes"]) for entry in content)
+    assert raw.decode(errors="replace") == choice["message"]["content"]
+    assert all(len(entry["top_logprobs"]) == 2 for entry in content)
+    assert "\ufffd" in choice["message"]["content"]  # or no character was cut
+
+@parametrize("kernels", [False, True])
+@parametrize("K", [0, 2])
+def test_the_likeliest_tokens_are_handed_out(K, kernels):
+    """Greedy, with drafts and without: a token drawn is the first of the likeliest in its place, and nothing else
+    changes."""
+    model = make_drafter("full")
+
+    def played(n_best):
+        def player(prompt):
+            feed = prompt
+            kept = 0
+            for _ in range(12):
+                news = yield kept, feed
+                heard.append(news)
+                kept += len(feed)
+                feed = [news[0]]
+        heard = []
+        players = [player(prompt) for prompt in ragged_prompts(3)]
+        greedy = sample.Sampling(temperature=0)
+        sample.lockstep(model, players, 1, greedy, speculate=K, capacity=40, kernels=kernels, n_best=n_best)
+        return heard
+
+    heard = played(n_best=4)
+    assert [news[:3] for news in heard] == played(n_best=0)
+    for token, logprob, _, best in heard:
+        assert best[0] == [token, pytest.approx(logprob)]
+        assert [score for _, score in best] == sorted((score for _, score in best), reverse=True)
+
+def test_groups_of_unequal_size_and_first_tokens_of_their_own():
+    """Rows of two prompts, three and one of them, each with another first token allowed: as each row alone."""
+    model = make_model()
+    prompts = [[3, 1, 4]] * 3 + [[2, 7]]
+    allowed = torch.zeros(4, 61, dtype=torch.bool)
+    allowed[range(4), [5, 6, 7, 8]] = True
+
+    def played(rows, group, allowed):
+        outs = [[] for _ in rows]
+        players = [sample.continue_row(row, 1 + i, (), out) for i, (row, out) in enumerate(zip(rows, outs))]
+        greedy = sample.Sampling(temperature=0)
+        sample.lockstep(model, players, group, greedy, allowed=allowed)
+        return [[token for token, _ in out] for out in outs]
+
+    texts = played(prompts, [3, 1], allowed)
+    assert [text[0] for text in texts] == [5, 6, 7, 8]
+    for i, text in enumerate(texts):
+        alone = played([prompts[i]] * 4, 1, allowed[i])[-1]
+        assert text == alone[:1 + i]
+
+def test_requests_that_come_together_are_one_batch():
+    """32 clients at once, two prompts among them: one batch, each prompt computed once, each text as if alone."""
+    server = TextServer()
+    client = server.openai("AsyncOpenAI")
+    prompts = ["import os", "def f(x):"]
+
+    async def ask_all():
+        answers = [client.completions.create(model=sample.MODEL_ID, prompt=prompts[i % 2], temperature=0, max_tokens=9)
+                   for i in range(32)]
+        return await asyncio.gather(*answers)
+
+    with ThreadPoolExecutor(1) as pool, mock.patch.object(sample, "play", wraps=sample.play) as played:
+        asked = pool.submit(asyncio.run, ask_all())
+        server.until(lambda: server.engine.came.qsize() == 32)
+        server.start()
+        answers = asked.result(60)
+    call, = played.call_args_list
+    assert call.args[2] == [16, 16]
+    assert [answer.choices[0].text for answer in answers] == [generated(prompt, 9)[0] for prompt in prompts] * 16
+    server.close()
+
+class Listener(SimpleNamespace):
+    """A client without a network: what it is told stays in `news`."""
+
+    def tell(self, piece):
+        self.news.append(piece)
+
+def put_text(engine, prompt="import os", **body):
+    """Ask an engine without a network -> the client."""
+    raw = json.dumps(dict(body, prompt=prompt)).encode()
+    asked = sample.read_request(raw, False, serve_args(), engine.tokenizer, engine.model.cfg)
+    asked.client = Listener(gone=False, news=[])
+    engine.put(asked)
+    return asked.client
+
+def run_engine(engine, n=1):
+    """What Engine.run does, n times over."""
+    for _ in range(n):
+        time.sleep(sample.GATHER_S)    # what was put has waited for others
+        engine.admit()
+        engine.batches = [batch for batch in engine.batches if batch.advance()]
+
+def is_over(client):
+    return bool(client.news) and client.news[-1].finish is not None
+
+def text_of(client):
+    piece, = sample.join_pieces(client.news)
+    return piece.text
+
+def test_a_newcomer_waits_for_no_long_text():
+    """A text of three tokens ends three forwards after it was asked for; one of 400 beside it is told of the end."""
+    engine = sample.Engine(*speaker())
+    long = put_text(engine, max_tokens=400)
+    run_engine(engine, 5)
+    short = put_text(engine, max_tokens=3)
+    run_engine(engine, 3)
+    assert is_over(short)
+    assert not is_over(long)
+    engine.close()
+    assert long.news[-1].args == (503, "the server is shutting down")
+
+def test_a_seed_is_a_text_whatever_runs_beside_it():
+    """Asked alone, or among others, with the same seed or with none: the same text; other seeds, other texts."""
+    def text_among(seed, others):
+        engine = sample.Engine(*speaker(), seed=len(others))
+        for other in others:
+            put_text(engine, max_tokens=15, seed=other)
+        client = put_text(engine, max_tokens=10, seed=seed)
+        run_engine(engine, 20)
+        return text_of(client)
+
+    alone = text_among(7, [])
+    assert text_among(7, [None, None, 7, 8]) == alone
+    assert text_among(8, []) != alone
+    assert text_among(None, []) != text_among(None, [None])
+
+def test_a_server_that_drafts_says_the_same():
+    """With drafts of MTP modules, greedily: the text without them, with as many log-probabilities."""
+    def text_with_drafts(K):
+        engine = sample.Engine(make_drafter("full"), sample.TokenIds(61), speculate=K)
+        client = put_text(engine, prompt=[[3, 1, 4]], max_tokens=30, temperature=0, logprobs=2)
+        run_engine(engine, 33)
+        piece, = sample.join_pieces(client.news)
+        return piece
+
+    plain, drafted = text_with_drafts(0), text_with_drafts(2)
+    assert drafted.text == plain.text
+    assert drafted.finish == plain.finish == "length"
+    assert len(drafted.scores) == plain.n_tokens == 30
+    assert [score.logprob for score in drafted.scores] == pytest.approx([score.logprob for score in plain.scores])
+
+def test_long_prompts_are_not_fed_beside_short_ones():
+    """Prompts of about one length are one batch; a long one would be fed token by token behind a short one."""
+    engine = sample.Engine(*speaker())
+    for n in (1, 30, 500, 510):
+        put_text(engine, prompt=[[5] * n], max_tokens=2)
+    time.sleep(sample.GATHER_S)
+    engine.admit()
+    assert [batch.n_rows for batch in engine.batches] == [2, 2]
+    run_engine(engine, 40)
+    assert not engine.batches
+
+def test_rows_are_limited_and_requests_keep_their_order():
+    """More rows than are decoded at once: the next request waits, and starts when there is room."""
+    engine = sample.Engine(*speaker())
+    first, second = [put_text(engine, max_tokens=2, n=200) for _ in range(2)]
+    run_engine(engine, 4)
+    assert is_over(first)
+    assert not second.news
+    run_engine(engine, 6)
+    assert is_over(second)
+
+def test_what_goes_wrong_in_a_batch_ends_that_batch_alone(capsys):
+    """A NaN: 500 for those who wait for this batch; the next request is answered. Too little memory: 503."""
+    engine = sample.Engine(*speaker())
+    for fault, status in ((ValueError("NaN"), 500), (MemoryError("full"), 503)):
+        client = put_text(engine, max_tokens=3)
+        with mock.patch.object(sample.Decoder, "step", side_effect=fault):
+            run_engine(engine)
+        assert client.news[-1].args[0] == status
+        assert not engine.batches
+    assert str(fault) in capsys.readouterr().out
+
+    client = put_text(engine, max_tokens=3)
+    run_engine(engine, 3)
+    assert is_over(client)
+
+def test_who_hangs_up_is_not_decoded_for():
+    """A row ends at the next token of it, a request that waits is never begun; the others go on."""
+    engine = sample.Engine(*speaker())
+    gone, stays = [put_text(engine, max_tokens=100) for _ in range(2)]
+    run_engine(engine, 3)
+    gone.gone = True
+    late = put_text(engine, prompt="late", max_tokens=100)
+    late.gone = True
+    run_engine(engine, 2)
+    assert gone.news[-1].n_tokens <= 3
+    assert engine.n_tokens == 3 + 5
+    assert not late.news
+    assert engine.n_requests == 2
+
+@parametrize("stream", [True, False])
+def test_a_client_that_hangs_up_leaves_nothing(served, stream):
+    """By the socket's end: a text of 1,000 tokens ends early, streamed or not."""
+    before = served.engine.n_tokens
+    raw = json.dumps(dict(HELLO, max_tokens=1000, stream=stream)).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: here\r\nAuthorization: Bearer k\r\nContent-Length: {len(raw)}"
+    with socket.create_connection(served.door.address) as client:
+        client.sendall(head.encode() + b"\r\n\r\n" + raw)
+        served.until(lambda: served.engine.n_tokens > before + 5)
+    served.until_idle()
+    assert served.engine.n_tokens < before + 900
+
+def test_a_slow_client_holds_up_nobody(monkeypatch):
+    """One that reads nothing of a long answer: another is answered meanwhile, its own answer is given up, it is cut
+    off, and nothing stays."""
+    monkeypatch.setattr(sample, "UNREAD", 20)
+    monkeypatch.setattr(sample, "STALLED", 1.0)
+    server = TextServer().start()
+    ask = dict(HELLO, n=32, max_tokens=1000, stream=True, logprobs=True, top_logprobs=20)
+    raw = json.dumps(ask).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: here\r\nAuthorization: Bearer k\r\nContent-Length: {len(raw)}"
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect(server.door.address)
+        slow.sendall(head.encode() + b"\r\n\r\n" + raw)
+        server.until(lambda: server.engine.n_tokens > 0)
+        assert server.text() == generated("import os", 20)[0]
+        server.until_idle()
+    assert server.engine.n_tokens < 32 * 900
+    server.close()
+
+def test_a_client_that_reads_too_slowly_is_told():
+    """What waits for a client is bounded: past the bound it is given up, and hears why behind what it was told."""
+    async def tell_and_hear():
+        client = sample.Client()
+        for i in range(9):
+            client.tell(i)
+        assert client.gone
+        assert await client.hear() == [0, 1, 2]
+        with pytest.raises(sample.Refused, match="too slowly"):
+            await client.hear()
+
+    with mock.patch.object(sample, "UNREAD", 3):
+        asyncio.run(tell_and_hear())
+
+def test_idle_and_dripping_connections_are_cut_off(monkeypatch):
+    """No head, half a head, half a body: others are answered meanwhile, and each connection has its end."""
+    monkeypatch.setattr(sample, "PATIENCE", 1.0)
+    server = TextServer().start()
+    body = CLAIM + b"Content-Length: 9\r\n\r\n{"
+    clients = [socket.create_connection(server.door.address) for _ in range(30)]
+    for client, said in zip(clients, [b"", b"POS", CLAIM, body, b"\r\n"] * 6):
+        client.sendall(said)
+    assert server.text() == generated("import os", 20)[0]
+
+    server.until_idle()
+    for client in clients:
+        client.settimeout(5)
+        with contextlib.suppress(ConnectionError):
+            said = client.recv(4096)
+            assert said == b"" or b" 408 " in said or b" 400 " in said, said
+        client.close()
+    server.close()
+
+# field -> values that are refused
+WRONG = dict(
+    model=["gpt", 5, []],
+    messages=[
+        None, 5, "x", {}, [], [1], [None], [{}],
+        [dict(role=1, content="")],
+        [user(5)],
+        [user([dict(type="image_url")])],
+        [user("x" * 5000)]],
+    max_tokens=[0, -1, 1.5, "5", True, [], math.inf, 2 ** 40],
+    max_completion_tokens=[0, "x"],
+    n=[0, -1, 257, "2", True, 1.5, math.nan],
+    temperature=[-1, "hot", True, math.nan, math.inf],
+    top_p=[0, -0.1, 1.1, "x"],
+    top_k=[-1, 0.5],
+    seed=[2 ** 63, "x", 1.5, 10 ** 4000],
+    stop=["", [""], 5, [5], ["x"] * 65, {}],
+    logprobs=[5, "x"],
+    top_logprobs=[-1, 21, 3, "x"],
+    stream=["yes", 1],
+    stream_options=[5, [], dict(include_usage=1)],
+    presence_penalty=[0.5, "x"],
+    frequency_penalty=[-1],
+    logit_bias=[{"5": 1}],
+    response_format=[dict(type="json_object")],
+    echo=[True],
+    min_p=[0.1])
+
+def malformed(rng):
+    """A request that must be refused: (method, path, key, body)."""
+    good = json.dumps(HELLO).encode()
+    kind = rng.randrange(6)
+    if kind == 0:                      # cut short
+        return "POST", "/chat/completions", "k", good[:rng.randrange(len(good))]
+    if kind == 1:                      # noise
+        return "POST", "/completions", "k", rng.randbytes(rng.randrange(1, 300))
+    if kind == 2:                      # deep, or no object
+        return "POST", "/completions", "k", rng.choice([b"[" * 10 ** 5, b'{"prompt":' * 10 ** 4, b"5", b'"x"', b"[]"])
+    if kind == 3:                      # elsewhere
+        method = rng.choice(["POST", "GET", "PUT", "DELETE", "BREW"])
+        return method, rng.choice(["/x", "/models/x", "/chat/completions/", "/../etc", "/%00"]), "k", good
+    if kind == 4:                      # another key
+        return "POST", "/chat/completions", rng.choice(["", "K", "kk", "\xff"]), good
+    field = rng.choice([*WRONG])
+    body = dict(HELLO, **{field: rng.choice(WRONG[field])})
+    return "POST", "/chat/completions", "k", json.dumps(body).encode()
+
+def test_a_thousand_malformed_requests(served):
+    """Each gets a 4xx with OpenAI's error object, and nothing of them stays."""
+    rng = random.Random(0)
+    connection = HTTPConnection(*served.door.address, timeout=60)
+    before = served.engine.n_requests
+    for _ in range(1000):
+        method, path, key, raw = malformed(rng)
+        connection.request(method, "/v1" + path, raw, dict(Authorization=f"Bearer {key}"))
+        answer = connection.getresponse()
+        said = json.loads(answer.read())
+        assert 400 <= answer.status < 500, (method, path, raw[:200])
+        assert isinstance(said["error"]["message"], str)
+    connection.close()
+
+    assert served.engine.n_requests == before
+    assert served.text() == generated("import os", 20)[0]
+    served.until_idle()
+
+def test_small_packets_are_sent_at_once(served):
+    """An answer's head and body are two packets: the second would wait 40 ms for a client's word on the first."""
+    with socket.create_connection(served.door.address):
+        connections = served.door.server.server_state.connections
+        served.until(lambda: connections)
+        accepted = [*connections][0].transport.get_extra_info("socket")
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+def test_garbled_lines_are_refused(served):
+    """What is no HTTP gets uvicorn's own 400, or a closed connection."""
+    rng = random.Random(0)
+    for _ in range(50):
+        with socket.create_connection(served.door.address, timeout=5) as client:
+            client.sendall(rng.randbytes(rng.randrange(1, 200)) + b"\r\n\r\n")
+            with contextlib.suppress(ConnectionError):
+                said = client.recv(4096)
+                assert said == b"" or said.startswith(b"HTTP/1.1 400 "), said
+    served.until_idle()
+
+@named("status, word, asked", {
+    "key": (401, "wrong token", dict(key="")),
+    "path": (404, "Not Found", dict(path="/responses")),
+    "model": (404, "'gpt'", dict(model="gpt")),
+    "method": (405, "GET", dict(method="GET")),
+    "size": (413, str(2 ** 24), dict(raw=bytes(2 ** 24 + 1))),
+    "JSON": (400, "JSON", dict(raw=b"{")),
+    "field": (400, "n 0", dict(HELLO, n=0)),
+    "image": (400, "messages[0]", dict(messages=[user([dict(type="image_url", image_url=dict(url="data:"))])])),
+    "not served": (400, "min_p 0.5", dict(HELLO, min_p=0.5)),
+    "ids": (400, "token 300", dict(path="/completions", prompt=[[300]]))})
+def test_refusals_have_their_status(served, status, word, asked):
+    """Key, path, model, method, size, form: OpenAI's error object says what is wrong."""
+    got, said = served.ask(**asked)
+    assert got == status
+    assert word in said["error"]["message"]
+    assert said["error"]["type"] == "invalid_request_error"
+
+@parametrize("n_tokens", [1024, 3000])
+def test_a_context_that_is_too_long_says_the_numbers(served, n_tokens):
+    """400, with the prompt's tokens and the context's; one token less is served, and ends at the context."""
+    status, said = served.ask("/completions", prompt=[[5] * n_tokens])
+    assert status == 400
+    assert str(n_tokens) in said["error"]["message"]
+    assert "1024" in said["error"]["message"]
+    assert said["error"]["code"] == "context_length_exceeded"
+
+    _, answer = served.ask("/completions", prompt=[[5] * 1020], max_tokens=2000)
+    assert answer["usage"]["completion_tokens"] == 4
+    assert answer["choices"][0]["finish_reason"] == "length"
+
+def test_a_full_queue_and_a_server_that_ends_refuse(monkeypatch):
+    """429 where too many wait; 503 for those who wait when the server ends, and for those who come later."""
+    monkeypatch.setattr(sample, "MOST_WAITING", 2)
+    server = TextServer()              # nobody decodes
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(server.ask, **HELLO) for _ in range(2)]
+        server.until(lambda: server.engine.came.qsize() == 2)
+        assert server.ask(**HELLO)[0] == 429
+        server.engine.close()
+        assert [asked.result(10)[0] for asked in waiting] == [503, 503]
+    assert server.ask(**HELLO)[0] == 503
+    server.close()
+
+def test_ctrl_c_ends_a_server_and_its_streams(trained):
+    """A stream under way hears that there is an end; the last line is JSON, the port is free again."""
+    need_server()
+    command = [sys.executable, "sample.py", *map(str, sample_args(trained[0], "--serve 0 --token k"))]
+    with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) as run:
+        url = next(line.split()[2] for line in run.stdout if line.startswith("server"))
+        body = dict(prompt="def", max_tokens=10 ** 6, stream=True)
+        asked = request.Request(url + "/completions", json.dumps(body).encode(), dict(Authorization="Bearer k"))
+        with request.urlopen(asked, timeout=60) as stream:
+            stream.readline()
+            run.send_signal(signal.SIGINT)
+            rest = stream.read().decode()
+        out, _ = run.communicate(timeout=60)
+    assert run.returncode == 0
+    assert "shutting down" in rest or "[DONE]" in rest
+    assert last_json(out)["requests"] == 1
+
+def test_a_server_names_what_it_lacks(trained, monkeypatch):
+    """A port in use, packages that are missing, flags that are a request's: one line each."""
+    need_server()
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        line = refused(sample, sample_args(trained[0], f"--serve {other.getsockname()[1]}"))
+    assert "in use" in line
+    assert "--prompt" in refused(sample, sample_args(trained[0], "--serve 0 --prompt x"))
+
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    line = refused(sample, sample_args(trained[0], "--serve 0"))
+    assert "pip install starlette uvicorn" in line
+
+# ---- 14. agent RL --------------------------------------------------------------------------------
 # Agents speak with a gateway, which records every token. A queue chooses whose turns are trained on; those of a group
 # are merged into a prefix tree, and a step on the tree must be the step on each turn alone. Trees and windows come
 # first, on paper and at random; then what a step may move, agents and their pay, runs that are killed and resumed,
@@ -6836,6 +7500,7 @@ def post(url, body, key="k", method="POST"):
 @contextlib.contextmanager
 def serving(out):
     """rl.py --serve in a process of its own, for two steps of four episodes -> the process, the gateway's address."""
+    need_server()
     command = [sys.executable, "rl.py", *rl_args(out, "--steps 2 --serve 0 --token k")]
     with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) as run:
         try:
@@ -6879,8 +7544,6 @@ def assert_bad_requests_are_refused(url, task, messages):
     assert post(url + "/tasks", {}, key="no")[0] == 401
     for method in ("HEAD", "GET", "BREW"):
         assert post(url + "/tasks", {}, method=method)[0] == 405, method
-
-CLAIM = b"POST /v1/tasks HTTP/1.1\r\nAuthorization: Bearer k\r\n"
 
 def hang_up_and_drip(url):
     """A client that is gone once it has asked, and one that sends a byte now and then until the gateway hangs up."""
@@ -6927,13 +7590,14 @@ class ServedAlone(rl.Served):
     """A gateway with two groups of two waiting, which is asked without HTTP -> statuses and answers."""
 
     def __init__(self, deadline=math.inf, version=0):
+        need_server()
         args, model = args_and_model(f"{FEW} --serve 0 --token k")
         super().__init__(model, args, rl.WindowedFIFO(2, 1, deadline))
         self.start(self.queue.admit(version), version)
-        self.here, self.there = socket.socketpair()  # a client that is gone took no turn: this one stays
+        self.client = SimpleNamespace(gone=False)
 
     def answer_to(self, path, **body):
-        return self.answer(f"/v1/{path}", json.dumps(body).encode(), self.here)
+        return self.answer(f"/v1/{path}", json.dumps(body).encode(), self.client)
 
     def claims(self, n):
         return [self.answer_to("tasks")[1]["task"] for _ in range(n)]
@@ -6945,18 +7609,12 @@ class ServedAlone(rl.Served):
     def end(self, key, *rewards):
         return self.answer_to("finish", task=key, rewards=rewards, success=True)[0]
 
-def user(content):
-    return dict(role="user", content=content)
-
 def assistant(content=None, **fields):
     return dict(role="assistant", content=content, **fields)
 
 def calling(*calls):
     """A message of tool calls alone, without a content."""
     return dict(role="assistant", tool_calls=[*calls])
-
-def text_part(text, kind="text"):
-    return dict(type=kind, text=text)
 
 def a_call(name="t1", arguments="1+2"):
     return dict(id="c", type="function", function=dict(name=name, arguments=arguments))
@@ -6965,19 +7623,40 @@ USER = user("Q1+2;")
 
 def test_gateway_listens_on_loopback():
     """No other machine reaches it."""
-    assert ServedAlone().server_address[0] == "127.0.0.1"
+    assert ServedAlone().door.address[0] == "127.0.0.1"
 
 def test_a_client_that_is_gone_took_no_turn():
     """A turn whose client has hung up by its end is not recorded; another one is, with its policy's version."""
     server = ServedAlone(version=7)
     assert server.claims(2) == ["0.0", "0.1"]
     server.chat("0.1")
-    server.there.close()
+    server.client.gone = True
     server.chat("0.0")
 
     gone, stayed = server.pool[0]
     assert not gone.samples
     assert stayed.samples[0].versions.max() == 7
+
+def test_a_client_that_hangs_up_within_its_turn_took_none(monkeypatch):
+    """By its socket's end, while the policy samples: the turn is not recorded."""
+    server = ServedAlone()
+    key, = server.claims(1)
+    raw = json.dumps(dict(model=key, messages=[USER])).encode()
+    head = CLAIM.replace(b"tasks", b"chat/completions") + b"Content-Length: %d\r\n\r\n" % len(raw)
+    client = socket.create_connection(server.door.address)
+    client.sendall(head + raw)
+    asked = server.asked.get(timeout=10)
+    real = rl.rollout
+
+    def rollout_and_leave(*args):
+        real(*args)
+        client.close()
+        time.sleep(0.3)                # until the event loop has heard of it
+
+    monkeypatch.setattr(rl, "rollout", rollout_and_leave)
+    server.answer_one(*asked, time.monotonic())
+    assert not server.pool[0][0].samples
+    assert not any(server.pool[0][0].said.values())
 
 def test_a_resumed_gateway_begins_again_what_had_begun(tmp_path, monkeypatch):
     """Finished episodes are kept, open ones start again under the newest version, and fail at their deadline."""
@@ -7073,13 +7752,13 @@ def test_another_vocabulary_than_the_tokenizers_is_refused(tmp_path):
 
 def test_idle_and_slow_clients_hold_up_no_other(monkeypatch):
     """Twenty connections that say nothing or half of it, with a minute to do so: others are answered meanwhile."""
-    monkeypatch.setattr(rl.Handler, "timeout", 60)
+    monkeypatch.setattr(sample, "PATIENCE", 60)
     server = ServedAlone()
-    idle = [socket.create_connection(server.server_address) for _ in range(20)]
+    idle = [socket.create_connection(server.door.address) for _ in range(20)]
     for connection, said in zip(idle, [b"", b"POS", CLAIM, CLAIM + b"Content-Length: 9\r\n\r\n{"] * 5):
         connection.sendall(said)
 
-    url = f"http://127.0.0.1:{server.server_port}/v1"
+    url = server.door.url
     claims = []
     stop = []
 
@@ -7249,7 +7928,7 @@ def test_rl_names_the_figure_it_refuses(name, word, tmp_path):
     assert word in line
     assert not figure.exists()
 
-# ---- 14. bad input, damaged files, README, mutants -----------------------------------------------
+# ---- 15. bad input, damaged files, README, mutants -----------------------------------------------
 # What a script cannot obey it refuses in one line that names the value, with exit code 2 and no traceback. What is
 # read from a file is distrusted part by part, and no refusal changes a file. Then come bench.py's rows and README's
 # commands, and last the mutants: each numeric check above must fail on sabotaged code.
@@ -8422,6 +9101,26 @@ def states_of_the_slot_before(real, cache, idx, hidden):
     """Modules are fed the hidden state of the token before (as vllm#36531)."""
     real(cache, idx, hidden.roll(1, 1))
 
+def seeds_ignored(real, requests, engine):
+    return real([dataclasses.replace(asked, seed=None) for asked in requests], engine)
+
+def newcomers_wait_for_an_end(real, engine):
+    if not engine.batches:
+        real(engine)
+
+def decoded_for_who_is_gone(real, asked, *args):
+    deaf = SimpleNamespace(gone=False, tell=asked.client.tell)
+    return real(dataclasses.replace(asked, client=deaf), *args)
+
+def news_without_a_bound(real, client, piece):
+    client.news.append(piece)
+
+def likeliest_of_another_row(real, decoder, logits):
+    return real(decoder, logits.roll(1, 0))
+
+def groups_of_one_size(real, decoder, rows, sizes, record):
+    return real(decoder, rows, [len(rows) // len(sizes)] * len(sizes), record)
+
 def drafts_from_before_the_prefill(real, model, cache, token, n, n_stale, *args):
     """A draft reads the newest slots alone: what a prefill wrote is not read (as vllm#55055)."""
     return real(model, cache, token, n, min(n_stale, 1), *args)
@@ -8517,7 +9216,14 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("sample.verify", one_draft_more_holds, greedily_verified, drafted),
     mutant("model.full_attention", drafts_seen_by_earlier_tokens, drafted),
     mutant("model.KVCache.remember", states_of_the_slot_before, whole_text),
-    mutant("model.MiniMax.draft", drafts_from_before_the_prefill, whole_text, cropped)]
+    mutant("model.MiniMax.draft", drafts_from_before_the_prefill, whole_text, cropped),
+    mutant("sample.Decoder.best_tokens", likeliest_of_another_row,
+           on(test_the_likeliest_tokens_are_handed_out, 0, False)),
+    mutant("sample.prefill", groups_of_one_size, test_groups_of_unequal_size_and_first_tokens_of_their_own),
+    mutant("sample.form_batches", seeds_ignored, test_a_seed_is_a_text_whatever_runs_beside_it),
+    mutant("sample.Engine.admit", newcomers_wait_for_an_end, test_a_newcomer_waits_for_no_long_text),
+    mutant("sample.write_row", decoded_for_who_is_gone, test_who_hangs_up_is_not_decoded_for),
+    mutant("sample.Client.tell", news_without_a_bound, test_a_client_that_reads_too_slowly_is_told)]
 
 @parametrize("target, sabotage, test", [case for cases in MUTANTS for case in cases])
 def test_mutants_are_caught(target, sabotage, test, monkeypatch):

@@ -2526,13 +2526,13 @@ XRAY_PAGE = r"""<!doctype html>
   :root {
     --page: #fcfcfb; --panel: #f3f4f5; --ink: #1b1d20; --quiet: #5d6269; --rule: #c5c9ce;
     --read1: #e0ecfa; --read2: #c6dcf6; --read3: #a6c9f0; --read4: #84b3ea; --read5: #639fe2;
-    --cursor: #b3480a; --draft: #007a5a; --cached: #7b4fa0;
+    --chosen: #2a74c8; --cursor: #b3480a; --draft: #007a5a; --cached: #7b4fa0;
   }
   @media (prefers-color-scheme: dark) {
     :root {
       --page: #141619; --panel: #1d2024; --ink: #eceef0; --quiet: #9aa1aa; --rule: #444a52;
       --read1: #172a40; --read2: #1a385b; --read3: #1e4775; --read4: #235590; --read5: #2964a9;
-      --cursor: #ffb454; --draft: #3fc49a; --cached: #c39be8;
+      --chosen: #64a8f5; --cursor: #ffb454; --draft: #3fc49a; --cached: #c39be8;
     }
   }
 
@@ -2571,8 +2571,9 @@ XRAY_PAGE = r"""<!doctype html>
   .eol::before { content: "\21b5"; color: var(--quiet); }
   .part::before { content: "\b7"; color: var(--quiet); }
   .first::before {
-    content: "drawn \25b8"; margin: 0 5px 0 3px; padding: 1px 6px; border: 1px solid var(--rule); border-radius: 9px;
-    background: var(--page); color: var(--quiet); font: 11px system-ui, "DejaVu Sans", sans-serif;
+    content: "drawn \25b8"; display: inline-block; margin: 0 5px 0 3px; padding: 1px 6px;
+    border: 1px solid var(--rule); border-radius: 9px; background: var(--page); color: var(--quiet);
+    font: 11px/14px system-ui, "DejaVu Sans", sans-serif;
   }
 
   /* the panel */
@@ -2583,7 +2584,9 @@ XRAY_PAGE = r"""<!doctype html>
     font: 600 17px/28px ui-monospace, "DejaVu Sans Mono", monospace; white-space: pre-wrap; overflow-wrap: anywhere;
   }
   #facts { min-height: 3em; }
-  canvas { display: block; width: 100%; }
+  canvas { display: block; width: 100%; margin-bottom: 4px; }
+  #map { cursor: pointer; }
+  #best + p { margin-top: 6px; }
   .choose { display: flex; gap: 14px; margin-bottom: 8px; font-size: 13px; }
   select { font: inherit; color: inherit; background: var(--page); border: 1px solid var(--quiet); border-radius: 5px; }
   #best { display: grid; grid-template-columns: minmax(0, 1fr) 130px 48px; gap: 2px 10px; font-size: 13px; }
@@ -2600,7 +2603,8 @@ XRAY_PAGE = r"""<!doctype html>
   @media (max-width: 900px) {
     body { padding: 14px 14px 30px; }
     main { grid-template-columns: minmax(0, 1fr); gap: 14px; }
-    aside { order: -1; max-height: 46vh; z-index: 1; background: var(--page); }
+    aside { order: -1; top: 0; max-height: 46vh; z-index: 1; background: var(--page); }
+    .t { scroll-margin: 48vh 0 20px; }
   }
 </style>
 </head>
@@ -2635,6 +2639,7 @@ XRAY_PAGE = r"""<!doctype html>
     <section>
       <h2>What could have stood here</h2>
       <div id="best"></div>
+      <p class="quiet">by the model itself: temperature 1, nothing cut</p>
     </section>
     <section>
       <h2>Legend</h2>
@@ -2642,7 +2647,7 @@ XRAY_PAGE = r"""<!doctype html>
         <span class="mark" style="outline: 2px solid var(--cursor)">token</span><div>the token under the cursor</div>
         <span class="scale msa"><span class="r1"></span><span class="r2"></span><span class="r3"></span><span
           class="r4"></span><span class="r5"></span></span>
-        <div class="msa">block that it read: by few layers and heads, by all</div>
+        <div class="msa">a block, read by few heads or by all</div>
         <span class="msa" style="border-left: 1px solid var(--quiet); padding-left: 5px">text</span>
         <div class="msa" id="edge"></div>
         <span class="drafts"><span class="mark draft">token</span></span>
@@ -2735,17 +2740,17 @@ at("text").classList.toggle("cut", hasMsa);
 
 // ---- what is the same for every token ----
 
-const full = data.index_warmup ? "Its index branch was still learning, so every layer"
-                               : "This model has full attention in every layer: each";
+const why = data.index_warmup && data.attn_types.includes("msa") ? "The model's index branch was still learning"
+                                                                 : "This model has full attention in every layer";
 at("lead").textContent = hasMsa
   ? "Point at a token. Blue are the blocks of text that it read through sparse attention (MSA), "
-    + "darker where more layers and KV heads chose them; grey text did not exist yet."
-  : `Point at a token. ${full} read all text before the token, so no blocks are shaded.`;
+    + "stronger where more layers and KV heads chose them; grey text did not exist yet."
+  : `Point at a token. ${why}: each token read all text before it, so no blocks are shaded.`;
 
 const facts = [`${plural(nTokens, "token")}: ${say(data.n_prompt)} of the prompt, `
                + `${say(nTokens - data.n_prompt)} drawn`];
 if (drafts.size) facts.push(`${plural(drafts.size, "draft")} accepted`);
-facts.push(data.cached ? `${say(data.cached)} from the prefix cache` : "none from a prefix cache");
+if (data.cached) facts.push(`${say(data.cached)} from the prefix cache`);
 facts.push(`${plural(data.attn_types.length, "layer")}, ${msaLayers.length} with MSA, `
            + `${moeLayers.length} with experts`);
 if (hasMsa) facts.push(`each KV head reads ${data.top_blocks} blocks of ${plural(L, "token")}`);
@@ -2774,11 +2779,12 @@ for (let i = 0; i < nHeads; i++) at("head").append(new Option(i, i));
 let colour = {};
 function readColours() {
   const style = getComputedStyle(document.documentElement);
-  for (const name of ["panel", "page", "ink", "quiet", "rule", "read1", "read3", "read5", "cursor"])
+  for (const name of ["page", "ink", "quiet", "rule", "chosen", "cursor"])
     colour[name] = style.getPropertyValue("--" + name);
 }
 
-const rowHeight = rows => Math.max(2, Math.min(16, Math.floor(230 / rows)));
+const rowHeight = rows => Math.max(1, Math.min(16, Math.floor(230 / rows)));
+const withoutGap = height => height > 3 ? height - 1 : height;
 
 /* A canvas of so many rows, cleared, with a label left of each where there is room -> context, left edge, width */
 function clear(canvas, rows, labels) {
@@ -2802,33 +2808,43 @@ function clear(canvas, rows, labels) {
 const mapLabels = msaLayers.flatMap(layer => [...Array(nHeads).keys()].map(head => `layer ${layer}, head ${head}`));
 const gridLabels = moeLayers.map(layer => `layer ${layer}`);
 
+let mapLeft = 0;                       // where its rows begin, behind their labels
+
 function drawMap(i) {
   const rows = msaLayers.length * nHeads;
   const S = blocks.shape[3];
   const height = rowHeight(rows);
   const {context, left, width} = clear(at("map"), rows, mapLabels);
+  mapLeft = left;
   const own = i < 0 ? -1 : Math.floor(i / L);
   const step = width / nBlocks;
-  const drawn = Math.max(step - (step > 4 ? 1 : 0), 1);
+  const drawn = Math.max(step - (step > 4 ? 1 : 0), 3);
   for (let row = 0; row < rows; row++) {
     const y = row * height;
     context.globalAlpha = isChosen(row) ? 1 : 0.3;
     context.fillStyle = colour.page;
-    context.fillRect(left, y, width, height - 1);
+    context.fillRect(left, y, width, withoutGap(height));
     if (i < 0 || i >= data.n_read) continue;
     context.fillStyle = colour.rule;
-    context.fillRect(left, y + (height >> 1) - 1, (own + 1) * step, 1);
-    context.fillStyle = colour.read5;
+    if (height > 3) context.fillRect(left, y + (height >> 1) - 1, (own + 1) * step, 1);
+    context.fillStyle = colour.chosen;
     for (let slot = 0; slot < S; slot++) {
       const block = blocks[(i * rows + row) * S + slot] - 1;
-      if (block >= 0) context.fillRect(left + block * step, y, drawn, height - 1);
+      if (block >= 0) context.fillRect(left + block * step, y, drawn, withoutGap(height));
     }
   }
   context.globalAlpha = 1;
   if (i < 0) return;
   context.fillStyle = colour.cursor;
-  context.fillRect(left + (i + 0.5) / L * step - 0.5, 0, 1.5, rows * height);
+  context.fillRect(left + (own + 1) * step, 0, 1, rows * height);
 }
+
+/* A click on the map shows the text there */
+at("map").addEventListener("click", event => {
+  const share = (event.offsetX - mapLeft) / (at("map").clientWidth - mapLeft);
+  const block = Math.max(0, Math.min(nBlocks - 1, Math.floor(share * nBlocks)));
+  blockSpans[block].scrollIntoView({block: "center"});
+});
 
 function drawGrid(i) {
   const rows = moeLayers.length;
@@ -2840,11 +2856,11 @@ function drawGrid(i) {
   for (let row = 0; row < rows; row++) {
     context.fillStyle = colour.page;
     for (let expert = 0; expert < data.n_expert; expert++)
-      context.fillRect(left + expert * step, row * height, drawn, height - 1);
+      context.fillRect(left + expert * step, row * height, drawn, withoutGap(height));
     if (i < 0 || i >= data.n_read) continue;
     context.fillStyle = colour.ink;
     for (let k = 0; k < A; k++)
-      context.fillRect(left + experts[(i * rows + row) * A + k] * step, row * height, drawn, height - 1);
+      context.fillRect(left + experts[(i * rows + row) * A + k] * step, row * height, drawn, withoutGap(height));
   }
 }
 
@@ -2894,7 +2910,7 @@ function describe(i) {
   else words.push(i < data.cached ? "of the prompt, from the prefix cache" : "of the prompt");
   words.push(`id ${ids[i]}`);
   if (!Number.isNaN(logprobs[i]))
-    words.push(`log-probability ${logprobs[i].toFixed(2)} (${percent(logprobs[i])})`);
+    words.push(`log-probability ${logprobs[i].toFixed(2).replace("-", "\u2212")} (${percent(logprobs[i])})`);
   let text = words.join(" \u00b7 ");
   if (i >= data.n_read) text += ". Drawn last, the model never read it: it chose no blocks and no experts.";
   return text;
@@ -2939,8 +2955,9 @@ function show(i) {
   if (hasMsa) {
     drawMap(i);
     const before = Math.floor(Math.max(i, 0) / L) + 1;
-    at("read").textContent = isRead ? `${found} of the ${plural(before, "block")} so far; one row a layer and KV head, `
-                                      + "left to right the text" : "\u2013";
+    const share = before <= data.top_blocks ? `All ${plural(before, "block")} so far: no head reads fewer`
+                                            : `${found} of the ${plural(before, "block")} so far`;
+    at("read").textContent = isRead ? `${share}. Left to right is the whole text: a click goes there.` : "\u2013";
     at("map").setAttribute("aria-label", isRead ? `Blocks ${listBlocks()} were read.` : "No blocks.");
   }
 
@@ -2950,7 +2967,7 @@ function show(i) {
     const A = data.n_expert_per_tok;
     const visits = moeLayers.map((layer, row) => {
       const first = (i * moeLayers.length + row) * A;
-      return `layer ${layer}: ${[...experts.slice(first, first + A)].join(", ")}`;
+      return `layer ${layer}: ${[...experts.slice(first, first + A).sort()].join(", ")}`;
     });
     at("visited").textContent = !isRead ? "\u2013" : moeLayers.length <= 6 ? visits.join(" \u00b7 ")
       : `${A} of ${data.n_expert} in each of ${moeLayers.length} layers`;
@@ -3038,10 +3055,25 @@ at("head").addEventListener("change", () => show(current));
 window.addEventListener("resize", () => show(current));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { readColours(); show(current); });
 
-// begin with a token that has something to show: the last that the model read, or #token=N
+/* The last token that the model read in the upper three quarters of the window: what it read is in sight, too */
+function firstShown() {
+  let low = 0;
+  let high = data.n_read - 1;
+  while (low < high) {
+    const middle = (low + high + 1) >> 1;
+    if (tokenSpans[middle].getBoundingClientRect().bottom < 0.75 * window.innerHeight) low = middle;
+    else high = middle - 1;
+  }
+  return low;
+}
+
+// begin with token N of an address that ends in #token=N, or with one that has something to show
 readColours();
 const asked = Number(new URLSearchParams(location.hash.slice(1)).get("token"));
-show(asked >= 1 && asked <= nTokens ? asked - 1 : data.n_read - 1);
+if (asked >= 1 && asked <= nTokens) {
+  tokenSpans[asked - 1].scrollIntoView({block: "center"});
+  show(asked - 1);
+} else show(firstShown());
 </script>
 </body>
 </html>

@@ -5909,7 +5909,7 @@ os.execvp(sys.argv[3], sys.argv[3:])
 """
 
 class Browser:
-    """A headless Chromium with one tab, driven through two pipes: its DevTools protocol, a JSON and a zero byte each."""
+    """A headless Chromium with one tab, driven through two pipes by its DevTools protocol: JSON, then a zero byte."""
     WAIT = 30.0                        # seconds for an answer
 
     def __init__(self, command, folder):
@@ -6029,7 +6029,7 @@ def test_a_browser_opens_a_page(browser, tmp_path, scheme):
     # what it says of the token
     said = browser.ask("document.querySelector('aside').innerText")
     assert f"token {number + 1} of {len(data['ids'])}" in said
-    first, second = data["experts"][number].tolist()
+    first, second = data["experts"][number].sort(-1).values.tolist()
     assert f"layer 1: {first[0]}, {first[1]}" in said
     assert f"layer 2: {second[0]}, {second[1]}" in said
 

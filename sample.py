@@ -3,6 +3,7 @@
     python sample.py --prompt "def "                          # from out/ckpt.pt, which holds tokenizer and config too
     python sample.py --prompt "import os" --n-samples 3 --temperature 0.7 --seed 1
     python sample.py --hf DIR --prompt 1,2,3                  # an M2 or M3 checkpoint of transformers, by token ids
+    python sample.py --prompt "def " --xray page.html         # and a page that shows what each token read and visited
 
     text -> chunks -> bytes, merged into tokens
     generate: prefill what all prompts can be fed at once -> loop { one token a row through the KV cache; MSA chooses
@@ -2595,10 +2596,12 @@ XRAY_PAGE = r"""<!doctype html>
   #best .bar { align-self: center; height: 9px; background: var(--quiet); border-radius: 2px; }
   #best .here { font-weight: 700; }
   #best .bar.here { background: var(--cursor); }
-  .legend { display: grid; grid-template-columns: auto 1fr; gap: 4px 10px; align-items: center; font-size: 13px; }
-  .legend > span { white-space: nowrap; font: 13px ui-monospace, "DejaVu Sans Mono", monospace; }
-  .scale span { display: inline-block; width: 13px; height: 15px; }
-  .mark { padding: 2px 1px; }
+  .legend { display: flex; flex-wrap: wrap; gap: 6px 26px; margin-top: 12px; font-size: 13px; }
+  .legend .mark, .legend .begin { margin-right: 4px; font: 13px ui-monospace, "DejaVu Sans Mono", monospace; }
+  .mark { padding: 2px 3px; border-radius: 2px; }
+  .begin { padding-left: 4px; border-left: 1px solid var(--quiet); }
+  .scale { margin-right: 4px; }
+  .scale i { display: inline-block; width: 13px; height: 14px; vertical-align: -2px; }
   kbd { padding: 0 4px; border: 1px solid var(--rule); border-radius: 4px; font: 12px ui-monospace, monospace; }
   @media (max-width: 900px) {
     body { padding: 14px 14px 30px; }
@@ -2613,6 +2616,21 @@ XRAY_PAGE = r"""<!doctype html>
   <h1>X-ray of one generation</h1>
   <p id="lead"></p>
   <p id="size" class="quiet"></p>
+  <div class="legend" aria-label="Legend">
+    <div><span class="mark" style="outline: 2px solid var(--cursor)">token</span> under the cursor</div>
+    <div class="msa">
+      <span class="scale"><i class="r1"></i><i class="r2"></i><i class="r3"></i><i class="r4"></i><i
+        class="r5"></i></span>
+      a block, read by few heads or by all
+    </div>
+    <div class="msa"><span class="begin">text</span> <span id="edge"></span></div>
+    <div class="drafts"><span class="mark draft">token</span> drafted by an MTP module, and accepted</div>
+    <div class="cache"><span class="mark cached">token</span> its keys came from the prefix cache</div>
+    <div class="quiet">
+      <kbd>&larr;</kbd> <kbd>&rarr;</kbd> <kbd>&uarr;</kbd> <kbd>&darr;</kbd> <kbd>Home</kbd> <kbd>End</kbd> move,
+      <kbd>Esc</kbd> clears, a click holds
+    </div>
+  </div>
 </header>
 <main>
   <div id="text" tabindex="0" role="application" aria-roledescription="text, token by token"
@@ -2640,25 +2658,6 @@ XRAY_PAGE = r"""<!doctype html>
       <h2>What could have stood here</h2>
       <div id="best"></div>
       <p class="quiet">by the model itself: temperature 1, nothing cut</p>
-    </section>
-    <section>
-      <h2>Legend</h2>
-      <div class="legend">
-        <span class="mark" style="outline: 2px solid var(--cursor)">token</span><div>the token under the cursor</div>
-        <span class="scale msa"><span class="r1"></span><span class="r2"></span><span class="r3"></span><span
-          class="r4"></span><span class="r5"></span></span>
-        <div class="msa">a block, read by few heads or by all</div>
-        <span class="msa" style="border-left: 1px solid var(--quiet); padding-left: 5px">text</span>
-        <div class="msa" id="edge"></div>
-        <span class="drafts"><span class="mark draft">token</span></span>
-        <div class="drafts">drafted by an MTP module, and accepted</div>
-        <span class="cache"><span class="mark cached">token</span></span>
-        <div class="cache">its keys came from the prefix cache</div>
-      </div>
-      <p class="quiet" style="margin-top: 8px">
-        <kbd>&larr;</kbd> <kbd>&rarr;</kbd> <kbd>&uarr;</kbd> <kbd>&darr;</kbd> move, <kbd>Home</kbd> <kbd>End</kbd>,
-        <kbd>Esc</kbd> clears; a click holds a token
-      </p>
     </section>
   </aside>
 </main>

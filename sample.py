@@ -2954,8 +2954,9 @@ function show(i) {
   if (hasMsa) {
     drawMap(i);
     const before = Math.floor(Math.max(i, 0) / L) + 1;
-    const share = before <= data.top_blocks ? `All ${plural(before, "block")} so far: no head reads fewer`
-                                            : `${found} of the ${plural(before, "block")} so far`;
+    let share = `${found} of the ${plural(before, "block")} so far`;
+    if (before === 1) share = "The only block so far";
+    else if (before <= data.top_blocks) share = `All ${before} blocks so far: every head reads as many`;
     at("read").textContent = isRead ? `${share}. Left to right is the whole text: a click goes there.` : "\u2013";
     at("map").setAttribute("aria-label", isRead ? `Blocks ${listBlocks()} were read.` : "No blocks.");
   }
@@ -3063,7 +3064,7 @@ function firstShown() {
     if (tokenSpans[middle].getBoundingClientRect().bottom < 0.75 * window.innerHeight) low = middle;
     else high = middle - 1;
   }
-  return low;
+  return low || data.n_read - 1;       // on a narrow screen the text begins below
 }
 
 // begin with token N of an address that ends in #token=N, or with one that has something to show

@@ -43,7 +43,7 @@ from msa import widen
 from sample import (Door, Parser, Refused, Sampling, SaveTimer, Threads, Tokenizer, check_fields, check_figure,
                     check_finite, check_memory, check_weights, checkpoint_path, command, figure_format, implementations,
                     learn_bpe, load_checkpoint, load_model, load_optimizers, lock_folder, lockstep, make_app,
-                    message_text, number, on_signals, pick_device, refusal, reply, save_checkpoint)
+                    message_text, number, on_signals, pack_routes, pick_device, refusal, reply, save_checkpoint)
 from train import (checkpoint_parts, configure_optimizers, is_index, merge_args, round_up, set_rates, share_done,
                    step_bytes, update)
 
@@ -476,16 +476,6 @@ def rollout(gateway, episodes, version, generator=None, group=1):
     players = [play_episode(gateway, episode, agent, model.cfg.max_seq_len, version) for episode, agent in episodes]
     record = pack_routes if gateway.args.replay else None
     lockstep(model, players, group, Sampling(generator=generator), record)
-
-def pack_routes(aux):
-    """aux of a forward -> (B, T, r) int32, to be recorded: experts of every layer as they are, 0 or more, and the
-    blocks of layers with MSA as -2 - block, so that both can be told apart in one array; -1, no block, stays -1."""
-    parts = [aux["experts"].int()]                                                              # (layers, B, T, A)
-    if "block_idx" in aux:
-        blocks = aux["block_idx"].flatten(3)
-        parts.append(torch.where(blocks >= 0, -2 - blocks, -1))
-    codes = torch.cat([part.permute(1, 2, 0, 3).flatten(2) for part in parts], -1)
-    return codes.int().cpu().numpy()
 
 def lay_routes(paths, B, T, L):
     """Recorded routes of paths -> (B, T, r) of the layout.

@@ -6,6 +6,7 @@ server.
     python sample.py --hf DIR --prompt 1,2,3                  # an M2 or M3 checkpoint of transformers, by token ids
     python sample.py --chat                                   # a conversation, each turn of which goes on from the last
     python sample.py --serve 8000 --token KEY                 # OpenAI's protocol on loopback, for any of its clients
+    python sample.py --prompt "def " --xray page.html         # and a page that shows what each token read and visited
 
     text -> chunks -> bytes, merged into tokens
     generate: prefill what all prompts can be fed at once -> loop { one token a row through the KV cache; MSA chooses
@@ -21,6 +22,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: no 
 
 import argparse
 import asyncio
+import base64
 import codecs
 import contextlib
 import dataclasses
@@ -1881,6 +1883,13 @@ class Sampling:
     generator: torch.Generator = None
 
 @dataclasses.dataclass
+class Trace:
+    """What `generate` keeps of its first row, to be looked at afterwards."""
+    record: object = None              # as of `play`
+    notes: list = dataclasses.field(default_factory=list)    # of each token that was fed, its prompt's too
+    lengths: list = dataclasses.field(default_factory=list)  # after each forward: how many tokens were drawn so far
+
+@dataclasses.dataclass
 class Player:
     """A row of the loop: a coroutine, and what it has in the cache. `play` says what they tell each other."""
     coroutine: object
@@ -2315,7 +2324,8 @@ def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0,
                in its cache. It ends by returning
     group      players lie side by side in groups of one first prompt, whose keys and values are computed once: the size
                of all groups, or a list of their sizes
-    record     aux -> (B, T, r) array: r numbers to note for every token; None: notes are empty
+    record     aux -> (B, T, r) array: r numbers to note for every token; None: notes are empty. The note on a token from
+               the prefix cache is None
     speculate  drafts behind a row's token
     allowed    (V,) bool, or (players, V): what a row's first new token may be; None: any
     index_warmup  as in MiniMax.forward
@@ -2325,11 +2335,8 @@ def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0,
     n_best     a player is sent, beside a token, [[token, logprob]] of so many likeliest ones in its place; 0: no list
     prefixes   PrefixCache: what it has of the first prompts is not computed, and it keeps what rows compute
     cached     a list: of each row, how many tokens of its first prompt came from there is appended
-    ValueError for drafts by a model without an MTP module, for logits that nothing can be drawn from, and for `record`
-    beside `prefixes`: what is not computed has no notes.
+    ValueError for drafts by a model without an MTP module, and for logits that nothing can be drawn from.
     """
-    if record is not None and prefixes is not None:
-        raise ValueError("a prefix cache keeps no notes, so that nothing can be recorded")
     model.eval()
     device = model.embed.weight.device
     if allowed is not None:
@@ -2440,7 +2447,7 @@ def prefill(decoder, rows, sizes, prefixes=None):
             row.path = prefixes.match(row.feed, cache)
             n_read[i] = prefixes.restore(row.path, cache, i, decoder.n_modules)
             row.n_cached = len(row.path) * cache.L
-            row.take(row.n_cached, [])
+            row.take(row.n_cached, [] if decoder.record is None else [None] * row.n_cached)
             reader.done += row.n_cached
         left = len(row.feed) - 1
         if prefixes is not None or left > ALONE:
@@ -2502,6 +2509,18 @@ def keep_prefix(prefixes, decoder, row, i):
     prefixes.release(row.path)
     row.path = []
 
+def pack_routes(aux):
+    """aux of a forward -> (B, T, r) int32, to be recorded: experts of every layer as they are, 0 or more, and the
+    blocks of layers with MSA as -2 - block, so that both can be told apart in one array; -1, no block, stays -1."""
+    parts = []
+    if "experts" in aux:
+        parts.append(aux["experts"].int())                                                      # (layers, B, T, A)
+    if "block_idx" in aux:
+        blocks = aux["block_idx"].flatten(3)
+        parts.append(torch.where(blocks >= 0, -2 - blocks, -1))
+    codes = torch.cat([part.permute(1, 2, 0, 3).flatten(2) for part in parts], -1)
+    return codes.int().cpu().numpy()
+
 def check_prompts(prompts, n_samples, cfg):
     """ValueError for no prompt, an empty one, or one that exceeds the context or the vocabulary."""
     if not prompts or n_samples < 1:
@@ -2513,21 +2532,24 @@ def check_prompts(prompts, n_samples, cfg):
         if not 0 <= token < cfg.vocab_size:  # a GPU would stop at an assertion, and with it the process
             raise ValueError(f"token {token} in a prompt: the model's vocabulary is 0 to {cfg.vocab_size - 1}")
 
-def continue_row(prompt, n_tokens, stop, out):
+def continue_row(prompt, n_tokens, stop, out, trace=None):
     """A player that feeds a prompt, then every token drawn, until n_tokens are there, or one of `stop`. What is drawn
-    and its logprob go into `out`."""
+    and its logprob go into `out`, the notes into a Trace."""
     kept = 0
     feed = prompt
     for _ in range(n_tokens):
-        token, logprob, _ = yield kept, feed
+        token, logprob, notes = yield kept, feed
         out.append((token, logprob))
+        if trace is not None:
+            trace.notes = notes
         if token in stop:
             return
         kept += len(feed)
         feed = [token]
 
 def generate(model, prompts, max_new_tokens, n_samples=1, temperature=1.0, top_p=0.95, top_k=40, generator=None,
-             stop=(), allowed=None, index_warmup=False, speculate=0, accepted=None, prefixes=None, cached=None):
+             stop=(), allowed=None, index_warmup=False, speculate=0, accepted=None, prefixes=None, cached=None,
+             trace=None):
     """Continue each prompt n_samples times, all rows in step -> yields token (B,), logprob (B,), position by position.
 
     prompts         lists of token ids
@@ -2536,6 +2558,7 @@ def generate(model, prompts, max_new_tokens, n_samples=1, temperature=1.0, top_p
     temperature, top_p, top_k, generator  as in sample_next
     stop            ids that end a row
     allowed, index_warmup, speculate, accepted, prefixes, cached  as in `play`
+    trace           a Trace, which is filled; None: nothing is recorded
 
     The first position is that after the shortest prompt. Both lie on the host. token, int64: drawn, or the prompt's own
     in a row that is still inside its prompt, or -1 in a row that has ended (a stop id, max_new_tokens, the context).
@@ -2552,8 +2575,10 @@ def generate(model, prompts, max_new_tokens, n_samples=1, temperature=1.0, top_p
     shared = min(map(len, rows))
     outs = [[(token, math.nan) for token in row[shared:]] for row in rows]
     sizes = [min(max_new_tokens, capacity - len(row)) for row in rows]
-    players = [continue_row(row, size, stop, out) for row, size, out in zip(rows, sizes, outs)]
+    traces = [trace] + [None] * (len(rows) - 1)
+    players = [continue_row(*parts) for parts in zip(rows, sizes, itertools.repeat(stop), outs, traces)]
     sampling = Sampling(temperature, top_p, top_k, generator)
+    record = None if trace is None else trace.record
 
     def column(t):
         pairs = [out[t] if t < len(out) else (-1, math.nan) for out in outs]
@@ -2561,9 +2586,11 @@ def generate(model, prompts, max_new_tokens, n_samples=1, temperature=1.0, top_p
         return torch.tensor(tokens), torch.tensor(logprobs)
 
     t = 0
-    steps = play(model, players, n_samples, sampling, None, speculate, allowed, index_warmup, capacity, accepted,
+    steps = play(model, players, n_samples, sampling, record, speculate, allowed, index_warmup, capacity, accepted,
                  prefixes=prefixes, cached=cached)
     for _ in steps:
+        if trace is not None:
+            trace.lengths.append(len(outs[0]) - (len(rows[0]) - shared))
         running = [len(out) for out, player in zip(outs, players) if player.gi_frame is not None]
         while t < min(running, default=0):
             yield column(t)
@@ -3472,6 +3499,736 @@ class Engine:
         self.waiting = []
         for batch in self.batches:
             batch.steps.close()
+# ---- a look inside one generation --------------------------------------------------------------
+# --xray writes one page that needs no network and no other file: the text, and for the token under the cursor the key
+# blocks that each layer with MSA read for each KV head, the experts it went through, and what else could have stood in
+# its place. The choices are those that generation made, as `play` recorded them; nothing is chosen anew for the page.
+# Arrays travel as base64 of little-endian numbers, in a JSON that no text can break out of.
+
+XRAY_BEST = 5                          # tokens that the page lists as likeliest
+XRAY_CHUNK = 128                       # tokens read at once for their logits: 100 MB of a vocabulary of 200,000
+
+def beside(path):
+    """-> a path that nobody else has, in the same folder."""
+    return f"{path}.{os.urandom(6).hex()}.tmp"
+
+def check_page(path):
+    """ValueError if --xray cannot be written: it shows now, not after minutes. What is there stays."""
+    target = os.path.realpath(path)
+    folder = os.path.dirname(target)
+    if not os.path.isdir(folder):
+        raise ValueError(f"--xray {path}: there is no folder {folder}")
+    if os.path.lexists(target) and not os.path.isfile(target):
+        raise ValueError(f"--xray {path}: it is not a file")
+    if os.path.exists(target) and not os.access(target, os.W_OK):
+        raise ValueError(f"--xray {path}: the file that is there cannot be written")
+    temporary = beside(target)
+    try:
+        open(temporary, "xb").close()
+        os.remove(temporary)
+    except OSError as error:
+        raise ValueError(f"--xray {path}: nothing can be written in its folder: {error.strerror}") from None
+
+def write_page(path, text):
+    """Write a file in one piece: what is there stays whole until the new one is. A link is followed."""
+    target = os.path.realpath(path)
+    temporary = beside(target)
+    try:
+        with open(temporary, "xb") as file:
+            file.write(text.encode())
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
+
+def pack_array(x):
+    """An array -> a dict that JSON can hold: fp32, or whole numbers of 0 or more in as few bytes as they need."""
+    x = np.asarray(x)
+    kind = "<f4"
+    if x.dtype.kind != "f":
+        largest = int(x.max(initial=0))
+        kind = next(kind for kind in ("|u1", "<u2", "<u4") if largest <= np.iinfo(kind).max)
+    raw = x.astype(kind).tobytes()
+    return dict(kind=kind[1:], shape=x.shape, data=base64.b64encode(raw).decode())
+
+def make_trace(cfg, index_warmup=False):
+    """-> a Trace that records what a page shows of such a model."""
+    chooses = "moe" in cfg.mlp_types or ("msa" in cfg.attn_types and not index_warmup)
+    return Trace(pack_routes if chooses else None)
+
+def split_routes(notes, cfg):
+    """Notes (n, r) of pack_routes -> experts (n, layers, A), blocks (n, layers, Hkv, S), -1 for none; the dimension of
+    layers is empty where there was no choice."""
+    n_moe = cfg.mlp_types.count("moe")
+    A = cfg.n_expert_per_tok
+    r = len(notes[0]) if notes else 0
+    codes = np.array(notes, dtype=np.int32).reshape(len(notes), r)
+    experts = codes[:, :n_moe * A].reshape(len(notes), n_moe, A)
+    codes = codes[:, n_moe * A:]
+    if not codes.size:                 # no layer with MSA, or its index branch is not in use yet
+        return experts, np.zeros((len(notes), 0, cfg.n_kv_head, 0), dtype=np.int32)
+    blocks = np.where(codes < -1, -2 - codes, -1)
+    return experts, blocks.reshape(len(notes), cfg.attn_types.count("msa"), cfg.n_kv_head, -1)
+
+def held_drafts(lengths, n_drawn):
+    """Which tokens were drafts that held. lengths: tokens drawn after each forward -> their indices, of n_drawn.
+
+    A forward's last token is drawn from its logits, those before it are drafts. Of the very last one nobody knows: a
+    text may end amid the drafts that held."""
+    drafts = []
+    for start, end in itertools.pairwise([0, *lengths]):
+        drafts += range(start, min(end - 1, n_drawn))
+    return drafts
+
+@torch.no_grad()
+def read_again(model, ids, index_warmup, record):
+    """Read a text once more, many tokens at once -> the likeliest tokens after each of its own (n, XRAY_BEST), their
+    log-probabilities, and (n,) that of the token that came, NaN after the last one; and record's note on each token."""
+    device = model.embed.weight.device
+    cache = KVCache(model.cfg, 1, len(ids), device, model.dtype)
+    following = torch.tensor([*ids[1:], 0])
+    parts = []
+    notes = []
+    for start in range(0, len(ids), XRAY_CHUNK):
+        idx = torch.tensor([ids[start:start + XRAY_CHUNK]], device=device)
+        logits, _, aux = model(idx, cache=cache, n_logits=idx.size(1), index_warmup=index_warmup)
+        notes += [[]] * idx.size(1) if record is None else list(record(aux)[0])
+        logprobs = widen(logits[0]).log_softmax(-1).float().cpu()
+        best = logprobs.topk(min(XRAY_BEST, logprobs.size(1)))
+        came = logprobs.gather(1, following[start:start + XRAY_CHUNK, None])
+        parts.append((best.indices, best.values, came[:, 0]))
+    tokens, scores, came = map(torch.cat, zip(*parts))
+    came[-1] = math.nan
+    return tokens.numpy(), scores.numpy(), came.numpy(), notes
+
+def shown_texts(tokenizer, ids):
+    """What a page shows of each token. A character that is split over tokens stands at its last one; "" before."""
+    utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    texts = [utf8.decode(tokenizer.decode_bytes([token])) for token in ids]
+    texts[-1] += utf8.decode(b"", final=True)
+    return texts
+
+def xray_data(model, tokenizer, prompt_ids, drawn, trace, index_warmup=False, cached=0):
+    """What the page holds, as JSON can.
+
+    prompt_ids    tokens of the prompt
+    drawn         (token, logprob) of each token behind it
+    trace         Trace of `generate`
+    index_warmup  as in MiniMax.forward
+    cached        so many of the prompt's tokens came from the prefix cache
+    """
+    cfg = model.cfg
+    n_prompt = len(prompt_ids)
+    ids = [*prompt_ids, *(token for token, _ in drawn)]
+    best, best_logprobs, came, again = read_again(model, ids, index_warmup, trace.record)
+    notes = trace.notes[:len(ids)]
+    if trace.record is None:           # nothing to note; the last token was not read all the same
+        notes = [[]] * (len(ids) - 1)
+    noted = [new if note is None else note for note, new in zip(notes, again)]
+    experts, blocks = split_routes(noted, cfg)
+
+    # log-probabilities: none of the first token; the prompt's from the second reading; the others as they were drawn
+    logprobs = np.concatenate([[math.nan], came[:n_prompt - 1], [logprob for _, logprob in drawn]])
+    named = sorted({*ids, *best.ravel().tolist()})
+    names = {token: tokenizer.decode_bytes([token]).decode("utf-8", errors="backslashreplace") for token in named}
+    return dict(
+        attn_types=list(cfg.attn_types), mlp_types=list(cfg.mlp_types), index_warmup=index_warmup,
+        n_kv_head=cfg.n_kv_head, n_expert=cfg.n_expert, n_expert_per_tok=cfg.n_expert_per_tok,
+        block_size=cfg.index_block_size, top_blocks=cfg.index_topk_blocks,
+        n_prompt=n_prompt, cached=cached, n_read=len(experts),
+        drafts=[n_prompt + i for i in held_drafts(trace.lengths, len(drawn))],
+        texts=shown_texts(tokenizer, ids), names=names, ids=pack_array(ids),
+        experts=pack_array(experts), blocks=pack_array(blocks + 1),            # 0: none
+        logprobs=pack_array(logprobs), best=pack_array(best), best_logprobs=pack_array(best_logprobs))
+
+def xray_page(data):
+    """Data -> the page. In the JSON no "<" is left: no text of a token ends the script element or opens a comment."""
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    before, after = XRAY_PAGE.split("DATA")
+    return before + text + after
+
+def write_xray(path, *args):
+    """Write the page. args: of xray_data."""
+    data = xray_data(*args)
+    page = xray_page(data)
+    write_page(path, page)
+    print(f"xray    | {path}: {len(data['texts']):,} tokens, {len(page) / 1e6:.2f} MB, for a browser", flush=True)
+
+def keep_first(steps, drawn):
+    """Pass on the steps of `generate`; the first row's (token, logprob) go into a list."""
+    for tokens, logprobs in steps:
+        if tokens[0] >= 0:
+            drawn.append((tokens[0].item(), logprobs[0].item()))
+        yield tokens, logprobs
+
+# The page. It builds a span for each token once; a move of the cursor changes the classes of two tokens and of the
+# blocks whose shade is another one, and draws two small canvases.
+XRAY_PAGE = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy"
+      content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>X-ray of one generation</title>
+<style>
+  /* --read1 to --read5: blocks that were read, by few and by all; text on them has a contrast of 4.5 or more */
+  :root {
+    --page: #fcfcfb; --panel: #f3f4f5; --ink: #1b1d20; --quiet: #5d6269; --rule: #c5c9ce;
+    --read1: #e0ecfa; --read2: #c6dcf6; --read3: #a6c9f0; --read4: #84b3ea; --read5: #639fe2;
+    --chosen: #2a74c8; --cursor: #b3480a; --draft: #007a5a; --cached: #7b4fa0;
+  }
+  @media (prefers-color-scheme: dark) {
+    :root {
+      --page: #141619; --panel: #1d2024; --ink: #eceef0; --quiet: #9aa1aa; --rule: #444a52;
+      --read1: #172a40; --read2: #1a385b; --read3: #1e4775; --read4: #235590; --read5: #2964a9;
+      --chosen: #64a8f5; --cursor: #ffb454; --draft: #3fc49a; --cached: #c39be8;
+    }
+  }
+
+  * { box-sizing: border-box; }
+  body {
+    margin: 0 auto; max-width: 1480px; padding: 22px 28px 60px;
+    background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif;
+  }
+  h1 { margin: 0; font-size: 21px; font-weight: 650; }
+  h2 { margin: 0 0 6px; font-size: 14px; font-weight: 650; }
+  p { margin: 0; }
+  .quiet { color: var(--quiet); font-size: 13px; }
+  [hidden] { display: none !important; }
+  header { margin-bottom: 18px; }
+  header p { margin-top: 4px; }
+  main { display: grid; grid-template-columns: minmax(0, 1fr) 400px; gap: 28px; align-items: start; }
+
+  /* the text: a span a block, in it a span a token; the cursor's followers are not read yet */
+  #text {
+    padding: 6px 10px; border-radius: 8px; outline-offset: 3px; cursor: default;
+    font: 14px/26px ui-monospace, "DejaVu Sans Mono", monospace; white-space: pre-wrap; overflow-wrap: anywhere;
+  }
+  #text:focus-visible, select:focus-visible { outline: 2px solid var(--cursor); }
+  .b, .t { padding-block: 3px; }
+  .cut > .b + .b { box-shadow: inset 1px 0 var(--rule); }
+  .r1 { background: var(--read1); }
+  .r2 { background: var(--read2); }
+  .r3 { background: var(--read3); }
+  .r4 { background: var(--read4); }
+  .r5 { background: var(--read5); }
+  .own ~ .b, .cur ~ .t { color: var(--quiet); }
+  .cur ~ .t { background: var(--page); }
+  .cur { border-radius: 2px; outline: 2px solid var(--cursor); outline-offset: -1px; }
+  .draft { text-decoration: underline 1px var(--draft); text-underline-offset: 5px; }
+  .cached { text-decoration: overline dotted 2px var(--cached); }
+  .eol::before { content: "\21b5"; color: var(--quiet); }
+  .part::before { content: "\b7"; color: var(--quiet); }
+  .first::before {
+    content: "drawn \25b8"; display: inline-block; margin: 0 5px 0 3px; padding: 1px 6px;
+    border: 1px solid var(--rule); border-radius: 9px; background: var(--page); color: var(--quiet);
+    font: 11px/14px system-ui, "DejaVu Sans", sans-serif;
+  }
+
+  /* the panel */
+  aside { position: sticky; top: 14px; display: grid; gap: 12px; max-height: calc(100vh - 28px); overflow-y: auto; }
+  section { padding: 12px 14px; border-radius: 8px; background: var(--panel); }
+  #name {
+    display: inline-block; max-width: 100%; padding: 0 6px; border: 2px solid var(--cursor); border-radius: 4px;
+    font: 600 17px/28px ui-monospace, "DejaVu Sans Mono", monospace; white-space: pre-wrap; overflow-wrap: anywhere;
+  }
+  #facts { min-height: 3em; }
+  canvas { display: block; width: 100%; margin-bottom: 4px; }
+  #map { cursor: pointer; }
+  #best + p { margin-top: 6px; }
+  .choose { display: flex; gap: 14px; margin-bottom: 8px; font-size: 13px; }
+  select { font: inherit; color: inherit; background: var(--page); border: 1px solid var(--quiet); border-radius: 5px; }
+  #best { display: grid; grid-template-columns: minmax(0, 1fr) 130px 48px; gap: 2px 10px; font-size: 13px; }
+  #best .word { font-family: ui-monospace, "DejaVu Sans Mono", monospace; white-space: pre; overflow: hidden; }
+  #best .share { text-align: right; font-variant-numeric: tabular-nums; }
+  #best .bar { align-self: center; height: 9px; background: var(--quiet); border-radius: 2px; }
+  #best .here { font-weight: 700; }
+  #best .bar.here { background: var(--cursor); }
+  .legend { display: flex; flex-wrap: wrap; gap: 6px 26px; margin-top: 12px; font-size: 13px; }
+  .legend .mark, .legend .begin { margin-right: 4px; font: 13px ui-monospace, "DejaVu Sans Mono", monospace; }
+  .mark { padding: 2px 3px; border-radius: 2px; }
+  .begin { padding-left: 4px; border-left: 1px solid var(--quiet); }
+  .scale { margin-right: 4px; }
+  .scale i { display: inline-block; width: 13px; height: 14px; vertical-align: -2px; }
+  kbd { padding: 0 4px; border: 1px solid var(--rule); border-radius: 4px; font: 12px ui-monospace, monospace; }
+  @media (max-width: 900px) {
+    body { padding: 14px 14px 30px; }
+    main { grid-template-columns: minmax(0, 1fr); gap: 14px; }
+    aside { order: -1; top: 0; max-height: 46vh; z-index: 1; background: var(--page); }
+    .t { scroll-margin: 48vh 0 20px; }
+  }
+</style>
+</head>
+<body>
+<header>
+  <h1>X-ray of one generation</h1>
+  <p id="lead"></p>
+  <p id="size" class="quiet"></p>
+  <div class="legend" aria-label="Legend">
+    <div><span class="mark" style="outline: 2px solid var(--cursor)">token</span> under the cursor</div>
+    <div class="msa">
+      <span class="scale"><i class="r1"></i><i class="r2"></i><i class="r3"></i><i class="r4"></i><i
+        class="r5"></i></span>
+      a block, read by few heads or by all
+    </div>
+    <div class="msa"><span class="begin">text</span> <span id="edge"></span></div>
+    <div class="drafts"><span class="mark draft">token</span> drafted by an MTP module, and accepted</div>
+    <div class="cache"><span class="mark cached">token</span> its keys came from the prefix cache</div>
+    <div class="quiet">
+      <kbd>&larr;</kbd> <kbd>&rarr;</kbd> <kbd>&uarr;</kbd> <kbd>&darr;</kbd> <kbd>Home</kbd> <kbd>End</kbd> move,
+      <kbd>Esc</kbd> clears, a click holds
+    </div>
+  </div>
+</header>
+<main>
+  <div id="text" tabindex="0" role="application" aria-roledescription="text, token by token"
+       aria-label="The text. Arrow keys move to another token." aria-describedby="facts"></div>
+  <aside aria-label="The token under the cursor">
+    <section aria-live="polite" aria-atomic="true">
+      <div id="name">no token</div>
+      <p id="facts" class="quiet"></p>
+    </section>
+    <section id="reads">
+      <h2>Blocks it read</h2>
+      <div class="choose">
+        <label>layer <select id="layer"></select></label>
+        <label>KV head <select id="head"></select></label>
+      </div>
+      <canvas id="map" role="img"></canvas>
+      <p id="read" class="quiet"></p>
+    </section>
+    <section id="visits">
+      <h2>Experts it visited</h2>
+      <canvas id="grid" role="img"></canvas>
+      <p id="visited" class="quiet"></p>
+    </section>
+    <section>
+      <h2>What could have stood here</h2>
+      <div id="best"></div>
+      <p class="quiet">by the model itself: temperature 1, nothing cut</p>
+    </section>
+  </aside>
+</main>
+<noscript><p>This page draws itself with JavaScript, which is switched off.</p></noscript>
+<script type="application/json" id="data">DATA</script>
+<script>
+"use strict";
+const LEVELS = 5;                      // shades of a block
+const at = id => document.getElementById(id);
+const data = JSON.parse(at("data").textContent);
+
+// ---- data: arrays of numbers, laid out as their shapes say ----
+
+function unpack({kind, shape, data}) {
+  const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0));
+  const Kind = {u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, f4: Float32Array}[kind];
+  const array = new Kind(bytes.buffer);
+  array.shape = shape;
+  return array;
+}
+
+const ids = unpack(data.ids);
+const experts = unpack(data.experts);  // (tokens read, MoE layers, A)
+const blocks = unpack(data.blocks);    // (tokens read, MSA layers, KV heads, S): a block + 1, or 0
+const logprobs = unpack(data.logprobs);
+const best = unpack(data.best);        // (tokens, XRAY_BEST): of the token after each
+const bestLogprobs = unpack(data.best_logprobs);
+
+const L = data.block_size;
+const nTokens = ids.length;
+const nBlocks = Math.ceil(nTokens / L);
+const layersOf = (types, kind) => [...types.keys()].filter(i => types[i] === kind);
+const msaLayers = layersOf(data.attn_types, "msa").slice(0, blocks.shape[1]);
+const moeLayers = layersOf(data.mlp_types, "moe");
+const nHeads = data.n_kv_head;
+const hasMsa = msaLayers.length > 0;
+const drafts = new Set(data.drafts);
+const counts = new Uint16Array(nBlocks);   // layers and heads that read a block
+const shades = new Uint8Array(nBlocks);    // what the page shows of it
+const say = x => x.toLocaleString("en");
+const plural = (n, word) => `${say(n)} ${word}${n === 1 ? "" : "s"}`;
+const visible = text => text.replace(/ /g, "\u2423").replace(/\n/g, "\u21b5").replace(/\t/g, "\u21e5");
+
+// ---- the text, built once: a span a block, in it a span a token ----
+
+const tokenSpans = [];
+const blockSpans = [];
+
+function addText(span, text) {
+  text.split("\n").forEach((line, i) => {
+    if (i > 0) {                       // a mark that a cursor can point at; it is no part of the text
+      span.appendChild(document.createElement("i")).className = "eol";
+      span.append("\n");
+    }
+    span.append(line);
+  });
+}
+
+for (let i = 0; i < nTokens; i++) {
+  if (i % L === 0 || i === 0) {
+    const block = document.createElement("span");
+    block.className = "b";
+    blockSpans.push(block);
+  }
+  const span = document.createElement("span");
+  const kinds = ["t"];
+  if (drafts.has(i)) kinds.push("draft");
+  if (i < data.cached) kinds.push("cached");
+  if (i === data.n_prompt) kinds.push("first");
+  if (data.texts[i] === "") kinds.push("part");
+  span.className = kinds.join(" ");
+  span.number = i;
+  addText(span, data.texts[i]);
+  blockSpans.at(-1).append(span);
+  tokenSpans.push(span);
+}
+at("text").append(...blockSpans);
+at("text").classList.toggle("cut", hasMsa);
+
+// ---- what is the same for every token ----
+
+const why = data.index_warmup && data.attn_types.includes("msa") ? "The model's index branch was still learning"
+                                                                 : "This model has full attention in every layer";
+at("lead").textContent = hasMsa
+  ? "Point at a token. Blue are the blocks of text that it read through sparse attention (MSA), "
+    + "stronger where more layers and KV heads chose them; grey text did not exist yet."
+  : `Point at a token. ${why}: each token read all text before it, so no blocks are shaded.`;
+
+const facts = [`${plural(nTokens, "token")}: ${say(data.n_prompt)} of the prompt, `
+               + `${say(nTokens - data.n_prompt)} drawn`];
+if (drafts.size) facts.push(`${plural(drafts.size, "draft")} accepted`);
+if (data.cached) facts.push(`${say(data.cached)} from the prefix cache`);
+facts.push(`${plural(data.attn_types.length, "layer")}, ${msaLayers.length} with MSA, `
+           + `${moeLayers.length} with experts`);
+if (hasMsa) facts.push(`each KV head reads ${data.top_blocks} blocks of ${plural(L, "token")}`);
+at("size").textContent = facts.join(" \u00b7 ");
+at("edge").textContent = `a block of ${plural(L, "token")} begins`;
+
+at("reads").hidden = !hasMsa;
+at("visits").hidden = moeLayers.length === 0;
+const showAll = (name, shown) => document.querySelectorAll(name).forEach(x => { x.hidden = !shown; });
+showAll(".msa", hasMsa);
+showAll(".drafts", drafts.size > 0);
+showAll(".cache", data.cached > 0);
+
+at("layer").append(new Option(`all ${msaLayers.length} with MSA`, -1));
+data.attn_types.forEach((type, i) => {
+  const row = msaLayers.indexOf(i);
+  const option = new Option(row < 0 ? `${i}: full attention, reads all` : i, row);
+  option.disabled = row < 0;
+  at("layer").append(option);
+});
+at("head").append(new Option(`all ${nHeads}`, -1));
+for (let i = 0; i < nHeads; i++) at("head").append(new Option(i, i));
+
+// ---- two pictures of the panel ----
+
+let colour = {};
+function readColours() {
+  const style = getComputedStyle(document.documentElement);
+  for (const name of ["page", "ink", "quiet", "rule", "chosen", "cursor"])
+    colour[name] = style.getPropertyValue("--" + name);
+}
+
+const rowHeight = rows => Math.max(1, Math.min(16, Math.floor(230 / rows)));
+const withoutGap = height => height > 3 ? height - 1 : height;
+
+/* A canvas of so many rows, cleared, with a label left of each where there is room -> context, left edge, width */
+function clear(canvas, rows, labels) {
+  const scale = window.devicePixelRatio || 1;
+  const width = canvas.parentElement.clientWidth - 28;
+  const height = rows * rowHeight(rows);
+  canvas.width = width * scale;
+  canvas.height = height * scale;
+  canvas.style.height = height + "px";
+  const context = canvas.getContext("2d");
+  context.scale(scale, scale);
+  if (rowHeight(rows) < 11) return {context, left: 0, width};
+  context.font = "11px system-ui, 'DejaVu Sans', sans-serif";
+  context.fillStyle = colour.quiet;
+  context.textBaseline = "middle";
+  labels.forEach((label, i) => context.fillText(label, 0, (i + 0.5) * rowHeight(rows)));
+  const left = 8 + Math.max(...labels.map(label => context.measureText(label).width));
+  return {context, left, width: width - left};
+}
+
+const mapLabels = msaLayers.flatMap(layer => [...Array(nHeads).keys()].map(head => `layer ${layer}, head ${head}`));
+const gridLabels = moeLayers.map(layer => `layer ${layer}`);
+
+let mapLeft = 0;                       // where its rows begin, behind their labels
+
+function drawMap(i) {
+  const rows = msaLayers.length * nHeads;
+  const S = blocks.shape[3];
+  const height = rowHeight(rows);
+  const {context, left, width} = clear(at("map"), rows, mapLabels);
+  mapLeft = left;
+  const own = i < 0 ? -1 : Math.floor(i / L);
+  const step = width / nBlocks;
+  const drawn = Math.max(step - (step > 4 ? 1 : 0), 3);
+  for (let row = 0; row < rows; row++) {
+    const y = row * height;
+    context.globalAlpha = isChosen(row) ? 1 : 0.3;
+    context.fillStyle = colour.page;
+    context.fillRect(left, y, width, withoutGap(height));
+    if (i < 0 || i >= data.n_read) continue;
+    context.fillStyle = colour.rule;
+    if (height > 3) context.fillRect(left, y + (height >> 1) - 1, (own + 1) * step, 1);
+    context.fillStyle = colour.chosen;
+    for (let slot = 0; slot < S; slot++) {
+      const block = blocks[(i * rows + row) * S + slot] - 1;
+      if (block >= 0) context.fillRect(left + block * step, y, drawn, withoutGap(height));
+    }
+  }
+  context.globalAlpha = 1;
+  if (i < 0) return;
+  context.fillStyle = colour.cursor;
+  context.fillRect(left + (own + 1) * step, 0, 1, rows * height);
+}
+
+/* A click on the map shows the text there */
+at("map").addEventListener("click", event => {
+  const share = (event.offsetX - mapLeft) / (at("map").clientWidth - mapLeft);
+  const block = Math.max(0, Math.min(nBlocks - 1, Math.floor(share * nBlocks)));
+  blockSpans[block].scrollIntoView({block: "center"});
+});
+
+function drawGrid(i) {
+  const rows = moeLayers.length;
+  const A = data.n_expert_per_tok;
+  const height = rowHeight(rows);
+  const {context, left, width} = clear(at("grid"), rows, gridLabels);
+  const step = width / data.n_expert;
+  const drawn = Math.max(step - (step > 4 ? 1 : 0), 1);
+  for (let row = 0; row < rows; row++) {
+    context.fillStyle = colour.page;
+    for (let expert = 0; expert < data.n_expert; expert++)
+      context.fillRect(left + expert * step, row * height, drawn, withoutGap(height));
+    if (i < 0 || i >= data.n_read) continue;
+    context.fillStyle = colour.ink;
+    for (let k = 0; k < A; k++)
+      context.fillRect(left + experts[(i * rows + row) * A + k] * step, row * height, drawn, withoutGap(height));
+  }
+}
+
+// ---- the token under the cursor ----
+
+let current = -1;
+let isHeld = false;
+
+function isChosen(row) {
+  const layer = Number(at("layer").value);
+  const head = Number(at("head").value);
+  return (layer < 0 || layer === Math.floor(row / nHeads)) && (head < 0 || head === row % nHeads);
+}
+
+/* Count who read which block, and give the blocks whose shade has changed their new class -> blocks that were read */
+function shade(i) {
+  counts.fill(0);
+  const rows = msaLayers.length * nHeads;
+  const S = blocks.shape[3];
+  let chosenRows = 0;
+  if (i >= 0 && i < data.n_read)
+    for (let row = 0; row < rows; row++) {
+      if (!isChosen(row)) continue;
+      chosenRows++;
+      for (let slot = 0; slot < S; slot++) {
+        const block = blocks[(i * rows + row) * S + slot];
+        if (block > 0) counts[block - 1]++;
+      }
+    }
+  const own = hasMsa && i >= 0 ? Math.floor(i / L) : -1;
+  let found = 0;
+  for (let block = 0; block < nBlocks; block++) {
+    const level = counts[block] ? Math.ceil(LEVELS * counts[block] / chosenRows) : 0;
+    const now = level + (block === own ? 8 : 0);
+    found += counts[block] > 0;
+    if (now === shades[block]) continue;
+    shades[block] = now;
+    blockSpans[block].className = "b" + (level ? " r" + level : "") + (block === own ? " own" : "");
+  }
+  return found;
+}
+
+function describe(i) {
+  if (i < 0) return "Point at a token, or press an arrow key.";
+  const words = [`token ${say(i + 1)} of ${say(nTokens)}`];
+  if (i >= data.n_prompt) words.push(drafts.has(i) ? "a draft that was accepted" : "drawn");
+  else words.push(i < data.cached ? "of the prompt, from the prefix cache" : "of the prompt");
+  words.push(`id ${ids[i]}`);
+  if (!Number.isNaN(logprobs[i]))
+    words.push(`log-probability ${logprobs[i].toFixed(2).replace("-", "\u2212")} (${percent(logprobs[i])})`);
+  let text = words.join(" \u00b7 ");
+  if (i >= data.n_read) text += ". Drawn last, the model never read it: it chose no blocks and no experts.";
+  return text;
+}
+
+function percent(logprob) {
+  const share = 100 * Math.exp(logprob);
+  return share < 0.1 ? "<0.1 %" : share.toFixed(share < 9.95 ? 1 : 0) + " %";
+}
+
+/* The likeliest tokens in this place, and the one that came */
+function listBest(i) {
+  const n = best.shape[1];
+  const rows = [];
+  for (let k = 0; i > 0 && k < n; k++) rows.push([best[(i - 1) * n + k], bestLogprobs[(i - 1) * n + k]]);
+  if (i > 0 && !rows.some(([id]) => id === ids[i])) rows.push([ids[i], logprobs[i]]);
+  const cells = rows.flatMap(([id, logprob]) => {
+    const here = id === ids[i] ? " here" : "";
+    const [word, bar, share] = ["word", "bar", "share"].map(name => {
+      const cell = document.createElement("div");
+      cell.className = name + here;
+      return cell;
+    });
+    word.textContent = visible(data.names[id]);
+    bar.style.width = 130 * Math.exp(logprob) + 1 + "px";
+    share.textContent = percent(logprob);
+    return [word, bar, share];
+  });
+  at("best").replaceChildren(...cells);
+  if (!rows.length) at("best").textContent = i === 0 ? "Nothing comes before the first token." : "\u2013";
+}
+
+/* Move to token i; -1: none */
+function show(i) {
+  if (current >= 0) tokenSpans[current].classList.remove("cur");
+  current = i;
+  if (i >= 0) tokenSpans[i].classList.add("cur");
+  const isRead = i >= 0 && i < data.n_read;
+
+  // its blocks
+  const found = shade(i);
+  if (hasMsa) {
+    drawMap(i);
+    const before = Math.floor(Math.max(i, 0) / L) + 1;
+    let share = `${found} of the ${plural(before, "block")} so far`;
+    if (before === 1) share = "The only block so far";
+    else if (before <= data.top_blocks) share = `All ${before} blocks so far: every head reads as many`;
+    at("read").textContent = isRead ? `${share}. Left to right is the whole text: a click goes there.` : "\u2013";
+    at("map").setAttribute("aria-label", isRead ? `Blocks ${listBlocks()} were read.` : "No blocks.");
+  }
+
+  // its experts
+  if (moeLayers.length) {
+    drawGrid(i);
+    const A = data.n_expert_per_tok;
+    const visits = moeLayers.map((layer, row) => {
+      const first = (i * moeLayers.length + row) * A;
+      return `layer ${layer}: ${[...experts.slice(first, first + A).sort()].join(", ")}`;
+    });
+    at("visited").textContent = !isRead ? "\u2013" : moeLayers.length <= 6 ? visits.join(" \u00b7 ")
+      : `${A} of ${data.n_expert} in each of ${moeLayers.length} layers`;
+    at("grid").setAttribute("aria-label", isRead ? "Experts. " + visits.join("; ") : "No experts.");
+  }
+
+  // the token itself
+  at("name").textContent = i < 0 ? "no token" : visible(data.names[ids[i]]);
+  at("facts").textContent = describe(i);
+  listBest(i);
+}
+
+function listBlocks() {
+  const found = [];
+  counts.forEach((count, block) => { if (count) found.push(block); });
+  return found.join(", ");
+}
+
+// ---- pointer and keys ----
+
+let pointed = -1;
+let isWaiting = false;
+
+at("text").addEventListener("mouseover", event => {
+  const span = event.target.closest(".t");
+  if (!span || isHeld) return;
+  pointed = span.number;
+  if (isWaiting) return;
+  isWaiting = true;                    // at most one change a frame
+  requestAnimationFrame(() => {
+    isWaiting = false;
+    if (pointed !== current && !isHeld) show(pointed);
+  });
+});
+
+at("text").addEventListener("click", event => {
+  const span = event.target.closest(".t");
+  if (!span) return;
+  isHeld = !(isHeld && span.number === current);
+  show(span.number);
+});
+
+/* The token above or below, nearest to this one's left edge */
+function vertical(i, way) {
+  const edge = j => tokenSpans[j].getClientRects()[0] || tokenSpans[j].getBoundingClientRect();
+  const from = edge(i);
+  let found = i;
+  let line = null;
+  for (let j = i + way; j >= 0 && j < nTokens; j += way) {
+    const here = edge(j);
+    if (Math.abs(here.top - from.top) < 4) continue;
+    if (line === null) line = here.top;
+    if (Math.abs(here.top - line) >= 4) break;
+    if (found === i || Math.abs(here.left - from.left) < Math.abs(edge(found).left - from.left)) found = j;
+  }
+  return found;
+}
+
+at("text").addEventListener("keydown", event => {
+  if (event.ctrlKey || event.altKey || event.metaKey) return;
+  const moves = {
+    ArrowRight: i => Math.min(i + 1, nTokens - 1),
+    ArrowLeft: i => Math.max(i - 1, 0),
+    ArrowDown: i => i < 0 ? 0 : vertical(i, 1),
+    ArrowUp: i => i < 0 ? 0 : vertical(i, -1),
+    Home: () => 0,
+    End: () => nTokens - 1,
+  };
+  const move = moves[event.key];
+  if (!move) return;
+  event.preventDefault();
+  isHeld = true;
+  show(move(current));
+  tokenSpans[current].scrollIntoView({block: "nearest"});
+});
+
+document.addEventListener("keydown", event => {
+  if (event.key !== "Escape") return;
+  isHeld = false;
+  show(-1);
+});
+
+at("layer").addEventListener("change", () => show(current));
+at("head").addEventListener("change", () => show(current));
+window.addEventListener("resize", () => show(current));
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { readColours(); show(current); });
+
+/* The last token that the model read in the upper three quarters of the window: what it read is in sight, too */
+function firstShown() {
+  let low = 0;
+  let high = data.n_read - 1;
+  while (low < high) {
+    const middle = (low + high + 1) >> 1;
+    if (tokenSpans[middle].getBoundingClientRect().bottom < 0.75 * window.innerHeight) low = middle;
+    else high = middle - 1;
+  }
+  return low || data.n_read - 1;       // on a narrow screen the text begins below
+}
+
+// begin with token N of an address that ends in #token=N, or with one that has something to show
+readColours();
+const asked = Number(new URLSearchParams(location.hash.slice(1)).get("token"));
+if (asked >= 1 && asked <= nTokens) {
+  tokenSpans[asked - 1].scrollIntoView({block: "center"});
+  show(asked - 1);
+} else show(firstShown());
+</script>
+</body>
+</html>
+"""
 
 # ---- the script --------------------------------------------------------------------------------
 
@@ -3546,11 +4303,15 @@ def parse_args(argv):
                    help="answer requests in OpenAI's protocol there, on loopback, until Ctrl-C; 0 = any port. Where a "
                    "request says nothing, the flags above do; pip install starlette uvicorn")
     p.add_argument("--token", type=utf8, help="key that clients of --serve must show; default: one is made and printed")
+    p.add_argument("--xray", type=utf8, metavar="FILE",
+                   help="write a page for a browser that shows, token by token, what the first sample read and visited")
     args = p.parse_args(argv)
+    if args.xray is not None:
+        check_page(args.xray)
     if "" in args.stop:
         raise ValueError("--stop '': it must be a text of one character or more")
     if args.serve is not None:
-        for flag in ("prompt", "prompt_file", "chat", "stop", "n_samples"):
+        for flag in ("prompt", "prompt_file", "chat", "stop", "n_samples", "xray"):
             if getattr(args, flag) != p.get_default(flag):
                 raise ValueError(f"--{flag.replace('_', '-')}: not with --serve, where each request says its own")
         return args
@@ -3632,11 +4393,11 @@ def drawing(args):
     """How tokens are drawn, in words for a start-up card."""
     return f"temperature {args.temperature:g}, top-p {args.top_p:g}, top-k {args.top_k}, seed {args.seed}"
 
-def steps_of(args, model, tokenizer, prompt, max_new_tokens, index_warmup, speculate, accepted=None):
+def steps_of(args, model, tokenizer, prompt, max_new_tokens, index_warmup, speculate, accepted=None, **options):
     """`generate` with the script's flags."""
     generator = torch.Generator(model.embed.weight.device).manual_seed(args.seed)
     return generate(model, [prompt.ids], max_new_tokens, args.n_samples, args.temperature, args.top_p, args.top_k,
-                    generator, {tokenizer.eot}, prompt.allowed, index_warmup, speculate, accepted)
+                    generator, {tokenizer.eot}, prompt.allowed, index_warmup, speculate, accepted, **options)
 
 def continue_prompt(args, steps, tokenizer, prompt):
     """Draw the samples, print the first as it grows -> their Streams, seconds to the first token, seconds in all.
@@ -3768,9 +4529,12 @@ class Conversation:
                              f"{context:,}, the answer included; nothing was read. /reset begins anew")
 
         self.ids = ids
+        n_read = len(ids)
         interrupted = False
         stream = Stream([BLANK_LINE, *self.args.stop])
-        steps = self.steps(room)
+        drawn = []                     # for --xray: tokens and logprobs
+        trace = make_trace(self.model.cfg, self.index_warmup) if self.args.xray else None
+        steps = keep_first(self.steps(room, trace), drawn)
         try:
             self.answer(steps, stream)
         except KeyboardInterrupt:
@@ -3784,14 +4548,17 @@ class Conversation:
             print(f"full    | the model's context of {context:,} tokens ends here. /reset begins anew")
         elif stream.tokens == room:
             print(f"stopped | after {room:,} tokens: see --max-new-tokens")
+        if drawn and trace is not None:
+            write_xray(self.args.xray, self.model, self.tokenizer, ids[:n_read], drawn, trace, self.index_warmup,
+                       self.cached[0])
 
-    def steps(self, room):
+    def steps(self, room, trace):
         """`generate` behind the context, at most `room` tokens."""
         args = self.args
         self.cached = []
         return generate(self.model, [self.ids], room, 1, args.temperature, args.top_p, args.top_k, self.generator,
                         {self.tokenizer.eot}, self.allowed, self.index_warmup, args.speculate, self.accepted,
-                        self.prefixes, self.cached)
+                        self.prefixes, self.cached, trace)
 
     def answer(self, steps, stream):
         """Print what is drawn, and make it part of the context."""
@@ -3918,7 +4685,15 @@ def run(args):
     # the first sample is on the screen by the end of this; the others follow it
     room = min(args.max_new_tokens, context - len(prompt.ids))
     accepted = []
-    steps = steps_of(args, model, tokenizer, prompt, room, index_warmup, args.speculate, accepted)
+    drawn = []                         # of the first sample, for --xray: tokens and logprobs
+    trace = None
+    options = {}
+    if args.xray is not None:
+        trace = make_trace(model.cfg, index_warmup)
+        options = dict(trace=trace)
+    steps = steps_of(args, model, tokenizer, prompt, room, index_warmup, args.speculate, accepted, **options)
+    if trace is not None:
+        steps = keep_first(steps, drawn)
     streams, prefill_s, seconds = continue_prompt(args, steps, tokenizer, prompt)
     for row, stream in enumerate(streams):
         rest = stream.feed(b"", final=True)
@@ -3938,6 +4713,8 @@ def run(args):
     part = PART[device.type]
     if len(prompt.ids) > part:
         print(f"memory  | {peak_memory(device) / 1e6:,.0f} MB at most; the prompt was read {part:,} tokens at a time")
+    if trace is not None:
+        write_xray(args.xray, model, tokenizer, prompt.ids, drawn, trace, index_warmup)
     held = held_by_depth(accepted, args.speculate)
     if held:
         steps = steps_of(args, model, tokenizer, prompt, min(room, PLAIN_TOKENS), index_warmup, speculate=0)

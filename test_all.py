@@ -5,6 +5,7 @@ What is compared against is not ours: outputs that transformers 5.23 computed (.
 brute-force loops, closed forms, published counts. fp32 tolerances are a few roundings of such sums; fp64 ones 1e-10.
 """
 import asyncio
+import base64
 import contextlib
 import copy
 import dataclasses
@@ -16,6 +17,7 @@ import os
 import pkgutil
 import random
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -28,6 +30,7 @@ from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from http.client import HTTPConnection
+from html.parser import HTMLParser
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
@@ -6083,6 +6086,403 @@ def test_references_and_bytes_of_the_prefix_cache_add_up(max_blocks):
     assert seen["found"] > 50
     if max_blocks < 100:
         assert seen["full"] > 50
+# A look inside one generation: the page that sample.py --xray writes is read back as a browser would, and held to a
+# forward over the whole text, without a cache. Where there is a browser it opens the page, too.
+
+class Letters:
+    """A tokenizer whose tokens are given: bytes each."""
+    eot = -1
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def decode_bytes(self, ids):
+        return b"".join(self.tokens[i] for i in ids)
+
+LETTERS = Letters([chr(40 + i).encode() for i in range(61)])
+
+def traced(model, prompt, n_tokens, index_warmup=False, **options):
+    """A text, greedy by default, with its Trace -> tokens and log-probabilities that were drawn, Trace."""
+    drawn = []
+    trace = sample.make_trace(model.cfg, index_warmup)
+    options = dict(temperature=0, index_warmup=index_warmup, trace=trace) | options
+    steps = sample.generate(model, [prompt], n_tokens, **options)
+    for _ in sample.keep_first(steps, drawn):
+        pass
+    return drawn, trace
+
+def read_page(page):
+    """A page -> its data, arrays unpacked as the page's script does."""
+    _, _, rest = page.partition('<script type="application/json" id="data">')
+    data = json.loads(rest[:rest.index("</script")])
+    for key, x in data.items():
+        if isinstance(x, dict) and "kind" in x:
+            flat = np.frombuffer(base64.b64decode(x["data"]), "<" + x["kind"])
+            data[key] = torch.from_numpy(flat.astype("f8" if x["kind"] == "f4" else "i8")).view(x["shape"])
+    return data
+
+def page_of(model, prompt, n_tokens, index_warmup=False, cached=0, **options):
+    """-> data of the page on a greedy text, and all of its tokens."""
+    drawn, trace = traced(model, prompt, n_tokens, index_warmup, **options)
+    data = sample.xray_data(model, LETTERS, prompt, drawn, trace, index_warmup, cached)
+    ids = prompt + [token for token, _ in drawn]
+    return read_page(sample.xray_page(data)), ids
+
+def by_token(choices):
+    """What a layer chose of each token, (layers, 1, T, ...), in any order -> (T, layers, ...), sorted."""
+    return choices[:, 0].transpose(0, 1).long().sort(-1).values
+
+@parametrize("attn", ["full", "msa"])
+@parametrize("speculate", [0, 2])
+def test_a_page_shows_what_the_forward_chose(attn, speculate):
+    """--xray: blocks, experts, log-probabilities and alternatives are those of a forward over the whole text."""
+    model = make_drafter(attn)
+    prompt = chained_text(1, 21, 7)[0].tolist()
+    data, ids = page_of(model, prompt, 60, speculate=speculate)
+    logits, _, aux = model(torch.tensor([ids]))
+    logprobs = logits[0].log_softmax(-1)
+    read = len(ids) - 1                # the last token was drawn, and never read
+
+    assert data["n_read"] == read
+    assert data["ids"].tolist() == ids
+    assert data["experts"].sort(-1).values.equal(by_token(aux["experts"])[:read])
+    if attn == "msa":
+        assert (data["blocks"] - 1).sort(-1).values.equal(by_token(aux["block_idx"])[:read])
+    came = logprobs[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    assert worst(data["logprobs"][1:], came) < 1e-5
+    assert worst(data["best_logprobs"], logprobs.topk(sample.XRAY_BEST).values) < 1e-5
+    assert data["best"][:, 0].equal(logprobs.argmax(-1))
+
+def test_a_page_marks_the_drafts_that_held():
+    """Drafts that held are those that verifications count: behind a token that is read so many, then one is drawn."""
+    prompt = chained_text(1, 21, 7)[0].tolist()
+    accepted = []
+    data, ids = page_of(make_drafter("msa"), prompt, 60, speculate=2, accepted=accepted)
+
+    token = len(prompt) - 1            # the prompt's last one is read together with drafts
+    held = []
+    for n in accepted:
+        held += range(token + 1, token + 1 + n)
+        token += 1 + n
+    assert len(held) > 5
+    assert data["drafts"] == [i for i in held if i < len(ids) - 1]
+
+def test_a_page_follows_the_first_of_many_samples():
+    """Three samples with drafts: the page shows the first one; its choices and drafts are not those of the others."""
+    model = make_drafter("msa")
+    prompt = chained_text(1, 21, 7)[0].tolist()
+    alone, _ = page_of(model, prompt, 30, speculate=2)
+    together, _ = page_of(model, prompt, 30, speculate=2, n_samples=3)
+    assert together["drafts"] == alone["drafts"]
+
+    # three that differ
+    generator = torch.Generator().manual_seed(0)
+    sampled, ids = page_of(model, prompt, 30, speculate=2, n_samples=3, temperature=2.0, generator=generator)
+    _, _, aux = model(torch.tensor([ids]))
+    assert sampled["experts"].sort(-1).values.equal(by_token(aux["experts"])[:len(ids) - 1])
+
+@parametrize("fields, index_warmup, n_moe", [
+    (dict(attn_types=["full"] * 3), False, 2),
+    (dict(attn_types=["full"] * 3, mlp_types=["dense"] * 3), False, 0),
+    (dict(mlp_types=["dense"] * 3), False, 0),
+    (dict(), True, 2)], ids=["M2", "dense", "msa alone", "warm-up"])
+def test_a_page_of_a_model_that_chooses_less(fields, index_warmup, n_moe):
+    """Without MSA, experts, or either, and while the index branch learns, the page has what there is, and says so."""
+    model = make_model(**fields)
+    data, ids = page_of(model, [3, 1, 4], 20, index_warmup)
+    n_msa = 0 if index_warmup else model.cfg.attn_types.count("msa")
+
+    assert data["n_read"] == len(ids) - 1
+    assert data["experts"].shape[:2] == (len(ids) - 1, n_moe)
+    assert data["blocks"].shape[:2] == (len(ids) - 1, n_msa)
+    assert data["index_warmup"] == index_warmup
+
+HOSTILE = [b"</script>", b"<!--<script>", b"DATA", b"\xf0\x9f", b"\x98\x80", b"\xff", b"\0\r\n\t", b'"\\u0022&lt;',
+           "\u2028\u202e".encode(), b"]]>", b"</title><img src=x onerror=alert(1)>", b"\xe4"]
+
+def hostile_page():
+    """-> a page with tokens that would break a careless one."""
+    model = make_model()
+    prompt = list(range(len(HOSTILE)))
+    drawn, trace = traced(model, prompt, 20)
+    tokenizer = Letters(HOSTILE + LETTERS.tokens)
+    return sample.xray_page(sample.xray_data(model, tokenizer, prompt, drawn, trace))
+
+def test_no_token_breaks_out_of_a_page():
+    """</script>, half an emoji, bytes that are no UTF-8: a page has the template's elements, and the text as it is."""
+    class Elements(HTMLParser):
+        def __init__(self):
+            super().__init__()
+            self.found = Counter()
+
+        def handle_starttag(self, tag, attrs):
+            self.found[tag] += 1
+    counts = []
+    page = hostile_page()
+    for text in (page, sample.XRAY_PAGE):
+        parser = Elements()
+        parser.feed(text)
+        counts.append(parser.found)
+    assert counts[0] == counts[1]
+    assert page.count("</script") == 2
+
+    # an emoji stands at its second half; what is no character is U+FFFD
+    texts = read_page(page)["texts"]
+    assert texts[:7] == ["</script>", "<!--<script>", "DATA", "", "\U0001f600", "\ufffd", "\0\r\n\t"]
+    assert read_page(page)["names"]["3"] == r"\xf0\x9f"
+
+def test_a_character_cut_off_by_the_end_is_shown():
+    """The last token may begin a character that never ends: the page shows that something stood there."""
+    assert sample.shown_texts(Letters(HOSTILE), [2, 11]) == ["DATA", "\ufffd"]
+
+def test_sample_writes_a_page(trained, tmp_path):
+    """sample.py --xray writes the text that it prints, which is the one without the flag, in place of an older page."""
+    line = "--prompt 'def ' --max-new-tokens 20 --n-samples 2"
+    path = tmp_path / "page.html"
+    path.write_text("older")
+    plain, _ = run_sample(trained.out, line)
+    result, text = run_sample(trained.out, line, "--xray", path)
+    data = read_page(path.read_text(encoding="utf-8"))
+
+    assert result["texts"] == plain["texts"]
+    assert "".join(data["texts"]) == result["text"]
+    assert str(path) in text
+    assert os.listdir(tmp_path) == ["page.html"]
+
+@parametrize("path, word", [
+    (".", "not a file"),
+    ("/dev/null", "not a file"),
+    ("none/page.html", "no folder"),
+    ("x" * 300, "nothing can be written"),
+    ("\udce9", "udce9")], ids=["folder", "device", "no folder", "long name", "no UTF-8"])
+def test_a_page_that_cannot_be_written_is_refused(tmp_path, monkeypatch, path, word):
+    """--xray is looked at before a model is read: one line, exit code 2, and nothing is left behind."""
+    monkeypatch.chdir(tmp_path)
+    assert word in refused(sample, sample_args("no checkpoint", "", f"--xray={path}"))
+    assert os.listdir(tmp_path) == []
+
+def test_a_page_is_replaced_whole(tmp_path, monkeypatch):
+    """A disk that fails amid the writing leaves the older page, and no half one beside it."""
+    path = tmp_path / "page.html"
+    path.write_text("older")
+    monkeypatch.setattr(sample.os, "replace", mock.Mock(side_effect=OSError("full")))
+    with pytest.raises(OSError):
+        sample.write_page(str(path), "newer")
+
+    assert path.read_text() == "older"
+    assert os.listdir(tmp_path) == ["page.html"]
+
+def contrast(one, other):
+    """Contrast of two colours #rrggbb, from 1 to 21 (WCAG 2.2)."""
+    def luminance(colour):
+        parts = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+        return np.dot(linear, [0.2126, 0.7152, 0.0722])
+    high, low = sorted([luminance(one), luminance(other)], reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+def page_colours():
+    """-> the page's colours by name, of a light and of a dark browser."""
+    parts = re.findall(r":root \{(.*?)\}", sample.XRAY_PAGE, re.DOTALL)
+    return [dict(re.findall(r"--(\w+): (#\w{6});", part)) for part in parts]
+
+def test_a_pages_text_can_be_read():
+    """Light and dark: text has a contrast of 4.5 on every shade; shades differ in brightness, not in hue alone."""
+    light, dark = page_colours()
+    assert light.keys() == dark.keys()
+    for colours in (light, dark):
+        shades = [colours[f"read{level}"] for level in range(1, 6)]
+        assert min(contrast(colours["ink"], shade) for shade in shades) >= 4.5
+        assert min(contrast(colours["quiet"], colours[ground]) for ground in ("page", "panel")) >= 4.5
+        assert min(contrast(a, b) for a, b in zip(shades, shades[1:])) > 1.1
+        assert contrast(colours["cursor"], colours["read5"]) > 1.5
+        for mark in ("cursor", "draft", "cached"):
+            assert contrast(colours[mark], colours["page"]) >= 3
+
+BROWSERS = ["chromium", "chromium-browser", "google-chrome", "chrome", "microsoft-edge"]
+
+def browser_command():
+    """The command line of a browser that runs without a screen, in a list: $NANO_MINIMAX_BROWSER, or what is installed;
+    None without one."""
+    named = os.environ.get("NANO_MINIMAX_BROWSER")
+    if named:
+        return shlex.split(named)
+    found = filter(None, map(shutil.which, BROWSERS))
+    return [path for path in found][:1] or None
+
+# a program that makes two open files its files 3 and 4, by way of numbers that are neither, and becomes another one
+WIRE_AND_RUN = """
+import fcntl, os, sys
+files = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3]]
+for number, file in enumerate(files, 3):
+    os.dup2(file, number)
+os.execvp(sys.argv[3], sys.argv[3:])
+"""
+
+class Browser:
+    """A headless Chromium with one tab, driven through two pipes by its DevTools protocol: JSON, then a zero byte."""
+    WAIT = 30.0                        # seconds for an answer
+
+    def __init__(self, command, folder):
+        commands, self.to = os.pipe()
+        self.answers, answers = os.pipe()
+        line = [*command, "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
+                f"--user-data-dir={folder}", "about:blank"]
+        wired = [sys.executable, "-c", WIRE_AND_RUN, str(commands), str(answers), *line]
+        silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(wired, pass_fds=(commands, answers), **silent)
+        os.close(commands)
+        os.close(answers)
+        self.rest = b""
+        self.n_calls = 0
+        self.session = None
+        self.complaints = []           # of the console, and errors that no code caught
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log"):
+            self.call(f"{domain}.enable")
+
+    def read(self):
+        """-> the next message."""
+        while b"\0" not in self.rest:
+            ready, _, _ = select.select([self.answers], [], [], self.WAIT)
+            part = os.read(self.answers, 2 ** 16) if ready else b""
+            assert part, "the browser does not answer"
+            self.rest += part
+        message, _, self.rest = self.rest.partition(b"\0")
+        return json.loads(message)
+
+    def call(self, method, **params):
+        self.n_calls += 1
+        request = dict(id=self.n_calls, method=method, params=params)
+        if self.session:
+            request["sessionId"] = self.session
+        os.write(self.to, json.dumps(request).encode() + b"\0")
+        while True:
+            message = self.read()
+            if message.get("method") in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"):
+                self.complaints.append(message["params"])
+            if message.get("id") == self.n_calls:
+                assert "error" not in message, message
+                return message["result"]
+
+    def ask(self, expression):
+        """-> the value of JavaScript, which may be a promise."""
+        found = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    def open(self, path, scheme):
+        feature = dict(name="prefers-color-scheme", value=scheme)
+        self.call("Emulation.setEmulatedMedia", features=[feature])
+        self.call("Emulation.setDeviceMetricsOverride", width=1400, height=900, deviceScaleFactor=1, mobile=False)
+        self.call("Page.navigate", url=path.as_uri())
+        self.ask("new Promise(done => document.readyState === 'complete' ? done() : addEventListener('load', done))")
+
+    def point_at(self, selector):
+        """Move the mouse onto an element, and wait until the page has drawn that."""
+        x, y = self.ask(f"""{{
+            const box = document.querySelector({json.dumps(selector)}).getClientRects()[0];
+            [box.x + box.width / 2, box.y + box.height / 2];
+        }}""")
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        self.ask("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+    def press(self, key):
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key)
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.to)
+        os.close(self.answers)
+
+@pytest.fixture
+def browser(tmp_path):
+    command = browser_command()
+    if command is None:
+        pytest.skip("no browser: none of " + ", ".join(BROWSERS) + ", and no NANO_MINIMAX_BROWSER")
+    browser = Browser(command, tmp_path / "profile")
+    yield browser
+    browser.close()
+
+def shaded(browser):
+    """-> which blocks the page shades."""
+    return browser.ask("[...document.querySelectorAll('.b')].flatMap((x, i) => /r[1-5]/.test(x.className) ? [i] : [])")
+
+def token_now(browser):
+    """-> the number of the token under the cursor, from 0; -1 for none."""
+    return browser.ask("[...document.querySelectorAll('.t')].findIndex(x => x.classList.contains('cur'))")
+
+@parametrize("scheme", ["light", "dark"])
+def test_a_browser_opens_a_page(browser, tmp_path, scheme):
+    """In a browser: no complaint; what the token under the mouse read is shaded; keys move it; a layer is chosen."""
+    model = make_drafter("msa")
+    prompt = chained_text(1, 21, 7)[0].tolist()
+    drawn, trace = traced(model, prompt, 60, speculate=2)
+    lines = Letters([b"\n" if i % 10 == 0 else token for i, token in enumerate(LETTERS.tokens)])
+    page = sample.xray_page(sample.xray_data(model, lines, prompt, drawn, trace, cached=9))
+    path = tmp_path / "page.html"
+    path.write_text(page, encoding="utf-8")
+    data = read_page(page)
+    browser.open(path, scheme)
+
+    # the mouse: blocks that any layer and head read; then of one layer and one head
+    number = 70
+    browser.point_at(f".b:nth-child({number // 4 + 1}) > .t:nth-child({number % 4 + 1})")
+    assert token_now(browser) == number
+    blocks = data["blocks"][number] - 1
+    assert shaded(browser) == sorted(set(blocks.flatten().tolist()) - {-1})
+    browser.ask("at('layer').value = 1, at('head').value = 1, at('layer').dispatchEvent(new Event('change'))")
+    assert shaded(browser) == sorted(set(blocks[1, 1].tolist()) - {-1})
+
+    # what it says of the token
+    said = browser.ask("document.querySelector('aside').innerText")
+    assert f"token {number + 1} of {len(data['ids'])}" in said
+    first, second = data["experts"][number].sort(-1).values.tolist()
+    assert f"layer 1: {first[0]}, {first[1]}" in said
+    assert f"layer 2: {second[0]}, {second[1]}" in said
+
+    # keys
+    browser.ask("at('text').focus()")
+    last = len(data["ids"]) - 1
+    for key, want in (("Home", 0), ("ArrowRight", 1), ("ArrowLeft", 0), ("End", last)):
+        browser.press(key)
+        assert token_now(browser) == want, key
+    assert "never read" in browser.ask("at('facts').textContent")
+    browser.press("ArrowUp")
+    assert last - 20 < token_now(browser) < last - 1
+    browser.press("Escape")
+    assert token_now(browser) == -1
+    assert shaded(browser) == []
+
+    # marks, and the scheme
+    assert browser.ask("document.querySelectorAll('.t.draft').length") == len(data["drafts"])
+    assert browser.ask("document.querySelectorAll('.t.cached').length") == 9
+    number = int(scheme == "dark")
+    red, green, blue = (int(page_colours()[number]["page"][i:i + 2], 16) for i in (1, 3, 5))
+    assert browser.ask("getComputedStyle(document.body).backgroundColor") == f"rgb({red}, {green}, {blue})"
+    assert browser.complaints == []
+
+@parametrize("fields", [dict(), dict(attn_types=["full"] * 3), dict(mlp_types=["dense"] * 3)], ids=["M3", "M2", "msa"])
+def test_a_browser_shows_what_there_is(browser, tmp_path, fields):
+    """Parts that a model lacks are not shown, and a page of hostile tokens is text, not code."""
+    path = tmp_path / "page.html"
+    model = make_model(**fields)
+    drawn, trace = traced(model, [3, 1, 4], 20)
+    path.write_text(sample.xray_page(sample.xray_data(model, LETTERS, [3, 1, 4], drawn, trace)), encoding="utf-8")
+    browser.open(path, "light")
+    has_msa = "msa" in model.cfg.attn_types
+    assert browser.ask("at('reads').checkVisibility()") == has_msa
+    assert browser.ask("at('visits').checkVisibility()") == ("moe" in model.cfg.mlp_types)
+    assert ("full attention in every layer" in browser.ask("at('lead').textContent")) != has_msa
+
+    path.write_text(hostile_page(), encoding="utf-8")
+    browser.open(path, "light")
+    assert browser.ask("at('text').textContent").startswith("</script><!--<script>DATA\U0001f600\ufffd")
+    assert browser.ask("document.images.length") == 0
+    assert browser.complaints == []
 
 # ---- 13. agent RL --------------------------------------------------------------------------------
 # ---- 13. a server --------------------------------------------------------------------------------
@@ -9043,6 +9443,18 @@ def replay_of_other_experts(real, aux):
     """A rollout records experts that it did not use."""
     return real(dict(aux, experts=(aux["experts"] + 1) % 8))
 
+def routes_of_the_token_before(real, aux):
+    """A token is said to have chosen what the one before it chose."""
+    return np.roll(real(aux), 1, axis=1)
+
+def drawn_tokens_are_drafts(real, lengths, n_drawn):
+    """A forward's last token, which was drawn, counts as a draft that held."""
+    return list(range(n_drawn))
+
+def nothing_escaped(real, data):
+    """The text stands in the page's script as it is."""
+    return real(data).replace("\\u003c", "<")
+
 def no_clip(real, *args):
     """CISPO's weights are not bounded."""
     return real(*args, eps_high=math.inf)
@@ -9204,6 +9616,11 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("rl.WindowedFIFO.__init__", greedy_with_window_n, test_window_of_figure_5),
     mutant("rl.pack_routes", replay_of_other_experts, replayed),
     mutant("rl.cispo_loss", no_clip, test_cispo_by_hand),
+    mutant("sample.pack_routes", routes_of_the_token_before,
+           on(test_a_page_shows_what_the_forward_chose, "full", 0),
+           on(test_a_page_shows_what_the_forward_chose, "msa", 2)),
+    mutant("sample.held_drafts", drawn_tokens_are_drafts, test_a_page_marks_the_drafts_that_held),
+    mutant("sample.xray_page", nothing_escaped, test_no_token_breaks_out_of_a_page),
     mutant("sample.verify_rows", everything_is_allowed, on(test_verify_kernel_at_its_ends, 3)),
     mutant("sample.draw_rows", one_more_is_kept, on(test_draw_kernel_cuts_as_truncate_logits, CUTS[1])),
     mutant("sample.Decoder.step", every_step_runs_ahead, on(test_rows_that_end_at_the_capacity_stay_in_it, 0)),

@@ -6132,13 +6132,8 @@ def by_token(choices):
     """What a layer chose of each token, (layers, 1, T, ...), in any order -> (T, layers, ...), sorted."""
     return choices[:, 0].transpose(0, 1).long().sort(-1).values
 
-@parametrize("attn", ["full", "msa"])
-@parametrize("speculate", [0, 2])
-def test_a_page_shows_what_the_forward_chose(attn, speculate):
-    """--xray: blocks, experts, log-probabilities and alternatives are those of a forward over the whole text."""
-    model = make_drafter(attn)
-    prompt = chained_text(1, 21, 7)[0].tolist()
-    data, ids = page_of(model, prompt, 60, speculate=speculate)
+def assert_page_is_the_forwards(data, ids, model):
+    """Blocks, experts, log-probabilities and alternatives are those of a forward over the whole text."""
     logits, _, aux = model(torch.tensor([ids]))
     logprobs = logits[0].log_softmax(-1)
     read = len(ids) - 1                # the last token was drawn, and never read
@@ -6146,12 +6141,44 @@ def test_a_page_shows_what_the_forward_chose(attn, speculate):
     assert data["n_read"] == read
     assert data["ids"].tolist() == ids
     assert data["experts"].sort(-1).values.equal(by_token(aux["experts"])[:read])
-    if attn == "msa":
+    if "block_idx" in aux:
         assert (data["blocks"] - 1).sort(-1).values.equal(by_token(aux["block_idx"])[:read])
     came = logprobs[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
     assert worst(data["logprobs"][1:], came) < 1e-5
     assert worst(data["best_logprobs"], logprobs.topk(sample.XRAY_BEST).values) < 1e-5
     assert data["best"][:, 0].equal(logprobs.argmax(-1))
+
+@parametrize("attn", ["full", "msa"])
+@parametrize("speculate", [0, 2])
+def test_a_page_shows_what_the_forward_chose(attn, speculate):
+    """--xray holds what a forward over the whole text chooses."""
+    model = make_drafter(attn)
+    prompt = chained_text(1, 21, 7)[0].tolist()
+    data, ids = page_of(model, prompt, 60, speculate=speculate)
+    assert_page_is_the_forwards(data, ids, model)
+
+@parametrize("speculate", [0, 2])
+def test_a_page_shows_what_cached_tokens_chose(speculate):
+    """Tokens from the prefix cache are read again for the page."""
+    model = make_drafter("msa")
+    prefixes = sample.PrefixCache(10 ** 9)
+    text = chained_text(1, 30, 7)[0].tolist()
+    _, ids = page_of(model, text[:21], 30, prefixes=prefixes, speculate=speculate)
+    cached = []
+    prompt = ids + text[21:]
+    drawn, trace = traced(model, prompt, 30, prefixes=prefixes, cached=cached, speculate=speculate)
+    data = read_page(sample.xray_page(sample.xray_data(model, LETTERS, prompt, drawn, trace, False, *cached)))
+    assert data["cached"] == 48
+    assert_page_is_the_forwards(data, prompt + [token for token, _ in drawn], model)
+
+def test_a_conversation_writes_the_page_of_its_last_answer(trained, tmp_path, monkeypatch):
+    """--chat --xray: what was said, what was answered, and what came from the prefix cache."""
+    path = tmp_path / "page.html"
+    result, text = talk(trained.out, f"--xray {path}", ["import os", "x = 1", "y = 2"], monkeypatch)
+    data = read_page(path.read_text(encoding="utf-8"))
+    assert "".join(data["texts"]) == result["text"]
+    assert data["cached"] == result["cached"] > 0
+    assert text.count("xray    |") == 3
 
 def test_a_page_marks_the_drafts_that_held():
     """Drafts that held are those that verifications count: behind a token that is read so many, then one is drawn."""

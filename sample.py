@@ -26,6 +26,7 @@ import base64
 import codecs
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import hmac
 import io
@@ -2087,6 +2088,13 @@ class Decoder:
             ahead.graph.wait(ahead.turn)
         return ahead is not None
 
+    def close(self):
+        """Free the graphs, which know their decoder: no garbage is left for Python to find some time later."""
+        self.wait()
+        for graph in self.graphs.values():
+            graph.replay = None
+        self.graphs = {}
+
     def compute(self, fed, n_fed, n_drafts, allowed):
         """`step`, with no word to the host where it runs on a GPU."""
         cache = self.cache
@@ -2292,6 +2300,18 @@ def on_host(x):
     """A copy of a tensor for the host to read and write while a GPU works."""
     return x.cpu().pin_memory() if x.is_cuda else x.clone()
 
+@contextlib.contextmanager
+def without_collection():
+    """Python collects no garbage meanwhile. An older CUDA graph among it would be freed, and a capture allows no such
+    call: it fails, wherever the collector happens to run."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
 def captured(compute, device):
     """A function of static inputs -> one that replays it as a CUDA graph, into the same results each time. The function
     computes twice before. On a CPU: the function itself."""
@@ -2306,7 +2326,7 @@ def captured(compute, device):
             compute()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with without_collection(), torch.cuda.graph(graph):
         results = compute()
 
     def replay():
@@ -2411,7 +2431,7 @@ def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0,
                     keep_prefix(prefixes, decoder, row, i)
         raise
     finally:
-        decoder.wait()
+        decoder.close()
         if prefixes is not None:
             for row in rows:
                 prefixes.release(row.path)

@@ -9,8 +9,10 @@ import base64
 import contextlib
 import copy
 import dataclasses
+import gc
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -26,6 +28,7 @@ import subprocess
 import sys
 import time
 import warnings
+import weakref
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -4642,6 +4645,28 @@ def test_steps_by_decode_weights_change_no_word(attn, speculate):
     want, want_logprobs = tokens_and_logprobs(0, kernels=False)
     assert tokens == want
     assert logprobs == pytest.approx(want_logprobs, abs=1e-9)  # fp64
+
+def test_a_loop_leaves_no_graph_behind(monkeypatch):
+    """A CUDA graph that Python's garbage collector frees within the capture of another one makes that fail: graphs go
+    with their loop, whether it ends or is left, and nothing is collected meanwhile."""
+    made = []
+    real = sample.StepGraph.__init__
+
+    def noted(graph, *args):
+        made.append(weakref.ref(graph))
+        real(graph, *args)
+    monkeypatch.setattr(sample.StepGraph, "__init__", noted)
+    model = make_model()
+    with sample.without_collection():
+        assert not gc.isenabled()
+        for n_steps in (40, 3):
+            out = []
+            steps = sample.play(model, [sample.continue_row([3, 1, 4], 9, (), out)], kernels=True)
+            for _ in itertools.islice(steps, n_steps):
+                pass
+            steps.close()
+            assert made.pop()() is None
+    assert gc.isenabled()
 
 @parametrize("speculate", [0, 2])
 def test_rows_that_end_at_the_capacity_stay_in_it(speculate):

@@ -3304,7 +3304,7 @@ class Protocol:
 GATHER_S = 0.005                       # seconds that a request waits for others to come with it
 LOOK_S = 0.05                          # seconds from one look for requests, or for Ctrl-C, to the next
 MOST_WAITING = 512                     # requests; the next one is refused
-RAGGED = 32                            # tokens of a prompt that are fed one by one, beside a shorter one, at most
+RAGGED = 32                            # tokens that a batch's prompts may differ by: a short one waits for no long one
 
 def write_row(asked, index, prompt, engine):
     """A player of the loop: one text of an answer. It ends with the text, or as the client hangs up."""

@@ -1670,24 +1670,20 @@ def test_no_spills_for_sm_90():
         if stack is not None:
             assert stack <= max(most, CHOSEN_SPILLS.get(name, 0)), name
 
-@parametrize("file, parameter, name", [
-    ("msa.py", "edge0", "device"),          # of kernels that compile.py launches by hand
-    ("sample.py", "key_offset", "stream"),  # of kernels that a decoding step launches
-])
-def test_no_parameter_has_a_name_of_triton(tmp_path, file, parameter, name):
-    """A launch takes `device` and `stream` for its own, and fails, but only on a GPU: compile.py finds it without."""
+def test_no_parameter_has_a_name_of_triton(tmp_path):
+    """A launch takes `stream` for its own, and fails, but only on a GPU: compile.py finds it without."""
     needs(msa.triton, "Triton")
     (tmp_path / ".ci").mkdir()
     for path in (".ci/compile.py", *KERNEL_FILES):
         shutil.copy(HERE / path, tmp_path / path)
-    source = (HERE / file).read_text(encoding="utf-8")
-    assert parameter in source
-    renamed = re.sub(rf"\b{parameter}\b", name, source)
-    (tmp_path / file).write_text(renamed, encoding="utf-8")
+    source = (HERE / "sample.py").read_text(encoding="utf-8")
+    renamed = re.sub(r"\bkey_offset\b", "stream", source)
+    assert renamed != source
+    (tmp_path / "sample.py").write_text(renamed, encoding="utf-8")
 
     run = run_python(tmp_path / ".ci/compile.py")
     assert run.returncode != 0
-    assert f"{name} option is deprecated" in run.stderr, run.stderr[-2000:]
+    assert "stream option is deprecated" in run.stderr, run.stderr[-2000:]
 
 WITHOUT_TRITON = """
 import sys
@@ -5239,12 +5235,12 @@ def test_draw_kernel_is_told_what_to_read():
 def test_verify_kernel_at_its_ends(top_k):
     """p = q: all drafts that count hold. p and q share no token: none does, and the next token is one of p's."""
     needs_interpreter()
-    B, K, V = 6, 2, 8
+    B, K, V = 4, 2, 8
     torch.manual_seed(0)
     plain = sample.Sampling(top_k=top_k)
     p = torch.randn(B, K + 1, V)
     q = p[:, :K].clone()
-    n_drafts = torch.tensor([0, 1, 2, 2, 2, 2])
+    n_drafts = torch.tensor([0, 1, 2, 2])
     column = torch.stack([n_drafts, n_drafts + 9], 1)[:, 0]  # its numbers do not lie side by side
 
     def verified(p, q, allowed=None):
@@ -5963,12 +5959,12 @@ def test_a_cache_that_is_too_small_changes_no_word():
     """Eviction under load: conversations in turn, in a cache that holds hardly one of them, or not even a block."""
     model = make_drafter("msa")
     a_block = 4 * model.cfg.n_layer * (2 * 2 * 8 + 8) * 8 * 2  # with three modules' lanes, fp64
-    texts = chained_text(6, 30, seed=9).tolist()
-    for n_blocks in (0, 1, 5, 12):
+    texts = chained_text(4, 30, seed=9).tolist()
+    for n_blocks in (0, 1, 6):
         prefixes = sample.PrefixCache(n_blocks * a_block)
-        for round in range(3):
+        for n_tokens in (10, 26):
             for text in texts:
-                prompt = text[:10 + 8 * round]
+                prompt = text[:n_tokens]
                 tokens, _, _ = cached_greedy(model, [prompt], 6, prefixes)
                 assert torch.equal(tokens, greedy(model, [prompt], 6)[0])
                 assert_adds_up(prefixes)
@@ -6883,12 +6879,13 @@ def text_of(client):
     return piece.text
 
 def test_a_newcomer_waits_for_no_long_text():
-    """A text of three tokens ends three forwards after it was asked for; one of 400 beside it is told of the end."""
+    """A text of three tokens ends five forwards after it was asked for, two of which read its prompt; one of 400 beside
+    it is told of the end."""
     engine = sample.Engine(*speaker())
     long = put_text(engine, max_tokens=400)
     run_engine(engine, 5)
     short = put_text(engine, max_tokens=3)
-    run_engine(engine, 3)
+    run_engine(engine, 5)
     assert is_over(short)
     assert not is_over(long)
     engine.close()
@@ -6925,7 +6922,7 @@ def test_a_server_that_drafts_says_the_same():
     assert [score.logprob for score in drafted.scores] == pytest.approx([score.logprob for score in plain.scores])
 
 def test_long_prompts_are_not_fed_beside_short_ones():
-    """Prompts of about one length are one batch; a long one would be fed token by token behind a short one."""
+    """Prompts of about one length are one batch: no short one waits until a long one has been read."""
     engine = sample.Engine(*speaker())
     for n in (1, 30, 500, 510):
         put_text(engine, prompt=[[5] * n], max_tokens=2)
@@ -6951,20 +6948,20 @@ def test_what_goes_wrong_in_a_batch_ends_that_batch_alone(capsys):
     for fault, status in ((ValueError("NaN"), 500), (MemoryError("full"), 503)):
         client = put_text(engine, max_tokens=3)
         with mock.patch.object(sample.Decoder, "step", side_effect=fault):
-            run_engine(engine)
+            run_engine(engine, 3)
         assert client.news[-1].args[0] == status
         assert not engine.batches
     assert str(fault) in capsys.readouterr().out
 
     client = put_text(engine, max_tokens=3)
-    run_engine(engine, 3)
+    run_engine(engine, 5)
     assert is_over(client)
 
 def test_who_hangs_up_is_not_decoded_for():
     """A row ends at the next token of it, a request that waits is never begun; the others go on."""
     engine = sample.Engine(*speaker())
     gone, stays = [put_text(engine, max_tokens=100) for _ in range(2)]
-    run_engine(engine, 3)
+    run_engine(engine, 5)
     gone.gone = True
     late = put_text(engine, prompt="late", max_tokens=100)
     late.gone = True

@@ -1040,10 +1040,13 @@ def free_memory(device):
     return min(available, cgroup_room())
 
 def peak_memory(device):
-    """Bytes that this process had at most: of the GPU, or of the machine."""
+    """Bytes that this process had at most: of the GPU, or of the machine. None on Windows, which does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource                    # not on Windows
+    try:
+        import resource
+    except ImportError:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -1740,7 +1743,8 @@ class Block:
     tokens: tuple
     parent: "Block"
     lanes: dict = dataclasses.field(default_factory=dict)     # name -> (layers, L, ...)
-    n_read: int = 0                    # MTP modules whose lanes are whole, too
+    n_read: int = 0                    # MTP modules that have read it, too
+    following: tuple = ()              # the tokens behind it that they have read with its last ones
     children: dict = dataclasses.field(default_factory=dict)  # by their tokens
     users: int = 0                     # rows that have it in hand: it stays
     used_at: int = 0                   # on the cache's clock
@@ -1808,8 +1812,15 @@ class PrefixCache:
             tokens = [token for block in path for token in block.tokens]
             cache.ids[row, :n_slots] = torch.tensor(tokens, device=cache.ids.device)
         cache.set_length(row, n_slots)
-        read = itertools.takewhile(lambda block: block.n_read >= n_modules, path)
-        return cache.L * len(list(read))
+
+        # the modules read the slots before the path's end again, but not those before a fork within it
+        n_read = 0
+        for block, behind in itertools.zip_longest(path, path[1:]):
+            is_this_path = behind is None or behind.tokens[:n_modules] == block.following[:n_modules]
+            if block.n_read < n_modules or not is_this_path:
+                break
+            n_read += cache.L
+        return n_read
 
     def insert(self, tokens, cache, row, n_read=0, n_modules=0):
         """Keep the whole blocks of what a row of a KVCache holds, as far as there is room.
@@ -1822,28 +1833,35 @@ class PrefixCache:
         lanes = row_lanes(cache, row)
         path = []
         block = self.root
-        for end in range(L, len(tokens) + 1, L):
-            slots = slice(end - L, end)
-            key = tuple(tokens[slots])
-            child = block.children.get(key, Block(key, block))
-            path.append(child)
-            self.hold([child])         # before others go, to make room
-            is_new = not lanes.keys() <= child.lanes.keys()
-            is_better = end <= n_read and n_modules > child.n_read
-            if is_new or is_better:
-                if not self.fill(child, {name: lane[:, slots] for name, lane in lanes.items()}):
-                    break
-                child.n_read = n_modules if end <= n_read else 0
-            block.children[key] = child
-            block = child
-        self.release(path)
+        try:
+            for end in range(L, len(tokens) + 1, L):
+                slots = slice(end - L, end)
+                key = tuple(tokens[slots])
+                following = tuple(tokens[end:end + n_modules])
+                child = block.children.get(key, Block(key, block))
+                path.append(child)
+                self.hold([child])     # before others go, to make room
+                is_new = not lanes.keys() <= child.lanes.keys()
+                knows_more = n_modules > child.n_read or following != child.following[:n_modules]
+                if is_new or (end <= n_read and knows_more):
+                    if not self.fill(child, {name: lane[:, slots] for name, lane in lanes.items()}):
+                        break
+                    child.n_read = n_modules if end <= n_read else 0
+                    child.following = following
+                block.children[key] = child
+                block = child
+        finally:
+            self.release(path)
 
     def fill(self, block, lanes):
-        """Copy lanes into a block -> whether there was room."""
+        """Copy lanes into a block -> whether there was room, below the bound and in memory."""
         more = sum(lane.numel() * lane.element_size() for lane in lanes.values()) - block.bytes
         if not self.make_room(more):
             return False
-        block.lanes = {name: lane.clone() for name, lane in lanes.items()}
+        try:
+            block.lanes = {name: lane.clone() for name, lane in lanes.items()}
+        except torch.OutOfMemoryError:
+            return False
         self.bytes += more
         return True
 
@@ -2337,7 +2355,7 @@ def captured(compute, device):
 @torch.no_grad()
 def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0, allowed=None, index_warmup=False,
          capacity=None, accepted=None, kernels=None, n_best=0, prefixes=None, cached=None):
-    """Drive coroutines in step -> yields after each forward.
+    """Drive coroutines in step -> yields after each forward, and once before anything is drawn.
 
     players    each yields how many tokens of its cache it keeps and the tokens to feed next; after the last of them it
                is sent a token sampled after it, its logprob at temperature 1, nothing cut, and the notes on every token
@@ -2375,8 +2393,10 @@ def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0,
     capacity = capacity or model.cfg.max_seq_len
     decoder = Decoder(model, len(sizes), capacity, sampling, speculate, index_warmup, record, kernels, n_best)
     cache = decoder.cache
+    has_begun = False
     try:
         yield from prefill(decoder, rows, sizes, prefixes)
+        has_begun = True
         if cached is not None:
             cached += [row.n_cached for row in rows]
         yield                          # before anything is drawn
@@ -2425,7 +2445,7 @@ def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0,
             yield
     except GeneratorExit:              # nobody wants more: what is there may be of use
         decoder.wait()
-        if prefixes is not None:
+        if prefixes is not None and has_begun:  # before, `prefill` keeps it
             for i, row in enumerate(rows):
                 if row.feed:
                     keep_prefix(prefixes, decoder, row, i)
@@ -2441,7 +2461,7 @@ def lockstep(*args, **options):
     for _ in play(*args, **options):
         pass
 
-PART = dict(cpu=2048, cuda=16384)      # tokens of prompts that one forward reads: they bound its memory
+PART = dict(cpu=2048, cuda=16384)      # tokens of prompts that one forward reads: they bound its memory; see prompt_part
 ALONE = 32                             # tokens: what prompts have more than the shortest is fed to each row alone
 
 def prefill(decoder, rows, sizes, prefixes=None):
@@ -2468,14 +2488,16 @@ def prefill(decoder, rows, sizes, prefixes=None):
             n_read[i] = prefixes.restore(row.path, cache, i, decoder.n_modules)
             row.n_cached = len(row.path) * cache.L
             row.take(row.n_cached, [] if decoder.record is None else [None] * row.n_cached)
-            reader.done += row.n_cached
+            reader.progress.total -= row.n_cached
         left = len(row.feed) - 1
-        if prefixes is not None or left > ALONE:
-            n_read[i] = yield from reader.read(cache.row(i, row.length), [row], left, n_read[i])
-            cache.set_length(i, row.length)
-        if prefixes is not None:
-            known = n_read[i] - decoder.n_modules  # at the last slots the modules have read guesses
-            prefixes.insert(row.tokens, cache, i, known, decoder.n_modules)
+        try:
+            if prefixes is not None or left > ALONE:
+                n_read[i] = yield from reader.read(cache.row(i, row.length), [row], left, n_read[i])
+                cache.set_length(i, row.length)
+        finally:                       # also of a prompt that nobody wants read to its end
+            if prefixes is not None:
+                known = n_read[i] - decoder.n_modules  # at the last slots the modules have read guesses
+                prefixes.insert(row.tokens, cache, i, known, decoder.n_modules)
     decoder.n_stale = max(row.length - n for row, n in zip(leaders, n_read))
 
     # the others of each group
@@ -2486,6 +2508,10 @@ def prefill(decoder, rows, sizes, prefixes=None):
         if row is not leader:
             row.n_cached = leader.n_cached
             row.take(leader.length, leader.notes)
+
+def prompt_part(device):
+    """How many tokens of prompts one forward reads on a device; others than these two are like a CPU."""
+    return PART.get(device.type, PART["cpu"])
 
 class PromptReader:
     """Feeds prompts in parts of bounded memory, and says how far it is where that takes long."""
@@ -2501,7 +2527,7 @@ class PromptReader:
         -> how many slots the MTP modules have read; n_read: had read before."""
         decoder = self.decoder
         device = cache.length.device
-        part = max(1, PART[device.type] // len(rows))
+        part = max(1, prompt_part(device) // len(rows))
         while size:
             n = min(size, part)
             idx = torch.tensor([row.feed[:n] for row in rows], device=device)
@@ -2524,8 +2550,9 @@ class PromptReader:
         return n_read
 
 def keep_prefix(prefixes, decoder, row, i):
-    """A row is over: a PrefixCache keeps what it has computed."""
-    prefixes.insert(row.tokens, decoder.cache, i, row.length - decoder.n_stale, decoder.n_modules)
+    """A row is over, or left: a PrefixCache keeps what it has computed."""
+    n_read = row.length - decoder.n_stale - decoder.n_modules  # at the last slots they may have read guesses
+    prefixes.insert(row.tokens, decoder.cache, i, n_read, decoder.n_modules)
     prefixes.release(row.path)
     row.path = []
 
@@ -3386,11 +3413,14 @@ class Batch:
             index_warmup=engine.index_warmup,
             capacity=max(min(cfg.max_seq_len, len(prompt.ids) + asked.max_new_tokens) for asked, _, prompt in parts),
             n_best=first.n_best,
-            prefixes=engine.prefixes,
+            prefixes=engine.prefixes if first.seed is None else None,  # what is kept was rounded in another batch
             cached=self.cached)
 
     def advance(self):
         """One forward -> whether there are more to come. What goes wrong is told to the clients."""
+        if all(asked.client.gone for asked in self.requests):
+            self.steps.close()         # within a prompt, too
+            return False
         try:
             next(self.steps)
             self.count_cached()
@@ -4503,7 +4533,8 @@ def serve(args):
 # ---- the script: a conversation ------------------------------------------------------------------
 # A model that was not trained to converse has no template: what is said are paragraphs, parted by blank lines. The
 # context is the tokens themselves. What the model has said is never tokenized again, and none of it is left out, nor are
-# its thoughts: so each turn begins with all of the last one's context, and only what is new is computed.
+# its thoughts: so each turn begins with all of the last one's context, and only what is new is computed. (After Ctrl-C,
+# which ends a forward in its middle, the interrupted answer is read once more.)
 
 BLANK_LINE = "\n\n"
 HELP = "/reset forgets all, /save FILE and /load FILE keep it, /quit or end of input ends"
@@ -4548,8 +4579,9 @@ class Conversation:
             raise ValueError(f"the context is full: it would have {len(ids):,} tokens, and the model's holds "
                              f"{context:,}, the answer included; nothing was read. /reset begins anew")
 
-        self.ids = ids
+        n_before = len(self.ids)
         n_read = len(ids)
+        self.ids = ids
         interrupted = False
         stream = Stream([BLANK_LINE, *self.args.stop])
         drawn = []                     # for --xray: tokens and logprobs
@@ -4559,6 +4591,9 @@ class Conversation:
             self.answer(steps, stream)
         except KeyboardInterrupt:
             interrupted = True
+        except Exception:              # nothing was drawn: the line is not part of the conversation
+            del self.ids[n_before:]
+            raise
         finally:
             steps.close()
         print(stream.feed(b"", final=True))
@@ -4566,7 +4601,7 @@ class Conversation:
             print("stopped | by Ctrl-C; another one ends the conversation")
         elif len(self.ids) == context:
             print(f"full    | the model's context of {context:,} tokens ends here. /reset begins anew")
-        elif stream.tokens == room:
+        elif stream.tokens == room and not stream.done:
             print(f"stopped | after {room:,} tokens: see --max-new-tokens")
         if drawn and trace is not None:
             write_xray(self.args.xray, self.model, self.tokenizer, ids[:n_read], drawn, trace, self.index_warmup,
@@ -4576,7 +4611,7 @@ class Conversation:
         """`generate` behind the context, at most `room` tokens."""
         args = self.args
         self.cached = []
-        return generate(self.model, [self.ids], room, 1, args.temperature, args.top_p, args.top_k, self.generator,
+        return generate(self.model, [list(self.ids)], room, 1, args.temperature, args.top_p, args.top_k, self.generator,
                         {self.tokenizer.eot}, self.allowed, self.index_warmup, args.speculate, self.accepted,
                         self.prefixes, self.cached, trace)
 
@@ -4730,9 +4765,10 @@ def run(args):
     rate = rate_after_first(args.n_samples, total, prefill_s, seconds)
     more = "" if rate is None else f", then {rate:,.0f} tokens/s"
     print(f"\n{total} tokens: {prefill_s:.3f} s to the first{more}")
-    part = PART[device.type]
-    if len(prompt.ids) > part:
-        print(f"memory  | {peak_memory(device) / 1e6:,.0f} MB at most; the prompt was read {part:,} tokens at a time")
+    part = prompt_part(device)
+    most = peak_memory(device)
+    if most is not None and len(prompt.ids) > part:
+        print(f"memory  | {most / 1e6:,.0f} MB at most; the prompt was read {part:,} tokens at a time")
     if trace is not None:
         write_xray(args.xray, model, tokenizer, prompt.ids, drawn, trace, index_warmup)
     held = held_by_depth(accepted, args.speculate)

@@ -1,6 +1,7 @@
 """The suite, and a guided tour in the order of a token's walk: text, config, parts, attention, index branch, MSA,
 kernels, router, model, cache, training, sampling, server, agents, bad input, and last mutants: each checker can fail.
-Everything is offline and takes at most 240 s on 2 cores; `python test_all.py` prints each test's one-line lesson.
+Everything is offline and takes at most 240 s on 2 cores, by pytest-xdist; `python test_all.py` prints each test's
+one-line lesson.
 What is compared against is not ours: outputs that transformers 5.23 computed (.ci/golden), torch's operators,
 brute-force loops, closed forms, published counts. fp32 tolerances are a few roundings of such sums; fp64 ones 1e-10.
 """
@@ -49,7 +50,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
-os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # no test's threads are chosen by the clock
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # no test's threads are chosen by the clock; small models want one
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 os.environ["NANO_MINIMAX_CACHE"] = ""  # none: each test computes what it tests
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before msa is imported: a kernel's decorator reads the flag
@@ -5926,8 +5928,7 @@ def test_a_conversation_is_computed_once(attn, K):
 
 @torch.no_grad()
 def test_int8_copies_of_cached_index_keys():
-    """msa_decode's certified int8 keys are made block by block: those of keys from the prefix cache are the same, and so
-    are the blocks that they choose."""
+    """msa_decode's certified int8 keys are made block by block: those of keys from the prefix cache are the same."""
     model = make_drafter("msa", torch.float32)
     text = chained_text(1, 40, seed=5)
     L = model.cfg.index_block_size
@@ -5982,6 +5983,56 @@ def test_a_loop_that_is_left_lets_go_of_its_blocks():
         assert_adds_up(prefixes)
         assert torch.equal(cached_greedy(model, [prompt], 20, prefixes)[0], greedy(model, [prompt], 20)[0])
 
+@torch.no_grad()
+def test_a_loop_left_within_a_prompt_keeps_what_is_right(monkeypatch):
+    """Groups of 2, 1 and 1 rows, left after each number of forwards: what stays is what was computed, under its own
+    tokens, and nothing is in hand."""
+    model = make_drafter("msa")
+    monkeypatch.setattr(sample, "PART", dict(cpu=8))
+    texts = chained_text(3, 30, seed=6).tolist()
+    prompts = [texts[0], texts[0], texts[1], texts[2]]
+    for n_steps in range(1, 14, 2):
+        prefixes = sample.PrefixCache(10 ** 9)
+        players = [sample.continue_row(prompt, 5, (), []) for prompt in prompts]
+        steps = sample.play(model, players, [2, 1, 1], sample.Sampling(temperature=0), prefixes=prefixes)
+        for _ in itertools.islice(steps, n_steps):
+            pass
+        steps.close()
+        assert_adds_up(prefixes)
+        tokens, logprobs, _ = cached_greedy(model, texts, 6, prefixes)
+        want, scores = greedy(model, texts, 6)
+        assert torch.equal(tokens, want)
+        assert worst(logprobs, scores) < 1e-9
+
+@torch.no_grad()
+def test_modules_read_again_before_a_fork():
+    """Two texts fork at a block's edge: what modules wrote before it, with the tokens behind it, is the first one's. A
+    row that goes on along the second one lets them read it again."""
+    model = make_drafter("msa")
+    prefixes = sample.PrefixCache(10 ** 9)
+    texts = chained_text(3, 40, seed=8).tolist()
+    first = texts[0]
+    second = first[:20] + texts[1][:15]
+    assert first[20:23] != second[20:23]
+    for prompt in (first, second, second + texts[2][:9]):
+        real = MiniMax.draft
+        with mock.patch.object(MiniMax, "draft", lambda *args: check_lanes(real, *args)):
+            tokens, _, _ = cached_greedy(model, [prompt], 8, prefixes, speculate=3)
+        assert torch.equal(tokens, greedy(model, [prompt], 8)[0])
+
+def test_a_block_that_fits_no_memory_is_not_kept():
+    """Too little memory for a copy: the text goes on, nothing is in hand, bytes add up."""
+    model = make_drafter("full")
+    prompt = chained_text(1, 30, seed=2)[0].tolist()
+    want = greedy(model, [prompt], 8)[0]
+    prefixes = sample.PrefixCache(10 ** 9)
+    with mock.patch.object(torch.Tensor, "clone", side_effect=torch.OutOfMemoryError("no room")):
+        cache = KVCache(model.cfg, 1, 40)
+        prefixes.insert(prompt, cache, 0)
+    assert prefixes.bytes == 0
+    assert_adds_up(prefixes)
+    assert torch.equal(cached_greedy(model, [prompt], 8, prefixes)[0], want)
+
 def test_tokens_of_one_hash_are_not_mixed_up():
     """vllm#12621, openvino.genai#3722: one user's text came from another's. Python hashes 0 and 2^61 - 1 alike."""
     assert hash((0, 0, 0, 0)) == hash((2 ** 61 - 1, 0, 0, 0))
@@ -6031,8 +6082,8 @@ def test_a_long_prompt_is_read_in_parts(K, has_cache, monkeypatch):
         return check_lanes(draft, model, cache, token, n, n_stale, *args)
     monkeypatch.setattr(sample, "PART", dict(cpu=24))
     monkeypatch.setattr(MiniMax, "draft", checked)
+    prefixes = sample.PrefixCache(10 ** 9) if has_cache else None
     for _ in range(2):                 # from the prefix cache the second time
-        prefixes = sample.PrefixCache(10 ** 9) if has_cache else None
         with mock.patch.object(MiniMax, "forward", counted):
             tokens, logprobs = greedy(model, prompts, 9, speculate=K, prefixes=prefixes)
         assert torch.equal(tokens, want)
@@ -6195,8 +6246,16 @@ def test_a_page_shows_what_cached_tokens_chose(speculate):
 def test_a_conversation_writes_the_page_of_its_last_answer(trained, tmp_path, monkeypatch):
     """--chat --xray: what was said, what was answered, and what came from the prefix cache."""
     path = tmp_path / "page.html"
-    result, text = talk(trained.out, f"--xray {path}", ["import os", "x = 1", "y = 2"], monkeypatch)
+    counted = []
+    real = sample.held_drafts
+    monkeypatch.setattr(sample, "held_drafts", lambda lengths, n: counted.append((lengths, n)) or real(lengths, n))
+    line = f"--xray {path} --speculate 1"
+    result, text = talk(trained.out, line, ["import os", "x = 1", "y = 2"], monkeypatch)
     data = read_page(path.read_text(encoding="utf-8"))
+    for lengths, n_drawn in counted:   # tokens drawn after each forward, in rising order, of which not all may be shown
+        assert lengths == sorted(lengths)
+        assert lengths[0] == 0
+        assert lengths[-1] >= n_drawn
     assert "".join(data["texts"]) == result["text"]
     assert data["cached"] == result["cached"] > 0
     assert text.count("xray    |") == 3
@@ -6879,8 +6938,8 @@ def text_of(client):
     return piece.text
 
 def test_a_newcomer_waits_for_no_long_text():
-    """A text of three tokens ends five forwards after it was asked for, two of which read its prompt; one of 400 beside
-    it is told of the end."""
+    """A text of three tokens ends five turns after it was asked for: its prompt is read, the loop begins, three are drawn.
+    One of 400 beside it is told of the end."""
     engine = sample.Engine(*speaker())
     long = put_text(engine, max_tokens=400)
     run_engine(engine, 5)

@@ -6014,7 +6014,7 @@ def test_modules_read_again_before_a_fork():
     first = texts[0]
     second = first[:20] + texts[1][:15]
     assert first[20:23] != second[20:23]
-    for prompt in (first, second, second + texts[2][:9]):
+    for prompt in (first, second, first + texts[2][:9], second + texts[2][9:18]):
         real = MiniMax.draft
         with mock.patch.object(MiniMax, "draft", lambda *args: check_lanes(real, *args)):
             tokens, _, _ = cached_greedy(model, [prompt], 8, prefixes, speculate=3)

@@ -2362,8 +2362,8 @@ def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0,
                in its cache. It ends by returning
     group      players lie side by side in groups of one first prompt, whose keys and values are computed once: the size
                of all groups, or a list of their sizes
-    record     aux -> (B, T, r) array: r numbers to note for every token; None: notes are empty. The note on a token from
-               the prefix cache is None
+    record     aux -> (B, T, r) array: r numbers to note for every token; None: notes are empty. A token from the prefix
+               cache has the note None
     speculate  drafts behind a row's token
     allowed    (V,) bool, or (players, V): what a row's first new token may be; None: any
     index_warmup  as in MiniMax.forward
@@ -2461,7 +2461,7 @@ def lockstep(*args, **options):
     for _ in play(*args, **options):
         pass
 
-PART = dict(cpu=2048, cuda=16384)      # tokens of prompts that one forward reads: they bound its memory; see prompt_part
+PART = dict(cpu=2048, cuda=16384)      # tokens of prompts that one forward reads, to bound its memory: see prompt_part
 ALONE = 32                             # tokens: what prompts have more than the shortest is fed to each row alone
 
 def prefill(decoder, rows, sizes, prefixes=None):
@@ -2753,7 +2753,8 @@ class Client:
         return {"type": "http.disconnect"}
 
     def tell(self, piece):
-        """From any thread: a piece of the answer, or a Refused. A client that lets too many of them wait is given up."""
+        """From any thread: a piece of the answer, or a Refused. A client that lets too many of them wait is given up.
+        """
         if self.gone:
             return
         if len(self.news) >= self.most:
@@ -4532,9 +4533,9 @@ def serve(args):
 
 # ---- the script: a conversation ------------------------------------------------------------------
 # A model that was not trained to converse has no template: what is said are paragraphs, parted by blank lines. The
-# context is the tokens themselves. What the model has said is never tokenized again, and none of it is left out, nor are
-# its thoughts: so each turn begins with all of the last one's context, and only what is new is computed. (After Ctrl-C,
-# which ends a forward in its middle, the interrupted answer is read once more.)
+# context is the tokens themselves. What the model has said is never tokenized again, and none of it is left out, nor
+# are its thoughts: so each turn begins with all of the last one's context, and only what is new is computed. (After
+# Ctrl-C, which ends a forward in its middle, the interrupted answer is read once more.)
 
 BLANK_LINE = "\n\n"
 HELP = "/reset forgets all, /save FILE and /load FILE keep it, /quit or end of input ends"

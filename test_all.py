@@ -6942,8 +6942,8 @@ def text_of(client):
     return piece.text
 
 def test_a_newcomer_waits_for_no_long_text():
-    """A text of three tokens ends five turns after it was asked for: its prompt is read, the loop begins, three are drawn.
-    One of 400 beside it is told of the end."""
+    """A text of three tokens ends five turns after it was asked for: its prompt is read, the loop begins, three are
+    drawn. One of 400 beside it is told of the end."""
     engine = sample.Engine(*speaker())
     long = put_text(engine, max_tokens=400)
     run_engine(engine, 5)

@@ -2,8 +2,8 @@
 
     python .ci/prefix_hits.py                # no model: tokens are random numbers, lanes are empty but for one number
 
-A request has a prompt and an answer; the next one of the same client begins with both. Of all tokens of all prompts, the
-share that is found:
+A request has a prompt and an answer; the next one of the same client begins with both. Of all tokens of all prompts,
+the share that is found:
     ideal       tokens that some earlier request had at the same beginning, counted one by one, with endless memory
     whole       blocks of 16 tokens, endless memory
     1/2, 1/4    memory for so much of all different blocks; requests in the order in which they come

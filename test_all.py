@@ -4962,6 +4962,12 @@ def test_commands_of_a_conversation(trained, tmp_path, monkeypatch):
     assert kept["text"] in text
     assert "unknown | /reset" in text
 
+    _, text = talk(trained.out, "", ["/save", "/load ", f"/save {tmp_path}/none/x", f"/save {tmp_path}"], monkeypatch)
+    assert "refused | /save needs a FILE" in text
+    assert "refused | /load needs a FILE" in text
+    assert f"refused | /save {tmp_path}/none/x: No such file" in text
+    assert os.listdir(tmp_path) == ["talk.json"]
+
 BAD_CONVERSATIONS = dict(
     no_file=None,
     no_json=b"\xff{",
@@ -6697,15 +6703,14 @@ def served():
 def generated(text, n_tokens, n_samples=1, temperature=0, seed=None):
     """What `generate` makes of a prompt -> its texts, up to their end-of-text token."""
     model, tokenizer = speaker()
-    prompt = sample.encode_prompt(text, tokenizer, model.cfg.max_seq_len)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    steps = sample.generate(model, [prompt.ids], n_tokens, n_samples, temperature, 1.0, None, generator,
-                            {tokenizer.eot}, prompt.allowed)
+    steps = sample.generate(model, [tokenizer.encode(text)], n_tokens, n_samples, temperature, 1.0, None, generator,
+                            {tokenizer.eot})
     rows = torch.stack([drawn for drawn, _ in steps], 1).tolist()
     texts = []
     for row in rows:
         tokens = [token for token in row if token not in (-1, tokenizer.eot)]
-        texts.append(tokenizer.decode_bytes(tokens)[prompt.taken:].decode("utf-8", errors="replace"))
+        texts.append(tokenizer.decode_bytes(tokens).decode("utf-8", errors="replace"))
     return texts
 
 @parametrize("temperature, n", [(0, 1), (1, 1), (1, 3)])
@@ -7033,6 +7038,17 @@ def test_who_hangs_up_is_not_decoded_for():
     assert engine.n_tokens == 3 + 5
     assert not late.news
     assert engine.n_requests == 2
+
+def test_a_text_of_one_token_is_one(served):
+    """A prompt's tokens stay as they are: the one token asked for stands in the text, greedily the likeliest of those
+    beside it, with its own log-probability."""
+    _, answer = served.ask("/completions", prompt="import o", max_tokens=1, temperature=0, logprobs=3)
+    choice, = answer["choices"]
+    best = choice["logprobs"]["top_logprobs"][0]
+    assert choice["logprobs"]["tokens"] == [choice["text"]]
+    assert choice["logprobs"]["token_logprobs"] == [max(best.values())]
+    assert best[choice["text"]] == max(best.values())
+    assert answer["usage"]["completion_tokens"] == 1
 
 @parametrize("stream", [True, False])
 def test_a_client_that_hangs_up_leaves_nothing(served, stream):

@@ -4532,8 +4532,7 @@ def serve(args):
 # ---- the script: a conversation ------------------------------------------------------------------
 # A model that was not trained to converse has no template: what is said are paragraphs, parted by blank lines. The
 # context is the tokens themselves. What the model has said is never tokenized again, and none of it is left out, nor
-# are its thoughts: so each turn begins with all of the last one's context, and only what is new is computed. (After
-# Ctrl-C, which ends a forward in its middle, the interrupted answer is read once more.)
+# are its thoughts: so each turn begins with all of the last one's context, and only what is new is computed.
 
 BLANK_LINE = "\n\n"
 HELP = "/reset forgets all, /save FILE and /load FILE keep it, /quit or end of input ends"
@@ -4581,22 +4580,23 @@ class Conversation:
         n_before = len(self.ids)
         n_read = len(ids)
         self.ids = ids
-        interrupted = False
+        pressed = []                   # once for each Ctrl-C
         stream = Stream([BLANK_LINE, *self.args.stop])
         drawn = []                     # for --xray: tokens and logprobs
         trace = make_trace(self.model.cfg, self.index_warmup) if self.args.xray else None
         steps = keep_first(self.steps(room, trace), drawn)
         try:
-            self.answer(steps, stream)
+            with ctrl_c_counted(pressed):
+                self.answer(steps, stream, pressed)
         except KeyboardInterrupt:
-            interrupted = True
+            pressed.append(1)
         except Exception:              # nothing was drawn: the line is not part of the conversation
             del self.ids[n_before:]
             raise
         finally:
             steps.close()
         print(stream.feed(b"", final=True))
-        if interrupted:
+        if pressed:
             print("stopped | by Ctrl-C; another one ends the conversation")
         elif len(self.ids) == context:
             print(f"full    | the model's context of {context:,} tokens ends here. /reset begins anew")
@@ -4614,8 +4614,8 @@ class Conversation:
                         {self.tokenizer.eot}, self.allowed, self.index_warmup, args.speculate, self.accepted,
                         self.prefixes, self.cached, trace)
 
-    def answer(self, steps, stream):
-        """Print what is drawn, and make it part of the context."""
+    def answer(self, steps, stream, pressed):
+        """Print what is drawn, and make it part of the context, until something is in `pressed`."""
         n_read = len(self.ids)
         first_s = None
         started = time.perf_counter()
@@ -4630,7 +4630,7 @@ class Conversation:
             self.ids.append(token)
             self.n_drawn += 1
             print(stream.feed(self.tokenizer.decode_bytes([token])), end="", flush=True)
-            if stream.done:
+            if stream.done or pressed:
                 break
         n_drawn = len(self.ids) - n_read
         self.last = dict(tokens_per_s=rate_after_first(1, n_drawn, first_s, seconds), prefill_s=first_s,
@@ -4684,6 +4684,19 @@ class Conversation:
         else:
             print(f"unknown | {HELP}")
         return True
+
+@contextlib.contextmanager
+def ctrl_c_counted(pressed):
+    """Within it Ctrl-C adds to a list, so that a forward comes to its end; the second one is a KeyboardInterrupt."""
+    def note(*_):
+        pressed.append(1)
+        if len(pressed) > 1:
+            raise KeyboardInterrupt
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 def prefix_bytes(device):
     """How much memory a PrefixCache may take: a quarter of what is free, 1 GiB where nobody knows."""

@@ -5001,19 +5001,24 @@ def test_a_full_context_is_told(trained, monkeypatch):
     _, text = talk(trained.out, "--max-new-tokens 100000", ["import os"] * 40, monkeypatch)
     assert f"full    | the model's context of {context:,} tokens ends here" in text or "the context is full" in text
 
-def test_ctrl_c_ends_an_answer(trained, monkeypatch):
-    """Within an answer it ends that, and what was said stays; the conversation goes on."""
+@parametrize("n_presses", [1, 2])
+def test_ctrl_c_ends_an_answer(trained, n_presses, monkeypatch):
+    """Within an answer it ends that, after a forward or, pressed twice, at once. What was said stays, and is not read
+    again if the forward came to its end; the conversation goes on."""
     real = sample.Stream.feed
     fed = []
 
     def interrupted(stream, raw, final=False):
         fed.append(raw)
         if len(fed) == 4:
-            raise KeyboardInterrupt
+            for _ in range(n_presses):
+                signal.raise_signal(signal.SIGINT)
         return real(stream, raw, final)
     monkeypatch.setattr(sample.Stream, "feed", interrupted)
     result, text = talk(trained.out, "", ["import os", "x = 1"], monkeypatch)
     assert "by Ctrl-C" in text
+    n_read = int(re.search(r"^prefill \d+ of (\d+) tokens", text, re.M)[1])
+    assert result["cached"] == (n_read + 3) // 8 * 8  # three tokens were drawn and fed, the fourth was not
     assert result["text"].startswith("import os\n\n")
     assert "x = 1\n\n" in result["text"]
     assert result["tokens"] > 4

@@ -2352,6 +2352,48 @@ def captured(compute, device):
         return results
     return replay
 
+def seat(players, allowed):
+    """Hear what each player wants first -> a Player for each that wants something. allowed (players, V), or None."""
+    rows = []
+    for i, coroutine in enumerate(players):
+        first = next(coroutine, None)  # None: over before it began
+        if first:
+            rows.append(Player(coroutine, feed=first[1], allowed=None if allowed is None else allowed[i]))
+    return rows
+
+@dataclasses.dataclass
+class Turn:
+    """What a step reads of each row."""
+    fed: torch.Tensor                  # (B, T) tokens, of which
+    n_fed: list                        # so many count
+    may_draft: list                    # whether drafts come behind them
+    n_drafts: torch.Tensor             # (B,) so many, or None: none in any row
+    allowed: torch.Tensor              # (B, V) bool: what may be drawn first, or None: any
+    is_drawing: bool                   # no row is inside a prompt or a tool's answer
+
+def next_turn(rows, speculate):
+    """The rows' next tokens, and drafts behind a single one -> Turn."""
+    may_draft = [speculate > 0 and len(row.feed) == 1 and row.length > 0 for row in rows]
+    T = min(1 + speculate, max(len(row.feed) for row in rows))
+    n_drafts = None
+    if any(may_draft):
+        T = 1 + speculate
+        n_drafts = torch.tensor([speculate if may else 0 for may in may_draft])
+    feeds = [row.feed[:T] for row in rows]
+
+    # a choice of tokens is for a row's first draw
+    allowed = None
+    if rows[0].allowed is not None and not all(row.has_drawn for row in rows):
+        has_drawn = torch.tensor([row.has_drawn for row in rows])
+        allowed = torch.stack([row.allowed for row in rows]) | has_drawn[:, None]
+    return Turn(
+        fed=torch.tensor([feed + [0] * (T - len(feed)) for feed in feeds]),
+        n_fed=[len(feed) for feed in feeds],
+        may_draft=may_draft,
+        n_drafts=n_drafts,
+        allowed=allowed,
+        is_drawing=all(len(row.feed) <= 1 for row in rows))
+
 @torch.no_grad()
 def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0, allowed=None, index_warmup=False,
          capacity=None, accepted=None, kernels=None, n_best=0, prefixes=None, cached=None):
@@ -2379,11 +2421,7 @@ def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0,
     device = model.embed.weight.device
     if allowed is not None:
         allowed = allowed.cpu().expand(len(players), -1)
-    rows = []
-    for i, coroutine in enumerate(players):
-        first = next(coroutine, None)  # None: over before it began
-        if first:
-            rows.append(Player(coroutine, feed=first[1], allowed=None if allowed is None else allowed[i]))
+    rows = seat(players, allowed)
     if not rows:
         return
 
@@ -2401,33 +2439,20 @@ def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0,
             cached += [row.n_cached for row in rows]
         yield                          # before anything is drawn
         while rows:
-            # what each row reads: its next tokens, and drafts behind a single one
-            may_draft = [speculate > 0 and len(row.feed) == 1 and row.length > 0 for row in rows]
-            T = 1 + speculate if any(may_draft) else min(1 + speculate, max(len(row.feed) for row in rows))
-            feeds = [row.feed[:T] for row in rows]
-            n_fed = [len(feed) for feed in feeds]
-            fed = torch.tensor([feed + [0] * (T - len(feed)) for feed in feeds])
-            n_drafts = None
-            if any(may_draft):
-                n_drafts = torch.tensor([speculate if may else 0 for may in may_draft])
-            first_allowed = None
-            if allowed is not None and not all(row.has_drawn for row in rows):
-                has_drawn = torch.tensor([row.has_drawn for row in rows])
-                first_allowed = torch.stack([row.allowed for row in rows]) | has_drawn[:, None]
-            is_drawing = all(len(row.feed) <= 1 for row in rows)  # no row is inside a prompt or a tool's answer
+            turn = next_turn(rows, speculate)
             drawn, logprobs, n_accepted, aux = decoder.step(
-                fed, torch.tensor(n_fed), n_drafts, first_allowed, is_drawing)
+                turn.fed, torch.tensor(turn.n_fed), turn.n_drafts, turn.allowed, turn.is_drawing)
 
             # each row hears of it
             notes = record(aux) if record else [[]] * len(rows)
             held = n_accepted.tolist()
-            filled = [row.length + n + more for row, n, more in zip(rows, n_fed, held)]
+            filled = [row.length + n + more for row, n, more in zip(rows, turn.n_fed, held)]
             best = aux["best"].tolist() if n_best else [None] * len(rows)
-            news = zip(n_fed, held, drawn.tolist(), logprobs.tolist(), notes, best)
+            news = zip(turn.n_fed, held, drawn.tolist(), logprobs.tolist(), notes, best)
             for row, (n, more, tokens, scores, note, likeliest) in zip(rows, news):
                 row.hear(n, tokens[:more + 1], scores[:more + 1], list(note), likeliest)
             if accepted is not None:
-                accepted += [more for more, may in zip(held, may_draft) if may]
+                accepted += [more for more, may in zip(held, turn.may_draft) if may]
 
             # the cache follows: what was dropped of a context, and rows that are over
             kept = [row.length for row in rows]
@@ -2436,7 +2461,7 @@ def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0,
                 cache.crop(torch.tensor(kept, dtype=torch.int32, device=device))
             if prefixes is not None:
                 for i, row in enumerate(rows):
-                    if n_fed[i] and not row.feed:
+                    if turn.n_fed[i] and not row.feed:
                         keep_prefix(prefixes, decoder, row, i)
             alive = [i for i, row in enumerate(rows) if row.feed]
             if not alive or (len(alive) < len(rows) and not decoder.graphs):

@@ -1810,7 +1810,7 @@ def test_decoding_step_on_a_gpu(capacity):
         want, _, _ = exact.eval()(tokens, cache=cache_of(B, torch.float32))
     error, usual = relative(got, want), relative(forward, want)
     print(f"capacity {capacity}: relative error {error:.4f}, of forward {usual:.4f}")
-    assert error < 1.2 * usual + 1e-3
+    assert error < 1.2 * usual + 1e-3  # as far from fp32 as forward, but for rounding's luck in some thousand logits
 
     # bits: fewer rows, and token by token
     for rows in (1, 5, 17):

@@ -3,7 +3,8 @@
     x -> embedding -> n_layer x { x += attention(norm(x));  x += mlp(norm(x)) } -> norm -> head -> logits
                                                                                 \\-> MTP modules: tokens after the next
     attention   grouped queries, norms on q and k, RoPE on the first rotary_dim channels; every visible key ("full": M2,
-                the first 3 layers of M3) or chosen blocks ("msa")
+                the first 3 layers of M3) or chosen blocks ("msa"); for comparison the last keys alone ("swa"), or a
+                state of fixed size in place of keys ("lightning": MiniMax-01)
     mlp         mixture of experts ("moe"), or one dense gated MLP (the first 3 layers of M3)
 
                 M2                                               M3
@@ -41,6 +42,8 @@ from msa import (LEAST, NOTHING, _overlap, block_recall, cdiv, check_tensor, con
 # model is. What may change from one step to the next, such as the index branch's warm-up, is an argument of `forward`.
 # A value with which no model can work is refused when the config is made, and again when the model is.
 
+ATTN_TYPES = ("full", "msa", "swa", "lightning")
+CONV_STD = 0.3                         # of a ShortConv's weights at the start, beside the 1 of its input
 # what M3 computes otherwise than M2
 M3_STYLE = dict(activation="swiglu_oai", gemma_norm=True, qk_norm="head", routed_scale=2.0)
 
@@ -55,7 +58,7 @@ class MiniMaxConfig:
     head_dim: int
     rotary_dim: int                    # channels of a head that rotate, from the first
     max_seq_len: int                   # max_position_embeddings
-    attn_types: list                   # layer_types: "full" or "msa" per layer
+    attn_types: list                   # layer_types: "full", "msa", "swa" or "lightning" per layer
     mlp_types: list                    # mlp_layer_types: "dense" or "moe" per layer
     n_expert: int                      # num_local_experts
     n_expert_per_tok: int              # num_experts_per_tok
@@ -70,6 +73,9 @@ class MiniMaxConfig:
     index_block_size: int = 1          # L
     index_topk_blocks: int = 1         # S
     index_kl_stride: int = 1           # the index branch learns from every stride-th query
+    window: int = 0                    # keys that a query of a "swa" layer reads, its own among them
+    window_sink: bool = False          # those layers have a learned sink
+    conv_taps: int = 0                 # inputs of a causal convolution before every attention. differs from M2: 0 there
     n_mtp: int = 0                     # num_mtp_modules
     rope_theta: float = 5e6
     norm_eps: float = 1e-6             # rms_norm_eps
@@ -80,7 +86,7 @@ class MiniMaxConfig:
     def check(self, dtype=torch.float32):
         """AssertionError for a value with which no model can work, or none that computes in dtype."""
         # kinds of layers
-        for name, allowed in (("attn_types", ("full", "msa")), ("mlp_types", ("dense", "moe"))):
+        for name, allowed in (("attn_types", ATTN_TYPES), ("mlp_types", ("dense", "moe"))):
             types = getattr(self, name)
             assert isinstance(types, (list, tuple)), f"{name} {types}: not a list"
             assert len(types) == self.n_layer, f"{name} {types}: {len(types)} of {self.n_layer} layers"
@@ -95,7 +101,9 @@ class MiniMaxConfig:
             needed += ["n_expert", "n_expert_per_tok", "expert_dim"]
         if "msa" in self.attn_types:
             needed += ["index_head_dim"]
-        for name in [*needed, "rotary_dim", "shared_dim", "n_mtp"]:
+        if "swa" in self.attn_types:
+            needed += ["window"]
+        for name in [*needed, "rotary_dim", "shared_dim", "conv_taps", "n_mtp"]:
             value = getattr(self, name)
             least = 1 if name in needed else 0
             assert type(value) is int and value >= least, f"{name} {value!r}: a whole number, {least} or more"
@@ -104,7 +112,9 @@ class MiniMaxConfig:
         for name in ("routed_scale", "rope_theta", "norm_eps"):
             value = getattr(self, name)
             assert type(value) in (int, float) and 0 < value < math.inf, f"{name} {value!r}: a number above 0"
-        assert isinstance(self.gemma_norm, bool), f"gemma_norm {self.gemma_norm!r}: True or False"
+        for name in ("gemma_norm", "window_sink"):
+            value = getattr(self, name)
+            assert isinstance(value, bool), f"{name} {value!r}: True or False"
         assert self.activation in ("swiglu", "swiglu_oai"), f"activation {self.activation}: swiglu or swiglu_oai"
         assert self.qk_norm in ("layer", "head"), f"qk_norm {self.qk_norm}: layer or head"
 
@@ -121,6 +131,19 @@ class MiniMaxConfig:
             for name in ("n_embd", "expert_dim"):
                 value = getattr(self, name)
                 assert value % unit == 0, f"{name} {value}: a multiple of {unit} where experts compute in {dtype}"
+
+    @property
+    def mtp_attn_type(self):
+        """The attention of MTP modules: the last layer's, or full where that one keeps no key of the past. (M2's report
+        does not say what the modules of its hybrids had.)"""
+        last = self.attn_types[-1]
+        return last if last in ("full", "msa") else "full"
+
+    @property
+    def is_recurrent(self):
+        """Whether a layer's cache is overwritten as tokens come: nothing of it can be forgotten, or shared by prefix.
+        It is what M2's report holds against hybrids: no prefix cache, and no drafts, which are taken back."""
+        return self.conv_taps > 1 or "swa" in self.attn_types or "lightning" in self.attn_types
 
     @classmethod
     def micro(cls, **changes):
@@ -186,6 +209,22 @@ class MiniMaxConfig:
             index_head_dim=128, index_block_size=128, index_topk_blocks=16)
         return cls(**(fields | changes))
 
+def attn_pattern(text, n_layer):
+    """A kind of attention, or two with a ratio -> attn_types of n_layer layers: "swa:full=3:1" is swa swa swa full,
+    again and again. ValueError for another kind or form, and where a kind gets no layer."""
+    kinds, _, ratio = text.partition("=")
+    kinds = kinds.split(":")
+    counts = ratio.split(":") if ratio else ["1"]
+    well_formed = len(kinds) == len(counts) <= 2 and all(count.isdecimal() and int(count) > 0 for count in counts)
+    if not well_formed or any(kind not in ATTN_TYPES for kind in kinds):
+        known = ", ".join(ATTN_TYPES)
+        raise ValueError(f"attention {text!r}: {known}, or two of them with a ratio, such as swa:full=3:1")
+    period = [kind for kind, count in zip(kinds, counts) for _ in range(int(count))]
+    types = (period * n_layer)[:n_layer]
+    if set(types) != set(kinds):
+        raise ValueError(f"attention {text!r}: of {n_layer} layers none is {' or '.join(set(kinds) - set(types))}")
+    return types
+
 # ---- norm and RoPE -------------------------------------------------------------------------------
 # Both compute in fp32 or wider, whatever the model's dtype. RoPE (arXiv 2104.09864) rotates each pair of channels of a
 # query or key by an angle that grows with the token's position, so that their product depends on how far apart the two
@@ -222,6 +261,8 @@ def apply_rope(x, rope):
     """Rotate the pairs (c, c + rotary_dim / 2) of the first rotary_dim channels of x (B, T, H, D), leave the others."""
     cos, sin = rope
     half = cos.size(-1)
+    if half == 0:
+        return x
     a, b, rest = x.tensor_split((half, 2 * half), -1)
     a = widen(a)
     b = widen(b)
@@ -233,10 +274,12 @@ def apply_rope(x, rope):
 # Generation computes the keys and values of a token once and keeps them; a layer with MSA keeps its index keys, too.
 # In a forward each layer appends to its own lane of the buffers; then `advance` counts the new tokens for all lanes.
 # Between two forwards `crop` forgets a row's last tokens, `expand` copies rows, and `select` keeps some of them.
+# A layer of another kind keeps less, and overwrites it: a window's last keys lie in a ring, a Lightning layer has one
+# state, a convolution its last inputs. What was overwritten is gone: such a cache can be emptied, but not cropped.
 
 class KVCache:
     """Keys, values and index keys of every layer, then of every MTP module, in static buffers; slot = position on the
-    path.
+    path. Layers of kind "swa" and "lightning" have buffers of their own, of a size that does not grow with the context.
 
     cfg       of the model
     batch     rows, 0 or more
@@ -249,7 +292,9 @@ class KVCache:
     def __init__(self, cfg, batch, capacity, device="cpu", dtype=torch.float32, history=False):
         if batch < 0 or capacity < 1:
             raise ValueError(f"a cache of {batch} rows with {capacity} slots: expected 0 or more rows, 1 or more slots")
-        lanes = cfg.n_layer + cfg.n_mtp
+        kinds = cfg.attn_types + [cfg.mtp_attn_type] * cfg.n_mtp
+        self.lane_of = number_lanes(kinds)
+        lanes = kinds.count("full") + kinds.count("msa")
         self.L = cfg.index_block_size
         self.capacity = round_up(capacity, self.L)
         slots = (lanes, batch, self.capacity)
@@ -263,9 +308,20 @@ class KVCache:
         self.length = torch.zeros(batch, dtype=torch.int32, device=device)
         self.used = 0
 
+        # what is overwritten as tokens come
+        self.is_recurrent = cfg.is_recurrent
+        ring = (kinds.count("swa"), batch, cfg.window)
+        self.ring_k = self.k.new_zeros(*ring, cfg.n_kv_head, cfg.head_dim)
+        self.ring_v = torch.zeros_like(self.ring_k)
+        state = (kinds.count("lightning"), batch, cfg.n_head, cfg.head_dim, cfg.head_dim)
+        self.state = torch.zeros(*state, device=device, dtype=torch.promote_types(dtype, torch.float32))
+        past = (cfg.n_layer + cfg.n_mtp, batch, max(0, cfg.conv_taps - 1))
+        self.past = self.k.new_zeros(*past, cfg.n_embd)
+
     def append(self, layer, k, v, ki):
         """Write k, v (B, T, Hkv, D) and ki (B, T, D), or None, from slot `length` on -> what the layer now holds, up to
         a whole key block. `advance` moves `length` once all layers have written."""
+        layer = self.lane_of[layer]
         B, T = len(self.length), k.size(1)
         written = [("k", self.k, k), ("v", self.v, v)]
         if ki is not None:
@@ -281,6 +337,25 @@ class KVCache:
 
         held = round_up(self.used + T, self.L)  # spare slots are invisible: no query has their index
         return self.k[layer, :, :held], self.v[layer, :, :held], self.ki[layer, :, :held]
+
+    def append_to_ring(self, layer, k, v):
+        """Write k, v (B, T, Hkv, D) to a window's ring, slot = position modulo its size -> keys and values
+        (B, W - 1 + T, Hkv, D) of the last positions in their order, and (B,) how many of the first are none."""
+        lane = self.lane_of[layer]
+        B, T = len(self.length), k.size(1)
+        W = self.ring_k.size(2)
+        row = torch.arange(B, device=k.device)[:, None]
+        before = self.length[:, None].long() - torch.arange(W - 1, 0, -1, device=k.device)                # (B, W - 1)
+        missing = (before < 0).sum(1)
+        slots = row, before % W  # of a position below 0: any slot, as it is missing
+        k = torch.cat([self.ring_k[lane][slots], k], 1)
+        v = torch.cat([self.ring_v[lane][slots], v], 1)
+
+        kept = min(T, W)
+        slots = row, (query_index(T, self.length, k.device)[:, T - kept:].long() % W)
+        self.ring_k[lane].index_put_(slots, k[:, -kept:])
+        self.ring_v[lane].index_put_(slots, v[:, -kept:])
+        return k, v, missing
 
     def remember(self, idx, hidden):
         """Keep tokens (B, T) and the trunk's hidden states (B, T, C) from slot `length` on, for drafting."""
@@ -310,6 +385,8 @@ class KVCache:
         if self.ids is not None:
             view.ids = self.ids[i:i + 1]
             view.hidden = self.hidden[i:i + 1]
+        for name in ("ring_k", "ring_v", "state", "past"):
+            setattr(view, name, getattr(self, name)[:, i:i + 1])
         return view
 
     def set_length(self, i, length):
@@ -318,7 +395,8 @@ class KVCache:
         self.used = max(self.used, length)
 
     def crop(self, length):
-        """Forget every slot from `length` on: an int, or a tensor (B,), which is read back; beyond the end, nothing."""
+        """Forget every slot from `length` on: an int, or a tensor (B,), which is read back; beyond the end, nothing.
+        ValueError where layers have overwritten what would have to come back: such a row can be emptied alone."""
         limit = torch.as_tensor(length)
         one_for_all = limit.dim() == 0
         shaped = one_for_all or limit.shape == self.length.shape
@@ -326,8 +404,18 @@ class KVCache:
             rows = len(self.length)
             raise ValueError(f"cannot crop {rows} rows to {limit.tolist()}: expected 0 or more, one or one a row")
         limit = limit.clamp(max=self.capacity)
+        if self.is_recurrent:
+            self.empty_rows(limit.to(self.length).expand_as(self.length))
         self.length = torch.minimum(self.length, limit.to(self.length))
         self.used = min(self.used, int(limit)) if one_for_all else int(self.length.max())
+
+    def empty_rows(self, limit):
+        """For `crop`, of a recurrent cache: clear rows whose limit (B,) is 0. ValueError for one within a row."""
+        if ((limit > 0) & (limit < self.length)).any():
+            raise ValueError(f"cannot crop rows of {self.length.tolist()} tokens to {limit.tolist()}: windows, "
+                             "Lightning layers and convolutions have overwritten what they held then")
+        for buffer in (self.state, self.past):
+            buffer[:, limit == 0] = 0
 
     def expand(self, n):
         """n copies of every row, side by side: a group that shares its prompt."""
@@ -340,14 +428,211 @@ class KVCache:
         rows = torch.as_tensor(rows, device=self.length.device)
         if rows.dim() != 1 or rows.dtype != torch.int64 or ((rows < 0) | (rows >= B)).any():
             raise ValueError(f"cannot select rows {rows.tolist()} of {B}: expected int64 from 0 to {B - 1}")
-        self.k = self.k[:, rows]
-        self.v = self.v[:, rows]
-        self.ki = self.ki[:, rows]
+        for name in ("k", "v", "ki", "ring_k", "ring_v", "state", "past"):
+            setattr(self, name, getattr(self, name)[:, rows])
         if self.ids is not None:
             self.ids = self.ids[rows]
             self.hidden = self.hidden[rows]
         self.length = self.length[rows]
         self.used = max(self.length.tolist(), default=0)  # read back: the longest row may be gone
+
+def decode_bytes(cfg, T, size=2):
+    """Bytes of cache that a decode step moves for a row of T tokens, all layers: keys and values, index keys, states.
+
+    size  of an element; states are fp32, and are read and written
+    """
+    a_key = 2 * cfg.n_kv_head * cfg.head_dim * size  # its value, too
+    chosen = min(T, cfg.index_topk_blocks * cfg.index_block_size)
+    of_kind = dict(
+        full=T * a_key,
+        msa=T * cfg.index_head_dim * size + chosen * a_key,
+        swa=min(T, cfg.window) * a_key,
+        lightning=2 * cfg.n_head * cfg.head_dim ** 2 * 4)
+    return sum(of_kind[kind] for kind in cfg.attn_types)
+
+def number_lanes(kinds):
+    """Kinds of attention, one a layer -> a layer's lane in the buffers that its kind has."""
+    counts = {}
+    lanes = []
+    for kind in kinds:
+        buffer = kind if kind in ("swa", "lightning") else "keys"
+        lanes.append(counts.get(buffer, 0))
+        counts[buffer] = lanes[-1] + 1
+    return lanes
+
+# ---- window and Lightning attention ----------------------------------------------------------------
+# What MiniMax tried before M2 and gave up. i, j: places of query and key in the row; D channels.
+#     window      y_i = sum_j softmax_j(q_i k_j / sqrt(D)) v_j       over the W keys j = i - W + 1 .. i
+#     with sink   the softmax has one more term, exp(sink), which takes probability and has no value
+#     Lightning   y_i = sum_j e^(-s (i - j)) (q_i k_j) v_j           over all j <= i. Without a softmax the sum is
+#                 y_i = q_i S_i,  S_i = e^(-s) S_(i-1) + k_i^T v_i   a state (D, D), however long the context
+# A token costs the same wherever it stands. A row holds documents one after the other, but no tree: a branch would need
+# its parent's window and state, and the row has those of the branch before it.
+
+def window_attention(q, k, v, window, sink=None, end=None, missing=None):
+    """Softmax attention over the last `window` keys (Longformer, arXiv 2004.05150) -> (B, T, H, D), with gradients.
+
+    q        (B, T, H, D), of the last T keys
+    k, v     (B, Tk, Hkv, D), Tk >= T
+    window   keys that a query reads, its own among them
+    sink     (H,) a logit that takes probability (gpt-oss, arXiv 2508.10925); None: there is none
+    end      (B, Tk) int32, the end of each key's document; None: there is one
+    missing  (B,) so many of the first keys are none; None: 0
+    Queries go in chunks of a window, each with the keys of its own chunk and the one before: time and memory grow with
+    Tk * window.
+    """
+    B, T, H, D = q.shape
+    Tk, Hkv = k.shape[1:3]
+    chunk, before = T, Tk - T          # queries of a chunk, keys before its first query
+    if T > window:
+        chunk, before = window, window
+    n = cdiv(T, chunk)
+    first = Tk - n * chunk             # the first chunk's first query, as a place among the keys; below 0: padding
+    padding = max(0, before - first)
+
+    # chunks: q (B, n, chunk, H, D), k and v (B, n, before + chunk, Hkv, D)
+    q = F.pad(q, (0, 0, 0, 0, n * chunk - T, 0)).unflatten(1, (n, chunk))
+    padded = (F.pad(x, (0, 0, 0, 0, padding, 0))[:, first - before + padding:] for x in (k, v))
+    k, v = (x.unfold(1, before + chunk, chunk).movedim(-1, 2) for x in padded)
+
+    # which keys a query sees: (B or 1, n, chunk, before + chunk)
+    start = first + chunk * torch.arange(n, device=q.device)[:, None]
+    i = (start + torch.arange(chunk, device=q.device))[..., None]
+    j = (start - before + torch.arange(before + chunk, device=q.device))[:, None]
+    seen = ((j <= i) & (j > i - window) & (j >= 0))[None]
+    if missing is not None:
+        seen = seen & (j >= missing[:, None, None, None])
+    if end is not None:
+        seen = seen & (i < end[:, j.clamp(min=0)])
+    seen = seen | (i < 0)              # padding would see nothing, and softmax of nothing is NaN
+
+    if sink is None:
+        q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q, k, v))                         # (B * n, heads, ., D)
+        mask = seen.expand(B, -1, -1, -1).flatten(0, 1)[:, None]
+        y = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(1, 2)
+        return y.reshape(B, n * chunk, H, D)[:, -T:]
+
+    # query head h reads KV head g = h // (H / Hkv): (B, n, g, H / Hkv, chunk, before + chunk)
+    q = q.unflatten(3, (Hkv, -1))
+    scores = torch.einsum("bncghd,bnmgd->bnghcm", widen(q), widen(k)) * D ** -0.5
+    scores = scores.masked_fill(~seen[:, :, None, None], -math.inf)
+    of_sink = widen(sink).view(Hkv, -1, 1, 1).expand(*scores.shape[:-1], 1)
+    p = torch.cat([scores, of_sink], -1).softmax(-1)[..., :-1]
+    y = torch.einsum("bnghcm,bnmgd->bncghd", p.to(v.dtype), v)
+    return y.reshape(B, n * chunk, H, D)[:, -T:]
+
+def lightning_attention(q, k, v, decay, end=None, state=None, chunk=64):
+    """Linear attention with a decay for each head (Lightning Attention-2, arXiv 2401.04658), with gradients.
+
+    q, k, v  (B, T, H, D)
+    decay    (H,) s: a key counts e^-s times less with every further token
+    end      (B, T) int32, the end of each key's document; None: there is one
+    state    (B, H, D, D) of the tokens before these; None: there are none. Not with `end`
+    chunk    tokens whose products are taken as in softmax attention; what came before them is a state
+    -> y (B, T, H, D) fp32 or wider, state (B, H, D, D) after the last token
+    """
+    B, T, H, D = q.shape
+    q, k, v = widen(q), widen(k), widen(v)
+    decay = decay.to(q.dtype)[:, None, None, None]                                                        # (H, 1, 1, 1)
+    if T == 1 and state is not None:   # decode: the recurrence itself
+        k, v, q = (x.transpose(1, 2) for x in (k, v, q))                                                  # (B, H, 1, D)
+        state = (-decay[..., 0]).exp() * state + k.mT @ v
+        return (q @ state).transpose(1, 2), state
+
+    # chunks (B, H, n, chunk, D), padded in front with zeros, which add nothing to a state
+    n = cdiv(T, chunk)
+    front = n * chunk - T
+    chunks = (F.pad(x, (0, 0, 0, 0, front, 0)).unflatten(1, (n, chunk)) for x in (q, k, v))
+    q_chunk, k_chunk, v_chunk = (x.permute(0, 3, 1, 2, 4) for x in chunks)
+    place = torch.arange(chunk, device=q.device)
+    age = place[:, None] - place       # of a key of the same chunk, in tokens
+    faded = (-decay * age.clamp(min=0)).exp() * (age >= 0)                                        # (H, 1, chunk, chunk)
+    left = (-decay * (chunk - 1 - place)[:, None]).exp()      # of a key at its chunk's end: (H, 1, chunk, 1)
+    reach = (-decay * (place + 1)[:, None]).exp()             # of the state before a chunk: (H, 1, chunk, 1)
+    number = torch.arange(n, device=q.device)
+    chunk_age = number[:, None] - 1 - number                  # of a chunk's keys when another begins, in chunks
+    kept = (-decay[..., 0] * chunk * chunk_age.clamp(min=0)).exp() * (chunk_age >= 0)                     # (H, n, n)
+    if end is not None:
+        ends = F.pad(end + front, (front, 0)).unflatten(1, (n, chunk))                                # (B, n, chunk)
+        i = (number[:, None] * chunk + place)                                                             # (n, chunk)
+        last = ends[:, :, -1]                                 # of the document of a chunk's last token: (B, n)
+        faded = faded * (i[..., None] < ends[:, :, None])[:, None]
+        left = left * (ends > i[:, -1:])[:, None, ..., None]
+        kept = kept * (last[:, None] > i[:, :1])[:, None]
+        reach = reach * (i < F.pad(last, (1, 0))[:, :-1, None])[:, None, ..., None]
+
+    # of the same chunk, then of all chunks before: each adds to the states of those that follow
+    y = (q_chunk @ k_chunk.mT * faded) @ v_chunk
+    added = (k_chunk * left).mT @ v_chunk                                                         # (B, H, n, D, D)
+    before = (kept @ added.flatten(3)).unflatten(3, (D, D))
+    y = y + (q_chunk * reach) @ before
+    y = y.permute(0, 2, 3, 1, 4).reshape(B, n * chunk, H, D)[:, front:]
+
+    last_state = added[:, :, -1] + (-decay[..., 0] * chunk).exp() * before[:, :, -1]
+    if state is not None:
+        age = torch.arange(1, T + 1, device=q.device)[:, None, None]
+        y = y + torch.einsum("bthd,bhde->bthe", q * (-decay.view(H, 1) * age).exp(), state)
+        last_state = last_state + (-decay[..., 0] * T).exp() * state
+    return y, last_state
+
+class ShortConv(nn.Module):
+    """x plus a causal convolution of each channel by itself: two tokens side by side make one feature before attention
+    compares them. differs from M2: no released model has it; small models learn to look things up with it, or after
+    very many steps."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(cfg.n_embd, cfg.conv_taps))  # [:, t]: of the input t tokens ago
+
+    def forward(self, x, ctx):
+        """x (B, T, C) -> (B, T, C)."""
+        T, taps = x.size(1), self.weight.size(1)
+        weight = self.weight.to(x.dtype)
+        past = x.new_zeros(len(x), taps - 1, x.size(2)) if ctx.cache is None else ctx.cache.past[ctx.layer]
+        inputs = torch.cat([past, x], 1)                                                      # (B, taps - 1 + T, C)
+        y = x
+        for t in range(taps):
+            shifted = inputs[:, taps - 1 - t:taps - 1 - t + T]
+            if ctx.end is not None and t:  # within the document alone
+                inside = torch.arange(t, T, device=x.device) < ctx.end[:, :T - t]
+                shifted = shifted * F.pad(inside, (t, 0))[..., None]
+            y = y + weight[:, t] * shifted
+        if ctx.cache is not None:
+            past.copy_(inputs[:, T:])
+        return y
+
+class Lightning(nn.Module):
+    """MiniMax-01's Lightning layer (arXiv 2501.08313): SiLU on q, k and v, a decay for each head, then a norm over all
+    heads and a gate. No RoPE, no scale, no softmax; as many KV heads as heads."""
+
+    def __init__(self, cfg, number):
+        """number: of the layer, from 0 on. Later layers forget more slowly."""
+        super().__init__()
+        H, D = cfg.n_head, cfg.head_dim
+        self.head_dim = D
+        self.indexer = None
+        self.q_proj = Linear(cfg.n_embd, H * D)
+        self.k_proj = Linear(cfg.n_embd, H * D)
+        self.v_proj = Linear(cfg.n_embd, H * D)
+        self.gate_proj = Linear(cfg.n_embd, H * D)
+        self.norm = RMSNorm(H * D, cfg)
+        self.o_proj = Linear(H * D, cfg.n_embd)
+        slope = 2.0 ** (-8 * torch.arange(1, H + 1) / H)
+        of_layer = 1 - number / (cfg.n_layer - 1 + 1e-5) + 1e-5
+        self.register_buffer("decay", slope * of_layer, persistent=False)
+
+    def forward(self, x, ctx):
+        """x (B, T, C) -> y (B, T, C), aux."""
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (F.silu(proj(x)).unflatten(-1, (-1, self.head_dim)) for proj in projections)
+        state = None
+        if ctx.cache is not None:
+            state = ctx.cache.state[ctx.cache.lane_of[ctx.layer]]
+        y, last_state = lightning_attention(q, k, v, self.decay, ctx.end, state)
+        if ctx.cache is not None:
+            state.copy_(last_state)
+        y = self.norm(y.flatten(2)).to(x.dtype) * self.gate_proj(x).sigmoid()
+        return self.o_proj(y), {}
 
 # ---- layers --------------------------------------------------------------------------------------
 # A layer with MSA has an index branch besides: small queries and keys, whose products rank the key blocks. Attention
@@ -388,7 +673,8 @@ class Indexer(nn.Module):
         return apply_rope(qi, rope), apply_rope(ki, rope)[:, :, 0]
 
 class Attention(nn.Module):
-    """Grouped-query attention over every visible key ("full"), or over blocks that an index branch chooses ("msa")."""
+    """Grouped-query attention over every visible key ("full"), over blocks that an index branch chooses ("msa"), or
+    over the last keys ("swa")."""
 
     def __init__(self, cfg, attn_type):
         super().__init__()
@@ -403,6 +689,10 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(H * D if together else D, cfg)
         self.k_norm = RMSNorm(Hkv * D if together else D, cfg)
         self.indexer = Indexer(cfg) if attn_type == "msa" else None
+        self.is_window = attn_type == "swa"
+        self.sink = None
+        if self.is_window and cfg.window_sink:
+            self.sink = nn.Parameter(torch.zeros(H))
 
     def forward(self, x, ctx):
         """x (B, T, C) -> y (B, T, C), aux."""
@@ -430,6 +720,8 @@ class Attention(nn.Module):
     def attend(self, q, k, v, qi, ki, ctx):
         """What `project` gives -> y (B, T, H, D), aux: block_idx where blocks were chosen, index_kl in training,
         block_recall, score_recall and block_chance in an evaluation."""
+        if self.is_window:
+            return self.attend_window(q, k, v, ctx), {}
         S, L, stride = self.cfg.index_topk_blocks, self.cfg.index_block_size, self.cfg.index_kl_stride
         start = None
         if ctx.cache is not None:
@@ -468,6 +760,13 @@ class Attention(nn.Module):
             y = msa_attention(q, k, v, block_idx, L, ctx.end, start)
         return y, aux
 
+    def attend_window(self, q, k, v, ctx):
+        """q (B, T, H, D), k and v (B, T, Hkv, D) -> y (B, T, H, D), over the window's keys."""
+        missing = None
+        if ctx.cache is not None:
+            k, v, missing = ctx.cache.append_to_ring(ctx.layer, k, v)
+        return window_attention(q, k, v, self.cfg.window, self.sink, ctx.end, missing)
+
     def measure_recall(self, q, k, qi, ki, end):
         """How well the index branch finds the blocks of most attention, on the batch's first row alone: the reference
         is dense."""
@@ -480,11 +779,15 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """One Transformer layer: attention, then the MLP, each on a normed copy of the residual stream."""
 
-    def __init__(self, cfg, attn_type, mlp_type):
+    def __init__(self, cfg, attn_type, mlp_type, number):
         super().__init__()
         self.attn_norm = RMSNorm(cfg.n_embd, cfg)
         self.mlp_norm = RMSNorm(cfg.n_embd, cfg)
-        self.attn = Attention(cfg, attn_type)
+        self.conv = ShortConv(cfg) if cfg.conv_taps else None
+        if attn_type == "lightning":
+            self.attn = Lightning(cfg, number)
+        else:
+            self.attn = Attention(cfg, attn_type)
         if mlp_type == "moe":
             self.mlp = MoE(cfg)
         else:
@@ -492,7 +795,10 @@ class Block(nn.Module):
 
     def forward(self, x, ctx):
         """x (B, T, C) -> x (B, T, C), aux of both halves."""
-        y, attn_aux = self.attn(self.attn_norm(x), ctx)
+        h = self.attn_norm(x)
+        if self.conv is not None:
+            h = self.conv(h, ctx)
+        y, attn_aux = self.attn(h, ctx)
         x = x + y
         y, mlp_aux = self.mlp(self.mlp_norm(x), ctx.weight, ctx.experts)
         x = x + y
@@ -508,7 +814,7 @@ class MTP(nn.Module):
         self.e_norm = RMSNorm(cfg.n_embd, cfg)
         self.norm = RMSNorm(cfg.n_embd, cfg)
         self.proj = Linear(2 * cfg.n_embd, cfg.n_embd)
-        self.block = Block(cfg, cfg.attn_types[-1], cfg.mlp_types[-1])
+        self.block = Block(cfg, cfg.mtp_attn_type, cfg.mlp_types[-1], cfg.n_layer - 1)
 
     def forward(self, h, embedded, ctx):
         """h, embedded (B, T, C) -> h (B, T, C) of the next depth, aux."""
@@ -682,7 +988,8 @@ class MiniMax(nn.Module):
         cfg.check(dtype or torch.get_default_dtype())  # once more: fields may have been set since
         self.cfg = cfg
         self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
-        self.layers = nn.ModuleList(Block(cfg, attn, mlp) for attn, mlp in zip(cfg.attn_types, cfg.mlp_types))
+        kinds = zip(cfg.attn_types, cfg.mlp_types)
+        self.layers = nn.ModuleList(Block(cfg, *kind, number) for number, kind in enumerate(kinds))
         self.norm = RMSNorm(cfg.n_embd, cfg)
         self.lm_head = Linear(cfg.n_embd, cfg.vocab_size)
         self.mtp = nn.ModuleList(MTP(cfg) for _ in range(cfg.n_mtp))
@@ -704,7 +1011,10 @@ class MiniMax(nn.Module):
         sqrt(2 n_layer), GPT-2's rule; the head by 4, so that the first loss is ln V."""
         std = self.cfg.n_embd ** -0.5
         for name, p in self.named_parameters():
-            if p.dim() == 1:  # a norm starts as the identity
+            if p.dim() == 1:  # a norm starts as the identity, a sink at 0
+                continue
+            if "conv" in name:
+                p.normal_(0, CONV_STD)
                 continue
             if name == "lm_head.weight":
                 p.normal_(0, std / 4)
@@ -909,7 +1219,7 @@ class MiniMax(nn.Module):
 
         # a KL for each layer with MSA; MTP modules are like the last layer, and those deeper than T do not run
         kl = queries[:1].repeat(self.cfg.attn_types.count("msa"))
-        if self.cfg.attn_types[-1] == "msa":
+        if self.cfg.mtp_attn_type == "msa":
             kl = torch.cat([kl, queries[1:T]])
         return Losses(next=tokens[0], mtp=tokens[1:], kl=kl)
 
@@ -956,11 +1266,14 @@ class MiniMax(nn.Module):
         # the KL: the teacher's scores forward, the index branch's forward and backward
         kl = (key / 2 + 3 * index_key) * read / cfg.index_kl_stride
         sparse = 3 * key * read + index_key * scored + kl
-        attention = full * cfg.attn_types.count("full") + sparse * cfg.attn_types.count("msa")
+        # a window's layer; and Lightning's as a recurrence: a state's update and its product with the query
+        windowed = 3 * key * visible.clamp(max=cfg.window)
+        linear = 3 * key * cfg.head_dim * torch.ones_like(visible)
+        of_kind = dict(full=full, msa=sparse, swa=windowed, lightning=linear)
+        attention = sum(of_kind[kind] for kind in cfg.attn_types)
         if frozen:
             attention = attention / 3
-        of_modules = full if cfg.attn_types[-1] == "full" else sparse
-        attention = attention + of_modules * len(modules)
+        attention = attention + of_kind[cfg.mtp_attn_type] * len(modules)
         return matrices + attention.mean().item()
 
     def moe_layers(self):
@@ -1067,6 +1380,7 @@ class DecodeWeights:
     @torch.no_grad()
     def __init__(self, model, slots, tokens=None):
         cfg, dtype = model.cfg, model.dtype
+        assert not cfg.is_recurrent, "windows, Lightning layers and convolutions decode by MiniMax.forward"
         head = model.lm_head.weight
         self.cfg = cfg
         # of so few tokens sparse attention chooses all
@@ -1845,7 +2159,7 @@ def check_m2(cfg):
     n = cfg.n_layer
     m2 = dict(
         attn_types=["full"] * n, mlp_types=["moe"] * n, n_mtp=0, shared_dim=0, routed_scale=1.0,
-        activation="swiglu", gemma_norm=False, qk_norm="layer")
+        activation="swiglu", gemma_norm=False, qk_norm="layer", conv_taps=0)
     for name, only in m2.items():
         value = getattr(cfg, name)
         if value != only:

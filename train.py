@@ -383,7 +383,7 @@ def kind_of(name, p):
         kind = "embed"
     elif name.startswith("lm_head"):
         kind = "head"
-    elif p.dim() == 1 or "router" in name:
+    elif p.dim() == 1 or "router" in name or "conv" in name:
         kind = "vector"
     elif "w13" in name:
         kind = "stacked"

@@ -584,10 +584,13 @@ class ShortConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(cfg.n_embd, cfg.conv_taps))  # [:, t]: of the input t tokens ago
 
+    def tap(self, t, x):
+        """The factor of each channel's input t tokens ago."""
+        return self.weight[:, t].to(x.dtype)
+
     def forward(self, x, ctx):
         """x (B, T, C) -> (B, T, C)."""
-        T, taps = x.size(1), self.weight.size(1)
-        weight = self.weight.to(x.dtype)
+        T, taps = x.size(1), self.weight.size(-1)
         past = x.new_zeros(len(x), taps - 1, x.size(2)) if ctx.cache is None else ctx.cache.past[ctx.layer]
         inputs = torch.cat([past, x], 1)                                                      # (B, taps - 1 + T, C)
         y = x
@@ -596,7 +599,7 @@ class ShortConv(nn.Module):
             if ctx.end is not None and t:  # within the document alone
                 inside = torch.arange(t, T, device=x.device) < ctx.end[:, :T - t]
                 shifted = shifted * F.pad(inside, (t, 0))[..., None]
-            y = y + weight[:, t] * shifted
+            y = y + self.tap(t, x) * shifted
         if ctx.cache is not None:
             past.copy_(inputs[:, T:])
         return y

@@ -310,7 +310,7 @@ class KVCache:
 
         # what is overwritten as tokens come
         self.is_recurrent = cfg.is_recurrent
-        ring = (kinds.count("swa"), batch, cfg.window)
+        ring = (kinds.count("swa"), batch, min(cfg.window, self.capacity))
         self.ring_k = self.k.new_zeros(*ring, cfg.n_kv_head, cfg.head_dim)
         self.ring_v = torch.zeros_like(self.ring_k)
         state = (kinds.count("lightning"), batch, cfg.n_head, cfg.head_dim, cfg.head_dim)
@@ -617,9 +617,13 @@ class Lightning(nn.Module):
         self.gate_proj = Linear(cfg.n_embd, H * D)
         self.norm = RMSNorm(H * D, cfg)
         self.o_proj = Linear(H * D, cfg.n_embd)
-        slope = 2.0 ** (-8 * torch.arange(1, H + 1) / H)
-        of_layer = 1 - number / (cfg.n_layer - 1 + 1e-5) + 1e-5
-        self.register_buffer("decay", slope * of_layer, persistent=False)
+        self.layer_factor = 1 - number / (cfg.n_layer - 1 + 1e-5) + 1e-5
+
+    def decay(self, device):
+        """s of each head, (H,) fp32, whatever the model's dtype: e^-s is taken to the power of a distance."""
+        H = self.q_proj.out_features // self.head_dim
+        slope = 2.0 ** (-8 * torch.arange(1, H + 1, device=device) / H)
+        return slope * self.layer_factor
 
     def forward(self, x, ctx):
         """x (B, T, C) -> y (B, T, C), aux."""
@@ -628,7 +632,7 @@ class Lightning(nn.Module):
         state = None
         if ctx.cache is not None:
             state = ctx.cache.state[ctx.cache.lane_of[ctx.layer]]
-        y, last_state = lightning_attention(q, k, v, self.decay, ctx.end, state)
+        y, last_state = lightning_attention(q, k, v, self.decay(x.device), ctx.end, state)
         if ctx.cache is not None:
             state.copy_(last_state)
         y = self.norm(y.flatten(2)).to(x.dtype) * self.gate_proj(x).sigmoid()
@@ -955,6 +959,20 @@ def softmax_loss(logits, y, impl="auto"):
     logits.copy_(grad)
     return loss
 
+def check_documents(end, cache):
+    """ValueError unless rows hold documents one after the other, as windows, states and convolutions need: a tree's
+    branches would read one another. end (B, T). On a GPU, which nothing waits for, an assertion there."""
+    if cache is not None:
+        raise ValueError("end with a cache: windows, Lightning layers and convolutions read one document there")
+    slot = torch.arange(1, end.size(1), device=end.device)
+    before = end[:, :-1]
+    is_whole = ((end[:, 1:] == before) | (before <= slot)).all()  # the same document, or the one before is over
+    if is_whole.is_cuda:
+        torch._assert_async(is_whole, "a prefix tree for a model with windows, Lightning layers or convolutions")
+    elif not is_whole:
+        raise ValueError("end describes a tree: windows, Lightning layers and convolutions read documents that lie "
+                         "one after the other")
+
 def within_document(k, T, end, device):
     """Which of the first T - k positions have a k-th next token in their document: bool (B, T - k); without end
     (1, T - k), all True."""
@@ -1042,11 +1060,13 @@ class MiniMax(nn.Module):
         -> logits (B, n, V) or None; Losses in training or with targets, or else None; aux, a flat dict of tensors:
         hidden (B, T, C) before the last norm, block_idx (layers with MSA, B, T, Hkv, S), experts (layers with experts,
         B, T, A), expert_load (layers with experts, E), and in an evaluation block_recall, score_recall, block_chance.
-        ValueError for an idx without a token.
+        ValueError for an idx without a token, and for a tree where layers are recurrent.
         """
         B, T = idx.shape
         if idx.numel() == 0:
             raise ValueError(f"idx {(B, T)}: at least one row of at least one token")
+        if end is not None and self.cfg.is_recurrent:
+            check_documents(end, cache)
         if pos is None:
             start = None if cache is None else cache.length
             pos = query_index(T, start, idx.device).expand(B, T)

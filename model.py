@@ -43,6 +43,7 @@ from msa import (LEAST, NOTHING, _overlap, block_recall, cdiv, check_tensor, con
 # A value with which no model can work is refused when the config is made, and again when the model is.
 
 ATTN_TYPES = ("full", "msa", "swa", "lightning")
+LIGHTNING_CHUNK = 64                   # tokens whose products are taken as in softmax attention
 CONV_STD = 0.3                         # of a ShortConv's weights at the start, beside the 1 of its input
 # what M3 computes otherwise than M2
 M3_STYLE = dict(activation="swiglu_oai", gemma_norm=True, qk_norm="head", routed_scale=2.0)
@@ -219,7 +220,7 @@ def attn_pattern(text, n_layer):
     if not well_formed or any(kind not in ATTN_TYPES for kind in kinds):
         known = ", ".join(ATTN_TYPES)
         raise ValueError(f"attention {text!r}: {known}, or two of them with a ratio, such as swa:full=3:1")
-    period = [kind for kind, count in zip(kinds, counts) for _ in range(int(count))]
+    period = [kind for kind, count in zip(kinds, counts) for _ in range(min(int(count), n_layer))]
     types = (period * n_layer)[:n_layer]
     if set(types) != set(kinds):
         raise ValueError(f"attention {text!r}: of {n_layer} layers none is {' or '.join(set(kinds) - set(types))}")
@@ -436,6 +437,20 @@ class KVCache:
         self.length = self.length[rows]
         self.used = max(self.length.tolist(), default=0)  # read back: the longest row may be gone
 
+def cache_bytes(cfg, size=2):
+    """What a row's cache holds, all layers: bytes a token, and bytes however many tokens there are.
+
+    size  of an element; states are fp32
+    """
+    a_key = 2 * cfg.n_kv_head * cfg.head_dim * size  # its value, too
+    kinds = cfg.attn_types
+    per_token = (kinds.count("full") + kinds.count("msa")) * a_key
+    per_token += kinds.count("msa") * cfg.index_head_dim * size
+    fixed = kinds.count("swa") * cfg.window * a_key
+    fixed += kinds.count("lightning") * cfg.n_head * cfg.head_dim ** 2 * 4
+    fixed += cfg.n_layer * max(0, cfg.conv_taps - 1) * cfg.n_embd * size
+    return per_token, fixed
+
 def decode_bytes(cfg, T, size=2):
     """Bytes of cache that a decode step moves for a row of T tokens, all layers: keys and values, index keys, states.
 
@@ -521,7 +536,7 @@ def window_attention(q, k, v, window, sink=None, end=None, missing=None):
     y = torch.einsum("bnghcm,bnmgd->bncghd", p.to(v.dtype), v)
     return y.reshape(B, n * chunk, H, D)[:, -T:]
 
-def lightning_attention(q, k, v, decay, end=None, state=None, chunk=64):
+def lightning_attention(q, k, v, decay, end=None, state=None, chunk=LIGHTNING_CHUNK):
     """Linear attention with a decay for each head (Lightning Attention-2, arXiv 2401.04658), with gradients.
 
     q, k, v  (B, T, H, D)

@@ -632,13 +632,17 @@ class Lightning(nn.Module):
         self.gate_proj = Linear(cfg.n_embd, H * D)
         self.norm = RMSNorm(H * D, cfg)
         self.o_proj = Linear(H * D, cfg.n_embd)
-        self.layer_factor = 1 - number / (cfg.n_layer - 1 + 1e-5) + 1e-5
+        slope = 2.0 ** (-8 * torch.arange(1, H + 1) / H)
+        of_layer = 1 - number / (cfg.n_layer - 1 + 1e-5) + 1e-5
+        self.register_buffer("decay", slope * of_layer, persistent=False)
 
-    def decay(self, device):
-        """s of each head, (H,) fp32, whatever the model's dtype: e^-s is taken to the power of a distance."""
-        H = self.q_proj.out_features // self.head_dim
-        slope = 2.0 ** (-8 * torch.arange(1, H + 1, device=device) / H)
-        return slope * self.layer_factor
+    def _apply(self, fn, recurse=True):
+        """The decay stays in fp32 when the model moves to bf16: e^-s is taken to the power of a distance."""
+        decay = self.decay
+        super()._apply(fn, recurse)
+        if self.decay.dtype.itemsize < 4:
+            self.decay = decay.to(self.decay.device)
+        return self
 
     def forward(self, x, ctx):
         """x (B, T, C) -> y (B, T, C), aux."""
@@ -647,7 +651,7 @@ class Lightning(nn.Module):
         state = None
         if ctx.cache is not None:
             state = ctx.cache.state[ctx.cache.lane_of[ctx.layer]]
-        y, last_state = lightning_attention(q, k, v, self.decay(x.device), ctx.end, state)
+        y, last_state = lightning_attention(q, k, v, self.decay, ctx.end, state)
         if ctx.cache is not None:
             state.copy_(last_state)
         y = self.norm(y.flatten(2)).to(x.dtype) * self.gate_proj(x).sigmoid()

@@ -659,11 +659,14 @@ def numbers_kept(cfg, kind, T):
     kept = 6 * cfg.n_embd + 5 * heads + 6 * kv_heads
     if kind == "msa":
         kept += 3 * (cfg.n_kv_head + 1) * cfg.index_head_dim
-    if kind == "swa":                  # a chunk's keys and values, with those of the chunk before; scores, three copies
-        seen = min(2 * cfg.window, T)
-        kept += 2 * heads + 3 * cfg.n_head * seen
-    if kind == "lightning":            # a key and a value for each head, the gate; of each chunk its scores and states
-        kept += 10 * heads + 3 * cfg.n_head * min(LIGHTNING_CHUNK, T)
+    if kind == "swa":
+        seen = min(2 * cfg.window, T)  # keys of a chunk and of the one before
+        kept += 4 * kv_heads
+        if cfg.window_sink:            # scores and probabilities, which SDPA does not keep
+            kept += 3 * cfg.n_head * seen
+    if kind == "lightning":            # a key and a value for each head, the gate; of each chunk scores and states
+        kept += 14 * heads
+        kept += 3 * cfg.n_head * min(LIGHTNING_CHUNK, T)
         kept += 2 * heads * cfg.head_dim // LIGHTNING_CHUNK
     return kept + 2 * cfg.conv_taps * cfg.n_embd
 

@@ -213,9 +213,9 @@ class MiniMaxConfig:
 def attn_pattern(text, n_layer):
     """A kind of attention, or two with a ratio -> attn_types of n_layer layers: "swa:full=3:1" is swa swa swa full,
     again and again. ValueError for another kind or form, and where a kind gets no layer."""
-    kinds, _, ratio = text.partition("=")
+    kinds, has_ratio, ratio = text.partition("=")
     kinds = kinds.split(":")
-    counts = ratio.split(":") if ratio else ["1"]
+    counts = ratio.split(":") if has_ratio else ["1"]
     well_formed = len(kinds) == len(counts) <= 2 and all(count.isdecimal() and int(count) > 0 for count in counts)
     if not well_formed or any(kind not in ATTN_TYPES for kind in kinds):
         known = ", ".join(ATTN_TYPES)

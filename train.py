@@ -765,8 +765,7 @@ def resume_args(parser, argv, given, state):
     for name in ("lr", "batch_size", "seq_len"):  # a new run has them from its preset
         if getattr(args, name) is None:
             raise ValueError(f"{path}: the checkpoint's args lack {name}")
-    if "swa" not in args.attn:
-        check_no_window(args)
+    check_no_window(args.attn, given)
     for name in ("preset", "attn", "seq_len", "vocab_size", "window", "sink"):  # these made the model
         value = getattr(args, name)
         was = state["args"].get(name, parser.get_default(name))  # older args lack the last two
@@ -829,9 +828,8 @@ def configure(args):
             setattr(args, name, value)
     cfg.n_mtp = args.mtp
     cfg.attn_types = layer_kinds(args.attn, cfg)
-    if "swa" not in cfg.attn_types:
-        check_no_window(args)
-    elif args.window is None:
+    check_no_window(args.attn, args)
+    if "swa" in cfg.attn_types and args.window is None:
         args.window = usual_window(args)
     cfg.window = args.window or 0
     cfg.window_sink = args.sink
@@ -857,11 +855,13 @@ def usual_window(args):
     row = args.seq_len or RUNS["small"]["seq_len"]  # m2 and m3 have no rows: nobody trains them here
     return max(1, row // WINDOWS_A_ROW)
 
-def check_no_window(args):
-    """ValueError for flags of windows where no layer has one."""
-    for flag, given in (("--sink", args.sink), (f"--window {args.window}", args.window)):
-        if given:
-            raise ValueError(f"{flag}: of --attn {args.attn} no layer has a window; --attn swa has")
+def check_no_window(attn, given):
+    """ValueError for flags of windows, of those given, where no layer of --attn has a window."""
+    if "swa" in attn:
+        return
+    for flag, value in (("--sink", given.sink), (f"--window {given.window}", given.window)):
+        if value:
+            raise ValueError(f"{flag}: of --attn {attn} no layer has a window; --attn swa has")
 
 def dry_run(cfg, args):
     """Print parameters and bytes of the model that the flags describe, cfg, and how the published figures come out -> the last line of stdout. The
@@ -920,8 +920,8 @@ def print_cache(cfg):
 
     # absorbed: a score is a product over latent and RoPE part, the sum of values one of latents
     ratio = (latent + MLA_LATENT) / (2 * D)
-    print(f"  why not MLA: a query head would pay {latent} + {MLA_LATENT} multiply-adds a key (absorbed), not 2 x {D}: "
-          f"{ratio:.2f} times; or up-project every key")
+    print(f"  why not MLA: absorbed, a query head pays {latent} + {MLA_LATENT} multiply-adds a key, not 2 x {D}: "
+          f"{ratio:.2f} times; or it up-projects every key")
 
 def print_decoding(cfg, args):
     """Bytes of cache that a decoding step moves for one row, with some patterns of a preset's layers, and --attn's."""

@@ -104,7 +104,7 @@ class MiniMaxConfig:
             needed += ["index_head_dim"]
         if "swa" in self.attn_types:
             needed += ["window"]
-        for name in [*needed, "rotary_dim", "shared_dim", "conv_taps", "n_mtp"]:
+        for name in [*needed, "rotary_dim", "shared_dim", "window", "conv_taps", "n_mtp"]:
             value = getattr(self, name)
             least = 1 if name in needed else 0
             assert type(value) is int and value >= least, f"{name} {value!r}: a whole number, {least} or more"
@@ -220,7 +220,9 @@ def attn_pattern(text, n_layer):
     if not well_formed or any(kind not in ATTN_TYPES for kind in kinds):
         known = ", ".join(ATTN_TYPES)
         raise ValueError(f"attention {text!r}: {known}, or two of them with a ratio, such as swa:full=3:1")
-    period = [kind for kind, count in zip(kinds, counts) for _ in range(min(int(count), n_layer))]
+    period = []
+    for kind, count in zip(kinds, counts):
+        period += [kind] * min(int(count), n_layer)
     types = (period * n_layer)[:n_layer]
     if set(types) != set(kinds):
         raise ValueError(f"attention {text!r}: of {n_layer} layers none is {' or '.join(set(kinds) - set(types))}")
@@ -344,6 +346,7 @@ class KVCache:
         (B, W - 1 + T, Hkv, D) of the last positions in their order, and (B,) how many of the first are none."""
         lane = self.lane_of[layer]
         B, T = len(self.length), k.size(1)
+        assert self.used + T <= self.capacity, f"{self.used} + {T} tokens do not fit a cache of {self.capacity}"
         W = self.ring_k.size(2)
         row = torch.arange(B, device=k.device)[:, None]
         before = self.length[:, None].long() - torch.arange(W - 1, 0, -1, device=k.device)                # (B, W - 1)
@@ -985,7 +988,9 @@ def check_documents(end, cache):
         raise ValueError("end with a cache: windows, Lightning layers and convolutions read one document there")
     slot = torch.arange(1, end.size(1), device=end.device)
     before = end[:, :-1]
-    is_whole = ((end[:, 1:] == before) | (before <= slot)).all()  # the same document, or the one before is over
+    goes_on = end[:, 1:] == before
+    begins = before <= slot            # the document before is over
+    is_whole = (goes_on | begins).all()
     if is_whole.is_cuda:
         torch._assert_async(is_whole, "a prefix tree for a model with windows, Lightning layers or convolutions")
     elif not is_whole:

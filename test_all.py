@@ -310,6 +310,7 @@ def test_dry_run_prints_the_published_sizes():
     index_block_size=[0],
     index_topk_blocks=[0],
     index_kl_stride=[0],
+    window=[-1, 2.0],
     conv_taps=[-1, 2.0],
     window_sink=[1],
     routed_scale=[-2.0],
@@ -326,11 +327,9 @@ def test_bad_configs_are_refused(key, value):
 
 @parametrize("window", [0, -1, 2.0])
 def test_a_window_without_keys_is_refused(window):
-    """A window has one key, its own, or more; where no layer has a window its size is free."""
+    """A window has one key, its own, or more."""
     with pytest.raises(AssertionError, match=f"window {window}"):
         small_config(attn_types=["full", "swa", "msa"], window=window)
-
-    small_config(window=window)
 
 @parametrize("text, n_layer, kinds", [
     ("lightning", 2, "lightning lightning"),
@@ -349,12 +348,17 @@ def test_patterns_of_another_form_are_refused(text):
     with value_error(re.escape(repr(text))):
         attn_pattern(text, 4)
 
+def by_first_word(text):
+    """The lines of a text, each under its first word."""
+    return {line.split()[0]: line for line in text.strip().splitlines()}
+
 def test_dry_run_compares_caches():
     """--dry-run: bytes a token of each kind of layer, by hand for M3; MLA's, and what its latents would cost."""
     _, text = quiet(train, ["--preset", "m3", "--dry-run"])
     _, text = text.split("a layer's cache")
-    lines, steps = (
-        {line.split()[0]: line for line in part.strip().splitlines()} for part in text.split("a decoding step"))
+    caches, steps = text.split("a decoding step")
+    lines = by_first_word(caches)
+    steps = by_first_word(steps)
 
     assert "2,048 bytes a token" in lines["full"]  # 2 x 4 heads x 128 channels x 2 bytes
     assert "2,304 bytes a token" in lines["msa"]  # and 128 x 2 bytes of an index key
@@ -387,7 +391,8 @@ def buffer_bytes(cache):
     dict(attn_types=["full"] * 3, index_head_dim=0),
     dict(attn_types=["msa"] * 3),
     dict(attn_types=["swa"] * 3, index_head_dim=0, window=5),
-    dict(attn_types=["lightning"] * 3, index_head_dim=0, conv_taps=4)], ids=lambda fields: fields["attn_types"][0])
+    dict(attn_types=["lightning"] * 3, index_head_dim=0, conv_taps=4)],
+    ids=["full", "msa", "swa", "lightning"])
 def test_a_caches_bytes_are_those_of_its_buffers(fields):
     """cache_bytes counts what a KVCache allocates for one row."""
     T = 64
@@ -735,7 +740,7 @@ def test_cross_entropy_in_chunks():
         assert worst_of(grads(cross_entropy(x, head, targets, chunk=chunk)), want) < 1e-12
     assert cross_entropy(x, head, torch.full_like(targets, -1)).item() == 0
 
-# ---- 4. full attention and the one visibility rule -----------------------------------------------
+# ---- 4. attention and the one visibility rule ----------------------------------------------------
 # Key j is visible to query i iff j <= i < end[j]. One number a key says it all: plain causal text has end = T, a packed
 # document the index where it stops, a token of a prefix tree the index where its subtree stops.
 
@@ -779,8 +784,8 @@ def test_full_attention_obeys_visibility():
         want = loop_attention(q, k, v, end)
         assert worst(msa.full_attention(q, k, v, end), want) < 1e-10
 
-# Two kinds of attention that MiniMax gave up. A window hides keys that lie too far back. Lightning attention hides none,
-# but a key counts less with every token between: a sum without a softmax, for which a state can stand.
+# Two kinds of attention that MiniMax gave up. A window hides keys that lie too far back. Lightning attention hides
+# none, but a key counts less with every token between: a sum without a softmax, for which a state can stand.
 
 def loop_window(q, k, v, window, sink=None, end=None):
     """Softmax over the last `window` visible keys by its definition; a sink is one more term of its sum."""
@@ -789,7 +794,8 @@ def loop_window(q, k, v, window, sink=None, end=None):
     seen = seen_keys(T, end) & (age < window)                                                     # (B or 1, 1, T, T)
     k = k.repeat_interleave(G, 2)
     v = v.repeat_interleave(G, 2)
-    powers = (torch.einsum("bihd,bjhd->bhij", q, k) / q.size(-1) ** 0.5).exp() * seen
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) / q.size(-1) ** 0.5
+    powers = scores.exp() * seen
     total = powers.sum(-1, keepdim=True)
     if sink is not None:
         total = total + sink.exp()[:, None, None]
@@ -819,8 +825,9 @@ def loop_lightning(q, k, v, decay, end=None):
     for b, i in np.ndindex(B, T):
         y = torch.zeros_like(q[b, i])                                                                         # (H, D)
         for j in seen[b, i].nonzero()[:, 0].tolist():
-            weight = (q[b, i] * k[b, j]).sum(-1) * (-decay * (i - j)).exp()
-            y = y + weight[:, None] * v[b, j]
+            score = (q[b, i] * k[b, j]).sum(-1)
+            faded = score * (-decay * (i - j)).exp()
+            y = y + faded[:, None] * v[b, j]
         rows.append(y)
     return torch.stack(rows).view_as(q)
 
@@ -830,7 +837,7 @@ SLOPES = 2.0 ** torch.tensor([-1.0, -3.0, -5.0, -8.0], dtype=torch.float64)
 def test_lightning_equals_its_double_loop(dtype, near):
     """Chunks of 8, 16 and more tokens than there are, the last one not full, of one text and of documents."""
     T = 37
-    q, k, v = (x.to(dtype) for x in random_qkv(T=T, Hkv=4)[:3])
+    q, k, v, _, _ = random_qkv(T=T, Hkv=4, dtype=dtype)
     for end in (None, packed_end(T, [6, 7, 20])):
         want = loop_lightning(q, k, v, SLOPES.to(dtype), end)
         for chunk in (8, 16, 64):
@@ -853,18 +860,25 @@ def test_a_lightning_state_stands_for_the_past():
 
     state = None
     parts = []
-    for part in zip(*(x.split([20, 9, 1, 1, 5, 1], 1) for x in (q, k, v))):
-        y, state = lightning_attention(*part, SLOPES, state=state, chunk=8)
+    start = 0
+    for size in (20, 9, 1, 1, 5, 1):
+        part = slice(start, start + size)
+        inputs = (x[:, part] for x in (q, k, v))
+        y, state = lightning_attention(*inputs, SLOPES, state=state, chunk=8)
         parts.append(y)
+        start += size
 
     assert relative(torch.cat(parts, 1), whole) < 1e-12
     assert relative(state, last_state) < 1e-12
 
 def test_a_long_lightning_text_does_not_overflow():
     """A key of the distant past has weight 0, not that of e to the power of its distance: fp32, the fastest decay."""
-    q, k, v = (x.float() for x in random_qkv(B=1, T=1000, Hkv=4)[:3])
-    y, state = lightning_attention(q, k, v, torch.ones(4))
-    near, _ = lightning_attention(q[:, 800:], k[:, 800:], v[:, 800:], torch.ones(4))
+    q, k, v, _, _ = random_qkv(B=1, T=1000, Hkv=4, dtype=torch.float32)
+    fast = torch.ones(4)
+    end_of_text = slice(800, 1000)
+    near, _ = lightning_attention(*(x[:, end_of_text] for x in (q, k, v)), fast)
+
+    y, state = lightning_attention(q, k, v, fast)
 
     assert state.isfinite().all()
     assert relative(y[:, 900:], near[:, 100:]) < 1e-5
@@ -2244,10 +2258,11 @@ def test_parity_with_transformers(name):
 @parametrize("number", [0, 2])
 def test_lightning_parity_with_transformers(number):
     """Outputs and states of MiniMaxLightningAttention within 1e-5, in two layers of four: each forgets at its rate."""
-    expected = {name: torch.from_numpy(x) for name, x in np.load(GOLDEN / "lightning" / "expected.npz").items()}
+    arrays = np.load(GOLDEN / "lightning" / "expected.npz")
+    expected = {name: torch.from_numpy(x) for name, x in arrays.items()}
     cfg = small_config(
-        n_layer=4, n_embd=12, n_head=4, head_dim=6, attn_types=["lightning"] * 4, mlp_types=["dense"] * 4, n_mtp=0,
-        gemma_norm=False)
+        n_layer=4, n_embd=12, head_dim=6, gemma_norm=False, n_mtp=0,
+        attn_types=["lightning"] * 4, mlp_types=["dense"] * 4)
     layer = Lightning(cfg, number)
     qkv = expected["qkv_proj.weight"].view(4, 3, 6, 12)  # head by head
     q, k, v = (x.flatten(0, 1) for x in qkv.unbind(1))
@@ -2675,10 +2690,13 @@ def test_a_window_longer_than_the_cache():
     idx = random_ids(1, 20)
     cache = KVCache(model.cfg, 1, 20, dtype=torch.float64)
 
-    parts = [model(part, cache=cache)[0] for part in idx.split([9, 1, 4, 6], 1)]
+    parts = idx.split([9, 1, 4, 6], 1)
+    parts = [model(part, cache=cache)[0] for part in parts]
 
     assert cache.ring_k.size(2) == 20
     assert worst(torch.cat(parts, 1), model(idx)[0]) < 1e-10
+    with pytest.raises(AssertionError, match="do not fit"):
+        model(idx[:, :1], cache=cache)
 
 def test_an_overwritten_cache_is_emptied_but_not_cropped():
     """Windows, states and convolutions: a row is forgotten whole or not at all; rows are picked and copied as ever."""
@@ -2716,7 +2734,9 @@ def test_a_view_of_one_row_writes_to_the_cache():
         model(idx[i:i + 1, :19], cache=cache.row(i, 0))
         cache.set_length(i, 19)
 
-    assert worst(model(idx[:, 19:], cache=cache)[0], model(idx)[0][:, 19:]) < 1e-10
+    logits = model(idx[:, 19:], cache=cache)[0]
+    full = model(idx)[0]
+    assert worst(logits, full[:, 19:]) < 1e-10
 
 @parametrize("B,T", [(1, 0), (0, 3)])
 def test_empty_input_is_refused_by_its_shape(B, T):
@@ -2905,17 +2925,17 @@ def test_documents_of_every_pattern_learn_as_apart(attn):
 def test_a_tree_is_refused_where_layers_are_recurrent(attn):
     """Branches would read one another's states: a tree is a ValueError, documents and their pads are none."""
     model = make_hybrid(attn)
-    idx = random_ids(1, 13)
-    documents = torch.tensor([[3, 3, 3, 7, 7, 7, 7, 8, 9, 13, 13, 13, 13]]).int()
-    tree = torch.tensor([[13, 13, 13, 7, 7, 6, 7, 13, 13, 10, 13, 13, 13]]).int()
-    grows = torch.tensor([[3, 3, 5, 5, 5, 13, 13, 13, 13, 13, 13, 13, 13]]).int()
+    idx = random_ids(1, 8)
+    documents = [3, 3, 3, 4, 5, 8, 8, 8]  # two of three tokens, two pads between them
+    two_branches = [8, 8, 5, 4, 5, 8, 8, 8]
+    two_lengths = [3, 3, 5, 5, 5, 8, 8, 8]  # the third token belongs to two documents
 
-    model(idx, end=documents)
-    for end in (tree, grows):
+    model(idx, end=torch.tensor([documents]).int())
+    for end in (two_branches, two_lengths):
         with value_error("a tree"):
-            model(idx, end=end)
+            model(idx, end=torch.tensor([end]).int())
     with value_error("with a cache"):
-        model(idx, end=documents, cache=KVCache(model.cfg, 1, 13, dtype=torch.float64))
+        model(idx, end=torch.tensor([documents]).int(), cache=KVCache(model.cfg, 1, 8))
 
 @parametrize("attn", ["swa", "lightning", "lightning:swa=1:1"])
 def test_flops_of_windows_and_states(attn):
@@ -2924,12 +2944,13 @@ def test_flops_of_windows_and_states(attn):
     pos = torch.arange(24) % 12
     heads = 4 * 8                      # query heads x channels
     pair = 3 * 4 * heads               # a score and a value, forward and backward
-    pairs = sum(max(0, i - 4) <= j <= i for i in range(12) for j in range(12)) / 12
-    of_kind = dict(swa=pair * pairs, lightning=pair * 8)
+    keys = [len(range(max(0, i - 4), i + 1)) for i in range(12)]  # that a query reads of a window of 5
+    of_kind = dict(swa=pair * sum(keys) / 12, lightning=pair * 8)
     want = sum(of_kind[kind] for kind in model.cfg.attn_types)
 
     more = pair * 6.5                  # the MTP module's layer reads all: 6.5 keys, the mean of 1 to 12
-    matrices = model.num_params()[1] + count_params(model.mtp)[1] + 2 * model.lm_head.weight.numel()
+    matrices = model.num_params()[1] + count_params(model.mtp)[1]
+    matrices += 2 * model.lm_head.weight.numel()
 
     assert model.flops_per_token(pos) == pytest.approx(6 * matrices + want + more)
 
@@ -4950,14 +4971,16 @@ def test_generate_is_greedy_argmax_of_full_forwards():
 def test_recurrent_models_speak_as_they_read(attn):
     """Prompts of unequal length, one read alone, two samples of each: all are argmax of full forwards, and equal."""
     model = make_hybrid(attn, **MORE)
-    prompts = [[3, 1, 4, 1, 5], random_ids(1, 50)[0].tolist(), [2, 7]]
+    long_prompt = random_ids(1, 50)[0].tolist()
+    prompts = [[3, 1, 4, 1, 5], long_prompt, [2, 7]]
     tokens, _ = greedy(model, prompts, 12, n_samples=2)
 
     assert torch.equal(tokens[:, ::2], tokens[:, 1::2])
     for row, prompt in enumerate(prompts):
         drawn = tokens[len(prompt) - 2:, 2 * row]  # after the shortest prompt
         text = torch.tensor(prompt + drawn[drawn >= 0].tolist())
-        want = model(text[None])[0][0, len(prompt) - 1:-1].argmax(-1)
+        logits = model(text[None])[0][0]
+        want = logits[len(prompt) - 1:-1].argmax(-1)
         assert torch.equal(text[len(prompt):], want)
         assert len(want) == 12
 
@@ -4987,15 +5010,19 @@ def test_what_cannot_be_taken_back_is_refused():
 def test_a_player_may_begin_anew():
     """A context that is dropped whole leaves nothing in states and rings."""
     model = make_hybrid("lightning:swa=2:1", **MORE)
+    contexts = ([1, 2, 3, 4, 5, 6], [7, 8, 9])
     heard = []
 
     def player():
-        heard.append((yield 0, [1, 2, 3, 4, 5, 6])[0])
-        heard.append((yield 0, [7, 8, 9])[0])
+        for read in contexts:
+            token, _, _ = yield 0, read
+            heard.append(token)
 
     sample.lockstep(model, [player()], sampling=sample.Sampling(temperature=0))
-    want = [model(torch.tensor([idx]))[0][0, -1].argmax().item() for idx in ([1, 2, 3, 4, 5, 6], [7, 8, 9])]
-    assert heard == want
+    for token, read in zip(heard, contexts):
+        logits = model(torch.tensor([read]))[0]
+        assert token == logits[0, -1].argmax()
+    assert len(heard) == 2
 
 @parametrize("attn, kernels", [("msa", True), ("lightning", False), ("swa", False)])
 def test_kernels_of_a_step_are_for_keys_that_stay(attn, kernels, monkeypatch):

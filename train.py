@@ -864,8 +864,8 @@ def check_no_window(attn, given):
             raise ValueError(f"{flag}: of --attn {attn} no layer has a window; --attn swa has")
 
 def dry_run(cfg, args):
-    """Print parameters and bytes of the model that the flags describe, cfg, and how the published figures come out -> the last line of stdout. The
-    model is made on torch's meta device, which has shapes and no memory."""
+    """Print parameters and bytes of a preset's model, and how the published figures come out -> the last line of
+    stdout. The model, cfg, is made on torch's meta device, which has shapes and no memory."""
     preset = args.preset
     with torch.device("meta"):
         model = MiniMax(cfg)
@@ -1349,7 +1349,10 @@ def check_match(cfg, state, args):
     if args.mtp < cfg.n_mtp:
         raise ValueError(f"--mtp {args.mtp}: the checkpoint has {cfg.n_mtp} MTP modules, and none is dropped")
     saved = state["args"]["attn"]
-    fits = "msa" in cfg.attn_types if saved == "msa" else layer_kinds(saved, cfg) == cfg.attn_types
+    if saved == "msa":
+        fits = "msa" in cfg.attn_types
+    else:
+        fits = layer_kinds(saved, cfg) == cfg.attn_types
     if not fits:
         raise ValueError(f"the checkpoint's args say --attn {saved}, its layers are {' '.join(cfg.attn_types)}")
     window = state["args"].get("window") or 0

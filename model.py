@@ -43,6 +43,7 @@ from msa import (LEAST, NOTHING, _overlap, block_recall, cdiv, check_tensor, con
 # A value with which no model can work is refused when the config is made, and again when the model is.
 
 ATTN_TYPES = ("full", "msa", "swa", "lightning")
+LIGHTNING_CHUNK = 64                   # tokens whose products are taken as in softmax attention
 CONV_STD = 0.3                         # of a ShortConv's weights at the start, beside the 1 of its input
 # what M3 computes otherwise than M2
 M3_STYLE = dict(activation="swiglu_oai", gemma_norm=True, qk_norm="head", routed_scale=2.0)
@@ -103,7 +104,7 @@ class MiniMaxConfig:
             needed += ["index_head_dim"]
         if "swa" in self.attn_types:
             needed += ["window"]
-        for name in [*needed, "rotary_dim", "shared_dim", "conv_taps", "n_mtp"]:
+        for name in [*needed, "rotary_dim", "shared_dim", "window", "conv_taps", "n_mtp"]:
             value = getattr(self, name)
             least = 1 if name in needed else 0
             assert type(value) is int and value >= least, f"{name} {value!r}: a whole number, {least} or more"
@@ -212,14 +213,16 @@ class MiniMaxConfig:
 def attn_pattern(text, n_layer):
     """A kind of attention, or two with a ratio -> attn_types of n_layer layers: "swa:full=3:1" is swa swa swa full,
     again and again. ValueError for another kind or form, and where a kind gets no layer."""
-    kinds, _, ratio = text.partition("=")
+    kinds, has_ratio, ratio = text.partition("=")
     kinds = kinds.split(":")
-    counts = ratio.split(":") if ratio else ["1"]
+    counts = ratio.split(":") if has_ratio else ["1"]
     well_formed = len(kinds) == len(counts) <= 2 and all(count.isdecimal() and int(count) > 0 for count in counts)
     if not well_formed or any(kind not in ATTN_TYPES for kind in kinds):
         known = ", ".join(ATTN_TYPES)
         raise ValueError(f"attention {text!r}: {known}, or two of them with a ratio, such as swa:full=3:1")
-    period = [kind for kind, count in zip(kinds, counts) for _ in range(int(count))]
+    period = []
+    for kind, count in zip(kinds, counts):
+        period += [kind] * min(int(count), n_layer)
     types = (period * n_layer)[:n_layer]
     if set(types) != set(kinds):
         raise ValueError(f"attention {text!r}: of {n_layer} layers none is {' or '.join(set(kinds) - set(types))}")
@@ -310,7 +313,7 @@ class KVCache:
 
         # what is overwritten as tokens come
         self.is_recurrent = cfg.is_recurrent
-        ring = (kinds.count("swa"), batch, cfg.window)
+        ring = (kinds.count("swa"), batch, min(cfg.window, self.capacity))
         self.ring_k = self.k.new_zeros(*ring, cfg.n_kv_head, cfg.head_dim)
         self.ring_v = torch.zeros_like(self.ring_k)
         state = (kinds.count("lightning"), batch, cfg.n_head, cfg.head_dim, cfg.head_dim)
@@ -343,6 +346,7 @@ class KVCache:
         (B, W - 1 + T, Hkv, D) of the last positions in their order, and (B,) how many of the first are none."""
         lane = self.lane_of[layer]
         B, T = len(self.length), k.size(1)
+        assert self.used + T <= self.capacity, f"{self.used} + {T} tokens do not fit a cache of {self.capacity}"
         W = self.ring_k.size(2)
         row = torch.arange(B, device=k.device)[:, None]
         before = self.length[:, None].long() - torch.arange(W - 1, 0, -1, device=k.device)                # (B, W - 1)
@@ -436,6 +440,20 @@ class KVCache:
         self.length = self.length[rows]
         self.used = max(self.length.tolist(), default=0)  # read back: the longest row may be gone
 
+def cache_bytes(cfg, size=2):
+    """What a row's cache holds, all layers: bytes a token, and bytes however many tokens there are.
+
+    size  of an element; states are fp32
+    """
+    a_key = 2 * cfg.n_kv_head * cfg.head_dim * size  # its value, too
+    kinds = cfg.attn_types
+    per_token = (kinds.count("full") + kinds.count("msa")) * a_key
+    per_token += kinds.count("msa") * cfg.index_head_dim * size
+    fixed = kinds.count("swa") * cfg.window * a_key
+    fixed += kinds.count("lightning") * cfg.n_head * cfg.head_dim ** 2 * 4
+    fixed += cfg.n_layer * max(0, cfg.conv_taps - 1) * cfg.n_embd * size
+    return per_token, fixed
+
 def decode_bytes(cfg, T, size=2):
     """Bytes of cache that a decode step moves for a row of T tokens, all layers: keys and values, index keys, states.
 
@@ -521,7 +539,7 @@ def window_attention(q, k, v, window, sink=None, end=None, missing=None):
     y = torch.einsum("bnghcm,bnmgd->bncghd", p.to(v.dtype), v)
     return y.reshape(B, n * chunk, H, D)[:, -T:]
 
-def lightning_attention(q, k, v, decay, end=None, state=None, chunk=64):
+def lightning_attention(q, k, v, decay, end=None, state=None, chunk=LIGHTNING_CHUNK):
     """Linear attention with a decay for each head (Lightning Attention-2, arXiv 2401.04658), with gradients.
 
     q, k, v  (B, T, H, D)
@@ -623,6 +641,14 @@ class Lightning(nn.Module):
         slope = 2.0 ** (-8 * torch.arange(1, H + 1) / H)
         of_layer = 1 - number / (cfg.n_layer - 1 + 1e-5) + 1e-5
         self.register_buffer("decay", slope * of_layer, persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        """The decay stays in fp32 when the model moves to bf16: e^-s is taken to the power of a distance."""
+        decay = self.decay
+        super()._apply(fn, recurse)
+        if self.decay.dtype.itemsize < 4:
+            self.decay = decay.to(self.decay.device)
+        return self
 
     def forward(self, x, ctx):
         """x (B, T, C) -> y (B, T, C), aux."""
@@ -958,6 +984,22 @@ def softmax_loss(logits, y, impl="auto"):
     logits.copy_(grad)
     return loss
 
+def check_documents(end, cache):
+    """ValueError unless rows hold documents one after the other, as windows, states and convolutions need: a tree's
+    branches would read one another. end (B, T). On a GPU, which nothing waits for, an assertion there."""
+    if cache is not None:
+        raise ValueError("end with a cache: windows, Lightning layers and convolutions read one document there")
+    slot = torch.arange(1, end.size(1), device=end.device)
+    before = end[:, :-1]
+    goes_on = end[:, 1:] == before
+    begins = before <= slot            # the document before is over
+    is_whole = (goes_on | begins).all()
+    if is_whole.is_cuda:
+        torch._assert_async(is_whole, "a prefix tree for a model with windows, Lightning layers or convolutions")
+    elif not is_whole:
+        raise ValueError("end describes a tree: windows, Lightning layers and convolutions read documents that lie "
+                         "one after the other")
+
 def within_document(k, T, end, device):
     """Which of the first T - k positions have a k-th next token in their document: bool (B, T - k); without end
     (1, T - k), all True."""
@@ -1045,11 +1087,13 @@ class MiniMax(nn.Module):
         -> logits (B, n, V) or None; Losses in training or with targets, or else None; aux, a flat dict of tensors:
         hidden (B, T, C) before the last norm, block_idx (layers with MSA, B, T, Hkv, S), experts (layers with experts,
         B, T, A), expert_load (layers with experts, E), and in an evaluation block_recall, score_recall, block_chance.
-        ValueError for an idx without a token.
+        ValueError for an idx without a token, and for a tree where layers are recurrent.
         """
         B, T = idx.shape
         if idx.numel() == 0:
             raise ValueError(f"idx {(B, T)}: at least one row of at least one token")
+        if end is not None and self.cfg.is_recurrent:
+            check_documents(end, cache)
         if pos is None:
             start = None if cache is None else cache.length
             pos = query_index(T, start, idx.device).expand(B, T)

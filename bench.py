@@ -49,7 +49,8 @@ import train
 from model import (Attention, Context, DecodeWeights, KVCache, MiniMax, MiniMaxConfig, ShortConv, attn_pattern,
                    decode_bytes, rope_tables)
 from sample import (Parser, Threads, captured, check_figure, command, figure_format, free_memory, generate,
-                    held_by_depth, implementations, in_index_warmup, load_checkpoint, load_model, number, pick_device, tokens)
+                    held_by_depth, implementations, in_index_warmup, load_checkpoint, load_model, number, pick_device,
+                    tokens)
 
 SHAPES = {"m2": (48, 8), "m3": (64, 4)}                    # query heads, KV heads = index heads
 D = 128                                # channels of a head
@@ -2383,8 +2384,8 @@ def run_cell(study, attn, device, dtype, say=print):
     replicas.model = late
     shown = ", ".join(f"{score:.2f}" for score in scores)
     tested = time.perf_counter() - start - seconds
-    say(f"{attn:<20} | {study.steps:,} steps in {seconds:.0f} s, tests in {tested:.0f} s; mean accuracy by rate and seed "
-        f"{shown}; rate {study.rates[rate]:g}")
+    say(f"{attn:<20} | {study.steps:,} steps in {seconds:.0f} s, tests in {tested:.0f} s; mean accuracy by rate and "
+        f"seed {shown}; rate {study.rates[rate]:g}")
     return rows
 
 # ---- quality: the table ----------------------------------------------------------------------------

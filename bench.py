@@ -40,7 +40,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import msa
 import rl
 import train
-from model import Context, DecodeWeights, KVCache, MiniMax, MiniMaxConfig, rope_tables
+from model import (LIGHTNING_TILE, Context, DecodeWeights, KVCache, MiniMax, MiniMaxConfig, lightning_attention,
+                   rope_tables, window_attention)
 from sample import (Parser, Threads, check_figure, command, figure_format, free_memory, generate, held_by_depth,
                     implementations, in_index_warmup, load_checkpoint, load_model, pick_device, tokens)
 
@@ -133,10 +134,11 @@ def least_ms(stages, rates):
     """What the measured rates allow: a stage takes as long as its products or its bytes, whichever is longer."""
     return 1e3 * sum(max(flops / rates["matmul"], moved / rates["copy"]) for flops, moved in stages)
 
-def timed(call, gpu, warm):
+def timed(call, gpu, warm, wait=10 ** 6):
     """-> ms of the call, by CUDA events or the CPU's clock; what the call returned.
 
     warm    False: the call may compile or plan first, for seconds, for which the GPU waits before its clock starts
+    wait    cycles that it waits for a call that is warm
     """
     if not gpu:
         start = time.perf_counter()
@@ -146,7 +148,7 @@ def timed(call, gpu, warm):
     end = torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     # the GPU waits while the host launches a graph (ms) or plans a cuDNN kernel (s): neither is the kernels' time
-    torch.cuda._sleep(10 ** 6 if warm else 2 * 10 ** 9)
+    torch.cuda._sleep(wait if warm else 2 * 10 ** 9)
     begin.record()
     out = call()
     end.record()
@@ -1602,6 +1604,232 @@ def run_generate(args, machine):
             rows.append(agreement_row(machine, subject, windows))
         print(f"found   | {say_drafts(drafts, bool(windows))}")
     return dict(device=machine.name, rows=rows, rates=machine.rates)
+
+# ---- quality: what each attention costs ----------------------------------------------------------
+# One layer of M3's shape in training, forward and backward by themselves: full attention, MSA, windows of as many keys
+# as MSA reads and of few, and Lightning, which has as many KV heads as query heads. Each runs the best code that we
+# know of for it: cuDNN, our MSA, FlexAttention over a band of tiles, our kernels of Lightning. Two times stand beside
+# what was measured: what the useful FLOPs need at the matrix rate, and what the bytes need at the copy rate, each
+# tensor read or written once a pass. The longer one is the limit. Lightning's kernels compute in chunks, which takes
+# more FLOPs and bytes than the recurrence.
+
+@dataclass
+class Side:
+    """An attention to be timed in training."""
+    attn: str                          # full, msa, swa or lightning
+    window: int                        # keys that a query reads, or None
+    forward: object                    # function -> outputs
+    inputs: tuple                      # tensors whose gradients are asked for
+    upstream: tuple                    # gradients of the outputs
+
+    @property
+    def name(self):
+        return self.attn if self.window is None else f"{self.attn} {self.window:,}"
+
+    def backward(self, outs):
+        """-> gradients of the inputs; the outputs' graph is gone after it."""
+        return torch.autograd.grad(outs, self.inputs, self.upstream)
+
+def count_window(T, window):
+    """Pairs of one of T queries and a key among the last `window` ones."""
+    short = min(T, window)             # queries that see fewer keys, or just as many
+    return count_pairs(short, short) + (T - short) * window
+
+def cost_flops(attn, T, heads, window=None):
+    """Useful FLOPs of an attention on T tokens, forward and backward.
+
+    heads   query heads, KV heads, S and L
+    Softmax attention: 4 D for a query and a key that it sees, q k and p v, and twice as much for their gradients. MSA:
+    see train_flops. Lightning: 4 D^2 for a token and a head, k^T v to the state and q times it, and twice as much back.
+    """
+    H, Hkv, S, L = heads
+    if attn == "lightning":
+        return 12 * H * D ** 2 * T
+    if attn == "swa":
+        return 12 * H * D * count_window(T, window)
+    return train_flops(T, H, Hkv, S, L)["dense" if attn == "full" else "msa"]
+
+def cost_bytes(attn, T, heads, size):
+    """Least bytes of the same: forward reads q, k and v and writes y; backward reads them and dy, and y where there is
+    a softmax, and writes dq, dk and dv. MSA also has the index branch's tensors, and the choice.
+
+    size    bytes of an element
+    """
+    H, Hkv, S, _ = heads
+    query = T * H * D * size           # bytes of q, y or a gradient of them
+    key = T * Hkv * D * size
+    if attn == "lightning":
+        return 4 * query + 7 * query
+    softmax = 2 * (query + key) + 4 * (query + key)
+    if attn != "msa":
+        return softmax
+    index = key + T * D * size         # qi and ki: read in both passes, and their gradients written
+    choice = T * Hkv * S * 4           # written, and read in both passes
+    return softmax + 3 * index + 3 * choice
+
+def chunk_flops(T, H):
+    """FLOPs that Lightning's kernels compute. For a token, each of four walks (y, dq, dk, dv) has its products with the
+    keys of a chunk, for every tile of channels anew, of these weights with the values, and those of the recurrence; two
+    more walks add up states."""
+    rows = LIGHTNING_TILE["ROWS"]
+    cols = LIGHTNING_TILE["COLS"]
+    walk = 2 * rows * D * (D // cols) + 2 * rows * D + 4 * D ** 2
+    return (4 * walk + 2 * 2 * D ** 2) * H * T
+
+def chunk_bytes(T, H, size):
+    """Bytes that these walks move: three tensors read and one written, for states two read."""
+    return (4 * (3 + 1) + 2 * 2) * T * H * D * size
+
+def cost_sides(machine, T):
+    """The attentions to be compared, on T random tokens -> [Side, ...]."""
+    H, Hkv, S, L = train_sizes(machine.gpu, "m3")
+    dense_impl, msa_impl = pick_impl(machine.gpu, "train", T)
+    tensors = *random_queries(machine, (H, Hkv), 1, T), *random_cache(machine, (H, Hkv), 1, T)
+    q, qi, k, v, ki = (x.requires_grad_() for x in tensors)
+    k_full, v_full = (fill(machine, 1, T, H, D).requires_grad_() for _ in range(2))
+    dy = fill(machine, 1, T, H, D)
+    decay = 2.0 ** (-8 * torch.arange(1, H + 1, device=machine.device) / H)
+    kl_grad = torch.tensor(1 / T, device=machine.device)  # the KL is a sum over the tokens
+
+    def sparse():
+        block_idx = msa.select_blocks(qi.detach(), ki.detach(), S, L, impl=msa_impl)
+        return msa.msa_train(q, k, v, qi, ki, block_idx, L, impl=msa_impl)
+
+    def windowed(window):
+        return lambda: (window_attention(q, k, v, window),)
+
+    main = q, k, v
+    linear = q, k_full, v_full
+    sides = [Side("full", None, lambda: (sdpa(q, k, v, dense_impl),), main, (dy,)),
+             Side("msa", None, sparse, (*main, qi, ki), (dy, kl_grad))]
+    for window in (S * L, L):
+        sides.append(Side("swa", window, windowed(window), main, (dy,)))
+    sides.append(Side("lightning", None, lambda: lightning_attention(*linear, decay)[:1], linear, (dy,)))
+    return sides
+
+def cost_gate(machine):
+    """Before anything is timed: outputs and gradients of windows and of Lightning, on a short context and fewer heads,
+    against the same in torch and fp64; and MSA's against full attention's."""
+    train_gate(machine, "m3")
+    H, Hkv, S, L = train_sizes(machine.gpu, "m3")
+    H, Hkv = H // Hkv, 1
+    T = S * L + 77
+    decay = 2.0 ** (-8 * torch.arange(1, H + 1, device=machine.device) / H)
+    q, _ = random_queries(machine, (H, Hkv), 1, T)
+    k, v, _ = random_cache(machine, (H, Hkv), 1, T)
+    k_full, v_full, dy = (fill(machine, 1, T, H, D) for _ in range(3))
+
+    def linear(q, k, v, impl="auto"):
+        return lightning_attention(q, k, v, decay, impl=impl)[0]
+
+    cases = [("Lightning", linear, (q, k_full, v_full))]
+    for window in (S * L, L):
+        cases.append((f"a window of {window:,}", partial(window_attention, window=window), (q, k, v)))
+    for name, attend, tensors in cases:
+        results = []
+        for dtype, impl in ((machine.dtype, "auto"), (torch.float64, "torch")):
+            inputs = [x.detach().to(dtype, copy=True).requires_grad_() for x in tensors]
+            y = attend(*inputs, impl=impl)
+            results.append((y.detach(), *torch.autograd.grad(y, inputs, dy.to(dtype))))
+        for what, got, want in zip(("output", "gradient of q", "gradient of k", "gradient of v"), *results):
+            near(f"gate: {name}: {what} against torch in fp64, {T:,} tokens", got, want)
+
+def time_sides(sides, gpu, reps=5):
+    """Forward and backward of each side in turn -> {name: (ms of each forward, ms of each backward)}."""
+    wait = 2 * 10 ** 7                 # 10 ms, as the host launches many small kernels
+    times = {side.name: ([], []) for side in sides}
+    if gpu:
+        for side in sides:  # compiles
+            side.backward(side.forward())
+    for rep in range(reps):
+        for side in sides:
+            forward_ms, outs = timed(side.forward, gpu, True, wait)
+            backward_ms, grads = timed(partial(side.backward, outs), gpu, True, wait)
+            times[side.name][0].append(forward_ms)
+            times[side.name][1].append(backward_ms)
+            if rep == 0:
+                for x in (*outs, *grads):
+                    check_finite(f"cost, {side.name}: an output or a gradient", x.detach())
+            del outs, grads
+    return times
+
+def cost_row(machine, side, T, forward_ms, backward_ms):
+    """A row from one side's times, printed at once."""
+    heads = train_sizes(machine.gpu, "m3")
+    H = heads[0]
+    rates = machine.rates
+    flops = cost_flops(side.attn, T, heads, side.window)
+    moved = cost_bytes(side.attn, T, heads, machine.size)
+    row = dict(what="quality-cost", attn=side.attn, window=side.window, ctx=T, heads=list(heads[:2]),
+               forward_ms=forward_ms, backward_ms=backward_ms, flops=flops, bytes=moved,
+               least_ms_flops=1e3 * flops / rates["matmul"],
+               least_ms_bytes=1e3 * moved / rates["copy"])
+    add_limit(row)
+    print(f"{side.name:10}|{forward_ms:11.3f}{backward_ms:12.3f} |{flops / 1e12:9.3f}{moved / 1e9:8.2f} |"
+          f"{row['least_ms_flops']:9.3f}{row['least_ms_bytes']:8.3f} | {row['limit']:8}|"
+          f"{row['matmul_util']:7.1%}{row['copy_util']:7.1%}", flush=True)
+
+    # what its kernels do, beside what the recurrence needs
+    if side.attn == "lightning" and machine.gpu:
+        row["chunks"] = dict(flops=chunk_flops(T, H), bytes=chunk_bytes(T, H, machine.size))
+        done = dict(row, least_ms_flops=1e3 * row["chunks"]["flops"] / rates["matmul"],
+                    least_ms_bytes=1e3 * row["chunks"]["bytes"] / rates["copy"])
+        add_limit(done)
+        for key in ("least_ms_flops", "least_ms_bytes", "limit", "matmul_util", "copy_util"):
+            row["chunks"][key] = done[key]
+        print(f"{'  in chunks':34} |{done['chunks']['flops'] / 1e12:9.3f}{done['chunks']['bytes'] / 1e9:8.2f} |"
+              f"{done['least_ms_flops']:9.3f}{done['least_ms_bytes']:8.3f} | {done['limit']:8}|"
+              f"{done['matmul_util']:7.1%}{done['copy_util']:7.1%}", flush=True)
+    return row
+
+def add_limit(row):
+    """Which of a row's two least times is the longer one, and the share of each rate that was reached."""
+    row["limit"] = "compute" if row["least_ms_flops"] > row["least_ms_bytes"] else "memory"
+    taken = row["forward_ms"] + row["backward_ms"]
+    row["matmul_util"] = row["least_ms_flops"] / taken
+    row["copy_util"] = row["least_ms_bytes"] / taken
+
+def cost_sentence(rows):
+    """Whether linear attention is memory-bound in training, from the rows."""
+    row = next(row for row in rows if row["attn"] == "lightning")
+    full = next(row for row in rows if row["attn"] == "full")
+    taken = row["forward_ms"] + row["backward_ms"]
+    full_taken = full["forward_ms"] + full["backward_ms"]
+    answer = "is" if row["limit"] == "memory" else "is not"
+    line = (f"Linear attention {answer} memory-bound in training, at {row['ctx']:,} tokens: its bytes need "
+            f"{plain(row['least_ms_bytes'])} ms and its FLOPs {plain(row['least_ms_flops'])}. ")
+    measured = f"Measured: {plain(taken)} ms, {row['copy_util']:.0%} of the copy rate"
+    if "chunks" in row:
+        chunks = row["chunks"]
+        line += (f"In chunks it needs {plain(chunks['least_ms_bytes'])} and {plain(chunks['least_ms_flops'])} ms, and "
+                 f"is bound by {'memory' if chunks['limit'] == 'memory' else 'products'}. ")
+        measured += (f" by its least bytes, {chunks['copy_util']:.0%} by those of chunks, whose products reach "
+                     f"{chunks['matmul_util']:.0%} of the matrix rate")
+    else:
+        measured += f" and {row['matmul_util']:.0%} of the matrix rate"
+    others = f"Full attention is bound by {full['limit']} and takes {full_taken / taken:.1f} times as long."
+    return f"{line}{measured}. {others}"
+
+def cost_rows(machine, T):
+    """What each attention costs in training on T tokens, on a CPU 1,024 at most and M3's heads divided by 4: checked,
+    timed and printed -> rows."""
+    if not machine.rates:
+        measure_rates(machine)
+    if not machine.gpu:
+        T = min(T, 1024)
+    cost_gate(machine)
+    if machine.gpu:
+        torch.compiler.reset()         # or FlexAttention is compiled for any length, and is slower
+    print(f"\none layer in training, {T:,} tokens: forward and backward; util of useful FLOPs and least bytes\n"
+          "attention | forward ms backward ms |   TFLOP      GB | least ms: FLOPs, bytes | matmul   copy", flush=True)
+    sides = cost_sides(machine, T)
+    times = time_sides(sides, machine.gpu)
+    rows = []
+    for side in sides:
+        forward_ms, backward_ms = map(statistics.median, times[side.name])
+        rows.append(cost_row(machine, side, T, forward_ms, backward_ms))
+    print(f"found   | {cost_sentence(rows)}", flush=True)
+    return rows
 
 # ---- what the rows say ---------------------------------------------------------------------------
 # Everything here is computed from the rows alone, nothing is measured: ratios at the longest length, also of M2's dense

@@ -1688,7 +1688,7 @@ def cost_sides(machine, T):
     q, qi, k, v, ki = (x.requires_grad_() for x in tensors)
     k_full, v_full = (fill(machine, 1, T, H, D).requires_grad_() for _ in range(2))
     dy = fill(machine, 1, T, H, D)
-    decay = 2.0 ** (-8 * torch.arange(1, H + 1, device=machine.device) / H)
+    decay = lightning_decay(machine, H)
     kl_grad = torch.tensor(1 / T, device=machine.device)  # the KL is a sum over the tokens
 
     def sparse():
@@ -1707,49 +1707,56 @@ def cost_sides(machine, T):
     sides.append(Side("lightning", None, lambda: lightning_attention(*linear, decay)[:1], linear, (dy,)))
     return sides
 
-def cost_gate(machine):
-    """Before anything is timed: outputs and gradients of windows and of Lightning, on a short context and fewer heads,
-    against the same in torch and fp64; and MSA's against full attention's."""
-    train_gate(machine, "m3")
-    H, Hkv, S, L = train_sizes(machine.gpu, "m3")
-    H, Hkv = H // Hkv, 1
-    T = S * L + 77
-    decay = 2.0 ** (-8 * torch.arange(1, H + 1, device=machine.device) / H)
-    q, _ = random_queries(machine, (H, Hkv), 1, T)
-    k, v, _ = random_cache(machine, (H, Hkv), 1, T)
-    k_full, v_full, dy = (fill(machine, 1, T, H, D) for _ in range(3))
+def lightning_decay(machine, H):
+    """Of the first layer, see model.Lightning: (H,)."""
+    return 2.0 ** (-8 * torch.arange(1, H + 1, device=machine.device) / H)
 
-    def linear(q, k, v, impl="auto"):
-        return lightning_attention(q, k, v, decay, impl=impl)[0]
+def check_side(machine, side, outs, grads):
+    """A window's or Lightning's output and gradients, on a part of the tensors that stands alone, against the same by
+    torch in fp64. Of Lightning that are the heads that forget fastest and slowest; of a window the last KV head, and
+    the last two windows of tokens, of which the second depends on no others."""
+    if side.attn == "lightning":
+        part = slice(None), slice(None), [0, -1]
+        parts = part, part, part
+        checked = slice(None)
+        attend = partial(lightning_attention, decay=lightning_decay(machine, side.inputs[0].size(2))[[0, -1]])
+    else:
+        q, k, _ = side.inputs
+        tokens = slice(-2 * side.window, None)
+        group = slice(-q.size(2) // k.size(2), None)
+        key_part = slice(None), tokens, slice(-1, None)
+        parts = (slice(None), tokens, group), key_part, key_part
+        checked = slice(-side.window, None)
+        attend = partial(window_attention, window=side.window)
 
-    cases = [("Lightning", linear, (q, k_full, v_full))]
-    for window in (S * L, L):
-        cases.append((f"a window of {window:,}", partial(window_attention, window=window), (q, k, v)))
-    for name, attend, tensors in cases:
-        results = []
-        for dtype, impl in ((machine.dtype, "auto"), (torch.float64, "torch")):
-            inputs = [x.detach().to(dtype, copy=True).requires_grad_() for x in tensors]
-            y = attend(*inputs, impl=impl)
-            results.append((y.detach(), *torch.autograd.grad(y, inputs, dy.to(dtype))))
-        for what, got, want in zip(("output", "gradient of q", "gradient of k", "gradient of v"), *results):
-            near(f"gate: {name}: {what} against torch in fp64, {T:,} tokens", got, want)
+    inputs = [x.detach()[part].double().requires_grad_() for x, part in zip(side.inputs, parts)]
+    y = attend(*inputs, impl="torch")
+    if side.attn == "lightning":
+        y, _ = y
+    want = y.detach(), *torch.autograd.grad(y, inputs, side.upstream[0][parts[0]].double())
+    for what, got, part, exact in zip(("output", "dq", "dk", "dv"), (*outs, *grads), (parts[0], *parts), want):
+        near(f"cost, {side.name}: {what} against torch in fp64", got.detach()[part][:, checked], exact[:, checked])
+
+def check_sides(machine, sides):
+    """Before anything is timed, what is: no number but finite ones, windows and Lightning against torch. Compiles."""
+    for side in sides:
+        outs = side.forward()
+        grads = side.backward(outs)
+        for x in (*outs, *grads):
+            check_finite(f"cost, {side.name}: an output or a gradient", x.detach())
+        if side.attn in ("swa", "lightning"):
+            check_side(machine, side, outs, grads)
 
 def time_sides(sides, gpu, reps=5):
     """Forward and backward of each side in turn -> {name: (ms of each forward, ms of each backward)}."""
     wait = 2 * 10 ** 7                 # 10 ms, as the host launches many small kernels
     times = {side.name: ([], []) for side in sides}
-    if gpu:
-        for side in sides:  # compiles
-            side.backward(side.forward())
     for rep in range(reps):
         for side in sides:
             forward_ms, outs = timed(side.forward, gpu, True, wait)
             backward_ms, grads = timed(partial(side.backward, outs), gpu, True, wait)
             times[side.name][0].append(forward_ms)
             times[side.name][1].append(backward_ms)
-            if rep == 0:
-                for x in (*outs, *grads):
-                    check_finite(f"cost, {side.name}: an output or a gradient", x.detach())
             del outs, grads
     return times
 
@@ -1817,12 +1824,13 @@ def cost_rows(machine, T):
         measure_rates(machine)
     if not machine.gpu:
         T = min(T, 1024)
-    cost_gate(machine)
     if machine.gpu:
-        torch.compiler.reset()         # or FlexAttention is compiled for any length, and is slower
+        torch.compiler.reset()         # or FlexAttention, compiled before, is compiled for any length, and is slower
+    train_gate(machine, "m3")
+    sides = cost_sides(machine, T)
+    check_sides(machine, sides)
     print(f"\none layer in training, {T:,} tokens: forward and backward; util of useful FLOPs and least bytes\n"
           "attention | forward ms backward ms |   TFLOP      GB | least ms: FLOPs, bytes | matmul   copy", flush=True)
-    sides = cost_sides(machine, T)
     times = time_sides(sides, machine.gpu)
     rows = []
     for side in sides:

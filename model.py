@@ -578,9 +578,10 @@ def window_tiles(T, window, end, tile, device):
             lists.append(table.sum(-1, dtype=torch.int32)[:, None])
             lists.append((own + sign * nearest).clamp(0, n - 1).int()[:, None])
     part, whole = lists[:4], lists[4:]
+    reach = torch.full((), window, device=device)  # a number would be compiled anew for each window, or become symbolic
 
     def see(b, h, i, j):
-        seen = (j <= i) & (j > i - window)
+        seen = (j <= i) & (j > i - reach)
         return seen if end is None else seen & (i < end[b, j])
     return BlockMask((T, T), *part[:2], *whole[:2], *part[2:], *whole[2:], BLOCK_SIZE=(tile, tile), mask_mod=see)
 

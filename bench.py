@@ -1618,6 +1618,7 @@ class Side:
     """An attention to be timed in training."""
     attn: str                          # full, msa, swa or lightning
     window: int                        # keys that a query reads, or None
+    impl: str                          # which code runs
     forward: object                    # function -> outputs
     inputs: tuple                      # tensors whose gradients are asked for
     upstream: tuple                    # gradients of the outputs
@@ -1698,14 +1699,22 @@ def cost_sides(machine, T):
     def windowed(window):
         return lambda: (window_attention(q, k, v, window),)
 
+    def dense():
+        return sdpa(q, k, v, dense_impl),
+
+    def linear():
+        y, _ = lightning_attention(q, k_full, v_full, decay)
+        return y,
+
+    dense_name, msa_name = impl_names(machine.gpu, "train", T)
+    flex, kernels = ("FlexAttention", "Triton") if machine.gpu else ("torch", "torch")
     main = q, k, v
-    linear = q, k_full, v_full
-    sides = [Side("full", None, lambda: (sdpa(q, k, v, dense_impl),), main, (dy,)),
-             Side("msa", None, sparse, (*main, qi, ki), (dy, kl_grad))]
-    for window in (S * L, L):
-        sides.append(Side("swa", window, windowed(window), main, (dy,)))
-    sides.append(Side("lightning", None, lambda: lightning_attention(*linear, decay)[:1], linear, (dy,)))
-    return sides
+    return [
+        Side("full", None, dense_name, dense, main, (dy,)),
+        Side("msa", None, msa_name, sparse, (*main, qi, ki), (dy, kl_grad)),
+        Side("swa", S * L, flex, windowed(S * L), main, (dy,)),
+        Side("swa", L, flex, windowed(L), main, (dy,)),
+        Side("lightning", None, kernels, linear, (q, k_full, v_full), (dy,))]
 
 def lightning_decay(machine, H):
     """Of the first layer, see model.Lightning: (H,)."""
@@ -1760,41 +1769,43 @@ def time_sides(sides, gpu, reps=5):
             del outs, grads
     return times
 
+def roofline(flops, moved, taken_ms, rates):
+    """What so many FLOPs and bytes need at the measured rates, which of the two binds, and what was reached of each."""
+    found = dict(flops=flops, bytes=moved)
+    found["least_ms_flops"] = 1e3 * flops / rates["matmul"]
+    found["least_ms_bytes"] = 1e3 * moved / rates["copy"]
+    found["limit"] = "compute" if found["least_ms_flops"] > found["least_ms_bytes"] else "memory"
+    found["matmul_util"] = found["least_ms_flops"] / taken_ms
+    found["copy_util"] = found["least_ms_bytes"] / taken_ms
+    return found
+
+def print_cost(name, times, found):
+    """A line of the table: a name, the times as text, what roofline() found."""
+    amounts = f"{found['flops'] / 1e12:9.3f}{found['bytes'] / 1e9:8.2f}"
+    least = f"{found['least_ms_flops']:9.3f}{found['least_ms_bytes']:8.3f}"
+    reached = f"{found['matmul_util']:7.1%}{found['copy_util']:7.1%}"
+    print(f"{name:11}|{times:24}|{amounts} |{least} | {found['limit']:8}|{reached}", flush=True)
+
 def cost_row(machine, side, T, forward_ms, backward_ms):
     """A row from one side's times, printed at once."""
     heads = train_sizes(machine.gpu, "m3")
-    H = heads[0]
-    rates = machine.rates
+    H, Hkv, _, _ = heads
+    if side.attn == "lightning":
+        Hkv = H
+    row = dict(what="quality-cost", attn=side.attn, window=side.window, impl=side.impl, ctx=T, heads=[H, Hkv],
+               forward_ms=forward_ms, backward_ms=backward_ms)
     flops = cost_flops(side.attn, T, heads, side.window)
     moved = cost_bytes(side.attn, T, heads, machine.size)
-    row = dict(what="quality-cost", attn=side.attn, window=side.window, ctx=T, heads=list(heads[:2]),
-               forward_ms=forward_ms, backward_ms=backward_ms, flops=flops, bytes=moved,
-               least_ms_flops=1e3 * flops / rates["matmul"],
-               least_ms_bytes=1e3 * moved / rates["copy"])
-    add_limit(row)
-    print(f"{side.name:10}|{forward_ms:11.3f}{backward_ms:12.3f} |{flops / 1e12:9.3f}{moved / 1e9:8.2f} |"
-          f"{row['least_ms_flops']:9.3f}{row['least_ms_bytes']:8.3f} | {row['limit']:8}|"
-          f"{row['matmul_util']:7.1%}{row['copy_util']:7.1%}", flush=True)
+    row.update(roofline(flops, moved, forward_ms + backward_ms, machine.rates))
+    print_cost(side.name, f"{forward_ms:11.3f}{backward_ms:12.3f}", row)
 
     # what its kernels do, beside what the recurrence needs
     if side.attn == "lightning" and machine.gpu:
-        row["chunks"] = dict(flops=chunk_flops(T, H), bytes=chunk_bytes(T, H, machine.size))
-        done = dict(row, least_ms_flops=1e3 * row["chunks"]["flops"] / rates["matmul"],
-                    least_ms_bytes=1e3 * row["chunks"]["bytes"] / rates["copy"])
-        add_limit(done)
-        for key in ("least_ms_flops", "least_ms_bytes", "limit", "matmul_util", "copy_util"):
-            row["chunks"][key] = done[key]
-        print(f"{'  in chunks':34} |{done['chunks']['flops'] / 1e12:9.3f}{done['chunks']['bytes'] / 1e9:8.2f} |"
-              f"{done['least_ms_flops']:9.3f}{done['least_ms_bytes']:8.3f} | {done['limit']:8}|"
-              f"{done['matmul_util']:7.1%}{done['copy_util']:7.1%}", flush=True)
+        flops = chunk_flops(T, H)
+        moved = chunk_bytes(T, H, machine.size)
+        row["chunks"] = roofline(flops, moved, forward_ms + backward_ms, machine.rates)
+        print_cost("  in chunks", "", row["chunks"])
     return row
-
-def add_limit(row):
-    """Which of a row's two least times is the longer one, and the share of each rate that was reached."""
-    row["limit"] = "compute" if row["least_ms_flops"] > row["least_ms_bytes"] else "memory"
-    taken = row["forward_ms"] + row["backward_ms"]
-    row["matmul_util"] = row["least_ms_flops"] / taken
-    row["copy_util"] = row["least_ms_bytes"] / taken
 
 def cost_sentence(rows):
     """Whether linear attention is memory-bound in training, from the rows."""
@@ -1802,20 +1813,19 @@ def cost_sentence(rows):
     full = next(row for row in rows if row["attn"] == "full")
     taken = row["forward_ms"] + row["backward_ms"]
     full_taken = full["forward_ms"] + full["backward_ms"]
+
     answer = "is" if row["limit"] == "memory" else "is not"
-    line = (f"Linear attention {answer} memory-bound in training, at {row['ctx']:,} tokens: its bytes need "
-            f"{plain(row['least_ms_bytes'])} ms and its FLOPs {plain(row['least_ms_flops'])}. ")
-    measured = f"Measured: {plain(taken)} ms, {row['copy_util']:.0%} of the copy rate"
+    said = [f"Linear attention {answer} memory-bound in training, at {row['ctx']:,} tokens: its bytes need "
+            f"{plain(row['least_ms_bytes'])} ms, its FLOPs {plain(row['least_ms_flops'])} ms."]
+    done = row.get("chunks", row)      # what is really moved and multiplied, where that is known
     if "chunks" in row:
-        chunks = row["chunks"]
-        line += (f"In chunks it needs {plain(chunks['least_ms_bytes'])} and {plain(chunks['least_ms_flops'])} ms, and "
-                 f"is bound by {'memory' if chunks['limit'] == 'memory' else 'products'}. ")
-        measured += (f" by its least bytes, {chunks['copy_util']:.0%} by those of chunks, whose products reach "
-                     f"{chunks['matmul_util']:.0%} of the matrix rate")
-    else:
-        measured += f" and {row['matmul_util']:.0%} of the matrix rate"
-    others = f"Full attention is bound by {full['limit']} and takes {full_taken / taken:.1f} times as long."
-    return f"{line}{measured}. {others}"
+        said.append(f"Computed in chunks it moves and multiplies more: {plain(done['least_ms_bytes'])} and "
+                    f"{plain(done['least_ms_flops'])} ms.")
+    nearer = "copy" if done["copy_util"] > done["matmul_util"] else "matrix"
+    shares = f"{done['copy_util']:.0%} of the copy rate and {done['matmul_util']:.0%} of the matrix rate"
+    said.append(f"Measured are {plain(taken)} ms, {shares}: nearer to the {nearer} rate.")
+    said.append(f"Full attention is bound by {full['limit']} and takes {full_taken / taken:.1f} times as long.")
+    return " ".join(said)
 
 def cost_rows(machine, T):
     """What each attention costs in training on T tokens, on a CPU 1,024 at most and M3's heads divided by 4: checked,
@@ -1830,7 +1840,8 @@ def cost_rows(machine, T):
     sides = cost_sides(machine, T)
     check_sides(machine, sides)
     print(f"\none layer in training, {T:,} tokens: forward and backward; util of useful FLOPs and least bytes\n"
-          "attention | forward ms backward ms |   TFLOP      GB | least ms: FLOPs, bytes | matmul   copy", flush=True)
+          "attention  | forward ms backward ms |   TFLOP      GB | least: FLOPs,  bytes | limit   | matmul   copy",
+          flush=True)
     times = time_sides(sides, machine.gpu)
     rows = []
     for side in sides:

@@ -850,9 +850,9 @@ class Walk:
             return None
         if reverse:
             return self.end.int() - 1
-        i = torch.arange(self.end.size(1), device=self.end.device, dtype=self.end.dtype).expand_as(self.end)
         # before it lie the tokens whose documents have ended
-        return torch.searchsorted(self.end.contiguous(), i.contiguous(), right=True, out_int32=True)
+        i = torch.ones_like(self.end).cumsum(1, dtype=self.end.dtype) - 1
+        return torch.searchsorted(self.end.contiguous(), i, right=True, out_int32=True)
 
     @functools.cached_property
     def kept(self):

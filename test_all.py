@@ -1255,7 +1255,13 @@ def tiles_in(number, index, n):
     return table
 
 @parametrize("T, window, cuts", [
-    (64, 1, None), (64, 8, None), (64, 9, None), (64, 20, None), (64, 99, None), (8, 20, None), (64, 20, (5, 16, 40))])
+    (64, 1, None),
+    (64, 8, None),
+    (64, 9, None),
+    (64, 20, None),
+    (64, 99, None),
+    (8, 20, None),
+    (64, 20, (5, 16, 40))])
 def test_a_windows_tiles_are_a_band(T, window, cuts):
     """Tiles seen in part and as a whole, by query and by key, are those of a mask of all pairs."""
     size = 8
@@ -9182,8 +9188,8 @@ def test_costs_say_what_binds(capsys):
     assert "is memory-bound" in text
 
     linear = rows[-1]
-    linear["least_ms_flops"] = 2 * linear["least_ms_bytes"]
-    bench.add_limit(linear)
+    flops = 101 * linear["bytes"]  # the machine has 100 for each byte
+    linear.update(bench.roofline(flops, linear["bytes"], 1.0, dict(copy=1e12, matmul=1e14)))
     assert "is not memory-bound" in bench.cost_sentence(rows)
 
 @parametrize("target", ["lightning_attention", "window_attention"])

@@ -6,6 +6,7 @@
     python bench.py --what tree                              # a training step of rl.py, prefixes merged and not
     python bench.py --what queue --figure queue.svg          # rl.py's strict FIFO, window and greedy
     python bench.py --what generate --out DIR                # tokens/s of a whole model, GPT-2's, and with drafts
+    python bench.py --what quality --figure quality.png      # what full, windowed, linear and sparse attention learn
 
 The sides take turns (A B A B) on the same tensors. Dense prefill is cuDNN SDPA, dense decode our split-KV kernel; on a
 CPU both are SDPA with a group's G heads as rows, which reads K and V once (enable_gqa: G times, 5 to 11 times slower).
@@ -19,9 +20,13 @@ import signal
 if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: no traceback
     at_ctrl_c = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
+import copy
 import gc
+import hashlib
 import importlib.util
+import json
 import math
+import multiprocessing
 import random
 import shutil
 import statistics
@@ -29,7 +34,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field, replace
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice, product
 from pathlib import Path
@@ -40,10 +46,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import msa
 import rl
 import train
-from model import (LIGHTNING_TILE, Context, DecodeWeights, KVCache, MiniMax, MiniMaxConfig, lightning_attention,
-                   rope_tables, window_attention)
-from sample import (Parser, Threads, check_figure, command, figure_format, free_memory, generate, held_by_depth,
-                    implementations, in_index_warmup, load_checkpoint, load_model, pick_device, tokens)
+from model import (LIGHTNING_TILE, SHORT_ROW, Attention, Context, DecodeWeights, KVCache, MiniMax, MiniMaxConfig,
+                   ShortConv, attn_pattern, decode_bytes, lightning_attention, rope_tables, window_attention)
+from sample import (Parser, Threads, captured, check_figure, command, figure_format, free_memory, generate,
+                    held_by_depth, implementations, in_index_warmup, load_checkpoint, load_model, number, pick_device,
+                    tokens)
 
 SHAPES = {"m2": (48, 8), "m3": (64, 4)}                    # query heads, KV heads = index heads
 D = 128                                # channels of a head
@@ -1605,6 +1612,1047 @@ def run_generate(args, machine):
         print(f"found   | {say_drafts(drafts, bool(windows))}")
     return dict(device=machine.name, rows=rows, rates=machine.rates)
 
+# ---- quality: the study ----------------------------------------------------------------------------
+# Do window, linear and sparse attention find what full attention finds? Small models that differ in nothing else learn
+# synthetic tasks at one length, and are tested at that length and beyond. After RULER (arXiv 2404.06654), multi-query
+# associative recall (2312.04927) and the multi-hop argument of M2's report (2605.26494, section 2).
+# All have the same steps, batches and, by the width of their MLPs, parameters. Each is trained at three rates from
+# three seeds, because a rate that suits one kind of attention ruins another; the best rate is reported, all its seeds
+# beside chance, because some skills come in one seed and not in the next.
+
+
+@dataclass
+class Study:
+    """What is compared, at which size. Vocabulary: SPECIAL tokens, names, values, words."""
+    attns: tuple                       # kinds of attention: see study_config
+    rates: tuple                       # peak learning rates that each is trained at
+    seeds: tuple
+    steps: int                         # of each model
+    T: int                             # tokens of a training row
+    scales: tuple                      # lengths of the tests, in T
+    groups: tuple                      # a task for each group of rows of a batch
+    rows: int                          # rows of a group
+    tests: int                         # rows of a test, up to 2 T; half as many beyond
+    n_names: int
+    n_values: int
+    n_words: int
+    chain: int                         # tokens of a row for each chain of variables
+    hops: int                          # statements of a chain
+    all_budgets: bool                  # MSA is also tested with a quarter of all keys, and with the heaviest blocks
+    model: dict                        # fields of its MiniMaxConfig
+    mlp: int                           # width of the MLPs beside full attention
+
+    @property
+    def vocab_size(self):
+        return SPECIAL + self.n_names + self.n_values + self.n_words
+
+    @property
+    def tasks(self):
+        return tuple(dict.fromkeys(self.groups))
+
+# what no preset of a released model has, and the probes needed; see README
+SMALL_MODEL = dict(
+    mlp_types=["dense"], n_expert=1, n_expert_per_tok=1, expert_dim=8, qk_norm="head", gemma_norm=True,
+    rotary_dim=0, conv_taps=4, n_head=4, n_kv_head=2, index_kl_stride=4, window=16)
+STUDIES = dict(
+    cuda=Study(
+        attns=("full", "msa", "msa-converted", "full:msa=1:3", "swa:full=1:1", "lightning:full=1:1", "swa:full=3:1",
+               "lightning:full=3:1", "swa", "lightning"),
+        rates=(1e-3, 2e-3, 4e-3), seeds=(0, 1, 2), steps=10_000,
+        T=128, scales=(1, 2, 4, 8), groups=("local", "needle", "mkey", "recall", "vt", "vt", "vt", "cwe", "fwe"),
+        rows=4, tests=128, n_names=256, n_values=64, n_words=64, chain=32, hops=4,
+        all_budgets=True,
+        model=dict(SMALL_MODEL, n_layer=4, n_embd=128, head_dim=32, index_head_dim=32, index_block_size=8,
+                   index_topk_blocks=4),
+        mlp=320),
+    cpu=Study(
+        attns=("full", "msa", "swa:full=1:2", "swa:full=2:1", "lightning:full=2:1"),
+        rates=(4e-3,), seeds=(0, 1), steps=2500,
+        T=64, scales=(1, 2, 4, 8), groups=("local", "mkey", "vt", "vt"),
+        rows=6, tests=64, n_names=128, n_values=16, n_words=16, chain=16, hops=3,
+        all_budgets=False,
+        model=dict(SMALL_MODEL, n_layer=3, n_embd=64, head_dim=24, index_head_dim=16, index_block_size=4,
+                   index_topk_blocks=4),
+        mlp=128))
+
+def study_config(study, attn):
+    """The model of a kind of attention: as --attn of train.py; "msa-converted" has full attention first. Layers with
+    less in their attention have more in their MLPs, so that all models have as many parameters, within 0.1 %."""
+    n = study.model["n_layer"]
+    fields = dict(study.model, vocab_size=study.vocab_size, max_seq_len=study.T * max(study.scales))
+    fields["mlp_types"] = ["dense"] * n
+
+    def config(attn_types, width):
+        return MiniMaxConfig(**fields, attn_types=attn_types, dense_dim=width)
+
+    def count(cfg):
+        with torch.device("meta"):
+            return sum(p.numel() for p in MiniMax(cfg).parameters())
+
+    wanted = count(config(["full"] * n, study.mlp))
+    attn_types = attn_pattern(attn.removesuffix("-converted"), n)
+    a_unit = 3 * n * fields["n_embd"]  # parameters of an MLP's unit: two in, one out
+    more = wanted - count(config(attn_types, study.mlp))
+    cfg = config(attn_types, study.mlp + round(more / a_unit))
+    assert abs(count(cfg) - wanted) <= 1e-3 * wanted, f"{attn}: {count(cfg):,} parameters, not {wanted:,}"
+    return cfg
+
+# ---- quality: tasks --------------------------------------------------------------------------------
+# A row is filler words, among which stand statements, and questions at its end:
+#     statement    name = value, or name = name; at a random multiple of 3
+#     question     ? name, whose answer is asked for after the name, and never shown
+#     local        2 statements and 2 questions in the last 10 tokens, within every window
+#     needle       1 statement anywhere           mkey    T / 16 statements, 8 questions
+#     recall       T / 4 statements, 8 questions  (of T = 128 in training, as all such numbers)
+#     vt           variable tracking: T / 32 chains a = value, b = a, c = b, d = c, interleaved. An answer h statements
+#                  deep needs h lookups, one after the other: vt1 to vt4. In training the name to the right of every
+#                  "=" is a question, too: without that the second hop does not come (measured)
+#     cwe          words alone: 4 are common, 4 % of all tokens each, the others rarer; which four?
+#     fwe          words alone: frequencies fall as rank ** -1.5; which three are the most frequent?
+# Everything grows with T: 8 times the length has 8 times the statements that are not asked for.
+
+EQUALS, ASK, COMMON, FREQUENT, SPECIAL = 0, 1, 2, 3, 8
+N_COMMON = 4
+N_FREQUENT = 3
+COMMON_SHARE = 0.04                    # of a row, each common word
+
+
+@dataclass
+class Questions:
+    """Rows of one task."""
+    idx: torch.Tensor                  # (n, T) tokens
+    place: torch.Tensor                # (n, Q) where an answer is asked for
+    answers: torch.Tensor              # (n, Q, k) the k tokens that are right
+    hop: torch.Tensor                  # (n, Q) lookups that it needs; -1: asked in training alone
+
+class TaskMaker:
+    """Makes rows of T tokens, on the generator's device."""
+
+    def __init__(self, study, T, generator):
+        self.study = study
+        self.T = T
+        self.generator = generator
+        self.device = generator.device
+        self.names = SPECIAL
+        self.values = self.names + study.n_names
+        self.words = self.values + study.n_values
+
+    def make(self, task, n):
+        """-> Questions of n rows."""
+        study = self.study
+        of_training = study.T // 16
+        if task == "local":
+            return self.lookup(n, 2, 2, near=True)
+        if task == "needle":
+            return self.lookup(n, 1, 1)
+        if task == "mkey":
+            return self.lookup(n, self.T // 16, min(8, of_training))
+        if task == "recall":
+            return self.lookup(n, self.T // 4, of_training)
+        if task == "vt":
+            return self.chains(n)
+        if task == "cwe":
+            return self.counting(n, self.common_counts(), N_COMMON, COMMON)
+        return self.counting(n, self.frequent_counts(), N_FREQUENT, FREQUENT)
+
+    def orders(self, n, m):
+        """n random orders of m things: (n, m)."""
+        return torch.rand(n, m, generator=self.generator, device=self.device).argsort(-1)
+
+    def some(self, n, m, size):
+        """For each of n rows m numbers below `size`, all different as far as there are as many: (n, m)."""
+        rounds = [self.orders(n, size) for _ in range(-(-m // size))]
+        return torch.cat(rounds, 1)[:, :m]
+
+    def write(self, n, slots, left, right, asked):
+        """Rows of words, with statements left (n, m) = right (n, m) at 3 * slots (n, m), then questions asked (n, Q)
+        -> idx (n, T), places of the questions (n, Q)."""
+        T, Q = self.T, asked.size(1)
+        idx = self.words + torch.randint(self.study.n_words, (n, T), generator=self.generator, device=self.device)
+        place = 3 * slots
+        idx.scatter_(1, place, left)
+        idx.scatter_(1, place + 1, EQUALS)
+        idx.scatter_(1, place + 2, right)
+        idx[:, T - 2 * Q::2] = ASK
+        idx[:, T - 2 * Q + 1::2] = asked
+        return idx, torch.arange(T - 2 * Q + 1, T, 2, device=self.device).expand(n, Q)
+
+    def lookup(self, n, m, Q, near=False):
+        """m statements name = value, Q of them asked for."""
+        names = self.names + self.some(n, m, self.study.n_names)
+        values = self.values + self.some(n, m, self.study.n_values)
+        n_slots = (self.T - 2 * Q) // 3
+        slots = self.some(n, m, n_slots)
+        if near:                       # the last ones
+            slots = n_slots - 1 - self.orders(n, m)
+        which = self.some(n, Q, m)
+        idx, place = self.write(n, slots, names, values, names.gather(1, which))
+        return Questions(idx, place, values.gather(1, which)[..., None], torch.zeros_like(place))
+
+    def chains(self, n):
+        """Chains of `hops` statements, each of which but the first names the one before it."""
+        hops = self.study.hops
+        n_chains = self.T // self.study.chain
+        Q = self.study.T // self.study.chain * hops  # as many in tests: one of each hop, and chain of training
+        names = self.names + self.some(n, n_chains * hops, self.study.n_names)
+        names = names.view(n, n_chains, hops)
+        value = self.values + self.some(n, n_chains, self.study.n_values)                             # (n, chains)
+        slots = self.some(n, n_chains * hops, (self.T - 2 * Q) // 3)
+        slots = slots.view(n, n_chains, hops).sort(-1).values  # a chain's statements stand in their order
+        right = torch.cat([value[..., None], names[..., :-1]], -1)
+
+        # questions: for each hop some of the chains, in a random order
+        chain = torch.cat([self.some(n, Q // hops, n_chains) for _ in range(hops)], 1)
+        hop = torch.arange(1, hops + 1, device=self.device).repeat_interleave(Q // hops).expand(n, Q)
+        order = self.orders(n, Q)
+        chain = chain.gather(1, order)
+        hop = hop.gather(1, order)
+        asked = names.flatten(1).gather(1, chain * hops + hop - 1)
+        idx, place = self.write(n, slots.flatten(1), names.flatten(1), right.flatten(1), asked)
+
+        # in training also the names to the right of "="
+        references = (3 * slots + 2)[..., 1:].flatten(1)                              # (n, chains * (hops - 1))
+        same = value[..., None].expand(-1, -1, hops - 1).flatten(1)
+        return Questions(
+            idx=idx,
+            place=torch.cat([place, references], 1),
+            answers=torch.cat([value.gather(1, chain), same], 1)[..., None],
+            hop=torch.cat([hop, torch.full_like(references, -1)], 1))
+
+    def common_counts(self):
+        """How often each word stands in a row of cwe, the common ones first."""
+        body = self.T - 1
+        common = round(COMMON_SHARE * body)
+        others = self.study.n_words - N_COMMON
+        left = body - N_COMMON * common
+        return [common] * N_COMMON + [left // others + (i < left % others) for i in range(others)]
+
+    def frequent_counts(self):
+        """The same for fwe, in falling order."""
+        body = self.T - 1
+        weights = [rank ** -1.5 for rank in range(1, self.study.n_words + 1)]
+        counts = [int(body * weight / sum(weights)) for weight in weights]
+        counts[0] += body - sum(counts)
+        return counts
+
+    def counting(self, n, counts, k, question):
+        """Shuffled words, each as often as `counts` says; the first k are asked for at the end."""
+        words = self.words + self.orders(n, len(counts))                                              # (n, words)
+        kind = torch.arange(len(counts), device=self.device).repeat_interleave(
+            torch.tensor(counts, device=self.device), output_size=sum(counts))
+        body = words.gather(1, kind[self.orders(n, len(kind))])
+        idx = torch.cat([body, torch.full_like(body[:, :1], question)], 1)
+        place = torch.full_like(idx[:, :1], self.T - 1)
+        return Questions(idx, place, words[:, None, :k], torch.zeros_like(place))
+
+    def chance(self, task):
+        """What a guess gets right: among the values that stand in the row, or among all words, or all values for a
+        single needle."""
+        study = self.study
+        in_row = dict(local=2, needle=study.n_values, mkey=self.T // 16, recall=self.T // 4)
+        if task in in_row:
+            return 1 / min(in_row[task], study.n_values)
+        if task.startswith("vt"):
+            return study.chain / self.T
+        return (N_COMMON if task == "cwe" else N_FREQUENT) / study.n_words
+
+def join_questions(parts, shape):
+    """Questions of several tasks, (lead..., rows, ...) each -> one, with the rows side by side. Places without a
+    question repeat place 0 and have no right answer: -1.
+
+    shape  the dimensions in front of the rows: of each part the first dimension is their product times its rows
+    """
+    most = max(part.place.size(1) for part in parts)
+    right = max(part.answers.size(2) for part in parts)
+    padded = []
+    for part in parts:
+        spare = most - part.place.size(1)
+        place = torch.nn.functional.pad(part.place, (0, spare))
+        hop = torch.nn.functional.pad(part.hop, (0, spare), value=-1)
+        answers = torch.nn.functional.pad(part.answers, (0, right - part.answers.size(2), 0, spare), value=-1)
+        padded.append([x.unflatten(0, (*shape, -1)) for x in (part.idx, place, answers, hop)])
+    return Questions(*(torch.cat(fields, len(shape)) for fields in zip(*padded)))
+
+def make_batches(study, generator, n_steps, replicas):
+    """Training batches for some steps: Questions (n_steps, replicas, rows of a batch, ...)."""
+    maker = TaskMaker(study, study.T, generator)
+    parts = [maker.make(task, n_steps * replicas * study.rows * study.groups.count(task)) for task in study.tasks]
+    return join_questions(parts, (n_steps, replicas))
+
+# ---- quality: replicas -----------------------------------------------------------------------------
+# Models of one kind, at different rates and seeds, compute as one: each weight is a stack of R, and a batch holds the
+# rows of model 0, then those of model 1, and so on. Nothing else in MiniMax.forward knows of it, for nothing else
+# mixes rows. One model of 0.7M parameters leaves a GPU idle between its kernels; nine fill it.
+
+class StackedLinear(torch.nn.Module):
+    """R Linears."""
+
+    def __init__(self, parts):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.stack([part.weight.detach() for part in parts]))  # (R, out, in)
+        self.out_features = self.weight.size(1)
+
+    def forward(self, x):
+        R, n_out, n_in = self.weight.shape
+        y = torch.bmm(x.reshape(R, -1, n_in), self.weight.to(x.dtype).mT)
+        return y.view(*x.shape[:-1], n_out)
+
+class StackedNorm(torch.nn.Module):
+    """R RMSNorms."""
+
+    def __init__(self, parts):
+        super().__init__()
+        self.eps = parts[0].eps
+        self.gemma = parts[0].gemma
+        self.weight = torch.nn.Parameter(torch.stack([part.weight.detach() for part in parts]))  # (R, channels)
+
+    def forward(self, x):
+        wide = x.float()
+        R, channels = self.weight.shape
+        gain = 1 + self.weight if self.gemma else self.weight
+        y = torch.nn.functional.rms_norm(wide, (channels,), None, self.eps)
+        return (y.reshape(R, -1, channels) * gain[:, None]).view(x.shape).to(x.dtype)
+
+class StackedEmbedding(torch.nn.Module):
+    """R embeddings."""
+
+    def __init__(self, parts):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.stack([part.weight.detach() for part in parts]))  # (R, V, C)
+
+    def forward(self, idx):
+        R, V, _ = self.weight.shape
+        first = V * torch.arange(R, device=idx.device).repeat_interleave(len(idx) // R)
+        return torch.nn.functional.embedding(idx + first[:, None], self.weight.flatten(0, 1))
+
+class StackedConv(ShortConv):
+    """R ShortConvs."""
+
+    def __init__(self, parts):
+        torch.nn.Module.__init__(self)
+        self.weight = torch.nn.Parameter(torch.stack([part.weight.detach() for part in parts]))  # (R, C, taps)
+
+    def tap(self, t, x):
+        R = len(self.weight)
+        return self.weight[:, :, t].to(x.dtype).repeat_interleave(len(x) // R, 0)[:, None]
+
+class MaskedMSA(torch.nn.Module):
+    """An MSA layer that masks the scores of all keys, where model.Attention gathers chosen ones: the same numbers, and
+    at these lengths less work. A test holds it against msa.msa_train. It can also read the truly heaviest blocks."""
+
+    def __init__(self, attn, choice):
+        super().__init__()
+        self.attn = attn
+        self.choice = choice           # "index", or "oracle": by the mass of full attention
+
+    @property
+    def indexer(self):
+        return self.attn.indexer
+
+    def forward(self, x, ctx):
+        """x (B, T, C) -> y (B, T, C), aux: index_kl in training, found (B, T, Hkv) in a test: the share of the heaviest
+        earlier blocks that the index branch chose, nan where it had no choice."""
+        cfg = self.attn.cfg
+        S, L, stride = cfg.index_topk_blocks, cfg.index_block_size, cfg.index_kl_stride
+        q, k, v, qi, ki = self.attn.project(x, ctx.rope)
+        B, T, H, head_dim = q.shape
+        Hkv = k.size(2)
+        N = train.cdiv(T, L)
+        i = torch.arange(T, device=x.device)
+        causal = i[:, None] >= i
+        q = q.float().unflatten(2, (Hkv, -1)).permute(0, 2, 3, 1, 4)                              # (B, Hkv, G, T, D)
+        k, v = (y.float().transpose(1, 2)[:, :, None] for y in (k, v))                             # (B, Hkv, 1, T, D)
+        scores = q @ k.mT * head_dim ** -0.5
+
+        # what is read: every visible key, or the tokens of S blocks
+        seen = causal[None, None]                                                                  # (., ., T, T)
+        aux = {}
+        if not ctx.index_warmup:
+            if self.training:
+                chosen = self.rank_blocks(qi, ki, i, S, L)
+            else:
+                block_idx = msa.select_blocks(qi, ki, S, L, impl="torch")
+                heaviest = self.heaviest_blocks(scores, causal, i, S, L, N)
+                aux["found"] = self.share_found(block_idx, heaviest, i // L, N)
+                if self.choice == "oracle":
+                    block_idx = heaviest
+                chosen = msa.chosen_blocks(block_idx, N)
+            seen = chosen.transpose(1, 2).repeat_interleave(L, -1)[..., :T] & causal
+        probs = scores.masked_fill(~seen[:, :, None], -math.inf).softmax(-1)
+        y = (probs @ v).permute(0, 3, 1, 2, 4).reshape(B, T, -1)
+
+        # the KL of every stride-th query, as msa.index_kl_loss has it
+        if self.training:
+            rows = slice(stride - 1, None, stride)
+            teacher = probs[..., rows, :].detach().mean(2)                                         # (B, Hkv, t, T)
+            index_scores = (qi[:, rows].float().transpose(1, 2) @ ki.float()[:, None].mT) * qi.size(-1) ** -0.5
+            logp = index_scores.masked_fill(~seen[..., rows, :], -math.inf).log_softmax(-1)
+            terms = teacher * (teacher.clamp(min=1e-30).log() - logp.clamp(min=-1e30))
+            aux["index_kl"] = terms.sum() / Hkv
+        return self.attn.o_proj(y.to(x.dtype)), aux
+
+    @staticmethod
+    @torch.no_grad()
+    def rank_blocks(qi, ki, i, S, L):
+        """What msa.select_blocks chooses, for rows of whole blocks, without its sort, which is slow on a GPU: a block
+        is chosen if fewer than S - 1 have a higher score, or the same and a lower number. -> bool (B, T, Hkv, N)"""
+        scores = (qi.float().transpose(1, 2) @ ki.float()[:, None].mT).unflatten(-1, (-1, L)).amax(-1)
+        number = torch.arange(scores.size(-1), device=i.device)
+        earlier = number < (i // L)[:, None]                                                       # (T, N)
+        scores = scores.masked_fill(~earlier, -math.inf)                                           # (B, Hkv, T, N)
+        above = scores[..., None, :] > scores[..., None]
+        before = (scores[..., None, :] == scores[..., None]) & (number < number[:, None])
+        rank = (above | before).sum(-1)
+        chosen = (rank < S - 1) & earlier | (number == (i // L)[:, None])
+        return chosen.transpose(1, 2)
+
+    @staticmethod
+    def heaviest_blocks(scores, causal, i, S, L, N):
+        """Scores (B, Hkv, G, T, T) -> block_idx (B, T, Hkv, S): own, then the earlier blocks of most probability."""
+        mass = scores.masked_fill(~causal, -math.inf).softmax(-1).mean(2)                          # (B, Hkv, T, T)
+        mass = torch.nn.functional.pad(mass, (0, N * L - mass.size(-1))).unflatten(-1, (N, L)).sum(-1)
+        own = (i // L)[:, None]
+        mass = mass.masked_fill(torch.arange(N, device=i.device) >= own, -math.inf).transpose(1, 2)
+        return msa.top_blocks(mass, own[None, :, 0].expand(len(mass), -1), S)
+
+    @staticmethod
+    def share_found(block_idx, heaviest, own, N):
+        """Of the earlier blocks in `heaviest`, those in block_idx (B, T, Hkv, S): (B, T, Hkv), nan without a choice."""
+        found = msa.chosen_blocks(block_idx, N) & msa.chosen_blocks(heaviest, N)
+        S = block_idx.size(-1)
+        share = (found.sum(-1) - 1) / max(1, S - 1)
+        return share.masked_fill((own < S)[:, None], math.nan)
+
+def stack_models(models, choice="index"):
+    """R models of one config -> one MiniMax of their stacked weights, whose rows are theirs in turn."""
+    stacked = {"Linear": StackedLinear, "RMSNorm": StackedNorm, "Embedding": StackedEmbedding, "ShortConv": StackedConv}
+    model = models[0]
+
+    def replace_parts(modules):
+        for name, child in list(modules[0].named_children()):
+            parts = [getattr(module, name) for module in modules]
+            if type(child).__name__ in stacked:
+                setattr(modules[0], name, stacked[type(child).__name__](parts))
+                continue
+            replace_parts(parts)
+            if getattr(child, "indexer", None) is not None and isinstance(child, Attention):
+                setattr(modules[0], name, MaskedMSA(child, choice))
+
+    replace_parts(models)
+    return model
+
+# ---- quality: training -----------------------------------------------------------------------------
+
+WARMUP, DECAY = 0.04, 0.3              # shares of the steps in which the rate rises, and falls to 0
+ADAM = dict(betas=(0.9, 0.98), eps=1e-10)
+STUDY_EMBED_SCALE = 3.0                # the embedding's rate over that of the others
+GAIN = 0.5                             # of the norms of q and k at the start, beyond 1: sharper attention, without
+                                       # which a second hop does not come in minutes on a CPU (measured)
+CONVERTED_AT = 0.7                     # share of the steps after which "msa-converted" is sparse
+BATCHES_AT_ONCE = 50                   # steps whose rows are made together
+
+
+class ReplicaOptimizer:
+    """train.py's Muon and AdamW for stacked models, each at its own rate; a CUDA graph can hold a step."""
+
+    def __init__(self, model, rates, steps):
+        """rates: (R,), peaks."""
+        self.steps = steps
+        self.rates = rates
+        self.step_count = torch.zeros((), device=rates.device)
+        self.by_shape = {}             # Muon: (shape, matrices in a parameter) -> parameters
+        self.others = []               # Adam
+        scales = []
+        for name, p in model.named_parameters():
+            kind = train.kind_of(name, p[0])
+            if kind.endswith(("matrix", "stacked")):
+                key = (*p.shape[1:], 2 if kind == "stacked" else 1)
+                self.by_shape.setdefault(key, []).append(p)
+            else:
+                self.others.append(p)
+                scale = STUDY_EMBED_SCALE if kind == "embed" else 1.0
+                scales.append(torch.full((p[0].numel(),), scale, device=rates.device))
+        self.matrices = [p for params in self.by_shape.values() for p in params]
+        self.momentum = [torch.zeros_like(p) for p in self.matrices]
+        self.scale = torch.cat(scales)
+        self.mean = torch.zeros(len(rates), len(self.scale), device=rates.device)
+        self.square = torch.zeros_like(self.mean)
+
+    def state(self):
+        """All that a step changes beside the parameters."""
+        return [self.step_count, *self.momentum, self.mean, self.square]
+
+    @torch.no_grad()
+    def step(self):
+        progress = self.step_count / self.steps
+        share = torch.minimum(progress / WARMUP + 0.01, (1 - progress) / DECAY).clamp(max=1)
+        rate = self.rates * share                                                                             # (R,)
+        self.step_count += 1
+        self.step_matrices(rate[:, None, None])
+        self.step_others(rate[:, None])
+
+    def step_matrices(self, rate):
+        torch._foreach_lerp_(self.momentum, [p.grad for p in self.matrices], 0.05)
+        updates = iter(torch._foreach_lerp([p.grad for p in self.matrices], self.momentum, 0.95))
+        for (rows, cols, stack), params in self.by_shape.items():
+            together = torch.stack([next(updates) for _ in params])                        # (n, R, rows, cols)
+            if together.is_cuda:
+                together = together.bfloat16()
+            found = train.orthogonalize(together.view(-1, rows // stack, cols)).reshape(together.shape)
+            size = train.MUON_RMS * max(rows // stack, cols) ** 0.5
+            torch._foreach_sub_(params, [size * rate * update for update in found])
+
+    def step_others(self, rate):
+        beta1, beta2 = ADAM["betas"]
+        R = len(rate)
+        grad = torch.cat([p.grad.reshape(R, -1) for p in self.others], 1)
+        self.mean.lerp_(grad, 1 - beta1)
+        self.square.lerp_(grad * grad, 1 - beta2)
+        mean = self.mean / (1 - beta1 ** self.step_count)
+        square = self.square / (1 - beta2 ** self.step_count)
+        update = rate * self.scale * mean / (square.sqrt() + ADAM["eps"])
+        parts = update.split([p[0].numel() for p in self.others], 1)
+        torch._foreach_sub_(self.others, [part.view_as(p) for part, p in zip(parts, self.others)])
+
+def answer_logits(model, batch, index_warmup=False):
+    """batch: Questions (rows, ...) -> logits (rows, Q, V) fp32 where answers are asked for, aux."""
+    _, losses, aux = model(batch.idx, n_logits=0, index_warmup=index_warmup)
+    hidden = aux["hidden"]
+    at = batch.place[..., None].expand(-1, -1, hidden.size(2))
+    logits = model.lm_head(model.norm(hidden.gather(1, at)))
+    return logits.float(), losses, aux
+
+def study_loss(model, batch, R, index_warmup):
+    """-> each model's loss (R,), the mean over its rows, each of the mean over its answers; the sum over models of the
+    index branches' KL, each the mean over its queries and the sum over its layers."""
+    logits, losses, _ = answer_logits(model, batch, index_warmup)
+    right = batch.answers >= 0                                                                            # (n, Q, k)
+    logp = logits.log_softmax(-1).gather(2, batch.answers.clamp(min=0))
+    of_row = -(logp * right).sum((1, 2)) / right.sum((1, 2))
+    stride = model.cfg.index_kl_stride
+    queries = batch.idx.numel() // stride // R
+    return of_row.view(R, -1).mean(1), losses.kl.sum() / queries
+
+class Replicas:
+    """Models of one kind of attention in training, at every rate from every seed: R = rates x seeds, rate by rate."""
+
+    def __init__(self, study, attn, device, dtype):
+        self.study = study
+        self.attn = attn
+        self.cfg = study_config(study, attn)
+        self.R = len(study.rates) * len(study.seeds)
+        models = []
+        for _, seed in product(study.rates, study.seeds):
+            torch.manual_seed(seed)
+            model = MiniMax(self.cfg, dtype)
+            for name, p in model.named_parameters():
+                if name.endswith(("q_norm.weight", "k_norm.weight")):
+                    p.data += GAIN
+            models.append(model)
+        self.model = stack_models(models).to(device).train()
+        if device.type == "cuda":      # what is between matrix products, in one kernel: MLPs differ in width, these not
+            for block in self.model.layers:
+                for part in (block.attn_norm, block.conv, block.attn, block.mlp_norm):
+                    part.compile(dynamic=False)
+        rates = torch.tensor(study.rates, device=device).repeat_interleave(len(study.seeds))
+        self.optimizer = ReplicaOptimizer(self.model, rates, study.steps)
+        self.generator = torch.Generator(device).manual_seed(SEED + study.seeds[0])
+        self.device = device
+        self.done = 0                  # steps
+        self.batch = None              # what a captured step reads
+        self.graphs = {}               # by index_warmup
+        self.losses = None
+        self.step_seconds = []         # of a step, means over BATCHES_AT_ONCE
+
+    def dense_steps(self):
+        """Steps with full attention before a conversion."""
+        return round(CONVERTED_AT * self.study.steps) if self.attn.endswith("-converted") else 0
+
+    def compute(self, index_warmup):
+        """A step on self.batch -> losses (R,)."""
+        loss, kl = study_loss(self.model, self.batch, self.R, index_warmup)
+        for p in self.model.parameters():
+            p.grad = None
+        (loss.sum() + kl).backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def train(self, steps, progress=None):
+        """So many steps more."""
+        last = self.done + steps
+        while self.done < last:
+            n = min(BATCHES_AT_ONCE, last - self.done)
+            batches = make_batches(self.study, self.generator, n, self.R)
+            began = time.perf_counter()
+            for step in range(n):
+                index_warmup = self.done < self.dense_steps()
+                fields = [getattr(batches, name)[step].flatten(0, 1) for name in ("idx", "place", "answers", "hop")]
+                self.losses = self.step(fields, index_warmup)
+                self.done += 1
+            is_finite = bool(torch.isfinite(self.losses).all())  # waits for the GPU
+            self.step_seconds += [(time.perf_counter() - began) / n]
+            if not is_finite:
+                raise FloatingPointError(f"{self.attn}: losses {self.losses.tolist()} after step {self.done}")
+            if progress:
+                progress(self.done, self.losses)
+
+    def step(self, fields, index_warmup):
+        if self.device.type != "cuda":
+            self.batch = Questions(*fields)
+            return self.compute(index_warmup)
+        if self.batch is None:
+            self.batch = Questions(*(x.clone() for x in fields))
+        for old, new in zip((self.batch.idx, self.batch.place, self.batch.answers, self.batch.hop), fields):
+            old.copy_(new)
+        if index_warmup not in self.graphs:
+            self.graphs[index_warmup] = self.capture(index_warmup)
+        return self.graphs[index_warmup]()
+
+    def capture(self, index_warmup):
+        """The step as a CUDA graph. Steps that warm up leave no trace."""
+        changed = [*(p.data for p in self.model.parameters()), *self.optimizer.state()]
+        before = [x.clone() for x in changed]
+        replay = captured(lambda: self.compute(index_warmup), self.device)
+        torch._foreach_copy_(changed, before)
+        return replay
+
+# ---- quality: tests --------------------------------------------------------------------------------
+# After training every model is tested on rows that none has seen, the same for all. MSA is tested with as many keys as
+# in training at every length, and with a quarter of all keys; each with the blocks that its index branch chooses, and
+# with the truly heaviest ones (the oracle). What the oracle finds and the index branch does not is lost by the index
+# branch; what the oracle does not find at that budget, but at a larger one, by the budget; the rest by the model.
+
+TEST_SEED, CHOICE_SEED = 1, 2          # of the rows that are reported, and of those that choose the rate
+SCORES_AT_ONCE = 2 ** 29               # elements of attention scores in a test's forward
+
+
+def take_models(model, numbers):
+    """Some of the stacked models, by their numbers."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        module._compiled_call_impl = None  # tests have many shapes
+    for p in model.parameters():
+        p.data = p.data[numbers].contiguous()
+        p.grad = None
+    return model.eval()
+
+def test_rows(study, task, scale, device, seed):
+    """-> Questions of a task at scale * T tokens."""
+    n = study.tests if scale <= 2 else study.tests // 2
+    number = study.tasks.index(task)
+    generator = torch.Generator(device).manual_seed(100 * scale + 10_000 * seed + number)
+    return TaskMaker(study, scale * study.T, generator).make(task, n)
+
+def hits(logits, answers):
+    """logits (n, Q, V), answers (n, Q, k) -> the share of the k right tokens among the k likeliest: (n, Q)."""
+    guesses = logits.topk(answers.size(2)).indices
+    return (guesses[..., None] == answers[..., None, :]).any(-1).float().mean(-1)
+
+@torch.no_grad()
+def test_models(study, model, R, task, scale, seed=TEST_SEED):
+    """-> {task, a hop of "vt" by itself: (accuracy of each of R models, block recall of each or None)}."""
+    device = model.embed.weight.device
+    rows = test_rows(study, task, scale, device, seed)
+    T = scale * study.T
+    at_once = max(1, SCORES_AT_ONCE // (R * model.cfg.n_head * T * T))
+    right = []
+    found = []
+    for first in range(0, len(rows.idx), at_once):
+        part = slice(first, first + at_once)
+        batch = Questions(*(getattr(rows, name)[part].repeat(R, 1, *[1] * (getattr(rows, name).dim() - 2))
+                            for name in ("idx", "place", "answers", "hop")))
+        logits, _, aux = answer_logits(model, batch)
+        right.append(hits(logits, batch.answers).unflatten(0, (R, -1)))                          # (R, n, Q)
+        if "found" in aux:
+            at = batch.place[None, ..., None].expand(len(aux["found"]), -1, -1, aux["found"].size(-1))
+            share = aux["found"].gather(2, at).nanmean((0, 3))                                   # (R * n, Q)
+            found.append(share.unflatten(0, (R, -1)))
+    right = torch.cat(right, 1)
+    found = torch.cat(found, 1) if found else None
+
+    results = {}
+    for hop in rows.hop.unique().tolist():
+        if hop < 0:                    # asked in training alone
+            continue
+        name = f"{task}{hop}" if hop else task
+        asked = rows.hop == hop
+        recall = None if found is None else found[:, asked].nanmean(1).tolist()
+        results[name] = right[:, asked].mean(1).tolist(), recall
+    return results
+
+def keys_read(cfg, T):
+    """Keys that a query reads: in MSA's layers, if there are any, or else the most in a layer; None: layers have states
+    alone."""
+    if "msa" in cfg.attn_types:
+        return min(T, cfg.index_topk_blocks * cfg.index_block_size)
+    of_kind = dict(full=T, swa=min(T, cfg.window))
+    return max((of_kind[kind] for kind in cfg.attn_types if kind in of_kind), default=None)
+
+def budgets(study, cfg, scale):
+    """(blocks that MSA reads, how they are chosen) of the tests at a length; one plain test without MSA."""
+    fixed = cfg.index_topk_blocks
+    if "msa" not in cfg.attn_types or not study.all_budgets:
+        return [(fixed, "index")]
+    return [(S, choice) for S in dict.fromkeys((fixed, fixed * scale)) for choice in ("index", "oracle")]
+
+def set_choice(model, S, choice):
+    """Blocks that MSA layers read, and how they are chosen."""
+    model.cfg.index_topk_blocks = S
+    for module in model.modules():
+        if isinstance(module, MaskedMSA):
+            module.choice = choice
+
+def pick_rate(study, scores):
+    """scores (R,) of models, rate by rate -> the number of the rate whose mean over seeds is best."""
+    return int(torch.tensor(scores).view(len(study.rates), -1).mean(1).argmax())
+
+def mean_accuracy(study, model, R):
+    """Of each model, the mean over all tasks and hops at the length of training -> a list."""
+    model = take_models(model, list(range(R)))
+    found = {}
+    for task in study.tasks:
+        found.update(test_models(study, model, R, task, 1, CHOICE_SEED))
+    return torch.tensor([accuracy for accuracy, _ in found.values()]).mean(0).tolist()
+
+def cell_rows(study, replicas, scales, steps, rate, facts):
+    """Tests of the models of one rate -> rows of the table.
+
+    scales  lengths, in T
+    steps   that the models have had
+    rate    the rate's number
+    facts   what all rows say beside
+    """
+    n = len(study.seeds)
+    model = take_models(replicas.model, list(range(rate * n, (rate + 1) * n)))
+    trained_S = model.cfg.index_topk_blocks
+    rows = []
+    for scale, task in product(scales, study.tasks):
+        maker = TaskMaker(study, scale * study.T, replicas.generator)
+        for S, choice in budgets(study, replicas.cfg, scale):
+            set_choice(model, S, choice)
+            for name, (accuracy, recall) in test_models(study, model, n, task, scale).items():
+                for number, seed in enumerate(study.seeds):
+                    rows.append(dict(
+                        what="quality", attn=replicas.attn, task=name, scale=scale, seed=seed,
+                        accuracy=accuracy[number], chance=maker.chance(name), steps=steps,
+                        keys=keys_read(model.cfg, scale * study.T), choice=choice if recall else None,
+                        block_recall=recall[number] if recall else None, lr=study.rates[rate],
+                        decode_bytes=decode_bytes(model.cfg, scale * study.T), **facts))
+            set_choice(model, trained_S, "index")
+    return rows
+
+def run_cell(study, attn, device, dtype, say=print):
+    """Train and test one kind of attention -> its rows: at half of the steps and at the end, of the rate that is best
+    at the end."""
+    start = time.perf_counter()
+    replicas = Replicas(study, attn, device, dtype)
+    R = replicas.R
+    half = study.steps // 2
+    told = [start]
+
+    def progress(done, losses):
+        now = time.perf_counter()
+        if now - told[0] < 10 and done < study.steps:
+            return
+        told[0] = now
+        left = (now - start) / done * (study.steps - done)
+        say(f"{attn:<20} | {done:,} of {study.steps:,} steps, loss {min(losses.tolist()):.3f} to "
+            f"{max(losses.tolist()):.3f}, {done / (now - start):.1f} steps/s, {left:.0f} s left")
+
+    replicas.train(half, progress)
+    early = take_models(replicas.model, list(range(R)))
+    replicas.train(study.steps - half, progress)
+    seconds = time.perf_counter() - start
+
+    # what a model costs
+    cfg = replicas.cfg
+    plain = MiniMax(cfg)
+    tokens = study.T * study.rows * len(study.groups)
+    pos = torch.arange(study.T)
+    flops = plain.flops_per_token(pos, run_mtp=False)
+    facts = dict(
+        params=sum(p.numel() for p in plain.parameters()),
+        train_flops=flops * tokens * study.steps,
+        tokens_per_s=R * tokens / statistics.median(replicas.step_seconds),
+        seconds=round(seconds, 1))
+
+    scores = mean_accuracy(study, replicas.model, R)
+    rate = pick_rate(study, scores)
+    rows = cell_rows(study, replicas, study.scales, study.steps, rate, facts)
+    late = replicas.model
+    replicas.model = early
+    rows += cell_rows(study, replicas, (1,), half, rate, facts)
+    replicas.model = late
+    shown = ", ".join(f"{score:.2f}" for score in scores)
+    tested = time.perf_counter() - start - seconds
+    say(f"{attn:<20} | {study.steps:,} steps in {seconds:.0f} s, tests in {tested:.0f} s; mean accuracy by rate and "
+        f"seed {shown}; rate {study.rates[rate]:g}")
+    return rows
+
+# ---- quality: the table ----------------------------------------------------------------------------
+# One kind of attention is a cell: on a GPU all its models train as one; on a CPU those of each seed are a cell, and
+# there are as many processes as cores. Finished cells are lines of a file, so that a run that ends early goes on.
+
+
+def cells_path(args, machine):
+    return Path(args.cells or f"quality-{machine.device.type}.jsonl")
+
+def cell_key(study, attn, seeds):
+    """What a cell's rows depend on."""
+    fields = dict(asdict(study), attns=(), attn=attn, seeds=seeds)
+    return hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:16]
+
+def read_cells(path):
+    """-> {key: rows}. A last line that was cut off is left out. ValueError for another file."""
+    cells = {}
+    if not path.exists():
+        return cells
+    for number, line in enumerate(path.read_text().splitlines(keepends=True)):
+        if not line.endswith("\n"):
+            break
+        try:
+            cell = json.loads(line)
+            cells[cell["key"]] = cell["rows"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}: line {number + 1} is no cell of --what quality") from None
+    return cells
+
+def append_cell(path, key, rows):
+    """The line of a finished cell, behind whole lines alone."""
+    text = path.read_bytes() if path.exists() else b""
+    whole = text[:text.rfind(b"\n") + 1]
+    with open(path, "ab") as file:
+        file.truncate(len(whole))
+        file.write(json.dumps(dict(key=key, rows=rows)).encode() + b"\n")
+
+def run_cell_alone(study, attn):
+    """A cell in a process of its own, on one core."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent says what there is to say
+    torch.set_num_threads(1)
+    return run_cell(study, attn, torch.device("cpu"), torch.float32, partial(print, flush=True))
+
+def train_cells(cells, args, machine, path, start):
+    """Train and test cells -> {key: rows}, each appended to the file as soon as it is there. Ends before a cell for
+    which --minutes leaves no time.
+
+    cells  {key: (study, attn)} that are not in the file
+    start  time.perf_counter() when the script began
+    """
+    done = {}
+    longest = 0.0                      # seconds of a cell
+
+    def has_time():
+        return args.minutes is None or time.perf_counter() - start + longest < 60 * args.minutes
+
+    def finish(key, rows):
+        append_cell(path, key, rows)
+        done[key] = rows
+        spent = time.perf_counter() - start
+        left = spent / len(done) * (len(cells) - len(done))
+        print(f"cells   | {len(done)} of {len(cells)} in {spent:.0f} s, about {left:.0f} s left", flush=True)
+
+    if machine.gpu:
+        for key, (study, attn) in cells.items():
+            if not has_time():
+                break
+            began = time.perf_counter()
+            finish(key, run_cell(study, attn, machine.device, machine.dtype, partial(print, flush=True)))
+            longest = max(longest, time.perf_counter() - began)
+        return done
+
+    workers = min(len(cells), args.threads or os.cpu_count())
+    context = multiprocessing.get_context("spawn")
+    waiting = list(cells.items())
+    running = {}
+    with ProcessPoolExecutor(workers, context) as pool:
+        try:
+            while running or (waiting and has_time()):
+                while waiting and len(running) < workers and has_time():
+                    key, (study, attn) = waiting.pop(0)
+                    running[pool.submit(run_cell_alone, study, attn)] = key, time.perf_counter()
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    key, began = running.pop(future)
+                    finish(key, future.result())
+                    longest = max(longest, time.perf_counter() - began)
+        except BaseException:          # Ctrl-C: nobody waits for what is under way
+            for process in list(pool._processes.values()):
+                process.terminate()
+            raise
+    return done
+
+def run_quality(args, machine):
+    """--what quality: trains and tests what is not in the file yet, prints the table, what it says, and the costs.
+
+    Rows: what = "quality", attn, task, scale, seed, accuracy and chance (0 to 1), steps, keys (the most that a layer
+    reads for a query), choice (index, oracle; None without MSA), block_recall, lr, params, train_flops and tokens_per_s
+    (of a model's training, and of all that train at once), decode_bytes (at this length, bf16), seconds.
+    """
+    start = time.perf_counter()
+    study = STUDIES[machine.device.type]
+    if args.attn:
+        study = replace(study, attns=tuple(args.attn))
+    if args.steps:
+        study = replace(study, steps=args.steps)
+    for attn in study.attns:
+        study_config(study, attn)      # what cannot be said of these layers is refused now
+    path = cells_path(args, machine)
+    known = read_cells(path)
+    if machine.gpu:
+        torch.backends.cuda.matmul.allow_tf32 = True  # MaskedMSA's scores: 10 bits, where bf16 has 7
+
+    # what is to be done
+    cells = {}
+    for attn in study.attns:
+        for seeds in [study.seeds] if machine.gpu else [(seed,) for seed in study.seeds]:
+            cells[cell_key(study, attn, seeds)] = replace(study, seeds=seeds), attn
+    todo = {key: cell for key, cell in cells.items() if key not in known}
+    quality_card(study, path, len(cells), len(todo))
+    known.update(train_cells(todo, args, machine, path, start))
+    left = [attn for key, (_, attn) in cells.items() if key not in known]
+
+    rows = [row for key in cells for row in known.get(key, [])]
+    print_quality(study, rows)
+    for line in quality_sentences(rows):
+        print(f"found   | {line}")
+    if left:
+        print(f"left    | {', '.join(dict.fromkeys(left))}: the same command goes on")
+    if args.figure and rows:
+        draw_quality(args.figure, study, rows, machine.name)
+    return dict(device=machine.name, rows=rows, left=left)
+
+def quality_card(study, path, n_cells, n_todo):
+    """What is compared, printed before anything runs."""
+    cfg = study_config(study, study.attns[0])
+    n_params = sum(p.numel() for p in MiniMax(cfg).parameters())
+    tokens = study.T * study.rows * len(study.groups)
+    print(f"study   | {cfg.n_layer} layers of {cfg.n_embd} channels, {n_params:,} parameters, within 0.1 % for all; "
+          f"window {cfg.window}, MSA {cfg.index_topk_blocks} blocks of {cfg.index_block_size} keys")
+    print(f"train   | {study.steps:,} steps of {tokens:,} tokens, rows of {study.T}; rates {study.rates}, seeds "
+          f"{study.seeds}; tested at {', '.join(f'{scale}x' for scale in study.scales)}")
+    print(f"cells   | {n_cells - n_todo} of {n_cells} are in {path}", flush=True)
+
+def shown_tasks(rows):
+    return list(dict.fromkeys(row["task"] for row in rows))
+
+def by_seed(rows, **wanted):
+    """Accuracy, in percent, of the rows that have these values, in the order of seeds."""
+    found = [row for row in rows if wanted.items() <= row.items()]
+    return [100 * row["accuracy"] for row in sorted(found, key=lambda row: row["seed"])]
+
+def print_quality(study, rows):
+    """The table: a part for each length, a line for each attention and budget, all seeds of a task."""
+    if not rows:
+        return
+    tasks = shown_tasks(rows)
+    width = max(6, 4 * len(study.seeds) + 1)
+    titles = "".join(f"{task:>{width}}" for task in tasks)
+    head = f"{'attention':<20} {'keys':>5} {'blocks by':<9}|{titles} | recall"
+    parts = list(dict.fromkeys((row["steps"], row["scale"]) for row in rows))
+    for steps, scale in parts:
+        of_part = [row for row in rows if (row["steps"], row["scale"]) == (steps, scale)]
+        print(f"\n{scale * study.T} tokens, {scale}x those of training, after {steps:,} steps; percent right, seeds "
+              f"{'/'.join(str(seed) for seed in study.seeds)}\n{head}")
+        chances = {row["task"]: row["chance"] for row in of_part}
+        line = "".join(f"{100 * chances[task]:>{width}.0f}" for task in tasks)
+        print(f"{'chance':<36}|{line} |")
+        for attn, keys, choice in dict.fromkeys((row["attn"], row["keys"], row["choice"]) for row in of_part):
+            same = dict(attn=attn, keys=keys, choice=choice)
+            cells = ["/".join(f"{x:.0f}" for x in by_seed(of_part, task=task, **same)) for task in tasks]
+            line = "".join(f"{cell:>{width}}" for cell in cells)
+            recalls = [row["block_recall"] for row in of_part if same.items() <= row.items() and choice]
+            recall = f"{100 * statistics.mean(recalls):.0f} %" if recalls else ""
+            print(f"{attn:<20} {keys if keys is not None else 'state':>5} {choice or '':<9}|{line} | {recall}")
+
+    print(f"\n{'attention':<20} {'rate':>6} | parameters | FLOPs of a training | bytes a decoded token, "
+          f"{' '.join(f'{scale}x' for scale in study.scales)} | tokens/s in training, all models")
+    for attn in dict.fromkeys(row["attn"] for row in rows):
+        mine = [row for row in rows if row["attn"] == attn]
+        moved = [next(row["decode_bytes"] for row in mine if row["scale"] == scale) for scale in study.scales]
+        row = mine[0]
+        print(f"{attn:<20} {row['lr']:>6g} | {row['params']:>10,} | {row['train_flops']:>19.3e} | "
+              f"{' '.join(f'{size:,}' for size in moved)} | {row['tokens_per_s']:,.0f}")
+
+def mean_right(rows, **wanted):
+    """Mean over seeds, in percent, of the rows that have these values; None where there are none."""
+    found = by_seed(rows, **wanted)
+    return statistics.mean(found) if found else None
+
+def fewest_keys(rows):
+    """The rows at the end of training; of MSA those with its budget of training, and its own choice of blocks."""
+    last = max(row["steps"] for row in rows)
+    rows = [row for row in rows if row["steps"] == last and row["choice"] != "oracle"]
+    least = {}
+    for row in rows:
+        cell = row["attn"], row["task"], row["scale"]
+        least[cell] = min(row["keys"] or 0, least.get(cell, math.inf))
+    return [row for row in rows if (row["keys"] or 0) == least[row["attn"], row["task"], row["scale"]]]
+
+def quality_sentences(rows):
+    """What the rows say, of the longest chain of lookups and of counting, at the shortest and the longest length."""
+    if not rows:
+        return []
+    plain = fewest_keys(rows)
+    tasks = shown_tasks(plain)
+    hops = [task for task in tasks if task.startswith("vt")]
+    attns = list(dict.fromkeys(row["attn"] for row in plain))
+    scales = sorted({row["scale"] for row in plain})
+    told = [*hops[1:2], *hops[-1:]]
+    if "cwe" in tasks:
+        told.append("cwe")
+    sentences = []
+    for task, scale in product(told, (scales[0], scales[-1])):
+        found = {attn: mean_right(plain, attn=attn, task=task, scale=scale) for attn in attns}
+        found = {attn: right for attn, right in found.items() if right is not None}
+        ranked = sorted(found, key=found.get, reverse=True)
+        chance = next(row["chance"] for row in plain if (row["task"], row["scale"]) == (task, scale))
+        sentences.append(f"{task} at {scale}x: " + ", ".join(f"{attn} {found[attn]:.0f}" for attn in ranked)
+                         + f"; chance {100 * chance:.0f} (means over seeds)")
+
+    # where MSA counts worse than full attention: is it the choice, the budget, or the model?
+    for attn in attns:
+        of_attn = [row for row in rows if row["attn"] == attn and row["choice"] and row["task"] == "cwe"]
+        if not of_attn:
+            continue
+        last = max(row["steps"] for row in of_attn)
+        of_attn = [row for row in of_attn if (row["scale"], row["steps"]) == (scales[-1], last)]
+        parts = []
+        for keys, choice in dict.fromkeys((row["keys"], row["choice"]) for row in of_attn):
+            right = mean_right(of_attn, keys=keys, choice=choice)
+            parts.append(f"{keys} keys by {choice} {right:.0f}")
+        sentences.append(f"cwe at {scales[-1]}x, {attn}: " + ", ".join(parts))
+    return sentences
+
+def draw_quality(path, study, rows, title):
+    """Accuracy against length: a chart for a task, a line for an attention, its seeds as points."""
+    from matplotlib.figure import Figure
+    plain = fewest_keys(rows)
+    tasks = shown_tasks(plain)
+    hops = [task for task in tasks if task.startswith("vt")]
+    charted = [task for task in ("mkey", *hops[1:2], *hops[-1:], "cwe") if task in tasks]
+    figure = Figure((4.2 * len(charted), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(charted), squeeze=False)[0]
+    names = dict(mkey="several needles", cwe="common words")
+    for axis, task in zip(axes, charted):
+        of_task = [row for row in plain if row["task"] == task]
+        scales = sorted({row["scale"] for row in of_task})
+        for number, attn in enumerate(dict.fromkeys(row["attn"] for row in of_task)):
+            points = [[row["accuracy"] for row in of_task if (row["attn"], row["scale"]) == (attn, scale)]
+                      for scale in scales]
+            means = [100 * statistics.mean(seeds) for seeds in points]
+            line, = axis.plot(scales, means, "-o", ms=4, color=f"C{number}", label=attn)
+            for scale, seeds in zip(scales, points):
+                axis.plot([scale] * len(seeds), [100 * x for x in seeds], ".", ms=3, alpha=0.5, color=line.get_color())
+        chances = [next(100 * row["chance"] for row in of_task if row["scale"] == scale) for scale in scales]
+        axis.plot(scales, chances, ":", color="gray", label="chance")
+        name = names.get(task, f"{task[2:]} lookups in a row")
+        axis.set(title=name, xlabel=f"length, in {study.T} tokens", ylim=(-3, 103))
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(scales, [f"{scale}x" for scale in scales])
+    axes[0].set_ylabel("percent right; mean of seeds, seeds as dots")
+    axes[-1].legend(fontsize=7)
+    figure.suptitle(f"Trained on {study.T} tokens, tested on more; {title}", fontsize=10)
+    figure.savefig(path, format=figure_format(path), dpi=110)
+
 # ---- quality: what each attention costs ----------------------------------------------------------
 # One layer of M3's shape in training, forward and backward by themselves: full attention, MSA, windows of as many keys
 # as MSA reads and of few, and Lightning, which has as many KV heads as query heads. Each runs the best code that we
@@ -1707,7 +2755,9 @@ def cost_sides(machine, T):
         return y,
 
     dense_name, msa_name = impl_names(machine.gpu, "train", T)
-    flex, kernels = ("FlexAttention", "Triton") if machine.gpu else ("torch", "torch")
+    flex, kernels = "torch", "torch"
+    if machine.gpu and T >= SHORT_ROW:
+        flex, kernels = "FlexAttention", "Triton"
     main = q, k, v
     return [
         Side("full", None, dense_name, dense, main, (dy,)),
@@ -1800,7 +2850,7 @@ def cost_row(machine, side, T, forward_ms, backward_ms):
     print_cost(side.name, f"{forward_ms:11.3f}{backward_ms:12.3f}", row)
 
     # what its kernels do, beside what the recurrence needs
-    if side.attn == "lightning" and machine.gpu:
+    if side.attn == "lightning" and side.impl == "Triton":
         flops = chunk_flops(T, H)
         moved = chunk_bytes(T, H, machine.size)
         row["chunks"] = roofline(flops, moved, forward_ms + backward_ms, machine.rates)
@@ -2000,13 +3050,21 @@ def parse_args(argv):
     p.add_argument("--ctx", type=tokens,
                    help="longest context, in tokens: 65536, 1e6, 64k (k = 1,024) or 1M (M = 1,048,576); default: "
                    "1,000,000; of --what generate 512k, on a CPU 64k")
-    p.add_argument("--what", choices=("prefill", "decode", "train", "tree", "queue", "generate", "all"), default="all",
+    p.add_argument("--what", choices=("prefill", "decode", "train", "tree", "queue", "generate", "quality", "all"),
+                   default="all",
                    help="what to time; tree: rl.py's training step; queue: its schedules; generate: a whole model's "
-                   "tokens/s; all: prefill and decode")
+                   "tokens/s; quality: what each kind of attention learns; all: prefill and decode")
     p.add_argument("--out", metavar="DIR", help="--what generate: folder of a checkpoint; default: a preset with "
                    "random weights, tiny or on a GPU small")
     p.add_argument("--shape", choices=SHAPES, help="default: both")
-    p.add_argument("--figure", metavar="FILE", help="draw time against length, or queue's curves; needs matplotlib")
+    p.add_argument("--attn", action="append", metavar="KIND", help="--what quality: a kind of attention, as train.py's "
+                   "--attn, or msa-converted; may be given again; default: the study's")
+    p.add_argument("--steps", type=number(10), help="--what quality: of each model; default: the study's")
+    p.add_argument("--minutes", type=number(0, math.inf, float), help="--what quality: begin nothing that would last "
+                   "longer; the same command goes on")
+    p.add_argument("--cells", metavar="FILE", help="--what quality: what is finished; default: quality-DEVICE.jsonl")
+    p.add_argument("--figure", metavar="FILE", help="draw time against length, queue's curves, or quality against "
+                   "length; needs matplotlib")
     args = p.parse_args(argv)
     args.shapes = [args.shape] if args.shape else list(SHAPES)
     args.whats = ("prefill", "decode") if args.what == "all" else (args.what,)
@@ -2020,6 +3078,12 @@ def parse_args(argv):
         raise ValueError("--what generate decodes a whole model and has no chart: leave out --shape and --figure")
     if args.out and args.what != "generate":
         raise ValueError(f"--out {args.out}: --what generate alone reads a checkpoint")
+    of_quality = dict(attn=args.attn, steps=args.steps, minutes=args.minutes, cells=args.cells)
+    for name, value in of_quality.items():
+        if value is not None and args.what != "quality":
+            raise ValueError(f"--{name} {value}: --what quality alone")
+    if args.what == "quality" and args.shape:
+        raise ValueError("--what quality trains models of its own: leave out --shape")
     if args.what == "queue" and args.shape:
         raise ValueError("--what queue trains rl.py's own model: leave out --shape")
     if args.figure:
@@ -2048,7 +3112,7 @@ def set_device(args):
         torch.cuda.set_device(device.index or 0)
         machine.name = torch.cuda.get_device_name()
         return machine, why
-    if args.what != "queue":  # rl.py chooses for itself
+    if args.what not in ("queue", "quality"):  # rl.py chooses for itself; the study has a process a core
         threads = Threads(device, args.threads)
         if threads.count is None:
             threads.choose(trial(machine))
@@ -2127,6 +3191,8 @@ def run(args):
         return run_train(args, machine)
     if args.what == "generate":
         return run_generate(args, machine)
+    if args.what == "quality":
+        return run_quality(args, machine)
     return run_attention(args, machine)
 
 def main(argv=None):

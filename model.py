@@ -44,6 +44,7 @@ from msa import (LEAST, NOTHING, TensorDescriptor, _compiled, _matmul, _overlap,
 # A value with which no model can work is refused when the config is made, and again when the model is.
 
 ATTN_TYPES = ("full", "msa", "swa", "lightning")
+LIGHTNING_CHUNK = 64                   # tokens whose products are taken as in softmax attention
 CONV_STD = 0.3                         # of a ShortConv's weights at the start, beside the 1 of its input
 # what M3 computes otherwise than M2
 M3_STYLE = dict(activation="swiglu_oai", gemma_norm=True, qk_norm="head", routed_scale=2.0)
@@ -104,7 +105,7 @@ class MiniMaxConfig:
             needed += ["index_head_dim"]
         if "swa" in self.attn_types:
             needed += ["window"]
-        for name in [*needed, "rotary_dim", "shared_dim", "conv_taps", "n_mtp"]:
+        for name in [*needed, "rotary_dim", "shared_dim", "window", "conv_taps", "n_mtp"]:
             value = getattr(self, name)
             least = 1 if name in needed else 0
             assert type(value) is int and value >= least, f"{name} {value!r}: a whole number, {least} or more"
@@ -213,14 +214,16 @@ class MiniMaxConfig:
 def attn_pattern(text, n_layer):
     """A kind of attention, or two with a ratio -> attn_types of n_layer layers: "swa:full=3:1" is swa swa swa full,
     again and again. ValueError for another kind or form, and where a kind gets no layer."""
-    kinds, _, ratio = text.partition("=")
+    kinds, has_ratio, ratio = text.partition("=")
     kinds = kinds.split(":")
-    counts = ratio.split(":") if ratio else ["1"]
+    counts = ratio.split(":") if has_ratio else ["1"]
     well_formed = len(kinds) == len(counts) <= 2 and all(count.isdecimal() and int(count) > 0 for count in counts)
     if not well_formed or any(kind not in ATTN_TYPES for kind in kinds):
         known = ", ".join(ATTN_TYPES)
         raise ValueError(f"attention {text!r}: {known}, or two of them with a ratio, such as swa:full=3:1")
-    period = [kind for kind, count in zip(kinds, counts) for _ in range(int(count))]
+    period = []
+    for kind, count in zip(kinds, counts):
+        period += [kind] * min(int(count), n_layer)
     types = (period * n_layer)[:n_layer]
     if set(types) != set(kinds):
         raise ValueError(f"attention {text!r}: of {n_layer} layers none is {' or '.join(set(kinds) - set(types))}")
@@ -311,7 +314,7 @@ class KVCache:
 
         # what is overwritten as tokens come
         self.is_recurrent = cfg.is_recurrent
-        ring = (kinds.count("swa"), batch, cfg.window)
+        ring = (kinds.count("swa"), batch, min(cfg.window, self.capacity))
         self.ring_k = self.k.new_zeros(*ring, cfg.n_kv_head, cfg.head_dim)
         self.ring_v = torch.zeros_like(self.ring_k)
         state = (kinds.count("lightning"), batch, cfg.n_head, cfg.head_dim, cfg.head_dim)
@@ -344,6 +347,7 @@ class KVCache:
         (B, W - 1 + T, Hkv, D) of the last positions in their order, and (B,) how many of the first are none."""
         lane = self.lane_of[layer]
         B, T = len(self.length), k.size(1)
+        assert self.used + T <= self.capacity, f"{self.used} + {T} tokens do not fit a cache of {self.capacity}"
         W = self.ring_k.size(2)
         row = torch.arange(B, device=k.device)[:, None]
         before = self.length[:, None].long() - torch.arange(W - 1, 0, -1, device=k.device)                # (B, W - 1)
@@ -437,6 +441,20 @@ class KVCache:
         self.length = self.length[rows]
         self.used = max(self.length.tolist(), default=0)  # read back: the longest row may be gone
 
+def cache_bytes(cfg, size=2):
+    """What a row's cache holds, all layers: bytes a token, and bytes however many tokens there are.
+
+    size  of an element; states are fp32
+    """
+    a_key = 2 * cfg.n_kv_head * cfg.head_dim * size  # its value, too
+    kinds = cfg.attn_types
+    per_token = (kinds.count("full") + kinds.count("msa")) * a_key
+    per_token += kinds.count("msa") * cfg.index_head_dim * size
+    fixed = kinds.count("swa") * cfg.window * a_key
+    fixed += kinds.count("lightning") * cfg.n_head * cfg.head_dim ** 2 * 4
+    fixed += cfg.n_layer * max(0, cfg.conv_taps - 1) * cfg.n_embd * size
+    return per_token, fixed
+
 def decode_bytes(cfg, T, size=2):
     """Bytes of cache that a decode step moves for a row of T tokens, all layers: keys and values, index keys, states.
 
@@ -470,6 +488,10 @@ def number_lanes(kinds):
 # A token costs the same wherever it stands. A row holds documents one after the other, but no tree: a branch would need
 # its parent's window and state, and the row has those of the branch before it.
 
+# On a GPU, shorter rows are left to torch, too: so few products take less time than kernels take to start, and
+# torch.compile merges them with what is beside them
+SHORT_ROW = 512
+
 def window_attention(q, k, v, window, sink=None, end=None, missing=None, impl="auto"):
     """Softmax attention over the last `window` keys (Longformer, arXiv 2004.05150) -> (B, T, H, D), with gradients.
 
@@ -479,14 +501,19 @@ def window_attention(q, k, v, window, sink=None, end=None, missing=None, impl="a
     sink     (H,) a logit that takes probability (gpt-oss, arXiv 2508.10925); None: there is none
     end      (B, Tk) int32, the end of each key's document; None: there is one
     missing  (B,) so many of the first keys are none; None: 0
-    impl     auto, torch, or triton: FlexAttention's kernels, for whole rows on a GPU in 16 bits, as in training
+    impl     torch, triton: FlexAttention's kernels, of whole rows; or auto: those in training, on a GPU in 16 bits, from
+             SHORT_ROW tokens on
     In torch, queries go in chunks of a window, each with the keys of its own chunk and the one before: time and memory
     grow with Tk * window.
     """
     B, T, H, D = q.shape
     Tk, Hkv = k.shape[1:3]
+    if impl not in ("auto", "triton", "torch"):
+        raise ValueError(f"impl is {impl!r}, expected 'auto', 'triton' or 'torch'")
     whole_rows = missing is None and T == Tk
-    if impl == "triton" or (impl == "auto" and whole_rows and q.is_cuda and q.dtype.itemsize == 2):
+    if impl == "auto" and q.is_cuda and q.dtype.itemsize == 2 and torch.is_grad_enabled():
+        impl = "triton" if whole_rows and T >= SHORT_ROW else "torch"
+    if impl == "triton":
         assert whole_rows, "FlexAttention's kernels do not read a cache's ring"
         return _window_flex(q, k, v, window, sink, end)
     chunk, before = T, Tk - T          # queries of a chunk, keys before its first query
@@ -585,7 +612,7 @@ def window_tiles(T, window, end, tile, device):
         return seen if end is None else seen & (i < end[b, j])
     return BlockMask((T, T), *part[:2], *whole[:2], *part[2:], *whole[2:], BLOCK_SIZE=(tile, tile), mask_mod=see)
 
-def lightning_attention(q, k, v, decay, end=None, state=None, chunk=64, impl="auto"):
+def lightning_attention(q, k, v, decay, end=None, state=None, chunk=LIGHTNING_CHUNK, impl="auto"):
     """Linear attention with a decay for each head (Lightning Attention-2, arXiv 2401.04658), with gradients.
 
     q, k, v  (B, T, H, D)
@@ -593,7 +620,7 @@ def lightning_attention(q, k, v, decay, end=None, state=None, chunk=64, impl="au
     end      (B, T) int32, the end of each key's document; None: there is one
     state    (B, H, D, D) of the tokens before these; None: there are none. Not with `end`
     chunk    tokens whose products are taken as in softmax attention; what came before them is a state. In torch alone
-    impl     auto, triton or torch: see full_attention
+    impl     auto, triton or torch: see full_attention. auto is torch for rows of less than SHORT_ROW tokens
     -> y (B, T, H, D), state (B, H, D, D) fp32 or wider, after the last token
     """
     T = q.size(1)
@@ -602,6 +629,8 @@ def lightning_attention(q, k, v, decay, end=None, state=None, chunk=64, impl="au
         state = (-decay[:, None, None]).to(q_row.dtype).exp() * state + k_row.mT @ v_row
         return (q_row @ state).transpose(1, 2).to(q.dtype), state
 
+    if impl == "auto" and T < SHORT_ROW:
+        impl = "torch"
     if _pick(impl, q, q.size(3), grad=(decay,), what="Lightning attention"):
         y, last_state = _lightning_triton(q, k, v, decay, end)
     else:
@@ -903,10 +932,13 @@ class ShortConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(cfg.n_embd, cfg.conv_taps))  # [:, t]: of the input t tokens ago
 
+    def tap(self, t, x):
+        """The factor of each channel's input t tokens ago."""
+        return self.weight[:, t].to(x.dtype)
+
     def forward(self, x, ctx):
         """x (B, T, C) -> (B, T, C)."""
-        T, taps = x.size(1), self.weight.size(1)
-        weight = self.weight.to(x.dtype)
+        T, taps = x.size(1), self.weight.size(-1)
         past = x.new_zeros(len(x), taps - 1, x.size(2)) if ctx.cache is None else ctx.cache.past[ctx.layer]
         inputs = torch.cat([past, x], 1)                                                      # (B, taps - 1 + T, C)
         y = x
@@ -915,7 +947,7 @@ class ShortConv(nn.Module):
             if ctx.end is not None and t:  # within the document alone
                 inside = torch.arange(t, T, device=x.device) < ctx.end[:, :T - t]
                 shifted = shifted * F.pad(inside, (t, 0))[..., None]
-            y = y + weight[:, t] * shifted
+            y = y + self.tap(t, x) * shifted
         if ctx.cache is not None:
             past.copy_(inputs[:, T:])
         return y
@@ -939,6 +971,14 @@ class Lightning(nn.Module):
         slope = 2.0 ** (-8 * torch.arange(1, H + 1) / H)
         of_layer = 1 - number / (cfg.n_layer - 1 + 1e-5) + 1e-5
         self.register_buffer("decay", slope * of_layer, persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        """The decay stays in fp32 when the model moves to bf16: e^-s is taken to the power of a distance."""
+        decay = self.decay
+        super()._apply(fn, recurse)
+        if self.decay.dtype.itemsize < 4:
+            self.decay = decay.to(self.decay.device)
+        return self
 
     def forward(self, x, ctx):
         """x (B, T, C) -> y (B, T, C), aux."""
@@ -1279,6 +1319,22 @@ def softmax_loss(logits, y, impl="auto"):
     logits.copy_(grad)
     return loss
 
+def check_documents(end, cache):
+    """ValueError unless rows hold documents one after the other, as windows, states and convolutions need: a tree's
+    branches would read one another. end (B, T). On a GPU, which nothing waits for, an assertion there."""
+    if cache is not None:
+        raise ValueError("end with a cache: windows, Lightning layers and convolutions read one document there")
+    slot = torch.arange(1, end.size(1), device=end.device)
+    before = end[:, :-1]
+    goes_on = end[:, 1:] == before
+    begins = before <= slot            # the document before is over
+    is_whole = (goes_on | begins).all()
+    if is_whole.is_cuda:
+        torch._assert_async(is_whole, "a prefix tree for a model with windows, Lightning layers or convolutions")
+    elif not is_whole:
+        raise ValueError("end describes a tree: windows, Lightning layers and convolutions read documents that lie "
+                         "one after the other")
+
 def within_document(k, T, end, device):
     """Which of the first T - k positions have a k-th next token in their document: bool (B, T - k); without end
     (1, T - k), all True."""
@@ -1366,11 +1422,13 @@ class MiniMax(nn.Module):
         -> logits (B, n, V) or None; Losses in training or with targets, or else None; aux, a flat dict of tensors:
         hidden (B, T, C) before the last norm, block_idx (layers with MSA, B, T, Hkv, S), experts (layers with experts,
         B, T, A), expert_load (layers with experts, E), and in an evaluation block_recall, score_recall, block_chance.
-        ValueError for an idx without a token.
+        ValueError for an idx without a token, and for a tree where layers are recurrent.
         """
         B, T = idx.shape
         if idx.numel() == 0:
             raise ValueError(f"idx {(B, T)}: at least one row of at least one token")
+        if end is not None and self.cfg.is_recurrent:
+            check_documents(end, cache)
         if pos is None:
             start = None if cache is None else cache.length
             pos = query_index(T, start, idx.device).expand(B, T)

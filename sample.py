@@ -608,7 +608,8 @@ class SaveTimer:
 
 # ---- checkpoints: check, load ------------------------------------------------------------------
 
-LATER_FIELDS = ["index_kl_stride"]     # joined a checkpoint's config later: older ones lack it
+# these joined a checkpoint's config later: older ones lack them
+LATER_FIELDS = ["index_kl_stride", "window", "window_sink", "conv_taps"]
 RUN_FIELDS = ("index_warmup", "mtp_active")  # older checkpoints have these, a run's state, in their config
 # the largest values in a checkpoint's config, of what shows in no weight's shape: with larger ones memory would run out
 CONFIG_LIMITS = dict(
@@ -617,6 +618,7 @@ CONFIG_LIMITS = dict(
     index_block_size=2 ** 16,
     index_topk_blocks=2 ** 16,
     index_kl_stride=2 ** 24,
+    window=2 ** 24,
 )
 STATE_OF = dict(Muon=["momentum"], AdamW=["step", "exp_avg", "exp_avg_sq"])  # what an optimizer keeps of a parameter
 # the kinds of check_fields, in words
@@ -1081,6 +1083,11 @@ def implementations(model, device, trains=False, decodes=True):
     if "msa" in cfg.attn_types:
         chosen = implementation(device, dtype, cfg.head_dim, cfg.index_head_dim, cfg.index_block_size)
         words.append(f"msa: {chosen}")
+    if "swa" in cfg.attn_types:
+        sink = "torch, with a sink" if cfg.window_sink else "SDPA"
+        words.append(f"window of {cfg.window}: {sink}")
+    if "lightning" in cfg.attn_types:
+        words.append("lightning: torch")
     if "moe" in cfg.mlp_types:
         grouped = pick_experts(dtype) is experts_grouped
         words.append(f"experts: {'grouped_mm' if grouped else 'a loop, as grouped_mm has no fp64'}")
@@ -1901,6 +1908,16 @@ class Sampling:
     top_k: int = None
     generator: torch.Generator = None
 
+def check_drafts(model, speculate, name):
+    """ValueError if the model cannot draft so many tokens. name: of the flag or argument that asks for them."""
+    if not speculate:
+        return
+    if not model.mtp:
+        raise ValueError(f"{name} {speculate}: the model has no MTP module to draft with")
+    if model.cfg.is_recurrent:
+        raise ValueError(f"{name} {speculate}: a draft that fails is taken back, but windows, Lightning states and "
+                         "convolutions are overwritten as tokens come: such a cache cannot be cropped")
+
 @dataclasses.dataclass
 class Trace:
     """What `generate` keeps of its first row, to be looked at afterwards."""
@@ -1967,10 +1984,9 @@ class Decoder:
     def __init__(self, model, rows, capacity, sampling, speculate=0, index_warmup=False, record=None, kernels=None,
                  n_best=0):
         """capacity: tokens of a row, drafts not included; record, n_best: as of `play`; kernels: whether steps are as
-        on a GPU, default: on a GPU in 16 bits, with few drafts, where weights fit twice. ValueError for drafts by a
-        model without an MTP module."""
-        if speculate and not model.mtp:
-            raise ValueError(f"speculate {speculate}: the model has no MTP module to draft with")
+        on a GPU, default: on a GPU in 16 bits, with few drafts, where weights fit twice, and no layer is recurrent.
+        ValueError for drafts by a model that cannot draft."""
+        check_drafts(model, speculate, "speculate")
         self.model = model
         self.sampling = sampling
         self.speculate = speculate
@@ -1988,7 +2004,7 @@ class Decoder:
         widest = 1 + speculate + (len(model.mtp) if speculate else 0)
         if kernels is None:
             kernels = self.on_gpu and triton is not None and model.dtype.itemsize == 2 and widest <= NEW
-            kernels = kernels and has_room_for_copy(model)
+            kernels = kernels and not model.cfg.is_recurrent and has_room_for_copy(model)
         if kernels:
             self.weights = DecodeWeights(model, self.cache.capacity, capacity)
 
@@ -2415,8 +2431,11 @@ def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0,
     n_best     a player is sent, beside a token, [[token, logprob]] of so many likeliest ones in its place; 0: no list
     prefixes   PrefixCache: what it has of the first prompts is not computed, and it keeps what rows compute
     cached     a list: of each row, how many tokens of its first prompt came from there is appended
-    ValueError for drafts by a model without an MTP module, and for logits that nothing can be drawn from.
+    ValueError for drafts by a model that cannot draft, for a player that drops tokens, and for prefixes, where layers
+    are recurrent, and for logits that nothing can be drawn from.
     """
+    if prefixes is not None and model.cfg.is_recurrent:
+        raise ValueError("prefixes: a recurrent layer's cache is of its last token alone, and has no prefix")
     model.eval()
     device = model.embed.weight.device
     if allowed is not None:
@@ -3503,7 +3522,7 @@ class Engine:
         self.came = SimpleQueue()      # requests that the event loop has put
         self.waiting = []              # ... that this thread has seen
         self.batches = []
-        self.prefixes = PrefixCache(prefix_bytes(model.embed.weight.device))
+        self.prefixes = make_prefixes(model)
         self.over = False
         self.n_requests = 0            # that were decoded, or are
         self.n_tokens = 0              # drawn for them
@@ -3959,12 +3978,20 @@ at("text").classList.toggle("cut", hasMsa);
 
 // ---- what is the same for every token ----
 
-const why = data.index_warmup && data.attn_types.includes("msa") ? "The model's index branch was still learning"
-                                                                 : "This model has full attention in every layer";
+const readsOf = {
+  full: "full attention, reads all",
+  msa: "MSA, which still learns, reads all",
+  swa: "a window, reads the last tokens",
+  lightning: "Lightning, reads a state"};
+const readsAll = data.attn_types.every(type => type === "full" || type === "msa");
+let why = "This model has full attention in every layer: each token read all text before it";
+if (data.index_warmup && data.attn_types.includes("msa"))
+  why = "The model's index branch was still learning: its layers read all text before a token";
+else if (!readsAll) why = "No layer of this model chooses blocks: see the list of layers for what each reads";
 at("lead").textContent = hasMsa
   ? "Point at a token. Blue are the blocks of text that it read through sparse attention (MSA), "
     + "stronger where more layers and KV heads chose them; grey text did not exist yet."
-  : `Point at a token. ${why}: each token read all text before it, so no blocks are shaded.`;
+  : `Point at a token. ${why}, so no blocks are shaded.`;
 
 const facts = [`${plural(nTokens, "token")}: ${say(data.n_prompt)} of the prompt, `
                + `${say(nTokens - data.n_prompt)} drawn`];
@@ -3986,7 +4013,7 @@ showAll(".cache", data.cached > 0);
 at("layer").append(new Option(`all ${msaLayers.length} with MSA`, -1));
 data.attn_types.forEach((type, i) => {
   const row = msaLayers.indexOf(i);
-  const option = new Option(row < 0 ? `${i}: full attention, reads all` : i, row);
+  const option = new Option(row < 0 ? `${i}: ${readsOf[type]}` : i, row);
   option.disabled = row < 0;
   at("layer").append(option);
 });
@@ -4404,8 +4431,7 @@ def parse_args(argv):
 def read_model(args, device, dtype):
     """-> model, tokenizer, whether the model's index branch was still learning."""
     model, tokenizer, index_warmup = read_checkpoint(args, device, dtype)
-    if args.speculate and not model.mtp:
-        raise ValueError(f"--speculate {args.speculate}: the model has no MTP module to draft with")
+    check_drafts(model, args.speculate, "--speculate")
     return model, tokenizer, index_warmup
 
 def read_checkpoint(args, device, dtype):
@@ -4453,6 +4479,8 @@ def card(args, model, device, why, threads, index_warmup):
     print(f"model   | {total:,} parameters, {active:,} active; attention {' '.join(cfg.attn_types)}")
     if index_warmup and "msa" in cfg.attn_types:
         print("msa     | not yet: saved while the index branch was still learning, so full attention in every layer")
+    if cfg.is_recurrent:
+        print("cache   | windows, states or inputs of convolutions, which are overwritten: no prefix cache, no drafts")
     print(f"kernels | {implementations(model, device)}")
     print(f"device  | {device}, {str(model.dtype).removeprefix('torch.')}: {why}")
     print(f"threads | {threads}")
@@ -4568,13 +4596,12 @@ class Conversation:
     def __init__(self, args, model, tokenizer, index_warmup):
         if isinstance(tokenizer, TokenIds):
             raise ValueError("--chat: a checkpoint of --hf has no tokenizer here, so that it cannot be talked to")
-        device = model.embed.weight.device
         self.args = args
         self.model = model
         self.tokenizer = tokenizer
         self.index_warmup = index_warmup
-        self.generator = torch.Generator(device).manual_seed(args.seed)
-        self.prefixes = PrefixCache(prefix_bytes(device))
+        self.generator = torch.Generator(model.embed.weight.device).manual_seed(args.seed)
+        self.prefixes = make_prefixes(model)
         self.ids = tokenizer.encode(args.prompt)
 
         # an answer begins with a word: no blank line, and no end
@@ -4727,6 +4754,13 @@ def prefix_bytes(device):
     """How much memory a PrefixCache may take: a quarter of what is free, 1 GiB where nobody knows."""
     free = free_memory(device)
     return 2 ** 30 if free is None else free // 4
+
+def make_prefixes(model):
+    """-> a PrefixCache for a model, or None for one whose layers overwrite what they hold: what they held after a
+    prefix is gone."""
+    if model.cfg.is_recurrent:
+        return None
+    return PrefixCache(prefix_bytes(model.embed.weight.device))
 
 def lines_of_input():
     """Lines that a person types, or a pipe brings, without their ends. ValueError for one that is not UTF-8."""

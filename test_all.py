@@ -63,9 +63,10 @@ import msa
 import rl
 import sample
 import train
-from model import (LIGHTNING_TILE, Context, DecodeWeights, KVCache, MiniMax, MiniMaxConfig, RMSNorm, apply_rope,
-                   config_from_hf, config_to_hf, count_params, cross_entropy, lightning_attention, parts_by_name,
-                   plain_name, rope_tables, softmax_loss, window_attention)
+from model import (LIGHTNING_TILE, Context, DecodeWeights, KVCache, Lightning, MiniMax, MiniMaxConfig, RMSNorm,
+                   apply_rope, attn_pattern, cache_bytes, config_from_hf, config_to_hf, count_params, cross_entropy,
+                   decode_bytes, lightning_attention, parts_by_name, plain_name, rope_tables, softmax_loss,
+                   window_attention)
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid", "ignore:overflow", "ignore:All-NaN")
 parametrize = pytest.mark.parametrize
@@ -107,10 +108,14 @@ def make_model(dtype=torch.float32, **fields):
     torch.manual_seed(0)
     model = MiniMax(small_config(**fields))
     with torch.no_grad():
-        for x in [*model.parameters(), *model.buffers()]:
-            if x.dim() == 1:
+        for name, x in [*model.named_parameters(), *model.named_buffers()]:
+            if x.dim() == 1 and not name.endswith("decay"):  # a negative one would grow without a bound
                 x.add_(torch.randn_like(x) * 0.2)
     return model.to(dtype).eval()
+
+def make_hybrid(attn, dtype=torch.float64, **fields):
+    """make_model with three layers of a pattern, and a window of 5 keys."""
+    return make_model(dtype, attn_types=attn_pattern(attn, 3), window=5, **fields)
 
 def random_ids(B, T):
     """Tokens of make_model's vocabulary."""
@@ -295,7 +300,7 @@ def test_dry_run_prints_the_published_sizes():
     head_dim=["8"],
     rotary_dim=[10, 4.0, -2],
     max_seq_len=[True],
-    attn_types=["msa", ["full", "swa", "msa"]],
+    attn_types=["msa", ["full", "linear", "msa"], ["full", "msa"]],
     mlp_types=[["moe"], [["dense"], "moe", "moe"]],
     n_expert=[0],
     n_expert_per_tok=[5, 0],
@@ -307,6 +312,9 @@ def test_dry_run_prints_the_published_sizes():
     index_block_size=[0],
     index_topk_blocks=[0],
     index_kl_stride=[0],
+    window=[-1, 2.0],
+    conv_taps=[-1, 2.0],
+    window_sink=[1],
     routed_scale=[-2.0],
     activation=["relu"],
     gemma_norm=["no"],
@@ -318,6 +326,96 @@ def test_bad_configs_are_refused(key, value):
     """A config that cannot work, now or later, says so when it is made, with the value in the message."""
     with pytest.raises(AssertionError, match=re.escape(str(value))):
         small_config(**{key: value})
+
+@parametrize("window", [0, -1, 2.0])
+def test_a_window_without_keys_is_refused(window):
+    """A window has one key, its own, or more."""
+    with pytest.raises(AssertionError, match=f"window {window}"):
+        small_config(attn_types=["full", "swa", "msa"], window=window)
+
+@parametrize("text, n_layer, kinds", [
+    ("lightning", 2, "lightning lightning"),
+    ("full=1", 2, "full full"),
+    ("swa:full=3:1", 6, "swa swa swa full swa swa"),
+    ("full:msa=1:9999999999", 4, "full msa msa msa")])
+def test_patterns_repeat_over_the_layers(text, n_layer, kinds):
+    """A kind alone is every layer's; two of them take turns, as often as the ratio says."""
+    assert attn_pattern(text, n_layer) == kinds.split()
+
+@parametrize("text", [
+    "", "linear", "swa:full", "swa:full=3", "swa:full=3:0", "swa:full=3:-1", "swa:full=3:x", "swa=", "swa:full=3:1:1",
+    "swa:full:msa=1:1:1", "swa:full=4:1", "swa:full=9999999999:1", "SWA"])
+def test_patterns_of_another_form_are_refused(text):
+    """An unknown kind, a ratio of another form, a kind that gets none of four layers: the message names the pattern."""
+    with value_error(re.escape(repr(text))):
+        attn_pattern(text, 4)
+
+def by_first_word(text):
+    """The lines of a text, each under its first word."""
+    return {line.split()[0]: line for line in text.strip().splitlines()}
+
+def test_dry_run_compares_caches():
+    """--dry-run: bytes a token of each kind of layer, by hand for M3; MLA's, and what its latents would cost."""
+    _, text = quiet(train, ["--preset", "m3", "--dry-run"])
+    _, text = text.split("a layer's cache")
+    caches, steps = text.split("a decoding step")
+    lines = by_first_word(caches)
+    steps = by_first_word(steps)
+
+    assert "2,048 bytes a token" in lines["full"]  # 2 x 4 heads x 128 channels x 2 bytes
+    assert "2,304 bytes a token" in lines["msa"]  # and 128 x 2 bytes of an index key
+    assert f"{1024 * 2048:,} bytes in all" in lines["swa"]
+    assert f"{64 * 128 * 128 * 4:,} bytes in all" in lines["lightning"]
+    assert "1,152 bytes a token" in lines["MLA"]
+    assert "4.25 times" in lines["why"]
+
+    gb_of_full = 60 * 2048 * 1e6 / 1e9
+    gb_of_mixed = (15 * 2048 * 1e6 + 45 * 2048 * 1024) / 1e9
+    assert f"{gb_of_full:.3f} GB at 1,000,000" in steps["full"]
+    assert f"{gb_of_mixed:.3f} GB at 1,000,000" in steps["swa:full=3:1"]
+    assert {"msa", "lightning:full=7:1"} <= steps.keys()
+
+def test_dry_run_of_a_pattern():
+    """--attn of two kinds: the pattern's own line, its windows, and a cache of which a part does not grow."""
+    _, text = quiet(train, ["--preset", "small", "--attn", "lightning:swa=1:1", "--window", "100", "--dry-run"])
+
+    fixed = 6 * 4 * 128 * 128 * 4 + 6 * 100 * 1024
+    assert f"0 bytes a token and {fixed:,} for all" in text
+    assert "lightning:swa=1:1" in text
+    assert "the last 100 tokens" in text
+
+def buffer_bytes(cache):
+    """Bytes of all buffers of a KVCache."""
+    buffers = (cache.k, cache.v, cache.ki, cache.ring_k, cache.ring_v, cache.state, cache.past)
+    return sum(x.numel() * x.element_size() for x in buffers)
+
+@parametrize("fields", [
+    dict(attn_types=["full"] * 3, index_head_dim=0),
+    dict(attn_types=["msa"] * 3),
+    dict(attn_types=["swa"] * 3, index_head_dim=0, window=5),
+    dict(attn_types=["lightning"] * 3, index_head_dim=0, conv_taps=4)],
+    ids=["full", "msa", "swa", "lightning"])
+def test_a_caches_bytes_are_those_of_its_buffers(fields):
+    """cache_bytes counts what a KVCache allocates for one row."""
+    T = 64
+    cfg = small_config(n_mtp=0, **fields)
+    per_token, fixed = cache_bytes(cfg)
+
+    cache = KVCache(cfg, 1, T, dtype=torch.bfloat16)
+
+    assert per_token * T + fixed == buffer_bytes(cache)
+
+def test_bytes_that_a_decoding_step_moves():
+    """Keys and values of what is read, index keys of all, a state twice; a short row has no more than its own keys."""
+    cfg = small_config(attn_types=["full", "msa", "swa"], window=5)
+    key = 2 * 2 * 8 * 2                # with its value: KV heads, channels, bytes
+    index_key = 8 * 2
+    chosen = 3 * 4                     # blocks of as many tokens
+
+    assert decode_bytes(cfg, 100) == 100 * key + (100 * index_key + chosen * key) + 5 * key
+    assert decode_bytes(cfg, 3) == 3 * key + 3 * (index_key + key) + 3 * key
+    cfg.attn_types = ["lightning"] * 3
+    assert decode_bytes(cfg, 100) == 3 * 2 * 4 * 8 * 8 * 4
 
 @parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @each_value(n_embd=[36], expert_dim=[12])
@@ -644,7 +742,7 @@ def test_cross_entropy_in_chunks():
         assert worst_of(grads(cross_entropy(x, head, targets, chunk=chunk)), want) < 1e-12
     assert cross_entropy(x, head, torch.full_like(targets, -1)).item() == 0
 
-# ---- 4. full attention and the one visibility rule -----------------------------------------------
+# ---- 4. attention and the one visibility rule ----------------------------------------------------
 # Key j is visible to query i iff j <= i < end[j]. One number a key says it all: plain causal text has end = T, a packed
 # document the index where it stops, a token of a prefix tree the index where its subtree stops.
 
@@ -687,6 +785,105 @@ def test_full_attention_obeys_visibility():
     for end in (None, packed_end(T, [4, 5]), tree):
         want = loop_attention(q, k, v, end)
         assert worst(msa.full_attention(q, k, v, end), want) < 1e-10
+
+# Two kinds of attention that MiniMax gave up. A window hides keys that lie too far back. Lightning attention hides
+# none, but a key counts less with every token between: a sum without a softmax, for which a state can stand.
+
+def loop_window(q, k, v, window, sink=None, end=None):
+    """Softmax over the last `window` visible keys by its definition; a sink is one more term of its sum."""
+    T, G = q.size(1), q.size(2) // k.size(2)
+    age = torch.arange(T)[:, None] - torch.arange(T)
+    seen = seen_keys(T, end) & (age < window)                                                     # (B or 1, 1, T, T)
+    k = k.repeat_interleave(G, 2)
+    v = v.repeat_interleave(G, 2)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) / q.size(-1) ** 0.5
+    powers = scores.exp() * seen
+    total = powers.sum(-1, keepdim=True)
+    if sink is not None:
+        total = total + sink.exp()[:, None, None]
+    return torch.einsum("bhij,bjhd->bihd", powers / total, v)
+
+@parametrize("window", [1, 5, 16, 37, 40])
+@parametrize("has_sink", [False, True], ids=["plain", "sink"])
+def test_windows_equal_a_masked_softmax(window, has_sink):
+    """One key, a few, all and more: values and every gradient, the sink's too, of one text and of documents."""
+    T = 37
+    inputs = random_qkv(T=T, grad=True)[:3]
+    sink = None
+    if has_sink:
+        sink = torch.linspace(-1, 2, 4, dtype=torch.float64, requires_grad=True)
+        inputs.append(sink)
+
+    for end in (None, packed_end(T, [6, 7, 20])):
+        got = with_grads(window_attention(*inputs[:3], window, sink, end), inputs)
+        want = with_grads(loop_window(*inputs[:3], window, sink, end), inputs)
+        assert worst_of(got, want) < 1e-12
+
+def loop_lightning(q, k, v, decay, end=None):
+    """Lightning attention by its definition, a loop over queries and keys."""
+    B, T = q.shape[:2]
+    seen = seen_keys(T, end).expand(B, 1, T, T)[:, 0]
+    rows = []
+    for b, i in np.ndindex(B, T):
+        y = torch.zeros_like(q[b, i])                                                                         # (H, D)
+        for j in seen[b, i].nonzero()[:, 0].tolist():
+            score = (q[b, i] * k[b, j]).sum(-1)
+            faded = score * (-decay * (i - j)).exp()
+            y = y + faded[:, None] * v[b, j]
+        rows.append(y)
+    return torch.stack(rows).view_as(q)
+
+SLOPES = 2.0 ** torch.tensor([-1.0, -3.0, -5.0, -8.0], dtype=torch.float64)
+
+@parametrize("dtype, near", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_lightning_equals_its_double_loop(dtype, near):
+    """Chunks of 8, 16 and more tokens than there are, the last one not full, of one text and of documents."""
+    T = 37
+    q, k, v, _, _ = random_qkv(T=T, Hkv=4, dtype=dtype)
+    for end in (None, packed_end(T, [6, 7, 20])):
+        want = loop_lightning(q, k, v, SLOPES.to(dtype), end)
+        for chunk in (8, 16, 64):
+            y, _ = lightning_attention(q, k, v, SLOPES, end, chunk=chunk)
+            assert relative(y, want) < near
+
+def test_lightning_has_its_double_loops_gradients():
+    """Of q, k and v, across chunks and documents."""
+    T = 21
+    inputs = random_qkv(T=T, Hkv=4, grad=True)[:3]
+    for end in (None, packed_end(T, [3, 13])):
+        got = with_grads(lightning_attention(*inputs, SLOPES, end, chunk=8)[0], inputs)
+        want = with_grads(loop_lightning(*inputs, SLOPES, end), inputs)
+        assert worst_of(got, want) < 1e-12 * worst(want[1], torch.zeros(()))
+
+def test_a_lightning_state_stands_for_the_past():
+    """Parts of any length, each from the state after the last one, and single tokens give the outputs of the whole."""
+    q, k, v = random_qkv(T=37, Hkv=4)[:3]
+    whole, last_state = lightning_attention(q, k, v, SLOPES, chunk=16)
+
+    state = None
+    parts = []
+    start = 0
+    for size in (20, 9, 1, 1, 5, 1):
+        part = slice(start, start + size)
+        inputs = (x[:, part] for x in (q, k, v))
+        y, state = lightning_attention(*inputs, SLOPES, state=state, chunk=8)
+        parts.append(y)
+        start += size
+
+    assert relative(torch.cat(parts, 1), whole) < 1e-12
+    assert relative(state, last_state) < 1e-12
+
+def test_a_long_lightning_text_does_not_overflow():
+    """A key of the distant past has weight 0, not that of e to the power of its distance: fp32, the fastest decay."""
+    q, k, v, _, _ = random_qkv(B=1, T=1000, Hkv=4, dtype=torch.float32)
+    fast = torch.ones(4)
+    end_of_text = slice(800, 1000)
+    near, _ = lightning_attention(*(x[:, end_of_text] for x in (q, k, v)), fast)
+
+    y, state = lightning_attention(q, k, v, fast)
+
+    assert state.isfinite().all()
+    assert relative(y[:, 900:], near[:, 100:]) < 1e-5
 
 # ---- 5. index branch -----------------------------------------------------------------------------
 # A small second attention scores every key block by its best visible token, and each query keeps its own block and the
@@ -1904,13 +2101,13 @@ def fp64_and_bf16(attend, *tensors):
     return results
 
 @gpu
-@parametrize("T", [1, 100, 2049])
+@parametrize("T, D", [(1, 128), (100, 128), (2049, 128), (600, 32)])
 @parametrize("documents", [False, True])
-def test_lightning_kernels_on_a_gpu(T, documents):
+def test_lightning_kernels_on_a_gpu(T, D, documents):
     """bf16 against fp64 torch: weights, faded values, states and outputs are rounded to 2^-9 each; two runs are
     bit-equal."""
     needs(torch.cuda.is_available(), "a CUDA GPU")
-    qkv, decay = lightning_qkv(2, T, 8, 128, torch.bfloat16, "cuda")
+    qkv, decay = lightning_qkv(2, T, 8, D, torch.bfloat16, "cuda")
     end = packed_end(T, (1, 50, 64, 700, 1500)).cuda() if documents else None
 
     def attend(impl, *inputs):
@@ -2221,6 +2418,27 @@ def test_parity_with_transformers(name):
     unreached = [key for key, _ in model.named_parameters() if key not in grads]
     assert all(".indexer." in key for key in unreached)
 
+@parametrize("number", [0, 2])
+def test_lightning_parity_with_transformers(number):
+    """Outputs and states of MiniMaxLightningAttention within 1e-5, in two layers of four: each forgets at its rate."""
+    arrays = np.load(GOLDEN / "lightning" / "expected.npz")
+    expected = {name: torch.from_numpy(x) for name, x in arrays.items()}
+    cfg = small_config(
+        n_layer=4, n_embd=12, head_dim=6, gemma_norm=False, n_mtp=0,
+        attn_types=["lightning"] * 4, mlp_types=["dense"] * 4)
+    layer = Lightning(cfg, number)
+    qkv = expected["qkv_proj.weight"].view(4, 3, 6, 12)  # head by head
+    q, k, v = (x.flatten(0, 1) for x in qkv.unbind(1))
+    layer.load_state_dict({
+        "q_proj.weight": q, "k_proj.weight": k, "v_proj.weight": v, "gate_proj.weight": expected["output_gate.weight"],
+        "norm.weight": expected["norm.weight"], "o_proj.weight": expected["out_proj.weight"]})
+    cache = KVCache(cfg, 2, 32)
+
+    y, _ = layer(expected["x"], Context(rope=None, cache=cache, layer=number))
+
+    assert worst(y, expected[f"y_{number}"]) < 1e-5
+    assert worst(cache.state[number], expected[f"state_{number}"]) < 1e-5
+
 def test_save_hf_is_bit_equal(tmp_path):
     """M2 written in the released names reads back bit for bit, config included; M3 is refused."""
     model = golden("m2")
@@ -2232,6 +2450,9 @@ def test_save_hf_is_bit_equal(tmp_path):
     assert_same_weights(again, model)
     with value_error("writes M2"):
         golden("m3").save_hf(tmp_path)
+    model.cfg.conv_taps = 3
+    with value_error("conv_taps"):
+        model.save_hf(tmp_path)
 
 def released_name(name):
     """M3's released name of what transformers calls otherwise; the text model stands beside a vision tower."""
@@ -2608,6 +2829,78 @@ def test_cached_equals_full(chunks, fields):
         blocks = torch.cat([part["block_idx"] for part in part_aux], 2)
         assert torch.equal(blocks, aux["block_idx"])
 
+PATTERNS = ["full", "swa", "lightning", "swa:full=2:1", "msa:lightning=1:1", "msa:swa=2:1", "lightning:swa=1:2"]
+MORE = dict(conv_taps=3, window_sink=True, rotary_dim=0)
+
+@parametrize("attn", PATTERNS)
+@parametrize("fields", [dict(), MORE], ids=["plain", "conv and sink"])
+def test_every_pattern_decodes_as_it_reads(attn, fields):
+    """Rings, states and a convolution's last inputs: in parts longer and shorter than the window, and token by token,
+    a cache gives one full forward's logits (fp64)."""
+    model = make_hybrid(attn, **fields)
+    idx = random_ids(2, 27)
+    logits = model(idx)[0]
+
+    for chunks in ([1] * 27, [3, 13, 1, 2, 1, 7]):
+        cache = KVCache(model.cfg, 2, 30, dtype=torch.float64)
+        parts = [model(part, cache=cache)[0] for part in idx.split(chunks, 1)]
+        assert worst(torch.cat(parts, 1), logits) < 1e-10
+
+def test_a_window_longer_than_the_cache():
+    """Its ring is no larger than the cache, and holds every key."""
+    model = make_hybrid("swa")
+    model.cfg.window = 10 ** 9
+    idx = random_ids(1, 20)
+    cache = KVCache(model.cfg, 1, 20, dtype=torch.float64)
+
+    parts = idx.split([9, 1, 4, 6], 1)
+    parts = [model(part, cache=cache)[0] for part in parts]
+
+    assert cache.ring_k.size(2) == 20
+    assert worst(torch.cat(parts, 1), model(idx)[0]) < 1e-10
+    with pytest.raises(AssertionError, match="do not fit"):
+        model(idx[:, :1], cache=cache)
+
+def test_an_overwritten_cache_is_emptied_but_not_cropped():
+    """Windows, states and convolutions: a row is forgotten whole or not at all; rows are picked and copied as ever."""
+    model = make_hybrid("lightning:swa=2:1", **MORE)
+    idx = random_ids(2, 20)
+    full = model(idx)[0]
+    cache = KVCache(model.cfg, 2, 24, dtype=torch.float64)
+    model(idx[:, :12], cache=cache)
+
+    for length in (11, 1, torch.tensor([12, 3])):
+        with value_error("have overwritten"):
+            cache.crop(length)
+    assert cache.length.tolist() == [12, 12]
+    cache.crop(12)                     # nothing to forget
+    cache.crop(torch.tensor([0, 24]))
+    assert cache.length.tolist() == [0, 12]
+
+    # the first row begins anew while the second one goes on
+    row = torch.tensor([[0], [1]])
+    pos = torch.tensor([[0], [12]]) + torch.arange(7)
+    assert worst(model(idx[row, pos], cache=cache)[0], full[row, pos]) < 1e-10
+
+    cache.select(torch.tensor([1, 0]))
+    cache.expand(2)
+    row = torch.tensor([[1], [1], [0], [0]])
+    pos = cache.length[:, None].long()
+    assert worst(model(idx[row, pos], cache=cache)[0], full[row, pos]) < 1e-10
+
+def test_a_view_of_one_row_writes_to_the_cache():
+    """row(): a prompt that is read alone leaves its ring and its state in the cache of all rows."""
+    model = make_hybrid("lightning:swa=2:1", **MORE)
+    idx = random_ids(2, 20)
+    cache = KVCache(model.cfg, 2, 24, dtype=torch.float64)
+    for i in (1, 0):
+        model(idx[i:i + 1, :19], cache=cache.row(i, 0))
+        cache.set_length(i, 19)
+
+    logits = model(idx[:, 19:], cache=cache)[0]
+    full = model(idx)[0]
+    assert worst(logits, full[:, 19:]) < 1e-10
+
 @parametrize("B,T", [(1, 0), (0, 3)])
 def test_empty_input_is_refused_by_its_shape(B, T):
     """No row, or no token in a row: the model, attention and index branch say so and name the shape."""
@@ -2699,9 +2992,10 @@ def test_cache_refuses_what_does_not_fit():
         with value_error("rows with"):
             KVCache(small_config(), batch, capacity)
 
-def test_causality_by_gradient():
+@parametrize("attn", ["full:msa=1:2", "lightning:swa=1:2"])
+def test_causality_by_gradient(attn):
     """No logit depends on a later token, in any layer type, and each on all earlier ones: the gradient says so."""
-    model = make_model()
+    model = make_hybrid(attn, torch.float32, conv_taps=3 if "swa" in attn else 0)
     x = torch.randn(1, 30, 32, requires_grad=True)
     model.embed.forward = lambda idx: x
     logits = model(torch.zeros(1, 30).long())[0]
@@ -2768,6 +3062,60 @@ def test_packed_documents_learn_as_apart(dtype, near):
     floor = 0.0 if dtype == torch.float64 else 0.01 * largest
     for name, x, y in zip(names, mine, want):
         assert (x - y).norm() < near * max(y.norm(), floor), name
+
+@parametrize("attn", PATTERNS)
+def test_documents_of_every_pattern_learn_as_apart(attn):
+    """Windows, states and convolutions end with the document: logits, losses and all gradients, fp64, MTP included."""
+    sizes = (13, 24, 6)
+    model = make_hybrid(attn, n_mtp=1, **MORE).train()
+    row, docs = packed(sizes, 4, torch.float64)
+
+    logits, sums, _ = model(**row, n_logits=row["idx"].size(1))
+    apart = [model(**doc, n_logits=n) for n, doc in zip(sizes, docs)]
+    doc_logits, doc_sums, _ = zip(*apart)
+    sums_apart = sum(map(terms, doc_sums))
+    assert relative(logits[:, row["weight"][0] > 0], torch.cat(doc_logits, 1)) < 1e-12
+    assert relative(terms(sums), sums_apart) < 1e-12
+
+    names, params = zip(*model.named_parameters())
+    mine = torch.autograd.grad(terms(sums).sum(), params)
+    want = torch.autograd.grad(sums_apart.sum(), params)
+    for name, x, y in zip(names, mine, want):
+        assert y.norm() > 0, name
+        assert (x - y).norm() < 1e-11 * y.norm(), name
+
+@parametrize("attn", ["swa", "lightning:full=2:1"])
+def test_a_tree_is_refused_where_layers_are_recurrent(attn):
+    """Branches would read one another's states: a tree is a ValueError, documents and their pads are none."""
+    model = make_hybrid(attn)
+    idx = random_ids(1, 8)
+    documents = [3, 3, 3, 4, 5, 8, 8, 8]  # two of three tokens, two pads between them
+    two_branches = [8, 8, 5, 4, 5, 8, 8, 8]
+    two_lengths = [3, 3, 5, 5, 5, 8, 8, 8]  # the third token belongs to two documents
+
+    model(idx, end=torch.tensor([documents]).int())
+    for end in (two_branches, two_lengths):
+        with value_error("a tree"):
+            model(idx, end=torch.tensor([end]).int())
+    with value_error("with a cache"):
+        model(idx, end=torch.tensor([documents]).int(), cache=KVCache(model.cfg, 1, 8))
+
+@parametrize("attn", ["swa", "lightning", "lightning:swa=1:1"])
+def test_flops_of_windows_and_states(attn):
+    """Against a count of pairs, one by one: a window's keys, a state's update and its product with the query."""
+    model = make_hybrid(attn, torch.float32)
+    pos = torch.arange(24) % 12
+    heads = 4 * 8                      # query heads x channels
+    pair = 3 * 4 * heads               # a score and a value, forward and backward
+    keys = [len(range(max(0, i - 4), i + 1)) for i in range(12)]  # that a query reads of a window of 5
+    of_kind = dict(swa=pair * sum(keys) / 12, lightning=pair * 8)
+    want = sum(of_kind[kind] for kind in model.cfg.attn_types)
+
+    more = pair * 6.5                  # the MTP module's layer reads all: 6.5 keys, the mean of 1 to 12
+    matrices = model.num_params()[1] + count_params(model.mtp)[1]
+    matrices += 2 * model.lm_head.weight.numel()
+
+    assert model.flops_per_token(pos) == pytest.approx(6 * matrices + want + more)
 
 def test_flops_count_the_keys_that_are_read():
     """FLOPs of two documents of 12 tokens, less those of single tokens: keys that are read, learned from and scored."""
@@ -3375,6 +3723,60 @@ def test_a_full_attention_run_becomes_sparse(corpus, tmp_path):
     assert all(".indexer." in name for name in new.keys() - old.keys())
 
     assert "trained with msa" in refused(train, resume(tmp_path, "--attn full"))
+
+@session_fixture
+def trained_hybrid(corpus, tmp_path_factory):
+    """A short run of a window with a sink, Lightning, and MSA: its folder, result and output."""
+    out = tmp_path_factory.mktemp("hybrid")
+    line = "--attn swa:lightning=1:1 --sink --steps 8 --eval-every 5 --log-every 4"
+    return ShortRun(out, *start_run(corpus, out, line))
+
+def test_a_hybrid_resumes_exactly(trained_hybrid, corpus, tmp_path):
+    """8 steps = 3 + resume + 5, bit for bit; a window is an eighth of a row, and the card says so."""
+    state = read_checkpoint(trained_hybrid.out)
+    assert state["config"]["attn_types"] == ["swa", "lightning", "swa"]
+    assert state["config"]["window"] == 8
+    assert "window  | 8 of 64 keys, with a sink" in trained_hybrid.text
+    assert trained_hybrid.result["loss"] < math.log(300)
+
+    start_run(corpus, tmp_path, "--attn swa:lightning=1:1 --sink --steps 8 --stop-after 3")
+    resume_run(tmp_path)
+
+    assert changed_weights(tmp_path, trained_hybrid.out) == []
+
+def test_every_part_of_a_hybrid_learns(trained_hybrid):
+    """Sinks, which begin at 0, and a state's projections leave what they began with."""
+    learned = weights(trained_hybrid.out)
+
+    assert learned["layers.0.attn.sink"].abs().min() > 1e-3
+    assert learned["layers.1.attn.gate_proj.weight"].std() > 0
+
+def test_a_pattern_with_msa_warms_its_index_branch_up(corpus, tmp_path):
+    """Its layers with MSA begin with full attention, and their index branch learns, as in the preset."""
+    _, text = start_run(corpus, tmp_path, "--attn lightning:msa=1:1 --steps 4 --log-every 1")
+
+    assert "from 50% of the run" in text
+    assert len(re.findall(r"kl 0\.\d+", text)) == 4
+    assert "block recall" in text
+
+@refusals(
+    ("--attn lightning", "trained with swa:lightning=1:1"),
+    ("--attn msa", "--attn msa"),
+    ("--window 16", "--window 16: the checkpoint was trained with 8"))
+def test_a_hybrid_stays_what_it_is(trained_hybrid, tmp_path, line, word):
+    """--resume with another attention or window is refused, and names both."""
+    copy_checkpoint(trained_hybrid.out, tmp_path)
+    assert word in refused(train, resume(tmp_path, line))
+
+@parametrize("name, value", [("window", 16), ("sink", False), ("attn", "lightning")])
+def test_a_hybrids_args_are_its_models(trained_hybrid, tmp_path, name, value):
+    """A checkpoint whose args describe another window, sink or pattern than its model has is refused."""
+    def change(state):
+        state["args"][name] = value
+
+    tamper(trained_hybrid.out, tmp_path, change)
+
+    check_refused("train.py --resume", tmp_path)
 
 def changed_parts(got, want):
     """Which parts of the model have other weights in two checkpoints: names before the first dot, "mtp.0" and so on."""
@@ -4627,11 +5029,14 @@ def test_a_warm_up_checkpoint_says_what_it_is(corpus, trained, tmp_path):
 @parametrize("warms_up", [False, True])
 @parametrize("knows_its_run", [False, True])
 def test_older_checkpoints_say_their_mode(trained, tmp_path, warms_up, knows_its_run):
-    """Older checkpoints have a run's mode in their config, and no stride there: sample.py and --resume take them."""
+    """Older checkpoints have a run's mode in their config, and less else there: sample.py and --resume take them."""
     def make_older(state):
         config = state["config"]
         config.update(index_warmup=warms_up, mtp_active=True)
-        del config["index_kl_stride"]
+        for name in ("index_kl_stride", "window", "window_sink", "conv_taps"):
+            del config[name]
+        for name in ("window", "sink"):
+            del state["args"][name]
         if not knows_its_run:
             forget_the_run(state)
 
@@ -4724,6 +5129,89 @@ def test_generate_is_greedy_argmax_of_full_forwards():
         idx = torch.tensor([prompt + out[:step]])
         logits = model(idx)[0][0, -1]
         assert logits[token] > logits.max() - 1e-4
+
+@parametrize("attn", PATTERNS[1:])
+def test_recurrent_models_speak_as_they_read(attn):
+    """Prompts of unequal length, one read alone, two samples of each: all are argmax of full forwards, and equal."""
+    model = make_hybrid(attn, **MORE)
+    long_prompt = random_ids(1, 50)[0].tolist()
+    prompts = [[3, 1, 4, 1, 5], long_prompt, [2, 7]]
+    tokens, _ = greedy(model, prompts, 12, n_samples=2)
+
+    assert torch.equal(tokens[:, ::2], tokens[:, 1::2])
+    for row, prompt in enumerate(prompts):
+        drawn = tokens[len(prompt) - 2:, 2 * row]  # after the shortest prompt
+        text = torch.tensor(prompt + drawn[drawn >= 0].tolist())
+        logits = model(text[None])[0][0]
+        want = logits[len(prompt) - 1:-1].argmax(-1)
+        assert torch.equal(text[len(prompt):], want)
+        assert len(want) == 12
+
+def test_a_prompt_in_parts_leaves_the_same_state(monkeypatch):
+    """A prompt that is read 7 tokens at a time, as memory may ask for, is continued as one that is read at once."""
+    model = make_hybrid("lightning:swa=2:1", **MORE)
+    prompt = random_ids(1, 50)[0].tolist()
+    want, _ = greedy(model, [prompt], 12)
+    monkeypatch.setitem(sample.PART, "cpu", 7)
+    assert torch.equal(greedy(model, [prompt], 12)[0], want)
+
+def test_what_cannot_be_taken_back_is_refused():
+    """Drafts, a prefix cache, a player that drops tokens: each of them needs a cache as it was, and says so."""
+    model = make_hybrid("lightning:swa=2:1", n_mtp=1)
+    with value_error("speculate 2: a draft that fails is taken back"):
+        greedy(model, [[1, 2]], 4, speculate=2)
+    with value_error("has no prefix"):
+        greedy(model, [[1, 2]], 4, prefixes=sample.PrefixCache(10 ** 9))
+
+    def forgetful():
+        yield 0, [1, 2, 3]
+        yield 2, [4]
+
+    with value_error("have overwritten"):
+        sample.lockstep(model, [forgetful()])
+
+def test_a_player_may_begin_anew():
+    """A context that is dropped whole leaves nothing in states and rings."""
+    model = make_hybrid("lightning:swa=2:1", **MORE)
+    contexts = ([1, 2, 3, 4, 5, 6], [7, 8, 9])
+    heard = []
+
+    def player():
+        for read in contexts:
+            token, _, _ = yield 0, read
+            heard.append(token)
+
+    sample.lockstep(model, [player()], sampling=sample.Sampling(temperature=0))
+    for token, read in zip(heard, contexts):
+        logits = model(torch.tensor([read]))[0]
+        assert token == logits[0, -1].argmax()
+    assert len(heard) == 2
+
+@parametrize("attn, kernels", [("msa", True), ("lightning", False), ("swa", False)])
+def test_kernels_of_a_step_are_for_keys_that_stay(attn, kernels, monkeypatch):
+    """On a GPU, of which this machine has the name alone, a recurrent model decodes by its forward."""
+    made = []
+    monkeypatch.setattr(sample, "DecodeWeights", lambda *args: made.append(args))
+    monkeypatch.setattr(sample, "has_room_for_copy", lambda model: True)
+    model = make_hybrid(attn, torch.bfloat16)
+    with mock.patch.object(torch.Tensor, "is_cuda", True):
+        sample.Decoder(model, 1, 20, sample.Sampling())
+    assert bool(made) == kernels
+
+def test_a_hybrid_speaks_and_says_what_it_lacks(trained_hybrid, monkeypatch):
+    """sample.py: the card, --speculate refused in one line, and a conversation in which all is read again."""
+    result, text = run_sample(trained_hybrid.out, "--prompt import --max-new-tokens 8 --n-samples 2")
+    assert "no prefix cache, no drafts" in text
+    assert "window of 8: torch, with a sink" in text
+    assert "lightning: torch" in text
+    assert result["tokens"] <= 16
+
+    refusal = refused(sample, sample_args(trained_hybrid.out, "--speculate 2"))
+    assert "--speculate 2: a draft that fails is taken back" in refusal
+
+    result, text = talk(trained_hybrid.out, "", ["import os", "def f"], monkeypatch)
+    assert result["cached"] == 0
+    assert result["tokens"] > 0
 
 @parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_generate_from_hf_in_any_dtype(dtype):
@@ -6407,6 +6895,15 @@ def test_a_page_shows_what_the_forward_chose(attn, speculate):
     data, ids = page_of(model, prompt, 60, speculate=speculate)
     assert_page_is_the_forwards(data, ids, model)
 
+@parametrize("attn", ["swa", "lightning:msa=1:1"])
+def test_a_page_of_a_hybrid(attn):
+    """--xray of windows and states: experts of every layer, blocks of those that choose some."""
+    model = make_hybrid(attn, **MORE)
+    prompt = random_ids(1, 21)[0].tolist()
+    data, ids = page_of(model, prompt, 30)
+    assert_page_is_the_forwards(data, ids, model)
+    assert data["attn_types"] == model.cfg.attn_types
+
 @parametrize("speculate", [0, 2])
 def test_a_page_shows_what_cached_tokens_chose(speculate):
     """Tokens from the prefix cache are read again for the page."""
@@ -7229,6 +7726,23 @@ def test_a_client_that_hangs_up_leaves_nothing(served, stream):
         served.until(lambda: served.engine.n_tokens > before + 5)
     served.until_idle()
     assert served.engine.n_tokens < before + 900
+
+def test_a_hybrid_is_served_without_a_prefix_cache(monkeypatch):
+    """Windows and states: a prompt that comes again is read again, whole, and has the same answer."""
+    torch.manual_seed(0)
+    cfg = MiniMaxConfig.micro(
+        vocab_size=300, max_seq_len=1024, attn_types=["lightning", "swa", "full"], window=6, window_sink=True)
+    hybrid = MiniMax(cfg).eval(), speaker()[1]
+    monkeypatch.setitem(globals(), "speaker", lambda: hybrid)
+    server = TextServer().start()
+
+    for _ in range(2):
+        status, answer = server.ask(**HELLO)
+        assert status == 200
+        assert answer["choices"][0]["message"]["content"] == generated("import os", 20)[0]
+        assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert server.engine.prefixes is None
+    server.close()
 
 def test_a_slow_client_holds_up_nobody(monkeypatch):
     """One that reads nothing of a long answer: another is answered meanwhile, its own answer is given up, it is cut
@@ -8648,7 +9162,10 @@ def refused_line(line, *more, code=2):
     "train.py --vocab-size 100",
     "train.py --seq-len 1000000",
     "train.py --seq-len 100",
-    "train.py --attn swa",
+    "train.py --attn linear",
+    "train.py --attn swa:full=9:1",
+    "train.py --attn full --window 8",
+    "train.py --attn lightning --window 8",
     "train.py --steps 0",
     "train.py --steps x",
     "train.py --seed -1",
@@ -9965,6 +10482,72 @@ def drafts_seen_by_earlier_tokens(real, q, k, v, end=None, start=None, impl="aut
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, mask[:, None, None], enable_gqa=True).transpose(1, 2)
 
+def no_decay(real, q, k, v, decay, *args, **kw):
+    """Every key counts alike, however far back."""
+    return real(q, k, v, 0 * decay, *args, **kw)
+
+def decay_of_the_wrong_sign(real, q, k, v, decay, *args, **kw):
+    """A key counts the more, the farther back it lies."""
+    return real(q, k, v, -decay, *args, **kw)
+
+def layers_forget_alike(real, layer, cfg, number):
+    """The decay does not depend on the layer."""
+    real(layer, cfg, 0)
+
+def state_not_decayed(real, q, k, v, decay, end=None, state=None, **kw):
+    """A state counts for a call's last token as much as for its first."""
+    if state is not None:
+        state = state * (decay * q.size(1)).exp()[:, None, None]
+    return real(q, k, v, decay, end, state, **kw)
+
+def documents_share_a_state(real, q, k, v, decay, end=None, *args, **kw):
+    """Lightning reads on over a document's end."""
+    return real(q, k, v, decay, None, *args, **kw)
+
+def window_one_too_long(real, q, k, v, window, *args):
+    return real(q, k, v, window + 1, *args)
+
+def window_one_too_short(real, q, k, v, window, *args):
+    return real(q, k, v, max(1, window - 1), *args)
+
+def sink_ignored(real, q, k, v, window, sink=None, *args):
+    """The sink takes no probability."""
+    if sink is not None:
+        sink = 0 * sink - 1e9
+    return real(q, k, v, window, sink, *args)
+
+def windows_over_documents(real, q, k, v, window, sink=None, end=None, *args):
+    """A window reaches into the document before."""
+    return real(q, k, v, window, sink, None, *args)
+
+def ring_out_of_order(real, cache, layer, k, v):
+    """A window's past keys come in the order of the ring, not of the text."""
+    keys, values, missing = real(cache, layer, k, v)
+    past = keys.size(1) - k.size(1)
+    order = [*range(1, past), 0, *range(past, keys.size(1))]
+    return keys[:, order], values[:, order], missing
+
+def ring_one_slot_late(real, cache, layer, k, v):
+    """Keys are written and read from the slot after theirs on."""
+    return real(cache.at(cache.length + 1, cache.used), layer, k, v)
+
+def conv_one_token_ahead(real, conv, x, ctx):
+    """The convolution's newest input is the next token."""
+    return real(conv, x.roll(-1, 1), ctx)
+
+def conv_over_documents(real, conv, x, ctx):
+    """A document's first tokens read the last ones of the document before."""
+    return real(conv, x, dataclasses.replace(ctx, end=None))
+
+def rows_share_a_state(real, cache, i, used):
+    """A prompt that is read alone is read into the first row."""
+    view = real(cache, i, used)
+    view.state = cache.state[:, :1]
+    return view
+
+def emptied_rows_remember(real, cache, limit):
+    """A row that begins anew goes on from its old state."""
+
 def on(test, *args):
     """The test with these arguments, under its own name."""
     def run():
@@ -9988,6 +10571,11 @@ greedily_verified = test_at_temperature_0_a_draft_holds_if_it_is_the_argmax
 drafted = on(test_greedy_drafts_change_no_word, "msa", torch.float64, 3)
 whole_text = on(test_drafts_are_those_of_the_whole_text, "msa")
 cropped = on(test_drafts_outlive_cropping, "msa", 3, 24)
+windows = on(test_windows_equal_a_masked_softmax, 5, True)
+double_loop = on(test_lightning_equals_its_double_loop, torch.float64, 1e-12)
+decoded_windows = on(test_every_pattern_decodes_as_it_reads, "swa", MORE)
+decoded_states = on(test_every_pattern_decodes_as_it_reads, "lightning", MORE)
+apart = on(test_documents_of_every_pattern_learn_as_apart, "lightning:swa=1:2")
 MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("msa.chosen_blocks", every_block_chosen, on(test_msa_equals_loop, 37, 4, 3)),
     mutant("msa.selected", no_causal_mask,
@@ -10019,7 +10607,7 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
            on(test_lightning_kernels_equal_torch, "segments of two chunks")),
     mutant("model.Walk.outputs", gradients_a_thousandth_too_large,
            on(test_lightning_kernels_equal_torch, "one segment"),
-           on(test_lightning_kernels_on_a_gpu, 100, False)),
+           on(test_lightning_kernels_on_a_gpu, 100, 128, False)),
     mutant("model.window_tiles", tiles_of_one_key_more, on(test_a_windows_tiles_are_a_band, 64, 9, None)),
     mutant("model._window_flex", window_of_one_key_more,
            on(test_window_kernels_on_a_gpu, 1000, 100, True)),
@@ -10069,7 +10657,26 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("sample.form_batches", seeds_ignored, test_a_seed_is_a_text_whatever_runs_beside_it),
     mutant("sample.Engine.admit", newcomers_wait_for_an_end, test_a_newcomer_waits_for_no_long_text),
     mutant("sample.write_row", decoded_for_who_is_gone, test_who_hangs_up_is_not_decoded_for),
-    mutant("sample.Client.tell", news_without_a_bound, test_a_client_that_reads_too_slowly_is_told)]
+    mutant("sample.Client.tell", news_without_a_bound, test_a_client_that_reads_too_slowly_is_told),
+    mutant(f"{__name__}.lightning_attention", no_decay, double_loop),
+    mutant(f"{__name__}.lightning_attention", decay_of_the_wrong_sign, double_loop),
+    mutant(f"{__name__}.lightning_attention", documents_share_a_state, double_loop),
+    mutant(f"{__name__}.lightning_attention", state_not_decayed, test_a_lightning_state_stands_for_the_past),
+    mutant("model.lightning_attention", no_decay, on(test_lightning_parity_with_transformers, 0)),
+    mutant("model.lightning_attention", state_not_decayed, decoded_states),
+    mutant("model.lightning_attention", documents_share_a_state, apart),
+    mutant("model.Lightning.__init__", layers_forget_alike, on(test_lightning_parity_with_transformers, 2)),
+    mutant(f"{__name__}.window_attention", window_one_too_long, windows),
+    mutant(f"{__name__}.window_attention", window_one_too_short, windows),
+    mutant(f"{__name__}.window_attention", sink_ignored, windows),
+    mutant(f"{__name__}.window_attention", windows_over_documents, windows),
+    mutant("model.window_attention", windows_over_documents, apart),
+    mutant("model.KVCache.append_to_ring", ring_out_of_order, decoded_windows),
+    mutant("model.KVCache.append_to_ring", ring_one_slot_late, decoded_windows),
+    mutant("model.ShortConv.forward", conv_one_token_ahead, decoded_states),
+    mutant("model.ShortConv.forward", conv_over_documents, apart),
+    mutant("model.KVCache.row", rows_share_a_state, test_a_view_of_one_row_writes_to_the_cache),
+    mutant("model.KVCache.empty_rows", emptied_rows_remember, test_a_player_may_begin_anew)]
 
 @parametrize("target, sabotage, test", [case for cases in MUTANTS for case in cases])
 def test_mutants_are_caught(target, sabotage, test, monkeypatch):

@@ -3,6 +3,7 @@
     python train.py                              # tiny on the interpreter's standard library: CPU, minutes, no download
     python train.py --data notes/ --minutes 10     # any text file or folder; --resume goes on from out/ckpt.pt
     python train.py --resume --attn msa --steps 800  # a run with --attn full goes on with sparse attention
+    python train.py --attn lightning:full=2:1        # two Lightning layers, then one with full attention, and so on
     python train.py --resume --mtp 3 --steps 800     # two more MTP modules join: copies, which learn alone at first
     python train.py --resume --figure run.svg        # draws out/log.jsonl, where each printed line is one of JSON
     python train.py --preset m2 --dry-run          # parameters and bytes, nothing is allocated
@@ -40,7 +41,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from model import MiniMax, MiniMaxConfig, count_params
+from model import LIGHTNING_CHUNK, MiniMax, MiniMaxConfig, attn_pattern, cache_bytes, count_params, decode_bytes
 from moe import max_violation
 from msa import cdiv, chunk, round_up
 from sample import (ICONV, LEARN_FROM, LOCK, PATTERN, Parser, Progress, SaveTimer, Threads, Tokenizer, cache_path,
@@ -57,6 +58,8 @@ FEW_BYTES = 32 * 1024                  # of validation: some 10,000 tokens, whos
 EVAL_SHARE = 0.25                      # of --minutes: the last evaluation takes no longer
 APART = 1.1                            # validation that rises so far over its usual share of training is remarked upon
 USUAL = 1.3                            # that share, in bits a byte, at most: other files differ, the first by 20 %
+WINDOWS_A_ROW = 8                      # of --window in --seq-len, where it is not given
+MLA_LATENT, MLA_ROPE = 512, 64         # elements a token that DeepSeek-V3 caches (arXiv 2412.19437)
 MTP_WEIGHT = (0.3, 0.1)                # before and in the decay phase (M2 report)
 MTP_ALONE = 0.1                        # share of what is left of a run that modules which join learn without the trunk:
                                        # the M2 report names none; tiny's losses had settled after 20 of 200 steps
@@ -616,24 +619,23 @@ def step_bytes(cfg, rows, T, device, recompute=False):
     n_params = sum(p.numel() for p in model.parameters())
     need = 4 * (3 * n_params + count_two_moments(model))
 
-    # what a layer keeps, in numbers a token
-    attention = 6 * cfg.n_embd + 5 * cfg.n_head * cfg.head_dim + 6 * cfg.n_kv_head * cfg.head_dim
-    if "msa" in cfg.attn_types:
-        attention += 3 * (cfg.n_kv_head + 1) * cfg.index_head_dim
+    # what layers keep, in numbers a token
+    kinds = cfg.attn_types + [cfg.mtp_attn_type] * cfg.n_mtp
     experts = cfg.n_expert_per_tok * (2 * cfg.n_embd + 5 * cfg.expert_dim) + 5 * cfg.shared_dim + 3 * cfg.n_embd
-    layer = 4 * tokens * (attention + experts)
-    if on_gpu:
-        layer *= 0.4 / 2               # kernels that keep less, in bf16
+    layers = []
+    for kind in kinds:
+        layer = 4 * tokens * (numbers_kept(cfg, kind, T) + experts)
+        if on_gpu and kind != "lightning":  # which computes in fp32 there, too
+            layer *= 0.4 / 2           # kernels that keep less, in bf16
+        layers.append(layer)
     if recompute:
         itemsize = 2 if on_gpu else 4
-        need += itemsize * tokens * cfg.n_embd * cfg.n_layer + (cfg.n_mtp + 1) * layer
+        need += itemsize * tokens * cfg.n_embd * cfg.n_layer + (cfg.n_mtp + 1) * max(layers)
     else:
-        need += (cfg.n_mtp + cfg.n_layer) * layer
+        need += sum(layers)
 
     # sparse attention in torch gathers keys and values, some six copies alive; above a size it does so part by part
-    n_sparse = cfg.attn_types.count("msa")
-    if cfg.attn_types[-1] == "msa":
-        n_sparse += cfg.n_mtp
+    n_sparse = kinds.count("msa")
     gathered = tokens * cfg.n_kv_head * cfg.index_topk_blocks * cfg.index_block_size * cfg.head_dim
     if n_sparse and not on_gpu:
         if gathered > chunk(device):
@@ -648,6 +650,24 @@ def step_bytes(cfg, rows, T, device, recompute=False):
     copies = 3 + (cfg.n_mtp if at_once == tokens else 0)
     return need + 4 * at_once * cfg.vocab_size * copies
 
+def numbers_kept(cfg, kind, T):
+    """About the numbers a token that the backward pass keeps of a layer's attention, in rows of T."""
+    heads = cfg.n_head * cfg.head_dim
+    kv_heads = cfg.n_kv_head * cfg.head_dim
+    kept = 6 * cfg.n_embd + 5 * heads + 6 * kv_heads
+    if kind == "msa":
+        kept += 3 * (cfg.n_kv_head + 1) * cfg.index_head_dim
+    if kind == "swa":
+        seen = min(2 * cfg.window, T)  # keys of a chunk and of the one before
+        kept += 4 * kv_heads
+        if cfg.window_sink:            # scores and probabilities, which SDPA does not keep
+            kept += 3 * cfg.n_head * seen
+    if kind == "lightning":            # a key and a value for each head, the gate; of each chunk scores and states
+        kept += 14 * heads
+        kept += 3 * cfg.n_head * min(LIGHTNING_CHUNK, T)
+        kept += 2 * heads * cfg.head_dim // LIGHTNING_CHUNK
+    return kept + 2 * cfg.conv_taps * cfg.n_embd
+
 # ---- a run's flags -------------------------------------------------------------------------------
 # What was given on the command line wins; then what a checkpoint was trained with; then the preset's. A checkpoint's
 # args are read as a command line, so that a file from elsewhere is checked as a user's flags are. Whatever does not go
@@ -661,7 +681,11 @@ def parse_args(argv, locks=None):
     count = number(1)
     # model
     p.add_argument("--preset", default="tiny", choices=["tiny", "mini", "small", "m2", "m3"], help="the model")
-    p.add_argument("--attn", default="msa", choices=["msa", "full"], help="msa, or full attention in every layer")
+    p.add_argument("--attn", type=attention, default="msa", metavar="KIND", help="msa, as the preset has it, or in "
+                   "every layer full, swa (a window) or lightning, or two of them by turns, such as swa:full=3:1")
+    p.add_argument("--window", type=count, metavar="N", help="keys that a query of a swa layer reads; default: an "
+                   "eighth of --seq-len")
+    p.add_argument("--sink", action="store_true", help="swa layers have a learned sink")
     p.add_argument("--mtp", type=number(0, 8), help="MTP modules; more of them may join with --resume; default: the "
                    "preset's, or the checkpoint's")
     p.add_argument("--vocab-size", type=number(257), help="tokens that the BPE learns; default: the preset's")
@@ -713,6 +737,14 @@ def parse_args(argv, locks=None):
     check_log(args.out)
     return args, state
 
+def attention(text):
+    """A type for argparse: a kind of attention, or a pattern of two. How many layers there are it does not know."""
+    try:
+        attn_pattern(text, n_layer=1000)  # more than a preset has
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
 def resume_args(parser, argv, given, state):
     """What was given now, over what the checkpoint was trained with -> args. ValueError if they do not go together.
 
@@ -731,9 +763,10 @@ def resume_args(parser, argv, given, state):
     for name in ("lr", "batch_size", "seq_len"):  # a new run has them from its preset
         if getattr(args, name) is None:
             raise ValueError(f"{path}: the checkpoint's args lack {name}")
-    for name in ("preset", "attn", "seq_len", "vocab_size"):  # these made the model
+    check_no_window(args.attn, given)
+    for name in ("preset", "attn", "seq_len", "vocab_size", "window", "sink"):  # these made the model
         value = getattr(args, name)
-        was = state["args"].get(name)
+        was = state["args"].get(name, parser.get_default(name))  # older args lack the last two
         becomes_sparse = (was, value) == ("full", "msa")
         if value != was and not becomes_sparse:
             raise ValueError(f"--{name.replace('_', '-')} {value}: the checkpoint was trained with {was}")
@@ -792,8 +825,12 @@ def configure(args):
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     cfg.n_mtp = args.mtp
-    if args.attn == "full":
-        cfg.attn_types = ["full"] * cfg.n_layer
+    cfg.attn_types = layer_kinds(args.attn, cfg)
+    check_no_window(args.attn, args)
+    if "swa" in cfg.attn_types and args.window is None:
+        args.window = usual_window(args)
+    cfg.window = args.window or 0
+    cfg.window_sink = args.sink
     if args.dry_run:
         return cfg
     if args.seq_len > cfg.max_seq_len:
@@ -802,9 +839,32 @@ def configure(args):
         raise ValueError(f"--seq-len {args.seq_len}: rows hold whole key blocks, a multiple of {cfg.index_block_size}")
     return dataclasses.replace(cfg, max_seq_len=args.seq_len)
 
-def dry_run(cfg, preset):
-    """Print parameters and bytes of a preset, and how the published figures come out -> the last line of stdout. The
-    model is made on torch's meta device, which has shapes and no memory."""
+def layer_kinds(attn, cfg):
+    """--attn -> attn_types: msa is the preset's own, cfg's. ValueError for a pattern with a kind that gets no layer."""
+    if attn == "msa":
+        return cfg.attn_types
+    try:
+        return attn_pattern(attn, cfg.n_layer)
+    except ValueError as error:
+        raise ValueError(f"--attn {error}") from None
+
+def usual_window(args):
+    """--window where it is not given."""
+    row = args.seq_len or RUNS["small"]["seq_len"]  # m2 and m3 have no rows: nobody trains them here
+    return max(1, row // WINDOWS_A_ROW)
+
+def check_no_window(attn, given):
+    """ValueError for flags of windows, of those given, where no layer of --attn has a window."""
+    if "swa" in attn:
+        return
+    for flag, value in (("--sink", given.sink), (f"--window {given.window}", given.window)):
+        if value:
+            raise ValueError(f"{flag}: of --attn {attn} no layer has a window; --attn swa has")
+
+def dry_run(cfg, args):
+    """Print parameters and bytes of a preset's model, and how the published figures come out -> the last line of
+    stdout. The model, cfg, is made on torch's meta device, which has shapes and no memory."""
+    preset = args.preset
     with torch.device("meta"):
         model = MiniMax(cfg)
         total, active = model.num_params()
@@ -824,13 +884,61 @@ def dry_run(cfg, preset):
     print(f"  weights   {2 * total / 1e9:10.3f} GB bf16, {4 * total / 1e9:.3f} GB fp32")
     moments = 4 * (total + count_two_moments(model))  # bytes
     print(f"  optimizer {moments / 1e9:10.3f} GB fp32: one moment, two where AdamW works (not the matrices)")
-    keys_and_values = 2 * cfg.n_layer * cfg.n_kv_head * cfg.head_dim
-    index_keys = cfg.attn_types.count("msa") * cfg.index_head_dim
-    per_token = 2 * (keys_and_values + index_keys)  # bytes, bf16
+    per_token, fixed = cache_bytes(cfg)
+    constant = f" and {fixed:,} for all" if fixed else ""
     for T in (32_768, 196_608, 1_000_000):
-        print(f"  KV cache  {per_token * T / 1e9:10.3f} GB bf16 at {T:,} tokens: {per_token:,} bytes a token")
+        size = (per_token * T + fixed) / 1e9
+        print(f"  KV cache  {size:10.3f} GB bf16 at {T:,} tokens: {per_token:,} bytes a token{constant}")
+    window = args.window or usual_window(args)
+    print_cache(dataclasses.replace(cfg, window=window))
+    print_decoding(dataclasses.replace(cfg, window=window), args)
     return dict(step=0, loss=None, val_bpb=None, tokens=0, tokens_per_s=None, mfu=None, params_total=total,
                 params_active=active, seconds=0.0)
+
+def print_cache(cfg):
+    """What one layer of each kind keeps, at a model's sizes; what MLA would keep, and why MSA does not."""
+    D = cfg.head_dim
+    kept = dict(
+        full=f"keys and values of {cfg.n_kv_head} heads",
+        msa=f"the same, and an index key of {cfg.index_head_dim} channels",
+        swa=f"keys and values of the last {cfg.window:,} tokens",
+        lightning=f"a state of {cfg.n_head} x {D} x {D} in fp32")
+    if not cfg.index_head_dim:         # M2 has no index branch
+        del kept["msa"]
+
+    print("  a layer's cache, bf16")
+    for kind, what in kept.items():
+        one = dataclasses.replace(cfg, n_layer=1, attn_types=[kind], mlp_types=cfg.mlp_types[-1:])
+        per_token, fixed = cache_bytes(one)
+        size = f"{per_token:,} bytes a token" if per_token else f"{fixed:,} bytes in all"
+        print(f"    {kind:9} {size:>24}: {what}")
+    latent = MLA_LATENT + MLA_ROPE     # elements
+    size = f"{2 * latent:,} bytes a token"
+    print(f"    {'MLA':9} {size:>24}: DeepSeek-V3's latent of {MLA_LATENT} + {MLA_ROPE} (arXiv 2412.19437)")
+
+    # absorbed: a score is a product over latent and RoPE part, the sum of values one of latents
+    ratio = (latent + MLA_LATENT) / (2 * D)
+    print(f"  why not MLA: absorbed, a query head pays {latent} + {MLA_LATENT} multiply-adds a key, not 2 x {D}: "
+          f"{ratio:.2f} times; or it up-projects every key")
+
+def print_decoding(cfg, args):
+    """Bytes of cache that a decoding step moves for one row, with some patterns of a preset's layers, and --attn's."""
+    own = getattr(MiniMaxConfig, args.preset)()
+    patterns = ["full", "swa:full=3:1", "lightning:full=7:1"]
+    if "msa" in own.attn_types:
+        patterns.insert(1, "msa")
+    if args.attn not in [*patterns, "msa"]:
+        patterns.append(args.attn)
+
+    print("  a decoding step moves, of a row's cache")
+    for pattern in patterns:
+        try:
+            kinds = layer_kinds(pattern, own)
+        except ValueError:             # too few layers
+            continue
+        mixed = dataclasses.replace(cfg, attn_types=kinds)
+        sizes = [f"{decode_bytes(mixed, T) / 1e9:.3f} GB at {T:,}" for T in (32_768, 1_000_000)]
+        print(f"    {pattern:18} {', '.join(sizes)} tokens")
 
 # ---- where a run stands --------------------------------------------------------------------------
 # RunState holds all that a run counts; a checkpoint is this, the weights, the optimizers' states and the flags.
@@ -1239,11 +1347,20 @@ def check_match(cfg, state, args):
     if args.mtp < cfg.n_mtp:
         raise ValueError(f"--mtp {args.mtp}: the checkpoint has {cfg.n_mtp} MTP modules, and none is dropped")
     saved = state["args"]["attn"]
-    if (saved == "msa") != ("msa" in cfg.attn_types):
+    if saved == "msa":
+        fits = "msa" in cfg.attn_types
+    else:
+        fits = layer_kinds(saved, cfg) == cfg.attn_types
+    if not fits:
         raise ValueError(f"the checkpoint's args say --attn {saved}, its layers are {' '.join(cfg.attn_types)}")
+    window = state["args"].get("window") or 0
+    sink = state["args"].get("sink", False)
+    if (window, sink) != (cfg.window, cfg.window_sink):
+        raise ValueError(f"the checkpoint's args say --window {window}{' --sink' if sink else ''}, its model has a "
+                         f"window of {cfg.window}, {'with' if cfg.window_sink else 'without'} a sink")
     if args.seq_len > cfg.max_seq_len:
         raise ValueError(f"the checkpoint's args say --seq-len {args.seq_len}, its model has {cfg.max_seq_len}")
-    if saved == "msa" and args.seq_len % cfg.index_block_size:
+    if "msa" in cfg.attn_types and args.seq_len % cfg.index_block_size:
         raise ValueError(f"the checkpoint's --seq-len {args.seq_len} is not whole key blocks of {cfg.index_block_size}")
 
 def resume_state(fresh, state, args, data):
@@ -1284,9 +1401,9 @@ def print_changes(state, args, now):
             line += f"; rows stay at {rows_before} tokens"
         if rows_before < rows_after:
             line += f"; rows grow from {rows_before} to {rows_after} tokens"
-        if args.attn == "msa" and now.sparse and after < now.sparse_from:
+        if "msa" in args.attn and now.sparse and after < now.sparse_from:
             line += "; attention stays sparse"
-        if args.attn == "msa" and not now.sparse and after >= now.sparse_from:
+        if "msa" in args.attn and not now.sparse and after >= now.sparse_from:
             line += "; attention becomes sparse"
         if not now.joint and after >= now.joint_from:
             line += "; the trunk learns again"
@@ -1325,6 +1442,9 @@ def card(run, why, laps):
     if "msa" in cfg.attn_types:
         since = "as before" if now.sparse else f"from {now.sparse_from:.0%} of the run"
         print(f"msa     | {S} blocks of {L}: {min(S * L, T)} of {T} keys, {since}")
+    if "swa" in cfg.attn_types:
+        sink = ", with a sink" if cfg.window_sink else ""
+        print(f"window  | {min(cfg.window, T)} of {T} keys{sink}")
     if not now.joint:
         print(f"mtp     | its modules learn alone until {now.joint_from:.0%} of the run: the trunk is frozen")
     shared = " + 1 shared" if cfg.shared_dim else ""
@@ -1540,7 +1660,7 @@ def next_batch(run, cut, run_mtp):
 def run_training(args, state):
     """Train until the end that the flags name, or a signal -> what the last line of stdout says."""
     if args.dry_run:
-        return dry_run(configure(args), args.preset)
+        return dry_run(configure(args), args)
     run = set_up(args, state)
     now = run.now
     stop = on_signals()

@@ -501,8 +501,8 @@ def window_attention(q, k, v, window, sink=None, end=None, missing=None, impl="a
     sink     (H,) a logit that takes probability (gpt-oss, arXiv 2508.10925); None: there is none
     end      (B, Tk) int32, the end of each key's document; None: there is one
     missing  (B,) so many of the first keys are none; None: 0
-    impl     torch, triton: FlexAttention's kernels, of whole rows; or auto: those in training, on a GPU in 16 bits, from
-             SHORT_ROW tokens on
+    impl     torch, triton: FlexAttention's kernels, of whole rows; or auto: those in training, on a GPU in 16 bits,
+             from SHORT_ROW tokens on
     In torch, queries go in chunks of a window, each with the keys of its own chunk and the one before: time and memory
     grow with Tk * window.
     """
@@ -563,7 +563,11 @@ def _window_flex(q, k, v, window, sink, end, tile=128):
         q, k, v = (F.pad(x, (0, 0, 0, 0, 0, more)) for x in (q, k, v))
         end = None if end is None else F.pad(end, (0, more))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))                                                # (B, H, ., D)
-    given = dict(block_mask=window_tiles(q.size(2), window, end, tile, q.device), enable_gqa=True)
+    if end is None:
+        mask = _row_tiles(q.size(2), window, tile, q.device)
+    else:
+        mask = window_tiles(q.size(2), window, end, tile, q.device)
+    given = dict(block_mask=mask, enable_gqa=True)
     if sink is None:
         y = _compiled(flex_attention)(q, k, v, **given)
     else:
@@ -571,6 +575,11 @@ def _window_flex(q, k, v, window, sink, end, tile=128):
         # the sink's term makes a softmax's sum e^lse larger by e^sink
         y = y * (aux.lse - sink[:, None]).sigmoid()[..., None].to(y.dtype)
     return y.transpose(1, 2)[:, :T]
+
+@functools.lru_cache(16)
+def _row_tiles(T, window, tile, device):
+    """window_tiles of one document, which all layers and steps share: made anew it takes as long as a small window."""
+    return window_tiles(T, window, None, tile, device)
 
 def window_tiles(T, window, end, tile, device):
     """FlexAttention's mask of a window: a band, so that its lists of tiles are as long as a window, not as the row.

@@ -1147,6 +1147,7 @@ def run_queue(args, machine):
 # tokens of a prompt, and as many new ones; less where the context is short
 DECODED = {"cpu": 256, "cuda": 512}    # by plain decoding
 DRAFTED = {"cpu": 128, "cuda": 512}    # with drafts; a CPU's model has been trained on rows of 256
+COST_CONTEXT = 2 ** 15                 # tokens of the layers whose training --what quality times, without --ctx
 LONG_CONTEXT = {"cpu": 2 ** 16, "cuda": 2 ** 19}           # tokens before the one step that reads them, without --ctx
 SEQUENCES = (1, 32)                    # decoded at once
 DRAFTED_TEXTS = {"cpu": 4, "cuda": 8}  # prompts that are continued with drafts and without
@@ -2483,7 +2484,8 @@ def train_cells(cells, args, machine, path, start):
     return done
 
 def run_quality(args, machine):
-    """--what quality: trains and tests what is not in the file yet, prints the table, what it says, and the costs.
+    """--what quality: trains and tests what is not in the file yet, prints the table, what it says, and, when all is
+    there, what a layer of each kind costs (`costs` of the result: see cost_row).
 
     Rows: what = "quality", attn, task, scale, seed, accuracy and chance (0 to 1), steps, keys (the most that a layer
     reads for a query), choice (index, oracle; None without MSA), block_recall, lr, params, train_flops and tokens_per_s
@@ -2520,7 +2522,8 @@ def run_quality(args, machine):
         print(f"left    | {', '.join(dict.fromkeys(left))}: the same command goes on")
     if args.figure and rows:
         draw_quality(args.figure, study, rows, machine.name)
-    return dict(device=machine.name, rows=rows, left=left)
+    costs = [] if left else cost_rows(machine, args.ctx)
+    return dict(device=machine.name, rows=rows, left=left, costs=costs)
 
 def quality_card(study, path, n_cells, n_todo):
     """What is compared, printed before anything runs."""
@@ -2631,7 +2634,7 @@ def draw_quality(path, study, rows, title):
     tasks = shown_tasks(plain)
     hops = [task for task in tasks if task.startswith("vt")]
     charted = [task for task in ("mkey", *hops[1:2], *hops[-1:], "cwe") if task in tasks]
-    figure = Figure((4.2 * len(charted), 4.2), layout="constrained")
+    figure = Figure((4 * len(charted) + 2, 4.2), layout="constrained")
     axes = figure.subplots(1, len(charted), squeeze=False)[0]
     names = dict(mkey="several needles", cwe="common words")
     for axis, task in zip(axes, charted):
@@ -2651,7 +2654,7 @@ def draw_quality(path, study, rows, title):
         axis.set_xscale("log", base=2)
         axis.set_xticks(scales, [f"{scale}x" for scale in scales])
     axes[0].set_ylabel("percent right; mean of seeds, seeds as dots")
-    axes[-1].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     figure.suptitle(f"Trained on {study.T} tokens, tested on more; {title}", fontsize=10)
     figure.savefig(path, format=figure_format(path), dpi=110)
 
@@ -3051,7 +3054,8 @@ def parse_args(argv):
     p = Parser(__doc__)
     p.add_argument("--ctx", type=tokens,
                    help="longest context, in tokens: 65536, 1e6, 64k (k = 1,024) or 1M (M = 1,048,576); default: "
-                   "1,000,000; of --what generate 512k, on a CPU 64k")
+                   "1,000,000; of --what generate 512k, on a CPU 64k; of the costs of --what quality 32k, on a CPU "
+                   "1k at most")
     p.add_argument("--what", choices=("prefill", "decode", "train", "tree", "queue", "generate", "quality", "all"),
                    default="all",
                    help="what to time; tree: rl.py's training step; queue: its schedules; generate: a whole model's "
@@ -3070,6 +3074,8 @@ def parse_args(argv):
     args = p.parse_args(argv)
     args.shapes = [args.shape] if args.shape else list(SHAPES)
     args.whats = ("prefill", "decode") if args.what == "all" else (args.what,)
+    if args.ctx is None and args.what == "quality":
+        args.ctx = COST_CONTEXT
     if args.ctx is None and args.what != "generate":
         args.ctx = 1_000_000
     if args.ctx is not None and not 1 <= args.ctx <= 2 ** 25:
@@ -3131,7 +3137,7 @@ def card(args, machine, why):
         power = f", power limit and driver {subprocess.getoutput(query + ' 2> /dev/null') or 'unknown'}"
     print(f"run     | {time.strftime('%Y-%m-%d %H:%M')}, torch {torch.__version__}")
     print(f"device  | {machine.name}{power}, {str(machine.dtype)[6:]}: {why}")
-    if args.what != "queue":
+    if args.what not in ("queue", "quality"):
         print(f"context | up to {args.ctx:,} tokens")
 
 def layer_card(args, machine):

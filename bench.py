@@ -1700,7 +1700,7 @@ def study_config(study, attn):
 # A row is filler words, among which stand statements, and questions at its end:
 #     statement    name = value, or name = name; at a random multiple of 3
 #     question     ? name, whose answer is asked for after the name, and never shown
-#     local        2 statements and 2 questions in the last 10 tokens, within every window
+#     local        2 statements and 2 questions in the last 11 tokens, within every window
 #     needle       1 statement anywhere           mkey    T / 16 statements, 8 questions
 #     recall       T / 4 statements, 8 questions  (of T = 128 in training, as all such numbers)
 #     vt           variable tracking: T / 32 chains a = value, b = a, c = b, d = c, interleaved. An answer h statements
@@ -1848,12 +1848,11 @@ class TaskMaker:
         """What a guess gets right: among the values that stand in the row, or among all words, or all values for a
         single needle."""
         study = self.study
+        if task in ("cwe", "fwe"):
+            return (N_COMMON if task == "cwe" else N_FREQUENT) / study.n_words
         in_row = dict(local=2, needle=study.n_values, mkey=self.T // 16, recall=self.T // 4)
-        if task in in_row:
-            return 1 / min(in_row[task], study.n_values)
-        if task.startswith("vt"):
-            return study.chain / self.T
-        return (N_COMMON if task == "cwe" else N_FREQUENT) / study.n_words
+        n_values = in_row.get(task, self.T // study.chain)  # vt: one a chain
+        return 1 / min(n_values, study.n_values)
 
 def join_questions(parts, shape):
     """Questions of several tasks, (lead..., rows, ...) each -> one, with the rows side by side. Places without a

@@ -2392,8 +2392,17 @@ def run_cell(study, attn, device, dtype, say=print):
 # there are as many processes as cores. Finished cells are lines of a file, so that a run that ends early goes on.
 
 
+CELL = b'{"key": "'                    # how a line begins
+
+
 def cells_path(args, machine):
-    return Path(args.cells or f"quality-{machine.device.type}.jsonl")
+    """The file of finished cells. ValueError where none can be written: better now than after the first cell."""
+    path = Path(args.cells or f"quality-{machine.device.type}.jsonl")
+    if not path.parent.is_dir():
+        raise ValueError(f"--cells {path}: there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"--cells {path}: it cannot be written")
+    return path
 
 def cell_key(study, attn, seeds):
     """What a cell's rows depend on."""
@@ -2405,8 +2414,9 @@ def read_cells(path):
     cells = {}
     if not path.exists():
         return cells
-    for number, line in enumerate(path.read_text().splitlines(keepends=True)):
-        if not line.endswith("\n"):
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True)):
+        is_cut = not line.endswith(b"\n")
+        if is_cut and (line.startswith(CELL) or CELL.startswith(line)):
             break
         try:
             cell = json.loads(line)

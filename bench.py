@@ -2448,6 +2448,8 @@ def train_cells(cells, args, machine, path, start):
     """
     done = {}
     longest = 0.0                      # seconds of a cell
+    if not cells:
+        return done
 
     def has_time():
         return args.minutes is None or time.perf_counter() - start + longest < 60 * args.minutes

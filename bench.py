@@ -2368,10 +2368,12 @@ def run_cell(study, attn, device, dtype, say=print):
     plain = MiniMax(cfg)
     tokens = study.T * study.rows * len(study.groups)
     pos = torch.arange(study.T)
-    flops = plain.flops_per_token(pos, run_mtp=False)
+    dense_steps = replicas.dense_steps()
+    flops = (dense_steps * plain.flops_per_token(pos, index_warmup=True, run_mtp=False)
+             + (study.steps - dense_steps) * plain.flops_per_token(pos, run_mtp=False))
     facts = dict(
         params=count_parameters(cfg),
-        train_flops=flops * tokens * study.steps,
+        train_flops=flops * tokens,
         tokens_per_s=R * tokens / statistics.median(replicas.step_seconds),
         seconds=round(seconds, 1))
 

@@ -2834,6 +2834,8 @@ def parse_args(argv):
     args = p.parse_args(argv)
     args.shapes = [args.shape] if args.shape else list(SHAPES)
     args.whats = ("prefill", "decode") if args.what == "all" else (args.what,)
+    if args.what == "quality" and args.ctx is not None:
+        raise ValueError(f"--ctx {args.ctx}: --what quality has lengths of its own")
     if args.ctx is None and args.what != "generate":
         args.ctx = 1_000_000
     if args.ctx is not None and not 1 <= args.ctx <= 2 ** 25:
@@ -2895,7 +2897,7 @@ def card(args, machine, why):
         power = f", power limit and driver {subprocess.getoutput(query + ' 2> /dev/null') or 'unknown'}"
     print(f"run     | {time.strftime('%Y-%m-%d %H:%M')}, torch {torch.__version__}")
     print(f"device  | {machine.name}{power}, {str(machine.dtype)[6:]}: {why}")
-    if args.what != "queue":
+    if args.what not in ("queue", "quality"):
         print(f"context | up to {args.ctx:,} tokens")
 
 def layer_card(args, machine):

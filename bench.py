@@ -33,6 +33,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
@@ -2436,10 +2437,18 @@ def append_cell(path, key, rows):
         file.truncate(len(whole))
         file.write(json.dumps(dict(key=key, rows=rows)).encode() + b"\n")
 
-def run_cell_alone(study, attn):
-    """A cell in a process of its own, on one core."""
+def begin_worker():
+    """A process for cells, on one core, which ends when its parent does, however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent says what there is to say
     torch.set_num_threads(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+def end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+def run_cell_alone(study, attn):
+    """A cell in a process of its own."""
     return run_cell(study, attn, torch.device("cpu"), torch.float32, partial(print, flush=True))
 
 def train_cells(cells, args, machine, path, start):
@@ -2477,7 +2486,7 @@ def train_cells(cells, args, machine, path, start):
     context = multiprocessing.get_context("spawn")
     waiting = list(cells.items())
     running = {}
-    with ProcessPoolExecutor(workers, context) as pool:
+    with ProcessPoolExecutor(workers, context, begin_worker) as pool:
         try:
             while running or (waiting and has_time()):
                 while waiting and len(running) < workers and has_time():

@@ -2579,7 +2579,9 @@ def print_quality(study, rows):
         print(f"{'chance':<36}|{line} |")
         for attn, keys, choice in dict.fromkeys((row["attn"], row["keys"], row["choice"]) for row in of_part):
             same = dict(attn=attn, keys=keys, choice=choice)
-            cells = ["/".join(f"{x:.0f}" for x in by_seed(of_part, task=task, **same)) for task in tasks]
+            found = {(row["task"], row["seed"]): f"{100 * row['accuracy']:.0f}"
+                     for row in of_part if same.items() <= row.items()}
+            cells = ["/".join(found.get((task, seed), "-") for seed in study.seeds) for task in tasks]
             line = "".join(f"{cell:>{width}}" for cell in cells)
             recalls = [row["block_recall"] for row in of_part if same.items() <= row.items() and choice]
             recall = f"{100 * statistics.mean(recalls):.0f} %" if recalls else ""

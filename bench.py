@@ -2620,7 +2620,7 @@ def quality_sentences(rows):
     hops = [task for task in tasks if task.startswith("vt")]
     attns = list(dict.fromkeys(row["attn"] for row in plain))
     scales = sorted({row["scale"] for row in plain})
-    told = [*hops[1:2], *hops[-1:]]
+    told = list(dict.fromkeys([*hops[1:2], *hops[-1:]]))
     if "cwe" in tasks:
         told.append("cwe")
     sentences = []
@@ -2857,7 +2857,8 @@ def parse_args(argv):
         raise ValueError("--what generate decodes a whole model and has no chart: leave out --shape and --figure")
     if args.out and args.what != "generate":
         raise ValueError(f"--out {args.out}: --what generate alone reads a checkpoint")
-    of_quality = dict(attn=args.attn, steps=args.steps, minutes=args.minutes, cells=args.cells)
+    attn = " ".join(args.attn) if args.attn else None
+    of_quality = dict(attn=attn, steps=args.steps, minutes=args.minutes, cells=args.cells)
     for name, value in of_quality.items():
         if value is not None and args.what != "quality":
             raise ValueError(f"--{name} {value}: --what quality alone")

@@ -27,6 +27,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 import weakref
@@ -10036,7 +10037,7 @@ def test_joined_questions_have_no_right_answers_beside_their_own():
         assert (joined.hop[0, rows, q:] == -1).all()
         assert (joined.place[0, rows, q:] == 0).all()
 
-def test_tests_are_the_same_for_all_and_nobodys_training(monkeypatch):
+def test_tests_are_the_same_for_all_and_nobodys_training():
     """A test's rows depend on its task and length alone; no seed of a test is another's, or training's."""
     seeds = []
     real = bench.TaskMaker.__init__
@@ -10045,7 +10046,6 @@ def test_tests_are_the_same_for_all_and_nobodys_training(monkeypatch):
         seeds.append(generator.initial_seed())
         real(maker, study, T, generator)
 
-    monkeypatch.setattr(bench.TaskMaker, "__init__", noted)
     cpu = torch.device("cpu")
     for study in bench.STUDIES.values():
         alone = dataclasses.replace(study, attns=("lightning",), rates=(0.1,))
@@ -10053,7 +10053,8 @@ def test_tests_are_the_same_for_all_and_nobodys_training(monkeypatch):
         seeds.clear()
         for task, seed in itertools.product(study.tasks, (bench.TEST_SEED, bench.CHOICE_SEED)):
             for scale in study.scales if seed == bench.TEST_SEED else (1,):
-                first, second = (bench.test_rows(each, task, scale, cpu, seed) for each in (study, alone))
+                with mock.patch.object(bench.TaskMaker, "__init__", noted):
+                    first, second = (bench.test_rows(each, task, scale, cpu, seed) for each in (study, alone))
                 assert torch.equal(first.idx, second.idx)
                 assert len(first.idx) == study.tests // (1 if scale <= 2 else 2)
         each_once = seeds[::2]
@@ -10367,7 +10368,6 @@ def quality_row(attn, task, scale, seed, accuracy, keys=None, choice=None, **fie
         tokens_per_s=1e4, decode_bytes=4096 * scale, seconds=1.0)
     return dict(row, **fields)
 
-@pytest.fixture
 def quality_rows():
     """Two seeds of full attention, the second first, and of MSA with two budgets and choices, at two lengths."""
     rows = []
@@ -10382,28 +10382,29 @@ def quality_rows():
     rows.append(quality_row("lightning", "cwe", 2, 0, 0.2))
     return rows
 
-def test_rows_of_quality_are_summed_up(quality_rows):
+def test_rows_of_quality_are_summed_up():
     """Seeds in order, means over seeds, MSA at the budget and with the choice of training, in the sentences too."""
-    shown = bench.by_seed(quality_rows, attn="full", task="vt2", scale=2)
+    rows = quality_rows()
+    shown = bench.by_seed(rows, attn="full", task="vt2", scale=2, steps=10)
     assert shown == pytest.approx([90, 70])
-    assert bench.mean_right(quality_rows, attn="full", task="vt2", scale=2) == pytest.approx(80)
-    assert bench.mean_right(quality_rows, attn="none") is None
+    assert bench.mean_right(rows, attn="full", task="vt2", scale=2) == pytest.approx(80)
+    assert bench.mean_right(rows, attn="none") is None
 
-    plain = bench.fewest_keys(quality_rows)
+    plain = bench.fewest_keys(rows)
     assert {row["steps"] for row in plain} == {10}
     assert {(row["keys"], row["choice"]) for row in plain if row["attn"] == "msa"} == {(12, "index")}
     assert len(plain) == 16 + 16 + 2
 
-    sentences = bench.quality_sentences(quality_rows)
+    sentences = bench.quality_sentences(rows)
     assert len(sentences) == 2 * 2 + 1  # vt2 and cwe at two lengths, and MSA's budgets
     assert "vt2 at 1x: full 80, msa 45; chance 25 (means over seeds)" in sentences
     assert "cwe at 2x: full 80, msa 45, lightning 20; chance 25 (means over seeds)" in sentences
     assert sentences[-1] == "cwe at 2x, msa: 12 keys by index 45, 12 keys by oracle 55, 24 keys by index 65"
     assert bench.quality_sentences([]) == []
 
-def test_the_table_of_quality(quality_rows, capsys):
+def test_the_table_of_quality(capsys):
     """A part a length, a line an attention and budget, a seed that is missing as a dash."""
-    bench.print_quality(MICRO, quality_rows)
+    bench.print_quality(MICRO, quality_rows())
     parts = capsys.readouterr().out.strip().split("\n\n")
     first, second, half, costs = (part.splitlines() for part in parts)
     assert first[0].startswith("32 tokens, 1x those of training, after 10 steps")
@@ -10425,16 +10426,16 @@ def test_the_table_of_quality(quality_rows, capsys):
     bench.print_quality(MICRO, [])
     assert capsys.readouterr().out == ""
 
-def test_the_figure_of_quality(quality_rows, tmp_path):
+def test_the_figure_of_quality(tmp_path):
     """A chart for several needles, the hops and common words, a line for each attention."""
     figure = tmp_path / "quality.svg"
-    bench.draw_quality(figure, MICRO, quality_rows, "a machine")
+    bench.draw_quality(figure, MICRO, quality_rows(), "a machine")
     labels = labels_of(figure)
     assert {"full", "msa", "lightning", "chance", "several needles", "2 lookups in a row", "common words"} <= labels
     assert {"1x", "2x"} <= labels
 
-QUALITY_FIELDS = ("what attn task scale seed accuracy chance steps keys block_recall train_flops decode_bytes choice lr "
-                  "params tokens_per_s seconds")
+QUALITY_FIELDS = """what attn task scale seed accuracy chance steps keys block_recall train_flops decode_bytes
+    choice lr params tokens_per_s seconds"""
 
 def micro_cell(attn):
     said = []
@@ -10520,21 +10521,24 @@ class InlinePool:
             future.set_exception(error)
         return future
 
-@pytest.fixture
-def micro_study(monkeypatch, tmp_path):
-    """bench.py --what quality compares full attention with MSA on a CPU, at MICRO's size, in the file cells.jsonl of
-    an empty folder; cells are trained here -> the list of (attn, seeds) that were."""
+def cells_by_hand(monkeypatch, folder):
+    """bench.py --what quality, in a folder, compares full attention with MSA on a CPU, and nothing is trained -> the
+    list of (attn, seeds) that would have been."""
     trained = []
 
     def run_cell(study, attn, device, dtype, say):
         trained.append((attn, study.seeds))
         return [quality_row(attn, "cwe", scale, *study.seeds, 0.5, keys=32 * scale) for scale in study.scales]
 
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(folder)
     monkeypatch.setattr(bench, "STUDIES", dict(cpu=MICRO))
     monkeypatch.setattr(bench, "ProcessPoolExecutor", InlinePool)
     monkeypatch.setattr(bench, "run_cell", run_cell)
     return trained
+
+@pytest.fixture
+def micro_study(monkeypatch, tmp_path):
+    return cells_by_hand(monkeypatch, tmp_path)
 
 QUALITY = "bench.py --what quality --device cpu --threads 2 --cells cells.jsonl"
 ALL_CELLS = [("full", (0,)), ("full", (1,)), ("msa", (0,)), ("msa", (1,))]
@@ -11088,6 +11092,125 @@ def rows_share_a_state(real, cache, i, used):
 def emptied_rows_remember(real, cache, limit):
     """A row that begins anew goes on from its old state."""
 
+def chain_order_lost(real, x, *args):
+    """A chain's statements stand in any order."""
+    return SimpleNamespace(values=x)
+
+def answers_of_the_next_question(real, maker, *args, **kw):
+    """Answers are off by one statement."""
+    questions = real(maker, *args, **kw)
+    return dataclasses.replace(questions, answers=questions.answers.roll(1, 1))
+
+def names_twice(real, maker, n, m, size):
+    """A row may have two statements of one name."""
+    found = real(maker, n, m, size)
+    if size == maker.study.n_names:
+        found[:, -1] = found[:, 0]
+    return found
+
+def hops_off_by_one(real, maker, n):
+    questions = real(maker, n)
+    return dataclasses.replace(questions, hop=torch.where(questions.hop < 0, -1, questions.hop % 4 + 1))
+
+def a_common_word_less(real, maker):
+    """As many common words as are asked for, but one."""
+    counts = real(maker)
+    return [*counts[:3], counts[5], counts[3] + counts[4] - counts[5], *counts[5:]]
+
+def chance_of_all_values(real, maker, task):
+    """A guess does not look at the row."""
+    return 1 / maker.study.n_values
+
+def chance_of_chains(real, maker, task):
+    """There are as many values as chains, however many chains."""
+    return maker.study.chain / maker.T if task.startswith("vt") else real(maker, task)
+
+def padding_is_right(real, parts, shape):
+    """Where a task has no question, token 0 is its answer."""
+    joined = real(parts, shape)
+    return dataclasses.replace(joined, answers=joined.answers.clamp(min=0))
+
+def tested_on_trainings_seed(real, study, task, scale, device, seed):
+    generator = torch.Generator(device).manual_seed(bench.SEED + study.seeds[0])
+    return bench.TaskMaker(study, scale * study.T, generator).make(task, study.tests // (1 if scale <= 2 else 2))
+
+def stack_of_one_model(real, layer, parts):
+    """All models of a stack have the weights of the first."""
+    real(layer, [parts[0]] * len(parts))
+
+def rows_of_models_in_turn(real, embed, idx):
+    """Row 0 is taken for model 0's, row 1 for model 1's, row 2 for model 0's again."""
+    R = len(embed.weight)
+    rows = idx.unflatten(0, (-1, R)).transpose(0, 1).flatten(0, 1)
+    return real(embed, rows).unflatten(0, (R, -1)).transpose(0, 1).flatten(0, 1)
+
+def one_rate_for_all(real, optimizer, model, rates, steps):
+    real(optimizer, model, rates.mean().expand_as(rates), steps)
+
+def kl_summed_over_heads(real, layer, x, ctx):
+    """The KL is not divided by the KV heads."""
+    y, aux = real(layer, x, ctx)
+    return y, {key: value * 2 if key == "index_kl" else value for key, value in aux.items()}
+
+def own_block_must_be_chosen(real, layer, qi, ki, i, S, L):
+    """Ranked blocks lack the one of the query."""
+    own = F.one_hot(i // L, ki.size(1) // L).bool()[:, None]
+    return real(qi, ki, i, S, L) & ~own
+
+def ties_to_later_blocks(real, layer, qi, ki, i, S, L):
+    """Of equal scores a later block's wins."""
+    rising = 1 + 1e-4 * torch.arange(ki.size(1))[:, None]
+    return real(qi, ki * rising, i, S, L)
+
+def a_block_too_many(real, layer, qi, ki, i, S, L):
+    return real(qi, ki, i, S + 1, L)
+
+def oracle_is_the_index(real, model, S, choice):
+    """The oracle reads what the index branch chose."""
+    real(model, S, "index")
+
+def mass_of_mean_scores(real, layer, scores, *args):
+    """The oracle takes a softmax of the heads' mean scores, not the mean of their softmaxes."""
+    return real(scores.mean(2, keepdim=True), *args)
+
+def own_block_is_found(real, layer, *args):
+    """The own block counts among those that the index branch found."""
+    S = args[0].size(-1)
+    return real(*args) * (S - 1) / S + 1 / S
+
+def best_seeds_rate(real, study, scores):
+    """The rate of the best model is taken for the best rate."""
+    return int(torch.tensor(scores).argmax()) // len(study.seeds)
+
+def only_the_likeliest(real, logits, answers):
+    """Of k right tokens one is enough."""
+    return (real(logits, answers) > 0).float()
+
+def largest_budget(real, rows):
+    """MSA's rows are those with the most keys."""
+    most = max(row["keys"] or 0 for row in rows if row["attn"] == "msa")
+    return [row for row in rows if row["attn"] != "msa" or row["keys"] == most]
+
+def seeds_as_they_come(real, rows, **wanted):
+    return [100 * row["accuracy"] for row in rows if wanted.items() <= row.items()]
+
+def cut_lines_are_kept(real, path, key, rows):
+    """A cell is written behind whatever the file ends with."""
+    with open(path, "a") as file:
+        file.write(json.dumps(dict(key=key, rows=rows)) + "\n")
+
+def all_cells_have_one_key(real, study, attn, seeds):
+    """A cell's key does not tell how long it was trained."""
+    return real(dataclasses.replace(study, steps=0), attn, seeds)
+
+def always_dense(real, model, batch, R, index_warmup):
+    """The index branch warms up to the end."""
+    return real(model, batch, R, True)
+
+def never_dense(real, replicas):
+    """msa-converted is msa."""
+    return 0
+
 def on(test, *args):
     """The test with these arguments, under its own name."""
     def run():
@@ -11116,6 +11239,18 @@ double_loop = on(test_lightning_equals_its_double_loop, torch.float64, 1e-12)
 decoded_windows = on(test_every_pattern_decodes_as_it_reads, "swa", MORE)
 decoded_states = on(test_every_pattern_decodes_as_it_reads, "lightning", MORE)
 apart = on(test_documents_of_every_pattern_learn_as_apart, "lightning:swa=1:2")
+read_chains = on(test_every_answer_is_what_the_statements_say, "cuda", "vt", 4)
+read_recall = on(test_every_answer_is_what_the_statements_say, "cpu", "mkey", 4)
+stacked = on(test_stacked_models_are_the_models_alone, "full", False)
+stacked_msa = on(test_stacked_models_are_the_models_alone, "msa", False)
+masked = on(test_masked_msa_trains_as_msa, False, 4)
+tied_blocks = on(test_ranked_blocks_are_the_selected_ones, 2)
+lines_of_quality = test_rows_of_quality_are_summed_up
+
+def cells_go_on():
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as monkeypatch:
+        test_quality_goes_on_where_it_ended(cells_by_hand(monkeypatch, folder))
+
 MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("msa.chosen_blocks", every_block_chosen, on(test_msa_equals_loop, 37, 4, 3)),
     mutant("msa.selected", no_causal_mask,
@@ -11206,7 +11341,40 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("model.ShortConv.forward", conv_one_token_ahead, decoded_states),
     mutant("model.ShortConv.forward", conv_over_documents, apart),
     mutant("model.KVCache.row", rows_share_a_state, test_a_view_of_one_row_writes_to_the_cache),
-    mutant("model.KVCache.empty_rows", emptied_rows_remember, test_a_player_may_begin_anew)]
+    mutant("model.KVCache.empty_rows", emptied_rows_remember, test_a_player_may_begin_anew),
+    mutant("torch.Tensor.sort", chain_order_lost, read_chains),
+    mutant("bench.TaskMaker.lookup", answers_of_the_next_question, read_recall),
+    mutant("bench.TaskMaker.chains", answers_of_the_next_question, read_chains),
+    mutant("bench.TaskMaker.some", names_twice, read_recall),
+    mutant("bench.TaskMaker.chains", hops_off_by_one, read_chains),
+    mutant("bench.TaskMaker.common_counts", a_common_word_less,
+           on(test_the_words_that_are_asked_for_are_the_most_frequent, "cwe", 4)),
+    mutant("bench.TaskMaker.chance", chance_of_all_values, on(test_chance_is_what_a_guess_gets, "cuda", "mkey", 1)),
+    mutant("bench.TaskMaker.chance", chance_of_chains, on(test_chance_is_what_a_guess_gets, "cpu", "vt", 8)),
+    mutant("bench.join_questions", padding_is_right,
+           test_joined_questions_have_no_right_answers_beside_their_own),
+    mutant("bench.test_rows", tested_on_trainings_seed, test_tests_are_the_same_for_all_and_nobodys_training),
+    mutant("bench.StackedLinear.__init__", stack_of_one_model, stacked),
+    mutant("bench.StackedNorm.__init__", stack_of_one_model, stacked),
+    mutant("bench.StackedConv.__init__", stack_of_one_model, stacked),
+    mutant("bench.StackedEmbedding.forward", rows_of_models_in_turn,
+           stacked, on(test_no_models_data_touches_another, "swa:full=1:1")),
+    mutant("bench.ReplicaOptimizer.__init__", one_rate_for_all, test_stacked_optimizers_are_trains),
+    mutant("bench.MaskedMSA.forward", kl_summed_over_heads, masked, stacked_msa),
+    mutant("bench.MaskedMSA.rank_blocks", own_block_must_be_chosen, tied_blocks),
+    mutant("bench.MaskedMSA.rank_blocks", ties_to_later_blocks, tied_blocks),
+    mutant("bench.MaskedMSA.rank_blocks", a_block_too_many, tied_blocks, masked),
+    mutant("bench.set_choice", oracle_is_the_index, test_the_oracle_reads_the_heaviest_blocks),
+    mutant("bench.MaskedMSA.heaviest_blocks", mass_of_mean_scores, test_the_oracle_reads_the_heaviest_blocks),
+    mutant("bench.MaskedMSA.share_found", own_block_is_found, test_the_oracle_reads_the_heaviest_blocks),
+    mutant("bench.study_loss", always_dense, stacked_msa),
+    mutant("bench.Replicas.dense_steps", never_dense, test_a_conversion_is_dense_at_first),
+    mutant("bench.pick_rate", best_seeds_rate, test_the_best_rate_is_the_best_mean_over_seeds),
+    mutant("bench.hits", only_the_likeliest, test_hits_by_hand),
+    mutant("bench.fewest_keys", largest_budget, lines_of_quality),
+    mutant("bench.by_seed", seeds_as_they_come, lines_of_quality),
+    mutant("bench.append_cell", cut_lines_are_kept, cells_go_on),
+    mutant("bench.cell_key", all_cells_have_one_key, cells_go_on)]
 
 @parametrize("target, sabotage, test", [case for cases in MUTANTS for case in cases])
 def test_mutants_are_caught(target, sabotage, test, monkeypatch):

@@ -10058,8 +10058,8 @@ def test_tests_are_the_same_for_all_and_nobodys_training():
                 assert torch.equal(first.idx, second.idx)
                 assert len(first.idx) == study.tests // (1 if scale <= 2 else 2)
         each_once = seeds[::2]
-        assert len(set(each_once)) == len(each_once)
         assert not set(each_once) & set(training)
+        assert len(set(each_once)) == len(each_once)
 
 def random_norms(model):
     """A model whose norms differ from the identity, and from another seed's."""
@@ -11188,8 +11188,8 @@ def only_the_likeliest(real, logits, answers):
 
 def largest_budget(real, rows):
     """MSA's rows are those with the most keys."""
-    most = max(row["keys"] or 0 for row in rows if row["attn"] == "msa")
-    return [row for row in rows if row["attn"] != "msa" or row["keys"] == most]
+    most = max(row["keys"] for row in rows if row["attn"] == "msa")
+    return real([row for row in rows if row["attn"] != "msa" or row["keys"] == most])
 
 def seeds_as_they_come(real, rows, **wanted):
     return [100 * row["accuracy"] for row in rows if wanted.items() <= row.items()]

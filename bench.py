@@ -2505,8 +2505,8 @@ def train_cells(cells, args, machine, path, start):
 def run_quality(args, machine):
     """--what quality: trains and tests what is not in the file yet, prints the table, what it says, and the costs.
 
-    Rows: what = "quality", attn, task, scale, seed, accuracy and chance (0 to 1), steps, keys (the most that a layer
-    reads for a query), choice (index, oracle; None without MSA), block_recall, lr, params, train_flops and tokens_per_s
+    Rows: what = "quality", attn, task, scale, seed, accuracy and chance (0 to 1), steps, keys (that a query reads in
+    MSA's layers, or without them the most in a layer), choice (index, oracle; None without MSA), block_recall, lr, params, train_flops and tokens_per_s
     (of a model's training, and of all that train at once), decode_bytes (at this length, bf16), seconds.
     """
     start = time.perf_counter()

@@ -36,6 +36,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice, product
@@ -2496,6 +2497,8 @@ def train_cells(cells, args, machine, path, start):
                     key, began = running.pop(future)
                     finish(key, future.result())
                     longest = max(longest, time.perf_counter() - began)
+        except BrokenProcessPool:
+            raise MemoryError("a process that trained was killed; fewer: --threads 1") from None
         except BaseException:          # Ctrl-C: nobody waits for what is under way
             for process in list(pool._processes.values()):
                 process.terminate()

@@ -2190,9 +2190,9 @@ class Replicas:
                 fields = [getattr(batches, name)[step].flatten(0, 1) for name in ("idx", "place", "answers", "hop")]
                 self.losses = self.step(fields, index_warmup)
                 self.done += 1
-            is_finite = bool(torch.isfinite(self.losses).any())  # waits for the GPU
+            some_finite = bool(torch.isfinite(self.losses).any())  # waits for the GPU
             self.step_seconds += [(time.perf_counter() - began) / n]
-            if not is_finite:          # of any model: one at too high a rate does not stop the others, and is not chosen
+            if not some_finite:        # a model at too high a rate does not stop the others, and is not chosen
                 raise FloatingPointError(f"{self.attn}: losses {self.losses.tolist()} after step {self.done}")
             if progress:
                 progress(self.done, self.losses)
@@ -2509,8 +2509,9 @@ def run_quality(args, machine):
     """--what quality: trains and tests what is not in the file yet, prints the table, what it says, and the costs.
 
     Rows: what = "quality", attn, task, scale, seed, accuracy and chance (0 to 1), steps, keys (that a query reads in
-    MSA's layers, or without them the most in a layer), choice (index, oracle; None without MSA), block_recall, lr, params, train_flops and tokens_per_s
-    (of a model's training, and of all that train at once), decode_bytes (at this length, bf16), seconds.
+    MSA's layers, or without them the most in a layer), choice (index, oracle; None without MSA), block_recall, lr,
+    params, train_flops and tokens_per_s (of a model's training, and of all that train at once), decode_bytes (at this
+    length, bf16), seconds.
     """
     start = time.perf_counter()
     study = STUDIES[machine.device.type]

@@ -33,6 +33,7 @@ import warnings
 import weakref
 from collections import Counter, namedtuple
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
 from http.client import HTTPConnection
 from html.parser import HTMLParser
@@ -9953,6 +9954,8 @@ def test_every_answer_is_what_the_statements_say(device, task, scale):
 
         asked = [(row[place], hop) for place, hop in zip(places, hops) if hop >= 0]
         assert len(set(asked)) == len(asked)  # nothing is asked twice
+        references = [right for _, right in statements.values() if right in names]
+        assert sum(token in names for token in row) == len(statements) + len(references) + len(asked)
         assert places[len(asked) - 1] == T - 1
         if task == "vt":
             of_hop = Counter(hop for _, hop in asked)
@@ -10500,6 +10503,23 @@ def test_a_conversion_is_dense_at_first():
     assert warmups("msa-converted") == [True, True, True, False]
     assert warmups("msa") == [False] * 4
 
+def test_a_model_that_diverges_stops_no_other():
+    """A NaN in one model leaves the others' losses as they are, and its rate is not chosen; all NaN ends the cell."""
+    cpu = torch.device("cpu")
+    replicas, poisoned = (bench.Replicas(MICRO, "msa", cpu, torch.float32) for _ in range(2))
+    poisoned.model.lm_head.weight.data[:2] = math.nan  # of the first rate
+    replicas.train(2)
+    poisoned.train(2)
+    assert poisoned.losses[:2].isnan().all()
+    assert torch.equal(poisoned.losses[2:], replicas.losses[2:])
+    scores = bench.mean_accuracy(MICRO, poisoned.model, poisoned.R)
+    assert bench.pick_rate(MICRO, scores) == 1
+    assert scores[2:] == bench.mean_accuracy(MICRO, replicas.model, replicas.R)[2:]
+
+    poisoned.model.lm_head.weight.data[:] = math.nan
+    with pytest.raises(FloatingPointError, match="msa: losses .* after step 3"):
+        poisoned.train(1)
+
 class InlinePool:
     """ProcessPoolExecutor without processes: a task is done when it is submitted."""
 
@@ -10605,6 +10625,14 @@ def test_ctrl_c_in_the_quality_bench(micro_study, monkeypatch):
     assert "interrupted" in refused_line(QUALITY, code=130)
     assert process.terminate.called
     assert len(bench.read_cells(Path("cells.jsonl"))) == 1
+
+def test_a_killed_process_of_quality_is_one_line(micro_study, monkeypatch):
+    """As by a system that is short of memory: no traceback."""
+    def killed(*args):
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(bench, "run_cell", killed)
+    assert "a process that trained was killed" in refused_line(QUALITY)
 
 @named("content", {
     "text": b"to be kept\n",

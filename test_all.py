@@ -10693,7 +10693,8 @@ def study_of(result, study):
 @parametrize("attn", ["full", "msa", "msa-converted", "swa:full=1:1", "lightning:full=1:1"])
 def test_a_captured_study_step_is_an_eager_one(attn):
     """fp32 losses of some steps as a CUDA graph with compiled parts, and eager; the graph's warm-up leaves no trace.
-    Muon's bf16 iterations turn a rounding of compiled parts into 2^-9 of a step, and a step moves a loss by little."""
+    The first step is a hundredth of a rate. Of the later ones Muon's bf16 iterations turn a rounding of compiled parts
+    into 2^-9 of an update, by which a block of a near tie may be another."""
     needs(torch.cuda.is_available(), "a GPU")
     device = torch.device("cuda")
     graphed = bench.Replicas(MICRO, attn, device, torch.float32)
@@ -10712,7 +10713,8 @@ def test_a_captured_study_step_is_an_eager_one(attn):
             assert worst_of(changed, before) == 0
         found = graphed.step(fields, index_warmup)
         eager.batch = bench.Questions(*fields)
-        assert worst(found, eager.compute(index_warmup)) < 1e-3
+        tolerance = 1e-4 if step < 2 else 1e-2
+        assert worst(found, eager.compute(index_warmup)) < tolerance
     assert graphed.optimizer.step_count == MICRO.steps
 
 TOO_LARGE = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"

@@ -10188,6 +10188,60 @@ def test_stacked_optimizers_are_trains():
             assert worst(of_stack[name][number], p) < 1e-5, name
             assert worst(of_stack[name][number], start[name][number]) > 1e-2
 
+def test_replicas_go_rate_by_rate():
+    """A seed has the same weights at each rate, another seed has others; each model's rate is that of its place."""
+    replicas = bench.Replicas(MICRO, "full", torch.device("cpu"), torch.float32)
+    low, high = MICRO.rates
+    assert replicas.optimizer.rates.tolist() == pytest.approx([low, low, high, high])
+    for name, p in replicas.model.named_parameters():
+        assert torch.equal(p[:2], p[2:]), name
+        is_norm = p[0].dim() == 1
+        assert torch.equal(p[0], p[1]) == is_norm, name
+        if is_norm:
+            assert (p == bench.GAIN * name.endswith(("q_norm.weight", "k_norm.weight"))).all()
+
+def test_models_that_are_taken_stay_as_they_are():
+    """Some of the stacked models, in the order asked for: further training moves the originals alone."""
+    _, stack = models_and_stack("msa", R=3)
+    taken = bench.take_models(stack, [2, 0])
+    batch = joined_batch(MICRO, 3)
+    optimizer = bench.ReplicaOptimizer(stack, torch.full((3,), 0.1), 10)
+    before = [p.detach().clone() for p in stack.parameters()]
+    loss, kl = bench.study_loss(stack, batch, 3, False)
+    (loss.sum() + kl).backward()
+    optimizer.step()
+    assert not taken.training
+    for old, now, copied in zip(before, stack.parameters(), taken.parameters(), strict=True):
+        assert torch.equal(copied, old[[2, 0]])
+        assert not torch.equal(now, old)
+    bench.set_choice(taken, 1, "oracle")
+    assert stack.cfg.index_topk_blocks == MICRO.model["index_topk_blocks"]
+    assert stack.layers[0].attn.choice == "index"
+
+def test_rows_are_those_of_the_chosen_rate():
+    """cell_rows tests the models of one rate, seed by seed, at every budget."""
+    replicas = bench.Replicas(MICRO, "msa", torch.device("cpu"), torch.float32)
+    for number in range(replicas.R):
+        replicas.model.lm_head.weight.data[number] = number / 10
+    tested = []
+
+    def mark(study, model, R, task, scale):
+        assert R == len(MICRO.seeds)
+        tested.append((scale, task, model.cfg.index_topk_blocks, model.layers[1].attn.choice))
+        marks = model.lm_head.weight[:, 0, 0].tolist()
+        return {task: (marks, marks)}
+
+    with mock.patch.object(bench, "test_models", mark):
+        rows = bench.cell_rows(MICRO, replicas, (1, 2), 4, 1, {})
+    S = MICRO.model["index_topk_blocks"]
+    both = ("index", "oracle")
+    of_scale = {1: [(S, choice) for choice in both], 2: [(blocks, choice) for blocks in (S, 2 * S) for choice in both]}
+    assert tested == [(scale, task, *budget) for scale in (1, 2) for task in MICRO.tasks for budget in of_scale[scale]]
+    assert {row["lr"] for row in rows} == {MICRO.rates[1]}
+    for row in rows:
+        assert row["accuracy"] == pytest.approx((2 + row["seed"]) / 10)
+        assert row["block_recall"] == row["accuracy"]
+
 def msa_layer(T=32, **fields):
     """An MSA layer, the same with masked scores, its input and its context."""
     B = 2
@@ -11177,6 +11231,16 @@ def rows_of_models_in_turn(real, embed, idx):
 def one_rate_for_all(real, optimizer, model, rates, steps):
     real(optimizer, model, rates.mean().expand_as(rates), steps)
 
+def models_of_the_first_rate(real, model, numbers):
+    return real(model, list(range(len(numbers))))
+
+def models_not_copied(real, model, numbers):
+    """What was taken at half of the steps moves on."""
+    taken = real(model, numbers)
+    for mine, other in zip(taken.parameters(), model.parameters()):
+        mine.data = other.data[:len(numbers)]
+    return taken
+
 def kl_summed_over_heads(real, layer, x, ctx):
     """The KL is not divided by the KV heads."""
     y, aux = real(layer, x, ctx)
@@ -11390,6 +11454,9 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("bench.StackedEmbedding.forward", rows_of_models_in_turn,
            stacked, on(test_no_models_data_touches_another, "swa:full=1:1")),
     mutant("bench.ReplicaOptimizer.__init__", one_rate_for_all, test_stacked_optimizers_are_trains),
+    mutant("bench.take_models", models_of_the_first_rate,
+           test_rows_are_those_of_the_chosen_rate, test_models_that_are_taken_stay_as_they_are),
+    mutant("bench.take_models", models_not_copied, test_models_that_are_taken_stay_as_they_are),
     mutant("bench.MaskedMSA.forward", kl_summed_over_heads, masked, stacked_msa),
     mutant("bench.MaskedMSA.rank_blocks", own_block_must_be_chosen, tied_blocks),
     mutant("bench.MaskedMSA.rank_blocks", ties_to_later_blocks, tied_blocks),

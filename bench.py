@@ -48,8 +48,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import msa
 import rl
 import train
-from model import (Attention, Context, DecodeWeights, KVCache, MiniMax, MiniMaxConfig, ShortConv, attn_pattern,
-                   decode_bytes, rope_tables)
+from model import (LIGHTNING_TILE, SHORT_ROW, Attention, Context, DecodeWeights, KVCache, MiniMax, MiniMaxConfig,
+                   ShortConv, attn_pattern, decode_bytes, lightning_attention, rope_tables, window_attention)
 from sample import (Parser, Threads, captured, check_figure, command, figure_format, free_memory, generate,
                     held_by_depth, implementations, in_index_warmup, load_checkpoint, load_model, number, pick_device,
                     tokens)
@@ -143,10 +143,11 @@ def least_ms(stages, rates):
     """What the measured rates allow: a stage takes as long as its products or its bytes, whichever is longer."""
     return 1e3 * sum(max(flops / rates["matmul"], moved / rates["copy"]) for flops, moved in stages)
 
-def timed(call, gpu, warm):
+def timed(call, gpu, warm, wait=10 ** 6):
     """-> ms of the call, by CUDA events or the CPU's clock; what the call returned.
 
     warm    False: the call may compile or plan first, for seconds, for which the GPU waits before its clock starts
+    wait    cycles that it waits for a call that is warm
     """
     if not gpu:
         start = time.perf_counter()
@@ -156,7 +157,7 @@ def timed(call, gpu, warm):
     end = torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     # the GPU waits while the host launches a graph (ms) or plans a cuDNN kernel (s): neither is the kernels' time
-    torch.cuda._sleep(10 ** 6 if warm else 2 * 10 ** 9)
+    torch.cuda._sleep(wait if warm else 2 * 10 ** 9)
     begin.record()
     out = call()
     end.record()
@@ -1148,6 +1149,7 @@ def run_queue(args, machine):
 # tokens of a prompt, and as many new ones; less where the context is short
 DECODED = {"cpu": 256, "cuda": 512}    # by plain decoding
 DRAFTED = {"cpu": 128, "cuda": 512}    # with drafts; a CPU's model has been trained on rows of 256
+COST_CONTEXT = 2 ** 15                 # tokens of the layers whose training --what quality times, without --ctx
 LONG_CONTEXT = {"cpu": 2 ** 16, "cuda": 2 ** 19}           # tokens before the one step that reads them, without --ctx
 SEQUENCES = (1, 32)                    # decoded at once
 DRAFTED_TEXTS = {"cpu": 4, "cuda": 8}  # prompts that are continued with drafts and without
@@ -1651,7 +1653,8 @@ class Study:
     def tasks(self):
         return tuple(dict.fromkeys(self.groups))
 
-# what no preset of a released model has, and the probes needed; see README
+# no rotation and a short convolution, differs from M2: with RoPE and without the convolution small models learn to look
+# up with far more steps, if at all, and fail beyond the length of training, whatever their attention
 SMALL_MODEL = dict(
     mlp_types=["dense"], n_expert=1, n_expert_per_tok=1, expert_dim=8, qk_norm="head", gemma_norm=True,
     rotary_dim=0, conv_taps=4, n_head=4, n_kv_head=2, index_kl_stride=4, window=16)
@@ -1682,8 +1685,8 @@ def count_parameters(cfg):
 
 def study_config(study, attn):
     """The model of a kind of attention: as --attn of train.py; "msa-converted" has full attention first. Layers with
-    less in their attention have more in their MLPs, so that all models have as many parameters, but for half a unit of
-    the MLPs: 0.1 % of the GPU's, 0.2 % of the CPU's."""
+    less in their attention have more in their MLPs, so that all models have as many parameters, within 0.1 %.
+    ValueError for what is no kind of attention, or misses them by more."""
     n = study.model["n_layer"]
     fields = dict(study.model, vocab_size=study.vocab_size, max_seq_len=study.T * max(study.scales))
     fields["mlp_types"] = ["dense"] * n
@@ -1697,7 +1700,11 @@ def study_config(study, attn):
         raise ValueError(f"attention {attn!r}: no layer of it has MSA, so that there is nothing to convert")
     a_unit = 3 * n * fields["n_embd"]  # parameters of an MLP's unit: two in, one out
     more = wanted - count_parameters(config(attn_types, study.mlp))
-    return config(attn_types, study.mlp + round(more / a_unit))
+    cfg = config(attn_types, study.mlp + round(more / a_unit))
+    found = count_parameters(cfg)
+    if abs(found - wanted) > 1e-3 * wanted:
+        raise ValueError(f"--attn {attn}: {found:,} parameters, and no width of its MLPs is nearer to {wanted:,}")
+    return cfg
 
 # ---- quality: tasks --------------------------------------------------------------------------------
 # A row is filler words, among which stand statements, and questions at its end:
@@ -1708,7 +1715,7 @@ def study_config(study, attn):
 #     recall       T / 4 statements, 8 questions  (of T = 128 in training, as all such numbers)
 #     vt           variable tracking: T / 32 chains a = value, b = a, c = b, d = c, interleaved. An answer h statements
 #                  deep needs h lookups, one after the other: vt1 to vt4. In training the name to the right of every
-#                  "=" is a question, too: without that the second hop does not come (measured)
+#                  "=" is a question, too: without that no trial of ours learned a second hop
 #     cwe          words alone: 4 are common, 4 % of all tokens each, the others rarer; which four?
 #     fwe          words alone: frequencies fall as rank ** -1.5; which three are the most frequent?
 # Everything grows with T: 8 times the length has 8 times the statements that are not asked for.
@@ -2048,7 +2055,7 @@ WARMUP, DECAY = 0.04, 0.3              # shares of the steps in which the rate r
 ADAM = dict(betas=(0.9, 0.98), eps=1e-10)
 STUDY_EMBED_SCALE = 3.0                # the embedding's rate over that of the others
 GAIN = 0.5                             # of the norms of q and k at the start, beyond 1: sharper attention, without
-                                       # which a second hop does not come in minutes on a CPU (measured)
+                                       # which no trial of ours on a CPU learned a second hop in minutes
 CONVERTED_AT = 0.7                     # share of the steps after which "msa-converted" is sparse
 BATCHES_AT_ONCE = 50                   # steps whose rows are made together
 
@@ -2506,7 +2513,8 @@ def train_cells(cells, args, machine, path, start):
     return done
 
 def run_quality(args, machine):
-    """--what quality: trains and tests what is not in the file yet, prints the table, what it says, and the costs.
+    """--what quality: trains and tests what is not in the file yet, prints the table, what it says, and, when all is
+    there, what a layer of each kind costs (`costs` of the result: see cost_row).
 
     Rows: what = "quality", attn, task, scale, seed, accuracy and chance (0 to 1), steps, keys (that a query reads in
     MSA's layers, or without them the most in a layer), choice (index, oracle; None without MSA), block_recall, lr,
@@ -2544,7 +2552,8 @@ def run_quality(args, machine):
         print(f"left    | {', '.join(dict.fromkeys(left))}: the same command goes on")
     if args.figure and rows:
         draw_quality(args.figure, study, rows, machine.name)
-    return dict(device=machine.name, rows=rows, left=left)
+    costs = [] if left else cost_rows(machine, args.ctx)
+    return dict(device=machine.name, rows=rows, left=left, costs=costs)
 
 def quality_card(study, path, n_cells, n_todo):
     """What is compared, printed before anything runs."""
@@ -2657,7 +2666,7 @@ def draw_quality(path, study, rows, title):
     tasks = shown_tasks(plain)
     hops = [task for task in tasks if task.startswith("vt")]
     charted = [task for task in ("mkey", *hops[1:2], *hops[-1:], "cwe") if task in tasks]
-    figure = Figure((4.2 * len(charted), 4.2), layout="constrained")
+    figure = Figure((4 * len(charted) + 2, 4.2), layout="constrained")
     axes = figure.subplots(1, len(charted), squeeze=False)[0]
     names = dict(mkey="several needles", cwe="common words")
     for axis, task in zip(axes, charted):
@@ -2677,9 +2686,256 @@ def draw_quality(path, study, rows, title):
         axis.set_xscale("log", base=2)
         axis.set_xticks(scales, [f"{scale}x" for scale in scales])
     axes[0].set_ylabel("percent right; mean of seeds, seeds as dots")
-    axes[-1].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     figure.suptitle(f"Trained on {study.T} tokens, tested on more; {title}", fontsize=10)
     figure.savefig(path, format=figure_format(path), dpi=110)
+
+# ---- quality: what each attention costs ----------------------------------------------------------
+# One layer of M3's shape in training, forward and backward by themselves: full attention, MSA, windows of as many keys
+# as MSA reads and of few, and Lightning, which has as many KV heads as query heads. Each runs the best code that we
+# know of for it: cuDNN, our MSA, FlexAttention over a band of tiles, our kernels of Lightning. Two times stand beside
+# what was measured: what the useful FLOPs need at the matrix rate, and what the bytes need at the copy rate, each
+# tensor read or written once a pass. The longer one is the limit. Lightning's kernels compute in chunks, which takes
+# more FLOPs and bytes than the recurrence.
+
+@dataclass
+class Side:
+    """An attention to be timed in training."""
+    attn: str                          # full, msa, swa or lightning
+    window: int                        # keys that a query reads, or None
+    impl: str                          # which code runs
+    forward: object                    # function -> outputs
+    inputs: tuple                      # tensors whose gradients are asked for
+    upstream: tuple                    # gradients of the outputs
+
+    @property
+    def name(self):
+        return self.attn if self.window is None else f"{self.attn} {self.window:,}"
+
+    def backward(self, outs):
+        """-> gradients of the inputs; the outputs' graph is gone after it."""
+        return torch.autograd.grad(outs, self.inputs, self.upstream)
+
+def count_window(T, window):
+    """Pairs of one of T queries and a key among the last `window` ones."""
+    short = min(T, window)             # queries that see fewer keys, or just as many
+    return count_pairs(short, short) + (T - short) * window
+
+def cost_flops(attn, T, heads, window=None):
+    """Useful FLOPs of an attention on T tokens, forward and backward.
+
+    heads   query heads, KV heads, S and L
+    Softmax attention: 4 D for a query and a key that it sees, q k and p v, and twice as much for their gradients. MSA:
+    see train_flops. Lightning: 4 D^2 for a token and a head, k^T v to the state and q times it, and twice as much back.
+    """
+    H, Hkv, S, L = heads
+    if attn == "lightning":
+        return 12 * H * D ** 2 * T
+    if attn == "swa":
+        return 12 * H * D * count_window(T, window)
+    return train_flops(T, H, Hkv, S, L)["dense" if attn == "full" else "msa"]
+
+def cost_bytes(attn, T, heads, size):
+    """Least bytes of the same: forward reads q, k and v and writes y; backward reads them and dy, and y where there is
+    a softmax, and writes dq, dk and dv. MSA also has the index branch's tensors, and the choice.
+
+    size    bytes of an element
+    """
+    H, Hkv, S, _ = heads
+    query = T * H * D * size           # bytes of q, y or a gradient of them
+    key = T * Hkv * D * size
+    if attn == "lightning":
+        return 4 * query + 7 * query
+    softmax = 2 * (query + key) + 4 * (query + key)
+    if attn != "msa":
+        return softmax
+    index = key + T * D * size         # qi and ki: read in both passes, and their gradients written
+    choice = T * Hkv * S * 4           # written, and read in both passes
+    return softmax + 3 * index + 3 * choice
+
+def chunk_flops(T, H):
+    """FLOPs that Lightning's kernels compute. For a token, each of four walks (y, dq, dk, dv) has its products with the
+    keys of a chunk, for every tile of channels anew, of these weights with the values, and those of the recurrence; two
+    more walks add up states."""
+    rows = LIGHTNING_TILE["ROWS"]
+    cols = LIGHTNING_TILE["COLS"]
+    walk = 2 * rows * D * (D // cols) + 2 * rows * D + 4 * D ** 2
+    return (4 * walk + 2 * 2 * D ** 2) * H * T
+
+def chunk_bytes(T, H, size):
+    """Bytes that these walks move: three tensors read and one written, for states two read."""
+    return (4 * (3 + 1) + 2 * 2) * T * H * D * size
+
+def cost_sides(machine, T):
+    """The attentions to be compared, on T random tokens -> [Side, ...]."""
+    H, Hkv, S, L = train_sizes(machine.gpu, "m3")
+    dense_impl, msa_impl = pick_impl(machine.gpu, "train", T)
+    tensors = *random_queries(machine, (H, Hkv), 1, T), *random_cache(machine, (H, Hkv), 1, T)
+    q, qi, k, v, ki = (x.requires_grad_() for x in tensors)
+    k_full, v_full = (fill(machine, 1, T, H, D).requires_grad_() for _ in range(2))
+    dy = fill(machine, 1, T, H, D)
+    decay = lightning_decay(machine, H)
+    kl_grad = torch.tensor(1 / T, device=machine.device)  # the KL is a sum over the tokens
+
+    def sparse():
+        block_idx = msa.select_blocks(qi.detach(), ki.detach(), S, L, impl=msa_impl)
+        return msa.msa_train(q, k, v, qi, ki, block_idx, L, impl=msa_impl)
+
+    def windowed(window):
+        return lambda: (window_attention(q, k, v, window),)
+
+    def dense():
+        return sdpa(q, k, v, dense_impl),
+
+    def linear():
+        y, _ = lightning_attention(q, k_full, v_full, decay)
+        return y,
+
+    dense_name, msa_name = impl_names(machine.gpu, "train", T)
+    flex, kernels = "torch", "torch"
+    if machine.gpu and T >= SHORT_ROW:
+        flex, kernels = "FlexAttention", "Triton"
+    main = q, k, v
+    return [
+        Side("full", None, dense_name, dense, main, (dy,)),
+        Side("msa", None, msa_name, sparse, (*main, qi, ki), (dy, kl_grad)),
+        Side("swa", S * L, flex, windowed(S * L), main, (dy,)),
+        Side("swa", L, flex, windowed(L), main, (dy,)),
+        Side("lightning", None, kernels, linear, (q, k_full, v_full), (dy,))]
+
+def lightning_decay(machine, H):
+    """Of the first layer, see model.Lightning: (H,)."""
+    return 2.0 ** (-8 * torch.arange(1, H + 1, device=machine.device) / H)
+
+def check_side(machine, side, outs, grads):
+    """A window's or Lightning's output and gradients, on a part of the tensors that stands alone, against the same by
+    torch in fp64. Of Lightning that are the heads that forget fastest and slowest; of a window the last KV head, and
+    the last two windows of tokens, of which the second depends on no others."""
+    if side.attn == "lightning":
+        part = slice(None), slice(None), [0, -1]
+        parts = part, part, part
+        checked = slice(None)
+        attend = partial(lightning_attention, decay=lightning_decay(machine, side.inputs[0].size(2))[[0, -1]])
+    else:
+        q, k, _ = side.inputs
+        tokens = slice(-2 * side.window, None)
+        group = slice(-q.size(2) // k.size(2), None)
+        key_part = slice(None), tokens, slice(-1, None)
+        parts = (slice(None), tokens, group), key_part, key_part
+        checked = slice(-side.window, None)
+        attend = partial(window_attention, window=side.window)
+
+    inputs = [x.detach()[part].double().requires_grad_() for x, part in zip(side.inputs, parts)]
+    y = attend(*inputs, impl="torch")
+    if side.attn == "lightning":
+        y, _ = y
+    want = y.detach(), *torch.autograd.grad(y, inputs, side.upstream[0][parts[0]].double())
+    for what, got, part, exact in zip(("output", "dq", "dk", "dv"), (*outs, *grads), (parts[0], *parts), want):
+        near(f"cost, {side.name}: {what} against torch in fp64", got.detach()[part][:, checked], exact[:, checked])
+
+def check_sides(machine, sides):
+    """Before anything is timed, what is: no number but finite ones, windows and Lightning against torch. Compiles."""
+    for side in sides:
+        outs = side.forward()
+        grads = side.backward(outs)
+        for x in (*outs, *grads):
+            check_finite(f"cost, {side.name}: an output or a gradient", x.detach())
+        if side.attn in ("swa", "lightning"):
+            check_side(machine, side, outs, grads)
+
+def time_sides(sides, gpu, reps=5):
+    """Forward and backward of each side in turn -> {name: (ms of each forward, ms of each backward)}."""
+    wait = 2 * 10 ** 7                 # 10 ms, as the host launches many small kernels
+    times = {side.name: ([], []) for side in sides}
+    for rep in range(reps):
+        for side in sides:
+            forward_ms, outs = timed(side.forward, gpu, True, wait)
+            backward_ms, grads = timed(partial(side.backward, outs), gpu, True, wait)
+            times[side.name][0].append(forward_ms)
+            times[side.name][1].append(backward_ms)
+            del outs, grads
+    return times
+
+def roofline(flops, moved, taken_ms, rates):
+    """What so many FLOPs and bytes need at the measured rates, which of the two binds, and what was reached of each."""
+    found = dict(flops=flops, bytes=moved)
+    found["least_ms_flops"] = 1e3 * flops / rates["matmul"]
+    found["least_ms_bytes"] = 1e3 * moved / rates["copy"]
+    found["limit"] = "compute" if found["least_ms_flops"] > found["least_ms_bytes"] else "memory"
+    found["matmul_util"] = found["least_ms_flops"] / taken_ms
+    found["copy_util"] = found["least_ms_bytes"] / taken_ms
+    return found
+
+def print_cost(name, times, found):
+    """A line of the table: a name, the times as text, what roofline() found."""
+    amounts = f"{found['flops'] / 1e12:9.3f}{found['bytes'] / 1e9:8.2f}"
+    least = f"{found['least_ms_flops']:9.3f}{found['least_ms_bytes']:8.3f}"
+    reached = f"{found['matmul_util']:7.1%}{found['copy_util']:7.1%}"
+    print(f"{name:11}|{times:24}|{amounts} |{least} | {found['limit']:8}|{reached}", flush=True)
+
+def cost_row(machine, side, T, forward_ms, backward_ms):
+    """A row from one side's times, printed at once."""
+    heads = train_sizes(machine.gpu, "m3")
+    H, Hkv, _, _ = heads
+    if side.attn == "lightning":
+        Hkv = H
+    row = dict(what="quality-cost", attn=side.attn, window=side.window, impl=side.impl, ctx=T, heads=[H, Hkv],
+               forward_ms=forward_ms, backward_ms=backward_ms)
+    flops = cost_flops(side.attn, T, heads, side.window)
+    moved = cost_bytes(side.attn, T, heads, machine.size)
+    row.update(roofline(flops, moved, forward_ms + backward_ms, machine.rates))
+    print_cost(side.name, f"{forward_ms:11.3f}{backward_ms:12.3f}", row)
+
+    # what its kernels do, beside what the recurrence needs
+    if side.attn == "lightning" and side.impl == "Triton":
+        flops = chunk_flops(T, H)
+        moved = chunk_bytes(T, H, machine.size)
+        row["chunks"] = roofline(flops, moved, forward_ms + backward_ms, machine.rates)
+        print_cost("  in chunks", "", row["chunks"])
+    return row
+
+def cost_sentence(rows):
+    """Whether linear attention is memory-bound in training, from the rows."""
+    row = next(row for row in rows if row["attn"] == "lightning")
+    full = next(row for row in rows if row["attn"] == "full")
+    taken = row["forward_ms"] + row["backward_ms"]
+    full_taken = full["forward_ms"] + full["backward_ms"]
+
+    answer = "is" if row["limit"] == "memory" else "is not"
+    said = [f"Linear attention {answer} memory-bound in training, at {row['ctx']:,} tokens: its bytes need "
+            f"{plain(row['least_ms_bytes'])} ms, its FLOPs {plain(row['least_ms_flops'])} ms."]
+    done = row.get("chunks", row)      # what is really moved and multiplied, where that is known
+    if "chunks" in row:
+        said.append(f"Computed in chunks it moves and multiplies more: {plain(done['least_ms_bytes'])} and "
+                    f"{plain(done['least_ms_flops'])} ms.")
+    nearer = "copy" if done["copy_util"] > done["matmul_util"] else "matrix"
+    shares = f"{done['copy_util']:.0%} of the copy rate and {done['matmul_util']:.0%} of the matrix rate"
+    said.append(f"Measured are {plain(taken)} ms, {shares}: nearer to the {nearer} rate.")
+    said.append(f"Full attention is bound by {full['limit']} and takes {full_taken / taken:.1f} times as long.")
+    return " ".join(said)
+
+def cost_rows(machine, T):
+    """What each attention costs in training on T tokens, on a CPU 1,024 at most and M3's heads divided by 4: checked,
+    timed and printed -> rows."""
+    if not machine.rates:
+        measure_rates(machine)
+    if not machine.gpu:
+        T = min(T, 1024)
+    if machine.gpu:
+        torch.compiler.reset()         # or FlexAttention, compiled before, is compiled for any length, and is slower
+    train_gate(machine, "m3")
+    sides = cost_sides(machine, T)
+    check_sides(machine, sides)
+    print(f"\none layer in training, {T:,} tokens: forward and backward; util of useful FLOPs and least bytes\n"
+          "attention  | forward ms backward ms |   TFLOP      GB | least: FLOPs,  bytes | limit   | matmul   copy",
+          flush=True)
+    times = time_sides(sides, machine.gpu)
+    rows = []
+    for side in sides:
+        forward_ms, backward_ms = map(statistics.median, times[side.name])
+        rows.append(cost_row(machine, side, T, forward_ms, backward_ms))
+    print(f"found   | {cost_sentence(rows)}", flush=True)
+    return rows
 
 # ---- what the rows say ---------------------------------------------------------------------------
 # Everything here is computed from the rows alone, nothing is measured: ratios at the longest length, also of M2's dense
@@ -2830,7 +3086,8 @@ def parse_args(argv):
     p = Parser(__doc__)
     p.add_argument("--ctx", type=tokens,
                    help="longest context, in tokens: 65536, 1e6, 64k (k = 1,024) or 1M (M = 1,048,576); default: "
-                   "1,000,000; of --what generate 512k, on a CPU 64k")
+                   "1,000,000; of --what generate 512k, on a CPU 64k; of the costs of --what quality 32k, on a CPU "
+                   "1k at most")
     p.add_argument("--what", choices=("prefill", "decode", "train", "tree", "queue", "generate", "quality", "all"),
                    default="all",
                    help="what to time; tree: rl.py's training step; queue: its schedules; generate: a whole model's "
@@ -2849,8 +3106,8 @@ def parse_args(argv):
     args = p.parse_args(argv)
     args.shapes = [args.shape] if args.shape else list(SHAPES)
     args.whats = ("prefill", "decode") if args.what == "all" else (args.what,)
-    if args.what == "quality" and args.ctx is not None:
-        raise ValueError(f"--ctx {args.ctx}: --what quality has lengths of its own")
+    if args.ctx is None and args.what == "quality":
+        args.ctx = COST_CONTEXT
     if args.ctx is None and args.what != "generate":
         args.ctx = 1_000_000
     if args.ctx is not None and not 1 <= args.ctx <= 2 ** 25:

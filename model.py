@@ -21,6 +21,7 @@ trunk's hidden states before `norm`.
 """
 import copy
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -33,9 +34,9 @@ from torch.utils.checkpoint import checkpoint
 
 from moe import (SWIGLU_ALPHA, SWIGLU_LIMIT, MLP, Linear, MoE, count_params, few_linear, few_mlp, few_route,
                  update_bias, use_triton)
-from msa import (LEAST, NOTHING, _overlap, block_recall, cdiv, check_tensor, constexpr, full_attention,
-                 index_kl_loss, jit, msa_attention, msa_decode, msa_train, query_index, round_up, select_blocks, tl,
-                 triton, widen)
+from msa import (LEAST, NOTHING, TensorDescriptor, _compiled, _matmul, _overlap, _pick, block_recall, cdiv,
+                 check_tensor, constexpr, full_attention, index_kl_loss, jit, msa_attention, msa_decode, msa_train,
+                 query_index, round_up, select_blocks, tl, triton, widen)
 
 # ---- the config ----------------------------------------------------------------------------------
 # One dataclass describes every model: M2, M3, and smaller ones of the same make, each by a classmethod. It says what a
@@ -487,7 +488,11 @@ def number_lanes(kinds):
 # A token costs the same wherever it stands. A row holds documents one after the other, but no tree: a branch would need
 # its parent's window and state, and the row has those of the branch before it.
 
-def window_attention(q, k, v, window, sink=None, end=None, missing=None):
+# On a GPU, shorter rows are left to torch, too: so few products take less time than kernels take to start, and
+# torch.compile merges them with what is beside them
+SHORT_ROW = 512
+
+def window_attention(q, k, v, window, sink=None, end=None, missing=None, impl="auto"):
     """Softmax attention over the last `window` keys (Longformer, arXiv 2004.05150) -> (B, T, H, D), with gradients.
 
     q        (B, T, H, D), of the last T keys
@@ -496,11 +501,21 @@ def window_attention(q, k, v, window, sink=None, end=None, missing=None):
     sink     (H,) a logit that takes probability (gpt-oss, arXiv 2508.10925); None: there is none
     end      (B, Tk) int32, the end of each key's document; None: there is one
     missing  (B,) so many of the first keys are none; None: 0
-    Queries go in chunks of a window, each with the keys of its own chunk and the one before: time and memory grow with
-    Tk * window.
+    impl     torch, triton: FlexAttention's kernels, of whole rows; or auto: those in training, on a GPU in 16 bits,
+             from SHORT_ROW tokens on
+    In torch, queries go in chunks of a window, each with the keys of its own chunk and the one before: time and memory
+    grow with Tk * window.
     """
     B, T, H, D = q.shape
     Tk, Hkv = k.shape[1:3]
+    if impl not in ("auto", "triton", "torch"):
+        raise ValueError(f"impl is {impl!r}, expected 'auto', 'triton' or 'torch'")
+    whole_rows = missing is None and T == Tk
+    if impl == "auto" and q.is_cuda and q.dtype.itemsize == 2 and torch.is_grad_enabled():
+        impl = "triton" if whole_rows and T >= SHORT_ROW else "torch"
+    if impl == "triton":
+        assert whole_rows, "FlexAttention's kernels do not read a cache's ring"
+        return _window_flex(q, k, v, window, sink, end)
     chunk, before = T, Tk - T          # queries of a chunk, keys before its first query
     if T > window:
         chunk, before = window, window
@@ -539,23 +554,108 @@ def window_attention(q, k, v, window, sink=None, end=None, missing=None):
     y = torch.einsum("bnghcm,bnmgd->bncghd", p.to(v.dtype), v)
     return y.reshape(B, n * chunk, H, D)[:, -T:]
 
-def lightning_attention(q, k, v, decay, end=None, state=None, chunk=LIGHTNING_CHUNK):
+def _window_flex(q, k, v, window, sink, end, tile=128):
+    """window_attention by FlexAttention, of whole rows."""
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+    T = q.size(1)
+    more = -T % tile
+    if more:  # whole tiles: FlexAttention wants masks as long as its tensors
+        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, more)) for x in (q, k, v))
+        end = None if end is None else F.pad(end, (0, more))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))                                                # (B, H, ., D)
+    if end is None:
+        mask = _row_tiles(q.size(2), window, tile, q.device)
+    else:
+        mask = window_tiles(q.size(2), window, end, tile, q.device)
+    given = dict(block_mask=mask, enable_gqa=True)
+    if sink is None:
+        y = _compiled(flex_attention)(q, k, v, **given)
+    else:
+        y, aux = _compiled(flex_attention)(q, k, v, return_aux=AuxRequest(lse=True), **given)
+        # the sink's term makes a softmax's sum e^lse larger by e^sink
+        y = y * (aux.lse - sink[:, None]).sigmoid()[..., None].to(y.dtype)
+    return y.transpose(1, 2)[:, :T]
+
+@functools.lru_cache(16)
+def _row_tiles(T, window, tile, device):
+    """window_tiles of one document, which all layers and steps share: made anew it takes as long as a small window."""
+    return window_tiles(T, window, None, tile, device)
+
+def window_tiles(T, window, end, tile, device):
+    """FlexAttention's mask of a window: a band, so that its lists of tiles are as long as a window, not as the row.
+
+    T       tokens, a multiple of `tile`
+    window  keys that a query reads
+    end     (B, T), or None: see window_attention
+    tile    queries, and keys, of a tile
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+    n = T // tile
+    own = torch.arange(n, device=device)[:, None]
+    back = torch.arange(min(n, 1 + cdiv(window - 1, tile)), device=device)  # of a tile of keys, before that of queries
+
+    # of (queries' tile, tiles back): those of which something is seen, and those seen as a whole
+    keys = own - back
+    seen = (keys >= 0)[None]
+    whole = seen & (back > 0) & ((back + 1) * tile <= window)
+    if end is not None:
+        ends = end.view(-1, n, tile)
+        first = own * tile
+        seen = seen & (ends.amax(-1)[:, keys.clamp(min=0)] > first)
+        whole = whole & (ends.amin(-1)[:, keys.clamp(min=0)] >= first + tile)
+
+    # the same of (keys' tile, tiles on)
+    queries = own + back
+    lists = []
+    for tiles in (seen & ~whole, whole):
+        by_key = tiles[:, queries.clamp(max=n - 1), back] & (queries < n)
+        for table, sign in ((tiles, -1), (by_key, 1)):
+            nearest = table.int().argsort(stable=True, descending=True)
+            lists.append(table.sum(-1, dtype=torch.int32)[:, None])
+            lists.append((own + sign * nearest).clamp(0, n - 1).int()[:, None])
+    part, whole = lists[:4], lists[4:]
+    reach = torch.full((), window, device=device)  # a number would be compiled anew for each window, or become symbolic
+
+    def see(b, h, i, j):
+        seen = (j <= i) & (j > i - reach)
+        return seen if end is None else seen & (i < end[b, j])
+    return BlockMask((T, T), *part[:2], *whole[:2], *part[2:], *whole[2:], BLOCK_SIZE=(tile, tile), mask_mod=see)
+
+def lightning_attention(q, k, v, decay, end=None, state=None, chunk=LIGHTNING_CHUNK, impl="auto"):
     """Linear attention with a decay for each head (Lightning Attention-2, arXiv 2401.04658), with gradients.
 
     q, k, v  (B, T, H, D)
-    decay    (H,) s: a key counts e^-s times less with every further token
+    decay    (H,) s: a key counts e^-s times less with every further token. At most 2 in the kernels
     end      (B, T) int32, the end of each key's document; None: there is one
     state    (B, H, D, D) of the tokens before these; None: there are none. Not with `end`
-    chunk    tokens whose products are taken as in softmax attention; what came before them is a state
-    -> y (B, T, H, D) fp32 or wider, state (B, H, D, D) after the last token
+    chunk    tokens whose products are taken as in softmax attention; what came before them is a state. In torch alone
+    impl     auto, triton or torch: see full_attention. auto is torch for rows of less than SHORT_ROW tokens
+    -> y (B, T, H, D), state (B, H, D, D) fp32 or wider, after the last token
     """
+    T = q.size(1)
+    if T == 1 and state is not None:   # decode: the recurrence itself
+        q_row, k_row, v_row = (widen(x).transpose(1, 2) for x in (q, k, v))                               # (B, H, 1, D)
+        state = (-decay[:, None, None]).to(q_row.dtype).exp() * state + k_row.mT @ v_row
+        return (q_row @ state).transpose(1, 2).to(q.dtype), state
+
+    if impl == "auto" and T < SHORT_ROW:
+        impl = "torch"
+    if _pick(impl, q, q.size(3), grad=(decay,), what="Lightning attention"):
+        y, last_state = _lightning_triton(q, k, v, decay, end)
+    else:
+        y, last_state = _lightning_chunks(q, k, v, decay, end, chunk)
+    if state is not None:
+        age = torch.arange(1, T + 1, device=q.device)[:, None]
+        reach = (-decay.to(last_state.dtype) * age).exp()                                                 # (T, H)
+        y = y + torch.einsum("bthd,bhde->bthe", widen(q) * reach[..., None], state)
+        last_state = last_state + reach[-1, :, None, None] * state
+    return y.to(q.dtype), last_state
+
+def _lightning_chunks(q, k, v, decay, end, chunk):
+    """lightning_attention from no state, in torch -> y and the last state, both fp32 or wider."""
     B, T, H, D = q.shape
     q, k, v = widen(q), widen(k), widen(v)
     decay = decay.to(q.dtype)[:, None, None, None]                                                        # (H, 1, 1, 1)
-    if T == 1 and state is not None:   # decode: the recurrence itself
-        k, v, q = (x.transpose(1, 2) for x in (k, v, q))                                                  # (B, H, 1, D)
-        state = (-decay[..., 0]).exp() * state + k.mT @ v
-        return (q @ state).transpose(1, 2), state
 
     # chunks (B, H, n, chunk, D), padded in front with zeros, which add nothing to a state
     n = cdiv(T, chunk)
@@ -567,31 +667,270 @@ def lightning_attention(q, k, v, decay, end=None, state=None, chunk=LIGHTNING_CH
     faded = (-decay * age.clamp(min=0)).exp() * (age >= 0)                                        # (H, 1, chunk, chunk)
     left = (-decay * (chunk - 1 - place)[:, None]).exp()      # of a key at its chunk's end: (H, 1, chunk, 1)
     reach = (-decay * (place + 1)[:, None]).exp()             # of the state before a chunk: (H, 1, chunk, 1)
-    number = torch.arange(n, device=q.device)
-    chunk_age = number[:, None] - 1 - number                  # of a chunk's keys when another begins, in chunks
-    kept = (-decay[..., 0] * chunk * chunk_age.clamp(min=0)).exp() * (chunk_age >= 0)                     # (H, n, n)
     if end is not None:
-        ends = F.pad(end + front, (front, 0)).unflatten(1, (n, chunk))                                # (B, n, chunk)
-        i = (number[:, None] * chunk + place)                                                             # (n, chunk)
+        end = F.pad(end + front, (front, 0))
+        ends = end.unflatten(1, (n, chunk))                                                           # (B, n, chunk)
+        i = torch.arange(n, device=q.device)[:, None] * chunk + place                                     # (n, chunk)
         last = ends[:, :, -1]                                 # of the document of a chunk's last token: (B, n)
         faded = faded * (i[..., None] < ends[:, :, None])[:, None]
         left = left * (ends > i[:, -1:])[:, None, ..., None]
-        kept = kept * (last[:, None] > i[:, :1])[:, None]
         reach = reach * (i < F.pad(last, (1, 0))[:, :-1, None])[:, None, ..., None]
 
     # of the same chunk, then of all chunks before: each adds to the states of those that follow
+    kept = kept_states(decay[:, 0, 0, 0], n, chunk, end)
     y = (q_chunk @ k_chunk.mT * faded) @ v_chunk
     added = (k_chunk * left).mT @ v_chunk                                                         # (B, H, n, D, D)
-    before = (kept @ added.flatten(3)).unflatten(3, (D, D))
-    y = y + (q_chunk * reach) @ before
+    states = (kept @ added.flatten(3)).unflatten(3, (D, D))                                       # (B, H, n + 1, D, D)
+    y = y + (q_chunk * reach) @ states[:, :, :-1]
     y = y.permute(0, 2, 3, 1, 4).reshape(B, n * chunk, H, D)[:, front:]
+    return y, states[:, :, -1]
 
-    last_state = added[:, :, -1] + (-decay[..., 0] * chunk).exp() * before[:, :, -1]
-    if state is not None:
-        age = torch.arange(1, T + 1, device=q.device)[:, None, None]
-        y = y + torch.einsum("bthd,bhde->bthe", q * (-decay.view(H, 1) * age).exp(), state)
-        last_state = last_state + (-decay[..., 0] * T).exp() * state
-    return y, last_state
+def kept_states(decay, n, chunk, end):
+    """Of what a chunk adds to a state, the part that is in the states before each of n chunks, and after the last one:
+    (B or 1, H, n + 1, n).
+
+    decay  (H,)
+    n      chunks
+    chunk  tokens of a chunk
+    end    (B, n * chunk), see lightning_attention
+    """
+    number = torch.arange(n, device=decay.device)
+    before = torch.arange(n + 1, device=decay.device)[:, None]
+    age = before - 1 - number           # in chunks
+    kept = (-decay[:, None, None] * chunk * age.clamp(min=0)).exp() * (age >= 0)
+    if end is None:
+        return kept[None]
+    last = end[:, chunk - 1::chunk]     # of the document of a chunk's last token: (B, n)
+    return kept * (last[:, None] > chunk * before)[:, None]
+
+# The kernels. A program walks over the chunks of a segment, with the state in registers; segments are as long as leaves
+# enough programs to fill a GPU, so that few states are written. A layer takes two walks forward:
+#     what each segment adds to a state; weighted sums of it are the states before segments
+#     the outputs, which start from these states
+# and four backward, as each gradient is the same sum, over other tensors, of keys and values from the end to the start:
+#     y_i = sum_{j <= i} f_ij (q_i k_j) v_j       dq_i = sum_{j <= i} f_ij (dy_i v_j) k_j      f_ij = e^(-s (i - j))
+#     dv_j = sum_{i >= j} f_ij (k_j q_i) dy_i     dk_j = sum_{i >= j} f_ij (v_j dy_i) q_i
+# Names in the kernel are those of y. In a walk to the start, what is "before" lies after in the row.
+
+LIGHTNING_TILE = dict(ROWS=64, COLS=64, num_warps=4, num_stages=2)
+LIGHTNING_PROGRAMS = 1056               # eight for each SM of an H200, two at a time
+
+@jit
+def _fading(
+    limit,    # (T,), see _lightning_kernel
+    i,        # [ROWS], the chunk's tokens
+    first,    # of them
+    age,      # [ROWS], how many of the chunk's tokens the walk has passed before each
+    rate,     # of the head, in powers of two a token
+    ROWS: constexpr,
+    REVERSE: constexpr,
+):
+    """-> [ROWS] share of the state before that a token reads; [ROWS] share of a token that the state after has; share
+    of the state before that it has; [ROWS] the limit of each token."""
+    reach = tl.exp2(-rate * (age + 1))
+    left = tl.exp2(-rate * (ROWS - 1 - age))
+    keep = tl.exp2(-rate * ROWS)
+    limits = i
+    if limit is not None:
+        limits = tl.load(limit + i)
+        after = first + ROWS
+        if REVERSE:
+            next_limit = tl.load(limit + first)  # of the token that the state after is for
+            reach = tl.where(limits >= after, reach, 0.0)
+            left = tl.where(i <= next_limit, left, 0.0)
+            keep = tl.where(next_limit >= after, keep, 0.0)
+        else:
+            next_limit = tl.load(limit + after - 1)
+            reach = tl.where(limits < first, reach, 0.0)
+            left = tl.where(i >= next_limit, left, 0.0)
+            keep = tl.where(next_limit < first, keep, 0.0)
+    return reach, left, keep, limits
+
+# One program = one head in a segment, and COLS channels of v.
+@jit
+def _lightning_kernel(
+    # tiles of (B * T, H * D)
+    q,         # [ROWS, D], or None: the state alone is asked for
+    k,         # [ROWS, D]
+    v,         # [ROWS, COLS]
+    y,         # [ROWS, COLS], written, or None
+    rates,     # (H,), decay in powers of two
+    limit,     # (B, T), the first token of each token's document, in reverse the last one; or None
+    # states
+    before,    # (B, H, segments or more, D, D), or None: zeros
+    head,      # stride of a head in `before`
+    down,      # stride of a row
+    across,    # stride of a column
+    added,     # (B, H, segments, D, D), written, or None: the outputs alone are asked for
+    # sizes
+    T,
+    chunks,    # of a segment
+    H: constexpr,
+    D: constexpr,
+    ROWS: constexpr,
+    COLS: constexpr,
+    REVERSE: constexpr,  # from a segment's end to its start
+):
+    row = tl.program_id(0) // (D // COLS)  # of (B, H)
+    col = tl.program_id(0) % (D // COLS) * COLS
+    b = row // H
+    h = row % H
+    segment = tl.program_id(1)
+    rate = tl.load(rates + h)
+    if limit is not None:
+        limit += b.to(tl.int64) * T
+    d = tl.arange(0, D)[:, None]
+    channel = col + tl.arange(0, COLS)[None]
+
+    age = tl.arange(0, ROWS)
+    if REVERSE:
+        age = ROWS - 1 - age
+    # f_ij = fall_i * rise_j, both 2^46 at most where s is 1: a tile of f would take as many registers as the products
+    fall = tl.exp2(-rate * (age - ROWS // 2))
+    rise = tl.exp2(rate * (age - ROWS // 2))
+
+    state = tl.zeros([D, COLS], tl.float32)
+    if before is not None:
+        state = tl.load(before + row.to(tl.int64) * head + segment * D * D + d * down + channel * across)
+    for step in range(0, chunks):
+        chunk = segment * chunks + step
+        if REVERSE:
+            chunk = segment * chunks + chunks - 1 - step
+        first = chunk * ROWS
+        line = b * T + first
+        i = first + tl.arange(0, ROWS)
+        reach, left, keep, limits = _fading(limit, i, first, age, rate, ROWS=ROWS, REVERSE=REVERSE)
+        key = k.load([line, h * D])                                             # [ROWS, D]
+        value = v.load([line, h * D + col])                                     # [ROWS, COLS]
+
+        # y: from the state, then from the chunk's own keys
+        if y is not None:
+            query = q.load([line, h * D])                                       # [ROWS, D]
+            out = _matmul(query, state.to(query.dtype)) * reach[:, None]        # [ROWS, COLS]
+            weight = _matmul(query, key.T) * fall[:, None] * rise[None]         # [ROWS, ROWS]
+            if REVERSE:
+                seen = i[None] >= i[:, None]
+                if limit is not None:
+                    seen = seen & (i[None] <= limits[:, None])
+            else:
+                seen = i[None] <= i[:, None]
+                if limit is not None:
+                    seen = seen & (i[None] >= limits[:, None])
+            weight = tl.where(seen, weight, 0.0)
+            out += _matmul(weight.to(value.dtype), value)
+            y.store([line, h * D + col], out.to(value.dtype))
+
+        # the state after the chunk. A product in fp32 would cost registers that there are not
+        value = value * left[:, None].to(value.dtype)
+        state = state * keep + _matmul(key.T, value)
+
+    if added is not None:
+        place = row.to(tl.int64) * tl.num_programs(1) + segment
+        tl.store(added + place * D * D + d * D + channel, state)
+
+def _lightning_triton(q, k, v, decay, end):
+    """lightning_attention from no state, in kernels -> y and the last state."""
+    B, T, H, D = q.shape
+    n = cdiv(T, LIGHTNING_TILE["ROWS"])
+    columns = cdiv(D, LIGHTNING_TILE["COLS"])
+    chunks = cdiv(n, max(1, LIGHTNING_PROGRAMS // (B * H * columns)))
+    segments = cdiv(n, chunks)
+
+    # whole segments, padded in front with zeros, which add nothing to a state
+    front = segments * chunks * LIGHTNING_TILE["ROWS"] - T
+    if front > 0:
+        q, k, v = (F.pad(x, (0, 0, 0, 0, front, 0)) for x in (q, k, v))
+        if end is not None:
+            end = F.pad(end + front, (front, 0))
+    walk = Walk(decay.float(), end, segments, chunks)
+    y, last_state = _Lightning.apply(q.contiguous(), k.contiguous(), v.contiguous(), walk)
+    return y[:, front:], last_state
+
+class _Lightning(torch.autograd.Function):
+    """_lightning_triton on whole segments. No atomics: two runs, equal bits."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, walk):
+        states = walk.kept @ walk.added(k, v).flatten(3)
+        states = states.unflatten(3, (q.size(3), -1))                                      # (B, H, segments + 1, D, D)
+        y = walk.outputs(q, k, v, states)
+        ctx.walk = walk
+        ctx.save_for_backward(q, k, v, states)
+        return y, states[:, :, -1].clone()
+
+    @staticmethod
+    def backward(ctx, dy, dlast):
+        q, k, v, states = ctx.saved_tensors
+        walk = ctx.walk
+        dy = dy.contiguous()
+        dq = walk.outputs(dy, v, k, states.mT)
+
+        # from the end: a state is that of the segment's first token, the last one that of a token after all
+        added = walk.added(q, dy, reverse=True)
+        dlast = dlast * walk.decay[:, None, None].exp()
+        added = torch.cat([added, dlast[:, :, None]], 2)
+        dstates = (walk.kept.mT @ added.flatten(3)).unflatten(3, (q.size(3), -1))         # (B, H, segments, D, D)
+        dk = walk.outputs(v, dy, q, dstates.mT, reverse=True)
+        dv = walk.outputs(k, q, dy, dstates, reverse=True)
+        return dq, dk, dv, None
+
+@dataclasses.dataclass
+class Walk:
+    """How kernels walk over rows. In a walk in `reverse`, the state "before" a segment is that of what follows it."""
+    decay: torch.Tensor                # (H,) fp32
+    end: torch.Tensor                  # (B, T), or None
+    segments: int                      # of a row
+    chunks: int                        # of a segment
+
+    def limit(self, reverse):
+        """The first token of each token's document, in reverse the last one: (B, T) int32. None: there is one."""
+        if self.end is None:
+            return None
+        if reverse:
+            return self.end.int() - 1
+        # before it lie the tokens whose documents have ended
+        i = torch.ones_like(self.end).cumsum(1, dtype=self.end.dtype) - 1
+        return torch.searchsorted(self.end.contiguous(), i, right=True, out_int32=True)
+
+    @functools.cached_property
+    def kept(self):
+        """See kept_states, of segments."""
+        return kept_states(self.decay, self.segments, self.chunks * LIGHTNING_TILE["ROWS"], self.end)
+
+    def added(self, k, v, reverse=False):
+        """What each segment adds to a state -> (B, H, segments, D, D)."""
+        B, _, H, D = k.shape
+        added = torch.empty(B, H, self.segments, D, D, device=k.device)
+        self.launch(None, k, v, None, None, added, reverse)
+        return added
+
+    def outputs(self, q, k, v, before, reverse=False):
+        """One of the four sums above, from the states before segments (B, H, segments or more, D, D) -> as q."""
+        y = torch.empty_like(q)
+        self.launch(q, k, v, y, before, None, reverse)
+        return y
+
+    def launch(self, q, k, v, y, before, added, reverse):
+        """See _lightning_kernel; q, k, v and y are (B, T, H, D)."""
+        B, T, H, D = k.shape
+        tile = dict(LIGHTNING_TILE, COLS=min(D, LIGHTNING_TILE["COLS"]))
+
+        def tiles(x, columns):
+            return None if x is None else TensorDescriptor.from_tensor(x.view(B * T, H * D), [tile["ROWS"], columns])
+        head, _, down, across = (0, 0, 0, 0) if before is None else before.stride()[1:]
+        _lightning_kernel[B * H * (D // tile["COLS"]), self.segments](
+            q=tiles(q, D),
+            k=tiles(k, D),
+            v=tiles(v, tile["COLS"]),
+            y=tiles(y, tile["COLS"]),
+            rates=self.decay / math.log(2),
+            limit=self.limit(reverse),
+            before=before, head=head, down=down, across=across,
+            added=added,
+            T=T,
+            chunks=self.chunks,
+            H=H, D=D, REVERSE=reverse,
+            **tile)
 
 class ShortConv(nn.Module):
     """x plus a causal convolution of each channel by itself: two tokens side by side make one feature before attention
@@ -654,14 +993,19 @@ class Lightning(nn.Module):
         """x (B, T, C) -> y (B, T, C), aux."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (F.silu(proj(x)).unflatten(-1, (-1, self.head_dim)) for proj in projections)
+        y, aux = self.attend(q, k, v, ctx)
+        y = self.norm(y.flatten(2)).to(x.dtype) * self.gate_proj(x).sigmoid()
+        return self.o_proj(y), aux
+
+    def attend(self, q, k, v, ctx):
+        """q, k, v (B, T, H, D) -> y as q; aux, which is empty. It reads and writes the cache's state."""
         state = None
         if ctx.cache is not None:
             state = ctx.cache.state[ctx.cache.lane_of[ctx.layer]]
         y, last_state = lightning_attention(q, k, v, self.decay, ctx.end, state)
         if ctx.cache is not None:
             state.copy_(last_state)
-        y = self.norm(y.flatten(2)).to(x.dtype) * self.gate_proj(x).sigmoid()
-        return self.o_proj(y), {}
+        return y, {}
 
 # ---- layers --------------------------------------------------------------------------------------
 # A layer with MSA has an index branch besides: small queries and keys, whose products rank the key blocks. Attention

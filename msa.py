@@ -44,7 +44,7 @@ try:
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # no Triton on macOS: the torch half is complete
-    triton = tl = None
+    triton = tl = TensorDescriptor = None
 
 jit = triton.jit if triton else lambda kernel: kernel
 constexpr = tl.constexpr if triton else lambda value: value  # a kernel reads no other global
@@ -605,7 +605,7 @@ def _misfit(x, sizes):
         return f"sizes {sizes} are not powers of two from {low} to {high}"
     return None
 
-def _pick(impl, x, *sizes, grad=()):
+def _pick(impl, x, *sizes, grad=(), what="sparse attention"):
     """True for Triton. auto: on a GPU, in 16 bits, sizes powers of two from 16 to 128, no gradient; says why if not."""
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f"impl is {impl!r}, expected 'auto', 'triton' or 'torch'")
@@ -618,7 +618,7 @@ def _pick(impl, x, *sizes, grad=()):
         return True
     if impl == "triton":
         raise ValueError(f"impl='triton' does not fit: {why}")
-    warnings.warn(f"sparse attention runs in torch: {why}")  # Python shows a warning of one place once
+    warnings.warn(f"{what} runs in torch: {why}")  # Python shows a warning of one place once
     return False
 
 def implementation(device, dtype, *sizes):

@@ -41,8 +41,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from model import (LIGHTNING_CHUNK, Attention, MiniMax, MiniMaxConfig, attn_pattern, cache_bytes, count_params,
-                   decode_bytes)
+from model import LIGHTNING_CHUNK, MiniMax, MiniMaxConfig, attn_pattern, cache_bytes, count_params, decode_bytes
 from moe import max_violation
 from msa import cdiv, chunk, round_up
 from sample import (ICONV, LEARN_FROM, LOCK, PATTERN, Parser, Progress, SaveTimer, Threads, Tokenizer, cache_path,
@@ -563,13 +562,12 @@ def check_divergence(loss, norm, now):
 
 def compile_model(model, muon):
     """torch.compile, for a GPU, what lies between the kernels: norms, projections, rotations, experts, momentum.
-    Attention stays as it is: its kernels are our own, or torch's; Lightning's is made of plain operations. Layers of
-    one kind share their graphs, which torch keeps on disk for the next start."""
+    Attention stays as it is: its kernels are our own, or torch's. Layers of one kind share their graphs, which torch
+    keeps on disk for the next start."""
     import torch._functorch.config as cache  # here, as importing the compiler takes seconds
     cache.autograd_cache_allow_custom_autograd_functions = True  # or the experts' graphs, with _Rows, are not kept
     for block in [*model.layers, *(module.block for module in model.mtp)]:
-        if isinstance(block.attn, Attention):
-            block.attn.attend = torch.compiler.disable(one_layout(block.attn.attend))
+        block.attn.attend = torch.compiler.disable(one_layout(block.attn.attend))
         block.compile(dynamic=False)
     model.norm.compile(dynamic=False)
     muon.blend = torch.compile(muon.blend, dynamic=True)

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"  # before msa is imported: a kernel's decorator reads the flag
@@ -96,7 +97,7 @@ def compile_launch(launch):
 ARRAYS = {
     torch.bfloat16: "q k v qi ki scale part out dout dq dqi a b h",
     torch.float32: "lse stat index_stat delta share kl dk dv dki weight dweight loss slack block_score run_best "
-                   "run_upper run_lower",
+                   "run_upper run_lower rates before added",
     torch.int64: "ends",
 }
 NUMBERS = "T capacity n P V edge0".split()
@@ -146,6 +147,19 @@ def launch_by_hand():
     launch("backward", M2, **train, ROWS=32)
     launch("task_sum", M3, **train, types=dict(part=torch.float32, out=torch.float32))
     launch("slot_sum", M3, ROWS=16)
+
+    # Lightning: what segments add to states; outputs; their gradients. Of one document, and of several
+    tile = model.LIGHTNING_TILE
+    wide, narrow = (TensorDescriptor(MockTensor(torch.bfloat16), [2 ** 15, 8192], [8192, 1], [tile["ROWS"], columns])
+                    for columns in (128, tile["COLS"]))
+    walk = dict(tile, sizes=dict(H=64, D=128), k=wide, v=narrow, chunks=ANY, head=2 ** 17)
+    states = dict(walk, q=None, y=None, head=0, down=0, across=0)
+    outputs = dict(walk, q=wide, y=narrow, down=128, across=1)
+    turned = dict(walk, q=wide, y=narrow, down=1, across=128)
+    for limit, reverse in product((None, torch.int32), (False, True)):
+        launch("lightning", **states, REVERSE=reverse, types=dict(before=None, limit=limit))
+        launch("lightning", **outputs, REVERSE=reverse, types=dict(added=None, limit=limit))
+        launch("lightning", **turned, REVERSE=reverse, types=dict(added=None, limit=limit))
 
     # the gate and the loss, token by token
     gate = dict(I=512, OAI=True, ROWS=4, COLS=512)

@@ -2531,8 +2531,6 @@ def run_quality(args, machine):
         study_config(study, attn)      # what cannot be said of these layers is refused now
     path = cells_path(args, machine)
     known = read_cells(path)
-    if machine.gpu:
-        torch.backends.cuda.matmul.allow_tf32 = True  # MaskedMSA's scores: 10 bits, where bf16 has 7
 
     # what is to be done
     cells = {}
@@ -2541,7 +2539,12 @@ def run_quality(args, machine):
             cells[cell_key(study, attn, seeds)] = replace(study, seeds=seeds), attn
     todo = {key: cell for key, cell in cells.items() if key not in known}
     quality_card(study, path, len(cells), len(todo))
-    known.update(train_cells(todo, args, machine, path, start))
+    usual = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True  # MaskedMSA's scores: 10 bits, where bf16 has 7
+    try:
+        known.update(train_cells(todo, args, machine, path, start))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = usual
     left = [attn for key, (_, attn) in cells.items() if key not in known]
 
     rows = [row for key in cells for row in known.get(key, [])]

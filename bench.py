@@ -33,8 +33,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice, product
@@ -1677,9 +1679,14 @@ STUDIES = dict(
                    index_topk_blocks=4),
         mlp=128))
 
+def count_parameters(cfg):
+    with torch.device("meta"):
+        return sum(p.numel() for p in MiniMax(cfg).parameters())
+
 def study_config(study, attn):
     """The model of a kind of attention: as --attn of train.py; "msa-converted" has full attention first. Layers with
-    less in their attention have more in their MLPs, so that all models have as many parameters, within 0.1 %."""
+    less in their attention have more in their MLPs, so that all models have as many parameters, within 0.1 %.
+    ValueError for what is no kind of attention, or misses them by more."""
     n = study.model["n_layer"]
     fields = dict(study.model, vocab_size=study.vocab_size, max_seq_len=study.T * max(study.scales))
     fields["mlp_types"] = ["dense"] * n
@@ -1687,24 +1694,23 @@ def study_config(study, attn):
     def config(attn_types, width):
         return MiniMaxConfig(**fields, attn_types=attn_types, dense_dim=width)
 
-    def count(cfg):
-        with torch.device("meta"):
-            return sum(p.numel() for p in MiniMax(cfg).parameters())
-
-    wanted = count(config(["full"] * n, study.mlp))
+    wanted = count_parameters(config(["full"] * n, study.mlp))
     attn_types = attn_pattern(attn.removesuffix("-converted"), n)
+    if attn.endswith("-converted") and "msa" not in attn_types:
+        raise ValueError(f"attention {attn!r}: no layer of it has MSA, so that there is nothing to convert")
     a_unit = 3 * n * fields["n_embd"]  # parameters of an MLP's unit: two in, one out
-    more = wanted - count(config(attn_types, study.mlp))
+    more = wanted - count_parameters(config(attn_types, study.mlp))
     cfg = config(attn_types, study.mlp + round(more / a_unit))
-    if abs(count(cfg) - wanted) > 1e-3 * wanted:
-        raise ValueError(f"--attn {attn}: {count(cfg):,} parameters, and no width of its MLPs is nearer to {wanted:,}")
+    found = count_parameters(cfg)
+    if abs(found - wanted) > 1e-3 * wanted:
+        raise ValueError(f"--attn {attn}: {found:,} parameters, and no width of its MLPs is nearer to {wanted:,}")
     return cfg
 
 # ---- quality: tasks --------------------------------------------------------------------------------
 # A row is filler words, among which stand statements, and questions at its end:
 #     statement    name = value, or name = name; at a random multiple of 3
 #     question     ? name, whose answer is asked for after the name, and never shown
-#     local        2 statements and 2 questions in the last 10 tokens, within every window
+#     local        2 statements and 2 questions in the last 11 tokens, within every window
 #     needle       1 statement anywhere           mkey    T / 16 statements, 8 questions
 #     recall       T / 4 statements, 8 questions  (of T = 128 in training, as all such numbers)
 #     vt           variable tracking: T / 32 chains a = value, b = a, c = b, d = c, interleaved. An answer h statements
@@ -1852,12 +1858,11 @@ class TaskMaker:
         """What a guess gets right: among the values that stand in the row, or among all words, or all values for a
         single needle."""
         study = self.study
+        if task in ("cwe", "fwe"):
+            return (N_COMMON if task == "cwe" else N_FREQUENT) / study.n_words
         in_row = dict(local=2, needle=study.n_values, mkey=self.T // 16, recall=self.T // 4)
-        if task in in_row:
-            return 1 / min(in_row[task], study.n_values)
-        if task.startswith("vt"):
-            return study.chain / self.T
-        return (N_COMMON if task == "cwe" else N_FREQUENT) / study.n_words
+        n_values = in_row.get(task, self.T // study.chain)  # vt: one a chain
+        return 1 / min(n_values, study.n_values)
 
 def join_questions(parts, shape):
     """Questions of several tasks, (lead..., rows, ...) each -> one, with the rows side by side. Places without a
@@ -2192,9 +2197,9 @@ class Replicas:
                 fields = [getattr(batches, name)[step].flatten(0, 1) for name in ("idx", "place", "answers", "hop")]
                 self.losses = self.step(fields, index_warmup)
                 self.done += 1
-            is_finite = bool(torch.isfinite(self.losses).all())  # waits for the GPU
+            some_finite = bool(torch.isfinite(self.losses).any())  # waits for the GPU
             self.step_seconds += [(time.perf_counter() - began) / n]
-            if not is_finite:
+            if not some_finite:        # a model at too high a rate does not stop the others, and is not chosen
                 raise FloatingPointError(f"{self.attn}: losses {self.losses.tolist()} after step {self.done}")
             if progress:
                 progress(self.done, self.losses)
@@ -2372,10 +2377,12 @@ def run_cell(study, attn, device, dtype, say=print):
     plain = MiniMax(cfg)
     tokens = study.T * study.rows * len(study.groups)
     pos = torch.arange(study.T)
-    flops = plain.flops_per_token(pos, run_mtp=False)
+    dense_steps = replicas.dense_steps()
+    flops = (dense_steps * plain.flops_per_token(pos, index_warmup=True, run_mtp=False)
+             + (study.steps - dense_steps) * plain.flops_per_token(pos, run_mtp=False))
     facts = dict(
-        params=sum(p.numel() for p in plain.parameters()),
-        train_flops=flops * tokens * study.steps,
+        params=count_parameters(cfg),
+        train_flops=flops * tokens,
         tokens_per_s=R * tokens / statistics.median(replicas.step_seconds),
         seconds=round(seconds, 1))
 
@@ -2397,8 +2404,17 @@ def run_cell(study, attn, device, dtype, say=print):
 # there are as many processes as cores. Finished cells are lines of a file, so that a run that ends early goes on.
 
 
+CELL = b'{"key": "'                    # how a line begins
+
+
 def cells_path(args, machine):
-    return Path(args.cells or f"quality-{machine.device.type}.jsonl")
+    """The file of finished cells. ValueError where none can be written: better now than after the first cell."""
+    path = Path(args.cells or f"quality-{machine.device.type}.jsonl")
+    if not path.parent.is_dir():
+        raise ValueError(f"--cells {path}: there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"--cells {path}: it cannot be written")
+    return path
 
 def cell_key(study, attn, seeds):
     """What a cell's rows depend on."""
@@ -2410,8 +2426,9 @@ def read_cells(path):
     cells = {}
     if not path.exists():
         return cells
-    for number, line in enumerate(path.read_text().splitlines(keepends=True)):
-        if not line.endswith("\n"):
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True)):
+        is_cut = not line.endswith(b"\n")
+        if is_cut and (line.startswith(CELL) or CELL.startswith(line)):
             break
         try:
             cell = json.loads(line)
@@ -2428,10 +2445,18 @@ def append_cell(path, key, rows):
         file.truncate(len(whole))
         file.write(json.dumps(dict(key=key, rows=rows)).encode() + b"\n")
 
-def run_cell_alone(study, attn):
-    """A cell in a process of its own, on one core."""
+def begin_worker():
+    """A process for cells, on one core, which ends when its parent does, however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent says what there is to say
     torch.set_num_threads(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+def end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+def run_cell_alone(study, attn):
+    """A cell in a process of its own."""
     return run_cell(study, attn, torch.device("cpu"), torch.float32, partial(print, flush=True))
 
 def train_cells(cells, args, machine, path, start):
@@ -2443,6 +2468,8 @@ def train_cells(cells, args, machine, path, start):
     """
     done = {}
     longest = 0.0                      # seconds of a cell
+    if not cells:
+        return done
 
     def has_time():
         return args.minutes is None or time.perf_counter() - start + longest < 60 * args.minutes
@@ -2467,7 +2494,7 @@ def train_cells(cells, args, machine, path, start):
     context = multiprocessing.get_context("spawn")
     waiting = list(cells.items())
     running = {}
-    with ProcessPoolExecutor(workers, context) as pool:
+    with ProcessPoolExecutor(workers, context, begin_worker) as pool:
         try:
             while running or (waiting and has_time()):
                 while waiting and len(running) < workers and has_time():
@@ -2477,6 +2504,8 @@ def train_cells(cells, args, machine, path, start):
                     key, began = running.pop(future)
                     finish(key, future.result())
                     longest = max(longest, time.perf_counter() - began)
+        except BrokenProcessPool:
+            raise MemoryError("a process that trained was killed; fewer: --threads 1") from None
         except BaseException:          # Ctrl-C: nobody waits for what is under way
             for process in list(pool._processes.values()):
                 process.terminate()
@@ -2487,9 +2516,10 @@ def run_quality(args, machine):
     """--what quality: trains and tests what is not in the file yet, prints the table, what it says, and, when all is
     there, what a layer of each kind costs (`costs` of the result: see cost_row).
 
-    Rows: what = "quality", attn, task, scale, seed, accuracy and chance (0 to 1), steps, keys (the most that a layer
-    reads for a query), choice (index, oracle; None without MSA), block_recall, lr, params, train_flops and tokens_per_s
-    (of a model's training, and of all that train at once), decode_bytes (at this length, bf16), seconds.
+    Rows: what = "quality", attn, task, scale, seed, accuracy and chance (0 to 1), steps, keys (that a query reads in
+    MSA's layers, or without them the most in a layer), choice (index, oracle; None without MSA), block_recall, lr,
+    params, train_flops and tokens_per_s (of a model's training, and of all that train at once), decode_bytes (at this
+    length, bf16), seconds.
     """
     start = time.perf_counter()
     study = STUDIES[machine.device.type]
@@ -2501,8 +2531,6 @@ def run_quality(args, machine):
         study_config(study, attn)      # what cannot be said of these layers is refused now
     path = cells_path(args, machine)
     known = read_cells(path)
-    if machine.gpu:
-        torch.backends.cuda.matmul.allow_tf32 = True  # MaskedMSA's scores: 10 bits, where bf16 has 7
 
     # what is to be done
     cells = {}
@@ -2511,7 +2539,12 @@ def run_quality(args, machine):
             cells[cell_key(study, attn, seeds)] = replace(study, seeds=seeds), attn
     todo = {key: cell for key, cell in cells.items() if key not in known}
     quality_card(study, path, len(cells), len(todo))
-    known.update(train_cells(todo, args, machine, path, start))
+    usual = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True  # MaskedMSA's scores: 10 bits, where bf16 has 7
+    try:
+        known.update(train_cells(todo, args, machine, path, start))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = usual
     left = [attn for key, (_, attn) in cells.items() if key not in known]
 
     rows = [row for key in cells for row in known.get(key, [])]
@@ -2528,10 +2561,10 @@ def run_quality(args, machine):
 def quality_card(study, path, n_cells, n_todo):
     """What is compared, printed before anything runs."""
     cfg = study_config(study, study.attns[0])
-    n_params = sum(p.numel() for p in MiniMax(cfg).parameters())
+    n_params = [count_parameters(study_config(study, attn)) for attn in study.attns]
     tokens = study.T * study.rows * len(study.groups)
-    print(f"study   | {cfg.n_layer} layers of {cfg.n_embd} channels, {n_params:,} parameters, within 0.1 % for all; "
-          f"window {cfg.window}, MSA {cfg.index_topk_blocks} blocks of {cfg.index_block_size} keys")
+    print(f"study   | {cfg.n_layer} layers of {cfg.n_embd} channels, {min(n_params):,} to {max(n_params):,} "
+          f"parameters; window {cfg.window}, MSA {cfg.index_topk_blocks} blocks of {cfg.index_block_size} keys")
     print(f"train   | {study.steps:,} steps of {tokens:,} tokens, rows of {study.T}; rates {study.rates}, seeds "
           f"{study.seeds}; tested at {', '.join(f'{scale}x' for scale in study.scales)}")
     print(f"cells   | {n_cells - n_todo} of {n_cells} are in {path}", flush=True)
@@ -2562,7 +2595,9 @@ def print_quality(study, rows):
         print(f"{'chance':<36}|{line} |")
         for attn, keys, choice in dict.fromkeys((row["attn"], row["keys"], row["choice"]) for row in of_part):
             same = dict(attn=attn, keys=keys, choice=choice)
-            cells = ["/".join(f"{x:.0f}" for x in by_seed(of_part, task=task, **same)) for task in tasks]
+            found = {(row["task"], row["seed"]): f"{100 * row['accuracy']:.0f}"
+                     for row in of_part if same.items() <= row.items()}
+            cells = ["/".join(found.get((task, seed), "-") for seed in study.seeds) for task in tasks]
             line = "".join(f"{cell:>{width}}" for cell in cells)
             recalls = [row["block_recall"] for row in of_part if same.items() <= row.items() and choice]
             recall = f"{100 * statistics.mean(recalls):.0f} %" if recalls else ""
@@ -2601,7 +2636,7 @@ def quality_sentences(rows):
     hops = [task for task in tasks if task.startswith("vt")]
     attns = list(dict.fromkeys(row["attn"] for row in plain))
     scales = sorted({row["scale"] for row in plain})
-    told = [*hops[1:2], *hops[-1:]]
+    told = list(dict.fromkeys([*hops[1:2], *hops[-1:]]))
     if "cwe" in tasks:
         told.append("cwe")
     sentences = []
@@ -3086,7 +3121,8 @@ def parse_args(argv):
         raise ValueError("--what generate decodes a whole model and has no chart: leave out --shape and --figure")
     if args.out and args.what != "generate":
         raise ValueError(f"--out {args.out}: --what generate alone reads a checkpoint")
-    of_quality = dict(attn=args.attn, steps=args.steps, minutes=args.minutes, cells=args.cells)
+    attn = " ".join(args.attn) if args.attn else None
+    of_quality = dict(attn=attn, steps=args.steps, minutes=args.minutes, cells=args.cells)
     for name, value in of_quality.items():
         if value is not None and args.what != "quality":
             raise ValueError(f"--{name} {value}: --what quality alone")

@@ -27,11 +27,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 import weakref
 from collections import Counter, namedtuple
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
 from http.client import HTTPConnection
 from html.parser import HTMLParser
@@ -10120,6 +10122,926 @@ def test_bench_counts_training_flops():
     kl = 2 * H * D * read + 3 * 2 * Hkv * D * read
     assert found["msa"] == 3 * 4 * H * D * read + 2 * Hkv * D * pairs + kl
 
+# bench.py --what quality: the study of full, windowed, linear and sparse attention. Its tasks are read by a reader of
+# our own, its stacks of models are held against the models alone, its masked MSA against msa.py.
+MICRO = bench.Study(
+    attns=("full", "msa"), rates=(2e-3, 4e-3), seeds=(0, 1), steps=4,
+    T=32, scales=(1, 2), groups=("local", "mkey", "vt", "vt", "cwe"), rows=2, tests=4,
+    n_names=40, n_values=16, n_words=16, chain=16, hops=2, all_budgets=True,
+    model=dict(bench.SMALL_MODEL, n_layer=2, n_embd=32, head_dim=8, index_head_dim=8, index_block_size=4,
+               index_topk_blocks=3),
+    mlp=480)                           # so wide that a unit of it is 0.2 % of the parameters
+STUDIED = [(device, task) for device, study in bench.STUDIES.items() for task in study.tasks]
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+def made(study, task, scale, n):
+    """Rows of a task at a length."""
+    return bench.TaskMaker(study, scale * study.T, seeded()).make(task, n)
+
+@parametrize("device, attn", [(device, attn) for device, study in bench.STUDIES.items() for attn in study.attns])
+def test_all_kinds_of_attention_have_as_many_parameters(device, attn):
+    """Within 0.1 % of full attention's, on a GPU and on a CPU."""
+    study = bench.STUDIES[device]
+    full, other = (bench.count_parameters(bench.study_config(study, kind)) for kind in ("full", attn))
+    assert abs(other - full) <= 1e-3 * full
+
+def test_a_pattern_with_other_parameters_is_refused():
+    """A unit of the MLPs is too coarse for some patterns of a CPU's small model: one line names the two counts."""
+    with value_error("full:msa=1:1: 152,112 parameters, .* 151,888"):
+        bench.study_config(bench.STUDIES["cpu"], "full:msa=1:1")
+
+def test_all_kinds_of_attention_see_the_same_batches():
+    """Batches depend on the seed and the number of models alone: the same tokens in the same order."""
+    cpu = torch.device("cpu")
+    first, second = (bench.Replicas(MICRO, attn, cpu, torch.float32) for attn in ("swa", "msa"))
+    batches = [bench.make_batches(MICRO, replicas.generator, 3, replicas.R) for replicas in (first, second)]
+    assert torch.equal(batches[0].idx, batches[1].idx)
+    assert batches[0].idx.shape == (3, 4, len(MICRO.groups) * MICRO.rows, MICRO.T)
+    assert len(batches[0].idx.flatten(0, 2).unique(dim=0)) == 3 * 4 * len(MICRO.groups) * MICRO.rows
+
+def read_statements(row):
+    """Tokens of a row -> {name: (its place, what stands to the right of "=")}; no name is defined twice."""
+    statements = {}
+    for place, token in enumerate(row):
+        if token == bench.EQUALS:
+            assert row[place - 1] not in statements
+            statements[row[place - 1]] = place - 1, row[place + 1]
+    return statements
+
+def look_up(statements, token):
+    """Follow a name to its value -> the value, the number of lookups. Every statement stands before those that name
+    it."""
+    n_lookups = 0
+    before = math.inf
+    while token in statements:
+        place, token = statements[token]
+        assert place < before
+        before = place
+        n_lookups += 1
+    return token, n_lookups
+
+@parametrize("device, task", [case for case in STUDIED if case[1] not in ("cwe", "fwe")])
+@parametrize("scale", [1, 4])
+def test_every_answer_is_what_the_statements_say(device, task, scale):
+    """A reader who follows names to values finds each answer, in as many lookups as its hop says; none is shown."""
+    n_rows = 8
+    study = bench.STUDIES[device]
+    T = scale * study.T
+    questions = made(study, task, scale, n_rows)
+    names = range(bench.SPECIAL, bench.SPECIAL + study.n_names)
+    values = range(names.stop, names.stop + study.n_values)
+    n_asked = dict(local=2, needle=1, mkey=min(8, study.T // 16), recall=study.T // 16)
+    n_statements = dict(local=2, needle=1, mkey=T // 16, recall=T // 4, vt=T // study.chain * study.hops)
+    assert questions.idx.shape == (n_rows, T)
+    assert int(questions.idx.max()) < study.vocab_size
+
+    for row, places, answers, hops in zip(*(x.tolist() for x in vars(questions).values())):
+        statements = read_statements(row)
+        assert len(statements) == n_statements[task]
+        assert set(statements) <= set(names)
+        assert all(row[place - 1] == bench.EQUALS for place, token in enumerate(row) if token in values)
+        for place, (answer,), hop in zip(places, answers, hops):
+            value, n_lookups = look_up(statements, row[place])
+            assert value == answer
+            assert value in values
+            if hop < 0:
+                assert row[place - 1] == bench.EQUALS
+                continue
+            assert row[place - 1] == bench.ASK
+            assert n_lookups == max(1, hop)
+            assert row[place + 1:place + 2] in ([], [bench.ASK])
+
+        asked = [(row[place], hop) for place, hop in zip(places, hops) if hop >= 0]
+        assert len(set(asked)) == len(asked)  # nothing is asked twice
+        references = [right for _, right in statements.values() if right in names]
+        assert sum(token in names for token in row) == len(statements) + len(references) + len(asked)
+        assert places[len(asked) - 1] == T - 1
+        if task == "vt":
+            of_hop = Counter(hop for _, hop in asked)
+            assert of_hop == {hop: study.T // study.chain for hop in range(1, study.hops + 1)}
+            n_references = T // study.chain * (study.hops - 1)
+            assert len(set(places[len(asked):])) == n_references
+        else:
+            assert len(asked) == n_asked[task]
+        if task == "local":
+            assert min(place for place, _ in statements.values()) >= T - 11
+
+@parametrize("task", ["cwe", "fwe"])
+@parametrize("scale", [1, 4])
+def test_the_words_that_are_asked_for_are_the_most_frequent(task, scale):
+    """Counted word by word: cwe's four have 4 % each, fwe's counts fall as rank ** -1.5, both without a tie."""
+    study = bench.STUDIES["cuda"]
+    n = scale * study.T - 1
+    words = range(bench.SPECIAL + study.n_names + study.n_values, study.vocab_size)
+    k, question = dict(cwe=(4, bench.COMMON), fwe=(3, bench.FREQUENT))[task]
+    questions = made(study, task, scale, 8)
+
+    for row, (place,), (answer,) in zip(*(x.tolist() for x in (questions.idx, questions.place, questions.answers))):
+        assert place == n
+        assert row[n] == question
+        counts = Counter(row[:n]).most_common()
+        assert {word for word, _ in counts} <= set(words)
+        assert {word for word, _ in counts[:k]} == set(answer)
+        assert counts[k - 1][1] > counts[k][1]
+        found = [count for _, count in counts]
+        if task == "cwe":
+            assert found[:k] == [round(0.04 * n)] * k
+            assert max(found[k:]) - min(found[k:]) <= 1
+        else:
+            total = sum(rank ** -1.5 for rank in range(1, 65))
+            assert found[1:] == [count for rank in range(2, 65) if (count := int(n * rank ** -1.5 / total))]
+    assert len(questions.answers.flatten(1).sort(-1).values.unique(dim=0)) > 4  # not always the same ones
+
+@parametrize("device, task", STUDIED)
+@parametrize("scale", [1, 8])
+def test_chance_is_what_a_guess_gets(device, task, scale):
+    """A guesser who picks one of the values in the row (a needle: of all values; cwe and fwe: of all words)."""
+    n_rows = 2000
+    study = bench.STUDIES[device]
+    maker = bench.TaskMaker(study, scale * study.T, seeded())
+    questions = maker.make(task, n_rows)
+    k = questions.answers.size(2)
+    asked = questions.hop >= 0
+    n_asked = int(asked[0].sum())
+    first, n = (maker.words, study.n_words) if k > 1 else (maker.values, study.n_values)
+    possible = torch.ones(n_rows, n)
+    if task not in ("needle", "cwe", "fwe"):
+        is_value = (questions.idx >= first) & (questions.idx < first + n)
+        of_row = (questions.idx - first).clamp(0, n - 1)
+        possible = torch.zeros(n_rows, n).scatter_add_(1, of_row, is_value.float()).clamp(max=1)
+
+    draws = [torch.multinomial(possible, k, generator=seeded(draw)) for draw in range(n_asked)]
+    guesses = torch.stack(draws, 1) + first
+    answers = questions.answers[asked].view(n_rows, n_asked, k)
+    right = (guesses[..., None] == answers[..., None, :]).any(-1).float().mean(-1)
+    chance = maker.chance(f"{task}2" if task == "vt" else task)
+    standard_error = math.sqrt(chance * (1 - chance) / (n_rows * n_asked * k))
+    assert abs(right.mean().item() - chance) < 5 * standard_error
+
+def test_joined_questions_have_no_right_answers_beside_their_own():
+    """Where a task has fewer questions or answers the rest is -1: not right, in no hop, in no loss."""
+    n = 3
+    tasks = ("local", "vt", "cwe")
+    parts = [made(MICRO, task, 1, n) for task in tasks]
+    joined = bench.join_questions(parts, (1,))
+    Q = max(part.place.size(1) for part in parts)
+    assert joined.idx.shape == (1, n * len(tasks), MICRO.T)
+    assert joined.answers.shape == (1, n * len(tasks), Q, 4)
+
+    for number, part in enumerate(parts):
+        rows = slice(number * n, (number + 1) * n)
+        q, k = part.answers.shape[1:]
+        assert torch.equal(joined.idx[0, rows], part.idx)
+        assert torch.equal(joined.place[0, rows, :q], part.place)
+        assert torch.equal(joined.hop[0, rows, :q], part.hop)
+        assert torch.equal(joined.answers[0, rows, :q, :k], part.answers)
+        assert int((joined.answers[0, rows] >= 0).sum()) == part.answers.numel()
+        assert (joined.hop[0, rows, q:] == -1).all()
+        assert (joined.place[0, rows, q:] == 0).all()
+
+def test_tests_are_the_same_for_all_and_nobodys_training():
+    """A test's rows depend on its task and length alone; no seed of a test is another's, or training's."""
+    seeds = []
+    real = bench.TaskMaker.__init__
+
+    def noted(maker, study, T, generator):
+        seeds.append(generator.initial_seed())
+        real(maker, study, T, generator)
+
+    cpu = torch.device("cpu")
+    for study in bench.STUDIES.values():
+        alone = dataclasses.replace(study, attns=("lightning",), rates=(0.1,))
+        training = [bench.SEED + seed for seed in study.seeds]
+        seeds.clear()
+        for task, seed in itertools.product(study.tasks, (bench.TEST_SEED, bench.CHOICE_SEED)):
+            for scale in study.scales if seed == bench.TEST_SEED else (1,):
+                with mock.patch.object(bench.TaskMaker, "__init__", noted):
+                    first, second = (bench.test_rows(each, task, scale, cpu, seed) for each in (study, alone))
+                assert torch.equal(first.idx, second.idx)
+                assert len(first.idx) == study.tests // (1 if scale <= 2 else 2)
+        each_once = seeds[::2]
+        assert not set(each_once) & set(training)
+        assert len(set(each_once)) == len(each_once)
+
+def random_norms(model):
+    """A model whose norms differ from the identity, and from another seed's."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 1:
+                p.add_(0.2 * torch.randn_like(p))
+    return model
+
+def models_and_stack(attn, study=MICRO, R=2):
+    """R models of other seeds, and copies of them stacked, in training."""
+    models = []
+    for seed in range(R):
+        torch.manual_seed(seed)
+        models.append(random_norms(MiniMax(bench.study_config(study, attn))).train())
+    return models, bench.stack_models(copy.deepcopy(models)).train()
+
+def plain_names(model):
+    """The parameters by the names that they have in a model that is not stacked."""
+    return {name.replace(".attn.attn.", ".attn."): p for name, p in model.named_parameters()}
+
+def joined_batch(study, n, seed=0):
+    """A batch of training for n models: Questions (n * rows, ...)."""
+    batch = bench.make_batches(study, seeded(seed), 1, n)
+    return bench.Questions(*(x[0].flatten(0, 1) for x in vars(batch).values()))
+
+def loss_of_one(model, batch, index_warmup):
+    """A plain model's loss, question by question, and the KL of its index branch, the mean over queries."""
+    logits, losses, _ = model(batch.idx, n_logits=batch.idx.size(1), index_warmup=index_warmup)
+    logp = logits.log_softmax(-1)
+    rows = []
+    for row, (places, answers) in enumerate(zip(batch.place.tolist(), batch.answers.tolist())):
+        of_row = [-logp[row, place, token] for place, tokens in zip(places, answers) for token in tokens if token >= 0]
+        rows.append(sum(of_row) / len(of_row))
+    n_queries = batch.idx.numel() / model.cfg.index_kl_stride
+    return sum(rows) / len(rows), losses.kl.sum() / n_queries, logits
+
+@named("attn, index_warmup", {
+    "full": ("full", False),
+    "MSA": ("msa", False),
+    "MSA warms up": ("msa", True),
+    "window": ("swa:full=1:1", False),
+    "Lightning": ("full:lightning=1:1", False)})
+def test_stacked_models_are_the_models_alone(attn, index_warmup):
+    """Two models in a stack: logits, losses and each one's gradients are those that it has alone, to fp32 rounding."""
+    R = 2
+    models, stack = models_and_stack(attn)
+    batch = joined_batch(MICRO, R)
+    logits, _, _ = bench.answer_logits(stack, batch, index_warmup)
+    loss, kl = bench.study_loss(stack, batch, R, index_warmup)
+    (loss.sum() + kl).backward()
+    of_stack = plain_names(stack)
+
+    kls = []
+    for number, model in enumerate(models):
+        rows = slice(number * len(batch.idx) // R, (number + 1) * len(batch.idx) // R)
+        part = bench.Questions(*(x[rows] for x in vars(batch).values()))
+        alone, its_kl, all_logits = loss_of_one(model, part, index_warmup)
+        kls.append(its_kl)
+        (alone + its_kl).backward()
+        at_questions = all_logits.gather(1, part.place[..., None].expand(-1, -1, all_logits.size(-1)))
+        assert worst(logits[rows], at_questions) < 1e-5
+        assert worst(loss[number], alone) < 1e-5
+        for name, p in model.named_parameters():
+            assert worst(of_stack[name][number], p) == 0
+            assert worst(of_stack[name].grad[number], p.grad) < 1e-5, name
+    assert worst(kl, sum(kls)) < 1e-5
+    assert (kl > 0) == ("msa" in attn)
+
+@parametrize("attn", ["msa:lightning=1:1", "swa:full=1:1"])
+def test_no_models_data_touches_another(attn):
+    """The loss of model 0 has no gradient in model 1, and does not change with the rows of model 1."""
+    R = 2
+    _, stack = models_and_stack(attn)
+    batch = joined_batch(MICRO, R)
+    loss, _ = bench.study_loss(stack, batch, R, False)
+    loss[0].backward()
+    of_index = [p for name, p in stack.named_parameters() if "indexer" in name]
+    grads = [p.grad for p in stack.parameters() if p.grad is not None]
+    assert len(grads) == len(list(stack.parameters())) - len(of_index)  # those learn from the KL alone
+    assert all(grad[0].any() for grad in grads)
+    assert not any(grad[1].any() for grad in grads)
+
+    half = len(batch.idx) // R
+    batch.idx[half:] = bench.SPECIAL
+    changed, _ = bench.study_loss(stack, batch, R, False)
+    assert changed[0] == loss[0]
+    assert changed[1] != loss[1]
+
+def test_stacked_optimizers_are_trains():
+    """Muon and Adam of a stack, each model at its own rate: the steps of train.py's Muon and torch's AdamW, to fp32
+    rounding, over a whole schedule."""
+    n_steps = 12
+    rates = torch.tensor([0.02, 0.05])
+    models, stack = models_and_stack("msa:lightning=1:1")
+    optimizer = bench.ReplicaOptimizer(stack, rates, n_steps)
+    of_stack = plain_names(stack)
+    pairs = []
+    for model in models:
+        muon, adamw = train.configure_optimizers(model, 1.0)[0]
+        for group in adamw.param_groups:
+            group.update(bench.ADAM)
+        adamw.param_groups[0]["scale"] = bench.STUDY_EMBED_SCALE
+        assert adamw.param_groups[0]["params"] == [model.embed.weight]
+        pairs.append((muon, adamw))
+
+    start = {name: p.detach().clone() for name, p in of_stack.items()}
+    for step in range(n_steps):
+        torch.manual_seed(step)
+        for p in of_stack.values():
+            p.grad = torch.randn_like(p)
+        for number, (model, pair) in enumerate(zip(models, pairs)):
+            for name, p in model.named_parameters():
+                p.grad = of_stack[name].grad[number].clone()
+            share = train.schedule(step / n_steps, bench.WARMUP, bench.DECAY)
+            train.set_rates(pair, rates[number].item() * share)
+            for each in pair:
+                each.step()
+        optimizer.step()
+
+    for number, model in enumerate(models):
+        for name, p in model.named_parameters():
+            assert worst(of_stack[name][number], p) < 1e-5, name
+            assert worst(of_stack[name][number], start[name][number]) > 1e-2
+
+def test_replicas_go_rate_by_rate():
+    """A seed has the same weights at each rate, another seed has others; each model's rate is that of its place."""
+    replicas = bench.Replicas(MICRO, "full", torch.device("cpu"), torch.float32)
+    low, high = MICRO.rates
+    assert replicas.optimizer.rates.tolist() == pytest.approx([low, low, high, high])
+    for name, p in replicas.model.named_parameters():
+        assert torch.equal(p[:2], p[2:]), name
+        is_norm = p[0].dim() == 1
+        assert torch.equal(p[0], p[1]) == is_norm, name
+        if is_norm:
+            assert (p == bench.GAIN * name.endswith(("q_norm.weight", "k_norm.weight"))).all()
+
+def test_models_that_are_taken_stay_as_they_are():
+    """Some of the stacked models, in the order asked for: further training moves the originals alone."""
+    _, stack = models_and_stack("msa", R=3)
+    taken = bench.take_models(stack, [2, 0])
+    batch = joined_batch(MICRO, 3)
+    optimizer = bench.ReplicaOptimizer(stack, torch.full((3,), 0.1), 10)
+    before = [p.detach().clone() for p in stack.parameters()]
+    loss, kl = bench.study_loss(stack, batch, 3, False)
+    (loss.sum() + kl).backward()
+    optimizer.step()
+    assert not taken.training
+    for old, now, copied in zip(before, stack.parameters(), taken.parameters(), strict=True):
+        assert torch.equal(copied, old[[2, 0]])
+        assert not torch.equal(now, old)
+    bench.set_choice(taken, 1, "oracle")
+    assert stack.cfg.index_topk_blocks == MICRO.model["index_topk_blocks"]
+    assert stack.layers[0].attn.choice == "index"
+
+def test_rows_are_those_of_the_chosen_rate():
+    """cell_rows tests the models of one rate, seed by seed, at every budget."""
+    replicas = bench.Replicas(MICRO, "msa", torch.device("cpu"), torch.float32)
+    for number in range(replicas.R):
+        replicas.model.lm_head.weight.data[number] = number / 10
+    tested = []
+
+    def mark(study, model, R, task, scale):
+        assert R == len(MICRO.seeds)
+        tested.append((scale, task, model.cfg.index_topk_blocks, model.layers[1].attn.choice))
+        marks = model.lm_head.weight[:, 0, 0].tolist()
+        return {task: (marks, marks)}
+
+    with mock.patch.object(bench, "test_models", mark):
+        rows = bench.cell_rows(MICRO, replicas, (1, 2), 4, 1, {})
+    S = MICRO.model["index_topk_blocks"]
+    both = ("index", "oracle")
+    of_scale = {1: [(S, choice) for choice in both], 2: [(blocks, choice) for blocks in (S, 2 * S) for choice in both]}
+    assert tested == [(scale, task, *budget) for scale in (1, 2) for task in MICRO.tasks for budget in of_scale[scale]]
+    assert {row["lr"] for row in rows} == {MICRO.rates[1]}
+    for row in rows:
+        assert row["accuracy"] == pytest.approx((2 + row["seed"]) / 10)
+        assert row["block_recall"] == row["accuracy"]
+
+def msa_layer(T=32, **fields):
+    """An MSA layer, the same with masked scores, its input and its context."""
+    B = 2
+    torch.manual_seed(3)
+    cfg = bench.study_config(dataclasses.replace(MICRO, model=dict(MICRO.model, **fields)), "msa")
+    layer = MiniMax(cfg).layers[0].attn
+    random_norms(layer)
+    for p in layer.parameters():
+        p.data *= 2                    # choices and attention that are far from uniform
+    masked = bench.MaskedMSA(copy.deepcopy(layer), "index")
+    x = torch.randn(B, T, cfg.n_embd)
+    rope = rope_tables(torch.arange(T).expand(B, T), cfg.rotary_dim, cfg.rope_theta)
+    return layer, masked, x, Context(rope, weight=torch.ones(B, T))
+
+@parametrize("index_warmup", [False, True])
+@parametrize("stride", [1, 4])
+def test_masked_msa_trains_as_msa(index_warmup, stride):
+    """Masked scores, at short lengths, are the gathered blocks of model.Attention: output, KL and every gradient."""
+    layer, masked, x, ctx = msa_layer(index_kl_stride=stride)
+    ctx.index_warmup = index_warmup
+    upstream = torch.randn(x.shape)
+    found = []
+    for attend in (layer, masked):
+        inputs = [x.clone().requires_grad_(), *attend.parameters()]
+        y, aux = attend.train()(inputs[0], ctx)
+        kl = aux["index_kl"]
+        of_output = torch.autograd.grad(y, inputs, upstream, retain_graph=True, allow_unused=True)
+        of_kl = torch.autograd.grad(kl, inputs, allow_unused=True)
+        found.append((y, kl, of_output, of_kl))
+
+    (y, kl, of_output, of_kl), (masked_y, masked_kl, masked_of_output, masked_of_kl) = found
+    n_parameters = len(list(layer.parameters()))
+    assert relative(masked_y, y) < 1e-5
+    assert relative(masked_kl, kl) < 1e-5
+    assert kl > 0.1
+    pairs = list(zip((*masked_of_output, *masked_of_kl), (*of_output, *of_kl), strict=True))
+    assert sum(want is not None for _, want in pairs) == 1 + n_parameters  # each learns from one of the two
+    for got, want in pairs:
+        assert (got is None) == (want is None)
+        if want is not None:
+            assert relative(got, want) < 1e-5
+
+@parametrize("values", [None, 2, 3])
+def test_ranked_blocks_are_the_selected_ones(values):
+    """The rank rule chooses what msa.select_blocks' sort does; few values of q and k make many ties."""
+    B, T, Hkv, D, L = 2, 48, 2, 4, 4
+    _, masked, _, _ = msa_layer()
+    qi = torch.randn(B, T, Hkv, D, generator=seeded())
+    ki = torch.randn(B, T, D, generator=seeded(1))
+    if values:
+        qi = torch.randint(0, values, qi.shape, generator=seeded()).float()
+        ki = torch.randint(0, values, ki.shape, generator=seeded(1)).float()
+    for S in (1, 2, 3, 5, 20):
+        ranked = masked.rank_blocks(qi, ki, torch.arange(T), S, L)
+        selected = msa.chosen_blocks(msa.select_blocks(qi, ki, S, L, impl="torch"), T // L)
+        assert torch.equal(ranked, selected)
+
+def heaviest_by_hand(layer, x, ctx):
+    """The block sets (B, T, Hkv) of most probability, a mean over a group's heads, in fp64, query by query."""
+    cfg = layer.cfg
+    S, L = cfg.index_topk_blocks, cfg.index_block_size
+    q, k, _, _, _ = (y.double() for y in layer.project(x, ctx.rope))
+    B, T, H, D = q.shape
+    G = H // k.size(2)
+    sets = {}
+    for b, t, g in itertools.product(range(B), range(T), range(k.size(2))):
+        scores = q[b, t, g * G:(g + 1) * G] @ k[b, :t + 1, g].T / D ** 0.5
+        mass = scores.softmax(-1).mean(0)
+        blocks = [mass[first:first + L].sum().item() for first in range(0, t + 1, L)]
+        earlier = sorted(range(t // L), key=lambda block: -blocks[block])
+        sets[b, t, g] = {t // L, *earlier[:S - 1]}
+    return sets
+
+def test_the_oracle_reads_the_heaviest_blocks():
+    """Which they are by brute force, what share of them the index branch found, and that the oracle reads them."""
+    layer, masked, x, ctx = msa_layer()
+    masked.eval()
+    S, L = layer.cfg.index_topk_blocks, layer.cfg.index_block_size
+    q, k, v, qi, ki = layer.project(x, ctx.rope)
+    wanted = heaviest_by_hand(layer, x, ctx)
+    chosen = msa.select_blocks(qi, ki, S, L)
+    block_idx = torch.full_like(chosen, -1)
+    share = torch.full(chosen.shape[:3], math.nan)
+    for place, blocks in wanted.items():
+        b, t, g = place
+        block_idx[b, t, g, :len(blocks)] = torch.tensor(sorted(blocks))
+        if t // L >= S:
+            found = blocks & set(chosen[b, t, g].tolist())
+            share[b, t, g] = (len(found) - 1) / (S - 1)
+
+    model = torch.nn.Sequential(masked)
+    model.cfg = masked.attn.cfg
+    bench.set_choice(model, S, "oracle")
+    with torch.no_grad():
+        y, aux = masked(x, ctx)
+        by_index = layer.eval().o_proj(msa.msa_attention(q, k, v, chosen, L).flatten(2))
+        by_mass = layer.o_proj(msa.msa_attention(q, k, v, block_idx, L).flatten(2))
+    assert relative(y, by_mass) < 1e-5
+    assert relative(y, by_index) > 0.05
+    assert torch.equal(aux["found"].isnan(), share.isnan())
+    assert worst(aux["found"].nan_to_num(), share.nan_to_num()) < 1e-6
+    assert 0.1 < share.nanmean() < 0.9
+
+    bench.set_choice(model, S, "index")
+    with torch.no_grad():
+        assert relative(masked(x, ctx)[0], by_index) < 1e-5
+        ctx.index_warmup = True
+        dense, _ = layer(x, ctx)
+        assert relative(masked(x, ctx)[0], dense) < 1e-5
+
+def test_rows_and_answers_weigh_the_same(monkeypatch):
+    """The loss by hand: a row's is the mean over its answers, a model's the mean over its rows."""
+    half, quarter, eighth = (-math.log(p) for p in (0.5, 0.25, 0.125))
+    logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log().expand(4, 2, 4) + 7
+    answers = torch.tensor([
+        [[0, -1], [-1, -1]],           # one answer: a half
+        [[1, -1], [2, -1]],            # two: a quarter, an eighth
+        [[0, 1], [-1, -1]],            # one question with two
+        [[3, -1], [3, -1]]])
+    batch = bench.Questions(torch.zeros(4, 8).long(), torch.zeros(4, 2).long(), answers, torch.zeros(4, 2).long())
+    losses = SimpleNamespace(kl=torch.tensor([6.0, 2.0]))
+    monkeypatch.setattr(bench, "answer_logits", lambda *args: (logits, losses, {}))
+    model = SimpleNamespace(cfg=SimpleNamespace(index_kl_stride=4))
+    loss, kl = bench.study_loss(model, batch, 2, False)
+    assert loss[0].item() == pytest.approx((half + (quarter + eighth) / 2) / 2)
+    assert loss[1].item() == pytest.approx(((half + quarter) / 2 + eighth) / 2)
+    assert kl.item() == pytest.approx((6 + 2) / (2 * 8 / 4))  # two rows of eight tokens, every fourth learns
+
+def test_hits_by_hand():
+    """The share of the k right tokens that are among the k likeliest, in any order."""
+    logits = torch.tensor([[[5.0, 4, 3, 2, 1], [1, 2, 3, 4, 5]]])
+    assert bench.hits(logits, torch.tensor([[[0], [0]]])).tolist() == [[1, 0]]
+    assert bench.hits(logits, torch.tensor([[[1], [4]]])).tolist() == [[0, 1]]
+    assert bench.hits(logits, torch.tensor([[[1, 0], [4, 0]]])).tolist() == [[1, 0.5]]
+    found = bench.hits(logits, torch.tensor([[[4, 0, 3], [0, 1, 2]]]))
+    assert found.tolist() == [pytest.approx([1 / 3, 1 / 3])]
+
+def test_tests_count_each_hop_by_itself(monkeypatch):
+    """Model 0 answers everything, model 1 hop 1 alone: each has its own accuracy, and training's questions none."""
+    def answers_as_logits(model, batch):
+        n = len(batch.idx) // 2
+        known = torch.cat([torch.ones_like(batch.hop[:n]), (batch.hop[n:] == 1).long()])
+        logits = F.one_hot(batch.answers[..., 0], MICRO.vocab_size) * known[..., None]
+        return logits.float(), None, {}
+
+    model = SimpleNamespace(embed=SimpleNamespace(weight=torch.zeros(1)), cfg=SimpleNamespace(n_head=4))
+    monkeypatch.setattr(bench, "answer_logits", answers_as_logits)
+    found = bench.test_models(MICRO, model, 2, "vt", 2)
+    assert found == dict(vt1=([1, 1], None), vt2=([1, 0], None))
+    monkeypatch.setattr(bench, "SCORES_AT_ONCE", 1)  # row by row
+    assert bench.test_models(MICRO, model, 2, "vt", 2) == found
+
+def test_the_best_rate_is_the_best_mean_over_seeds():
+    """Not the one with the best seed."""
+    study = dataclasses.replace(MICRO, rates=(1e-3, 2e-3, 4e-3), seeds=(0, 1))
+    assert bench.pick_rate(study, [0.5, 0.5, 0.7, 0.6, 0.9, 0.2]) == 1
+    assert bench.pick_rate(study, [0.9, 0.2, 0.5, 0.5, 0.7, 0.6]) == 2
+
+def test_budgets_and_keys():
+    """MSA is tested with training's blocks and with a share of all; keys are counted by hand."""
+    cfgs = {attn: bench.study_config(MICRO, attn) for attn in ("full", "msa", "full:msa=1:1", "swa:full=1:1", "swa",
+                                                               "lightning", "lightning:full=1:1")}
+    both = ("index", "oracle")
+    S, L = MICRO.model["index_topk_blocks"], MICRO.model["index_block_size"]
+    assert bench.budgets(MICRO, cfgs["msa"], 4) == [(S, both[0]), (S, both[1]), (4 * S, both[0]), (4 * S, both[1])]
+    assert bench.budgets(MICRO, cfgs["full:msa=1:1"], 1) == [(S, both[0]), (S, both[1])]
+    assert bench.budgets(MICRO, cfgs["full"], 4) == [(S, "index")]
+    assert bench.budgets(dataclasses.replace(MICRO, all_budgets=False), cfgs["msa"], 4) == [(S, "index")]
+
+    keys = {attn: bench.keys_read(cfg, 64) for attn, cfg in cfgs.items()}
+    assert keys == {"full": 64, "msa": S * L, "full:msa=1:1": S * L, "swa:full=1:1": 64, "swa": 16, "lightning": None,
+                    "lightning:full=1:1": 64}
+    assert bench.keys_read(cfgs["msa"], 8) == 8
+    assert bench.keys_read(cfgs["swa"], 8) == 8
+
+def quality_row(attn, task, scale, seed, accuracy, keys=None, choice=None, **fields):
+    """A row of --what quality after the last of 10 steps."""
+    row = dict(
+        what="quality", attn=attn, task=task, scale=scale, seed=seed, accuracy=accuracy, chance=0.25, steps=10,
+        keys=keys, choice=choice, block_recall=0.5 if choice else None, lr=1e-3, params=1000, train_flops=1e9,
+        tokens_per_s=1e4, decode_bytes=4096 * scale, seconds=1.0)
+    return dict(row, **fields)
+
+def quality_rows():
+    """Two seeds of full attention, the second first, and of MSA with two budgets and choices, one of Lightning, at two
+    lengths; full attention also at half of the steps."""
+    rows = []
+    tasks = ("mkey", "vt1", "vt2", "cwe")
+    for scale, seed in itertools.product((1, 2), (1, 0)):
+        for task in tasks:
+            rows.append(quality_row("full", task, scale, seed, 0.9 - 0.2 * seed, keys=32 * scale))
+            for keys, choice, accuracy in ((12, "index", 0.4), (12, "oracle", 0.5), (24, "index", 0.6)):
+                if keys == 12 or scale == 2:
+                    rows.append(quality_row("msa", task, scale, seed, accuracy + 0.1 * seed, keys, choice))
+    rows += [quality_row("full", task, 1, 0, 0.11, keys=32, steps=5) for task in tasks]
+    rows += [quality_row("lightning", task, 1, 0, 0.3) for task in tasks]
+    rows += [quality_row("lightning", task, 2, 0, 0.2) for task in tasks]
+    return rows
+
+def test_rows_of_quality_are_summed_up():
+    """Seeds in order, means over seeds, MSA at the budget and with the choice of training, in the sentences too."""
+    rows = quality_rows()
+    shown = bench.by_seed(rows, attn="full", task="vt2", scale=2, steps=10)
+    assert shown == pytest.approx([90, 70])
+    assert bench.mean_right(rows, attn="full", task="vt2", scale=2) == pytest.approx(80)
+    assert bench.mean_right(rows, attn="none") is None
+
+    plain = bench.fewest_keys(rows)
+    assert {row["steps"] for row in plain} == {10}
+    assert {(row["keys"], row["choice"]) for row in plain if row["attn"] == "msa"} == {(12, "index")}
+    assert len(plain) == 16 + 16 + 8
+
+    sentences = bench.quality_sentences(rows)
+    assert len(sentences) == 2 * 2 + 1  # vt2 and cwe at two lengths, and MSA's budgets
+    assert "vt2 at 1x: full 80, msa 45, lightning 30; chance 25 (means over seeds)" in sentences
+    assert "cwe at 2x: full 80, msa 45, lightning 20; chance 25 (means over seeds)" in sentences
+    assert sentences[-1] == "cwe at 2x, msa: 12 keys by index 45, 12 keys by oracle 55, 24 keys by index 65"
+    assert bench.quality_sentences([]) == []
+
+def test_the_table_of_quality(capsys):
+    """A part a length, a line an attention and budget, a seed that is missing as a dash."""
+    bench.print_quality(MICRO, quality_rows())
+    parts = capsys.readouterr().out.strip().split("\n\n")
+    first, second, half, costs = (part.splitlines() for part in parts)
+    assert first[0].startswith("32 tokens, 1x those of training, after 10 steps")
+    assert second[0].startswith("64 tokens, 2x those of training, after 10 steps")
+    assert half[0].startswith("32 tokens, 1x those of training, after 5 steps")
+
+    cells = [line.replace("|", " ").split() for line in second[2:]]
+    assert cells == [
+        ["chance", *["25"] * 4],
+        ["full", "64", *["90/70"] * 4],
+        ["msa", "12", "index", *["40/50"] * 4, "50", "%"],
+        ["msa", "12", "oracle", *["50/60"] * 4, "50", "%"],
+        ["msa", "24", "index", *["60/70"] * 4, "50", "%"],
+        ["lightning", "state", *["20/-"] * 4]]
+    assert [line.split()[0] for line in first[2:]] == ["chance", "full", "msa", "msa", "lightning"]
+    assert [line.split()[0] for line in costs[1:]] == ["full", "msa", "lightning"]
+    assert "4,096 8,192" in costs[1]
+
+    bench.print_quality(MICRO, [])
+    assert capsys.readouterr().out == ""
+
+def test_the_figure_of_quality(tmp_path):
+    """A chart for several needles, the hops and common words, a line for each attention."""
+    figure = tmp_path / "quality.svg"
+    bench.draw_quality(figure, MICRO, quality_rows(), "a machine")
+    labels = labels_of(figure)
+    assert {"full", "msa", "lightning", "chance", "several needles", "2 lookups in a row", "common words"} <= labels
+    assert {"1x", "2x"} <= labels
+
+QUALITY_FIELDS = """what attn task scale seed accuracy chance steps keys block_recall train_flops decode_bytes
+    choice lr params tokens_per_s seconds"""
+
+@lru_cache
+def micro_cell(attn):
+    """The rows of a kind of attention, trained and tested at MICRO's size; not to be changed."""
+    said = []
+    rows = bench.run_cell(MICRO, attn, torch.device("cpu"), torch.float32, said.append)
+    assert len(said) == 2              # at the last step, and after the tests
+    return rows
+
+@parametrize("attn", ["full", "msa", "msa-converted", "swa:full=1:1", "lightning"])
+def test_a_cell_of_quality_has_all_rows(attn):
+    """Every task, length, budget and seed at the end, the training's length at half; each with all its fields."""
+    rows = micro_cell(attn)
+    tasks = ("local", "mkey", "vt1", "vt2", "cwe")
+    is_sparse = attn.startswith("msa")
+    n_budgets = {1: 2, 2: 4} if is_sparse else {1: 1, 2: 1}
+    wanted = Counter()
+    for task, seed in itertools.product(tasks, MICRO.seeds):
+        wanted[4, 1, task, seed] = n_budgets[1]
+        wanted[4, 2, task, seed] = n_budgets[2]
+        wanted[2, 1, task, seed] = n_budgets[1]
+    assert Counter((row["steps"], row["scale"], row["task"], row["seed"]) for row in rows) == wanted
+
+    for row in rows:
+        assert has_keys(row, QUALITY_FIELDS)
+        assert row["attn"] == attn
+        assert 0 <= row["accuracy"] <= 1
+        assert 0 < row["chance"] <= 0.5
+        assert row["lr"] in MICRO.rates
+        assert row["choice"] in (("index", "oracle") if is_sparse else (None,))
+        if is_sparse:
+            assert 0 <= row["block_recall"] <= 1
+        cfg = bench.study_config(MICRO, attn)
+        if is_sparse:
+            cfg = dataclasses.replace(cfg, index_topk_blocks=row["keys"] // MICRO.model["index_block_size"])
+        assert row["decode_bytes"] == decode_bytes(cfg, MICRO.T * row["scale"])
+    assert len({row["lr"] for row in rows}) == 1
+    assert len({row["params"] for row in rows}) == 1
+
+def test_a_conversion_costs_dense_and_sparse_steps():
+    """FLOPs of msa-converted: 70 % of the steps are dense, with a KL over all keys, the others MSA's."""
+    full, sparse, converted = (micro_cell(attn)[0]["train_flops"] for attn in ("full", "msa", "msa-converted"))
+    model = MiniMax(bench.study_config(MICRO, "msa"))
+    pos = torch.arange(MICRO.T)
+    n_tokens = MICRO.T * MICRO.rows * len(MICRO.groups)
+    a_dense, a_sparse = (n_tokens * model.flops_per_token(pos, index_warmup=dense) for dense in (True, False))
+    assert sparse == pytest.approx(4 * a_sparse)
+    assert converted == pytest.approx(3 * a_dense + a_sparse)
+    assert full < converted            # which has an index branch besides
+
+def test_a_cell_of_quality_is_repeatable():
+    """The same seeds give the same rows, bit for bit on a CPU; only what a clock says differs."""
+    first, second = micro_cell("msa"), micro_cell.__wrapped__("msa")
+    same = dict(seconds=0, tokens_per_s=0)
+    assert [row | same for row in first] == [row | same for row in second]
+
+def test_a_conversion_is_dense_at_first():
+    """msa-converted has full attention for 70 % of its steps, other kinds never."""
+    def warmups(attn):
+        replicas = bench.Replicas(MICRO, attn, torch.device("cpu"), torch.float32)
+        with mock.patch.object(bench, "study_loss", wraps=bench.study_loss) as loss:
+            replicas.train(MICRO.steps)
+        return [call.args[3] for call in loss.call_args_list]
+
+    assert warmups("msa-converted") == [True, True, True, False]
+    assert warmups("msa") == [False] * 4
+
+def test_a_model_that_diverges_stops_no_other():
+    """A NaN in one model leaves the others' losses as they are, and its rate is not chosen; all NaN ends the cell."""
+    cpu = torch.device("cpu")
+    replicas, poisoned = (bench.Replicas(MICRO, "msa", cpu, torch.float32) for _ in range(2))
+    poisoned.model.lm_head.weight.data[:2] = math.nan  # of the first rate
+    replicas.train(2)
+    poisoned.train(2)
+    assert poisoned.losses[:2].isnan().all()
+    assert torch.equal(poisoned.losses[2:], replicas.losses[2:])
+    scores = bench.mean_accuracy(MICRO, poisoned.model, poisoned.R)
+    assert bench.pick_rate(MICRO, scores) == 1
+    assert scores[2:] == bench.mean_accuracy(MICRO, replicas.model, replicas.R)[2:]
+
+    poisoned.model.lm_head.weight.data[:] = math.nan
+    with pytest.raises(FloatingPointError, match="msa: losses .* after step 3"):
+        poisoned.train(1)
+
+class InlinePool:
+    """ProcessPoolExecutor without processes: a task is done when it is submitted."""
+
+    def __init__(self, workers, context, begin):
+        assert workers > 0
+        self._processes = {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def submit(self, run, *args):
+        future = Future()
+        try:
+            future.set_result(run(*args))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+def no_costs(machine, T):
+    """Nothing is timed: see test_costs_say_what_binds."""
+    return []
+
+def cells_by_hand(monkeypatch, folder):
+    """bench.py --what quality, in a folder, compares full attention with MSA on a CPU, and nothing is trained -> the
+    list of (attn, seeds) that would have been."""
+    trained = []
+
+    def run_cell(study, attn, device, dtype, say):
+        trained.append((attn, study.seeds))
+        return [quality_row(attn, "cwe", scale, *study.seeds, 0.5, keys=32 * scale) for scale in study.scales]
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(bench, "STUDIES", dict(cpu=MICRO))
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", InlinePool)
+    monkeypatch.setattr(bench, "run_cell", run_cell)
+    monkeypatch.setattr(bench, "cost_rows", no_costs)
+    return trained
+
+@pytest.fixture
+def micro_study(monkeypatch, tmp_path):
+    return cells_by_hand(monkeypatch, tmp_path)
+
+QUALITY = "bench.py --what quality --device cpu --threads 1 --cells cells.jsonl"
+ALL_CELLS = [("full", (0,)), ("full", (1,)), ("msa", (0,)), ("msa", (1,))]
+
+def test_quality_goes_on_where_it_ended(micro_study):
+    """A finished cell is a line of a file: none is trained again, a line cut off is, other settings are others."""
+    result, text = run_line(QUALITY)
+    assert micro_study == ALL_CELLS
+    assert len(result["rows"]) == 8
+    assert result["left"] == []
+    assert "cells   | 0 of 4 are in cells.jsonl" in text
+    assert "cells   | 4 of 4 in" in text
+
+    again, text = run_line(QUALITY)
+    assert micro_study == ALL_CELLS
+    assert again == result
+    assert "cells   | 4 of 4 are in cells.jsonl" in text
+
+    # a run that was killed while it wrote
+    cells = Path("cells.jsonl")
+    whole = cells.read_bytes()
+    for n_bytes in (len(whole) - 1, len(whole) - 40):
+        cells.write_bytes(whole[:n_bytes])
+        again, _ = run_line(QUALITY)
+        assert micro_study.pop() == ALL_CELLS[-1]
+        assert again == result
+        assert cells.read_bytes() == whole
+
+    run_line(QUALITY, "--attn", "full", "--attn", "swa")
+    assert micro_study[4:] == [("swa", (0,)), ("swa", (1,))]
+    run_line(QUALITY, "--attn", "full", "--steps", "10")
+    assert micro_study[6:] == ALL_CELLS[:2]
+
+def test_quality_ends_in_time(micro_study):
+    """--minutes begins nothing that would last longer, and says what is left; the same command goes on."""
+    result, text = run_line(QUALITY, "--minutes", "1e-6")
+    assert micro_study == []
+    assert result["left"] == ["full", "full", "msa", "msa"]
+    assert result["rows"] == []
+    assert "left    | full, msa: the same command goes on" in text
+
+    result, _ = run_line(QUALITY, "--minutes", "9")
+    assert micro_study == ALL_CELLS
+    assert result["left"] == []
+
+def test_ctrl_c_in_the_quality_bench(micro_study, monkeypatch):
+    """Ctrl-C ends the processes, keeps the finished cells, exit 130."""
+    process = mock.Mock()
+
+    class Interrupted(InlinePool):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self._processes = {1: process}
+
+    real = bench.append_cell
+
+    def append_one(path, key, rows):
+        if path.exists():
+            raise KeyboardInterrupt
+        real(path, key, rows)
+
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", Interrupted)
+    monkeypatch.setattr(bench, "append_cell", append_one)
+    assert "interrupted" in refused_line(QUALITY, code=130)
+    assert process.terminate.called
+    assert len(bench.read_cells(Path("cells.jsonl"))) == 1
+
+def test_a_killed_process_of_quality_is_one_line(micro_study, monkeypatch):
+    """As by a system that is short of memory: no traceback."""
+    def killed(*args):
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(bench, "run_cell", killed)
+    assert "a process that trained was killed" in refused_line(QUALITY)
+
+@named("content", {
+    "text": b"to be kept\n",
+    "a line without an end": b"to be kept",
+    "JSON": b"[1, 2]\n",
+    "another script's": b'{"step": 3}\n',
+    "no text": b"\xff\xfe\x00"})
+def test_a_foreign_file_of_cells_is_refused(micro_study, content):
+    """What is no file of cells is named, and stays as it is."""
+    cells = Path("cells.jsonl")
+    cells.write_bytes(content)
+    assert "cells.jsonl: line 1 is no cell" in refused_line(QUALITY)
+    assert cells.read_bytes() == content
+    assert micro_study == []
+
+@refusals(
+    ("--cells no/such.jsonl", "no/such.jsonl"),
+    ("--cells .", "directory"),
+    ("--attn nonsense", "nonsense"),
+    ("--attn full --attn swa:full=9:1", "swa:full=9:1"),
+    ("--attn full-converted", "full-converted"),
+    ("--steps 9", "--steps"),
+    ("--minutes nan", "--minutes"),
+    ("--minutes -1", "--minutes"),
+    ("--shape m3", "--shape"),
+    ("--out run", "--out run"),
+    ("--figure x.abc", "--figure x.abc"))
+def test_quality_refuses_bad_input(micro_study, line, word):
+    """Unknown attention, a folder that does not exist, flags of other benches: one line, and nothing is trained."""
+    assert word in refused_line("bench.py --what quality --device cpu", *shlex.split(line))
+    assert micro_study == []
+
+@parametrize("flag", ["--attn full", "--steps 10", "--minutes 1", "--cells x.jsonl"])
+@parametrize("what", ["decode", "queue", "all"])
+def test_flags_of_quality_are_its_own(flag, what):
+    """Another bench refuses them by name."""
+    assert flag in refused_line(f"bench.py --device cpu --what {what}", *flag.split())
+
+def test_quality_trains_in_processes_of_their_own(monkeypatch, tmp_path):
+    """The whole command, once: a process trains a window's model, the table and the JSON have its rows."""
+    monkeypatch.setattr(bench, "STUDIES", dict(cpu=dataclasses.replace(MICRO, attns=("swa",), seeds=(5,))))
+    monkeypatch.setattr(bench, "cost_rows", no_costs)
+    cells = tmp_path / "cells.jsonl"
+    result, text = run_line("bench.py --what quality --device cpu --steps 10", "--cells", cells)
+    rows = result["rows"]
+    assert {(row["attn"], row["seed"], row["keys"]) for row in rows} == {("swa", 5, 16)}
+    assert {row["steps"] for row in rows} == {5, 10}
+    assert "study   | 2 layers of 32 channels" in text
+    assert "context" not in text
+    assert re.search(r"\nswa +16 +\| +\d+ ", text)
+    assert bench.read_cells(cells) == {bench.cell_key(study_of(result, MICRO), "swa", (5,)): rows}
+
+def study_of(result, study):
+    """The study that a result of ten steps comes from."""
+    return dataclasses.replace(study, steps=max(row["steps"] for row in result["rows"]))
+
+@gpu
+@parametrize("attn", ["full", "msa", "msa-converted", "swa:full=1:1", "lightning:full=1:1"])
+def test_a_captured_study_step_is_an_eager_one(attn):
+    """fp32 losses of some steps as a CUDA graph with compiled parts, and eager; the graph's warm-up leaves no trace.
+    The first step is a hundredth of a rate. Of the later ones Muon's bf16 iterations turn a rounding of compiled parts
+    into 2^-9 of an update, by which a block of a near tie may be another."""
+    needs(torch.cuda.is_available(), "a GPU")
+    device = torch.device("cuda")
+    graphed = bench.Replicas(MICRO, attn, device, torch.float32)
+    with mock.patch.object(torch.nn.Module, "compile"):
+        eager = bench.Replicas(MICRO, attn, device, torch.float32)
+    batches = bench.make_batches(MICRO, torch.Generator(device).manual_seed(0), MICRO.steps, graphed.R)
+
+    for step in range(MICRO.steps):
+        index_warmup = step < graphed.dense_steps()
+        fields = [x[step].flatten(0, 1) for x in vars(batches).values()]
+        if index_warmup not in graphed.graphs:
+            graphed.batch = bench.Questions(*(x.clone() for x in fields))
+            changed = [*graphed.model.parameters(), *graphed.optimizer.state()]
+            before = [x.detach().clone() for x in changed]
+            graphed.graphs[index_warmup] = graphed.capture(index_warmup)
+            assert worst_of(changed, before) == 0
+        found = graphed.step(fields, index_warmup)
+        eager.batch = bench.Questions(*fields)
+        tolerance = 1e-4 if step < 2 else 1e-2
+        assert worst(found, eager.compute(index_warmup)) < tolerance
+    assert graphed.optimizer.step_count == MICRO.steps
+
 TOO_LARGE = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"
 
 @named("reason, code, said", {
@@ -10548,6 +11470,135 @@ def rows_share_a_state(real, cache, i, used):
 def emptied_rows_remember(real, cache, limit):
     """A row that begins anew goes on from its old state."""
 
+def chain_order_lost(real, x, *args):
+    """A chain's statements stand in any order."""
+    return SimpleNamespace(values=x)
+
+def answers_of_the_next_question(real, maker, *args, **kw):
+    """Answers are off by one statement."""
+    questions = real(maker, *args, **kw)
+    return dataclasses.replace(questions, answers=questions.answers.roll(1, 1))
+
+def names_twice(real, maker, n, m, size):
+    """A row may have two statements of one name."""
+    found = real(maker, n, m, size)
+    if size == maker.study.n_names:
+        found[:, -1] = found[:, 0]
+    return found
+
+def hops_off_by_one(real, maker, n):
+    questions = real(maker, n)
+    return dataclasses.replace(questions, hop=torch.where(questions.hop < 0, -1, questions.hop % 4 + 1))
+
+def a_common_word_less(real, maker):
+    """As many common words as are asked for, but one."""
+    counts = real(maker)
+    return [*counts[:3], counts[5], counts[3] + counts[4] - counts[5], *counts[5:]]
+
+def chance_of_all_values(real, maker, task):
+    """A guess does not look at the row."""
+    return 1 / maker.study.n_values
+
+def chance_of_chains(real, maker, task):
+    """There are as many values as chains, however many chains."""
+    return maker.study.chain / maker.T if task.startswith("vt") else real(maker, task)
+
+def padding_is_right(real, parts, shape):
+    """Where a task has no question, token 0 is its answer."""
+    joined = real(parts, shape)
+    return dataclasses.replace(joined, answers=joined.answers.clamp(min=0))
+
+def tested_on_trainings_seed(real, study, task, scale, device, seed):
+    generator = torch.Generator(device).manual_seed(bench.SEED + study.seeds[0])
+    return bench.TaskMaker(study, scale * study.T, generator).make(task, study.tests // (1 if scale <= 2 else 2))
+
+def stack_of_one_model(real, layer, parts):
+    """All models of a stack have the weights of the first."""
+    real(layer, [parts[0]] * len(parts))
+
+def rows_of_models_in_turn(real, embed, idx):
+    """Row 0 is taken for model 0's, row 1 for model 1's, row 2 for model 0's again."""
+    R = len(embed.weight)
+    rows = idx.unflatten(0, (-1, R)).transpose(0, 1).flatten(0, 1)
+    return real(embed, rows).unflatten(0, (R, -1)).transpose(0, 1).flatten(0, 1)
+
+def one_rate_for_all(real, optimizer, model, rates, steps):
+    real(optimizer, model, rates.mean().expand_as(rates), steps)
+
+def models_of_the_first_rate(real, model, numbers):
+    return real(model, list(range(len(numbers))))
+
+def models_not_copied(real, model, numbers):
+    """What was taken at half of the steps moves on."""
+    taken = real(model, numbers)
+    for mine, other in zip(taken.parameters(), model.parameters()):
+        mine.data = other.data[:len(numbers)]
+    return taken
+
+def kl_summed_over_heads(real, layer, x, ctx):
+    """The KL is not divided by the KV heads."""
+    y, aux = real(layer, x, ctx)
+    return y, {key: value * 2 if key == "index_kl" else value for key, value in aux.items()}
+
+def own_block_must_be_chosen(real, layer, qi, ki, i, S, L):
+    """Ranked blocks lack the one of the query."""
+    own = F.one_hot(i // L, ki.size(1) // L).bool()[:, None]
+    return real(qi, ki, i, S, L) & ~own
+
+def ties_to_later_blocks(real, layer, qi, ki, i, S, L):
+    """Of equal scores a later block's wins."""
+    rising = 1 + 1e-4 * torch.arange(ki.size(1))[:, None]
+    return real(qi, ki * rising, i, S, L)
+
+def a_block_too_many(real, layer, qi, ki, i, S, L):
+    return real(qi, ki, i, S + 1, L)
+
+def oracle_is_the_index(real, model, S, choice):
+    """The oracle reads what the index branch chose."""
+    real(model, S, "index")
+
+def mass_of_mean_scores(real, layer, scores, *args):
+    """The oracle takes a softmax of the heads' mean scores, not the mean of their softmaxes."""
+    return real(scores.mean(2, keepdim=True), *args)
+
+def own_block_is_found(real, layer, *args):
+    """The own block counts among those that the index branch found."""
+    S = args[0].size(-1)
+    return real(*args) * (S - 1) / S + 1 / S
+
+def best_seeds_rate(real, study, scores):
+    """The rate of the best model is taken for the best rate."""
+    return int(torch.tensor(scores).argmax()) // len(study.seeds)
+
+def only_the_likeliest(real, logits, answers):
+    """Of k right tokens one is enough."""
+    return (real(logits, answers) > 0).float()
+
+def largest_budget(real, rows):
+    """MSA's rows are those with the most keys."""
+    most = max(row["keys"] for row in rows if row["attn"] == "msa")
+    return real([row for row in rows if row["attn"] != "msa" or row["keys"] == most])
+
+def seeds_as_they_come(real, rows, **wanted):
+    return [100 * row["accuracy"] for row in rows if wanted.items() <= row.items()]
+
+def cut_lines_are_kept(real, path, key, rows):
+    """A cell is written behind whatever the file ends with."""
+    with open(path, "a") as file:
+        file.write(json.dumps(dict(key=key, rows=rows)) + "\n")
+
+def all_cells_have_one_key(real, study, attn, seeds):
+    """A cell's key does not tell how long it was trained."""
+    return real(dataclasses.replace(study, steps=0), attn, seeds)
+
+def always_dense(real, model, batch, R, index_warmup):
+    """The index branch warms up to the end."""
+    return real(model, batch, R, True)
+
+def never_dense(real, replicas):
+    """msa-converted is msa."""
+    return 0
+
 def on(test, *args):
     """The test with these arguments, under its own name."""
     def run():
@@ -10576,6 +11627,18 @@ double_loop = on(test_lightning_equals_its_double_loop, torch.float64, 1e-12)
 decoded_windows = on(test_every_pattern_decodes_as_it_reads, "swa", MORE)
 decoded_states = on(test_every_pattern_decodes_as_it_reads, "lightning", MORE)
 apart = on(test_documents_of_every_pattern_learn_as_apart, "lightning:swa=1:2")
+read_chains = on(test_every_answer_is_what_the_statements_say, "cuda", "vt", 4)
+read_recall = on(test_every_answer_is_what_the_statements_say, "cpu", "mkey", 4)
+stacked = on(test_stacked_models_are_the_models_alone, "full", False)
+stacked_msa = on(test_stacked_models_are_the_models_alone, "msa", False)
+masked = on(test_masked_msa_trains_as_msa, False, 4)
+tied_blocks = on(test_ranked_blocks_are_the_selected_ones, 2)
+lines_of_quality = test_rows_of_quality_are_summed_up
+
+def cells_go_on():
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as monkeypatch:
+        test_quality_goes_on_where_it_ended(cells_by_hand(monkeypatch, folder))
+
 MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("msa.chosen_blocks", every_block_chosen, on(test_msa_equals_loop, 37, 4, 3)),
     mutant("msa.selected", no_causal_mask,
@@ -10676,7 +11739,43 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("model.ShortConv.forward", conv_one_token_ahead, decoded_states),
     mutant("model.ShortConv.forward", conv_over_documents, apart),
     mutant("model.KVCache.row", rows_share_a_state, test_a_view_of_one_row_writes_to_the_cache),
-    mutant("model.KVCache.empty_rows", emptied_rows_remember, test_a_player_may_begin_anew)]
+    mutant("model.KVCache.empty_rows", emptied_rows_remember, test_a_player_may_begin_anew),
+    mutant("torch.Tensor.sort", chain_order_lost, read_chains),
+    mutant("bench.TaskMaker.lookup", answers_of_the_next_question, read_recall),
+    mutant("bench.TaskMaker.chains", answers_of_the_next_question, read_chains),
+    mutant("bench.TaskMaker.some", names_twice, read_recall),
+    mutant("bench.TaskMaker.chains", hops_off_by_one, read_chains),
+    mutant("bench.TaskMaker.common_counts", a_common_word_less,
+           on(test_the_words_that_are_asked_for_are_the_most_frequent, "cwe", 4)),
+    mutant("bench.TaskMaker.chance", chance_of_all_values, on(test_chance_is_what_a_guess_gets, "cuda", "mkey", 1)),
+    mutant("bench.TaskMaker.chance", chance_of_chains, on(test_chance_is_what_a_guess_gets, "cpu", "vt", 8)),
+    mutant("bench.join_questions", padding_is_right,
+           test_joined_questions_have_no_right_answers_beside_their_own),
+    mutant("bench.test_rows", tested_on_trainings_seed, test_tests_are_the_same_for_all_and_nobodys_training),
+    mutant("bench.StackedLinear.__init__", stack_of_one_model, stacked),
+    mutant("bench.StackedNorm.__init__", stack_of_one_model, stacked),
+    mutant("bench.StackedConv.__init__", stack_of_one_model, stacked),
+    mutant("bench.StackedEmbedding.forward", rows_of_models_in_turn,
+           stacked, on(test_no_models_data_touches_another, "swa:full=1:1")),
+    mutant("bench.ReplicaOptimizer.__init__", one_rate_for_all, test_stacked_optimizers_are_trains),
+    mutant("bench.take_models", models_of_the_first_rate,
+           test_rows_are_those_of_the_chosen_rate, test_models_that_are_taken_stay_as_they_are),
+    mutant("bench.take_models", models_not_copied, test_models_that_are_taken_stay_as_they_are),
+    mutant("bench.MaskedMSA.forward", kl_summed_over_heads, masked, stacked_msa),
+    mutant("bench.MaskedMSA.rank_blocks", own_block_must_be_chosen, tied_blocks),
+    mutant("bench.MaskedMSA.rank_blocks", ties_to_later_blocks, tied_blocks),
+    mutant("bench.MaskedMSA.rank_blocks", a_block_too_many, tied_blocks, masked),
+    mutant("bench.set_choice", oracle_is_the_index, test_the_oracle_reads_the_heaviest_blocks),
+    mutant("bench.MaskedMSA.heaviest_blocks", mass_of_mean_scores, test_the_oracle_reads_the_heaviest_blocks),
+    mutant("bench.MaskedMSA.share_found", own_block_is_found, test_the_oracle_reads_the_heaviest_blocks),
+    mutant("bench.study_loss", always_dense, stacked_msa),
+    mutant("bench.Replicas.dense_steps", never_dense, test_a_conversion_is_dense_at_first),
+    mutant("bench.pick_rate", best_seeds_rate, test_the_best_rate_is_the_best_mean_over_seeds),
+    mutant("bench.hits", only_the_likeliest, test_hits_by_hand),
+    mutant("bench.fewest_keys", largest_budget, lines_of_quality),
+    mutant("bench.by_seed", seeds_as_they_come, lines_of_quality),
+    mutant("bench.append_cell", cut_lines_are_kept, cells_go_on),
+    mutant("bench.cell_key", all_cells_have_one_key, cells_go_on)]
 
 @parametrize("target, sabotage, test", [case for cases in MUTANTS for case in cases])
 def test_mutants_are_caught(target, sabotage, test, monkeypatch):

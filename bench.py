@@ -1968,32 +1968,35 @@ class MaskedMSA(torch.nn.Module):
         N = train.cdiv(T, L)
         i = torch.arange(T, device=x.device)
         causal = i[:, None] >= i
-        q = q.float().unflatten(2, (Hkv, -1)).permute(0, 2, 3, 1, 4)                              # (B, Hkv, G, T, D)
-        k, v = (y.float().transpose(1, 2)[:, :, None] for y in (k, v))                             # (B, Hkv, 1, T, D)
-        scores = q @ k.mT * head_dim ** -0.5
+        # a group's heads are rows of one product, which copies no keys
+        q = q.float().unflatten(2, (Hkv, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)                # (B, Hkv, G * T, D)
+        k, v = (y.float().transpose(1, 2) for y in (k, v))                                         # (B, Hkv, T, D)
+        scores = (q @ k.mT * head_dim ** -0.5).unflatten(2, (-1, T))                               # (B, Hkv, G, T, T)
 
         # what is read: every visible key, or the tokens of S blocks
         seen = causal[None, None]                                                                  # (., ., T, T)
         aux = {}
         if not ctx.index_warmup:
-            if self.training:
+            if self.training and x.is_cuda:
                 chosen = self.rank_blocks(qi, ki, i, S, L)
             else:
                 block_idx = msa.select_blocks(qi, ki, S, L, impl="torch")
-                heaviest = self.heaviest_blocks(scores, causal, i, S, L, N)
-                aux["found"] = self.share_found(block_idx, heaviest, i // L, N)
-                if self.choice == "oracle":
-                    block_idx = heaviest
+                if not self.training:
+                    heaviest = self.heaviest_blocks(scores, causal, i, S, L, N)
+                    aux["found"] = self.share_found(block_idx, heaviest, i // L, N)
+                    if self.choice == "oracle":
+                        block_idx = heaviest
                 chosen = msa.chosen_blocks(block_idx, N)
             seen = chosen.transpose(1, 2).repeat_interleave(L, -1)[..., :T] & causal
         probs = scores.masked_fill(~seen[:, :, None], -math.inf).softmax(-1)
-        y = (probs @ v).permute(0, 3, 1, 2, 4).reshape(B, T, -1)
+        y = (probs.flatten(2, 3) @ v).unflatten(2, (-1, T)).permute(0, 3, 1, 2, 4).reshape(B, T, -1)
 
         # the KL of every stride-th query, as msa.index_kl_loss has it
         if self.training:
             rows = slice(stride - 1, None, stride)
             teacher = probs[..., rows, :].detach().mean(2)                                         # (B, Hkv, t, T)
-            index_scores = (qi[:, rows].float().transpose(1, 2) @ ki.float()[:, None].mT) * qi.size(-1) ** -0.5
+            index_q = qi[:, rows].float().transpose(1, 2)                                          # (B, Hkv, t, D)
+            index_scores = (index_q.flatten(1, 2) @ ki.float().mT).view_as(teacher) * qi.size(-1) ** -0.5
             logp = index_scores.masked_fill(~seen[..., rows, :], -math.inf).log_softmax(-1)
             terms = teacher * (teacher.clamp(min=1e-30).log() - logp.clamp(min=-1e30))
             aux["index_kl"] = terms.sum() / Hkv

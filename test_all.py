@@ -11764,7 +11764,7 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("bench.MaskedMSA.forward", kl_summed_over_heads, masked, stacked_msa),
     mutant("bench.MaskedMSA.rank_blocks", own_block_must_be_chosen, tied_blocks),
     mutant("bench.MaskedMSA.rank_blocks", ties_to_later_blocks, tied_blocks),
-    mutant("bench.MaskedMSA.rank_blocks", a_block_too_many, tied_blocks, masked),
+    mutant("bench.MaskedMSA.rank_blocks", a_block_too_many, tied_blocks),
     mutant("bench.set_choice", oracle_is_the_index, test_the_oracle_reads_the_heaviest_blocks),
     mutant("bench.MaskedMSA.heaviest_blocks", mass_of_mean_scores, test_the_oracle_reads_the_heaviest_blocks),
     mutant("bench.MaskedMSA.share_found", own_block_is_found, test_the_oracle_reads_the_heaviest_blocks),

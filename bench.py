@@ -2367,12 +2367,12 @@ def cell_rows(study, replicas, scales, steps, rate, facts):
         for S, choice in budgets(study, replicas.cfg, scale):
             set_choice(model, S, choice)
             for name, (accuracy, recall) in test_models(study, model, n, task, scale).items():
-                for number, seed in enumerate(study.seeds):
+                for i, seed in enumerate(study.seeds):
                     rows.append(dict(
                         what="quality", attn=replicas.attn, task=name, scale=scale, seed=seed,
-                        accuracy=accuracy[number], chance=maker.chance(name), steps=steps,
+                        accuracy=accuracy[i], chance=maker.chance(name), steps=steps,
                         keys=keys_read(model.cfg, scale * study.T), choice=choice if recall else None,
-                        block_recall=recall[number] if recall else None, lr=study.rates[rate],
+                        block_recall=recall[i] if recall else None, lr=study.rates[rate],
                         decode_bytes=decode_bytes(model.cfg, scale * study.T), **facts))
             set_choice(model, trained_S, "index")
     return rows
@@ -2454,7 +2454,7 @@ def read_cells(path):
     cells = {}
     if not path.exists():
         return cells
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True)):
+    for i, line in enumerate(path.read_bytes().splitlines(keepends=True)):
         is_cut = not line.endswith(b"\n")
         if is_cut and (line.startswith(CELL) or CELL.startswith(line)):
             break
@@ -2462,7 +2462,7 @@ def read_cells(path):
             cell = json.loads(line)
             cells[cell["key"]] = cell["rows"]
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}: line {number + 1} is no cell of --what quality") from None
+            raise ValueError(f"{path}: line {i + 1} is no cell of --what quality") from None
     return cells
 
 def append_cell(path, key, rows):
@@ -2704,11 +2704,11 @@ def draw_quality(path, study, rows, title):
     for axis, task in zip(axes, charted):
         of_task = [row for row in plain if row["task"] == task]
         scales = sorted({row["scale"] for row in of_task})
-        for number, attn in enumerate(dict.fromkeys(row["attn"] for row in of_task)):
+        for i, attn in enumerate(dict.fromkeys(row["attn"] for row in of_task)):
             points = [[row["accuracy"] for row in of_task if (row["attn"], row["scale"]) == (attn, scale)]
                       for scale in scales]
             means = [100 * statistics.mean(seeds) for seeds in points]
-            line, = axis.plot(scales, means, "-o", ms=4, color=f"C{number}", label=attn)
+            line, = axis.plot(scales, means, "-o", ms=4, color=f"C{i}", label=attn)
             for scale, seeds in zip(scales, points):
                 percent = [100 * x for x in seeds]
                 axis.plot([scale] * len(seeds), percent, ".", ms=3, alpha=0.5, color=line.get_color())

@@ -2428,8 +2428,8 @@ def run_cell(study, attn, device, dtype, say=print):
     return rows
 
 # ---- quality: the table ----------------------------------------------------------------------------
-# One kind of attention is a cell: on a GPU all its models train as one; on a CPU those of each seed are a cell, and
-# there are as many processes as cores. Finished cells are lines of a file, so that a run that ends early goes on.
+# One kind of attention is a cell, all of whose models train as one; on a CPU there are as many processes as cores, and
+# a core for each. Finished cells are lines of a file, so that a run that ends early goes on.
 
 
 CELL = b'{"key": "'                    # how a line begins
@@ -2444,9 +2444,9 @@ def cells_path(args, machine):
         raise ValueError(f"--cells {path}: it cannot be written")
     return path
 
-def cell_key(study, attn, seeds):
+def cell_key(study, attn):
     """What a cell's rows depend on."""
-    fields = dict(asdict(study), attns=(), attn=attn, seeds=seeds)
+    fields = dict(asdict(study), attns=(), attn=attn)
     return hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:16]
 
 def read_cells(path):
@@ -2487,11 +2487,11 @@ def run_cell_alone(study, attn):
     """A cell in a process of its own."""
     return run_cell(study, attn, torch.device("cpu"), torch.float32, partial(print, flush=True))
 
-def train_cells(cells, args, machine, path, start):
+def train_cells(study, cells, args, machine, path, start):
     """Train and test cells -> {key: rows}, each appended to the file as soon as it is there. Ends before a cell for
     which --minutes leaves no time.
 
-    cells  {key: (study, attn)} that are not in the file
+    cells  {key: kind of attention} that are not in the file
     start  time.perf_counter() when the script began
     """
     done = {}
@@ -2502,43 +2502,47 @@ def train_cells(cells, args, machine, path, start):
     def has_time():
         return args.minutes is None or time.perf_counter() - start + longest < 60 * args.minutes
 
-    def finish(key, rows):
+    def finish(key, rows, began):
+        nonlocal longest
+        now = time.perf_counter()
+        longest = max(longest, now - began)
         append_cell(path, key, rows)
         done[key] = rows
-        spent = time.perf_counter() - start
+        spent = now - start
         left = spent / len(done) * (len(cells) - len(done))
         print(f"cells   | {len(done)} of {len(cells)} in {spent:.0f} s, about {left:.0f} s left", flush=True)
 
-    if machine.gpu:
-        for key, (study, attn) in cells.items():
-            if not has_time():
-                break
-            began = time.perf_counter()
-            finish(key, run_cell(study, attn, machine.device, machine.dtype, partial(print, flush=True)))
-            longest = max(longest, time.perf_counter() - began)
+    if not machine.gpu:
+        workers = min(len(cells), args.threads or os.cpu_count())
+        train_in_processes(study, cells, workers, has_time, finish)
         return done
+    for key, attn in cells.items():
+        if has_time():
+            began = time.perf_counter()
+            rows = run_cell(study, attn, machine.device, machine.dtype, partial(print, flush=True))
+            finish(key, rows, began)
+    return done
 
-    workers = min(len(cells), args.threads or os.cpu_count())
+def train_in_processes(study, cells, workers, has_time, finish):
+    """Of train_cells, on a CPU: so many cells at once."""
     context = multiprocessing.get_context("spawn")
-    waiting = list(cells.items())
+    waiting = sorted(cells.items(), key=lambda cell: "msa" not in cell[1])  # the slowest begin
     running = {}
     with ProcessPoolExecutor(workers, context, begin_worker) as pool:
         try:
             while running or (waiting and has_time()):
                 while waiting and len(running) < workers and has_time():
-                    key, (study, attn) = waiting.pop(0)
+                    key, attn = waiting.pop(0)
                     running[pool.submit(run_cell_alone, study, attn)] = key, time.perf_counter()
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     key, began = running.pop(future)
-                    finish(key, future.result())
-                    longest = max(longest, time.perf_counter() - began)
+                    finish(key, future.result(), began)
         except BrokenProcessPool:
             raise MemoryError("a process that trained was killed; fewer: --threads 1") from None
         except BaseException:          # Ctrl-C: nobody waits for what is under way
             for process in list(pool._processes.values()):
                 process.terminate()
             raise
-    return done
 
 def run_quality(args, machine):
     """--what quality: trains and tests what is not in the file yet, prints the table, what it says, and, when all is
@@ -2561,26 +2565,23 @@ def run_quality(args, machine):
     known = read_cells(path)
 
     # what is to be done
-    cells = {}
-    for attn in study.attns:
-        for seeds in [study.seeds] if machine.gpu else [(seed,) for seed in study.seeds]:
-            cells[cell_key(study, attn, seeds)] = replace(study, seeds=seeds), attn
-    todo = {key: cell for key, cell in cells.items() if key not in known}
+    cells = {cell_key(study, attn): attn for attn in study.attns}
+    todo = {key: attn for key, attn in cells.items() if key not in known}
     quality_card(study, path, len(cells), len(todo))
     usual = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True  # MaskedMSA's scores: 10 bits, where bf16 has 7
     try:
-        known.update(train_cells(todo, args, machine, path, start))
+        known.update(train_cells(study, todo, args, machine, path, start))
     finally:
         torch.backends.cuda.matmul.allow_tf32 = usual
-    left = [attn for key, (_, attn) in cells.items() if key not in known]
+    left = [attn for key, attn in cells.items() if key not in known]
 
     rows = [row for key in cells for row in known.get(key, [])]
     print_quality(study, rows)
     for line in quality_sentences(rows):
         print(f"found   | {line}")
     if left:
-        print(f"left    | {', '.join(dict.fromkeys(left))}: the same command goes on")
+        print(f"left    | {', '.join(left)}: the same command goes on")
     if args.figure and rows:
         draw_quality(args.figure, study, rows, machine.name)
     costs = [] if left else cost_rows(machine, args.ctx)

@@ -35,7 +35,8 @@ import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor
+from concurrent.futures import wait as wait_for
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -1151,6 +1152,7 @@ def run_queue(args, machine):
 DECODED = {"cpu": 256, "cuda": 512}    # by plain decoding
 DRAFTED = {"cpu": 128, "cuda": 512}    # with drafts; a CPU's model has been trained on rows of 256
 COST_CONTEXT = 2 ** 15                 # tokens of the layers whose training --what quality times, without --ctx
+LEAST_COST = 256                       # and at least: shorter ones are checked against fp64 on too few numbers
 LONG_CONTEXT = {"cpu": 2 ** 16, "cuda": 2 ** 19}           # tokens before the one step that reads them, without --ctx
 SEQUENCES = (1, 32)                    # decoded at once
 DRAFTED_TEXTS = {"cpu": 4, "cuda": 8}  # prompts that are continued with drafts and without
@@ -1211,6 +1213,9 @@ def make_subject(args, machine):
         return Subject(preset, random_model(machine, getattr(MiniMaxConfig, preset)()))
     state = load_checkpoint(args.out, mmap=True)
     model, tokenizer = load_model(state, machine.device, machine.dtype)
+    if model.cfg.is_recurrent:
+        raise ValueError(f"--out {args.out}: --what generate is for full attention and MSA; this model's layers are "
+                         f"{' '.join(model.cfg.attn_types)}")
     docs = held_out(state["args"], tokenizer)
     return Subject(args.out, model, in_index_warmup(state), docs)
 
@@ -1810,7 +1815,7 @@ class TaskMaker:
         """Chains of `hops` statements, each of which but the first names the one before it."""
         hops = self.study.hops
         n_chains = self.T // self.study.chain
-        Q = self.study.T // self.study.chain * hops  # as many in tests: one of each hop, and chain of training
+        Q = self.study.T // self.study.chain * hops  # each name of a training row once; as many in longer rows
         names = self.names + self.some(n, n_chains * hops, self.study.n_names)
         names = names.view(n, n_chains, hops)
         value = self.values + self.some(n, n_chains, self.study.n_values)                             # (n, chains)
@@ -2018,6 +2023,7 @@ class MaskedMSA(torch.nn.Module):
             index_scores = (index_q.flatten(1, 2) @ ki.float().mT).view_as(teacher)
             index_scores = index_scores * qi.size(-1) ** -0.5
             logp = index_scores.masked_fill(~seen[..., rows, :], -math.inf).log_softmax(-1)
+            # where teacher is 0 a term is 0: neither log may be infinite
             terms = teacher * (teacher.clamp(min=1e-30).log() - logp.clamp(min=-1e30))
             aux["index_kl"] = terms.sum() / Hkv
         return self.attn.o_proj(y.to(x.dtype)), aux
@@ -2078,6 +2084,7 @@ def stack_models(models, choice="index"):
 # ---- quality: training -----------------------------------------------------------------------------
 
 WARMUP, DECAY = 0.04, 0.3              # shares of the steps in which the rate rises, and falls to 0
+MOMENTUM = 0.95                        # of Muon
 ADAM = dict(betas=(0.9, 0.98), eps=1e-10)
 STUDY_EMBED_SCALE = 3.0                # the embedding's rate over that of the others
 GAIN = 0.5                             # of the norms of q and k at the start, beyond 1: sharper attention, without
@@ -2119,15 +2126,17 @@ class ReplicaOptimizer:
     @torch.no_grad()
     def step(self):
         progress = self.step_count / self.steps
-        share = torch.minimum(progress / WARMUP + 0.01, (1 - progress) / DECAY).clamp(max=1)
+        rising = progress / WARMUP + 0.01   # the first step is one, too
+        share = torch.minimum(rising, (1 - progress) / DECAY).clamp(max=1)
         rate = self.rates * share                                                                             # (R,)
         self.step_count += 1
         self.step_matrices(rate[:, None, None])
         self.step_others(rate[:, None])
 
     def step_matrices(self, rate):
-        torch._foreach_lerp_(self.momentum, [p.grad for p in self.matrices], 0.05)
-        updates = iter(torch._foreach_lerp([p.grad for p in self.matrices], self.momentum, 0.95))
+        grads = [p.grad for p in self.matrices]
+        torch._foreach_lerp_(self.momentum, grads, 1 - MOMENTUM)
+        updates = iter(torch._foreach_lerp(grads, self.momentum, MOMENTUM))  # Nesterov's, see train.Muon.blend
         for (rows, cols, stack), params in self.by_shape.items():
             together = torch.stack([next(updates) for _ in params])                        # (n, R, rows, cols)
             if together.is_cuda:
@@ -2270,11 +2279,11 @@ def take_models(model, numbers):
         p.grad = None
     return model.eval()
 
-def test_rows(study, task, scale, device, seed):
+def unseen_rows(study, task, scale, device, seed):
     """-> Questions of a task at scale * T tokens."""
     n = study.tests if scale <= 2 else study.tests // 2
     number = study.tasks.index(task)
-    generator = torch.Generator(device).manual_seed(100 * scale + 10_000 * seed + number)
+    generator = torch.Generator(device).manual_seed(100 * scale + 10_000 * seed + number)  # another for each test
     return TaskMaker(study, scale * study.T, generator).make(task, n)
 
 def hits(logits, answers):
@@ -2284,10 +2293,10 @@ def hits(logits, answers):
     return is_right.float().mean(-1)
 
 @torch.no_grad()
-def test_models(study, model, R, task, scale, seed=TEST_SEED):
+def score_models(study, model, R, task, scale, seed=TEST_SEED):
     """-> {task, a hop of "vt" by itself: (accuracy of each of R models, block recall of each or None)}."""
     device = model.embed.weight.device
-    rows = test_rows(study, task, scale, device, seed)
+    rows = unseen_rows(study, task, scale, device, seed)
     T = scale * study.T
     at_once = max(1, SCORES_AT_ONCE // (R * model.cfg.n_head * T * T))
     right = []
@@ -2347,7 +2356,7 @@ def mean_accuracy(study, model, R):
     model = take_models(model, list(range(R)))
     found = {}
     for task in study.tasks:
-        found.update(test_models(study, model, R, task, 1, CHOICE_SEED))
+        found.update(score_models(study, model, R, task, 1, CHOICE_SEED))
     return torch.tensor([accuracy for accuracy, _ in found.values()]).mean(0).tolist()
 
 def cell_rows(study, replicas, scales, steps, rate, facts):
@@ -2366,7 +2375,7 @@ def cell_rows(study, replicas, scales, steps, rate, facts):
         maker = TaskMaker(study, scale * study.T, replicas.generator)
         for S, choice in budgets(study, replicas.cfg, scale):
             set_choice(model, S, choice)
-            for name, (accuracy, recall) in test_models(study, model, n, task, scale).items():
+            for name, (accuracy, recall) in score_models(study, model, n, task, scale).items():
                 for i, seed in enumerate(study.seeds):
                     rows.append(dict(
                         what="quality", attn=replicas.attn, task=name, scale=scale, seed=seed,
@@ -2402,16 +2411,17 @@ def run_cell(study, attn, device, dtype, say=print):
 
     # what a model costs
     cfg = replicas.cfg
-    plain = MiniMax(cfg)
-    tokens = study.T * study.rows * len(study.groups)
+    single = MiniMax(cfg)
+    step_tokens = study.T * study.rows * len(study.groups)
     pos = torch.arange(study.T)
+    # the head is counted at every token, as by train.py, though it computes at questions alone
     dense_steps = replicas.dense_steps()
-    flops = (dense_steps * plain.flops_per_token(pos, index_warmup=True, run_mtp=False)
-             + (study.steps - dense_steps) * plain.flops_per_token(pos, run_mtp=False))
+    flops = (dense_steps * single.flops_per_token(pos, index_warmup=True, run_mtp=False)
+             + (study.steps - dense_steps) * single.flops_per_token(pos, run_mtp=False))
     facts = dict(
         params=count_parameters(cfg),
-        train_flops=flops * tokens,
-        tokens_per_s=R * tokens / statistics.median(replicas.step_seconds),
+        train_flops=flops * step_tokens,
+        tokens_per_s=R * step_tokens / statistics.median(replicas.step_seconds),
         seconds=round(seconds, 1))
 
     scores = mean_accuracy(study, replicas.model, R)
@@ -2438,6 +2448,8 @@ CELL = b'{"key": "'                    # how a line begins
 def cells_path(args, machine):
     """The file of finished cells. ValueError where none can be written: better now than after the first cell."""
     path = Path(args.cells or f"quality-{machine.device.type}.jsonl")
+    if path.is_dir():
+        raise ValueError(f"--cells {path}: it is a folder")
     if not path.parent.is_dir():
         raise ValueError(f"--cells {path}: there is no folder {path.parent}")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
@@ -2513,7 +2525,7 @@ def train_cells(study, cells, args, machine, path, start):
         print(f"cells   | {len(done)} of {len(cells)} in {spent:.0f} s, about {left:.0f} s left", flush=True)
 
     if not machine.gpu:
-        workers = min(len(cells), args.threads or os.cpu_count())
+        workers = min(len(cells), args.threads or len(os.sched_getaffinity(0)))
         train_in_processes(study, cells, workers, has_time, finish)
         return done
     for key, attn in cells.items():
@@ -2534,7 +2546,7 @@ def train_in_processes(study, cells, workers, has_time, finish):
                 while waiting and len(running) < workers and has_time():
                     key, attn = waiting.pop(0)
                     running[pool.submit(run_cell_alone, study, attn)] = key, time.perf_counter()
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                for future in wait_for(running, return_when=FIRST_COMPLETED).done:
                     key, began = running.pop(future)
                     finish(key, future.result(), began)
         except BrokenProcessPool:
@@ -2584,17 +2596,22 @@ def run_quality(args, machine):
         print(f"left    | {', '.join(left)}: the same command goes on")
     if args.figure and rows:
         draw_quality(args.figure, study, rows, machine.name)
-    costs = [] if left else cost_rows(machine, args.ctx)
+    costs = []
+    is_late = args.minutes is not None and time.perf_counter() - start > 60 * args.minutes
+    if is_late and not left:
+        print("left    | the costs of a layer: the same command goes on")
+    elif not left:
+        costs = cost_rows(machine, args.ctx)
     return dict(device=machine.name, rows=rows, left=left, costs=costs)
 
 def quality_card(study, path, n_cells, n_todo):
     """What is compared, printed before anything runs."""
     cfg = study_config(study, study.attns[0])
     n_params = [count_parameters(study_config(study, attn)) for attn in study.attns]
-    tokens = study.T * study.rows * len(study.groups)
+    step_tokens = study.T * study.rows * len(study.groups)
     print(f"study   | {cfg.n_layer} layers of {cfg.n_embd} channels, {min(n_params):,} to {max(n_params):,} "
           f"parameters; window {cfg.window}, MSA {cfg.index_topk_blocks} blocks of {cfg.index_block_size} keys")
-    print(f"train   | {study.steps:,} steps of {tokens:,} tokens, rows of {study.T}; rates {study.rates}, seeds "
+    print(f"train   | {study.steps:,} steps of {step_tokens:,} tokens, rows of {study.T}; rates {study.rates}, seeds "
           f"{study.seeds}; tested at {', '.join(f'{scale}x' for scale in study.scales)}")
     print(f"cells   | {n_cells - n_todo} of {n_cells} are in {path}", flush=True)
 
@@ -2661,20 +2678,20 @@ def quality_sentences(rows):
     """What the rows say, of the longest chain of lookups and of counting, at the shortest and the longest length."""
     if not rows:
         return []
-    plain = fewest_keys(rows)
-    tasks = shown_tasks(plain)
+    shown = fewest_keys(rows)
+    tasks = shown_tasks(shown)
     hops = [task for task in tasks if task.startswith("vt")]
-    attns = list(dict.fromkeys(row["attn"] for row in plain))
-    scales = sorted({row["scale"] for row in plain})
+    attns = list(dict.fromkeys(row["attn"] for row in shown))
+    scales = sorted({row["scale"] for row in shown})
     told = list(dict.fromkeys([*hops[1:2], *hops[-1:]]))
     if "cwe" in tasks:
         told.append("cwe")
     sentences = []
     for task, scale in product(told, (scales[0], scales[-1])):
-        found = {attn: mean_right(plain, attn=attn, task=task, scale=scale) for attn in attns}
+        found = {attn: mean_right(shown, attn=attn, task=task, scale=scale) for attn in attns}
         found = {attn: right for attn, right in found.items() if right is not None}
         ranked = sorted(found, key=found.get, reverse=True)
-        chance = next(row["chance"] for row in plain if (row["task"], row["scale"]) == (task, scale))
+        chance = next(row["chance"] for row in shown if (row["task"], row["scale"]) == (task, scale))
         sentences.append(f"{task} at {scale}x: " + ", ".join(f"{attn} {found[attn]:.0f}" for attn in ranked)
                          + f"; chance {100 * chance:.0f} (means over seeds)")
 
@@ -2695,15 +2712,15 @@ def quality_sentences(rows):
 def draw_quality(path, study, rows, title):
     """Accuracy against length: a chart for a task, a line for an attention, its seeds as points."""
     from matplotlib.figure import Figure
-    plain = fewest_keys(rows)
-    tasks = shown_tasks(plain)
+    shown = fewest_keys(rows)
+    tasks = shown_tasks(shown)
     hops = [task for task in tasks if task.startswith("vt")]
     charted = [task for task in ("mkey", *hops[1:2], *hops[-1:], "cwe") if task in tasks]
     figure = Figure((4 * len(charted) + 2, 4.2), layout="constrained")
     axes = figure.subplots(1, len(charted), squeeze=False)[0]
     names = dict(mkey="several needles", cwe="common words")
     for axis, task in zip(axes, charted):
-        of_task = [row for row in plain if row["task"] == task]
+        of_task = [row for row in shown if row["task"] == task]
         scales = sorted({row["scale"] for row in of_task})
         for i, attn in enumerate(dict.fromkeys(row["attn"] for row in of_task)):
             points = [[row["accuracy"] for row in of_task if (row["attn"], row["scale"]) == (attn, scale)]
@@ -3157,6 +3174,8 @@ def parse_args(argv):
     for name, value in of_quality.items():
         if value is not None and args.what != "quality":
             raise ValueError(f"--{name} {value}: --what quality alone")
+    if args.what == "quality" and args.ctx < LEAST_COST:
+        raise ValueError(f"--ctx {args.ctx}: layers of {LEAST_COST} tokens or more are timed")
     if args.what == "quality" and args.shape:
         raise ValueError("--what quality trains models of its own: leave out --shape")
     if args.what == "queue" and args.shape:

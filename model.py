@@ -58,7 +58,7 @@ class MiniMaxConfig:
     n_head: int                        # num_attention_heads
     n_kv_head: int                     # num_key_value_heads
     head_dim: int
-    rotary_dim: int                    # channels of a head that rotate, from the first
+    rotary_dim: int                    # channels of a head that rotate, from the first. 0 differs from M2: no rotation
     max_seq_len: int                   # max_position_embeddings
     attn_types: list                   # layer_types: "full", "msa", "swa" or "lightning" per layer
     mlp_types: list                    # mlp_layer_types: "dense" or "moe" per layer
@@ -77,7 +77,7 @@ class MiniMaxConfig:
     index_kl_stride: int = 1           # the index branch learns from every stride-th query
     window: int = 0                    # keys that a query of a "swa" layer reads, its own among them
     window_sink: bool = False          # those layers have a learned sink
-    conv_taps: int = 0                 # inputs of a causal convolution before every attention. differs from M2: 0 there
+    conv_taps: int = 0                 # inputs of a causal convolution before attention. differs from M2: 0 there
     n_mtp: int = 0                     # num_mtp_modules
     rope_theta: float = 5e6
     norm_eps: float = 1e-6             # rms_norm_eps
@@ -212,12 +212,13 @@ class MiniMaxConfig:
         return cls(**(fields | changes))
 
 def attn_pattern(text, n_layer):
-    """A kind of attention, or two with a ratio -> attn_types of n_layer layers: "swa:full=3:1" is swa swa swa full,
-    again and again. ValueError for another kind or form, and where a kind gets no layer."""
+    """A kind of attention, or two kinds with a ratio -> attn_types of n_layer layers: "swa:full=3:1" is swa swa swa
+    full, again and again. ValueError for another kind or form, and where a kind gets no layer."""
     kinds, has_ratio, ratio = text.partition("=")
     kinds = kinds.split(":")
     counts = ratio.split(":") if has_ratio else ["1"]
-    well_formed = len(kinds) == len(counts) <= 2 and all(count.isdecimal() and int(count) > 0 for count in counts)
+    well_formed = len(kinds) == len(set(kinds)) == len(counts) == 1 + bool(has_ratio)
+    well_formed = well_formed and all(count.isdecimal() and int(count) > 0 for count in counts)
     if not well_formed or any(kind not in ATTN_TYPES for kind in kinds):
         known = ", ".join(ATTN_TYPES)
         raise ValueError(f"attention {text!r}: {known}, or two of them with a ratio, such as swa:full=3:1")
@@ -710,7 +711,8 @@ def kept_states(decay, n, chunk, end):
 # and four backward, as each gradient is the same sum, over other tensors, of keys and values from the end to the start:
 #     y_i = sum_{j <= i} f_ij (q_i k_j) v_j       dq_i = sum_{j <= i} f_ij (dy_i v_j) k_j      f_ij = e^(-s (i - j))
 #     dv_j = sum_{i >= j} f_ij (k_j q_i) dy_i     dk_j = sum_{i >= j} f_ij (v_j dy_i) q_i
-# Names in the kernel are those of y. In a walk to the start, what is "before" lies after in the row.
+# Names in the kernel are those of y. A walk to the start (REVERSE) goes on in the same way: the tokens that it has
+# passed, "before" in its names, are those that stand later in the row.
 
 LIGHTNING_TILE = dict(ROWS=64, COLS=64, num_warps=4, num_stages=2)
 LIGHTNING_PROGRAMS = 1056               # eight for each SM of an H200, two at a time
@@ -953,7 +955,7 @@ class ShortConv(nn.Module):
         y = x
         for t in range(taps):
             shifted = inputs[:, taps - 1 - t:taps - 1 - t + T]
-            if ctx.end is not None and t:  # within the document alone
+            if ctx.end is not None and 0 < t < T:  # within the document alone
                 inside = torch.arange(t, T, device=x.device) < ctx.end[:, :T - t]
                 shifted = shifted * F.pad(inside, (t, 0))[..., None]
             y = y + self.tap(t, x) * shifted

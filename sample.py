@@ -60,7 +60,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from model import DecodeWeights, KVCache, MiniMax, MiniMaxConfig
+from model import SHORT_ROW, DecodeWeights, KVCache, MiniMax, MiniMaxConfig
 from moe import experts_grouped, pick_experts
 from msa import NEW, constexpr, implementation, jit, tl, triton, widen
 
@@ -1073,9 +1073,10 @@ def implementations(model, device, trains=False, decodes=True):
     cfg = model.cfg
     dtype = model.dtype
     words = []
+    in_kernels = device.type == "cuda" and dtype.itemsize == 2
     if "full" in cfg.attn_types:
         full = ["SDPA"]
-        if trains and device.type == "cuda" and dtype.itemsize == 2:
+        if trains and in_kernels:
             full.append("FlexAttention over documents")
         if decodes and implementation(device, dtype, cfg.head_dim) == "Triton":
             full.append("decoding in Triton")
@@ -1084,10 +1085,15 @@ def implementations(model, device, trains=False, decodes=True):
         chosen = implementation(device, dtype, cfg.head_dim, cfg.index_head_dim, cfg.index_block_size)
         words.append(f"msa: {chosen}")
     if "swa" in cfg.attn_types:
-        sink = "torch, with a sink" if cfg.window_sink else "SDPA"
-        words.append(f"window of {cfg.window}: {sink}")
+        window = ["torch, with a sink" if cfg.window_sink else "SDPA"]
+        if trains and in_kernels:
+            window.append(f"FlexAttention for rows of {SHORT_ROW} tokens or more")
+        words.append(f"window of {cfg.window}: {', '.join(window)}")
     if "lightning" in cfg.attn_types:
-        words.append("lightning: torch")
+        linear = ["torch"]
+        if in_kernels:
+            linear.append(f"Triton for rows of {SHORT_ROW} tokens or more")
+        words.append(f"lightning: {', '.join(linear)}")
     if "moe" in cfg.mlp_types:
         grouped = pick_experts(dtype) is experts_grouped
         words.append(f"experts: {'grouped_mm' if grouped else 'a loop, as grouped_mm has no fp64'}")

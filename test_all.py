@@ -337,7 +337,6 @@ def test_a_window_without_keys_is_refused(window):
 
 @parametrize("text, n_layer, kinds", [
     ("lightning", 2, "lightning lightning"),
-    ("full=1", 2, "full full"),
     ("swa:full=3:1", 6, "swa swa swa full swa swa"),
     ("full:msa=1:9999999999", 4, "full msa msa msa")])
 def test_patterns_repeat_over_the_layers(text, n_layer, kinds):
@@ -346,7 +345,7 @@ def test_patterns_repeat_over_the_layers(text, n_layer, kinds):
 
 @parametrize("text", [
     "", "linear", "swa:full", "swa:full=3", "swa:full=3:0", "swa:full=3:-1", "swa:full=3:x", "swa=", "swa:full=3:1:1",
-    "swa:full:msa=1:1:1", "swa:full=4:1", "swa:full=9999999999:1", "SWA"])
+    "swa:full:msa=1:1:1", "swa:full=4:1", "swa:full=9999999999:1", "SWA", "msa=1", "swa=3", "swa:swa=1:2"])
 def test_patterns_of_another_form_are_refused(text):
     """An unknown kind, a ratio of another form, a kind that gets none of four layers: the message names the pattern."""
     with value_error(re.escape(repr(text))):
@@ -2890,6 +2889,19 @@ def test_an_overwritten_cache_is_emptied_but_not_cropped():
     pos = cache.length[:, None].long()
     assert worst(model(idx[row, pos], cache=cache)[0], full[row, pos]) < 1e-10
 
+@parametrize("T", [1, 2, 3, 4])
+def test_a_row_may_be_shorter_than_its_convolution(T):
+    """One document of few tokens is the same with its end told and without; a gradient comes of it."""
+    model = make_hybrid("lightning:swa=2:1", **dict(MORE, conv_taps=4))
+    idx = random_ids(2, T)
+    end = torch.full((2, T), T, dtype=torch.int32)
+
+    logits = model(idx, end=end)[0]
+
+    assert worst(logits, model(idx)[0]) < 1e-12
+    logits.sum().backward()
+    assert model.layers[0].conv.weight.grad.isfinite().all()
+
 def test_a_view_of_one_row_writes_to_the_cache():
     """row(): a prompt that is read alone leaves its ring and its state in the cache of all rows."""
     model = make_hybrid("lightning:swa=2:1", **MORE)
@@ -3527,6 +3539,22 @@ def test_cards_follow_the_choice_of_kernels(cfg, dtype, word, monkeypatch):
     assert word in words
     chosen = msa._pick("auto", on_gpu(dtype=dtype), 128, cfg.index_block_size)
     assert chosen == ("Triton" in words.split("msa: ")[1])
+
+@parametrize("device, dtype, trains, window, linear", [
+    ("cpu", torch.float32, True, "SDPA", "torch"),
+    ("cuda", torch.float32, True, "SDPA", "torch"),
+    ("cuda", torch.bfloat16, False, "SDPA", "torch, Triton for rows of 512 tokens or more"),
+    ("cuda", torch.bfloat16, True, "SDPA, FlexAttention for rows of 512 tokens or more",
+     "torch, Triton for rows of 512 tokens or more")])
+def test_cards_tell_kernels_of_windows_and_lightning(device, dtype, trains, window, linear):
+    """The kernels are for long rows in 16 bits on a GPU; those of windows for training alone."""
+    cfg = MiniMaxConfig.tiny(attn_types=["swa", "lightning", "swa"], window=8)
+    model = SimpleNamespace(cfg=cfg, dtype=dtype)
+
+    words = sample.implementations(model, torch.device(device), trains).split("; ")
+
+    assert f"window of 8: {window}" in words
+    assert f"lightning: {linear}" in words
 
 @pytest.fixture
 def two_threads(monkeypatch):
@@ -10318,7 +10346,7 @@ def test_tests_are_the_same_for_all_and_nobodys_training():
         for task, seed in itertools.product(study.tasks, (bench.TEST_SEED, bench.CHOICE_SEED)):
             for scale in study.scales if seed == bench.TEST_SEED else (1,):
                 with mock.patch.object(bench.TaskMaker, "__init__", noted):
-                    first, second = (bench.test_rows(each, task, scale, cpu, seed) for each in (study, alone))
+                    first, second = (bench.unseen_rows(each, task, scale, cpu, seed) for each in (study, alone))
                 assert torch.equal(first.idx, second.idx)
                 assert len(first.idx) == study.tests // (1 if scale <= 2 else 2)
         each_once = seeds[::2]
@@ -10492,7 +10520,7 @@ def test_rows_are_those_of_the_chosen_rate():
         marks = model.lm_head.weight[:, 0, 0].tolist()
         return {task: (marks, marks)}
 
-    with mock.patch.object(bench, "test_models", mark):
+    with mock.patch.object(bench, "score_models", mark):
         rows = bench.cell_rows(MICRO, replicas, (1, 2), 4, 1, {})
     S = MICRO.model["index_topk_blocks"]
     both = ("index", "oracle")
@@ -10650,10 +10678,10 @@ def test_tests_count_each_hop_by_itself(monkeypatch):
 
     model = SimpleNamespace(embed=SimpleNamespace(weight=torch.zeros(1)), cfg=SimpleNamespace(n_head=4))
     monkeypatch.setattr(bench, "answer_logits", answers_as_logits)
-    found = bench.test_models(MICRO, model, 2, "vt", 2)
+    found = bench.score_models(MICRO, model, 2, "vt", 2)
     assert found == dict(vt1=([1, 1], None), vt2=([1, 0], None))
     monkeypatch.setattr(bench, "SCORES_AT_ONCE", 1)  # row by row
-    assert bench.test_models(MICRO, model, 2, "vt", 2) == found
+    assert bench.score_models(MICRO, model, 2, "vt", 2) == found
 
 def test_the_best_rate_is_the_best_mean_over_seeds():
     """Not the one with the best seed."""
@@ -10976,7 +11004,8 @@ def test_a_foreign_file_of_cells_is_refused(micro_study, content):
 
 @refusals(
     ("--cells no/such.jsonl", "no/such.jsonl"),
-    ("--cells .", "directory"),
+    ("--cells .", "it is a folder"),
+    ("--ctx 255", "256 tokens or more"),
     ("--attn nonsense", "nonsense"),
     ("--attn full --attn swa:full=9:1", "swa:full=9:1"),
     ("--attn full-converted", "full-converted"),
@@ -11011,6 +11040,14 @@ def test_quality_trains_in_processes_of_their_own(monkeypatch, tmp_path):
     assert "context" not in text
     assert re.search(r"\nswa +16 +\| +\d+ ", text)
     assert bench.read_cells(cells) == {bench.cell_key(study, "swa"): rows}
+
+def test_generate_bench_is_for_models_with_drafts(monkeypatch):
+    """A checkpoint with windows or states is refused before anything is timed."""
+    model = make_hybrid("lightning:full=1:1", torch.float32)
+    monkeypatch.setattr(bench, "load_checkpoint", lambda path, mmap: dict(args={}))
+    monkeypatch.setattr(bench, "load_model", lambda *args: (model, None))
+    with value_error("lightning full"):
+        bench.make_subject(SimpleNamespace(out="run"), bench.Machine(torch.device("cpu"), torch.float32))
 
 @gpu
 @parametrize("attn", ["full", "msa", "msa-converted", "swa:full=1:1", "lightning:full=1:1"])
@@ -11585,9 +11622,9 @@ def cut_lines_are_kept(real, path, key, rows):
     with open(path, "a") as file:
         file.write(json.dumps(dict(key=key, rows=rows)) + "\n")
 
-def all_cells_have_one_key(real, study, attn, seeds):
+def all_cells_have_one_key(real, study, attn):
     """A cell's key does not tell how long it was trained."""
-    return real(dataclasses.replace(study, steps=0), attn, seeds)
+    return real(dataclasses.replace(study, steps=0), attn)
 
 def always_dense(real, model, batch, R, index_warmup):
     """The index branch warms up to the end."""
@@ -11749,7 +11786,7 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("bench.TaskMaker.chance", chance_of_chains, on(test_chance_is_what_a_guess_gets, "cpu", "vt", 8)),
     mutant("bench.join_questions", padding_is_right,
            test_joined_questions_have_no_right_answers_beside_their_own),
-    mutant("bench.test_rows", tested_on_trainings_seed, test_tests_are_the_same_for_all_and_nobodys_training),
+    mutant("bench.unseen_rows", tested_on_trainings_seed, test_tests_are_the_same_for_all_and_nobodys_training),
     mutant("bench.StackedLinear.__init__", stack_of_one_model, stacked),
     mutant("bench.StackedNorm.__init__", stack_of_one_model, stacked),
     mutant("bench.StackedConv.__init__", stack_of_one_model, stacked),

@@ -41,7 +41,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from model import LIGHTNING_CHUNK, MiniMax, MiniMaxConfig, attn_pattern, cache_bytes, count_params, decode_bytes
+from model import (LIGHTNING_CHUNK, SHORT_ROW, MiniMax, MiniMaxConfig, attn_pattern, cache_bytes, count_params,
+                   decode_bytes)
 from moe import max_violation
 from msa import cdiv, chunk, round_up
 from sample import (ICONV, LEARN_FROM, LOCK, PATTERN, Parser, Progress, SaveTimer, Threads, Tokenizer, cache_path,
@@ -625,7 +626,8 @@ def step_bytes(cfg, rows, T, device, recompute=False):
     layers = []
     for kind in kinds:
         layer = 4 * tokens * (numbers_kept(cfg, kind, T) + experts)
-        if on_gpu and kind != "lightning":  # which computes in fp32 there, too
+        in_torch = kind == "lightning" and T < SHORT_ROW  # and in fp32, on a GPU, too
+        if on_gpu and not in_torch:
             layer *= 0.4 / 2           # kernels that keep less, in bf16
         layers.append(layer)
     if recompute:
@@ -919,7 +921,7 @@ def print_cache(cfg):
     # absorbed: a score is a product over latent and RoPE part, the sum of values one of latents
     ratio = (latent + MLA_LATENT) / (2 * D)
     print(f"  why not MLA: absorbed, a query head pays {latent} + {MLA_LATENT} multiply-adds a key, not 2 x {D}: "
-          f"{ratio:.2f} times; or it up-projects every key")
+          f"{ratio:.2f} times; or it up-projects every key. MSA saves by reading few keys, not small ones")
 
 def print_decoding(cfg, args):
     """Bytes of cache that a decoding step moves for one row, with some patterns of a preset's layers, and --attn's."""

@@ -10175,10 +10175,12 @@ def test_all_kinds_of_attention_have_as_many_parameters(device, attn):
     full, other = (bench.count_parameters(bench.study_config(study, kind)) for kind in ("full", attn))
     assert abs(other - full) <= 1e-3 * full
 
-def test_a_pattern_with_other_parameters_is_refused():
-    """A unit of the MLPs is too coarse for some patterns of a CPU's small model: one line names the two counts."""
-    with value_error("full:msa=1:1: 152,112 parameters, .* 151,888"):
-        bench.study_config(bench.STUDIES["cpu"], "full:msa=1:1")
+@parametrize("attn", ["lightning", "msa:swa=1:1", "full:msa=1:1", "lightning:swa=1:2"])
+def test_any_pattern_has_nearly_as_many_parameters(attn):
+    """The study does not name these: on a CPU a unit of the MLPs is 0.57 % of the model, and half of it may be left."""
+    study = bench.STUDIES["cpu"]
+    full, other = (bench.count_parameters(bench.study_config(study, kind)) for kind in ("full", attn))
+    assert abs(other - full) <= 0.0029 * full
 
 def test_all_kinds_of_attention_see_the_same_batches():
     """Batches depend on the seed and the number of models alone: the same tokens in the same order."""
@@ -11543,7 +11545,7 @@ def padding_is_right(real, parts, shape):
     joined = real(parts, shape)
     return dataclasses.replace(joined, answers=joined.answers.clamp(min=0))
 
-def tested_on_trainings_seed(real, study, task, scale, device, seed):
+def scored_on_trainings_seed(real, study, task, scale, device, seed):
     generator = torch.Generator(device).manual_seed(bench.SEED + study.seeds[0])
     return bench.TaskMaker(study, scale * study.T, generator).make(task, study.tests // (1 if scale <= 2 else 2))
 
@@ -11786,7 +11788,7 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("bench.TaskMaker.chance", chance_of_chains, on(test_chance_is_what_a_guess_gets, "cpu", "vt", 8)),
     mutant("bench.join_questions", padding_is_right,
            test_joined_questions_have_no_right_answers_beside_their_own),
-    mutant("bench.unseen_rows", tested_on_trainings_seed, test_tests_are_the_same_for_all_and_nobodys_training),
+    mutant("bench.unseen_rows", scored_on_trainings_seed, test_tests_are_the_same_for_all_and_nobodys_training),
     mutant("bench.StackedLinear.__init__", stack_of_one_model, stacked),
     mutant("bench.StackedNorm.__init__", stack_of_one_model, stacked),
     mutant("bench.StackedConv.__init__", stack_of_one_model, stacked),

@@ -2552,6 +2552,7 @@ def train_in_processes(study, cells, workers, has_time, finish):
         except BrokenProcessPool:
             raise MemoryError("a process that trained was killed; fewer: --threads 1") from None
         except BaseException:          # Ctrl-C: nobody waits for what is under way
+            print("left    | what was under way; finished kinds are kept: the same command goes on", flush=True)
             for process in list(pool._processes.values()):
                 process.terminate()
             raise
@@ -2731,9 +2732,9 @@ def draw_quality(path, study, rows, title):
                 percent = [100 * x for x in seeds]
                 axis.plot([scale] * len(seeds), percent, ".", ms=3, alpha=0.5, color=line.get_color())
         chances = [next(100 * row["chance"] for row in of_task if row["scale"] == scale) for scale in scales]
-        axis.plot(scales, chances, ":", color="gray", label="chance")
+        axis.plot(scales, chances, ":", color="black", label="chance")
         name = names.get(task, f"{task[2:]} lookups in a row")
-        axis.set(title=name, xlabel=f"length, in {study.T} tokens", ylim=(-3, 103))
+        axis.set(title=name, xlabel=f"length, times {study.T} tokens", ylim=(-3, 103))
         axis.set_xscale("log", base=2)
         axis.set_xticks(scales, [f"{scale}x" for scale in scales])
     axes[0].set_ylabel("percent right; mean of seeds, seeds as dots")
@@ -3146,12 +3147,14 @@ def parse_args(argv):
     p.add_argument("--out", metavar="DIR", help="--what generate: folder of a checkpoint; default: a preset with "
                    "random weights, tiny or on a GPU small")
     p.add_argument("--shape", choices=SHAPES, help="default: both")
-    p.add_argument("--attn", action="append", metavar="KIND", help="--what quality: a kind of attention, as train.py's "
-                   "--attn, or msa-converted; may be given again; default: the study's")
-    p.add_argument("--steps", type=number(10), help="--what quality: of each model; default: the study's")
-    p.add_argument("--minutes", type=number(0, math.inf, float), help="--what quality: begin nothing that would last "
-                   "longer; the same command goes on")
-    p.add_argument("--cells", metavar="FILE", help="--what quality: what is finished; default: quality-DEVICE.jsonl")
+    p.add_argument("--attn", action="append", metavar="KIND", help="--what quality: a kind of attention or a pattern, "
+                   "as train.py's --attn, but msa is in every layer; or msa-converted, which is full at first; may be "
+                   "given again; default: five kinds, on a GPU ten")
+    p.add_argument("--steps", type=number(10), help="--what quality: of each model; default: 2500, on a GPU 10000")
+    p.add_argument("--minutes", type=number(0, math.inf, float), help="--what quality: after these begin no further "
+                   "kind of attention, nor one that would last longer; the same command goes on")
+    p.add_argument("--cells", metavar="FILE", help="--what quality: keeps the kinds that are finished; the same "
+                   "command goes on from it; default: quality-DEVICE.jsonl")
     p.add_argument("--figure", metavar="FILE", help="draw time against length, queue's curves, or quality against "
                    "length; needs matplotlib")
     args = p.parse_args(argv)

@@ -221,7 +221,7 @@ def attn_pattern(text, n_layer):
     well_formed = well_formed and all(count.isdecimal() and int(count) > 0 for count in counts)
     if not well_formed or any(kind not in ATTN_TYPES for kind in kinds):
         known = ", ".join(ATTN_TYPES)
-        raise ValueError(f"attention {text!r}: {known}, or two of them with a ratio, such as swa:full=3:1")
+        raise ValueError(f"attention {text!r}: {known}, or two of them with a ratio, such as swa:full=2:1")
     period = []
     for kind, count in zip(kinds, counts):
         period += [kind] * min(int(count), n_layer)

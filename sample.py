@@ -1921,8 +1921,9 @@ def check_drafts(model, speculate, name):
     if not model.mtp:
         raise ValueError(f"{name} {speculate}: the model has no MTP module to draft with")
     if model.cfg.is_recurrent:
-        raise ValueError(f"{name} {speculate}: a draft that fails is taken back, but windows, Lightning states and "
-                         "convolutions are overwritten as tokens come: such a cache cannot be cropped")
+        kinds = " ".join(dict.fromkeys(model.cfg.attn_types))
+        raise ValueError(f"{name} {speculate}: a draft that fails is taken back, and this model ({kinds}) overwrites "
+                         "its cache as tokens come, which cannot be cropped: leave drafts out")
 
 @dataclasses.dataclass
 class Trace:

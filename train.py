@@ -683,8 +683,9 @@ def parse_args(argv, locks=None):
     count = number(1)
     # model
     p.add_argument("--preset", default="tiny", choices=["tiny", "mini", "small", "m2", "m3"], help="the model")
-    p.add_argument("--attn", type=attention, default="msa", metavar="KIND", help="msa, as the preset has it, or in "
-                   "every layer full, swa (a window) or lightning, or two of them by turns, such as swa:full=3:1")
+    p.add_argument("--attn", type=attention, default="msa", metavar="KIND", help="msa: as the preset has it; full, "
+                   "swa (a window) or lightning: in every layer; or two kinds by turns, such as swa:full=2:1: two layers of "
+                   "the first, one of the second, and again")
     p.add_argument("--window", type=count, metavar="N", help="keys that a query of a swa layer reads; default: an "
                    "eighth of --seq-len")
     p.add_argument("--sink", action="store_true", help="swa layers have a learned sink")
@@ -771,7 +772,8 @@ def resume_args(parser, argv, given, state):
         was = state["args"].get(name, parser.get_default(name))  # older args lack the last two
         becomes_sparse = (was, value) == ("full", "msa")
         if value != was and not becomes_sparse:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: the checkpoint was trained with {was}")
+            only = "; attention changes from full to msa alone" if name == "attn" else ""
+            raise ValueError(f"--{name.replace('_', '-')} {value}: the checkpoint was trained with {was}{only}")
     return args
 
 def merge_args(parser, argv, given, path, saved):
@@ -873,10 +875,14 @@ def dry_run(cfg, args):
         mtp, active_mtp = count_params(MiniMax(dataclasses.replace(cfg, n_mtp=1)).mtp[0])
     table = cfg.vocab_size * cfg.n_embd
     print(f"{preset}: {total:,} parameters, {active:,} active per token without embedding and head")
-    if preset == "m2":
+    own = getattr(MiniMaxConfig, preset)().attn_types
+    if cfg.attn_types != own:
+        counts = {kind: cfg.attn_types.count(kind) for kind in dict.fromkeys(cfg.attn_types)}
+        print(f"  layers    {', '.join(f'{n} {kind}' for kind, n in counts.items())}: not as released")
+    elif preset == "m2":
         print(f"  229.9B = {total + 2 * table:,}: with a second embedding and head of {table:,} each; not published")
         print(f"  9.8B   = {active:,}: all but embedding, head and the 248 of 256 experts not chosen")
-    if preset == "m3":
+    elif preset == "m3":
         print(f"  428B of the model card = {total / 1e9:.3f}B + the vision tower; 23B = {active / 1e9:.2f}B, or "
               f"{(active + 2 * table) / 1e9:.3f}B with embedding and head")
     if cfg.n_mtp:

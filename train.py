@@ -683,9 +683,9 @@ def parse_args(argv, locks=None):
     count = number(1)
     # model
     p.add_argument("--preset", default="tiny", choices=["tiny", "mini", "small", "m2", "m3"], help="the model")
-    p.add_argument("--attn", type=attention, default="msa", metavar="KIND", help="msa: as the preset has it; full, "
-                   "swa (a window) or lightning: in every layer; or two kinds by turns, such as swa:full=2:1: two layers of "
-                   "the first, one of the second, and again")
+    p.add_argument("--attn", type=attention, default="msa", metavar="KIND",
+                   help="msa: as the preset has it; full, swa (a window) or lightning: in every layer; or two kinds by "
+                   "turns, such as swa:full=2:1: two layers of the first, one of the second, and again")
     p.add_argument("--window", type=count, metavar="N", help="keys that a query of a swa layer reads; default: an "
                    "eighth of --seq-len")
     p.add_argument("--sink", action="store_true", help="swa layers have a learned sink")

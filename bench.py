@@ -2359,32 +2359,49 @@ def mean_accuracy(study, model, R):
         found.update(score_models(study, model, R, task, 1, CHOICE_SEED))
     return torch.tensor([accuracy for accuracy, _ in found.values()]).mean(0).tolist()
 
-def cell_rows(study, replicas, scales, steps, rate, facts):
+def cell_rows(study, stack, rate, scales, facts):
     """Tests of the models of one rate -> rows of the table.
 
-    scales  lengths, in T
-    steps   that the models have had
+    stack   the stacked models of all rates and seeds
     rate    the rate's number
+    scales  lengths, in T
     facts   what all rows say beside
     """
     n = len(study.seeds)
-    model = take_models(replicas.model, list(range(rate * n, (rate + 1) * n)))
+    model = take_models(stack, list(range(rate * n, (rate + 1) * n)))
     trained_S = model.cfg.index_topk_blocks
     rows = []
     for scale, task in product(scales, study.tasks):
-        maker = TaskMaker(study, scale * study.T, replicas.generator)
-        for S, choice in budgets(study, replicas.cfg, scale):
+        T = scale * study.T
+        maker = TaskMaker(study, T, torch.Generator())
+        for S, choice in budgets(study, model.cfg, scale):
             set_choice(model, S, choice)
+            of_length = dict(facts, scale=scale, keys=keys_read(model.cfg, T), decode_bytes=decode_bytes(model.cfg, T))
             for name, (accuracy, recall) in score_models(study, model, n, task, scale).items():
+                of_task = dict(of_length, task=name, chance=maker.chance(name))
                 for i, seed in enumerate(study.seeds):
-                    rows.append(dict(
-                        what="quality", attn=replicas.attn, task=name, scale=scale, seed=seed,
-                        accuracy=accuracy[i], chance=maker.chance(name), steps=steps,
-                        keys=keys_read(model.cfg, scale * study.T), choice=choice if recall else None,
-                        block_recall=recall[i] if recall else None, lr=study.rates[rate],
-                        decode_bytes=decode_bytes(model.cfg, scale * study.T), **facts))
+                    row = dict(of_task, seed=seed, accuracy=accuracy[i], choice=None, block_recall=None)
+                    if recall is not None:
+                        row.update(choice=choice, block_recall=recall[i])
+                    rows.append(row)
             set_choice(model, trained_S, "index")
     return rows
+
+def cell_facts(study, replicas):
+    """What rows of one kind of attention say of its training."""
+    single = MiniMax(replicas.cfg)
+    step_tokens = study.T * study.rows * len(study.groups)
+    pos = torch.arange(study.T)
+    # the head is counted at every token, as by train.py, though it computes at questions alone
+    dense_flops = single.flops_per_token(pos, index_warmup=True, run_mtp=False)
+    flops = single.flops_per_token(pos, run_mtp=False)
+    dense_steps = replicas.dense_steps()
+    return dict(
+        what="quality",
+        attn=replicas.attn,
+        params=count_parameters(replicas.cfg),
+        train_flops=step_tokens * (dense_steps * dense_flops + (study.steps - dense_steps) * flops),
+        tokens_per_s=replicas.R * step_tokens / statistics.median(replicas.step_seconds))
 
 def run_cell(study, attn, device, dtype, say=print):
     """Train and test one kind of attention -> its rows: at half of the steps and at the end, of the rate that is best
@@ -2409,28 +2426,11 @@ def run_cell(study, attn, device, dtype, say=print):
     replicas.train(study.steps - half, progress)
     seconds = time.perf_counter() - start
 
-    # what a model costs
-    cfg = replicas.cfg
-    single = MiniMax(cfg)
-    step_tokens = study.T * study.rows * len(study.groups)
-    pos = torch.arange(study.T)
-    # the head is counted at every token, as by train.py, though it computes at questions alone
-    dense_steps = replicas.dense_steps()
-    flops = (dense_steps * single.flops_per_token(pos, index_warmup=True, run_mtp=False)
-             + (study.steps - dense_steps) * single.flops_per_token(pos, run_mtp=False))
-    facts = dict(
-        params=count_parameters(cfg),
-        train_flops=flops * step_tokens,
-        tokens_per_s=R * step_tokens / statistics.median(replicas.step_seconds),
-        seconds=round(seconds, 1))
-
     scores = mean_accuracy(study, replicas.model, R)
     rate = pick_rate(study, scores)
-    rows = cell_rows(study, replicas, study.scales, study.steps, rate, facts)
-    late = replicas.model
-    replicas.model = early
-    rows += cell_rows(study, replicas, (1,), half, rate, facts)
-    replicas.model = late
+    facts = dict(cell_facts(study, replicas), lr=study.rates[rate], seconds=round(seconds, 1))
+    rows = cell_rows(study, replicas.model, rate, study.scales, dict(facts, steps=study.steps))
+    rows += cell_rows(study, early, rate, (1,), dict(facts, steps=half))
     shown = ", ".join(f"{score:.2f}" for score in scores)
     tested = time.perf_counter() - start - seconds
     say(f"{attn:<20} | {study.steps:,} steps in {seconds:.0f} s, tests in {tested:.0f} s; mean accuracy by rate and "

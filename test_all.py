@@ -10523,12 +10523,12 @@ def test_rows_are_those_of_the_chosen_rate():
         return {task: (marks, marks)}
 
     with mock.patch.object(bench, "score_models", mark):
-        rows = bench.cell_rows(MICRO, replicas, (1, 2), 4, 1, {})
+        rows = bench.cell_rows(MICRO, replicas.model, 1, (1, 2), dict(steps=4))
     S = MICRO.model["index_topk_blocks"]
     both = ("index", "oracle")
     of_scale = {1: [(S, choice) for choice in both], 2: [(blocks, choice) for blocks in (S, 2 * S) for choice in both]}
     assert tested == [(scale, task, *budget) for scale in (1, 2) for task in MICRO.tasks for budget in of_scale[scale]]
-    assert {row["lr"] for row in rows} == {MICRO.rates[1]}
+    assert {row["steps"] for row in rows} == {4}
     for row in rows:
         assert row["accuracy"] == pytest.approx((2 + row["seed"]) / 10)
         assert row["block_recall"] == row["accuracy"]

@@ -2376,7 +2376,8 @@ def cell_rows(study, stack, rate, scales, facts):
         maker = TaskMaker(study, T, torch.Generator())
         for S, choice in budgets(study, model.cfg, scale):
             set_choice(model, S, choice)
-            of_length = dict(facts, scale=scale, keys=keys_read(model.cfg, T), decode_bytes=decode_bytes(model.cfg, T))
+            moved = decode_bytes(model.cfg, T)
+            of_length = dict(facts, scale=scale, keys=keys_read(model.cfg, T), decode_bytes=moved)
             for name, (accuracy, recall) in score_models(study, model, n, task, scale).items():
                 of_task = dict(of_length, task=name, chance=maker.chance(name))
                 for i, seed in enumerate(study.seeds):
@@ -2673,7 +2674,11 @@ def fewest_keys(rows):
     for row in rows:
         cell = row["attn"], row["task"], row["scale"]
         least[cell] = min(row["keys"] or 0, least.get(cell, math.inf))
-    return [row for row in rows if (row["keys"] or 0) == least[row["attn"], row["task"], row["scale"]]]
+    fewest = []
+    for row in rows:
+        if (row["keys"] or 0) == least[row["attn"], row["task"], row["scale"]]:
+            fewest.append(row)
+    return fewest
 
 def quality_sentences(rows):
     """What the rows say, of the longest chain of lookups and of counting, at the shortest and the longest length."""
@@ -2867,7 +2872,8 @@ def check_side(machine, side, outs, grads):
         part = slice(None), slice(None), [0, -1]
         parts = part, part, part
         checked = slice(None)
-        attend = partial(lightning_attention, decay=lightning_decay(machine, side.inputs[0].size(2))[[0, -1]])
+        decay = lightning_decay(machine, side.inputs[0].size(2))
+        attend = partial(lightning_attention, decay=decay[[0, -1]])
     else:
         q, k, _ = side.inputs
         tokens = slice(-2 * side.window, None)
@@ -2881,9 +2887,12 @@ def check_side(machine, side, outs, grads):
     y = attend(*inputs, impl="torch")
     if side.attn == "lightning":
         y, _ = y
-    want = y.detach(), *torch.autograd.grad(y, inputs, side.upstream[0][parts[0]].double())
-    for what, got, part, exact in zip(("output", "dq", "dk", "dv"), (*outs, *grads), (parts[0], *parts), want):
-        near(f"cost, {side.name}: {what} against torch in fp64", got.detach()[part][:, checked], exact[:, checked])
+    dy = side.upstream[0][parts[0]].double()
+    exact = torch.autograd.grad(y, inputs, dy)
+    compared = [("output", outs[0].detach(), parts[0], y.detach())]
+    compared += zip(("dq", "dk", "dv"), grads, parts, exact)
+    for what, got, part, want in compared:
+        near(f"cost, {side.name}: {what} against torch in fp64", got[part][:, checked], want[:, checked])
 
 def check_sides(machine, sides):
     """Before anything is timed, what is: no number but finite ones, windows and Lightning against torch. Compiles."""
@@ -2931,8 +2940,10 @@ def cost_row(machine, side, T, forward_ms, backward_ms):
     H, Hkv, _, _ = heads
     if side.attn == "lightning":
         Hkv = H
-    row = dict(what="quality-cost", attn=side.attn, window=side.window, impl=side.impl, ctx=T, heads=[H, Hkv],
-               forward_ms=forward_ms, backward_ms=backward_ms)
+    row = dict(
+        what="quality-cost", attn=side.attn, window=side.window, impl=side.impl,
+        ctx=T, heads=[H, Hkv],
+        forward_ms=forward_ms, backward_ms=backward_ms)
     flops = cost_flops(side.attn, T, heads, side.window)
     moved = cost_bytes(side.attn, T, heads, machine.size)
     row.update(roofline(flops, moved, forward_ms + backward_ms, machine.rates))

@@ -493,6 +493,10 @@ def number_lanes(kinds):
 # torch.compile merges them with what is beside them
 SHORT_ROW = 512
 
+def pad_tokens(x, front, back=0):
+    """x (B, T, heads, D) with so many zero tokens before the first and behind the last."""
+    return F.pad(x, (0, 0, 0, 0, front, back))
+
 def window_attention(q, k, v, window, sink=None, end=None, missing=None, impl="auto"):
     """Softmax attention over the last `window` keys (Longformer, arXiv 2004.05150) -> (B, T, H, D), with gradients.
 
@@ -525,9 +529,10 @@ def window_attention(q, k, v, window, sink=None, end=None, missing=None, impl="a
     padding = max(0, before - first)
 
     # chunks: q (B, n, chunk, H, D), k and v (B, n, before + chunk, Hkv, D)
-    q = F.pad(q, (0, 0, 0, 0, n * chunk - T, 0)).unflatten(1, (n, chunk))
-    padded = (F.pad(x, (0, 0, 0, 0, padding, 0))[:, first - before + padding:] for x in (k, v))
-    k, v = (x.unfold(1, before + chunk, chunk).movedim(-1, 2) for x in padded)
+    q = pad_tokens(q, n * chunk - T).unflatten(1, (n, chunk))
+    begin = first - before + padding   # of the first chunk's keys, with the padding
+    k, v = (pad_tokens(x, padding)[:, begin:] for x in (k, v))
+    k, v = (x.unfold(1, before + chunk, chunk).movedim(-1, 2) for x in (k, v))
 
     # which keys a query sees: (B or 1, n, chunk, before + chunk)
     start = first + chunk * torch.arange(n, device=q.device)[:, None]
@@ -561,7 +566,7 @@ def _window_flex(q, k, v, window, sink, end, tile=128):
     T = q.size(1)
     more = -T % tile
     if more:  # whole tiles: FlexAttention wants masks as long as its tensors
-        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, more)) for x in (q, k, v))
+        q, k, v = (pad_tokens(x, 0, more) for x in (q, k, v))
         end = None if end is None else F.pad(end, (0, more))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))                                                # (B, H, ., D)
     if end is None:
@@ -614,13 +619,16 @@ def window_tiles(T, window, end, tile, device):
             nearest = table.int().argsort(stable=True, descending=True)
             lists.append(table.sum(-1, dtype=torch.int32)[:, None])
             lists.append((own + sign * nearest).clamp(0, n - 1).int()[:, None])
-    part, whole = lists[:4], lists[4:]
+    part, whole = lists[:4], lists[4:]  # of each: how many tiles a row has and which, by queries, then by keys
     reach = torch.full((), window, device=device)  # a number would be compiled anew for each window, or become symbolic
 
     def see(b, h, i, j):
         seen = (j <= i) & (j > i - reach)
         return seen if end is None else seen & (i < end[b, j])
-    return BlockMask((T, T), *part[:2], *whole[:2], *part[2:], *whole[2:], BLOCK_SIZE=(tile, tile), mask_mod=see)
+    return BlockMask(
+        seq_lengths=(T, T), BLOCK_SIZE=(tile, tile), mask_mod=see,
+        kv_num_blocks=part[0], kv_indices=part[1], full_kv_num_blocks=whole[0], full_kv_indices=whole[1],
+        q_num_blocks=part[2], q_indices=part[3], full_q_num_blocks=whole[2], full_q_indices=whole[3])
 
 def lightning_attention(q, k, v, decay, end=None, state=None, chunk=LIGHTNING_CHUNK, impl="auto"):
     """Linear attention with a decay for each head (Lightning Attention-2, arXiv 2401.04658), with gradients.
@@ -661,7 +669,7 @@ def _lightning_chunks(q, k, v, decay, end, chunk):
     # chunks (B, H, n, chunk, D), padded in front with zeros, which add nothing to a state
     n = cdiv(T, chunk)
     front = n * chunk - T
-    chunks = (F.pad(x, (0, 0, 0, 0, front, 0)).unflatten(1, (n, chunk)) for x in (q, k, v))
+    chunks = (pad_tokens(x, front).unflatten(1, (n, chunk)) for x in (q, k, v))
     q_chunk, k_chunk, v_chunk = (x.permute(0, 3, 1, 2, 4) for x in chunks)
     place = torch.arange(chunk, device=q.device)
     age = place[:, None] - place       # of a key of the same chunk, in tokens
@@ -675,7 +683,8 @@ def _lightning_chunks(q, k, v, decay, end, chunk):
         last = ends[:, :, -1]                                 # of the document of a chunk's last token: (B, n)
         faded = faded * (i[..., None] < ends[:, :, None])[:, None]
         left = left * (ends > i[:, -1:])[:, None, ..., None]
-        reach = reach * (i < F.pad(last, (1, 0))[:, :-1, None])[:, None, ..., None]
+        before_last = F.pad(last, (1, 0))[:, :-1]             # the same of the chunk before: (B, n)
+        reach = reach * (i < before_last[..., None])[:, None, ..., None]
 
     # of the same chunk, then of all chunks before: each adds to the states of those that follow
     kept = kept_states(decay[:, 0, 0, 0], n, chunk, end)
@@ -841,7 +850,7 @@ def _lightning_triton(q, k, v, decay, end):
     # whole segments, padded in front with zeros, which add nothing to a state
     front = segments * chunks * LIGHTNING_TILE["ROWS"] - T
     if front > 0:
-        q, k, v = (F.pad(x, (0, 0, 0, 0, front, 0)) for x in (q, k, v))
+        q, k, v = (pad_tokens(x, front) for x in (q, k, v))
         if end is not None:
             end = F.pad(end + front, (front, 0))
     walk = Walk(decay.float(), end, segments, chunks)
@@ -950,7 +959,9 @@ class ShortConv(nn.Module):
     def forward(self, x, ctx):
         """x (B, T, C) -> (B, T, C)."""
         T, taps = x.size(1), self.weight.size(-1)
-        past = x.new_zeros(len(x), taps - 1, x.size(2)) if ctx.cache is None else ctx.cache.past[ctx.layer]
+        past = x.new_zeros(len(x), taps - 1, x.size(2))
+        if ctx.cache is not None:
+            past = ctx.cache.past[ctx.layer]
         inputs = torch.cat([past, x], 1)                                                      # (B, taps - 1 + T, C)
         y = x
         for t in range(taps):

@@ -711,8 +711,8 @@ def _weigh(p, value):
 
 @jit
 def _merge(acc, total, peak, part, weight):
-    """Add a normalised part [rows, …], of log2-sum-exp weight [rows], to the sums acc [rows, …] and total [rows], which
-    are relative to the maximum peak [rows] -> acc, total, peak."""
+    """Add a normalised part [rows, D], of log2-sum-exp weight [rows], to the sums acc [rows, D] and total [rows], which
+    are relative to the maximum peak [rows] -> acc, total, peak. Either part of a shape may be several dimensions."""
     new = tl.maximum(peak, weight)
     old = tl.exp2(peak - new)
     weight = tl.exp2(weight - new)

@@ -10695,10 +10695,11 @@ def test_budgets_and_keys():
     """MSA is tested with training's blocks and with a share of all; keys are counted by hand."""
     cfgs = {attn: bench.study_config(MICRO, attn) for attn in ("full", "msa", "full:msa=1:1", "swa:full=1:1", "swa",
                                                                "lightning", "lightning:full=1:1")}
-    both = ("index", "oracle")
     S, L = MICRO.model["index_topk_blocks"], MICRO.model["index_block_size"]
-    assert bench.budgets(MICRO, cfgs["msa"], 4) == [(S, both[0]), (S, both[1]), (4 * S, both[0]), (4 * S, both[1])]
-    assert bench.budgets(MICRO, cfgs["full:msa=1:1"], 1) == [(S, both[0]), (S, both[1])]
+    fixed = [(S, "index"), (S, "oracle")]
+    quarter = [(4 * S, "index"), (4 * S, "oracle")]
+    assert bench.budgets(MICRO, cfgs["msa"], 4) == fixed + quarter
+    assert bench.budgets(MICRO, cfgs["full:msa=1:1"], 1) == fixed
     assert bench.budgets(MICRO, cfgs["full"], 4) == [(S, "index")]
     assert bench.budgets(dataclasses.replace(MICRO, all_budgets=False), cfgs["msa"], 4) == [(S, "index")]
 

@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import gc
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -1208,6 +1209,10 @@ def needs(fits, what):
     """Skip unless it fits: here and not in a marker, because mutants call the tests, too."""
     if not fits:
         pytest.skip(f"needs {what}")
+
+def needs_matplotlib(line="--figure"):
+    """Skip where a line has --figure and the optional package that draws is not there."""
+    needs("--figure" not in line or importlib.util.find_spec("matplotlib"), "matplotlib, which is optional")
 
 def needs_interpreter():
     needs(msa.triton and not torch.cuda.is_available(), "Triton, and no GPU: the interpreter stands in for one")
@@ -4051,6 +4056,7 @@ def test_a_log_that_cannot_be_written_is_named(nothing_is_read, corpus, tmp_path
 
 def test_a_run_draws_its_curves(checkpoint, trained, tmp_path):
     """--figure: bits a byte of training and validation over the steps, and the rate; also of a run that is over."""
+    needs_matplotlib()
     shutil.copy(trained.out / "log.jsonl", tmp_path)
     figure = tmp_path / "run.svg"
 
@@ -4064,6 +4070,7 @@ def test_a_run_draws_its_curves(checkpoint, trained, tmp_path):
     ("--figure x.svg --dry-run", "--dry-run"))
 def test_a_figure_that_cannot_be_drawn_is_refused(nothing_is_read, tmp_path, monkeypatch, line, word):
     """A folder, a format that does not exist, a run that trains nothing: refused before any text is read."""
+    needs_matplotlib(line)
     monkeypatch.chdir(tmp_path)
 
     assert word in refused(train, ["--out", tmp_path / "run", *line.split()])
@@ -9149,6 +9156,7 @@ def test_a_completion_comes_back_by_token_from_every_client(back):
 
 def test_rl_names_the_port_it_refuses(tmp_path):
     """A port in use: one line with flag, value and reason."""
+    needs(importlib.util.find_spec("starlette"), "starlette, which is optional")
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -9162,6 +9170,7 @@ def test_rl_names_the_port_it_refuses(tmp_path):
     ("a.abc", "supported formats")])
 def test_rl_names_the_figure_it_refuses(name, word, tmp_path):
     """A figure that cannot be written, or of no known format: one line with flag, value and reason."""
+    needs_matplotlib()
     figure = tmp_path / name
     line = refused(rl, rl_args(tmp_path, "--steps 1", "--figure", figure))
     assert f"--figure {figure}: " in line
@@ -9225,6 +9234,7 @@ def refused_line(line, *more, code=2):
     "bench.py --figure no/x.png"])
 def test_bad_input_is_refused_in_one_line(tmp_path, monkeypatch, line):
     """Missing and empty data, unknown names, wrong sizes: exit 2, the value named, which is the line's last word."""
+    needs_matplotlib(line)
     monkeypatch.chdir(tmp_path)
     Path("empty.txt").touch()
     value = line.split()[-1]
@@ -9253,6 +9263,7 @@ def test_sample_refuses_bad_input(trained, tmp_path, monkeypatch, line, word):
     ("--what tree --out run", "--out run"))
 def test_bench_refuses_bad_input(line, word):
     """A folder as figure, flags that do not go together, mazes that do not fit: what is wrong is named."""
+    needs_matplotlib(line)
     assert word in refused(bench, line.split())
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -9793,6 +9804,7 @@ def labels_of(figure):
 
 def test_axes_are_in_plain_numbers(tmp_path):
     """The figure's axes say 16K, 64K, 1M and plain milliseconds: no powers of 2 or 10."""
+    needs_matplotlib()
     rows = [fabricated_row(T, 0.99, 1e-4 * T) for T in (16384, 65536, 1_000_000)]
     figure = tmp_path / "x.svg"
     bench.draw(figure, rows, "a GPU")
@@ -9835,6 +9847,7 @@ def short_trainings(monkeypatch):
 
 def test_the_queue_bench_compares_three_schedules(short_trainings, tmp_path):
     """--what queue: nine rows of the queue alone, then three trainings from one imitation, and their curves."""
+    needs_matplotlib()
     figure = tmp_path / "curves.svg"
     result, text = run_line("bench.py --what queue --device cpu", "--figure", figure)
 
@@ -10779,6 +10792,7 @@ def test_the_table_of_quality(capsys):
 
 def test_the_figure_of_quality(tmp_path):
     """A chart for several needles, the hops and common words, a line for each attention."""
+    needs_matplotlib()
     figure = tmp_path / "quality.svg"
     bench.draw_quality(figure, MICRO, quality_rows(), "a machine")
     labels = labels_of(figure)
@@ -11020,6 +11034,7 @@ def test_a_foreign_file_of_cells_is_refused(micro_study, content):
     ("--figure x.abc", "--figure x.abc"))
 def test_quality_refuses_bad_input(micro_study, line, word):
     """Unknown attention, a folder that does not exist, flags of other benches: one line, and nothing is trained."""
+    needs_matplotlib(line)
     assert word in refused_line("bench.py --what quality --device cpu", *shlex.split(line))
     assert micro_study == []
 

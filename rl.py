@@ -1444,7 +1444,7 @@ class Served(Gateway):
         self.over = False
         self.door = Door(args.serve)
         paths = ("/v1/tasks", *KEY_FIELD)
-        self.door.open(make_app(self.token, dict.fromkeys(paths, self.ask), most=MAX_BODY))
+        self.door.open(make_app(lambda path: [self.token], dict.fromkeys(paths, self.ask), most=MAX_BODY))
 
     def close(self):
         """Accept no more requests; clients that still wait for an answer get a refusal."""

@@ -1772,11 +1772,13 @@ class PrefixCache:
     (the rule of vLLM and SGLang: arXiv 2312.07104).
 
     max_bytes  of all lanes together
+    L          tokens of a block: a multiple of the key block's where layers are sparse; larger ones are fewer to walk
     One for each model: after a change of weights make another one.
     """
 
-    def __init__(self, max_bytes):
+    def __init__(self, max_bytes, L=None):
         self.max_bytes = max_bytes
+        self.L = L
         self.bytes = 0
         self.root = Block((), None)
         self.clock = 0                 # uses so far
@@ -1789,7 +1791,7 @@ class PrefixCache:
         cache  KVCache, all of whose lanes must be there
         -> [Block, ...]
         """
-        L = cache.L
+        L = self.L or cache.L
         names = row_lanes(cache, 0).keys()
         path = []
         block = self.root
@@ -1818,7 +1820,8 @@ class PrefixCache:
         """Write a path into a row of a KVCache -> how many of its slots the first n_modules MTP modules have read."""
         if not path:
             return 0
-        n_slots = len(path) * cache.L
+        L = self.L or cache.L
+        n_slots = len(path) * L
         for name, lane in row_lanes(cache, row).items():
             lane[:, :n_slots] = torch.cat([block.lanes[name] for block in path], 1)
         if cache.ids is not None:
@@ -1832,7 +1835,7 @@ class PrefixCache:
             is_this_path = behind is None or behind.tokens[:n_modules] == block.following[:n_modules]
             if block.n_read < n_modules or not is_this_path:
                 break
-            n_read += cache.L
+            n_read += L
         return n_read
 
     def insert(self, tokens, cache, row, n_read=0, n_modules=0):
@@ -1842,7 +1845,7 @@ class PrefixCache:
         n_read     slots that MTP modules have read, with the tokens behind them
         n_modules  these modules: the first so many
         """
-        L = cache.L
+        L = self.L or cache.L
         lanes = row_lanes(cache, row)
         path = []
         block = self.root
@@ -2537,7 +2540,7 @@ def prefill(decoder, rows, sizes, prefixes=None):
         if prefixes is not None:
             row.path = prefixes.match(row.feed, cache)
             n_read[i] = prefixes.restore(row.path, cache, i, decoder.n_modules)
-            row.n_cached = len(row.path) * cache.L
+            row.n_cached = len(row.path) * (prefixes.L or cache.L)
             row.take(row.n_cached, [] if decoder.record is None else [None] * row.n_cached)
             reader.progress.total -= row.n_cached
         left = len(row.feed) - 1
@@ -2782,6 +2785,7 @@ class Client:
     def __init__(self):
         self.loop = asyncio.get_running_loop()
         self.gone = False              # nobody will read what it is told
+        self.was_answered = False      # the whole answer was handed to the system while it was there
         self.left = asyncio.Event()
         self.news = deque()
         self.most = UNREAD             # pieces of news that may wait
@@ -2851,16 +2855,20 @@ async def read_body(receive, most):
         raise Refused(408, f"the request has not come to its end in {PATIENCE:g} seconds")
     return b"".join(parts)
 
-def guarded(app, token, most):
+def guarded(app, keys_of, most):
     """-> an ASGI app in front of another: it reads a request to its end, checks the key, and watches the client. The
-    app finds the bytes and the Client in scope["heard"]."""
-    expected = f"Bearer {token}".encode()
+    app finds the bytes and the Client in scope["heard"].
+
+    keys_of  path -> the keys that open it
+    most     bytes of a request
+    """
+    def is_open(path, shown):
+        return any(hmac.compare_digest(shown, f"Bearer {key}".encode()) for key in keys_of(path))
 
     async def serve(scope, receive, send):
         try:
             raw = await read_body(receive, most)
-            key = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(key, expected):
+            if not is_open(scope["path"], dict(scope["headers"]).get(b"authorization", b"")):
                 raise Refused(401, "wrong token: Authorization must be Bearer and the server's key")
         except Refused as error:
             response = refusal(*error.args, headers={"Connection": "close"})
@@ -2871,6 +2879,7 @@ def guarded(app, token, most):
         scope["heard"] = raw, client
         try:
             await app(scope, client.receive, send)
+            client.was_answered = not client.gone
         except Exception as error:     # the app has answered 500; the server goes on
             print(f"server  | {scope['path']!r:.100}: {error!r}", flush=True)
         finally:
@@ -2878,10 +2887,10 @@ def guarded(app, token, most):
             client.leave()
     return serve
 
-def make_app(token, posts, gets=(), most=2 ** 24):
+def make_app(keys_of, posts, gets=(), most=2 ** 24):
     """-> an ASGI app. What is refused gets OpenAI's error object.
 
-    token        the key that each request must show
+    keys_of      path -> the keys that open it, one of which each request must show
     posts, gets  {path: async function of a Starlette request -> response}; it finds (bytes, Client) in
                  request.scope["heard"], and may raise Refused
     most         bytes of a request
@@ -2902,7 +2911,7 @@ def make_app(token, posts, gets=(), most=2 ** 24):
     routes += [Route(path, answer, methods=["GET"]) for path, answer in dict(gets).items()]
     app = Starlette(routes=routes, exception_handlers={kind: refuse for kind in (Refused, HTTPException, Exception)})
     app.router.redirect_slashes = False  # another path is another path
-    return guarded(app, token, most)
+    return guarded(app, keys_of, most)
 
 def patient_protocol():
     """-> the class of a connection: uvicorn's, which would wait for a request's head, and for a reader, for ever."""
@@ -3014,6 +3023,8 @@ class Asked:
     n_best: int                        # likeliest tokens beside each
     is_stream: bool
     has_usage: bool                    # a stream's last piece
+    model: str = MODEL_ID              # the name that the answer shows
+    warnings: tuple = ()               # what of it cannot be done, in words
     client: Client = None
     came: float = 0.0                  # when the engine was asked
     cached: int = 0                    # tokens of the prompts that came from the prefix cache
@@ -3208,8 +3219,9 @@ class Piece:
     index: int                         # of the text
     text: str = ""
     scores: list = dataclasses.field(default_factory=list)  # of the tokens that begin in the text
-    finish: str | None = None          # stop or length: the text is over
+    finish: str | None = None          # stop, length or tool_calls: the text is over
     n_tokens: int = 0                  # of the text, once it is over
+    calls: list = dataclasses.field(default_factory=list)   # the protocol's tool calls beside the text
 
 def join_pieces(pieces):
     """Pieces, in their order -> one for each text."""
@@ -3222,7 +3234,8 @@ def join_pieces(pieces):
             text="".join(part.text for part in parts),
             scores=[score for part in parts for score in part.scores],
             finish=parts[-1].finish,
-            n_tokens=parts[-1].n_tokens)
+            n_tokens=parts[-1].n_tokens,
+            calls=[call for part in parts for call in part.calls])
         for index, parts in sorted(by_text.items())]
 
 def shown(raw):
@@ -3259,12 +3272,29 @@ def choice_object(asked, piece, is_first=False):
     if not asked.is_chat:
         choice["text"] = piece.text
     elif not asked.is_stream:
-        choice["message"] = dict(role="assistant", content=piece.text, refusal=None)
+        choice["message"] = message_object(piece)
     elif is_first:
         choice["delta"] = dict(role="assistant", content="")
     else:
-        choice["delta"] = dict(content=piece.text) if piece.text else {}
+        choice["delta"] = delta_object(piece)
     return choice
+
+def message_object(piece):
+    """A whole text, and the tool calls beside it, as the protocol's message. Calls alone have null for a content."""
+    message = dict(role="assistant", content=piece.text, refusal=None)
+    if piece.calls:
+        message["content"] = piece.text or None
+        message["tool_calls"] = piece.calls
+    return message
+
+def delta_object(piece):
+    """What is new in a stream: a part of the text, or of its calls, which a client joins by their index."""
+    delta = {}
+    if piece.text:
+        delta["content"] = piece.text
+    if piece.calls:
+        delta["tool_calls"] = [dict(call, index=index) for index, call in enumerate(piece.calls)]
+    return delta
 
 def usage_object(asked, n_tokens):
     return dict(
@@ -3286,7 +3316,7 @@ class Protocol:
     def app(self, token):
         posts = {"/v1/chat/completions": self.chat, "/v1/completions": self.text}
         gets = {"/v1/models": self.models, "/v1/models/{name}": self.model}
-        return make_app(token, posts, gets)
+        return make_app(lambda path: [token], posts, gets)
 
     def model_object(self):
         return dict(id=MODEL_ID, object="model", created=self.created, owned_by=MODEL_ID,
@@ -3309,7 +3339,6 @@ class Protocol:
 
     async def complete(self, request, is_chat):
         """Ask the engine -> a response, or a stream of events."""
-        from starlette.responses import StreamingResponse
         raw, client = request.scope["heard"]
         engine = self.engine
         # long texts take their time to become tokens: not on the event loop
@@ -3317,18 +3346,31 @@ class Protocol:
         asked.client = client
         client.most = UNREAD * asked.n_rows
         engine.put(asked)
+        return await self.respond(asked)
 
-        kind = "chat.completion" if is_chat else "text_completion"
-        if asked.is_stream and is_chat:
+    async def respond(self, asked):
+        """What has been asked for, whole or as a stream of events -> the response."""
+        from starlette.responses import StreamingResponse
+        kind = "chat.completion" if asked.is_chat else "text_completion"
+        if asked.is_stream and asked.is_chat:
             kind += ".chunk"
-        name = f"{'chatcmpl' if is_chat else 'cmpl'}-{os.urandom(12).hex()}"
-        head = dict(id=name, object=kind, created=int(time.time()), model=MODEL_ID)
+        name = f"{'chatcmpl' if asked.is_chat else 'cmpl'}-{os.urandom(12).hex()}"
+        head = dict(id=name, object=kind, created=int(time.time()), model=asked.model)
+        if asked.warnings:
+            head["warnings"] = [*asked.warnings]
         if asked.is_stream:
             return StreamingResponse(self.events(asked, head), media_type="text/event-stream")
         return await self.whole(asked, head)
 
     async def whole(self, asked, head):
         """The answer once it is complete."""
+        texts = await self.texts(asked)
+        n_tokens = sum(text.n_tokens for text in texts)
+        choices = [choice_object(asked, text) for text in texts]
+        return reply(dict(head, choices=choices, usage=usage_object(asked, n_tokens)))
+
+    async def texts(self, asked):
+        """Wait for all texts of an answer -> a Piece for each."""
         pieces = []
         n_running = asked.n_rows
         while n_running:
@@ -3337,10 +3379,7 @@ class Protocol:
                 raise Refused(400, "the client has left")
             pieces += news
             n_running -= sum(piece.finish is not None for piece in news)
-        texts = join_pieces(pieces)
-        n_tokens = sum(text.n_tokens for text in texts)
-        choices = [choice_object(asked, text) for text in texts]
-        return reply(dict(head, choices=choices, usage=usage_object(asked, n_tokens)))
+        return join_pieces(pieces)
 
     async def events(self, asked, head):
         """The answer as it grows: server-sent events."""
@@ -3366,7 +3405,7 @@ class Protocol:
             if not news:
                 raise Refused(400, "the client has left")
             for piece in join_pieces(news):
-                if piece.text or piece.scores:
+                if piece.text or piece.scores or piece.calls:
                     grown = dataclasses.replace(piece, finish=None)
                     yield dict(head, choices=[choice_object(asked, grown)])
                 if piece.finish:
@@ -3387,49 +3426,6 @@ LOOK_S = 0.05                          # seconds from one look for requests, or 
 MOST_WAITING = 512                     # requests; the next one is refused
 RAGGED = 32                            # tokens that a batch's prompts may differ by: a short one waits for no long one
 
-def write_row(asked, index, prompt, engine):
-    """A player of the loop: one text of an answer. It ends with the text, or as the client hangs up."""
-    client = asked.client
-    tokenizer = engine.tokenizer
-    stream = Stream(asked.stops)
-    waiting = []                       # Scores whose text has not been released
-    finish = None
-    kept = 0
-    feed = prompt.ids
-    left = min(asked.max_new_tokens, engine.model.cfg.max_seq_len - len(prompt.ids))
-
-    while finish is None:
-        token, logprob, _, *more = yield kept, feed
-        if client.gone:
-            return
-        engine.n_tokens += 1
-        left -= 1
-        kept += len(feed)
-        feed = [token]
-        if token == tokenizer.eot:
-            finish = "stop"
-            new = stream.feed(b"", final=True)
-        else:
-            raw = tokenizer.decode_bytes([token])
-            if asked.has_logprobs:
-                best = more[0] if more else []
-                best = [(tokenizer.decode_bytes([int(one)]), score) for one, score in best]
-                waiting.append(Score(raw, logprob, best, len(stream.text)))
-            new = stream.feed(raw)
-            if stream.done:
-                finish = "stop"
-            elif left == 0:
-                finish = "length"
-                new += stream.feed(b"", final=True)
-                if stream.done:        # the rest held a stop text
-                    finish = "stop"
-
-        # a token is told of with the text that it begins in, and not at all where that is cut off
-        scores = [score for score in waiting if score.start < stream.shown]
-        del waiting[:len(scores)]
-        if new or finish:
-            client.tell(Piece(index, new, scores, finish, stream.tokens))
-
 class Batch:
     """Rows that are decoded together: texts of requests that are drawn from alike, prompts of about one length."""
 
@@ -3449,7 +3445,7 @@ class Batch:
         sizes = []
         before = None
         for asked, start, prompt in parts:
-            players += [write_row(asked, start + i, prompt, engine) for i in range(asked.n)]
+            players += [engine.write_row(asked, start + i, prompt) for i in range(asked.n)]
             if before is not None and before.ids == prompt.ids:
                 sizes[-1] += asked.n
             else:
@@ -3581,6 +3577,49 @@ class Engine:
         self.waiting = self.waiting[n_admitted:]
         self.n_requests += n_admitted
         self.batches += form_batches(admitted, self)
+
+    def write_row(self, asked, index, prompt):
+        """A player of the loop: one text of an answer. It ends with the text, or as the client hangs up."""
+        client = asked.client
+        tokenizer = self.tokenizer
+        stream = Stream(asked.stops)
+        waiting = []                       # Scores whose text has not been released
+        finish = None
+        kept = 0
+        feed = prompt.ids
+        left = min(asked.max_new_tokens, self.model.cfg.max_seq_len - len(prompt.ids))
+
+        while finish is None:
+            token, logprob, _, *more = yield kept, feed
+            if client.gone:
+                return
+            self.n_tokens += 1
+            left -= 1
+            kept += len(feed)
+            feed = [token]
+            if token == tokenizer.eot:
+                finish = "stop"
+                new = stream.feed(b"", final=True)
+            else:
+                raw = tokenizer.decode_bytes([token])
+                if asked.has_logprobs:
+                    best = more[0] if more else []
+                    best = [(tokenizer.decode_bytes([int(one)]), score) for one, score in best]
+                    waiting.append(Score(raw, logprob, best, len(stream.text)))
+                new = stream.feed(raw)
+                if stream.done:
+                    finish = "stop"
+                elif left == 0:
+                    finish = "length"
+                    new += stream.feed(b"", final=True)
+                    if stream.done:        # the rest held a stop text
+                        finish = "stop"
+
+            # a token is told of with the text that it begins in, and not at all where that is cut off
+            scores = [score for score in waiting if score.start < stream.shown]
+            del waiting[:len(scores)]
+            if new or finish:
+                client.tell(Piece(index, new, scores, finish, stream.tokens))
 
     def close(self):
         """Clients that wait, or are being answered, are told that there is an end."""

@@ -11431,9 +11431,9 @@ def newcomers_wait_for_an_end(real, engine):
     if not engine.batches:
         real(engine)
 
-def decoded_for_who_is_gone(real, asked, *args):
+def decoded_for_who_is_gone(real, engine, asked, *args):
     deaf = SimpleNamespace(gone=False, tell=asked.client.tell)
-    return real(dataclasses.replace(asked, client=deaf), *args)
+    return real(engine, dataclasses.replace(asked, client=deaf), *args)
 
 def news_without_a_bound(real, client, piece):
     client.news.append(piece)
@@ -11772,7 +11772,7 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("sample.prefill", groups_of_one_size, test_groups_of_unequal_size_and_first_tokens_of_their_own),
     mutant("sample.form_batches", seeds_ignored, test_a_seed_is_a_text_whatever_runs_beside_it),
     mutant("sample.Engine.admit", newcomers_wait_for_an_end, test_a_newcomer_waits_for_no_long_text),
-    mutant("sample.write_row", decoded_for_who_is_gone, test_who_hangs_up_is_not_decoded_for),
+    mutant("sample.Engine.write_row", decoded_for_who_is_gone, test_who_hangs_up_is_not_decoded_for),
     mutant("sample.Client.tell", news_without_a_bound, test_a_client_that_reads_too_slowly_is_told),
     mutant(f"{__name__}.lightning_attention", no_decay, double_loop),
     mutant(f"{__name__}.lightning_attention", decay_of_the_wrong_sign, double_loop),

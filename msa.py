@@ -68,6 +68,7 @@ _compiled = functools.cache(torch.compile)
 # (G = 2, with gradients 200), 220 (G = 6) and 190 (G = 16)
 SHORT = 96
 FEW_QUERIES = 16          # a step of generation has fewer: they gather
+SEEN_STEP = 256           # queries of a long tree that are computed at once, over the keys that they see
 
 def chunk(device):
     """Elements of the largest temporary tensor that a chunk of queries may need."""
@@ -143,6 +144,8 @@ def _attend_masked(q, k, v, block_idx, L, end, start):
     j = torch.arange(Tk, device=q.device)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))                                                # (B, H, T, D)
     step = max(1, chunk(q.device) // (B * H * Tk))  # a masked backend may hold all its scores
+    if block_idx is None and start is None and end is not None and B == 1 and T > SEEN_STEP:
+        return _attend_tree(q, k, v, i, j, end, min(step, SEEN_STEP))
     out = []
     for t in range(0, T, step):
         rows = slice(t, t + step)
@@ -152,6 +155,22 @@ def _attend_masked(q, k, v, block_idx, L, end, start):
             mask = mask & chosen.repeat_interleave(L, -1)[..., :Tk]
             mask = mask.repeat_interleave(H // Hkv, 1)                          # (B, H, t, Tk)
         out.append(F.scaled_dot_product_attention(q[:, :, rows], k, v, mask, enable_gqa=True))
+    return torch.cat(out, 2).transpose(1, 2)
+
+def _attend_tree(q, k, v, i, j, end, step):
+    """A long row of documents or of a prefix tree, `step` queries at a time, each over the keys that one of them sees:
+    in a tree of many branches behind one prompt that is the prompt and their own branches.
+
+    q, k, v  (1, H or Hkv, T, D)
+    i, j     indices of the queries (1, T) and of the keys (T,)
+    -> (1, T, H, D)"""
+    out = []
+    for t in range(0, q.size(2), step):
+        rows = slice(t, t + step)
+        seen = ((end[0] > t) & (j < t + step)).nonzero()[:, 0]
+        mask = visible(i[:, rows], j[seen], end[:, seen])[:, None]              # (1, 1, t, seen)
+        out.append(F.scaled_dot_product_attention(
+            q[:, :, rows], k[:, :, seen], v[:, :, seen], mask, enable_gqa=True))
     return torch.cat(out, 2).transpose(1, 2)
 
 def chosen_blocks(block_idx, N):

@@ -22,16 +22,20 @@ import signal
 if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: no traceback
     at_ctrl_c = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
+import argparse
 import asyncio
 import bisect
 import contextlib
+import hashlib
+import hmac
 import json
 import math
 import re
+import sqlite3
 import sys
 import time
 import typing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from queue import Empty, SimpleQueue
 from random import Random
 
@@ -40,10 +44,12 @@ import torch
 
 from model import Context, Losses, MiniMax, MiniMaxConfig, rope_tables
 from msa import widen
-from sample import (Door, Parser, Refused, Sampling, SaveTimer, Threads, Tokenizer, check_fields, check_figure,
-                    check_finite, check_memory, check_weights, checkpoint_path, command, figure_format, implementations,
-                    learn_bpe, load_checkpoint, load_model, load_optimizers, lock_folder, lockstep, make_app,
-                    message_text, number, on_signals, pack_routes, pick_device, refusal, reply, save_checkpoint)
+from sample import (LOOK_S, MODEL_ID, MOST_WAITING, UNREAD, Asked, Door, Engine, Parser, Piece, Prompt, Protocol, Refused,
+                    Sampling, SaveTimer, Score, Stream, Threads, Tokenizer, check_fields, check_figure, check_finite,
+                    check_memory, check_weights, checkpoint_path, command, event, figure_format, form_batches,
+                    implementations, learn_bpe, load_checkpoint, load_model, load_optimizers, lock_folder, lockstep,
+                    make_app, make_prefixes, message_text, number, on_signals, pack_routes, pick_device, read_flag,
+                    read_logprobs, read_number, read_object, read_stops, reply, save_checkpoint)
 from train import (checkpoint_parts, configure_optimizers, is_index, merge_args, round_up, set_rates, share_done,
                    step_bytes, update)
 
@@ -69,10 +75,17 @@ MINUTES = 2.9                          # where neither --minutes nor --steps is 
 WINDOW_SHARE = 0.3                     # of --slots: the queue's window
 EMA = 0.9                              # what the running mean of the share solved keeps of itself in a step
 MICRO_TOKENS = 16384                   # slots of a micro-batch at most, so that its activations fit a small GPU
+LONG_PROMPT = 256                      # tokens that all groups share: more are worth one tree for all of them
 ROUNDING = 16                          # units of the last place: eight times what is left of terms that cancel
-MAX_BODY = 1 << 20                     # bytes of a request to the gateway
+# agents of other processes
+MAX_BODY = 1 << 20                     # bytes of a request to the gateway, or more, where the context is longer
 MOMENT = 0.002                         # seconds in which the end of a client that has left arrives behind its request
 KEY_FIELD = {"/v1/chat/completions": "model", "/v1/finish": "task"}  # path -> where a request names its episode
+SERVED_CONTEXT = 8192                  # tokens: agents' system prompts run to thousands
+DEADLINE = 600.0                       # seconds that a group has on the virtual clock
+SERVED_DEADLINE = 120.0                # ... and with --serve, from its first claim on
+LESSONS = 2                            # split of the tasks that the teacher plays at the door
+LESSON_LR = 6e-3                       # rate of what is learned from them
 
 MADE_BY = ("task", "turns", "preset", "attn", "mtp")  # what the model of a checkpoint depends on
 
@@ -100,6 +113,12 @@ class Task:
     expert           messages -> text: a teacher
     """
     cap = math.inf                     # characters of context; an episode that needs more fails
+
+    def result(self, text):
+        """What a tool said to an agent that knows nothing of the task's marks -> as the task's own texts have it."""
+        if not text.startswith("="):
+            text = "=" + text
+        return text if text.endswith((";", "!")) else text + ";"
 
     def agent(self):
         """One episode: yields messages, is sent a completion's text, None if the context is too long -> a reward for
@@ -235,6 +254,7 @@ class Sample:
     versions: torch.Tensor             # (n - start,) of the policy; several in one episode only with --serve
     routes: torch.Tensor = None        # (n, r), see pack_routes; the last token is never fed: its row is the one before
     advantage: float = 1.0
+    turn: int | None = None            # of its episode, several answers to one context are one; None: one each
 
 @dataclass
 class Trajectory:
@@ -262,12 +282,12 @@ class Trajectory:
         rewards[-1] += FAILURE
         self.finish(rewards, False, self.seconds)
 
-def calls_text(message, where):
-    """The tool calls beside a message's content, in the protocol of the tasks: name[arguments], one after the other."""
+def read_calls(message, where):
+    """The tool calls beside a message's content -> [(id, name, arguments)]."""
     calls = message.get("tool_calls") or []
     if message.get("function_call"):  # what OpenAI's clients sent before there were several
         calls = [dict(function=message["function_call"])]
-    texts = []
+    found = []
     for call in calls:
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
@@ -275,8 +295,24 @@ def calls_text(message, where):
         arguments = function.get("arguments")
         if not isinstance(arguments, str | None):
             raise ValueError(f"{where}: the arguments of {function['name']!r:.40} are a string, not {arguments!r:.60}")
-        texts.append(f"{function['name']}[{arguments or ''}]")
-    return "".join(texts)
+        found.append((call.get("id"), function["name"], arguments or ""))
+    return found
+
+def calls_text(calls):
+    """Tool calls in the protocol of the tasks: name[arguments], one after the other."""
+    return "".join(f"{name}[{arguments}]" for _, name, arguments in calls)
+
+def said_key(text, calls, call_id=""):
+    """What an agent sees of a completion, in one spelling: its text, and its tool calls, if there are any. call_id: of
+    the first call, where the key is to name this completion alone."""
+    if not calls:
+        return text
+    plain = []
+    for _, name, arguments in calls:
+        with contextlib.suppress(ValueError, RecursionError):  # clients write the same JSON with other spaces
+            arguments = json.dumps(json.loads(arguments), sort_keys=True)
+        plain.append([name, arguments])
+    return f"{text}\0{call_id}{json.dumps(plain)}"
 
 class Gateway:
     """The only place where text and tokens meet. The chat template is concatenation. A completion that comes back in a
@@ -292,12 +328,18 @@ class Gateway:
         self.n_sampled = 0             # tokens, in Local's rollouts of this process
         self.rollout_s = 0.0           # real seconds of these
 
-    def context(self, episode, messages):
-        """Messages -> ids. Two completions may have one text and different tokens, as all bytes that are not UTF-8 are
-        shown alike. So messages are read from the last to the first, and each takes the latest completion of its text
-        that is left. The only one left is not used up: a client may quote a completion twice. Tool calls are written
-        out where the content is not a completion, which holds its calls already: a client that turned all of it into
-        calls gets the same text, so the same tokens, back. ValueError, naming the message, for what is not text."""
+    def context(self, episode, messages, tools=None, task=None):
+        """Messages -> ids.
+
+        episode   what was said in it comes back by token
+        messages  as chat completions have them
+        tools     of the request, which stand in front; None: it has none
+        task      with tools, it says how a tool's answer looks in its own texts
+
+        Two completions may have one text and different tokens, as all bytes that are not UTF-8 are shown alike. So
+        messages are read from the last to the first, and each takes the latest completion of its text that is left. The
+        only one left is not used up: a client may quote a completion twice. ValueError, naming the message, for what is
+        not text."""
         said = {text: list(known) for text, known in episode.said.items()}
         parts = []
         for place, message in reversed([*enumerate(messages)]):
@@ -312,31 +354,60 @@ class Gateway:
             text = message_text(message.get("content"), where)
             known = []                 # tokens that were sampled for this text, each time
             if by_assistant:
-                if text not in said:
-                    text += calls_text(message, where)
-                known = said.get(text, [])
+                text, known = find_said(said, text, read_calls(message, where))
+            elif tools and task is not None and message["role"] in ("tool", "function"):
+                text = task.result(text)
             parts.append(known[-1] if known else self.tokenizer.encode(text))
             if len(known) > 1:         # otherwise it is quoted: what was said once may come back twice
                 known.pop()
+        if tools:
+            parts.append(self.tokenizer.encode(json.dumps(tools, separators=(",", ":")) + "\n"))
         return [token for part in reversed(parts) for token in part]
 
-    def record(self, episode, context, ids, logprobs, version, routes=None):
+    def record(self, episode, context, ids, logprobs, version, routes=None, turn=None, keys=()):
         """Keep one completion as a sample of the episode -> its text.
 
         context, ids   tokens before it, and its own
         logprobs       of its ids, at temperature 1
-        version        of the policy
+        version        of the policy, or a list, of each token
         routes         of all these tokens, see pack_routes; None without --replay
+        turn           number of its turn, where it may have had others
+        keys           what an agent may send back in place of its text, see said_key
         """
+        if not isinstance(version, list):
+            version = [version] * len(ids)
         episode.samples.append(Sample(
             ids=torch.tensor(context + ids),
             start=len(context),
             logprobs=torch.tensor(logprobs, dtype=torch.float64),
-            versions=torch.full((len(ids),), version),
-            routes=routes))
+            versions=torch.tensor(version),
+            routes=routes,
+            turn=turn))
         text = self.tokenizer.decode(ids)
-        episode.said.setdefault(text, []).append(ids)
+        for key in dict.fromkeys([text, *keys]):
+            episode.said.setdefault(key, []).append(ids)
         return text
+
+    def trained(self, tasks, step):
+        """These groups went into a step of training."""
+
+    def step_note(self):
+        """What a step's line says of the agents, if there is something."""
+        return ""
+
+def find_said(said, text, calls):
+    """A message of the assistant -> its text, with its calls written out, and the tokens that were sampled for it.
+
+    said   key -> tokens of each completion, see said_key
+    A call's id names one completion, unless the client has changed what stands beside it. Otherwise text and calls
+    together tell; or the text alone, where a client has turned it into calls, or parts of it, by itself."""
+    if calls:
+        for key in (said_key(text, calls, calls[0][0]), said_key(text, calls)):
+            if key in said:
+                return text, said[key]
+    if text not in said:
+        text += calls_text(calls)
+    return text, said.get(text, [])
 
 def common_prefix(a, b):
     """Length of the longest common prefix of two sequences, of tokens or of rows of numbers."""
@@ -605,7 +676,8 @@ def pack_rows(trees, room):
 def plan_rows(groups, model, merge):
     """Groups (the samples of each episode) -> rows, in the layout that takes fewer FLOPs.
 
-    merge      one tree for a group, which computes the prompt once but masks across all branches; or one an episode
+    merge      one tree for a group, which computes the prompt once but masks across all branches; or one an episode.
+               One for all groups, where they share a long prompt: full_attention leaves out what no query sees
     no merge   a tree for each sample. Either several share a row as long as the longest, which leaves few pads but
                needs the mask; or each has a row of its own, which is plain causal but has pads
     """
@@ -626,6 +698,14 @@ def plan_rows(groups, model, merge):
                 total += B * T * (token_flops + masked_flops * T)
             return total
         return min(packed, alone, key=flops)
+
+    # what all samples begin with, an agent's system prompt, is computed once for the step
+    every = [sample for episodes in groups for samples in episodes for sample in samples]
+    if len(groups) > 1 and every:
+        ids = [sample.ids.numpy() for sample in every]
+        shared = min(common_prefix(ids[0], other) for other in ids)
+        if shared >= LONG_PROMPT:
+            return [PrefixTree(every, cfg)]
 
     rows = []
     for episodes in groups:
@@ -724,7 +804,8 @@ def advantages(group):
     for episode, own in zip(group, returns):
         others = (sum(returns) - own) / max(1, len(group) - 1)
         for i, sample in enumerate(episode.samples):
-            advantage = sum(episode.rewards[i:]) - others
+            turn = i if sample.turn is None else sample.turn
+            advantage = sum(episode.rewards[turn:]) - others
             sample.advantage = advantage if abs(advantage) > least else 0.0
     return [episode.samples for episode in group]
 
@@ -922,9 +1003,19 @@ class Local(Gateway):
 # its characters: the model then knows the language, and how to solve tasks it has to find out from rewards.
 # The imitation has a checkpoint of its own, --out/warm; any run of the same task, model and seed begins with it.
 
+def misspell(text, task, rng, noise, wander=0.0):
+    """A teacher's text with mistakes: noise and wander are the shares of a call's characters, and of its thoughts, that
+    are replaced by random ones."""
+    if text[0] != "t":
+        return text
+    call = "".join(rng.choice(task.alphabet) if char in task.alphabet and rng.random() < noise else char
+                   for char in text[3:])
+    thought = rng.randrange(10) if rng.random() < wander else text[1]
+    return f"t{thought}[{call}"
+
 def demonstrate(gateway, task, rng, noise, wander=0.0):
     """Play one task with its teacher -> trajectory, whose samples have NaN for log-probs: no policy sampled them.
-    noise, wander: shares of a call's characters, and of its thoughts, that are replaced by random ones."""
+    noise, wander: see misspell."""
     episode = Trajectory(-1)
     agent = task.agent()
     text = None
@@ -934,12 +1025,7 @@ def demonstrate(gateway, task, rng, noise, wander=0.0):
         except StopIteration as stop:
             episode.finish(*stop.value)
             return episode
-        text = task.expert(messages)
-        if text[0] == "t":
-            call = "".join(rng.choice(task.alphabet) if char in task.alphabet and rng.random() < noise else char
-                           for char in text[3:])
-            thought = rng.randrange(10) if rng.random() < wander else text[1]
-            text = f"t{thought}[{call}"
+        text = misspell(task.expert(messages), task, rng, noise, wander)
         ids = gateway.tokenizer.encode(text)
         gateway.record(episode, gateway.context(episode, messages), ids, [math.nan] * len(ids), 0)
 
@@ -1000,6 +1086,28 @@ def warm_start(source, args, stop, threads):
         keep()
     return step == args.warm_steps
 
+def teach(source, args, stop, threads):
+    """Imitate the teacher for --teach steps more, in the contexts of the agents that are here: it answers them in the
+    policy's place. Their system prompts and tools, which no demonstration had, are before its texts then.
+    -> whether all steps are done. A run that is killed within them begins them again."""
+    optimizers = configure_optimizers(source.model, LESSON_LR)[0]
+    started = time.perf_counter()
+    for step in range(args.teach):
+        demos = source.teach(WARM_TASKS, stop, math.inf)
+        if stop:
+            return False
+        rows = plan_rows([[demo.samples for demo in demos]], source.model, merge=True)
+        rate = LESSON_LR * min(1, (step + 1) / 10, 1.1 - step / args.teach)
+        began = time.perf_counter()
+        stats = train_step(source.model, optimizers, rows, rate)
+        threads.watch(time.perf_counter() - began, trial, source)
+        solved = sum(demo.success for demo in demos) / len(demos)
+        print(f"teach {step + 1:03d} | loss {stats['loss']:.3f} | norm {stats['norm']:.2f} | the teacher solves {solved:.2f} "
+              f"| merge {stats['naive'] / stats['slots']:.1f}x | {time.perf_counter() - started:.0f} s", flush=True)
+    source.lessons = None
+    source.sampler.renew(0)
+    return True
+
 def is_same_imitation(state, args, model):
     """Whether a checkpoint holds an imitation of the run's tasks by its model."""
     for name in (*MADE_BY, "seed", "warm_steps"):
@@ -1046,6 +1154,8 @@ def make_model(args, device, dtype):
     room = dict(calculator=96, maze=round_up(14 * args.turns + 48, 128), cap=128)[args.task]
     # the preset's own vocabulary may be larger: an id that the gateway's tokenizer lacks has no text
     cfg = getattr(MiniMaxConfig, args.preset)(max_seq_len=room, n_mtp=args.mtp, vocab_size=Gateway.tokenizer.n_vocab)
+    if args.context:
+        cfg.max_seq_len = args.context
     cfg.index_kl_stride = 1  # a stride counts positions of the layout: it would know of the merging
     cfg.attn_types = ["full"] + [args.attn] * (cfg.n_layer - 1)
     return MiniMax(cfg, dtype).to(device)
@@ -1066,7 +1176,8 @@ def parse_args(argv, locks=None):
     p.add_argument("--schedule", default="window", choices=["window", "fifo", "greedy"])
     p.add_argument("--slots", type=count, default=48, help="groups in flight")
     p.add_argument("--window", type=count, help=f"width; default: {WINDOW_SHARE} of --slots")
-    p.add_argument("--deadline", type=positive, default=600.0, help="seconds a group has")
+    p.add_argument("--deadline", type=positive,
+                   help=f"seconds a group has; default: {DEADLINE:g}, with --serve {SERVED_DEADLINE:g} from its first claim")
     p.add_argument("--sigma", type=number(0, 10, float), default=0.5, help="log-normal tail of times")
     # model and training
     p.add_argument("--preset", default="micro", choices=["micro", "small"], help="the model")
@@ -1090,6 +1201,14 @@ def parse_args(argv, locks=None):
     p.add_argument("--serve", type=number(0, 65535),
                    help="port of the gateway, for agents of other processes; 0 = any")
     p.add_argument("--token", help="their API key; default: random")
+    p.add_argument("--context", type=number(64), help="tokens of context; default: what the task needs, "
+                   f"with --serve {SERVED_CONTEXT}")
+    p.add_argument("--max-new-tokens", type=count, default=MAX_NEW, help="of a turn of theirs")
+    p.add_argument("--max-turns", type=count, default=100, help="of an episode of theirs")
+    p.add_argument("--silence", type=positive, default=30.0, help="seconds until an episode is taken back")
+    p.add_argument("--tool", type=rule_text, action="append", metavar="NAME=PATTERN",
+                   help="what of a completion calls which tool, a named group for an argument")
+    p.add_argument("--teach", type=number(0), default=0, help="steps of imitation in their contexts")
 
     argv = sys.argv[1:] if argv is None else argv
     args = p.parse_args(argv)
@@ -1102,6 +1221,10 @@ def parse_args(argv, locks=None):
         raise ValueError(f"--groups {args.groups}: at most --slots, {args.slots}")
     if not args.minutes and not args.steps:
         args.minutes = MINUTES
+    if args.deadline is None:
+        args.deadline = DEADLINE if args.serve is None else SERVED_DEADLINE
+    if args.context is None and args.serve is not None and state is None:
+        args.context = SERVED_CONTEXT
     if args.figure:
         check_figure(args.figure)
     if locks and not args.resume:
@@ -1197,8 +1320,8 @@ def count_step(now, episodes, stats, lags):
     now.slots += stats["slots"]
     now.reward += sum(sum(episode.rewards) for episode in episodes)
 
-def print_step(now, args, episodes, stats, lags, decode):
-    """One line a step; now and then an episode. `decode`: ids -> text.
+def print_step(now, args, episodes, stats, lags, decode, note=""):
+    """One line a step; now and then an episode. `decode`: ids -> text; note: more to say.
 
     lag        steps from the policy that a turn was sampled with to the one that it trains; 0: the same
     ratio q99  the 99th percentile of pi / pi_old, at each lag: how far the policy has moved away meanwhile
@@ -1212,7 +1335,7 @@ def print_step(now, args, episodes, stats, lags, decode):
     no_signal = "" if stats["signal"] else " | no signal: weights kept"
     print(f"step {now.step:04d} | reward {reward:+.3f} | solved {solved:.3f} ema {ema:.3f} | "
           f"norm {stats['norm']:.2f} | entropy {stats['entropy']:.2f} | lag {max(lags)}, ratio q99 {ratios} | "
-          f"merge {stats['naive'] / stats['slots']:.1f}x, {saved:,} tokens saved | {now.seconds:.0f} s{no_signal}",
+          f"merge {stats['naive'] / stats['slots']:.1f}x, {saved:,} tokens saved | {now.seconds:.0f} s{note}{no_signal}",
           flush=True)
     if (now.step - 1) % args.show_every == 0:  # the first of every `show_every` steps
         print_episode(episodes[0], decode)
@@ -1258,7 +1381,7 @@ def run(args, state):
     if args.serve is None:
         source = Local(model, args, queue)
     else:
-        source = Served(model, args, queue)
+        source = Served(model, args, queue, args.out, is_new=state is None)
     threads = Threads(device, args.threads, state["now"].get("threads") if state else None)
     if threads.count is None:
         threads.choose(trial(source), args.steps)
@@ -1268,6 +1391,10 @@ def run(args, state):
     ready = True
     if state is None:
         ready = warm_start(source, args, stop, threads)
+    if ready and args.serve is not None:
+        print(f"gateway | {source.door.url} key {source.token}", flush=True)
+    if ready and state is None and args.teach:
+        ready = teach(source, args, stop, threads)
     threads.times = []  # these steps are others than the imitation's
     optimizers = configure_optimizers(model, args.lr)[0]
     if state:
@@ -1280,8 +1407,6 @@ def run(args, state):
             save(args.out, source, optimizers, vars(now))  # killed from here on, the run can go on
     timer = SaveTimer()
     changed = False
-    if ready and args.serve is not None:
-        print(f"gateway | {source.door.url} key {source.token}", flush=True)
     if state and share_done(vars(now), vars(args)) >= 1:
         print(f"nothing left to do after step {now.step}: give more --steps or --minutes", flush=True)
 
@@ -1308,6 +1433,7 @@ def run(args, state):
             threads.watch(time.perf_counter() - step_began, trial, source)
             version += 1
         now.threads = threads.count if device.type == "cpu" else None  # bits depend on it
+        source.trained(queue.batch, version)
         lags = queue.publish(version)
         now.seconds += time.perf_counter() - began
 
@@ -1315,7 +1441,7 @@ def run(args, state):
         if stats:
             episodes = [episode for group in groups for episode in group]
             count_step(now, episodes, stats, lags)
-            print_step(now, args, episodes, stats, lags, source.tokenizer.decode)
+            print_step(now, args, episodes, stats, lags, source.tokenizer.decode, source.step_note())
         else:
             print(f"no step   | groups {[group[0].task for group in groups]}: no turn to learn from", flush=True)
         if now.step % args.save_every == 0 or timer.due():
@@ -1352,13 +1478,15 @@ def save(folder, source, optimizers, now):
     flight with what was said in them, the clock. FloatingPointError if a weight is not finite: what was saved before
     is kept."""
     parts = checkpoint_parts(source.args, source.model, source.tokenizer, optimizers)
-    pool = {task: list(map(asdict, group)) for task, group in source.pool.items()}
+    pool = {}                          # agents' of other processes are in an archive
+    if not isinstance(source, Served):
+        pool = {task: list(map(asdict, group)) for task, group in source.pool.items()}
     os.makedirs(folder, exist_ok=True)
     save_checkpoint(folder, now=now, pool=pool, queue=vars(source.queue), clock=source.now, **parts)
 
 def restore(state, optimizers, source=None):
     """Put a checkpoint's optimizers back, and, given a source, its queue, clock and pool. ValueError if they do not
-    fit. Groups that agents of other processes had begun start again: none is lost, and none is counted twice."""
+    fit. Groups that agents of other processes had begun go on from what the archive has of them."""
     load_optimizers(optimizers, state["optimizers"], state["now"].get("step", 0))
     if source:
         try:
@@ -1367,7 +1495,8 @@ def restore(state, optimizers, source=None):
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ValueError(f"the checkpoint's queue, pool or clock: {reason}") from None
     if isinstance(source, Served):
-        source.start([t for t, when in source.queue.due.items() if when > source.now], state["now"]["step"])
+        source.archive.forget_steps(state["now"]["step"])
+        source.start([*source.queue.born], state["now"]["step"])
 
 def restore_episodes(state, source):
     """Queue, clock, and the pool's trajectories. An error, of any kind that Python has, if they are none."""
@@ -1384,7 +1513,8 @@ def restore_episodes(state, source):
     for task, when in saved["due"].items():
         if task not in saved["born"] or type(when) not in (int, float) or math.isnan(when):  # inf: no deadline
             raise ValueError(f"group {task}, due at {str(when)[:40]}")
-    if not set(saved["batch"]) <= set(saved["born"]) or set(saved["born"]) != set(state["pool"]):
+    is_apart = not isinstance(source, Served) and set(saved["born"]) != set(state["pool"])
+    if not set(saved["batch"]) <= set(saved["born"]) or is_apart:
         raise ValueError("the groups in flight and those in the pool are not the same")
     pool = {task: [restore_episode(task, fields, tokens) for fields in group] for task, group in state["pool"].items()}
     if not all(pool.values()):
@@ -1419,159 +1549,1115 @@ def draw(lines, path, task):
     axis.figure.legend(handles=axis.lines, loc="outside right upper")
     axis.figure.savefig(path, format=figure_format(path))
 
-# ---- the gateway's door: agents of other processes, through OpenAI's protocol ---------------------
-# Any agent that speaks OpenAI's chat completions can be trained: it claims an episode, asks for turns under the
-# episode's name in place of a model's, and reports rewards. Its code is a black box; the gateway sees all it needs.
-# sample.py's server carries it: an event loop hears all connections, so that an idle or slow one holds up no other.
-# What they ask is put into a queue, and the run's thread answers it between two steps: the model has one user at a
-# time.
+# ---- the door: episodes of agents that know nothing of it --------------------------------------------
+# An agent is a program that somebody else wrote. It is given an address and a key, as for any server that speaks
+# OpenAI's protocol, and sends what it always sends. The address is an episode: whoever launches the agent claims one,
+# and says at the end what it was worth.
+#
+#     POST /v1/tasks {wait: 30}              -> {task, group, row, messages, answer, base_url, api_key}
+#     POST /s/<task>/v1/chat/completions     a turn: messages, tools, n, stop, stream; any `model`
+#     POST /s/<task>/v1/responses            the same in OpenAI's newer form
+#     GET  /s/<task>/v1/models               a name that the agent may show
+#     POST /v1/finish {task, reward, success}   its end; or `rewards`, one for each turn
+#
+# An agent that names the episode in place of a model, at /v1/chat/completions, is served, too.
+#
+# Here the requests are read; sample.py's server carries them. An event loop hears all connections, so that an idle or
+# slow one holds up no other. The model has one user, the run's thread: it answers what waits between two forwards, and
+# stands still while a step trains. Turns that are under way then go on with the new weights.
 
-class Served(Gateway):
-    """Agents of other processes, in real seconds, on loopback.
+PREFIX_BLOCK = 64                      # tokens of a block of the prefix cache, where no layer is sparse
+CLAIM_WAIT = 60.0                      # seconds that a claim may wait for an episode, at most
+MOST_CHOICES = 8                       # n of a request
+MOST_REWARD = 1e3
+MOST_REASONS = 10_000                  # episodes of which it is known why they are over
+TELL_EVERY = 10.0                      # seconds between two lines of what the trainer waits for
+DRAWN_AT = dict(temperature=1, top_p=1, top_k=0)  # of every token: what the trainer computes is this distribution
+NOT_DONE = dict(                       # field -> the value that changes nothing
+    presence_penalty=0, frequency_penalty=0, repetition_penalty=1, min_p=0, logit_bias={}, seed=None,
+    response_format=dict(type="text"), best_of=1)
 
-    POST /v1/tasks {}                                          -> {task, messages}: an episode is claimed
-    POST /v1/chat/completions {model: task, messages}          a turn of it, OpenAI's protocol, at temperature 1, of 16
-                                                               tokens at most, whatever is asked for
-    POST /v1/finish {task, rewards, success: bool}             its end, with a reward for each turn
+@dataclass
+class CallRule:
+    """Which part of a completion's text is a tool call.
+
+    tool     its name; None: the first tool of the request that no other rule names
+    pattern  a regular expression, whose named groups are arguments. `argument` is the tool's first required one
+    """
+    tool: str | None
+    pattern: re.Pattern
+
+# t1[12+3] calls the agent's tool with 12+3. An agent that answers by a tool, as smolagents does, hears A15. as its call
+CALL_RULES = (
+    CallRule("final_answer", re.compile(r"A(?P<argument>[^.]*)\.")),
+    CallRule(None, re.compile(r"\[(?P<argument>[^\]]*)\]")))
+
+def read_rule(text):
+    """NAME=PATTERN, as --tool takes it -> CallRule; NAME may be empty. ArgumentTypeError."""
+    name, equals, pattern = text.partition("=")
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r:.80}: the pattern is no regular expression: {error}") from None
+    if not equals or not compiled.groupindex:
+        raise argparse.ArgumentTypeError(
+            rf"{text!r:.80}: NAME=PATTERN, a named group for each argument: add=\[(?P<a>\d+)\+(?P<b>\d+)\]")
+    return CallRule(name or None, compiled)
+
+def rule_text(text):
+    """A rule's text, checked: a checkpoint's args are plain."""
+    read_rule(text)
+    return text
+
+def typed(text, kind):
+    """An argument's text as the JSON type that the tool's schema names; as text where it is none of that type."""
+    readers = dict(integer=int, number=float, boolean=dict(true=True, false=False).__getitem__)
+    try:
+        value = readers.get(kind, str)(text)
+    except (ValueError, KeyError):
+        return text
+    return text if value in (math.inf, -math.inf) or value != value else value
+
+def find_tool(rule, tools, rules):
+    """The function of a request's tools that a rule calls, {name, parameters}; None if there is none."""
+    named = {other.tool for other in rules}
+    for tool in tools:
+        if tool["name"] == rule.tool or rule.tool is None and tool["name"] not in named:
+            return tool
+    return None
+
+def split_calls(text, tools, rules=CALL_RULES):
+    """A completion's text -> what is content, [(tool's name, arguments as JSON)].
+
+    tools   the request's functions, {name, parameters: a JSON schema}
+    rules   CallRules, the first that matches at a place counts
+    """
+    calls = []
+    for rule in rules:
+        tool = find_tool(rule, tools, rules)
+        if tool is None:
+            continue
+        schema = tool.get("parameters")
+        schema = schema if isinstance(schema, dict) else {}
+        properties = schema.get("properties")
+        properties = properties if isinstance(properties, dict) else {}
+        required = schema.get("required")
+        first = next(iter(required if isinstance(required, list) and required else properties), "argument")
+        for match in rule.pattern.finditer(text):
+            arguments = {}
+            for name, value in match.groupdict(default="").items():
+                name = first if name == "argument" and name not in properties else name
+                kind = properties.get(name)
+                arguments[name] = typed(value, kind.get("type") if isinstance(kind, dict) else None)
+            calls.append((match.span(), tool["name"], json.dumps(arguments)))
+
+    # in the order of the text; what is inside of another call is none
+    content = ""
+    end = 0
+    kept = []
+    for (start, stop), name, arguments in sorted(calls, key=lambda call: call[0]):
+        if start >= end:
+            content += text[end:start]
+            end = stop
+            kept.append((name, arguments))
+    return content + text[end:], kept
+
+# ---- the door: what is asked -------------------------------------------------------------------------
+
+@dataclass
+class Row:
+    """One completion of a request, as far as it is drawn. It outlives a change of weights."""
+    index: int
+    ids: list = field(default_factory=list)
+    logprobs: list = field(default_factory=list)
+    versions: list = field(default_factory=list)  # of the policy that drew each token
+    notes: list = None                 # routes of all tokens but the last, with --replay
+    text: str = ""                     # before a stop text; calls taken out, once they are read
+    finish: str | None = None
+    calls: list = field(default_factory=list)     # [(id, name, arguments)]
+    scores: list = field(default_factory=list)    # sample.py's Score of each token, where they are asked for
+    shown: int = 0                     # characters that are text; a score that begins later is not told
+    n_chars: int = 0                   # that the client has heard
+    n_scores: int = 0
+
+    def keys(self):
+        """What the agent may send back: see said_key."""
+        if not self.calls:
+            return [self.text]
+        return [said_key(self.text, self.calls, self.calls[0][0]), said_key(self.text, self.calls)]
+
+    def said(self):
+        """What the archive keeps beside the tokens."""
+        return dict(text=self.text, finish=self.finish, calls=self.calls)
+
+    def news(self, finish=None):
+        """What the client has not heard yet, as a Piece. finish: how the row has ended, if it has."""
+        scores = [score for score in self.scores[self.n_scores:] if score.start < self.shown]
+        piece = Piece(self.index, self.text[self.n_chars:], scores, finish, len(self.ids))
+        if finish:
+            piece.calls = [call_object(*call) for call in self.calls]
+        self.n_chars = len(self.text)
+        self.n_scores += len(scores)
+        return piece
+
+@dataclass
+class Turn(Asked):
+    """A request for a turn: sample.py's Asked, and what the gateway keeps of it."""
+    name: str = ""
+    claim: "Claim" = None
+    messages: list = None              # in the form of chat completions
+    context: list = None               # tokens
+    tools: list = None                 # functions, where the agent has any and wants them
+    digest: str = ""                   # of the request
+    rows: list = None
+    is_response: bool = False          # of /v1/responses
+    request: dict = None               # its body: a response repeats fields of it
+    was_refused: list = field(default_factory=list)  # reasons: something went wrong within it
+
+    @property
+    def grows(self):
+        """Whether the client hears of each token: a tool call shows only at the end."""
+        return self.is_stream and not self.tools and not self.is_response
+
+    @property
+    def is_over(self):
+        return bool(self.was_refused) or self.client.gone or all(row.finish for row in self.rows)
+
+@dataclass
+class Answer:
+    """The last turn of an episode, for an agent that did not hear it, and asks again."""
+    number: int                        # of the turn
+    digest: str                        # of the request
+    context: list                      # tokens
+    rows: list
+    client: object                     # who asked; None: in an earlier process
+
+@dataclass
+class Claim:
+    """An episode in the hands of an agent."""
+    name: str                          # group.row
+    episode: Trajectory
+    task: object
+    began: float                       # seconds on the run's clock
+    heard: float                       # when its agent last asked for something, or was told something
+    lesson: object = None              # the teacher, if it answers
+    messages: dict = field(default_factory=dict)  # a response's id -> all messages until then
+    last: Answer = None
+    n_turns: int = 0
+
+def call_object(call_id, name, arguments):
+    """A tool call as the protocol has it."""
+    return dict(id=call_id, type="function", function=dict(name=name, arguments=arguments))
+
+def tell_rows(turn):
+    """All that the client of a turn has not heard of its rows, and how each has ended."""
+    for row in turn.rows:
+        turn.client.tell(row.news(row.finish))
+
+def read_functions(body):
+    """A request's tools, in either form of the protocol -> [{name, parameters}]. Refused for what is none."""
+    tools = body.get("tools")
+    if tools is None or body.get("tool_choice") == "none":
+        return []
+    functions = []
+    if not isinstance(tools, list):
+        raise Refused(400, f"tools {tools!r:.60}: a list is needed")
+    for place, tool in enumerate(tools):
+        if not isinstance(tool, dict):
+            raise Refused(400, f"tools[{place}] {tool!r:.60}: an object is needed")
+        function = tool.get("function", tool)
+        if tool.get("type", "function") != "function":
+            continue                   # the server's own tools of other makers: nothing that a text could call
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise Refused(400, f"tools[{place}]: a function has a name")
+        functions.append(function)
+    return functions
+
+def list_warnings(body, max_new_tokens):
+    """What a request asks for that cannot be done, a line each."""
+    warnings = []
+    for name, value in DRAWN_AT.items():
+        asked = body.get(name)
+        if asked is not None and asked != value:
+            warnings.append(f"{name} {asked!r:.20}: tokens are drawn at {name} {value}, the distribution that is trained")
+    for name, neutral in NOT_DONE.items():
+        if body.get(name) not in (None, neutral):
+            warnings.append(f"{name} {body[name]!r:.40}: it changes nothing here")
+    for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
+        asked = body.get(name)
+        if isinstance(asked, int) and asked > max_new_tokens:
+            warnings.append(f"{name} {asked}: the policy writes {max_new_tokens} at most (--max-new-tokens)")
+    choice = body.get("tool_choice")
+    if choice not in (None, "auto", "none"):
+        warnings.append(f"tool_choice {choice!r:.60}: the policy is not forced to call")
+    return warnings
+
+def chat_messages(body, earlier):
+    """The `input` and `instructions` of a request to /v1/responses -> messages as chat completions have them.
+
+    earlier   messages of the response that previous_response_id names, and its own
+    Items follow each other where chat has one message: text and calls of an assistant that lie side by side are one.
+    """
+    given = body.get("input")
+    items = [dict(role="user", content=given)] if isinstance(given, str) else given
+    if not isinstance(items, list):
+        raise ValueError(f"input {given!r:.60}: a text or a list is needed")
+    messages = list(earlier)
+    open_message = None                # an assistant's, which the next item may belong to
+    for place, item in enumerate(items):
+        where = f"input[{place}]"
+        if not isinstance(item, dict):
+            raise ValueError(f"{where} {item!r:.60}: an object is needed")
+        kind = item.get("type", "message")
+        if kind == "reasoning":
+            continue
+        if kind == "function_call_output":
+            output = item.get("output")
+            content = output if isinstance(output, str | list | None) else json.dumps(output)
+            messages.append(dict(role="tool", tool_call_id=item.get("call_id"), content=content))
+            open_message = None
+        elif kind == "function_call":
+            call = dict(id=item.get("call_id"), function=dict(name=item.get("name"), arguments=item.get("arguments")))
+            if open_message is None:
+                open_message = dict(role="assistant", content=None, tool_calls=[])
+                messages.append(open_message)
+            open_message["tool_calls"].append(call)
+        elif kind == "message" and isinstance(item.get("role"), str):
+            open_message = None
+            if item["role"] == "assistant":
+                open_message = dict(role="assistant", content=item.get("content"), tool_calls=[])
+                messages.append(open_message)
+            else:
+                messages.append(dict(role=item["role"], content=item.get("content")))
+        else:
+            raise ValueError(f"{where}: an item of type {kind!r:.40}: messages, function calls and their outputs are read")
+
+    # the newest instructions stand first, in place of those before
+    instructions = body.get("instructions")
+    if isinstance(instructions, str) and instructions:
+        rest = [message for message in messages if not message.get("is_instructions")]
+        messages = [dict(role="system", content=instructions, is_instructions=True), *rest]
+    return messages
+
+# ---- the door: what is answered, in the form of /v1/responses ----------------------------------------
+
+def output_items(row, name, n_rows):
+    """A completion as the output items of a response: a message, where there is text, then calls."""
+    items = []
+    mark = f"{name}_{row.index}" if n_rows > 1 else name
+    if row.text or not row.calls:
+        part = dict(type="output_text", text=row.text, annotations=[], logprobs=[])
+        items.append(dict(type="message", id=f"msg_{mark}", status="completed", role="assistant", content=[part]))
+    for call_id, tool, arguments in row.calls:
+        items.append(dict(type="function_call", id=f"fc_{call_id}", call_id=call_id, name=tool, arguments=arguments,
+                          status="completed"))
+    return items
+
+def response_object(turn, name, rows, n_tokens, status="completed"):
+    """A response: what was asked is repeated, as clients expect it."""
+    asked = turn.request
+    # also where a text was cut at its length: openai-agents ends a run at any other status
+    body = dict(
+        id=f"resp_{name}", object="response", created_at=int(time.time()), status=status, error=None,
+        incomplete_details=None,
+        instructions=asked.get("instructions"), max_output_tokens=asked.get("max_output_tokens"),
+        metadata=asked.get("metadata") or {}, model=turn.model,
+        output=[item for row in rows for item in output_items(row, name, len(rows))],
+        parallel_tool_calls=asked.get("parallel_tool_calls") is not False,
+        previous_response_id=asked.get("previous_response_id"),
+        reasoning=dict(effort=None, summary=None), store=True, temperature=1.0, text=dict(format=dict(type="text")),
+        tool_choice=asked.get("tool_choice") or "auto", tools=asked.get("tools") or [], top_p=1.0,
+        truncation="disabled", user=None, usage=None)
+    if status == "completed":
+        body["usage"] = dict(
+            input_tokens=turn.n_prompt, input_tokens_details=dict(cached_tokens=turn.cached),
+            output_tokens=n_tokens, output_tokens_details=dict(reasoning_tokens=0),
+            total_tokens=turn.n_prompt + n_tokens)
+    if turn.warnings:
+        body["warnings"] = [*turn.warnings]
+    return body
+
+def response_events(turn, name, rows, n_tokens):
+    """A response as a stream: each item is announced, filled and closed -> events, in order."""
+    empty = response_object(turn, name, [], 0, status="in_progress")
+    yield dict(type="response.created", response=empty)
+    yield dict(type="response.in_progress", response=empty)
+    whole = response_object(turn, name, rows, n_tokens)
+    for place, item in enumerate(whole["output"]):
+        here = dict(output_index=place, item_id=item["id"])
+        if item["type"] == "message":
+            part, = item["content"]
+            nothing = dict(part, text="")
+            inside = dict(here, content_index=0)
+            yield dict(type="response.output_item.added", output_index=place,
+                       item=dict(item, status="in_progress", content=[]))
+            yield dict(inside, type="response.content_part.added", part=nothing)
+            yield dict(inside, type="response.output_text.delta", delta=part["text"], logprobs=[])
+            yield dict(inside, type="response.output_text.done", text=part["text"], logprobs=[])
+            yield dict(inside, type="response.content_part.done", part=part)
+        else:
+            yield dict(type="response.output_item.added", output_index=place,
+                       item=dict(item, status="in_progress", arguments=""))
+            yield dict(here, type="response.function_call_arguments.delta", delta=item["arguments"])
+            yield dict(here, type="response.function_call_arguments.done", arguments=item["arguments"],
+                       name=item["name"])
+        yield dict(type="response.output_item.done", output_index=place, item=item)
+    yield dict(type="response.completed", response=whole)
+
+class EpisodeProtocol(Protocol):
+    """OpenAI's protocol over episodes, on the event loop. A request is put before the run's thread, which answers with
+    a dict, or with the Turn whose pieces follow."""
+
+    def __init__(self, gateway):
+        self.gateway = gateway
+        self.created = int(time.time())
+
+    def app(self):
+        here = "/s/{task}/v1"
+        posts = {
+            "/v1/tasks": self.ask,
+            "/v1/finish": self.ask,
+            "/v1/chat/completions": self.ask,
+            f"{here}/chat/completions": self.ask,
+            f"{here}/responses": self.ask,
+            f"{here}/finish": self.ask}
+        gets = {f"{root}/models{name}": self.list_models for root in ("/v1", here) for name in ("", "/{name:path}")}
+        return make_app(self.gateway.keys_of, posts, gets, most=self.gateway.most_body)
+
+    async def list_models(self, request):
+        """The only model there is, under whatever name it is asked for."""
+        name = request.path_params.get("name", MODEL_ID)
+        model = dict(id=name, object="model", created=self.created, owned_by=MODEL_ID,
+                     max_model_len=self.gateway.model.cfg.max_seq_len)
+        if "name" in request.path_params:
+            return reply(model)
+        return reply(dict(object="list", data=[model]))
+
+    async def ask(self, request):
+        raw, client = request.scope["heard"]
+        path = request.url.path
+        if path == "/v1/tasks":        # a client may have left as it asked: a moment shows it
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(client.left.wait(), MOMENT)
+        self.gateway.put(path, request.path_params.get("task"), raw, client)
+        news = await client.hear()
+        if not news:
+            raise Refused(400, "the client has left")
+        said, *rest = news
+        client.news.extendleft(reversed(rest))
+        if isinstance(said, dict):
+            return reply(said)
+        if said.is_response:
+            return await self.respond_as_response(said)
+        return await self.respond(said)
+
+    async def respond_as_response(self, turn):
+        from starlette.responses import StreamingResponse
+        texts = await self.texts(turn)
+        n_tokens = sum(text.n_tokens for text in texts)
+        name = turn.name
+        if not turn.is_stream:
+            return reply(response_object(turn, name, turn.rows, n_tokens))
+
+        async def events():
+            for place, body in enumerate(response_events(turn, name, turn.rows, n_tokens)):
+                body["sequence_number"] = place
+                yield f"event: {body['type']}\n{event(body)}"
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+# ---- the door: what is kept on disk --------------------------------------------------------------------
+# A turn is written before its agent hears of it. So a trainer that is killed finds, in --out/episodes.db, all that its
+# agents have heard; the checkpoint says which groups were trained on until it was made. What was trained on later counts
+# as not trained on: the steps are gone with the weights, and the turns are taken once more.
+
+class Archive:
+    """Episodes and their turns by token, in an SQLite file.
+
+    path   of the file; None: in memory
+    A context is stored as what differs from an earlier path, that of the episode's last turn, or of another episode's
+    first turn: a prompt of thousands of tokens is written once.
     """
 
-    def __init__(self, model, args, queue):
+    TABLES = """
+        CREATE TABLE IF NOT EXISTS run(name TEXT PRIMARY KEY, value TEXT);
+        CREATE TABLE IF NOT EXISTS episode(
+            name TEXT PRIMARY KEY, task INTEGER, rewards TEXT, success INTEGER, seconds REAL, step INTEGER);
+        CREATE TABLE IF NOT EXISTS completion(
+            id INTEGER PRIMARY KEY, name TEXT, turn INTEGER, base INTEGER, kept INTEGER, context BLOB, ids BLOB,
+            logprobs BLOB, versions BLOB, routes BLOB, request TEXT, said TEXT);
+        CREATE INDEX IF NOT EXISTS by_name ON completion(name);"""
+
+    def __init__(self, path=None):
+        self.path = path
+        self.base = sqlite3.connect(path or ":memory:", check_same_thread=False)
+        # a process that is killed loses nothing that was committed; a machine without power may lose the newest
+        self.base.execute("PRAGMA journal_mode=WAL")
+        self.base.execute("PRAGMA synchronous=NORMAL")
+        self.base.executescript(self.TABLES)
+        self.last = {}                 # name of an episode -> (id, path) of its newest completion
+        self.newest_first = None       # ... of the newest first turn of any episode
+        self.paths = {}                # id -> path, while episodes are read
+
+    def get(self, name):
+        """A value of the run, by name; None if there is none."""
+        row = self.base.execute("SELECT value FROM run WHERE name = ?", [name]).fetchone()
+        return row and row[0]
+
+    def put(self, name, value):
+        self.base.execute("INSERT OR REPLACE INTO run VALUES(?, ?)", [name, value])
+        self.base.commit()
+
+    def claim(self, name, task):
+        self.base.execute("INSERT OR REPLACE INTO episode(name, task) VALUES(?, ?)", [name, task])
+        self.base.commit()
+
+    def release(self, name):
+        """Nobody plays the episode any more, and nothing was said in it."""
+        self.base.execute("DELETE FROM episode WHERE name = ?", [name])
+        self.base.commit()
+
+    def finish(self, name, episode):
+        """The end of an episode, as its Trajectory says it."""
+        self.base.execute(
+            "UPDATE episode SET rewards = ?, success = ?, seconds = ? WHERE name = ?",
+            [json.dumps(episode.rewards), episode.success, episode.seconds, name])
+        self.last.pop(name, None)
+        self.base.commit()
+
+    def trained(self, tasks, step):
+        """These groups went into this step."""
+        self.base.executemany("UPDATE episode SET step = ? WHERE task = ?", [(step, task) for task in tasks])
+        self.base.commit()
+
+    def forget_steps(self, step):
+        """Steps after this one are gone with their weights."""
+        self.base.execute("UPDATE episode SET step = NULL WHERE step > ?", [step])
+        self.base.commit()
+
+    def add(self, name, samples, request, said):
+        """A turn: its completions, a Sample each; what was asked for, as a digest; and what was said, a dict each."""
+        for sample, words in zip(samples, said):
+            path = sample.ids.tolist()
+            base, before = self.last.get(name) or self.newest_first or (None, [])
+            kept = min(common_prefix(before, path), sample.start)
+            routes = None if sample.routes is None else sample.routes.numpy().astype(np.int32).tobytes()
+            done = self.base.execute(
+                "INSERT INTO completion(name, turn, base, kept, context, ids, logprobs, versions, routes, request, said) "
+                "VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                [name, sample.turn, base, kept, packed(path[kept:sample.start], np.int32),
+                 packed(path[sample.start:], np.int32), packed(sample.logprobs, np.float64),
+                 packed(sample.versions, np.int64), routes, request, json.dumps(words)])
+            if name not in self.last:
+                self.newest_first = done.lastrowid, path
+            self.last[name] = done.lastrowid, path
+        self.base.commit()
+
+    def drop(self, name, turn):
+        """A turn that nobody has heard was not taken. Its row stays, nameless: others' contexts may build on it."""
+        self.base.execute("UPDATE completion SET name = NULL WHERE name = ? AND turn = ?", [name, turn])
+        self.base.commit()
+
+    def path_of(self, number):
+        """Tokens of a completion, its context before them."""
+        if number is None:
+            return []
+        if number not in self.paths:
+            base, kept, context, ids = self.base.execute(
+                "SELECT base, kept, context, ids FROM completion WHERE id = ?", [number]).fetchone()
+            self.paths[number] = self.path_of(base)[:kept] + unpacked(context, np.int32) + unpacked(ids, np.int32)
+        return self.paths[number]
+
+    def read(self, task):
+        """What is known of a group -> {name: (row of its episode as a dict, [(Sample, request, said), ...])}."""
+        self.base.row_factory = sqlite3.Row
+        found = {}
+        for episode in self.base.execute("SELECT * FROM episode WHERE task = ?", [task]).fetchall():
+            name = episode["name"]
+            turns = []
+            for row in self.base.execute("SELECT * FROM completion WHERE name = ? ORDER BY id", [name]).fetchall():
+                path = self.path_of(row["id"])
+                ids = unpacked(row["ids"], np.int32)
+                routes = None
+                if row["routes"] is not None:
+                    routes = torch.tensor(unpacked(row["routes"], np.int32)).view(len(path), -1)
+                sample = Sample(
+                    ids=torch.tensor(path), start=len(path) - len(ids),
+                    logprobs=torch.tensor(unpacked(row["logprobs"], np.float64), dtype=torch.float64),
+                    versions=torch.tensor(unpacked(row["versions"], np.int64)), routes=routes, turn=row["turn"])
+                turns.append((sample, row["request"], json.loads(row["said"])))
+                self.last[name] = row["id"], path
+            found[name] = dict(episode), turns
+        self.base.row_factory = None
+        return found
+
+    def close(self):
+        self.base.commit()
+        self.base.close()
+
+def packed(numbers, kind):
+    return np.asarray(numbers, kind).tobytes()
+
+def unpacked(raw, kind):
+    return np.frombuffer(raw, kind).tolist()
+
+# ---- the door: who answers -----------------------------------------------------------------------------
+
+class Sampler(Engine):
+    """sample.py's engine. Its rows are completions of episodes, and outlive a change of weights: they go on from the
+    tokens that they have, with keys and values that the new weights compute."""
+
+    def __init__(self, gateway):
+        super().__init__(gateway.model, gateway.tokenizer, seed=gateway.args.seed)
+        self.version = 0
+        if gateway.args.replay:
+            self.record = pack_routes
+        self.renew_prefixes()
+
+    def renew_prefixes(self):
+        """A prefix cache without anything of the weights before."""
+        self.prefixes = None
+        if self.record is None:        # what is in the cache has no routes
+            self.prefixes = make_prefixes(self.model)
+        if self.prefixes is not None:
+            self.prefixes.L = round_up(PREFIX_BLOCK, self.model.cfg.index_block_size)
+
+    def renew(self, version):
+        """The weights have changed: they are the policy `version` now."""
+        self.version = version
+        self.renew_prefixes()
+        alone = []
+        for batch in self.batches:
+            batch.steps.close()
+            for turn in batch.requests:
+                alone += [replace(turn, n=1, rows=[row]) for row in turn.rows if row.finish is None]
+        self.batches = form_batches(alone, self)
+
+    def write_row(self, turn, index, prompt):
+        """A player of the loop: one completion. It ends with a character of STOP, with a stop text, or at its length."""
+        row = turn.rows[index]
+        stream = Stream(turn.stops)
+        for token in row.ids:          # it goes on after a change of weights
+            stream.feed(self.tokenizer.decode_bytes([token]))
+        kept = 0
+        feed = prompt.ids + row.ids
+        while row.finish is None:
+            token, logprob, notes, *more = yield kept, feed
+            if turn.client.gone:
+                return
+            self.n_tokens += 1
+            kept += len(feed)
+            feed = [token]
+            row.ids.append(token)
+            row.logprobs.append(logprob)
+            row.versions.append(self.version)
+            row.notes = notes
+
+            raw = self.tokenizer.decode_bytes([token])
+            if turn.has_logprobs:
+                best = more[0] if more else []
+                best = [(self.tokenizer.decode_bytes([int(one)]), score) for one, score in best]
+                row.scores.append(Score(raw, logprob, best, len(stream.text)))
+            row.text += stream.feed(raw)
+            if stream.done or token in STOP:
+                row.finish = "stop"
+            elif len(row.ids) == turn.max_new_tokens:
+                row.finish = "length"
+            if row.finish:
+                row.text += stream.feed(b"", final=True)
+            row.shown = stream.shown
+            if turn.grows and not row.finish and len(row.text) > row.n_chars:
+                turn.client.tell(row.news())
+
+    def refuse(self, turn, status, reason):
+        super().refuse(turn, status, reason)
+        turn.was_refused.append(reason)
+
+class Lesson:
+    """A teacher who answers an agent in the policy's place, in the agent's own contexts. It goes by what the task's
+    tool says, whatever the agent makes of it."""
+
+    def __init__(self, task, rng):
+        self.task = task
+        self.rng = rng
+        self.messages = [dict(role="user", content=task.prompt)]
+
+    def say(self):
+        text = misspell(self.task.expert(self.messages), self.task, self.rng, NOISE)
+        observation = self.task.tool(text)
+        self.messages += [dict(role="assistant", content=text), dict(role="tool", content=f"={observation or '?;'}")]
+        return text
+
+class Served(Gateway):
+    """Agents of other processes, in real seconds, on loopback. See the sections above for what they send."""
+
+    def __init__(self, model, args, queue, folder=None, is_new=False):
+        """folder: of the run, for its archive; None: the archive is in memory. is_new: an earlier run's is set aside."""
         super().__init__(model, args, queue)
+        path = folder and os.path.join(folder, "episodes.db")
+        if is_new and path and os.path.exists(path):
+            Archive(path).close()      # what a killed run has left beside it goes into it
+            os.replace(path, path + ".old")
+        self.archive = Archive(path)
+        self.token = args.token or self.archive.get("key") or os.urandom(16).hex()
         self.open = {}                 # name of an episode, "group.row" -> it, until its end
-        self.claimed = set()
-        self.token = args.token or os.urandom(16).hex()
-        self.asked = SimpleQueue()     # (path, raw body, client)
-        self.over = False
+        self.claims = {}               # name -> Claim, of those that are played
+        self.reasons = {}              # name -> why it is over
+        self.rules = [read_rule(text) for text in args.tool or ()] or CALL_RULES
+        self.claimers = []             # (client, until): who waits for an episode
+        self.under_way = []            # Turns that are being answered
+        self.lessons = None            # Trajectories that a teacher has played; None: the policy answers
+        self.n_lessons = 0             # that were claimed
+        self.n_paths = 0               # turns whose context does not begin with the episode's last turn
+        self.asked = SimpleQueue()     # (path, episode's name in it, raw body, client)
+        self.is_over = False
+        self.told_at = 0.0             # when the run last said what it waits for
+        self.most_body = max(MAX_BODY, 16 * model.cfg.max_seq_len)
+        self.sampler = Sampler(self)
         self.door = Door(args.serve)
-        paths = ("/v1/tasks", *KEY_FIELD)
-        self.door.open(make_app(lambda path: [self.token], dict.fromkeys(paths, self.ask), most=MAX_BODY))
+        self.archive.put("key", self.token)
+        self.door.open(EpisodeProtocol(self).app())
 
     def close(self):
         """Accept no more requests; clients that still wait for an answer get a refusal."""
-        self.over = True
+        self.is_over = True
+        waiting = [turn.client for turn in self.under_way] + [client for client, _ in self.claimers]
         with contextlib.suppress(Empty):
             while True:
                 *_, client = self.asked.get_nowait()
-                client.tell(Refused(503, "the run is over"))
+                waiting.append(client)
+        for client in waiting:
+            client.tell(Refused(503, "the run is over"))
         self.door.close()
+        self.archive.close()
 
-    async def ask(self, request):
-        """On the event loop: a request waits here for the run's thread, which answers it."""
-        raw, client = request.scope["heard"]
-        with contextlib.suppress(TimeoutError):  # a client may have left as it asked: a moment shows it
-            await asyncio.wait_for(client.left.wait(), MOMENT)
-        self.asked.put((request.url.path, raw, client))
-        if self.over:
+    # what the event loop calls
+
+    def keys_of(self, path):
+        """The run's key opens every path, an episode's own key the URL of that episode."""
+        name = re.match("/s/([^/]+)/v1/", path)
+        return [self.token, self.key_of(name[1])] if name else [self.token]
+
+    def key_of(self, name):
+        return hmac.new(self.token.encode(), name.encode(), "sha256").hexdigest()[:32]
+
+    def put(self, path, name, raw, client):
+        """A request waits here for the run's thread, which tells the client a dict, a Turn and its pieces, or a
+        Refused."""
+        if self.asked.qsize() >= MOST_WAITING:  # no 429: smolagents would sleep for a minute
+            raise Refused(503, f"{MOST_WAITING} requests wait already")
+        self.asked.put((path, name, raw, client))
+        if self.is_over:
             raise Refused(503, "the run is over")
-        for status, said in await client.hear():
-            return reply(said) if status == 200 else refusal(status, said)
-        raise Refused(400, "the client has left")
+
+    # groups and episodes
+
+    def trained(self, tasks, step):
+        self.archive.trained(tasks, step)
+
+    def step_note(self):
+        """How often an agent's context did not go on from its last turn, since the last step."""
+        note = f" | {self.n_paths} new paths" if self.n_paths else ""
+        self.n_paths = 0
+        return note
 
     def start(self, tasks, version):
-        """Open the episodes of these groups: from now on clients can claim them, and play the policy `version`."""
-        self.version = version
+        """Open the episodes of these groups: from now on they can be claimed, and the policy `version` plays. What an
+        earlier process has kept of them is taken from the archive."""
+        if version != self.sampler.version:
+            self.sampler.renew(version)
         for task in tasks:
+            if task not in self.queue.batch:
+                self.queue.due[task] = math.inf  # its deadline counts from the first claim
             self.pool[task] = [Trajectory(task) for _ in range(self.args.rollouts)]
+            known = self.archive.read(task)
             for row, episode in enumerate(self.pool[task]):
-                self.open[f"{task}.{row}"] = episode
+                name = f"{task}.{row}"
+                self.open[name] = episode
+                if name in known:
+                    self.recover(name, episode, *known[name])
+        self.close_groups()
 
-    def answer(self, path, raw, client):
-        """One request, in the run's thread -> status, and a JSON object or what is wrong. Episodes are named
-        "group.row"; the name stands for a model's in a completion."""
-        try:
-            body = json.loads(raw)
-            if not isinstance(body, dict):
-                raise TypeError("not a JSON object")
-            if path == "/v1/tasks":
-                return 200, self.claim()
-            key = str(body.get(KEY_FIELD.get(path)))
-            if key not in self.open:
-                raise Refused(404, f"unknown path or task, or one that is over: {path}, {key}"[:200])
-            if key not in self.claimed:  # or its next turn would be another client's, who claims it later
-                raise Refused(409, f"task {key} is not claimed: POST /v1/tasks claims one")
-            if path == "/v1/finish":
-                return 200, self.finish_episode(key, body)
-            n_context = self.check_turn(key, body)
-        except Refused as error:
-            return error.args
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-            return 400, f"a JSON object, rewards numbers, messages [{{role, content}}]: {repr(error)[:200]}"
-        return 200, self.take_turn(key, body, n_context, client)
+    def recover(self, name, episode, fields, turns):
+        """An episode of an earlier process: its turns, and its end, or the agent that may still play it.
 
-    def claim(self):
-        """An episode that no client plays yet -> its name and its first messages."""
-        key = next((key for key in self.open if key not in self.claimed), None)
-        if key is None:
-            raise Refused(409, "no task is waiting")
-        self.claimed.add(key)
-        agent = make_task(self.args, self.open[key].task).agent()
-        return dict(task=key, messages=next(agent))
+        fields  of its row in the archive
+        turns   [(Sample, the request's digest, what was said)], see Archive.read
+        """
+        claim = self.begin(name, episode, make_task(self.args, episode.task))
+        for sample, digest, said in turns:
+            ids = sample.ids[sample.start:].tolist()
+            episode.samples.append(sample)
+            row = Row(0, ids, sample.logprobs.tolist(), **said)
+            for key in {self.tokenizer.decode(ids), *row.keys()}:
+                episode.said.setdefault(key, []).append(ids)
+            if claim.last is None or claim.last.number != sample.turn:
+                claim.last = Answer(sample.turn, digest, sample.ids[:sample.start].tolist(), [], None)
+            row.index = len(claim.last.rows)
+            claim.last.rows.append(row)
+            claim.n_turns = sample.turn + 1
+        if fields["rewards"] is not None:
+            episode.finish(json.loads(fields["rewards"]), bool(fields["success"]), fields["seconds"])
+            self.end(name, "its end was reported")
 
-    def finish_episode(self, key, body):
-        """The end of an episode, with a reward for each of its turns."""
-        episode = self.open[key]
-        rewards = [float(reward) for reward in body["rewards"]]
-        if len(rewards) != len(episode.samples) or not all(abs(reward) <= 1e3 for reward in rewards):
-            raise ValueError(f"{len(episode.samples)} turns, a reward of at most 1000 each: {rewards}"[:200])
-        admitted, _ = self.queue.born[episode.task]
-        episode.finish(rewards, body["success"] is True, self.now - admitted)
-        del self.open[key]
-        return dict(turns=len(rewards))
+    def begin(self, name, episode, task, lesson=None):
+        """An agent has claimed an episode -> its Claim. With the first one of a group the group's deadline begins."""
+        claim = Claim(name, episode, task, began=self.now, heard=self.now, lesson=lesson)
+        self.claims[name] = claim
+        if lesson is None and self.queue.due.get(episode.task) == math.inf:
+            self.queue.due[episode.task] = self.now + self.queue.deadline
+        return claim
 
-    def check_turn(self, key, body):
-        """ValueError for a turn that cannot be served -> tokens of its context."""
-        if body.get("stream") or body.get("n") not in (None, 1):  # other options, null or not, change nothing
-            raise ValueError(f"stream {body.get('stream')}, n {body.get('n')}: no stream is served, and n is 1")
-        if not isinstance(body["messages"], list):
-            raise ValueError(f"messages {body['messages']!r:.60}: a list is needed")
-        n_context = len(self.context(self.open[key], body["messages"]))
-        room = self.model.cfg.max_seq_len - MAX_NEW
-        if not 1 <= n_context <= room:
-            raise ValueError(f"{n_context} tokens of context: 1 to {room} are served")
-        return n_context
+    def end(self, name, reason):
+        """An episode is over. Who asks for it is told the reason."""
+        self.claims.pop(name, None)
+        self.open.pop(name, None)
+        self.reasons[name] = reason
+        while len(self.reasons) > MOST_REASONS:
+            self.reasons.pop(next(iter(self.reasons)))
 
-    def take_turn(self, key, body, n_context, client):
-        """One completion, in OpenAI's form. A turn whose client is gone by its end was not taken."""
-        episode = self.open[key]
-        agent = (messages for messages in [body["messages"]])  # it has one turn, and hears nothing
-        rollout(self, [(episode, agent)], self.version)
-        ids = episode.samples[-1].ids[n_context:].tolist()
-        message = dict(role="assistant", content=self.tokenizer.decode(ids))
-        if client.gone:
-            episode.samples.pop()
-            episode.said[message["content"]].pop()
-        turn = dict(index=0, message=message, finish_reason="stop" if ids[-1] in STOP else "length")
-        usage = dict(prompt_tokens=n_context, completion_tokens=len(ids), total_tokens=n_context + len(ids))
-        return dict(id=f"{key}-{n_context}", object="chat.completion", created=int(time.time()), model=key,
-                    choices=[turn], usage=usage)
+    def close_groups(self):
+        """Groups of which no episode is open are over."""
+        still_open = {episode.task for episode in self.open.values()}
+        for task in self.queue.due.keys() - still_open:
+            self.queue.finish(task)
 
-    def wait(self, stop, seconds):
-        """Answer clients until a batch of groups is over, for at most so many seconds."""
-        started = time.monotonic() - self.now
-        until = self.now + seconds
-        while not self.queue.take(self.args.groups, self.now) and not stop and self.now < until:
-            with contextlib.suppress(Empty):
-                self.answer_one(*self.asked.get(timeout=0.05), started)
-            self.now = time.monotonic() - started
+    def end_late(self):
+        """Take back what agents have left alone, and end groups past their deadline: episodes that were played have
+        failed, those that nobody has claimed are no part of the group."""
+        busy = {turn.claim.name for turn in self.under_way}
+        for name, claim in [*self.claims.items()]:
+            silent = self.now - claim.heard
+            if name not in busy and silent > self.args.silence:
+                self.take_back(claim, f"its agent said nothing for {silent:.0f} s (--silence)")
 
-            # episodes past the deadline are over, and groups of which none is open
-            late = [key for key, episode in self.open.items() if self.queue.due[episode.task] <= self.now]
-            for key in late:
-                self.open.pop(key).fail()
-            still_open = {episode.task for episode in self.open.values()}
-            for task in self.queue.due.keys() - still_open:
-                self.queue.finish(task)
+        for name, episode in [*self.open.items()]:
+            if self.queue.due[episode.task] > self.now:
+                continue
+            if name in self.claims:
+                self.fail(self.claims[name], f"its group was late (--deadline {self.queue.deadline:g})")
+            else:
+                self.pool[episode.task] = [other for other in self.pool[episode.task] if other is not episode]
+                self.end(name, "its group was late before it was claimed")
+        self.close_groups()
 
-    def answer_one(self, path, raw, client, started):
-        """Answer one request, whatever happens in it. started: of the run, on the monotonic clock."""
-        self.now = time.monotonic() - started
+    def take_back(self, claim, reason):
+        """The agent is gone: its episode has failed, with the turns it had. One without a turn waits for another agent.
+        """
+        if claim.lesson or claim.episode.samples:
+            self.fail(claim, reason)
+            return
+        del self.claims[claim.name]
+        self.archive.release(claim.name)
+        self.reasons[claim.name] = reason
+        print(f"gateway | {claim.name} is free again: {reason}", flush=True)
+
+    def fail(self, claim, reason):
+        """An episode that has no other end."""
+        claim.episode.fail()
+        self.end(claim.name, reason)
+        if claim.lesson is None:
+            self.archive.finish(claim.name, claim.episode)
+            n_turns = claim.n_turns
+            print(f"gateway | {claim.name} has failed after {n_turns} turns: {reason}", flush=True)
+
+    def forget_unheard(self, claim):
+        """The agent goes on, and its last answer never reached it: that turn was not taken."""
+        last = claim.last
+        if last is None or last.client is None or last.client.was_answered or not last.client.gone:
+            return
+        episode = claim.episode
+        episode.samples = [sample for sample in episode.samples if sample.turn != last.number]
+        for row in last.rows:
+            for key in {self.tokenizer.decode(row.ids), *row.keys()}:
+                episode.said[key].remove(row.ids)
+        if claim.lesson is None:
+            self.archive.drop(claim.name, last.number)
+        claim.n_turns = last.number
+        claim.last = None
+
+    # requests
+
+    def answer(self, path, name, raw, client):
+        """One request, in the run's thread. Whatever is wrong with it is told to the client."""
         if client.gone:                # one that gave up during a training step asks again, or does not
             return
         try:
-            client.tell(self.answer(path, raw, client))
+            body = read_object(raw)
+            if path == "/v1/tasks":
+                wait = read_number(body, "wait", 0, 0, CLAIM_WAIT, float)
+                self.claimers.append((client, self.now + wait))
+                self.offer()
+                return
+            claim = self.find_claim(name or str(body.get(KEY_FIELD.get(path))))
+            claim.heard = self.now
+            if path.endswith("/finish"):
+                client.tell(self.finish_episode(claim, body))
+            else:
+                self.take_turn(claim, body, raw, path.endswith("/responses"), client)
+        except Refused as error:
+            client.tell(error)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+            reason = str(error) if type(error) is ValueError else repr(error)
+            client.tell(Refused(400, reason[:300]))
         except Exception as error:     # its turn is lost, the run goes on
-            print(f"gateway | {path}: {error!r}", flush=True)
-            client.tell((500, repr(error)[:200]))
+            print(f"gateway | {path}: {error!r:.200}", flush=True)
+            client.tell(Refused(500, f"{error!r:.200}"))
+
+    def find_claim(self, name):
+        if name in self.claims:
+            return self.claims[name]
+        if name in self.open:
+            why = f" any more: {self.reasons[name]}" if name in self.reasons else ""
+            raise Refused(409, f"task {name:.60} is not claimed{why}; POST /v1/tasks claims one")
+        reason = self.reasons.get(name, "unknown, or over since long")
+        raise Refused(404, f"task {name:.60}: {reason}")
+
+    def offer(self):
+        """Give episodes that nobody plays to those who wait for one, the oldest group's first."""
+        waiting = []
+        for client, until in self.claimers:
+            if client.gone:
+                continue
+            name = self.next_episode()
+            if name is not None:
+                client.tell(self.introduce(name))
+            elif self.now >= until:
+                client.tell(Refused(409, "no task is waiting"))
+            else:
+                waiting.append((client, until))
+        self.claimers = waiting
+
+    def next_episode(self):
+        """Claim an episode -> its name, None if there is none."""
+        if self.lessons is not None:
+            name = f"lesson-{self.n_lessons}"
+            task = make_task(self.args, self.n_lessons, LESSONS)
+            self.begin(name, Trajectory(-1), task, Lesson(task, Random(f"{self.args.seed} {name}")))
+            self.n_lessons += 1
+            return name
+        for name, episode in self.open.items():
+            if name not in self.claims:
+                self.begin(name, episode, make_task(self.args, episode.task))
+                self.archive.claim(name, episode.task)
+                return name
+        return None
+
+    def introduce(self, name):
+        """What a launcher hears of an episode it has claimed."""
+        task = self.claims[name].task
+        group, _, row = name.replace("-", ".").partition(".")
+        numbers = {} if self.claims[name].lesson else dict(group=int(group), row=int(row))
+        return dict(
+            task=name, **numbers, messages=next(task.agent()), answer=str(task.answer),
+            base_url=f"http://127.0.0.1:{self.door.address[1]}/s/{name}/v1", api_key=self.key_of(name))
+
+    def finish_episode(self, claim, body):
+        """The end of an episode: a reward for each of its turns, or one for all."""
+        self.forget_unheard(claim)
+        if "rewards" in body:
+            rewards = [float(reward) for reward in body["rewards"]]
+            if len(rewards) != claim.n_turns:
+                raise ValueError(f"rewards {rewards}: the episode has {claim.n_turns} turns"[:200])
+        else:
+            rewards = [0.0] * max(1, claim.n_turns)
+            rewards[-1] = float(body["reward"])
+        if not all(abs(reward) <= MOST_REWARD for reward in rewards):
+            raise ValueError(f"a reward is a number of at most {MOST_REWARD:g}: {rewards}"[:200])
+        success = body.get("success")
+        if success is None:
+            success = sum(rewards) > 0
+
+        claim.episode.finish(rewards, success is True, self.now - claim.began)
+        if claim.lesson is None:
+            self.archive.finish(claim.name, claim.episode)
+        elif self.lessons is not None:
+            self.lessons.append(claim.episode)
+        self.end(claim.name, "its end was reported")
+        self.close_groups()
+        return dict(turns=claim.n_turns)
+
+    def take_turn(self, claim, body, raw, is_response, client):
+        """A request for completions: who asks again for what it has not heard gets the same answer; otherwise they are
+        sampled, or said by the teacher."""
+        digest = hashlib.sha256(raw).hexdigest()
+        last = claim.last
+        is_again = last is not None and last.digest == digest and not (last.client and last.client.was_answered)
+        if not is_again:
+            self.forget_unheard(claim)
+        turn = self.read_turn(claim, body, is_response)
+        turn.digest = digest
+        turn.client = client
+        client.most = UNREAD * turn.n
+        if is_again:
+            last.client = client
+            turn.rows = [replace(row, n_chars=0, n_scores=0) for row in last.rows]
+            client.tell(turn)
+            tell_rows(turn)
+            return
+
+        self.count_path(claim, turn.context)
+        client.tell(turn)
+        if claim.lesson:
+            text = claim.lesson.say()
+            ids = self.tokenizer.encode(text)
+            for row in turn.rows:
+                row.ids = ids
+                row.logprobs = [math.nan] * len(ids)
+                row.versions = [0] * len(ids)
+                row.text = text
+                row.finish = "stop"
+            self.end_turn(turn)
+            return
+        turn.came = time.monotonic()
+        self.under_way.append(turn)
+        self.sampler.waiting.append(turn)
+
+    def read_turn(self, claim, body, is_response):
+        """The body of a request -> Turn. Refused, ValueError: it cannot be served; one message for each limit."""
+        limit = self.args.max_new_tokens
+        n = read_number(body, "n", 1, 1)
+        if n > MOST_CHOICES:
+            raise Refused(400, f"n {n}: a turn has {MOST_CHOICES} completions at most")
+        if claim.n_turns >= self.args.max_turns:
+            raise Refused(403, f"task {claim.name} has had its {claim.n_turns} turns (--max-turns): POST /v1/finish ends it")
+        if is_response:
+            earlier = claim.messages.get(body.get("previous_response_id"), [])
+            messages = chat_messages(body, earlier)
+            has_logprobs, n_best = False, 0
+        else:
+            messages = body["messages"]
+            has_logprobs, n_best = read_logprobs(body, is_chat=True)
+        if not isinstance(messages, list):
+            raise ValueError(f"messages {messages!r:.60}: a list is needed")
+
+        # its context, in tokens
+        tools = read_functions(body)
+        context = self.context(claim.episode, messages, body.get("tools") if tools else None, claim.task)
+        size = self.model.cfg.max_seq_len
+        if not context:
+            raise ValueError("0 tokens of context: the messages say nothing")
+        if len(context) > size - limit:
+            # the first words are OpenAI's: by them litellm knows what is wrong, and does not try again
+            raise Refused(400, f"This model's maximum context length is {size} tokens (--context), {limit} of them for the "
+                               f"answer (--max-new-tokens). However, your messages resulted in {len(context)} tokens",
+                          "context_length_exceeded")
+
+        options = body.get("stream_options")
+        lengths = [read_number(body, name, limit, 1)
+                   for name in ("max_tokens", "max_completion_tokens", "max_output_tokens")]
+        return Turn(
+            is_chat=True, prompts=[Prompt(context)], n=n, max_new_tokens=min(limit, *lengths),
+            temperature=1.0, top_p=1.0, top_k=0, seed=None, stops=read_stops(body),
+            has_logprobs=has_logprobs, n_best=min(n_best, self.model.cfg.vocab_size),
+            is_stream=read_flag(body, "stream"),
+            has_usage=read_flag(options if isinstance(options, dict) else {}, "include_usage"),
+            model=str(body.get("model") or MODEL_ID)[:200], warnings=list_warnings(body, limit),
+            claim=claim, messages=messages, context=context, tools=tools, is_response=is_response, request=body,
+            name=os.urandom(12).hex(), rows=[Row(index) for index in range(n)])
+
+    def count_path(self, claim, context):
+        """A context that does not go on from the last turn, or repeat it, begins a new path of the prefix tree."""
+        last = claim.last
+        if last is None:
+            return
+        known = [last.context + row.ids for row in last.rows]
+        if context != last.context and not any(context[:len(path)] == path for path in known):
+            self.n_paths += 1
+
+    def end_turn(self, turn):
+        """All rows of a turn have ended: it is recorded, written to disk, and then told."""
+        claim = turn.claim
+        if self.claims.get(claim.name) is not claim:
+            turn.client.tell(Refused(404, f"task {claim.name}: {self.reasons.get(claim.name)}"))
+            return
+        claim.heard = self.now
+        if turn.client.gone:           # it was not taken
+            return
+        number = claim.n_turns
+        if claim.last is not None and claim.last.context == turn.context:
+            number = claim.last.number  # the same context again: another choice of the same turn
+
+        samples = []
+        for row in turn.rows:
+            if turn.tools:
+                row.text, calls = split_calls(row.text, turn.tools, self.rules)
+                row.calls = [(f"call_{os.urandom(9).hex()}", *call) for call in calls]
+                row.finish = "tool_calls" if calls else row.finish
+            routes = None
+            if row.notes:
+                routes = torch.from_numpy(np.stack(row.notes + row.notes[-1:]))
+            self.record(
+                claim.episode, turn.context, row.ids, row.logprobs, row.versions, routes, number, row.keys())
+            samples.append(claim.episode.samples[-1])
+        if claim.lesson is None:
+            self.archive.add(claim.name, samples, turn.digest, [row.said() for row in turn.rows])
+        claim.n_turns = number + 1
+        claim.last = Answer(number, turn.digest, turn.context, turn.rows, turn.client)
+        if turn.is_response:
+            row = turn.rows[0]
+            said = dict(role="assistant", content=row.text, tool_calls=[call_object(*call) for call in row.calls])
+            claim.messages[f"resp_{turn.name}"] = [*turn.messages, said]
+        tell_rows(turn)
+
+    # time
+
+    def serve(self, until, stop, seconds):
+        """Answer clients until until() holds, or there is something in `stop`, or for so many seconds."""
+        began = time.monotonic() - self.now
+        last = self.now + seconds
+        sampler = self.sampler
+        self.told_at = self.now
+        while not until() and not stop and self.now < last:
+            self.now = time.monotonic() - began
+            with contextlib.suppress(Empty):
+                is_busy = sampler.batches or sampler.waiting
+                self.answer(*self.asked.get(timeout=0 if is_busy else LOOK_S))
+                while True:
+                    self.answer(*self.asked.get_nowait())
+
+            # one forward of each batch
+            if sampler.waiting:
+                sampler.admit()
+            sampler.batches = [batch for batch in sampler.batches if batch.advance()]
+            for turn in self.under_way:
+                if not turn.was_refused and all(row.finish for row in turn.rows):
+                    self.end_turn(turn)
+            self.under_way = [turn for turn in self.under_way if not turn.is_over]
+            self.offer()
+            self.end_late()
+            if self.now - self.told_at > TELL_EVERY:
+                self.told_at = self.now
+                print(self.waits_for(), flush=True)
+
+    def wait(self, stop, seconds):
+        """Answer clients until a batch of groups is over, for at most so many seconds."""
+        self.serve(lambda: self.queue.take(self.args.groups, self.now), stop, seconds)
+
+    def teach(self, n_episodes, stop, seconds):
+        """Let the teacher answer until so many episodes are over -> these."""
+        self.lessons = self.lessons or []
+        self.serve(lambda: len(self.lessons) >= n_episodes, stop, seconds)
+        taught = self.lessons
+        self.lessons = []
+        return taught
+
+    def waits_for(self):
+        """What the trainer stands still for, in one line."""
+        if self.lessons is not None:
+            return (f"wait    | the teacher has {len(self.lessons)} episodes; {len(self.claims)} agents at work, "
+                    f"{len(self.claimers)} wait")
+        ready = len(self.queue.batch)
+        head = min(self.queue.born.keys() - self.queue.batch, default=self.queue.next)
+        within = [name for name, episode in self.open.items() if episode.task < head + self.queue.window]
+        at_work = [name for name in within if name in self.claims]
+        line = (f"wait    | {ready} of {self.args.groups} groups are there; of the next {len(within)} episodes "
+                f"{len(at_work)} are at work, {len(within) - len(at_work)} not claimed")
+        if at_work:
+            oldest = min(at_work, key=lambda name: self.claims[name].heard)
+            line += f"; {oldest} has said nothing for {self.now - self.claims[oldest].heard:.0f} s"
+        if not self.claims:
+            line += "; no agent is at work: POST /v1/tasks claims an episode"
+        return line
 
 def main(argv=None):
     return command("rl.py", lambda locks: run(*parse_args(argv, locks)), "; the last good checkpoint is kept")

@@ -868,7 +868,10 @@ def saved_flags(parser, path, saved, not_taken):
         if name in not_taken or is_default:
             continue
         flag = f"--{name.replace('_', '-')}"
-        flags.append(flag if value is True else f"{flag}={value}")
+        if value is True:
+            flags.append(flag)
+        else:
+            flags += [f"{flag}={one}" for one in (value if isinstance(value, list) else [value])]
     try:
         parser.parse_args(flags)
     except ValueError as error:
@@ -2776,7 +2779,10 @@ def reply(body, status=200, headers=None):
     return Response(json.dumps(body), status, headers, media_type="application/json")
 
 def refusal(status, reason, code=None, headers=None):
-    """The response for a request that is refused."""
+    """The response for a request that is refused. OpenAI's clients would send a 409 again, for which time is no cure."""
+    headers = dict(headers or {})
+    if status < 500 and status not in (408, 429):
+        headers["x-should-retry"] = "false"
     return reply(error_object(status, reason, code), status, headers)
 
 class Client:
@@ -3076,6 +3082,8 @@ def read_number(body, name, default, low, high=2 ** 31 - 1, kind=int):
         return default
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise Refused(400, f"{name} {value!r:.40}: it must be a number")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)             # 1.0 is JSON's 1
     try:
         return number(low, high, kind)(str(value))
     except (argparse.ArgumentTypeError, ValueError) as error:  # ValueError: too long for an int's text
@@ -3455,6 +3463,7 @@ class Batch:
         self.steps = play(
             engine.model, players, sizes,
             Sampling(first.temperature, first.top_p, first.top_k, generator),
+            record=engine.record,
             speculate=engine.speculate,
             index_warmup=engine.index_warmup,
             capacity=max(min(cfg.max_seq_len, len(prompt.ids) + asked.max_new_tokens) for asked, _, prompt in parts),
@@ -3490,7 +3499,7 @@ class Batch:
 
     def refuse(self, status, reason):
         for asked in self.requests:
-            asked.client.tell(Refused(status, reason))
+            self.engine.refuse(asked, status, reason)
 
 def form_batches(requests, engine):
     """Requests -> batches. One with a seed is drawn alone, from random numbers of its own: its text is the same
@@ -3521,6 +3530,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.index_warmup = index_warmup
         self.speculate = speculate
+        self.record = None             # as of `play`
         self.generator = torch.Generator(model.embed.weight.device).manual_seed(seed)
         self.came = SimpleQueue()      # requests that the event loop has put
         self.waiting = []              # ... that this thread has seen
@@ -3539,6 +3549,10 @@ class Engine:
         self.came.put(asked)
         if self.over:
             raise Refused(503, "the server is shutting down")
+
+    def refuse(self, asked, status, reason):
+        """Something went wrong within the batch of a request."""
+        asked.client.tell(Refused(status, reason))
 
     def run(self, stop):
         """Decode until there is something in `stop`."""

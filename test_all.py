@@ -8756,9 +8756,10 @@ def serving(out):
             run.kill()
 
 def claim(url):
-    status, task = post(url + "/tasks", {})
+    """-> name and messages of an episode, once one waits."""
+    status, task = post(url + "/tasks", dict(wait=30))
     assert status == 200
-    return task
+    return dict(task=task["task"], messages=task["messages"])
 
 def play_by_http(url, ask, task, messages):
     """An episode of two turns; ask(url, model=, messages=) -> the completion's text."""
@@ -8774,7 +8775,7 @@ def assert_two_steps(run):
 
 def assert_bad_requests_are_refused(url, task, messages):
     good = dict(model=task, messages=messages)
-    too_long = [user("x" * 500)]
+    too_long = [user("x" * 9000)]
     for status, path, body in [
             (404, "/x", good),
             (404, "/chat/completions", dict(good, model="9.9")),
@@ -8833,27 +8834,64 @@ def test_openai_client_is_trained_on(tmp_path):
             play_by_http(url, ask, **claim(url))
         assert_two_steps(run)
 
+class Listener:
+    """A client without a connection: it keeps what it is told."""
+
+    def __init__(self):
+        self.gone = False
+        self.was_answered = True
+        self.told = []
+
+    def tell(self, piece):
+        if not self.gone:
+            self.told.append(piece)
+
+    def answer(self):
+        """-> status, and the JSON object or the reason."""
+        first, *pieces = self.told
+        if isinstance(first, sample.Refused):
+            return first.args[:2]
+        if isinstance(first, dict):
+            return 200, first
+        if first.is_response:
+            return 200, rl.response_object(first, first.name, first.rows, sum(piece.n_tokens for piece in pieces))
+        choices = [sample.choice_object(first, piece) for piece in sample.join_pieces(pieces)]
+        usage = sample.usage_object(first, sum(piece.n_tokens for piece in pieces))
+        return 200, dict(choices=choices, usage=usage, warnings=[*first.warnings])
+
 class ServedAlone(rl.Served):
     """A gateway with two groups of two waiting, which is asked without HTTP -> statuses and answers."""
 
-    def __init__(self, deadline=math.inf, version=0):
+    def __init__(self, deadline=math.inf, version=0, flags="", folder=None):
         need_server()
-        args, model = args_and_model(f"{FEW} --serve 0 --token k")
-        super().__init__(model, args, rl.WindowedFIFO(2, 1, deadline))
+        args, model = args_and_model(f"{FEW} --serve 0 --token k {flags}")
+        super().__init__(model, args, rl.WindowedFIFO(2, 1, deadline), folder)
         self.start(self.queue.admit(version), version)
-        self.client = SimpleNamespace(gone=False)
+
+    def ask(self, path, client=None, name=None, **body):
+        """Put a request before the gateway, and serve until it is answered -> who asked."""
+        client = client or Listener()
+        self.answer(path, name, json.dumps(body).encode(), client)
+        turn = client.told[0] if client.told else None
+        self.serve(lambda: not isinstance(turn, rl.Turn) or turn.is_over, [], 60)
+        return client
 
     def answer_to(self, path, **body):
-        return self.answer(f"/v1/{path}", json.dumps(body).encode(), self.client)
+        return self.ask(f"/v1/{path}", **body).answer()
 
-    def claims(self, n):
+    def turn(self, name, messages=None, path="chat/completions", **body):
+        """A turn at the URL of an episode."""
+        given = dict(messages=messages or [USER]) if path == "chat/completions" else {}
+        return self.ask(f"/s/{name}/v1/{path}", name=name, **given, **body).answer()
+
+    def claimed(self, n):
         return [self.answer_to("tasks")[1]["task"] for _ in range(n)]
 
-    def chat(self, key, role="user"):
+    def chat(self, key, role="user", **fields):
         message = dict(USER, role=role)
-        return self.answer_to("chat/completions", model=key, messages=[message])[0]
+        return self.answer_to("chat/completions", model=key, messages=[message], **fields)[0]
 
-    def end(self, key, *rewards):
+    def finish(self, key, *rewards):
         return self.answer_to("finish", task=key, rewards=rewards, success=True)[0]
 
 def assistant(content=None, **fields):
@@ -8875,57 +8913,102 @@ def test_gateway_listens_on_loopback():
 def test_a_client_that_is_gone_took_no_turn():
     """A turn whose client has hung up by its end is not recorded; another one is, with its policy's version."""
     server = ServedAlone(version=7)
-    assert server.claims(2) == ["0.0", "0.1"]
+    assert server.claimed(2) == ["0.0", "0.1"]
     server.chat("0.1")
-    server.client.gone = True
-    server.chat("0.0")
+    gone = Listener()
+    gone.gone = True
+    server.ask("/v1/chat/completions", gone, model="0.0", messages=[USER])
 
-    gone, stayed = server.pool[0]
-    assert not gone.samples
+    silent, stayed = server.pool[0]
+    assert not silent.samples
     assert stayed.samples[0].versions.max() == 7
 
-def test_a_client_that_hangs_up_within_its_turn_took_none(monkeypatch):
-    """By its socket's end, while the policy samples: the turn is not recorded."""
+@parametrize("stream", [False, True])
+def test_a_client_that_hangs_up_within_its_turn_took_none(stream, monkeypatch):
+    """By its socket's end, while the policy samples: the turn is not recorded, and the next one is answered."""
     server = ServedAlone()
-    key, = server.claims(1)
-    raw = json.dumps(dict(model=key, messages=[USER])).encode()
+    key, = server.claimed(1)
+    raw = json.dumps(dict(model=key, messages=[USER], stream=stream)).encode()
     head = CLAIM.replace(b"tasks", b"chat/completions") + b"Content-Length: %d\r\n\r\n" % len(raw)
     client = socket.create_connection(server.door.address)
     client.sendall(head + raw)
-    asked = server.asked.get(timeout=10)
-    real = rl.rollout
+    real = sample.Batch.advance
 
-    def rollout_and_leave(*args):
-        real(*args)
+    def advance_and_leave(batch):
         client.close()
         time.sleep(0.3)                # until the event loop has heard of it
+        return real(batch)
 
-    monkeypatch.setattr(rl, "rollout", rollout_and_leave)
-    server.answer_one(*asked, time.monotonic())
+    monkeypatch.setattr(sample.Batch, "advance", advance_and_leave)
+    server.serve(lambda: not server.under_way and server.sampler.n_requests, [], 60)
     assert not server.pool[0][0].samples
     assert not any(server.pool[0][0].said.values())
 
-def test_a_resumed_gateway_begins_again_what_had_begun(tmp_path, monkeypatch):
-    """Finished episodes are kept, open ones start again under the newest version, and fail at their deadline."""
-    clock = iter(range(10 ** 6))  # deadlines come when the clock is read so often, however busy the machine is
-    monkeypatch.setattr(rl, "time", SimpleNamespace(monotonic=lambda: next(clock) / 50, time=time.time))
-    server = ServedAlone(deadline=0.3, version=7)
-    server.claims(4)
+    monkeypatch.undo()
+    assert server.chat(key) == 200
+
+def resumed_from(server, folder):
+    """Another process's gateway, from the checkpoint and the archive that a killed one has left in a folder."""
+    again = rl.Served(server.model, server.args, rl.WindowedFIFO(2, 1, server.queue.deadline), folder)
+    rl.restore(read_checkpoint(folder), [], again)
+    return again
+
+def test_a_resumed_gateway_goes_on_from_what_its_agents_have_heard(tmp_path):
+    """Killed after its last checkpoint: ended episodes have ended, and claimed ones go on from their turns, by token;
+    an agent that had not heard its last answer asks again, and gets it."""
+    server = ServedAlone(folder=tmp_path)
+    server.claimed(4)
+    rl.save(tmp_path, server, [], dict(step=8))
+    first = server.turn("0.0")[1]["choices"][0]["message"]
     for key in ("1.0", "1.1"):
         assert server.chat(key, role="") == 200
-        assert server.end(key, 1) == 200
-    server.wait([], 0.01)
+        assert server.finish(key, 1) == 200
+
+    again = resumed_from(server, tmp_path)
+    assert [*again.open] == [*again.claims] == ["0.0", "0.1"]
+    assert again.sampler.version == 8
+    assert [episode.rewards for episode in again.pool[1]] == [[1.0], [1.0]]
+    for old, new in zip(server.pool[0] + server.pool[1], again.pool[0] + again.pool[1]):
+        assert [labels.tolist() for labels in map(rl.labels, old.samples)] == [
+            labels.tolist() for labels in map(rl.labels, new.samples)]
+        assert old.said == new.said
+
+    client = Listener()
+    again.answer("/s/0.0/v1/chat/completions", "0.0", json.dumps(dict(messages=[USER])).encode(), client)
+    assert client.answer()[1]["choices"][0]["message"] == first
+    assert len(again.pool[0][0].samples) == 1
+
+    for key in ("0.0", "0.1"):
+        again.answer("/v1/finish", None, json.dumps(dict(task=key, reward=1)).encode(), Listener())
+    again.wait([], 60)
+    assert again.queue.batch == [0, 1]
+
+def test_what_was_trained_on_after_the_checkpoint_is_trained_on_again(tmp_path):
+    """A step that is gone with its weights has consumed nothing; a step that the checkpoint has is not repeated."""
+    server = ServedAlone(folder=tmp_path)
+    for key in server.claimed(4):
+        assert server.chat(key) == 200
+        assert server.finish(key, 1) == 200
+    server.wait([], 60)
     rl.save(tmp_path, server, [], dict(step=8))
+    server.trained([0], 9)
+    again = resumed_from(server, tmp_path)
+    assert [*again.pool] == [0, 1]
+    assert again.archive.base.execute("SELECT count(*) FROM episode WHERE step IS NOT NULL").fetchone() == (0,)
 
-    resumed = rl.Served(server.model, server.args, rl.WindowedFIFO(2, 1, 0.3))
-    rl.restore(read_checkpoint(tmp_path), [], resumed)
-    assert [*resumed.open] == ["0.0", "0.1"]
-    assert resumed.version == 8
+def test_groups_that_are_late_have_failed():
+    """From its first claim on a group has until its deadline: who plays has failed then, and what nobody has claimed is
+    no part of the group. Before the first claim the clock stands."""
+    server = ServedAlone(deadline=0.3)
+    server.serve(lambda: server.now > 0.6, [], 60)
+    assert [*server.open] == ["0.0", "0.1", "1.0", "1.1"]
 
-    resumed.wait([], 60)
-    assert [episode.rewards for episode in resumed.pool[0]] == [[-0.1], [-0.1]]
-    assert [episode.rewards for episode in resumed.pool[1]] == [[1.0], [1.0]]
-    assert resumed.queue.batch == [0, 1]
+    server.claimed(1)
+    server.chat("0.0")
+    server.serve(lambda: server.now > 1.3, [], 60)
+    assert [*server.open] == ["1.0", "1.1"]
+    assert [episode.rewards for episode in server.pool[0]] == [[-0.1]]
+    assert len(server.pool[0][0].samples) == 1
 
 def test_episodes_past_the_deadline_fail():
     """On the virtual clock, too, a group that is late has failed: a malformed call costs, and so does being late."""
@@ -9031,26 +9114,26 @@ def test_idle_and_slow_clients_hold_up_no_other(monkeypatch):
 def test_only_a_claimed_task_is_served():
     """A key that nobody has claimed takes no turn and no end; each claim is of another one, until none waits."""
     server = ServedAlone()
-    assert server.claims(1) == ["0.0"]
+    assert server.claimed(1) == ["0.0"]
 
     for key in ("0.1", "1.0"):
         assert server.chat(key) == 409
-        assert server.end(key) == 409
+        assert server.finish(key) == 409
     episodes = [episode for group in server.pool.values() for episode in group]
     assert not any(episode.samples or episode.rewards for episode in episodes)
 
-    assert server.claims(3) == ["0.1", "1.0", "1.1"]
+    assert server.claimed(3) == ["0.1", "1.0", "1.1"]
     assert server.answer_to("tasks")[0] == 409
 
 def test_a_finished_task_is_over():
     """A key that is finished takes no more turns, and has no second end."""
     server = ServedAlone()
-    assert server.claims(2) == ["0.0", "0.1"]
+    assert server.claimed(2) == ["0.0", "0.1"]
     assert server.chat("0.1") == 200
-    assert server.end("0.1", 1.0) == 200
+    assert server.finish("0.1", 1.0) == 200
 
     assert server.chat("0.1") == 404
-    assert server.end("0.1", 1.0) == 404
+    assert server.finish("0.1", 1.0) == 404
     assert [len(episode.samples) for episode in server.pool[0]] == [0, 1]
 
 PARTS = [text_part("Q1"), "+", text_part("2;", "input_text")]
@@ -9078,8 +9161,8 @@ def test_gateway_reads_what_clients_send(message, text):
 @session_fixture
 def ask_claimed():
     """Asks a gateway for a turn of a task that is claimed: (**body) -> status, answer."""
-    server = ServedAlone()
-    task, = server.claims(1)
+    server = ServedAlone(flags="--max-turns 1000")
+    task, = server.claimed(1)
     return lambda **body: server.answer_to("chat/completions", **{"model": task, "messages": [USER], **body})
 
 NULL_OPTIONS = (
@@ -9102,9 +9185,13 @@ def saying(*cases):
     return parametrize("sent, word", [pytest.param(*case, id=case[1]) for case in cases])
 
 @saying(
-    (dict(n=2), "n 2"),
+    (dict(n=9), "n 9"),
     (dict(n=0), "n 0"),
-    (dict(stream=True), "stream True"),
+    (dict(stream="yes"), "stream 'yes'"),
+    (dict(tools=[dict(type="function")]), "tools[0]"),
+    (dict(tools={}), "tools {}"),
+    (dict(stop=[""]), "stop"),
+    (dict(top_logprobs=3), "top_logprobs 3"),
     (dict(messages=None), "None"),
     (dict(messages=[]), "0 tokens"),
     (dict(messages=["Q"]), "messages[0]"),

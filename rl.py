@@ -70,6 +70,7 @@ WARM_LR = 1.2e-2                       # its rate
 WARM_TASKS = 64                        # of a step
 WARM_EVERY = 20                        # steps between its saves, and between its lines
 NOISE = 0.15                           # share of the teacher's characters that is wrong
+PREFACE = 256                          # characters before a step's demonstrations, at most, with --teach
 # the run
 MINUTES = 2.9                          # where neither --minutes nor --steps is given
 WINDOW_SHARE = 0.3                     # of --slots: the queue's window
@@ -86,6 +87,7 @@ DEADLINE = 600.0                       # seconds that a group has on the virtual
 SERVED_DEADLINE = 120.0                # ... and with --serve, from its first claim on
 LESSONS = 2                            # split of the tasks that the teacher plays at the door
 LESSON_LR = 6e-3                       # rate of what is learned from them
+LESSON_TASKS = 32                      # of a step
 
 MADE_BY = ("task", "turns", "preset", "attn", "mtp")  # what the model of a checkpoint depends on
 
@@ -1013,9 +1015,12 @@ def misspell(text, task, rng, noise, wander=0.0):
     thought = rng.randrange(10) if rng.random() < wander else text[1]
     return f"t{thought}[{call}"
 
-def demonstrate(gateway, task, rng, noise, wander=0.0):
+def demonstrate(gateway, task, rng, noise, wander=0.0, preface=""):
     """Play one task with its teacher -> trajectory, whose samples have NaN for log-probs: no policy sampled them.
-    noise, wander: see misspell."""
+
+    noise, wander  see misspell
+    preface        text that stands before the task, as an agent's system prompt does
+    """
     episode = Trajectory(-1)
     agent = task.agent()
     text = None
@@ -1027,7 +1032,16 @@ def demonstrate(gateway, task, rng, noise, wander=0.0):
             return episode
         text = misspell(task.expert(messages), task, rng, noise, wander)
         ids = gateway.tokenizer.encode(text)
+        if preface:
+            messages = [dict(role="system", content=preface), *messages]
         gateway.record(episode, gateway.context(episode, messages), ids, [math.nan] * len(ids), 0)
+
+def draw_preface(rng, prose):
+    """Any piece of `prose`, up to PREFACE characters, short ones as often as long ones. A policy that imitates behind
+    such texts reads a task behind an agent's system prompt; one that has seen none there writes nonsense."""
+    length = int(PREFACE ** rng.random())
+    start = rng.randrange(len(prose) - PREFACE)
+    return prose[start:start + length]
 
 def warm_start(source, args, stop, threads):
     """Imitate the teacher for --warm-steps -> whether all steps are done (`stop` may end it before). --out/warm keeps
@@ -1061,6 +1075,8 @@ def warm_start(source, args, stop, threads):
     if saved is None:                  # killed at once, it goes on
         keep()
         saved = 0
+    with open(__file__, encoding="utf-8") as file:
+        prose = file.read()
     timer = SaveTimer()                # after that save, whose length would put off the one after 3 s
     while step < args.warm_steps and not stop:
         if step != saved and (step % WARM_EVERY == 0 or timer.due()):
@@ -1071,9 +1087,12 @@ def warm_start(source, args, stop, threads):
 
         rng = Random(f"{args.seed} warm {step}")
         tasks = [make_task(args, step * WARM_TASKS + i, 1) for i in range(WARM_TASKS)]
-        demos = [demonstrate(source, task, rng, NOISE) for task in tasks]
+        preface = draw_preface(rng, prose) if args.teach else ""
+        demos = [demonstrate(source, task, rng, NOISE, preface=preface) for task in tasks]
         began = time.perf_counter()
         trees = [PrefixTree(demo.samples, model.cfg) for demo in demos]
+        if preface:                    # computed once for the step
+            trees = [PrefixTree([sample for demo in demos for sample in demo.samples], model.cfg)]
         # the rate rises for 20 steps, and falls in the last nine tenths to a tenth
         rate = WARM_LR * min(1, (step + 1) / 20, 1.1 - step / args.warm_steps)
         stats = train_step(model, optimizers, trees, rate)
@@ -1093,7 +1112,7 @@ def teach(source, args, stop, threads):
     optimizers = configure_optimizers(source.model, LESSON_LR)[0]
     started = time.perf_counter()
     for step in range(args.teach):
-        demos = source.teach(WARM_TASKS, stop, math.inf)
+        demos = source.teach(LESSON_TASKS, stop, math.inf)
         if stop:
             return False
         rows = plan_rows([[demo.samples for demo in demos]], source.model, merge=True)
@@ -1113,6 +1132,8 @@ def is_same_imitation(state, args, model):
     for name in (*MADE_BY, "seed", "warm_steps"):
         if state["args"].get(name) != getattr(args, name):
             return False
+    if bool(state["args"].get("teach")) != bool(args.teach):  # which is imitated behind prefaces
+        return False
     return state["config"].get("vocab_size") == model.cfg.vocab_size
 
 def check_imitation(folder, state, model):

@@ -788,6 +788,28 @@ def test_full_attention_obeys_visibility():
         want = loop_attention(q, k, v, end)
         assert worst(msa.full_attention(q, k, v, end), want) < 1e-10
 
+def test_a_long_tree_is_attended_in_parts():
+    """Behind one prompt, branches of which each is of another length: a part of the queries at a time, over the keys
+    that one of them sees, is torch's operator with the whole mask, gradients too."""
+    T = 3 * msa.SEEN_STEP + 7
+    prompt = 300
+    end = torch.full((1, T), T, dtype=torch.int32)
+    rng = random.Random(0)
+    start = prompt
+    while start < T:
+        stop = min(T, start + rng.randint(1, 90))
+        end[0, start:stop] = stop
+        start = stop
+
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, T, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    i = torch.arange(T)
+    mask = (i[None] <= i[:, None]) & (i[:, None] < end)
+    want = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, enable_gqa=True).transpose(1, 2)
+    for mine, theirs in zip(with_grads(msa.full_attention(q, k, v, end), (q, k, v)), with_grads(want, (q, k, v))):
+        assert worst(mine, theirs) < 1e-12  # sums of the same numbers in another order
+
 # Two kinds of attention that MiniMax gave up. A window hides keys that lie too far back. Lightning attention hides
 # none, but a key counts less with every token between: a sum without a softmax, for which a state can stand.
 
@@ -11260,6 +11282,10 @@ def no_causal_mask(real, block_idx, i, L, end):
     """MSA sees every token of a chosen block, those to come included."""
     return (block_idx[..., None] >= 0).expand(*block_idx.shape, L).flatten(-2)
 
+def prompt_forgotten(real, q, k, v, i, j, end, step):
+    """Keys that later parts of the queries see, too, are dropped with the first part."""
+    return real(q, k, v, i, j, end.clamp(max=2 * step), step)
+
 def end_ignored(real, i, j, end):
     """A query sees tokens of the documents before its own."""
     return j <= i[..., None]
@@ -11784,7 +11810,8 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("msa.selected", no_causal_mask,
            on(test_msa_equals_loop, 37, 4, 3),
            on(test_few_tokens_make_msa_dense, torch.float32, 1e-6)),
-    mutant("msa.visible", end_ignored, test_full_attention_obeys_visibility),
+    mutant("msa.visible", end_ignored, test_full_attention_obeys_visibility, test_a_long_tree_is_attended_in_parts),
+    mutant("msa._attend_tree", prompt_forgotten, test_a_long_tree_is_attended_in_parts),
     mutant("msa.top_blocks", own_block_not_forced, brute_force),
     mutant("msa.top_blocks", ties_to_the_highest_block, test_ties_go_to_the_lowest_block),
     mutant("torch.Tensor.amax", mean_for_max, brute_force),

@@ -1,0 +1,79 @@
+"""An agent that knows nothing of its training, and the ten lines that train it.
+
+    python rl.py --serve 8000 --token secret --teach 40        # in one terminal; once it says "gateway |", in another:
+    python .ci/agent.py http://127.0.0.1:8000/v1 secret        # pip install openai
+
+The agent is `solve`: OpenAI's library, a system prompt, a tool, as in its documentation. `train` plays it over and over:
+it claims an episode, gives the agent the episode's address and key in place of a model's, and says what the answer was
+worth. Start it several times, or with more agents, which are threads: the policy answers all that wait at once.
+"""
+import argparse
+import json
+import re
+import threading
+
+import httpx
+import openai
+
+# ---- the agent, as somebody wrote it ---------------------------------------------------------------
+
+SYSTEM = ("You are a careful assistant. Solve the task with the calculator, one operation a call, and never guess. When "
+          "nothing is left to compute, say the answer.")
+CALCULATOR = {
+    "type": "function",
+    "function": {
+        "name": "calculator",
+        "description": "One operation on two whole numbers, as 12+3",
+        "parameters": {"type": "object", "properties": {"expression": {"type": "string"}}, "required": ["expression"]},
+    },
+}
+OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+
+def calculate(expression):
+    """12+3 -> 15; ? for what is none."""
+    call = re.fullmatch(r"(\d{1,4})([+*-])(\d{1,4})", expression)
+    return str(OPERATIONS[call[2]](int(call[1]), int(call[3]))) if call else "?"
+
+def solve(client, messages):
+    """A question -> the model's last words, and what the tool said last."""
+    messages = [{"role": "system", "content": SYSTEM}, *messages]
+    result = None
+    for _ in range(8):
+        message = client.chat.completions.create(model="any", messages=messages, tools=[CALCULATOR]).choices[0].message
+        messages.append(message)
+        if not message.tool_calls:
+            return message.content, result
+        for call in message.tool_calls:
+            result = calculate(str(json.loads(call.function.arguments).get("expression")))
+            messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
+    return None, result
+
+# ---- its training --------------------------------------------------------------------------------
+
+def train(url, key):
+    """Play episodes until the run is over."""
+    connections = httpx.Client()       # one pool: to make another one for each episode costs more than the episode
+    gateway = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=60)
+    while True:
+        task = gateway.post("/tasks", json={"wait": 30}).json()
+        if "error" in task:
+            return task["error"]["message"]
+        client = openai.OpenAI(base_url=task["base_url"], api_key=task["api_key"], http_client=connections)
+        answer, result = solve(client, task["messages"])
+        is_right = answer == f"A{task['answer']}." and result == task["answer"]  # computed, not guessed
+        gateway.post("/finish", json={"task": task["task"], "reward": float(is_right)})
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("url", help="of the gateway, as rl.py prints it")
+    parser.add_argument("key")
+    parser.add_argument("--agents", type=int, default=8, help="that play at the same time")
+    args = parser.parse_args()
+    threads = [threading.Thread(target=train, args=(args.url, args.key)) for _ in range(args.agents)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+if __name__ == "__main__":
+    main()

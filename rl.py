@@ -1587,6 +1587,7 @@ def draw(lines, path, task):
 # slow one holds up no other. The model has one user, the run's thread: it answers what waits between two forwards, and
 # stands still while a step trains. Turns that are under way then go on with the new weights.
 
+GATHER_RUNNING_S = 0.1                 # seconds that a request waits for a batch to end, at most
 PREFIX_BLOCK = 64                      # tokens of a block of the prefix cache, where no layer is sparse
 CLAIM_WAIT = 60.0                      # seconds that a claim may wait for an episode, at most
 MOST_CHOICES = 8                       # n of a request
@@ -2152,6 +2153,10 @@ class Sampler(Engine):
             for turn in batch.requests:
                 alone += [replace(turn, n=1, rows=[row]) for row in turn.rows if row.finish is None]
         self.batches = form_batches(alone, self)
+
+    def gather_s(self):
+        """While completions are drawn, which are short as a rule, newcomers wait for their end, to be drawn together."""
+        return GATHER_RUNNING_S if self.batches else super().gather_s()
 
     def write_row(self, turn, index, prompt):
         """A player of the loop: one completion. It ends with a character of STOP, with a stop text, or at its length."""

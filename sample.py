@@ -3429,7 +3429,7 @@ class Protocol:
 # prompts are computed once each. `play` yields after each forward: so several batches are alive at once, and take
 # turns. A newcomer waits for one forward of each, never for a long text to end.
 
-GATHER_S = 0.005                       # seconds that a request waits for others to come with it
+GATHER_S = 0.005                       # of waiting: see Engine.gather_s
 LOOK_S = 0.05                          # seconds from one look for requests, or for Ctrl-C, to the next
 MOST_WAITING = 512                     # requests; the next one is refused
 RAGGED = 32                            # tokens that a batch's prompts may differ by: a short one waits for no long one
@@ -3560,6 +3560,10 @@ class Engine:
             self.admit()
             self.batches = [batch for batch in self.batches if batch.advance()]
 
+    def gather_s(self):
+        """Seconds that a request waits for others to come with it."""
+        return GATHER_S
+
     def admit(self):
         """Requests that have waited a moment become batches, as many as there is room for, in their order."""
         # what has come
@@ -3573,7 +3577,7 @@ class Engine:
             return
 
         # others may be about to come
-        too_early = self.waiting[0].came + GATHER_S - time.monotonic()
+        too_early = self.waiting[0].came + self.gather_s() - time.monotonic()
         if too_early > 0:
             if not self.batches:
                 time.sleep(too_early)

@@ -67,7 +67,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url", help="of the gateway, as rl.py prints it")
     parser.add_argument("key")
-    parser.add_argument("--agents", type=int, default=8, help="that play at the same time")
+    parser.add_argument("--agents", type=int, default=16, help="that play at the same time")
     args = parser.parse_args()
     threads = [threading.Thread(target=train, args=(args.url, args.key)) for _ in range(args.agents)]
     for thread in threads:

@@ -4,6 +4,8 @@
     python rl.py --task maze --turns 40         # key-value maze; --task cap: the same in a context that is too small
     python bench.py --what queue                # strict FIFO, window and greedy on one virtual clock
     python rl.py --serve 8000                   # agents in other processes, through OpenAI's chat-completions protocol
+    python rl.py --task my_task.py --init out   # a task of one's own, see TaskFile; begin from a checkpoint of train.py
+    python rl.py --play                         # the trained agent at work, and how much better it has become
 
     agents   know a completion interface and nothing else: messages -> text
     gateway  records what crosses it, by token: id, log-prob, version of the policy; nothing is tokenised twice
@@ -18,9 +20,18 @@ deadline; the report's window would wait for ever.
 """
 import os
 import signal
+import sys
+import threading
 
 if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: no traceback
     at_ctrl_c = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+    # on a busy machine they take so long that a line says what happens
+    SLOW_S = 4.0
+    slow = threading.Timer(SLOW_S, print, ["start   | importing torch, on a busy machine"], dict(flush=True))
+    slow.daemon = True
+    if not {"-h", "--help"} & set(sys.argv):
+        slow.start()
 
 import argparse
 import asyncio
@@ -32,8 +43,9 @@ import json
 import math
 import re
 import sqlite3
-import sys
 import time
+import traceback
+import types
 import typing
 from dataclasses import asdict, dataclass, field, replace
 from queue import Empty, SimpleQueue
@@ -45,11 +57,12 @@ import torch
 from model import Context, Losses, MiniMax, MiniMaxConfig, rope_tables
 from msa import widen
 from sample import (LOOK_S, MODEL_ID, MOST_WAITING, UNREAD, Asked, Door, Engine, Parser, Piece, Prompt, Protocol, Refused,
-                    Sampling, SaveTimer, Score, Stream, Threads, Tokenizer, check_fields, check_figure, check_finite,
-                    check_memory, check_weights, checkpoint_path, command, event, figure_format, form_batches,
-                    implementations, learn_bpe, load_checkpoint, load_model, load_optimizers, lock_folder, lockstep,
-                    make_app, make_prefixes, message_text, number, on_signals, pack_routes, pick_device, read_flag,
-                    read_logprobs, read_number, read_object, read_stops, reply, save_checkpoint)
+                    Sampling, SaveTimer, Score, Stream, Threads, Tokenizer, check_config, check_fields, check_figure,
+                    check_finite, check_memory, check_weights, checkpoint_path, command, event, figure_format,
+                    first_line, form_batches, implementations, in_index_warmup, learn_bpe, load_checkpoint, load_model,
+                    load_optimizers, lock_folder, lockstep, make_app, make_prefixes, message_text, number, on_signals,
+                    pack_routes, pick_device, read_flag, read_logprobs, read_number, read_object, read_stops, reply,
+                    save_checkpoint)
 from train import (checkpoint_parts, configure_optimizers, is_index, merge_args, round_up, set_rates, share_done,
                    step_bytes, update)
 
@@ -63,12 +76,13 @@ CALL_S = 1.0                           # of a call
 CHAR_S = 0.02                          # of a character
 TRAIN_S = 4.0                          # of a training step
 MAX_NEW = 16                           # tokens of one completion at most
-STOP = {ord("]"), ord(".")}            # a call or an answer ends with one of these
+STOPS = ("]", ".")                     # a call or an answer ends with one of these
 CAP = 64                               # characters of context in --task cap
 # imitation
 WARM_LR = 1.2e-2                       # its rate
 WARM_TASKS = 64                        # of a step
-WARM_EVERY = 20                        # steps between its saves, and between its lines
+WARM_EVERY = 20                        # steps between its saves, and between its lines,
+WARM_SECONDS = 10.0                    # unless so much time is over since the last
 NOISE = 0.15                           # share of the teacher's characters that is wrong
 PREFACE = 256                          # characters before a step's demonstrations, at most, with --teach
 # the run
@@ -89,7 +103,17 @@ LESSONS = 2                            # split of the tasks that the teacher pla
 LESSON_LR = 6e-3                       # rate of what is learned from them
 LESSON_TASKS = 32                      # of a step
 
-MADE_BY = ("task", "turns", "preset", "attn", "mtp")  # what the model of a checkpoint depends on
+PLAYED = 200                           # fresh tasks of --play, and
+SHOWN = 3                              # of these, so many word for word
+PLAYED_AT_ONCE = 96
+COLUMN = 24                            # characters of what the policy writes, before its reward
+OWN_CONTEXT = 256                      # tokens of context where --task names a file
+TRIED = 16                             # tasks of a file that its teacher plays at the start, to find mistakes early
+BUILT_IN = ("calculator", "maze", "cap")
+
+# what a checkpoint comes from, beside its flags: the digest of --task's file, run and step of --init's checkpoint
+NO_ORIGIN = dict(task=None, init=None)
+MADE_BY = ("task", "turns", "preset", "attn", "mtp", "init")  # what the model of a checkpoint depends on
 
 # ---- agents: they see messages and text, nothing of the model ------------------------------------
 # An agent is a coroutine. It yields a list of messages, {role, content}, and is sent the text that the policy writes in
@@ -114,7 +138,24 @@ class Task:
     tool             a call's text -> observation, with its last mark; None for a malformed call
     expert           messages -> text: a teacher
     """
+    alphabet = ""
     cap = math.inf                     # characters of context; an episode that needs more fails
+    limit = None                       # turns of an episode, at most; None: three more than its difficulty
+    stops = STOPS                      # a completion ends with the first of these texts
+    max_new = MAX_NEW                  # tokens of a completion, at most
+
+    def reward(self, text, said):
+        """What a completion is worth as an answer, 1 if it solves the task; None: it is no answer, but a call.
+
+        text   of the completion
+        said   what the tool said last; None: nothing
+        An answer that differs from what the tool said last fails, even if it is right, and costs as a malformed call
+        does: otherwise guessing would look safe."""
+        if not text.startswith("A"):
+            return None
+        if said is None or text != f"A{said[:-1]}.":
+            return PROCESS
+        return float(said[:-1] == str(self.answer))
 
     def result(self, text):
         """What a tool said to an agent that knows nothing of the task's marks -> as the task's own texts have it."""
@@ -126,19 +167,18 @@ class Task:
         """One episode: yields messages, is sent a completion's text, None if the context is too long -> a reward for
         each turn, success, virtual seconds.
 
-        Success pays 1, and for speed SPEED * h(x), h(x) = clip(1 - x, -1, 1), x the episode's time over a baseline. An
-        answer that differs from the tool's last observation fails, even if it is right, and costs as a malformed call
-        does: otherwise guessing would look safe. Under a cap, the call D] drops all messages but the prompt and the
-        last observation: what to forget is an action, too. Past its limit of turns an episode has failed."""
+        Success pays 1, and for speed SPEED * h(x), h(x) = clip(1 - x, -1, 1), x the episode's time over a baseline.
+        Under a cap, the call D] drops all messages but the prompt and the last observation: what to forget is an
+        action, too. Past its limit of turns an episode has failed."""
         prompt = dict(role="user", content=self.prompt)
         baseline = 2 * self.difficulty * (CALL_S + 8 * CHAR_S)
-        limit = self.difficulty + 3
+        limit = self.difficulty + 3 if self.limit is None else self.limit
         if self.cap < math.inf:
             limit += self.difficulty   # to drop takes a turn
         messages = [prompt]
         rewards = []
         seconds = 0.0
-        given = None                   # what the tool said last
+        said = None                    # by the tool, last
         while len(rewards) < limit and size(messages) <= self.cap:
             text = yield messages
             if text is None:
@@ -146,13 +186,12 @@ class Task:
             seconds += CALL_S + CHAR_S * len(text)
 
             # an answer ends the episode
-            if text.startswith("A"):
-                known = given is not None and text == f"A{given}."
-                success = known and given == str(self.answer)
-                reward = 0.0 if known else PROCESS
+            worth = self.reward(text, said)
+            if worth is not None:
+                success = worth >= 1
                 if success:
-                    reward += 1.0 + SPEED * max(-1.0, min(1.0, 1 - seconds / baseline))
-                return [*rewards, reward], success, seconds
+                    worth += SPEED * max(-1.0, min(1.0, 1 - seconds / baseline))
+                return [*rewards, worth], success, seconds
 
             # a turn of forgetting, or a call of the tool
             if text == "D]" and self.cap < math.inf:
@@ -160,11 +199,14 @@ class Task:
                 rewards.append(0.0)
                 continue
             observation = self.tool(text)
-            if observation:
-                given = observation[:-1]
-            reply = dict(role="tool", content=f"={observation or '?;'}")
+            if observation is None:
+                rewards.append(PROCESS)
+                reply = dict(role="tool", content="=?;")
+            else:
+                rewards.append(0.0)
+                reply = dict(role="tool", content=f"={observation}")
+                said = observation
             messages = [*messages, dict(role="assistant", content=text), reply]
-            rewards.append(PROCESS if observation is None else 0.0)
         return rewards or [0.0], False, seconds
 
 class Calculator(Task):
@@ -236,9 +278,213 @@ class Maze(Task):
 def make_task(args, number, split=0):
     """Task `number` of a split: a pure function of the seed, so that every group of a run is a fresh problem."""
     rng = Random(f"{args.seed} {split} {number}")
+    if args.own_task:
+        return OwnTask(args.own_task, number, rng)
     if args.task == "calculator":
         return Calculator(rng)
     return Maze(rng, args.turns, cap=CAP if args.task == "cap" else math.inf)
+
+# ---- a task of one's own -------------------------------------------------------------------------
+# --task names a Python file with a class Task. It is played as the tasks above are, and what goes wrong in it is told
+# in one line, with the task's number. All that is random comes from rng: task 7 is the same task in every run.
+#
+#     class Task:
+#         def __init__(self, rng):                        # a fresh problem
+#             self.word = "".join(rng.choices("abc", k=4))
+#             self.prompt = f"W{self.word};"
+#
+#         def tool(self, text):                           # a call -> what the tool says; None: it is malformed
+#             call = re.fullmatch(r"r\[([abc]+)\]", text)
+#             return f"{call[1][::-1]};" if call else None
+#
+#         def reward(self, text, said):                   # of an answer, 1: solved; None: it is a call
+#             if text.startswith("A"):
+#                 return float(text == f"A{self.word[::-1]}.")
+#
+#         def expert(self, messages):                     # a teacher, who may be missing
+#             if len(messages) == 1:
+#                 return f"r[{self.word}]"
+#             return f"A{messages[-1]['content'][1:-1]}."
+
+# what a task's class, or an object of it, may say; the kinds are those of check_fields
+SAID_OF_TASK = dict(difficulty=int, alphabet=str, cap=(int, float), limit=(int, type(None)))
+
+class TaskFile:
+    """The file that --task names. Its class Task has __init__(rng), prompt, tool(text), and reward(text, said) or an
+    answer, with the meaning that they have in Task above; and, if it likes,
+
+    expert(messages)   a teacher, to imitate: its text ends with the only stop in it
+    alphabet           characters of a call's arguments, name[arguments], of which the teacher gets NOISE wrong
+    difficulty         about the calls that it takes: the speed that is paid for, and the limit, follow from it
+    limit, cap         of an episode: turns, and characters of context
+    stops, max_new     of a completion: texts that end it, and tokens at most
+    """
+
+    def __init__(self, path):
+        self.path = path
+        try:
+            with open(path, "rb") as file:
+                text = file.read()
+        except OSError as error:
+            raise ValueError(f"--task {path}: {error.strerror}") from None
+        self.digest = hashlib.sha256(text).hexdigest()
+        self.text = text
+        self.told = set()              # errors of its tool that a line has told
+
+    def load(self):
+        """Run the file -> itself. ValueError, in one line, if it fails or lacks something."""
+        module = types.ModuleType("task_file")
+        module.__file__ = self.path
+        sys.modules[module.__name__] = module  # dataclasses look their module up
+        try:
+            exec(compile(self.text, self.path, "exec"), vars(module))
+        except (Exception, SystemExit) as error:
+            raise ValueError(f"--task {self.path}: {self.describe(error)}") from None
+
+        # what it must have, before anything is built
+        kind = getattr(module, "Task", None)
+        if not isinstance(kind, type):
+            raise ValueError(f"--task {self.path}: it has no class Task")
+        if not callable(getattr(kind, "tool", None)):
+            raise ValueError(f"--task {self.path}: its class Task has no tool(text)")
+        self.kind = kind
+        self.has_reward = callable(getattr(kind, "reward", None))
+        self.has_teacher = callable(getattr(kind, "expert", None))
+        self.stops = getattr(kind, "stops", STOPS)
+        self.max_new = getattr(kind, "max_new", MAX_NEW)
+        stops = self.stops if isinstance(self.stops, (list, tuple)) else []
+        if not stops or not all(isinstance(stop, str) and stop for stop in stops):
+            raise ValueError(f"--task {self.path}: its stops are {self.stops!r:.60}: a list of texts is needed")
+        if type(self.max_new) is not int or not 1 <= self.max_new <= 2 ** 16:
+            raise ValueError(f"--task {self.path}: its max_new is {self.max_new!r:.60}: a number of tokens is needed")
+        return self
+
+    def describe(self, error):
+        """An error within the file, in one line: its kind, what it says, and the last line of the file on its way."""
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == self.path]
+        text = str(error).splitlines()
+        words = type(error).__name__
+        if text:
+            words += f": {text[0][:200]}"
+        if lines and not isinstance(error, SyntaxError):  # whose text says the line
+            words += f" (line {lines[-1]})"
+        return words
+
+class OwnTask(Task):
+    """A problem of a task file, held to what Task promises. ValueError, in one line with the task's number, for what
+    goes wrong in it: but what goes wrong in its tool, as a policy writes anything, makes a malformed call."""
+
+    def __init__(self, file, number, rng):
+        self.file = file
+        self.number = number
+        self.theirs = self.call("__init__", lambda: file.kind(rng))
+        self.prompt = self.read("prompt")
+        if not isinstance(self.prompt, str) or not self.prompt:
+            self.refuse("prompt", f"{self.prompt!r:.60} is not a text")
+        if not file.has_reward:
+            self.answer = self.read("answer")
+
+        # what it may say
+        fields = {name: getattr(self.theirs, name) for name in SAID_OF_TASK if hasattr(self.theirs, name)}
+        if fields.get("cap") == math.inf:  # as it is without one
+            del fields["cap"]
+        check_fields(f"{file.path}: task {number}", fields, SAID_OF_TASK, optional=SAID_OF_TASK)
+        self.difficulty = 1
+        vars(self).update(fields)
+        self.difficulty = max(1, self.difficulty)
+        self.stops = file.stops
+        self.max_new = file.max_new
+
+    def refuse(self, name, reason):
+        raise ValueError(f"{self.file.path}: task {self.number}: {name}: {reason}")
+
+    def call(self, name, function):
+        """function() -> what it returns; refused if it raises."""
+        try:
+            return function()
+        except Exception as error:
+            self.refuse(name, self.file.describe(error))
+
+    def read(self, name):
+        """An attribute that it must have."""
+        if not hasattr(self.theirs, name):
+            wanted = "reward(text, said), or an answer" if name == "answer" else name
+            self.refuse(name, f"its class Task has no {wanted}")
+        return getattr(self.theirs, name)
+
+    def tool(self, text):
+        """What the tool says. What it raises is told once for each place in the file."""
+        try:
+            said = self.theirs.tool(text)
+        except Exception as error:
+            where = self.file.describe(error)
+            place = where.rpartition("(")[2]
+            if (type(error), place) not in self.file.told:
+                self.file.told.add((type(error), place))
+                print(f"tool    | {self.file.path}: task {self.number}: tool({text!r:.60}): {where}: it counts as a "
+                      "malformed call; this is told once", flush=True)
+            return None
+        if not isinstance(said, str | None):
+            self.refuse(f"tool({text!r:.60})", f"{said!r:.60} is neither a text nor None")
+        return said
+
+    def reward(self, text, said):
+        if not self.file.has_reward:
+            return super().reward(text, said)
+        name = f"reward({text!r:.60}, {said!r:.60})"
+        worth = self.call(name, lambda: self.theirs.reward(text, said))
+        if worth is None:
+            return None
+        try:
+            worth = float(worth)
+        except (TypeError, ValueError):
+            self.refuse(name, f"{worth!r:.60} is neither a number nor None")
+        if not abs(worth) <= 1e3:
+            self.refuse(name, f"{worth}: it must be within 1000")
+        return worth
+
+    def expert(self, messages):
+        """The teacher's text. Without a teacher, as long a text as there may be, to try how much memory turns take."""
+        if not self.file.has_teacher:
+            return "?" * (self.max_new - 1) + self.stops[0]
+        text = self.call("expert", lambda: self.theirs.expert(messages))
+        if not isinstance(text, str) or not text:
+            self.refuse("expert", f"{text!r:.60} is not a text")
+        return text
+
+def try_teacher(gateway, args, context):
+    """Play the first tasks of a file with its teacher, and say how that went. ValueError, in one line, for texts that
+    a policy could not write, and for episodes that are longer than the context."""
+    longest = 0
+    solved = 0
+    for number in range(TRIED):
+        task = make_task(args, number, 1)
+        episode = demonstrate(gateway, task, Random(number), 0.0)
+        solved += episode.success
+        for sample in episode.samples:
+            longest = max(longest, sample.start + gateway.max_new)
+            if has_teacher(args) and args.own_task:
+                check_teacher(gateway, task, sample.ids[sample.start:].tolist())
+    if not has_teacher(args):          # what was written in its place is longer than what a policy has to write
+        return
+    if longest > context:
+        raise ValueError(f"--context {context}: episodes of --task {args.task} need up to {longest} tokens")
+    if args.own_task:
+        print(f"teacher | solves {solved} of {TRIED} tasks, in at most {longest} of {context} tokens of context",
+              flush=True)
+
+def check_teacher(gateway, task, ids):
+    """ValueError, in one line, for a teacher's completion that no policy could write."""
+    text = gateway.tokenizer.decode(ids)
+    if len(ids) > gateway.max_new:
+        task.refuse("expert", f"{text!r:.60} has {len(ids)} tokens: {gateway.max_new}, its max_new, is the limit")
+    if not gateway.has_ended(ids) or gateway.has_ended(ids[:-1]):
+        stops = " or ".join(map(repr, gateway.stops))
+        task.refuse("expert", f"{text!r:.60}: a completion ends with the first {stops} in it")
+
+def has_teacher(args):
+    """Whether there is somebody to imitate."""
+    return not args.own_task or args.own_task.has_teacher
 
 # ---- gateway and data pool: text becomes tokens here, and nowhere else ---------------------------
 # An agent's reply comes back in its next messages, as text. Were it tokenised anew, other tokens than those that were
@@ -319,7 +565,7 @@ def said_key(text, calls, call_id=""):
 class Gateway:
     """The only place where text and tokens meet. The chat template is concatenation. A completion that comes back in a
     context becomes the tokens that were sampled: with merges "12" may be one token or two, and the text cannot tell."""
-    tokenizer = Tokenizer(learn_bpe([], 257, "(?s:.)"))  # bytes
+    tokenizer = Tokenizer(learn_bpe([], 257, "(?s:.)"))  # bytes; with --init, that of its checkpoint
 
     def __init__(self, model=None, args=None, queue=None):
         self.model = model
@@ -329,6 +575,25 @@ class Gateway:
         self.pool = {}                 # group -> its trajectories, until they have been trained on
         self.n_sampled = 0             # tokens, in Local's rollouts of this process
         self.rollout_s = 0.0           # real seconds of these
+        own = args.own_task if args else None
+        kind = own or Task
+        self.stops = kind.stops
+        self.max_new = kind.max_new
+        if args and args.max_new_tokens:
+            self.max_new = args.max_new_tokens
+        self.origin = dict(NO_ORIGIN)  # what a checkpoint comes from, beside its flags
+        if own:
+            self.origin["task"] = own.digest
+
+    def speak(self, tokenizer):
+        """Texts and tokens of another tokenizer than bytes."""
+        self.tokenizer = tokenizer
+
+    def has_ended(self, ids):
+        """Whether a completion has ended by itself: there is a stop in its text. Its tokens do not tell: with merges,
+        a stop may be a part of one, or of several."""
+        text = self.tokenizer.decode(ids)
+        return any(stop in text for stop in self.stops)
 
     def context(self, episode, messages, tools=None, task=None):
         """Messages -> ids.
@@ -515,7 +780,7 @@ def play_episode(gateway, episode, agent, context_size, version):
             if stop.value:             # an episode of another process reports by itself, later
                 episode.finish(*stop.value)
             return
-        if not 1 <= len(context) <= context_size - MAX_NEW:
+        if not 1 <= len(context) <= context_size - gateway.max_new:
             reply = None               # too long: the agent hears of it, and ends
             continue
 
@@ -524,7 +789,7 @@ def play_episode(gateway, episode, agent, context_size, version):
         feed = context[kept:]
         ids = []
         logprobs = []
-        while len(ids) < MAX_NEW and not (ids and ids[-1] in STOP):
+        while len(ids) < gateway.max_new and not gateway.has_ended(ids):
             token, logprob, notes = yield kept, feed
             kept = len(context) + len(ids)
             feed = [token]
@@ -537,18 +802,19 @@ def play_episode(gateway, episode, agent, context_size, version):
             routes = torch.from_numpy(np.stack(notes + notes[-1:]))
         reply = gateway.record(episode, context, ids, logprobs, version, routes)
 
-def rollout(gateway, episodes, version, generator=None, group=1):
+def rollout(gateway, episodes, version, generator=None, group=1, temperature=1.0):
     """Play episodes in lock step until each is over, or an agent of another process has had its turn.
 
     gateway    with the model; its --replay records routes, too
     episodes   [(trajectory, agent)]; `group` of one prompt lie side by side
     version    of the policy, for the record
     generator  of the sampling
+    temperature  0: greedy
     """
     model = gateway.model
     players = [play_episode(gateway, episode, agent, model.cfg.max_seq_len, version) for episode, agent in episodes]
     record = pack_routes if gateway.args.replay else None
-    lockstep(model, players, group, Sampling(generator=generator), record)
+    lockstep(model, players, group, Sampling(temperature, generator=generator), record)
 
 def lay_routes(paths, B, T, L):
     """Recorded routes of paths -> (B, T, r) of the layout.
@@ -1008,12 +1274,14 @@ class Local(Gateway):
 def misspell(text, task, rng, noise, wander=0.0):
     """A teacher's text with mistakes: noise and wander are the shares of a call's characters, and of its thoughts, that
     are replaced by random ones."""
-    if text[0] != "t":
+    name, bracket, arguments = text.partition("[")
+    if not bracket:
         return text
-    call = "".join(rng.choice(task.alphabet) if char in task.alphabet and rng.random() < noise else char
-                   for char in text[3:])
-    thought = rng.randrange(10) if rng.random() < wander else text[1]
-    return f"t{thought}[{call}"
+    arguments = "".join(rng.choice(task.alphabet) if char in task.alphabet and rng.random() < noise else char
+                        for char in arguments)
+    if rng.random() < wander:
+        name = f"t{rng.randrange(10)}"
+    return f"{name}[{arguments}"
 
 def demonstrate(gateway, task, rng, noise, wander=0.0, preface=""):
     """Play one task with its teacher -> trajectory, whose samples have NaN for log-probs: no policy sampled them.
@@ -1048,7 +1316,11 @@ def warm_start(source, args, stop, threads):
     it, or as much as was done of it. A demonstration's advantage is 1, and its ratio 1."""
     model = source.model
     folder = os.path.join(args.out, "warm")
+    if not has_teacher(args):
+        begins = f"as {args.init} has it" if args.init else "with random weights; --init DIR would give it others"
+        print(f"warm    | no teacher in {args.task}, nothing to imitate: the policy begins {begins}", flush=True)
     started = time.perf_counter()
+    told = started                     # when the last line was printed
     optimizers = configure_optimizers(model, WARM_LR)[0]
 
     # go on where an imitation of the same model and tasks was left
@@ -1058,7 +1330,7 @@ def warm_start(source, args, stop, threads):
     state = None
     if os.path.exists(checkpoint_path(folder)):
         state = load_checkpoint(folder)
-    if state and is_same_imitation(state, args, model):
+    if state and is_same_imitation(state, source):
         check_imitation(folder, state, model)
         model.load_state_dict(state["model"])
         restore(state, optimizers)
@@ -1077,6 +1349,7 @@ def warm_start(source, args, stop, threads):
         saved = 0
     with open(__file__, encoding="utf-8") as file:
         prose = file.read()
+    begun_at = step
     timer = SaveTimer()                # after that save, whose length would put off the one after 3 s
     while step < args.warm_steps and not stop:
         if step != saved and (step % WARM_EVERY == 0 or timer.due()):
@@ -1098,9 +1371,16 @@ def warm_start(source, args, stop, threads):
         stats = train_step(model, optimizers, trees, rate)
         step += 1
         threads.watch(time.perf_counter() - began, trial, source)
-        if step % WARM_EVERY == 0 or step == args.warm_steps:
-            print(f"warm {step:04d} | loss {stats['loss']:.3f} | norm {stats['norm']:.2f} | "
-                  f"{time.perf_counter() - started:.0f} s", flush=True)
+        now = time.perf_counter()
+        if step % WARM_EVERY == 0 or step == args.warm_steps or now - told > WARM_SECONDS:
+            told = now
+            took = now - started
+            left = took / (step - begun_at) * (args.warm_steps - step)
+            until = f"eta {left / 60:.1f}m"
+            if args.minutes:           # of the run, if these end it
+                until += f", of the run {max(left, 60 * args.minutes - took) / 60:.1f}m"
+            print(f"warm {step:04d} | loss {stats['loss']:.3f} | norm {stats['norm']:.2f} | {took:.0f} s | {until}",
+                  flush=True)
     if step != saved:
         keep()
     return step == args.warm_steps
@@ -1127,14 +1407,19 @@ def teach(source, args, stop, threads):
     source.sampler.renew(0)
     return True
 
-def is_same_imitation(state, args, model):
+def is_same_imitation(state, source):
     """Whether a checkpoint holds an imitation of the run's tasks by its model."""
+    args = source.args
+    if origin_of(state) != source.origin:
+        return False
     for name in (*MADE_BY, "seed", "warm_steps"):
+        if name == "task" and source.origin["task"]:
+            continue                   # a file may have moved: its text counts
         if state["args"].get(name) != getattr(args, name):
             return False
     if bool(state["args"].get("teach")) != bool(args.teach):  # which is imitated behind prefaces
         return False
-    return state["config"].get("vocab_size") == model.cfg.vocab_size
+    return state["config"].get("vocab_size") == source.model.cfg.vocab_size
 
 def check_imitation(folder, state, model):
     """ValueError, FloatingPointError: an imitation's weights are not of this model, or not finite, or its record is
@@ -1169,17 +1454,54 @@ def trial(source):
 # into advantages, lay the samples out, train, publish the new weights. All that is between two steps goes into a
 # checkpoint, episodes in flight as well: a resumed run equals, to the bit, one that was never stopped.
 
-def make_model(args, device, dtype):
-    """Task and preset -> model, with full attention, as in the M2 that Forge trained, unless --attn msa."""
-    torch.manual_seed(args.seed)
-    room = dict(calculator=96, maze=round_up(14 * args.turns + 48, 128), cap=128)[args.task]
-    # the preset's own vocabulary may be larger: an id that the gateway's tokenizer lacks has no text
-    cfg = getattr(MiniMaxConfig, args.preset)(max_seq_len=room, n_mtp=args.mtp, vocab_size=Gateway.tokenizer.n_vocab)
+def context_size(args):
+    """Tokens of context: --context, or what the task needs."""
     if args.context:
-        cfg.max_seq_len = args.context
+        return args.context
+    if args.serve is not None:
+        return SERVED_CONTEXT
+    if args.own_task:
+        return OWN_CONTEXT
+    return dict(calculator=96, maze=round_up(14 * args.turns + 48, 128), cap=128)[args.task]
+
+def make_config(args):
+    """Task and preset -> config, with full attention, as in the M2 that Forge trained, unless --attn msa."""
+    # the preset's own vocabulary may be larger: an id that the gateway's tokenizer lacks has no text
+    cfg = getattr(MiniMaxConfig, args.preset)(
+        max_seq_len=context_size(args), n_mtp=args.mtp, vocab_size=Gateway.tokenizer.n_vocab)
     cfg.index_kl_stride = 1  # a stride counts positions of the layout: it would know of the merging
     cfg.attn_types = ["full"] + [args.attn] * (cfg.n_layer - 1)
-    return MiniMax(cfg, dtype).to(device)
+    return cfg
+
+def make_model(args, device, dtype):
+    """Task and preset -> model with random weights."""
+    torch.manual_seed(args.seed)
+    return MiniMax(make_config(args), dtype).to(device)
+
+def read_init(args):
+    """--init's checkpoint, fit for this run: the context is the task's. ValueError, in one line, if it cannot be."""
+    state = load_checkpoint(args.init)
+    config = state["config"]
+    room = config.get("max_seq_len")
+    if type(room) is int and room < context_size(args):
+        raise ValueError(f"--init {args.init}: its model has {room} tokens of context, --task {args.task} needs "
+                         f"{context_size(args)}; --context says how many")
+    if in_index_warmup(state):
+        raise ValueError(f"--init {args.init}: its sparse attention is not in use yet, its index branch still learns: "
+                         f"python train.py --resume --out {args.init} goes on")
+    state["config"] = dict(config, max_seq_len=context_size(args), index_kl_stride=1)  # see make_config
+    return state
+
+def read_config(state):
+    """A checkpoint's config, before its model is made."""
+    try:
+        return check_config(state["config"], state["model"])
+    except (TypeError, KeyError, AttributeError, AssertionError, ValueError) as error:
+        raise ValueError(f"the checkpoint does not fit this code: {first_line(error)}") from None
+
+def origin_of(state):
+    """What a checkpoint comes from; older ones do not say."""
+    return state.get("origin", NO_ORIGIN)
 
 def parse_args(argv, locks=None):
     """-> args, checkpoint (None: a run at its start, or in its imitation). --resume takes from it what is not given.
@@ -1189,7 +1511,8 @@ def parse_args(argv, locks=None):
     count = number(1)
     positive = number(1e-6, 1e9, float)
     # task and episodes
-    p.add_argument("--task", default="calculator", choices=["calculator", "maze", "cap"], help="to learn")
+    p.add_argument("--task", type=task_name, default="calculator", metavar="NAME",
+                   help="to learn: calculator, maze, cap, or a Python file, which this runs: see TaskFile in rl.py")
     p.add_argument("--turns", type=number(2, 600), default=8, help="a maze's")
     p.add_argument("--rollouts", type=number(2), default=4, help="episodes of a group")
     p.add_argument("--groups", type=count, default=24, help="groups a step")
@@ -1204,6 +1527,10 @@ def parse_args(argv, locks=None):
     p.add_argument("--preset", default="micro", choices=["micro", "small"], help="the model")
     p.add_argument("--attn", default="full", choices=["full", "msa"], help="its attention")
     p.add_argument("--mtp", type=number(0, 8), default=0, help="its MTP modules, kept aligned")
+    p.add_argument("--init", metavar="DIR", help="begin from the model and tokenizer of the checkpoint in this folder")
+    p.add_argument("--context", type=number(32, 2 ** 24), metavar="TOKENS",
+                   help=f"of context, at most; default: by task, with --serve {SERVED_CONTEXT}")
+    p.add_argument("--max-new-tokens", type=count, help=f"of a completion; default: {MAX_NEW}, or what the task says")
     p.add_argument("--warm-steps", type=number(0), default=260, help="of imitation")
     p.add_argument("--lr", type=number(0, 10, float), default=1e-3, help="rate of the matrices")
     p.add_argument("--no-merge", action="store_true", help="train on every turn alone")
@@ -1218,13 +1545,13 @@ def parse_args(argv, locks=None):
     p.add_argument("--show-every", type=count, default=50, help="steps between examples")
     p.add_argument("--save-every", type=count, default=20, help="steps between saves")
     p.add_argument("--figure", help="curve's file")
+    p.add_argument("--play", type=number(1, 10 ** 6), nargs="?", const=PLAYED, metavar="N",
+                   help="train nothing: show --out's agent at work, and how many of N fresh tasks "
+                   f"({PLAYED} without N) it solves, before the training on rewards and after it")
     # agents of other processes
     p.add_argument("--serve", type=number(0, 65535),
                    help="port of the gateway, for agents of other processes; 0 = any")
     p.add_argument("--token", help="their API key; default: random")
-    p.add_argument("--context", type=number(64), help="tokens of context; default: what the task needs, "
-                   f"with --serve {SERVED_CONTEXT}")
-    p.add_argument("--max-new-tokens", type=count, default=MAX_NEW, help="of a turn of theirs")
     p.add_argument("--max-turns", type=count, default=100, help="of an episode of theirs")
     p.add_argument("--silence", type=positive, default=30.0, help="seconds until an episode is taken back")
     p.add_argument("--tool", type=rule_text, action="append", metavar="NAME=PATTERN",
@@ -1234,23 +1561,49 @@ def parse_args(argv, locks=None):
     argv = sys.argv[1:] if argv is None else argv
     args = p.parse_args(argv)
     state = None
+    if args.play:
+        return play_args(p, argv, args)
     if args.resume:
         if locks:
             lock_folders(args, locks)
         args, state = resume_args(p, argv, args)
+    else:
+        args.own_task = read_task(args)
+    if not has_teacher(args):
+        args.warm_steps = 0
+    if args.teach and (args.serve is None or not has_teacher(args)):
+        raise ValueError(f"--teach {args.teach}: it needs --serve, and a task with a teacher")
+    if args.init:
+        for name in ("preset", "attn", "mtp"):
+            if getattr(args, name) != p.get_default(name):
+                raise ValueError(f"--{name} {getattr(args, name)}: --init brings its own model")
     if args.groups > args.slots:
         raise ValueError(f"--groups {args.groups}: at most --slots, {args.slots}")
     if not args.minutes and not args.steps:
         args.minutes = MINUTES
     if args.deadline is None:
         args.deadline = DEADLINE if args.serve is None else SERVED_DEADLINE
-    if args.context is None and args.serve is not None and state is None:
-        args.context = SERVED_CONTEXT
     if args.figure:
         check_figure(args.figure)
     if locks and not args.resume:
         lock_folders(args, locks)
     return args, state
+
+def task_name(text):
+    """A type for argparse: a task's name, or a Python file's."""
+    if text not in BUILT_IN and not text.endswith(".py"):
+        raise argparse.ArgumentTypeError(f"{text[:60]}: {', '.join(BUILT_IN)}, or a Python file, my_task.py")
+    return text
+
+def read_task(args, origin=None):
+    """The file that --task names, or None. ValueError if it cannot be used, or is not the one that a checkpoint of this
+    origin was made with: only then is it run."""
+    if args.task in BUILT_IN:
+        return None
+    file = TaskFile(args.task)
+    if origin and file.digest != origin["task"]:
+        raise ValueError(f"--task {args.task}: the checkpoint was made with another text of this file")
+    return file.load()
 
 def lock_folders(args, locks):
     """Lock all folders that a run writes a checkpoint into, and make them, unless the run is resumed."""
@@ -1266,19 +1619,37 @@ def resume_args(parser, argv, given):
     if early and os.path.exists(path) and is_over(early):
         early = None
     state = early or load_checkpoint(given.out)
+    args = args_of(state, parser, argv, given)
+    return args, None if early else state  # the imitation's weights are read where they are needed
+
+def play_args(parser, argv, given):
+    """What --play needs -> args, --out's checkpoint."""
+    state = load_checkpoint(given.out)
+    return args_of(state, parser, argv, given), state
+
+def args_of(state, parser, argv, given):
+    """What was given now, over what a checkpoint was made with -> args. ValueError if they do not go together."""
     if "queue" not in state and "task" not in state["args"]:
         raise ValueError(f"--out {given.out}: a checkpoint by train.py; python train.py --resume --out {given.out} "
                          "goes on")
     if not isinstance(state.get("queue"), dict) or "due" not in state["queue"]:
         raise ValueError(f"--out {given.out}: a checkpoint by another version of rl.py, whose queue was another")
 
+    path = checkpoint_path(given.out)
+    check_fields(f"{path}: the checkpoint", state, dict(origin=dict), optional=["origin"])
+    origin = origin_of(state)
+    check_fields(f"{path}: its origin", origin, dict.fromkeys(NO_ORIGIN, (str, type(None))))
     args = merge_args(parser, argv, given, path, state["args"])
     for flag in (*MADE_BY, "slots"):
         value = getattr(args, flag)
         was = state["args"].get(flag)
+        if flag == "task" and value not in BUILT_IN and origin["task"]:
+            continue                   # a file may have moved: its text counts
         if value != was:
-            raise ValueError(f"--{flag} {value}: the checkpoint was made with {was}")
-    return args, None if early else state  # the imitation's weights are read where they are needed
+            how = "without" if was is None else f"with {was}"
+            raise ValueError(f"--{flag} {value}: the checkpoint was made {how}")
+    args.own_task = read_task(args, origin)
+    return args
 
 @dataclass
 class Record:
@@ -1307,11 +1678,9 @@ def check_record(now):
         if not isinstance(point, list) or [*map(type, point)] != [float, float]:
             raise ValueError(f"the checkpoint's curve has {str(point)[:40]}: a share and its running mean")
 
-def needed_bytes(args, device):
+def needed_bytes(args, cfg, device):
     """About the memory of a step of the imitation, the largest one's; a little less rather than more."""
-    with torch.device("meta"):
-        cfg = make_model(args, "meta", None).cfg
-    demo = demonstrate(Gateway(), make_task(args, 0, 1), Random(0), 0.0)
+    demo = demonstrate(Gateway(args=args), make_task(args, 0, 1), Random(0), 0.0)
     slots = PrefixTree(demo.samples, cfg).size
     return step_bytes(cfg, min(WARM_TASKS, max(1, MICRO_TOKENS // slots)), slots, device)
 
@@ -1320,8 +1689,10 @@ def card(args, model, queue, device, why, threads):
     cfg = model.cfg
     total, active = model.num_params()
     how = "turn by turn" if args.no_merge else "prefix trees"
-    print(f"model   | {args.preset}: {total:,} parameters, {active:,} active; {args.attn} attention; "
-          f"{cfg.n_expert_per_tok} of {cfg.n_expert} experts, {args.mtp} MTP modules")
+    name = f"from {args.init}" if args.init else args.preset
+    attn = ", ".join(dict.fromkeys(cfg.attn_types)) if args.init else args.attn
+    print(f"model   | {name}: {total:,} parameters, {active:,} active; {attn} attention; "
+          f"{cfg.n_expert_per_tok} of {cfg.n_expert} experts, {cfg.n_mtp} MTP modules; context {cfg.max_seq_len}")
     print(f"device  | {device}, {str(model.dtype).removeprefix('torch.')}: {why}")
     print(f"threads | {threads}")
     print(f"kernels | {implementations(model, device, trains=True)}")
@@ -1341,6 +1712,11 @@ def count_step(now, episodes, stats, lags):
     now.slots += stats["slots"]
     now.reward += sum(sum(episode.rewards) for episode in episodes)
 
+def seconds_to_go(now, args):
+    """Of training on rewards, until --steps or --minutes end it, if it goes on as it went."""
+    part = min(1.0, share_done(vars(now), vars(args)))
+    return (now.seconds - now.warm) * (1 / part - 1)
+
 def print_step(now, args, episodes, stats, lags, decode, note=""):
     """One line a step; now and then an episode. `decode`: ids -> text; note: more to say.
 
@@ -1356,21 +1732,14 @@ def print_step(now, args, episodes, stats, lags, decode, note=""):
     no_signal = "" if stats["signal"] else " | no signal: weights kept"
     print(f"step {now.step:04d} | reward {reward:+.3f} | solved {solved:.3f} ema {ema:.3f} | "
           f"norm {stats['norm']:.2f} | entropy {stats['entropy']:.2f} | lag {max(lags)}, ratio q99 {ratios} | "
-          f"merge {stats['naive'] / stats['slots']:.1f}x, {saved:,} tokens saved | {now.seconds:.0f} s{note}{no_signal}",
-          flush=True)
+          f"merge {stats['naive'] / stats['slots']:.1f}x, {saved:,} tokens saved | {now.seconds:.0f} s, "
+          f"eta {seconds_to_go(now, args) / 60:.1f}m{note}{no_signal}", flush=True)
     if (now.step - 1) % args.show_every == 0:  # the first of every `show_every` steps
         print_episode(episodes[0], decode)
 
 def print_episode(episode, decode):
     """What was said in an episode, what the policy wrote in <>."""
-    text = ""
-    before = []
-    for sample in episode.samples:
-        ids = sample.ids.tolist()
-        heard = ids[common_prefix(before, ids):sample.start]
-        text += f"{decode(heard)}<{decode(ids[sample.start:])}>"
-        before = ids
-    text = text.encode("unicode_escape").decode()  # control characters would garble the terminal
+    text = shown("".join(f"{decode(heard)}<{decode(said)}>" for heard, said in turns_of(episode)))
     rewards = " ".join(f"{reward:+.2f}" for reward in episode.rewards)
     print(f"  {'solved' if episode.success else 'failed'}: {text} rewards {rewards}")
 
@@ -1384,25 +1753,130 @@ def make_queue(args):
         window = args.window or max(1, int(WINDOW_SHARE * args.slots))
     return WindowedFIFO(args.slots, window, args.deadline)
 
+# ---- the trained agent at work -------------------------------------------------------------------
+
+def show_play(args, state):
+    """--play: the agent of --out at work in fresh tasks, and the share that it solves, beside that of the policy before
+    it was trained on rewards -> what the last line of stdout says. state: --out's checkpoint.
+
+    Two shares each: greedy, with the likeliest token at each place, and sampled, as in training. The difference is what
+    the policy does by chance: a teacher that is wrong now and then leaves one whose likeliest token is right already."""
+    steps = state["now"].get("step")
+    print(f"play    | {args.play} fresh tasks of {args.task}; {args.out} after {steps} steps", flush=True)
+    device, dtype, _ = pick_device(args.device)
+    after = load_source(args, state, device, dtype)
+    greedy = play_fresh(after, 0.0)
+    for number, episode in enumerate(greedy[:SHOWN]):
+        print_turns(number, episode, after.tokenizer.decode)
+
+    # the policy before: what the imitation left, if it is the one that this run began with
+    before = None
+    folder = os.path.join(args.out, "warm")
+    if os.path.exists(checkpoint_path(folder)):
+        first = load_checkpoint(folder)
+        if is_same_imitation(first, after) and is_over(first):
+            before = load_source(args, first, device, dtype)
+
+    result = dict(task=args.task, tasks=args.play, steps=steps)
+    for when, source in dict(before=before, after=after).items():
+        words = f"unknown: {folder} holds no imitation of this run"
+        shares = dict.fromkeys(("greedy", "greedy_error", "sampled", "sampled_error"))
+        if source:
+            episodes = greedy if source is after else play_fresh(source, 0.0)
+            shares["greedy"], shares["greedy_error"] = share_solved(episodes)
+            shares["sampled"], shares["sampled_error"] = share_solved(play_fresh(source, 1.0))
+            words = "solved: greedy {greedy:.3f} +- {greedy_error:.3f}, sampled {sampled:.3f} +- {sampled_error:.3f}"
+            words = words.format(**shares)
+        print(f"{when:7} | {words}", flush=True)
+        result[when] = shares
+    return result
+
+def load_source(args, state, device, dtype):
+    """A checkpoint -> a source of episodes that its model plays."""
+    model, tokenizer = load_model(state, device, dtype)
+    source = Local(model, args, make_queue(args))
+    source.tokenizer = tokenizer
+    source.origin = origin_of(state)
+    return source
+
+def play_fresh(source, temperature):
+    """Play --play tasks that no training has seen -> episodes. temperature: 0 is greedy."""
+    args = source.args
+    generator = torch.Generator(source.model.embed.weight.device)
+    generator.manual_seed(Random(f"{args.seed} play").getrandbits(62))
+    episodes = []
+    for first in range(0, args.play, PLAYED_AT_ONCE):
+        numbers = range(first, min(first + PLAYED_AT_ONCE, args.play))
+        some = [(Trajectory(number), make_task(args, number, 2).agent()) for number in numbers]
+        rollout(source, some, 0, generator, temperature=temperature)
+        episodes += [episode for episode, _ in some]
+    return episodes
+
+def share_solved(episodes):
+    """-> the share of episodes that were solved, and its standard error."""
+    n = len(episodes)
+    solved = sum(episode.success for episode in episodes) / n
+    return solved, math.sqrt(solved * (1 - solved) / n)
+
+def turns_of(episode):
+    """-> for each turn what is new in its context, and what the policy wrote, ids both."""
+    before = []
+    for sample in episode.samples:
+        ids = sample.ids.tolist()
+        yield ids[common_prefix(before, ids):sample.start], ids[sample.start:]
+        before = ids
+
+def print_turns(number, episode, decode):
+    """Print an episode, a line for each text, with the turns' rewards."""
+    print(f"task {number} | {'solved' if episode.success else 'failed'}, reward {sum(episode.rewards):+.2f}")
+    speaker = "prompt"
+    for (heard, said), reward in zip(turns_of(episode), episode.rewards):
+        print(f"  {speaker:6} {shown(decode(heard))}")
+        print(f"  policy {shown(decode(said)):{COLUMN}} {reward:+.2f}", flush=True)
+        speaker = "tool"
+
+def shown(text):
+    """A text in one line: control characters would garble the terminal."""
+    return text.encode("unicode_escape").decode()
+
 def run(args, state):
     """Imitate, then learn from rewards until the end that the flags name -> what the last line of stdout says.
     state: the checkpoint, None for a run at its start or in its imitation."""
+    if args.play:
+        return show_play(args, state)
     started = time.perf_counter()
     stop = on_signals()
+    print(f"run     | {args.task}: {args.warm_steps} steps of imitation, then rewards; {args.out} keeps it", flush=True)
 
     # model, queue, gateway, threads
     device, dtype, why = pick_device(args.device)
-    check_memory(needed_bytes(args, device), device, "--preset micro, or fewer --turns")
-    if state:
-        model = load_model(state, device, dtype)[0]
-        check_record(state["now"])
+    began_from = None                  # --init's checkpoint
+    if args.init and not state:
+        began_from = read_init(args)
+    made_with = state or began_from
+    cfg = read_config(made_with) if made_with else make_config(args)
+    check_memory(needed_bytes(args, cfg, device), device, "--preset micro, or fewer --turns")
+    tokenizer = Gateway.tokenizer
+    if made_with:
+        model, tokenizer = load_model(made_with, device, dtype)
+        if args.context or args.serve is not None:
+            model.cfg.max_seq_len = context_size(args)  # weights do not depend on it
     else:
         model = make_model(args, device, dtype)
+    if state:
+        check_record(state["now"])
     queue = make_queue(args)
     if args.serve is None:
         source = Local(model, args, queue)
     else:
         source = Served(model, args, queue, args.out, is_new=state is None)
+    source.speak(tokenizer)
+    if state:
+        source.origin = origin_of(state)
+    elif began_from:
+        source.origin["init"] = f"{began_from['now'].get('run')} {began_from['now'].get('step')}"
+    if args.own_task or args.context:
+        try_teacher(source, args, model.cfg.max_seq_len)
     threads = Threads(device, args.threads, state["now"].get("threads") if state else None)
     if threads.count is None:
         threads.choose(trial(source), args.steps)
@@ -1503,7 +1977,8 @@ def save(folder, source, optimizers, now):
     if not isinstance(source, Served):
         pool = {task: list(map(asdict, group)) for task, group in source.pool.items()}
     os.makedirs(folder, exist_ok=True)
-    save_checkpoint(folder, now=now, pool=pool, queue=vars(source.queue), clock=source.now, **parts)
+    save_checkpoint(folder, now=now, pool=pool, queue=vars(source.queue), clock=source.now, origin=source.origin,
+                    **parts)
 
 def restore(state, optimizers, source=None):
     """Put a checkpoint's optimizers back, and, given a source, its queue, clock and pool. ValueError if they do not
@@ -2130,6 +2605,7 @@ class Sampler(Engine):
 
     def __init__(self, gateway):
         super().__init__(gateway.model, gateway.tokenizer, seed=gateway.args.seed)
+        self.stops = gateway.stops
         self.version = 0
         if gateway.args.replay:
             self.record = pack_routes
@@ -2159,7 +2635,8 @@ class Sampler(Engine):
         return GATHER_RUNNING_S if self.batches else super().gather_s()
 
     def write_row(self, turn, index, prompt):
-        """A player of the loop: one completion. It ends with a character of STOP, with a stop text, or at its length."""
+        """A player of the loop: one completion. It ends with a stop of the task, with one of the request, or at its
+        length."""
         row = turn.rows[index]
         stream = Stream(turn.stops)
         for token in row.ids:          # it goes on after a change of weights
@@ -2184,7 +2661,7 @@ class Sampler(Engine):
                 best = [(self.tokenizer.decode_bytes([int(one)]), score) for one, score in best]
                 row.scores.append(Score(raw, logprob, best, len(stream.text)))
             row.text += stream.feed(raw)
-            if stream.done or token in STOP:
+            if stream.done or any(stop in stream.text for stop in self.stops):
                 row.finish = "stop"
             elif len(row.ids) == turn.max_new_tokens:
                 row.finish = "length"
@@ -2274,6 +2751,10 @@ class Served(Gateway):
         self.asked.put((path, name, raw, client))
         if self.is_over:
             raise Refused(503, "the run is over")
+
+    def speak(self, tokenizer):
+        super().speak(tokenizer)
+        self.sampler.tokenizer = tokenizer
 
     # groups and episodes
 
@@ -2540,7 +3021,7 @@ class Served(Gateway):
 
     def read_turn(self, claim, body, is_response):
         """The body of a request -> Turn. Refused, ValueError: it cannot be served; one message for each limit."""
-        limit = self.args.max_new_tokens
+        limit = self.max_new
         n = read_number(body, "n", 1, 1)
         if n > MOST_CHOICES:
             raise Refused(400, f"n {n}: a turn has {MOST_CHOICES} completions at most")
@@ -2689,5 +3170,6 @@ def main(argv=None):
     return command("rl.py", lambda locks: run(*parse_args(argv, locks)), "; the last good checkpoint is kept")
 
 if __name__ == "__main__":
+    slow.cancel()
     signal.signal(signal.SIGINT, at_ctrl_c)
     main()

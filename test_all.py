@@ -13,6 +13,7 @@ import dataclasses
 import gc
 import hashlib
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -2791,7 +2792,7 @@ def test_a_tensor_under_two_names_is_refused(saved):
 
 def test_what_rl_trains_is_saved(tmp_path):
     """rl.py's own preset is an M2, index fields or not: it reads back bit for bit, but never over a sharded model."""
-    args = SimpleNamespace(seed=0, task="calculator", preset="micro", mtp=0, attn="full", turns=8)
+    args = rl.parse_args(["--seed", "0"])[0]
     model = rl.make_model(args, "cpu", torch.float32)
     model.save_hf(tmp_path)
     config = read_json(tmp_path / "config.json")
@@ -9285,6 +9286,323 @@ def test_rl_names_the_figure_it_refuses(name, word, tmp_path):
     assert f"--figure {figure}: " in line
     assert word in line
     assert not figure.exists()
+
+# A task of one's own: a file with a prompt, a tool and a reward. Then what a run begins from, and how its end is shown.
+OWN_TASK = r"""
+import re
+
+class Task:
+    alphabet = "abc"
+
+    def __init__(self, rng):
+        self.word = "".join(rng.choices("abc", k=3))
+        self.prompt = f"W{self.word};"
+
+    def tool(self, text):
+        call = re.fullmatch(r"r\[([abc]+)\]", text)
+        return f"{call[1][::-1]};" if call else None
+
+    def reward(self, text, said):
+        return float(text == f"A{self.word[::-1]}.") if text.startswith("A") else None
+
+    def expert(self, messages):
+        return f"r[{self.word}]" if len(messages) == 1 else f"A{messages[-1]['content'][1:-1]}."
+"""
+NO_TEACHER = OWN_TASK[:OWN_TASK.index("    def expert")]
+
+def write_task(folder, *changes, text=OWN_TASK):
+    """A task's file in the folder, in which each (old, new) of the changes has been made -> its path."""
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    path = folder / "my_task.py"
+    path.write_text(text)
+    return path
+
+def own_args(folder, *changes, text=OWN_TASK):
+    """rl.py's arguments for a task's file, and its model."""
+    path = write_task(folder, *changes, text=text)
+    args, _ = rl.parse_args(["--task", str(path)])
+    return args
+
+@session_fixture
+def own_run(tmp_path_factory):
+    """Two steps of a task of one's own: the file's folder, the run's folder, what was printed."""
+    folder = tmp_path_factory.mktemp("task")
+    out = tmp_path_factory.mktemp("own")
+    _, text = run_rl(out, f"--task {write_task(folder)} --steps 2")
+    return folder, out, text
+
+def test_a_task_of_ones_own_is_trained(own_run):
+    """Its teacher is tried first; then it is imitated, and trained on rewards. All that is random comes from rng."""
+    folder, _, text = own_run
+    assert "teacher | solves 16 of 16 tasks" in text
+    assert "warm 0002" in text
+    assert "step 0002" in text
+
+    args = own_args(folder)
+    prompts = [rl.make_task(args, number).prompt for number in (1, 2, 1)]
+    assert prompts[0] == prompts[2] != prompts[1]
+
+def test_a_task_of_ones_own_pays_what_it_says(tmp_path):
+    """The author's reward, a malformed call's price, and the tool's answer behind a mark."""
+    args = own_args(tmp_path)
+    task = rl.make_task(args, 0)
+    right = f"A{task.theirs.word[::-1]}."
+
+    episode = play(task, lambda messages: ["r[x]", "r[abc]", right][len(messages) // 2])
+    assert episode.rewards[:2] == [-0.1, 0.0]
+    assert episode.rewards[2] == pytest.approx(1, abs=0.1)  # and for speed
+    assert episode.success
+    last = episode.samples[-1]
+    assert letters(last.ids[:last.start]) == f"{task.prompt}r[x]=?;r[abc]=cba;"
+
+    episode = play(task, lambda messages: "Ax.")
+    assert episode.rewards == [0.0]
+    assert not episode.success
+
+def test_calculator_can_be_copied_into_a_file(tmp_path):
+    """rl.py's own task, as a file of its text, is the same task: its prompts, its teacher, its pay."""
+    text = inspect.getsource(rl.Calculator).replace("Calculator(Task)", "Task")
+    args = own_args(tmp_path, text="import re\n" + text)
+    for number in range(8):
+        rng = random.Random(f"{args.seed} 1 {number}")
+        want = rl.demonstrate(rl.Gateway(), rl.Calculator(rng), random.Random(5), 0.15)
+        got = rl.demonstrate(rl.Gateway(args=args), rl.make_task(args, number, 1), random.Random(5), 0.15)
+        assert [turn.ids.tolist() for turn in got.samples] == [turn.ids.tolist() for turn in want.samples]
+        assert got.rewards == want.rewards
+
+PROMPT = 'self.prompt = f"W{self.word};"'
+CALL = 'f"{call[1][::-1]};"'
+FIRST_CALL = 'f"r[{self.word}]" if'
+
+@named("old, new, word", {
+    "no Python": ("class Task:", "class Task", "line 4"),
+    "an error at its start": ("class Task:", "1 / 0\nclass Task:", "ZeroDivisionError: division by zero (line 4)"),
+    "it leaves": ("class Task:", "raise SystemExit\nclass Task:", "SystemExit"),
+    "no class": ("class Task:", "class Chore:", "class Task"),
+    "no tool": ("def tool", "def toil", "tool(text)"),
+    "no prompt": ("self.prompt", "self.question", "no prompt"),
+    "a prompt of numbers": (PROMPT, "self.prompt = 5", "5 is not a text"),
+    "no reward": ("def reward", "def pay", "reward(text, said), or an answer"),
+    "a reward of text": ("float(text ==", "str(text ==", "neither a number nor None"),
+    "a reward of nan": ("float(text ==", "float('nan') * (text ==", "within 1000"),
+    "a reward that raises": ("float(text ==", "float(1 / 0 ==", "task 0: reward('A"),
+    "a tool of numbers": (CALL, "5", "neither a text nor None"),
+    "a teacher of nothing": (FIRST_CALL, "'' if", "'' is not a text"),
+    "a teacher that says too much": (FIRST_CALL, "'r' * 16 + ']' if", "17 tokens"),
+    "a teacher without an end": (FIRST_CALL, "'rabc' if", "first ']' or '.'"),
+    "a teacher with two ends": (FIRST_CALL, "'r.a]' if", "first ']' or '.'"),
+    "an alphabet of numbers": ('alphabet = "abc"', "alphabet = 5", "alphabet = 5"),
+    "stops of nothing": ('alphabet = "abc"', "stops = ['']", "stops"),
+    "no tokens": ('alphabet = "abc"', "max_new = 0", "max_new")})
+def test_task_files_that_are_refused(old, new, word, tmp_path):
+    """What is wrong with a task's file is told in one line, which names the file; exit 2, and nothing is saved."""
+    path = write_task(tmp_path, (old, new))
+    line = refused(rl, rl_args(tmp_path / "out", f"--task {path}"))
+    assert str(path) in line
+    assert word in line
+    assert not (tmp_path / "out").exists()
+
+@parametrize("task", ["none.py", "my_task", "."])
+def test_tasks_that_are_no_file_are_refused(task, tmp_path):
+    """A file that is not there, and what is neither a task nor a Python file."""
+    assert task in refused(rl, rl_args(tmp_path, "--task", task))
+
+def test_a_tool_that_raises_is_told_once(tmp_path, capsys):
+    """A policy writes anything: what the tool raises is a malformed call, and a line names task, call and error."""
+    args = own_args(tmp_path, ('return f"{call[1][::-1]};" if call else None', "return call[1]"))
+    for number in (3, 4):
+        episode = play(rl.make_task(args, number), lambda messages: "x]" if len(messages) < 4 else "A.")
+        assert episode.rewards == [-0.1, -0.1, 0.0]
+
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    for word in ("task 3", "tool('x]')", "TypeError", "(line 13)"):
+        assert word in lines[0]
+
+def test_a_resumed_task_is_the_same_file(own_run, tmp_path):
+    """A run goes on with the text that it began with, be it in another file; another text is refused, and not run."""
+    folder, out, _ = own_run
+    checkpoint = copy_checkpoint(out, tmp_path)
+    before = checkpoint.read_bytes()
+    path = tmp_path / "moved.py"
+    path.write_text(OWN_TASK + "open('it_was_run', 'w')\n")
+    line = refused(rl, resume(tmp_path, f"--task {path} --steps 3"))
+    assert "another text" in line
+    assert not os.path.exists("it_was_run")
+    assert "made with" in refused(rl, resume(tmp_path, "--task maze --steps 3"))
+    assert checkpoint.read_bytes() == before
+
+    path.write_text(OWN_TASK)
+    run_rl(tmp_path, f"--resume --task {path} --steps 3")
+    assert steps_done(tmp_path) == 3
+
+def test_without_a_teacher_nothing_is_imitated(tmp_path):
+    """A task without a teacher begins with the policy as it is."""
+    path = write_task(tmp_path, text=NO_TEACHER)
+    result, text = run_rl(tmp_path / "out", f"--task {path} --steps 1")
+    assert "no teacher" in text
+    assert "warm 00" not in text
+    assert result["steps"] == 1
+
+    run_rl(tmp_path / "out", "--resume --steps 2")
+    assert steps_done(tmp_path / "out") == 2
+
+def test_a_completion_ends_with_a_stop_within_a_token():
+    """With merges a stop may be a part of a token, or of two: the text counts. A completion ends with the first."""
+    gateway = rl.Gateway()
+    gateway.tokenizer = sample.Tokenizer(sample.learn_bpe(["])" * 9, "ab" * 9], 259, "(?s:.{1,2})"))
+    merged, = gateway.tokenizer.encode("])")
+    a, = gateway.tokenizer.encode("a")
+    b, = gateway.tokenizer.encode("b")
+    assert len(gateway.tokenizer.encode("ab")) == 1
+
+    assert gateway.has_ended([a, merged])
+    assert not gateway.has_ended([a, b])
+    gateway.stops = ["ab"]
+    assert not gateway.has_ended([a])
+    assert gateway.has_ended([a, b])
+
+def test_a_run_begins_from_a_checkpoint_of_train(trained, tmp_path):
+    """--init: its weights, tokenizer and layers are what the run begins with, in the context of the task."""
+    path = write_task(tmp_path, text=NO_TEACHER)
+    out = tmp_path / "out"
+    result, text = run_rl(out, f"--task {path} --init {trained.out} --context 64 --steps 1")
+    assert "context 64" in text
+    assert result["steps"] == 1
+
+    first = read_checkpoint(out / "warm")
+    theirs = read_checkpoint(trained.out)
+    assert changed_weights(out / "warm", trained.out) == []
+    assert first["tokenizer"] == theirs["tokenizer"]
+    assert first["config"] == dict(theirs["config"], max_seq_len=64, index_kl_stride=1)
+    assert changed_weights(out, trained.out)
+
+    # what was sampled are its tokens, some of them longer than a byte
+    run_rl(out, "--resume --steps 2")
+    state = read_checkpoint(out)
+    assert state["now"]["step"] == 2
+    assert state["origin"]["init"] == first["origin"]["init"]
+    assert max(turn["ids"].max() for turn in turns_in_flight(state)) > 256
+
+def test_a_teacher_is_imitated_in_the_tokens_of_the_checkpoint(trained, tmp_path):
+    """The imitation learns the teacher's texts as --init's tokenizer writes them; another checkpoint is another one."""
+    out = tmp_path / "out"
+    run_rl(out, f"--init {trained.out} --steps 1")
+    assert steps_done(out / "warm") == 2
+    _, text = run_rl(out, f"--init {trained.out} --steps 1")
+    assert "2 steps read" in text
+
+    other = tmp_path / "other"
+    other.mkdir()
+    tamper(trained.out, other, put("now/step", 11))
+    _, text = run_rl(out, f"--init {other} --steps 1")
+    assert "steps read" not in text
+
+@refusals(
+    ("--init none", "none"),
+    ("--init {trained} --preset small", "--preset small"),
+    ("--init {trained} --mtp 1", "--mtp 1"),
+    ("--init {trained} --context 4096", "--context"),
+    ("--init {early}", "index branch"),
+    ("--context 8", "--context"),
+    ("--task maze --context 48", "--context 48"))
+def test_what_a_run_cannot_begin_from_is_refused(line, word, trained, tmp_path):
+    """No checkpoint, another model's flags, too short a context, an index branch that is not in use: exit 2."""
+    early = tmp_path / "early"
+    early.mkdir()
+    tamper(trained.out, early, put("now/sparse", False))
+    line = line.format(trained=trained.out, early=early)
+    assert word in refused(rl, rl_args(tmp_path / "out", line))
+
+def test_the_context_is_a_flag(tmp_path):
+    """--context: as many tokens as it says; a resumed run keeps it, or gets another, which no weight depends on."""
+    run_rl(tmp_path, "--context 80 --steps 1")
+    assert read_checkpoint(tmp_path)["config"]["max_seq_len"] == 80
+    quiet(rl.main, resume(tmp_path, "--steps 2"))
+    assert read_checkpoint(tmp_path)["config"]["max_seq_len"] == 80
+    quiet(rl.main, resume(tmp_path, "--context 96 --steps 3"))
+    assert read_checkpoint(tmp_path)["config"]["max_seq_len"] == 96
+
+def test_play_shows_the_agent_at_work(own_run):
+    """--play trains nothing: it shows what was said and paid, and the share solved before and after, with its error."""
+    _, out, _ = own_run
+    files = {path: path.read_bytes() for path in out.rglob("*.pt")}
+    result, text = run_rl(out, "--play 8")
+    assert has_keys(result, "task tasks steps before after")
+    assert result["tasks"] == 8
+    for when in ("before", "after"):
+        assert 0 <= result[when]["greedy"] <= 1
+        assert 0 <= result[when]["sampled"] <= 1
+    assert text.count("  prompt W") == 3
+    assert text.count("  policy ") >= 3
+    assert {path: path.read_bytes() for path in out.rglob("*.pt")} == files
+
+    again, _ = run_rl(out, "--play 8")
+    assert again == result
+
+def test_play_knows_whose_imitation_it_was(own_run, tmp_path):
+    """Where the imitation in the folder is another run's, nothing is said of what was before."""
+    _, out, _ = own_run
+    copy_checkpoint(out, tmp_path)
+    assert run_rl(tmp_path, "--play 4")[0]["before"]["greedy"] is None
+
+    (tmp_path / "warm").mkdir()
+    tamper(out / "warm", tmp_path / "warm", put("args/seed", 3))
+    assert run_rl(tmp_path, "--play 4")[0]["before"]["greedy"] is None
+
+def test_play_is_greedy_and_fresh():
+    """Each token is the likeliest one of a full forward; its tasks are neither the training's nor the imitation's."""
+    args, model = args_and_model(FEW)
+    args.play = 3
+    episodes = rl.play_fresh(rl.Local(model, args, None), 0.0)
+    assert len(episodes) == 3
+    for episode in episodes:
+        for turn in episode.samples:
+            logits = model(turn.ids[None, :-1])[0][0, turn.start - 1:]
+            chosen = logits.gather(1, turn.ids[turn.start:, None])[:, 0]
+            assert worst(chosen, logits.max(1).values) < 1e-4
+
+    def prompt(number, split):
+        return rl.make_task(args, number, split).prompt
+
+    for number, episode in enumerate(episodes):
+        first = episode.samples[0]
+        assert letters(first.ids[:first.start]) == prompt(number, 2)
+        assert prompt(number, 2) not in (prompt(number, 0), prompt(number, 1))
+
+def test_the_share_solved_by_hand():
+    """One of four: a quarter, whose standard error is sqrt(1/4 * 3/4 / 4)."""
+    episodes = [SimpleNamespace(success=success) for success in (True, False, False, False)]
+    share, error = rl.share_solved(episodes)
+    assert share == 0.25
+    assert error == pytest.approx(0.2165, abs=1e-4)
+
+def test_the_time_left_by_hand():
+    """A step of four took 10 s after the imitation's 20 s: 30 s are left, or, of a minute, another 30 s."""
+    now = rl.Record(step=1, seconds=30.0, warm=20.0)
+    assert rl.seconds_to_go(now, SimpleNamespace(steps=4, minutes=None)) == pytest.approx(30)
+    assert rl.seconds_to_go(now, SimpleNamespace(steps=None, minutes=1)) == pytest.approx(30)
+    assert rl.seconds_to_go(now, SimpleNamespace(steps=1, minutes=None)) == 0
+
+def test_progress_lines_tell_the_time_left(own_run):
+    """The first line says what is being done; lines of the imitation and of steps have an eta."""
+    *_, text = own_run
+    lines = text.splitlines()
+    assert lines[0].startswith("run ")
+    progress = [line for line in lines if re.match(r"(warm|step) \d", line)]
+    assert len(progress) >= 3
+    for line in progress:
+        assert re.search(r"eta \d+\.\dm", line)
+
+@parametrize("argv", [["--help"], ["--steps", "x"]])
+def test_rl_says_nothing_before_its_flags_are_read(argv):
+    """--help prints the help alone, a flag that is refused nothing on stdout."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()):
+        with pytest.raises(SystemExit):
+            rl.main(argv)
+    assert "run  " not in out.getvalue()
 
 # ---- 15. bad input, damaged files, README, mutants -----------------------------------------------
 # What a script cannot obey it refuses in one line that names the value, with exit code 2 and no traceback. What is

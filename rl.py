@@ -2730,6 +2730,9 @@ class Served(Gateway):
                 waiting.append(client)
         for client in waiting:
             client.tell(Refused(503, "the run is over"))
+        for batch in self.sampler.batches:
+            batch.steps.close()        # or torch would stop the process as it ends, with a row half drawn
+        self.sampler.batches = []
         self.door.close()
         self.archive.close()
 

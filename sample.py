@@ -2760,6 +2760,8 @@ PATIENCE = 2.0                         # seconds that a client has to send a req
 STALLED = 60.0                         # seconds after which a client that reads nothing of its answer is cut off
 UNREAD = 4096                          # tokens of a text that may wait for a client: one that is slower loses it
 GRACE = 2                              # seconds that answers have to be sent once the server is closed
+KEEP_ALIVE = 75                        # seconds that a connection may say nothing between two requests: uvicorn's 5 are a
+                                       # training step of rl.py, and who asks as it is closed gets an error
 BACKLOG = 1024                         # connections that may wait until they are heard
 # status -> OpenAI's name for what is wrong, where there is one
 ERROR_CODE = {401: "invalid_api_key", 404: "not_found", 429: "rate_limit_exceeded"}
@@ -2988,7 +2990,8 @@ class Door:
         # one implementation of each part, whatever else is installed; no log: clients' mistakes are no news
         config = uvicorn.Config(
             app, http=patient_protocol(), ws="none", loop="asyncio", lifespan="off", log_config=None,
-            log_level="critical", access_log=False, server_header=False, timeout_graceful_shutdown=GRACE)
+            log_level="critical", access_log=False, server_header=False, timeout_graceful_shutdown=GRACE,
+            timeout_keep_alive=KEEP_ALIVE)
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, args=([self.socket],), daemon=True)
         self.thread.start()

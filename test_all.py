@@ -8768,10 +8768,10 @@ def post(url, body, key="k", method="POST"):
         return refusal.code, json.load(refusal)["error"]["message"]
 
 @contextlib.contextmanager
-def serving(out):
+def serving(out, flags=""):
     """rl.py --serve in a process of its own, for two steps of four episodes -> the process, the gateway's address."""
     need_server()
-    command = [sys.executable, "rl.py", *rl_args(out, "--steps 2 --serve 0 --token k")]
+    command = [sys.executable, "rl.py", *rl_args(out, f"--steps 2 --serve 0 --token k {flags}")]
     with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) as run:
         try:
             yield run, next(line.split()[2] for line in run.stdout if line.startswith("gateway"))
@@ -8855,6 +8855,24 @@ def test_openai_client_is_trained_on(tmp_path):
     with serving(tmp_path) as (run, url):
         for _ in range(8):
             play_by_http(url, ask, **claim(url))
+        assert_two_steps(run)
+
+def test_an_agent_of_ten_lines_is_trained(tmp_path):
+    """.ci/agent.py, whose lines README shows, plays lessons and episodes until the run ends, and ends with it."""
+    pytest.importorskip("openai")
+    path = HERE / ".ci" / "agent.py"
+    script = path.read_text(encoding="utf-8").splitlines()
+    code = [line.split("  #")[0].strip() for line in script]
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    block, = [block for block in readme.split("```python\n") if block.startswith("gateway = ")]
+    shown = block.split("```")[0].splitlines()
+    assert len(shown) <= 10
+    for line in shown:
+        assert line.split("  #")[0].strip() in code, line
+
+    with serving(tmp_path, "--teach 1") as (run, url):
+        agents = subprocess.run([sys.executable, path, url, "k", "--agents", "3"], timeout=300)
+        assert agents.returncode == 0
         assert_two_steps(run)
 
 class Listener:
@@ -9520,9 +9538,9 @@ def test_the_context_is_a_flag(tmp_path):
     """--context: as many tokens as it says; a resumed run keeps it, or gets another, which no weight depends on."""
     run_rl(tmp_path, "--context 80 --steps 1")
     assert read_checkpoint(tmp_path)["config"]["max_seq_len"] == 80
-    quiet(rl.main, resume(tmp_path, "--steps 2"))
+    quiet(rl, resume(tmp_path, "--steps 2"))
     assert read_checkpoint(tmp_path)["config"]["max_seq_len"] == 80
-    quiet(rl.main, resume(tmp_path, "--context 96 --steps 3"))
+    quiet(rl, resume(tmp_path, "--context 96 --steps 3"))
     assert read_checkpoint(tmp_path)["config"]["max_seq_len"] == 96
 
 def test_play_shows_the_agent_at_work(own_run):

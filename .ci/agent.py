@@ -8,6 +8,7 @@ it claims an episode, gives the agent the episode's address and key in place of 
 worth. Start it several times, or with more agents, which are threads: the policy answers all that wait at once.
 """
 import argparse
+import contextlib
 import json
 import re
 import threading
@@ -52,16 +53,24 @@ def solve(client, messages):
 
 def train(url, key):
     """Play episodes until the run is over."""
-    connections = httpx.Client()       # one pool: to make another one for each episode costs more than the episode
+    connections = httpx.Client()       # one pool: to make another for each episode costs more than the episode
     gateway = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=60)
     while True:
-        task = gateway.post("/tasks", json={"wait": 30}).json()
-        if "error" in task:
-            return task["error"]["message"]
+        reply = gateway.post("/tasks", json={"wait": 30})
+        if reply.status_code == 409:   # all episodes are in others' hands
+            continue
+        if reply.is_error:
+            return
+        task = reply.json()
         client = openai.OpenAI(base_url=task["base_url"], api_key=task["api_key"], http_client=connections)
         answer, result = solve(client, task["messages"])
-        is_right = answer == f"A{task['answer']}." and result == task["answer"]  # computed, not guessed
-        gateway.post("/finish", json={"task": task["task"], "reward": float(is_right)})
+        reward = float(answer == f"A{task['answer']}." and result == task["answer"])  # computed, not guessed
+        gateway.post("/finish", json={"task": task["task"], "reward": reward})
+
+def play(url, key):
+    """One thread of agents. When the run ends, it ends within a request."""
+    with contextlib.suppress(httpx.TransportError, openai.APIConnectionError, openai.InternalServerError):
+        train(url, key)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -69,7 +78,7 @@ def main():
     parser.add_argument("key")
     parser.add_argument("--agents", type=int, default=16, help="that play at the same time")
     args = parser.parse_args()
-    threads = [threading.Thread(target=train, args=(args.url, args.key)) for _ in range(args.agents)]
+    threads = [threading.Thread(target=play, args=(args.url, args.key)) for _ in range(args.agents)]
     for thread in threads:
         thread.start()
     for thread in threads:

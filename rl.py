@@ -1839,9 +1839,12 @@ def shown(text):
     """A text in one line: control characters would garble the terminal."""
     return text.encode("unicode_escape").decode()
 
-def run(args, state):
+def run(args, state, locks):
     """Imitate, then learn from rewards until the end that the flags name -> what the last line of stdout says.
-    state: the checkpoint, None for a run at its start or in its imitation."""
+
+    state  the checkpoint, None for a run at its start or in its imitation
+    locks  ExitStack: what is closed at the end, whatever it is like
+    """
     if args.play:
         return show_play(args, state)
     started = time.perf_counter()
@@ -1870,6 +1873,7 @@ def run(args, state):
         source = Local(model, args, queue)
     else:
         source = Served(model, args, queue, args.out, is_new=state is None)
+        locks.callback(source.close)
     source.speak(tokenizer)
     if state:
         source.origin = origin_of(state)
@@ -1950,8 +1954,6 @@ def run(args, state):
         print(f"stopped in the imitation, saved in {args.out}/warm; the same command goes on", flush=True)
     elif stop or not now.step:  # all the time went into the imitation, or into waiting for other processes
         print(f"stopped after step {now.step}, saved; --resume --out {args.out} goes on", flush=True)
-    if args.serve is not None:
-        source.close()
     return summary(args, now, source, queue)
 
 def summary(args, now, source, queue):
@@ -3170,7 +3172,7 @@ class Served(Gateway):
         return line
 
 def main(argv=None):
-    return command("rl.py", lambda locks: run(*parse_args(argv, locks)), "; the last good checkpoint is kept")
+    return command("rl.py", lambda locks: run(*parse_args(argv, locks), locks), "; the last good checkpoint is kept")
 
 if __name__ == "__main__":
     slow.cancel()

@@ -8834,7 +8834,7 @@ def test_openai_client_is_trained_on(tmp_path):
             play_by_http(url, ask, **claim(url))
         assert_two_steps(run)
 
-class Listener:
+class Caller:
     """A client without a connection: it keeps what it is told."""
 
     def __init__(self):
@@ -8870,7 +8870,7 @@ class ServedAlone(rl.Served):
 
     def ask(self, path, client=None, name=None, **body):
         """Put a request before the gateway, and serve until it is answered -> who asked."""
-        client = client or Listener()
+        client = client or Caller()
         self.answer(path, name, json.dumps(body).encode(), client)
         turn = client.told[0] if client.told else None
         self.serve(lambda: not isinstance(turn, rl.Turn) or turn.is_over, [], 60)
@@ -8915,7 +8915,7 @@ def test_a_client_that_is_gone_took_no_turn():
     server = ServedAlone(version=7)
     assert server.claimed(2) == ["0.0", "0.1"]
     server.chat("0.1")
-    gone = Listener()
+    gone = Caller()
     gone.gone = True
     server.ask("/v1/chat/completions", gone, model="0.0", messages=[USER])
 
@@ -8973,13 +8973,13 @@ def test_a_resumed_gateway_goes_on_from_what_its_agents_have_heard(tmp_path):
             labels.tolist() for labels in map(rl.labels, new.samples)]
         assert old.said == new.said
 
-    client = Listener()
+    client = Caller()
     again.answer("/s/0.0/v1/chat/completions", "0.0", json.dumps(dict(messages=[USER])).encode(), client)
     assert client.answer()[1]["choices"][0]["message"] == first
     assert len(again.pool[0][0].samples) == 1
 
     for key in ("0.0", "0.1"):
-        again.answer("/v1/finish", None, json.dumps(dict(task=key, reward=1)).encode(), Listener())
+        again.answer("/v1/finish", None, json.dumps(dict(task=key, reward=1)).encode(), Caller())
     again.wait([], 60)
     assert again.queue.batch == [0, 1]
 

@@ -352,12 +352,12 @@ class Gateway:
                 raise ValueError(f"{where}: there is no content, and no tool call of an assistant")
 
             text = message_text(message.get("content"), where)
-            known = []                 # tokens that were sampled for this text, each time
+            known = []                 # tokens that were sampled for the text's beginning, each time
             if by_assistant:
-                text, known = find_said(said, text, read_calls(message, where))
+                known, text = find_said(said, text, read_calls(message, where))
             elif tools and task is not None and message["role"] in ("tool", "function"):
                 text = task.result(text)
-            parts.append(known[-1] if known else self.tokenizer.encode(text))
+            parts.append((known[-1] if known else []) + self.tokenizer.encode(text))
             if len(known) > 1:         # otherwise it is quoted: what was said once may come back twice
                 known.pop()
         if tools:
@@ -395,19 +395,31 @@ class Gateway:
         """What a step's line says of the agents, if there is something."""
         return ""
 
+# a call as smolagents writes it into the text of its next request
+CALL_AS_TEXT = re.compile(r"(.*?)\n?Calling tools:\n\[\{'id': '([^']+)'.*\]", re.S)
+
 def find_said(said, text, calls):
-    """A message of the assistant -> its text, with its calls written out, and the tokens that were sampled for it.
+    """A message of the assistant -> the tokens that were sampled for it, each time; what of its text, its calls written
+    out, is beyond these.
 
     said   key -> tokens of each completion, see said_key
     A call's id names one completion, unless the client has changed what stands beside it. Otherwise text and calls
-    together tell; or the text alone, where a client has turned it into calls, or parts of it, by itself."""
+    together tell; or the text alone, where a client has turned it into calls, or parts of it, by itself. An agent may
+    go on behind a completion, in a line of its own."""
+    keys = [text]
     if calls:
-        for key in (said_key(text, calls, calls[0][0]), said_key(text, calls)):
-            if key in said:
-                return text, said[key]
-    if text not in said:
-        text += calls_text(calls)
-    return text, said.get(text, [])
+        keys = [said_key(text, calls, calls[0][0]), said_key(text, calls), text]
+    shown = CALL_AS_TEXT.fullmatch(text)
+    if shown:
+        keys.append(f"{shown[1].strip()}\0{shown[2]}")
+    for key in keys:
+        if said.get(key):
+            return said[key], ""
+
+    text += calls_text(calls)
+    begins = [key for key in said if key and said[key] and (text == key or text.startswith(f"{key}\n"))]
+    longest = max(begins, key=len, default="")
+    return said.get(longest, []), text[len(longest):]
 
 def common_prefix(a, b):
     """Length of the longest common prefix of two sequences, of tokens or of rows of numbers."""
@@ -1628,43 +1640,45 @@ def find_tool(rule, tools, rules):
             return tool
     return None
 
+def read_arguments(match, tool):
+    """The named groups of a rule's match -> the tool's arguments, as JSON."""
+    schema = tool.get("parameters")
+    schema = schema if isinstance(schema, dict) else {}
+    properties = schema.get("properties")
+    properties = properties if isinstance(properties, dict) else {}
+    required = schema.get("required")
+    first = next(iter(required if isinstance(required, list) and required else properties), "argument")
+    arguments = {}
+    for name, value in match.groupdict(default="").items():
+        if name == "argument" and name not in properties:
+            name = str(first)
+        kind = properties.get(name)
+        arguments[name] = typed(value, kind.get("type") if isinstance(kind, dict) else None)
+    return json.dumps(arguments)
+
 def split_calls(text, tools, rules=CALL_RULES):
     """A completion's text -> what is content, [(tool's name, arguments as JSON)].
 
     tools   the request's functions, {name, parameters: a JSON schema}
-    rules   CallRules, the first that matches at a place counts
+    rules   CallRules, the first that matches at a place counts; what is inside of another call is none
     """
-    calls = []
-    for rule in rules:
-        tool = find_tool(rule, tools, rules)
-        if tool is None:
-            continue
-        schema = tool.get("parameters")
-        schema = schema if isinstance(schema, dict) else {}
-        properties = schema.get("properties")
-        properties = properties if isinstance(properties, dict) else {}
-        required = schema.get("required")
-        first = next(iter(required if isinstance(required, list) and required else properties), "argument")
-        for match in rule.pattern.finditer(text):
-            if not match[0]:           # nothing was said
-                continue
-            arguments = {}
-            for name, value in match.groupdict(default="").items():
-                name = str(first) if name == "argument" and name not in properties else name
-                kind = properties.get(name)
-                arguments[name] = typed(value, kind.get("type") if isinstance(kind, dict) else None)
-            calls.append((match.span(), tool["name"], json.dumps(arguments)))
-
-    # in the order of the text; what is inside of another call is none
+    pairs = [(rule, find_tool(rule, tools, rules)) for rule in rules]
+    pairs = [(rule.pattern, tool) for rule, tool in pairs if tool is not None]
     content = ""
-    end = 0
-    kept = []
-    for (start, stop), name, arguments in sorted(calls, key=lambda call: call[0][0]):
-        if start >= end:
-            content += text[end:start]
-            end = stop
-            kept.append((name, arguments))
-    return content + text[end:], kept
+    calls = []
+    place = 0
+    while place < len(text):
+        end = place + 1
+        for pattern, tool in pairs:
+            match = pattern.match(text, place)
+            if match and match[0]:     # an empty one says nothing
+                calls.append((tool["name"], read_arguments(match, tool)))
+                end = match.end()
+                break
+        else:
+            content += text[place]
+        place = end
+    return content, calls
 
 # ---- the door: what is asked -------------------------------------------------------------------------
 
@@ -1688,7 +1702,9 @@ class Row:
         """What the agent may send back: see said_key."""
         if not self.calls:
             return [self.text]
-        return [said_key(self.text, self.calls, self.calls[0][0]), said_key(self.text, self.calls)]
+        call_id = self.calls[0][0]
+        as_text = f"{self.text.strip()}\0{call_id}"  # see CALL_AS_TEXT
+        return [said_key(self.text, self.calls, call_id), said_key(self.text, self.calls), as_text]
 
     def said(self):
         """What the archive keeps beside the tokens."""
@@ -2488,7 +2504,10 @@ class Served(Gateway):
         """The end of an episode: a reward for each of its turns, or one for all."""
         self.forget_unheard(claim)
         if "rewards" in body:
-            rewards = [float(reward) for reward in body["rewards"]]
+            rewards = body["rewards"]
+            if not isinstance(rewards, list):
+                raise ValueError(f"rewards {rewards!r:.60}: a list is needed, a number for each turn")
+            rewards = [float(reward) for reward in rewards]
             if len(rewards) != claim.n_turns:
                 raise ValueError(f"rewards {rewards}: the episode has {claim.n_turns} turns"[:200])
         else:
@@ -2599,7 +2618,7 @@ class Served(Gateway):
         last = claim.last
         if last is None:
             return
-        known = [last.context + row.ids for row in last.rows]
+        known = [sample.ids.tolist() for sample in claim.episode.samples if sample.turn == last.number]
         if context != last.context and not any(context[:len(path)] == path for path in known):
             self.n_paths += 1
 

@@ -619,12 +619,12 @@ class Gateway:
                 raise ValueError(f"{where}: there is no content, and no tool call of an assistant")
 
             text = message_text(message.get("content"), where)
-            known = []                 # tokens that were sampled for this text, each time
+            known = []                 # tokens that were sampled for the text's beginning, each time
             if by_assistant:
-                text, known = find_said(said, text, read_calls(message, where))
+                known, text = find_said(said, text, read_calls(message, where))
             elif tools and task is not None and message["role"] in ("tool", "function"):
                 text = task.result(text)
-            parts.append(known[-1] if known else self.tokenizer.encode(text))
+            parts.append((known[-1] if known else []) + self.tokenizer.encode(text))
             if len(known) > 1:         # otherwise it is quoted: what was said once may come back twice
                 known.pop()
         if tools:
@@ -662,19 +662,31 @@ class Gateway:
         """What a step's line says of the agents, if there is something."""
         return ""
 
+# a call as smolagents writes it into the text of its next request
+CALL_AS_TEXT = re.compile(r"(.*?)\n?Calling tools:\n\[\{'id': '([^']+)'.*\]", re.S)
+
 def find_said(said, text, calls):
-    """A message of the assistant -> its text, with its calls written out, and the tokens that were sampled for it.
+    """A message of the assistant -> the tokens that were sampled for it, each time; what of its text, its calls written
+    out, is beyond these.
 
     said   key -> tokens of each completion, see said_key
     A call's id names one completion, unless the client has changed what stands beside it. Otherwise text and calls
-    together tell; or the text alone, where a client has turned it into calls, or parts of it, by itself."""
+    together tell; or the text alone, where a client has turned it into calls, or parts of it, by itself. An agent may
+    go on behind a completion, in a line of its own."""
+    keys = [text]
     if calls:
-        for key in (said_key(text, calls, calls[0][0]), said_key(text, calls)):
-            if key in said:
-                return text, said[key]
-    if text not in said:
-        text += calls_text(calls)
-    return text, said.get(text, [])
+        keys = [said_key(text, calls, calls[0][0]), said_key(text, calls), text]
+    shown = CALL_AS_TEXT.fullmatch(text)
+    if shown:
+        keys.append(f"{shown[1].strip()}\0{shown[2]}")
+    for key in keys:
+        if said.get(key):
+            return said[key], ""
+
+    text += calls_text(calls)
+    begins = [key for key in said if key and said[key] and (text == key or text.startswith(f"{key}\n"))]
+    longest = max(begins, key=len, default="")
+    return said.get(longest, []), text[len(longest):]
 
 def common_prefix(a, b):
     """Length of the longest common prefix of two sequences, of tokens or of rows of numbers."""
@@ -2110,9 +2122,11 @@ def rule_text(text):
 
 def typed(text, kind):
     """An argument's text as the JSON type that the tool's schema names; as text where it is none of that type."""
+    if isinstance(kind, list):         # ["integer", "null"]
+        kind = next((one for one in kind if one != "null"), None)
     readers = dict(integer=int, number=float, boolean=dict(true=True, false=False).__getitem__)
     try:
-        value = readers.get(kind, str)(text)
+        value = readers.get(str(kind), str)(text)
     except (ValueError, KeyError):
         return text
     return text if value in (math.inf, -math.inf) or value != value else value
@@ -2125,41 +2139,45 @@ def find_tool(rule, tools, rules):
             return tool
     return None
 
+def read_arguments(match, tool):
+    """The named groups of a rule's match -> the tool's arguments, as JSON."""
+    schema = tool.get("parameters")
+    schema = schema if isinstance(schema, dict) else {}
+    properties = schema.get("properties")
+    properties = properties if isinstance(properties, dict) else {}
+    required = schema.get("required")
+    first = next(iter(required if isinstance(required, list) and required else properties), "argument")
+    arguments = {}
+    for name, value in match.groupdict(default="").items():
+        if name == "argument" and name not in properties:
+            name = str(first)
+        kind = properties.get(name)
+        arguments[name] = typed(value, kind.get("type") if isinstance(kind, dict) else None)
+    return json.dumps(arguments)
+
 def split_calls(text, tools, rules=CALL_RULES):
     """A completion's text -> what is content, [(tool's name, arguments as JSON)].
 
     tools   the request's functions, {name, parameters: a JSON schema}
-    rules   CallRules, the first that matches at a place counts
+    rules   CallRules, the first that matches at a place counts; what is inside of another call is none
     """
-    calls = []
-    for rule in rules:
-        tool = find_tool(rule, tools, rules)
-        if tool is None:
-            continue
-        schema = tool.get("parameters")
-        schema = schema if isinstance(schema, dict) else {}
-        properties = schema.get("properties")
-        properties = properties if isinstance(properties, dict) else {}
-        required = schema.get("required")
-        first = next(iter(required if isinstance(required, list) and required else properties), "argument")
-        for match in rule.pattern.finditer(text):
-            arguments = {}
-            for name, value in match.groupdict(default="").items():
-                name = first if name == "argument" and name not in properties else name
-                kind = properties.get(name)
-                arguments[name] = typed(value, kind.get("type") if isinstance(kind, dict) else None)
-            calls.append((match.span(), tool["name"], json.dumps(arguments)))
-
-    # in the order of the text; what is inside of another call is none
+    pairs = [(rule, find_tool(rule, tools, rules)) for rule in rules]
+    pairs = [(rule.pattern, tool) for rule, tool in pairs if tool is not None]
     content = ""
-    end = 0
-    kept = []
-    for (start, stop), name, arguments in sorted(calls, key=lambda call: call[0]):
-        if start >= end:
-            content += text[end:start]
-            end = stop
-            kept.append((name, arguments))
-    return content + text[end:], kept
+    calls = []
+    place = 0
+    while place < len(text):
+        end = place + 1
+        for pattern, tool in pairs:
+            match = pattern.match(text, place)
+            if match and match[0]:     # an empty one says nothing
+                calls.append((tool["name"], read_arguments(match, tool)))
+                end = match.end()
+                break
+        else:
+            content += text[place]
+        place = end
+    return content, calls
 
 # ---- the door: what is asked -------------------------------------------------------------------------
 
@@ -2183,7 +2201,9 @@ class Row:
         """What the agent may send back: see said_key."""
         if not self.calls:
             return [self.text]
-        return [said_key(self.text, self.calls, self.calls[0][0]), said_key(self.text, self.calls)]
+        call_id = self.calls[0][0]
+        as_text = f"{self.text.strip()}\0{call_id}"  # see CALL_AS_TEXT
+        return [said_key(self.text, self.calls, call_id), said_key(self.text, self.calls), as_text]
 
     def said(self):
         """What the archive keeps beside the tokens."""
@@ -2230,6 +2250,8 @@ class Answer:
     context: list                      # tokens
     rows: list
     client: object                     # who asked; None: in an earlier process
+    before: "Answer" = None            # while this one may be forgotten
+    name: str = ""                     # of a response
 
 @dataclass
 class Claim:
@@ -2284,7 +2306,7 @@ def list_warnings(body, max_new_tokens):
             warnings.append(f"{name} {body[name]!r:.40}: it changes nothing here")
     for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
         asked = body.get(name)
-        if isinstance(asked, int) and asked > max_new_tokens:
+        if isinstance(asked, int | float) and asked > max_new_tokens:
             warnings.append(f"{name} {asked}: the policy writes {max_new_tokens} at most (--max-new-tokens)")
     choice = body.get("tool_choice")
     if choice not in (None, "auto", "none"):
@@ -2331,11 +2353,11 @@ def chat_messages(body, earlier):
         else:
             raise ValueError(f"{where}: an item of type {kind!r:.40}: messages, function calls and their outputs are read")
 
-    # the newest instructions stand first, in place of those before
+    # instructions stand first; those of earlier responses are over
+    messages = [message for message in messages if not message.get("is_instructions")]
     instructions = body.get("instructions")
     if isinstance(instructions, str) and instructions:
-        rest = [message for message in messages if not message.get("is_instructions")]
-        messages = [dict(role="system", content=instructions, is_instructions=True), *rest]
+        messages.insert(0, dict(role="system", content=instructions, is_instructions=True))
     return messages
 
 # ---- the door: what is answered, in the form of /v1/responses ----------------------------------------
@@ -2494,8 +2516,7 @@ class Archive:
         self.base.execute("PRAGMA synchronous=NORMAL")
         self.base.executescript(self.TABLES)
         self.last = {}                 # name of an episode -> (id, path) of its newest completion
-        self.newest_first = None       # ... of the newest first turn of any episode
-        self.paths = {}                # id -> path, while episodes are read
+        self.newest_whole = None       # (id, path) of the newest first turn that did not build on another's
 
     def get(self, name):
         """A value of the run, by name; None if there is none."""
@@ -2537,8 +2558,11 @@ class Archive:
         """A turn: its completions, a Sample each; what was asked for, as a digest; and what was said, a dict each."""
         for sample, words in zip(samples, said):
             path = sample.ids.tolist()
-            base, before = self.last.get(name) or self.newest_first or (None, [])
+            base, before = self.last.get(name) or self.newest_whole or (None, [])
             kept = min(common_prefix(before, path), sample.start)
+            if name not in self.last and 2 * kept < sample.start:
+                base = None            # otherwise each episode would build on all before it
+                kept = 0
             routes = None if sample.routes is None else sample.routes.numpy().astype(np.int32).tobytes()
             done = self.base.execute(
                 "INSERT INTO completion(name, turn, base, kept, context, ids, logprobs, versions, routes, request, said) "
@@ -2546,25 +2570,32 @@ class Archive:
                 [name, sample.turn, base, kept, packed(path[kept:sample.start], np.int32),
                  packed(path[sample.start:], np.int32), packed(sample.logprobs, np.float64),
                  packed(sample.versions, np.int64), routes, request, json.dumps(words)])
-            if name not in self.last:
-                self.newest_first = done.lastrowid, path
+            if base is None:
+                self.newest_whole = done.lastrowid, path
             self.last[name] = done.lastrowid, path
         self.base.commit()
 
-    def drop(self, name, turn):
-        """A turn that nobody has heard was not taken. Its row stays, nameless: others' contexts may build on it."""
-        self.base.execute("UPDATE completion SET name = NULL WHERE name = ? AND turn = ?", [name, turn])
+    def drop(self, name, n_rows):
+        """An answer that nobody has heard was not given. Its rows stay, nameless: others' contexts may build on them.
+        """
+        self.base.execute(
+            "UPDATE completion SET name = NULL WHERE id IN ("
+            "SELECT id FROM completion WHERE name = ? ORDER BY id DESC LIMIT ?)", [name, n_rows])
         self.base.commit()
 
-    def path_of(self, number):
-        """Tokens of a completion, its context before them."""
-        if number is None:
-            return []
-        if number not in self.paths:
-            base, kept, context, ids = self.base.execute(
+    def path_of(self, number, known):
+        """Tokens of a completion, its context before them. known: the same of others, by id."""
+        parts = []
+        end = sys.maxsize              # tokens that are wanted of the one at hand
+        while number is not None and number not in known:
+            number, kept, context, ids = self.base.execute(
                 "SELECT base, kept, context, ids FROM completion WHERE id = ?", [number]).fetchone()
-            self.paths[number] = self.path_of(base)[:kept] + unpacked(context, np.int32) + unpacked(ids, np.int32)
-        return self.paths[number]
+            own = unpacked(context, np.int32) + unpacked(ids, np.int32)
+            if end > kept:
+                parts.append(own[:end - kept])
+                end = kept
+        parts.append(known.get(number, [])[:end])
+        return [token for part in reversed(parts) for token in part]
 
     def read(self, task):
         """What is known of a group -> {name: (row of its episode as a dict, [(Sample, request, said), ...])}."""
@@ -2573,8 +2604,10 @@ class Archive:
         for episode in self.base.execute("SELECT * FROM episode WHERE task = ?", [task]).fetchall():
             name = episode["name"]
             turns = []
+            paths = {}
             for row in self.base.execute("SELECT * FROM completion WHERE name = ? ORDER BY id", [name]).fetchall():
-                path = self.path_of(row["id"])
+                path = self.path_of(row["id"], paths)
+                paths[row["id"]] = path
                 ids = unpacked(row["ids"], np.int32)
                 routes = None
                 if row["routes"] is not None:
@@ -2629,7 +2662,10 @@ class Sampler(Engine):
         for batch in self.batches:
             batch.steps.close()
             for turn in batch.requests:
-                alone += [replace(turn, n=1, rows=[row]) for row in turn.rows if row.finish is None]
+                for row in turn.rows:
+                    if row.finish is None:
+                        prompt = Prompt(turn.context + row.ids)
+                        alone.append(replace(turn, n=1, rows=[row], prompts=[prompt]))
         self.batches = form_batches(alone, self)
 
     def gather_s(self):
@@ -2644,7 +2680,7 @@ class Sampler(Engine):
         for token in row.ids:          # it goes on after a change of weights
             stream.feed(self.tokenizer.decode_bytes([token]))
         kept = 0
-        feed = prompt.ids + row.ids
+        feed = prompt.ids
         while row.finish is None:
             token, logprob, notes, *more = yield kept, feed
             if turn.client.gone:
@@ -2787,6 +2823,8 @@ class Served(Gateway):
                 self.open[name] = episode
                 if name in known:
                     self.recover(name, episode, *known[name])
+                if name in self.open and task in self.queue.batch:
+                    self.leave_out(name)
         self.close_groups()
 
     def recover(self, name, episode, fields, turns):
@@ -2802,8 +2840,9 @@ class Served(Gateway):
             row = Row(0, ids, sample.logprobs.tolist(), **said)
             for key in {self.tokenizer.decode(ids), *row.keys()}:
                 episode.said.setdefault(key, []).append(ids)
-            if claim.last is None or claim.last.number != sample.turn:
-                claim.last = Answer(sample.turn, digest, sample.ids[:sample.start].tolist(), [], None)
+            if claim.last is None or (claim.last.number, claim.last.digest) != (sample.turn, digest):
+                context = sample.ids[:sample.start].tolist()
+                claim.last = Answer(sample.turn, digest, context, [], None, name=os.urandom(12).hex())
             row.index = len(claim.last.rows)
             claim.last.rows.append(row)
             claim.n_turns = sample.turn + 1
@@ -2848,9 +2887,14 @@ class Served(Gateway):
             if name in self.claims:
                 self.fail(self.claims[name], f"its group was late (--deadline {self.queue.deadline:g})")
             else:
-                self.pool[episode.task] = [other for other in self.pool[episode.task] if other is not episode]
-                self.end(name, "its group was late before it was claimed")
+                self.leave_out(name)
         self.close_groups()
+
+    def leave_out(self, name):
+        """An episode that nobody plays at its group's deadline is no part of the group."""
+        task = self.open[name].task
+        self.pool[task] = [episode for episode in self.pool[task] if episode is not self.open[name]]
+        self.end(name, "its group was late before it was claimed")
 
     def take_back(self, claim, reason):
         """The agent is gone: its episode has failed, with the turns it had. One without a turn waits for another agent.
@@ -2861,6 +2905,10 @@ class Served(Gateway):
         del self.claims[claim.name]
         self.archive.release(claim.name)
         self.reasons[claim.name] = reason
+        task = claim.episode.task
+        idle = [name for name, episode in self.open.items() if episode.task == task and name not in self.claims]
+        if len(idle) == len(self.pool[task]):  # as before its first claim
+            self.queue.due[task] = math.inf
         print(f"gateway | {claim.name} is free again: {reason}", flush=True)
 
     def fail(self, claim, reason):
@@ -2878,14 +2926,15 @@ class Served(Gateway):
         if last is None or last.client is None or last.client.was_answered or not last.client.gone:
             return
         episode = claim.episode
-        episode.samples = [sample for sample in episode.samples if sample.turn != last.number]
+        n_rows = len(last.rows)
+        del episode.samples[-n_rows:]
         for row in last.rows:
             for key in {self.tokenizer.decode(row.ids), *row.keys()}:
-                episode.said[key].remove(row.ids)
+                episode.said[key].pop()
         if claim.lesson is None:
-            self.archive.drop(claim.name, last.number)
-        claim.n_turns = last.number
-        claim.last = None
+            self.archive.drop(claim.name, n_rows)
+        claim.last = last.before
+        claim.n_turns = episode.samples[-1].turn + 1 if episode.samples else 0
 
     # requests
 
@@ -2967,7 +3016,10 @@ class Served(Gateway):
         """The end of an episode: a reward for each of its turns, or one for all."""
         self.forget_unheard(claim)
         if "rewards" in body:
-            rewards = [float(reward) for reward in body["rewards"]]
+            rewards = body["rewards"]
+            if not isinstance(rewards, list):
+                raise ValueError(f"rewards {rewards!r:.60}: a list is needed, a number for each turn")
+            rewards = [float(reward) for reward in rewards]
             if len(rewards) != claim.n_turns:
                 raise ValueError(f"rewards {rewards}: the episode has {claim.n_turns} turns"[:200])
         else:
@@ -2975,11 +3027,11 @@ class Served(Gateway):
             rewards[-1] = float(body["reward"])
         if not all(abs(reward) <= MOST_REWARD for reward in rewards):
             raise ValueError(f"a reward is a number of at most {MOST_REWARD:g}: {rewards}"[:200])
-        success = body.get("success")
-        if success is None:
+        success = read_flag(body, "success")
+        if body.get("success") is None:
             success = sum(rewards) > 0
 
-        claim.episode.finish(rewards, success is True, self.now - claim.began)
+        claim.episode.finish(rewards, success, self.now - claim.began)
         if claim.lesson is None:
             self.archive.finish(claim.name, claim.episode)
         elif self.lessons is not None:
@@ -3002,10 +3054,15 @@ class Served(Gateway):
         client.most = UNREAD * turn.n
         if is_again:
             last.client = client
-            turn.rows = [replace(row, n_chars=0, n_scores=0) for row in last.rows]
+            turn.name = last.name
+            newest = last.rows[-turn.n:]  # read from the archive, they may be those of several requests
+            turn.rows = [replace(row, index=index, n_chars=0, n_scores=0) for index, row in enumerate(newest)]
+            self.keep_response(turn)
             client.tell(turn)
             tell_rows(turn)
             return
+        if claim.n_turns >= self.args.max_turns:
+            raise Refused(403, f"task {claim.name} has had its {claim.n_turns} turns (--max-turns): POST /v1/finish ends it")
 
         self.count_path(claim, turn.context)
         client.tell(turn)
@@ -3030,11 +3087,12 @@ class Served(Gateway):
         n = read_number(body, "n", 1, 1)
         if n > MOST_CHOICES:
             raise Refused(400, f"n {n}: a turn has {MOST_CHOICES} completions at most")
-        if claim.n_turns >= self.args.max_turns:
-            raise Refused(403, f"task {claim.name} has had its {claim.n_turns} turns (--max-turns): POST /v1/finish ends it")
         if is_response:
-            earlier = claim.messages.get(body.get("previous_response_id"), [])
-            messages = chat_messages(body, earlier)
+            before = body.get("previous_response_id")
+            if before is not None and before not in claim.messages:
+                raise Refused(404, f"previous_response_id {before!r:.60}: this episode has no such response since the run "
+                                   "has been started", "previous_response_not_found")
+            messages = chat_messages(body, claim.messages.get(before, []))
             has_logprobs, n_best = False, 0
         else:
             messages = body["messages"]
@@ -3072,7 +3130,7 @@ class Served(Gateway):
         last = claim.last
         if last is None:
             return
-        known = [last.context + row.ids for row in last.rows]
+        known = [sample.ids.tolist() for sample in claim.episode.samples if sample.turn == last.number]
         if context != last.context and not any(context[:len(path)] == path for path in known):
             self.n_paths += 1
 
@@ -3104,12 +3162,18 @@ class Served(Gateway):
         if claim.lesson is None:
             self.archive.add(claim.name, samples, turn.digest, [row.said() for row in turn.rows])
         claim.n_turns = number + 1
-        claim.last = Answer(number, turn.digest, turn.context, turn.rows, turn.client)
+        if claim.last is not None:     # it has been heard
+            claim.last.before = None
+        claim.last = Answer(number, turn.digest, turn.context, turn.rows, turn.client, claim.last, turn.name)
+        self.keep_response(turn)
+        tell_rows(turn)
+
+    def keep_response(self, turn):
+        """A later request may name a response, in place of the messages until then."""
         if turn.is_response:
             row = turn.rows[0]
             said = dict(role="assistant", content=row.text, tool_calls=[call_object(*call) for call in row.calls])
-            claim.messages[f"resp_{turn.name}"] = [*turn.messages, said]
-        tell_rows(turn)
+            turn.claim.messages[f"resp_{turn.name}"] = [*turn.messages, said]
 
     # time
 

@@ -2883,11 +2883,17 @@ def guarded(app, keys_of, most):
             return await response(scope, receive, send)
 
         client = Client()
+
+        async def tell(message):
+            await send(message)
+            # noted here: before the app returns, the end of a stream has been taken for the client's
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                client.was_answered = not client.gone
+
         watch = asyncio.create_task(client.watch(receive))
         scope["heard"] = raw, client
         try:
-            await app(scope, client.receive, send)
-            client.was_answered = not client.gone
+            await app(scope, client.receive, tell)
         except Exception as error:     # the app has answered 500; the server goes on
             print(f"server  | {scope['path']!r:.100}: {error!r}", flush=True)
         finally:

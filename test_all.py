@@ -7884,10 +7884,10 @@ WRONG = dict(
     echo=[True],
     min_p=[0.1])
 
-def malformed(rng):
-    """A request that must be refused: (method, path, key, body)."""
+def garbled(rng):
+    """A request that any server must refuse: (method, path, key, body)."""
     good = json.dumps(HELLO).encode()
-    kind = rng.randrange(6)
+    kind = rng.randrange(5)
     if kind == 0:                      # cut short
         return "POST", "/chat/completions", "k", good[:rng.randrange(len(good))]
     if kind == 1:                      # noise
@@ -7897,8 +7897,12 @@ def malformed(rng):
     if kind == 3:                      # elsewhere
         method = rng.choice(["POST", "GET", "PUT", "DELETE", "BREW"])
         return method, rng.choice(["/x", "/models/x", "/chat/completions/", "/../etc", "/%00"]), "k", good
-    if kind == 4:                      # another key
-        return "POST", "/chat/completions", rng.choice(["", "K", "kk", "\xff"]), good
+    return "POST", "/chat/completions", rng.choice(["", "K", "kk", "\xff"]), good  # another key
+
+def malformed(rng):
+    """A request that must be refused: (method, path, key, body)."""
+    if rng.randrange(6):
+        return garbled(rng)
     field = rng.choice([*WRONG])
     body = dict(HELLO, **{field: rng.choice(WRONG[field])})
     return "POST", "/chat/completions", "k", json.dumps(body).encode()
@@ -8875,7 +8879,7 @@ def test_an_agent_of_ten_lines_is_trained(tmp_path):
         assert agents.returncode == 0
         assert_two_steps(run)
 
-class Listener:
+class Caller:
     """A client without a connection: it keeps what it is told."""
 
     def __init__(self):
@@ -8896,8 +8900,9 @@ class Listener:
             return 200, first
         if first.is_response:
             return 200, rl.response_object(first, first.name, first.rows, sum(piece.n_tokens for piece in pieces))
-        choices = [sample.choice_object(first, piece) for piece in sample.join_pieces(pieces)]
-        usage = sample.usage_object(first, sum(piece.n_tokens for piece in pieces))
+        texts = sample.join_pieces(pieces)
+        choices = [sample.choice_object(first, text) for text in texts]
+        usage = sample.usage_object(first, sum(text.n_tokens for text in texts))
         return 200, dict(choices=choices, usage=usage, warnings=[*first.warnings])
 
 class ServedAlone(rl.Served):
@@ -8911,7 +8916,7 @@ class ServedAlone(rl.Served):
 
     def ask(self, path, client=None, name=None, **body):
         """Put a request before the gateway, and serve until it is answered -> who asked."""
-        client = client or Listener()
+        client = client or Caller()
         self.answer(path, name, json.dumps(body).encode(), client)
         turn = client.told[0] if client.told else None
         self.serve(lambda: not isinstance(turn, rl.Turn) or turn.is_over, [], 60)
@@ -8956,7 +8961,7 @@ def test_a_client_that_is_gone_took_no_turn():
     server = ServedAlone(version=7)
     assert server.claimed(2) == ["0.0", "0.1"]
     server.chat("0.1")
-    gone = Listener()
+    gone = Caller()
     gone.gone = True
     server.ask("/v1/chat/completions", gone, model="0.0", messages=[USER])
 
@@ -9014,13 +9019,13 @@ def test_a_resumed_gateway_goes_on_from_what_its_agents_have_heard(tmp_path):
             labels.tolist() for labels in map(rl.labels, new.samples)]
         assert old.said == new.said
 
-    client = Listener()
+    client = Caller()
     again.answer("/s/0.0/v1/chat/completions", "0.0", json.dumps(dict(messages=[USER])).encode(), client)
     assert client.answer()[1]["choices"][0]["message"] == first
     assert len(again.pool[0][0].samples) == 1
 
     for key in ("0.0", "0.1"):
-        again.answer("/v1/finish", None, json.dumps(dict(task=key, reward=1)).encode(), Listener())
+        again.answer("/v1/finish", None, json.dumps(dict(task=key, reward=1)).encode(), Caller())
     again.wait([], 60)
     assert again.queue.batch == [0, 1]
 
@@ -9281,6 +9286,938 @@ def test_a_completion_comes_back_by_token_from_every_client(back):
 
     context = [user("12"), back]
     assert gateway.context(episode, context) == [whole, *sampled]
+
+# The policy of a gateway that says what a test wants. Its tokenizer would make one token of "12": what is tokenised
+# again shows.
+
+ONE_OR_TWO = sample.Tokenizer(sample.learn_bpe(["12 12 12"], 258, "(?s:.+)"))
+
+def letters(text):
+    """A text as a policy may sample it: a token a letter."""
+    return [token for letter in text for token in ONE_OR_TWO.encode(letter)]
+
+class Speaking(ServedAlone):
+    """A gateway whose policy says given texts, or tokens, a completion each."""
+    tokenizer = ONE_OR_TWO
+
+    def __init__(self, *texts, **options):
+        with mock.patch.object(rl.Gateway, "tokenizer", self.tokenizer):
+            super().__init__(**options)
+        self.texts = [letters(text) if isinstance(text, str) else text for text in texts]
+        real = self.sampler.write_row
+
+        def write_row(turn, index, prompt):
+            player = real(turn, index, prompt)
+            script = self.texts.pop(0)
+            wanted = next(player)
+            with contextlib.suppress(StopIteration):
+                while True:
+                    _, *more = yield wanted
+                    wanted = player.send((script[len(turn.rows[index].ids)], *more))
+        self.sampler.write_row = write_row
+
+    def contexts(self, name="0.0"):
+        """Tokens before each completion of an episode."""
+        return [sample.ids[:sample.start].tolist() for sample in self.open[name].samples]
+
+    def paths(self, name="0.0"):
+        return [sample.ids.tolist() for sample in self.open[name].samples]
+
+def message_of(answered):
+    status, answer = answered
+    assert status == 200, answer
+    return answer["choices"][0]["message"]
+
+def tool_says(content, call_id="c"):
+    return dict(role="tool", tool_call_id=call_id, content=content)
+
+def a_tool(name="add", required=(), **properties):
+    schema = dict(type="object", properties={key: dict(type=kind) for key, kind in properties.items()})
+    return dict(type="function", function=dict(name=name, parameters=dict(schema, required=[*required])))
+
+ADD = a_tool(a="integer", b="integer")
+ADD_FLAGS = r"--tool add=\[(?P<a>\d+)\+(?P<b>\d+)\]"
+ASK_12 = user("Q12+3;")
+
+def with_calls(message, **changes):
+    """The message with its calls changed: field of a call's function -> what makes another of it; `id` of the call."""
+    calls = []
+    for call in message["tool_calls"]:
+        function = {key: changes.get(key, lambda same: same)(value) for key, value in call["function"].items()}
+        calls.append(dict(call, id=changes.get("id", lambda same: same)(call["id"]), function=function))
+    return dict(message, tool_calls=calls)
+
+def in_reverse(arguments):
+    return json.dumps(dict(reversed(json.loads(arguments).items())), indent=2)
+
+def calls_as_text(message):
+    """What smolagents makes of it."""
+    calls = [dict(call, function=dict(call["function"], arguments=json.loads(call["function"]["arguments"])))
+             for call in message["tool_calls"]]
+    lines = [*filter(None, [message["content"]]), "Calling tools:", str(calls)]
+    return dict(role="assistant", content=[text_part("\n".join(lines))])
+
+SENT_BACK = {
+    "as it was": lambda message: message,
+    "nothing that is null": lambda message: {key: value for key, value in message.items() if value is not None},
+    "parts": lambda message: dict(message, content=[text_part(message["content"])] if message["content"] else []),
+    "other ids": lambda message: with_calls(message, id=lambda _: "mine"),
+    "no ids": lambda message: with_calls(message, id=lambda _: None),
+    "other spaces": lambda message: with_calls(message, arguments=lambda text: text.replace(" ", "")),
+    "other order": lambda message: with_calls(message, arguments=in_reverse),
+    "a text": calls_as_text}
+
+@parametrize("said", ["[12+3]", "t1[12+3][3+12] so"])
+@parametrize("form", SENT_BACK)
+def test_calls_come_back_by_token(said, form):
+    """Whatever a client makes of a completion that became tool calls, its tokens are those that were sampled."""
+    server = Speaking(said + "]", "A15.", flags=ADD_FLAGS)
+    server.claimed(1)
+    message = message_of(server.turn("0.0", [ASK_12], tools=[ADD]))
+    assert [json.loads(call["function"]["arguments"]) for call in message["tool_calls"]][0] == dict(a=12, b=3)
+
+    back = SENT_BACK[form](message)
+    answered = server.turn("0.0", [ASK_12, back, tool_says("=15;")], tools=[ADD])
+    assert message_of(answered)["content"] == "A15."
+    _, context = server.contexts()
+    result = server.tokenizer.encode("=15;")
+    assert context == [*server.paths()[0], *result]
+    assert server.n_paths == 0
+
+def test_what_an_agent_writes_behind_a_completion_is_tokenised_alone():
+    """As CodeAgent does: the completion's tokens, then a line of its own. The longest completion that fits counts."""
+    server = Speaking("t1[12", "t1[12+3]", "A15.")
+    server.claimed(1)
+    for said in ("t1[1", "t1[12+3]"):
+        assert message_of(server.turn("0.0", [ASK_12], stop=["2"] if said == "t1[1" else None))["content"] == said
+    back = assistant("t1[12+3]\nCalling tools:\n[{'id': 'call_1'}]")
+    server.turn("0.0", [ASK_12, back])
+    behind = server.tokenizer.encode("\nCalling tools:\n[{'id': 'call_1'}]")
+    assert server.contexts()[2] == [*server.paths()[1], *behind]
+
+def test_a_calls_id_names_one_completion():
+    """Two completions of one text and other tokens: the id says which of them comes back alone."""
+    whole = ONE_OR_TWO.encode("[12+3]")
+    server = Speaking("[12+3]", whole, "A.", "A.", flags=ADD_FLAGS)
+    server.claimed(1)
+    first = message_of(server.turn("0.0", [ASK_12], tools=[ADD]))
+    second = message_of(server.turn("0.0", [ASK_12, first, tool_says("=?;")], tools=[ADD]))
+    assert first["tool_calls"][0]["id"] != second["tool_calls"][0]["id"]
+
+    for message, ids in ((first, letters("[12+3]")), (second, whole)):
+        server.turn("0.0", [ASK_12, message, tool_says("=15;")], tools=[ADD])
+        assert server.contexts()[-1][-len(ids) - 4:-4] == ids
+
+HISTORY = [ASK_12, assistant("t1[12+3]"), tool_says("=15;")]
+
+@named("messages, n_paths", {
+    "goes on": ([*HISTORY, user("12?")], 0),
+    "asks again": ([ASK_12], 0),
+    "turn dropped": ([ASK_12, tool_says("=15;")], 1),
+    "question dropped": (HISTORY[1:], 1),
+    "compacted": ([ASK_12, user("12+3 was 15")], 1),
+    "completion edited": ([ASK_12, assistant("t1[12+4]"), tool_says("=16;")], 1),
+    "before it edited": ([user("Q12+4;"), *HISTORY[1:]], 1)})
+def test_an_edited_history_is_a_new_path(messages, n_paths):
+    """What was sampled and is still there keeps its tokens; what was edited is text; the step's line counts it."""
+    server = Speaking("t1[12+3]", "A15.")
+    server.claimed(1)
+    server.turn("0.0", HISTORY[:1])
+    server.turn("0.0", messages)
+    assert server.step_note() == (" | 1 new paths" if n_paths else "")
+    assert server.step_note() == ""
+
+    wanted = []
+    for message in messages:
+        is_sampled = message == HISTORY[1]
+        wanted += letters("t1[12+3]") if is_sampled else server.tokenizer.encode(message["content"])
+    assert server.contexts()[1] == wanted
+
+# ---- tool calls -------
+
+def joined(patterns):
+    """Patterns as one regular expression, whose alternatives are tried in order: rule i's groups end in _i."""
+    renamed = [re.sub(r"\(\?P<(\w+)>", rf"(?P<\1_{i}>", pattern) for i, pattern in enumerate(patterns)]
+    return "|".join(f"(?P<rule_{i}>{pattern})" for i, pattern in enumerate(renamed))
+
+def test_calls_are_what_one_regular_expression_finds():
+    """Four rules at random texts: as their alternation finds them, and what it leaves is content."""
+    names = ["answer", "add", "twice", "ones"]
+    patterns = [r"A(?P<x>[^.]*)\.", r"\[(?P<x>[^\]]*)\]", r"[t\[](?P<x>\d)(?P<y>[)12a]+)", r"(?P<x>1*)"]
+    rules = [rl.CallRule(*pair) for pair in zip(names, map(re.compile, patterns))]
+    one = re.compile(joined(patterns))
+    rng = random.Random(0)
+    n_calls = 0
+    for _ in range(3000):
+        text = "".join(rng.choices("At()[]12.a", k=rng.randrange(1, 16)))
+        wanted = []
+        for match in filter(lambda match: match[0], one.finditer(text)):
+            rule = next(i for i in range(4) if match[f"rule_{i}"] is not None)
+            groups = {key[:1]: value for key, value in match.groupdict().items() if key[1:] == f"_{rule}"}
+            wanted.append((names[rule], groups))
+
+        content, calls = rl.split_calls(text, [dict(name=name) for name in names], rules)
+        assert [(name, json.loads(arguments)) for name, arguments in calls] == wanted
+        assert content == "".join(one.sub("", text))
+        n_calls += len(calls)
+    assert n_calls > 3000
+
+@named("flags, tools, calls", {
+    "the first tool": ([], [a_tool("f", ["q"], p="string", q="string")], [("f", dict(q="12"))]),
+    "no schema": ([], [dict(function=dict(name="f"))], [("f", dict(argument="12"))]),
+    "properties alone": ([], [a_tool("f", p="string", q="string")], [("f", dict(p="12"))]),
+    "integer": ([], [a_tool("f", p="integer")], [("f", dict(p=12))]),
+    "number": ([], [a_tool("f", p="number")], [("f", dict(p=12.0))]),
+    "integer or null": ([], [a_tool("f", p=["null", "integer"])], [("f", dict(p=12))]),
+    "no boolean": ([], [a_tool("f", p="boolean")], [("f", dict(p="12"))]),
+    "answer and tool": ([], [a_tool("final_answer", x="string"), a_tool("f", p="string")],
+                        [("f", dict(p="12")), ("final_answer", dict(x="15"))]),
+    "the answer alone": ([], [a_tool("final_answer", x="string")], [("final_answer", dict(x="15"))]),
+    "not offered": (["g=(?P<a>12)"], [a_tool("f")], []),
+    "named": ([r"g=\[(?P<a>\d)(?P<b>\d)\]"], [a_tool("f"), a_tool("g", b="integer")], [("g", dict(a="1", b=2))]),
+    "two rules": (["g=(?P<a>1)", "=(?P<b>[25])"], [a_tool("g"), a_tool("f")],
+                  [("g", dict(a="1")), ("f", dict(b="2")), ("g", dict(a="1")), ("f", dict(b="5"))])})
+def test_rules_call_the_tools_that_are_offered(flags, tools, calls):
+    """By --tool's rules, or the default ones: "[12]A15." calls these tools, with arguments of their schema's types."""
+    rules = [rl.read_rule(text) for text in flags] or rl.CALL_RULES
+    _, found = rl.split_calls("[12]A15.", [tool["function"] for tool in tools], rules)
+    assert [(name, json.loads(arguments)) for name, arguments in found] == calls
+
+@parametrize("kind, text, value", [
+    ("integer", "9" * 5000, "9" * 5000), ("integer", "1.5", "1.5"), ("number", "1e999", "1e999"),
+    ("number", "nan", "nan"), ("boolean", "true", True), ("boolean", "True", "True"), (None, "1", "1"),
+    ({}, "1", "1"), ([], "1", "1"), ([[]], "1", "1"), ("null", "", "")])
+def test_an_argument_that_is_not_of_its_type_is_text(kind, text, value):
+    assert rl.typed(text, kind) == value
+
+def any_json(rng, depth=3):
+    """A random JSON value, of words that schemas have."""
+    kind = rng.randrange(7 if depth else 5)
+    if kind < 3:
+        return rng.choice(["type", "integer", "properties", "required", "argument", "x", ""])
+    if kind < 5:
+        return rng.choice([None, True, 0, -1.5, 10 ** 30])
+    if kind == 5:
+        return [any_json(rng, depth - 1) for _ in range(rng.randrange(3))]
+    keys = rng.choices(["type", "properties", "required", "argument", "x"], k=3)
+    return {key: any_json(rng, depth - 1) for key in keys}
+
+def test_no_schema_stops_a_call():
+    """Schemas that are none: a call has arguments, as JSON, all the same."""
+    rng = random.Random(0)
+    for _ in range(2000):
+        tool = dict(name="f", parameters=any_json(rng, 5))
+        _, calls = rl.split_calls("a[12]b", [tool])
+        assert "12" in rng.choice(calls)[1]
+
+@parametrize("text, word", [
+    ("f", "NAME=PATTERN"), ("f=(", "no regular expression"), ("f=x", "a named group"), ("f=(x)", "a named group")])
+def test_rules_that_are_none_are_refused(text, word):
+    with pytest.raises(ValueError, match=word):
+        rl.parse_args(["--tool", text])
+
+def test_a_request_that_wants_no_calls_gets_a_text():
+    """tool_choice none, or no tools: the text as it was said."""
+    server = Speaking("t1[12+3]", "t1[12+3]", "t1[12+3]")
+    server.claimed(1)
+    for options in (dict(tools=[ADD], tool_choice="none"), dict(tools=[]), dict(tools=[dict(type="web_search")])):
+        status, answer = server.turn("0.0", [ASK_12], **options)
+        choice, = answer["choices"]
+        assert choice["message"]["content"] == "t1[12+3]"
+        assert "tool_calls" not in choice["message"]
+        assert choice["finish_reason"] == "stop"
+
+# ---- what is said, whole and as a stream -----------
+
+@named("options, content, finish, n_tokens", {
+    "a mark": ({}, "t1[12+3]", "stop", 8),
+    "the length": (dict(max_tokens=3), "t1[", "length", 3),
+    "the smallest length": (dict(max_tokens=7, max_completion_tokens=5), "t1[12", "length", 5),
+    "more than there is": (dict(max_tokens=99), "t1[12+3]", "stop", 8),
+    "a stop text": (dict(stop="+"), "t1[12", "stop", 6),
+    "one of two tokens": (dict(stop=["x", "2+"]), "t1[1", "stop", 6),
+    "the earlier one": (dict(stop=["+3", "1["]), "t", "stop", 3),
+    "at once": (dict(stop=["t"]), "", "stop", 1),
+    "that never comes": (dict(stop=["12]", "]x"]), "t1[12+3]", "stop", 8),
+    "that has begun": (dict(stop=["2+3"], max_tokens=6), "t1[12+", "length", 6)})
+@parametrize("stream", [False, True])
+def test_a_completion_ends_where_it_is_asked_to(options, content, finish, n_tokens, stream):
+    """At a mark of the task, a stop text, the length: what is told ends before the stop text, what is recorded behind
+    it; and it comes back by token."""
+    server = Speaking("t1[12+3]", "A15.")
+    server.claimed(1)
+    _, answer = server.turn("0.0", [ASK_12], stream=stream, **options)
+    choice, = answer["choices"]
+    told = choice.get("delta", choice.get("message"))
+    assert told.get("content", "") == content
+    assert choice["finish_reason"] == finish
+    assert answer["usage"]["completion_tokens"] == n_tokens
+    assert answer["usage"]["prompt_tokens"] == len(server.tokenizer.encode("Q12+3;"))
+    assert server.paths()[0][-n_tokens:] == letters("t1[12+3]")[:n_tokens]
+
+    server.turn("0.0", [ASK_12, assistant(content)])
+    if content:
+        assert server.contexts()[1] == server.paths()[0]
+
+@contextlib.contextmanager
+def answering(server):
+    """A gateway that answers in a thread of its own."""
+    stop = []
+    thread = Thread(target=server.serve, args=(lambda: False, stop, 600), daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        stop.append(1)
+        thread.join(60)
+        server.close()
+
+def episode_url(server, name="0.0"):
+    return server.door.url.replace("/v1", f"/s/{name}/v1")
+
+def streamed(url, **body):
+    """The events of a streamed answer, each a dict."""
+    asked = request.Request(url, json.dumps(dict(body, stream=True)).encode(), dict(Authorization="Bearer k"))
+    with request.urlopen(asked, timeout=60) as answer:
+        lines = [line[6:] for line in answer.read().decode().splitlines() if line.startswith("data: ")]
+    return [json.loads(line) for line in lines if line != "[DONE]"], lines[-1] == "[DONE]"
+
+def choices_of(chunks):
+    """A stream's chunks, joined -> {index: dict(content, tool_calls, finish, tokens)}."""
+    found = {}
+    for choice in [choice for chunk in chunks for choice in chunk["choices"]]:
+        joined = found.setdefault(choice["index"], dict(content="", calls={}, finish=None, tokens=[]))
+        assert joined["finish"] is None
+        joined["content"] += choice["delta"].get("content") or ""
+        for call in choice["delta"].get("tool_calls", ()):
+            joined["calls"][call["index"]] = call["function"]
+        joined["finish"] = choice["finish_reason"]
+        joined["tokens"] += [row["token"] for row in (choice["logprobs"] or {}).get("content", ())]
+    return found
+
+@parametrize("tools", [[], [ADD]])
+def test_a_stream_says_what_the_whole_says(tools):
+    """Two choices with log-probabilities, over HTTP: the same texts, calls, ends, tokens and usage."""
+    texts = ["t1[12+3]", "t1[3++9"]
+    server = Speaking(*texts, *texts, flags=ADD_FLAGS)
+    server.claimed(2)
+    ask = dict(messages=[ASK_12], n=2, tools=tools, logprobs=True, top_logprobs=2, stop="+9")
+    with answering(server):
+        _, whole = post(episode_url(server) + "/chat/completions", ask, server.key_of("0.0"))
+        chunks, is_done = streamed(
+            episode_url(server, "0.1") + "/chat/completions", **ask, stream_options=dict(include_usage=True))
+    assert is_done
+    assert [chunk["choices"][0]["delta"].get("role") for chunk in chunks[:2]] == ["assistant", "assistant"]
+    for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        assert chunks[-1]["usage"][name] == whole["usage"][name]
+    assert whole["usage"]["completion_tokens"] == sum(len(sample.logprobs) for sample in server.open["0.0"].samples)
+    found = choices_of(chunks)
+    for choice, drawn in zip(whole["choices"], server.open["0.0"].samples):
+        joined = found.pop(choice["index"])
+        message = choice["message"]
+        assert joined["content"] == (message["content"] or "")
+        assert [*joined["calls"].values()] == [call["function"] for call in message.get("tool_calls", ())]
+        assert joined["finish"] == choice["finish_reason"]
+        scores = choice["logprobs"]["content"]
+        assert joined["tokens"] == [row["token"] for row in scores]
+        assert [row["logprob"] for row in scores] == drawn.logprobs[:len(scores)].tolist()
+        assert all(len(row["top_logprobs"]) == 2 for row in scores)
+    assert not found
+
+def test_streamed_turns_that_were_read_are_heard():
+    """Over HTTP, kept open or closed: no turn is forgotten when the agent goes on."""
+    server = Speaking(*["A15."] * 4)
+    server.claimed(1)
+    with answering(server):
+        connection = HTTPConnection(*server.door.address, timeout=60)
+        for stream, closes in itertools.product([True, False], [True, False]):
+            ask = json.dumps(dict(messages=[ASK_12, user(f"{stream}{closes}")], stream=stream))
+            connection.request("POST", "/s/0.0/v1/chat/completions", ask, dict(Authorization="Bearer k"))
+            connection.getresponse().read()
+            if closes:
+                connection.close()
+        connection.close()
+    assert [sample.turn for sample in server.open["0.0"].samples] == [0, 1, 2, 3]
+
+@named("asked, words", {
+    "temperature": (dict(temperature=0.2), ["temperature 0.2"]),
+    "top_p": (dict(top_p=0.5, top_k=3), ["top_p 0.5", "top_k 3"]),
+    "length": (dict(max_tokens=17, max_completion_tokens=99.0), ["max_tokens 17", "max_completion_tokens 99"]),
+    "not done": (dict(seed=7, logit_bias={"5": 1}, response_format=dict(type="json_object"), best_of=2),
+                 ["seed 7", "logit_bias", "response_format", "best_of 2"]),
+    "choice": (dict(tools=[ADD], tool_choice="required"), ["tool_choice 'required'"]),
+    "neutral": (dict(temperature=1, top_p=1.0, max_tokens=16, seed=None, best_of=1, response_format=dict(type="text"),
+                     tool_choice="auto", presence_penalty=0), []),
+    "unknown": (dict(store=True, metadata=dict(a=1), parallel_tool_calls=False, service_tier="x", mind=[1]), [])})
+def test_what_cannot_be_done_is_said(asked, words):
+    """Each in a line of the answer; what changes nothing, or nobody knows, is not mentioned."""
+    server = Speaking("A15.")
+    server.claimed(1)
+    _, answer = server.turn("0.0", [ASK_12], **asked)
+    warnings = "\n".join(answer["warnings"])
+    assert len(answer["warnings"]) == len(words)
+    assert all(word in warnings for word in words)
+
+# ---- several completions of one turn -------------
+
+def test_samples_of_one_turn_share_its_reward(tmp_path):
+    """n of them, and a retry of an answer that was heard: one turn, one reward, one advantage; also after a kill."""
+    server = Speaking("t1[12+3]", "t1[12]", "t2[3]", "A15.", folder=tmp_path)
+    rl.save(tmp_path, server, [], dict(step=0))
+    server.claimed(2)
+    server.turn("0.0", [ASK_12], n=2)
+    server.turn("0.0", [ASK_12], max_tokens=9)
+    back = assistant("t1[12]")
+    server.turn("0.0", [ASK_12, back])
+    assert server.contexts()[3] == server.paths()[1]
+    assert server.n_paths == 0
+    assert [sample.turn for sample in server.open["0.0"].samples] == [0, 0, 0, 1]
+    assert server.finish("0.0", 1.0) == 400
+    assert server.finish("0.0", 0.5, 1.0) == 200
+    assert server.finish("0.1") == 200
+
+    with mock.patch.object(rl.Gateway, "tokenizer", ONE_OR_TWO):
+        again = resumed_from(server, tmp_path)
+    for pool in (server.pool, again.pool):
+        rl.advantages(pool[0])
+        assert [sample.advantage for sample in pool[0][0].samples] == [1.5, 1.5, 1.5, 1.0]
+    again.close()
+
+# ---- limits and keys ---------------
+
+@named("asked, flags, status, words", {
+    "context": (dict(messages=[user("x" * 241)]), "--context 256", 400,
+                ["maximum context length is 256 tokens", "resulted in 241"]),
+    "turns": (dict(messages=[ASK_12, user("?")]), "--max-turns 1", 403, ["--max-turns", "had its 1 turns"]),
+    "choices": (dict(messages=[ASK_12], n=9), "", 400, ["n 9", "8 completions at most"])})
+def test_each_limit_has_one_message(asked, flags, status, words):
+    """Of the context, the turns, the completions of a turn: one that names the limit and its flag; below, an answer."""
+    server = Speaking(*["A15."] * 20, flags=flags)
+    server.claimed(1)
+    server.turn("0.0", [ASK_12])
+    got, said = server.turn("0.0", **asked)
+    assert got == status
+    assert all(word in said for word in words)
+    assert len(server.open["0.0"].samples) == 1
+
+    server = Speaking(*["A15."] * 20, flags=flags)
+    server.claimed(1)
+    below = dict(asked, n=8) if "n" in asked else dict(messages=[user("x" * 240)])
+    assert server.turn("0.0", **below)[0] == 200
+
+def test_a_context_that_is_too_long_has_openais_code():
+    """By which clients know that another try is of no use."""
+    server = ServedAlone(flags="--context 256")
+    server.claimed(1)
+    client = server.ask("/s/0.0/v1/chat/completions", name="0.0", messages=[user("x" * 900)])
+    assert client.told[0].args[2] == "context_length_exceeded"
+
+def test_a_key_opens_its_own_episode_alone():
+    """401 for another's, and for the run's paths; 409 for one that nobody has claimed, 404 for one that is over."""
+    server = Speaking("A15.", "A15.")
+    names = server.claimed(2)
+    root = server.door.url
+    mine, other = map(server.key_of, names)
+    ask = dict(messages=[ASK_12])
+    with answering(server):
+        def status(path, key, body=ask):
+            return post(path, body, key)[0]
+        for path in ("/chat/completions", "/responses", "/finish"):
+            assert status(episode_url(server) + path, other) == 401
+        assert status(root + "/tasks", mine, {}) == 401
+        assert status(root + "/finish", mine, dict(task="0.0", reward=1)) == 401
+        assert status(root + "/chat/completions", mine, dict(ask, model="0.0")) == 401
+        assert status(episode_url(server, "1.0") + "/chat/completions", server.key_of("1.0")) == 409
+        assert status(episode_url(server, "7.7") + "/chat/completions", server.key_of("7.7")) == 404
+
+        assert status(episode_url(server) + "/chat/completions", mine) == 200
+        assert status(episode_url(server, "0.1") + "/chat/completions", "k") == 200
+        assert status(episode_url(server) + "/finish", mine, dict(reward=1)) == 200
+        assert status(episode_url(server) + "/chat/completions", mine) == 404
+        for path in ("/models", "/models/gpt-5"):
+            asked = request.Request(episode_url(server, "0.1") + path, headers=dict(Authorization=f"Bearer {other}"))
+            assert json.load(request.urlopen(asked, timeout=60))["object"] in ("list", "model")
+
+# ---- /v1/responses ---------------
+
+FLAT_ADD = dict(type="function", strict=True, **ADD["function"])
+
+def test_openais_responses_are_trained_on():
+    """OpenAI's own client, whole and as a stream: the response before by its id or by its items, instructions."""
+    openai = pytest.importorskip("openai")
+    server = Speaking("t1[12+3]", "A15.", "[12+3]", "A15.", flags=ADD_FLAGS)
+    server.claimed(2)
+    with answering(server):
+        client = openai.OpenAI(base_url=episode_url(server), api_key=server.key_of("0.0"), max_retries=0)
+        ask = dict(model="policy", tools=[FLAT_ADD], instructions="Add.")
+        first = client.responses.create(input="Q12+3;", **ask)
+        assert first.output_text == "t1"
+        call = first.output[1]
+        assert json.loads(call.arguments) == dict(a=12, b=3)
+        result = dict(type="function_call_output", call_id=call.call_id, output="=15;")
+        second = client.responses.create(previous_response_id=first.id, input=[result], **ask)
+        assert second.output_text == "A15."
+        assert second.usage.output_tokens == 4
+
+        client = openai.OpenAI(base_url=episode_url(server, "0.1"), api_key="k", max_retries=0)
+        with client.responses.stream(input=[ASK_12], **ask) as events:
+            whole = [event.type for event in events]
+            first = events.get_final_response()
+        items = [ASK_12, *[item.model_dump(exclude_none=True) for item in first.output], dict(result, call_id="c")]
+        with client.responses.stream(input=items, **ask) as events:
+            text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    assert whole == [
+        "response.created", "response.in_progress", "response.output_item.added",
+        "response.function_call_arguments.delta", "response.function_call_arguments.done",
+        "response.output_item.done", "response.completed"]
+    assert text == "A15."
+    head = server.tokenizer.encode("Add.")
+    for name in ("0.0", "0.1"):
+        contexts = server.contexts(name)
+        n_tools = contexts[0].index(10) + 1  # they end with their line
+        assert contexts[0][n_tools:] == head + server.tokenizer.encode("Q12+3;")
+        assert contexts[1] == server.paths(name)[0] + server.tokenizer.encode("=15;")
+    assert server.n_paths == 0
+
+@named("items, text", {
+    "a text": ("Q1", "Q1"),
+    "messages": ([dict(role="user", content="a"), dict(type="message", role="assistant", content=[
+        text_part("b", "output_text")]), dict(role="developer", content="c")], "abc"),
+    "calls": ([dict(type="reasoning", id="r", summary=[]),
+               dict(type="function_call", name="f", call_id="1", arguments="x"),
+               dict(type="function_call", name="g", call_id="2", arguments="y"),
+               dict(type="function_call_output", call_id="1", output="z")], "f[x]g[y]z"),
+    "text and call": ([dict(role="assistant", content="t"), dict(type="function_call", name="f", call_id="1",
+                                                                 arguments="x")], "tf[x]"),
+    "outputs": ([dict(type="function_call_output", call_id="1", output=[text_part("a", "input_text")]),
+                 dict(type="function_call_output", call_id="1", output=dict(b=1))], 'a{"b": 1}')})
+def test_items_are_messages(items, text):
+    """What /v1/responses takes, as chat completions would have it."""
+    gateway = rl.Gateway()
+    messages = rl.chat_messages(dict(input=items), [])
+    assert gateway.tokenizer.decode(gateway.context(rl.Trajectory(0), messages)) == text
+
+@named("asked, status, word", {
+    "no input": ({}, 400, "input None"),
+    "a number": (dict(input=[5]), 400, "input[0] 5"),
+    "unknown item": (dict(input=[dict(type="computer_call")]), 400, "computer_call"),
+    "no name": (dict(input=[dict(type="function_call", arguments="")]), 400, "tool call"),
+    "unknown response": (dict(input="Q", previous_response_id="resp_1"), 404, "resp_1")})
+def test_responses_that_are_refused(asked, status, word):
+    server = ServedAlone()
+    server.claimed(1)
+    got, said = server.turn("0.0", path="responses", **asked)
+    assert got == status
+    assert word in said
+
+def test_instructions_are_of_one_response():
+    """A later response has its own, or none."""
+    server = Speaking("A.", "A.", "A.")
+    server.claimed(1)
+    before = None
+    for instructions in ("one", "two", None):
+        ask = dict(input="Q", instructions=instructions, previous_response_id=before)
+        _, answer = server.turn("0.0", path="responses", **ask)
+        before = answer["id"]
+    said = [server.tokenizer.decode(context) for context in server.contexts()]
+    assert said == ["oneQ", "twoQA.Q", "QA.QA.Q"]
+
+# ---- weights that change within a completion ----------------
+
+def logprobs_of(model, ids):
+    """Of each token but the first, by a plain forward."""
+    logits = model(ids[None], n_logits=len(ids))[0]
+    return logits[0, :-1].double().log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+
+@parametrize("flags", ["", "--attn msa", "--replay"])
+def test_a_completion_goes_on_with_new_weights(flags):
+    """Rows that a step interrupts keep their tokens; each token has the version, and the log-probability, of the
+    weights that drew it. Nothing of the old ones is left in the prefix cache."""
+    server = ServedAlone(flags=f"--context 512 {flags}")
+    names = server.claimed(2)
+    question = "Q" + "12+" * 60 + "3;"
+    clients = [Caller() for _ in names]
+    for name, client, n in zip(names, clients, (3, 1)):
+        raw = json.dumps(dict(messages=[user(question + name)], n=n)).encode()
+        server.answer(f"/s/{name}/v1/chat/completions", name, raw, client)
+    rows = [row for turn in server.under_way for row in turn.rows]
+    server.serve(lambda: any(len(row.ids) == 6 for row in rows), [], 60)
+    n_old = [len(row.ids) for row in rows]
+
+    old = copy.deepcopy(server.model).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in server.model.parameters():
+            p.add_(0.5 * p.std().nan_to_num() * torch.randn_like(p))
+    server.start([], 5)
+    server.serve(lambda: not server.under_way, [], 60)
+
+    samples = [sample for name in names for sample in server.open[name].samples]
+    assert len(samples) == 4
+    wanted = []
+    with torch.no_grad():
+        for drawn, n in zip(samples, n_old):
+            before, after = (logprobs_of(model.eval(), drawn.ids)[drawn.start - 1:] for model in (old, server.model))
+            wanted.append(torch.cat([before[:n], after[n:]]))
+            assert worst(before, after) > 0.1
+            assert drawn.versions.tolist() == [0] * n + [5] * (len(after) - n)
+            assert (drawn.routes is not None) == ("--replay" in flags)
+    assert worst(torch.cat([drawn.logprobs for drawn in samples]), torch.cat(wanted)) < 1e-4
+    assert sum(len(drawn.logprobs) > n + 5 for drawn, n in zip(samples, n_old)) >= 2
+
+# ---- silence, deadline, claims ----------------
+
+def serve_for(server, seconds):
+    until = server.now + seconds
+    server.serve(lambda: server.now > until, [], 60)
+
+def test_a_silent_agents_episode_is_taken_back(capsys):
+    """With a turn it has failed; without one it is free again, and its group's clock stands if nobody else plays."""
+    server = Speaking("A15.", "A15.", deadline=50.0, flags="--silence 0.2")
+    assert server.claimed(3) == ["0.0", "0.1", "1.0"]
+    assert server.queue.due[1] < math.inf
+    server.turn("0.0", [ASK_12])
+    serve_for(server, 0.4)
+    assert [*server.open] == ["0.1", "1.0", "1.1"]
+    assert not server.claims
+    assert server.pool[0][0].rewards == [-0.1]
+    assert server.queue.due[0] < math.inf
+    assert server.queue.due[1] == math.inf
+
+    status, said = server.turn("0.0", [ASK_12])
+    assert status == 404
+    assert "--silence" in said
+    status, said = server.turn("1.0", [ASK_12])
+    assert status == 409
+    assert "--silence" in said
+    assert server.claimed(2) == ["0.1", "1.0"]
+    assert server.turn("1.0", [ASK_12])[0] == 200
+    printed = capsys.readouterr().out
+    assert "0.0 has failed after 1 turns" in printed
+    assert "1.0 is free again" in printed
+
+def test_an_agent_at_work_is_not_silent(monkeypatch):
+    """A turn that takes longer than --silence does not count against its agent."""
+    server = ServedAlone(flags="--silence 0.3")
+    server.claimed(1)
+    real = sample.Batch.advance
+
+    def advance_slowly(batch):
+        time.sleep(0.04)
+        return real(batch)
+    monkeypatch.setattr(sample.Batch, "advance", advance_slowly)
+    assert server.turn("0.0", [user("Q1+1;")])[0] == 200
+    assert server.turn("0.0", [user("Q1+2;")])[0] == 200
+
+def test_a_group_that_nobody_played_to_its_deadline_is_not_empty():
+    """Claimed, and taken back before the group's deadline: the group waits for others."""
+    server = Speaking("A15.", deadline=0.5, flags="--silence 0.1")
+    server.claimed(1)
+    serve_for(server, 0.8)
+    assert [*server.open] == ["0.0", "0.1", "1.0", "1.1"]
+    assert len(server.pool[0]) == 2
+
+def test_a_resumed_batch_leaves_out_what_nobody_played(tmp_path):
+    """A group that was late, and is consumed when the run is stopped: resumed, it is as it was."""
+    server = Speaking("A15.", deadline=0.2, folder=tmp_path)
+    server.claimed(1)
+    server.turn("0.0", [ASK_12])
+    server.wait([], 0.6)
+    assert server.queue.batch == [0]
+    rl.save(tmp_path, server, [], dict(step=0))
+
+    with mock.patch.object(rl.Gateway, "tokenizer", ONE_OR_TWO):
+        again = resumed_from(server, tmp_path)
+    serve_for(again, 0.1)
+    assert [*again.open] == ["1.0", "1.1"]
+    assert [episode.rewards for episode in again.pool[0]] == [[-0.1]]
+
+def test_a_claim_waits_for_an_episode():
+    """For as long as it says: one that is taken back goes to who waits longest, unless that client has left."""
+    server = ServedAlone(flags="--silence 0.3")
+    server.claimed(4)
+    early, gone, waits, late = [Caller() for _ in range(4)]
+    for client, wait in ((early, 0.1), (gone, 9), (waits, 9)):
+        server.answer("/v1/tasks", None, json.dumps(dict(wait=wait)).encode(), client)
+    gone.gone = True
+    assert not waits.told
+    serve_for(server, 0.6)
+    assert early.answer()[0] == 409
+    assert waits.answer()[1]["task"] == "0.0"
+    assert not server.claimers
+    server.answer("/v1/tasks", None, b'{"wait": 61}', late)
+    assert late.answer()[0] == 400
+
+def test_a_line_says_what_the_trainer_waits_for(monkeypatch, capsys):
+    """How many groups are there, what is at work, who has said nothing for how long."""
+    monkeypatch.setattr(rl, "TELL_EVERY", 0.05)
+    server = Speaking("A15.", "A15.")
+    serve_for(server, 0.1)
+    assert "not claimed; no agent is at work" in capsys.readouterr().out
+    for name in server.claimed(2):
+        server.turn(name, [ASK_12])
+    server.finish("0.1", 1.0)
+    serve_for(server, 0.1)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("wait    | 0 of 2 groups are there")
+    assert "1 are at work" in line
+    assert "0.0 has said nothing for 0 s" in line
+
+# ---- answers that nobody heard -----------------
+
+def unheard(client):
+    """The client has left before its answer was sent."""
+    client.gone = True
+    client.was_answered = False
+
+def heard(client):
+    client.gone = True
+    client.was_answered = True
+
+def asked(server, **body):
+    """A turn of episode 0.0 -> its client."""
+    return server.ask("/s/0.0/v1/chat/completions", name="0.0", **{"messages": [ASK_12], **body})
+
+def test_an_answer_that_nobody_heard_is_no_turn(tmp_path):
+    """Its agent asks something else: it was not sampled for training, nor is it on disk, nor known by its text."""
+    server = Speaking([*b"A1."], letters("A12."), ONE_OR_TWO.encode("A12."), "A3.", folder=tmp_path)
+    rl.save(tmp_path, server, [], dict(step=0))
+    server.claimed(1)
+    first = asked(server)
+    heard(first)
+    on = [ASK_12, assistant("A1."), user("?")]
+    heard(asked(server, messages=on))
+    lost = asked(server, messages=[*on, assistant("A12."), user("!")])
+    unheard(lost)
+    heard(asked(server, messages=[*on, assistant("A12."), user("again")]))
+    assert server.contexts()[2][-9:] == [*letters("A12."), *b"again"]
+    assert [sample.turn for sample in server.open["0.0"].samples] == [0, 1, 2]
+    assert server.n_paths == 0
+
+    with mock.patch.object(rl.Gateway, "tokenizer", ONE_OR_TWO):
+        again = resumed_from(server, tmp_path)
+    assert [sample.ids.tolist() for sample in again.open["0.0"].samples] == server.paths()
+    assert again.open["0.0"].said == server.open["0.0"].said
+    assert server.finish("0.0", 0, 0, 1) == 200
+
+def test_only_what_was_not_heard_is_forgotten():
+    """A second answer to one context is lost: the first, which was heard, is still the turn."""
+    server = Speaking("A1.", "A2.", "A3.", "A4.")
+    server.claimed(1)
+    heard(asked(server))
+    unheard(asked(server, max_tokens=9))
+    heard(asked(server, max_tokens=8))
+    heard(asked(server, messages=[ASK_12, assistant("A1."), user("?")]))
+    assert [path[-3:] for path in server.paths()] == [letters(text) for text in ("A1.", "A3.", "A4.")]
+    assert [sample.turn for sample in server.open["0.0"].samples] == [0, 0, 1]
+    assert server.n_paths == 0
+
+def test_the_same_request_again_gets_the_same_answer():
+    """If the answer was not heard: once, also in n choices, also at the limit of turns. If it was: more samples."""
+    server = Speaking("A1.", "A2.", "A3.", "A4.", "A5.", "A6.", flags="--max-turns 1")
+    server.claimed(1)
+    first = asked(server, n=2)
+    unheard(first)
+    for _ in range(2):
+        again = asked(server, n=2)
+        assert again.answer()[1]["choices"] == first.answer()[1]["choices"]
+        unheard(again)
+    assert len(server.open["0.0"].samples) == 2
+
+    heard(asked(server, n=2))
+    server.args.max_turns = 2
+    for _ in range(2):
+        last = asked(server, n=2)
+        assert last.answer()[0] == 200
+        heard(last)
+    assert [sample.turn for sample in server.open["0.0"].samples] == [0] * 6
+
+def test_a_lost_response_has_one_id():
+    """Asked for again, it is the same response: the next one may name it."""
+    server = Speaking("A1.", "A2.")
+    server.claimed(1)
+    path = "/s/0.0/v1/responses"
+    lost = server.ask(path, name="0.0", input="Q12+3;")
+    unheard(lost)
+    again = server.ask(path, name="0.0", input="Q12+3;").answer()[1]
+    assert again["id"] == lost.answer()[1]["id"]
+    assert server.turn("0.0", path="responses", input="?", previous_response_id=again["id"])[0] == 200
+    assert server.contexts()[1] == [*server.paths()[0], *b"?"]
+
+# ---- on disk -----------------
+
+def random_sample(rng, context, turn):
+    n = rng.randrange(1, 6)
+    ids = torch.tensor(context + rng.choices(range(300), k=n))
+    routes = None
+    if turn % 3 == 0:
+        routes = torch.tensor([rng.choices(range(-9, 99), k=3) for _ in ids], dtype=torch.int32)
+    logprobs = torch.tensor([rng.gauss(0, 9) for _ in range(n)], dtype=torch.float64)
+    versions = torch.tensor(rng.choices(range(9), k=n))
+    return rl.Sample(ids, len(context), logprobs, versions, routes, turn=turn)
+
+def plain(drawn):
+    """All that is kept of a sample, as plain values."""
+    routes = None if drawn.routes is None else drawn.routes.tolist()
+    return drawn.ids.tolist(), drawn.start, drawn.logprobs.tolist(), drawn.versions.tolist(), routes, drawn.turn
+
+@parametrize("seed", range(4))
+def test_an_archive_keeps_what_a_list_keeps(seed, tmp_path):
+    """Random turns of forty episodes, on shared and cut contexts, some dropped, read by one process after another."""
+    rng = random.Random(seed)
+    archive = rl.Archive(tmp_path / "a.db")
+    kept = {}
+    prompts = [rng.choices(range(300), k=rng.randrange(1, 60)) for _ in range(3)]
+    for step in range(300):
+        name = f"{rng.randrange(10)}.{rng.randrange(4)}"
+        turns = kept.setdefault(name, [])
+        if not turns:
+            archive.claim(name, int(name[0]))
+        context = rng.choice(prompts)
+        if turns and rng.random() < 0.8:
+            path = rng.choice(turns[-2:])[0].ids.tolist()
+            context = path[:rng.randrange(1, len(path) + 1)] + rng.choices(range(300), k=rng.randrange(4))
+        samples = [random_sample(rng, context, len(turns)) for _ in range(rng.randrange(1, 4))]
+        archive.add(name, samples, f"digest {step}", [dict(text=f"{step} {i}") for i in range(len(samples))])
+        turns += [(drawn, f"digest {step}", dict(text=f"{step} {i}")) for i, drawn in enumerate(samples)]
+        if rng.random() < 0.2:
+            archive.drop(name, len(samples))
+            del turns[-len(samples):]
+        if rng.random() < 0.1:
+            archive.finish(name, SimpleNamespace(rewards=[0.5], success=True, seconds=1.0))
+        if rng.random() < 0.03:        # killed: nothing is closed
+            archive = rl.Archive(tmp_path / "a.db")
+            for task in range(10):
+                archive.read(task)
+
+    found = {}
+    for task in range(10):
+        found |= rl.Archive(tmp_path / "a.db").read(task)
+    assert found.keys() == kept.keys()
+    for name, turns in kept.items():
+        _, got = found[name]
+        assert [(plain(drawn), digest, said) for drawn, digest, said in got] == [
+            (plain(drawn), digest, said) for drawn, digest, said in turns]
+
+def test_an_archive_of_thousands_of_episodes_is_read_and_is_small(tmp_path):
+    """A prompt of 1,000 tokens that all share is written once, and no path is built from more than its own turns."""
+    archive = rl.Archive(tmp_path / "a.db")
+    archive.base.execute("PRAGMA synchronous=OFF")
+    prompt = [i % 250 for i in range(1000)]
+    one = torch.zeros(1)
+    for task in range(1100):
+        name = f"{task}.0"
+        archive.claim(name, task)
+        context = [*prompt, task % 250]
+        for turn in range(2):
+            drawn = rl.Sample(torch.tensor([*context, 7]), len(context), one.double(), one.long(), turn=turn)
+            archive.add(name, [drawn], "", [{}])
+            context = [*context, 7, 8]
+    archive.close()
+    assert os.path.getsize(tmp_path / "a.db") < 1100 * 2 * 200
+    _, turns = rl.Archive(tmp_path / "a.db").read(1099)["1099.0"]
+    assert turns[1][0].ids.tolist() == [*prompt, 1099 % 250, 7, 8, 7]
+
+# ---- a thousand bad requests, 32 good clients ------------
+
+WRONG_TURN = dict(
+    messages=WRONG["messages"][:-1] + [[user("x" * 9000)], [dict(role="assistant", tool_calls=[5])], [calling({})],
+                                       [dict(role="user", tool_calls=[])]],
+    n=[0, -1, 9, "2", True, 1.5, math.nan],
+    max_tokens=WRONG["max_tokens"],
+    max_completion_tokens=WRONG["max_completion_tokens"],
+    stop=WRONG["stop"],
+    logprobs=WRONG["logprobs"],
+    top_logprobs=WRONG["top_logprobs"],
+    stream=WRONG["stream"],
+    tools=[5, {}, "x", [5], [None], [{}], [dict(type="function", function=None)], [dict(function=dict(name=5))]])
+WRONG_RESPONSE = dict(
+    input=[None, 5, {}, [5], [None], [dict(type="x")], [dict(role=5)], [dict(type="function_call")], []],
+    previous_response_id=["x", 5, [], {}],
+    stream=["yes"],
+    max_output_tokens=[0, "x"])
+WRONG_END = dict(
+    reward=[None, "x", [], {}, math.nan, math.inf, 1e4, 10 ** 400],
+    rewards=[None, 5, "x", [None], [[]], [1, 2, 3], {}, [math.nan]],
+    success=["yes", 1, []])
+WRONG_CLAIM = dict(wait=[-1, 61, "x", True, [], math.nan])
+
+def malformed_turn(rng):
+    """A request to a gateway that must be refused: (method, path, key, body)."""
+    if rng.random() < 0.3:
+        method, path, key, raw = garbled(rng)
+        return method, rng.choice(["/v1", "/s/0.0/v1", "/s/9.9/v1", "/s//v1", "/s/0.0/v2"]) + path, key, raw
+    here = rng.choice(["/s/0.0/v1", "/v1"])
+    path, wrong, good = rng.choice([
+        (f"{here}/chat/completions", WRONG_TURN, dict(messages=[ASK_12], model="0.0")),
+        ("/s/0.0/v1/responses", WRONG_RESPONSE, dict(input="Q")),
+        (f"{here}/finish", WRONG_END, dict(task="0.0")),
+        ("/v1/tasks", WRONG_CLAIM, {})])
+    field = rng.choice([*wrong])
+    return "POST", path, "k", json.dumps({**good, field: rng.choice(wrong[field])}).encode()
+
+def test_a_thousand_malformed_requests_to_a_gateway():
+    """Each gets a 4xx with OpenAI's error object; none takes a turn, an end or an episode; a good client is served."""
+    server = Speaking("A15.")
+    server.claimed(1)
+    rng = random.Random(0)
+    with answering(server):
+        connection = HTTPConnection(*server.door.address, timeout=60)
+        for _ in range(1000):
+            method, path, key, raw = malformed_turn(rng)
+            connection.request(method, path, raw, dict(Authorization=f"Bearer {key}"))
+            answer = connection.getresponse()
+            said = json.loads(answer.read())
+            assert 400 <= answer.status < 500, (method, path, raw[:200], said)
+            assert isinstance(said["error"]["message"], str)
+        connection.close()
+        assert not server.open["0.0"].samples
+        assert [*server.claims] == ["0.0"]
+        answered = post(episode_url(server) + "/chat/completions", dict(messages=[ASK_12]))
+        assert message_of(answered)["content"] == "A15."
+
+def test_no_client_is_much_slower_than_the_others():
+    """32 agents of two turns each, one with a long prompt: none takes more than twice the mean of forwards, of a turn
+    or of all of them."""
+    server = ServedAlone(flags="--rollouts 16 --context 2048")
+    names = server.claimed(32)
+    rng = random.Random(0)
+    n_forwards = 0
+    left = {name: [user("x" * (900 if name == "0.5" else rng.randrange(5, 100)))] for name in names}
+    began = {}
+    clients = {}
+    took = {name: [] for name in names}
+
+    def ask(name):
+        raw = json.dumps(dict(messages=left[name])).encode()
+        clients[name] = Caller()
+        began[name] = n_forwards
+        server.answer("/v1/chat/completions", None, raw[:-1] + f', "model": "{name}"}}'.encode(), clients[name])
+
+    real = MiniMax.forward
+
+    def count(*args, **options):
+        nonlocal n_forwards
+        n_forwards += 1
+        return real(*args, **options)
+
+    def go_on():
+        for name in [*began]:
+            if clients[name].told[1:]:
+                took[name].append(n_forwards - began.pop(name))
+                left[name].append(user(f"turn {len(took[name])}"))
+                if len(took[name]) < 2:
+                    ask(name)
+        return not began
+
+    with mock.patch.object(MiniMax, "forward", count):
+        for name in names:
+            ask(name)
+        server.serve(go_on, [], 120)
+    turns = [n for turns in took.values() for n in turns]
+    assert len(turns) == 64
+    assert max(turns) < 2 * sum(turns) / 64
+    assert max(map(sum, took.values())) < 2 * sum(turns) / 32
 
 def test_rl_names_the_port_it_refuses(tmp_path):
     """A port in use: one line with flag, value and reason."""
@@ -12101,6 +13038,49 @@ def never_dense(real, replicas):
     """msa-converted is msa."""
     return 0
 
+def arguments_as_they_are(real, text, calls, call_id=""):
+    """Two spellings of one JSON are two calls."""
+    return text + call_id + repr(calls) if calls else text
+
+def all_is_tokenised_again(real, said, text, calls):
+    return [], text + rl.calls_text(calls)
+
+def ids_name_nothing(real, row):
+    return real(row)[1:] if row.calls else real(row)
+
+def no_path_is_new(real, gateway, claim, context):
+    """What an agent edits goes uncounted."""
+
+def the_last_rule_first(real, text, tools, rules=rl.CALL_RULES):
+    return real(text, tools, rules[::-1])
+
+def prefixes_of_old_weights(real, sampler):
+    """The prefix cache outlives a change of weights."""
+    if sampler.prefixes is None or sampler.prefixes.L is None:
+        real(sampler)
+
+def rows_of_old_weights(real, sampler, version):
+    """Rows under way keep the keys and values that they have."""
+    sampler.version = version
+
+def the_whole_turn_is_forgotten(real, gateway, claim):
+    """Also what was heard of it."""
+    number = claim.last.number if claim.last else None
+    lost = claim.last and claim.last.client.gone and not claim.last.client.was_answered
+    real(gateway, claim)
+    if lost:
+        claim.episode.samples = [sample for sample in claim.episode.samples if sample.turn != number]
+
+def nothing_is_forgotten(real, gateway, claim):
+    """An answer that nobody has heard counts."""
+
+def numbers_of_half_the_bits(real, numbers, kind):
+    half = {np.float64: np.float32, np.int64: np.int8, np.int32: np.int16}[kind]
+    return np.asarray(numbers, half).astype(kind).tobytes()
+
+def another_key_opens_too(real, gateway, path):
+    return [*real(gateway, path), gateway.key_of("0.1")]
+
 def on(test, *args):
     """The test with these arguments, under its own name."""
     def run():
@@ -12136,6 +13116,11 @@ stacked_msa = on(test_stacked_models_are_the_models_alone, "msa", False)
 masked = on(test_masked_msa_trains_as_msa, False, 4)
 tied_blocks = on(test_ranked_blocks_are_the_selected_ones, 2)
 lines_of_quality = test_rows_of_quality_are_summed_up
+new_weights = on(test_a_completion_goes_on_with_new_weights, "")
+
+def archived():
+    with tempfile.TemporaryDirectory() as folder:
+        test_an_archive_keeps_what_a_list_keeps(0, Path(folder))
 
 def cells_go_on():
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as monkeypatch:
@@ -12199,6 +13184,21 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("rl.WindowedFIFO.__init__", greedy_with_window_n, test_window_of_figure_5),
     mutant("rl.pack_routes", replay_of_other_experts, replayed),
     mutant("rl.cispo_loss", no_clip, test_cispo_by_hand),
+    mutant("rl.said_key", arguments_as_they_are,
+           on(test_calls_come_back_by_token, "[12+3]", "other order"),
+           on(test_calls_come_back_by_token, "[12+3]", "other spaces")),
+    mutant("rl.find_said", all_is_tokenised_again,
+           on(test_calls_come_back_by_token, "[12+3]", "as it was"),
+           test_what_an_agent_writes_behind_a_completion_is_tokenised_alone),
+    mutant("rl.Row.keys", ids_name_nothing, test_a_calls_id_names_one_completion),
+    mutant("rl.Served.count_path", no_path_is_new, on(test_an_edited_history_is_a_new_path, HISTORY[::2], 1)),
+    mutant("rl.split_calls", the_last_rule_first, test_calls_are_what_one_regular_expression_finds),
+    mutant("rl.Sampler.renew_prefixes", prefixes_of_old_weights, new_weights),
+    mutant("rl.Sampler.renew", rows_of_old_weights, new_weights),
+    mutant("rl.Served.forget_unheard", the_whole_turn_is_forgotten, test_only_what_was_not_heard_is_forgotten),
+    mutant("rl.Served.forget_unheard", nothing_is_forgotten, test_only_what_was_not_heard_is_forgotten),
+    mutant("rl.packed", numbers_of_half_the_bits, archived),
+    mutant("rl.Served.keys_of", another_key_opens_too, test_a_key_opens_its_own_episode_alone),
     mutant("sample.pack_routes", routes_of_the_token_before,
            on(test_a_page_shows_what_the_forward_chose, "full", 0),
            on(test_a_page_shows_what_the_forward_chose, "msa", 2)),

@@ -9292,7 +9292,7 @@ def test_a_completion_comes_back_by_token_from_every_client(back):
 
 ONE_OR_TWO = sample.Tokenizer(sample.learn_bpe(["12 12 12"], 258, "(?s:.+)"))
 
-def letters(text):
+def letter_tokens(text):
     """A text as a policy may sample it: a token a letter."""
     return [token for letter in text for token in ONE_OR_TWO.encode(letter)]
 
@@ -9303,7 +9303,7 @@ class Speaking(ServedAlone):
     def __init__(self, *texts, **options):
         with mock.patch.object(rl.Gateway, "tokenizer", self.tokenizer):
             super().__init__(**options)
-        self.texts = [letters(text) if isinstance(text, str) else text for text in texts]
+        self.texts = [letter_tokens(text) if isinstance(text, str) else text for text in texts]
         real = self.sampler.write_row
 
         def write_row(turn, index, prompt):
@@ -9404,7 +9404,7 @@ def test_a_calls_id_names_one_completion():
     second = message_of(server.turn("0.0", [ASK_12, first, tool_says("=?;")], tools=[ADD]))
     assert first["tool_calls"][0]["id"] != second["tool_calls"][0]["id"]
 
-    for message, ids in ((first, letters("[12+3]")), (second, whole)):
+    for message, ids in ((first, letter_tokens("[12+3]")), (second, whole)):
         server.turn("0.0", [ASK_12, message, tool_says("=15;")], tools=[ADD])
         assert server.contexts()[-1][-len(ids) - 4:-4] == ids
 
@@ -9430,12 +9430,12 @@ def test_an_edited_history_is_a_new_path(messages, n_paths):
     wanted = []
     for message in messages:
         is_sampled = message == HISTORY[1]
-        wanted += letters("t1[12+3]") if is_sampled else server.tokenizer.encode(message["content"])
+        wanted += letter_tokens("t1[12+3]") if is_sampled else server.tokenizer.encode(message["content"])
     assert server.contexts()[1] == wanted
 
 # ---- tool calls -------
 
-def joined(patterns):
+def one_pattern(patterns):
     """Patterns as one regular expression, whose alternatives are tried in order: rule i's groups end in _i."""
     renamed = [re.sub(r"\(\?P<(\w+)>", rf"(?P<\1_{i}>", pattern) for i, pattern in enumerate(patterns)]
     return "|".join(f"(?P<rule_{i}>{pattern})" for i, pattern in enumerate(renamed))
@@ -9445,7 +9445,7 @@ def test_calls_are_what_one_regular_expression_finds():
     names = ["answer", "add", "twice", "ones"]
     patterns = [r"A(?P<x>[^.]*)\.", r"\[(?P<x>[^\]]*)\]", r"[t\[](?P<x>\d)(?P<y>[)12a]+)", r"(?P<x>1*)"]
     rules = [rl.CallRule(*pair) for pair in zip(names, map(re.compile, patterns))]
-    one = re.compile(joined(patterns))
+    one = re.compile(one_pattern(patterns))
     rng = random.Random(0)
     n_calls = 0
     for _ in range(3000):
@@ -9553,7 +9553,7 @@ def test_a_completion_ends_where_it_is_asked_to(options, content, finish, n_toke
     assert choice["finish_reason"] == finish
     assert answer["usage"]["completion_tokens"] == n_tokens
     assert answer["usage"]["prompt_tokens"] == len(server.tokenizer.encode("Q12+3;"))
-    assert server.paths()[0][-n_tokens:] == letters("t1[12+3]")[:n_tokens]
+    assert server.paths()[0][-n_tokens:] == letter_tokens("t1[12+3]")[:n_tokens]
 
     server.turn("0.0", [ASK_12, assistant(content)])
     if content:
@@ -9980,7 +9980,7 @@ def asked(server, **body):
 
 def test_an_answer_that_nobody_heard_is_no_turn(tmp_path):
     """Its agent asks something else: it was not sampled for training, nor is it on disk, nor known by its text."""
-    server = Speaking([*b"A1."], letters("A12."), ONE_OR_TWO.encode("A12."), "A3.", folder=tmp_path)
+    server = Speaking([*b"A1."], letter_tokens("A12."), ONE_OR_TWO.encode("A12."), "A3.", folder=tmp_path)
     rl.save(tmp_path, server, [], dict(step=0))
     server.claimed(1)
     first = asked(server)
@@ -9990,7 +9990,7 @@ def test_an_answer_that_nobody_heard_is_no_turn(tmp_path):
     lost = asked(server, messages=[*on, assistant("A12."), user("!")])
     unheard(lost)
     heard(asked(server, messages=[*on, assistant("A12."), user("again")]))
-    assert server.contexts()[2][-9:] == [*letters("A12."), *b"again"]
+    assert server.contexts()[2][-9:] == [*letter_tokens("A12."), *b"again"]
     assert [sample.turn for sample in server.open["0.0"].samples] == [0, 1, 2]
     assert server.n_paths == 0
 
@@ -10008,7 +10008,7 @@ def test_only_what_was_not_heard_is_forgotten():
     unheard(asked(server, max_tokens=9))
     heard(asked(server, max_tokens=8))
     heard(asked(server, messages=[ASK_12, assistant("A1."), user("?")]))
-    assert [path[-3:] for path in server.paths()] == [letters(text) for text in ("A1.", "A3.", "A4.")]
+    assert [path[-3:] for path in server.paths()] == [letter_tokens(text) for text in ("A1.", "A3.", "A4.")]
     assert [sample.turn for sample in server.open["0.0"].samples] == [0, 0, 1]
     assert server.n_paths == 0
 

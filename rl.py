@@ -56,13 +56,13 @@ import torch
 
 from model import Context, Losses, MiniMax, MiniMaxConfig, rope_tables
 from msa import widen
-from sample import (LOOK_S, MODEL_ID, MOST_WAITING, UNREAD, Asked, Door, Engine, Parser, Piece, Prompt, Protocol, Refused,
-                    Sampling, SaveTimer, Score, Stream, Threads, Tokenizer, check_config, check_fields, check_figure,
-                    check_finite, check_memory, check_weights, checkpoint_path, command, event, figure_format,
-                    first_line, form_batches, implementations, in_index_warmup, learn_bpe, load_checkpoint, load_model,
-                    load_optimizers, lock_folder, lockstep, make_app, make_prefixes, message_text, number, on_signals,
-                    pack_routes, pick_device, read_flag, read_logprobs, read_number, read_object, read_stops, reply,
-                    save_checkpoint)
+from sample import (LOOK_S, MODEL_ID, MOST_WAITING, UNREAD, Asked, Door, Engine, Parser, Piece, Prompt, Protocol,
+                    Refused, Sampling, SaveTimer, Score, Stream, Threads, Tokenizer, check_config, check_fields,
+                    check_figure, check_finite, check_memory, check_weights, checkpoint_path, command, event,
+                    figure_format, first_line, form_batches, implementations, in_index_warmup, learn_bpe,
+                    load_checkpoint, load_model, load_optimizers, lock_folder, lockstep, make_app, make_prefixes,
+                    message_text, number, on_signals, pack_routes, pick_device, read_flag, read_logprobs, read_number,
+                    read_object, read_stops, reply, save_checkpoint)
 from train import (checkpoint_parts, configure_optimizers, is_index, merge_args, round_up, set_rates, share_done,
                    step_bytes, update)
 
@@ -1413,8 +1413,11 @@ def teach(source, args, stop, threads):
         stats = train_step(source.model, optimizers, rows, rate)
         threads.watch(time.perf_counter() - began, trial, source)
         solved = sum(demo.success for demo in demos) / len(demos)
-        print(f"teach {step + 1:03d} | loss {stats['loss']:.3f} | norm {stats['norm']:.2f} | the teacher solves {solved:.2f} "
-              f"| merge {stats['naive'] / stats['slots']:.1f}x | {time.perf_counter() - started:.0f} s", flush=True)
+        took = time.perf_counter() - started
+        left = took / (step + 1) * (args.teach - step - 1)
+        print(f"teach {step + 1:03d} | loss {stats['loss']:.3f} | norm {stats['norm']:.2f} | "
+              f"the teacher solves {solved:.2f} | merge {stats['naive'] / stats['slots']:.1f}x | "
+              f"{took:.0f} s, eta {left / 60:.1f}m", flush=True)
     source.lessons = None
     source.sampler.renew(0)
     return True
@@ -1533,7 +1536,8 @@ def parse_args(argv, locks=None):
     p.add_argument("--slots", type=count, default=48, help="groups in flight")
     p.add_argument("--window", type=count, help=f"width; default: {WINDOW_SHARE} of --slots")
     p.add_argument("--deadline", type=positive,
-                   help=f"seconds a group has; default: {DEADLINE:g}, with --serve {SERVED_DEADLINE:g} from its first claim")
+                   help=f"seconds a group has; default: {DEADLINE:g}, with --serve {SERVED_DEADLINE:g} from its first "
+                   "claim on")
     p.add_argument("--sigma", type=number(0, 10, float), default=0.5, help="log-normal tail of times")
     # model and training
     p.add_argument("--preset", default="micro", choices=["micro", "small"], help="the model")
@@ -2300,7 +2304,7 @@ def list_warnings(body, max_new_tokens):
     for name, value in DRAWN_AT.items():
         asked = body.get(name)
         if asked is not None and asked != value:
-            warnings.append(f"{name} {asked!r:.20}: tokens are drawn at {name} {value}, the distribution that is trained")
+            warnings.append(f"{name} {asked!r:.20}: tokens are drawn at {value}, from the distribution that is trained")
     for name, neutral in NOT_DONE.items():
         if body.get(name) not in (None, neutral):
             warnings.append(f"{name} {body[name]!r:.40}: it changes nothing here")
@@ -2351,7 +2355,7 @@ def chat_messages(body, earlier):
             else:
                 messages.append(dict(role=item["role"], content=item.get("content")))
         else:
-            raise ValueError(f"{where}: an item of type {kind!r:.40}: messages, function calls and their outputs are read")
+            raise ValueError(f"{where}: an item of type {kind!r:.40}; messages, calls and their outputs are read")
 
     # instructions stand first; those of earlier responses are over
     messages = [message for message in messages if not message.get("is_instructions")]
@@ -2488,8 +2492,8 @@ class EpisodeProtocol(Protocol):
 
 # ---- the door: what is kept on disk --------------------------------------------------------------------
 # A turn is written before its agent hears of it. So a trainer that is killed finds, in --out/episodes.db, all that its
-# agents have heard; the checkpoint says which groups were trained on until it was made. What was trained on later counts
-# as not trained on: the steps are gone with the weights, and the turns are taken once more.
+# agents have heard; the checkpoint says which groups were trained on until it was made. What was trained on later
+# counts as not trained on: the steps are gone with the weights, and the turns are taken once more.
 
 class Archive:
     """Episodes and their turns by token, in an SQLite file.
@@ -2565,7 +2569,8 @@ class Archive:
                 kept = 0
             routes = None if sample.routes is None else sample.routes.numpy().astype(np.int32).tobytes()
             done = self.base.execute(
-                "INSERT INTO completion(name, turn, base, kept, context, ids, logprobs, versions, routes, request, said) "
+                "INSERT INTO completion"
+                "(name, turn, base, kept, context, ids, logprobs, versions, routes, request, said) "
                 "VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 [name, sample.turn, base, kept, packed(path[kept:sample.start], np.int32),
                  packed(path[sample.start:], np.int32), packed(sample.logprobs, np.float64),
@@ -2669,7 +2674,8 @@ class Sampler(Engine):
         self.batches = form_batches(alone, self)
 
     def gather_s(self):
-        """While completions are drawn, which are short as a rule, newcomers wait for their end, to be drawn together."""
+        """While completions are drawn, which are short as a rule, newcomers wait for their end: all are drawn as one
+        batch then."""
         return GATHER_RUNNING_S if self.batches else super().gather_s()
 
     def write_row(self, turn, index, prompt):
@@ -2732,7 +2738,7 @@ class Served(Gateway):
     """Agents of other processes, in real seconds, on loopback. See the sections above for what they send."""
 
     def __init__(self, model, args, queue, folder=None, is_new=False):
-        """folder: of the run, for its archive; None: the archive is in memory. is_new: an earlier run's is set aside."""
+        """folder: of the run, for its archive; None: it is in memory. is_new: an earlier run's archive is set aside."""
         super().__init__(model, args, queue)
         path = folder and os.path.join(folder, "episodes.db")
         if is_new and path and os.path.exists(path):
@@ -2897,8 +2903,7 @@ class Served(Gateway):
         self.end(name, "its group was late before it was claimed")
 
     def take_back(self, claim, reason):
-        """The agent is gone: its episode has failed, with the turns it had. One without a turn waits for another agent.
-        """
+        """The agent is gone: its episode has failed, with its turns. One without a turn waits for another agent."""
         if claim.lesson or claim.episode.samples:
             self.fail(claim, reason)
             return
@@ -3062,7 +3067,8 @@ class Served(Gateway):
             tell_rows(turn)
             return
         if claim.n_turns >= self.args.max_turns:
-            raise Refused(403, f"task {claim.name} has had its {claim.n_turns} turns (--max-turns): POST /v1/finish ends it")
+            raise Refused(403, f"task {claim.name} has had its {claim.n_turns} turns (--max-turns); "
+                               "POST /v1/finish ends it")
 
         self.count_path(claim, turn.context)
         client.tell(turn)
@@ -3090,8 +3096,8 @@ class Served(Gateway):
         if is_response:
             before = body.get("previous_response_id")
             if before is not None and before not in claim.messages:
-                raise Refused(404, f"previous_response_id {before!r:.60}: this episode has no such response since the run "
-                                   "has been started", "previous_response_not_found")
+                raise Refused(404, f"previous_response_id {before!r:.60}: this episode has no such response since the "
+                                   "run was started", "previous_response_not_found")
             messages = chat_messages(body, claim.messages.get(before, []))
             has_logprobs, n_best = False, 0
         else:
@@ -3108,9 +3114,9 @@ class Served(Gateway):
             raise ValueError("0 tokens of context: the messages say nothing")
         if len(context) > size - limit:
             # the first words are OpenAI's: by them litellm knows what is wrong, and does not try again
-            raise Refused(400, f"This model's maximum context length is {size} tokens (--context), {limit} of them for the "
-                               f"answer (--max-new-tokens). However, your messages resulted in {len(context)} tokens",
-                          "context_length_exceeded")
+            raise Refused(
+                400, f"This model's maximum context length is {size} tokens (--context), {limit} of them for the answer "
+                f"(--max-new-tokens). However, your messages resulted in {len(context)} tokens", "context_length_exceeded")
 
         options = body.get("stream_options")
         lengths = [read_number(body, name, limit, 1)

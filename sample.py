@@ -2760,7 +2760,7 @@ PATIENCE = 2.0                         # seconds that a client has to send a req
 STALLED = 60.0                         # seconds after which a client that reads nothing of its answer is cut off
 UNREAD = 4096                          # tokens of a text that may wait for a client: one that is slower loses it
 GRACE = 2                              # seconds that answers have to be sent once the server is closed
-KEEP_ALIVE = 75                        # seconds that a connection may say nothing between two requests: uvicorn's 5 are a
+KEEP_ALIVE = 75                        # seconds that a connection may be idle between two requests: uvicorn's 5 are a
                                        # training step of rl.py, and who asks as it is closed gets an error
 BACKLOG = 1024                         # connections that may wait until they are heard
 # status -> OpenAI's name for what is wrong, where there is one
@@ -2781,7 +2781,7 @@ def reply(body, status=200, headers=None):
     return Response(json.dumps(body), status, headers, media_type="application/json")
 
 def refusal(status, reason, code=None, headers=None):
-    """The response for a request that is refused. OpenAI's clients would send a 409 again, for which time is no cure."""
+    """The response for a request that is refused. Time is no cure for it, but OpenAI's clients would try a 409 again."""
     headers = dict(headers or {})
     if status < 500 and status not in (408, 429):
         headers["x-should-retry"] = "false"

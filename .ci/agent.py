@@ -3,9 +3,10 @@
     python rl.py --serve 8000 --token secret --teach 40        # in one terminal; once it says "gateway |", in another:
     python .ci/agent.py http://127.0.0.1:8000/v1 secret        # pip install openai
 
-The agent is `solve`: OpenAI's library, a system prompt, a tool, as in its documentation. `train` plays it over and over:
-it claims an episode, gives the agent the episode's address and key in place of a model's, and says what the answer was
-worth. Start it several times, or with more agents, which are threads: the policy answers all that wait at once.
+The agent is `solve`: OpenAI's library, a system prompt, a tool, as in its documentation. `train` plays it over and
+over: it claims an episode, gives the agent the episode's address and key in place of a model's, and says what the
+answer was worth. Start it several times, or with more agents, which are threads: the policy answers all that wait at
+once.
 """
 import argparse
 import contextlib
@@ -18,8 +19,8 @@ import openai
 
 # ---- the agent, as somebody wrote it ---------------------------------------------------------------
 
-SYSTEM = ("You are a careful assistant. Solve the task with the calculator, one operation a call, and never guess. When "
-          "nothing is left to compute, say the answer.")
+SYSTEM = ("You are a careful assistant. Solve the task with the calculator, one operation a call, and never guess. "
+          "When nothing is left to compute, say the answer.")
 CALCULATOR = {
     "type": "function",
     "function": {

@@ -1776,7 +1776,7 @@ def show_play(args, state):
     it was trained on rewards -> what the last line of stdout says. state: --out's checkpoint.
 
     Two shares each: greedy, with the likeliest token at each place, and sampled, as in training. The difference is what
-    the policy does by chance: a teacher that is wrong now and then leaves one whose likeliest token is right already."""
+    the policy does by chance: a teacher that is wrong now and then leaves one whose likeliest token is right."""
     steps = state["now"].get("step")
     print(f"play    | {args.play} fresh tasks of {args.task}; {args.out} after {steps} steps", flush=True)
     device, dtype, _ = pick_device(args.device)
@@ -3114,9 +3114,9 @@ class Served(Gateway):
             raise ValueError("0 tokens of context: the messages say nothing")
         if len(context) > size - limit:
             # the first words are OpenAI's: by them litellm knows what is wrong, and does not try again
-            raise Refused(
-                400, f"This model's maximum context length is {size} tokens (--context), {limit} of them for the answer "
-                f"(--max-new-tokens). However, your messages resulted in {len(context)} tokens", "context_length_exceeded")
+            reason = (f"This model's maximum context length is {size} tokens (--context), {limit} of them for the answer "
+                      f"(--max-new-tokens). However, your messages resulted in {len(context)} tokens")
+            raise Refused(400, reason, "context_length_exceeded")
 
         options = body.get("stream_options")
         lengths = [read_number(body, name, limit, 1)

@@ -2781,7 +2781,7 @@ def reply(body, status=200, headers=None):
     return Response(json.dumps(body), status, headers, media_type="application/json")
 
 def refusal(status, reason, code=None, headers=None):
-    """The response for a request that is refused. Time is no cure for it, but OpenAI's clients would try a 409 again."""
+    """The response for a request that is refused. OpenAI's clients would try a 409 again: time is no cure for it."""
     headers = dict(headers or {})
     if status < 500 and status not in (408, 429):
         headers["x-should-retry"] = "false"

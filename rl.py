@@ -3114,8 +3114,8 @@ class Served(Gateway):
             raise ValueError("0 tokens of context: the messages say nothing")
         if len(context) > size - limit:
             # the first words are OpenAI's: by them litellm knows what is wrong, and does not try again
-            reason = (f"This model's maximum context length is {size} tokens (--context), {limit} of them for an answer "
-                      f"(--max-new-tokens). However, your messages resulted in {len(context)} tokens")
+            reason = (f"This model's maximum context length is {size} tokens (--context), {limit} of them for an "
+                      f"answer (--max-new-tokens). However, your messages resulted in {len(context)} tokens")
             raise Refused(400, reason, "context_length_exceeded")
 
         options = body.get("stream_options")

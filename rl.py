@@ -1,7 +1,8 @@
 """Forge, MiniMax's agent-RL system (arXiv 2605.26494), in one file: agents, gateway, queue, prefix trees, CISPO.
 
     python rl.py                                # a model learns to use a calculator: two CPU cores, three minutes
-    python rl.py --task maze --turns 40         # key-value maze; --task cap: the same in a context that is too small
+    python rl.py --task maze                    # key-value maze, five minutes; --turns 40: a longer one
+    python rl.py --task cap                     # the same in a context that is too small
     python bench.py --what queue                # strict FIFO, window and greedy on one virtual clock
     python rl.py --serve 8000                   # agents in other processes, through OpenAI's chat-completions protocol
 
@@ -63,11 +64,15 @@ CAP = 64                               # characters of context in --task cap
 WARM_LR = 1.2e-2                       # its rate
 WARM_TASKS = 64                        # of a step
 WARM_EVERY = 20                        # steps between its saves, and between its lines
-NOISE = 0.15                           # share of the teacher's characters that is wrong
+WRONG = 1.2                            # characters of a demonstration that the teacher gets wrong, on average
 # the run
-MINUTES = 2.9                          # where neither --minutes nor --steps is given
+MINUTES = dict(calculator=2.9, maze=4.9, cap=4.9)  # where neither --minutes nor --steps is given
 WINDOW_SHARE = 0.3                     # of --slots: the queue's window
 EMA = 0.9                              # what the running mean of the share solved keeps of itself in a step
+# a collapse
+COLLAPSE_STEPS = 30                    # steps that it is judged by
+COLLAPSE_SOLVED = 0.05                 # share of their episodes that is solved, at most
+COLLAPSE_ENTROPY = 0.5                 # of the first step's: by then the policy has settled
 MICRO_TOKENS = 16384                   # slots of a micro-batch at most, so that its activations fit a small GPU
 ROUNDING = 16                          # units of the last place: eight times what is left of terms that cancel
 MAX_BODY = 1 << 20                     # bytes of a request to the gateway
@@ -213,11 +218,13 @@ class Maze(Task):
         return f"A{key}."
 
 def make_task(args, number, split=0):
-    """Task `number` of a split: a pure function of the seed, so that every group of a run is a fresh problem."""
+    """Task `number` of a split: a pure function of the seed, so that every group of a run is a fresh problem.
+    Split 1 is the imitation's: its mazes have any length up to --turns."""
     rng = Random(f"{args.seed} {split} {number}")
     if args.task == "calculator":
         return Calculator(rng)
-    return Maze(rng, args.turns, cap=CAP if args.task == "cap" else math.inf)
+    turns = rng.randint(2, args.turns) if split == 1 else args.turns
+    return Maze(rng, turns, cap=CAP if args.task == "cap" else math.inf)
 
 # ---- gateway and data pool: text becomes tokens here, and nowhere else ---------------------------
 # An agent's reply comes back in its next messages, as text. Were it tokenised anew, other tokens than those that were
@@ -918,8 +925,13 @@ class Local(Gateway):
 
 # ---- imitation: the model learns to speak the protocol ---------------------------------------------
 # A policy that never makes a valid call earns nothing, and learns nothing. So a teacher plays first, and the model
-# imitates it: the same train step, in which every token has advantage 1. The teacher is wrong on purpose in NOISE of
-# its characters: the model then knows the language, and how to solve tasks it has to find out from rewards.
+# imitates it: the same train step, in which every token has advantage 1. The teacher is wrong on purpose, in WRONG
+# characters of a demonstration: the model then knows the language, and how to solve tasks it has to find out from
+# rewards.
+# It must have learned all parts of a task, or rewards teach nothing: where no episode of a group is solved, none is
+# better than the others. The answer is the part in danger, one turn of many, which any wrong call before it prevents: a
+# model that has seen few of them gives one answer to all mazes. So the longer a task, the fewer of its characters are
+# wrong (15 % of them would spoil nine of ten mazes of eight turns), and a maze of the imitation is often a short one.
 # The imitation has a checkpoint of its own, --out/warm; any run of the same task, model and seed begins with it.
 
 def demonstrate(gateway, task, rng, noise, wander=0.0):
@@ -943,12 +955,30 @@ def demonstrate(gateway, task, rng, noise, wander=0.0):
         ids = gateway.tokenizer.encode(text)
         gateway.record(episode, gateway.context(episode, messages), ids, [math.nan] * len(ids), 0)
 
+def count_chars(task):
+    """Characters that a task's teacher could get wrong, those in its calls' arguments."""
+    agent = task.agent()
+    text = None
+    n_chars = 0
+    with contextlib.suppress(StopIteration):
+        while True:
+            text = task.expert(agent.send(text))
+            if text[0] == "t":
+                n_chars += sum(char in task.alphabet for char in text[3:])
+    return n_chars
+
+def wrong_share(args):
+    """Share of the teacher's characters that is wrong: WRONG of the mean task's, and half of them at most."""
+    n_chars = [count_chars(make_task(args, i)) for i in range(WARM_TASKS)]
+    return min(0.5, WRONG / max(1, sum(n_chars) / len(n_chars)))
+
 def warm_start(source, args, stop, threads):
     """Imitate the teacher for --warm-steps -> whether all steps are done (`stop` may end it before). --out/warm keeps
     it, or as much as was done of it. A demonstration's advantage is 1, and its ratio 1."""
     model = source.model
     folder = os.path.join(args.out, "warm")
     started = time.perf_counter()
+    noise = wrong_share(args)
     optimizers = configure_optimizers(model, WARM_LR)[0]
 
     # go on where an imitation of the same model and tasks was left
@@ -985,7 +1015,7 @@ def warm_start(source, args, stop, threads):
 
         rng = Random(f"{args.seed} warm {step}")
         tasks = [make_task(args, step * WARM_TASKS + i, 1) for i in range(WARM_TASKS)]
-        demos = [demonstrate(source, task, rng, NOISE) for task in tasks]
+        demos = [demonstrate(source, task, rng, noise) for task in tasks]
         began = time.perf_counter()
         trees = [PrefixTree(demo.samples, model.cfg) for demo in demos]
         # the rate rises for 20 steps, and falls in the last nine tenths to a tenth
@@ -1072,13 +1102,14 @@ def parse_args(argv, locks=None):
     p.add_argument("--preset", default="micro", choices=["micro", "small"], help="the model")
     p.add_argument("--attn", default="full", choices=["full", "msa"], help="its attention")
     p.add_argument("--mtp", type=number(0, 8), default=0, help="its MTP modules, kept aligned")
-    p.add_argument("--warm-steps", type=number(0), default=260, help="of imitation")
+    p.add_argument("--warm-steps", type=number(0), default=400, help="of imitation")
     p.add_argument("--lr", type=number(0, 10, float), default=1e-3, help="rate of the matrices")
     p.add_argument("--no-merge", action="store_true", help="train on every turn alone")
     p.add_argument("--replay", action="store_true", help="use experts and blocks of the rollout")
     # length of the run
     p.add_argument("--steps", type=count, help="end after this many")
-    p.add_argument("--minutes", type=positive, help=f"in all; default: {MINUTES}")
+    p.add_argument("--minutes", type=positive,
+                   help="in all; default: " + ", ".join(f"{task} {minutes}" for task, minutes in MINUTES.items()))
     p.add_argument("--seed", type=number(0), default=1337, help="of all that is random")
     # what is printed and kept
     p.add_argument("--out", default="out_rl", help="folder of the run")
@@ -1101,7 +1132,7 @@ def parse_args(argv, locks=None):
     if args.groups > args.slots:
         raise ValueError(f"--groups {args.groups}: at most --slots, {args.slots}")
     if not args.minutes and not args.steps:
-        args.minutes = MINUTES
+        args.minutes = MINUTES[args.task]
     if args.figure:
         check_figure(args.figure)
     if locks and not args.resume:
@@ -1148,6 +1179,8 @@ class Record:
     naive: int = 0                     # tokens of all samples
     slots: int = 0                     # that they took once merged
     reward: float = 0.0                # of all episodes
+    entropy: float | None = None       # of the policy, in the first step
+    collapsed: int | None = None       # step in which has_collapsed was true for the first time
     run: str | None = None             # name of the run
     threads: int | None = None         # of the CPU: bits depend on it
 
@@ -1155,8 +1188,8 @@ class Record:
 NOW = {name: typing.get_args(kind) or kind for name, kind in typing.get_type_hints(Record).items()}
 
 def check_record(now):
-    """ValueError unless a checkpoint's now has all that a run goes on counting; older ones lack run and threads."""
-    check_fields("the checkpoint's now", now, NOW, optional=["run", "threads"])
+    """ValueError unless a checkpoint's now has all that a run goes on counting; older ones lack some of it."""
+    check_fields("the checkpoint's now", now, NOW, optional=["run", "threads", "entropy", "collapsed"])
     if bool(now["curve"]) != (now["ema"] is not None):
         raise ValueError("the checkpoint's now has a curve without its running mean, ema, or the reverse")
     for point in now["curve"]:
@@ -1167,7 +1200,7 @@ def needed_bytes(args, device):
     """About the memory of a step of the imitation, the largest one's; a little less rather than more."""
     with torch.device("meta"):
         cfg = make_model(args, "meta", None).cfg
-    demo = demonstrate(Gateway(), make_task(args, 0, 1), Random(0), 0.0)
+    demo = demonstrate(Gateway(), make_task(args, 0), Random(0), 0.0)
     slots = PrefixTree(demo.samples, cfg).size
     return step_bytes(cfg, min(WARM_TASKS, max(1, MICRO_TOKENS // slots)), slots, device)
 
@@ -1196,6 +1229,24 @@ def count_step(now, episodes, stats, lags):
     now.naive += stats["naive"]
     now.slots += stats["slots"]
     now.reward += sum(sum(episode.rewards) for episode in episodes)
+    if now.entropy is None:
+        now.entropy = stats["entropy"]
+
+def has_collapsed(now, stats):
+    """Whether next to nothing has been solved for a while, and nothing points to more: the policy has settled on what
+    fails, and tries little else, or all episodes of each group earn the same, so that there is no gradient."""
+    recent = [solved for solved, _ in now.curve[-COLLAPSE_STEPS:]]
+    if len(recent) < COLLAPSE_STEPS or sum(recent) / len(recent) > COLLAPSE_SOLVED:
+        return False
+    return stats["entropy"] < COLLAPSE_ENTROPY * now.entropy or not stats["signal"]
+
+def watch_collapse(now, args, stats):
+    """Tell of a collapse, once in a run."""
+    if now.collapsed is None and has_collapsed(now, stats):
+        now.collapsed = now.step
+        print(f"collapse | {COLLAPSE_STEPS} steps with next to nothing solved, entropy {now.entropy:.2f} at first, "
+              f"{stats['entropy']:.2f} now: the policy settles on what fails; begin again with --warm-steps above "
+              f"{args.warm_steps}, --rollouts above {args.rollouts} or another --seed", flush=True)
 
 def print_step(now, args, episodes, stats, lags, decode):
     """One line a step; now and then an episode. `decode`: ids -> text.
@@ -1316,6 +1367,7 @@ def run(args, state):
             episodes = [episode for group in groups for episode in group]
             count_step(now, episodes, stats, lags)
             print_step(now, args, episodes, stats, lags, source.tokenizer.decode)
+            watch_collapse(now, args, stats)
         else:
             print(f"no step   | groups {[group[0].task for group in groups]}: no turn to learn from", flush=True)
         if now.step % args.save_every == 0 or timer.due():

@@ -1,7 +1,8 @@
 """Forge, MiniMax's agent-RL system (arXiv 2605.26494), in one file: agents, gateway, queue, prefix trees, CISPO.
 
     python rl.py                                # a model learns to use a calculator: two CPU cores, three minutes
-    python rl.py --task maze --turns 40         # key-value maze; --task cap: the same in a context that is too small
+    python rl.py --task maze                    # key-value maze, five minutes; --turns 40: a longer one
+    python rl.py --task cap                     # the same in a context that is too small
     python bench.py --what queue                # strict FIFO, window and greedy on one virtual clock
     python rl.py --serve 8000                   # agents in other processes, through OpenAI's chat-completions protocol
     python rl.py --task my_task.py --init out   # a task of one's own, see TaskFile; begin from a checkpoint of train.py
@@ -83,12 +84,17 @@ WARM_LR = 1.2e-2                       # its rate
 WARM_TASKS = 64                        # of a step
 WARM_EVERY = 20                        # steps between its saves, and between its lines,
 WARM_SECONDS = 10.0                    # unless so much time is over since the last
-NOISE = 0.15                           # share of the teacher's characters that is wrong
+WRONG = 1.2                            # characters of a demonstration that the teacher gets wrong, on average
 PREFACE = 256                          # characters before a step's demonstrations, at most, with --teach
 # the run
-MINUTES = 2.9                          # where neither --minutes nor --steps is given
+MINUTES = dict(calculator=2.9, maze=4.9, cap=4.9)  # where neither --minutes nor --steps is given,
+OWN_MINUTES = 4.9                      # and of a task of one's own
 WINDOW_SHARE = 0.3                     # of --slots: the queue's window
 EMA = 0.9                              # what the running mean of the share solved keeps of itself in a step
+# a collapse
+COLLAPSE_STEPS = 30                    # steps that it is judged by
+COLLAPSE_SOLVED = 0.05                 # share of their episodes that is solved, at most
+COLLAPSE_ENTROPY = 0.5                 # of the first step's: by then the policy has settled
 MICRO_TOKENS = 16384                   # slots of a micro-batch at most, so that its activations fit a small GPU
 LONG_PROMPT = 256                      # tokens that all groups share: more are worth one tree for all of them
 ROUNDING = 16                          # units of the last place: eight times what is left of terms that cancel
@@ -276,13 +282,15 @@ class Maze(Task):
         return f"A{key}."
 
 def make_task(args, number, split=0):
-    """Task `number` of a split: a pure function of the seed, so that every group of a run is a fresh problem."""
+    """Task `number` of a split: a pure function of the seed, so that every group of a run is a fresh problem.
+    Split 1 is the imitation's: its mazes have any length up to --turns."""
     rng = Random(f"{args.seed} {split} {number}")
     if args.own_task:
         return OwnTask(args.own_task, number, rng)
     if args.task == "calculator":
         return Calculator(rng)
-    return Maze(rng, args.turns, cap=CAP if args.task == "cap" else math.inf)
+    turns = rng.randint(2, args.turns) if split == 1 else args.turns
+    return Maze(rng, turns, cap=CAP if args.task == "cap" else math.inf)
 
 # ---- a task of one's own -------------------------------------------------------------------------
 # --task names a Python file with a class Task. It is played as the tasks above are, and what goes wrong in it is told
@@ -314,7 +322,7 @@ class TaskFile:
     answer, with the meaning that they have in Task above; and, if it likes,
 
     expert(messages)   a teacher, to imitate: its text ends with the only stop in it
-    alphabet           characters of a call's arguments, name[arguments], of which the teacher gets NOISE wrong
+    alphabet           characters of a call's arguments, name[arguments], some of which the teacher gets wrong
     difficulty         about the calls that it takes: the speed that is paid for, and the limit, follow from it
     limit, cap         of an episode: turns, and characters of context
     stops, max_new     of a completion: texts that end it, and tokens at most
@@ -1279,8 +1287,13 @@ class Local(Gateway):
 
 # ---- imitation: the model learns to speak the protocol ---------------------------------------------
 # A policy that never makes a valid call earns nothing, and learns nothing. So a teacher plays first, and the model
-# imitates it: the same train step, in which every token has advantage 1. The teacher is wrong on purpose in NOISE of
-# its characters: the model then knows the language, and how to solve tasks it has to find out from rewards.
+# imitates it: the same train step, in which every token has advantage 1. The teacher is wrong on purpose, in WRONG
+# characters of a demonstration: the model then knows the language, and how to solve tasks it has to find out from
+# rewards.
+# It must have learned all parts of a task, or rewards teach nothing: where no episode of a group is solved, none is
+# better than the others. The answer is the part in danger, one turn of many, which any wrong call before it prevents: a
+# model that has seen few of them gives one answer to all mazes. So the longer a task, the fewer of its characters are
+# wrong (15 % of them would spoil nine of ten mazes of eight turns), and a maze of the imitation is often a short one.
 # The imitation has a checkpoint of its own, --out/warm; any run of the same task, model and seed begins with it.
 
 def misspell(text, task, rng, noise, wander=0.0):
@@ -1323,6 +1336,23 @@ def draw_preface(rng, prose):
     start = rng.randrange(len(prose) - PREFACE)
     return prose[start:start + length]
 
+def count_chars(task):
+    """Characters that a task's teacher could get wrong, those in its calls' arguments."""
+    agent = task.agent()
+    text = None
+    n_chars = 0
+    with contextlib.suppress(StopIteration):
+        while True:
+            text = task.expert(agent.send(text))
+            _, _, arguments = text.partition("[")
+            n_chars += sum(char in task.alphabet for char in arguments)
+    return n_chars
+
+def wrong_share(args):
+    """Share of the teacher's characters that is wrong: WRONG of the mean task's, and half of them at most."""
+    n_chars = [count_chars(make_task(args, i)) for i in range(WARM_TASKS)]
+    return min(0.5, WRONG / max(1, sum(n_chars) / len(n_chars)))
+
 def warm_start(source, args, stop, threads):
     """Imitate the teacher for --warm-steps -> whether all steps are done (`stop` may end it before). --out/warm keeps
     it, or as much as was done of it. A demonstration's advantage is 1, and its ratio 1."""
@@ -1333,6 +1363,7 @@ def warm_start(source, args, stop, threads):
         print(f"warm    | no teacher in {args.task}, nothing to imitate: the policy begins {begins}", flush=True)
     started = time.perf_counter()
     told = started                     # when the last line was printed
+    noise = wrong_share(args)
     optimizers = configure_optimizers(model, WARM_LR)[0]
 
     # go on where an imitation of the same model and tasks was left
@@ -1373,7 +1404,7 @@ def warm_start(source, args, stop, threads):
         rng = Random(f"{args.seed} warm {step}")
         tasks = [make_task(args, step * WARM_TASKS + i, 1) for i in range(WARM_TASKS)]
         preface = draw_preface(rng, prose) if args.teach else ""
-        demos = [demonstrate(source, task, rng, NOISE, preface=preface) for task in tasks]
+        demos = [demonstrate(source, task, rng, noise, preface=preface) for task in tasks]
         began = time.perf_counter()
         trees = [PrefixTree(demo.samples, model.cfg) for demo in demos]
         if preface:                    # computed once for the step
@@ -1547,13 +1578,14 @@ def parse_args(argv, locks=None):
     p.add_argument("--context", type=number(32, 2 ** 24), metavar="TOKENS",
                    help=f"of context, at most; default: by task, with --serve {SERVED_CONTEXT}")
     p.add_argument("--max-new-tokens", type=count, help=f"of a completion; default: {MAX_NEW}, or what the task says")
-    p.add_argument("--warm-steps", type=number(0), default=260, help="of imitation")
+    p.add_argument("--warm-steps", type=number(0), default=400, help="of imitation")
     p.add_argument("--lr", type=number(0, 10, float), default=1e-3, help="rate of the matrices")
     p.add_argument("--no-merge", action="store_true", help="train on every turn alone")
     p.add_argument("--replay", action="store_true", help="use experts and blocks of the rollout")
     # length of the run
     p.add_argument("--steps", type=count, help="end after this many")
-    p.add_argument("--minutes", type=positive, help=f"in all; default: {MINUTES}")
+    p.add_argument("--minutes", type=positive,
+                   help="in all; default: " + ", ".join(f"{task} {minutes}" for task, minutes in MINUTES.items()))
     p.add_argument("--seed", type=number(0), default=1337, help="of all that is random")
     # what is printed and kept
     p.add_argument("--out", default="out_rl", help="folder of the run")
@@ -1596,7 +1628,7 @@ def parse_args(argv, locks=None):
     if args.groups > args.slots:
         raise ValueError(f"--groups {args.groups}: at most --slots, {args.slots}")
     if not args.minutes and not args.steps:
-        args.minutes = MINUTES
+        args.minutes = MINUTES.get(args.task, OWN_MINUTES)
     if args.deadline is None:
         args.deadline = DEADLINE if args.serve is None else SERVED_DEADLINE
     if args.figure:
@@ -1679,6 +1711,8 @@ class Record:
     naive: int = 0                     # tokens of all samples
     slots: int = 0                     # that they took once merged
     reward: float = 0.0                # of all episodes
+    entropy: float | None = None       # of the policy, in the first step
+    collapsed: int | None = None       # step in which has_collapsed was true for the first time
     run: str | None = None             # name of the run
     threads: int | None = None         # of the CPU: bits depend on it
 
@@ -1686,8 +1720,8 @@ class Record:
 NOW = {name: typing.get_args(kind) or kind for name, kind in typing.get_type_hints(Record).items()}
 
 def check_record(now):
-    """ValueError unless a checkpoint's now has all that a run goes on counting; older ones lack run and threads."""
-    check_fields("the checkpoint's now", now, NOW, optional=["run", "threads"])
+    """ValueError unless a checkpoint's now has all that a run goes on counting; older ones lack some of it."""
+    check_fields("the checkpoint's now", now, NOW, optional=["run", "threads", "entropy", "collapsed"])
     if bool(now["curve"]) != (now["ema"] is not None):
         raise ValueError("the checkpoint's now has a curve without its running mean, ema, or the reverse")
     for point in now["curve"]:
@@ -1696,7 +1730,7 @@ def check_record(now):
 
 def needed_bytes(args, cfg, device):
     """About the memory of a step of the imitation, the largest one's; a little less rather than more."""
-    demo = demonstrate(Gateway(args=args), make_task(args, 0, 1), Random(0), 0.0)
+    demo = demonstrate(Gateway(args=args), make_task(args, 0), Random(0), 0.0)
     slots = PrefixTree(demo.samples, cfg).size
     return step_bytes(cfg, min(WARM_TASKS, max(1, MICRO_TOKENS // slots)), slots, device)
 
@@ -1727,6 +1761,24 @@ def count_step(now, episodes, stats, lags):
     now.naive += stats["naive"]
     now.slots += stats["slots"]
     now.reward += sum(sum(episode.rewards) for episode in episodes)
+    if now.entropy is None:
+        now.entropy = stats["entropy"]
+
+def has_collapsed(now, stats):
+    """Whether next to nothing has been solved for a while, and nothing points to more: the policy has settled on what
+    fails, and tries little else, or all episodes of each group earn the same, so that there is no gradient."""
+    recent = [solved for solved, _ in now.curve[-COLLAPSE_STEPS:]]
+    if len(recent) < COLLAPSE_STEPS or sum(recent) / len(recent) > COLLAPSE_SOLVED:
+        return False
+    return stats["entropy"] < COLLAPSE_ENTROPY * now.entropy or not stats["signal"]
+
+def watch_collapse(now, args, stats):
+    """Tell of a collapse, once in a run."""
+    if now.collapsed is None and has_collapsed(now, stats):
+        now.collapsed = now.step
+        print(f"collapse | {COLLAPSE_STEPS} steps with next to nothing solved, entropy {now.entropy:.2f} at first, "
+              f"{stats['entropy']:.2f} now: the policy settles on what fails; begin again with --warm-steps above "
+              f"{args.warm_steps}, --rollouts above {args.rollouts} or another --seed", flush=True)
 
 def seconds_to_go(now, args):
     """Of training on rewards, until --steps or --minutes end it, if it goes on as it went."""
@@ -1957,6 +2009,7 @@ def run(args, state, locks):
             episodes = [episode for group in groups for episode in group]
             count_step(now, episodes, stats, lags)
             print_step(now, args, episodes, stats, lags, source.tokenizer.decode, source.step_note())
+            watch_collapse(now, args, stats)
         else:
             print(f"no step   | groups {[group[0].task for group in groups]}: no turn to learn from", flush=True)
         if now.step % args.save_every == 0 or timer.due():
@@ -2723,13 +2776,15 @@ class Lesson:
     """A teacher who answers an agent in the policy's place, in the agent's own contexts. It goes by what the task's
     tool says, whatever the agent makes of it."""
 
-    def __init__(self, task, rng):
+    def __init__(self, task, rng, noise):
+        """noise: share of a call's characters that is wrong."""
         self.task = task
         self.rng = rng
+        self.noise = noise
         self.messages = [dict(role="user", content=task.prompt)]
 
     def say(self):
-        text = misspell(self.task.expert(self.messages), self.task, self.rng, NOISE)
+        text = misspell(self.task.expert(self.messages), self.task, self.rng, self.noise)
         observation = self.task.tool(text)
         self.messages += [dict(role="assistant", content=text), dict(role="tool", content=f"={observation or '?;'}")]
         return text
@@ -2754,6 +2809,7 @@ class Served(Gateway):
         self.under_way = []            # Turns that are being answered
         self.lessons = None            # Trajectories that a teacher has played; None: the policy answers
         self.n_lessons = 0             # that were claimed
+        self.noise = wrong_share(args) if args.teach else 0.0
         self.n_paths = 0               # turns whose context does not begin with the episode's last turn
         self.asked = SimpleQueue()     # (path, episode's name in it, raw body, client)
         self.is_over = False
@@ -2998,7 +3054,8 @@ class Served(Gateway):
         if self.lessons is not None:
             name = f"lesson-{self.n_lessons}"
             task = make_task(self.args, self.n_lessons, LESSONS)
-            self.begin(name, Trajectory(-1), task, Lesson(task, Random(f"{self.args.seed} {name}")))
+            lesson = Lesson(task, Random(f"{self.args.seed} {name}"), self.noise)
+            self.begin(name, Trajectory(-1), task, lesson)
             self.n_lessons += 1
             return name
         for name, episode in self.open.items():

@@ -8499,13 +8499,83 @@ def test_a_run_goes_on_past_steps_without_signal(tmp_path, monkeypatch):
         return [0.1], False, 1.0
 
     monkeypatch.setattr(rl.Calculator, "agent", agent)
+    monkeypatch.setattr(rl, "COLLAPSE_STEPS", 2)
     result, text = run_rl(tmp_path, "--steps 3")
     assert result["steps"] == 3
     assert text.count("no signal: weights kept") == 3
+    assert text.count("collapse | ") == 1
 
     assert changed_weights(tmp_path, tmp_path / "warm") == []
     n_admitted = 4 + 2 * 2  # all slots, and after the first and the second step those of its two groups
     assert read_checkpoint(tmp_path)["queue"]["next"] == n_admitted
+
+TASK_LINES = ["--task calculator", "--task maze", "--task cap", "--task maze --turns 40", "--task maze --turns 2"]
+
+@parametrize("line", TASK_LINES)
+def test_demonstrations_reach_the_end_of_every_task(line):
+    """The longer a task, the fewer of its characters are wrong: about as many demonstrations of each are right."""
+    args = rl.parse_args(line.split())[0]
+    share = rl.wrong_share(args)
+    demos = [rl.demonstrate(rl.Gateway(), rl.make_task(args, n), random.Random(n), share) for n in range(200)]
+    solved = sum(demo.success for demo in demos) / len(demos)
+    assert 0.2 < solved < 0.5  # 1 / e ** WRONG is 0.30
+
+def test_a_share_of_all_characters_spoils_long_tasks():
+    """What the rule above replaced: 15 % of the calculator's characters leave a third right, of a maze's a tenth."""
+    args = rl.parse_args(["--task", "maze"])[0]
+    demos = [rl.demonstrate(rl.Gateway(), rl.make_task(args, n), random.Random(n), 0.15) for n in range(200)]
+    assert sum(demo.success for demo in demos) < 30
+
+def test_mazes_of_the_imitation_have_any_length():
+    """Short ones bring answers, which are rare otherwise; the run's own are all of --turns."""
+    args = rl.parse_args(["--task", "maze"])[0]
+    imitated = {rl.make_task(args, n, 1).difficulty for n in range(200)}
+    assert imitated == set(range(2, args.turns + 1))
+    played = {rl.make_task(args, n).difficulty for n in range(200)}
+    assert played == {args.turns}
+
+def test_count_chars():
+    """The characters that a teacher may get wrong: both letters of seven calls."""
+    args = rl.parse_args(["--task", "maze"])[0]
+    assert rl.count_chars(rl.make_task(args, 0)) == 14
+
+def collapse_lines(shares, entropies, signal=True):
+    """What a run prints about its collapse if steps solve these shares, with these entropies."""
+    args = rl.parse_args([])[0]
+    now = rl.Record()
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        for solved, entropy in zip(shares, entropies):
+            episodes = [rl.Trajectory(0, success=n < 100 * solved) for n in range(100)]
+            stats = dict(entropy=entropy, signal=signal, naive=1, slots=1)
+            rl.count_step(now, episodes, stats, [0])
+            rl.watch_collapse(now, args, stats)
+    return out.getvalue().splitlines()
+
+STEPS = 3 * rl.COLLAPSE_STEPS
+FALLING = np.geomspace(0.2, 0.01, STEPS)  # entropies
+
+def test_a_collapse_is_named_once():
+    """Nothing is solved while entropy falls: one line, with what to do."""
+    line, = collapse_lines([0.02] * STEPS, FALLING)
+    assert line.startswith("collapse | 30 steps with next to nothing solved")
+    assert "--warm-steps above 400" in line
+
+def test_a_fall_from_success_is_named():
+    """A policy that solved half, and then nothing."""
+    assert len(collapse_lines([0.5] * rl.COLLAPSE_STEPS + [0.0] * STEPS, FALLING)) == 1
+
+def test_steps_without_signal_are_named():
+    """Nothing is solved, and no group tells one episode from another: entropy stays, as weights do."""
+    assert len(collapse_lines([0.0] * STEPS, [0.2] * STEPS, signal=False)) == 1
+
+@parametrize("shares, entropies, signal", [
+    (np.linspace(0.02, 0.9, STEPS), FALLING, True),  # it learns
+    ([1.0] * STEPS, FALLING, False),                 # it has learned: all episodes are solved
+    ([0.0] * STEPS, [0.2] * STEPS, True),            # it still tries
+    ([0.0] * (rl.COLLAPSE_STEPS - 1), FALLING, True),  # it has just begun
+])
+def test_no_other_run_is_called_a_collapse(shares, entropies, signal):
+    assert collapse_lines(shares, entropies, signal) == []
 
 def play(task, expert=None):
     """An episode of a task's own teacher, or of another expert, messages -> text."""

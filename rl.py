@@ -28,7 +28,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: no 
     at_ctrl_c = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
     # on a busy machine they take so long that a line says what happens
-    SLOW_S = 4.0
+    SLOW_S = 4.0                       # seconds
     slow = threading.Timer(SLOW_S, print, ["start   | importing torch, on a busy machine"], dict(flush=True))
     slow.daemon = True
     if not {"-h", "--help"} & set(sys.argv):
@@ -111,7 +111,7 @@ LESSON_TASKS = 32                      # of a step
 
 PLAYED = 200                           # fresh tasks of --play, and
 SHOWN = 3                              # of these, so many word for word
-PLAYED_AT_ONCE = 96
+PLAYED_AT_ONCE = 96                    # as many as a step plays: a cache for each must fit
 COLUMN = 24                            # characters of what the policy writes, before its reward
 OWN_CONTEXT = 256                      # tokens of context where --task names a file
 TRIED = 16                             # tasks of a file that its teacher plays at the start, to find mistakes early
@@ -150,18 +150,18 @@ class Task:
     stops = STOPS                      # a completion ends with the first of these texts
     max_new = MAX_NEW                  # tokens of a completion, at most
 
-    def reward(self, text, said):
+    def reward(self, text, observation):
         """What a completion is worth as an answer, 1 if it solves the task; None: it is no answer, but a call.
 
-        text   of the completion
-        said   what the tool said last; None: nothing
-        An answer that differs from what the tool said last fails, even if it is right, and costs as a malformed call
-        does: otherwise guessing would look safe."""
+        text         of the completion
+        observation  what the tool said last; None: nothing
+        An answer that differs from the tool's last observation fails, even if it is right, and costs as a malformed
+        call does: otherwise guessing would look safe."""
         if not text.startswith("A"):
             return None
-        if said is None or text != f"A{said[:-1]}.":
+        if observation is None or text != f"A{observation[:-1]}.":
             return PROCESS
-        return float(said[:-1] == str(self.answer))
+        return float(observation[:-1] == str(self.answer))
 
     def result(self, text):
         """What a tool said to an agent that knows nothing of the task's marks -> as the task's own texts have it."""
@@ -184,7 +184,7 @@ class Task:
         messages = [prompt]
         rewards = []
         seconds = 0.0
-        said = None                    # by the tool, last
+        given = None                   # what the tool said last
         while len(rewards) < limit and size(messages) <= self.cap:
             text = yield messages
             if text is None:
@@ -192,7 +192,7 @@ class Task:
             seconds += CALL_S + CHAR_S * len(text)
 
             # an answer ends the episode
-            worth = self.reward(text, said)
+            worth = self.reward(text, given)
             if worth is not None:
                 success = worth >= 1
                 if success:
@@ -211,7 +211,7 @@ class Task:
             else:
                 rewards.append(0.0)
                 reply = dict(role="tool", content=f"={observation}")
-                said = observation
+                given = observation
             messages = [*messages, dict(role="assistant", content=text), reply]
         return rewards or [0.0], False, seconds
 
@@ -305,7 +305,7 @@ def make_task(args, number, split=0):
 #             call = re.fullmatch(r"r\[([abc]+)\]", text)
 #             return f"{call[1][::-1]};" if call else None
 #
-#         def reward(self, text, said):                   # of an answer, 1: solved; None: it is a call
+#         def reward(self, text, observation):            # of an answer, 1: solved; None: it is a call
 #             if text.startswith("A"):
 #                 return float(text == f"A{self.word[::-1]}.")
 #
@@ -318,8 +318,8 @@ def make_task(args, number, split=0):
 SAID_OF_TASK = dict(difficulty=int, alphabet=str, cap=(int, float), limit=(int, type(None)))
 
 class TaskFile:
-    """The file that --task names. Its class Task has __init__(rng), prompt, tool(text), and reward(text, said) or an
-    answer, with the meaning that they have in Task above; and, if it likes,
+    """The file that --task names. Its class Task has __init__(rng), prompt, tool(text), and either an answer or
+    reward(text, observation), with the meaning that they have in Task above; and, if it likes,
 
     expert(messages)   a teacher, to imitate: its text ends with the only stop in it
     alphabet           characters of a call's arguments, name[arguments], some of which the teacher gets wrong
@@ -393,7 +393,7 @@ class OwnTask(Task):
             self.answer = self.read("answer")
 
         # what it may say
-        fields = {name: getattr(self.theirs, name) for name in SAID_OF_TASK if hasattr(self.theirs, name)}
+        fields = {name: self.read(name) for name in SAID_OF_TASK if hasattr(self.theirs, name)}
         if fields.get("cap") == math.inf:  # as it is without one
             del fields["cap"]
         check_fields(f"{file.path}: task {number}", fields, SAID_OF_TASK, optional=SAID_OF_TASK)
@@ -404,6 +404,7 @@ class OwnTask(Task):
         self.max_new = file.max_new
 
     def refuse(self, name, reason):
+        """name: of the part of it that is wrong."""
         raise ValueError(f"{self.file.path}: task {self.number}: {name}: {reason}")
 
     def call(self, name, function):
@@ -416,14 +417,14 @@ class OwnTask(Task):
     def read(self, name):
         """An attribute that it must have."""
         if not hasattr(self.theirs, name):
-            wanted = "reward(text, said), or an answer" if name == "answer" else name
+            wanted = "reward(text, observation), or an answer" if name == "answer" else name
             self.refuse(name, f"its class Task has no {wanted}")
         return getattr(self.theirs, name)
 
     def tool(self, text):
         """What the tool says. What it raises is told once for each place in the file."""
         try:
-            said = self.theirs.tool(text)
+            observation = self.theirs.tool(text)
         except Exception as error:
             where = self.file.describe(error)
             place = where.rpartition("(")[2]
@@ -432,15 +433,16 @@ class OwnTask(Task):
                 print(f"tool    | {self.file.path}: task {self.number}: tool({text!r:.60}): {where}: it counts as a "
                       "malformed call; this is told once", flush=True)
             return None
-        if not isinstance(said, str | None):
-            self.refuse(f"tool({text!r:.60})", f"{said!r:.60} is neither a text nor None")
-        return said
+        if not isinstance(observation, str | None):
+            self.refuse(f"tool({text!r:.60})", f"{observation!r:.60} is neither a text nor None")
+        return observation
 
-    def reward(self, text, said):
+    def reward(self, text, observation):
+        """The author's reward, or that of rl.py's own tasks."""
         if not self.file.has_reward:
-            return super().reward(text, said)
-        name = f"reward({text!r:.60}, {said!r:.60})"
-        worth = self.call(name, lambda: self.theirs.reward(text, said))
+            return super().reward(text, observation)
+        name = f"reward({text!r:.60}, {observation!r:.60})"
+        worth = self.call(name, lambda: self.theirs.reward(text, observation))
         if worth is None:
             return None
         try:
@@ -1827,8 +1829,9 @@ def show_play(args, state):
     """--play: the agent of --out at work in fresh tasks, and the share that it solves, beside that of the policy before
     it was trained on rewards -> what the last line of stdout says. state: --out's checkpoint.
 
-    Two shares each: greedy, with the likeliest token at each place, and sampled, as in training. The difference is what
-    the policy does by chance: a teacher that is wrong now and then leaves one whose likeliest token is right."""
+    Two shares each: greedy, with the likeliest token at each place, and sampled, as in training. Why? The imitation of
+    a teacher that is wrong now and then is a policy whose likeliest token is right already: what rewards teach it shows
+    in what it samples."""
     steps = state["now"].get("step")
     print(f"play    | {args.play} fresh tasks of {args.task}; {args.out} after {steps} steps", flush=True)
     device, dtype, _ = pick_device(args.device)
@@ -1917,7 +1920,10 @@ def run(args, state, locks):
         return show_play(args, state)
     started = time.perf_counter()
     stop = on_signals()
-    print(f"run     | {args.task}: {args.warm_steps} steps of imitation, then rewards; {args.out} keeps it", flush=True)
+    what = f"{args.warm_steps} steps of imitation, then rewards"
+    if state:
+        what = f"goes on after step {state['now'].get('step')}"
+    print(f"run     | {args.task}: {what}; {args.out} keeps it", flush=True)
 
     # model, queue, gateway, threads
     device, dtype, why = pick_device(args.device)
@@ -1969,6 +1975,9 @@ def run(args, state, locks):
         now = Record(**{name: value for name, value in state["now"].items() if name in NOW})
     else:
         warm = time.perf_counter() - started
+        if args.minutes and warm >= 60 * args.minutes:
+            print(f"minutes | the imitation took all of --minutes {args.minutes:g}, so that one step is left for "
+                  "rewards: give more", flush=True)
         now = Record(seconds=warm, warm=warm, run=os.urandom(8).hex())
         if ready:
             save(args.out, source, optimizers, vars(now))  # killed from here on, the run can go on

@@ -10327,7 +10327,7 @@ class Task:
         call = re.fullmatch(r"r\[([abc]+)\]", text)
         return f"{call[1][::-1]};" if call else None
 
-    def reward(self, text, said):
+    def reward(self, text, observation):
         return float(text == f"A{self.word[::-1]}.") if text.startswith("A") else None
 
     def expert(self, messages):
@@ -10344,10 +10344,10 @@ def write_task(folder, *changes, text=OWN_TASK):
     path.write_text(text)
     return path
 
-def own_args(folder, *changes, text=OWN_TASK):
-    """rl.py's arguments for a task's file, and its model."""
-    path = write_task(folder, *changes, text=text)
-    args, _ = rl.parse_args(["--task", str(path)])
+def own_args(*changes, text=OWN_TASK):
+    """rl.py's arguments for a task's file, which is read at once."""
+    with tempfile.TemporaryDirectory() as folder:
+        args, _ = rl.parse_args(["--task", str(write_task(Path(folder), *changes, text=text))])
     return args
 
 @session_fixture
@@ -10360,19 +10360,18 @@ def own_run(tmp_path_factory):
 
 def test_a_task_of_ones_own_is_trained(own_run):
     """Its teacher is tried first; then it is imitated, and trained on rewards. All that is random comes from rng."""
-    folder, _, text = own_run
+    _, _, text = own_run
     assert "teacher | solves 16 of 16 tasks" in text
     assert "warm 0002" in text
     assert "step 0002" in text
 
-    args = own_args(folder)
+    args = own_args()
     prompts = [rl.make_task(args, number).prompt for number in (1, 2, 1)]
     assert prompts[0] == prompts[2] != prompts[1]
 
-def test_a_task_of_ones_own_pays_what_it_says(tmp_path):
+def test_a_task_of_ones_own_pays_what_it_says():
     """The author's reward, a malformed call's price, and the tool's answer behind a mark."""
-    args = own_args(tmp_path)
-    task = rl.make_task(args, 0)
+    task = rl.make_task(own_args(), 0)
     right = f"A{task.theirs.word[::-1]}."
 
     episode = play(task, lambda messages: ["r[x]", "r[abc]", right][len(messages) // 2])
@@ -10386,10 +10385,10 @@ def test_a_task_of_ones_own_pays_what_it_says(tmp_path):
     assert episode.rewards == [0.0]
     assert not episode.success
 
-def test_calculator_can_be_copied_into_a_file(tmp_path):
+def test_calculator_can_be_copied_into_a_file():
     """rl.py's own task, as a file of its text, is the same task: its prompts, its teacher, its pay."""
     text = inspect.getsource(rl.Calculator).replace("Calculator(Task)", "Task")
-    args = own_args(tmp_path, text="import re\n" + text)
+    args = own_args(text="import re\n" + text)
     for number in range(8):
         rng = random.Random(f"{args.seed} 1 {number}")
         want = rl.demonstrate(rl.Gateway(), rl.Calculator(rng), random.Random(5), 0.15)
@@ -10409,7 +10408,7 @@ FIRST_CALL = 'f"r[{self.word}]" if'
     "no tool": ("def tool", "def toil", "tool(text)"),
     "no prompt": ("self.prompt", "self.question", "no prompt"),
     "a prompt of numbers": (PROMPT, "self.prompt = 5", "5 is not a text"),
-    "no reward": ("def reward", "def pay", "reward(text, said), or an answer"),
+    "no reward": ("def reward", "def pay", "reward(text, observation), or an answer"),
     "a reward of text": ("float(text ==", "str(text ==", "neither a number nor None"),
     "a reward of nan": ("float(text ==", "float('nan') * (text ==", "within 1000"),
     "a reward that raises": ("float(text ==", "float(1 / 0 ==", "task 0: reward('A"),
@@ -10434,9 +10433,9 @@ def test_tasks_that_are_no_file_are_refused(task, tmp_path):
     """A file that is not there, and what is neither a task nor a Python file."""
     assert task in refused(rl, rl_args(tmp_path, "--task", task))
 
-def test_a_tool_that_raises_is_told_once(tmp_path, capsys):
+def test_a_tool_that_raises_is_told_once(capsys):
     """A policy writes anything: what the tool raises is a malformed call, and a line names task, call and error."""
-    args = own_args(tmp_path, ('return f"{call[1][::-1]};" if call else None', "return call[1]"))
+    args = own_args(('return f"{call[1][::-1]};" if call else None', "return call[1]"))
     for number in (3, 4):
         episode = play(rl.make_task(args, number), lambda messages: "x]" if len(messages) < 4 else "A.")
         assert episode.rewards == [-0.1, -0.1, 0.0]
@@ -10512,25 +10511,26 @@ def test_a_run_begins_from_a_checkpoint_of_train(trained, tmp_path):
     assert max(turn["ids"].max() for turn in turns_in_flight(state)) > 256
 
 def test_a_teacher_is_imitated_in_the_tokens_of_the_checkpoint(trained, tmp_path):
-    """The imitation learns the teacher's texts as --init's tokenizer writes them; another checkpoint is another one."""
-    out = tmp_path / "out"
-    run_rl(out, f"--init {trained.out} --steps 1")
-    assert steps_done(out / "warm") == 2
-    _, text = run_rl(out, f"--init {trained.out} --steps 1")
-    assert "2 steps read" in text
+    """The imitation begins with --init's weights and tokens; the one of another checkpoint is another one."""
+    run_rl(tmp_path / "out", f"--task {write_task(tmp_path)} --context 64 --steps 1 --init {trained.out}")
+    state = read_checkpoint(tmp_path / "out" / "warm")
+    assert state["now"]["step"] == 2
+    assert state["tokenizer"] == read_checkpoint(trained.out)["tokenizer"]
 
-    other = tmp_path / "other"
-    other.mkdir()
-    tamper(trained.out, other, put("now/step", 11))
-    _, text = run_rl(out, f"--init {other} --steps 1")
-    assert "steps read" not in text
+    cfg = MiniMaxConfig(**state["config"])
+    source = SimpleNamespace(args=SimpleNamespace(**state["args"]), model=SimpleNamespace(cfg=cfg))
+    source.origin = state["origin"]
+    assert rl.is_same_imitation(state, source)
+    for name in ("init", "task"):
+        source.origin = dict(state["origin"], **{name: "another one"})
+        assert not rl.is_same_imitation(state, source)
 
 @refusals(
     ("--init none", "none"),
     ("--init {trained} --preset small", "--preset small"),
     ("--init {trained} --mtp 1", "--mtp 1"),
     ("--init {trained} --context 4096", "--context"),
-    ("--init {early}", "index branch"),
+    ("--init {early} --context 64", "index branch"),
     ("--context 8", "--context"),
     ("--task maze --context 48", "--context 48"))
 def test_what_a_run_cannot_begin_from_is_refused(line, word, trained, tmp_path):
@@ -12822,6 +12822,32 @@ def nothing_escaped(real, data):
     """The text stands in the page's script as it is."""
     return real(data).replace("\\u003c", "<")
 
+def stops_are_tokens(real, gateway, ids):
+    """A stop within a longer token is not seen."""
+    return gateway.tokenizer.decode(ids[-1:]) in gateway.stops
+
+def malformed_calls_are_answered(real, task, text):
+    """A malformed call gets an empty answer, and costs nothing."""
+    said = real(task, text)
+    return "" if said is None else said
+
+def played_at_temperature_1(real, gateway, episodes, version, generator=None, group=1, temperature=1.0):
+    """--play samples."""
+    real(gateway, episodes, version, generator, group)
+
+def played_tasks_are_the_trainings(real, args, number, split=0):
+    """--play shows tasks that were trained on."""
+    return real(args, number)
+
+def errors_of_one_task(real, episodes):
+    """The standard error is that of a single task."""
+    share, error = real(episodes)
+    return share, error * len(episodes) ** 0.5
+
+def imitation_counts_as_steps(real, now, args):
+    """The time left is estimated with the imitation's time in it."""
+    return real(dataclasses.replace(now, warm=0.0), args)
+
 def no_clip(real, *args):
     """CISPO's weights are not bounded."""
     return real(*args, eps_high=math.inf)
@@ -13269,6 +13295,12 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("rl.Served.forget_unheard", nothing_is_forgotten, test_only_what_was_not_heard_is_forgotten),
     mutant("rl.packed", numbers_of_half_the_bits, archived),
     mutant("rl.Served.keys_of", another_key_opens_too, test_a_key_opens_its_own_episode_alone),
+    mutant("rl.Gateway.has_ended", stops_are_tokens, test_a_completion_ends_with_a_stop_within_a_token),
+    mutant("rl.OwnTask.tool", malformed_calls_are_answered, test_a_task_of_ones_own_pays_what_it_says),
+    mutant("rl.rollout", played_at_temperature_1, test_play_is_greedy_and_fresh),
+    mutant("rl.make_task", played_tasks_are_the_trainings, test_play_is_greedy_and_fresh),
+    mutant("rl.share_solved", errors_of_one_task, test_the_share_solved_by_hand),
+    mutant("rl.seconds_to_go", imitation_counts_as_steps, test_the_time_left_by_hand),
     mutant("sample.pack_routes", routes_of_the_token_before,
            on(test_a_page_shows_what_the_forward_chose, "full", 0),
            on(test_a_page_shows_what_the_forward_chose, "msa", 2)),

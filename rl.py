@@ -43,10 +43,10 @@ import hmac
 import json
 import math
 import re
+import runpy
 import sqlite3
 import time
 import traceback
-import types
 import typing
 from dataclasses import asdict, dataclass, field, replace
 from queue import Empty, SimpleQueue
@@ -336,21 +336,17 @@ class TaskFile:
         except OSError as error:
             raise ValueError(f"--task {path}: {error.strerror}") from None
         self.digest = hashlib.sha256(text).hexdigest()
-        self.text = text
         self.told = set()              # errors of its tool that a line has told
 
     def load(self):
         """Run the file -> itself. ValueError, in one line, if it fails or lacks something."""
-        module = types.ModuleType("task_file")
-        module.__file__ = self.path
-        sys.modules[module.__name__] = module  # dataclasses look their module up
         try:
-            exec(compile(self.text, self.path, "exec"), vars(module))
+            names = runpy.run_path(self.path, run_name="task_file")
         except (Exception, SystemExit) as error:
             raise ValueError(f"--task {self.path}: {self.describe(error)}") from None
 
         # what it must have, before anything is built
-        kind = getattr(module, "Task", None)
+        kind = names.get("Task")
         if not isinstance(kind, type):
             raise ValueError(f"--task {self.path}: it has no class Task")
         if not callable(getattr(kind, "tool", None)):

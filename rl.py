@@ -74,7 +74,9 @@ MAX_BODY = 1 << 20                     # bytes of a request to the gateway
 MOMENT = 0.002                         # seconds in which the end of a client that has left arrives behind its request
 KEY_FIELD = {"/v1/chat/completions": "model", "/v1/finish": "task"}  # path -> where a request names its episode
 
-MADE_BY = ("task", "turns", "preset", "attn", "mtp")  # what the model of a checkpoint depends on
+# what the model of a checkpoint depends on
+MADE_BY = ("task", "turns", "preset", "attn", "mtp", "thoughts", "tool_errors")
+ADDED = dict(thoughts="keep", tool_errors=0.0)  # flags that older checkpoints lack -> what these did
 
 # ---- agents: they see messages and text, nothing of the model ------------------------------------
 # An agent is a coroutine. It yields a list of messages, {role, content}, and is sent the text that the policy writes in
@@ -84,6 +86,33 @@ MADE_BY = ("task", "turns", "preset", "attn", "mtp")  # what the model of a chec
 # million parameters learns in a minute:
 #     Q12+3;     a task of the calculator        t1[12+3]   a call, 1: a thought, how many operations remain
 #     =15;       what the tool says, =?; if the call is malformed             A15.   the answer, which ends an episode
+#     =!;        the tool failed (--tool-errors): the same call may work now
+# The policy thinks before each call. Whether later turns see these thoughts is the agent's choice, not the policy's:
+# the messages are its own, and clients that strip thoughts from them (--thoughts drop) are common.
+
+ERROR = "!;"                           # what a tool says that fails
+
+def without_thought(text):
+    """A call as a client that strips thoughts sends it back: t2[12*3] -> t[12*3]. Other texts stay as they are."""
+    return re.sub(r"^t\d\[", "t[", text)
+
+def without_errors(messages):
+    """Messages less the ERRORs of tools, and less the calls that met them: as if no tool had failed."""
+    kept = []
+    for message in messages:
+        if message["role"] == "tool" and message["content"] == f"={ERROR}":
+            kept.pop()                 # the call
+        else:
+            kept.append(message)
+    return kept
+
+def draw_faults(share, difficulty, rng):
+    """-> which calls of an episode, counted from 0, meet a tool that fails: about this share of the first ones."""
+    return frozenset(call for call in range(most_faults(difficulty)) if rng.random() < share)
+
+def most_faults(difficulty):
+    """How many there can be in an episode: its context has room for so many."""
+    return 2 * difficulty + 3
 
 def size(messages):
     """Characters of a context."""
@@ -100,6 +129,12 @@ class Task:
     expert           messages -> text: a teacher
     """
     cap = math.inf                     # characters of context; an episode that needs more fails
+    drops_thoughts = False             # whether the agent leaves thoughts out of the messages of later turns
+    faults = frozenset()               # calls, counted from 0, at which the tool fails
+
+    def is_answer(self, text, given):
+        """Whether a text is an answer that may be given: what the tool said last."""
+        return text == f"A{given}."
 
     def agent(self):
         """One episode: yields messages, is sent a completion's text, None if the context is too long -> a reward for
@@ -108,7 +143,8 @@ class Task:
         Success pays 1, and for speed SPEED * h(x), h(x) = clip(1 - x, -1, 1), x the episode's time over a baseline. An
         answer that differs from the tool's last observation fails, even if it is right, and costs as a malformed call
         does: otherwise guessing would look safe. Under a cap, the call D] drops all messages but the prompt and the
-        last observation: what to forget is an action, too. Past its limit of turns an episode has failed."""
+        last observation: what to forget is an action, too. Past its limit of turns an episode has failed; calls at
+        which the tool failed do not count."""
         prompt = dict(role="user", content=self.prompt)
         baseline = 2 * self.difficulty * (CALL_S + 8 * CHAR_S)
         limit = self.difficulty + 3
@@ -117,6 +153,7 @@ class Task:
         messages = [prompt]
         rewards = []
         seconds = 0.0
+        n_calls = 0
         given = None                   # what the tool said last
         while len(rewards) < limit and size(messages) <= self.cap:
             text = yield messages
@@ -126,8 +163,8 @@ class Task:
 
             # an answer ends the episode
             if text.startswith("A"):
-                known = given is not None and text == f"A{given}."
-                success = known and given == str(self.answer)
+                known = given is not None and self.is_answer(text, given)
+                success = known and text == f"A{self.answer}."
                 reward = 0.0 if known else PROCESS
                 if success:
                     reward += 1.0 + SPEED * max(-1.0, min(1.0, 1 - seconds / baseline))
@@ -135,14 +172,19 @@ class Task:
 
             # a turn of forgetting, or a call of the tool
             if text == "D]" and self.cap < math.inf:
-                messages = [prompt, *messages[1:][-1:]]
+                messages = [prompt, *without_errors(messages)[1:][-1:]]
                 rewards.append(0.0)
                 continue
             observation = self.tool(text)
-            if observation:
+            if n_calls in self.faults:
+                observation = ERROR
+                limit += 1
+            elif observation:
                 given = observation[:-1]
+            n_calls += 1
+            shown = without_thought(text) if self.drops_thoughts else text
             reply = dict(role="tool", content=f"={observation or '?;'}")
-            messages = [*messages, dict(role="assistant", content=text), reply]
+            messages = [*messages, dict(role="assistant", content=shown), reply]
             rewards.append(PROCESS if observation is None else 0.0)
         return rewards or [0.0], False, seconds
 
@@ -173,10 +215,11 @@ class Calculator(Task):
         return f"{result};" if 0 <= result <= 9999 else None
 
     def expert(self, messages):
-        """The next operation, on the last result. When none is left, that is the answer. When a call has failed, the
-        teacher gives up, with 0."""
-        done = len(messages) // 2
-        last = messages[-1]["content"][1:-1]
+        """The next operation, on the last result. When none is left, that is the answer. When a call was malformed, the
+        teacher gives up, with 0. When the tool failed, it calls again."""
+        worked = without_errors(messages)
+        done = len(worked) // 2
+        last = worked[-1]["content"][1:-1]
         if done >= self.difficulty or last == "?":
             return f"A{last.replace('?', '0')}."
         left = last if done else self.terms[0]
@@ -205,19 +248,63 @@ class Maze(Task):
 
     def expert(self, messages):
         """Call with the last key; when none comes after it, it is the answer. Near the cap, forget."""
-        key = messages[-1]["content"][1:3]
+        worked = without_errors(messages)
+        key = worked[-1]["content"][1:3]
         if size(messages) + 10 > self.cap and len(messages) > 2:
             return "D]"
         if key in self.next:
-            return f"t{len(messages) // 2 % 10}[{key}]"
+            return f"t{len(worked) // 2 % 10}[{key}]"
         return f"A{key}."
+
+class Tally(Task):
+    """The last digit of a sum: T3; t0[1] =7; t7[2] =5; t2[3] =4; A6. A call reads one digit. The thought: the sum of
+    those before, which stands nowhere else: without it each turn has to add all of them again. Built to show what
+    thoughts in the history are worth."""
+    alphabet = "0123456789"
+
+    def __init__(self, rng):
+        self.difficulty = rng.randint(2, 6)
+        self.digits = [rng.randrange(10) for _ in range(self.difficulty)]
+        self.prompt = f"T{self.difficulty};"
+        self.answer = sum(self.digits) % 10
+
+    def is_answer(self, text, given):
+        """No observation is the answer: any digit may be."""
+        return re.fullmatch(r"A\d\.", text) is not None
+
+    def tool(self, text):
+        """The digit at the place in the call."""
+        call = re.fullmatch(r"t\d\[([1-9])\]", text)
+        if call is None or int(call[1]) > len(self.digits):
+            return None
+        return f"{self.digits[int(call[1]) - 1]};"
+
+    def expert(self, messages):
+        """Read the first digit that was not read; when all were, say the sum of them."""
+        read = set()                   # places
+        worked = without_errors(messages)
+        for call, heard in zip(worked[1::2], worked[2::2]):
+            if heard["content"] != "=?;":
+                read.add(int(call["content"][-2]))
+        total = sum(self.digits[place - 1] for place in read) % 10
+        for place in range(1, self.difficulty + 1):
+            if place not in read:
+                return f"t{total}[{place}]"
+        return f"A{total}."
 
 def make_task(args, number, split=0):
     """Task `number` of a split: a pure function of the seed, so that every group of a run is a fresh problem."""
-    rng = Random(f"{args.seed} {split} {number}")
+    name = f"{args.seed} {split} {number}"
+    rng = Random(name)
     if args.task == "calculator":
-        return Calculator(rng)
-    return Maze(rng, args.turns, cap=CAP if args.task == "cap" else math.inf)
+        task = Calculator(rng)
+    elif args.task == "tally":
+        task = Tally(rng)
+    else:
+        task = Maze(rng, args.turns, cap=CAP if args.task == "cap" else math.inf)
+    task.drops_thoughts = args.thoughts == "drop"
+    task.faults = draw_faults(args.tool_errors, task.difficulty, Random(f"{name} faults"))
+    return task
 
 # ---- gateway and data pool: text becomes tokens here, and nowhere else ---------------------------
 # An agent's reply comes back in its next messages, as text. Were it tokenised anew, other tokens than those that were
@@ -464,18 +551,18 @@ def play_episode(gateway, episode, agent, context_size, version):
             routes = torch.from_numpy(np.stack(notes + notes[-1:]))
         reply = gateway.record(episode, context, ids, logprobs, version, routes)
 
-def rollout(gateway, episodes, version, generator=None, group=1):
+def rollout(gateway, episodes, version, generator=None, group=1, temperature=1.0):
     """Play episodes in lock step until each is over, or an agent of another process has had its turn.
 
     gateway    with the model; its --replay records routes, too
     episodes   [(trajectory, agent)]; `group` of one prompt lie side by side
     version    of the policy, for the record
-    generator  of the sampling
+    generator, temperature    of the sampling; temperature 0 is greedy
     """
     model = gateway.model
     players = [play_episode(gateway, episode, agent, model.cfg.max_seq_len, version) for episode, agent in episodes]
     record = pack_routes if gateway.args.replay else None
-    lockstep(model, players, group, Sampling(generator=generator), record)
+    lockstep(model, players, group, Sampling(temperature, generator=generator), record)
 
 def lay_routes(paths, B, T, L):
     """Recorded routes of paths -> (B, T, r) of the layout.
@@ -1003,7 +1090,7 @@ def warm_start(source, args, stop, threads):
 def is_same_imitation(state, args, model):
     """Whether a checkpoint holds an imitation of the run's tasks by its model."""
     for name in (*MADE_BY, "seed", "warm_steps"):
-        if state["args"].get(name) != getattr(args, name):
+        if state["args"].get(name, ADDED.get(name)) != getattr(args, name):
             return False
     return state["config"].get("vocab_size") == model.cfg.vocab_size
 
@@ -1043,7 +1130,9 @@ def trial(source):
 def make_model(args, device, dtype):
     """Task and preset -> model, with full attention, as in the M2 that Forge trained, unless --attn msa."""
     torch.manual_seed(args.seed)
-    room = dict(calculator=96, maze=round_up(14 * args.turns + 48, 128), cap=128)[args.task]
+    room = dict(calculator=96, maze=round_up(14 * args.turns + 48, 128), cap=128, tally=96)[args.task]
+    if args.tool_errors and args.task != "cap":  # of a call of most characters and its error, each time
+        room = round_up(room + 12 * most_faults(dict(calculator=3, maze=args.turns, tally=6)[args.task]), 32)
     # the preset's own vocabulary may be larger: an id that the gateway's tokenizer lacks has no text
     cfg = getattr(MiniMaxConfig, args.preset)(max_seq_len=room, n_mtp=args.mtp, vocab_size=Gateway.tokenizer.n_vocab)
     cfg.index_kl_stride = 1  # a stride counts positions of the layout: it would know of the merging
@@ -1058,8 +1147,12 @@ def parse_args(argv, locks=None):
     count = number(1)
     positive = number(1e-6, 1e9, float)
     # task and episodes
-    p.add_argument("--task", default="calculator", choices=["calculator", "maze", "cap"], help="to learn")
+    p.add_argument("--task", default="calculator", choices=["calculator", "maze", "cap", "tally"], help="to learn")
     p.add_argument("--turns", type=number(2, 600), default=8, help="a maze's")
+    p.add_argument("--thoughts", default="keep", choices=["keep", "drop"],
+                   help="whether agents leave the policy's thoughts in what later turns see")
+    p.add_argument("--tool-errors", type=number(0, 0.9, float), default=0.0,
+                   help="share of calls at which a tool fails, for once")
     p.add_argument("--rollouts", type=number(2), default=4, help="episodes of a group")
     p.add_argument("--groups", type=count, default=24, help="groups a step")
     # queue
@@ -1131,9 +1224,9 @@ def resume_args(parser, argv, given):
     args = merge_args(parser, argv, given, path, state["args"])
     for flag in (*MADE_BY, "slots"):
         value = getattr(args, flag)
-        was = state["args"].get(flag)
+        was = state["args"].get(flag, ADDED.get(flag))
         if value != was:
-            raise ValueError(f"--{flag} {value}: the checkpoint was made with {was}")
+            raise ValueError(f"--{flag.replace('_', '-')} {value}: the checkpoint was made with {was}")
     return args, None if early else state  # the imitation's weights are read where they are needed
 
 @dataclass

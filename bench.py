@@ -1156,11 +1156,10 @@ def run_queue(args, machine):
 # drifts, and with them the model recovers from errors. Here rl.py trains policies both ways, with tools that fail now
 # and then, and each is tested on fresh tasks. In the calculator a thought says how many operations remain, which the
 # calls show as well. In the tally it is the sum of the digits so far: without it each turn has to add them all again.
-# The tally was built to show that. A policy trained with its thoughts is also tested without: so a client uses it
-# that strips them.
-# Tasks that meet an error are longer than others, so their success is compared with that of the same tasks, played
-# again with tools that work. What a failed episode did wrong is its first turn that is not the teacher's, thoughts
-# aside.
+# The tally was built to show that. A policy that was trained with its thoughts is also tested without them: this is
+# what a client that strips them makes of it. Tasks that meet an error are longer than others, so the same ones are
+# played again with tools that work. What a failed episode did wrong is its first turn that is not the teacher's,
+# thoughts aside.
 
 @dataclass(frozen=True)
 class Trial:
@@ -1401,18 +1400,19 @@ SHARES = ("success", "recovery", "same")
 def print_thoughts(rows):
     """The table: percent and standard errors, a part for each sampling, a line for each seed and one for their mean."""
     for (sampling,), part in by_values(rows, "sampling").items():
-        print(f"\n{sampling}, percent of {part[0]['n']} episodes a line\n"
-              f"{'task':<10} trained tested  seed | {'success':>10} | met an error: {'success':>10}, {'without':>10} | "
-              "turns | teacher's thoughts | merge own, group")
+        print(f"\n{sampling}, percent of {part[0]['n']} episodes a line, ± a standard error; n of them met an error of "
+              "a tool; none: the same tasks with tools that work\n"
+              f"{'task':<10} trained tested  seed | {'success':>10} | {'n':>4} {'recovered':>10} {'none':>10} | "
+              "turns | thoughts right | merge own, group")
         for (task, trained, tested), lines in by_values(part, "task", "trained", "tested").items():
             head = f"{task:<10} {trained:<7} {tested:<6}"
             for row in lines:
                 won, after, same = (percent(row[name], row[f"{name}_se"]) for name in SHARES)
-                print(f"{head} {row['seed']:>5} | {won:>10} | {row['n_met']:>12}: {after:>10}, {same:>10} | "
-                      f"{row['turns']:>5.2f} | {100 * row['thoughts_right']:>18.1f} | {row['own_merge']:>8.2f}x "
-                      f"{row['group_merge']:>5.2f}x")
+                print(f"{head} {row['seed']:>5} | {won:>10} | {row['n_met']:>4} {after:>10} {same:>10} | "
+                      f"{row['turns']:>5.2f} | {100 * row['thoughts_right']:>14.1f} | {row['own_merge']:>8.2f}x "
+                      f"{row['group_merge']:>6.2f}x")
             won, after, same = (percent(*over_seeds(lines, name)) for name in SHARES)
-            print(f"{head}  mean | {won:>10} | {'':>12}: {after:>10}, {same:>10} |")
+            print(f"{head}  mean | {won:>10} | {'':>4} {after:>10} {same:>10} |")
 
 def print_mistakes(rows):
     """How many sampled episodes of all seeds failed, and by what first mistake."""

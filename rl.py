@@ -3,6 +3,7 @@
     python rl.py                                # a model learns to use a calculator: two CPU cores, three minutes
     python rl.py --task maze --turns 40         # key-value maze; --task cap: the same in a context that is too small
     python bench.py --what queue                # strict FIFO, window and greedy on one virtual clock
+    python bench.py --what thoughts             # thoughts kept in the agents' history, or dropped
     python rl.py --serve 8000                   # agents in other processes, through OpenAI's chat-completions protocol
 
     agents   know a completion interface and nothing else: messages -> text
@@ -1150,7 +1151,7 @@ def parse_args(argv, locks=None):
     p.add_argument("--task", default="calculator", choices=["calculator", "maze", "cap", "tally"], help="to learn")
     p.add_argument("--turns", type=number(2, 600), default=8, help="a maze's")
     p.add_argument("--thoughts", default="keep", choices=["keep", "drop"],
-                   help="whether agents leave the policy's thoughts in what later turns see")
+                   help="whether the agents here leave thoughts in what later turns see")
     p.add_argument("--tool-errors", type=number(0, 0.9, float), default=0.0,
                    help="share of calls at which a tool fails, for once")
     p.add_argument("--rollouts", type=number(2), default=4, help="episodes of a group")
@@ -1269,12 +1270,18 @@ def card(args, model, queue, device, why, threads):
     cfg = model.cfg
     total, active = model.num_params()
     how = "turn by turn" if args.no_merge else "prefix trees"
+    agents = ""
+    if args.thoughts == "drop":
+        agents += ", thoughts dropped"
+    if args.tool_errors:
+        agents += f", {args.tool_errors:g} of calls fail"
     print(f"model   | {args.preset}: {total:,} parameters, {active:,} active; {args.attn} attention; "
           f"{cfg.n_expert_per_tok} of {cfg.n_expert} experts, {args.mtp} MTP modules")
     print(f"device  | {device}, {str(model.dtype).removeprefix('torch.')}: {why}")
     print(f"threads | {threads}")
     print(f"kernels | {implementations(model, device, trains=True)}")
-    print(f"task    | {args.task}: {args.groups} groups of {args.rollouts} episodes a step, {args.slots} in flight")
+    print(f"task    | {args.task}: {args.groups} groups of {args.rollouts} episodes a step, {args.slots} in flight"
+          f"{agents}")
     print(f"queue   | {args.schedule}: window {queue.window}, deadline {args.deadline:g} s, tail sigma {args.sigma:g}")
     print(f"train   | CISPO, ratio up to {1 + EPS_HIGH:g}; {how}; Muon + AdamW, rate {args.lr:g}, seed {args.seed}",
           flush=True)

@@ -10173,7 +10173,7 @@ def test_the_table_of_thoughts(capsys):
     bench.print_thoughts(thoughts_rows())
     parts = capsys.readouterr().out.strip().split("\n\n")
     by_sampling, greedy = (part.splitlines() for part in parts)
-    assert by_sampling[0] == "sampled, percent of 100 episodes a line"
+    assert by_sampling[0].startswith("sampled, percent of 100 episodes a line")
     cells = [re.split(r"[\s|:,]+", line.strip(" |")) for line in by_sampling[2:]]
     kept = ["tally", "keep", "keep"]
     shares = ["90.0", "±3.0", "40", "80.0", "±6.3", "50.0", "±7.9"]
@@ -11669,6 +11669,22 @@ def greedy_with_window_n(real, queue, N, W, deadline=math.inf):
     """A window of all slots is taken for no window."""
     real(queue, N, min(N, W), deadline)
 
+def calls_dropped_too(real, text):
+    """A client that strips thoughts strips the calls behind them."""
+    return real(text).split("[")[0]
+
+def errors_of_their_own(real, share, difficulty, rng):
+    """A tool fails at another time each time that a task is made."""
+    return real(share, difficulty, random.Random())
+
+def errors_stay(real, messages):
+    """The teacher takes a call that met an error for one that worked."""
+    return messages
+
+def every_episode_met_one(real, test):
+    """A fault that comes after an episode's end counts as met."""
+    return bool(test.task.faults)
+
 def sums_by_the_batch(real, name, R, *args):
     """How many channels are summed at a time depends on the number of rows."""
     return real(name, R, *args) | dict(BLOCK=32 if R == 1 else 16)
@@ -12076,6 +12092,10 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("rl.WindowedFIFO.__init__", greedy_with_window_n, test_window_of_figure_5),
     mutant("rl.pack_routes", replay_of_other_experts, replayed),
     mutant("rl.cispo_loss", no_clip, test_cispo_by_hand),
+    mutant("rl.without_thought", calls_dropped_too, on(test_agents_keep_or_drop_thoughts, "maze")),
+    mutant("rl.draw_faults", errors_of_their_own, test_errors_are_of_the_task_alone),
+    mutant("rl.without_errors", errors_stay, on(test_the_teacher_recovers_from_errors, "tally", "drop")),
+    mutant("bench.Played.met_error", every_episode_met_one, test_mistakes_after_an_error_are_counted),
     mutant("sample.pack_routes", routes_of_the_token_before,
            on(test_a_page_shows_what_the_forward_chose, "full", 0),
            on(test_a_page_shows_what_the_forward_chose, "msa", 2)),

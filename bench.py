@@ -7,6 +7,7 @@
     python bench.py --what queue --figure queue.svg          # rl.py's strict FIFO, window and greedy
     python bench.py --what generate --out DIR                # tokens/s of a whole model, GPT-2's, and with drafts
     python bench.py --what quality --figure quality.png      # what full, windowed, linear and sparse attention learn
+    python bench.py --what thoughts                          # agents' thoughts kept in the history, or dropped
 
 The sides take turns (A B A B) on the same tensors. Dense prefill is cuDNN SDPA, dense decode our split-KV kernel; on a
 CPU both are SDPA with a group's G heads as rows, which reads K and V once (enable_gqa: G times, 5 to 11 times slower).
@@ -20,10 +21,12 @@ import signal
 if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: no traceback
     at_ctrl_c = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
+import contextlib
 import copy
 import gc
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import multiprocessing
@@ -76,6 +79,13 @@ WINDOWS = {"fifo": 1, "window": 19, "greedy": math.inf}    # oldest groups that 
 SIGMAS = (0.5, 0.8, 1.3)               # of the log-normal tails: rl.py's default, and two that are heavier
 SEED = 1337                            # of all that is random here, as rl.py's own
 TRAINING = f"--steps 20 --seed {SEED}".split()             # flags of rl.py for each of its three trainings
+# --what thoughts
+TRIAL_TASKS = ("calculator", "tally")
+TRIAL_SEEDS = (SEED, 1, 2)
+TRIAL_STEPS = 60                       # of a training on rewards
+TRIAL_FLAGS = "--tool-errors 0.25"     # of rl.py, in all trainings
+TRIAL_TESTS = 400                      # fresh tasks that each policy is tested on
+TEST_TASKS = 2                         # their split; 0 is rl.py's training, 1 its imitation
 
 # ---- work and rates ------------------------------------------------------------------------------
 # A row's times stand beside what they could be at best: FLOPs and bytes that each side needs, over the FLOP/s and
@@ -1140,6 +1150,311 @@ def run_queue(args, machine):
     if args.figure:
         rl.draw(curves, args.figure, "calculator")
     return dict(device=machine.name, rows=rows, trained=trained)
+
+# ---- thoughts: kept in the history, or dropped ---------------------------------------------------
+# M2 thinks between its calls, and its authors ask clients to send the thoughts back: without them, they say, the state
+# drifts, and with them the model recovers from errors. Here rl.py trains policies both ways, with tools that fail now
+# and then, and each is tested on fresh tasks. In the calculator a thought says how many operations remain, which the
+# calls show as well. In the tally it is the sum of the digits so far: without it each turn has to add them all again.
+# The tally was built to show that. A policy that was trained with its thoughts is also tested without them: this is
+# what a client that strips them makes of it. Tasks that meet an error are longer than others, so the same ones are
+# played again with tools that work. What a failed episode did wrong is its first turn that is not the teacher's,
+# thoughts aside.
+
+@dataclass(frozen=True)
+class Trial:
+    """One training of rl.py."""
+    task: str
+    thoughts: str                      # keep or drop
+    seed: int
+    steps: int                         # on rewards
+    device: str
+
+@dataclass
+class Played:
+    """An episode of a test."""
+    task: rl.Task
+    episode: rl.Trajectory
+    turns: list = field(default_factory=list)  # (messages, text), text None: the context was too long
+
+    def met_error(self):
+        """Whether a tool failed in it."""
+        n_calls = sum(text is not None and not text.startswith("A") for _, text in self.turns)
+        return any(call < n_calls for call in self.task.faults)
+
+def watch(agent, turns):
+    """An agent whose turns are noted."""
+    text = None
+    while True:
+        try:
+            messages = agent.send(text)
+        except StopIteration as stop:
+            return stop.value
+        text = yield messages
+        turns.append((messages, text))
+
+def play_tests(model, asked, temperature, faults=True):
+    """Play fresh tasks, one episode each.
+
+    asked        arguments of rl.py; its --thoughts are those of the test
+    temperature  of the sampling; 0 is greedy
+    faults       False: the same tasks with tools that work
+    """
+    played = []
+    for number in range(TRIAL_TESTS):
+        task = rl.make_task(asked, number, TEST_TASKS)
+        if not faults:
+            task.faults = frozenset()
+        played.append(Played(task, rl.Trajectory(number)))
+    generator = torch.Generator(model.embed.weight.device)
+    generator.manual_seed(asked.seed)
+    episodes = [(test.episode, watch(test.task.agent(), test.turns)) for test in played]
+    rl.rollout(rl.Gateway(model, asked), episodes, 0, generator, temperature=temperature)
+    return played
+
+def call_steps(task):
+    """What the right calls of a task end with, in their order."""
+    if isinstance(task, rl.Calculator):
+        return task.terms[1:]
+    return [str(place) for place in range(1, task.difficulty + 1)]
+
+def first_mistake(test):
+    """The first turn of an episode that is not the teacher's, thoughts aside -> its kind, and whether a tool had just
+    failed; None, False if there is none."""
+    for messages, text in test.turns:
+        wanted = rl.without_thought(test.task.expert(messages))
+        if text is None or rl.without_thought(text) != wanted:
+            after_error = messages[-1]["content"] == f"={rl.ERROR}"
+            return kind_of_mistake(test.task, text, wanted), after_error
+    return None, False
+
+def kind_of_mistake(task, text, wanted):
+    """A turn that is not the teacher's -> what is wrong with it. A call may be malformed; it may name a step of the
+    task that comes before the wanted one (repeated) or after it (skipped), or the wanted one with another number
+    (operand).
+
+    text    the policy's; None: its context was too long
+    wanted  the teacher's
+    """
+    if text is None:
+        return "too long"
+    if text.startswith("A"):
+        return "wrong answer" if wanted.startswith("A") else "early answer"
+    if task.tool(text) is None:
+        return "malformed"
+    steps = call_steps(task)
+    named = [step for step, end in enumerate(steps) if text.endswith(f"{end}]")]
+    next_steps = [step for step, end in enumerate(steps) if wanted.endswith(f"{end}]")]
+    if not next_steps:                 # all are done
+        return "repeated"
+    if not named or set(named) & set(next_steps):
+        return "operand"
+    return "repeated" if named[0] < next_steps[0] else "skipped"
+
+def thoughts_like_teacher(test):
+    """-> how many calls of an episode have the teacher's thought, and how many there are."""
+    n_right = 0
+    n_calls = 0
+    for messages, text in test.turns:
+        wanted = test.task.expert(messages)
+        if text is not None and text.startswith("t") and wanted.startswith("t"):
+            n_calls += 1
+            n_right += text[1:2] == wanted[1]
+    return n_right, n_calls
+
+def share_won(played):
+    """Share of episodes that succeeded, and its standard error; None, None where there are none."""
+    if not played:
+        return None, None
+    p = statistics.fmean(test.episode.success for test in played)
+    return p, math.sqrt(p * (1 - p) / len(played))
+
+def score_tests(played, cfg, replayed=None):
+    """A test -> the numbers of its row, see run_thoughts. replayed: the same tasks with tools that work."""
+    success, success_se = share_won(played)
+    met = [number for number, test in enumerate(played) if test.met_error()]
+    recovery, recovery_se = share_won([played[number] for number in met])
+    same, same_se = None, None
+    if replayed:
+        same, same_se = share_won([replayed[number] for number in met])
+
+    # what an episode's turns cost: each alone, and in one tree
+    turn_tokens = sum(len(sample.ids) for test in played for sample in test.episode.samples)
+    tree_slots = sum(rl.PrefixTree(test.episode.samples, cfg).size for test in played)
+
+    # what went wrong
+    thoughts = [thoughts_like_teacher(test) for test in played]
+    mistakes = {}
+    n_after_error = 0
+    for test in played:
+        if not test.episode.success:
+            kind, after_error = first_mistake(test)
+            mistakes[kind] = mistakes.get(kind, 0) + 1
+            n_after_error += after_error
+    return dict(
+        n=len(played), success=success, success_se=success_se,
+        n_met=len(met), recovery=recovery, recovery_se=recovery_se, same=same, same_se=same_se,
+        turns=statistics.fmean(len(test.turns) for test in played),
+        own_merge=turn_tokens / tree_slots,
+        thoughts_right=sum(n for n, _ in thoughts) / max(1, sum(n for _, n in thoughts)),
+        mistakes=mistakes, after_error=n_after_error)
+
+def run_trial(trial):
+    """Train a policy, in a folder that is deleted, and test it -> rows, one for each way of testing."""
+    flags = [*TRIAL_FLAGS.split(), "--task", trial.task, "--thoughts", trial.thoughts, "--seed", str(trial.seed),
+             "--steps", str(trial.steps), "--device", trial.device, "--threads", "1"]
+    with tempfile.TemporaryDirectory() as folder:
+        asked, _ = rl.parse_args([*flags, "--out", folder])
+        with contextlib.redirect_stdout(io.StringIO()):
+            trained = rl.run(asked, None)
+        if trained["steps"] < trial.steps:
+            raise KeyboardInterrupt
+        model, _ = load_model(load_checkpoint(folder), torch.device(trial.device))
+
+    rows = []
+    ways = ["drop"]                    # nobody puts thoughts back
+    if trial.thoughts == "keep":
+        ways = ["keep", "drop"]
+    for tested, sampling in product(ways, ("sampled", "greedy")):
+        asked.thoughts = tested
+        temperature = 0.0 if sampling == "greedy" else 1.0
+        played = play_tests(model, asked, temperature)
+        replayed = play_tests(model, asked, temperature, faults=False) if sampling == "sampled" else None
+        rows.append(dict(
+            what="thoughts", task=trial.task, trained=trial.thoughts, tested=tested, seed=trial.seed,
+            sampling=sampling, **score_tests(played, model.cfg, replayed), group_merge=trained["merge_ratio"],
+            steps=trial.steps, tool_errors=asked.tool_errors, start=trained["reward_start"], end=trained["reward_end"],
+            seconds=trained["seconds"]))
+    return rows
+
+def train_trials(trials, args, machine, start):
+    """Run trials, on a CPU as many at once as there are cores -> rows, in the order of trials. Ends before one for
+    which --minutes leaves no time. start: time.perf_counter() when the script began."""
+    done = {}
+    pace = Pace("trained", len(trials), args.minutes, start)
+
+    def finish(trial, rows, began):
+        done[trial] = rows
+        row = rows[0]
+        print(f"trained | {row['task']}, {row['trained']}, seed {row['seed']}: solved {row['start']:.2f} -> "
+              f"{row['end']:.2f} in training, {percent(row['success'], row['success_se'])} % of fresh tasks")
+        pace.tell(began)
+
+    workers = min(len(trials), args.threads or len(os.sched_getaffinity(0)))
+    if machine.gpu or workers == 1:
+        for trial in trials:
+            if pace.has_time():
+                began = time.perf_counter()
+                finish(trial, run_trial(trial), began)
+    else:
+        train_in_processes(run_trial, [(trial, trial) for trial in trials], workers, pace.has_time, finish)
+    return [row for trial in trials for row in done.get(trial, [])]
+
+def run_thoughts(args, machine):
+    """--what thoughts: the trainings, the table, and what it says.
+
+    Rows: what = "thoughts", task, trained and tested (keep, drop), seed, sampling (sampled, greedy), n episodes,
+    success (share), n_met (episodes that met an error of a tool), recovery (share of these that succeeded), same (the
+    same with tools that work; None: not played), *_se (standard errors), turns, own_merge (tokens of all turns over
+    slots of the trees, each episode's alone), group_merge (in training), thoughts_right (share of the teacher's),
+    mistakes {kind: failed episodes}, after_error (those whose first mistake came at once after an error), steps,
+    tool_errors, start and end (share solved in training), seconds (of the training).
+    """
+    start = time.perf_counter()
+    trials = []
+    for seed, task, thoughts in product(TRIAL_SEEDS, TRIAL_TASKS, ("keep", "drop")):
+        trials.append(Trial(task, thoughts, seed, args.steps or TRIAL_STEPS, str(machine.device)))
+    print(f"trials  | {len(trials)} trainings by rl.py, {TRIAL_FLAGS} --steps {trials[0].steps}, each tested on "
+          f"{TRIAL_TESTS} fresh tasks; the first takes a minute or two", flush=True)
+    rows = train_trials(trials, args, machine, start)
+    print_thoughts(rows)
+    print_mistakes(rows)
+    for line in thoughts_sentences(rows):
+        print(f"found   | {line}")
+    n_left = len(trials) - len(by_values(rows, "task", "trained", "seed"))
+    if n_left:
+        print(f"left    | {n_left} of {len(trials)} trainings: give more --minutes")
+    return dict(device=machine.name, rows=rows, left=n_left)
+
+def percent(share, error):
+    """A share and its standard error, in percent."""
+    return "-" if share is None else f"{100 * share:.1f} ±{100 * error:.1f}"
+
+def by_values(rows, *names):
+    """{values of these: the rows that have them}."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups
+
+def over_seeds(rows, name):
+    """Mean of a share over seeds, and its standard error as the seeds show it; None, None where a seed has none."""
+    shares = [row[name] for row in rows]
+    if None in shares:
+        return None, None
+    spread = statistics.stdev(shares) if len(shares) > 1 else 0.0
+    return statistics.fmean(shares), spread / math.sqrt(len(shares))
+
+SHARES = ("success", "recovery", "same")
+
+def print_thoughts(rows):
+    """The table: percent and standard errors, a part for each sampling, a line for each seed and one for their mean."""
+    for (sampling,), part in by_values(rows, "sampling").items():
+        print(f"\n{sampling}, percent of {part[0]['n']} episodes a line, ± a standard error; n of them met an error "
+              "of a tool; none: the same tasks with tools that work\n"
+              f"{'task':<10} trained tested  seed | {'success':>10} | {'n':>4} {'recovered':>10} {'none':>10} | "
+              "turns | thoughts right | merge own, group")
+        for (task, trained, tested), lines in by_values(part, "task", "trained", "tested").items():
+            head = f"{task:<10} {trained:<7} {tested:<6}"
+            for row in lines:
+                won, after, same = (percent(row[name], row[f"{name}_se"]) for name in SHARES)
+                print(f"{head} {row['seed']:>5} | {won:>10} | {row['n_met']:>4} {after:>10} {same:>10} | "
+                      f"{row['turns']:>5.2f} | {100 * row['thoughts_right']:>14.1f} | {row['own_merge']:>8.2f}x "
+                      f"{row['group_merge']:>6.2f}x")
+            won, after, same = (percent(*over_seeds(lines, name)) for name in SHARES)
+            print(f"{head}  mean | {won:>10} | {'':>4} {after:>10} {same:>10} |")
+
+def print_mistakes(rows):
+    """How many sampled episodes of all seeds failed, and by what first mistake."""
+    print("\nfirst mistakes in failed episodes, sampled, all seeds")
+    for (task, trained, tested), lines in by_values(of_sampled(rows), "task", "trained", "tested").items():
+        kinds = {}
+        for kind, n in (item for row in lines for item in row["mistakes"].items()):
+            kinds[kind] = kinds.get(kind, 0) + n
+        n_failed = sum(kinds.values())
+        n_played = sum(row["n"] for row in lines)
+        n_after = sum(row["after_error"] for row in lines)
+        told = ", ".join(f"{kind} {kinds[kind]}" for kind in sorted(kinds, key=kinds.get, reverse=True))
+        print(f"{task:<10} {trained:<7} {tested:<6} | {n_failed:>4} of {n_played} failed, {n_after} of them right "
+              f"after an error | {told}")
+
+def of_sampled(rows):
+    return [row for row in rows if row["sampling"] == "sampled"]
+
+def thoughts_sentences(rows):
+    """What the sampled rows say: means of the seeds that both sides have, with the standard error of the difference."""
+    whats = {("drop", "drop"): "trained and tested without", ("keep", "drop"): "trained with, stripped by the client"}
+    sentences = []
+    for (task,), of_task in by_values(of_sampled(rows), "task").items():
+        ways = by_values(of_task, "trained", "tested")
+        for way, what in whats.items():
+            others = {row["seed"]: row for row in ways.get(way, [])}
+            pairs = [(row, others[row["seed"]]) for row in ways.get(("keep", "keep"), []) if row["seed"] in others]
+            if not pairs:
+                continue
+            told = [told_change(pairs, "success", "success"), told_change(pairs, "recovery", "after an error")]
+            merges = [statistics.fmean(pair[side]["own_merge"] for pair in pairs) for side in (0, 1)]
+            sentences.append(f"{task}, thoughts kept -> {what}: {', '.join(told)}, an episode's turns merge "
+                             f"{merges[0]:.2f}x -> {merges[1]:.2f}x; {len(pairs)} seeds")
+    return sentences
+
+def told_change(pairs, name, what):
+    """A share on both sides of pairs of rows, and the difference with its standard error over the pairs."""
+    if any(row[name] is None for pair in pairs for row in pair):
+        return f"{what} -"
+    kept, dropped = (statistics.fmean(pair[side][name] for pair in pairs) for side in (0, 1))
+    change, error = over_seeds([dict(change=b[name] - a[name]) for a, b in pairs], "change")
+    return f"{what} {100 * kept:.1f} -> {100 * dropped:.1f} % ({100 * change:+.1f} ±{100 * error:.1f})"
 
 # ---- generate: tokens a second of a whole model --------------------------------------------------
 # Four tables of one model: a checkpoint's (--out), or a preset with random weights. First plain decoding, of one
@@ -2508,52 +2823,77 @@ def train_cells(study, cells, args, machine, path, start):
     start  time.perf_counter() when the script began
     """
     done = {}
-    longest = 0.0                      # seconds of a cell
+    pace = Pace("cells", len(cells), args.minutes, start)
     if not cells:
         return done
 
-    def has_time():
-        return args.minutes is None or time.perf_counter() - start + longest < 60 * args.minutes
-
     def finish(key, rows, began):
-        nonlocal longest
-        now = time.perf_counter()
-        longest = max(longest, now - began)
         append_cell(path, key, rows)
         done[key] = rows
-        spent = now - start
-        left = spent / len(done) * (len(cells) - len(done))
-        print(f"cells   | {len(done)} of {len(cells)} in {spent:.0f} s, about {left:.0f} s left", flush=True)
+        pace.tell(began)
 
     if not machine.gpu:
         workers = min(len(cells), args.threads or len(os.sched_getaffinity(0)))
-        train_in_processes(study, cells, workers, has_time, finish)
+        slowest_first = sorted(cells.items(), key=lambda cell: "msa" not in cell[1])
+        train_in_processes(partial(run_cell_alone, study), slowest_first, workers, pace.has_time, finish,
+                           "; finished kinds are kept: the same command goes on")
         return done
     for key, attn in cells.items():
-        if has_time():
+        if pace.has_time():
             began = time.perf_counter()
             rows = run_cell(study, attn, machine.device, machine.dtype, partial(print, flush=True))
             finish(key, rows, began)
     return done
 
-def train_in_processes(study, cells, workers, has_time, finish):
-    """Of train_cells, on a CPU: so many cells at once."""
+class Pace:
+    """How long trainings take: whether --minutes leaves time for one more, and how long the rest will last."""
+
+    def __init__(self, name, total, minutes, start):
+        """name: of a line. total: of the trainings. minutes: None for any. start: when the script began."""
+        self.name = name
+        self.total = total
+        self.minutes = minutes
+        self.start = start
+        self.done = 0
+        self.longest = 0.0             # seconds of a training
+
+    def has_time(self):
+        return self.minutes is None or time.perf_counter() - self.start + self.longest < 60 * self.minutes
+
+    def tell(self, began):
+        """One more is done, which began then."""
+        now = time.perf_counter()
+        self.longest = max(self.longest, now - began)
+        self.done += 1
+        spent = now - self.start
+        left = spent / self.done * (self.total - self.done)
+        print(f"{self.name:<7} | {self.done} of {self.total} in {spent:.0f} s, about {left:.0f} s left", flush=True)
+
+def train_in_processes(train_one, waiting, workers, has_time, finish, kept=""):
+    """On a CPU: so many trainings at once, each in a process of its own.
+
+    train_one   what is given to it -> rows
+    waiting     [(key, what is given)]; the first begins
+    has_time    whether one more may begin
+    finish      is called with (key, rows, when it began)
+    kept        what a line says of those that are over, on Ctrl-C
+    """
     context = multiprocessing.get_context("spawn")
-    waiting = sorted(cells.items(), key=lambda cell: "msa" not in cell[1])  # the slowest begin
+    waiting = list(waiting)
     running = {}
     with ProcessPoolExecutor(workers, context, begin_worker) as pool:
         try:
             while running or (waiting and has_time()):
                 while waiting and len(running) < workers and has_time():
-                    key, attn = waiting.pop(0)
-                    running[pool.submit(run_cell_alone, study, attn)] = key, time.perf_counter()
+                    key, given = waiting.pop(0)
+                    running[pool.submit(train_one, given)] = key, time.perf_counter()
                 for future in wait_for(running, return_when=FIRST_COMPLETED).done:
                     key, began = running.pop(future)
                     finish(key, future.result(), began)
         except BrokenProcessPool:
             raise MemoryError("a process that trained was killed; fewer: --threads 1") from None
         except BaseException:          # Ctrl-C: nobody waits for what is under way
-            print("left    | what was under way; finished kinds are kept: the same command goes on", flush=True)
+            print(f"left    | what was under way{kept}", flush=True)
             for process in list(pool._processes.values()):
                 process.terminate()
             raise
@@ -3151,19 +3491,22 @@ def parse_args(argv):
                    help="longest context, in tokens: 65536, 1e6, 64k (k = 1,024) or 1M (M = 1,048,576); default: "
                    "1,000,000; of --what generate 512k, on a CPU 64k; of the costs of --what quality 32k, on a CPU "
                    "1k at most")
-    p.add_argument("--what", choices=("prefill", "decode", "train", "tree", "queue", "generate", "quality", "all"),
+    p.add_argument("--what", choices=("prefill", "decode", "train", "tree", "queue", "generate", "quality", "thoughts",
+                                       "all"),
                    default="all",
                    help="what to time; tree: rl.py's training step; queue: its schedules; generate: a whole model's "
-                   "tokens/s; quality: what each kind of attention learns; all: prefill and decode")
+                   "tokens/s; quality: what each kind of attention learns; thoughts: agents' thoughts kept or dropped; "
+                   "all: prefill and decode")
     p.add_argument("--out", metavar="DIR", help="--what generate: folder of a checkpoint; default: a preset with "
                    "random weights, tiny or on a GPU small")
     p.add_argument("--shape", choices=SHAPES, help="default: both")
     p.add_argument("--attn", action="append", metavar="KIND", help="--what quality: a kind of attention or a pattern, "
                    "as train.py's --attn, but msa is in every layer; or msa-converted, which is full at first; may be "
                    "given again; default: five kinds, on a GPU ten")
-    p.add_argument("--steps", type=number(10), help="--what quality: of each model; default: 2500, on a GPU 10000")
-    p.add_argument("--minutes", type=number(0, math.inf, float), help="--what quality: after these begin no further "
-                   "kind of attention, nor one that would last longer; the same command goes on")
+    p.add_argument("--steps", type=number(10), help="--what quality: of each model; default: 2500, on a GPU 10000; "
+                   f"--what thoughts: of each training on rewards; default: {TRIAL_STEPS}")
+    p.add_argument("--minutes", type=number(0, math.inf, float), help="--what quality, thoughts: after these "
+                   "begins no further training, nor one that would last longer; quality goes on by the same command")
     p.add_argument("--cells", metavar="FILE", help="--what quality: keeps the kinds that are finished; the same "
                    "command goes on from it; default: quality-DEVICE.jsonl")
     p.add_argument("--figure", metavar="FILE", help="draw time against length, queue's curves, or quality against "
@@ -3184,10 +3527,14 @@ def parse_args(argv):
     if args.out and args.what != "generate":
         raise ValueError(f"--out {args.out}: --what generate alone reads a checkpoint")
     attn = " ".join(args.attn) if args.attn else None
-    of_quality = dict(attn=attn, steps=args.steps, minutes=args.minutes, cells=args.cells)
+    of_quality = dict(attn=attn, cells=args.cells)
+    if args.what != "thoughts":
+        of_quality |= dict(steps=args.steps, minutes=args.minutes)
     for name, value in of_quality.items():
         if value is not None and args.what != "quality":
             raise ValueError(f"--{name} {value}: --what quality alone")
+    if args.what == "thoughts" and (args.shape or args.figure):
+        raise ValueError("--what thoughts trains rl.py's own model and has no chart: leave out --shape and --figure")
     if args.what == "quality" and args.ctx < LEAST_COST:
         raise ValueError(f"--ctx {args.ctx}: layers of {LEAST_COST} tokens or more are timed")
     if args.what == "quality" and args.shape:
@@ -3220,7 +3567,7 @@ def set_device(args):
         torch.cuda.set_device(device.index or 0)
         machine.name = torch.cuda.get_device_name()
         return machine, why
-    if args.what not in ("queue", "quality"):  # rl.py chooses for itself; the study has a process a core
+    if args.what not in ("queue", "quality", "thoughts"):  # rl.py chooses for itself; these have a process a core
         threads = Threads(device, args.threads)
         if threads.count is None:
             threads.choose(trial(machine))
@@ -3237,7 +3584,7 @@ def card(args, machine, why):
         power = f", power limit and driver {subprocess.getoutput(query + ' 2> /dev/null') or 'unknown'}"
     print(f"run     | {time.strftime('%Y-%m-%d %H:%M')}, torch {torch.__version__}")
     print(f"device  | {machine.name}{power}, {str(machine.dtype)[6:]}: {why}")
-    if args.what not in ("queue", "quality"):
+    if args.what not in ("queue", "quality", "thoughts"):
         print(f"context | up to {args.ctx:,} tokens")
 
 def layer_card(args, machine):
@@ -3301,6 +3648,8 @@ def run(args):
         return run_generate(args, machine)
     if args.what == "quality":
         return run_quality(args, machine)
+    if args.what == "thoughts":
+        return run_thoughts(args, machine)
     return run_attention(args, machine)
 
 def main(argv=None):

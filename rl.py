@@ -4,6 +4,7 @@
     python rl.py --task maze                    # key-value maze, five minutes; --turns 40: a longer one
     python rl.py --task cap                     # the same in a context that is too small
     python bench.py --what queue                # strict FIFO, window and greedy on one virtual clock
+    python bench.py --what thoughts             # thoughts kept in the agents' history, or dropped
     python rl.py --serve 8000                   # agents in other processes, through OpenAI's chat-completions protocol
     python rl.py --task my_task.py --init out   # a task of one's own, see TaskFile; begin from a checkpoint of train.py
     python rl.py --play                         # the trained agent at work, and how much better it has become
@@ -115,11 +116,13 @@ PLAYED_AT_ONCE = 96                    # as many as a step plays: a cache for ea
 COLUMN = 24                            # characters of what the policy writes, before its reward
 OWN_CONTEXT = 256                      # tokens of context where --task names a file
 TRIED = 16                             # tasks of a file that its teacher plays at the start, to find mistakes early
-BUILT_IN = ("calculator", "maze", "cap")
+BUILT_IN = ("calculator", "maze", "cap", "tally")
 
 # what a checkpoint comes from, beside its flags: the digest of --task's file, run and step of --init's checkpoint
 NO_ORIGIN = dict(task=None, init=None)
-MADE_BY = ("task", "turns", "preset", "attn", "mtp", "init")  # what the model of a checkpoint depends on
+# what the model of a checkpoint depends on
+MADE_BY = ("task", "turns", "preset", "attn", "mtp", "init", "thoughts", "tool_errors")
+ADDED = dict(thoughts="keep", tool_errors=0.0)  # flags that older checkpoints lack -> what these did
 
 # ---- agents: they see messages and text, nothing of the model ------------------------------------
 # An agent is a coroutine. It yields a list of messages, {role, content}, and is sent the text that the policy writes in
@@ -129,6 +132,33 @@ MADE_BY = ("task", "turns", "preset", "attn", "mtp", "init")  # what the model o
 # million parameters learns in a minute:
 #     Q12+3;     a task of the calculator        t1[12+3]   a call, 1: a thought, how many operations remain
 #     =15;       what the tool says, =?; if the call is malformed             A15.   the answer, which ends an episode
+#     =!;        the tool failed (--tool-errors): the same call may work now
+# The policy thinks before each call. Whether later turns see these thoughts is the agent's choice, not the policy's:
+# the messages are its own, and clients that strip thoughts from them (--thoughts drop) are common.
+
+ERROR = "!;"                           # what a tool says that fails
+
+def without_thought(text):
+    """A call as a client that strips thoughts sends it back: t2[12*3] -> t[12*3]. Other texts stay as they are."""
+    return re.sub(r"^t\d\[", "t[", text)
+
+def without_errors(messages):
+    """Messages less the ERRORs of tools, and less the calls that met them: as if no tool had failed."""
+    kept = []
+    for message in messages:
+        if message["role"] == "tool" and message["content"] == f"={ERROR}":
+            kept.pop()                 # the call
+        else:
+            kept.append(message)
+    return kept
+
+def draw_faults(share, difficulty, rng):
+    """-> which calls of an episode, counted from 0, meet a tool that fails: about this share of the first ones."""
+    return frozenset(call for call in range(most_faults(difficulty)) if rng.random() < share)
+
+def most_faults(difficulty):
+    """How many there can be in an episode: its context has room for so many."""
+    return 2 * difficulty + 3
 
 def size(messages):
     """Characters of a context."""
@@ -146,6 +176,8 @@ class Task:
     """
     alphabet = ""
     cap = math.inf                     # characters of context; an episode that needs more fails
+    drops_thoughts = False             # whether the agent leaves thoughts out of the messages of later turns
+    faults = frozenset()               # calls, counted from 0, at which the tool fails
     limit = None                       # turns of an episode, at most; None: three more than its difficulty
     stops = STOPS                      # a completion ends with the first of these texts
     max_new = MAX_NEW                  # tokens of a completion, at most
@@ -175,7 +207,7 @@ class Task:
 
         Success pays 1, and for speed SPEED * h(x), h(x) = clip(1 - x, -1, 1), x the episode's time over a baseline.
         Under a cap, the call D] drops all messages but the prompt and the last observation: what to forget is an
-        action, too. Past its limit of turns an episode has failed."""
+        action, too. Past its limit of turns an episode has failed; calls at which the tool failed do not count."""
         prompt = dict(role="user", content=self.prompt)
         baseline = 2 * self.difficulty * (CALL_S + 8 * CHAR_S)
         limit = self.difficulty + 3 if self.limit is None else self.limit
@@ -184,6 +216,7 @@ class Task:
         messages = [prompt]
         rewards = []
         seconds = 0.0
+        n_calls = 0
         given = None                   # what the tool said last
         while len(rewards) < limit and size(messages) <= self.cap:
             text = yield messages
@@ -201,18 +234,20 @@ class Task:
 
             # a turn of forgetting, or a call of the tool
             if text == "D]" and self.cap < math.inf:
-                messages = [prompt, *messages[1:][-1:]]
+                messages = [prompt, *without_errors(messages)[1:][-1:]]
                 rewards.append(0.0)
                 continue
             observation = self.tool(text)
-            if observation is None:
-                rewards.append(PROCESS)
-                reply = dict(role="tool", content="=?;")
-            else:
-                rewards.append(0.0)
-                reply = dict(role="tool", content=f"={observation}")
+            if n_calls in self.faults:
+                observation = ERROR
+                limit += 1
+            elif observation is not None:
                 given = observation
-            messages = [*messages, dict(role="assistant", content=text), reply]
+            n_calls += 1
+            rewards.append(PROCESS if observation is None else 0.0)
+            shown = without_thought(text) if self.drops_thoughts else text
+            reply = dict(role="tool", content="=?;" if observation is None else f"={observation}")
+            messages = [*messages, dict(role="assistant", content=shown), reply]
         return rewards or [0.0], False, seconds
 
 class Calculator(Task):
@@ -242,10 +277,11 @@ class Calculator(Task):
         return f"{result};" if 0 <= result <= 9999 else None
 
     def expert(self, messages):
-        """The next operation, on the last result. When none is left, that is the answer. When a call has failed, the
-        teacher gives up, with 0."""
-        done = len(messages) // 2
-        last = messages[-1]["content"][1:-1]
+        """The next operation, on the last result. When none is left, that is the answer. When a call was malformed, the
+        teacher gives up, with 0. When the tool failed, it calls again."""
+        worked = without_errors(messages)
+        done = len(worked) // 2
+        last = worked[-1]["content"][1:-1]
         if done >= self.difficulty or last == "?":
             return f"A{last.replace('?', '0')}."
         left = last if done else self.terms[0]
@@ -274,23 +310,71 @@ class Maze(Task):
 
     def expert(self, messages):
         """Call with the last key; when none comes after it, it is the answer. Near the cap, forget."""
-        key = messages[-1]["content"][1:3]
+        worked = without_errors(messages)
+        key = worked[-1]["content"][1:3]
         if size(messages) + 10 > self.cap and len(messages) > 2:
             return "D]"
         if key in self.next:
-            return f"t{len(messages) // 2 % 10}[{key}]"
+            return f"t{len(worked) // 2 % 10}[{key}]"
         return f"A{key}."
+
+class Tally(Task):
+    """The last digit of a sum: T3; t0[1] =7; t7[2] =5; t2[3] =4; A6. A call reads one digit. The thought: the sum of
+    those before, which stands nowhere else: without it each turn has to add all of them again. Built to show what
+    thoughts in the history are worth."""
+    alphabet = "0123456789"
+
+    def __init__(self, rng):
+        self.difficulty = rng.randint(2, 6)
+        self.digits = [rng.randrange(10) for _ in range(self.difficulty)]
+        self.prompt = f"T{self.difficulty};"
+        self.answer = sum(self.digits) % 10
+
+    def reward(self, text, observation):
+        """No observation is the answer: any digit may be."""
+        if not text.startswith("A"):
+            return None
+        if observation is None or re.fullmatch(r"A\d\.", text) is None:
+            return PROCESS
+        return float(text == f"A{self.answer}.")
+
+    def tool(self, text):
+        """The digit at the place in the call."""
+        call = re.fullmatch(r"t\d\[([1-9])\]", text)
+        if call is None or int(call[1]) > len(self.digits):
+            return None
+        return f"{self.digits[int(call[1]) - 1]};"
+
+    def expert(self, messages):
+        """Read the first digit that was not read; when all were, say the sum of them."""
+        read = set()                   # places
+        worked = without_errors(messages)
+        for call, heard in zip(worked[1::2], worked[2::2]):
+            if heard["content"] != "=?;":
+                read.add(int(call["content"][-2]))
+        total = sum(self.digits[place - 1] for place in read) % 10
+        for place in range(1, self.difficulty + 1):
+            if place not in read:
+                return f"t{total}[{place}]"
+        return f"A{total}."
 
 def make_task(args, number, split=0):
     """Task `number` of a split: a pure function of the seed, so that every group of a run is a fresh problem.
     Split 1 is the imitation's: its mazes have any length up to --turns."""
-    rng = Random(f"{args.seed} {split} {number}")
+    name = f"{args.seed} {split} {number}"
+    rng = Random(name)
     if args.own_task:
-        return OwnTask(args.own_task, number, rng)
-    if args.task == "calculator":
-        return Calculator(rng)
-    turns = rng.randint(2, args.turns) if split == 1 else args.turns
-    return Maze(rng, turns, cap=CAP if args.task == "cap" else math.inf)
+        task = OwnTask(args.own_task, number, rng)
+    elif args.task == "calculator":
+        task = Calculator(rng)
+    elif args.task == "tally":
+        task = Tally(rng)
+    else:
+        turns = rng.randint(2, args.turns) if split == 1 else args.turns
+        task = Maze(rng, turns, cap=CAP if args.task == "cap" else math.inf)
+    task.drops_thoughts = args.thoughts == "drop"
+    task.faults = draw_faults(args.tool_errors, task.difficulty, Random(f"{name} faults"))
+    return task
 
 # ---- a task of one's own -------------------------------------------------------------------------
 # --task names a Python file with a class Task. It is played as the tasks above are, and what goes wrong in it is told
@@ -826,8 +910,7 @@ def rollout(gateway, episodes, version, generator=None, group=1, temperature=1.0
     gateway    with the model; its --replay records routes, too
     episodes   [(trajectory, agent)]; `group` of one prompt lie side by side
     version    of the policy, for the record
-    generator  of the sampling
-    temperature  0: greedy
+    generator, temperature    of the sampling; temperature 0 is greedy
     """
     model = gateway.model
     players = [play_episode(gateway, episode, agent, model.cfg.max_seq_len, version) for episode, agent in episodes]
@@ -1459,7 +1542,7 @@ def is_same_imitation(state, source):
     for name in (*MADE_BY, "seed", "warm_steps"):
         if name == "task" and source.origin["task"]:
             continue                   # a file may have moved: its text counts
-        if state["args"].get(name) != getattr(args, name):
+        if state["args"].get(name, ADDED.get(name)) != getattr(args, name):
             return False
     if bool(state["args"].get("teach")) != bool(args.teach):  # which is imitated behind prefaces
         return False
@@ -1506,7 +1589,10 @@ def context_size(args):
         return SERVED_CONTEXT
     if args.own_task:
         return OWN_CONTEXT
-    return dict(calculator=96, maze=round_up(14 * args.turns + 48, 128), cap=128)[args.task]
+    room = dict(calculator=96, maze=round_up(14 * args.turns + 48, 128), cap=128, tally=96)[args.task]
+    if args.tool_errors and args.task != "cap":  # of a call of most characters and its error, each time
+        room = round_up(room + 12 * most_faults(dict(calculator=3, maze=args.turns, tally=6)[args.task]), 32)
+    return room
 
 def make_config(args):
     """Task and preset -> config, with full attention, as in the M2 that Forge trained, unless --attn msa."""
@@ -1556,8 +1642,12 @@ def parse_args(argv, locks=None):
     positive = number(1e-6, 1e9, float)
     # task and episodes
     p.add_argument("--task", type=task_name, default="calculator", metavar="NAME",
-                   help="to learn: calculator, maze, cap, or a Python file, which this runs: see TaskFile in rl.py")
+                   help=f"to learn: {', '.join(BUILT_IN)}, or a Python file, which this runs: see TaskFile in rl.py")
     p.add_argument("--turns", type=number(2, 600), default=8, help="a maze's")
+    p.add_argument("--thoughts", default="keep", choices=["keep", "drop"],
+                   help="whether the agents here leave thoughts in what later turns see")
+    p.add_argument("--tool-errors", type=number(0, 0.9, float), default=0.0,
+                   help="share of calls at which a tool fails, for once")
     p.add_argument("--rollouts", type=number(2), default=4, help="episodes of a group")
     p.add_argument("--groups", type=count, default=24, help="groups a step")
     # queue
@@ -1688,12 +1778,12 @@ def args_of(state, parser, argv, given):
     args = merge_args(parser, argv, given, path, state["args"])
     for flag in (*MADE_BY, "slots"):
         value = getattr(args, flag)
-        was = state["args"].get(flag)
+        was = state["args"].get(flag, ADDED.get(flag))
         if flag == "task" and value not in BUILT_IN and origin["task"]:
             continue                   # a file may have moved: its text counts
         if value != was:
             how = "without" if was is None else f"with {was}"
-            raise ValueError(f"--{flag} {value}: the checkpoint was made {how}")
+            raise ValueError(f"--{flag.replace('_', '-')} {value}: the checkpoint was made {how}")
     args.own_task = read_task(args, origin)
     return args
 
@@ -1737,6 +1827,11 @@ def card(args, model, queue, device, why, threads):
     cfg = model.cfg
     total, active = model.num_params()
     how = "turn by turn" if args.no_merge else "prefix trees"
+    agents = ""
+    if args.thoughts == "drop":
+        agents += ", thoughts dropped"
+    if args.tool_errors:
+        agents += f", {args.tool_errors:g} of calls fail"
     name = f"from {args.init}" if args.init else args.preset
     attn = ", ".join(dict.fromkeys(cfg.attn_types)) if args.init else args.attn
     print(f"model   | {name}: {total:,} parameters, {active:,} active; {attn} attention; "
@@ -1744,7 +1839,8 @@ def card(args, model, queue, device, why, threads):
     print(f"device  | {device}, {str(model.dtype).removeprefix('torch.')}: {why}")
     print(f"threads | {threads}")
     print(f"kernels | {implementations(model, device, trains=True)}")
-    print(f"task    | {args.task}: {args.groups} groups of {args.rollouts} episodes a step, {args.slots} in flight")
+    print(f"task    | {args.task}: {args.groups} groups of {args.rollouts} episodes a step, {args.slots} in flight"
+          f"{agents}")
     print(f"queue   | {args.schedule}: window {queue.window}, deadline {args.deadline:g} s, tail sigma {args.sigma:g}")
     print(f"train   | CISPO, ratio up to {1 + EPS_HIGH:g}; {how}; Muon + AdamW, rate {args.lr:g}, seed {args.seed}",
           flush=True)
@@ -1906,11 +2002,11 @@ def shown(text):
     """A text in one line: control characters would garble the terminal."""
     return text.encode("unicode_escape").decode()
 
-def run(args, state, locks):
+def run(args, state, locks=None):
     """Imitate, then learn from rewards until the end that the flags name -> what the last line of stdout says.
 
     state  the checkpoint, None for a run at its start or in its imitation
-    locks  ExitStack: what is closed at the end, whatever it is like
+    locks  ExitStack: what is closed at the end, whatever that is like; --serve needs one
     """
     if args.play:
         return show_play(args, state)

@@ -8634,6 +8634,134 @@ def test_an_agent_under_a_cap_must_forget():
 
     assert not play(cap, never_forgets).success
 
+@parametrize("text, shown", {
+    "t2[12*3]": "t[12*3]",
+    "t0[qa]": "t[qa]",
+    "t2[12": "t[12",                   # malformed, and a thought all the same
+    "t[12*3]": "t[12*3]",
+    "t22[1+1]": "t22[1+1]",
+    "A36.": "A36.",
+    "D]": "D]",
+    "At2[1].": "At2[1]."}.items())
+def test_a_thought_is_dropped_and_nothing_else(text, shown):
+    """The digit between t and [ at a call's beginning is the thought; every other text stays."""
+    assert rl.without_thought(text) == shown
+
+def task_of(line, number=4):
+    """A task of rl.py with the arguments of a command line."""
+    return rl.make_task(rl.parse_args(line.split())[0], number)
+
+def texts_of(episode):
+    """What the policy said, turn by turn."""
+    return [rl.Gateway.tokenizer.decode(turn.ids[turn.start:].tolist()) for turn in episode.samples]
+
+def contexts_of(task, texts):
+    """The messages of each turn of an agent that is sent these texts, the last of which ends the episode."""
+    agent = task.agent()
+    seen = [next(agent)]
+    with pytest.raises(StopIteration):
+        for text in texts:
+            seen.append(agent.send(text))
+    return seen
+
+RL_TASKS = ["calculator", "maze", "cap", "tally"]
+
+@parametrize("name", RL_TASKS)
+def test_agents_keep_or_drop_thoughts(name):
+    """The same turns meet the same errors, and messages differ in the thoughts of calls alone."""
+    line = f"--task {name} --tool-errors 0.5 --thoughts"
+    kept = task_of(f"{line} keep")
+    dropped = task_of(f"{line} drop")
+    texts = texts_of(play(kept))
+    histories = [*zip(contexts_of(kept, texts), contexts_of(dropped, texts), strict=True)]
+    n_calls = 0
+    for whole, shown in histories:
+        for message, other in zip(whole, shown, strict=True):
+            wanted = message["content"]
+            if message["role"] == "assistant":
+                n_calls += 1
+                wanted = f"t{wanted[2:]}"
+            assert other == dict(message, content=wanted)
+    assert n_calls > len(texts)
+    assert any(shown[-1]["content"] == "=!;" for _, shown in histories)
+
+def test_errors_are_of_the_task_alone():
+    """Thoughts kept or dropped, tasks and their errors are the same; about the asked share fails; none without."""
+    n_faults = 0
+    n_calls = 0
+    for number in range(200):
+        plain = task_of("", number)
+        kept = task_of("--tool-errors 0.25", number)
+        dropped = task_of("--tool-errors 0.25 --thoughts drop", number)
+        assert plain.prompt == kept.prompt == dropped.prompt
+        assert plain.faults == set()
+        assert kept.faults == dropped.faults
+        n_faults += len(kept.faults)
+        n_calls += rl.most_faults(kept.difficulty)
+    assert 0.22 < n_faults / n_calls < 0.28
+
+@parametrize("thoughts", ["keep", "drop"])
+@parametrize("name", RL_TASKS)
+def test_the_teacher_recovers_from_errors(name, thoughts):
+    """Where half of the calls fail it calls again, is paid 1 for the answer and for speed, and the context suffices."""
+    line = f"--task {name} --tool-errors 0.5 --thoughts {thoughts}"
+    _, model = args_and_model(line)
+    room = model.cfg.max_seq_len - rl.MAX_NEW
+    n_errors = 0
+    for number in range(30):
+        task = task_of(line, number)
+        episode = play(task)
+        n_errors += sum(messages[-1]["content"] == "=!;" for messages in contexts_of(task, texts_of(episode)))
+        assert episode.success
+        assert episode.rewards[:-1] == [0.0] * (len(episode.rewards) - 1)
+        assert 0.9 <= episode.rewards[-1] <= 1.1
+        assert episode.samples[-1].start <= room
+    assert n_errors > 15
+
+def test_an_error_costs_no_turn():
+    """Whatever a call is, at a fault it hears =!; and costs nothing; its turn is added to the limit."""
+    task = rl.Calculator(random.Random(1))
+    task.faults = {0, 2}
+    episode = play(task, lambda messages: "t1[x]")
+    limit = task.difficulty + 3
+    assert episode.rewards == [0.0, -0.1, 0.0] + [-0.1] * (limit - 1)
+    assert not episode.success
+
+def test_a_tally_by_hand():
+    """Digits are read in any order, once each for the sum; any digit may be said, and only the right one pays."""
+    task = rl.Tally(random.Random(1))
+    task.digits = [7, 5, 4]
+    task.difficulty = 3
+    task.answer = 6
+    assert texts_of(play(task)) == ["t0[1]", "t7[2]", "t2[3]", "A6."]
+    assert task.tool("t7[2]") == "5;"
+    assert task.tool("t7[4]") is None
+    assert task.tool("t7[0]") is None
+
+    told = ["t0[3]", "t4[3]", "t4[1]"]
+    episode = play(task, lambda messages: [*told, "A1."][len(messages) // 2])
+    assert episode.rewards == [0.0] * 4
+    assert not episode.success
+    heard = contexts_of(task, texts_of(episode))[-1]
+    assert task.expert(heard) == "t1[2]"
+    assert play(task, lambda messages: "A6.").rewards == [-0.1]  # nothing was read
+
+def test_dropped_thoughts_fork_the_tree():
+    """What was sampled is not tokenised again where it comes back whole; less its thought it is new text, and each turn
+    after it a branch: the same episode takes more slots."""
+    slots = {}
+    for thoughts in ("keep", "drop"):
+        task = task_of(f"--thoughts {thoughts}", 1)
+        episode = play(task)
+        slots[thoughts] = rl.PrefixTree(episode.samples).size
+        *_, last = episode.samples
+        if thoughts == "keep":
+            assert slots[thoughts] == len(last.ids)
+            whole = rl.Gateway.tokenizer.decode(last.ids.tolist())
+    assert whole == "Q26+5+76;t2[26+5]=31;t1[31+76]=107;A107."
+    # the second turn parts from the first after the t of its call, which is copied; so does the third from the second
+    assert slots["drop"] == len("Q26+5+76;t2[26+5]") + len("t[26+5]=31;t1[31+76]") + len("t[31+76]=107;A107.")
+
 @parametrize("line", [
     "--task calculator --mtp 1",
     "--task maze --attn msa --replay",
@@ -8743,6 +8871,32 @@ def test_rl_resume_loses_no_task(unbroken, tmp_path):
     assert got["now"]["curve"] == want["now"]["curve"]
     for part in ("queue", "pool", "clock"):
         assert str(got[part]) == str(want[part])
+
+def test_resume_keeps_how_thoughts_are_treated(tmp_path):
+    """A run's --thoughts and --tool-errors come back from its checkpoint, and others are refused by name; its imitation
+    is of these alone."""
+    run_rl(tmp_path, "--steps 1 --warm-steps 1 --thoughts drop --tool-errors 0.5")
+    args, _ = rl.parse_args(["--resume", "--out", str(tmp_path)])
+    assert (args.thoughts, args.tool_errors) == ("drop", 0.5)
+    assert "--thoughts keep" in refused(rl, resume(tmp_path, "--thoughts keep"))
+    assert "--tool-errors 0.1" in refused(rl, resume(tmp_path, "--tool-errors 0.1"))
+
+    imitation = read_checkpoint(tmp_path / "warm")
+    gateway = rl.Gateway(rl.make_model(args, "meta", None), args)
+    assert rl.is_same_imitation(imitation, gateway)
+    args.thoughts = "keep"
+    assert not rl.is_same_imitation(imitation, gateway)
+
+def test_checkpoints_from_before_thoughts_could_be_dropped(unbroken, tmp_path):
+    """Their flags are missing: the run goes on with thoughts kept and tools that work."""
+    def older(state):
+        for flag in ("thoughts", "tool_errors"):
+            del state["args"][flag]
+
+    tamper(unbroken[0], tmp_path, older)
+    result, _ = quiet(rl, resume(tmp_path, "--steps 5"))
+    assert result["steps"] == 5
+    assert read_checkpoint(tmp_path)["args"]["thoughts"] == "keep"
 
 def test_a_lock_is_no_text(tmp_path):
     """A run whose folder lies in its own text does not read what it writes there."""
@@ -11327,6 +11481,179 @@ def test_ctrl_c_in_the_queue_bench(short_trainings, monkeypatch):
     monkeypatch.setattr(rl, "on_signals", lambda: [1])
     assert "interrupted" in refused_line("bench.py --what queue --device cpu", code=130)
 
+THOUGHTS = "bench.py --what thoughts --device cpu --threads 1"
+WAYS = [("keep", "keep"), ("keep", "drop"), ("drop", "drop")]  # trained and tested with thoughts kept or dropped
+
+@pytest.fixture
+def short_trials(monkeypatch):
+    """--what thoughts trains for a step, with one seed, and tests on two tasks, in turns of three tokens."""
+    monkeypatch.setattr(bench, "TRIAL_FLAGS", f"--tool-errors 0.5 {FEW} --warm-steps 1")
+    monkeypatch.setattr(bench, "TRIAL_STEPS", 1)
+    monkeypatch.setattr(bench, "TRIAL_SEEDS", (7,))
+    monkeypatch.setattr(bench, "TRIAL_TESTS", 2)
+    monkeypatch.setattr(rl, "MAX_NEW", 3)
+
+def test_the_thoughts_bench_trains_and_tests(short_trials, monkeypatch):
+    """--what thoughts: each policy is tested as it was trained, and one with thoughts without them as well."""
+    monkeypatch.setattr(bench, "TRIAL_TASKS", ("tally",))
+    result, text = run_line(THOUGHTS)
+    found = [((row["trained"], row["tested"]), row["sampling"]) for row in result["rows"]]
+    assert found == [*itertools.product(WAYS, ["sampled", "greedy"])]
+    for row in result["rows"]:
+        settings = {name: row[name] for name in ("what", "task", "seed", "n", "steps", "tool_errors")}
+        assert settings == dict(what="thoughts", task="tally", seed=7, n=2, steps=1, tool_errors=0.5)
+        assert row["success"] == 1 - sum(row["mistakes"].values()) / 2
+        assert row["own_merge"] >= 1
+    assert result["left"] == 0
+    assert re.search("trained \\| 2 of 2 in \\d+ s, about 0 s left", text)
+
+@pytest.fixture
+def trials_by_hand(short_trials, monkeypatch):
+    """Nothing is trained -> the trials that would have been."""
+    begun = []
+
+    def run_trial(trial):
+        begun.append((trial.task, trial.thoughts))
+        return [thoughts_row(trial.task, trial.thoughts, trial.thoughts, trial.seed, 0.5, 0.5)]
+
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", InlinePool)
+    monkeypatch.setattr(bench, "run_trial", run_trial)
+    return begun
+
+@parametrize("threads", [1, 2])
+def test_the_thoughts_bench_ends_in_time(trials_by_hand, threads):
+    """--minutes begins nothing that would last longer, and says how much is left; in processes, too."""
+    result, text = run_line(THOUGHTS, "--threads", threads, "--minutes", "1e-9")
+    assert trials_by_hand == []
+    assert result["rows"] == []
+    assert result["left"] == 4
+    assert "left    | 4 of 4 trainings" in text
+
+    result, _ = run_line(THOUGHTS, "--threads", threads, "--minutes", "9")
+    assert trials_by_hand == [*itertools.product(["calculator", "tally"], ["keep", "drop"])]
+    assert [(row["task"], row["trained"]) for row in result["rows"]] == trials_by_hand
+    assert result["left"] == 0
+
+def test_ctrl_c_in_the_thoughts_bench(short_trials, monkeypatch):
+    """Ctrl-C in a training ends all: exit 130."""
+    monkeypatch.setattr(rl, "on_signals", lambda: [1])
+    assert "interrupted" in refused_line(THOUGHTS, code=130)
+
+@parametrize("line, word", [
+    (f"{THOUGHTS} --figure x.svg", "--figure"),
+    (f"{THOUGHTS} --shape m3", "--shape"),
+    (f"{THOUGHTS} --cells x", "--cells x")])
+def test_the_thoughts_bench_refuses(line, word):
+    """Flags that it has no use for."""
+    needs_matplotlib(line)
+    assert word in refused_line(line)
+
+def seen_test(task, texts):
+    """A task that was played with these texts, which may be fewer than an episode has."""
+    test = bench.Played(task, rl.Trajectory(0))
+    agent = bench.watch(task.agent(), test.turns)
+    next(agent)
+    with contextlib.suppress(StopIteration):
+        for text in texts:
+            agent.send(text)
+    return test
+
+@named("texts, mistake", {
+    "none": (["t2[12*3]", "t1[36+45]", "A81."], (None, False)),
+    "another thought": (["t7[12*3]", "t1[36+45]", "A81."], (None, False)),
+    "malformed": (["t2[12*"], ("malformed", False)),
+    "another number": (["t2[13*3]"], ("operand", False)),
+    "no step of the task": (["t2[12*4]"], ("operand", False)),
+    "a step left out": (["t2[12+45]"], ("skipped", False)),
+    "a step again": (["t2[12*3]", "t1[36*3]"], ("repeated", False)),
+    "a call for an answer": (["t2[12*3]", "t1[36+45]", "t1[81+45]"], ("repeated", False)),
+    "too early": (["t2[12*3]", "A36."], ("early answer", False)),
+    "a wrong answer": (["t2[12*3]", "t1[36+45]", "A80."], ("wrong answer", False)),
+    "no room": (["t2[12*3]", None], ("too long", False)),
+    "the first mistake": (["t2[12*3]", "t1[36*3]", "A80."], ("repeated", False))})
+def test_first_mistakes_by_hand(texts, mistake):
+    """The first turn of Q12*3+45; that is not the teacher's names what went wrong; a thought alone does not."""
+    assert bench.first_mistake(seen_test(calculation(), texts)) == mistake
+
+def calculation():
+    """The calculator's task Q12*3+45;"""
+    task = rl.Calculator(random.Random(1))
+    task.terms = ["12", "*3", "+45"]
+    task.difficulty = 2
+    task.prompt = "Q12*3+45;"
+    task.answer = 81
+    return task
+
+def test_mistakes_after_an_error_are_counted():
+    """A tool that fails is met when its call is made; a mistake in the turn after it comes right after an error."""
+    task = calculation()
+    task.faults = {1, 4}
+    early = seen_test(task, ["t2[12*3]"])
+    assert not early.met_error()
+    failed = seen_test(task, ["t2[12*3]", "t1[36+45]", "t1[36*3]"])
+    assert failed.met_error()
+    assert bench.first_mistake(failed) == ("repeated", True)
+    again = seen_test(task, ["t2[12*3]", "t1[36+45]", "t1[36+45]", "A81."])
+    assert bench.first_mistake(again) == (None, False)
+    assert bench.thoughts_like_teacher(again) == (3, 3)
+    assert bench.thoughts_like_teacher(seen_test(task, ["t2[12*3]", "t0[36+45]", "A0."])) == (1, 2)
+
+def thoughts_row(task, trained, tested, seed, success, recovery, sampling="sampled"):
+    """A row of --what thoughts: of 100 episodes, 40 met an error."""
+    def error(share, n):
+        return math.sqrt(share * (1 - share) / n)
+
+    return dict(
+        what="thoughts", task=task, trained=trained, tested=tested, seed=seed, sampling=sampling,
+        n=100, success=success, success_se=error(success, 100), n_met=40, recovery=recovery,
+        recovery_se=error(recovery, 40), same=0.5, same_se=error(0.5, 40), turns=3.5,
+        own_merge=2.0 if tested == "keep" else 1.5, thoughts_right=0.25, mistakes={"repeated": 3, "malformed": 4},
+        after_error=2, group_merge=6.0, start=0.1, end=0.9, steps=9, tool_errors=0.25, seconds=1.0)
+
+def thoughts_rows():
+    """Two seeds of the tally, kept and dropped; one of them stripped."""
+    return [
+        thoughts_row("tally", "keep", "keep", 1, 0.9, 0.8),
+        thoughts_row("tally", "keep", "keep", 2, 0.8, 0.6),
+        thoughts_row("tally", "drop", "drop", 1, 0.1, 0.2),
+        thoughts_row("tally", "drop", "drop", 2, 0.2, 0.1),
+        thoughts_row("tally", "keep", "drop", 2, 0.3, 0.3),
+        thoughts_row("tally", "keep", "keep", 1, 1.0, 1.0, "greedy")]
+
+def test_the_table_of_thoughts(capsys):
+    """A line a seed with the errors of its episodes, one for the mean with that of the seeds; then the mistakes."""
+    bench.print_thoughts(thoughts_rows())
+    parts = capsys.readouterr().out.strip().split("\n\n")
+    by_sampling, greedy = (part.splitlines() for part in parts)
+    assert by_sampling[0].startswith("sampled, percent of 100 episodes a line")
+    cells = [re.split(r"[\s|:,]+", line.strip(" |")) for line in by_sampling[2:]]
+    kept = ["tally", "keep", "keep"]
+    shares = ["90.0", "±3.0", "40", "80.0", "±6.3", "50.0", "±7.9"]
+    assert cells[0] == [*kept, "1", *shares, "3.50", "25.0", "2.00x", "6.00x"]
+    assert cells[2] == [*kept, "mean", "85.0", "±5.0", "70.0", "±10.0", "50.0", "±0.0"]
+    assert [line[:4] for line in cells[3:]] == [
+        ["tally", "drop", "drop", "1"],
+        ["tally", "drop", "drop", "2"],
+        ["tally", "drop", "drop", "mean"],
+        ["tally", "keep", "drop", "2"],
+        ["tally", "keep", "drop", "mean"]]
+    assert greedy[0].startswith("greedy")
+    assert len(greedy) == 4
+
+    bench.print_mistakes(thoughts_rows())
+    _, *lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[0] == ("tally      keep    keep   |   14 of 200 failed, 4 of them right after an error | "
+                        "malformed 8, repeated 6")
+
+def test_what_the_rows_of_thoughts_say():
+    """Differences over the seeds that both sides have, of sampled rows alone."""
+    without, stripped = bench.thoughts_sentences(thoughts_rows())
+    assert without == (
+        "tally, thoughts kept -> trained and tested without: success 85.0 -> 15.0 % (-70.0 ±10.0), after an error "
+        "70.0 -> 15.0 % (-55.0 ±5.0), an episode's turns merge 2.00x -> 1.50x; 2 seeds")
+    assert "stripped by the client: success 80.0 -> 30.0 % (-50.0 ±0.0)" in stripped
+    assert bench.thoughts_sentences([]) == []
+
 def test_the_train_bench_reports_its_rows():
     """--what train: attention's gradients, checked and timed, then steps."""
     T = 100
@@ -12798,6 +13125,22 @@ def greedy_with_window_n(real, queue, N, W, deadline=math.inf):
     """A window of all slots is taken for no window."""
     real(queue, N, min(N, W), deadline)
 
+def calls_dropped_too(real, text):
+    """A client that strips thoughts strips the calls behind them."""
+    return real(text).split("[")[0]
+
+def errors_of_their_own(real, share, difficulty, rng):
+    """A tool fails at another time each time that a task is made."""
+    return real(share, difficulty, random.Random())
+
+def errors_stay(real, messages):
+    """The teacher takes a call that met an error for one that worked."""
+    return messages
+
+def every_episode_met_one(real, test):
+    """A fault that comes after an episode's end counts as met."""
+    return bool(test.task.faults)
+
 def sums_by_the_batch(real, name, R, *args):
     """How many channels are summed at a time depends on the number of rows."""
     return real(name, R, *args) | dict(BLOCK=32 if R == 1 else 16)
@@ -13301,6 +13644,10 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("rl.make_task", played_tasks_are_the_trainings, test_play_is_greedy_and_fresh),
     mutant("rl.share_solved", errors_of_one_task, test_the_share_solved_by_hand),
     mutant("rl.seconds_to_go", imitation_counts_as_steps, test_the_time_left_by_hand),
+    mutant("rl.without_thought", calls_dropped_too, on(test_agents_keep_or_drop_thoughts, "maze")),
+    mutant("rl.draw_faults", errors_of_their_own, test_errors_are_of_the_task_alone),
+    mutant("rl.without_errors", errors_stay, on(test_the_teacher_recovers_from_errors, "tally", "drop")),
+    mutant("bench.Played.met_error", every_episode_met_one, test_mistakes_after_an_error_are_counted),
     mutant("sample.pack_routes", routes_of_the_token_before,
            on(test_a_page_shows_what_the_forward_chose, "full", 0),
            on(test_a_page_shows_what_the_forward_chose, "msa", 2)),

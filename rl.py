@@ -5,12 +5,13 @@
     python rl.py --task cap                     # the same in a context that is too small
     python bench.py --what queue                # strict FIFO, window and greedy on one virtual clock
     python bench.py --what thoughts             # thoughts kept in the agents' history, or dropped
-    python rl.py --serve 8000                   # agents in other processes, through OpenAI's chat-completions protocol
+    python rl.py --serve 8000 --teach 30        # agents of other processes, as they are, through OpenAI's protocol
     python rl.py --task my_task.py --init out   # a task of one's own, see TaskFile; begin from a checkpoint of train.py
     python rl.py --play                         # the trained agent at work, and how much better it has become
 
     agents   know a completion interface and nothing else: messages -> text
     gateway  records what crosses it, by token: id, log-prob, version of the policy; nothing is tokenised twice
+    door     an episode is an address that any agent can be given in place of a model's
     queue    windowed FIFO over groups: the trainer takes finished ones from [head, head + W - 1]
     rollout  all episodes in lock step, a token a forward; prompts and tool results are forced tokens
     train    a turn is a sample (context, action); the samples of a group merge into a prefix tree
@@ -89,7 +90,8 @@ WRONG = 1.2                            # characters of a demonstration that the 
 PREFACE = 256                          # characters before a step's demonstrations, at most, with --teach
 # the run
 MINUTES = dict(calculator=2.9, maze=4.9, cap=4.9)  # where neither --minutes nor --steps is given,
-OWN_MINUTES = 4.9                      # and of a task of one's own
+OWN_MINUTES = 4.9                      # of a task of one's own,
+SERVED_MINUTES = 9.9                   # and with --serve
 WINDOW_SHARE = 0.3                     # of --slots: the queue's window
 EMA = 0.9                              # what the running mean of the share solved keeps of itself in a step
 # a collapse
@@ -1673,7 +1675,8 @@ def parse_args(argv, locks=None):
     # length of the run
     p.add_argument("--steps", type=count, help="end after this many")
     p.add_argument("--minutes", type=positive,
-                   help="in all; default: " + ", ".join(f"{task} {minutes}" for task, minutes in MINUTES.items()))
+                   help="in all; default: " + ", ".join(f"{task} {minutes}" for task, minutes in MINUTES.items())
+                   + f", --serve {SERVED_MINUTES}")
     p.add_argument("--seed", type=number(0), default=1337, help="of all that is random")
     # what is printed and kept
     p.add_argument("--out", default="out_rl", help="folder of the run")
@@ -1716,7 +1719,7 @@ def parse_args(argv, locks=None):
     if args.groups > args.slots:
         raise ValueError(f"--groups {args.groups}: at most --slots, {args.slots}")
     if not args.minutes and not args.steps:
-        args.minutes = MINUTES.get(args.task, OWN_MINUTES)
+        args.minutes = MINUTES.get(args.task, OWN_MINUTES) if args.serve is None else SERVED_MINUTES
     if args.deadline is None:
         args.deadline = DEADLINE if args.serve is None else SERVED_DEADLINE
     if args.figure:

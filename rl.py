@@ -754,6 +754,10 @@ class Gateway:
         """What a step's line says of the agents, if there is something."""
         return ""
 
+    def counts(self):
+        """What the end of a run says of the agents, by name."""
+        return {}
+
 # a call as smolagents writes it into the text of its next request
 CALL_AS_TEXT = re.compile(r"(.*?)\n?Calling tools:\n\[\{'id': '([^']+)'.*\]", re.S)
 
@@ -2141,7 +2145,7 @@ def summary(args, now, source, queue):
         reward_start=curve[0][0] if curve else None, reward_end=now.ema, steps=now.step,
         merge_ratio=now.naive / max(now.slots, 1), max_lag=now.max_lag, seconds=now.seconds,
         virtual_seconds=virtual, idle=queue.idle / virtual, reward_per_virtual_s=now.reward / virtual,
-        rollout_tokens_per_s=sampled_per_s)
+        rollout_tokens_per_s=sampled_per_s, **source.counts())
 
 def save(folder, source, optimizers, now):
     """Write FOLDER/ckpt.pt, all there is between two steps: weights, momenta, flags, `now`, the queue, the groups in
@@ -2914,7 +2918,10 @@ class Served(Gateway):
         self.lessons = None            # Trajectories that a teacher has played; None: the policy answers
         self.n_lessons = 0             # that were claimed
         self.noise = wrong_share(args) if args.teach else 0.0
+        self.n_turns = 0               # that the policy was asked for
+        self.n_context = 0             # tokens of their contexts
         self.n_paths = 0               # turns whose context does not begin with the episode's last turn
+        self.n_paths_told = 0          # ... when a step's line said so
         self.asked = SimpleQueue()     # (path, episode's name in it, raw body, client)
         self.is_over = False
         self.told_at = 0.0             # when the run last said what it waits for
@@ -2970,9 +2977,15 @@ class Served(Gateway):
 
     def step_note(self):
         """How often an agent's context did not go on from its last turn, since the last step."""
-        note = f" | {self.n_paths} new paths" if self.n_paths else ""
-        self.n_paths = 0
-        return note
+        new = self.n_paths - self.n_paths_told
+        self.n_paths_told = self.n_paths
+        return f" | {new} new paths" if new else ""
+
+    def counts(self):
+        """Since the start of this process: turns that the policy answered, those that began a new path, and tokens of
+        their contexts, all of them and those from the prefix cache."""
+        return dict(turns=self.n_turns, new_paths=self.n_paths, context_tokens=self.n_context,
+                    cached_tokens=self.sampler.n_cached)
 
     def start(self, tasks, version):
         """Open the episodes of these groups: from now on they can be claimed, and the policy `version` plays. What an
@@ -3245,6 +3258,8 @@ class Served(Gateway):
             self.end_turn(turn)
             return
         turn.came = time.monotonic()
+        self.n_turns += 1
+        self.n_context += len(turn.context)
         self.under_way.append(turn)
         self.sampler.waiting.append(turn)
 

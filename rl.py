@@ -1697,7 +1697,7 @@ def parse_args(argv, locks=None):
     p.add_argument("--token", help="their API key; default: random")
     p.add_argument("--max-turns", type=count, default=100, help="of an episode of theirs")
     p.add_argument("--silence", type=positive, default=30.0, help="seconds until an episode is taken back")
-    p.add_argument("--tool", type=rule_text, action="append", metavar="NAME=PATTERN",
+    p.add_argument("--tool", type=rule_text, action="append", default=[], metavar="NAME=PATTERN",
                    help="what of a completion calls which tool, a named group for an argument")
     p.add_argument("--teach", type=number(0), default=0, help="steps of imitation in their contexts")
 
@@ -2009,23 +2009,8 @@ def shown(text):
     """A text in one line: control characters would garble the terminal."""
     return text.encode("unicode_escape").decode()
 
-def run(args, state, locks=None):
-    """Imitate, then learn from rewards until the end that the flags name -> what the last line of stdout says.
-
-    state  the checkpoint, None for a run at its start or in its imitation
-    locks  ExitStack: what is closed at the end, whatever that is like; --serve needs one
-    """
-    if args.play:
-        return show_play(args, state)
-    started = time.perf_counter()
-    stop = on_signals()
-    what = f"{args.warm_steps} steps of imitation, then rewards"
-    if state:
-        what = f"goes on after step {state['now'].get('step')}"
-    print(f"run     | {args.task}: {what}; {args.out} keeps it", flush=True)
-
-    # model, queue, gateway, threads
-    device, dtype, why = pick_device(args.device)
+def make_source(args, state, device, dtype, locks):
+    """Model, queue and gateway of a run -> a source. See run for state and locks."""
     began_from = None                  # --init's checkpoint
     if args.init and not state:
         began_from = read_init(args)
@@ -2039,8 +2024,7 @@ def run(args, state, locks=None):
             model.cfg.max_seq_len = context_size(args)  # weights do not depend on it
     else:
         model = make_model(args, device, dtype)
-    if state:
-        check_record(state["now"])
+
     queue = make_queue(args)
     if args.serve is None:
         source = Local(model, args, queue)
@@ -2054,12 +2038,32 @@ def run(args, state, locks=None):
         source.origin["init"] = f"{began_from['now'].get('run')} {began_from['now'].get('step')}"
     if args.own_task or args.context:
         try_teacher(source, args, model.cfg.max_seq_len)
+    return source
+
+def run(args, state, locks=None):
+    """Imitate, then learn from rewards until the end that the flags name -> what the last line of stdout says.
+
+    state  the checkpoint, None for a run at its start or in its imitation
+    locks  ExitStack: what is closed at the end, whatever that is like; --serve needs one
+    """
+    if args.play:
+        return show_play(args, state)
+    started = time.perf_counter()
+    stop = on_signals()
+    what = f"{args.warm_steps} steps of imitation, then rewards"
+    if state:
+        check_record(state["now"])
+        what = f"goes on after step {state['now'].get('step')}"
+    print(f"run     | {args.task}: {what}; {args.out} keeps it", flush=True)
+
+    device, dtype, why = pick_device(args.device)
+    source = make_source(args, state, device, dtype, locks)
     threads = Threads(device, args.threads, state["now"].get("threads") if state else None)
     if threads.count is None:
         threads.choose(trial(source), args.steps)
-    card(args, model, queue, device, why, threads)
+    card(args, source.model, source.queue, device, why, threads)
 
-    # imitation, or where a run stood
+    # imitation, unless a run goes on behind it
     ready = True
     if state is None:
         ready = warm_start(source, args, stop, threads)
@@ -2067,8 +2071,10 @@ def run(args, state, locks=None):
         print(f"gateway | {source.door.url} key {source.token}", flush=True)
     if ready and state is None and args.teach:
         ready = teach(source, args, stop, threads)
-    threads.times = []  # these steps are others than the imitation's
-    optimizers = configure_optimizers(model, args.lr)[0]
+    threads.times = []                 # the next steps are others than these
+    optimizers = configure_optimizers(source.model, args.lr)[0]
+
+    # where the run stands
     if state:
         restore(state, optimizers, source)
         now = Record(**{name: value for name, value in state["now"].items() if name in NOW})
@@ -2080,14 +2086,26 @@ def run(args, state, locks=None):
         now = Record(seconds=warm, warm=warm, run=os.urandom(8).hex())
         if ready:
             save(args.out, source, optimizers, vars(now))  # killed from here on, the run can go on
-    timer = SaveTimer()
-    changed = False
     if state and share_done(vars(now), vars(args)) >= 1:
         print(f"nothing left to do after step {now.step}: give more --steps or --minutes", flush=True)
 
+    learn_from_rewards(now, source, optimizers, stop, threads)
+    if not ready:
+        print(f"stopped in the imitation, saved in {args.out}/warm; the same command goes on", flush=True)
+    elif stop or not now.step:  # all the time went into the imitation, or into waiting for other processes
+        print(f"stopped after step {now.step}, saved; --resume --out {args.out} goes on", flush=True)
+    return summary(args, now, source)
+
+def learn_from_rewards(now, source, optimizers, stop, threads):
+    """Steps until the end that the flags name, or until there is something in `stop`, which are saved. now: the run's
+    Record, which goes on."""
+    args = source.args
+    queue = source.queue
+    timer = SaveTimer()
+    has_begun = False
     while share_done(vars(now), vars(args)) < 1 and not stop:
         began = time.perf_counter()
-        changed = True
+        has_begun = True
 
         # rollout: free slots are filled, finished groups are taken from the window
         rate = args.lr * min(1.0, 2 * (1 - share_done(vars(now), vars(args))))
@@ -2100,14 +2118,15 @@ def run(args, state, locks=None):
         groups = [source.pool.pop(task) for task in queue.batch]
 
         # train, and publish the weights: now, not before, the groups' slots are free
-        rows = plan_rows([advantages(group) for group in groups], model, not args.no_merge)
+        rows = plan_rows([advantages(group) for group in groups], source.model, not args.no_merge)
         stats = None
         if rows:
             step_began = time.perf_counter()
-            stats = train_step(model, optimizers, rows, rate)
+            stats = train_step(source.model, optimizers, rows, rate)
             threads.watch(time.perf_counter() - step_began, trial, source)
             version += 1
-        now.threads = threads.count if device.type == "cpu" else None  # bits depend on it
+        is_on_cpu = source.model.embed.weight.device.type == "cpu"
+        now.threads = threads.count if is_on_cpu else None  # bits depend on it
         source.trained(queue.batch, version)
         lags = queue.publish(version)
         now.seconds += time.perf_counter() - began
@@ -2124,16 +2143,10 @@ def run(args, state, locks=None):
             save_began = timer.clock()
             save(args.out, source, optimizers, vars(now))
             timer.saved(save_began)
-
-    if ready and changed:  # a run with nothing left has nothing to save
+    if has_begun:                      # a run with nothing left has nothing to save
         save(args.out, source, optimizers, vars(now))
-    if not ready:
-        print(f"stopped in the imitation, saved in {args.out}/warm; the same command goes on", flush=True)
-    elif stop or not now.step:  # all the time went into the imitation, or into waiting for other processes
-        print(f"stopped after step {now.step}, saved; --resume --out {args.out} goes on", flush=True)
-    return summary(args, now, source, queue)
 
-def summary(args, now, source, queue):
+def summary(args, now, source):
     """Draw the curve, where --figure asks for it -> what the last line of stdout says."""
     curve = now.curve
     if args.figure and curve:
@@ -2144,7 +2157,7 @@ def summary(args, now, source, queue):
     return dict(
         reward_start=curve[0][0] if curve else None, reward_end=now.ema, steps=now.step,
         merge_ratio=now.naive / max(now.slots, 1), max_lag=now.max_lag, seconds=now.seconds,
-        virtual_seconds=virtual, idle=queue.idle / virtual, reward_per_virtual_s=now.reward / virtual,
+        virtual_seconds=virtual, idle=source.queue.idle / virtual, reward_per_virtual_s=now.reward / virtual,
         rollout_tokens_per_s=sampled_per_s, **source.counts())
 
 def save(folder, source, optimizers, now):
@@ -2912,7 +2925,7 @@ class Served(Gateway):
         self.open = {}                 # name of an episode, "group.row" -> it, until its end
         self.claims = {}               # name -> Claim, of those that are played
         self.reasons = {}              # name -> why it is over
-        self.rules = [read_rule(text) for text in args.tool or ()] or CALL_RULES
+        self.rules = [read_rule(text) for text in args.tool] or CALL_RULES
         self.claimers = []             # (client, until): who waits for an episode
         self.under_way = []            # Turns that are being answered
         self.lessons = None            # Trajectories that a teacher has played; None: the policy answers

@@ -870,8 +870,10 @@ def saved_flags(parser, path, saved, not_taken):
         flag = f"--{name.replace('_', '-')}"
         if value is True:
             flags.append(flag)
+        elif isinstance(value, list) and isinstance(defaults[name], list):  # a flag that may stand several times
+            flags += [f"{flag}={one}" for one in value]
         else:
-            flags += [f"{flag}={one}" for one in (value if isinstance(value, list) else [value])]
+            flags.append(f"{flag}={value}")
     try:
         parser.parse_args(flags)
     except ValueError as error:

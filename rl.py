@@ -2421,6 +2421,8 @@ class Served(Gateway):
                 episode.said[key].pop()
         if claim.lesson is None:
             self.archive.drop(claim.name, n_rows)
+        else:
+            del claim.lesson.messages[-2:]  # it says this step again
         claim.last = last.before
         claim.n_turns = episode.samples[-1].turn + 1 if episode.samples else 0
 
@@ -2724,7 +2726,13 @@ class Served(Gateway):
         return line
 
 def main(argv=None):
-    return command("rl.py", lambda locks: run(*parse_args(argv, locks)), "; the last good checkpoint is kept")
+    def start(locks):
+        args, state = parse_args(argv, locks)
+        try:
+            return run(args, state)
+        except sqlite3.Error as error:
+            raise OSError(f"--out {args.out}: episodes.db: {error}") from None
+    return command("rl.py", start, "; the last good checkpoint is kept")
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, at_ctrl_c)

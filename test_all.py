@@ -9769,6 +9769,18 @@ def test_responses_that_are_refused(asked, status, word):
     assert got == status
     assert word in said
 
+def test_a_response_of_nulls_is_served():
+    """Null is as good as absent, in each field that the protocol has."""
+    server = Speaking("A15.")
+    server.claimed(1)
+    nulls = dict.fromkeys(("instructions previous_response_id tools tool_choice stream max_output_tokens temperature "
+                           "top_p metadata reasoning text include truncation store user stop n").split())
+    status, answer = server.turn("0.0", path="responses", input="Q12+3;", **nulls)
+    assert status == 200
+    assert answer["output"][0]["content"][0]["text"] == "A15."
+    assert answer["status"] == "completed"
+    assert "warnings" not in answer
+
 def test_instructions_are_of_one_response():
     """A later response has its own, or none."""
     server = Speaking("A.", "A.", "A.")
@@ -10003,7 +10015,30 @@ def test_a_lost_response_has_one_id():
     assert server.turn("0.0", path="responses", input="?", previous_response_id=again["id"])[0] == 200
     assert server.contexts()[1] == [*server.paths()[0], *b"?"]
 
+def test_a_teacher_says_again_what_nobody_heard():
+    """An agent that goes on without the teacher's last step hears that step, not the one after it."""
+    server = ServedAlone()
+    server.lessons = []
+    assert server.claimed(1) == ["lesson-0"]
+    lesson = server.claims["lesson-0"].lesson
+    for n in (9, 8, 7):
+        lost = server.ask("/v1/chat/completions", model="lesson-0", messages=[USER], max_tokens=n)
+        unheard(lost)
+        assert len(lesson.messages) == 3
+    episode = server.claims["lesson-0"].episode
+    assert len(episode.samples) == 1
+    assert episode.samples[0].logprobs.isnan().all()
+
 # ---- on disk -----------------
+
+def test_a_damaged_archive_is_named(unbroken, tmp_path):
+    """One line with the file and what is wrong with it, not a traceback."""
+    need_server()
+    shutil.copytree(unbroken[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "episodes.db").write_bytes(b"no database" * 999)
+    line = refused(rl, [*resume(tmp_path), "--serve", "0", "--steps", "9"])
+    assert "episodes.db" in line
+    assert "not a database" in line
 
 def random_sample(rng, context, turn):
     n = rng.randrange(1, 6)

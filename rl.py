@@ -408,7 +408,9 @@ def find_said(said, text, calls):
     go on behind a completion, in a line of its own."""
     keys = [text]
     if calls:
-        keys = [said_key(text, calls, calls[0][0]), said_key(text, calls), text]
+        keys = [said_key(text, calls, calls[0][0]), said_key(text, calls)]
+        if text:                       # no completion that said nothing
+            keys.append(text)
     shown = CALL_AS_TEXT.fullmatch(text)
     if shown:
         keys.append(f"{shown[1].strip()}\0{shown[2]}")
@@ -418,8 +420,10 @@ def find_said(said, text, calls):
 
     text += calls_text(calls)
     begins = [key for key in said if key and said[key] and (text == key or text.startswith(f"{key}\n"))]
-    longest = max(begins, key=len, default="")
-    return said.get(longest, []), text[len(longest):]
+    if not begins:
+        return [], text
+    longest = max(begins, key=len)
+    return said[longest], text[len(longest):]
 
 def common_prefix(a, b):
     """Length of the longest common prefix of two sequences, of tokens or of rows of numbers."""
@@ -2263,6 +2267,9 @@ class Served(Gateway):
                 waiting.append(client)
         for client in waiting:
             client.tell(Refused(503, "the run is over"))
+        for batch in self.sampler.batches:  # torch aborts where a forward's loop is left standing at Python's end
+            batch.steps.close()
+        self.sampler.batches = []
         self.door.close()
         self.archive.close()
 

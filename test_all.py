@@ -9367,6 +9367,14 @@ def test_a_calls_id_names_one_completion():
         server.turn("0.0", [ASK_12, message, tool_says("=15;")], tools=[ADD])
         assert server.contexts()[-1][-len(ids) - 4:-4] == ids
 
+def test_an_edited_call_is_no_completion_that_said_nothing():
+    """A completion of no text, cut at once, is not what a call without a content stands for."""
+    server = Speaking("t1[12+3]", "A15.")
+    server.claimed(1)
+    server.turn("0.0", [ASK_12], stop=["t"])
+    server.turn("0.0", [ASK_12, calling(a_call("f", "12"))])
+    assert server.tokenizer.decode(server.contexts()[1]) == "Q12+3;f[12]"
+
 HISTORY = [ASK_12, assistant("t1[12+3]"), tool_says("=15;")]
 
 @named("messages, n_paths", {
@@ -9902,6 +9910,22 @@ def test_a_resumed_batch_leaves_out_what_nobody_played(tmp_path):
     serve_for(again, 0.1)
     assert [*again.open] == ["1.0", "1.1"]
     assert [episode.rewards for episode in again.pool[0]] == [[-0.1]]
+
+def test_a_run_that_ends_leaves_no_turn_standing():
+    """Who is being answered, waits for an episode, or has just asked, is told of the end; no loop is left half way."""
+    server = ServedAlone()
+    server.claimed(4)
+    turn, claims, late = [Caller() for _ in range(3)]
+    raw = json.dumps(dict(messages=[USER])).encode()
+    server.answer("/s/0.0/v1/chat/completions", "0.0", raw, turn)
+    server.answer("/v1/tasks", None, b'{"wait": 9}', claims)
+    server.serve(lambda: server.sampler.batches, [], 60)
+    server.put("/v1/tasks", None, b"{}", late)
+    steps = server.sampler.batches[0].steps
+    server.close()
+    assert steps.gi_frame is None
+    for client in (turn, claims, late):
+        assert client.told[-1].args == (503, "the run is over")
 
 def test_a_claim_waits_for_an_episode():
     """For as long as it says: one that is taken back goes to who waits longest, unless that client has left."""

@@ -771,7 +771,9 @@ def find_said(said, text, calls):
     go on behind a completion, in a line of its own."""
     keys = [text]
     if calls:
-        keys = [said_key(text, calls, calls[0][0]), said_key(text, calls), text]
+        keys = [said_key(text, calls, calls[0][0]), said_key(text, calls)]
+        if text:                       # no completion that said nothing
+            keys.append(text)
     shown = CALL_AS_TEXT.fullmatch(text)
     if shown:
         keys.append(f"{shown[1].strip()}\0{shown[2]}")
@@ -781,8 +783,10 @@ def find_said(said, text, calls):
 
     text += calls_text(calls)
     begins = [key for key in said if key and said[key] and (text == key or text.startswith(f"{key}\n"))]
-    longest = max(begins, key=len, default="")
-    return said.get(longest, []), text[len(longest):]
+    if not begins:
+        return [], text
+    longest = max(begins, key=len)
+    return said[longest], text[len(longest):]
 
 def common_prefix(a, b):
     """Length of the longest common prefix of two sequences, of tokens or of rows of numbers."""
@@ -3124,6 +3128,8 @@ class Served(Gateway):
                 episode.said[key].pop()
         if claim.lesson is None:
             self.archive.drop(claim.name, n_rows)
+        else:
+            del claim.lesson.messages[-2:]  # it says this step again
         claim.last = last.before
         claim.n_turns = episode.samples[-1].turn + 1 if episode.samples else 0
 
@@ -3431,7 +3437,13 @@ class Served(Gateway):
         return line
 
 def main(argv=None):
-    return command("rl.py", lambda locks: run(*parse_args(argv, locks), locks), "; the last good checkpoint is kept")
+    def start(locks):
+        args, state = parse_args(argv, locks)
+        try:
+            return run(args, state, locks)
+        except sqlite3.Error as error:
+            raise OSError(f"--out {args.out}: episodes.db: {error}") from None
+    return command("rl.py", start, "; the last good checkpoint is kept")
 
 if __name__ == "__main__":
     slow.cancel()

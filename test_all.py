@@ -9632,6 +9632,14 @@ def test_a_calls_id_names_one_completion():
         server.turn("0.0", [ASK_12, message, tool_says("=15;")], tools=[ADD])
         assert server.contexts()[-1][-len(ids) - 4:-4] == ids
 
+def test_an_edited_call_is_no_completion_that_said_nothing():
+    """A completion of no text, cut at once, is not what a call without a content stands for."""
+    server = Speaking("t1[12+3]", "A15.")
+    server.claimed(1)
+    server.turn("0.0", [ASK_12], stop=["t"])
+    server.turn("0.0", [ASK_12, calling(a_call("f", "12"))])
+    assert server.tokenizer.decode(server.contexts()[1]) == "Q12+3;f[12]"
+
 HISTORY = [ASK_12, assistant("t1[12+3]"), tool_says("=15;")]
 
 @named("messages, n_paths", {
@@ -10034,6 +10042,18 @@ def test_responses_that_are_refused(asked, status, word):
     assert got == status
     assert word in said
 
+def test_a_response_of_nulls_is_served():
+    """Null is as good as absent, in each field that the protocol has."""
+    server = Speaking("A15.")
+    server.claimed(1)
+    nulls = dict.fromkeys(("instructions previous_response_id tools tool_choice stream max_output_tokens temperature "
+                           "top_p metadata reasoning text include truncation store user stop n").split())
+    status, answer = server.turn("0.0", path="responses", input="Q12+3;", **nulls)
+    assert status == 200
+    assert answer["output"][0]["content"][0]["text"] == "A15."
+    assert answer["status"] == "completed"
+    assert "warnings" not in answer
+
 def test_instructions_are_of_one_response():
     """A later response has its own, or none."""
     server = Speaking("A.", "A.", "A.")
@@ -10156,6 +10176,22 @@ def test_a_resumed_batch_leaves_out_what_nobody_played(tmp_path):
     assert [*again.open] == ["1.0", "1.1"]
     assert [episode.rewards for episode in again.pool[0]] == [[-0.1]]
 
+def test_a_run_that_ends_leaves_no_turn_standing():
+    """Who is being answered, waits for an episode, or has just asked, is told of the end; no loop is left half way."""
+    server = ServedAlone()
+    server.claimed(4)
+    turn, claims, late = [Caller() for _ in range(3)]
+    raw = json.dumps(dict(messages=[USER])).encode()
+    server.answer("/s/0.0/v1/chat/completions", "0.0", raw, turn)
+    server.answer("/v1/tasks", None, b'{"wait": 9}', claims)
+    server.serve(lambda: server.sampler.batches, [], 60)
+    server.put("/v1/tasks", None, b"{}", late)
+    steps = server.sampler.batches[0].steps
+    server.close()
+    assert steps.gi_frame is None
+    for client in (turn, claims, late):
+        assert client.told[-1].args == (503, "the run is over")
+
 def test_a_claim_waits_for_an_episode():
     """For as long as it says: one that is taken back goes to who waits longest, unless that client has left."""
     server = ServedAlone(flags="--silence 0.3")
@@ -10268,7 +10304,30 @@ def test_a_lost_response_has_one_id():
     assert server.turn("0.0", path="responses", input="?", previous_response_id=again["id"])[0] == 200
     assert server.contexts()[1] == [*server.paths()[0], *b"?"]
 
+def test_a_teacher_says_again_what_nobody_heard():
+    """An agent that goes on without the teacher's last step hears that step, not the one after it."""
+    server = ServedAlone()
+    server.lessons = []
+    assert server.claimed(1) == ["lesson-0"]
+    lesson = server.claims["lesson-0"].lesson
+    for n in (9, 8, 7):
+        lost = server.ask("/v1/chat/completions", model="lesson-0", messages=[USER], max_tokens=n)
+        unheard(lost)
+        assert len(lesson.messages) == 3
+    episode = server.claims["lesson-0"].episode
+    assert len(episode.samples) == 1
+    assert episode.samples[0].logprobs.isnan().all()
+
 # ---- on disk -----------------
+
+def test_a_damaged_archive_is_named(unbroken, tmp_path):
+    """One line with the file and what is wrong with it, not a traceback."""
+    need_server()
+    shutil.copytree(unbroken[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "episodes.db").write_bytes(b"no database" * 999)
+    line = refused(rl, [*resume(tmp_path), "--serve", "0", "--steps", "9"])
+    assert "episodes.db" in line
+    assert "not a database" in line
 
 def random_sample(rng, context, turn):
     n = rng.randrange(1, 6)

@@ -116,6 +116,7 @@ PLAYED = 200                           # fresh tasks of --play, and
 SHOWN = 3                              # of these, so many word for word
 PLAYED_AT_ONCE = 96                    # as many as a step plays: a cache for each must fit
 COLUMN = 24                            # characters of what the policy writes, before its reward
+HEARD = 60                             # characters of what it heard, in an episode that a run shows
 OWN_CONTEXT = 256                      # tokens of context where --task names a file
 TRIED = 16                             # tasks of a file that its teacher plays at the start, to find mistakes early
 BUILT_IN = ("calculator", "maze", "cap", "tally")
@@ -1911,8 +1912,14 @@ def print_step(now, args, episodes, stats, lags, decode, note=""):
         print_episode(episodes[0], decode)
 
 def print_episode(episode, decode):
-    """What was said in an episode, what the policy wrote in <>."""
-    text = shown("".join(f"{decode(heard)}<{decode(said)}>" for heard, said in turns_of(episode)))
+    """What was said in an episode, what the policy wrote in <>. Of long texts, an agent's prompts, the end is shown."""
+    texts = []
+    for heard, said in turns_of(episode):
+        words = decode(heard)
+        if len(words) > HEARD:
+            words = f"...{words[-HEARD:]}"
+        texts.append(f"{words}<{decode(said)}>")
+    text = shown("".join(texts))
     rewards = " ".join(f"{reward:+.2f}" for reward in episode.rewards)
     print(f"  {'solved' if episode.success else 'failed'}: {text} rewards {rewards}")
 

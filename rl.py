@@ -69,6 +69,7 @@ WRONG = 1.2                            # characters of a demonstration that the 
 MINUTES = dict(calculator=2.9, maze=4.9, cap=4.9)  # where neither --minutes nor --steps is given
 WINDOW_SHARE = 0.3                     # of --slots: the queue's window
 EMA = 0.9                              # what the running mean of the share solved keeps of itself in a step
+BIAS_SHARE = 0.05                      # u of the router's load balancing, as a share of the rate: see run
 # a collapse
 COLLAPSE_STEPS = 30                    # steps that it is judged by
 COLLAPSE_SOLVED = 0.05                 # share of their episodes that is solved, at most
@@ -1355,7 +1356,9 @@ def run(args, state):
         stats = None
         if rows:
             step_began = time.perf_counter()
-            stats = train_step(model, optimizers, rows, rate)
+            # balancing moves at one speed, however small the rate: at the imitation's, tokens would change their
+            # experts faster than these learn, and what is solved would be forgotten
+            stats = train_step(model, optimizers, rows, rate, BIAS_SHARE * rate)
             threads.watch(time.perf_counter() - step_began, trial, source)
             version += 1
         now.threads = threads.count if device.type == "cpu" else None  # bits depend on it

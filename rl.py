@@ -94,6 +94,7 @@ OWN_MINUTES = 4.9                      # of a task of one's own,
 SERVED_MINUTES = 9.9                   # and with --serve
 WINDOW_SHARE = 0.3                     # of --slots: the queue's window
 EMA = 0.9                              # what the running mean of the share solved keeps of itself in a step
+BIAS_SHARE = 0.05                      # u of the router's load balancing, of the rate: see learn_from_rewards
 # a collapse
 COLLAPSE_STEPS = 30                    # steps that it is judged by
 COLLAPSE_SOLVED = 0.05                 # share of their episodes that is solved, at most
@@ -2133,7 +2134,9 @@ def learn_from_rewards(now, source, optimizers, stop, threads):
         stats = None
         if rows:
             step_began = time.perf_counter()
-            stats = train_step(source.model, optimizers, rows, rate)
+            # balancing moves at one speed, however small the rate: at the imitation's, tokens would change their
+            # experts faster than these learn, and what is solved would be forgotten
+            stats = train_step(source.model, optimizers, rows, rate, BIAS_SHARE * rate)
             threads.watch(time.perf_counter() - step_began, trial, source)
             version += 1
         is_on_cpu = source.model.embed.weight.device.type == "cpu"

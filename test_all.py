@@ -8509,6 +8509,11 @@ def test_a_run_goes_on_past_steps_without_signal(tmp_path, monkeypatch):
     n_admitted = 4 + 2 * 2  # all slots, and after the first and the second step those of its two groups
     assert read_checkpoint(tmp_path)["queue"]["next"] == n_admitted
 
+def test_routers_are_balanced_at_the_pace_of_the_rate(tmp_path):
+    """At a rate of 0 a run changes no weight, and no router's bias."""
+    run_rl(tmp_path, "--steps 2 --lr 0")
+    assert changed_weights(tmp_path, tmp_path / "warm") == []
+
 TASK_LINES = ["--task calculator", "--task maze", "--task cap", "--task maze --turns 40", "--task maze --turns 2"]
 
 @parametrize("line", TASK_LINES)

@@ -2769,7 +2769,7 @@ def test_a_tensor_under_two_names_is_refused(saved):
 
 def test_what_rl_trains_is_saved(tmp_path):
     """rl.py's own preset is an M2, index fields or not: it reads back bit for bit, but never over a sharded model."""
-    args = SimpleNamespace(seed=0, task="calculator", preset="micro", mtp=0, attn="full", turns=8)
+    args = SimpleNamespace(seed=0, task="calculator", preset="micro", mtp=0, attn="full", turns=8, context=None)
     model = rl.make_model(args, "cpu", torch.float32)
     model.save_hf(tmp_path)
     config = read_json(tmp_path / "config.json")

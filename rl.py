@@ -181,6 +181,7 @@ class Task:
     drops_thoughts = False             # whether the agent leaves thoughts out of the messages of later turns
     faults = frozenset()               # calls, counted from 0, at which the tool fails
     limit = None                       # turns of an episode, at most; None: three more than its difficulty
+    answer = None                      # a task file may have a reward in its place
     stops = STOPS                      # a completion ends with the first of these texts
     max_new = MAX_NEW                  # tokens of a completion, at most
 
@@ -471,7 +472,7 @@ class OwnTask(Task):
         self.prompt = self.read("prompt")
         if not isinstance(self.prompt, str) or not self.prompt:
             self.refuse("prompt", f"{self.prompt!r:.60} is not a text")
-        if not file.has_reward:
+        if not file.has_reward or hasattr(self.theirs, "answer"):
             self.answer = self.read("answer")
 
         # what it may say
@@ -3207,7 +3208,8 @@ class Served(Gateway):
         group, _, row = name.replace("-", ".").partition(".")
         numbers = {} if self.claims[name].lesson else dict(group=int(group), row=int(row))
         return dict(
-            task=name, **numbers, messages=next(task.agent()), answer=str(task.answer),
+            task=name, **numbers, messages=[dict(role="user", content=task.prompt)],
+            answer=None if task.answer is None else str(task.answer),
             base_url=f"http://127.0.0.1:{self.door.address[1]}/s/{name}/v1", api_key=self.key_of(name))
 
     def finish_episode(self, claim, body):

@@ -10646,6 +10646,17 @@ def test_tasks_that_are_no_file_are_refused(task, tmp_path):
     """A file that is not there, and what is neither a task nor a Python file."""
     assert task in refused(rl, rl_args(tmp_path, "--task", task))
 
+def test_a_task_with_a_reward_is_served():
+    """A launcher hears its prompt, of any length, and no answer, where the file has none."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_task(Path(folder), ("class Task:", "class Task:\n    cap = 3\n"))
+        server = ServedAlone(flags=f"--task {path}")
+    status, told = server.answer_to("tasks")
+    assert status == 200
+    assert told["answer"] is None
+    assert told["messages"] == [user(rl.make_task(server.args, 0).prompt)]
+    assert server.turn(told["task"])[0] == 200
+
 def test_a_tool_that_raises_is_told_once(capsys):
     """A policy writes anything: what the tool raises is a malformed call, and a line names task, call and error."""
     args = own_args(('return f"{call[1][::-1]};" if call else None', "return call[1]"))

@@ -3234,7 +3234,7 @@ class Served(Gateway):
         claim.episode.finish(rewards, success, self.now - claim.began)
         if claim.lesson is None:
             self.archive.finish(claim.name, claim.episode)
-        elif self.lessons is not None:
+        elif self.lessons is not None and claim.episode.samples:  # otherwise there is nothing to imitate
             self.lessons.append(claim.episode)
         self.end(claim.name, "its end was reported")
         self.close_groups()

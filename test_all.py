@@ -10318,6 +10318,16 @@ def test_a_teacher_says_again_what_nobody_heard():
     assert len(episode.samples) == 1
     assert episode.samples[0].logprobs.isnan().all()
 
+def test_a_lesson_without_a_turn_teaches_nothing():
+    """A step of imitation needs a text: an agent that ends its episode at once does not count."""
+    server = ServedAlone()
+    server.lessons = []
+    assert server.claimed(2) == ["lesson-0", "lesson-1"]
+    server.turn("lesson-1")
+    for key in ("lesson-0", "lesson-1"):
+        assert server.answer_to("finish", task=key, reward=0)[0] == 200
+    assert [len(lesson.samples) for lesson in server.lessons] == [1]
+
 # ---- on disk -----------------
 
 def test_a_damaged_archive_is_named(unbroken, tmp_path):

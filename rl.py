@@ -3388,10 +3388,11 @@ class Served(Gateway):
         self.told_at = self.now
         while not until() and not stop and self.now < last:
             self.now = time.monotonic() - began
+            # what waits now, and not what comes meanwhile: a client that asks all the time holds up no other
             with contextlib.suppress(Empty):
                 is_busy = sampler.batches or sampler.waiting
                 self.answer(*self.asked.get(timeout=0 if is_busy else LOOK_S))
-                while True:
+                for _ in range(self.asked.qsize()):
                     self.answer(*self.asked.get_nowait())
 
             # one forward of each batch

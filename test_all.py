@@ -10208,6 +10208,25 @@ def test_a_claim_waits_for_an_episode():
     server.answer("/v1/tasks", None, b'{"wait": 61}', late)
     assert late.answer()[0] == 400
 
+def test_who_asks_all_the_time_holds_up_no_other():
+    """A request that comes as another is refused waits for a forward: the turn of another agent ends, before all of
+    them are answered."""
+    server = ServedAlone()
+    name, = server.claimed(1)
+    n_asked = 1000
+
+    class Eager(Caller):
+        def tell(self, piece):
+            super().tell(piece)
+            if len(eager.told) < n_asked:
+                server.asked.put(("/v1/finish", "9.9", b"{}", self))
+
+    eager = Eager()
+    server.asked.put(("/v1/finish", "9.9", b"{}", eager))
+    server.turn(name)
+    assert len(server.pool[0][0].samples) == 1
+    assert 1 <= len(eager.told) < n_asked
+
 def test_a_line_says_what_the_trainer_waits_for(monkeypatch, capsys):
     """How many groups are there, what is at work, who has said nothing for how long."""
     monkeypatch.setattr(rl, "TELL_EVERY", 0.05)

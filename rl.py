@@ -3264,6 +3264,10 @@ class Served(Gateway):
         if claim.n_turns >= self.args.max_turns:
             raise Refused(403, f"task {claim.name} has had its {claim.n_turns} turns (--max-turns); "
                                "POST /v1/finish ends it")
+        most = MOST_CHOICES * self.args.max_turns
+        if len(claim.episode.samples) >= most:  # turns do not count, where one context comes again and again
+            raise Refused(403, f"task {claim.name} has had {most} completions, {MOST_CHOICES} for each of its turns "
+                               "(--max-turns); POST /v1/finish ends it")
 
         self.count_path(claim, turn.context)
         client.tell(turn)

@@ -9937,6 +9937,15 @@ def test_each_limit_has_one_message(asked, flags, status, words):
     below = dict(asked, n=8) if "n" in asked else dict(messages=[user("x" * 240)])
     assert server.turn("0.0", **below)[0] == 200
 
+def test_one_context_does_not_come_again_for_ever():
+    """It is one turn, however often it comes; but an episode has --max-turns times the completions of a turn."""
+    server = ServedAlone(flags="--max-turns 2")
+    server.claimed(1)
+    assert [server.turn("0.0", n=8)[0] for _ in range(3)] == [200, 200, 403]
+    assert "16 completions" in server.turn("0.0")[1]
+    assert server.claims["0.0"].n_turns == 1
+    assert server.finish("0.0", 1.0) == 200
+
 def test_a_context_that_is_too_long_has_openais_code():
     """By which clients know that another try is of no use."""
     server = ServedAlone(flags="--context 256")

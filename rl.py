@@ -2908,12 +2908,23 @@ class Lesson:
         self.rng = rng
         self.noise = noise
         self.messages = [dict(role="user", content=task.prompt)]
+        self.earlier = self.messages   # before its last text
 
     def say(self):
+        self.earlier = self.messages
         text = misspell(self.task.expert(self.messages), self.task, self.rng, self.noise)
+        if text == "D]" and self.task.cap < math.inf:  # see Task.agent
+            prompt, *rest = self.messages
+            self.messages = [prompt, *rest[-1:]]
+            return text
         observation = self.task.tool(text)
-        self.messages += [dict(role="assistant", content=text), dict(role="tool", content=f"={observation or '?;'}")]
+        reply = dict(role="tool", content=f"={observation or '?;'}")
+        self.messages = [*self.messages, dict(role="assistant", content=text), reply]
         return text
+
+    def forget(self):
+        """Nobody has heard its last text: it says that again."""
+        self.messages = self.earlier
 
 class Served(Gateway):
     """Agents of other processes, in real seconds, on loopback. See the sections above for what they send."""
@@ -3130,7 +3141,7 @@ class Served(Gateway):
         if claim.lesson is None:
             self.archive.drop(claim.name, n_rows)
         else:
-            del claim.lesson.messages[-2:]  # it says this step again
+            claim.lesson.forget()
         claim.last = last.before
         claim.n_turns = episode.samples[-1].turn + 1 if episode.samples else 0
 

@@ -10346,6 +10346,15 @@ def test_a_teacher_says_again_what_nobody_heard():
     assert len(episode.samples) == 1
     assert episode.samples[0].logprobs.isnan().all()
 
+def test_a_teacher_forgets_at_the_door():
+    """In --task cap, too, it comes to the answer, which is right without noise."""
+    args = args_and_model(f"{FEW} --task cap")[0]
+    task = rl.make_task(args, 0)
+    lesson = rl.Lesson(task, random.Random(0), noise=0.0)
+    said = [lesson.say() for _ in range(2 * task.difficulty)]
+    assert "D]" in said
+    assert f"A{task.answer}." in said
+
 def test_a_lesson_without_a_turn_teaches_nothing():
     """A step of imitation needs a text: an agent that ends its episode at once does not count."""
     server = ServedAlone()

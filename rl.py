@@ -1520,16 +1520,20 @@ def warm_start(source, args, stop, threads):
         keep()
     return step == args.warm_steps
 
-def teach(source, args, stop, threads):
+def teach(source, args, stop, threads, seconds=math.inf):
     """Imitate the teacher for --teach steps more, in the contexts of the agents that are here: it answers them in the
     policy's place. Their system prompts and tools, which no demonstration had, are before its texts then.
-    -> whether all steps are done. A run that is killed within them begins them again."""
+    -> whether it is over, as all steps are done, or after so many seconds. A run that is killed within them begins them
+    again."""
     optimizers = configure_optimizers(source.model, LESSON_LR)[0]
     started = time.perf_counter()
     for step in range(args.teach):
-        demos = source.teach(LESSON_TASKS, stop, math.inf)
+        demos = source.teach(LESSON_TASKS, stop, seconds - (time.perf_counter() - started))
         if stop:
             return False
+        if len(demos) < LESSON_TASKS:
+            print(f"teach   | the time is over after {step} of {args.teach} steps: too few agents are here", flush=True)
+            break
         rows = plan_rows([[demo.samples for demo in demos]], source.model, merge=True)
         rate = LESSON_LR * min(1, (step + 1) / 10, 1.1 - step / args.teach)
         began = time.perf_counter()
@@ -2075,7 +2079,8 @@ def run(args, state, locks=None):
     if ready and args.serve is not None:
         print(f"gateway | {source.door.url} key {source.token}", flush=True)
     if ready and state is None and args.teach:
-        ready = teach(source, args, stop, threads)
+        seconds_left = 60 * args.minutes - (time.perf_counter() - started) if args.minutes else math.inf
+        ready = teach(source, args, stop, threads, seconds_left)
     threads.times = []                 # the next steps are others than these
     optimizers = configure_optimizers(source.model, args.lr)[0]
 

@@ -10355,6 +10355,14 @@ def test_a_teacher_forgets_at_the_door():
     assert "D]" in said
     assert f"A{task.answer}." in said
 
+def test_lessons_end_with_the_minutes(tmp_path):
+    """Where no agent comes, too: the run ends, and can go on."""
+    need_server()
+    result, text = run_rl(tmp_path, "--serve 0 --teach 2 --minutes 0.01")
+    assert "after 0 of 2 steps" in text
+    assert result["steps"] == 0
+    assert steps_done(tmp_path) == 0
+
 def test_a_lesson_without_a_turn_teaches_nothing():
     """A step of imitation needs a text: an agent that ends its episode at once does not count."""
     server = ServedAlone()

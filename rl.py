@@ -549,19 +549,24 @@ def try_teacher(gateway, args, context):
     """Play the first tasks of a file with its teacher, and say how that went. ValueError, in one line, for texts that
     a policy could not write, and for episodes that are longer than the context."""
     longest = 0
+    firsts = []                        # tokens of each first turn, a completion of any length in it
     solved = 0
     for number in range(TRIED):
         task = make_task(args, number, 1)
         episode = demonstrate(gateway, task, Random(number), 0.0)
         solved += episode.success
+        firsts += [sample.start + gateway.max_new for sample in episode.samples[:1]]
         for sample in episode.samples:
             longest = max(longest, sample.start + gateway.max_new)
             if has_teacher(args) and args.own_task:
                 check_teacher(gateway, task, sample.ids[sample.start:].tolist())
-    if not has_teacher(args):          # what was written in its place is longer than what a policy has to write
+    # what was written in place of a teacher's texts is longer than what a policy has to write
+    needed = longest if has_teacher(args) else min(firsts, default=0)
+    if needed > context:
+        raise ValueError(f"--context {context}: episodes of --task {args.task} need up to {needed} tokens, "
+                         f"{gateway.max_new} of them for a completion (--max-new-tokens)")
+    if not has_teacher(args):
         return
-    if longest > context:
-        raise ValueError(f"--context {context}: episodes of --task {args.task} need up to {longest} tokens")
     if args.own_task:
         print(f"teacher | solves {solved} of {TRIED} tasks, in at most {longest} of {context} tokens of context",
               flush=True)
@@ -2045,7 +2050,7 @@ def make_source(args, state, device, dtype, locks):
         source.origin = origin_of(state)
     elif began_from:
         source.origin["init"] = f"{began_from['now'].get('run')} {began_from['now'].get('step')}"
-    if args.own_task or args.context:
+    if args.own_task or args.context or args.max_new_tokens:
         try_teacher(source, args, model.cfg.max_seq_len)
     return source
 

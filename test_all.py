@@ -10752,6 +10752,15 @@ def test_without_a_teacher_nothing_is_imitated(tmp_path):
     run_rl(tmp_path / "out", "--resume --steps 2")
     assert steps_done(tmp_path / "out") == 2
 
+@parametrize("line", [
+    "--max-new-tokens 90",
+    "--serve 0 --max-new-tokens 9000",
+    "--task {path} --max-new-tokens 256"])
+def test_a_context_without_room_for_a_turn_is_refused(line, tmp_path):
+    """No episode would have a turn, nor the run a step; with a teacher and without."""
+    line = line.format(path=write_task(tmp_path, text=NO_TEACHER))
+    assert "--max-new-tokens" in refused(rl, rl_args(tmp_path / "out", f"{line} --steps 1"))
+
 def test_a_completion_ends_with_a_stop_within_a_token():
     """With merges a stop may be a part of a token, or of two: the text counts. A completion ends with the first."""
     gateway = rl.Gateway()

@@ -183,6 +183,7 @@ class Task:
     drops_thoughts = False             # whether the agent leaves thoughts out of the messages of later turns
     faults = frozenset()               # calls, counted from 0, at which the tool fails
     limit = None                       # turns of an episode, at most; None: three more than its difficulty
+    answer = None                      # a task file may have a reward in its place
     stops = STOPS                      # a completion ends with the first of these texts
     max_new = MAX_NEW                  # tokens of a completion, at most
 
@@ -473,7 +474,7 @@ class OwnTask(Task):
         self.prompt = self.read("prompt")
         if not isinstance(self.prompt, str) or not self.prompt:
             self.refuse("prompt", f"{self.prompt!r:.60} is not a text")
-        if not file.has_reward:
+        if not file.has_reward or hasattr(self.theirs, "answer"):
             self.answer = self.read("answer")
 
         # what it may say
@@ -550,19 +551,24 @@ def try_teacher(gateway, args, context):
     """Play the first tasks of a file with its teacher, and say how that went. ValueError, in one line, for texts that
     a policy could not write, and for episodes that are longer than the context."""
     longest = 0
+    firsts = []                        # tokens of each first turn, a completion of any length in it
     solved = 0
     for number in range(TRIED):
         task = make_task(args, number, 1)
         episode = demonstrate(gateway, task, Random(number), 0.0)
         solved += episode.success
+        firsts += [sample.start + gateway.max_new for sample in episode.samples[:1]]
         for sample in episode.samples:
             longest = max(longest, sample.start + gateway.max_new)
             if has_teacher(args) and args.own_task:
                 check_teacher(gateway, task, sample.ids[sample.start:].tolist())
-    if not has_teacher(args):          # what was written in its place is longer than what a policy has to write
+    # what was written in place of a teacher's texts is longer than what a policy has to write
+    needed = longest if has_teacher(args) else min(firsts, default=0)
+    if needed > context:
+        raise ValueError(f"--context {context}: episodes of --task {args.task} need up to {needed} tokens, "
+                         f"{gateway.max_new} of them for a completion (--max-new-tokens)")
+    if not has_teacher(args):
         return
-    if longest > context:
-        raise ValueError(f"--context {context}: episodes of --task {args.task} need up to {longest} tokens")
     if args.own_task:
         print(f"teacher | solves {solved} of {TRIED} tasks, in at most {longest} of {context} tokens of context",
               flush=True)
@@ -1521,16 +1527,20 @@ def warm_start(source, args, stop, threads):
         keep()
     return step == args.warm_steps
 
-def teach(source, args, stop, threads):
+def teach(source, args, stop, threads, seconds=math.inf):
     """Imitate the teacher for --teach steps more, in the contexts of the agents that are here: it answers them in the
     policy's place. Their system prompts and tools, which no demonstration had, are before its texts then.
-    -> whether all steps are done. A run that is killed within them begins them again."""
+    -> whether it is over, as all steps are done, or after so many seconds. A run that is killed within them begins them
+    again."""
     optimizers = configure_optimizers(source.model, LESSON_LR)[0]
     started = time.perf_counter()
     for step in range(args.teach):
-        demos = source.teach(LESSON_TASKS, stop, math.inf)
+        demos = source.teach(LESSON_TASKS, stop, seconds - (time.perf_counter() - started))
         if stop:
             return False
+        if len(demos) < LESSON_TASKS:
+            print(f"teach   | the time is over after {step} of {args.teach} steps: too few agents are here", flush=True)
+            break
         rows = plan_rows([[demo.samples for demo in demos]], source.model, merge=True)
         rate = LESSON_LR * min(1, (step + 1) / 10, 1.1 - step / args.teach)
         began = time.perf_counter()
@@ -2048,7 +2058,7 @@ def make_source(args, state, device, dtype, locks):
         source.origin = origin_of(state)
     elif began_from:
         source.origin["init"] = f"{began_from['now'].get('run')} {began_from['now'].get('step')}"
-    if args.own_task or args.context:
+    if args.own_task or args.context or args.max_new_tokens:
         try_teacher(source, args, model.cfg.max_seq_len)
     return source
 
@@ -2082,7 +2092,8 @@ def run(args, state, locks=None):
     if ready and args.serve is not None:
         print(f"gateway | {source.door.url} key {source.token}", flush=True)
     if ready and state is None and args.teach:
-        ready = teach(source, args, stop, threads)
+        seconds_left = 60 * args.minutes - (time.perf_counter() - started) if args.minutes else math.inf
+        ready = teach(source, args, stop, threads, seconds_left)
     threads.times = []                 # the next steps are others than these
     optimizers = configure_optimizers(source.model, args.lr)[0]
 
@@ -2917,12 +2928,23 @@ class Lesson:
         self.rng = rng
         self.noise = noise
         self.messages = [dict(role="user", content=task.prompt)]
+        self.earlier = self.messages   # before its last text
 
     def say(self):
+        self.earlier = self.messages
         text = misspell(self.task.expert(self.messages), self.task, self.rng, self.noise)
+        if text == "D]" and self.task.cap < math.inf:  # see Task.agent
+            prompt, *rest = self.messages
+            self.messages = [prompt, *rest[-1:]]
+            return text
         observation = self.task.tool(text)
-        self.messages += [dict(role="assistant", content=text), dict(role="tool", content=f"={observation or '?;'}")]
+        reply = dict(role="tool", content=f"={observation or '?;'}")
+        self.messages = [*self.messages, dict(role="assistant", content=text), reply]
         return text
+
+    def forget(self):
+        """Nobody has heard its last text: it says that again."""
+        self.messages = self.earlier
 
 class Served(Gateway):
     """Agents of other processes, in real seconds, on loopback. See the sections above for what they send."""
@@ -3139,7 +3161,7 @@ class Served(Gateway):
         if claim.lesson is None:
             self.archive.drop(claim.name, n_rows)
         else:
-            del claim.lesson.messages[-2:]  # it says this step again
+            claim.lesson.forget()
         claim.last = last.before
         claim.n_turns = episode.samples[-1].turn + 1 if episode.samples else 0
 
@@ -3217,7 +3239,8 @@ class Served(Gateway):
         group, _, row = name.replace("-", ".").partition(".")
         numbers = {} if self.claims[name].lesson else dict(group=int(group), row=int(row))
         return dict(
-            task=name, **numbers, messages=next(task.agent()), answer=str(task.answer),
+            task=name, **numbers, messages=[dict(role="user", content=task.prompt)],
+            answer=None if task.answer is None else str(task.answer),
             base_url=f"http://127.0.0.1:{self.door.address[1]}/s/{name}/v1", api_key=self.key_of(name))
 
     def finish_episode(self, claim, body):
@@ -3242,7 +3265,7 @@ class Served(Gateway):
         claim.episode.finish(rewards, success, self.now - claim.began)
         if claim.lesson is None:
             self.archive.finish(claim.name, claim.episode)
-        elif self.lessons is not None:
+        elif self.lessons is not None and claim.episode.samples:  # otherwise there is nothing to imitate
             self.lessons.append(claim.episode)
         self.end(claim.name, "its end was reported")
         self.close_groups()
@@ -3272,6 +3295,10 @@ class Served(Gateway):
         if claim.n_turns >= self.args.max_turns:
             raise Refused(403, f"task {claim.name} has had its {claim.n_turns} turns (--max-turns); "
                                "POST /v1/finish ends it")
+        most = MOST_CHOICES * self.args.max_turns
+        if len(claim.episode.samples) >= most:  # turns do not count, where one context comes again and again
+            raise Refused(403, f"task {claim.name} has had {most} completions, {MOST_CHOICES} for each of its turns "
+                               "(--max-turns); POST /v1/finish ends it")
 
         self.count_path(claim, turn.context)
         client.tell(turn)
@@ -3396,10 +3423,11 @@ class Served(Gateway):
         self.told_at = self.now
         while not until() and not stop and self.now < last:
             self.now = time.monotonic() - began
+            # what waits now, and not what comes meanwhile: a client that asks all the time holds up no other
             with contextlib.suppress(Empty):
                 is_busy = sampler.batches or sampler.waiting
                 self.answer(*self.asked.get(timeout=0 if is_busy else LOOK_S))
-                while True:
+                for _ in range(self.asked.qsize()):
                     self.answer(*self.asked.get_nowait())
 
             # one forward of each batch

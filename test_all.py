@@ -9976,6 +9976,15 @@ def test_each_limit_has_one_message(asked, flags, status, words):
     below = dict(asked, n=8) if "n" in asked else dict(messages=[user("x" * 240)])
     assert server.turn("0.0", **below)[0] == 200
 
+def test_one_context_does_not_come_again_for_ever():
+    """It is one turn, however often it comes; but an episode has --max-turns times the completions of a turn."""
+    server = ServedAlone(flags="--max-turns 2")
+    server.claimed(1)
+    assert [server.turn("0.0", n=8)[0] for _ in range(3)] == [200, 200, 403]
+    assert "16 completions" in server.turn("0.0")[1]
+    assert server.claims["0.0"].n_turns == 1
+    assert server.finish("0.0", 1.0) == 200
+
 def test_a_context_that_is_too_long_has_openais_code():
     """By which clients know that another try is of no use."""
     server = ServedAlone(flags="--context 256")
@@ -10247,6 +10256,25 @@ def test_a_claim_waits_for_an_episode():
     server.answer("/v1/tasks", None, b'{"wait": 61}', late)
     assert late.answer()[0] == 400
 
+def test_who_asks_all_the_time_holds_up_no_other():
+    """A request that comes as another is refused waits for a forward: the turn of another agent ends, before all of
+    them are answered."""
+    server = ServedAlone()
+    name, = server.claimed(1)
+    n_asked = 1000
+
+    class Eager(Caller):
+        def tell(self, piece):
+            super().tell(piece)
+            if len(eager.told) < n_asked:
+                server.asked.put(("/v1/finish", "9.9", b"{}", self))
+
+    eager = Eager()
+    server.asked.put(("/v1/finish", "9.9", b"{}", eager))
+    server.turn(name)
+    assert len(server.pool[0][0].samples) == 1
+    assert 1 <= len(eager.told) < n_asked
+
 def test_a_line_says_what_the_trainer_waits_for(monkeypatch, capsys):
     """How many groups are there, what is at work, who has said nothing for how long."""
     monkeypatch.setattr(rl, "TELL_EVERY", 0.05)
@@ -10356,6 +10384,33 @@ def test_a_teacher_says_again_what_nobody_heard():
     episode = server.claims["lesson-0"].episode
     assert len(episode.samples) == 1
     assert episode.samples[0].logprobs.isnan().all()
+
+def test_a_teacher_forgets_at_the_door():
+    """In --task cap, too, it comes to the answer, which is right without noise."""
+    args = args_and_model(f"{FEW} --task cap")[0]
+    task = rl.make_task(args, 0)
+    lesson = rl.Lesson(task, random.Random(0), noise=0.0)
+    said = [lesson.say() for _ in range(2 * task.difficulty)]
+    assert "D]" in said
+    assert f"A{task.answer}." in said
+
+def test_lessons_end_with_the_minutes(tmp_path):
+    """Where no agent comes, too: the run ends, and can go on."""
+    need_server()
+    result, text = run_rl(tmp_path, "--serve 0 --teach 2 --minutes 0.01")
+    assert "after 0 of 2 steps" in text
+    assert result["steps"] == 0
+    assert steps_done(tmp_path) == 0
+
+def test_a_lesson_without_a_turn_teaches_nothing():
+    """A step of imitation needs a text: an agent that ends its episode at once does not count."""
+    server = ServedAlone()
+    server.lessons = []
+    assert server.claimed(2) == ["lesson-0", "lesson-1"]
+    server.turn("lesson-1")
+    for key in ("lesson-0", "lesson-1"):
+        assert server.answer_to("finish", task=key, reward=0)[0] == 200
+    assert [len(lesson.samples) for lesson in server.lessons] == [1]
 
 # ---- on disk -----------------
 
@@ -10685,6 +10740,17 @@ def test_tasks_that_are_no_file_are_refused(task, tmp_path):
     """A file that is not there, and what is neither a task nor a Python file."""
     assert task in refused(rl, rl_args(tmp_path, "--task", task))
 
+def test_a_task_with_a_reward_is_served():
+    """A launcher hears its prompt, of any length, and no answer, where the file has none."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_task(Path(folder), ("class Task:", "class Task:\n    cap = 3\n"))
+        server = ServedAlone(flags=f"--task {path}")
+    status, told = server.answer_to("tasks")
+    assert status == 200
+    assert told["answer"] is None
+    assert told["messages"] == [user(rl.make_task(server.args, 0).prompt)]
+    assert server.turn(told["task"])[0] == 200
+
 def test_a_tool_that_raises_is_told_once(capsys):
     """A policy writes anything: what the tool raises is a malformed call, and a line names task, call and error."""
     args = own_args(('return f"{call[1][::-1]};" if call else None', "return call[1]"))
@@ -10724,6 +10790,15 @@ def test_without_a_teacher_nothing_is_imitated(tmp_path):
 
     run_rl(tmp_path / "out", "--resume --steps 2")
     assert steps_done(tmp_path / "out") == 2
+
+@parametrize("line", [
+    "--max-new-tokens 90",
+    "--serve 0 --max-new-tokens 9000",
+    "--task {path} --max-new-tokens 256"])
+def test_a_context_without_room_for_a_turn_is_refused(line, tmp_path):
+    """No episode would have a turn, nor the run a step; with a teacher and without."""
+    line = line.format(path=write_task(tmp_path, text=NO_TEACHER))
+    assert "--max-new-tokens" in refused(rl, rl_args(tmp_path / "out", f"{line} --steps 1"))
 
 def test_a_completion_ends_with_a_stop_within_a_token():
     """With merges a stop may be a part of a token, or of two: the text counts. A completion ends with the first."""

@@ -1,7 +1,7 @@
 """An agent that knows nothing of its training, and the ten lines that train it.
 
     python rl.py --serve 8000 --token secret --teach 40        # in one terminal; once it says "gateway |", in another:
-    python .ci/agent.py http://127.0.0.1:8000/v1 secret        # pip install openai
+    python .ci/agent.py http://127.0.0.1:8000/v1 secret        # pip install openai httpx
 
 The agent is `solve`: OpenAI's library, a system prompt, a tool, as in its documentation. `train` plays it over and
 over: it claims an episode, gives the agent the episode's address and key in place of a model's, and says what the
@@ -54,7 +54,7 @@ def solve(client, messages):
 
 def train(url, key):
     """Play episodes until the run is over."""
-    connections = httpx.Client()       # one pool: to make another for each episode costs more than the episode
+    connections = openai.DefaultHttpxClient()  # one pool: to make another for each episode costs more than that
     gateway = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=60)
     while True:
         reply = gateway.post("/tasks", json={"wait": 30})

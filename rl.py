@@ -94,6 +94,7 @@ OWN_MINUTES = 4.9                      # of a task of one's own,
 SERVED_MINUTES = 9.9                   # and with --serve
 WINDOW_SHARE = 0.3                     # of --slots: the queue's window
 EMA = 0.9                              # what the running mean of the share solved keeps of itself in a step
+BIAS_SHARE = 0.05                      # u of the router's load balancing, of the rate: see learn_from_rewards
 # a collapse
 COLLAPSE_STEPS = 30                    # steps that it is judged by
 COLLAPSE_SOLVED = 0.05                 # share of their episodes that is solved, at most
@@ -116,6 +117,7 @@ PLAYED = 200                           # fresh tasks of --play, and
 SHOWN = 3                              # of these, so many word for word
 PLAYED_AT_ONCE = 96                    # as many as a step plays: a cache for each must fit
 COLUMN = 24                            # characters of what the policy writes, before its reward
+HEARD = 60                             # characters of what it heard, in an episode that a run shows
 OWN_CONTEXT = 256                      # tokens of context where --task names a file
 TRIED = 16                             # tasks of a file that its teacher plays at the start, to find mistakes early
 BUILT_IN = ("calculator", "maze", "cap", "tally")
@@ -1921,8 +1923,14 @@ def print_step(now, args, episodes, stats, lags, decode, note=""):
         print_episode(episodes[0], decode)
 
 def print_episode(episode, decode):
-    """What was said in an episode, what the policy wrote in <>."""
-    text = shown("".join(f"{decode(heard)}<{decode(said)}>" for heard, said in turns_of(episode)))
+    """What was said in an episode, what the policy wrote in <>. Of long texts, an agent's prompts, the end is shown."""
+    texts = []
+    for heard, said in turns_of(episode):
+        words = decode(heard)
+        if len(words) > HEARD:
+            words = f"...{words[-HEARD:]}"
+        texts.append(f"{words}<{decode(said)}>")
+    text = shown("".join(texts))
     rewards = " ".join(f"{reward:+.2f}" for reward in episode.rewards)
     print(f"  {'solved' if episode.success else 'failed'}: {text} rewards {rewards}")
 
@@ -2139,7 +2147,9 @@ def learn_from_rewards(now, source, optimizers, stop, threads):
         stats = None
         if rows:
             step_began = time.perf_counter()
-            stats = train_step(source.model, optimizers, rows, rate)
+            # balancing moves at one speed, however small the rate: at the imitation's, tokens would change their
+            # experts faster than these learn, and what is solved would be forgotten
+            stats = train_step(source.model, optimizers, rows, rate, BIAS_SHARE * rate)
             threads.watch(time.perf_counter() - step_began, trial, source)
             version += 1
         is_on_cpu = source.model.embed.weight.device.type == "cpu"

@@ -2522,6 +2522,7 @@ def lockstep(*args, **options):
 
 PART = dict(cpu=2048, cuda=16384)      # tokens of prompts that one forward reads, to bound its memory: see prompt_part
 ALONE = 32                             # tokens: what prompts have more than the shortest is fed to each row alone
+TAIL = 128                             # tokens behind a row's cached prefix that are fed beside those of other rows
 
 def prefill(decoder, rows, sizes, prefixes=None):
     """Feed each row its prompt but for the last token, whose logits are needed row by row. sizes: of the groups; the
@@ -2529,7 +2530,9 @@ def prefill(decoder, rows, sizes, prefixes=None):
     keys and values are copied.
 
     Rows are fed side by side as far as the shortest prompt goes. What is left, if it is not little, is fed row by row;
-    with a PrefixCache all is, so that a row finds what the rows before it have left there. Yields after each forward.
+    with a PrefixCache all is, so that a row finds what the rows before it have left there. But on a CPU, where a
+    forward of few tokens costs nearly as much as one of many, tails behind what was found are fed in one, see
+    feed_tails. Yields after each forward.
     """
     cache = decoder.cache
     group_of = [group for group, size in enumerate(sizes) for _ in range(size)]
@@ -2541,6 +2544,8 @@ def prefill(decoder, rows, sizes, prefixes=None):
         n_slots = yield from reader.read(cache, leaders, shared)
         n_read = [n_slots] * len(leaders)
 
+    with_tails = []                    # rows of which little is left
+    is_plain = not decoder.on_gpu and not decoder.speculate and decoder.record is None
     for i, row in enumerate(leaders):
         if prefixes is not None:
             row.path = prefixes.match(row.feed, cache)
@@ -2549,6 +2554,9 @@ def prefill(decoder, rows, sizes, prefixes=None):
             row.take(row.n_cached, [] if decoder.record is None else [None] * row.n_cached)
             reader.progress.total -= row.n_cached
         left = len(row.feed) - 1
+        if prefixes is not None and is_plain and left <= TAIL:
+            with_tails.append(i)
+            continue
         try:
             if prefixes is not None or left > ALONE:
                 n_read[i] = yield from reader.read(cache.row(i, row.length), [row], left, n_read[i])
@@ -2557,6 +2565,8 @@ def prefill(decoder, rows, sizes, prefixes=None):
             if prefixes is not None:
                 known = n_read[i] - decoder.n_modules  # at the last slots the modules have read guesses
                 prefixes.insert(row.tokens, cache, i, known, decoder.n_modules)
+    if with_tails:
+        yield from feed_tails(decoder, leaders, with_tails, prefixes, reader)
     decoder.n_stale = max(row.length - n for row, n in zip(leaders, n_read))
 
     # the others of each group
@@ -2567,6 +2577,36 @@ def prefill(decoder, rows, sizes, prefixes=None):
         if row is not leader:
             row.n_cached = leader.n_cached
             row.take(leader.length, leader.notes)
+
+def feed_tails(decoder, rows, with_tails, prefixes, reader):
+    """What is left of some rows' prompts, behind prefixes that a cache had, in one forward: shorter tails are followed
+    by pads, which the row then forgets. Where pads find no room each row is fed alone. Yields after each forward.
+
+    rows        of the decoder's cache, one each
+    with_tails  indices of these rows
+    """
+    cache = decoder.cache
+    T = max(len(rows[i].feed) - 1 for i in with_tails)
+    try:
+        if max(row.length for row in rows) + T > cache.capacity or len(rows) * T > prompt_part(cache.length.device):
+            for i in with_tails:
+                row = rows[i]
+                yield from reader.read(cache.row(i, row.length), [row], len(row.feed) - 1)
+                cache.set_length(i, row.length)
+        elif T:
+            idx = torch.zeros(len(rows), T, dtype=torch.int64)
+            for i in with_tails:
+                tail = rows[i].feed[:-1]
+                idx[i, :len(tail)] = torch.tensor(tail)
+                rows[i].take(len(tail), [])
+                reader.done += len(tail)
+            decoder.model(idx, cache=cache, n_logits=0, index_warmup=decoder.index_warmup)
+            cache.crop(torch.tensor([row.length for row in rows]))
+            reader.progress.at(reader.done)
+            yield
+    finally:                           # also of prompts that nobody wants read to their end
+        for i in with_tails:
+            prefixes.insert(rows[i].tokens, cache, i)
 
 def prompt_part(device):
     """How many tokens of prompts one forward reads on a device; others than these two are like a CPU."""

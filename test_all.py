@@ -6696,6 +6696,40 @@ def test_a_cache_that_is_too_small_changes_no_word():
                 assert torch.equal(tokens, greedy(model, [prompt], 6)[0])
                 assert_adds_up(prefixes)
 
+def tails_after(prefix, *sizes):
+    """Prompts that go on from a prefix, each in its own way for so many tokens."""
+    texts = chained_text(len(sizes), max(sizes), seed=9).tolist()
+    return [prefix + text[:size] for text, size in zip(texts, sizes)]
+
+@parametrize("attn", ["full", "msa"])
+def test_tails_behind_a_cached_prefix_are_fed_at_once(attn):
+    """Prompts of one cached prefix and tails of other lengths: one forward reads all tails, and pads are forgotten."""
+    model = make_drafter(attn)
+    prefix = chained_text(1, 32, seed=8)[0].tolist()
+    prompts = tails_after(prefix, 1, 9, 4, 6)
+    prefixes = sample.PrefixCache(10 ** 9)
+    cached_greedy(model, [prefix], 2, prefixes)
+
+    with mock.patch.object(sample.PromptReader, "read", side_effect=AssertionError("a row was fed alone")):
+        tokens, logprobs, cached = cached_greedy(model, prompts, 12, prefixes)
+    want, scores = greedy(model, prompts, 12)
+    assert min(cached) >= 24
+    assert torch.equal(tokens, want)
+    assert worst(logprobs.nan_to_num(), scores.nan_to_num()) < 1e-9  # a prompt's own tokens have none
+    assert_adds_up(prefixes)
+
+def test_tails_that_find_no_room_for_pads_are_fed_alone():
+    """A long cached prompt beside one of which nothing is cached: pads would stand behind the first one's end."""
+    model = make_drafter("full")
+    long, short = chained_text(2, 40, seed=8).tolist()
+    prefixes = sample.PrefixCache(10 ** 9)
+    cached_greedy(model, [long], 2, prefixes)
+    prompts = [long, short[:20]]
+    tokens, logprobs, _ = cached_greedy(model, prompts, 3, prefixes)
+    want, scores = greedy(model, prompts, 3)
+    assert torch.equal(tokens, want)
+    assert worst(logprobs.nan_to_num(), scores.nan_to_num()) < 1e-9  # a prompt's own tokens have none
+
 def test_a_loop_that_is_left_lets_go_of_its_blocks():
     """A client that hangs up: nothing stays in hand (sglang#24175), and the next text is as it should be."""
     model = make_drafter("msa")
@@ -8508,6 +8542,11 @@ def test_a_run_goes_on_past_steps_without_signal(tmp_path, monkeypatch):
     assert changed_weights(tmp_path, tmp_path / "warm") == []
     n_admitted = 4 + 2 * 2  # all slots, and after the first and the second step those of its two groups
     assert read_checkpoint(tmp_path)["queue"]["next"] == n_admitted
+
+def test_routers_are_balanced_at_the_pace_of_the_rate(tmp_path):
+    """At a rate of 0 a run changes no weight, and no router's bias."""
+    run_rl(tmp_path, "--steps 2 --lr 0")
+    assert changed_weights(tmp_path, tmp_path / "warm") == []
 
 TASK_LINES = ["--task calculator", "--task maze", "--task cap", "--task maze --turns 40", "--task maze --turns 2"]
 
@@ -13418,6 +13457,11 @@ def decoded_for_who_is_gone(real, engine, asked, *args):
     deaf = SimpleNamespace(gone=False, tell=asked.client.tell)
     return real(engine, dataclasses.replace(asked, client=deaf), *args)
 
+def a_pad_is_kept(real, decoder, *args):
+    """Each row has a token of its pads behind its prompt."""
+    yield from real(decoder, *args)
+    decoder.cache.length += 1
+
 def news_without_a_bound(real, client, piece):
     client.news.append(piece)
 
@@ -13781,6 +13825,7 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("rl.WindowedFIFO.__init__", greedy_with_window_n, test_window_of_figure_5),
     mutant("rl.pack_routes", replay_of_other_experts, replayed),
     mutant("rl.cispo_loss", no_clip, test_cispo_by_hand),
+    mutant("sample.feed_tails", a_pad_is_kept, on(test_tails_behind_a_cached_prefix_are_fed_at_once, "full")),
     mutant("rl.said_key", arguments_as_they_are,
            on(test_calls_come_back_by_token, "[12+3]", "other order"),
            on(test_calls_come_back_by_token, "[12+3]", "other spaces")),

@@ -1,7 +1,7 @@
 """An agent that knows nothing of its training, and the ten lines that train it.
 
-    python rl.py --serve 8000 --token secret --teach 40        # in one terminal; once it says "gateway |", in another:
-    python .ci/agent.py http://127.0.0.1:8000/v1 secret        # pip install openai
+    python rl.py --serve 8000 --token secret --teach 30        # in one terminal; once it says "gateway |", in another:
+    python .ci/agent.py http://127.0.0.1:8000/v1 secret        # pip install openai httpx
 
 The agent is `solve`: OpenAI's library, a system prompt, a tool, as in its documentation. `train` plays it over and
 over: it claims an episode, gives the agent the episode's address and key in place of a model's, and says what the
@@ -54,7 +54,7 @@ def solve(client, messages):
 
 def train(url, key):
     """Play episodes until the run is over."""
-    connections = httpx.Client()       # one pool: to make another for each episode costs more than the episode
+    connections = openai.DefaultHttpxClient()  # one pool: to make another for each episode costs more than that
     gateway = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=60)
     while True:
         reply = gateway.post("/tasks", json={"wait": 30})
@@ -64,13 +64,17 @@ def train(url, key):
             return
         task = reply.json()
         client = openai.OpenAI(base_url=task["base_url"], api_key=task["api_key"], http_client=connections)
-        answer, result = solve(client, task["messages"])
+        try:
+            answer, result = solve(client, task["messages"])
+        except openai.APIStatusError as error:  # the gateway has taken the episode back, or ends
+            print(f"{task['task']}: {error}")
+            continue
         reward = float(answer == f"A{task['answer']}." and result == task["answer"])  # computed, not guessed
         gateway.post("/finish", json={"task": task["task"], "reward": reward})
 
 def play(url, key):
-    """One thread of agents. When the run ends, it ends within a request."""
-    with contextlib.suppress(httpx.TransportError, openai.APIConnectionError, openai.InternalServerError):
+    """One thread of agents. When the run ends, that is within a request."""
+    with contextlib.suppress(httpx.TransportError, openai.APIConnectionError):
         train(url, key)
 
 def main():

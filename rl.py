@@ -2076,12 +2076,13 @@ def run(args, state, locks=None):
     stop = on_signals()
     what = f"{args.warm_steps} steps of imitation, then rewards"
     if state:
-        check_record(state["now"])
         what = f"goes on after step {state['now'].get('step')}"
     print(f"run     | {args.task}: {what}; {args.out} keeps it", flush=True)
 
     device, dtype, why = pick_device(args.device)
     source = make_source(args, state, device, dtype, locks)
+    if state:
+        check_record(state["now"])
     threads = Threads(device, args.threads, state["now"].get("threads") if state else None)
     if threads.count is None:
         threads.choose(trial(source), args.steps)

@@ -2048,10 +2048,12 @@ def make_source(args, state, device, dtype, locks):
         model = make_model(args, device, dtype)
 
     queue = make_queue(args)
+    if not args.resume:
+        set_aside(args.out)
     if args.serve is None:
         source = Local(model, args, queue)
     else:
-        source = Served(model, args, queue, args.out, is_new=state is None)
+        source = Served(model, args, queue, args.out)
         locks.callback(source.close)
     source.speak(tokenizer)
     if state:
@@ -2074,12 +2076,13 @@ def run(args, state, locks=None):
     stop = on_signals()
     what = f"{args.warm_steps} steps of imitation, then rewards"
     if state:
-        check_record(state["now"])
         what = f"goes on after step {state['now'].get('step')}"
     print(f"run     | {args.task}: {what}; {args.out} keeps it", flush=True)
 
     device, dtype, why = pick_device(args.device)
     source = make_source(args, state, device, dtype, locks)
+    if state:
+        check_record(state["now"])
     threads = Threads(device, args.threads, state["now"].get("threads") if state else None)
     if threads.count is None:
         threads.choose(trial(source), args.steps)
@@ -2694,6 +2697,8 @@ class EpisodeProtocol(Protocol):
 # agents have heard; the checkpoint says which groups were trained on until it was made. What was trained on later
 # counts as not trained on: the steps are gone with the weights, and the turns are taken once more.
 
+ARCHIVE = "episodes.db"                # in --out
+
 class Archive:
     """Episodes and their turns by token, in an SQLite file.
 
@@ -2830,6 +2835,13 @@ class Archive:
         self.base.commit()
         self.base.close()
 
+def set_aside(folder):
+    """The archive that another run has left in a folder is none of a new run's, which may be resumed with --serve."""
+    path = os.path.join(folder, ARCHIVE)
+    if os.path.exists(path):
+        Archive(path).close()          # what a killed run has left beside it goes into it
+        os.replace(path, path + ".old")
+
 def packed(numbers, kind):
     return np.asarray(numbers, kind).tobytes()
 
@@ -2949,14 +2961,10 @@ class Lesson:
 class Served(Gateway):
     """Agents of other processes, in real seconds, on loopback. See the sections above for what they send."""
 
-    def __init__(self, model, args, queue, folder=None, is_new=False):
-        """folder: of the run, for its archive; None: it is in memory. is_new: an earlier run's archive is set aside."""
+    def __init__(self, model, args, queue, folder=None):
+        """folder: of the run, for its archive; None: it is in memory."""
         super().__init__(model, args, queue)
-        path = folder and os.path.join(folder, "episodes.db")
-        if is_new and path and os.path.exists(path):
-            Archive(path).close()      # what a killed run has left beside it goes into it
-            os.replace(path, path + ".old")
-        self.archive = Archive(path)
+        self.archive = Archive(folder and os.path.join(folder, ARCHIVE))
         self.token = args.token or self.archive.get("key") or os.urandom(16).hex()
         self.open = {}                 # name of an episode, "group.row" -> it, until its end
         self.claims = {}               # name -> Claim, of those that are played

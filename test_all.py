@@ -10423,6 +10423,30 @@ def test_a_damaged_archive_is_named(unbroken, tmp_path):
     assert "episodes.db" in line
     assert "not a database" in line
 
+def test_another_runs_archive_is_set_aside(tmp_path):
+    """Also by a run without --serve, which may be resumed with it: its groups have the same numbers."""
+    server = ServedAlone(folder=tmp_path)
+    server.claimed(1)
+    server.turn("0.0")
+    server.close()
+    run_rl(tmp_path, "--steps 1")
+    assert not (tmp_path / "episodes.db").exists()
+    old = rl.Archive(tmp_path / "episodes.db.old")
+    assert len(old.read(0)["0.0"][1]) == 1
+    old.close()
+
+def test_a_run_resumed_in_its_imitation_keeps_its_key(tmp_path):
+    """Agents that the teacher answers go on; a new run has another key."""
+    need_server()
+    args, _ = rl.parse_args(rl_args(tmp_path, "--serve 0"))
+    keys = []
+    for is_resumed in (False, True, False):
+        args.resume = is_resumed
+        with contextlib.ExitStack() as locks:
+            keys.append(rl.make_source(args, None, torch.device("cpu"), torch.float32, locks).token)
+    assert keys[0] == keys[1]
+    assert keys[0] != keys[2]
+
 def random_sample(rng, context, turn):
     n = rng.randrange(1, 6)
     ids = torch.tensor(context + rng.choices(range(300), k=n))

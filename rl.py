@@ -1089,8 +1089,8 @@ def plan_rows(groups, model, merge):
     # what all samples begin with, an agent's system prompt, is computed once for the step
     every = [sample for episodes in groups for samples in episodes for sample in samples]
     if len(groups) > 1 and every:
-        ids = [sample.ids.numpy() for sample in every]
-        shared = min(common_prefix(ids[0], other) for other in ids)
+        paths = [labels(sample) for sample in every]
+        shared = min(common_prefix(paths[0], other) for other in paths)
         if shared >= LONG_PROMPT:
             return [PrefixTree(every, cfg)]
 

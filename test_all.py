@@ -8245,6 +8245,21 @@ def test_no_merge_packs_its_samples():
     assert stats["slots"] == n_tokens
     assert stats["naive"] == n_tokens
 
+def test_groups_of_one_long_prompt_share_one_row():
+    """It is computed once for the step: where tokens are the same, and recorded routes, too."""
+    _, model = args_and_model("")
+    prompt = [7] * rl.LONG_PROMPT
+    groups = [[[make_turn([*prompt, group, row], len(prompt))] for row in range(2)] for group in range(2)]
+    row, = rl.plan_rows(groups, model, True)
+    assert row.size < rl.LONG_PROMPT + 16
+
+    for group, episodes in enumerate(groups):
+        for (sample,) in episodes:
+            sample.routes = torch.full((len(sample.ids), 1), group)
+    assert len(rl.plan_rows(groups, model, True)) == 2
+    short = [[make_turn([7] * 9, 8)]]
+    assert len(rl.plan_rows([short, short], model, True)) == 2
+
 def test_packed_samples_start_at_key_blocks():
     """Blocks of 16: samples of 10 to 50 tokens take 1, 2, 2, 3, 4 and 4 of them, and each starts with one."""
     cfg = small_config(attn_types=["full", "msa", "msa"], index_block_size=16, n_mtp=0)

@@ -2292,7 +2292,7 @@ TELL_EVERY = 10.0                      # seconds between two lines of what the t
 DRAWN_AT = dict(temperature=1, top_p=1, top_k=0)  # of every token: what the trainer computes is this distribution
 NOT_DONE = dict(                       # field -> the value that changes nothing
     presence_penalty=0, frequency_penalty=0, repetition_penalty=1, min_p=0, logit_bias={}, seed=None,
-    response_format=dict(type="text"), best_of=1)
+    response_format=dict(type="text"), best_of=1, functions=[], truncation="disabled")
 
 @dataclass
 class CallRule:
@@ -2510,6 +2510,9 @@ def list_warnings(body, max_new_tokens):
     for name, neutral in NOT_DONE.items():
         if body.get(name) not in (None, neutral):
             warnings.append(f"{name} {body[name]!r:.40}: it changes nothing here")
+    form = body.get("text")            # of /v1/responses
+    if isinstance(form, dict) and form.get("format") not in (None, dict(type="text")):
+        warnings.append(f"text.format {form['format']!r:.40}: it changes nothing here")
     for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
         asked = body.get(name)
         if isinstance(asked, int | float) and asked > max_new_tokens:

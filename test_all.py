@@ -9931,6 +9931,8 @@ def test_streamed_turns_that_were_read_are_heard():
     "length": (dict(max_tokens=17, max_completion_tokens=99.0), ["max_tokens 17", "max_completion_tokens 99"]),
     "not done": (dict(seed=7, logit_bias={"5": 1}, response_format=dict(type="json_object"), best_of=2),
                  ["seed 7", "logit_bias", "response_format", "best_of 2"]),
+    "other forms": (dict(functions=[dict(name="f")], truncation="auto", text=dict(format=dict(type="json_schema"))),
+                    ["functions", "truncation 'auto'", "text.format"]),
     "choice": (dict(tools=[ADD], tool_choice="required"), ["tool_choice 'required'"]),
     "neutral": (dict(temperature=1, top_p=1.0, max_tokens=16, seed=None, best_of=1, response_format=dict(type="text"),
                      tool_choice="auto", presence_penalty=0), []),

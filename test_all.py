@@ -10356,6 +10356,16 @@ def test_only_what_was_not_heard_is_forgotten():
     assert [sample.turn for sample in server.open["0.0"].samples] == [0, 0, 1]
     assert server.n_paths == 0
 
+def test_an_end_forgets_what_was_not_heard():
+    """An episode whose launcher reports its end, while its last answer was lost, has one turn less."""
+    server = Speaking("A1.", "A2.")
+    server.claimed(1)
+    heard(asked(server))
+    unheard(asked(server, messages=[ASK_12, assistant("A1."), user("?")]))
+    assert server.finish("0.0", 0, 1) == 400
+    assert server.finish("0.0", 1) == 200
+    assert [sample.turn for sample in server.pool[0][0].samples] == [0]
+
 def test_the_same_request_again_gets_the_same_answer():
     """If the answer was not heard: once, also in n choices, also at the limit of turns. If it was: more samples."""
     server = Speaking("A1.", "A2.", "A3.", "A4.", "A5.", "A6.", flags="--max-turns 1")

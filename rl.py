@@ -2717,7 +2717,8 @@ class Archive:
         CREATE TABLE IF NOT EXISTS completion(
             id INTEGER PRIMARY KEY, name TEXT, turn INTEGER, base INTEGER, kept INTEGER, context BLOB, ids BLOB,
             logprobs BLOB, versions BLOB, routes BLOB, request TEXT, said TEXT);
-        CREATE INDEX IF NOT EXISTS by_name ON completion(name);"""
+        CREATE INDEX IF NOT EXISTS by_name ON completion(name);
+        CREATE INDEX IF NOT EXISTS by_task ON episode(task);"""
 
     def __init__(self, path=None):
         self.path = path

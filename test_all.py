@@ -10180,6 +10180,30 @@ def serve_for(server, seconds):
     until = server.now + seconds
     server.serve(lambda: server.now > until, [], 60)
 
+def test_a_stop_text_begins_before_new_weights_and_ends_behind():
+    """The row that goes on knows the text of the tokens that it has."""
+    server = ServedAlone()
+    turn = mock.Mock(stops=["ab"], rows=[rl.Row(0, ids=[*b"xa"], text="x")], has_logprobs=False, max_new_tokens=16,
+                     grows=False)
+    turn.client.gone = False
+    player = server.sampler.write_row(turn, 0, sample.Prompt([*b"Qxa"]))
+    next(player)
+    with pytest.raises(StopIteration):
+        player.send((ord("b"), -1.0, None))
+    row, = turn.rows
+    assert row.finish == "stop"
+    assert row.text == "x"
+    assert bytes(row.ids) == b"xab"
+
+def test_requests_that_wait_are_limited():
+    """One more than MOST_WAITING is refused at once, and waits for nothing."""
+    server = ServedAlone()
+    for _ in range(rl.MOST_WAITING):
+        server.put("/v1/finish", None, b"{}", Caller())
+    with pytest.raises(sample.Refused, match="503"):
+        server.put("/v1/finish", None, b"{}", Caller())
+    assert server.asked.qsize() == rl.MOST_WAITING
+
 def test_a_silent_agents_episode_is_taken_back(capsys):
     """With a turn it has failed; without one it is free again, and its group's clock stands if nobody else plays."""
     server = Speaking("A15.", "A15.", deadline=50.0, flags="--silence 0.2")

@@ -1089,8 +1089,8 @@ def plan_rows(groups, model, merge):
     # what all samples begin with, an agent's system prompt, is computed once for the step
     every = [sample for episodes in groups for samples in episodes for sample in samples]
     if len(groups) > 1 and every:
-        ids = [sample.ids.numpy() for sample in every]
-        shared = min(common_prefix(ids[0], other) for other in ids)
+        paths = [labels(sample) for sample in every]
+        shared = min(common_prefix(paths[0], other) for other in paths)
         if shared >= LONG_PROMPT:
             return [PrefixTree(every, cfg)]
 
@@ -2292,7 +2292,7 @@ TELL_EVERY = 10.0                      # seconds between two lines of what the t
 DRAWN_AT = dict(temperature=1, top_p=1, top_k=0)  # of every token: what the trainer computes is this distribution
 NOT_DONE = dict(                       # field -> the value that changes nothing
     presence_penalty=0, frequency_penalty=0, repetition_penalty=1, min_p=0, logit_bias={}, seed=None,
-    response_format=dict(type="text"), best_of=1)
+    response_format=dict(type="text"), best_of=1, functions=[], truncation="disabled")
 
 @dataclass
 class CallRule:
@@ -2510,6 +2510,9 @@ def list_warnings(body, max_new_tokens):
     for name, neutral in NOT_DONE.items():
         if body.get(name) not in (None, neutral):
             warnings.append(f"{name} {body[name]!r:.40}: it changes nothing here")
+    form = body.get("text")            # of /v1/responses
+    if isinstance(form, dict) and form.get("format") not in (None, dict(type="text")):
+        warnings.append(f"text.format {form['format']!r:.40}: it changes nothing here")
     for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
         asked = body.get(name)
         if isinstance(asked, int | float) and asked > max_new_tokens:
@@ -2714,7 +2717,8 @@ class Archive:
         CREATE TABLE IF NOT EXISTS completion(
             id INTEGER PRIMARY KEY, name TEXT, turn INTEGER, base INTEGER, kept INTEGER, context BLOB, ids BLOB,
             logprobs BLOB, versions BLOB, routes BLOB, request TEXT, said TEXT);
-        CREATE INDEX IF NOT EXISTS by_name ON completion(name);"""
+        CREATE INDEX IF NOT EXISTS by_name ON completion(name);
+        CREATE INDEX IF NOT EXISTS by_task ON episode(task);"""
 
     def __init__(self, path=None):
         self.path = path

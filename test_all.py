@@ -8245,6 +8245,21 @@ def test_no_merge_packs_its_samples():
     assert stats["slots"] == n_tokens
     assert stats["naive"] == n_tokens
 
+def test_groups_of_one_long_prompt_share_one_row():
+    """It is computed once for the step: where tokens are the same, and recorded routes, too."""
+    _, model = args_and_model("")
+    prompt = [7] * rl.LONG_PROMPT
+    groups = [[[make_turn([*prompt, group, row], len(prompt))] for row in range(2)] for group in range(2)]
+    row, = rl.plan_rows(groups, model, True)
+    assert row.size < rl.LONG_PROMPT + 16
+
+    for group, episodes in enumerate(groups):
+        for (sample,) in episodes:
+            sample.routes = torch.full((len(sample.ids), 1), group)
+    assert len(rl.plan_rows(groups, model, True)) == 2
+    short = [[make_turn([7] * 9, 8)]]
+    assert len(rl.plan_rows([short, short], model, True)) == 2
+
 def test_packed_samples_start_at_key_blocks():
     """Blocks of 16: samples of 10 to 50 tokens take 1, 2, 2, 3, 4 and 4 of them, and each starts with one."""
     cfg = small_config(attn_types=["full", "msa", "msa"], index_block_size=16, n_mtp=0)
@@ -9916,6 +9931,8 @@ def test_streamed_turns_that_were_read_are_heard():
     "length": (dict(max_tokens=17, max_completion_tokens=99.0), ["max_tokens 17", "max_completion_tokens 99"]),
     "not done": (dict(seed=7, logit_bias={"5": 1}, response_format=dict(type="json_object"), best_of=2),
                  ["seed 7", "logit_bias", "response_format", "best_of 2"]),
+    "other forms": (dict(functions=[dict(name="f")], truncation="auto", text=dict(format=dict(type="json_schema"))),
+                    ["functions", "truncation 'auto'", "text.format"]),
     "choice": (dict(tools=[ADD], tool_choice="required"), ["tool_choice 'required'"]),
     "neutral": (dict(temperature=1, top_p=1.0, max_tokens=16, seed=None, best_of=1, response_format=dict(type="text"),
                      tool_choice="auto", presence_penalty=0), []),
@@ -10163,6 +10180,30 @@ def serve_for(server, seconds):
     until = server.now + seconds
     server.serve(lambda: server.now > until, [], 60)
 
+def test_a_stop_text_begins_before_new_weights_and_ends_behind():
+    """The row that goes on knows the text of the tokens that it has."""
+    server = ServedAlone()
+    turn = mock.Mock(stops=["ab"], rows=[rl.Row(0, ids=[*b"xa"], text="x")], has_logprobs=False, max_new_tokens=16,
+                     grows=False)
+    turn.client.gone = False
+    player = server.sampler.write_row(turn, 0, sample.Prompt([*b"Qxa"]))
+    next(player)
+    with pytest.raises(StopIteration):
+        player.send((ord("b"), -1.0, None))
+    row, = turn.rows
+    assert row.finish == "stop"
+    assert row.text == "x"
+    assert bytes(row.ids) == b"xab"
+
+def test_requests_that_wait_are_limited():
+    """One more than MOST_WAITING is refused at once, and waits for nothing."""
+    server = ServedAlone()
+    for _ in range(rl.MOST_WAITING):
+        server.put("/v1/finish", None, b"{}", Caller())
+    with pytest.raises(sample.Refused, match="503"):
+        server.put("/v1/finish", None, b"{}", Caller())
+    assert server.asked.qsize() == rl.MOST_WAITING
+
 def test_a_silent_agents_episode_is_taken_back(capsys):
     """With a turn it has failed; without one it is free again, and its group's clock stands if nobody else plays."""
     server = Speaking("A15.", "A15.", deadline=50.0, flags="--silence 0.2")
@@ -10338,6 +10379,16 @@ def test_only_what_was_not_heard_is_forgotten():
     assert [path[-3:] for path in server.paths()] == [letter_tokens(text) for text in ("A1.", "A3.", "A4.")]
     assert [sample.turn for sample in server.open["0.0"].samples] == [0, 0, 1]
     assert server.n_paths == 0
+
+def test_an_end_forgets_what_was_not_heard():
+    """An episode whose launcher reports its end, while its last answer was lost, has one turn less."""
+    server = Speaking("A1.", "A2.")
+    server.claimed(1)
+    heard(asked(server))
+    unheard(asked(server, messages=[ASK_12, assistant("A1."), user("?")]))
+    assert server.finish("0.0", 0, 1) == 400
+    assert server.finish("0.0", 1) == 200
+    assert [sample.turn for sample in server.pool[0][0].samples] == [0]
 
 def test_the_same_request_again_gets_the_same_answer():
     """If the answer was not heard: once, also in n choices, also at the limit of turns. If it was: more samples."""

@@ -1183,7 +1183,7 @@ def align_targets(leaves, samples):
 
 def advantages(group):
     """Set the advantage of a group's samples: the reward to go of each turn (its own and all later ones), less the mean
-    return of the group's other episodes -> [samples of an episode].
+    return of the group's other episodes -> [samples of an episode]. A choice that the agent threw away earns nothing.
     Not published: the baseline. With the own return in it, it would depend on the action, and bias the gradient."""
     returns = [sum(episode.rewards) for episode in group]
     # rewards may come in fp32: a smaller difference is one of rounding, and would still move the weights at full size
@@ -1193,8 +1193,22 @@ def advantages(group):
         for i, sample in enumerate(episode.samples):
             turn = i if sample.turn is None else sample.turn
             advantage = sum(episode.rewards[turn:]) - others
-            sample.advantage = advantage if abs(advantage) > least else 0.0
+            is_void = abs(advantage) <= least or is_thrown_away(sample, episode.samples)
+            sample.advantage = 0.0 if is_void else advantage
     return [episode.samples for episode in group]
+
+def is_thrown_away(sample, samples):
+    """Whether an episode went on from another of several completions of one context, and not from this one. Where it
+    went on from none, as behind the last turn, or with an edited history, nobody knows."""
+    if sample.turn is None:
+        return False
+    choices = [other for other in samples if other.turn == sample.turn]
+    later = [other for other in samples if other.turn is not None and other.turn > sample.turn]
+
+    def went_on(choice):
+        n_tokens = len(choice.ids)
+        return any(other.start >= n_tokens and torch.equal(other.ids[:n_tokens], choice.ids) for other in later)
+    return len(choices) > 1 and any(map(went_on, choices)) and not went_on(sample)
 
 def cispo_loss(logprob, entry, old, advantage, Z, eps_high=EPS_HIGH):
     """CISPO (MiniMax-M1, arXiv 2506.13585): -1/Z sum sg(min(pi / pi_old, 1 + eps)) A log pi, sg: detached.

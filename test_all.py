@@ -9949,7 +9949,8 @@ def test_what_cannot_be_done_is_said(asked, words):
 # ---- several completions of one turn -------------
 
 def test_samples_of_one_turn_share_its_reward(tmp_path):
-    """n of them, and a retry of an answer that was heard: one turn, one reward, one advantage; also after a kill."""
+    """n of them, and a retry of an answer that was heard: one turn, one reward, for the choice that the agent went on
+    from; those that it threw away earn nothing. Also after a kill."""
     server = Speaking("t1[12+3]", "t1[12]", "t2[3]", "A15.", folder=tmp_path)
     rl.save(tmp_path, server, [], dict(step=0))
     server.claimed(2)
@@ -9968,7 +9969,7 @@ def test_samples_of_one_turn_share_its_reward(tmp_path):
         again = resumed_from(server, tmp_path)
     for pool in (server.pool, again.pool):
         rl.advantages(pool[0])
-        assert [sample.advantage for sample in pool[0][0].samples] == [1.5, 1.5, 1.5, 1.0]
+        assert [sample.advantage for sample in pool[0][0].samples] == [0.0, 1.5, 0.0, 1.0]
     again.close()
 
 # ---- limits and keys ---------------
@@ -13508,6 +13509,9 @@ def decoded_for_who_is_gone(real, engine, asked, *args):
     deaf = SimpleNamespace(gone=False, tell=asked.client.tell)
     return real(engine, dataclasses.replace(asked, client=deaf), *args)
 
+def nothing_is_thrown_away(real, sample, samples):
+    return False
+
 def a_pad_is_kept(real, decoder, *args):
     """Each row has a token of its pads behind its prompt."""
     yield from real(decoder, *args)
@@ -13876,6 +13880,7 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("rl.WindowedFIFO.__init__", greedy_with_window_n, test_window_of_figure_5),
     mutant("rl.pack_routes", replay_of_other_experts, replayed),
     mutant("rl.cispo_loss", no_clip, test_cispo_by_hand),
+    mutant("rl.is_thrown_away", nothing_is_thrown_away, test_samples_of_one_turn_share_its_reward),
     mutant("sample.feed_tails", a_pad_is_kept, on(test_tails_behind_a_cached_prefix_are_fed_at_once, "full")),
     mutant("rl.said_key", arguments_as_they_are,
            on(test_calls_come_back_by_token, "[12+3]", "other order"),

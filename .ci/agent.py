@@ -61,7 +61,7 @@ def train(url, key):
         if reply.status_code == 409:   # all episodes are in others' hands
             continue
         if reply.is_error:
-            return
+            break
         task = reply.json()
         client = openai.OpenAI(base_url=task["base_url"], api_key=task["api_key"], http_client=connections)
         try:

@@ -9948,6 +9948,18 @@ def test_what_cannot_be_done_is_said(asked, words):
 
 # ---- several completions of one turn -------------
 
+def test_a_choice_that_was_thrown_away_earns_nothing():
+    """Of two completions of one context the agent went on from the first; at the end it went on from neither."""
+    def completion(turn, start, *ids):
+        size = (len(ids) - start,)
+        return rl.Sample(torch.tensor(ids), start, torch.zeros(size), torch.zeros(size, dtype=int), turn=turn)
+
+    turns = [completion(0, 2, 1, 2, 3), completion(0, 2, 1, 2, 4)]
+    ends = [completion(1, 4, 1, 2, 3, 5, 6), completion(1, 4, 1, 2, 3, 5, 7)]
+    group = [rl.Trajectory(0, turns + ends, [0.0, 1.0]), rl.Trajectory(0, [completion(0, 2, 1, 2, 8)], [0.0])]
+    rl.advantages(group)
+    assert [sample.advantage for sample in group[0].samples] == [1.0, 0.0, 1.0, 1.0]
+
 def test_samples_of_one_turn_share_its_reward(tmp_path):
     """n of them, and a retry of an answer that was heard: one turn, one reward, for the choice that the agent went on
     from; those that it threw away earn nothing. Also after a kill."""
@@ -13880,7 +13892,7 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("rl.WindowedFIFO.__init__", greedy_with_window_n, test_window_of_figure_5),
     mutant("rl.pack_routes", replay_of_other_experts, replayed),
     mutant("rl.cispo_loss", no_clip, test_cispo_by_hand),
-    mutant("rl.is_thrown_away", nothing_is_thrown_away, test_samples_of_one_turn_share_its_reward),
+    mutant("rl.is_thrown_away", nothing_is_thrown_away, test_a_choice_that_was_thrown_away_earns_nothing),
     mutant("sample.feed_tails", a_pad_is_kept, on(test_tails_behind_a_cached_prefix_are_fed_at_once, "full")),
     mutant("rl.said_key", arguments_as_they_are,
            on(test_calls_come_back_by_token, "[12+3]", "other order"),

@@ -175,7 +175,8 @@ class Task:
     prompt, answer   texts, or what str makes one
     difficulty       about the number of calls that it takes
     alphabet         characters of a call's arguments
-    tool             a call's text -> observation, with its last mark; None for a malformed call
+    tool             a call's text -> observation, with its last mark; None for a malformed call. Messages show it
+                     behind a "="
     expert           messages -> text: a teacher
     """
     alphabet = ""
@@ -572,6 +573,9 @@ def try_teacher(gateway, args, context):
     if args.own_task:
         print(f"teacher | solves {solved} of {TRIED} tasks, in at most {longest} of {context} tokens of context",
               flush=True)
+        if not solved:                 # what the tool says comes behind a "=", which an author may forget
+            print("teacher | none: it will teach what fails. Its last episode, what it said in <>:", flush=True)
+            print_episode(episode, gateway.tokenizer.decode)
 
 def check_teacher(gateway, task, ids):
     """ValueError, in one line, for a teacher's completion that no policy could write."""
@@ -1564,7 +1568,7 @@ def teach(source, args, stop, threads, seconds=math.inf):
         took = time.perf_counter() - started
         left = took / (step + 1) * (args.teach - step - 1)
         print(f"teach {step + 1:03d} | loss {stats['loss']:.3f} | norm {stats['norm']:.2f} | "
-              f"the teacher solves {solved:.2f} | merge {stats['naive'] / stats['slots']:.1f}x | "
+              f"the teacher, wrong on purpose, solves {solved:.2f} | merge {stats['naive'] / stats['slots']:.1f}x | "
               f"{took:.0f} s, eta {left / 60:.1f}m", flush=True)
     source.lessons = None
     source.sampler.renew(0)
@@ -1744,6 +1748,8 @@ def parse_args(argv, locks=None):
         args.own_task = read_task(args)
     if not has_teacher(args):
         args.warm_steps = 0
+    if args.token is not None and args.serve is None:
+        raise ValueError(f"--token {args.token}: it is the key of --serve")
     if args.teach and (args.serve is None or not has_teacher(args)):
         raise ValueError(f"--teach {args.teach}: it needs --serve, and a task with a teacher")
     if args.init:
@@ -1907,9 +1913,13 @@ def watch_collapse(now, args, stats):
     """Tell of a collapse, once in a run."""
     if now.collapsed is None and has_collapsed(now, stats):
         now.collapsed = now.step
+        why = "the policy settles on what fails"
+        if stats["entropy"] >= COLLAPSE_ENTROPY * now.entropy:
+            why = "all episodes of a group earn the same, which teaches nothing"
+        lessons = "" if args.serve is None else f"--teach above {args.teach}, "
         print(f"collapse | {COLLAPSE_STEPS} steps with next to nothing solved, entropy {now.entropy:.2f} at first, "
-              f"{stats['entropy']:.2f} now: the policy settles on what fails; begin again with --warm-steps above "
-              f"{args.warm_steps}, --rollouts above {args.rollouts} or another --seed", flush=True)
+              f"{stats['entropy']:.2f} now: {why}; begin again with --warm-steps above {args.warm_steps}, {lessons}"
+              f"--rollouts above {args.rollouts} or another --seed", flush=True)
 
 def seconds_to_go(now, args):
     """Of training on rewards, until --steps or --minutes end it, if it goes on as it went."""
@@ -2120,7 +2130,7 @@ def run(args, state, locks=None):
         now = Record(**{name: value for name, value in state["now"].items() if name in NOW})
     else:
         warm = time.perf_counter() - started
-        if args.minutes and warm >= 60 * args.minutes:
+        if args.minutes and warm >= 60 * args.minutes and args.serve is None:
             print(f"minutes | the imitation took all of --minutes {args.minutes:g}, so that one step is left for "
                   "rewards: give more", flush=True)
         now = Record(seconds=warm, warm=warm, run=os.urandom(8).hex())
@@ -2133,6 +2143,9 @@ def run(args, state, locks=None):
     if not ready:
         print(f"stopped in the imitation, saved in {args.out}/warm; the same command goes on", flush=True)
     elif stop or not now.step:  # all the time went into the imitation, or into waiting for other processes
+        if not stop and args.serve is not None:
+            print(f"minutes | --minutes {args.minutes:g} are over, and agents have not ended {args.groups} groups of "
+                  f"{args.rollouts} episodes: start more, or give more", flush=True)
         print(f"stopped after step {now.step}, saved; --resume --out {args.out} goes on", flush=True)
     return summary(args, now, source)
 
@@ -2300,6 +2313,7 @@ GATHER_RUNNING_S = 0.1                 # seconds that a request waits for a batc
 PREFIX_BLOCK = 64                      # tokens of a block of the prefix cache, where no layer is sparse
 CLAIM_WAIT = 60.0                      # seconds that a claim may wait for an episode, at most
 MOST_CHOICES = 8                       # n of a request
+NO_AGENT = "; no agent is here: POST /v1/tasks claims an episode, as .ci/agent.py does"
 MOST_REWARD = 1e3
 MOST_REASONS = 10_000                  # episodes of which it is known why they are over
 TELL_EVERY = 10.0                      # seconds between two lines of what the trainer waits for
@@ -3225,7 +3239,9 @@ class Served(Gateway):
         if name in self.open:
             why = f" any more: {self.reasons[name]}" if name in self.reasons else ""
             raise Refused(409, f"task {name:.60} is not claimed{why}; POST /v1/tasks claims one")
-        reason = self.reasons.get(name, "unknown, or over since long")
+        reason = self.reasons.get(name)
+        if reason is None:
+            reason = "there is no such episode; POST /v1/tasks claims one, whose base_url is served"
         raise Refused(404, f"task {name:.60}: {reason}")
 
     def offer(self):
@@ -3280,8 +3296,11 @@ class Served(Gateway):
             if len(rewards) != claim.n_turns:
                 raise ValueError(f"rewards {rewards}: the episode has {claim.n_turns} turns"[:200])
         else:
+            reward = read_number(body, "reward", None, -MOST_REWARD, MOST_REWARD, float)
+            if reward is None:
+                raise Refused(400, "reward, a number, is needed, or rewards, one for each turn")
             rewards = [0.0] * max(1, claim.n_turns)
-            rewards[-1] = float(body["reward"])
+            rewards[-1] = reward
         if not all(abs(reward) <= MOST_REWARD for reward in rewards):
             raise ValueError(f"a reward is a number of at most {MOST_REWARD:g}: {rewards}"[:200])
         success = read_flag(body, "success")
@@ -3359,7 +3378,7 @@ class Served(Gateway):
             messages = chat_messages(body, claim.messages.get(before, []))
             has_logprobs, n_best = False, 0
         else:
-            messages = body["messages"]
+            messages = body.get("messages")
             has_logprobs, n_best = read_logprobs(body, is_chat=True)
         if not isinstance(messages, list):
             raise ValueError(f"messages {messages!r:.60}: a list is needed")
@@ -3485,8 +3504,8 @@ class Served(Gateway):
     def waits_for(self):
         """What the trainer stands still for, in one line."""
         if self.lessons is not None:
-            return (f"wait    | the teacher has {len(self.lessons)} episodes; {len(self.claims)} agents at work, "
-                    f"{len(self.claimers)} wait")
+            line = f"wait    | for lessons: {len(self.lessons)} of {LESSON_TASKS} episodes; {len(self.claims)} at work"
+            return line if self.claims else line + NO_AGENT
         ready = len(self.queue.batch)
         head = min(self.queue.born.keys() - self.queue.batch, default=self.queue.next)
         within = [name for name, episode in self.open.items() if episode.task < head + self.queue.window]
@@ -3495,10 +3514,9 @@ class Served(Gateway):
                 f"{len(at_work)} are at work, {len(within) - len(at_work)} not claimed")
         if at_work:
             oldest = min(at_work, key=lambda name: self.claims[name].heard)
-            line += f"; {oldest} has said nothing for {self.now - self.claims[oldest].heard:.0f} s"
-        if not self.claims:
-            line += "; no agent is at work: POST /v1/tasks claims an episode"
-        return line
+            silent = self.now - self.claims[oldest].heard
+            line += f"; {oldest} has said nothing for {silent:.0f} of {self.args.silence:g} s (--silence)"
+        return line if self.claims else line + NO_AGENT
 
 def main(argv=None):
     def start(locks):

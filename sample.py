@@ -2554,7 +2554,7 @@ def prefill(decoder, rows, sizes, prefixes=None):
             row.take(row.n_cached, [] if decoder.record is None else [None] * row.n_cached)
             reader.progress.total -= row.n_cached
         left = len(row.feed) - 1
-        if prefixes is not None and is_plain and left <= TAIL:
+        if row.path and is_plain and left <= TAIL:  # one of which nothing was found may begin as others do
             with_tails.append(i)
             continue
         try:

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import re
+import sys
 import threading
 
 import httpx
@@ -55,7 +56,7 @@ def solve(client, messages):
 def train(url, key):
     """Play episodes until the run is over."""
     connections = openai.DefaultHttpxClient()  # one pool: to make another for each episode costs more than that
-    gateway = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=60)
+    gateway = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=None)
     while True:
         reply = gateway.post("/tasks", json={"wait": 30})
         if reply.status_code == 409:   # all episodes are in others' hands
@@ -71,6 +72,8 @@ def train(url, key):
             continue
         reward = float(answer == f"A{task['answer']}." and result == task["answer"])  # computed, not guessed
         gateway.post("/finish", json={"task": task["task"], "reward": reward})
+    if reply.status_code != 503:       # 503: the run is over
+        print(f"{url}: {reply.status_code} {reply.text:.200}")
 
 def play(url, key):
     """One thread of agents. When the run ends, that is within a request."""
@@ -83,11 +86,21 @@ def main():
     parser.add_argument("key")
     parser.add_argument("--agents", type=int, default=16, help="that play at the same time")
     args = parser.parse_args()
-    threads = [threading.Thread(target=play, args=(args.url, args.key)) for _ in range(args.agents)]
+
+    # the port is there before the run's imitation is over: until then it does not answer
+    print(f"{args.agents} agents wait for {args.url}", flush=True)
+    try:
+        reply = httpx.post(f"{args.url}/finish", json={}, headers={"Authorization": f"Bearer {args.key}"}, timeout=None)
+    except httpx.TransportError as error:
+        sys.exit(f"{args.url}: {error}; rl.py --serve prints the address behind \"gateway |\"")
+    if reply.status_code == 401 or "episode" not in reply.text:
+        sys.exit(f"{args.url}: {reply.status_code} {reply.text:.200}")
+    threads = [threading.Thread(target=play, args=(args.url, args.key), daemon=True) for _ in range(args.agents)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
 
 if __name__ == "__main__":
-    main()
+    with contextlib.suppress(KeyboardInterrupt):
+        main()

@@ -5,7 +5,7 @@
     python rl.py --task cap                     # the same in a context that is too small
     python bench.py --what queue                # strict FIFO, window and greedy on one virtual clock
     python bench.py --what thoughts             # thoughts kept in the agents' history, or dropped
-    python rl.py --serve 8000 --teach 30        # agents of other processes, as they are, through OpenAI's protocol
+    python rl.py --serve 8000 --teach 12        # agents of other processes, as they are, through OpenAI's protocol
     python rl.py --task my_task.py --init out   # a task of one's own, see TaskFile; begin from a checkpoint of train.py
     python rl.py --play                         # the trained agent at work, and how much better it has become
 

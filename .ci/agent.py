@@ -1,6 +1,6 @@
 """An agent that knows nothing of its training, and the ten lines that train it.
 
-    python rl.py --serve 8000 --token secret --teach 30        # in one terminal; once it says "gateway |", in another:
+    python rl.py --serve 8000 --token secret --teach 12        # in one terminal; once it says "gateway |", in another:
     python .ci/agent.py http://127.0.0.1:8000/v1 secret        # pip install openai httpx
 
 The agent is `solve`: OpenAI's library, a system prompt, a tool, as in its documentation. `train` plays it over and

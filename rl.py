@@ -1673,10 +1673,8 @@ def origin_of(state):
     """What a checkpoint comes from; older ones do not say."""
     return state.get("origin", NO_ORIGIN)
 
-def parse_args(argv, locks=None):
-    """-> args, checkpoint (None: a run at its start, or in its imitation). --resume takes from it what is not given.
-    `locks`, a contextlib.ExitStack, holds the locks on the run's folders from here on: nobody else writes there.
-    ValueError for flags that are unknown or do not go together."""
+def make_parser():
+    """The flags, by what they are about."""
     p = Parser(__doc__)
     count = number(1)
     positive = number(1e-6, 1e9, float)
@@ -1693,11 +1691,12 @@ def parse_args(argv, locks=None):
     # queue
     p.add_argument("--schedule", default="window", choices=["window", "fifo", "greedy"])
     p.add_argument("--slots", type=count, default=48, help="groups in flight")
-    p.add_argument("--window", type=count, help=f"width; default: {WINDOW_SHARE} of --slots")
+    p.add_argument("--window", type=count, help=f"groups of the queue's window; default: {WINDOW_SHARE} of --slots")
     p.add_argument("--deadline", type=positive,
                    help=f"seconds a group has; default: {DEADLINE:g}, with --serve {SERVED_DEADLINE:g} from its first "
                    "claim on")
-    p.add_argument("--sigma", type=number(0, 10, float), default=0.5, help="log-normal tail of times")
+    p.add_argument("--sigma", type=number(0, 10, float), default=0.5,
+                   help="spread of the log-normal times that groups take")
     # model and training
     p.add_argument("--preset", default="micro", choices=["micro", "small"], help="the model")
     p.add_argument("--attn", default="full", choices=["full", "msa"], help="its attention")
@@ -1709,7 +1708,7 @@ def parse_args(argv, locks=None):
     p.add_argument("--warm-steps", type=number(0), default=400, help="of imitation")
     p.add_argument("--lr", type=number(0, 10, float), default=1e-3, help="rate of the matrices")
     p.add_argument("--no-merge", action="store_true", help="train on every turn alone")
-    p.add_argument("--replay", action="store_true", help="use experts and blocks of the rollout")
+    p.add_argument("--replay", action="store_true", help="train with the experts and key blocks that the rollout chose")
     # length of the run
     p.add_argument("--steps", type=count, help="end after this many")
     p.add_argument("--minutes", type=positive,
@@ -1728,13 +1727,21 @@ def parse_args(argv, locks=None):
     # agents of other processes
     p.add_argument("--serve", type=number(0, 65535),
                    help="port of the gateway, for agents of other processes; 0 = any")
-    p.add_argument("--token", help="their API key; default: random")
-    p.add_argument("--max-turns", type=count, default=100, help="of an episode of theirs")
-    p.add_argument("--silence", type=positive, default=30.0, help="seconds until an episode is taken back")
+    p.add_argument("--token", help="with --serve: the API key of its agents; default: random")
+    p.add_argument("--max-turns", type=count, default=100, help="with --serve: turns of an episode")
+    p.add_argument("--silence", type=positive, default=30.0,
+                   help="with --serve: seconds without a request after which an episode is over, or free again")
     p.add_argument("--tool", type=rule_text, action="append", default=[], metavar="NAME=PATTERN",
-                   help="what of a completion calls which tool, a named group for an argument")
-    p.add_argument("--teach", type=number(0), default=0, help="steps of imitation in their contexts")
+                   help="with --serve: what of a completion calls which tool, a named group for an argument")
+    p.add_argument("--teach", type=number(0), default=0,
+                   help="with --serve: steps of imitation, in which a teacher answers the agents")
+    return p
 
+def parse_args(argv, locks=None):
+    """-> args, checkpoint (None: a run at its start, or in its imitation). --resume takes from it what is not given.
+    `locks`, a contextlib.ExitStack, holds the locks on the run's folders from here on: nobody else writes there.
+    ValueError for flags that are unknown or do not go together."""
+    p = make_parser()
     argv = sys.argv[1:] if argv is None else argv
     args = p.parse_args(argv)
     state = None

@@ -40,16 +40,19 @@ import argparse
 import asyncio
 import bisect
 import contextlib
+import functools
 import hashlib
 import hmac
 import json
 import math
+import multiprocessing
 import re
 import runpy
 import sqlite3
 import time
 import traceback
 import typing
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from queue import Empty, SimpleQueue
 from random import Random
@@ -66,8 +69,10 @@ from sample import (LOOK_S, MODEL_ID, MOST_WAITING, UNREAD, Asked, Door, Engine,
                     load_checkpoint, load_model, load_optimizers, lock_folder, lockstep, make_app, make_prefixes,
                     message_text, number, on_signals, pack_routes, pick_device, read_flag, read_logprobs, read_number,
                     read_object, read_stops, reply, save_checkpoint)
-from train import (checkpoint_parts, configure_optimizers, is_index, merge_args, round_up, set_rates, share_done,
-                   step_bytes, update)
+from moe import max_violation
+from train import (Tokens, checkpoint_parts, configure_optimizers, evaluate, get_batch, is_index, merge_args,
+                   read_corpus, round_up, schedule, set_rates, share_done, step_bytes, update)
+from train import train_step as text_step
 
 EPS_HIGH = 4.0                         # not published: upper clip of the ratio, 1 + 4
 # not published: rewards
@@ -120,7 +125,7 @@ COLUMN = 24                            # characters of what the policy writes, b
 HEARD = 60                             # characters of what it heard, in an episode that a run shows
 OWN_CONTEXT = 256                      # tokens of context where --task names a file
 TRIED = 16                             # tasks of a file that its teacher plays at the start, to find mistakes early
-BUILT_IN = ("calculator", "maze", "cap", "tally")
+BUILT_IN = ("calculator", "maze", "cap", "tally", "evolve")
 
 # what a checkpoint comes from, beside its flags: the digest of --task's file, run and step of --init's checkpoint
 NO_ORIGIN = dict(task=None, init=None)
@@ -375,6 +380,9 @@ def make_task(args, number, split=0):
         task = Calculator(rng)
     elif args.task == "tally":
         task = Tally(rng)
+    elif args.task == "evolve":
+        problem = rng.choice(single_problems(rng.choice(TRAIN_WORLDS)))
+        task = Repair(rng, args.runs, problem, args.reruns, args.keep)
     else:
         turns = rng.randint(2, args.turns) if split == 1 else args.turns
         task = Maze(rng, turns, cap=CAP if args.task == "cap" else math.inf)
@@ -589,6 +597,520 @@ def check_teacher(gateway, task, ids):
 def has_teacher(args):
     """Whether there is somebody to imitate."""
     return not args.own_task or args.own_task.has_teacher
+
+# ---- self-evolution: the inner run ---------------------------------------------------------------
+# M2.7 is said to read the logs of its own training, to find what is wrong, and to change the settings (MiniMax, March
+# 2026). Here that is a task like the others, whose tool is our own training: a run of MiniMax with our optimizers, two
+# layers, experts and MSA, over in less than a second. Something is wrong with it, or nothing. The policy sees the run's
+# log, says what it thinks is wrong, changes one setting, and the run is repeated:
+#     E1 xxvtsrr prsrrzo fd db f;    two letters of reruns that are left, 7 of the loss, 7 of the gradient's norm, ...
+#     d[wd=0]                        the thought, d: weight decay; the edit
+#     A.                             nothing is wrong, or nothing is left to do
+# All is real: each log is that of a training run. For thousands of episodes a table of such runs serves, each made
+# once. What a policy has learned is then tried live, on texts, seeds and widths that no run of the table had.
+
+RUN_STEPS = 40
+RUN_ROW = 64                           # tokens, which are bytes
+RUN_RATE = 5e-2
+RUN_DECAY = 0.6                        # share of the run
+RUN_SLICE = 400_000                    # bytes of training text, drawn by the world
+RUN_PIECES = (128, 128)                # of validation text: so many, of so many bytes
+WIDTHS = (24, 32, 40)                  # of the model, drawn by the world
+WORST = math.log(256)                  # nats a byte: no run counts as worse than chance
+EDIT_FACTOR = 4                        # of the rate, or its square
+FRESH = 1000                           # worlds from this number on are read from other text than those before
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of an inner run. The defaults are healthy ones; a fault is another value of one of them."""
+    world: int = 0                     # text, width of the model, random weights, batches
+    rate: float = 1.0                  # times RUN_RATE
+    power: int = 0                     # of EDIT_FACTOR, times that: what edits of the rate add up to
+    decay: float = 0.0                 # weight decay of the matrices, times the rate
+    data: int = 0                      # batches that are repeated; 0: all are new
+    noise: float = 0.0                 # share of the training text's bytes that are random ones
+    init: float = 1.0                  # times the head's first weights
+    batch: int = 8                     # rows of a step
+    embed: float = 1.0                 # times the embedding's rate
+    shift: int = 1                     # places from a token to its target
+    text: str = "plain"                # what happened to the training text: see spoil
+    warmup: float = 0.1                # run lengths
+    bias: float = 0.01                 # u of the router's load balancing
+    kl: float = 1.0                    # 0: the index branch does not learn
+    clip: float = 1.0                  # norm of the gradient, at most. No fault: Muon and AdamW forget its size
+    seed: int = 0                      # of weights and batches, within the world
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that can be wrong with an inner run."""
+    letter: str                        # of the thought that names it
+    words: str
+    setting: str                       # of the Recipe
+    seen: tuple                        # its values in training and evaluation,
+    held: tuple                        # and in the evaluation alone
+    edits: tuple                       # any of which repairs it
+
+FAULTS = (
+    Fault("h", "rate too high", "rate", (8.0, 10.0, 16.0), (12.0,), ("lr/4", "lr/16")),
+    Fault("l", "rate too low", "rate", (1 / 6, 1 / 8, 1 / 24), (1 / 14,), ("lr*4", "lr*16")),
+    Fault("d", "weight decay", "decay", (12.0, 18.0, 24.0), (15.0,), ("wd=0",)),
+    Fault("u", "the same few batches", "data", (1, 3, 4), (2,), ("data=all",)),
+    Fault("n", "corrupted text", "noise", (0.2, 0.3, 0.5), (0.4,), ("noise=0",)),
+    Fault("i", "head's first weights too large", "init", (30.0, 45.0, 100.0), (60.0,), ("init=1",)),
+    Fault("b", "batch too small", "batch", (1, 3), (2,), ("batch=8",)),
+    Fault("e", "embedding's rate too low", "embed", (0.03, 0.015, 0.01), (0.02,), ("emb=1",)),
+    Fault("s", "targets shifted", "shift", (0, 2, 4), (3,), ("shift=1",)),
+    Fault("t", "wrong text", "text", ("rot13", "backwards", "no spaces"), ("capitals",), ("text=ok",)))
+# never met in training: its log shows a rate that is too low
+HELD_OUT = Fault("w", "endless warm-up", "warmup", (), (4.0, 8.0, 16.0), ("warm=10%",))
+# these show in the log, and need nothing
+HERRINGS = (
+    Fault("x", "no load balancing", "bias", (0.0,), (), ("bias=1%",)),
+    Fault("y", "the index branch does not learn", "kl", (0.0,), (), ("kl=1",)))
+RATE_EDITS = {"lr*4": 1, "lr*16": 2, "lr/4": -1, "lr/16": -2}  # -> powers of EDIT_FACTOR
+EDITS = (*RATE_EDITS, *(fault.edits[0] for fault in (*FAULTS[2:], HELD_OUT, *HERRINGS)))
+MOST_POWER = 2                         # of edits of the rate, together
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+# what the letters a and z stand for, of each column of a log
+COLUMNS = dict(loss=(0.35, 7.0), norm=(0.1, 10.0), vio=(0.05, 3.0), kl=(0.01, 2.0))
+VAL_RANGE = (2.2, 5.6)
+# the steps that an episode shows: between which two each is drawn, so that one run gives many logs
+SHOWN_STEPS = ((1, 1), (2, 4), (5, 7), (8, 12), (16, 24), (26, 34), (37, 40))
+LATE = (3, 6)                          # places of those at which the router's imbalance and the index's KL are shown
+
+@dataclass(frozen=True)
+class Log:
+    """What an inner run prints, a letter a step, and how good its model is."""
+    loss: str
+    norm: str                          # of the gradient, before it is clipped
+    vio: str                           # of the experts' load, mean over layers
+    kl: str                            # of the index branch
+    val: float                         # nats a byte of the validation text
+
+def letter(value, low, high):
+    """A number -> one of 26 letters, on a logarithmic scale. One token a number: digits are memorised, not read."""
+    if not math.isfinite(value):
+        return LETTERS[-1]
+    share = math.log(min(max(value, low), high) / low) / math.log(high / low)
+    return LETTERS[round(share * (len(LETTERS) - 1))]
+
+def edited(recipe, edit):
+    """A recipe after one of EDITS. What it sets may have been so before: then nothing changes."""
+    if edit in RATE_EDITS:
+        power = recipe.power + RATE_EDITS[edit]
+        return replace(recipe, power=max(-MOST_POWER, min(MOST_POWER, power)))
+    for fault in (*FAULTS, HELD_OUT, *HERRINGS):
+        if edit in fault.edits:
+            return replace(recipe, **{fault.setting: getattr(Recipe, fault.setting)})
+    raise ValueError(f"edit {edit!r:.60}: {', '.join(EDITS)}")
+
+@functools.cache
+def read_library():
+    """All text of the standard library, in an order that has nothing to do with names -> ASCII bytes."""
+    docs, _ = read_corpus(None)
+    docs.sort(key=lambda doc: hashlib.sha256(doc[0].encode()).digest())
+    return "".join(text for _, text in docs).encode("ascii", "ignore")
+
+def spoil(text, how):
+    """What may have happened to a training text, bytes -> bytes."""
+    if how == "rot13":
+        plain = LETTERS + LETTERS.upper()
+        turned = LETTERS[13:] + LETTERS[:13]
+        return text.translate(bytes.maketrans(plain.encode(), (turned + turned.upper()).encode()))
+    if how == "backwards":
+        return text[::-1]
+    if how == "no spaces":
+        return b"".join(text.split())
+    if how == "capitals":
+        return text.upper()
+    return text
+
+def lay_bytes(text):
+    """Bytes -> Tokens, a token a byte."""
+    ids = np.frombuffer(text, np.uint8)
+    return Tokens([("", text.decode("ascii"))], Gateway.tokenizer, 8, RUN_ROW, [ids])
+
+def read_world(recipe):
+    """-> Tokens to train on and to validate on, width of the model. The first half of the library is for worlds below
+    FRESH, most of the other for those above, and what is left is everybody's validation text."""
+    library = read_library()
+    half = len(library) // 2
+    rest = int(0.95 * len(library))
+    rng = Random(f"world {recipe.world}")
+    first, last = (half, rest) if recipe.world >= FRESH else (0, half)
+    start = rng.randrange(first, last - RUN_SLICE)
+    train = spoil(library[start:start + RUN_SLICE], recipe.text)
+    n_pieces, n_bytes = RUN_PIECES
+    pieces = [library[at:at + n_bytes] for at in np.linspace(rest, len(library) - n_bytes, n_pieces).astype(int)]
+    return lay_bytes(train), lay_bytes(b"".join(pieces)), rng.choice(WIDTHS)
+
+def draw_batch(recipe, tokens, step):
+    """A step's batch, with what the recipe does to it."""
+    number = step % recipe.data if recipe.data else step
+    batch = get_batch(tokens, recipe.seed, recipe.world, number, recipe.batch, RUN_ROW)
+    idx = batch["idx"]
+    if recipe.noise:
+        generator = torch.Generator().manual_seed(number)
+        is_bad = torch.rand(idx.shape, generator=generator) < recipe.noise
+        idx = torch.where(is_bad, torch.randint(0, 256, idx.shape, generator=generator), idx)
+        batch["targets"] = torch.cat([idx[:, 1:], batch["targets"][:, -1:]], 1)
+    if recipe.shift != 1:
+        after = torch.cat([idx[:, :1], batch["targets"]], 1)                                     # (rows, RUN_ROW + 1)
+        missing = torch.full((len(idx), max(0, recipe.shift - 1)), -1)
+        batch["targets"] = torch.cat([after[:, recipe.shift:], missing], 1)[:, :RUN_ROW]
+    batch["idx"] = idx
+    return batch
+
+def run_recipe(recipe):
+    """Train -> Log. A pure function of the recipe and the library's text, on one thread."""
+    train, val, width = read_world(recipe)
+    cfg = MiniMaxConfig(
+        vocab_size=Gateway.tokenizer.n_vocab, max_seq_len=RUN_ROW,
+        n_layer=2, n_embd=width, n_head=2, n_kv_head=1, head_dim=16, rotary_dim=8,
+        attn_types=["full", "msa"], mlp_types=["moe", "moe"],
+        n_expert=4, n_expert_per_tok=1, expert_dim=2 * width,
+        index_head_dim=16, index_block_size=8, index_topk_blocks=4)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(Random(f"weights {recipe.world} {recipe.seed}").getrandbits(62))
+        model = MiniMax(cfg)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(recipe.init)
+    optimizers, index, rest = configure_optimizers(model, RUN_RATE)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+
+    lines = {name: "" for name in COLUMNS}
+    for step in range(RUN_STEPS):
+        batch = draw_batch(recipe, train, step)
+        found = text_step(model, batch, [], [rest, index])
+        if recipe.clip != 1:
+            torch.nn.utils.clip_grad_norm_(rest, recipe.clip)
+        if not recipe.kl:
+            for p in index:
+                p.grad = None
+
+        rate = RUN_RATE * recipe.rate * EDIT_FACTOR ** recipe.power
+        rate *= schedule(step / RUN_STEPS, recipe.warmup, RUN_DECAY)
+        set_rates(optimizers, rate)
+        optimizers[1].param_groups[0]["lr"] *= recipe.embed  # AdamW's first group
+        if recipe.decay:
+            with torch.no_grad():
+                for p in matrices:
+                    p.mul_(1 - rate * recipe.decay)
+        update(model, optimizers, found["expert_load"], recipe.bias)
+
+        values = dict(
+            loss=found["loss"], norm=found["norms"][0], vio=max_violation(found["expert_load"]).mean(),
+            kl=found["index_kl"].sum())
+        for name, value in values.items():
+            lines[name] += letter(value.item(), *COLUMNS[name])
+    bits = evaluate(model, val, RUN_ROW, 256, "cpu")["val_bpb"]
+    nats = bits * math.log(2)
+    return Log(**lines, val=min(nats, WORST) if math.isfinite(nats) else WORST)
+
+# ---- self-evolution: runs that were made, and runs that are made now --------------------------------
+# An edit leads to few places: a reset undoes one fault, and edits of the rate add up to one power of EDIT_FACTOR. So a
+# table of all places that a problem's edits lead to holds episodes of any length. RunTable reads such a file, a line a
+# run; LiveRuns makes a run when it is asked for one. An episode cannot tell them apart.
+
+TABLE = os.path.join(os.path.dirname(os.path.abspath(__file__)), ".ci", "evolve.jsonl")
+TRAIN_WORLDS = range(20)
+TEST_WORLDS = range(FRESH, FRESH + 5)  # where policies and baselines are compared, from the table
+LIVE_WORLDS = range(2 * FRESH, 3 * FRESH)  # of the last evaluation; the table does not have them
+TRAIN_PAIRS, TEST_PAIRS = 2, 6         # problems with two faults, of each world
+NULL_EDIT = dict(clip=0.5)             # changes a run, and should change nothing
+OTHER_SEED = dict(seed=1)
+ENOUGH = 2.0                           # standard deviations of the noise of seeds that a gain must have to be kept
+
+@dataclass(frozen=True)
+class Problem:
+    """An inner run with faults, or without."""
+    world: int
+    faults: tuple = ()                 # (Fault, its setting's value) each
+
+    def recipe(self):
+        return Recipe(self.world, **{fault.setting: value for fault, value in self.faults})
+
+def single_problems(world, seen=1, held=0):
+    """A world's problems with one fault at most: none, each herring, each fault.
+
+    seen, held   how many of a fault's values there are, of either kind; 0 and more than all: none, all
+    """
+    rng = Random(f"problems {world}")
+    problems = [Problem(world)]
+    for fault in HERRINGS:
+        problems.append(Problem(world, ((fault, *fault.seen),)))
+    for fault in FAULTS:
+        values = rng.sample(fault.seen, min(seen, len(fault.seen))) + list(fault.held[:held])
+        problems += [Problem(world, ((fault, value),)) for value in values]
+    return problems
+
+def pair_problems(world):
+    """A world's problems with two faults, of the values that its single problems have."""
+    rng = Random(f"pairs {world}")
+    count = TEST_PAIRS if world in TEST_WORLDS else TRAIN_PAIRS
+    singles = [problem.faults[0] for problem in single_problems(world) if problem.faults]
+    singles = [(fault, value) for fault, value in singles if fault not in HERRINGS]
+    problems = []
+    while len(problems) < count:
+        first, second = rng.sample(singles, 2)
+        if first[0].setting != second[0].setting:
+            problems.append(Problem(world, (first, second)))
+    return problems
+
+def test_problems(world):
+    """-> dict of lists: seen, held (severities), unseen (the held-out fault), healthy, pairs."""
+    rest = single_problems(world, held=1)
+    healthy = [problem for problem in rest if not problem.faults or problem.faults[0][0] in HERRINGS]
+    rest = [problem for problem in rest if problem not in healthy]
+    held = [problem for problem in rest if problem.faults[0][1] in problem.faults[0][0].held]
+    return dict(
+        seen=[problem for problem in rest if problem not in held],
+        held=held,
+        unseen=[Problem(world, ((HELD_OUT, value),)) for value in HELD_OUT.held],
+        healthy=healthy,
+        pairs=pair_problems(world))
+
+def places(problem):
+    """All recipes that a problem's edits lead to, its own among them."""
+    found = {problem.recipe(): None}
+    todo = [problem.recipe()]
+    while todo:
+        recipe = todo.pop()
+        for edit in EDITS:
+            place = edited(recipe, edit)
+            if place not in found:
+                found[place] = None
+                todo.append(place)
+    return list(found)
+
+def table_recipes():
+    """The recipes of a table: what its worlds' problems lead to, and runs that measure noise."""
+    recipes = {}
+    for world in (*TRAIN_WORLDS, *TEST_WORLDS):
+        problems = single_problems(world) + pair_problems(world)
+        if world in TEST_WORLDS:
+            problems = [problem for kind in test_problems(world).values() for problem in kind]
+        for problem in problems:
+            recipes.update(dict.fromkeys(places(problem)))
+        for change in (NULL_EDIT, OTHER_SEED):
+            recipes[Recipe(world, **change)] = None
+    return list(recipes)
+
+def recipe_fields(recipe):
+    """A recipe's world, and what is not healthy about it."""
+    return {name: value for name, value in vars(recipe).items() if name == "world" or value != getattr(Recipe, name)}
+
+class Runs:
+    """Inner runs, by their recipe. A subclass has log(recipe) -> Log."""
+
+    def __init__(self):
+        self.logs = {}                 # Recipe -> Log
+        self.best = {}                 # (Recipe, reruns, keep) -> what best_gain says
+
+    def gain(self, recipe, edit):
+        """What an edit gains, in nats a byte of the validation text."""
+        return self.log(recipe).val - self.log(edited(recipe, edit)).val
+
+    def best_gain(self, recipe, reruns, keep):
+        """What the best edits gain, each kept if it gains more than `keep`, and otherwise undone: the oracle."""
+        key = (recipe, reruns, keep)
+        if key not in self.best:
+            best = 0.0
+            for edit in EDITS if reruns else ():
+                place = edited(recipe, edit)
+                gain = self.gain(recipe, edit) if place != recipe else 0.0
+                if gain > keep:
+                    best = max(best, gain + self.best_gain(place, reruns - 1, keep))
+            self.best[key] = best
+        return self.best[key]
+
+class LiveRuns(Runs):
+    """Runs that are made when they are asked for, each once."""
+
+    def __init__(self):
+        super().__init__()
+        self.seconds = 0.0             # that they took
+
+    def log(self, recipe):
+        if recipe not in self.logs:
+            began = time.perf_counter()
+            self.logs[recipe] = run_recipe(recipe)
+            self.seconds += time.perf_counter() - began
+        return self.logs[recipe]
+
+class RunTable(Runs):
+    """Runs that were made, read from a file: a line of JSON each, after one that says with what they were made."""
+
+    def __init__(self, path):
+        super().__init__()
+        try:
+            with open(path, encoding="utf-8") as file:
+                self.made_with = json.loads(file.readline())
+                for line in file:
+                    row = json.loads(line)
+                    log = Log(**row.pop("log"))
+                    self.logs[Recipe(**row)] = log
+        except (OSError, TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"--table {path}: {first_line(error)}") from None
+
+    def log(self, recipe):
+        """KeyError for a run that the table does not have."""
+        return self.logs[recipe]
+
+    def noise(self, change):
+        """Mean and standard deviation, over worlds, of what a change of a healthy recipe gains, in nats."""
+        gains = []
+        for recipe, log in self.logs.items():
+            if recipe == Recipe(recipe.world, **change):
+                gains.append(self.logs[Recipe(recipe.world)].val - log.val)
+        mean = sum(gains) / len(gains)
+        return mean, math.sqrt(sum((gain - mean) ** 2 for gain in gains) / (len(gains) - 1))
+
+def library_digest():
+    return hashlib.sha256(read_library()).hexdigest()[:16]
+
+def run_on_one_thread(recipe):
+    torch.set_num_threads(1)
+    return run_recipe(recipe)
+
+def make_table(path, processes, recipes=None):
+    """Make a table's runs, one a process at a time, and write them: the file appears when it is complete."""
+    recipes = table_recipes() if recipes is None else recipes
+    made_with = dict(library=library_digest(), python=sys.version.split()[0], torch=torch.__version__)
+    print(f"table   | {len(recipes)} runs, {processes} at a time, are made for {path}", flush=True)
+    began = time.perf_counter()
+    told = began
+    lines = []
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, spawn) as workers:
+        for recipe, log in zip(recipes, workers.map(run_on_one_thread, recipes, chunksize=4)):
+            lines.append(json.dumps(recipe_fields(recipe) | dict(log=vars(log)), separators=(",", ":")))
+            took = time.perf_counter() - began
+            if time.perf_counter() - told > TELL_EVERY:
+                told = time.perf_counter()
+                left = took / len(lines) * (len(recipes) - len(lines))
+                print(f"table   | {len(lines)} runs in {took:.0f} s, eta {left / 60:.1f}m", flush=True)
+    made_with.update(runs=len(lines), seconds=round(time.perf_counter() - began))
+    temporary = f"{path}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write("\n".join([json.dumps(made_with), *lines]) + "\n")
+    os.replace(temporary, path)
+
+# ---- self-evolution: the task ----------------------------------------------------------------------
+
+RERUN_COST = 0.1                       # of the reward, for the time of a rerun
+LEAST_ORACLE = 0.1                     # nats: gains are paid in shares of what the best edits gain, or of this
+DONE = "A."                            # says that nothing is wrong, or nothing is left to do
+RIGHT = 0.25                           # share of the teacher's edits that are right
+REPAIRED = 0.8                         # share of the best edits' gain from which on a run counts as repaired
+
+class Repair(Task):
+    """An inner run to repair, or to leave as it is."""
+    demonstrations = 4                 # of a problem, in a step of the imitation: one has four mistakes in five
+
+    def __init__(self, rng, runs, problem, reruns=1, keep=0.0, oracle=None):
+        """
+        rng      draws the steps that are shown, and the teacher's mistakes
+        runs     RunTable or LiveRuns
+        reruns   at most
+        keep     nats that an edit must gain, or it is undone
+        oracle   what the best edits gain, in nats; None: look all of them up
+        """
+        self.rng = rng
+        self.runs = runs
+        self.problem = problem
+        self.reruns = reruns
+        self.keep = keep
+        self.recipe = problem.recipe()
+        self.oracle = runs.best_gain(self.recipe, reruns, keep) if oracle is None else oracle
+        self.difficulty = reruns
+        self.edits = []                # that were tried, and what each gained
+        self.gain = 0.0                # of those that were kept
+        self.steps = [rng.randint(*between) for between in SHOWN_STEPS]
+        self.prompt = self.describe()
+
+    def describe(self):
+        """The log of the best run so far, as the policy reads it, a letter a number."""
+        log = self.runs.log(self.recipe)
+        late = [self.steps[place] for place in LATE]
+        columns = [(log.loss, self.steps), (log.norm, self.steps), (log.vio, late), (log.kl, late)]
+        words = ["".join(line[step - 1] for step in steps) for line, steps in columns]
+        return f"E{' '.join(words)} {letter(log.val, *VAL_RANGE)};"
+
+    def tool(self, text):
+        """Edit, run again, keep what is better -> "k;", or "b;" (back); None for a malformed call."""
+        call = re.fullmatch(r"[a-z]\[([^\]]+)\]", text)
+        if call is None or call[1] not in EDITS:
+            return None
+        gain = self.runs.gain(self.recipe, call[1])
+        self.edits.append((call[1], gain))
+        if gain <= self.keep:
+            return "b;"
+        self.recipe = edited(self.recipe, call[1])
+        self.gain += gain
+        return "k;"
+
+    def agent(self):
+        """As Task.agent. What an edit gains is its reward, as a share of what the best edits gain, less the time of the
+        rerun. After an edit that is kept the messages begin anew, with the new run's log; what failed stays in them."""
+        scale = max(self.oracle, LEAST_ORACLE)
+        messages = [dict(role="user", content=self.prompt)]
+        rewards = []
+        while len(rewards) < self.reruns:
+            text = yield messages
+            if text is None:
+                break
+            if text == DONE:
+                rewards.append(0.0)
+                break
+            before = self.gain
+            observation = self.tool(text)
+            if observation is None:
+                rewards.append(PROCESS)
+                break
+            rewards.append((self.gain - before) / scale - RERUN_COST)
+            if observation == "k;":
+                messages = [dict(role="user", content=self.describe())]
+            else:
+                messages = [*messages, *self.failed(text)]
+        return rewards or [0.0], self.is_repaired(), float(len(self.edits))
+
+    @staticmethod
+    def failed(text):
+        """The messages of an edit that was undone."""
+        return [dict(role="assistant", content=text), dict(role="tool", content="=b;")]
+
+    def is_repaired(self):
+        """Whether the run is about as good as the best edits make it; where they make it no better, left as it is."""
+        if not self.oracle:
+            return not self.edits
+        return self.gain >= REPAIRED * self.oracle
+
+    def right_edits(self):
+        """What repairs the faults that are left, and was not tried; DONE where there are none."""
+        right = []
+        for fault, value in self.problem.faults:
+            is_left = getattr(self.recipe, fault.setting) == value
+            if fault.setting == "rate":
+                is_left = self.recipe.power == 0
+            if is_left and fault not in HERRINGS:
+                right += fault.edits
+        tried = [edit for edit, _ in self.edits]
+        return [edit for edit in right if edit not in tried] or [DONE]
+
+    def expert(self, messages):
+        """A teacher who is right one time in four, and else tries anything."""
+        right = self.right_edits()
+        wrong = [edit for edit in (*EDITS, DONE) if edit not in right]
+        edit = self.rng.choice(right if self.rng.random() < RIGHT else wrong)
+        return edit if edit == DONE else f"{thought(edit)}[{edit}]"
+
+def thought(edit):
+    """The letter of the fault that an edit repairs."""
+    for fault in (*FAULTS, HELD_OUT, *HERRINGS):
+        if edit in fault.edits:
+            return fault.letter
+    raise ValueError(f"edit {edit!r:.60}: {', '.join(EDITS)}")
 
 # ---- gateway and data pool: text becomes tokens here, and nowhere else ---------------------------
 # An agent's reply comes back in its next messages, as text. Were it tokenised anew, other tokens than those that were
@@ -1629,7 +2151,8 @@ def context_size(args):
         return SERVED_CONTEXT
     if args.own_task:
         return OWN_CONTEXT
-    room = dict(calculator=96, maze=round_up(14 * args.turns + 48, 128), cap=128, tally=96)[args.task]
+    room = dict(calculator=96, maze=round_up(14 * args.turns + 48, 128), cap=128, tally=96,
+                evolve=96)[args.task]
     if args.tool_errors and args.task != "cap":  # of a call of most characters and its error, each time
         room = round_up(room + 12 * most_faults(dict(calculator=3, maze=args.turns, tally=6)[args.task]), 32)
     return room
@@ -1697,6 +2220,9 @@ def make_parser():
                    "claim on")
     p.add_argument("--sigma", type=number(0, 10, float), default=0.5,
                    help="spread of the log-normal times that groups take")
+    # self-evolution
+    p.add_argument("--table", default=TABLE, help="with --task evolve: the runs of its episodes; made if it is missing")
+    p.add_argument("--reruns", type=number(1, 4), default=1, help="with --task evolve: of an episode")
     # model and training
     p.add_argument("--preset", default="micro", choices=["micro", "small"], help="the model")
     p.add_argument("--attn", default="full", choices=["full", "msa"], help="its attention")
@@ -1974,6 +2500,51 @@ def make_queue(args):
     else:
         window = args.window or max(1, int(WINDOW_SHARE * args.slots))
     return WindowedFIFO(args.slots, window, args.deadline)
+
+# ---- self-evolution: what a policy is worth --------------------------------------------------------
+
+PRINTINGS = 4                          # of each problem's log, its steps shown a little differently, in an evaluation
+LIVE_PROBLEMS = 36                     # of each kind, seen and held, in the last evaluation
+
+@dataclass
+class RepairScore:
+    """What became of some problems: means over them."""
+    diagnosis: float                   # share whose first edit repairs one of the faults
+    recovered: float                   # share of what the best edits gain
+    regret: float                      # nats a byte that were left
+    reruns: float                      # a problem
+    touched: float                     # share with a rerun at all
+    false: float                       # share in which an edit was kept that repairs nothing
+
+def score(tasks):
+    """Repairs that are over -> RepairScore."""
+    n = len(tasks)
+    diagnosed = regret = reruns = touched = false = 0.0
+    recovered = []                     # where there is something to gain
+    for task in tasks:
+        rightful = [edit for fault, _ in task.problem.faults if fault not in HERRINGS for edit in fault.edits]
+        diagnosed += bool(task.edits) and task.edits[0][0] in rightful
+        if task.oracle:
+            recovered.append(min(1.0, task.gain / task.oracle))
+        regret += max(0.0, task.oracle - task.gain)
+        reruns += len(task.edits)
+        touched += bool(task.edits)
+        false += any(gain > task.keep and edit not in rightful for edit, gain in task.edits)
+    return RepairScore(diagnosed / n, sum(recovered) / max(1, len(recovered)), regret / n, reruns / n, touched / n, false / n)
+
+def play_repairs(source, problems, reruns, temperature, runs=None, printings=PRINTINGS):
+    """The policy repairs each problem, several times -> Repairs. runs: None, the table's."""
+    args = source.args
+    generator = torch.Generator(source.model.embed.weight.device).manual_seed(args.seed)
+    tasks = []
+    for number, problem in enumerate(problems):
+        for printing in range(printings):
+            rng = Random(f"{args.seed} printing {number} {printing}")
+            tasks.append(Repair(rng, runs or args.runs, problem, reruns, args.keep))
+    for first in range(0, len(tasks), PLAYED_AT_ONCE):
+        some = tasks[first:first + PLAYED_AT_ONCE]
+        rollout(source, [(Trajectory(0), task.agent()) for task in some], 0, generator, temperature=temperature)
+    return tasks
 
 # ---- the trained agent at work -------------------------------------------------------------------
 

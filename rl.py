@@ -55,7 +55,7 @@ import typing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from queue import Empty, SimpleQueue
-from random import Random
+from random import Random, SystemRandom
 
 import numpy as np
 import torch
@@ -94,7 +94,8 @@ WARM_SECONDS = 10.0                    # unless so much time is over since the l
 WRONG = 1.2                            # characters of a demonstration that the teacher gets wrong, on average
 PREFACE = 256                          # characters before a step's demonstrations, at most, with --teach
 # the run
-MINUTES = dict(calculator=2.9, maze=4.9, cap=4.9)  # where neither --minutes nor --steps is given,
+ROLLOUTS = dict(evolve=8)              # episodes of a group, where it is not 4: most edits gain nothing
+MINUTES = dict(calculator=2.9, maze=4.9, cap=4.9, evolve=4.0)  # where neither --minutes nor --steps is given,
 OWN_MINUTES = 4.9                      # of a task of one's own,
 SERVED_MINUTES = 9.9                   # and with --serve
 WINDOW_SHARE = 0.3                     # of --slots: the queue's window
@@ -192,6 +193,7 @@ class Task:
     answer = None                      # a task file may have a reward in its place
     stops = STOPS                      # a completion ends with the first of these texts
     max_new = MAX_NEW                  # tokens of a completion, at most
+    demonstrations = 1                 # that the teacher gives of it, in a step of the imitation
 
     def reward(self, text, observation):
         """What a completion is worth as an answer, 1 if it solves the task; None: it is no answer, but a call.
@@ -381,8 +383,7 @@ def make_task(args, number, split=0):
     elif args.task == "tally":
         task = Tally(rng)
     elif args.task == "evolve":
-        problem = rng.choice(single_problems(rng.choice(TRAIN_WORLDS)))
-        task = Repair(rng, args.runs, problem, args.reruns, args.keep)
+        task = draw_repair(args, rng, TEST_WORLDS if split == 2 else TRAIN_WORLDS)
     else:
         turns = rng.randint(2, args.turns) if split == 1 else args.turns
         task = Maze(rng, turns, cap=CAP if args.task == "cap" else math.inf)
@@ -819,6 +820,7 @@ LIVE_WORLDS = range(2 * FRESH, 3 * FRESH)  # of the last evaluation; the table d
 TRAIN_PAIRS, TEST_PAIRS = 2, 6         # problems with two faults, of each world
 NULL_EDIT = dict(clip=0.5)             # changes a run, and should change nothing
 OTHER_SEED = dict(seed=1)
+CHECKED_ROWS = 2                       # of the table, made again at the start of a run
 ENOUGH = 2.0                           # standard deviations of the noise of seeds that a gain must have to be kept
 
 @dataclass(frozen=True)
@@ -927,16 +929,15 @@ class Runs:
 class LiveRuns(Runs):
     """Runs that are made when they are asked for, each once."""
 
-    def __init__(self):
-        super().__init__()
-        self.seconds = 0.0             # that they took
-
     def log(self, recipe):
         if recipe not in self.logs:
-            began = time.perf_counter()
             self.logs[recipe] = run_recipe(recipe)
-            self.seconds += time.perf_counter() - began
         return self.logs[recipe]
+
+    def make(self, recipes, processes):
+        """Make these runs, one a process at a time."""
+        recipes = list(dict.fromkeys(recipes))
+        self.logs.update(zip(recipes, make_runs(recipes, processes)))
 
 class RunTable(Runs):
     """Runs that were made, read from a file: a line of JSON each, after one that says with what they were made."""
@@ -973,28 +974,58 @@ def run_on_one_thread(recipe):
     torch.set_num_threads(1)
     return run_recipe(recipe)
 
-def make_table(path, processes, recipes=None):
-    """Make a table's runs, one a process at a time, and write them: the file appears when it is complete."""
-    recipes = table_recipes() if recipes is None else recipes
-    made_with = dict(library=library_digest(), python=sys.version.split()[0], torch=torch.__version__)
-    print(f"table   | {len(recipes)} runs, {processes} at a time, are made for {path}", flush=True)
+def make_runs(recipes, processes):
+    """Yield the Log of each recipe, in their order. Each process makes one run at a time, on one thread."""
     began = time.perf_counter()
     told = began
-    lines = []
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, spawn) as workers:
-        for recipe, log in zip(recipes, workers.map(run_on_one_thread, recipes, chunksize=4)):
-            lines.append(json.dumps(recipe_fields(recipe) | dict(log=vars(log)), separators=(",", ":")))
-            took = time.perf_counter() - began
-            if time.perf_counter() - told > TELL_EVERY:
-                told = time.perf_counter()
-                left = took / len(lines) * (len(recipes) - len(lines))
-                print(f"table   | {len(lines)} runs in {took:.0f} s, eta {left / 60:.1f}m", flush=True)
-    made_with.update(runs=len(lines), seconds=round(time.perf_counter() - began))
+        for number, log in enumerate(workers.map(run_on_one_thread, recipes, chunksize=4), 1):
+            yield log
+            now = time.perf_counter()
+            if now - told > TELL_EVERY:
+                told = now
+                left = (now - began) / number * (len(recipes) - number)
+                print(f"runs    | {number} of {len(recipes)} in {now - began:.0f} s, eta {left / 60:.1f}m", flush=True)
+
+def make_table(path, processes, recipes):
+    """Make a table's runs and write them: the file appears when it is complete."""
+    began = time.perf_counter()
+    lines = []
+    for recipe, log in zip(recipes, make_runs(recipes, processes)):
+        lines.append(json.dumps(recipe_fields(recipe) | dict(log=vars(log)), separators=(",", ":")))
+    made_with = dict(
+        library=library_digest(), python=sys.version.split()[0], torch=torch.__version__,
+        runs=len(lines), processes=processes, seconds=round(time.perf_counter() - began))
     temporary = f"{path}.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
         file.write("\n".join([json.dumps(made_with), *lines]) + "\n")
     os.replace(temporary, path)
+
+def open_table(path):
+    """The table of runs, which is made if there is none -> RunTable. Two of its rows, drawn at random, are made again:
+    what they say is printed."""
+    if not os.path.exists(path):
+        recipes = table_recipes()
+        processes = os.cpu_count()
+        print(f"table   | {path}: {len(recipes)} training runs are made for it, {processes} at a time", flush=True)
+        make_table(path, processes, recipes)
+    runs = RunTable(path)
+    missing = [recipe for recipe in table_recipes() if recipe not in runs.logs]
+    if missing:
+        raise ValueError(f"--table {path}: {len(missing)} runs are missing, as {recipe_fields(missing[0])}: "
+                         "without the file it is made anew")
+    by = ", ".join(f"{name} {value}" for name, value in runs.made_with.items())
+    print(f"table   | {len(runs.logs)} runs, {by}", flush=True)
+    if runs.made_with.get("library") != library_digest():
+        print("table   | this Python's library is another text: what was learned from these runs is tried on others; "
+              "--table FILE, a file that is not there, makes runs of this one", flush=True)
+        return runs
+    for recipe in SystemRandom().sample(list(runs.logs), CHECKED_ROWS):
+        again = run_recipe(recipe)
+        same = "the same" if again == runs.log(recipe) else f"{again.val:.5f} now: this machine rounds otherwise"
+        print(f"table   | {recipe_fields(recipe)} made again: {runs.log(recipe).val:.5f}, {same}", flush=True)
+    return runs
 
 # ---- self-evolution: the task ----------------------------------------------------------------------
 
@@ -1002,40 +1033,69 @@ RERUN_COST = 0.1                       # of the reward, for the time of a rerun
 LEAST_ORACLE = 0.1                     # nats: gains are paid in shares of what the best edits gain, or of this
 DONE = "A."                            # says that nothing is wrong, or nothing is left to do
 RIGHT = 0.25                           # share of the teacher's edits that are right
+PAIR_SHARE = 0.2                       # of the problems in training that have two faults
+FAILED_SHARE = 0.15                    # of those that begin behind an edit that failed
 REPAIRED = 0.8                         # share of the best edits' gain from which on a run counts as repaired
+
+def draw_repair(args, rng, worlds):
+    """A problem of these worlds -> Repair."""
+    world = rng.choice(worlds)
+    problems = pair_problems(world) if rng.random() < PAIR_SHARE else single_problems(world)
+    task = Repair(rng, args.runs, rng.choice(problems), args.reruns, args.keep, logs=args.logs)
+    if rng.random() < FAILED_SHARE:
+        task.fail_first()
+    return task
 
 class Repair(Task):
     """An inner run to repair, or to leave as it is."""
-    demonstrations = 4                 # of a problem, in a step of the imitation: one has four mistakes in five
+    demonstrations = 4                 # of a problem: as the teacher is wrong three times in four, one says little
 
-    def __init__(self, rng, runs, problem, reruns=1, keep=0.0, oracle=None):
+    def __init__(self, rng, runs, problem, reruns=1, keep=0.0, oracle=None, logs="true"):
         """
         rng      draws the steps that are shown, and the teacher's mistakes
         runs     RunTable or LiveRuns
         reruns   at most
         keep     nats that an edit must gain, or it is undone
         oracle   what the best edits gain, in nats; None: look all of them up
+        logs     "true"; or, to see what reading them is worth, "blank" or "shuffled", another run's
         """
         self.rng = rng
         self.runs = runs
         self.problem = problem
         self.reruns = reruns
         self.keep = keep
-        self.recipe = problem.recipe()
-        self.oracle = runs.best_gain(self.recipe, reruns, keep) if oracle is None else oracle
+        self.logs = logs
         self.difficulty = reruns
+        self.oracle = runs.best_gain(problem.recipe(), reruns, keep) if oracle is None else oracle
+        self.steps = [rng.randint(*between) for between in SHOWN_STEPS]
+        self.failed = None             # an edit that was tried and undone before the episode
+        self.begin()
+        self.prompt = self.describe()
+
+    def begin(self):
+        """As it was before the first edit."""
+        self.recipe = self.problem.recipe()
         self.edits = []                # that were tried, and what each gained
         self.gain = 0.0                # of those that were kept
-        self.steps = [rng.randint(*between) for between in SHOWN_STEPS]
-        self.prompt = self.describe()
+
+    def fail_first(self):
+        """Begin behind an edit that failed, as the second turn of an episode does."""
+        failing = [edit for edit in EDITS if self.runs.gain(self.recipe, edit) <= self.keep]
+        self.failed = self.rng.choice(failing)
 
     def describe(self):
         """The log of the best run so far, as the policy reads it, a letter a number."""
         log = self.runs.log(self.recipe)
+        if self.logs == "shuffled":
+            world = self.rng.choice(TRAIN_WORLDS)
+            log = self.runs.log(self.rng.choice(single_problems(world)).recipe())
         late = [self.steps[place] for place in LATE]
         columns = [(log.loss, self.steps), (log.norm, self.steps), (log.vio, late), (log.kl, late)]
         words = ["".join(line[step - 1] for step in steps) for line, steps in columns]
-        return f"E{' '.join(words)} {letter(log.val, *VAL_RANGE)};"
+        text = f"{' '.join(words)} {letter(log.val, *VAL_RANGE)}"
+        if self.logs == "blank":
+            text = re.sub("[a-z]", "_", text)
+        return f"E{text};"
 
     def tool(self, text):
         """Edit, run again, keep what is better -> "k;", or "b;" (back); None for a malformed call."""
@@ -1053,8 +1113,11 @@ class Repair(Task):
     def agent(self):
         """As Task.agent. What an edit gains is its reward, as a share of what the best edits gain, less the time of the
         rerun. After an edit that is kept the messages begin anew, with the new run's log; what failed stays in them."""
+        self.begin()
         scale = max(self.oracle, LEAST_ORACLE)
         messages = [dict(role="user", content=self.prompt)]
+        if self.failed:
+            messages += self.undone(f"{thought(self.failed)}[{self.failed}]")
         rewards = []
         while len(rewards) < self.reruns:
             text = yield messages
@@ -1072,12 +1135,12 @@ class Repair(Task):
             if observation == "k;":
                 messages = [dict(role="user", content=self.describe())]
             else:
-                messages = [*messages, *self.failed(text)]
+                messages = [*messages, *self.undone(text)]
         return rewards or [0.0], self.is_repaired(), float(len(self.edits))
 
     @staticmethod
-    def failed(text):
-        """The messages of an edit that was undone."""
+    def undone(text):
+        """The messages of an edit that failed."""
         return [dict(role="assistant", content=text), dict(role="tool", content="=b;")]
 
     def is_repaired(self):
@@ -1095,7 +1158,7 @@ class Repair(Task):
                 is_left = self.recipe.power == 0
             if is_left and fault not in HERRINGS:
                 right += fault.edits
-        tried = [edit for edit, _ in self.edits]
+        tried = [self.failed, *(edit for edit, _ in self.edits)]
         return [edit for edit in right if edit not in tried] or [DONE]
 
     def expert(self, messages):
@@ -2043,11 +2106,14 @@ def warm_start(source, args, stop, threads):
         rng = Random(f"{args.seed} warm {step}")
         tasks = [make_task(args, step * WARM_TASKS + i, 1) for i in range(WARM_TASKS)]
         preface = draw_preface(rng, prose) if args.teach else ""
-        demos = [demonstrate(source, task, rng, noise, preface=preface) for task in tasks]
+        samples = []                   # of each task's demonstrations
+        for task in tasks:
+            demos = [demonstrate(source, task, rng, noise, preface=preface) for _ in range(task.demonstrations)]
+            samples.append([sample for demo in demos for sample in demo.samples])
         began = time.perf_counter()
-        trees = [PrefixTree(demo.samples, model.cfg) for demo in demos]
         if preface:                    # computed once for the step
-            trees = [PrefixTree([sample for demo in demos for sample in demo.samples], model.cfg)]
+            samples = [sum(samples, [])]
+        trees = [PrefixTree(some, model.cfg) for some in samples]
         # the rate rises for 20 steps, and falls in the last nine tenths to a tenth
         rate = WARM_LR * min(1, (step + 1) / 20, 1.1 - step / args.warm_steps)
         stats = train_step(model, optimizers, trees, rate)
@@ -2209,7 +2275,7 @@ def make_parser():
                    help="whether the agents here leave thoughts in what later turns see")
     p.add_argument("--tool-errors", type=number(0, 0.9, float), default=0.0,
                    help="share of calls at which a tool fails, for once")
-    p.add_argument("--rollouts", type=number(2), default=4, help="episodes of a group")
+    p.add_argument("--rollouts", type=number(2), help="episodes of a group; default: 4, of evolve 8")
     p.add_argument("--groups", type=count, default=24, help="groups a step")
     # queue
     p.add_argument("--schedule", default="window", choices=["window", "fifo", "greedy"])
@@ -2223,6 +2289,10 @@ def make_parser():
     # self-evolution
     p.add_argument("--table", default=TABLE, help="with --task evolve: the runs of its episodes; made if it is missing")
     p.add_argument("--reruns", type=number(1, 4), default=1, help="with --task evolve: of an episode")
+    p.add_argument("--logs", default="true", choices=["true", "blank", "shuffled"],
+                   help="with --task evolve: what an episode shows; all but true are controls")
+    p.add_argument("--live", type=number(0, 1000), default=LIVE_PROBLEMS,
+                   help="with --task evolve: problems of each kind in the last evaluation, on runs that are made then")
     # model and training
     p.add_argument("--preset", default="micro", choices=["micro", "small"], help="the model")
     p.add_argument("--attn", default="full", choices=["full", "msa"], help="its attention")
@@ -2293,6 +2363,8 @@ def parse_args(argv, locks=None):
         raise ValueError(f"--groups {args.groups}: at most --slots, {args.slots}")
     if not args.minutes and not args.steps:
         args.minutes = MINUTES.get(args.task, OWN_MINUTES) if args.serve is None else SERVED_MINUTES
+    if args.rollouts is None:
+        args.rollouts = ROLLOUTS.get(args.task, 4)
     if args.deadline is None:
         args.deadline = DEADLINE if args.serve is None else SERVED_DEADLINE
     if args.figure:
@@ -2379,13 +2451,14 @@ class Record:
     collapsed: int | None = None       # step in which has_collapsed was true for the first time
     run: str | None = None             # name of the run
     threads: int | None = None         # of the CPU: bits depend on it
+    before: dict | None = None         # of --task evolve: what the policy was worth before it was trained on rewards
 
 # field -> the kinds that check_fields allows
 NOW = {name: typing.get_args(kind) or kind for name, kind in typing.get_type_hints(Record).items()}
 
 def check_record(now):
     """ValueError unless a checkpoint's now has all that a run goes on counting; older ones lack some of it."""
-    check_fields("the checkpoint's now", now, NOW, optional=["run", "threads", "entropy", "collapsed"])
+    check_fields("the checkpoint's now", now, NOW, optional=["run", "threads", "entropy", "collapsed", "before"])
     if bool(now["curve"]) != (now["ema"] is not None):
         raise ValueError("the checkpoint's now has a curve without its running mean, ema, or the reverse")
     for point in now["curve"]:
@@ -2502,49 +2575,160 @@ def make_queue(args):
     return WindowedFIFO(args.slots, window, args.deadline)
 
 # ---- self-evolution: what a policy is worth --------------------------------------------------------
+# From the table a policy is compared with what does not read logs, on worlds that it was not trained in. The last
+# evaluation is live: each problem in a world of its own that neither training nor table has seen, each run made then.
 
-PRINTINGS = 4                          # of each problem's log, its steps shown a little differently, in an evaluation
-LIVE_PROBLEMS = 36                     # of each kind, seen and held, in the last evaluation
+PRINTINGS = 4                          # of each problem's log, in an evaluation from the table
+LIVE_PROBLEMS = 50                     # with a fault, seen and held severities each, in the live evaluation;
+LIVE_HEALTHY = 20                      # and without, or with a herring,
+LIVE_UNSEEN = 12                       # and with the held-out fault
+TOLD = 4                               # live problems that are told word for word
 
 @dataclass
 class RepairScore:
     """What became of some problems: means over them."""
+    problems: int
     diagnosis: float                   # share whose first edit repairs one of the faults
-    recovered: float                   # share of what the best edits gain
+    recovered: float | None            # share of what the best edits gain, where they gain something
     regret: float                      # nats a byte that were left
-    reruns: float                      # a problem
-    touched: float                     # share with a rerun at all
-    false: float                       # share in which an edit was kept that repairs nothing
+    touched: float                     # share with a rerun
+    false: int                         # edits that were kept and repair nothing
 
 def score(tasks):
     """Repairs that are over -> RepairScore."""
-    n = len(tasks)
-    diagnosed = regret = reruns = touched = false = 0.0
-    recovered = []                     # where there is something to gain
+    diagnosed = 0
+    touched = 0
+    false = 0
+    regret = 0.0
+    recovered = []
     for task in tasks:
-        rightful = [edit for fault, _ in task.problem.faults if fault not in HERRINGS for edit in fault.edits]
-        diagnosed += bool(task.edits) and task.edits[0][0] in rightful
+        useful = [edit for fault, _ in task.problem.faults if fault not in HERRINGS for edit in fault.edits]
+        kept = [edit for edit, gain in task.edits if gain > task.keep]
+        diagnosed += bool(task.edits) and task.edits[0][0] in useful
+        touched += bool(task.edits)
+        false += 0 if useful else len(kept)
+        regret += max(0.0, task.oracle - task.gain)
         if task.oracle:
             recovered.append(min(1.0, task.gain / task.oracle))
-        regret += max(0.0, task.oracle - task.gain)
-        reruns += len(task.edits)
-        touched += bool(task.edits)
-        false += any(gain > task.keep and edit not in rightful for edit, gain in task.edits)
-    return RepairScore(diagnosed / n, sum(recovered) / max(1, len(recovered)), regret / n, reruns / n, touched / n, false / n)
+    n = len(tasks)
+    share = sum(recovered) / len(recovered) if recovered else None
+    return RepairScore(n, diagnosed / n, share, regret / n, touched / n, false)
 
-def play_repairs(source, problems, reruns, temperature, runs=None, printings=PRINTINGS):
-    """The policy repairs each problem, several times -> Repairs. runs: None, the table's."""
-    args = source.args
-    generator = torch.Generator(source.model.embed.weight.device).manual_seed(args.seed)
-    tasks = []
-    for number, problem in enumerate(problems):
-        for printing in range(printings):
-            rng = Random(f"{args.seed} printing {number} {printing}")
-            tasks.append(Repair(rng, runs or args.runs, problem, reruns, args.keep))
+def play_repairs(source, tasks, temperature=0.0):
+    """The policy plays Repairs, greedily or sampled -> their RepairScore."""
+    generator = torch.Generator(source.model.embed.weight.device).manual_seed(source.args.seed)
     for first in range(0, len(tasks), PLAYED_AT_ONCE):
         some = tasks[first:first + PLAYED_AT_ONCE]
         rollout(source, [(Trajectory(0), task.agent()) for task in some], 0, generator, temperature=temperature)
+    return score(tasks)
+
+def table_tasks(args, kind, logs="true"):
+    """All problems of one kind, see test_problems, of the table's test worlds -> Repairs, PRINTINGS of each."""
+    reruns = 2 if kind == "pairs" else 1
+    tasks = []
+    for world in TEST_WORLDS:
+        for number, problem in enumerate(test_problems(world)[kind]):
+            for printing in range(PRINTINGS):
+                rng = Random(f"{args.seed} {world} {number} {printing}")
+                tasks.append(Repair(rng, args.runs, problem, reruns, args.keep, logs=logs))
     return tasks
+
+def evaluate_from_table(source, when):
+    """Print and return, by name, what a policy is worth in the test worlds of the table, as dicts of RepairScore."""
+    args = source.args
+    scores = {kind: play_repairs(source, table_tasks(args, kind, args.logs)) for kind in TEST_KINDS}
+    scores["sampled"] = play_repairs(source, table_tasks(args, "seen", args.logs), temperature=1.0)
+    if args.logs == "true":
+        for logs in ("blank", "shuffled"):
+            scores[logs] = play_repairs(source, table_tasks(args, "seen", logs))
+    for name, found in scores.items():
+        print_score(f"{when:6} | table, {name}", found)
+    return {name: vars(found) for name, found in scores.items()}
+
+TEST_KINDS = ("seen", "held", "unseen", "healthy", "pairs")
+
+def print_score(title, found):
+    """One line of an evaluation."""
+    if found.recovered is None:
+        words = f"{found.touched:.2f} rerun without need, {found.false} edits kept"
+    else:
+        words = (f"diagnosis {found.diagnosis:.2f}, recovered {found.recovered:.2f}, regret {found.regret:.3f} nats, "
+                 f"{found.touched:.2f} rerun")
+    print(f"{title:24} | {found.problems:3} problems: {words}", flush=True)
+
+def live_problems(args):
+    """-> dict of lists of problems in fresh worlds: seen, held, unseen, healthy; each in a world of its own."""
+    rng = Random(f"{args.seed} live")
+    counts = dict(seen=args.live, held=args.live, unseen=LIVE_UNSEEN, healthy=LIVE_HEALTHY)
+    worlds = rng.sample(LIVE_WORLDS, sum(counts.values()))
+    problems = {kind: [] for kind in counts}
+    for kind, count in counts.items():
+        for number in range(count):
+            world = worlds.pop()
+            if kind == "unseen":
+                faults = ((HELD_OUT, rng.choice(HELD_OUT.held)),)
+            elif kind == "healthy":
+                faults = [(), *(((fault, *fault.seen),) for fault in HERRINGS)][number % 3]
+            else:
+                fault = FAULTS[number % len(FAULTS)]
+                faults = ((fault, rng.choice(getattr(fault, kind))),)
+            problems[kind].append(Problem(world, faults))
+    return problems
+
+def evaluate_live(source):
+    """Print and return, by kind, what a policy is worth in fresh worlds, on runs that are made now. There the oracle is
+    the edit that is named for the fault (the better one, where it has two), or the policy's own, if that gains more."""
+    args = source.args
+    runs = LiveRuns()
+    problems = live_problems(args)
+    began = time.perf_counter()
+
+    # in parallel: the runs as they are, and after the edits that are named for them
+    needed = []
+    for problem in sum(problems.values(), []):
+        recipe = problem.recipe()
+        needed += [recipe, *(edited(recipe, edit) for edit in named_edits(problem))]
+    runs.make(needed, os.cpu_count())
+
+    scores = {}
+    for kind, some in problems.items():
+        tasks = []
+        for number, problem in enumerate(some):
+            gains = [runs.gain(problem.recipe(), edit) for edit in named_edits(problem)]
+            oracle = max([0.0, *(gain for gain in gains if gain > args.keep)])
+            tasks.append(Repair(Random(f"{args.seed} {kind} {number}"), runs, problem, 1, args.keep, oracle))
+        scores[kind] = play_repairs(source, tasks)
+        print_score(f"live   | {kind}", scores[kind])
+        for task in tasks[:TOLD if kind == "held" else 0]:
+            tell_repair(task)
+    print(f"live   | {len(runs.logs)} runs were made in {time.perf_counter() - began:.0f} s", flush=True)
+    return {kind: vars(found) for kind, found in scores.items()} | dict(runs=len(runs.logs))
+
+def evaluate_repairs(now, source):
+    """What the last line of stdout says of --task evolve. Unless --live is 0, its first four numbers are live ones."""
+    after = evaluate_from_table(source, "after")
+    shown = after
+    live = None
+    if source.args.live:
+        live = evaluate_live(source)
+        shown = live
+    return dict(
+        diagnosis_seen=shown["seen"]["diagnosis"], diagnosis_held=shown["held"]["diagnosis"],
+        recovered_seen=shown["seen"]["recovered"], recovered_held=shown["held"]["recovered"],
+        live=live, table=after, before=now.before, baselines={})
+
+def named_edits(problem):
+    """The edits that undo a problem's faults; herrings need none."""
+    return [edit for fault, _ in problem.faults if fault not in HERRINGS for edit in fault.edits]
+
+def tell_repair(task):
+    """An episode in a line: what was wrong, what the policy read, thought and did, and what came of it."""
+    wrong = ", ".join(f"{fault.words} ({value:g})" if not isinstance(value, str) else f"{fault.words} ({value})"
+                      for fault, value in task.problem.faults)
+    before = task.runs.log(task.problem.recipe()).val
+    done = "; ".join(f"{thought(edit)}[{edit}] {before:.3f} -> {before - gain:.3f}, "
+                     f"{'kept' if gain > task.keep else 'undone'}" for edit, gain in task.edits)
+    print(f"  world {task.problem.world}: {wrong} | {task.prompt} | {done or 'left as it is'}", flush=True)
 
 # ---- the trained agent at work -------------------------------------------------------------------
 
@@ -2672,6 +2856,9 @@ def run(args, state, locks=None):
     state  the checkpoint, None for a run at its start or in its imitation
     locks  ExitStack: what is closed at the end, whatever that is like; --serve needs one
     """
+    if args.task == "evolve":
+        args.runs = open_table(args.table)
+        args.keep = ENOUGH * args.runs.noise(OTHER_SEED)[1]
     if args.play:
         return show_play(args, state)
     started = time.perf_counter()
@@ -2712,6 +2899,8 @@ def run(args, state, locks=None):
             print(f"minutes | the imitation took all of --minutes {args.minutes:g}, so that one step is left for "
                   "rewards: give more", flush=True)
         now = Record(seconds=warm, warm=warm, run=os.urandom(8).hex())
+        if ready and args.task == "evolve":
+            now.before = evaluate_from_table(source, "before")
         if ready:
             save(args.out, source, optimizers, vars(now))  # killed from here on, the run can go on
     if state and share_done(vars(now), vars(args)) >= 1:
@@ -2725,7 +2914,10 @@ def run(args, state, locks=None):
             print(f"minutes | --minutes {args.minutes:g} are over, and agents have not ended {args.groups} groups of "
                   f"{args.rollouts} episodes: start more, or give more", flush=True)
         print(f"stopped after step {now.step}, saved; --resume --out {args.out} goes on", flush=True)
-    return summary(args, now, source)
+    result = summary(args, now, source)
+    if args.task == "evolve" and ready and not stop:
+        result |= evaluate_repairs(now, source)
+    return result
 
 def learn_from_rewards(now, source, optimizers, stop, threads):
     """Steps until the end that the flags name, or until there is something in `stop`, which are saved. now: the run's

@@ -73,7 +73,8 @@ RUNS = {
                  stages=((0.0, 8), (0.2, 4), (0.45, 2), (0.75, 1))),
     "small": dict(seq_len=8192, batch_size=16, lr=4e-3, minutes=10.0, mtp_every=4, msa_from=0.05, stages=((0, 1),))}
 # flags that each start decides anew: a checkpoint of train.py or rl.py does not hand them on
-RUN_ALONE = ("out", "resume", "device", "stop_after", "dry_run", "figure", "token", "play", "own_task")
+RUN_ALONE = ("out", "resume", "device", "stop_after", "dry_run", "figure", "token", "play", "own_task", "runs", "keep",
+             "table", "live")
 SPIKE = 1.0                            # nats over its running mean by which a loss is a spike,
 SPIKE_SPREADS = 4                      # and as many times its usual distance from it
 SPIKE_STEPS = 5                        # spikes in a row that end a run

@@ -964,8 +964,7 @@ class RunTable(Runs):
         for recipe, log in self.logs.items():
             if recipe == Recipe(recipe.world, **change):
                 gains.append(self.logs[Recipe(recipe.world)].val - log.val)
-        mean = sum(gains) / len(gains)
-        return mean, math.sqrt(sum((gain - mean) ** 2 for gain in gains) / (len(gains) - 1))
+        return spread(gains)
 
 def library_digest():
     return hashlib.sha256(read_library()).hexdigest()[:16]
@@ -1016,7 +1015,8 @@ def open_table(path):
         raise ValueError(f"--table {path}: {len(missing)} runs are missing, as {recipe_fields(missing[0])}: "
                          "without the file it is made anew")
     by = ", ".join(f"{name} {value}" for name, value in runs.made_with.items())
-    print(f"table   | {len(runs.logs)} runs, {by}", flush=True)
+    print(f"table   | {by}", flush=True)
+    print_faults(runs)
     if runs.made_with.get("library") != library_digest():
         print("table   | this Python's library is another text: what was learned from these runs is tried on others; "
               "--table FILE, a file that is not there, makes runs of this one", flush=True)
@@ -1026,6 +1026,27 @@ def open_table(path):
         same = "the same" if again == runs.log(recipe) else f"{again.val:.5f} now: this machine rounds otherwise"
         print(f"table   | {recipe_fields(recipe)} made again: {runs.log(recipe).val:.5f}, {same}", flush=True)
     return runs
+
+def spread(values):
+    """Mean and standard deviation."""
+    mean = sum(values) / len(values)
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1))
+
+def print_faults(runs):
+    """Print what each fault and herring costs, over the worlds of the table, and what its repair gains back."""
+    unit = runs.noise(NULL_EDIT)[1]
+    print(f"noise   | an edit that should change nothing: sd {unit:.3f} nats; another seed: sd "
+          f"{runs.noise(OTHER_SEED)[1]:.3f}, of which {ENOUGH:g} must be gained")
+    for fault in (*FAULTS, HELD_OUT, *HERRINGS):
+        for value in (*fault.seen, *fault.held):
+            changed = [recipe for recipe in runs.logs if recipe == Recipe(recipe.world, **{fault.setting: value})]
+            harm, harm_sd = spread([runs.log(recipe).val - runs.log(Recipe(recipe.world)).val for recipe in changed])
+            gains = {edit: spread([runs.gain(recipe, edit) for recipe in changed])[0] for edit in fault.edits}
+            edit = max(gains, key=gains.get)
+            which = "held out" if value in fault.held else ""
+            shown_value = value if isinstance(value, str) else f"{value:.3g}"
+            print(f"  {fault.letter} {fault.words:31} {shown_value:10} {which:8} | harm {harm:+.3f} +- {harm_sd:.3f}, "
+                  f"{harm / unit:4.0f} sd | {edit} {gains[edit]:+.3f} | {len(changed)} worlds")
 
 # ---- self-evolution: the task ----------------------------------------------------------------------
 

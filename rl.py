@@ -43,6 +43,7 @@ import contextlib
 import functools
 import hashlib
 import hmac
+import itertools
 import json
 import math
 import multiprocessing
@@ -2750,6 +2751,274 @@ def tell_repair(task):
     done = "; ".join(f"{thought(edit)}[{edit}] {before:.3f} -> {before - gain:.3f}, "
                      f"{'kept' if gain > task.keep else 'undone'}" for edit, gain in task.edits)
     print(f"  world {task.problem.world}: {wrong} | {task.prompt} | {done or 'left as it is'}", flush=True)
+
+# ---- self-evolution: baselines ---------------------------------------------------------------------
+# What rivals recover that cannot read a log, and one that can, all from the table. A run with one fault is tried N
+# times, each time from the unedited run, and the best edit is kept: N reruns. With two faults, a constant of N is N
+# edits in a row, each on the best run so far; a try of random or TPE is two edits in a row, so that N tries are 2 N
+# reruns. The oracle has an edit for each fault. What was open is chosen so that the rivals are strong.
+
+KINDS = dict(seen=1, held=1, unseen=1, pairs=2)  # of test_problems -> edits of a try, and of the oracle
+RANDOM_OF = (1, 2, 4, 8, 16)           # tries
+CONSTANTS_OF = (1, 2, 4)               # edits
+HALVE = "lr/4"                         # once: of EDITS the nearest to half the rate
+# tree-structured Parzen estimator (Bergstra et al., NeurIPS 2011)
+TPE_OF = (4, 8, 16, 32)                # tries
+TPE_GOOD = 0.15                        # gamma: share of the tries that are good, rounded down. 0.25 finds less here
+TPE_CANDIDATES = 24                    # drawn from the good ones' distribution
+TPE_PRIOR = 1.0                        # tries that each choice has had before the first
+TPE_SEEDS = 20
+# linear reader
+READER_L2 = 1e-3                       # of the squared weights; 1e-4 to 1e-2 all read about as well
+READER_PRINTINGS = 8                   # of a training problem's log
+READER_STEPS = 200                     # of L-BFGS, at most
+
+def sequence_gains(runs, problem, n_edits, keep):
+    """What each sequence of so many edits gains, tried one after another on the best run so far, and undone where it
+    gains no more than `keep` -> (15 ** n_edits,), the last edit running fastest."""
+    recipes = places(problem)
+    number = {recipe: place for place, recipe in enumerate(recipes)}
+    vals = np.array([runs.log(recipe).val for recipe in recipes])
+    leads = np.array([[number[edited(recipe, edit)] for edit in EDITS] for recipe in recipes])   # (places, edits)
+    is_kept = vals[:, None] - vals[leads] > keep
+    leads = np.where(is_kept, leads, np.arange(len(recipes))[:, None])
+    here = np.zeros(1, int)            # the problem's own recipe is the first of its places
+    for _ in range(n_edits):
+        here = leads[here].reshape(-1)
+    return vals[0] - vals[here]
+
+def worth(gains, oracle):
+    """What some problems gained, and could have, in nats -> share recovered, regret, as `score` has them."""
+    can_gain = oracle > 0
+    shares = np.minimum(1, gains[can_gain] / oracle[can_gain])
+    return shares.sum() / max(1, len(shares)), np.maximum(0, oracle - gains).mean()
+
+def best_constant(gains, oracle, n):
+    """The n columns whose best is best on average -> what these gain, (problems,). They are chosen on the very problems
+    that they are measured on: no rival that is blind to log and gains does better with n tries."""
+    can_gain = oracle > 0
+    shares = np.minimum(1, gains[can_gain] / oracle[can_gain, None])
+    sets = np.array(list(itertools.combinations(range(gains.shape[1]), n)))
+    chosen = sets[shares[:, sets].max(2).sum(0).argmax()]
+    return gains[:, chosen].max(1)
+
+def random_best(gains, n):
+    """Expected best of n different columns drawn at random, exactly -> (problems,)."""
+    n_columns = gains.shape[1]
+    n = min(n, n_columns)
+    # the k-th smallest is the best of a draw if the other n - 1 are among the k - 1 below it
+    chance = [math.comb(below, n - 1) / math.comb(n_columns, n) for below in range(n_columns)]
+    return np.sort(gains, 1) @ np.array(chance)
+
+def draw_choices(weights, count, rng):
+    """Draw from each row's distribution. weights: (..., choices) -> (..., count) choices."""
+    bounds = weights.cumsum(-1) / weights.sum(-1, keepdims=True)
+    draws = rng.random((*weights.shape[:-1], count))
+    return (draws[..., None] > bounds[..., None, :-1]).sum(-1)
+
+def tpe_best(gains, n_edits, n_tries, seed=0):
+    """Best of the first 1, 2, ... n_tries of a tree-structured Parzen estimator. It draws from what was good so far,
+    and takes what is most typical of the good against the rest, each edit of a sequence on its own.
+
+    gains    (problems, 15 ** n_edits)
+    returns  (n_tries, problems), mean over TPE_SEEDS
+    """
+    rng = np.random.default_rng(seed)
+    gains = np.repeat(gains, TPE_SEEDS, 0)
+    rows = np.arange(len(gains))
+    place_values = len(EDITS) ** np.arange(n_edits)[::-1]
+    tries = np.zeros((len(gains), 0, n_edits), int)
+    gained = np.zeros((len(gains), 0))
+    for n_done in range(n_tries):
+        n_good = int(TPE_GOOD * n_done)
+        rank = (-gained).argsort(1, kind="stable").argsort(1)
+        is_good = (rank < n_good)[:, :, None, None]
+        is_choice = tries[..., None] == np.arange(len(EDITS))                # (rows, tries, n_edits, choices)
+        good = (is_choice & is_good).sum(1) + TPE_PRIOR                      # (rows, n_edits, choices)
+        rest = (is_choice & ~is_good).sum(1) + TPE_PRIOR
+        candidates = draw_choices(good, TPE_CANDIDATES, rng)                 # (rows, n_edits, candidates)
+        ratios = np.take_along_axis(good / rest, candidates, 2)
+        taken = np.take_along_axis(candidates, ratios.argmax(2)[..., None], 2)[..., 0]           # (rows, n_edits)
+        tries = np.concatenate([tries, taken[:, None]], 1)
+        gained = np.concatenate([gained, gains[rows, taken @ place_values][:, None]], 1)
+    best = np.maximum.accumulate(gained, 1)
+    return best.reshape(-1, TPE_SEEDS, n_tries).mean(1).T
+
+def read_letters(texts):
+    """Logs, as Repair prints them -> (logs, letters), from 0 for a to 1 for z."""
+    letters = [[LETTERS.index(char) for char in text if char in LETTERS] for text in texts]
+    return torch.tensor(letters, dtype=torch.float32) / (len(LETTERS) - 1)
+
+class LinearReader:
+    """Multinomial logistic regression from the letters of a log to an edit, or to DONE."""
+
+    def __init__(self, texts, labels):
+        self.choices = sorted(set(labels))
+        letters = read_letters(texts)
+        self.mean = letters.mean(0)
+        self.scale = letters.std(0, correction=0).clamp(min=1e-6)  # a letter that never changes says nothing
+        features = (letters - self.mean) / self.scale
+        targets = torch.tensor([self.choices.index(label) for label in labels])
+        self.weight = torch.zeros(features.shape[1], len(self.choices), requires_grad=True)
+        self.bias = torch.zeros(len(self.choices), requires_grad=True)
+        optimizer = torch.optim.LBFGS([self.weight, self.bias], max_iter=READER_STEPS, line_search_fn="strong_wolfe")
+
+        def loss():
+            optimizer.zero_grad()
+            found = torch.nn.functional.cross_entropy(features @ self.weight + self.bias, targets)
+            found = found + READER_L2 * self.weight.square().sum()
+            found.backward()
+            return found
+
+        optimizer.step(loss)
+
+    def choose(self, text, failed=()):
+        """The likeliest edit, or DONE. failed: edits that are not tried again."""
+        with torch.no_grad():
+            features = (read_letters([text])[0] - self.mean) / self.scale
+            scores = features @ self.weight + self.bias
+        order = scores.argsort(descending=True).tolist()
+        return next(self.choices[place] for place in order if self.choices[place] not in failed)
+
+    def repair(self, task):
+        """Play a Repair to its end: it reads the log of the best run so far before each rerun."""
+        while len(task.edits) < task.reruns:
+            failed = [edit for edit, gain in task.edits if gain <= task.keep]
+            edit = self.choose(task.describe(), failed)
+            if edit == DONE:
+                break
+            task.tool(f"{thought(edit)}[{edit}]")
+
+def right_label(runs, problem):
+    """The repair that gains most, DONE for a run that needs none."""
+    edits = [edit for fault, _ in problem.faults if fault not in HERRINGS for edit in fault.edits]
+    return max(edits, key=lambda edit: runs.gain(problem.recipe(), edit)) if edits else DONE
+
+def print_logs(runs, problems, reruns, keep, printings):
+    """Problems -> Repairs, several printings of each."""
+    tasks = []
+    for number, problem in enumerate(problems):
+        for printing in range(printings):
+            rng = Random(f"reader {problem.world} {number} {printing}")
+            tasks.append(Repair(rng, runs, problem, reruns, keep))
+    return tasks
+
+def train_reader(runs, keep):
+    """A linear reader of the logs of TRAIN_WORLDS, with right labels."""
+    problems = [problem for world in TRAIN_WORLDS for problem in single_problems(world)]
+    tasks = print_logs(runs, problems, 1, keep, READER_PRINTINGS)
+    return LinearReader([task.prompt for task in tasks], [right_label(runs, task.problem) for task in tasks])
+
+def problems_by_kind():
+    """test_problems of all TEST_WORLDS together."""
+    found = {}
+    for world in TEST_WORLDS:
+        for kind, problems in test_problems(world).items():
+            found.setdefault(kind, []).extend(problems)
+    return found
+
+def kind_baselines(runs, problems, n_edits, keep):
+    """Baselines of problems of one kind, but for the reader -> dict: name -> (share recovered, regret)."""
+    oracle = np.array([runs.best_gain(problem.recipe(), n_edits, keep) for problem in problems])
+
+    def gains_of(count):
+        return np.stack([sequence_gains(runs, problem, count, keep) for problem in problems])
+
+    single = gains_of(1)
+    gains = gains_of(n_edits)
+    found = {"nothing": np.zeros(len(problems)), "always halve the rate": single[:, EDITS.index(HALVE)]}
+    for n in CONSTANTS_OF:
+        if n_edits == 1:
+            found[f"best constant of {n}"] = best_constant(single, oracle, n)
+        else:
+            found[f"best constant of {n}"] = best_constant(gains_of(n), oracle, 1)
+    for n in RANDOM_OF:
+        found[f"random of {n}"] = random_best(gains, n)
+    curve = tpe_best(gains, n_edits, max(TPE_OF))
+    for n in TPE_OF:
+        found[f"TPE of {n}"] = curve[n - 1]
+    found["oracle"] = oracle
+    return {name: worth(gained, oracle) for name, gained in found.items()}
+
+def baselines(runs, keep):
+    """What stands beside the policy -> dict: name -> share recovered of each of KINDS, and what is left of the seen
+    ones, in nats (regret). The linear reader has more: how often its first edit is right (diagnosis_seen, _held), and
+    the share of healthy runs that it reruns (needless)."""
+    problems = problems_by_kind()
+    found = {}
+    for kind, n_edits in KINDS.items():
+        for name, (recovered, regret) in kind_baselines(runs, problems[kind], n_edits, keep).items():
+            row = found.setdefault(name, {})
+            row[kind] = recovered
+            if kind == "seen":
+                row["regret"] = regret
+
+    reader = train_reader(runs, keep)
+    scores = {}
+    for kind in (*KINDS, "healthy"):
+        tasks = print_logs(runs, problems[kind], KINDS.get(kind, 1), keep, PRINTINGS)
+        for task in tasks:
+            reader.repair(task)
+        scores[kind] = score(tasks)
+    row = {kind: scores[kind].recovered for kind in KINDS}
+    row["regret"] = scores["seen"].regret
+    row["diagnosis_seen"] = scores["seen"].diagnosis
+    row["diagnosis_held"] = scores["held"].diagnosis
+    row["needless"] = scores["healthy"].touched
+    found["linear reader"] = row
+    return {name: {key: round(float(value), 4) for key, value in row.items()} for name, row in found.items()}
+
+def check_keeping(runs, keep):
+    """Whether what is kept deserves it -> dict.
+
+    false_keeps    edits that are kept on runs of all worlds that need no repair, and
+    real_edits     so many were tried: those that change the recipe
+    own_gain       of edits that are kept on TEST_WORLDS' seen problems, mean in nats
+    other_gain     of the same edits on all other worlds that have the same fault with the same value
+    other_fails    share of those that gain nothing
+    """
+    problems = [problem for world in (*TRAIN_WORLDS, *TEST_WORLDS) for problem in single_problems(world)]
+    healthy = [problem for problem in problems if right_label(runs, problem) == DONE]
+    gains = [runs.gain(recipe, edit) for recipe, edit in real_edits(healthy)]
+    same_faults = {}
+    for problem in problems:
+        same_faults.setdefault(problem.faults, []).append(problem)
+
+    own = []
+    other = []
+    for problem in problems_by_kind()["seen"]:
+        recipe = problem.recipe()
+        for edit in EDITS:
+            gain = runs.gain(recipe, edit)
+            if gain > keep:
+                own.append(gain)
+                rivals = [rival.recipe() for rival in same_faults[problem.faults] if rival.world != problem.world]
+                other += [runs.gain(rival, edit) for rival in rivals]
+    return dict(
+        false_keeps=sum(gain > keep for gain in gains),
+        real_edits=len(gains),
+        own_gain=round(float(np.mean(own)), 4),
+        other_gain=round(float(np.mean(other)), 4),
+        other_fails=round(float(np.mean([gain <= 0 for gain in other])), 4))
+
+def real_edits(problems):
+    """(recipe, edit) for each edit that changes a problem's recipe."""
+    recipes = [problem.recipe() for problem in problems]
+    return [(recipe, edit) for recipe in recipes for edit in EDITS if edited(recipe, edit) != recipe]
+
+PRINTED = ("nothing", "always halve the rate", *(f"best constant of {n}" for n in CONSTANTS_OF),
+           *(f"random of {n}" for n in (1, 4, 16)), *(f"TPE of {n}" for n in (4, 16, 32)), "linear reader", "oracle")
+
+def print_baselines(found):
+    """What `baselines` says, a line each: shares recovered, and nats that are left of the seen problems."""
+    print(f"{'from the table: share recovered':32}{''.join(f'{kind:>8}' for kind in KINDS)}  regret (seen)")
+    for name in PRINTED:
+        row = found[name]
+        shares = "".join(f"{row[kind]:8.3f}" for kind in KINDS)
+        print(f"{name:32}{shares}{row['regret']:8.3f}")
+    reader = found["linear reader"]
+    print(f"the linear reader: diagnosis {reader['diagnosis_seen']:.2f} seen, {reader['diagnosis_held']:.2f} held; "
+          f"it reruns {reader['needless']:.2f} of the healthy runs", flush=True)
 
 # ---- the trained agent at work -------------------------------------------------------------------
 

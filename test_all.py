@@ -11045,6 +11045,202 @@ def test_rl_says_nothing_before_its_flags_are_read(argv):
             rl.main(argv)
     assert "run  " not in out.getvalue()
 
+# ---- self-evolution: baselines -------
+
+MADE_KEEP = 0.1                        # nats: half of what the least fault of MadeRuns does
+
+class MadeRuns(rl.Runs):
+    """Runs whose faults do harm that adds up, of .2 to 1 nats each. The log marks what is wrong, a place an edit."""
+
+    def faults_of(self, recipe):
+        """Edit -> how much harm it undoes."""
+        healthy = rl.Recipe(recipe.world)
+        found = {}
+        for fault in (*rl.FAULTS[2:], rl.HELD_OUT):
+            if getattr(recipe, fault.setting) != getattr(healthy, fault.setting):
+                found[fault.edits[0]] = random.Random(f"{recipe.world} {fault.setting}").uniform(0.2, 1)
+        power = round(math.log(recipe.rate, rl.EDIT_FACTOR)) + recipe.power
+        for edit, change in rl.RATE_EDITS.items():
+            if change == -max(-2, min(2, power)):
+                found[edit] = 0.3 * abs(power)
+        return found
+
+    def log(self, recipe):
+        if recipe not in self.logs:
+            found = self.faults_of(recipe)
+            marks = ["z" if edit in found else "a" for edit in rl.EDITS]
+            n_shown = len(rl.SHOWN_STEPS)
+            loss, norm = ["a"] * rl.RUN_STEPS, ["a"] * rl.RUN_STEPS
+            for place, (first, last) in enumerate(rl.SHOWN_STEPS):
+                loss[first - 1:last] = marks[place] * (last - first + 1)
+                norm[first - 1:last] = marks[n_shown + place] * (last - first + 1)
+            noise = random.Random(repr(recipe)).uniform(-0.02, 0.02)
+            val = 2.5 + sum(found.values()) + noise
+            self.logs[recipe] = rl.Log("".join(loss), "".join(norm), "a" * rl.RUN_STEPS, "a" * rl.RUN_STEPS, val)
+        return self.logs[recipe]
+
+def some_gains(n_problems=9, n_columns=6):
+    """Kept gains as they are: most are nothing. The last problem cannot be repaired -> gains, best ones."""
+    rng = np.random.default_rng(0)
+    gains = rng.random((n_problems, n_columns))
+    gains[rng.random(gains.shape) < 0.5] = 0
+    gains[-1] = 0
+    return gains, gains.max(1)
+
+def test_sequences_gain_what_repairs_gain():
+    """All 225 sequences of two edits are played by Repair; the best of them is what the oracle has."""
+    runs = MadeRuns()
+    problem = rl.pair_problems(rl.FRESH)[0]
+    gains = rl.sequence_gains(runs, problem, 2, MADE_KEEP)
+    played = []
+    for sequence in itertools.product(rl.EDITS, repeat=2):
+        task = rl.Repair(random.Random(0), runs, problem, 2, MADE_KEEP)
+        for edit in sequence:
+            task.tool(f"a[{edit}]")
+        played.append(task.gain)
+    assert gains == pytest.approx(played)
+    assert gains.max() == pytest.approx(runs.best_gain(problem.recipe(), 2, MADE_KEEP))
+
+def test_worth_is_what_score_says():
+    """Share recovered and regret of repairs that were played."""
+    runs = MadeRuns()
+    tasks = [rl.Repair(random.Random(0), runs, problem, 1, MADE_KEEP) for problem in rl.single_problems(0, 2)]
+    for task in tasks:
+        task.tool("a[lr/4]")
+    recovered, regret = rl.worth(np.array([task.gain for task in tasks]), np.array([task.oracle for task in tasks]))
+    result = rl.score(tasks)
+    assert 0 < recovered < 1
+    assert recovered == pytest.approx(result.recovered)
+    assert regret == pytest.approx(result.regret)
+
+@parametrize("n", [1, 2, 4])
+def test_the_best_constant_is_the_best_of_all_sets(n):
+    """Every set of n edits is tried."""
+    gains, oracle = some_gains()
+    found, _ = rl.worth(rl.best_constant(gains, oracle, n), oracle)
+    shares = []
+    for chosen in itertools.combinations(range(gains.shape[1]), n):
+        share = [max(row[column] for column in chosen) / best for row, best in zip(gains, oracle) if best]
+        shares.append(sum(share) / len(share))
+    assert found == pytest.approx(max(shares))
+
+@parametrize("n", [1, 2, 4, 6])
+def test_random_draws_have_the_mean_of_all_draws(n):
+    """The expected best of n different edits, against every order of drawing them."""
+    gains, _ = some_gains()
+    best = [gains[:, list(draw)].max(1) for draw in itertools.permutations(range(gains.shape[1]), n)]
+    assert rl.random_best(gains, n) == pytest.approx(np.mean(best, 0))
+    assert rl.random_best(gains, 6) == pytest.approx(rl.random_best(gains, 16))
+
+def test_tpe_is_random_until_something_counts_as_good():
+    """Six tries of which none is good yet: it avoids what it has tried, as a random search without replacement does."""
+    gains = np.zeros((100, len(rl.EDITS)))
+    gains[:, :3] = [1, 2, 4]
+    curve = rl.tpe_best(gains, 1, 6).mean(1)
+    wanted = [rl.random_best(gains[:1], n)[0] for n in range(1, 7)]
+    # 2,000 searches, whose best has a standard deviation below 2
+    assert curve == pytest.approx(wanted, abs=4 * 2 / 2000 ** 0.5)
+
+def test_tpe_learns():
+    """Where each edit of a sequence adds to what is gained, it leaves less than random draws at equal budget."""
+    rng = np.random.default_rng(1)
+    first, second = rng.random((2, 20, len(rl.EDITS))) ** 4
+    gains = (first[:, :, None] + second[:, None]).reshape(20, -1)
+    best = gains.max(1)
+    curve = rl.tpe_best(gains, 2, 30)
+    assert (np.diff(curve, axis=0) >= 0).all()
+    assert (curve <= best + 1e-12).all()
+    # 0.78 here, 0.97 for a search that learns nothing
+    assert (best - curve[-1]).mean() < 0.85 * (best - rl.random_best(gains, 30)).mean()
+
+def test_tpe_ends_at_the_best():
+    """A hundred tries of fifteen edits find the best of each problem with each seed."""
+    gains = np.random.default_rng(1).random((20, len(rl.EDITS)))
+    assert rl.tpe_best(gains, 1, 100)[-1] == pytest.approx(gains.max(1))
+
+def labelled_logs(runs, worlds):
+    """Logs of single problems, and what a reader should say of them."""
+    problems = [problem for world in worlds for problem in rl.single_problems(world)]
+    tasks = rl.print_logs(runs, problems, 1, MADE_KEEP, 2)
+    return [task.prompt for task in tasks], [rl.right_label(runs, task.problem) for task in tasks]
+
+def test_a_linear_reader_reads_what_is_marked():
+    """Logs of other worlds, each of which marks its fault: every edit is right, and healthy runs are left alone."""
+    runs = MadeRuns()
+    reader = rl.LinearReader(*labelled_logs(runs, range(4)))
+    texts, labels = labelled_logs(runs, range(4, 8))
+    assert rl.DONE in labels
+    assert [reader.choose(text) for text in texts] == labels
+
+def test_a_linear_reader_of_blank_logs_knows_the_commonest_label():
+    """Blanked in training it says one thing, which is nothing; blanked at test alone it says one thing, too."""
+    runs = MadeRuns()
+    texts, labels = labelled_logs(runs, range(4))
+    blank = [re.sub("[a-z]", "a", text) for text in texts]
+    reader = rl.LinearReader(blank, labels)
+    assert {reader.choose(text) for text in blank} == {Counter(labels).most_common(1)[0][0]}
+    assert {reader.choose(text) for text in texts} == {rl.DONE}
+    sighted = rl.LinearReader(texts, labels)
+    assert len({sighted.choose(text) for text in blank}) == 1
+
+def test_a_linear_reader_does_not_repeat_what_failed():
+    """The log asks for the edit that was undone: the next likeliest is tried."""
+    runs = MadeRuns()
+    texts, labels = labelled_logs(runs, range(4))
+    reader = rl.LinearReader(texts, ["wd=0" if label == rl.DONE else label for label in labels])
+    task = rl.Repair(random.Random(0), runs, rl.Problem(9), 3, MADE_KEEP)
+    reader.repair(task)
+    edits = [edit for edit, _ in task.edits]
+    assert edits[0] == "wd=0"
+    assert len(set(edits)) == 3
+    assert task.gain == 0
+
+@pytest.fixture
+def few_worlds(monkeypatch):
+    """Four worlds to train on, two to test on."""
+    monkeypatch.setattr(rl, "TRAIN_WORLDS", range(4))
+    monkeypatch.setattr(rl, "TEST_WORLDS", range(rl.FRESH, rl.FRESH + 2))
+
+def test_baselines_stand_in_order(few_worlds):
+    """From nothing to the oracle, more tries recover more; it can be written as JSON, and printed."""
+    found = rl.baselines(MadeRuns(), MADE_KEEP)
+    assert json.loads(json.dumps(found)) == found
+    for kind in rl.KINDS:
+        assert found["nothing"][kind] == 0
+        assert found["oracle"][kind] == 1
+        for name, counts in {"best constant": rl.CONSTANTS_OF, "random": rl.RANDOM_OF, "TPE": rl.TPE_OF}.items():
+            shares = [found[f"{name} of {n}"][kind] for n in counts]
+            assert shares == sorted(shares)
+        assert found["always halve the rate"][kind] <= found["best constant of 1"][kind] + 1e-4
+        assert found["random of 1"][kind] <= found["best constant of 2"][kind]
+    assert found["random of 16"]["seen"] == 1
+    assert found["oracle"]["regret"] == 0
+
+    reader = found["linear reader"]
+    assert reader["diagnosis_seen"] == 1
+    assert reader["diagnosis_held"] == 1
+    assert reader["seen"] == 1
+    assert reader["pairs"] > found["best constant of 2"]["pairs"]
+    assert reader["needless"] == 0
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        rl.print_baselines(found)
+    lines = out.getvalue().splitlines()
+    assert len(lines) <= 15
+    for name in ("nothing", "always halve the rate", "TPE of 16", "linear reader", "oracle"):
+        assert sum(line.startswith(name) for line in lines) == 1
+
+def test_keeping_is_checked_by_hand(few_worlds):
+    """A healthy run has four edits that change it, two herrings have five each; what repairs one world repairs all."""
+    runs = MadeRuns()
+    found = rl.check_keeping(runs, MADE_KEEP)
+    assert found["real_edits"] == 6 * (4 + 5 + 5)
+    assert found["false_keeps"] == 0
+    assert found["own_gain"] > 0.2
+    assert found["other_gain"] > 0.2
+    assert found["other_fails"] == 0
+    # a threshold that lets noise pass: some of the six worlds' herrings gain by it
+    assert rl.check_keeping(runs, 0)["false_keeps"] > 0
+
 # ---- 15. bad input, damaged files, README, mutants -----------------------------------------------
 # What a script cannot obey it refuses in one line that names the value, with exit code 2 and no traceback. What is
 # read from a file is distrusted part by part, and no refusal changes a file. Then come bench.py's rows and README's
@@ -13453,6 +13649,42 @@ def imitation_counts_as_steps(real, now, args):
     """The time left is estimated with the imitation's time in it."""
     return real(dataclasses.replace(now, warm=0.0), args)
 
+def nothing_is_undone(real, runs, problem, n_edits, keep):
+    """Edits that harm are kept, too."""
+    return real(runs, problem, n_edits, -math.inf)
+
+def first_edits_are_the_best(real, gains, oracle, n):
+    """A constant is not chosen."""
+    return gains[:, :n].max(1)
+
+def edits_drawn_twice(real, gains, n):
+    """Random draws are put back."""
+    n_columns = gains.shape[1]
+    chance = [((k + 1) ** n - k ** n) / n_columns ** n for k in range(n_columns)]
+    return np.sort(gains, 1) @ np.array(chance)
+
+def nothing_counts_as_good(real, *args):
+    """The estimator knows only what it has tried."""
+    with mock.patch.object(rl, "TPE_GOOD", 0):
+        return real(*args)
+
+def first_try_is_good(real, *args):
+    """The estimator draws from what it has tried, whatever that gained."""
+    with mock.patch.object(rl, "TPE_GOOD", 0.9):
+        return real(*args)
+
+def all_logs_look_alike(real, texts):
+    """The reader sees no letter."""
+    return torch.zeros_like(real(texts))
+
+def failures_are_forgotten(real, self, text, failed=()):
+    """An edit that failed is tried again."""
+    return real(self, text)
+
+def resets_of_nothing_count(real, problems):
+    """Edits that leave a recipe as it is count as tried."""
+    return [(problem.recipe(), edit) for problem in problems for edit in rl.EDITS]
+
 def no_clip(real, *args):
     """CISPO's weights are not bounded."""
     return real(*args, eps_high=math.inf)
@@ -13835,6 +14067,12 @@ def cells_go_on():
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as monkeypatch:
         test_quality_goes_on_where_it_ended(cells_by_hand(monkeypatch, folder))
 
+def keeping_of_few_worlds():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(rl, "TRAIN_WORLDS", range(4))
+        monkeypatch.setattr(rl, "TEST_WORLDS", range(rl.FRESH, rl.FRESH + 2))
+        test_keeping_is_checked_by_hand(None)
+
 MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("msa.chosen_blocks", every_block_chosen, on(test_msa_equals_loop, 37, 4, 3)),
     mutant("msa.selected", no_causal_mask,
@@ -13916,6 +14154,14 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("rl.make_task", played_tasks_are_the_trainings, test_play_is_greedy_and_fresh),
     mutant("rl.share_solved", errors_of_one_task, test_the_share_solved_by_hand),
     mutant("rl.seconds_to_go", imitation_counts_as_steps, test_the_time_left_by_hand),
+    mutant("rl.sequence_gains", nothing_is_undone, test_sequences_gain_what_repairs_gain),
+    mutant("rl.best_constant", first_edits_are_the_best, on(test_the_best_constant_is_the_best_of_all_sets, 2)),
+    mutant("rl.random_best", edits_drawn_twice, on(test_random_draws_have_the_mean_of_all_draws, 2)),
+    mutant("rl.tpe_best", nothing_counts_as_good, test_tpe_learns),
+    mutant("rl.tpe_best", first_try_is_good, test_tpe_is_random_until_something_counts_as_good),
+    mutant("rl.read_letters", all_logs_look_alike, test_a_linear_reader_reads_what_is_marked),
+    mutant("rl.LinearReader.choose", failures_are_forgotten, test_a_linear_reader_does_not_repeat_what_failed),
+    mutant("rl.real_edits", resets_of_nothing_count, keeping_of_few_worlds),
     mutant("rl.without_thought", calls_dropped_too, on(test_agents_keep_or_drop_thoughts, "maze")),
     mutant("rl.draw_faults", errors_of_their_own, test_errors_are_of_the_task_alone),
     mutant("rl.without_errors", errors_stay, on(test_the_teacher_recovers_from_errors, "tally", "drop")),

@@ -763,8 +763,19 @@ def draw_batch(recipe, tokens, step):
     batch["idx"] = idx
     return batch
 
+@contextlib.contextmanager
+def one_thread():
+    """Within it torch computes on one thread: several round otherwise, and forty steps later it is another run."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
+
+@one_thread()
 def run_recipe(recipe):
-    """Train -> Log. A pure function of the recipe and the library's text, on one thread."""
+    """Train -> Log. A pure function of the recipe and the library's text."""
     train, val, width = read_world(recipe)
     cfg = MiniMaxConfig(
         vocab_size=Gateway.tokenizer.n_vocab, max_seq_len=RUN_ROW,
@@ -970,17 +981,13 @@ class RunTable(Runs):
 def library_digest():
     return hashlib.sha256(read_library()).hexdigest()[:16]
 
-def run_on_one_thread(recipe):
-    torch.set_num_threads(1)
-    return run_recipe(recipe)
-
 def make_runs(recipes, processes):
     """Yield the Log of each recipe, in their order. Each process makes one run at a time, on one thread."""
     began = time.perf_counter()
     told = began
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, spawn) as workers:
-        for number, log in enumerate(workers.map(run_on_one_thread, recipes, chunksize=4), 1):
+        for number, log in enumerate(workers.map(run_recipe, recipes, chunksize=4), 1):
             yield log
             now = time.perf_counter()
             if now - told > TELL_EVERY:

@@ -963,7 +963,7 @@ class RunTable(Runs):
                     row = json.loads(line)
                     log = Log(**row.pop("log"))
                     self.logs[Recipe(**row)] = log
-        except (OSError, TypeError, KeyError, ValueError) as error:
+        except (OSError, TypeError, KeyError, ValueError, AttributeError) as error:
             raise ValueError(f"--table {path}: {first_line(error)}") from None
 
     def log(self, recipe):
@@ -2247,7 +2247,7 @@ def context_size(args):
     if args.own_task:
         return OWN_CONTEXT
     room = dict(calculator=96, maze=round_up(14 * args.turns + 48, 128), cap=128, tally=96,
-                evolve=96)[args.task]
+                evolve=112)[args.task]
     if args.tool_errors and args.task != "cap":  # of a call of most characters and its error, each time
         room = round_up(room + 12 * most_faults(dict(calculator=3, maze=args.turns, tally=6)[args.task]), 32)
     return room
@@ -2384,6 +2384,8 @@ def parse_args(argv, locks=None):
         raise ValueError(f"--token {args.token}: it is the key of --serve")
     if args.teach and (args.serve is None or not has_teacher(args)):
         raise ValueError(f"--teach {args.teach}: it needs --serve, and a task with a teacher")
+    if args.task == "evolve" and args.tool_errors:
+        raise ValueError(f"--tool-errors {args.tool_errors:g}: a rerun of --task evolve does not fail")
     if args.init:
         for name in ("preset", "attn", "mtp"):
             if getattr(args, name) != p.get_default(name):

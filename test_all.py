@@ -7,6 +7,7 @@ brute-force loops, closed forms, published counts. fp32 tolerances are a few rou
 """
 import asyncio
 import base64
+import codecs
 import contextlib
 import copy
 import dataclasses
@@ -11045,6 +11046,1047 @@ def test_rl_says_nothing_before_its_flags_are_read(argv):
             rl.main(argv)
     assert "run  " not in out.getvalue()
 
+# ---- self-evolution: the inner run -------------------
+# What a fault does is read from batches, rates and weights, not from the loss. Runs of real training are few here, and
+# short where four steps show enough; tasks are played on runs whose losses are random, or set by hand.
+
+FAULTS_AND_HERRINGS = (*rl.FAULTS, rl.HELD_OUT, *rl.HERRINGS)
+FAULT_OF = {fault.setting: fault for fault in FAULTS_AND_HERRINGS if fault.letter != "l"}
+TOO_LOW = rl.FAULTS[1]                 # the rate, which FAULT_OF has as too high
+
+def watched(recipe, steps=4):
+    """The first steps of an inner run -> for each: batch, rates of the groups, gradients, weights before and after."""
+    seen = []
+    real_step = rl.text_step
+    real_update = rl.update
+
+    def step(model, batch, *args):
+        seen.append(SimpleNamespace(batch=batch, before=copied(model)))
+        return real_step(model, batch, *args)
+
+    def update(model, optimizers, *args):
+        now = seen[-1]
+        now.names = {id(p): name for name, p in model.named_parameters()}
+        now.groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        now.rates = [group["lr"] for group in now.groups]
+        now.grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        real_update(model, optimizers, *args)
+        now.after = copied(model)
+
+    patches = dict(RUN_STEPS=steps, text_step=step, update=update, evaluate=lambda *_: dict(val_bpb=1.0))
+    with mock.patch.multiple(rl, **patches):
+        rl.run_recipe(recipe)
+    return seen
+
+def copied(model):
+    return {name: x.clone() for name, x in model.state_dict().items()}
+
+def rates_of(recipe):
+    """The rate of each of a run's steps, in a group that the schedule alone moves. Nothing is computed."""
+    rates = []
+    zeros = dict(loss=torch.ones(()), index_kl=torch.ones(1), norms=[torch.ones(())], expert_load=torch.ones(2, 4))
+    patches = dict(
+        text_step=lambda *_: zeros,
+        update=lambda model, optimizers, *_: rates.append(optimizers[0].param_groups[0]["lr"]),
+        evaluate=lambda *_: dict(val_bpb=1.0))
+    with mock.patch.multiple(rl, **patches):
+        rl.run_recipe(recipe)
+    return rates
+
+def plain_run(world):
+    """A healthy run as one would write it with train.py's parts -> losses, norms, nats a validated byte."""
+    tokens, val, width = rl.read_world(rl.Recipe(world))
+    cfg = MiniMaxConfig(
+        vocab_size=257, max_seq_len=64, n_layer=2, n_embd=width, n_head=2, n_kv_head=1, head_dim=16, rotary_dim=8,
+        attn_types=["full", "msa"], mlp_types=["moe", "moe"], n_expert=4, n_expert_per_tok=1, expert_dim=2 * width,
+        index_head_dim=16, index_block_size=8, index_topk_blocks=4)
+    torch.manual_seed(random.Random(f"weights {world} 0").getrandbits(62))
+    model = MiniMax(cfg)
+    optimizers, index, rest = train.configure_optimizers(model, 1.0)
+    losses = []
+    norms = []
+    for step in range(40):
+        train.set_rates(optimizers, 0.05 * min(1, step / 4 + 0.01, (40 - step) / 24))
+        batch = train.get_batch(tokens, 0, world, step, 8, 64)
+        found = train.train_step(model, batch, optimizers, [rest, index], bias_rate=0.01)
+        losses.append(found["loss"].item())
+        norms.append(found["norms"][0].item())
+
+    # windows of 64 tokens of one document, 256 of them; the last byte alone predicts the end of the text
+    ids = torch.from_numpy(val.ids[:128 * 128 + 1]).long()
+    end = torch.tensor([256])
+    with torch.no_grad():
+        logits = model.eval()(ids[:-1].view(-1, 64))[0].flatten(0, 1)
+        logits_end = model(ids[None, -1:])[0][0]
+    nats = F.cross_entropy(logits, ids[1:], reduction="sum") + F.cross_entropy(logits_end, end)
+    return losses, norms, nats.item() / 128 ** 2
+
+def nearest_letter(value, low, high):
+    """The letter whose level is the nearest on a logarithmic scale: 26, from low to high, a constant ratio apart."""
+    levels = [low * (high / low) ** (place / 25) for place in range(26)]
+    distances = [abs(math.log(value) - math.log(level)) for level in levels]
+    return "abcdefghijklmnopqrstuvwxyz"[distances.index(min(distances))]
+
+@session_fixture
+def healthy_log():
+    return rl.run_recipe(rl.Recipe(0))
+
+def test_an_inner_run_is_a_plain_loop(healthy_log):
+    """With no fault a run is train.py's step, forty times, and torch's cross entropy of the validation text."""
+    losses, norms, val = plain_run(0)
+    assert healthy_log.loss == "".join(nearest_letter(loss, 0.35, 7.0) for loss in losses)
+    assert healthy_log.norm == "".join(nearest_letter(norm, 0.1, 10.0) for norm in norms)
+    assert healthy_log.val == pytest.approx(val, rel=1e-5)
+
+def test_an_inner_run_is_a_pure_function(healthy_log):
+    """The same to the last bit however many threads torch has, and torch's generator is where it was. Another seed or
+    world is another run."""
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    n_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert rl.run_recipe(rl.Recipe(0)) == healthy_log
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(n_threads)
+    assert torch.equal(torch.get_rng_state(), state)
+
+    with mock.patch.object(rl, "RUN_STEPS", 4):
+        logs = [rl.run_recipe(recipe) for recipe in (rl.Recipe(0), rl.Recipe(0, seed=1), rl.Recipe(1))]
+    assert len({log.val for log in logs}) == 3
+
+def test_letters_are_the_nearest_of_26_levels():
+    """A number's letter is that of the nearest level; what is no number has the last one."""
+    rng = random.Random(0)
+    for low, high in (*rl.COLUMNS.values(), rl.VAL_RANGE):
+        values = sorted(low * (high / low) ** rng.uniform(-0.2, 1.2) for _ in range(500))
+        found = [rl.letter(value, low, high) for value in values]
+        assert found == sorted(found)
+        assert set(found) == set(rl.LETTERS)
+        assert found == [nearest_letter(value, low, high) for value in values]
+
+        assert rl.letter(0.0, low, high) == rl.letter(-1.0, low, high) == "a"
+        for value in (math.nan, math.inf, -math.inf):
+            assert rl.letter(value, low, high) == "z"
+
+NUMBERED = b"".join(b"%07d\n" % number for number in range(1_100_000))  # a library whose lines say where they are
+
+def span(ids):
+    """Where a piece of that library lies: its first byte and the one after its last, from its first whole line."""
+    text = bytes(ids.tolist())
+    newline = text.index(b"\n")
+    line = int(text[newline + 1:newline + 8])
+    first = 8 * line - newline - 1
+    assert NUMBERED[first:first + len(text)] == text
+    return first, first + len(text)
+
+def test_no_world_trains_on_validation_text():
+    """Slices of training worlds lie in the library's first half, those of all others behind it, and behind both the
+    validation text, the same for all."""
+    worlds = [*rl.TRAIN_WORLDS, *rl.TEST_WORLDS, *rl.LIVE_WORLDS[:100]]
+    half = len(NUMBERED) // 2
+    vals = set()
+    with mock.patch.object(rl, "read_library", lambda: NUMBERED):
+        for world in worlds:
+            tokens, val, width = rl.read_world(rl.Recipe(world))
+            begin, end = span(tokens.ids[1:tokens.n_tokens])
+            assert end - begin == 400_000
+            if world in rl.TRAIN_WORLDS:
+                assert end <= half
+            else:
+                assert begin >= half
+
+            pieces = val.ids[1:val.n_tokens].reshape(-1, 128)
+            assert min(span(piece)[0] for piece in pieces[[0, 1, -1]]) >= end
+            vals.add(pieces.tobytes())
+            assert width in rl.WIDTHS
+    assert len(vals) == 1
+
+def test_worlds_of_each_kind_differ():
+    """No two worlds begin at the same place, and no number is of two kinds."""
+    kinds = [rl.TRAIN_WORLDS, rl.TEST_WORLDS, rl.LIVE_WORLDS]
+    worlds = [world for kind in kinds for world in kind[:100]]
+    assert len(set(worlds)) == len(worlds)
+    assert max(rl.TRAIN_WORLDS) < rl.FRESH <= min(rl.TEST_WORLDS)
+    starts = set()
+    with mock.patch.object(rl, "read_library", lambda: NUMBERED):
+        for world in worlds:
+            starts.add(span(rl.read_world(rl.Recipe(world))[0].ids[1:99])[0])
+    assert len(starts) == len(worlds)
+
+# ---- self-evolution: what a fault does -------------------
+
+def test_texts_are_spoiled_as_their_words_say():
+    """rot13 is Python's; it and backwards, twice, are the text; the rest is what regex and str make of it."""
+    text = rl.read_library()[:20_000]
+    assert rl.spoil(text, "plain") == text
+    assert rl.spoil(text, "rot13").decode() == codecs.encode(text.decode(), "rot13")
+    assert rl.spoil(text, "no spaces") == regex.sub(rb"\s", b"", text)
+    assert rl.spoil(text, "capitals").decode() == text.decode().upper()
+    assert rl.spoil(text, "backwards") == bytes(reversed(text))
+    for how in ("rot13", "backwards"):
+        assert rl.spoil(text, how) != text
+        assert rl.spoil(rl.spoil(text, how), how) == text
+
+def test_the_training_text_alone_is_spoiled():
+    """What the model is validated on is the same text, whatever happened to the other."""
+    tokens, val, _ = rl.read_world(rl.Recipe(0))
+    for how in (*FAULT_OF["text"].seen, *FAULT_OF["text"].held):
+        spoiled, same, _ = rl.read_world(rl.Recipe(0, text=how))
+        text = bytes(tokens.ids[1:tokens.n_tokens].tolist())
+        assert bytes(spoiled.ids[1:spoiled.n_tokens].tolist()) == rl.spoil(text, how)
+        assert np.array_equal(same.ids, val.ids)
+
+def counted_tokens(n=6400):
+    """A text in which each token is its place: what was shifted, repeated or replaced shows."""
+    return train.Tokens([("", "")], rl.Gateway.tokenizer, 8, 64, [np.arange(1000, 1000 + n - 1)])
+
+def drawn_batches(count=40, **settings):
+    """The first batches of a run, from counted tokens."""
+    tokens = counted_tokens()
+    return [rl.draw_batch(rl.Recipe(**settings), tokens, step) for step in range(count)]
+
+def test_a_healthy_batch_is_trains():
+    for step, batch in enumerate(drawn_batches(3, world=7)):
+        plain = train.get_batch(counted_tokens(), 0, 7, step, 8, 64)
+        assert torch.equal(batch["idx"], plain["idx"])
+        assert torch.equal(batch["targets"], plain["targets"])
+
+@parametrize("shift", [0, 1, 2, 3, 4])
+def test_targets_are_shifted_by_so_many_places(shift):
+    """A target is the token so many places on, itself at 0; beyond the row's text there is none."""
+    for batch in drawn_batches(5, shift=shift):
+        n_known = min(64, 65 - shift)
+        known = batch["targets"][:, :n_known]
+        idx = batch["idx"].clone()
+        idx[idx == 256] = 999          # the end-of-text token, before the first place
+        assert torch.equal(known.where(known != 256, 999), idx[:, :n_known] + shift)
+        assert (batch["targets"][:, n_known:] == -1).all()
+
+@parametrize("count", [1, 2, 3, 4])
+def test_so_many_batches_are_repeated(count):
+    """A run sees the first batches of the healthy run, over and over."""
+    batches = drawn_batches(data=count)
+    plain = drawn_batches()
+    for step, batch in enumerate(batches):
+        assert torch.equal(batch["idx"], plain[step % count]["idx"])
+        assert torch.equal(batch["targets"], plain[step % count]["targets"])
+    assert len({batch["idx"].numpy().tobytes() for batch in plain}) == len(plain)
+
+@parametrize("noise", [0.2, 0.5])
+def test_noise_replaces_its_share_of_the_text(noise):
+    """As many bytes as it says, give or take four standard deviations; targets are the corrupted text, too."""
+    batches = drawn_batches(noise=noise)
+    plain = drawn_batches()
+    changed = torch.cat([batch["idx"] != clean["idx"] for batch, clean in zip(batches, plain)])
+    share = changed.double().mean().item()
+    assert abs(share - noise) < 4 * math.sqrt(noise * (1 - noise) / changed.numel())
+    for batch in batches:
+        assert torch.equal(batch["targets"][:, :-1], batch["idx"][:, 1:])
+        assert batch["idx"][batch["idx"] < 999].max() < 257
+
+    values = torch.cat([batch["idx"][batch["idx"] < 256] for batch in batches])
+    counts = values.bincount(minlength=256).double()
+    expected = counts.sum() / 256
+    chi_square = ((counts - expected) ** 2 / expected).sum().item()
+    assert abs(chi_square - 255) < 5 * math.sqrt(2 * 255)  # all 256 are equally likely
+
+def test_noise_is_repeated_with_the_batch_and_shifted_with_it():
+    """Two faults at once: the batches that come again have the same noise, and a shift moves the corrupted text."""
+    batches = drawn_batches(4, noise=0.3, data=2)
+    assert torch.equal(batches[0]["idx"], batches[2]["idx"])
+    assert not torch.equal(batches[0]["idx"], batches[1]["idx"])
+    for batch in drawn_batches(4, noise=0.3, shift=2):
+        assert torch.equal(batch["targets"][:, :-2], batch["idx"][:, 2:])
+
+@parametrize("rows", [1, 2, 3])
+def test_a_small_batch_has_so_many_rows(rows):
+    for batch in drawn_batches(3, batch=rows):
+        assert {tuple(x.shape) for x in batch.values()} == {(rows, 64)}
+
+def wsd(step, warmup):
+    """The rate's factor of a step, as the schedule's words say."""
+    return min(1, step / 40 / warmup + 0.01, (1 - step / 40) / 0.6)
+
+@parametrize("settings, factor", [
+    (dict(), 1), (dict(rate=12.0), 12), (dict(rate=1 / 24, power=2), 16 / 24), (dict(power=-1), 1 / 4),
+    (dict(warmup=8.0), 1), (dict(warmup=4.0, power=1), 4)])
+def test_each_step_has_the_schedules_rate(settings, factor):
+    """0.05, times the fault's factor, times 4 for each power of the edits, along warm-up and decay."""
+    warmup = settings.get("warmup", 0.1)
+    assert rates_of(rl.Recipe(**settings)) == pytest.approx([0.05 * factor * wsd(step, warmup) for step in range(40)])
+
+def test_the_embeddings_rate_is_its_alone():
+    """Its group has the fault's share of its rate, and every other group all of it."""
+    plain = watched(rl.Recipe(0), 2)
+    slow = watched(rl.Recipe(0, embed=0.03), 2)
+    for before, now in zip(plain, slow):
+        for group, rate, full in zip(now.groups, now.rates, before.rates):
+            names = [now.names[id(p)] for p in group["params"]]
+            if "embed.weight" in names:
+                assert names == ["embed.weight"]
+                assert rate == pytest.approx(0.03 * full)
+            else:
+                assert rate == full
+
+def test_decay_shrinks_matrices_and_nothing_else():
+    """After a step a matrix has lost rate times decay of what it was; vectors are the healthy run's."""
+    plain, = watched(rl.Recipe(0), 1)
+    decayed, = watched(rl.Recipe(0, decay=12.0), 1)
+    lost = 0.05 * wsd(0, 0.1) * 12
+    for name, weight in decayed.after.items():
+        first = decayed.before[name]
+        shrunk = lost * first if name in plain.grads and first.dim() > 1 else 0 * first
+        assert worst(weight, plain.after[name] - shrunk) < 1e-6
+    assert lost > 0
+
+def test_the_heads_first_weights_are_scaled():
+    """All other weights are those of the healthy run."""
+    plain, = watched(rl.Recipe(0), 1)
+    large, = watched(rl.Recipe(0, init=30.0), 1)
+    for name, weight in large.before.items():
+        scale = 30.0 if name == "lm_head.weight" else 1.0
+        assert torch.equal(weight, scale * plain.before[name])
+
+def moved(steps, part):
+    """Whether the weights whose names hold `part` differ after these steps; all of them, or none."""
+    first = steps[0].before
+    last = steps[-1].after
+    found = {not torch.equal(first[name], last[name]) for name in first if part in name}
+    assert len(found) == 1
+    return found.pop()
+
+def test_herrings_stop_what_they_name_and_nothing_else():
+    """Without balancing the router's biases stay 0, without its KL the index branch keeps its weights."""
+    healthy = watched(rl.Recipe(0))
+    unbalanced = watched(rl.Recipe(0, bias=0.0))
+    unindexed = watched(rl.Recipe(0, kl=0.0))
+    assert moved(healthy, "router.bias")
+    assert moved(healthy, ".indexer.")
+    assert not moved(unbalanced, "router.bias")
+    assert not unbalanced[-1].after["layers.0.mlp.router.bias"].any()
+    assert moved(unbalanced, ".indexer.")
+    assert not moved(unindexed, ".indexer.")
+    assert moved(unindexed, "router.bias")
+    assert moved(unindexed, "lm_head.")
+
+def test_the_null_edit_clips_gradients():
+    """The main branch's gradient has at most half the norm, and its direction."""
+    plain, = watched(rl.Recipe(0), 1)
+    clipped, = watched(rl.Recipe(0, **rl.NULL_EDIT), 1)
+    names = [name for name in plain.grads if ".indexer." not in name]
+    full = torch.cat([plain.grads[name].flatten() for name in names])
+    half = torch.cat([clipped.grads[name].flatten() for name in names])
+    assert half.norm() <= 0.5 + 1e-6
+    assert relative(half / half.norm(), full / full.norm()) < 1e-5
+
+# ---- self-evolution: edits and the table -------------------
+
+def every_problem():
+    """All problems that a table has places for."""
+    problems = []
+    for world in rl.TRAIN_WORLDS:
+        problems += rl.single_problems(world) + rl.pair_problems(world)
+    for world in rl.TEST_WORLDS:
+        for kind in rl.test_problems(world).values():
+            problems += kind
+    return problems
+
+def test_a_reset_undoes_its_fault_and_nothing_else():
+    """Once or twice, on a healthy run or beside another fault."""
+    for fault in (*rl.FAULTS[2:], rl.HELD_OUT, *rl.HERRINGS):
+        edit, = fault.edits
+        other = "noise" if fault.setting != "noise" else "decay"
+        for value in (*fault.seen, *fault.held):
+            recipe = rl.Recipe(3, **{fault.setting: value, other: 0.5, "power": 1})
+            repaired = rl.Recipe(3, **{other: 0.5, "power": 1})
+            assert rl.edited(recipe, edit) == repaired
+            assert rl.edited(repaired, edit) == repaired
+        assert rl.edited(rl.Recipe(3), edit) == rl.Recipe(3)
+        assert rl.thought(edit) == fault.letter
+
+def test_edits_of_the_rate_add_up_within_bounds():
+    """Their powers of four are summed, and cut to -2 and 2 after each edit; a fault's own factor stays."""
+    powers = {"lr*4": 1, "lr*16": 2, "lr/4": -1, "lr/16": -2}
+    for edits in itertools.product(powers, repeat=3):
+        recipe = rl.Recipe(0, rate=8.0)
+        power = 0
+        for edit in edits:
+            recipe = rl.edited(recipe, edit)
+            power = max(-2, min(2, power + powers[edit]))
+        assert recipe == rl.Recipe(0, rate=8.0, power=power)
+
+def test_edits_of_a_wrong_rate_lead_near_the_healthy_one():
+    """The better of a fault's two edits leaves the rate within a factor of two, and a little, of it."""
+    for fault in rl.FAULTS[:2]:
+        for value in (*fault.seen, *fault.held):
+            rates = [value * 4 ** rl.RATE_EDITS[edit] for edit in fault.edits]
+            assert min(abs(math.log2(rate)) for rate in rates) < 1.1
+
+def test_a_bad_edit_is_named():
+    for ask in (partial(rl.edited, rl.Recipe()), rl.thought):
+        with pytest.raises(ValueError, match="lr\\*3.*wd=0"):
+            ask("lr*3")
+
+def test_places_are_all_that_edits_lead_to():
+    """By brute force: after any sequence of edits one is at one of them, and each is reached by so many."""
+    rng = random.Random(0)
+    problems = every_problem()
+    chosen = [rl.Problem(0), *rng.sample(problems, 20)]
+    for problem in chosen:
+        places = rl.places(problem)
+        frontier = {problem.recipe()}
+        reached = set(frontier)
+        while frontier:
+            frontier = {rl.edited(recipe, edit) for recipe in frontier for edit in rl.EDITS} - reached
+            reached |= frontier
+        assert len(places) == len(set(places))
+        assert set(places) == reached
+        resets = [fault for fault, _ in problem.faults if fault.setting != "rate"]
+        assert len(places) == 5 * 2 ** len(resets)  # five rates, and each reset done or not
+
+def test_problems_are_of_all_kinds():
+    """A world has each fault and herring once; the held-out fault and severities are in the tests alone."""
+    for world in rl.TRAIN_WORLDS:
+        problems = rl.single_problems(world)
+        letters_of = [problem.faults[0][0].letter if problem.faults else "" for problem in problems]
+        assert sorted(letters_of) == sorted(["", *(fault.letter for fault in (*rl.FAULTS, *rl.HERRINGS))])
+        for problem in problems + rl.pair_problems(world):
+            for fault, value in problem.faults:
+                assert value in fault.seen
+
+    for world in rl.TEST_WORLDS:
+        kinds = rl.test_problems(world)
+        for kind, values in (("seen", "seen"), ("held", "held")):
+            assert {problem.faults[0][0].letter for problem in kinds[kind]} == {fault.letter for fault in rl.FAULTS}
+            for problem in kinds[kind]:
+                (fault, value), = problem.faults
+                assert value in getattr(fault, values)
+        assert {problem.faults[0][0] for problem in kinds["unseen"]} == {rl.HELD_OUT}
+        assert len(kinds["healthy"]) == 1 + len(rl.HERRINGS)
+        for problem in kinds["pairs"]:
+            (first, _), (second, _) = problem.faults
+            assert first.setting != second.setting
+
+class MadeUp(rl.Runs):
+    """Runs that nobody made: their logs are random letters, the same ones each time."""
+
+    def log(self, recipe):
+        if recipe not in self.logs:
+            rng = random.Random(repr(recipe))
+            lines = {name: "".join(rng.choices(rl.LETTERS, k=rl.RUN_STEPS)) for name in rl.COLUMNS}
+            self.logs[recipe] = rl.Log(**lines, val=rng.uniform(2.2, 5.6))
+        return self.logs[recipe]
+
+class Priced(MadeUp):
+    """Runs whose loss is set by hand: 2.5 nats, and a price for each setting that is not the healthy one."""
+    prices = dict(decay=0.4, noise=0.04, power=0.2, shift=0.3)
+
+    def log(self, recipe):
+        price = sum(self.prices.get(name, 0.0) for name in rl.recipe_fields(recipe))
+        return dataclasses.replace(super().log(recipe), val=2.5 + price)
+
+class AllAlike(rl.Runs):
+    """Runs with one log, whatever is wrong with them."""
+
+    def log(self, recipe):
+        return MadeUp().log(rl.Recipe())
+
+def kept_gain(runs, recipe, edits, keep):
+    """What a sequence of edits gains: one that gains no more than `keep` is undone."""
+    total = 0.0
+    for edit in edits:
+        place = rl.edited(recipe, edit)
+        gain = runs.log(recipe).val - runs.log(place).val
+        if gain > keep:
+            total += gain
+            recipe = place
+    return total
+
+@parametrize("reruns, keep", [(0, 0.0), (1, 0.0), (2, 0.0), (2, 0.3), (2, 1.5)])
+def test_the_oracle_is_the_best_of_all_sequences(reruns, keep):
+    """Of every sequence of so many edits, by brute force, in a world of random losses."""
+    runs = MadeUp()
+    pairs = [problem for world in rl.TEST_WORLDS for problem in rl.pair_problems(world)]
+    for problem in random.Random(0).sample(pairs, 15):
+        sequences = itertools.product(rl.EDITS, repeat=reruns)
+        best = max(kept_gain(runs, problem.recipe(), edits, keep) for edits in sequences)
+        assert runs.best_gain(problem.recipe(), reruns, keep) == pytest.approx(best)
+
+def test_gains_are_paired():
+    """A gain compares two runs of one world and seed, and is nothing where the edit changes nothing."""
+    asked = []
+
+    class Asked(MadeUp):
+        def log(self, recipe):
+            asked.append(recipe)
+            return super().log(recipe)
+
+    runs = Asked()
+    recipe = rl.Recipe(5, decay=12.0, seed=3)
+    gain = runs.gain(recipe, "wd=0")
+    assert asked == [recipe, rl.Recipe(5, seed=3)]
+    assert gain == MadeUp().log(recipe).val - MadeUp().log(rl.Recipe(5, seed=3)).val
+    assert runs.gain(recipe, "noise=0") == 0.0
+
+def in_threads(processes, context):
+    """What make_table's runs are made by, without processes."""
+    return ThreadPoolExecutor(processes)
+
+def make_up_table(path, recipes, log=MadeUp().log):
+    with mock.patch.multiple(rl, ProcessPoolExecutor=in_threads, run_recipe=log):
+        rl.make_table(str(path), 2, recipes)
+
+@session_fixture
+def made_up_table(tmp_path_factory):
+    """A table as make_table writes it, with every run that it should have, none of them real."""
+    path = tmp_path_factory.mktemp("table") / "evolve.jsonl"
+    make_up_table(path, rl.table_recipes())
+    return path
+
+def test_a_table_has_all_that_edits_lead_to(made_up_table):
+    """What was written is read again, all runs that any edits of any of its problems lead to, and the noise's."""
+    table = rl.RunTable(made_up_table)
+    needed = {place for problem in every_problem() for place in rl.places(problem)}
+    for world in (*rl.TRAIN_WORLDS, *rl.TEST_WORLDS):
+        needed |= {rl.Recipe(world, clip=0.5), rl.Recipe(world, seed=1)}
+    assert set(table.logs) == needed
+    assert table.made_with["runs"] == len(needed)
+    assert table.made_with["library"] == rl.library_digest()
+    assert made_up_table.stat().st_size <= 1e6
+
+    runs = MadeUp()
+    for recipe, log in table.logs.items():
+        assert log == runs.log(recipe)
+    for problem in every_problem():
+        table.best_gain(problem.recipe(), 4, 0.05)
+
+def test_the_noise_is_the_spread_of_a_changes_gains(made_up_table):
+    """Mean and standard deviation over worlds, as torch has them."""
+    table = rl.RunTable(made_up_table)
+    runs = MadeUp()
+    worlds = (*rl.TRAIN_WORLDS, *rl.TEST_WORLDS)
+    for change in (rl.NULL_EDIT, rl.OTHER_SEED):
+        gains = [runs.log(rl.Recipe(world)).val - runs.log(rl.Recipe(world, **change)).val for world in worlds]
+        gains = torch.tensor(gains, dtype=torch.float64)
+        mean, spread = table.noise(change)
+        assert mean == pytest.approx(gains.mean().item())
+        assert spread == pytest.approx(gains.std().item())
+
+def test_a_table_appears_when_it_is_complete(tmp_path):
+    """A run that fails leaves no file, and an older table as it was; nothing else lies beside it in the end."""
+    path = tmp_path / "evolve.jsonl"
+    recipes = [rl.Recipe(world) for world in range(9)]
+
+    def fails_at_the_end(recipe):
+        if recipe.world == 8:
+            raise RuntimeError("the disk is full")
+        return MadeUp().log(recipe)
+
+    with pytest.raises(RuntimeError):
+        make_up_table(path, recipes, fails_at_the_end)
+    assert list(tmp_path.iterdir()) == []
+
+    make_up_table(path, recipes[:4])
+    before = path.read_bytes()
+    with pytest.raises(RuntimeError):
+        make_up_table(path, recipes, fails_at_the_end)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+def test_a_table_holds_what_other_processes_computed(healthy_log, tmp_path):
+    """A real one, of two runs: the healthy one is the very run that this process makes."""
+    path = tmp_path / "evolve.jsonl"
+    broken = rl.Recipe(0, rate=12.0, text="rot13")
+    rl.make_table(str(path), 2, [rl.Recipe(0), broken])
+    table = rl.RunTable(path)
+    assert table.log(rl.Recipe(0)) == healthy_log
+    assert table.log(broken).val > healthy_log.val
+    assert table.made_with["torch"] == torch.__version__
+
+def opened(path, log=MadeUp().log):
+    """A table as a run opens it -> RunTable, and what was printed. No run is real."""
+    with mock.patch.multiple(rl, ProcessPoolExecutor=in_threads, run_recipe=log):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            table = rl.open_table(str(path))
+    return table, out.getvalue()
+
+def test_a_table_is_made_if_it_is_absent_and_checked_if_it_is_there(made_up_table, tmp_path):
+    """All its runs are made, once. Two are made again whenever it is opened: what they say then is printed."""
+    path = tmp_path / "evolve.jsonl"
+    table, text = opened(path)
+    assert set(table.logs) == set(rl.table_recipes())
+    assert f"{len(table.logs)} training runs are made" in text
+    written = path.read_bytes()
+    again, text = opened(path)
+    assert again.logs == table.logs
+    assert "are made" not in text
+    assert text.count("made again") == 2
+    assert len(re.findall("made again: .*, the same$", text, re.M)) == 2
+    assert path.read_bytes() == written
+
+    # on a machine that rounds otherwise
+    _, text = opened(made_up_table, lambda recipe: dataclasses.replace(MadeUp().log(recipe), val=2.125))
+    assert text.count("2.12500 now") == 2
+
+def test_a_table_that_lacks_runs_is_refused(made_up_table, tmp_path):
+    """A line that says how many, and names one."""
+    lines = made_up_table.read_text().splitlines()
+    path = tmp_path / "evolve.jsonl"
+    path.write_text("\n".join(lines[:-3]) + "\n")
+    with pytest.raises(ValueError, match="evolve.jsonl: 3 runs are missing, as .*world"):
+        opened(path)
+
+def test_a_table_of_another_library_is_used_and_named(made_up_table, tmp_path):
+    """Its runs cannot be made again here, and none is tried."""
+    header, *lines = made_up_table.read_text().splitlines()
+    path = tmp_path / "evolve.jsonl"
+    path.write_text("\n".join([json.dumps(json.loads(header) | dict(library="0" * 16)), *lines]) + "\n")
+    table, text = opened(path)
+    assert set(table.logs) == set(rl.table_recipes())
+    assert "another text" in text
+    assert "made again" not in text
+
+WHOLE_RUN = '{"world":3,"log":{"loss":"aa","norm":"bb","vio":"cc","kl":"dd","val":2.5}}'
+
+@parametrize("line", [
+    WHOLE_RUN[:-9],
+    WHOLE_RUN.replace("world", "planet"),
+    WHOLE_RUN.replace('"kl":"dd",', ""),
+    WHOLE_RUN.replace("log", "lag"),
+    WHOLE_RUN.replace("3", "[3]"),
+    "3",
+    "[]"])
+def test_a_damaged_table_is_refused(line, tmp_path):
+    """A cut line, a field that is unknown or missing, something else: one line that names the file."""
+    path = tmp_path / "evolve.jsonl"
+    path.write_text("{}\n" + WHOLE_RUN + "\n")
+    assert list(rl.RunTable(path).logs) == [rl.Recipe(3)]
+
+    path.write_text("{}\n" + WHOLE_RUN + "\n" + line + "\n")
+    with pytest.raises(ValueError) as refusal:
+        rl.RunTable(path)
+    assert str(path) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+@parametrize("content", [None, b"", b"\xff\xfe", b"no json\n"])
+def test_what_is_no_table_is_refused(content, tmp_path):
+    """No file, an empty one, one that is no text, or no JSON."""
+    path = tmp_path / "evolve.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match="evolve.jsonl"):
+        rl.RunTable(path)
+
+@session_fixture
+def shipped_table():
+    if not os.path.exists(rl.TABLE):
+        pytest.skip(f"{rl.TABLE} is not here: rl.py --task evolve makes it")
+    return rl.RunTable(rl.TABLE)
+
+def test_flags_of_evolve_are_refused_in_a_line(tmp_path):
+    """A table that is none, and errors of a tool that has none."""
+    path = tmp_path / "evolve.jsonl"
+    path.write_text("no json\n")
+    line = f"--task evolve --table {path} --steps 1"
+    assert str(path) in refused(rl, rl_args(tmp_path / "out", line))
+    assert "--tool-errors 0.3" in refused(rl, rl_args(tmp_path / "out", f"{line} --tool-errors 0.3"))
+
+def test_the_shipped_table_is_complete(shipped_table):
+    """At most 1 MB, every run that it should have, of as many steps and letters as a run has, and who made it."""
+    assert os.path.getsize(rl.TABLE) <= 1e6
+    assert set(shipped_table.logs) == set(rl.table_recipes())
+    assert has_keys(shipped_table.made_with, "library python torch runs seconds")
+    for log in shipped_table.logs.values():
+        for name in rl.COLUMNS:
+            assert re.fullmatch("[a-z]{40}", getattr(log, name))
+        assert 0 < log.val <= math.log(256)
+
+def harms(table, fault, value):
+    """Nats that a fault costs, in each world in which the table has it."""
+    change = {fault.setting: value}
+    worlds = [recipe.world for recipe in table.logs if recipe == rl.Recipe(recipe.world, **change)]
+    return [table.log(rl.Recipe(world, **change)).val - table.log(rl.Recipe(world)).val for world in worlds]
+
+def test_shipped_faults_harm_and_herrings_do_not(shipped_table):
+    """Each value of each fault costs, on average over worlds, three standard deviations of a null edit at least."""
+    _, noise = shipped_table.noise(rl.NULL_EDIT)
+    for fault in (*rl.FAULTS, rl.HELD_OUT):
+        for value in (*fault.seen, *fault.held):
+            costs = harms(shipped_table, fault, value)
+            assert costs, (fault.words, value)
+            assert sum(costs) / len(costs) >= 3 * noise, (fault.words, value)
+    for fault in rl.HERRINGS:
+        costs = harms(shipped_table, fault, fault.seen[0])
+        assert abs(sum(costs) / len(costs)) < 3 * noise, fault.words
+
+def test_a_shipped_run_is_real(shipped_table):
+    """A run of the table, made again: the same letters, and the same loss to five digits."""
+    if shipped_table.made_with["library"] != rl.library_digest():
+        pytest.skip("another Python's library: other texts, other runs")
+    recipe = random.Random(22).choice(list(shipped_table.logs))
+    log = rl.run_recipe(recipe)
+    told = shipped_table.log(recipe)
+    assert dataclasses.replace(log, val=0) == dataclasses.replace(told, val=0)
+    assert log.val == pytest.approx(told.val, rel=1e-5)
+
+# ---- self-evolution: the task -------------------
+
+DECAY = (FAULT_OF["decay"], 12.0)
+NOISE = (FAULT_OF["noise"], 0.2)
+SHIFT = (FAULT_OF["shift"], 2)
+BOTH = rl.Problem(0, (DECAY, NOISE))   # of Priced: one edit gains 0.4 nats, another 0.04
+KEEP = 0.05
+
+def repair(problem=BOTH, reruns=3, runs=None, keep=KEEP, seed=0):
+    return rl.Repair(random.Random(seed), runs or Priced(), problem, reruns, keep)
+
+def play_repair(task, *texts):
+    """Say these texts to the task's agent -> messages before each of them, and what the agent returns in the end."""
+    agent = task.agent()
+    turns = []
+    text = None
+    for said in (*texts, None):
+        try:
+            turns.append(agent.send(text))
+        except StopIteration as stop:
+            return turns, stop.value
+        text = said
+    try:
+        agent.send(None)
+    except StopIteration as stop:
+        return turns, stop.value
+    raise AssertionError("the episode goes on")
+
+def test_a_repair_by_hand():
+    """What is kept is paid as a share of the oracle's gain, each rerun costs a tenth, and "A." ends it for nothing."""
+    task = repair()
+    assert task.oracle == pytest.approx(0.4)
+    turns, (rewards, success, speed) = play_repair(task, "n[noise=0]", "d[wd=0]", "A.")
+    assert rewards == pytest.approx([-0.1, 0.9, 0.0])
+    assert success
+    assert speed == 2.0                # reruns
+    assert task.recipe == rl.Recipe(0, noise=0.2)
+    assert len(turns) == 3
+
+def test_an_edit_below_keep_is_undone():
+    """It pays nothing, costs its rerun, and the run stays as it was; one that is above stays."""
+    task = repair(keep=0.05)
+    play_repair(task, "n[noise=0]")
+    assert task.recipe == BOTH.recipe()
+    assert task.gain == 0.0
+    task = repair(keep=0.03)
+    play_repair(task, "n[noise=0]")
+    assert task.recipe == rl.Recipe(0, decay=12.0)
+    assert task.gain == pytest.approx(0.04)
+
+def test_what_failed_stays_in_the_messages_until_an_edit_is_kept():
+    """Call and "=b;" stand behind the log. After an edit that is kept comes the new run's log alone."""
+    task = repair(reruns=4)
+    first = task.prompt
+    turns, _ = play_repair(task, "n[noise=0]", "h[lr/4]", "d[wd=0]")
+
+    def pairs(messages):
+        return [(message["role"], message["content"]) for message in messages]
+
+    undone = [("assistant", "n[noise=0]"), ("tool", "=b;")]
+    undone_too = [("assistant", "h[lr/4]"), ("tool", "=b;")]
+    assert pairs(turns[0]) == [("user", first)]
+    assert pairs(turns[1]) == [("user", first), *undone]
+    assert pairs(turns[2]) == [("user", first), *undone, *undone_too]
+    assert pairs(turns[3]) == [("user", task.describe())]
+    assert task.describe() != first
+
+def test_a_malformed_call_ends_a_repair():
+    """It costs what malformed calls cost, no rerun, and repairs nothing."""
+    for text in ("d[wd=1]", "wd=0", "d[wd=0", "[wd=0]", "dd[wd=0]", "d[wd=0].", "D[wd=0]", "d[]", "", "A", "A. "):
+        task = repair()
+        _, (rewards, success, speed) = play_repair(task, text)
+        assert rewards == [rl.PROCESS]
+        assert not success
+        assert speed == 0.0
+        assert task.recipe == BOTH.recipe()
+
+def test_a_healthy_run_is_best_left_alone():
+    """There "A." pays 0 and is a success; a rerun costs its time and is none, herrings or not."""
+    problems = [rl.Problem(0), *(rl.Problem(0, ((fault, *fault.seen),)) for fault in rl.HERRINGS)]
+    for problem in problems:
+        _, result = play_repair(repair(problem), "A.")
+        assert result == ([0.0], True, 0.0)
+        _, (rewards, success, _) = play_repair(repair(problem), "d[wd=0]", "A.")
+        assert rewards == pytest.approx([-0.1, 0.0])
+        assert not success
+
+@parametrize("reruns", [1, 2, 4])
+def test_an_episode_has_so_many_reruns(reruns):
+    """After the last one it is over; nobody is asked again."""
+    turns, (rewards, success, speed) = play_repair(repair(reruns=reruns), *["x[bias=1%]"] * 9)
+    assert len(turns) == reruns
+    assert rewards == pytest.approx([-0.1] * reruns)
+    assert speed == reruns
+    assert not success
+
+def test_an_abandoned_repair_pays_nothing():
+    assert play_repair(repair())[1] == ([0.0], False, 0.0)
+
+def test_small_gains_are_not_blown_up():
+    """Where the oracle gains less than a tenth of a nat, shares are of a tenth."""
+    task = repair(rl.Problem(0, (NOISE,)), keep=0.03)
+    assert task.oracle == pytest.approx(0.04)
+    _, (rewards, success, _) = play_repair(task, "n[noise=0]", "A.")
+    assert rewards == pytest.approx([0.04 / 0.1 - 0.1, 0.0])
+    assert success
+
+def test_repaired_is_four_fifths_of_the_oracle():
+    """Prices 0.4 and 0.3: neither alone is enough, both are; 0.4 and 0.04 with a small threshold: the first is."""
+    both = rl.Problem(0, (DECAY, SHIFT))
+    assert not play_repair(repair(both), "d[wd=0]", "A.")[1][1]
+    assert play_repair(repair(both), "d[wd=0]", "s[shift=1]", "A.")[1][1]
+    assert play_repair(repair(keep=0.01), "d[wd=0]", "A.")[1][1]
+
+def test_a_prompt_holds_the_logs_letters():
+    """Letter for letter those of the run, at steps that are drawn anew for each task."""
+    runs = MadeUp()
+    log = runs.log(BOTH.recipe())
+    prompts = set()
+    for seed in range(20):
+        task = repair(runs=runs, seed=seed)
+        loss, norm, vio, kl, val = task.prompt[1:-1].split(" ")
+        for step, (first, last) in zip(task.steps, rl.SHOWN_STEPS, strict=True):
+            assert first <= step <= last
+        assert list(loss) == [log.loss[step - 1] for step in task.steps]
+        assert list(norm) == [log.norm[step - 1] for step in task.steps]
+        assert list(vio) == [log.vio[task.steps[3] - 1], log.vio[task.steps[6] - 1]]
+        assert list(kl) == [log.kl[task.steps[3] - 1], log.kl[task.steps[6] - 1]]
+        assert val == nearest_letter(log.val, 2.2, 5.6)
+        assert task.prompt[0] == "E"
+        assert task.prompt[-1] == ";"
+        prompts.add(task.prompt)
+    assert len(prompts) > 10
+
+def test_messages_tell_nothing_but_the_log():
+    """Where all runs have one log, all problems have the same messages, at the start and after an edit that failed."""
+    told = set()
+    for problem in random.Random(0).sample(every_problem(), 40):
+        task = repair(problem, runs=AllAlike(), seed=9)
+        turns, _ = play_repair(task, "h[lr/4]", "A.")
+        told.add(json.dumps(turns))
+    assert len(told) == 1
+
+def make_repair(number, split=0, **flags):
+    """A task as a run makes it."""
+    args = dict(
+        seed=0, own_task=None, task="evolve", runs=MadeUp(), reruns=1, keep=KEEP, logs="true", thoughts="keep",
+        tool_errors=0.0)
+    return rl.make_task(SimpleNamespace(**args | flags), number, split)
+
+def test_tasks_of_a_group_are_the_same_and_of_training_worlds():
+    """A task is a function of its number: the same log, the same steps. All faults come up, no world of the tests."""
+    count = 600
+    letters_of = Counter()
+    n_pairs = 0
+    n_failed = 0
+    for number in range(count):
+        task = make_repair(number)
+        again = make_repair(number)
+        assert task.prompt == again.prompt
+        assert task.failed == again.failed
+        assert task.problem.world in rl.TRAIN_WORLDS
+        for fault, value in task.problem.faults:
+            assert value in fault.seen
+        letters_of.update([fault.letter for fault, _ in task.problem.faults] or "-")
+        n_pairs += len(task.problem.faults) == 2
+        n_failed += task.failed is not None
+    assert set(letters_of) == {"-", *(fault.letter for fault in (*rl.FAULTS, *rl.HERRINGS))}
+    assert is_near(n_pairs / count, rl.PAIR_SHARE, count)
+    assert is_near(n_failed / count, rl.FAILED_SHARE, count)
+
+def test_other_splits_are_other_tasks():
+    """Those that --play shows are of test worlds; the imitation's are not the rewards'."""
+    for number in range(20):
+        assert make_repair(number, 2).problem.world in rl.TEST_WORLDS
+    assert [make_repair(number).prompt for number in range(9)] != [make_repair(number, 1).prompt for number in range(9)]
+
+def test_a_task_may_begin_behind_an_edit_that_failed():
+    """That edit would be undone, and stands in the messages as one that was; it costs nothing, and is no rerun."""
+    for seed in range(40):
+        task = repair(BOTH, seed=seed)
+        task.fail_first()
+        assert task.runs.gain(BOTH.recipe(), task.failed) <= KEEP
+        turns, (rewards, _, speed) = play_repair(task, "d[wd=0]", "A.")
+        prompt, call, answer = turns[0]
+        assert prompt == dict(role="user", content=task.prompt)
+        assert call == dict(role="assistant", content=f"{rl.thought(task.failed)}[{task.failed}]")
+        assert answer == dict(role="tool", content="=b;")
+        assert rewards == pytest.approx([0.9, 0.0])
+        assert speed == 1.0
+
+def test_a_blank_log_tells_nothing_and_a_shuffled_one_of_another_run():
+    """The controls: blank logs are all alike; shuffled ones are those of training worlds' problems, any of them."""
+    blanks = set()
+    shuffled = set()
+    for seed, problem in enumerate(random.Random(0).sample(every_problem(), 40)):
+        runs = MadeUp()
+        blank = rl.Repair(random.Random(seed), runs, problem, logs="blank")
+        blanks.add(blank.prompt)
+        other = rl.Repair(random.Random(5), runs, problem, logs="shuffled")
+        shuffled.add(other.prompt)
+    assert blanks == {"E_______ _______ __ __ _;"}
+    assert len(shuffled) == 1          # the generator alone says whose log it is
+
+def test_every_demonstration_begins_anew():
+    """The teacher may play a task again and again: each time it is the run of the first time."""
+    gateway = rl.Gateway(SimpleNamespace(cfg=small_config(max_seq_len=96)), None, None)
+    task = repair(rl.Problem(0, (DECAY,)), reruns=1)
+    count = 200
+    n_repaired = 0
+    for _ in range(count):
+        episode = rl.demonstrate(gateway, task, task.rng, 0.5)
+        turn, = episode.samples
+        assert letters(turn.ids[:turn.start]) == task.prompt
+        assert len(task.edits) <= 1
+        n_repaired += task.gain > 0
+    assert is_near(n_repaired / count, rl.RIGHT, count)
+
+def test_the_longest_episode_fits_its_context():
+    """Four reruns, an edit before that failed, and only the longest calls."""
+    task = repair(reruns=4)
+    task.fail_first()
+    task.failed = "warm=10%"
+    turns, _ = play_repair(task, "w[warm=10%]", "u[data=all]", "w[warm=10%]", "u[data=all]")
+    args = SimpleNamespace(context=None, serve=None, own_task=None, task="evolve", turns=1, tool_errors=0.0)
+    assert rl.size(turns[-1]) + rl.MAX_NEW <= rl.context_size(args)
+
+def taught(problem, tried=(), count=2000):
+    """What the teacher says to a problem after these edits were tried -> Counter of edits, or "A."."""
+    task = repair(problem, reruns=4)
+    for edit in tried:
+        task.tool(f"{rl.thought(edit)}[{edit}]")
+    said = [task.expert([]) for _ in range(count)]
+    for text in said:
+        assert text == "A." or re.fullmatch(r"([a-z])\[(.+)\]", text)[1] == rl.thought(text[2:-1])
+    return Counter(text if text == "A." else text[2:-1] for text in said)
+
+def is_near(share, expected, count):
+    """Whether a share of so many draws lies within five standard deviations of the expected one."""
+    return abs(share - expected) < 5 * math.sqrt(expected * (1 - expected) / count)
+
+@parametrize("faults, tried, right", [
+    ((), [], ["A."]),
+    (((rl.HERRINGS[0], 0.0),), [], ["A."]),
+    (((rl.HERRINGS[1], 0.0),), [], ["A."]),
+    ((DECAY,), [], ["wd=0"]),
+    ((DECAY,), ["wd=0"], ["A."]),
+    ((DECAY, NOISE), [], ["wd=0", "noise=0"]),
+    ((DECAY, NOISE), ["wd=0"], ["noise=0"]),
+    ((DECAY, NOISE), ["noise=0"], ["wd=0"]),
+    (((FAULT_OF["rate"], 8.0),), [], ["lr/4", "lr/16"]),
+    (((FAULT_OF["rate"], 8.0),), ["lr/4"], ["lr/16"]),
+    (((FAULT_OF["rate"], 8.0),), ["lr/4", "lr/16"], ["A."]),
+    (((TOO_LOW, 1 / 8),), [], ["lr*4", "lr*16"])])
+def test_the_teacher_is_right_one_time_in_four(faults, tried, right):
+    """Right: what repairs a fault that is left and was not tried, or "A.". All else it says as often as each other."""
+    count = 2000
+    said = taught(rl.Problem(0, tuple(faults)), tried, count)
+    assert is_near(sum(said[edit] for edit in right) / count, 0.25, count)
+    for edit in right:
+        assert is_near(said[edit] / count, 0.25 / len(right), count)
+
+    wrong = [edit for edit in (*rl.EDITS, "A.") if edit not in right]
+    for edit in wrong:
+        assert is_near(said[edit] / count, 0.75 / len(wrong), count)
+
+def test_the_teacher_goes_on_after_an_edit_that_was_kept():
+    """Of two faults the other one is left, and then none."""
+    task = repair(rl.Problem(0, (DECAY, SHIFT)))
+    assert set(task.right_edits()) == {"wd=0", "shift=1"}
+    assert task.tool("d[wd=0]") == "k;"
+    assert task.right_edits() == ["shift=1"]
+    assert task.tool("s[shift=1]") == "k;"
+    assert task.right_edits() == ["A."]
+
+def test_the_score_by_hand():
+    """The right edit, one of two faults, a right edit that came second, a healthy run left alone."""
+    right = repair(rl.Problem(0, (DECAY,)))
+    play_repair(right, "d[wd=0]", "A.")
+
+    # with one rerun, which gains 0.3 of 0.4
+    half = repair(rl.Problem(0, (DECAY, SHIFT)), reruns=1)
+    play_repair(half, "s[shift=1]")
+
+    late = repair(rl.Problem(0, (DECAY,)))
+    play_repair(late, "h[lr/4]", "d[wd=0]", "A.")
+
+    left = repair(rl.Problem(0))
+    play_repair(left, "A.")
+
+    found = rl.score([right, half, late, left])
+    assert found.problems == 4
+    assert found.diagnosis == 2 / 4
+    assert found.recovered == pytest.approx((1 + 0.75 + 1) / 3)  # nothing could be gained in the fourth
+    assert found.regret == pytest.approx(0.1 / 4)
+    assert found.touched == 3 / 4
+    assert found.false == 0
+
+    # an edit that is kept though nothing was wrong
+    fooled = repair(rl.Problem(0), keep=-1.0)
+    fooled.oracle = 0.0
+    play_repair(fooled, "x[bias=1%]", "A.")
+    assert rl.score([fooled, fooled, left]) == rl.RepairScore(3, 0.0, None, 0.0, 2 / 3, 2)
+
+# ---- self-evolution: what a policy is tried on -------------------
+
+def test_live_problems_are_in_worlds_of_their_own():
+    """As many of each kind as the flags say, each in a world that neither the table nor another problem has."""
+    args = SimpleNamespace(seed=3, live=50)
+    problems = rl.live_problems(args)
+    assert problems == rl.live_problems(args)
+    assert {kind: len(some) for kind, some in problems.items()} == dict(seen=50, held=50, unseen=12, healthy=20)
+
+    worlds = [problem.world for some in problems.values() for problem in some]
+    assert len(set(worlds)) == len(worlds)
+    assert not set(worlds) & {recipe.world for recipe in rl.table_recipes()}
+    assert set(worlds) <= set(rl.LIVE_WORLDS)
+
+    for kind in ("seen", "held"):
+        counts = Counter(problem.faults[0][0].letter for problem in problems[kind])
+        assert counts == {fault.letter: 5 for fault in rl.FAULTS}
+        for problem in problems[kind]:
+            (fault, value), = problem.faults
+            assert value in getattr(fault, kind)
+    for problem in problems["unseen"]:
+        (fault, value), = problem.faults
+        assert fault is rl.HELD_OUT
+        assert value in fault.held
+    for problem in problems["healthy"]:
+        assert all(fault in rl.HERRINGS for fault, _ in problem.faults)
+    assert problems != rl.live_problems(SimpleNamespace(seed=4, live=50))
+
+def test_tasks_from_the_table_are_of_test_worlds():
+    """Each problem of a kind in so many printings, which show different steps of the same run."""
+    args = SimpleNamespace(seed=0, runs=MadeUp(), keep=KEEP)
+    for kind, n_problems in dict(seen=10, held=10, unseen=3, healthy=3, pairs=6).items():
+        tasks = rl.table_tasks(args, kind)
+        assert len(tasks) == 5 * n_problems * rl.PRINTINGS
+        assert {task.problem.world for task in tasks} == set(rl.TEST_WORLDS)
+        assert {task.reruns for task in tasks} == {2 if kind == "pairs" else 1}
+        for task in tasks:
+            assert task.problem in rl.test_problems(task.problem.world)[kind]
+        printings = Counter(task.problem for task in tasks)
+        assert set(printings.values()) == {rl.PRINTINGS}
+        assert len({task.prompt for task in tasks}) > len(printings)
+
+def test_a_named_edit_repairs_its_fault():
+    """Live, the oracle is what they gain: each undoes its fault, or moves the rate; herrings have none."""
+    for problem in every_problem():
+        edits = rl.named_edits(problem)
+        n_edits = sum(2 if fault.setting == "rate" else 1 for fault, _ in problem.faults if fault not in rl.HERRINGS)
+        assert len(edits) == n_edits
+        for edit in edits:
+            place = rl.edited(problem.recipe(), edit)
+            assert len(rl.recipe_fields(place)) < len(rl.recipe_fields(problem.recipe())) or place.power != 0
+
 # ---- self-evolution: baselines -------
 
 MADE_KEEP = 0.1                        # nats: half of what the least fault of MadeRuns does
@@ -13599,6 +14641,115 @@ def every_episode_met_one(real, test):
     """A fault that comes after an episode's end counts as met."""
     return bool(test.task.faults)
 
+def validation_text_is_trained_on(real, recipe):
+    """The training text is the library's end."""
+    _, val, width = real(recipe)
+    return rl.lay_bytes(rl.read_library()[-rl.RUN_SLICE:]), val, width
+
+def validation_text_is_spoiled_too(real, recipe):
+    """Both texts are rot13, say, so that a fault does no harm."""
+    tokens, val, width = real(recipe)
+    text = bytes(val.ids[1:val.n_tokens].tolist())
+    return tokens, rl.lay_bytes(rl.spoil(text, recipe.text)), width
+
+def kept_without_a_threshold(real, task, text):
+    """Every edit that gains anything is kept, noise or not."""
+    task.keep = 0.0
+    return real(task, text)
+
+def gains_unpaired(real, runs, recipe, edit):
+    """A run is compared with one of another seed."""
+    return runs.log(dataclasses.replace(recipe, seed=7)).val - runs.log(rl.edited(recipe, edit)).val
+
+def shift_off_by_one(real, recipe, tokens, step):
+    return real(dataclasses.replace(recipe, shift=recipe.shift + 1), tokens, step)
+
+def targets_are_clean(real, recipe, tokens, step):
+    """Noise is in what is read, not in what is predicted."""
+    clean = real(dataclasses.replace(recipe, noise=0.0), tokens, step)
+    return dict(real(recipe, tokens, step), targets=clean["targets"])
+
+def all_batches_are_new(real, recipe, tokens, step):
+    return real(dataclasses.replace(recipe, data=0), tokens, step)
+
+def prompt_leaks_the_fault(real, task):
+    """The prompt's end says what is wrong."""
+    return real(task) + "".join(fault.letter for fault, _ in task.problem.faults)
+
+def cost_forgotten(real, task):
+    """Reruns are free."""
+    rewards, success, speed = yield from real(task)
+    return [reward + rl.RERUN_COST * (reward != 0) for reward in rewards], success, speed
+
+def failed_edits_forgotten(real, task, text):
+    """The messages begin anew after each edit."""
+    return []
+
+def failed_edits_are_right_again(real, task):
+    """The teacher says once more what did not help."""
+    task.edits, edits = [], task.edits
+    right = real(task)
+    task.edits = edits
+    return right
+
+def herrings_are_faults(real, task):
+    """The teacher repairs what needs nothing."""
+    return [edit for fault, _ in task.problem.faults for edit in fault.edits] or real(task)
+
+def episodes_go_on_from_each_other(real, task):
+    """A task that is played again begins where it was left."""
+    if not hasattr(task, "edits"):
+        real(task)
+
+def live_worlds_are_the_tests(real, args):
+    """The last evaluation is in worlds of the table."""
+    problems = real(args)
+    problems["seen"] = [dataclasses.replace(problem, world=1000) for problem in problems["seen"]]
+    return problems
+
+def blank_logs_keep_their_end(real, task):
+    """The last letter, that of the validation loss, stays."""
+    return real(task)[:-2] + rl.letter(task.runs.log(task.recipe).val, *rl.VAL_RANGE) + ";"
+
+def rate_edits_do_not_add_up(real, recipe, edit):
+    """An edit of the rate counts from the first run's."""
+    return real(dataclasses.replace(recipe, power=0), edit) if edit in rl.RATE_EDITS else real(recipe, edit)
+
+def oracle_without_a_threshold(real, runs, recipe, reruns, keep):
+    """It may keep what nobody else may."""
+    return real(runs, recipe, reruns, 0.0)
+
+def oracle_of_one_edit(real, runs, recipe, reruns, keep):
+    return real(runs, recipe, min(1, reruns), keep)
+
+def greedy_oracle(real, runs, recipe, reruns, keep):
+    """It takes the best edit, and then the best from there."""
+    best = 0.0
+    for _ in range(reruns):
+        edit = max(rl.EDITS, key=lambda edit: runs.gain(recipe, edit))
+        gain = runs.gain(recipe, edit)
+        if gain <= keep:
+            break
+        best += gain
+        recipe = rl.edited(recipe, edit)
+    return best
+
+def linear_levels(real, value, low, high):
+    """The letters' levels are equally far apart."""
+    share = (min(max(value, low), high) - low) / (high - low) if math.isfinite(value) else 1
+    return rl.LETTERS[round(25 * share)]
+
+def never_an_endless_warmup(real, progress, warmup, decay):
+    """The schedule ignores how long the warm-up is."""
+    return real(progress, 0.1, decay)
+
+def any_gain_is_a_repair(real, task):
+    return task.gain > 0
+
+def places_after_one_edit(real, problem):
+    """A table has no runs for a second edit."""
+    return [problem.recipe(), *{rl.edited(problem.recipe(), edit): None for edit in rl.EDITS}]
+
 def sums_by_the_batch(real, name, R, *args):
     """How many channels are summed at a time depends on the number of rows."""
     return real(name, R, *args) | dict(BLOCK=32 if R == 1 else 16)
@@ -14165,6 +15316,34 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("rl.without_thought", calls_dropped_too, on(test_agents_keep_or_drop_thoughts, "maze")),
     mutant("rl.draw_faults", errors_of_their_own, test_errors_are_of_the_task_alone),
     mutant("rl.without_errors", errors_stay, on(test_the_teacher_recovers_from_errors, "tally", "drop")),
+    mutant("rl.read_world", validation_text_is_trained_on, test_no_world_trains_on_validation_text),
+    mutant("rl.read_world", validation_text_is_spoiled_too, test_the_training_text_alone_is_spoiled),
+    mutant("rl.Repair.tool", kept_without_a_threshold, test_an_edit_below_keep_is_undone, test_a_repair_by_hand),
+    mutant("rl.Runs.gain", gains_unpaired,
+           test_gains_are_paired, on(test_the_oracle_is_the_best_of_all_sequences, 1, 0.0)),
+    mutant("rl.draw_batch", shift_off_by_one,
+           on(test_targets_are_shifted_by_so_many_places, 2), test_a_healthy_batch_is_trains),
+    mutant("rl.draw_batch", targets_are_clean, on(test_noise_replaces_its_share_of_the_text, 0.2)),
+    mutant("rl.draw_batch", all_batches_are_new, on(test_so_many_batches_are_repeated, 3)),
+    mutant("rl.Repair.describe", prompt_leaks_the_fault, test_messages_tell_nothing_but_the_log),
+    mutant("rl.Repair.describe", blank_logs_keep_their_end,
+           test_a_blank_log_tells_nothing_and_a_shuffled_one_of_another_run),
+    mutant("rl.Repair.begin", episodes_go_on_from_each_other, test_every_demonstration_begins_anew),
+    mutant("rl.live_problems", live_worlds_are_the_tests, test_live_problems_are_in_worlds_of_their_own),
+    mutant("rl.Repair.agent", cost_forgotten, test_a_repair_by_hand, test_a_healthy_run_is_best_left_alone),
+    mutant("rl.Repair.undone", failed_edits_forgotten, test_what_failed_stays_in_the_messages_until_an_edit_is_kept),
+    mutant("rl.Repair.right_edits", failed_edits_are_right_again,
+           on(test_the_teacher_is_right_one_time_in_four, (DECAY, NOISE), ["noise=0"], ["wd=0"])),
+    mutant("rl.Repair.right_edits", herrings_are_faults,
+           on(test_the_teacher_is_right_one_time_in_four, ((rl.HERRINGS[0], 0.0),), [], ["A."])),
+    mutant("rl.Repair.is_repaired", any_gain_is_a_repair, test_repaired_is_four_fifths_of_the_oracle),
+    mutant("rl.edited", rate_edits_do_not_add_up, test_edits_of_the_rate_add_up_within_bounds),
+    mutant("rl.Runs.best_gain", oracle_without_a_threshold, on(test_the_oracle_is_the_best_of_all_sequences, 2, 1.5)),
+    mutant("rl.Runs.best_gain", oracle_of_one_edit, on(test_the_oracle_is_the_best_of_all_sequences, 2, 0.0)),
+    mutant("rl.Runs.best_gain", greedy_oracle, on(test_the_oracle_is_the_best_of_all_sequences, 2, 0.0)),
+    mutant("rl.letter", linear_levels, test_letters_are_the_nearest_of_26_levels),
+    mutant("rl.schedule", never_an_endless_warmup, on(test_each_step_has_the_schedules_rate, dict(warmup=8.0), 1)),
+    mutant("rl.places", places_after_one_edit, test_places_are_all_that_edits_lead_to),
     mutant("bench.Played.met_error", every_episode_met_one, test_mistakes_after_an_error_are_counted),
     mutant("sample.pack_routes", routes_of_the_token_before,
            on(test_a_page_shows_what_the_forward_chose, "full", 0),

@@ -12,6 +12,7 @@
     agents   know a completion interface and nothing else: messages -> text
     gateway  records what crosses it, by token: id, log-prob, version of the policy; nothing is tokenised twice
     door     an episode is an address that any agent can be given in place of a model's
+    judge    an agent at work on train.py itself: a sandbox runs its copy, and only the weights that this writes count
     queue    windowed FIFO over groups: the trainer takes finished ones from [head, head + W - 1]
     rollout  all episodes in lock step, a token a forward; prompts and tool results are forced tokens
     train    a turn is a sample (context, action); the samples of a group merge into a prefix tree
@@ -39,8 +40,12 @@ if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: no 
 import argparse
 import asyncio
 import bisect
+import compileall
 import contextlib
+import ctypes
+import difflib
 import functools
+import glob
 import hashlib
 import hmac
 import itertools
@@ -49,11 +54,19 @@ import math
 import multiprocessing
 import re
 import runpy
+import shlex
+import shutil
 import sqlite3
+import stat
+import statistics
+import struct
+import subprocess
+import sysconfig
+import tempfile
 import time
 import traceback
 import typing
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from queue import Empty, SimpleQueue
 from random import Random, SystemRandom
@@ -62,6 +75,7 @@ import numpy as np
 import torch
 
 from model import Context, Losses, MiniMax, MiniMaxConfig, rope_tables
+from moe import max_violation
 from msa import widen
 from sample import (LOOK_S, MODEL_ID, MOST_WAITING, UNREAD, Asked, Door, Engine, Parser, Piece, Prompt, Protocol,
                     Refused, Sampling, SaveTimer, Score, Stream, Threads, Tokenizer, check_config, check_fields,
@@ -70,9 +84,8 @@ from sample import (LOOK_S, MODEL_ID, MOST_WAITING, UNREAD, Asked, Door, Engine,
                     load_checkpoint, load_model, load_optimizers, lock_folder, lockstep, make_app, make_prefixes,
                     message_text, number, on_signals, pack_routes, pick_device, read_flag, read_logprobs, read_number,
                     read_object, read_stops, reply, save_checkpoint)
-from moe import max_violation
-from train import (Tokens, checkpoint_parts, configure_optimizers, evaluate, get_batch, is_index, merge_args,
-                   read_corpus, round_up, schedule, set_rates, share_done, step_bytes, update)
+from train import (Tokens, checkpoint_parts, configure_optimizers, encode, evaluate, get_batch, is_index, list_files,
+                   merge_args, read_corpus, round_up, schedule, set_rates, share_done, step_bytes, update)
 from train import train_step as text_step
 
 EPS_HIGH = 4.0                         # not published: upper clip of the ratio, 1 + 4
@@ -1106,6 +1119,8 @@ class Repair(Task):
         self.recipe = self.problem.recipe()
         self.edits = []                # that were tried, and what each gained
         self.gain = 0.0                # of those that were kept
+        self.rewards = []              # of each turn
+        self.over = False
 
     def fail_first(self):
         """Begin behind an edit that failed, as the second turn of an episode does."""
@@ -1139,33 +1154,75 @@ class Repair(Task):
         self.gain += gain
         return "k;"
 
+    def take(self, text):
+        """A turn, and its reward: what an edit gains, as a share of what the best edits gain, less the time of the rerun.
+        -> what the tool says; None where that ends the episode."""
+        if text == DONE:
+            self.rewards.append(0.0)
+            self.over = True
+            return None
+        before = self.gain
+        observation = self.tool(text)
+        if observation is None:
+            self.rewards.append(PROCESS)
+            self.over = True
+            return None
+        self.rewards.append((self.gain - before) / max(self.oracle, LEAST_ORACLE) - RERUN_COST)
+        self.over = len(self.edits) >= self.reruns
+        return observation
+
     def agent(self):
-        """As Task.agent. What an edit gains is its reward, as a share of what the best edits gain, less the time of the
-        rerun. After an edit that is kept the messages begin anew, with the new run's log; what failed stays in them."""
+        """As Task.agent. After an edit that is kept the messages begin anew, with the new run's log; what failed stays in
+        them."""
         self.begin()
-        scale = max(self.oracle, LEAST_ORACLE)
         messages = [dict(role="user", content=self.prompt)]
         if self.failed:
             messages += self.undone(f"{thought(self.failed)}[{self.failed}]")
-        rewards = []
-        while len(rewards) < self.reruns:
+        while not self.over:
             text = yield messages
             if text is None:
                 break
-            if text == DONE:
-                rewards.append(0.0)
-                break
-            before = self.gain
-            observation = self.tool(text)
-            if observation is None:
-                rewards.append(PROCESS)
-                break
-            rewards.append((self.gain - before) / scale - RERUN_COST)
+            observation = self.take(text)
             if observation == "k;":
                 messages = [dict(role="user", content=self.describe())]
-            else:
+            elif observation == "b;":
                 messages = [*messages, *self.undone(text)]
-        return rewards or [0.0], self.is_repaired(), float(len(self.edits))
+        return self.finish()
+
+    # the same for an agent that calls tools, see Environment
+
+    @property
+    def tools(self):
+        log = ("A log has the loss of a small training run at 7 of its 40 steps, the norm of the gradient at the same "
+               "steps, the imbalance of the experts at two, the loss of the index branch at two, and the loss on "
+               "validation text, a letter each, from a, small, to z, large, on a logarithmic scale")
+        return [
+            function_schema(
+                "edit", f"Change one setting and run again. What gains more than {self.keep:.3f} nats a byte of the "
+                f"validation text is kept, all else undone. {log}",
+                setting=("string", f"one of {', '.join(EDITS)}")),
+            function_schema("done", "Nothing is wrong with the run, or nothing is left to do")]
+
+    def call(self, name, arguments):
+        """Use a tool -> what it says."""
+        if name == "done":
+            self.take(DONE)
+            return "The episode is over."
+        edit = arguments.get("setting")
+        if name != "edit" or edit not in EDITS:
+            return f"{name} {edit!r:.60}: the tools are edit, with one of {', '.join(EDITS)}, and done"
+        observation = self.take(f"{thought(edit)}[{edit}]")
+        words = f"{self.edits[-1][1]:+.3f} nats a byte"
+        return f"undone: {words}" if observation == "b;" else f"kept: {words}; {self.describe()}"
+
+    def result(self, text):
+        """What `call` has said, as the policy reads it."""
+        log = re.search("E[a-z_ ]+;$", text)
+        return log[0] if log else "=b;"
+
+    def finish(self):
+        """-> rewards, success, seconds: a rerun's time is the unit."""
+        return self.rewards or [0.0], self.is_repaired(), float(len(self.edits))
 
     @staticmethod
     def undone(text):
@@ -2246,8 +2303,7 @@ def context_size(args):
         return SERVED_CONTEXT
     if args.own_task:
         return OWN_CONTEXT
-    room = dict(calculator=96, maze=round_up(14 * args.turns + 48, 128), cap=128, tally=96,
-                evolve=112)[args.task]
+    room = dict(calculator=96, maze=round_up(14 * args.turns + 48, 128), cap=128, tally=96, evolve=112)[args.task]
     if args.tool_errors and args.task != "cap":  # of a call of most characters and its error, each time
         room = round_up(room + 12 * most_faults(dict(calculator=3, maze=args.turns, tally=6)[args.task]), 32)
     return room
@@ -3371,6 +3427,9 @@ def draw(lines, path, task):
 #     POST /s/<task>/v1/responses            the same in OpenAI's newer form
 #     GET  /s/<task>/v1/models               a name that the agent may show
 #     POST /v1/finish {task, reward, success}   its end; or `rewards`, one for each turn
+#     POST /s/<task>/v1/tools {name, arguments}  -> {content, over}: a tool of a task that has tools, evolve's. Such a
+#                                            task says itself when it is over and what it was worth
+#     POST /v1/tasks {environment: "train.py"}  a session at the judge, one at a time: see the section on it
 #
 # An agent that names the episode in place of a model, at /v1/chat/completions, is served, too.
 #
@@ -3568,6 +3627,16 @@ class Claim:
     messages: dict = field(default_factory=dict)  # a response's id -> all messages until then
     last: Answer = None
     n_turns: int = 0
+    calls: list = field(default_factory=list)  # Futures of tool calls that are under way
+
+    @property
+    def has_tools(self):
+        return bool(getattr(self.task, "tools", ()))
+
+    @property
+    def is_of_group(self):
+        """Whether it is trained on, and kept: not a lesson, nor a session at the judge."""
+        return self.lesson is None and not isinstance(self.task, Workshop)
 
 def call_object(call_id, name, arguments):
     """A tool call as the protocol has it."""
@@ -3747,6 +3816,7 @@ class EpisodeProtocol(Protocol):
             "/v1/chat/completions": self.ask,
             f"{here}/chat/completions": self.ask,
             f"{here}/responses": self.ask,
+            f"{here}/tools": self.ask,
             f"{here}/finish": self.ask}
         gets = {f"{root}/models{name}": self.list_models for root in ("/v1", here) for name in ("", "/{name:path}")}
         return make_app(self.gateway.keys_of, posts, gets, most=self.gateway.most_body)
@@ -4084,6 +4154,13 @@ class Served(Gateway):
         self.is_over = False
         self.told_at = 0.0             # when the run last said what it waits for
         self.most_body = max(MAX_BODY, 16 * model.cfg.max_seq_len)
+        self.workshop = None           # Claim of the session at the judge
+        self.n_workshops = 0           # in this process
+        self.worker = ThreadPoolExecutor(1)  # its tools run there
+        self.isolation = []            # what of its runs can be shut in
+        if args.task == "evolve":
+            self.isolation = find_isolation()
+            print(f"judge   | {isolation_words(self.isolation)}", flush=True)
         self.sampler = Sampler(self)
         self.door = Door(args.serve)
         self.archive.put("key", self.token)
@@ -4102,6 +4179,11 @@ class Served(Gateway):
         for batch in self.sampler.batches:
             batch.steps.close()        # or torch would stop the process as it ends, with a row half drawn
         self.sampler.batches = []
+        if self.workshop is not None:
+            self.workshop.task.halt()
+        self.worker.shutdown()
+        if self.workshop is not None:
+            self.workshop.task.finish()
         self.door.close()
         self.archive.close()
 
@@ -4215,7 +4297,7 @@ class Served(Gateway):
         busy = {turn.claim.name for turn in self.under_way}
         for name, claim in [*self.claims.items()]:
             silent = self.now - claim.heard
-            if name not in busy and silent > self.args.silence:
+            if claim is not self.workshop and name not in busy and silent > self.args.silence:
                 self.take_back(claim, f"its agent said nothing for {silent:.0f} s (--silence)")
 
         for name, episode in [*self.open.items()]:
@@ -4251,7 +4333,7 @@ class Served(Gateway):
         """An episode that has no other end."""
         claim.episode.fail()
         self.end(claim.name, reason)
-        if claim.lesson is None:
+        if claim.is_of_group:
             self.archive.finish(claim.name, claim.episode)
             n_turns = claim.n_turns
             print(f"gateway | {claim.name} has failed after {n_turns} turns: {reason}", flush=True)
@@ -4267,9 +4349,9 @@ class Served(Gateway):
         for row in last.rows:
             for key in {self.tokenizer.decode(row.ids), *row.keys()}:
                 episode.said[key].pop()
-        if claim.lesson is None:
+        if claim.is_of_group:
             self.archive.drop(claim.name, n_rows)
-        else:
+        elif claim.lesson:
             claim.lesson.forget()
         claim.last = last.before
         claim.n_turns = episode.samples[-1].turn + 1 if episode.samples else 0
@@ -4282,6 +4364,9 @@ class Served(Gateway):
             return
         try:
             body = read_object(raw)
+            if path == "/v1/tasks" and body.get("environment") is not None:
+                client.tell(self.open_workshop(body["environment"]))
+                return
             if path == "/v1/tasks":
                 wait = read_number(body, "wait", 0, 0, CLAIM_WAIT, float)
                 self.claimers.append((client, self.now + wait))
@@ -4291,6 +4376,8 @@ class Served(Gateway):
             claim.heard = self.now
             if path.endswith("/finish"):
                 client.tell(self.finish_episode(claim, body))
+            elif path.endswith("/tools"):
+                self.use_tool(claim, body, client)
             else:
                 self.take_turn(claim, body, raw, path.endswith("/responses"), client)
         except Refused as error:
@@ -4347,15 +4434,21 @@ class Served(Gateway):
     def introduce(self, name):
         """What a launcher hears of an episode it has claimed."""
         task = self.claims[name].task
-        group, _, row = name.replace("-", ".").partition(".")
-        numbers = {} if self.claims[name].lesson else dict(group=int(group), row=int(row))
+        more = {}
+        if self.claims[name].is_of_group:
+            group, _, row = name.partition(".")
+            more = dict(group=int(group), row=int(row))
+        if self.claims[name].has_tools:
+            more["tools"] = list(task.tools)
         return dict(
-            task=name, **numbers, messages=[dict(role="user", content=task.prompt)],
+            task=name, **more, messages=[dict(role="user", content=task.prompt)],
             answer=None if task.answer is None else str(task.answer),
             base_url=f"http://127.0.0.1:{self.door.address[1]}/s/{name}/v1", api_key=self.key_of(name))
 
     def finish_episode(self, claim, body):
-        """The end of an episode: a reward for each of its turns, or one for all."""
+        """The end of an episode, as its client says it: a reward for each of its turns, or one for all."""
+        if claim.has_tools:
+            raise Refused(403, f"task {claim.name}: its environment says the reward; its tools end it")
         self.forget_unheard(claim)
         if "rewards" in body:
             rewards = body["rewards"]
@@ -4375,15 +4468,94 @@ class Served(Gateway):
         success = read_flag(body, "success")
         if body.get("success") is None:
             success = sum(rewards) > 0
+        self.keep_end(claim, rewards, success, self.now - claim.began)
+        return dict(turns=claim.n_turns)
 
-        claim.episode.finish(rewards, success, self.now - claim.began)
-        if claim.lesson is None:
+    def keep_end(self, claim, rewards, success, seconds):
+        """An episode is over, and was worth this."""
+        claim.episode.finish(rewards, success, seconds)
+        if claim.is_of_group:
             self.archive.finish(claim.name, claim.episode)
-        elif self.lessons is not None and claim.episode.samples:  # otherwise there is nothing to imitate
-            self.lessons.append(claim.episode)
+        elif claim.lesson and self.lessons is not None:
+            if claim.episode.samples:  # otherwise there is nothing to imitate
+                self.lessons.append(claim.episode)
         self.end(claim.name, "its end was reported")
         self.close_groups()
-        return dict(turns=claim.n_turns)
+
+    # tools: what they say is the environment's, not the agent's
+
+    def open_workshop(self, environment):
+        """Begin a session of the environment train.py -> what its launcher hears."""
+        if environment != "train.py" or self.args.task != "evolve":
+            raise Refused(404, f"environment {environment!r:.40}: there is train.py, with --task evolve")
+        if self.workshop is not None:
+            raise Refused(409, "a session of train.py is under way, and there is one at a time")
+        try:
+            judge = Judge(self.isolation, SystemRandom())
+        except ValueError as error:    # nothing can be shut in here
+            raise Refused(503, str(error)) from None
+        journal = Journal(os.path.join(self.args.out, JOURNAL))
+        self.n_workshops += 1
+        name = f"engineer-{self.n_workshops}"
+        self.workshop = self.begin(name, Trajectory(-1), Workshop(journal, judge, SystemRandom()))
+        print(f"judge   | {name} is at work on train.py; {journal.path} tells it", flush=True)
+        return dict(self.introduce(name), journal=os.path.abspath(journal.path))
+
+    def use_tool(self, claim, body, client):
+        """Call a tool of an episode's environment. Those of a session at the judge may take minutes, in a thread."""
+        if not claim.has_tools:
+            raise Refused(404, f"task {claim.name}: this task has no tools")
+        name = body.get("name")
+        arguments = body.get("arguments") or {}
+        if isinstance(arguments, str):  # as a model writes them
+            with contextlib.suppress(ValueError, RecursionError):
+                arguments = json.loads(arguments)
+        if claim is self.workshop:
+            claim.calls.append(self.worker.submit(self.tell_call, claim.task, name, arguments, client))
+            return
+        self.forget_unheard(claim)
+        self.tell_call(claim.task, name, arguments, client)
+        if claim.task.over:
+            rewards, success, seconds = claim.task.finish()
+            n_turns = max(1, claim.n_turns)
+            if len(rewards) != n_turns:  # it knows calls, not turns
+                rewards = [0.0] * (n_turns - 1) + [sum(rewards)]
+            self.keep_end(claim, rewards, success, seconds)
+
+    def tell_call(self, environment, name, arguments, client):
+        """Call a tool, and tell the client what it says; who has left meanwhile hears it with the next call."""
+        if not isinstance(arguments, dict):
+            client.tell(Refused(400, f"arguments {arguments!r:.60}: a JSON object is needed"))
+            return
+        try:
+            content = environment.call(name, arguments)
+        except Exception as error:     # the run goes on
+            print(f"gateway | tool {name!r:.40}: {error!r:.200}", flush=True)
+            client.tell(Refused(500, f"{error!r:.200}"))
+            return
+        missed = vars(environment).pop("missed", "")
+        if missed:
+            content = f"Before this, unheard: {missed}\n{content}"
+        if client.gone:
+            environment.missed = content
+            return
+        client.tell(dict(content=content, over=environment.over))
+
+    def look_after_workshop(self):
+        """End a session at the judge once it is over, or once its agent has left it alone."""
+        claim = self.workshop
+        claim.calls = [call for call in claim.calls if not call.done()]
+        if claim.calls:
+            claim.heard = self.now
+            return
+        silent = self.now - claim.heard
+        if not claim.task.over and silent <= ENGINEER_SILENCE:
+            return
+        rewards, success, seconds = claim.task.finish()
+        self.keep_end(claim, rewards, success, seconds)
+        self.reasons[claim.name] = "its session is over"
+        self.workshop = None
+        print(f"judge   | {claim.name} is over: {sum(rewards):+.4f} bits a byte in {seconds:.0f} s", flush=True)
 
     def take_turn(self, claim, body, raw, is_response, client):
         """A request for completions: who asks again for what it has not heard gets the same answer; otherwise they are
@@ -4511,7 +4683,7 @@ class Served(Gateway):
             self.record(
                 claim.episode, turn.context, row.ids, row.logprobs, row.versions, routes, number, row.keys())
             samples.append(claim.episode.samples[-1])
-        if claim.lesson is None:
+        if claim.is_of_group:
             self.archive.add(claim.name, samples, turn.digest, [row.said() for row in turn.rows])
         claim.n_turns = number + 1
         if claim.last is not None:     # it has been heard
@@ -4554,6 +4726,8 @@ class Served(Gateway):
             self.under_way = [turn for turn in self.under_way if not turn.is_over]
             self.offer()
             self.end_late()
+            if self.workshop is not None:
+                self.look_after_workshop()
             if self.now - self.told_at > TELL_EVERY:
                 self.told_at = self.now
                 print(self.waits_for(), flush=True)
@@ -4586,6 +4760,1069 @@ class Served(Gateway):
             silent = self.now - self.claims[oldest].heard
             line += f"; {oldest} has said nothing for {silent:.0f} of {self.args.silence:g} s (--silence)"
         return line if self.claims else line + NO_AGENT
+
+# ---- the judge: an engineer at work on a copy of this repository ---------------------------------------
+# --task evolve has a second environment: the whole of train.py. An agent reads its code and its logs, changes flags or
+# patches a copy, and runs it for a fixed time. What lowers val_bpb is kept, and the next change is measured against it.
+# An agent that is rewarded for a number finds every way to it, so the judge believes nothing but weights:
+#
+#     copy      the files that train.py needs, written anew for each run: nothing is carried over but text and flags
+#     sandbox   the copy runs in namespaces of its own, with a short list of folders that it can see, and limits
+#     text      files of the standard library, drawn in secret, are held out: for the copy they are there, and empty
+#     hand-in   out/ckpt.pt. The unmodified repository loads it, weights_only, and evaluates it on the held-out text
+#     seeds     are the judge's. A gain counts if each seed has it, if it is larger than the noise of seeds, and if a
+#               fresh seed has it, too, with the base run once more beside it: by luck alone it would not
+#     time      the clock and the CPU seconds of a whole run, from its start to its last process. What an unedited run
+#               makes of more time is measured, and is taken off the gain of a run that takes more
+#
+# A sandbox is no virtual machine: it shares the kernel. What it cannot shut in here it says, see find_isolation. And a
+# large model may know the library by heart: what it writes of it into the copy stands in the journal, for a person.
+
+COPIED = ("train.py", "sample.py", "model.py", "msa.py", "moe.py")  # what train.py imports
+HELD_BYTES = 2 ** 18                   # of text that is held out
+HELD_FILE = 48 * 1024                  # bytes of one of its files, at most: it has a dozen
+OWN_BYTES = 2 ** 16                    # of text that the copy validates on, for its own figures
+# parts of the library whose text other packages carry a second time: setuptools, pip, backports
+ELSEWHERE = ("distutils", "tomllib", "zoneinfo")
+JOURNAL = "journal.md"                 # in --out
+ENGINEER_SILENCE = 900.0               # seconds without a call after which a session is over
+ENGINEER_RUNS = 8                      # of a session
+ENGINEER_MINUTES = 0.5                 # of training, in one run
+ENGINEER_SEEDS = 2                     # that each change is run with, before it is confirmed
+BASE_SEEDS = 4                         # that the unedited copy is run with: they tell the noise
+STUDENT = 2.35                         # t of 95 %, one-sided, for a spread that four runs tell
+LEAST_GAIN = 0.01                      # bits a byte: four runs may agree by chance
+SLACK = (1.1, 2.0)                     # a change may take so many times the base's time, and so many seconds more
+FIRST_SECONDS = 300.0                  # on top of --minutes, for a run whose usual time is not known yet
+SCORE_SECONDS = 180.0                  # that the judge has for a hand-in
+SCORE_TOKENS = 4096                    # that it evaluates at a time
+HAND_IN_BYTES = 2 ** 28                # of a checkpoint
+SOURCE_BYTES = 2 ** 17                 # that an agent may add to the copy: no room for weights from elsewhere
+SHOWN_LINES = 200                      # of a file or a log, at once
+SHOWN_CHARS = 240                      # of a line
+JOURNAL_LINES = 5                      # of a run's output, in the journal
+TAIL = 2 ** 16                         # bytes of a run's output that are kept
+# flags that an agent may set; the others are the judge's, or lead out of the copy
+ENGINEER_FLAGS = ("preset", "attn", "window", "sink", "mtp", "vocab-size", "seq-len", "batch-size", "accumulate",
+                  "recompute", "lr", "bias-rate", "eval-every", "log-every")
+
+class Environment:
+    """What an agent works in by calling tools.
+
+    tools   the functions it may call, as OpenAI's clients send them
+    prompt  what it is told first
+    over    whether there is nothing left to do
+    answer  what a launcher may compare with: nothing
+    """
+    tools = ()
+    prompt = ""
+    over = False
+    answer = None
+
+    def result(self, text):
+        """What a tool has said, as the policy reads it: see Task."""
+        return text
+
+    def call(self, name, arguments):
+        """Use a tool -> what it says, a text. Whatever an agent sends, nothing is raised: the text says what is wrong.
+        """
+        raise NotImplementedError
+
+    def finish(self):
+        """-> rewards, a list; success; seconds."""
+        raise NotImplementedError
+
+def function_schema(name, what, **parameters):
+    """A tool as OpenAI's clients send it. parameters: name -> (JSON type, what it is); all are required."""
+    properties = {key: dict(type=kind, description=text) for key, (kind, text) in parameters.items()}
+    for value in properties.values():
+        if value["type"] == "array":
+            value["items"] = dict(type="string")
+    schema = dict(type="object", properties=properties, required=[*parameters])
+    return dict(type="function", function=dict(name=name, description=what, parameters=schema))
+
+# ---- the judge: a run shut in ------------------------------------------------------------------------
+# Linux alone can do this, with util-linux: a process gets its own view of files, processes and network. Its root is a
+# new one, in memory, into which the listed folders are mounted, read-only; it holds nothing else: no home, no
+# repository, no other run. Where rl.py runs as root, the process is nobody; either way it has no capabilities, cannot
+# get any, and so cannot change what is mounted.
+
+PARTS = dict(                          # what is shut in -> unshare's options
+    network=["--net"],
+    processes=["--pid", "--ipc", "--fork", "--kill-child"],
+    files=["--mount"])
+NOBODY = 65534
+UTIL_LINUX = ("unshare", "mount", "chroot", "setpriv", "prlimit", "env")
+SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib64")  # folders that a run sees, beside Python's
+WORK = "/work"                         # the copy, as its run sees it
+LOOK_EVERY = 0.1                       # seconds from one look at a run's processes to the next
+BARRED = ("Read-only file system", "Network is unreachable", "Operation not permitted", "Permission denied")
+
+@dataclass
+class Limits:
+    """What a run may take. One that takes more is killed, with all its processes."""
+    seconds: float                     # of the clock
+    cpu_seconds: float                 # of all its processes, those that have ended included
+    memory: int = 4 * 2 ** 30          # bytes that its processes hold
+    processes: int = 32
+    disk: int = 2 ** 29                # bytes in its copy
+    files: int = 2000                  # in its copy
+    output: int = 2 ** 24              # bytes that it prints
+
+@dataclass
+class Ended:
+    """A run that is over."""
+    output: str                        # the last TAIL bytes that it printed
+    code: int                          # exit status
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    killed: str | None = None          # why
+
+def mount_lines(root, writable, readable, hidden, has_processes):
+    """Lines of a shell that build the new root.
+
+    root           an empty folder: the new root is mounted there
+    writable       place in the new root -> folder that the run may write
+    readable       place in the new root -> folder
+    hidden         place in the new root -> file or folder that lies there instead
+    has_processes  whether the run has process ids of its own
+    """
+    quote = shlex.quote
+    lines = [
+        "set -e",
+        "mount --make-rprivate /",     # nothing that is mounted here is mounted elsewhere
+        f"mount -t tmpfs -o mode=755,size=1m none {quote(root)}",
+        f"cd {quote(root)}",
+        "mkdir proc tmp dev",
+        "mount -t tmpfs -o mode=1777,size=64m,nosuid,nodev none tmp"]  # first: what is read may lie in /tmp
+    for place, path in {**readable, **writable}.items():
+        lines.append(f"mkdir -p .{quote(place)}")
+        lines.append(f"mount --rbind {quote(path)} .{quote(place)}")
+    for place, path in hidden.items():
+        lines.append(f"mount --bind {quote(path)} .{quote(place)}")
+    shut = [place for place in readable if place not in writable]
+    for place in [*shut, *mounts_below(readable), *hidden]:
+        lines.append(f"mount -o remount,bind,ro,nosuid,nodev .{quote(place)}")
+    for place in writable:
+        lines.append(f"mount -o remount,bind,nosuid,nodev .{quote(place)}")
+    for name in ("bin", "sbin", "lib", "lib64"):  # parts of /usr, where they are no folders of their own
+        if os.path.islink(f"/{name}"):
+            lines.append(f"ln -s {quote(os.readlink(f'/{name}'))} {name}")
+    for name in ("null", "zero", "urandom"):
+        lines.append(f": > dev/{name}; mount --bind /dev/{name} dev/{name}")
+    if has_processes:                  # some containers forbid it: a run can do without
+        lines.append("mount -t proc -o ro,nosuid,nodev,noexec none proc || true")
+    lines.append("mount -o remount,bind,ro .")
+    return lines
+
+def mounts_below(readable):
+    """readable: place -> folder -> the places of what is mounted below these folders: a mount each, which is made
+    read-only each."""
+    found = []
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        points = [line.split()[4].encode().decode("unicode_escape") for line in file]
+    for place, path in readable.items():
+        found += [place + point.removeprefix(path) for point in points if point.startswith(path + "/")]
+    return found
+
+def shell_script(command, has_processes, **mounts):
+    """What a shell in new namespaces does: build the new root, give up all rights, become the command. mounts: see
+    mount_lines."""
+    drop = []
+    if os.geteuid() == 0:
+        drop = [f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+    inside = [
+        "chroot", mounts["root"],
+        "setpriv", *drop, "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all", "--pdeathsig=KILL",
+        "prlimit", "--nproc=1024",
+        "env", "-i", "-C", WORK, *variables(), *command]
+    lines = mount_lines(**mounts, has_processes=has_processes)
+    return "\n".join([*lines, f"exec {shlex.join(inside)}\n"])
+
+def shut_in(command, parts):
+    """A command -> the command that runs it in new namespaces, of these PARTS."""
+    alone = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    options = [option for part in parts for option in PARTS[part]]
+    return ["unshare", *alone, *options, *command]
+
+def variables():
+    """The environment variables of a run, NAME=value, all of them: no key, no token, no folder of the user's."""
+    found = [f"HOME={WORK}", "PATH=/usr/bin:/bin:/usr/sbin:/sbin", "LANG=C.UTF-8", "OMP_NUM_THREADS=1",
+             "NANO_MINIMAX_CACHE=/cache", "PYTHONUNBUFFERED=1"]
+    paths = [path for path in package_folders() if not path.startswith((sys.prefix, sys.base_prefix))]
+    if paths:
+        found.append(f"PYTHONPATH={':'.join(paths)}")
+    return found
+
+def visible_folders():
+    """What a run can see, beside its copy: the system's programs and libraries, and this Python with its packages.
+    -> place -> path."""
+    wanted = [*SYSTEM, sys.prefix, sys.base_prefix]
+    wanted += package_folders()
+    found = {}
+    for path in wanted:
+        for place in (os.path.abspath(path), os.path.realpath(path)):
+            if os.path.isdir(place) and not os.path.islink(place):
+                found[place] = place
+    # what lies in another of them is there already
+    return {place: path for place, path in found.items()
+            if not any(place.startswith(other + "/") for other in found)}
+
+def package_folders():
+    """Where Python looks for packages."""
+    return [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+
+def find_isolation():
+    """-> which of PARTS can be shut in here, found out by trying."""
+    if not all(map(shutil.which, UTIL_LINUX)):
+        return []
+    found = []
+    with tempfile.TemporaryDirectory(prefix="judge-") as folder:
+        for part in PARTS:
+            sandbox = Sandbox(folder, [*found, part])
+            with contextlib.suppress(OSError, subprocess.SubprocessError):
+                if part == "files":
+                    ended = sandbox.run([sys.executable, "-c", "print('in')"], Limits(20.0, 20.0))
+                    works = ended.output == "in\n"
+                else:
+                    done = subprocess.run(shut_in(["true"], sandbox.parts), capture_output=True, timeout=20)
+                    works = done.returncode == 0
+                if works:
+                    found.append(part)
+    return found
+
+def isolation_words(parts):
+    """What find_isolation found, in words."""
+    missing = [part for part in PARTS if part not in parts]
+    words = f"of a run of train.py are shut in: {', '.join(parts) or 'none'}"
+    if missing:
+        words += f"; NOT shut in, as this system does not allow it: {', '.join(missing)}"
+    return words
+
+class Sandbox:
+    """Runs programs that nothing good is known of."""
+
+    def __init__(self, folder, parts, readable=None, hidden=None):
+        """folder: of the sandbox's own; parts: of PARTS; readable, hidden: see mount_lines."""
+        self.folder = folder
+        self.parts = parts
+        self.readable = visible_folders() if readable is None else readable
+        self.hidden = hidden or {}
+        self.stop = threading.Event()  # whatever runs is killed
+        self.root = os.path.join(folder, "root")
+        os.makedirs(self.root, exist_ok=True)
+
+    def new_work(self):
+        """-> a new folder that a run may write."""
+        work = tempfile.mkdtemp(prefix="work-", dir=self.folder)
+        give_away(work)
+        return work
+
+    def run(self, command, limits, work=None, readable=(), writable=()):
+        """Run a command until its end, or until it has taken more than its limits -> Ended.
+
+        work                the folder where it begins, and which it may write; None: a new one
+        readable, writable  more places, for this run
+        """
+        work = work or self.new_work()
+        script = shell_script(
+            command, "processes" in self.parts, root=self.root, hidden=self.hidden,
+            writable={**dict(writable), WORK: work}, readable={**self.readable, **dict(readable)})
+        path = os.path.join(self.folder, "script.sh")  # an argument could be too long
+        with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(script)
+        whole = [
+            "prlimit", "--core=0", f"--fsize={limits.disk}", f"--data={limits.memory}",
+            "setpriv", "--pdeathsig=KILL",
+            *shut_in(["sh", path], self.parts)]
+        began = time.monotonic()
+        # a new session: Ctrl-C in the terminal is rl.py's alone
+        process = subprocess.Popen(whole, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   start_new_session=True)
+        output = Output(process.stdout)
+        used = 0.0
+        killed = None
+        try:
+            while process.poll() is None and not killed:
+                found = processes_of(process.pid)
+                used = max(used, sum(one.cpu_seconds for one in found))
+                killed = self.why_kill(found, work, output, limits, time.monotonic() - began, used)
+                if not killed:
+                    time.sleep(LOOK_EVERY)
+        finally:
+            kill_all(process)
+        output.join()
+        return Ended(output.text(), process.returncode, time.monotonic() - began, used, killed)
+
+    def why_kill(self, found, work, output, limits, seconds, cpu_seconds):
+        """Why a run is over its limits, in words; None: it is not. found: its processes."""
+        n_bytes, n_files = count_folder(work)
+        memory = sum(one.memory for one in found)
+        if self.stop.is_set():
+            return "the session is over"
+        if seconds > limits.seconds:
+            return f"it took more than {limits.seconds:.0f} s"
+        if cpu_seconds > limits.cpu_seconds:
+            return f"its processes took more than {limits.cpu_seconds:.0f} s of CPU time"
+        if len(found) > limits.processes:
+            return f"it had more than {limits.processes} processes"
+        if memory > limits.memory:
+            return f"its processes held more than {limits.memory:,} bytes of memory"
+        if n_bytes > limits.disk or n_files > limits.files:
+            return f"it wrote more than {limits.disk:,} bytes or {limits.files:,} files"
+        if output.n_bytes > limits.output:
+            return f"it printed more than {limits.output:,} bytes"
+        return None
+
+class Output:
+    """What a process prints: its end alone is kept, however much it is."""
+
+    def __init__(self, pipe):
+        self.n_bytes = 0
+        self.last = b""
+        self.pipe = pipe
+        self.thread = threading.Thread(target=self.read, daemon=True)
+        self.thread.start()
+
+    def read(self):
+        with self.pipe:
+            while piece := self.pipe.read1(2 ** 16):
+                self.n_bytes += len(piece)
+                self.last = (self.last + piece)[-TAIL:]
+
+    def join(self):
+        self.thread.join(5.0)          # a process that was not killed could hold the pipe open
+
+    def text(self):
+        return self.last.decode("utf-8", "replace")
+
+@dataclass
+class Process:
+    """A process, as /proc tells."""
+    pid: int
+    memory: int                        # bytes that it holds
+    cpu_seconds: float                 # its own, and those of its children that have ended
+
+def processes_of(pid):
+    """A process and all that descend from it -> [Process]. What ends meanwhile is left out."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    tick = os.sysconf("SC_CLK_TCK")
+    known = {}                         # pid -> Process
+    children = {}                      # pid -> pids
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()  # behind the program's name, which may hold anything
+            parent = int(fields[1])
+            cpu_seconds = sum(map(int, fields[11:15])) / tick
+            known[int(name)] = Process(int(name), int(fields[21]) * page, cpu_seconds)
+            children.setdefault(parent, []).append(int(name))
+    found = []
+    waiting = [pid] if pid in known else []
+    while waiting:
+        one = waiting.pop()
+        found.append(known[one])
+        waiting += children.get(one, [])
+    return found
+
+def kill_all(process):
+    """Kill a Popen and all that descends from it. The first process of a namespace takes all others with it."""
+    if process.poll() is not None:     # its number may be another's by now
+        return
+    for one in reversed(processes_of(process.pid)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one.pid, signal.SIGKILL)
+    process.wait()
+
+def count_folder(folder):
+    """-> bytes and files below a folder; a link counts as itself."""
+    n_bytes = 0
+    n_files = 0
+    waiting = [folder]
+    while waiting:
+        with contextlib.suppress(OSError), os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                n_files += 1
+                with contextlib.suppress(OSError):
+                    n_bytes += 512 * entry.stat(follow_symlinks=False).st_blocks
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(entry.path)
+    return n_bytes, n_files
+
+def give_away(path):
+    """Let a run, which is nobody where rl.py is root, write a file or a folder."""
+    if os.geteuid() == 0:
+        os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
+
+class OpenWatch:
+    """Tells which of some files have been opened, by whomever: the kernel's inotify."""
+    IN_OPEN = 0x20
+    NON_BLOCKING = 0o4000
+
+    def __init__(self, names):
+        """names: path -> what the file is called in what opened() returns."""
+        library = ctypes.CDLL(None, use_errno=True)
+        self.file = library.inotify_init1(self.NON_BLOCKING)
+        self.names = {}
+        for path, name in names.items():
+            self.names[library.inotify_add_watch(self.file, os.fsencode(path), self.IN_OPEN)] = name
+
+    def opened(self):
+        """-> the names of files that were opened since this was asked last, sorted."""
+        found = set()
+        if self.file < 0:              # too many of them on this machine
+            return []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                events = os.read(self.file, 4096)
+                while events:          # an event: which watch, what, a cookie, the length of a name behind it
+                    watch, _, _, length = struct.unpack_from("iIII", events)
+                    events = events[16 + length:]
+                    found.add(self.names.get(watch, "?"))
+        return sorted(found)
+
+    def close(self):
+        if self.file >= 0:
+            os.close(self.file)
+        self.file = -1
+
+# ---- the judge: text that is held out, and what a hand-in is worth -----------------------------------------
+
+def draw_held_text(rng):
+    """Draw files of the standard library -> (to train on, to validate on, held out), lists of (name, path).
+
+    The first has all the others. What this process has imported is never held out, nor a package of which it has
+    imported a part: a copy that misses it could not run."""
+    files = list_files(None)
+    loaded = {name.partition(".")[0] for name in sys.modules}
+    fit = []
+    for name, path in files:
+        package = name.partition(os.sep)[0].removesuffix(".py")
+        if package not in loaded and package not in ELSEWHERE and os.path.getsize(path) <= HELD_FILE:
+            fit.append((name, path))
+    rng.shuffle(fit)
+    held = take_bytes(fit, HELD_BYTES)
+    own = take_bytes(fit[len(held):], OWN_BYTES)
+    apart = {*held, *own}
+    return [file for file in files if file not in apart], own, held
+
+def take_bytes(files, n_bytes):
+    """The first of some (name, path), until they have so many bytes."""
+    taken = []
+    for name, path in files:
+        if n_bytes <= 0:
+            break
+        taken.append((name, path))
+        n_bytes -= os.path.getsize(path)
+    return taken
+
+def second_views(path):
+    """The files that tell what is in a module of the library: itself, and what Python has compiled of it."""
+    folder, name = os.path.split(path)
+    compiled = glob.glob(os.path.join(glob.escape(folder), "__pycache__", f"{glob.escape(name[:-3])}.*.pyc"))
+    return [path, *compiled]
+
+def find_libraries(folders):
+    """Other copies of the standard library below these folders -> their folders, and Python's zip files."""
+    own = os.path.realpath(sysconfig.get_paths()["stdlib"])
+    found = []
+    for folder in folders:
+        for here, inner, names in os.walk(folder):
+            if "os.py" in names and "abc.py" in names and os.path.realpath(here) != own:
+                found.append(here)
+                inner.clear()
+            found += [os.path.join(here, name) for name in names if re.fullmatch(r"python3\d+\.zip", name)]
+    return found
+
+def take_hand_in(work, target):
+    """Move the checkpoint out of a run's folder into another one, `target`. ValueError if it is none, or no file of the
+    run's own. No process of the run is alive any more; no link that it left is followed."""
+    try:
+        folder = os.open(os.path.join(work, "out"), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError as error:
+        raise ValueError(f"hand-in: out: {error.strerror}: a folder is needed, and no link") from None
+    try:
+        # a pipe is not waited for
+        file = os.open("ckpt.pt", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+    except OSError as error:
+        raise ValueError(f"hand-in: out/ckpt.pt: {error.strerror}: a file is needed, and no link") from None
+    finally:
+        os.close(folder)
+    with os.fdopen(file, "rb") as source:
+        facts = os.fstat(file)
+        if not stat.S_ISREG(facts.st_mode) or facts.st_nlink != 1:
+            raise ValueError("hand-in: out/ckpt.pt is not a file of the run's own")
+        if facts.st_size > HAND_IN_BYTES:
+            raise ValueError(f"hand-in: out/ckpt.pt has {facts.st_size:,} bytes, {HAND_IN_BYTES:,} at most")
+        with open(checkpoint_path(target), "wb") as copy:
+            shutil.copyfileobj(source, copy)
+    os.chmod(checkpoint_path(target), 0o644)
+
+def score_checkpoint(folder, text):
+    """Evaluate the checkpoint in a folder on the files of another one -> val_bpb. ValueError if it earns none. The rows
+    are as long as the checkpoint's model has them, as in its own evaluation."""
+    state = load_checkpoint(folder)
+    model, tokenizer = load_model(state)
+    T = model.cfg.max_seq_len
+    if not 16 <= T <= 4096:
+        raise ValueError(f"its rows have {T} tokens: 16 to 4096 are evaluated")
+    docs, _ = read_corpus(text)
+    encoded = encode(tokenizer, [words for _, words in docs])
+    check_round_trip(tokenizer, docs, encoded)
+    L = model.cfg.index_block_size if "msa" in model.cfg.attn_types else 1
+    if T % L:
+        raise ValueError(f"its rows of {T} tokens are not whole key blocks of {L}")
+    tokens = Tokens(docs, tokenizer, L, T, encoded)
+    rows = max(1, SCORE_TOKENS // T)
+    found = evaluate(model, tokens, T, rows, torch.device("cpu"), index_warmup=in_index_warmup(state))
+    if not math.isfinite(found["val_bpb"]):
+        raise ValueError(f"its val_bpb is {found['val_bpb']}")
+    return found["val_bpb"]
+
+def check_round_trip(tokenizer, docs, encoded):
+    """ValueError unless each byte of the documents is in their tokens: who drops some has less to predict."""
+    for (name, words), ids in zip(docs, encoded):
+        if tokenizer.decode_bytes(ids.tolist()) != words.encode():
+            raise ValueError("its tokenizer does not give back the text that it has encoded")
+
+def print_checkpoint_score(folder, text):
+    """What the judge's own process runs: the last line that it prints is JSON, val_bpb or refused."""
+    try:
+        result = dict(val_bpb=score_checkpoint(folder, text))
+    except (ValueError, ArithmeticError, RuntimeError, MemoryError, AssertionError, IndexError) as error:
+        result = dict(refused=first_line(error))
+    print(json.dumps(result), flush=True)
+
+@dataclass
+class Measured:
+    """What a run of a copy has come to."""
+    val_bpb: float | None              # None: nothing was handed in that earns one
+    ended: Ended                       # the run itself
+    reason: str = ""                   # why there is none
+    attempts: list = field(default_factory=list)  # what it tried that it may not, as far as that shows
+
+class Judge:
+    """Runs copies of the repository and scores what they hand in.
+
+    It keeps, in a folder of its own: the unmodified repository, the text in its three parts, a file for each one that
+    is held out, which lies in its place, and the cache of the copies, which the unedited one fills, and none else.
+    """
+
+    def __init__(self, parts, rng):
+        """parts: see find_isolation; rng: of what is held out. ValueError where files cannot be shut in: the held-out
+        text could be read."""
+        if "files" not in parts:
+            raise ValueError("the environment train.py needs Linux, util-linux and namespaces of files, which this "
+                             "system does not give: a run could read the held-out text")
+        self.parts = parts
+        self.temporary = tempfile.TemporaryDirectory(prefix="judge-", ignore_cleanup_errors=True)
+        self.folder = self.temporary.name
+        here = os.path.dirname(os.path.abspath(__file__))
+        learned, own, held = draw_held_text(rng)
+        for name, files in dict(train=learned, val=own, held=held).items():
+            self.fill(name, files)
+        self.fill("repo", [(name, os.path.join(here, name)) for name in (*COPIED, "rl.py")])
+        compileall.compile_dir(self.path("repo"), quiet=2)
+        os.mkdir(self.path("cache"))
+        give_away(self.path("cache"))
+
+        # what a run sees in place of the held-out text, and of other copies of it
+        self.masks = {}                # name of a held-out file -> the empty one
+        hidden = {}
+        for name, path in held:
+            mask = self.new_mask()
+            self.masks[name] = mask
+            for view in second_views(path):
+                hidden[view] = hidden[os.path.realpath(view)] = mask
+        readable = visible_folders()
+        os.mkdir(self.path("empty"))
+        for path in find_libraries(readable):
+            hidden[path] = self.path("empty") if os.path.isdir(path) else self.new_mask()
+        self.watch = OpenWatch({mask: name for name, mask in self.masks.items()})
+        self.sandbox = Sandbox(self.folder, parts, readable, hidden)
+        self.scorer = Sandbox(self.folder, parts, readable)  # it sees the held-out text
+
+    def path(self, name):
+        return os.path.join(self.folder, name)
+
+    def new_mask(self):
+        """-> a new, empty file."""
+        file, path = tempfile.mkstemp(prefix="mask-", dir=self.folder)
+        os.fchmod(file, 0o644)
+        os.close(file)
+        return path
+
+    def fill(self, name, files):
+        """Make a folder with copies of some (name, path), which any user can read."""
+        for inner, path in files:
+            target = os.path.join(self.path(name), inner)
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            shutil.copyfile(path, target)
+        for here, _, _ in os.walk(self.path(name)):
+            os.chmod(here, 0o755)
+
+    def release(self, names):
+        """These files are no longer held out."""
+        for name in names:
+            os.remove(os.path.join(self.path("held"), name))
+            mask = self.masks.pop(name)
+            hidden = self.sandbox.hidden
+            self.sandbox.hidden = {place: path for place, path in hidden.items() if path != mask}
+
+    def write_copy(self, files):
+        """files: name -> text -> a new folder that holds them, and nothing of any other run."""
+        work = self.sandbox.new_work()
+        for name, text in files.items():
+            path = os.path.join(work, name)
+            with open(path, "w", encoding="utf-8", errors="surrogatepass") as file:
+                file.write(text)
+            give_away(path)
+        return work
+
+    def fill_cache(self, files, limits):
+        """Run the unedited copy for one step, which fills the cache -> Measured. Files that it imports, later than this
+        process does, are no longer held out: without them it may have failed, and is run again."""
+        while True:
+            n_held = len(self.masks)
+            found = self.measure(files, ["--steps", "1"], 0, 1.0, limits, fills_cache=True)
+            if found.val_bpb is not None or len(self.masks) == n_held:
+                return found
+
+    def measure(self, files, flags, seed, minutes, limits, fills_cache=False):
+        """Run a copy, and score what it hands in -> Measured.
+
+        files        name -> text
+        flags        the agent's; the judge's own stand behind them, so that they count
+        seed         of the run
+        minutes      of training
+        limits       Limits of the run
+        fills_cache  whether it may write the cache, and what it opens is released
+        """
+        own = ["--data", "/text", "--val-data", "/val", "--out", "out", "--seed", seed, "--device", "cpu",
+               "--threads", 1, "--minutes", minutes]
+        work = self.write_copy(files)
+        try:
+            readable = {"/text": self.path("train"), "/val": self.path("val")}
+            cache = {"/cache": self.path("cache")}
+            writable = cache if fills_cache else {}
+            command = [sys.executable, "train.py", *flags, *map(str, own)]
+            self.watch.opened()        # what was opened before is forgotten
+            ended = self.sandbox.run(command, limits, work, {**cache, **readable}, writable)
+            opened = self.watch.opened()
+            if fills_cache:
+                self.release(opened)
+                opened = []
+            attempts = [f"opened what is held out: {', '.join(opened)}"] if opened else []
+            attempts += [f"met: {words}" for words in BARRED if words in ended.output]
+            if ended.killed:
+                return Measured(None, ended, f"killed: {ended.killed}", attempts)
+            if ended.code:
+                return Measured(None, ended, f"it ended with status {ended.code}", attempts)
+            return self.score_run(work, ended, attempts)
+        finally:
+            remove_folder(work)
+
+    def score_run(self, work, ended, attempts):
+        """Score what a run has left in its folder -> Measured."""
+        place = self.scorer.new_work()
+        try:
+            take_hand_in(work, place)
+            readable = {"/repo": self.path("repo"), "/held": self.path("held")}
+            program = f"import sys; sys.path[0] = '/repo'; import rl; rl.print_checkpoint_score('{WORK}', '/held')"
+            limits = Limits(SCORE_SECONDS, SCORE_SECONDS)
+            said = self.scorer.run([sys.executable, "-c", program], limits, place, readable)
+            if said.killed:
+                raise ValueError(f"the judge's process was killed: {said.killed}")
+            result = None              # what its last line says
+            with contextlib.suppress(IndexError, ValueError):
+                result = json.loads(said.output.splitlines()[-1])
+            if not isinstance(result, dict) or not result.keys() & {"val_bpb", "refused"}:
+                raise ValueError(f"the judge's process ended with status {said.code}")
+            if "refused" in result:
+                raise ValueError(result["refused"].replace(WORK + "/", ""))
+            return Measured(result["val_bpb"], ended, "", attempts)
+        except ValueError as error:
+            return Measured(None, ended, f"refused: {error}", [*attempts, f"handed in what earns no score: {error}"])
+        finally:
+            remove_folder(place)
+
+    def halt(self):
+        """Kill the run that another thread waits for, and each that it begins."""
+        for sandbox in (self.sandbox, self.scorer):
+            sandbox.stop.set()
+
+    def close(self):
+        self.watch.close()
+        self.temporary.cleanup()
+
+def remove_folder(folder):
+    """Remove what a run has left, however it is nested."""
+    with contextlib.suppress(RecursionError):
+        shutil.rmtree(folder, ignore_errors=True)
+
+# ---- the judge: what an agent does, and what becomes of it ---------------------------------------------
+
+class Journal:
+    """A file that a person reads: what was asked, what was changed, what came of it. Each entry is on the disk at once.
+    """
+
+    def __init__(self, path):
+        self.path = path
+
+    def add(self, title, *parts, mark=""):
+        """title: a line; parts: texts of any length, a ``` block each; mark: of a heading."""
+        with open(self.path, "a", encoding="utf-8", errors="replace") as file:
+            file.write(f"\n{mark}{time.strftime('%H:%M:%S')} {title}\n")
+            for part in parts:
+                fence = "`" * max(3, 1 + max(map(len, re.findall("`+", part)), default=0))
+                file.write(f"\n{fence}\n{part.rstrip()}\n{fence}\n")
+
+    def attempt(self, what):
+        """The agent, or a run of its copy, tried what it may not."""
+        self.add(f"**attempt**: {what}")
+
+@dataclass
+class Verdict:
+    """Whether a change is better than the base."""
+    is_kept: bool
+    mean: float                        # gain, bits a byte
+    words: str
+
+def judge_gains(gains, noise, fresh=None):
+    """-> Verdict: each seed must gain, their mean more than the threshold, and so must a fresh seed alone.
+
+    gains   bits a byte that each seed gained
+    noise   see Noise
+    fresh   gain of the fresh seed; None: it has not been run yet
+    With a spread of 0.01, as measured, 6 of 1,000 changes that change nothing but the noise would be kept.
+    """
+    mean = sum(gains) / len(gains)
+    least = noise.threshold(len(gains))
+    is_kept = mean > least and min(gains) > 0
+    words = f"mean gain {mean:+.4f}, threshold {least:.4f} ({noise})"
+    if min(gains) <= 0 < mean:
+        words += "; not every seed gains"
+    if fresh is not None:
+        is_kept = is_kept and fresh > least
+        words += f"; with a fresh seed {fresh:+.4f}"
+    return Verdict(is_kept, mean, words)
+
+@dataclass
+class Noise:
+    """What gains are worth nothing."""
+    spread: float                      # standard deviation of the unedited copy's val_bpb over seeds
+    seconds: float                     # that the unedited copy takes, at most,
+    cpu_seconds: float                 # and of CPU time
+    by_second: float                   # bits a byte that the unedited copy gains by a second more
+
+    def threshold(self, n_seeds):
+        """The standard error of the mean of so many differences, each of two runs, times Student's t; or more."""
+        return max(STUDENT * self.spread * math.sqrt(2 / n_seeds), LEAST_GAIN)
+
+    def overtime(self, ended):
+        """Bits a byte that the unedited copy would have gained by the time that a run took over its own."""
+        seconds = max(ended.seconds - self.seconds, ended.cpu_seconds - self.cpu_seconds, 0.0)
+        return self.by_second * seconds
+
+    def __str__(self):
+        return f"seeds spread by {self.spread:.4f}, at least {LEAST_GAIN:g}; a second more gives {self.by_second:.4f}"
+
+WORKSHOP_PROMPT = """\
+You are an engineer. Make train.py of this repository reach a lower val_bpb, bits a byte of validation text, in
+{minutes:g} minutes of training on one CPU thread. Read its code and its log, change flags (set_flags) or code (replace,
+write_file), and call run: a copy of your files is trained with {seeds} seeds that you do not choose. The judge is the
+unmodified repository. It loads out/ckpt.pt, which your train.py must write in its own format, and evaluates it on text
+that no run sees. If each seed gains, and the mean gain is larger than the noise, with a fresh seed too, the change is
+kept, and the next one is measured against it; otherwise it is undone. Of a run that takes more time than the unedited
+one the gain is less; one that takes much more is killed. You have {runs} runs. Call done when you are finished. The
+flags that you may set: {flags}"""
+
+class Workshop(Environment):
+    """The environment train.py: see the section's head.
+
+    A copy is a dict, name -> text, here in memory: no path leads out of it. A file is on the disk for a run alone.
+    """
+    tools = [
+        function_schema("list_files", "The files of your copy, with their lines."),
+        function_schema("read_file", f"Lines of a file, {SHOWN_LINES} at most.", path=("string", "its name"),
+                        first=("integer", "first line, from 1"), last=("integer", "last line")),
+        function_schema("replace", "Replace a text that occurs exactly once in a file.", path=("string", "its name"),
+                        old=("string", "the text"), new=("string", "what takes its place")),
+        function_schema("write_file", "Write a whole file, a new one or in place of an old one.",
+                        path=("string", "its name"), text=("string", "all of it")),
+        function_schema("set_flags", "Set train.py's flags, all of them.",
+                        flags=("array", 'as on a command line: ["--lr", "0.01"]')),
+        function_schema("run", "Run your copy, and let it be judged. It takes minutes."),
+        function_schema("read_log", f"The last lines that the last run printed, {SHOWN_LINES} at most.",
+                        lines=("integer", "how many")),
+        function_schema("done", "You are finished.")]
+
+    def __init__(self, journal, judge, rng, minutes=ENGINEER_MINUTES, n_runs=ENGINEER_RUNS):
+        """journal: Journal; judge: Judge; rng: of the runs' seeds, which the agent cannot know."""
+        here = os.path.dirname(os.path.abspath(__file__))
+        self.journal = journal
+        self.judge = judge
+        self.rng = rng
+        self.minutes = minutes
+        self.runs_left = n_runs
+        self.base = {name: read_source(os.path.join(here, name)) for name in COPIED}
+        self.base_flags = []
+        self.original_bytes = count_text(self.base)
+        self.undo()
+        self.seeds = [self.new_seed() for _ in range(ENGINEER_SEEDS)]
+        self.scores = {}               # seed -> val_bpb of the base
+        self.noise = None              # Noise; None: the base has not been run yet
+        self.limits = None             # of a change's run
+        self.output = ""               # that the last run printed
+        self.gains = []                # of each call of run; 0: not kept
+        self.began = time.monotonic()
+        flags = " ".join(f"--{name}" for name in ENGINEER_FLAGS)
+        self.prompt = WORKSHOP_PROMPT.format(minutes=minutes, seeds=ENGINEER_SEEDS, runs=n_runs, flags=flags)
+        self.uses = dict(
+            list_files=self.list_files, read_file=self.read_file, replace=self.replace, write_file=self.write_file,
+            set_flags=self.set_flags, run=self.run, read_log=self.read_log, done=self.done)
+        self.journal.add(f"A session begins: {n_runs} runs, {minutes:g} minutes of training each", mark="# ")
+        self.journal.add(isolation_words(judge.parts))
+
+    def new_seed(self):
+        return self.rng.randrange(2 ** 31)
+
+    def undo(self):
+        """The copy is the base again."""
+        self.files = dict(self.base)
+        self.flags = list(self.base_flags)
+
+    def call(self, name, arguments):
+        if self.over:
+            return "The session is over."
+        self.journal.add(f"{name!s:.40} {json.dumps(arguments):.200}")
+        use = self.uses.get(name) if isinstance(name, str) else None
+        if use is None:
+            return f"There is no tool {name!r:.40}; there are {', '.join(self.uses)}."
+        try:
+            kinds = TOOL_ARGUMENTS.get(name, {})
+            check_fields(f"{name}: its arguments", arguments, kinds)
+            return use(**{key: arguments[key] for key in kinds})
+        except (ValueError, TypeError, AttributeError) as error:
+            return f"Not done: {first_line(error)}"
+        except OSError as error:       # of this machine: the disk is full
+            self.journal.add(f"{name} failed on this machine: {error}")
+            return f"Not done: {error.strerror}"
+
+    # the copy
+
+    def find_file(self, path):
+        """ValueError, and an entry in the journal if it leads out of the copy, unless this is a file of the copy."""
+        if path not in self.files:
+            if "/" in path or "\\" in path or ".." in path:
+                self.journal.attempt(f"asked for {path!r:.200}, which is outside the copy")
+            raise ValueError(f"{path!r:.80}: the files are {', '.join(sorted(self.files))}")
+        return self.files[path]
+
+    def list_files(self):
+        return "\n".join(f"{name} {text.count(chr(10))} lines" for name, text in sorted(self.files.items()))
+
+    def read_file(self, path, first, last):
+        lines = self.find_file(path).splitlines()
+        last = min(last, first + SHOWN_LINES - 1, len(lines))
+        shown = [f"{number} {lines[number - 1][:SHOWN_CHARS]}" for number in range(max(1, first), last + 1)]
+        return "\n".join(shown) or f"{path} has {len(lines)} lines"
+
+    def replace(self, path, old, new):
+        text = self.find_file(path)
+        n_found = text.count(old) if old else 0
+        if n_found != 1:
+            raise ValueError(f"the text occurs {n_found} times in {path}; it must once")
+        return self.write_file(path, text.replace(old, new))
+
+    def write_file(self, path, text):
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,60}\.(py|txt|json)", path):
+            self.journal.attempt(f"to write {path!r:.200}, which is outside the copy")
+            raise ValueError(f"{path!r:.80}: a file lies beside train.py, and its name is letters, digits, and .py, "
+                             ".txt or .json")
+        files = {**self.files, path: text}
+        if count_text(files) > self.original_bytes + SOURCE_BYTES:
+            raise ValueError(f"the copy would have over {SOURCE_BYTES:,} bytes more than the original")
+        self.files = files
+        return f"{path} has {text.count(chr(10))} lines now."
+
+    def set_flags(self, flags):
+        if len(flags) > 2 * len(ENGINEER_FLAGS):
+            raise ValueError(f"there are {len(flags)} of them")
+        for flag in flags:
+            if not isinstance(flag, str) or not flag.isprintable() or len(flag) > 200:
+                raise ValueError(f"a flag is a text: {flag!r:.40}")
+            name = flag.partition("=")[0]
+            if flag.startswith("-") and name.removeprefix("--") not in ENGINEER_FLAGS:
+                self.journal.attempt(f"to set {flag!r:.80}, which is the judge's")
+                raise ValueError(f"{flag!r:.40} is not yours to set; these are: {' '.join(ENGINEER_FLAGS)}")
+        self.flags = list(flags)
+        return f"The flags are {shlex.join(self.flags) or 'none'}."
+
+    def diff(self):
+        """What is changed, as a patch of the base; and the flags."""
+        lines = []
+        if self.flags != self.base_flags:
+            lines += [f"- flags: {shlex.join(self.base_flags)}", f"+ flags: {shlex.join(self.flags)}"]
+        for name, text in sorted(self.files.items()):
+            old = self.base.get(name, "").splitlines()
+            lines += difflib.unified_diff(old, text.splitlines(), f"base/{name}", f"copy/{name}", lineterm="")
+        return "\n".join(lines)
+
+    # runs
+
+    def measure(self, name, files, flags, seed, minutes, limits):
+        """Run and score a copy, and write both into the journal -> Measured."""
+        found = self.judge.measure(files, flags, seed, minutes, limits)
+        ended = found.ended
+        said = f"val_bpb {found.val_bpb:.4f}" if found.val_bpb is not None else found.reason
+        last = "\n".join(line[:SHOWN_CHARS] for line in ended.output.splitlines()[-JOURNAL_LINES:])
+        took = f"{ended.seconds:.1f} s, {ended.cpu_seconds:.1f} of CPU time"
+        self.journal.add(f"{name}, seed {seed}: {said}; {took}", last)
+        for attempt in found.attempts:
+            self.journal.attempt(f"a run {attempt}")
+        self.output = ended.output
+        return found
+
+    def measure_base(self):
+        """Run the unedited copy: its scores, its noise, its time. ValueError if it has none."""
+        if self.noise:
+            return
+        loose = Limits(60 * self.minutes + FIRST_SECONDS, 60 * self.minutes + FIRST_SECONDS)
+        first = self.judge.fill_cache(self.base, loose)
+        if first.val_bpb is None:
+            raise ValueError(f"the unedited copy has no score here: {first.reason}; {first.ended.output[-200:]}")
+        seconds = 0.0
+        cpu_seconds = 0.0
+        for seed in [*self.seeds, *(self.new_seed() for _ in range(BASE_SEEDS - len(self.seeds)))]:
+            found = self.measure("base", self.base, [], seed, self.minutes, loose)
+            if found.val_bpb is None:
+                raise ValueError(f"the unedited copy has no score here: {found.reason}")
+            self.scores[seed] = found.val_bpb
+            seconds = max(seconds, found.ended.seconds)
+            cpu_seconds = max(cpu_seconds, found.ended.cpu_seconds)
+
+        # what may be taken on top, and what the unedited copy makes of it
+        times, more = SLACK
+        self.limits = Limits(times * seconds + more, times * cpu_seconds + more)
+        more_seconds = self.limits.seconds - seconds
+        longer = self.minutes + more_seconds / 60
+        found = self.measure("base with more time", self.base, [], self.seeds[0], longer, loose)
+        if found.val_bpb is None:
+            raise ValueError(f"the unedited copy has no score here: {found.reason}")
+        gain = max(LEAST_GAIN, self.scores[self.seeds[0]] - found.val_bpb)  # one pair of runs may hide it
+        self.noise = Noise(statistics.stdev(self.scores.values()), seconds, cpu_seconds, gain / more_seconds)
+        self.journal.add(f"the unedited copy has {self.base_words()}; {self.noise}; a run may take "
+                         f"{self.limits.seconds:.0f} s, {self.limits.cpu_seconds:.0f} of CPU time")
+
+    def base_words(self):
+        return ", ".join(f"{score:.4f}" for score in self.scores.values())
+
+    def run(self):
+        if self.runs_left == 0:
+            return "There is no run left."
+        if (self.files, self.flags) == (self.base, self.base_flags):
+            return "Nothing is changed: a changed seed is no improvement."
+        self.measure_base()
+        self.runs_left -= 1
+        number = len(self.gains) + 1
+        self.journal.add(f"Run {number}: what is changed", self.diff(), mark="## ")
+        lines, verdict, scores = self.try_change()
+        is_kept = verdict is not None and verdict.is_kept
+        if is_kept:
+            lines.append(f"KEPT: {verdict.words}. It is the new base.")
+            self.base = self.files
+            self.base_flags = self.flags
+            self.scores = scores
+        else:
+            why = verdict.words if verdict else lines[-1]
+            lines.append(f"NOT KEPT: {why}. The copy is the base again.")
+        self.gains.append(verdict.mean if is_kept else 0.0)
+        self.undo()
+        self.journal.add(f"run {number} is judged", "\n".join(lines))
+        self.over = self.runs_left == 0
+        lines += [f"{self.runs_left} runs are left. The last lines of the output:", self.read_log(12)]
+        return "\n".join(lines)
+
+    def try_change(self):
+        """Run the change with each seed; if it seems better, with a fresh one and the base beside it, too -> lines that
+        tell it, Verdict or None, its scores by seed."""
+        lines = []
+        gains = []
+        scores = {}
+        for seed in self.seeds:
+            found = self.measure("change", self.files, self.flags, seed, self.minutes, self.limits)
+            if found.val_bpb is None:
+                return [*lines, f"seed {len(gains) + 1}: no score, {found.reason}"], None, scores
+            gains.append(self.gain(self.scores[seed], found))
+            scores[seed] = found.val_bpb
+            lines.append(self.tell_gain(f"seed {len(gains)}", self.scores[seed], found))
+        verdict = judge_gains(gains, self.noise)
+        if not verdict.is_kept:
+            return lines, verdict, scores
+
+        # the base once more beside it: a machine that is less busy now, or a lucky seed, would be seen
+        seed = self.new_seed()
+        base = self.measure("fresh seed, base", self.base, self.base_flags, seed, self.minutes, self.limits)
+        found = self.measure("fresh seed, change", self.files, self.flags, seed, self.minutes, self.limits)
+        for name, one in dict(base=base, change=found).items():
+            if one.val_bpb is None:
+                return [*lines, f"fresh seed: the {name} has no score, {one.reason}"], None, scores
+        fresh = self.gain(base.val_bpb, found)
+        lines.append(self.tell_gain("fresh seed", base.val_bpb, found))
+        return lines, judge_gains(gains, self.noise, fresh), scores
+
+    def gain(self, base, found):
+        """Bits a byte that a run gains over the base's val_bpb, less what its overtime is worth."""
+        return base - found.val_bpb - self.noise.overtime(found.ended)
+
+    def tell_gain(self, name, base, found):
+        line = f"{name}: {base:.4f} -> {found.val_bpb:.4f}, gain {self.gain(base, found):+.4f}"
+        overtime = self.noise.overtime(found.ended)
+        return f"{line}, {overtime:.4f} taken off for overtime" if overtime else line
+
+    def read_log(self, lines):
+        if not self.output:
+            self.measure_base()
+        shown = self.output.splitlines()[-max(1, min(lines, SHOWN_LINES)):]
+        return "\n".join(line[:SHOWN_CHARS] for line in shown)
+
+    def done(self):
+        self.over = True
+        return f"The session is over: {sum(self.gains):+.4f} bits a byte in {len(self.gains)} runs."
+
+    def finish(self):
+        """-> the gain of each run, success, seconds."""
+        gain = sum(self.gains)
+        kept = shlex.join(self.base_flags) or "none"
+        self.journal.add(f"the session is over: {gain:+.4f} bits a byte in {len(self.gains)} runs; flags {kept}")
+        self.close()
+        return self.gains or [0.0], gain > 0, time.monotonic() - self.began
+
+    def halt(self):
+        """End what is under way in another thread."""
+        self.over = True
+        self.judge.halt()
+
+    def close(self):
+        self.halt()
+        self.judge.close()
+
+TOOL_ARGUMENTS = dict(
+    read_file=dict(path=str, first=int, last=int),
+    replace=dict(path=str, old=str, new=str),
+    write_file=dict(path=str, text=str),
+    set_flags=dict(flags=list),
+    read_log=dict(lines=int))
+
+def read_source(path):
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+def count_text(files):
+    """Bytes of a copy's files."""
+    return sum(len(text.encode("utf-8", "surrogatepass")) for text in files.values())
 
 def main(argv=None):
     def start(locks):

@@ -41,7 +41,7 @@ from functools import lru_cache, partial
 from http.client import HTTPConnection
 from html.parser import HTMLParser
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from types import SimpleNamespace
 from unittest import mock
 from urllib import error, request
@@ -12283,6 +12283,539 @@ def test_keeping_is_checked_by_hand(few_worlds):
     # a threshold that lets noise pass: some of the six worlds' herrings gain by it
     assert rl.check_keeping(runs, 0)["false_keeps"] > 0
 
+# ---- the judge -----------------
+# An agent that is paid for a number finds every way to it. Each way that we could think of is tried here, by a train.py
+# of a few lines: that is what a patch is. It must earn nothing, and the journal must tell it.
+
+@lru_cache
+def isolation():
+    return tuple(rl.find_isolation())
+
+def need_isolation():
+    """Skip a test of the sandbox where the system shuts nothing in."""
+    if set(isolation()) != set(rl.PARTS):
+        pytest.skip(rl.isolation_words(isolation()))
+
+@lru_cache
+def one_judge():
+    """A judge with little text."""
+    need_isolation()
+    with mock.patch.object(rl, "HELD_BYTES", 2 ** 15):
+        return rl.Judge(isolation(), random.Random(0))
+
+QUICK = rl.Limits(20.0, 10.0, memory=2 ** 29, processes=8, disk=2 ** 24, files=100, output=2 ** 20)
+
+def workshop(folder, judge=None):
+    """A session whose base has run already: 3 bits a byte with any seed."""
+    journal = rl.Journal(str(Path(folder) / "journal.md"))
+    made = rl.Workshop(journal, judge or one_judge(), random.Random(0), 0.1)
+    made.scores = dict.fromkeys(made.seeds, 3.0)
+    made.noise = rl.Noise(0.001, 10.0, 10.0, 0.0)
+    made.limits = QUICK
+    return made
+
+def attack(script, limits=QUICK):
+    """Let an agent hand in this train.py -> what it is told, the journal, the run's output."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = workshop(folder)
+        made.limits = limits
+        before = dict(made.base)
+        assert made.call("write_file", dict(path="train.py", text=script)).startswith("train.py has")
+        told = made.call("run", {})
+        assert "NOT KEPT" in told
+        assert made.base == before
+        assert made.files == before
+        assert made.gains == [0.0]
+        return told, Path(made.journal.path).read_text(), made.output
+
+def held_out():
+    """-> a held-out file of the standard library: its name, its path, what is in it."""
+    name = max(one_judge().masks)
+    path = os.path.join(os.path.dirname(os.__file__), name)
+    return name, path, Path(path).read_text()
+
+def test_a_patch_cannot_read_the_held_out_text():
+    """By its path, as Python compiled it, through /proc, and by what Python knows of modules: it is empty, and the
+    journal says who opened it."""
+    name, path, text = held_out()
+    told, journal, output = attack(f"""
+import glob, importlib, inspect, linecache, os
+path = {path!r}
+names = [path, *glob.glob(os.path.dirname(path) + "/__pycache__/" + {Path(name).stem!r} + ".*")]
+for root in ("", "/proc/1/root", "/proc/self/root", "/proc/self/cwd/..", "/proc/%d/root" % os.getppid()):
+    for one in names:
+        if os.path.exists(root + one):
+            print("FOUND", os.path.getsize(root + one), len(open(root + one, "rb").read()))
+print("LINES", len(linecache.getlines(path)))
+try:
+    module = importlib.import_module({name.removesuffix(".py").replace("/", ".")!r})
+    print("NAMES", len([one for one in vars(module) if one[0] != "_"]), len(inspect.getsource(module)))
+except (ImportError, OSError) as error:
+    print(error)
+""")
+    found = re.findall(r"FOUND (\d+) (\d+)", output)
+    assert len(found) >= 4
+    assert set(found) == {("0", "0")}
+    assert "LINES 0" in output
+    assert not re.search("NAMES [1-9]", output)
+    assert f"**attempt**: a run opened what is held out: {name}" in journal
+
+def test_a_run_sees_no_other_folder():
+    """No home, no repository, no journal, nothing of the judge's: its root holds the system, Python and the copy."""
+    script = f"""
+import os
+for path in ("/root/.ssh", "/home", "/etc/passwd", {str(HERE / ".git")!r}, {one_judge().folder!r}, "/held", "/repo"):
+    print("THERE", path) if os.path.exists(path) else None
+print("PROCESSES", [name for name in os.listdir("/proc") if name.isdigit()])
+print("VARIABLES", sorted(os.environ))
+print("COPY", sorted(os.listdir(".")))
+"""
+    with mock.patch.dict(os.environ, OPENAI_API_KEY="secret"):
+        _, _, output = attack(script)
+    assert "THERE" not in output
+    assert "PROCESSES ['1']" in output
+    assert "secret" not in output
+    assert "API_KEY" not in output
+    assert "COPY ['model.py', 'moe.py', 'msa.py', 'sample.py', 'train.py']" in output
+
+def test_a_run_cannot_take_the_mask_away():
+    """It is mounted, and nobody can unmount it: without capabilities, and with none to be had in a new namespace."""
+    name, path, _ = held_out()
+    _, _, output = attack(f"""
+import ctypes
+library = ctypes.CDLL(None)
+print("UNMOUNTED", library.umount2({path.encode()!r}, 2))
+print("NEW USERS", library.unshare(0x10000000))
+print("LENGTH", len(open({path!r}).read()))
+""")
+    assert "UNMOUNTED -1" in output
+    assert "NEW USERS -1" in output
+    assert "LENGTH 0" in output
+
+def test_a_run_writes_nowhere_but_in_its_copy():
+    """Not even where all users may."""
+    need_isolation()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        program = "open('here', 'w'); open('/tmp/there', 'w'); print('begins', flush=True); open('/open/file', 'w')"
+        sandbox = rl.Sandbox(tempfile.mkdtemp(dir=folder), isolation())
+        ended = sandbox.run([sys.executable, "-c", program], QUICK, readable={"/open": folder})
+        assert not (Path(folder) / "file").exists()
+        assert "begins" in ended.output
+        assert "Read-only file system" in ended.output
+
+def test_a_write_outside_is_in_the_journal():
+    """The error that the run met."""
+    _, journal, _ = attack("open('/usr/lib/x.py', 'w')")
+    assert "**attempt**: a run met: Read-only file system" in journal
+
+def test_a_run_reaches_no_network():
+    """A server on loopback, which this process can reach, hears nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = server.getsockname()
+        socket.create_connection(address, 1).close()
+        server.accept()[0].close()
+        _, journal, output = attack(f"import socket; socket.create_connection({address}, 1)")
+        server.settimeout(0.1)
+        heard = True
+        try:
+            server.accept()[0].close()
+        except TimeoutError:
+            heard = False
+    assert not heard
+    assert "Network is unreachable" in output
+    assert "**attempt**: a run met: Network is unreachable" in journal
+
+def test_a_run_that_hangs_is_killed():
+    """At its time limit, with what it has started in a session of its own."""
+    script = "import os, time; os.fork() or os.setsid(); time.sleep(4); print('on and on')"
+    _, journal, output = attack(script, dataclasses.replace(QUICK, seconds=1.0))
+    assert "killed: it took more than 1 s" in journal
+    assert output == ""
+
+@parametrize("script, why", [
+    ("while True: pass", "CPU time"),
+    ("import os\nwhile True: os.fork()", "more than 8 processes"),
+    ("import os, time\nos.fork()\nx = bytearray(2 ** 28 + 2 ** 27)\ntime.sleep(20)", "bytes of memory"),
+    ("while True: print('x' * 2 ** 16)", "it printed more than"),
+    ("while True: open(str(id(object())) + str(__import__('time').time()), 'w').write('x' * 2 ** 18)", "it wrote more"),
+])
+def test_a_run_that_takes_too_much_is_killed(script, why):
+    """Time of several threads, processes, memory of all together, output, disk."""
+    need_isolation()
+    with tempfile.TemporaryDirectory() as folder:
+        limits = dataclasses.replace(QUICK, cpu_seconds=0.5 if "CPU" in why else 10.0)
+        ended = rl.Sandbox(folder, isolation()).run([sys.executable, "-c", script], limits)
+        assert why in ended.killed
+        assert len(ended.output) <= rl.TAIL
+
+def test_nothing_is_carried_from_run_to_run():
+    """A run finds neither what the one before it has written, nor what that has changed."""
+    script = "import os; print(sorted(os.listdir('.')), os.path.exists('/tmp/x')); open('/tmp/x', 'w'); os.mkdir('out')"
+    with tempfile.TemporaryDirectory() as folder:
+        made = workshop(folder)
+        for _ in range(2):
+            made.call("write_file", dict(path="train.py", text=script))
+            made.call("run", {})
+            assert made.output == "['model.py', 'moe.py', 'msa.py', 'sample.py', 'train.py'] False\n"
+
+def micro_checkpoint(folder, **tokenizer):
+    """A checkpoint of a random micro model, its tokenizer changed."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    spec = {**sample.learn_bpe([], 257, "(?s:.)"), **tokenizer}
+    torch.manual_seed(0)
+    model = MiniMax(MiniMaxConfig.micro(vocab_size=257, max_seq_len=128))
+    config = dataclasses.asdict(model.cfg)
+    sample.save_checkpoint(str(folder), config=config, tokenizer=spec, model=model.state_dict(), optimizers=[],
+                           now=dict(step=1), args={})
+
+MICRO_TRAIN = """
+import dataclasses, torch, sample
+from model import MiniMax, MiniMaxConfig
+torch.manual_seed(0)
+spec = sample.learn_bpe([], 257, "(?s:.)")
+model = MiniMax(MiniMaxConfig.micro(vocab_size=257, max_seq_len=128))
+__import__("os").mkdir("out")
+sample.save_checkpoint("out", config=dataclasses.asdict(model.cfg), tokenizer=spec, model=model.state_dict(),
+                       optimizers=[], now=dict(step=1), args={})
+"""
+
+def test_an_honest_hand_in_is_worth_its_weights(tmp_path):
+    """A copy writes a checkpoint of random weights: the judge, in a sandbox of its own, finds their val_bpb, 8 bits."""
+    judge = one_judge()
+    limits = rl.Limits(60.0, 60.0)
+    files = {**workshop(tmp_path).base, "train.py": MICRO_TRAIN}
+    found = judge.measure(files, [], 1, 0.1, limits)
+    assert found.reason == ""
+    micro_checkpoint(tmp_path / "out")
+    assert found.val_bpb == pytest.approx(rl.score_checkpoint(str(tmp_path / "out"), judge.path("held")), rel=1e-5)
+    assert 7.5 < found.val_bpb < 8.5
+
+def test_a_score_without_weights_is_none():
+    """What a run prints, or writes into its log, is not read."""
+    lie = json.dumps(dict(step=9, val_bpb=0.1))
+    told, journal, _ = attack(f"import os; os.mkdir('out'); open('out/log.jsonl', 'w').write({lie!r}); print({lie!r})")
+    assert "no score" in told
+    assert "out/ckpt.pt: No such file" in journal
+    assert "**attempt**: a run handed in what earns no score" in journal
+
+def refused_hand_in(make):
+    """make(folder): what a run leaves -> the reason why it is refused."""
+    with tempfile.TemporaryDirectory() as folder:
+        good = Path(folder) / "good"
+        work = Path(folder) / "work"
+        target = Path(folder) / "target"
+        text = Path(folder) / "text"
+        for path in (work, target, text):
+            path.mkdir()
+        (text / "a.py").write_text("print('held out')\n" * 20)
+        micro_checkpoint(good)
+        make(work, good)
+        try:
+            rl.take_hand_in(str(work), str(target))
+            rl.score_checkpoint(str(target), str(text))
+        except ValueError as error:
+            return str(error)
+        return "it has a score"
+
+def test_a_link_is_no_hand_in():
+    """To another run's checkpoint, by its name or its folder's; nor a second name of one."""
+    def linked_file(work, good):
+        (work / "out").mkdir()
+        (work / "out" / "ckpt.pt").symlink_to(good / "ckpt.pt")
+
+    def linked_folder(work, good):
+        (work / "out").symlink_to(good)
+
+    def second_name(work, good):
+        (work / "out").mkdir()
+        os.link(good / "ckpt.pt", work / "out" / "ckpt.pt")
+
+    assert "no link" in refused_hand_in(linked_file)
+    assert "no link" in refused_hand_in(linked_folder)
+    assert "run's own" in refused_hand_in(second_name)
+
+def test_a_pipe_or_a_huge_file_is_no_hand_in():
+    """A pipe is not waited for, a file of 100 GB not read."""
+    def pipe(work, good):
+        (work / "out").mkdir()
+        os.mkfifo(work / "out" / "ckpt.pt")
+
+    def huge(work, good):
+        (work / "out").mkdir()
+        with open(work / "out" / "ckpt.pt", "wb") as file:
+            file.truncate(10 ** 11)
+
+    assert "run's own" in refused_hand_in(pipe)
+    assert "bytes" in refused_hand_in(huge)
+
+def test_a_tokenizer_that_drops_text_earns_nothing():
+    """Its pattern skips spaces: fewer bytes would have to be predicted."""
+    reason = refused_hand_in(lambda work, good: micro_checkpoint(work / "out", pattern="(?s:[^ ])"))
+    assert "does not give back the text" in reason
+
+def test_a_hand_in_runs_no_code():
+    """A pickle that makes a folder when it is loaded."""
+    with tempfile.TemporaryDirectory() as folder:
+        class Code:
+            def __reduce__(self):
+                return os.mkdir, (os.path.join(folder, "ran"),)
+
+        def hand_in(work, good):
+            (work / "out").mkdir()
+            torch.save(Code(), work / "out" / "ckpt.pt")
+
+        assert "not a checkpoint" in refused_hand_in(hand_in)
+        assert not os.path.exists(os.path.join(folder, "ran"))
+
+class Scores:
+    """A judge that knows what each run comes to: score(flags, seed, n), n: how many runs there were before. Changed
+    runs take more seconds than their --minutes, their overtime, and each second lowers val_bpb."""
+    parts = [*rl.PARTS]
+    overtime = 0.0
+    by_second = 0.0
+
+    def __init__(self, score):
+        self.score = score
+        self.n_runs = 0
+
+    def fill_cache(self, files, limits):
+        return self.measure(files, [], 0, 1.0, limits)
+
+    def measure(self, files, flags, seed, minutes, limits):
+        seconds = 60 * minutes + (self.overtime if flags else 0.0)
+        val_bpb = self.score(flags, seed, self.n_runs) - self.by_second * seconds
+        self.n_runs += 1
+        return rl.Measured(val_bpb, rl.Ended("step 1\n", 0, seconds, seconds))
+
+    def halt(self):
+        pass
+
+    def close(self):
+        pass
+
+def kept(score, **times):
+    """-> whether a change of a flag is kept, where runs come to these scores, and what is told. times: of Scores."""
+    judge = Scores(score)
+    vars(judge).update(times)
+    with tempfile.TemporaryDirectory() as folder:
+        made = rl.Workshop(rl.Journal(str(Path(folder) / "journal.md")), judge, random.Random(0), 0.1)
+        made.call("set_flags", dict(flags=["--lr=0.1"]))
+        told = made.call("run", {})
+        return bool(made.base_flags), told
+
+def seed_noise(seed):
+    """What a seed changes: a spread of 0.01."""
+    return random.Random(seed).gauss(0, 0.01)
+
+def test_an_honest_change_is_kept():
+    """It gains 0.1 with each seed, also with the fresh one, and becomes the base."""
+    is_kept, told = kept(lambda flags, seed, n: 2.0 + seed_noise(seed) - 0.1 * bool(flags))
+    assert is_kept
+    assert "with a fresh seed +0.1000" in told
+    assert "It is the new base" in told
+
+def test_luck_is_not_kept():
+    """Changes that change nothing but the noise, a spread of 0.01: one in a hundred is kept, at most."""
+    rng = np.random.default_rng(0)
+    n_kept = 0
+    for _ in range(1000):
+        base = rng.normal(2.0, 0.01, rl.BASE_SEEDS)
+        change = rng.normal(2.0, 0.01, 2)
+        fresh = rng.normal(0.0, 0.01 * 2 ** 0.5)
+        noise = rl.Noise(base.std(ddof=1), 1.0, 1.0, 0.0)
+        n_kept += rl.judge_gains(base[:2] - change, noise, fresh).is_kept
+    assert n_kept <= 10
+
+def test_no_change_is_not_run():
+    """Nor does a seed make one."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = workshop(folder, Scores(None))
+        assert "Nothing is changed" in made.call("run", {})
+        assert made.runs_left == 8
+
+def test_a_gain_of_one_seed_is_not_kept():
+    """The mean is large, but only one of the two seeds has it."""
+    losers = []
+
+    def score(flags, seed, n):
+        if flags and not losers:
+            losers.append(seed)
+        return 2.0 + seed_noise(seed) - (0.5 if flags and seed not in losers else 0.0)
+
+    is_kept, told = kept(score)
+    assert not is_kept
+    assert "NOT KEPT" in told
+
+def test_a_freer_machine_is_no_gain():
+    """All runs after the base's are better, as if others had left the machine: the fresh seed's base is, too."""
+    is_kept, told = kept(lambda flags, seed, n: 2.0 + seed_noise(seed) - 0.1 * (n > 5))
+    assert not is_kept
+    assert "fresh seed" in told
+
+def test_more_time_is_no_gain():
+    """A change that does nothing but train for two seconds more, each of which lowers val_bpb by 0.03."""
+    is_kept, told = kept(lambda flags, seed, n: 2.0 + 0.1 * seed_noise(seed), overtime=2.0, by_second=0.03)
+    assert not is_kept
+    assert "0.0600 taken off for overtime" in told
+
+@parametrize("flag", ["--seed", "--seed=7", "--see", "--out=/", "--resume", "--data", "--minutes", "--device", "-x",
+                      "--threads", "--val-data", "--stop-after", "--figure"])
+def test_some_flags_are_the_judges(flag):
+    """Neither they nor their abbreviations may be set; the attempt is in the journal."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = workshop(folder, Scores(None))
+        assert "not yours" in made.call("set_flags", dict(flags=["--lr", "1", flag]))
+        assert made.flags == []
+        assert "**attempt**: to set" in Path(made.journal.path).read_text()
+
+@parametrize("path", ["../rl.py", "/etc/passwd", "a/b.py", "..\\x.py", ".hidden.py", "x.pt", "", "a\0.py"])
+def test_no_path_leads_out_of_the_copy(path):
+    """Neither to read nor to write; the attempt is in the journal."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = workshop(folder, Scores(None))
+        before = dict(made.files)
+        assert "Not done" in made.call("write_file", dict(path=path, text="x"))
+        assert "**attempt**" in Path(made.journal.path).read_text()
+        assert "Not done" in made.call("read_file", dict(path=path, first=1, last=2))
+        assert made.files == before
+
+@parametrize("name, arguments", [
+    ("nothing", {}), (None, {}), ("run", None), ("read_file", {}), ("read_file", dict(path=1, first=1, last=1)),
+    ("replace", dict(path="train.py", old="", new="x")), ("replace", dict(path="train.py", old="import", new="x")),
+    ("set_flags", dict(flags=[1])), ("set_flags", dict(flags="--lr")), ("read_log", dict(lines="x")),
+    ("write_file", dict(path="x.py", text="x" * (rl.SOURCE_BYTES + 1)))])
+def test_whatever_an_agent_calls_is_answered(name, arguments):
+    """In words, and nothing has changed."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = workshop(folder, Scores(None))
+        before = dict(made.files)
+        if name != "run":
+            assert re.match("Not done|There is no tool", made.call(name, arguments))
+        assert made.files == before
+        assert made.flags == []
+
+def test_the_journal_shows_the_patch():
+    """Diff, flags, scores and the decision."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = workshop(folder, Scores(lambda flags, seed, n: 2.0))
+        made.call("replace", dict(path="train.py", old="MUON_RMS = 0.2 ", new="MUON_RMS = 0.4 "))
+        made.call("set_flags", dict(flags=["--lr", "0.1"]))
+        made.call("run", {})
+        journal = Path(made.journal.path).read_text()
+        assert "+ flags: --lr 0.1" in journal
+        assert "-MUON_RMS = 0.2" in journal
+        assert "+MUON_RMS = 0.4" in journal
+        assert "NOT KEPT" in journal
+        assert "mean gain" in journal
+
+def test_where_nothing_is_shut_in_no_copy_runs():
+    """A refusal in one line: the held-out text could be read there."""
+    with pytest.raises(ValueError, match="namespaces"):
+        rl.Judge(["network"], random.Random(0))
+
+def test_what_cannot_be_shut_in_is_said(monkeypatch, tmp_path):
+    """On the card and in the journal. It is found out by trying: without util-linux nothing is."""
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert rl.find_isolation() == []
+    assert "NOT shut in" in rl.isolation_words([])
+    judge = Scores(None)
+    judge.parts = ["files", "processes"]
+    made = workshop(tmp_path, judge)
+    assert "NOT shut in, as this system does not allow it: network" in Path(made.journal.path).read_text()
+
+class AtTheDoor:
+    """A gateway whose judge knows all scores."""
+
+    def __init__(self, folder, monkeypatch, score=lambda flags, seed, n: 2.0):
+        monkeypatch.setattr(rl, "Judge", lambda parts, rng: Scores(score))
+        monkeypatch.setattr(rl, "find_isolation", lambda: [*rl.PARTS])
+        self.server = ServedAlone(flags=f"--task evolve --out {folder}")
+
+    def open(self):
+        return self.server.answer_to("tasks", environment="train.py")
+
+    def use(self, task, tool, arguments=None):
+        """Call a tool -> status, answer."""
+        client = Caller()
+        body = json.dumps(dict(name=tool, arguments=arguments or {})).encode()
+        self.server.answer(f"/s/{task}/v1/tools", task, body, client)
+        self.server.serve(lambda: client.told, [], 20)
+        return client.answer()
+
+def test_a_session_at_the_door(tmp_path, monkeypatch):
+    """One at a time: tools in OpenAI's form, calls, the policy's turns, its end, which a client cannot say."""
+    door = AtTheDoor(tmp_path, monkeypatch)
+    status, task = door.open()
+    assert status == 200
+    assert {tool["function"]["name"] for tool in task["tools"]} >= {"read_file", "replace", "run", "done"}
+    name = task["task"]
+    assert door.open()[0] == 409
+    assert door.use(name, "list_files")[1]["content"].startswith("model.py")
+    assert door.use(name, "set_flags", json.dumps(dict(flags=["--lr", "1"])))[1]["content"].startswith("The flags")
+    assert "NOT KEPT" in door.use(name, "run")[1]["content"]
+    assert door.server.turn(name)[0] == 200
+    assert door.server.answer_to("finish", task=name, reward=9.0)[0] == 403
+
+    assert door.use(name, "done")[1]["over"]
+    assert door.use(name, "list_files")[0] == 404
+    assert door.open()[0] == 200
+    assert "the session is over" in Path(task["journal"]).read_text()
+    door.server.close()
+
+def test_a_run_holds_up_nobody(tmp_path, monkeypatch):
+    """While the judge is at work other agents claim and play; who has left hears later what came of it."""
+    waits = Event()
+    door = AtTheDoor(tmp_path, monkeypatch, lambda flags, seed, n: waits.wait(20) and 2.0)
+    name = door.open()[1]["task"]
+    gone = Caller()
+    door.use(name, "set_flags", dict(flags=["--lr", "1"]))
+    door.server.answer(f"/s/{name}/v1/tools", name, b'{"name": "run"}', gone)
+    gone.gone = True
+    assert door.server.answer_to("tasks")[0] == 200
+    assert not waits.is_set()
+
+    waits.set()
+    heard = door.use(name, "list_files")[1]["content"]
+    assert heard.startswith("Before this, unheard: ")
+    assert "NOT KEPT" in heard
+    door.server.close()
+
+def test_the_environment_says_the_reward(tmp_path, monkeypatch):
+    """An episode of --task evolve has tools; what a client reports is refused, and what the tools say is trained on."""
+    door = AtTheDoor(tmp_path, monkeypatch)
+    task = door.server.answer_to("tasks")[1]
+    name = task["task"]
+    assert task["tools"]
+    assert door.server.turn(name)[0] == 200
+    assert door.server.turn(name, [USER, assistant("x"), USER])[0] == 200
+    assert door.server.answer_to("finish", task=name, reward=9.0)[0] == 403
+    assert door.use(name, "answer", dict(answer=task["answer"]))[1]["over"]
+    episode, _ = door.server.pool[0]
+    assert episode.rewards == [0.0, 1.0]
+    assert episode.success
+    door.server.close()
+
+def test_a_silent_session_ends(tmp_path, monkeypatch):
+    """After a while without a call another one can begin."""
+    door = AtTheDoor(tmp_path, monkeypatch)
+    monkeypatch.setattr(rl, "ENGINEER_SILENCE", 0.0)
+    assert door.open()[0] == 200
+    door.server.serve(lambda: door.server.workshop is None, [], 5)
+    assert door.open()[0] == 200
+    door.server.close()
+
+def test_the_engineer_plays_a_session(tmp_path):
+    """.ci/engineer.py, with the policy as its model, ends its session and says where the journal is."""
+    pytest.importorskip("openai")
+    need_isolation()
+    with serving(tmp_path, "--task evolve") as (_, url):
+        command = [sys.executable, HERE / ".ci" / "engineer.py", url, "k", "--turns", "2"]
+        played = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert played.returncode == 0, played.stderr
+    journal = Path(played.stdout.splitlines()[-1].removeprefix("journal | "))
+    assert "the session is over" in journal.read_text()
+
 # ---- 15. bad input, damaged files, README, mutants -----------------------------------------------
 # What a script cannot obey it refuses in one line that names the value, with exit code 2 and no traceback. What is
 # read from a file is distrusted part by part, and no refusal changes a file. Then come bench.py's rows and README's
@@ -15173,6 +15706,55 @@ def numbers_of_half_the_bits(real, numbers, kind):
 def another_key_opens_too(real, gateway, path):
     return [*real(gateway, path), gateway.key_of("0.1")]
 
+def nothing_is_hidden(real, **mounts):
+    return real(**{**mounts, "hidden": {}})
+
+def all_is_writable(real, **mounts):
+    return [line.replace("bind,ro,", "bind,") for line in real(**mounts)]
+
+def the_network_is_shared(real, command, parts):
+    return real(command, [part for part in parts if part != "network"])
+
+def processes_are_shared(real, command, parts):
+    return real(command, [part for part in parts if part != "processes"])
+
+def capabilities_are_kept(real, *args, **mounts):
+    return re.sub("setpriv .*--pdeathsig=KILL", "", real(*args, **mounts))
+
+def variables_are_kept(real):
+    return [*real(), *(f"{name}={value}" for name, value in os.environ.items())]
+
+def no_limit(real, *args):
+    """Whatever a run takes, it goes on."""
+
+def nobody_looks(real, watch):
+    return []
+
+def links_are_followed(real, work, target):
+    shutil.copyfile(Path(work) / "out" / "ckpt.pt", Path(target) / "ckpt.pt")
+
+def any_tokenizer_will_do(real, tokenizer, docs, encoded):
+    """Also one that drops text."""
+
+def pickles_run(real, *args, **kw):
+    return real(*args, **{**kw, "weights_only": False})
+
+def any_gain_will_do(real, gains, noise, fresh=None):
+    return dataclasses.replace(real(gains, noise, fresh), is_kept=sum(gains) > 0)
+
+def one_seed_will_do(real, gains, noise, fresh=None):
+    return real([max(gains)], noise, fresh)
+
+def the_fresh_seed_is_ignored(real, gains, noise, fresh=None):
+    return real(gains, noise)
+
+def overtime_is_free(real, noise, ended):
+    return 0.0
+
+def any_flag_is_the_agents(real, made, flags):
+    made.flags = flags
+    return "The flags are set."
+
 def on(test, *args):
     """The test with these arguments, under its own name."""
     def run():
@@ -15225,6 +15807,23 @@ def keeping_of_few_worlds():
         test_keeping_is_checked_by_hand(None)
 
 MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
+    # the judge
+    mutant("rl.mount_lines", nothing_is_hidden, test_a_patch_cannot_read_the_held_out_text),
+    mutant("rl.mount_lines", all_is_writable, test_a_run_writes_nowhere_but_in_its_copy),
+    mutant("rl.shut_in", the_network_is_shared, test_a_run_reaches_no_network),
+    mutant("rl.shut_in", processes_are_shared, test_a_run_sees_no_other_folder),
+    mutant("rl.shell_script", capabilities_are_kept, test_a_run_cannot_take_the_mask_away),
+    mutant("rl.variables", variables_are_kept, test_a_run_sees_no_other_folder),
+    mutant("rl.Sandbox.why_kill", no_limit, test_a_run_that_hangs_is_killed),
+    mutant("rl.OpenWatch.opened", nobody_looks, test_a_patch_cannot_read_the_held_out_text),
+    mutant("rl.take_hand_in", links_are_followed, test_a_link_is_no_hand_in),
+    mutant("rl.check_round_trip", any_tokenizer_will_do, test_a_tokenizer_that_drops_text_earns_nothing),
+    mutant("torch.load", pickles_run, test_a_hand_in_runs_no_code),
+    mutant("rl.judge_gains", any_gain_will_do, test_luck_is_not_kept),
+    mutant("rl.judge_gains", one_seed_will_do, test_a_gain_of_one_seed_is_not_kept),
+    mutant("rl.judge_gains", the_fresh_seed_is_ignored, test_a_freer_machine_is_no_gain),
+    mutant("rl.Noise.overtime", overtime_is_free, test_more_time_is_no_gain),
+    mutant("rl.Workshop.set_flags", any_flag_is_the_agents, on(test_some_flags_are_the_judges, "--seed")),
     mutant("msa.chosen_blocks", every_block_chosen, on(test_msa_equals_loop, 37, 4, 3)),
     mutant("msa.selected", no_causal_mask,
            on(test_msa_equals_loop, 37, 4, 3),

@@ -11770,6 +11770,33 @@ def test_a_repair_by_hand():
     assert task.recipe == rl.Recipe(0, noise=0.2)
     assert len(turns) == 3
 
+def test_tools_pay_what_turns_pay():
+    """An agent that calls tools is told gains in nats, and the policy reads of them what it reads in its own turns."""
+    task = repair()
+    undone = task.call("edit", dict(setting="noise=0"))
+    assert undone == "undone: +0.040 nats a byte"
+    assert task.result(undone) == "=b;"
+    kept = task.call("edit", dict(setting="wd=0"))
+    assert kept == f"kept: +0.400 nats a byte; {task.describe()}"
+    assert task.result(kept) == task.describe()
+    assert not task.over
+    task.call("done", {})
+    assert task.over
+    assert task.finish() == play_repair(repair(), "n[noise=0]", "d[wd=0]", "A.")[1]
+
+@parametrize("name, arguments", [
+    ("edit", dict(setting="wd=1")), ("edit", dict(setting=None)), ("edit", {}), ("edit", dict(setting=["wd=0"])),
+    ("run", dict(setting="wd=0"))])
+def test_a_tool_that_is_not_there_costs_nothing(name, arguments):
+    """It says what there is, and the run is as it was."""
+    task = repair()
+    said = task.call(name, arguments)
+    assert "wd=0" in said
+    assert "done" in said
+    assert not task.over
+    assert task.finish() == ([0.0], False, 0.0)
+    assert task.recipe == BOTH.recipe()
+
 def test_an_edit_below_keep_is_undone():
     """It pays nothing, costs its rerun, and the run stays as it was; one that is above stays."""
     task = repair(keep=0.05)
@@ -11943,7 +11970,8 @@ def test_every_demonstration_begins_anew():
     n_repaired = 0
     for _ in range(count):
         episode = rl.demonstrate(gateway, task, task.rng, 0.5)
-        turn, = episode.samples
+        assert len(episode.samples) == 1
+        turn = episode.samples[0]
         assert letters(turn.ids[:turn.start]) == task.prompt
         assert len(task.edits) <= 1
         n_repaired += task.gain > 0

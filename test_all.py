@@ -11248,6 +11248,7 @@ def drawn_batches(count=40, **settings):
     return [rl.draw_batch(rl.Recipe(**settings), tokens, step) for step in range(count)]
 
 def test_a_healthy_batch_is_trains():
+    """Token for token what train.get_batch draws for that world and step."""
     for step, batch in enumerate(drawn_batches(3, world=7)):
         plain = train.get_batch(counted_tokens(), 0, 7, step, 8, 64)
         assert torch.equal(batch["idx"], plain["idx"])
@@ -11302,6 +11303,7 @@ def test_noise_is_repeated_with_the_batch_and_shifted_with_it():
 
 @parametrize("rows", [1, 2, 3])
 def test_a_small_batch_has_so_many_rows(rows):
+    """Each of 64 tokens, as in a healthy batch."""
     for batch in drawn_batches(3, batch=rows):
         assert {tuple(x.shape) for x in batch.values()} == {(rows, 64)}
 
@@ -11425,6 +11427,7 @@ def test_edits_of_a_wrong_rate_lead_near_the_healthy_one():
             assert min(abs(math.log2(rate)) for rate in rates) < 1.1
 
 def test_a_bad_edit_is_named():
+    """With all that there are."""
     for ask in (partial(rl.edited, rl.Recipe()), rl.thought):
         with pytest.raises(ValueError, match="lr\\*3.*wd=0"):
             ask("lr*3")
@@ -11855,6 +11858,7 @@ def test_an_episode_has_so_many_reruns(reruns):
     assert not success
 
 def test_an_abandoned_repair_pays_nothing():
+    """Nobody said anything: no cost, no success."""
     assert play_repair(repair())[1] == ([0.0], False, 0.0)
 
 def test_small_gains_are_not_blown_up():

@@ -618,7 +618,7 @@ def has_teacher(args):
 # 2026). Here that is a task like the others, whose tool is our own training: a run of MiniMax with our optimizers, two
 # layers, experts and MSA, over in less than a second. Something is wrong with it, or nothing. The policy sees the run's
 # log, says what it thinks is wrong, changes one setting, and the run is repeated:
-#     E1 xxvtsrr prsrrzo fd db f;    two letters of reruns that are left, 7 of the loss, 7 of the gradient's norm, ...
+#     Exxvtsrr prsrrzo fd db f;      the log: loss, gradient's norm, experts' imbalance, index loss, validation
 #     d[wd=0]                        the thought, d: weight decay; the edit
 #     A.                             nothing is wrong, or nothing is left to do
 # All is real: each log is that of a training run. For thousands of episodes a table of such runs serves, each made
@@ -745,15 +745,23 @@ def lay_bytes(text):
     ids = np.frombuffer(text, np.uint8)
     return Tokens([("", text.decode("ascii"))], Gateway.tokenizer, 8, RUN_ROW, [ids])
 
+@functools.cache
+def test_starts(first, last):
+    """Where the training texts of TEST_WORLDS start: live worlds keep away from them."""
+    return [Random(f"world {world}").randrange(first, last - RUN_SLICE) for world in TEST_WORLDS]
+
 def read_world(recipe):
     """-> Tokens to train on and to validate on, width of the model. The first half of the library is for worlds below
-    FRESH, most of the other for those above, and what is left is everybody's validation text."""
+    FRESH, most of the other for those above, and what is left is everybody's validation text. No live world has a byte
+    of a world of the table."""
     library = read_library()
     half = len(library) // 2
     rest = int(0.95 * len(library))
     rng = Random(f"world {recipe.world}")
     first, last = (half, rest) if recipe.world >= FRESH else (0, half)
     start = rng.randrange(first, last - RUN_SLICE)
+    while recipe.world in LIVE_WORLDS and any(abs(start - other) < RUN_SLICE for other in test_starts(half, rest)):
+        start = rng.randrange(first, last - RUN_SLICE)
     train = spoil(library[start:start + RUN_SLICE], recipe.text)
     n_pieces, n_bytes = RUN_PIECES
     pieces = [library[at:at + n_bytes] for at in np.linspace(rest, len(library) - n_bytes, n_pieces).astype(int)]
@@ -994,12 +1002,21 @@ class RunTable(Runs):
 def library_digest():
     return hashlib.sha256(read_library()).hexdigest()[:16]
 
+def end_with(parent):
+    """In a process that another one started: end when that one has ended, even killed."""
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to hear
+    threading.Thread(target=watch, daemon=True).start()
+
 def make_runs(recipes, processes):
     """Yield the Log of each recipe, in their order. Each process makes one run at a time, on one thread."""
     began = time.perf_counter()
     told = began
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, spawn) as workers:
+    with ProcessPoolExecutor(processes, spawn, end_with, (os.getpid(),)) as workers:
         for number, log in enumerate(workers.map(run_recipe, recipes, chunksize=4), 1):
             yield log
             now = time.perf_counter()
@@ -2793,16 +2810,22 @@ def evaluate_live(source):
 
 def evaluate_repairs(now, source):
     """What the last line of stdout says of --task evolve. Unless --live is 0, its first four numbers are live ones."""
+    args = source.args
+    rivals = baselines(args.runs, args.keep)
+    print_baselines(rivals)
+    rivals |= check_keeping(args.runs, args.keep)
+    print("keeping | {false_keeps} of {real_edits} edits of healthy runs were kept; kept ones gain {own_gain:+.3f} nats "
+          "in their own world, {other_gain:+.3f} in others, where {other_fails:.0%} gain nothing".format(**rivals))
     after = evaluate_from_table(source, "after")
     shown = after
     live = None
-    if source.args.live:
+    if args.live:
         live = evaluate_live(source)
         shown = live
     return dict(
         diagnosis_seen=shown["seen"]["diagnosis"], diagnosis_held=shown["held"]["diagnosis"],
         recovered_seen=shown["seen"]["recovered"], recovered_held=shown["held"]["recovered"],
-        live=live, table=after, before=now.before, baselines={})
+        live=live, table=after, before=now.before, baselines=rivals)
 
 def named_edits(problem):
     """The edits that undo a problem's faults; herrings need none."""

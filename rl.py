@@ -1172,8 +1172,8 @@ class Repair(Task):
         return "k;"
 
     def take(self, text):
-        """A turn, and its reward: what an edit gains, as a share of what the best edits gain, less the time of the rerun.
-        -> what the tool says; None where that ends the episode."""
+        """A turn, and its reward: what an edit gains, as a share of what the best edits gain, less the time of the
+        rerun. -> what the tool says; None where that ends the episode."""
         if text == DONE:
             self.rewards.append(0.0)
             self.over = True
@@ -1189,8 +1189,8 @@ class Repair(Task):
         return observation
 
     def agent(self):
-        """As Task.agent. After an edit that is kept the messages begin anew, with the new run's log; what failed stays in
-        them."""
+        """As Task.agent. After an edit that is kept the messages begin anew, with the new run's log; what failed stays
+        in them."""
         self.begin()
         messages = [dict(role="user", content=self.prompt)]
         if self.failed:
@@ -2814,8 +2814,8 @@ def evaluate_repairs(now, source):
     rivals = baselines(args.runs, args.keep)
     print_baselines(rivals)
     rivals |= check_keeping(args.runs, args.keep)
-    print("keeping | {false_keeps} of {real_edits} edits of healthy runs were kept; kept ones gain {own_gain:+.3f} nats "
-          "in their own world, {other_gain:+.3f} in others, where {other_fails:.0%} gain nothing".format(**rivals))
+    print("keeping | {false_keeps} of {real_edits} edits of healthy runs were kept; what is kept gains {own_gain:+.3f} "
+          "nats in its world, {other_gain:+.3f} in others, where {other_fails:.0%} gain nothing".format(**rivals))
     after = evaluate_from_table(source, "after")
     shown = after
     live = None
@@ -4388,7 +4388,7 @@ class Served(Gateway):
         try:
             body = read_object(raw)
             if path == "/v1/tasks" and body.get("environment") is not None:
-                client.tell(self.open_workshop(body["environment"]))
+                client.tell(self.open_workshop(body["environment"], body.get("flags") or []))
                 return
             if path == "/v1/tasks":
                 wait = read_number(body, "wait", 0, 0, CLAIM_WAIT, float)
@@ -4507,12 +4507,17 @@ class Served(Gateway):
 
     # tools: what they say is the environment's, not the agent's
 
-    def open_workshop(self, environment):
-        """Begin a session of the environment train.py -> what its launcher hears."""
+    def open_workshop(self, environment, flags):
+        """Begin a session of the environment train.py -> what its launcher hears. flags: of the base, which may be a
+        run that needs repair."""
         if environment != "train.py" or self.args.task != "evolve":
             raise Refused(404, f"environment {environment!r:.40}: there is train.py, with --task evolve")
         if self.workshop is not None:
             raise Refused(409, "a session of train.py is under way, and there is one at a time")
+        try:
+            check_flags(flags)
+        except ValueError as error:
+            raise Refused(400, str(error)) from None
         try:
             judge = Judge(self.isolation, SystemRandom())
         except ValueError as error:    # nothing can be shut in here
@@ -4520,7 +4525,7 @@ class Served(Gateway):
         journal = Journal(os.path.join(self.args.out, JOURNAL))
         self.n_workshops += 1
         name = f"engineer-{self.n_workshops}"
-        self.workshop = self.begin(name, Trajectory(-1), Workshop(journal, judge, SystemRandom()))
+        self.workshop = self.begin(name, Trajectory(-1), Workshop(journal, judge, SystemRandom(), flags=flags))
         print(f"judge   | {name} is at work on train.py; {journal.path} tells it", flush=True)
         return dict(self.introduce(name), journal=os.path.abspath(journal.path))
 
@@ -5559,7 +5564,7 @@ unmodified repository. It loads out/ckpt.pt, which your train.py must write in i
 that no run sees. If each seed gains, and the mean gain is larger than the noise, with a fresh seed too, the change is
 kept, and the next one is measured against it; otherwise it is undone. Of a run that takes more time than the unedited
 one the gain is less; one that takes much more is killed. You have {runs} runs. Call done when you are finished. The
-flags that you may set: {flags}"""
+flags that you may set: {flags}. Those of the run as it is: {base}"""
 
 class Workshop(Environment):
     """The environment train.py: see the section's head.
@@ -5581,8 +5586,15 @@ class Workshop(Environment):
                         lines=("integer", "how many")),
         function_schema("done", "You are finished.")]
 
-    def __init__(self, journal, judge, rng, minutes=ENGINEER_MINUTES, n_runs=ENGINEER_RUNS):
-        """journal: Journal; judge: Judge; rng: of the runs' seeds, which the agent cannot know."""
+    def __init__(self, journal, judge, rng, minutes=ENGINEER_MINUTES, n_runs=ENGINEER_RUNS, flags=()):
+        """
+        journal  Journal
+        judge    Judge
+        rng      of the runs' seeds, which the agent cannot know
+        minutes  of training in a run
+        n_runs   of the session
+        flags    of the base, which may be a run that needs repair
+        """
         here = os.path.dirname(os.path.abspath(__file__))
         self.journal = journal
         self.judge = judge
@@ -5590,7 +5602,7 @@ class Workshop(Environment):
         self.minutes = minutes
         self.runs_left = n_runs
         self.base = {name: read_source(os.path.join(here, name)) for name in COPIED}
-        self.base_flags = []
+        self.base_flags = list(flags)
         self.original_bytes = count_text(self.base)
         self.undo()
         self.seeds = [self.new_seed() for _ in range(ENGINEER_SEEDS)]
@@ -5600,12 +5612,14 @@ class Workshop(Environment):
         self.output = ""               # that the last run printed
         self.gains = []                # of each call of run; 0: not kept
         self.began = time.monotonic()
-        flags = " ".join(f"--{name}" for name in ENGINEER_FLAGS)
-        self.prompt = WORKSHOP_PROMPT.format(minutes=minutes, seeds=ENGINEER_SEEDS, runs=n_runs, flags=flags)
+        self.prompt = WORKSHOP_PROMPT.format(
+            minutes=minutes, seeds=ENGINEER_SEEDS, runs=n_runs, flags=" ".join(f"--{name}" for name in ENGINEER_FLAGS),
+            base=shlex.join(flags) or "none")
         self.uses = dict(
             list_files=self.list_files, read_file=self.read_file, replace=self.replace, write_file=self.write_file,
             set_flags=self.set_flags, run=self.run, read_log=self.read_log, done=self.done)
-        self.journal.add(f"A session begins: {n_runs} runs, {minutes:g} minutes of training each", mark="# ")
+        self.journal.add(f"A session begins: {n_runs} runs, {minutes:g} minutes of training each; flags "
+                         f"{shlex.join(flags) or 'none'}", mark="# ")
         self.journal.add(isolation_words(judge.parts))
 
     def new_seed(self):
@@ -5671,15 +5685,11 @@ class Workshop(Environment):
         return f"{path} has {text.count(chr(10))} lines now."
 
     def set_flags(self, flags):
-        if len(flags) > 2 * len(ENGINEER_FLAGS):
-            raise ValueError(f"there are {len(flags)} of them")
-        for flag in flags:
-            if not isinstance(flag, str) or not flag.isprintable() or len(flag) > 200:
-                raise ValueError(f"a flag is a text: {flag!r:.40}")
-            name = flag.partition("=")[0]
-            if flag.startswith("-") and name.removeprefix("--") not in ENGINEER_FLAGS:
-                self.journal.attempt(f"to set {flag!r:.80}, which is the judge's")
-                raise ValueError(f"{flag!r:.40} is not yours to set; these are: {' '.join(ENGINEER_FLAGS)}")
+        try:
+            check_flags(flags)
+        except ValueError as error:
+            self.journal.attempt(f"to set flags: {error}")
+            raise
         self.flags = list(flags)
         return f"The flags are {shlex.join(self.flags) or 'none'}."
 
@@ -5719,7 +5729,7 @@ class Workshop(Environment):
         seconds = 0.0
         cpu_seconds = 0.0
         for seed in [*self.seeds, *(self.new_seed() for _ in range(BASE_SEEDS - len(self.seeds)))]:
-            found = self.measure("base", self.base, [], seed, self.minutes, loose)
+            found = self.measure("base", self.base, self.base_flags, seed, self.minutes, loose)
             if found.val_bpb is None:
                 raise ValueError(f"the unedited copy has no score here: {found.reason}")
             self.scores[seed] = found.val_bpb
@@ -5731,7 +5741,7 @@ class Workshop(Environment):
         self.limits = Limits(times * seconds + more, times * cpu_seconds + more)
         more_seconds = self.limits.seconds - seconds
         longer = self.minutes + more_seconds / 60
-        found = self.measure("base with more time", self.base, [], self.seeds[0], longer, loose)
+        found = self.measure("base with more time", self.base, self.base_flags, self.seeds[0], longer, loose)
         if found.val_bpb is None:
             raise ValueError(f"the unedited copy has no score here: {found.reason}")
         gain = max(LEAST_GAIN, self.scores[self.seeds[0]] - found.val_bpb)  # one pair of runs may hide it
@@ -5831,6 +5841,17 @@ class Workshop(Environment):
     def close(self):
         self.halt()
         self.judge.close()
+
+def check_flags(flags):
+    """ValueError for flags of train.py that an agent may not set."""
+    if not isinstance(flags, list) or len(flags) > 2 * len(ENGINEER_FLAGS):
+        raise ValueError(f"flags {flags!r:.60}: a list of at most {2 * len(ENGINEER_FLAGS)} texts is needed")
+    for flag in flags:
+        if not isinstance(flag, str) or not flag.isprintable() or len(flag) > 200:
+            raise ValueError(f"flag {flag!r:.40}: a text is needed")
+        name = flag.partition("=")[0]
+        if flag.startswith("-") and name.removeprefix("--") not in ENGINEER_FLAGS:
+            raise ValueError(f"{flag!r:.40} is the judge's to set; yours are {' '.join(ENGINEER_FLAGS)}")
 
 TOOL_ARGUMENTS = dict(
     read_file=dict(path=str, first=int, last=int),

@@ -23,6 +23,7 @@ import os
 import pkgutil
 import random
 import re
+import runpy
 import select
 import shlex
 import shutil
@@ -12837,12 +12838,26 @@ def test_a_silent_session_ends(tmp_path, monkeypatch):
     assert door.open()[0] == 200
     door.server.close()
 
+def test_a_log_of_train_is_translated():
+    """The policy reads seven steps of train.py's log in its own letters; the first loss is that of a byte unknown."""
+    engineer = runpy.run_path(str(HERE / ".ci" / "engineer.py"))
+    line = "step {:05} 1% | loss {:.3f} | train_bpb {:.3f} | mtp 1.0 | kl 0.0200 | lr 1e-2 | norm 1.00 | maxvio 0.30 | x"
+    log = "\n".join(line.format(step, 8.3 - step / 10, (8.3 - step / 10) / 2.5) for step in range(25))
+    prompt = engineer["translate"](log + "\nfinal 0025 | val_bpb 2.400 | block recall")
+    loss, norm, vio, kl, val = prompt.removeprefix("E").removesuffix(";").split()
+    assert loss[0] == rl.letter(math.log(256), *rl.COLUMNS["loss"])
+    assert loss[-1] == rl.letter(5.9 * math.log(256) / 8.3, *rl.COLUMNS["loss"])
+    assert norm == 7 * rl.letter(1.0, *rl.COLUMNS["norm"])
+    assert vio == 2 * rl.letter(0.3, *rl.COLUMNS["vio"])
+    assert kl == 2 * rl.letter(0.02, *rl.COLUMNS["kl"])
+    assert val == rl.letter(2.4 * 2.5 * math.log(256) / 8.3, *rl.VAL_RANGE)
+
 def test_the_engineer_plays_a_session(tmp_path):
-    """.ci/engineer.py, with the policy as its model, ends its session and says where the journal is."""
+    """.ci/engineer.py ends its session and says where the journal is."""
     pytest.importorskip("openai")
     need_isolation()
     with serving(tmp_path, "--task evolve") as (_, url):
-        command = [sys.executable, HERE / ".ci" / "engineer.py", url, "k", "--turns", "2"]
+        command = [sys.executable, HERE / ".ci" / "engineer.py", url, "k", "--turns", "0"]
         played = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert played.returncode == 0, played.stderr
     journal = Path(played.stdout.splitlines()[-1].removeprefix("journal | "))

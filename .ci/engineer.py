@@ -5,15 +5,28 @@
     python .ci/engineer.py http://127.0.0.1:8000/v1 secret --base-url https://api.minimax.io/v1 --api-key KEY \\
         --model MiniMax-M2
 
-Without --base-url the policy that is being trained answers. The tools are the environment's: the model names one, the
-judge does it, and what it says is the next message. A journal tells what came of it: where it is, is printed last.
+The tools are the environment's: the model names one, the judge does it, and what it says is the next message. A
+journal tells what came of it: where it is, is printed last.
+
+Without --base-url the policy that is being trained answers. It reads nothing but letters and knows nothing but its own
+edits: translate() gives it train.py's log as it knows logs, and its edits of the rate become --lr.
 """
 import argparse
 import contextlib
+import json
+import math
+import re
+import shlex
 import sys
+from pathlib import Path
 
 import httpx
 import openai
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import rl
+
+USUAL_RATE = 1.2e-2                    # train.py's --lr for tiny
 
 NUDGE = "Call one of your tools; done ends the session."
 
@@ -44,6 +57,63 @@ def play(task, gateway, model, client, n_turns):
                 return True
     return False
 
+def translate(log):
+    """What train.py printed -> a prompt of the policy's, which knows runs of bytes: losses are scaled so that the first
+    is that of a byte that nothing is known of."""
+    steps = [line for line in log.splitlines() if line.startswith("step ")]
+
+    def column(name):
+        return [float(re.search(rf"\b{name} ([\d.]+)", line)[1]) for line in steps]
+    loss = column("loss")
+    norm = column("norm")
+    train_bpb = column("train_bpb")
+    final = float(re.search(r"^final .* val_bpb ([\d.]+)", log, re.M)[1])
+    scale = math.log(256) / loss[0]
+    val = final * loss[-1] / train_bpb[-1] * scale
+    at = [round(place * (len(steps) - 1)) for place in (0, 0.04, 0.12, 0.25, 0.5, 0.75, 1)]
+    late = [at[place] for place in rl.LATE]
+    columns = [
+        ("loss", [scale * value for value in loss], at),
+        ("norm", norm, at),
+        ("vio", column("maxvio"), late),
+        ("kl", column("kl"), late)]
+    words = []
+    for name, values, places in columns:
+        words.append("".join(rl.letter(values[place], *rl.COLUMNS[name]) for place in places))
+    return f"E{' '.join(words)} {rl.letter(val, *rl.VAL_RANGE)};"
+
+def play_policy(task, gateway, client, flags, n_turns):
+    """Let the policy repair a run of train.py, for n_turns edits, or until it has nothing left to do."""
+    def use(name, **arguments):
+        reply = gateway.post(f"/s/{task['task']}/v1/tools", json={"name": name, "arguments": arguments}).json()
+        text = reply.get("content") or reply["error"]["message"]
+        say("tool", text)
+        return text
+
+    edit = rl.function_schema("edit", "Change one setting", setting=("string", "one of rl.EDITS"))
+    failed = []                        # messages of edits that were undone
+    for _ in range(n_turns):
+        prompt = translate(use("read_log", lines=200))
+        say("policy", f"reads {prompt}")
+        message = client.chat.completions.create(
+            model="any", messages=[{"role": "user", "content": prompt}, *failed], tools=[edit]).choices[0].message
+        say("policy", f"writes {message.content or ''} {message.tool_calls or ''}")
+        if not message.tool_calls:
+            break
+        setting = json.loads(message.tool_calls[0].function.arguments).get("setting")
+        if setting not in rl.RATE_EDITS:
+            print(f"{setting}: train.py has no such fault, it is as it should be", flush=True)
+            break
+        rate = float(flags.get("--lr", USUAL_RATE)) * rl.EDIT_FACTOR ** rl.RATE_EDITS[setting]
+        changed = {**flags, "--lr": f"{rate:.6g}"}
+        use("set_flags", flags=[word for pair in changed.items() for word in pair])
+        if "NOT KEPT" in use("run"):
+            failed += [message.model_dump(exclude_none=True),
+                       {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "=b;"}]
+        else:
+            flags = changed
+            failed = []
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url", help="of the gateway, as rl.py prints it")
@@ -53,12 +123,14 @@ def main():
     parser.add_argument("--model", default="any")
     parser.add_argument("--base-url", help="of the model; default: the session's own, where the policy answers")
     parser.add_argument("--api-key", help="of the model")
+    parser.add_argument("--flags", default="", help='of the run that train.py begins with, as "--lr 0.0007"')
     parser.add_argument("--turns", type=int, default=60, help="of the model, at most")
     args = parser.parse_args()
+    flags = shlex.split(args.flags)
 
     root = args.url.removesuffix("/v1")
     gateway = httpx.Client(base_url=root, headers={"Authorization": f"Bearer {args.key}"}, timeout=None)
-    body = {"environment": "train.py"} if args.environment == "train.py" else {"wait": 60}
+    body = {"environment": "train.py", "flags": flags} if args.environment == "train.py" else {"wait": 60}
     try:
         reply = gateway.post("/v1/tasks", json=body)
     except httpx.TransportError as error:
@@ -70,7 +142,10 @@ def main():
     client = openai.OpenAI(base_url=args.base_url or task["base_url"], api_key=args.api_key or task["api_key"])
     is_over = False
     try:
-        is_over = play(task, gateway, args.model, client, args.turns)
+        if args.environment == "train.py" and args.base_url is None:
+            play_policy(task, gateway, client, dict(zip(flags[::2], flags[1::2])), args.turns)
+        else:
+            is_over = play(task, gateway, args.model, client, args.turns)
     except openai.APIStatusError as error:  # its context is full, as a rule
         print(f"model   | {error}")
     if not is_over and args.environment == "train.py":

@@ -614,10 +614,10 @@ def has_teacher(args):
     return not args.own_task or args.own_task.has_teacher
 
 # ---- self-evolution: the inner run ---------------------------------------------------------------
-# M2.7 is said to read the logs of its own training, to find what is wrong, and to change the settings (MiniMax, March
-# 2026). Here that is a task like the others, whose tool is our own training: a run of MiniMax with our optimizers, two
-# layers, experts and MSA, over in less than a second. Something is wrong with it, or nothing. The policy sees the run's
-# log, says what it thinks is wrong, changes one setting, and the run is repeated:
+# M2.7 is said to read the logs of its own training, to find what is wrong, and to change the settings. Here that is a
+# task like the others, whose tool is our own training: a run of MiniMax with our optimizers, two layers, experts and
+# MSA, over in less than a second. Something is wrong with it, or nothing. The policy sees the run's log, says what it
+# thinks is wrong, changes one setting, and the run is repeated:
 #     Exxvtsrr prsrrzo fd db f;      the log: loss, gradient's norm, experts' imbalance, index loss, validation
 #     d[wd=0]                        the thought, d: weight decay; the edit
 #     A.                             nothing is wrong, or nothing is left to do
@@ -795,6 +795,8 @@ def one_thread():
         torch.set_num_threads(count)
 
 @one_thread()
+@torch.inference_mode(False)
+@torch.enable_grad()                   # an episode asks for it in the middle of a rollout, which needs no gradient
 def run_recipe(recipe):
     """Train -> Log. A pure function of the recipe and the library's text."""
     train, val, width = read_world(recipe)

@@ -12070,6 +12070,38 @@ def test_the_score_by_hand():
 
 # ---- self-evolution: what a policy is tried on -------------------
 
+def test_a_run_is_made_in_the_middle_of_a_rollout():
+    """Where nothing needs a gradient, as in a rollout, an inner run trains all the same, to the same bits."""
+    recipe = rl.Recipe(rl.LIVE_WORLDS[0])
+    expected = rl.run_recipe(recipe)
+    with torch.no_grad():
+        assert rl.run_recipe(recipe) == expected
+    with torch.inference_mode():
+        assert rl.run_recipe(recipe) == expected
+
+def test_no_live_world_has_text_of_the_table():
+    """Training texts of live worlds lie apart from those of the table's worlds, byte by byte."""
+    library = rl.read_library()
+
+    def start(world):
+        train = rl.read_world(rl.Recipe(world))[0]
+        return library.find(train.ids[1:5001].astype(np.uint8).tobytes())
+    taken = [start(world) for world in (*rl.TRAIN_WORLDS, *rl.TEST_WORLDS)]
+    live = [start(world) for world in rl.LIVE_WORLDS[::20]]
+    assert min(live) >= 0
+    assert min(abs(one - other) for one in live for other in taken) >= rl.RUN_SLICE
+
+def test_a_worker_ends_with_its_parent():
+    """A process that makes runs does not outlive the one that asked for them, even if that was killed."""
+    child = "import os, rl, time; rl.end_with(os.getppid()); print('up', flush=True); time.sleep(60)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    started = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, cwd=HERE, text=True)
+    assert started.stdout.readline() == "up\n"
+    started.kill()
+    began = time.perf_counter()
+    assert started.stdout.read() == ""  # at the end of the last process that can write there
+    assert time.perf_counter() - began < 10
+
 def test_live_problems_are_in_worlds_of_their_own():
     """As many of each kind as the flags say, each in a world that neither the table nor another problem has."""
     args = SimpleNamespace(seed=3, live=50)
@@ -12794,6 +12826,24 @@ def test_a_session_at_the_door(tmp_path, monkeypatch):
     assert door.use(name, "list_files")[0] == 404
     assert door.open()[0] == 200
     assert "the session is over" in Path(task["journal"]).read_text()
+    door.server.close()
+
+def test_a_session_may_begin_with_a_broken_run(tmp_path, monkeypatch):
+    """Its flags are those of the base, and an agent's are measured against them; what is the judge's is refused."""
+    seen = []
+
+    def score(flags, seed, n):
+        seen.append(flags)
+        return 3.0 if "0.5" in flags else 2.0
+    door = AtTheDoor(tmp_path, monkeypatch, score)
+    assert door.server.answer_to("tasks", environment="train.py", flags=["--seed", "3"])[0] == 400
+    assert door.server.answer_to("tasks", environment="train.py", flags="--lr 3")[0] == 400
+    status, task = door.server.answer_to("tasks", environment="train.py", flags=["--lr", "0.5"])
+    assert status == 200
+    assert "Those of the run as it is: --lr 0.5" in task["messages"][0]["content"]
+    door.use(task["task"], "set_flags", dict(flags=["--lr", "0.1"]))
+    assert "KEPT: mean gain +1.0" in door.use(task["task"], "run")[1]["content"]
+    assert ["--lr", "0.5"] in seen
     door.server.close()
 
 def test_a_run_holds_up_nobody(tmp_path, monkeypatch):

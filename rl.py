@@ -8,6 +8,8 @@
     python rl.py --serve 8000 --teach 12        # agents of other processes, as they are, through OpenAI's protocol
     python rl.py --task my_task.py --init out   # a task of one's own, see TaskFile; begin from a checkpoint of train.py
     python rl.py --play                         # the trained agent at work, and how much better it has become
+    python rl.py --task evolve                  # a policy reads the logs of training runs and repairs them
+    python rl.py --task evolve --serve 8000     # any agent works on train.py itself, before a judge: .ci/engineer.py
 
     agents   know a completion interface and nothing else: messages -> text
     gateway  records what crosses it, by token: id, log-prob, version of the policy; nothing is tokenised twice
@@ -628,12 +630,12 @@ RUN_STEPS = 40
 RUN_ROW = 64                           # tokens, which are bytes
 RUN_RATE = 5e-2
 RUN_DECAY = 0.6                        # share of the run
-RUN_SLICE = 400_000                    # bytes of training text, drawn by the world
-RUN_PIECES = (128, 128)                # of validation text: so many, of so many bytes
+RUN_PIECES, RUN_PIECE = 8, 50_000      # of training text, drawn by the world: how many, of how many bytes
+VAL_PIECES, VAL_PIECE = 128, 128       # of validation text
 WIDTHS = (24, 32, 40)                  # of the model, drawn by the world
 WORST = math.log(256)                  # nats a byte: no run counts as worse than chance
 EDIT_FACTOR = 4                        # of the rate, or its square
-FRESH = 1000                           # worlds from this number on are read from other text than those before
+FRESH = 1000                           # worlds from here on, and from twice this, read other text: see read_world
 
 @dataclass(frozen=True)
 class Recipe:
@@ -668,7 +670,7 @@ class Fault:
 FAULTS = (
     Fault("h", "rate too high", "rate", (8.0, 10.0, 16.0), (12.0,), ("lr/4", "lr/16")),
     Fault("l", "rate too low", "rate", (1 / 6, 1 / 8, 1 / 24), (1 / 14,), ("lr*4", "lr*16")),
-    Fault("d", "weight decay", "decay", (12.0, 18.0, 24.0), (15.0,), ("wd=0",)),
+    Fault("d", "weight decay", "decay", (12.0, 16.0, 19.0), (14.0,), ("wd=0",)),
     Fault("u", "the same few batches", "data", (1, 3, 4), (2,), ("data=all",)),
     Fault("n", "corrupted text", "noise", (0.2, 0.3, 0.5), (0.4,), ("noise=0",)),
     Fault("i", "head's first weights too large", "init", (30.0, 45.0, 100.0), (60.0,), ("init=1",)),
@@ -745,27 +747,21 @@ def lay_bytes(text):
     ids = np.frombuffer(text, np.uint8)
     return Tokens([("", text.decode("ascii"))], Gateway.tokenizer, 8, RUN_ROW, [ids])
 
-@functools.cache
-def test_starts(first, last):
-    """Where the training texts of TEST_WORLDS start: live worlds keep away from them."""
-    return [Random(f"world {world}").randrange(first, last - RUN_SLICE) for world in TEST_WORLDS]
-
 def read_world(recipe):
-    """-> Tokens to train on and to validate on, width of the model. The first half of the library is for worlds below
-    FRESH, most of the other for those above, and what is left is everybody's validation text. No live world has a byte
-    of a world of the table."""
+    """-> Tokens to train on and to validate on, width of the model. The library's last part is everybody's validation
+    text. Of the pieces of the rest one half is for worlds below FRESH, a quarter for the next ones, a quarter for those
+    from 2 FRESH on: what a policy is tried on no policy was trained on, and the live evaluation reads what no run of
+    the table has read."""
     library = read_library()
-    half = len(library) // 2
     rest = int(0.95 * len(library))
     rng = Random(f"world {recipe.world}")
-    first, last = (half, rest) if recipe.world >= FRESH else (0, half)
-    start = rng.randrange(first, last - RUN_SLICE)
-    while recipe.world in LIVE_WORLDS and any(abs(start - other) < RUN_SLICE for other in test_starts(half, rest)):
-        start = rng.randrange(first, last - RUN_SLICE)
-    train = spoil(library[start:start + RUN_SLICE], recipe.text)
-    n_pieces, n_bytes = RUN_PIECES
-    pieces = [library[at:at + n_bytes] for at in np.linspace(rest, len(library) - n_bytes, n_pieces).astype(int)]
-    return lay_bytes(train), lay_bytes(b"".join(pieces)), rng.choice(WIDTHS)
+    quarters = ((0, 1), (2,), (3,))[min(recipe.world // FRESH, 2)]
+    starts = [start for start in range(0, rest - RUN_PIECE, RUN_PIECE) if start // RUN_PIECE % 4 in quarters]
+    pieces = [library[start:start + RUN_PIECE] for start in rng.sample(starts, RUN_PIECES)]
+    train = spoil(b"".join(pieces), recipe.text)
+    places = np.linspace(rest, len(library) - VAL_PIECE, VAL_PIECES).astype(int)
+    val = b"".join(library[place:place + VAL_PIECE] for place in places)
+    return lay_bytes(train), lay_bytes(val), rng.choice(WIDTHS)
 
 def draw_batch(recipe, tokens, step):
     """A step's batch, with what the recipe does to it."""
@@ -773,7 +769,8 @@ def draw_batch(recipe, tokens, step):
     batch = get_batch(tokens, recipe.seed, recipe.world, number, recipe.batch, RUN_ROW)
     idx = batch["idx"]
     if recipe.noise:
-        generator = torch.Generator().manual_seed(number)
+        seed = Random(f"noise {recipe.world} {recipe.seed} {number}").getrandbits(62)
+        generator = torch.Generator().manual_seed(seed)
         is_bad = torch.rand(idx.shape, generator=generator) < recipe.noise
         idx = torch.where(is_bad, torch.randint(0, 256, idx.shape, generator=generator), idx)
         batch["targets"] = torch.cat([idx[:, 1:], batch["targets"][:, -1:]], 1)
@@ -1153,9 +1150,11 @@ class Repair(Task):
             world = self.rng.choice(TRAIN_WORLDS)
             log = self.runs.log(self.rng.choice(single_problems(world)).recipe())
         late = [self.steps[place] for place in LATE]
-        columns = [(log.loss, self.steps), (log.norm, self.steps), (log.vio, late), (log.kl, late)]
-        words = ["".join(line[step - 1] for step in steps) for line, steps in columns]
-        text = f"{' '.join(words)} {letter(log.val, *VAL_RANGE)}"
+        words = [
+            letters_at(log.loss, self.steps), letters_at(log.norm, self.steps),
+            letters_at(log.vio, late), letters_at(log.kl, late),
+            letter(log.val, *VAL_RANGE)]
+        text = " ".join(words)
         if self.logs == "blank":
             text = re.sub("[a-z]", "_", text)
         return f"E{text};"
@@ -1272,6 +1271,10 @@ class Repair(Task):
         wrong = [edit for edit in (*EDITS, DONE) if edit not in right]
         edit = self.rng.choice(right if self.rng.random() < RIGHT else wrong)
         return edit if edit == DONE else f"{thought(edit)}[{edit}]"
+
+def letters_at(line, steps):
+    """Of a log's column the letters of some steps, which are counted from 1."""
+    return "".join(line[step - 1] for step in steps)
 
 def thought(edit):
     """The letter of the fault that an edit repairs."""
@@ -2700,7 +2703,7 @@ class RepairScore:
     touched: float                     # share with a rerun
     false: int                         # edits that were kept and repair nothing
 
-def score(tasks):
+def score_repairs(tasks):
     """Repairs that are over -> RepairScore."""
     diagnosed = 0
     touched = 0
@@ -2708,7 +2711,7 @@ def score(tasks):
     regret = 0.0
     recovered = []
     for task in tasks:
-        useful = [edit for fault, _ in task.problem.faults if fault not in HERRINGS for edit in fault.edits]
+        useful = named_edits(task.problem)
         kept = [edit for edit, gain in task.edits if gain > task.keep]
         diagnosed += bool(task.edits) and task.edits[0][0] in useful
         touched += bool(task.edits)
@@ -2726,7 +2729,7 @@ def play_repairs(source, tasks, temperature=0.0):
     for first in range(0, len(tasks), PLAYED_AT_ONCE):
         some = tasks[first:first + PLAYED_AT_ONCE]
         rollout(source, [(Trajectory(0), task.agent()) for task in some], 0, generator, temperature=temperature)
-    return score(tasks)
+    return score_repairs(tasks)
 
 def table_tasks(args, kind, logs="true"):
     """All problems of one kind, see test_problems, of the table's test worlds -> Repairs, PRINTINGS of each."""
@@ -2748,12 +2751,12 @@ def evaluate_from_table(source, when):
         for logs in ("blank", "shuffled"):
             scores[logs] = play_repairs(source, table_tasks(args, "seen", logs))
     for name, found in scores.items():
-        print_score(f"{when:6} | table, {name}", found)
+        print_repairs(f"{when:6} | table, {name}", found)
     return {name: vars(found) for name, found in scores.items()}
 
 TEST_KINDS = ("seen", "held", "unseen", "healthy", "pairs")
 
-def print_score(title, found):
+def print_repairs(title, found):
     """One line of an evaluation."""
     if found.recovered is None:
         words = f"{found.touched:.2f} rerun without need, {found.false} edits kept"
@@ -2804,7 +2807,7 @@ def evaluate_live(source):
             oracle = max([0.0, *(gain for gain in gains if gain > args.keep)])
             tasks.append(Repair(Random(f"{args.seed} {kind} {number}"), runs, problem, 1, args.keep, oracle))
         scores[kind] = play_repairs(source, tasks)
-        print_score(f"live   | {kind}", scores[kind])
+        print_repairs(f"live   | {kind}", scores[kind])
         for task in tasks[:TOLD if kind == "held" else 0]:
             tell_repair(task)
     print(f"live   | {len(runs.logs)} runs were made in {time.perf_counter() - began:.0f} s", flush=True)
@@ -2835,12 +2838,16 @@ def named_edits(problem):
 
 def tell_repair(task):
     """An episode in a line: what was wrong, what the policy read, thought and did, and what came of it."""
-    wrong = ", ".join(f"{fault.words} ({value:g})" if not isinstance(value, str) else f"{fault.words} ({value})"
-                      for fault, value in task.problem.faults)
+    wrong = []
+    for fault, value in task.problem.faults:
+        wrong.append(f"{fault.words} ({value if isinstance(value, str) else f'{value:.3g}'})")
     before = task.runs.log(task.problem.recipe()).val
-    done = "; ".join(f"{thought(edit)}[{edit}] {before:.3f} -> {before - gain:.3f}, "
-                     f"{'kept' if gain > task.keep else 'undone'}" for edit, gain in task.edits)
-    print(f"  world {task.problem.world}: {wrong} | {task.prompt} | {done or 'left as it is'}", flush=True)
+    done = []
+    for edit, gain in task.edits:
+        verdict = "kept" if gain > task.keep else "undone"
+        done.append(f"{thought(edit)}[{edit}] {before:.3f} -> {before - gain:.3f}, {verdict}")
+    print(f"  world {task.problem.world}: {', '.join(wrong) or 'healthy'} | {task.prompt} | "
+          f"{'; '.join(done) or 'left as it is'}", flush=True)
 
 # ---- self-evolution: baselines ---------------------------------------------------------------------
 # What rivals recover that cannot read a log, and one that can, all from the table. A run with one fault is tried N
@@ -3049,14 +3056,17 @@ def baselines(runs, keep):
         tasks = print_logs(runs, problems[kind], KINDS.get(kind, 1), keep, PRINTINGS)
         for task in tasks:
             reader.repair(task)
-        scores[kind] = score(tasks)
+        scores[kind] = score_repairs(tasks)
     row = {kind: scores[kind].recovered for kind in KINDS}
     row["regret"] = scores["seen"].regret
     row["diagnosis_seen"] = scores["seen"].diagnosis
     row["diagnosis_held"] = scores["held"].diagnosis
     row["needless"] = scores["healthy"].touched
     found["linear reader"] = row
-    return {name: {key: round(float(value), 4) for key, value in row.items()} for name, row in found.items()}
+    for row in found.values():
+        for name, value in row.items():
+            row[name] = round(float(value), 4)
+    return found
 
 def check_keeping(runs, keep):
     """Whether what is kept deserves it -> dict.

@@ -12054,7 +12054,7 @@ def test_the_score_by_hand():
     left = repair(rl.Problem(0))
     play_repair(left, "A.")
 
-    found = rl.score([right, half, late, left])
+    found = rl.score_repairs([right, half, late, left])
     assert found.problems == 4
     assert found.diagnosis == 2 / 4
     assert found.recovered == pytest.approx((1 + 0.75 + 1) / 3)  # nothing could be gained in the fourth
@@ -12066,7 +12066,7 @@ def test_the_score_by_hand():
     fooled = repair(rl.Problem(0), keep=-1.0)
     fooled.oracle = 0.0
     play_repair(fooled, "x[bias=1%]", "A.")
-    assert rl.score([fooled, fooled, left]) == rl.RepairScore(3, 0.0, None, 0.0, 2 / 3, 2)
+    assert rl.score_repairs([fooled, fooled, left]) == rl.RepairScore(3, 0.0, None, 0.0, 2 / 3, 2)
 
 # ---- self-evolution: what a policy is tried on -------------------
 
@@ -12079,17 +12079,25 @@ def test_a_run_is_made_in_the_middle_of_a_rollout():
     with torch.inference_mode():
         assert rl.run_recipe(recipe) == expected
 
-def test_no_live_world_has_text_of_the_table():
-    """Training texts of live worlds lie apart from those of the table's worlds, byte by byte."""
+def test_no_two_kinds_of_world_share_text():
+    """Texts of training, test and live worlds, and the validation text, have no piece in common."""
     library = rl.read_library()
 
-    def start(world):
-        train = rl.read_world(rl.Recipe(world))[0]
-        return library.find(train.ids[1:5001].astype(np.uint8).tobytes())
-    taken = [start(world) for world in (*rl.TRAIN_WORLDS, *rl.TEST_WORLDS)]
-    live = [start(world) for world in rl.LIVE_WORLDS[::20]]
-    assert min(live) >= 0
-    assert min(abs(one - other) for one in live for other in taken) >= rl.RUN_SLICE
+    def pieces(world):
+        train, val, _ = rl.read_world(rl.Recipe(world))
+        text = train.ids[1:1 + rl.RUN_PIECES * rl.RUN_PIECE].astype(np.uint8).tobytes()
+        starts = [library.find(text[at:at + 5000]) for at in range(0, len(text), rl.RUN_PIECE)]
+        return starts, val.ids[1:1 + rl.VAL_PIECES * rl.VAL_PIECE].astype(np.uint8).tobytes()
+    kinds = [set() for _ in range(3)]
+    for kind, worlds in zip(kinds, (rl.TRAIN_WORLDS, rl.TEST_WORLDS, rl.LIVE_WORLDS[::20])):
+        for world in worlds:
+            starts, val = pieces(world)
+            assert len(set(starts)) == rl.RUN_PIECES
+            kind.update(starts)
+    everything = sorted(set().union(*kinds))
+    assert len(everything) == sum(map(len, kinds))
+    assert all(start % rl.RUN_PIECE == 0 for start in everything)
+    assert library.find(val[:rl.VAL_PIECE]) >= everything[-1] + rl.RUN_PIECE
 
 def test_a_worker_ends_with_its_parent():
     """A process that makes runs does not outlive the one that asked for them, even if that was killed."""
@@ -12215,7 +12223,7 @@ def test_worth_is_what_score_says():
     for task in tasks:
         task.tool("a[lr/4]")
     recovered, regret = rl.worth(np.array([task.gain for task in tasks]), np.array([task.oracle for task in tasks]))
-    result = rl.score(tasks)
+    result = rl.score_repairs(tasks)
     assert 0 < recovered < 1
     assert recovered == pytest.approx(result.recovered)
     assert regret == pytest.approx(result.regret)
@@ -15274,7 +15282,7 @@ def every_episode_met_one(real, test):
 def validation_text_is_trained_on(real, recipe):
     """The training text is the library's end."""
     _, val, width = real(recipe)
-    return rl.lay_bytes(rl.read_library()[-rl.RUN_SLICE:]), val, width
+    return rl.lay_bytes(rl.read_library()[-400_000:]), val, width
 
 def validation_text_is_spoiled_too(real, recipe):
     """Both texts are rot13, say, so that a fault does no harm."""

@@ -2464,6 +2464,11 @@ def parse_args(argv, locks=None):
         raise ValueError(f"--teach {args.teach}: it needs --serve, and a task with a teacher")
     if args.task == "evolve" and args.tool_errors:
         raise ValueError(f"--tool-errors {args.tool_errors:g}: a rerun of --task evolve does not fail")
+    if args.task == "evolve" and args.thoughts == "drop":
+        raise ValueError("--thoughts drop: with --task evolve a thought is what a call begins with")
+    for name in ("reruns", "logs"):
+        if args.task != "evolve" and getattr(args, name) != p.get_default(name):
+            raise ValueError(f"--{name} {getattr(args, name)}: it is of --task evolve")
     if args.init:
         for name in ("preset", "attn", "mtp"):
             if getattr(args, name) != p.get_default(name):

@@ -147,8 +147,9 @@ BUILT_IN = ("calculator", "maze", "cap", "tally", "evolve")
 # what a checkpoint comes from, beside its flags: the digest of --task's file, run and step of --init's checkpoint
 NO_ORIGIN = dict(task=None, init=None)
 # what the model of a checkpoint depends on
-MADE_BY = ("task", "turns", "preset", "attn", "mtp", "init", "thoughts", "tool_errors")
-ADDED = dict(thoughts="keep", tool_errors=0.0)  # flags that older checkpoints lack -> what these did
+MADE_BY = ("task", "turns", "preset", "attn", "mtp", "init", "thoughts", "tool_errors", "reruns", "logs")
+# flags that older checkpoints lack -> what these did
+ADDED = dict(thoughts="keep", tool_errors=0.0, reruns=1, logs="true")
 
 # ---- agents: they see messages and text, nothing of the model ------------------------------------
 # An agent is a coroutine. It yields a list of messages, {role, content}, and is sent the text that the policy writes in
@@ -704,6 +705,14 @@ class Log:
     kl: str                            # of the index branch
     val: float                         # nats a byte of the validation text
 
+def check_log(log):
+    """ValueError for what no run prints."""
+    for name in COLUMNS:
+        if not re.fullmatch(f"[a-z]{{{RUN_STEPS}}}", getattr(log, name)):
+            raise ValueError(f"{name} {getattr(log, name)!r:.60}: {RUN_STEPS} letters are needed")
+    if type(log.val) is not float or not 0 <= log.val <= WORST:
+        raise ValueError(f"val {log.val!r:.40}: a number from 0 to {WORST:.3f} is needed")
+
 def letter(value, low, high):
     """A number -> one of 26 letters, on a logarithmic scale. One token a number: digits are memorised, not read."""
     if not math.isfinite(value):
@@ -852,7 +861,8 @@ LIVE_WORLDS = range(2 * FRESH, 3 * FRESH)  # of the last evaluation; the table d
 TRAIN_PAIRS, TEST_PAIRS = 2, 6         # problems with two faults, of each world
 NULL_EDIT = dict(clip=0.5)             # changes a run, and should change nothing
 OTHER_SEED = dict(seed=1)
-CHECKED_ROWS = 2                       # of the table, made again at the start of a run
+CHECKED_ROWS = 2                       # of the table, made again at the start of a run: further from what they were
+MOST_SPREADS = 5.0                     # than so many times what another seed changes, they are other runs
 ENOUGH = 2.0                           # standard deviations of the noise of seeds that a gain must have to be kept
 
 @dataclass(frozen=True)
@@ -966,10 +976,13 @@ class LiveRuns(Runs):
             self.logs[recipe] = run_recipe(recipe)
         return self.logs[recipe]
 
-    def make(self, recipes, processes):
-        """Make these runs, one a process at a time."""
+    def make(self, recipes, processes, stop=()):
+        """Make these runs, one a process at a time. KeyboardInterrupt once there is something in `stop`."""
         recipes = list(dict.fromkeys(recipes))
-        self.logs.update(zip(recipes, make_runs(recipes, processes)))
+        for recipe, log in zip(recipes, make_runs(recipes, processes)):
+            if stop:
+                raise KeyboardInterrupt
+            self.logs[recipe] = log
 
 class RunTable(Runs):
     """Runs that were made, read from a file: a line of JSON each, after one that says with what they were made."""
@@ -979,9 +992,12 @@ class RunTable(Runs):
         try:
             with open(path, encoding="utf-8") as file:
                 self.made_with = json.loads(file.readline())
+                if not isinstance(self.made_with, dict):
+                    raise ValueError("its first line does not say what made it")
                 for line in file:
                     row = json.loads(line)
                     log = Log(**row.pop("log"))
+                    check_log(log)
                     self.logs[Recipe(**row)] = log
         except (OSError, TypeError, KeyError, ValueError, AttributeError) as error:
             raise ValueError(f"--table {path}: {first_line(error)}") from None
@@ -998,6 +1014,12 @@ class RunTable(Runs):
                 gains.append(self.logs[Recipe(recipe.world)].val - log.val)
         return spread(gains)
 
+def count_cpus():
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
 def library_digest():
     return hashlib.sha256(read_library()).hexdigest()[:16]
 
@@ -1007,7 +1029,6 @@ def end_with(parent):
         while os.getppid() == parent:
             time.sleep(1.0)
         os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to hear
     threading.Thread(target=watch, daemon=True).start()
 
 def make_runs(recipes, processes):
@@ -1016,7 +1037,10 @@ def make_runs(recipes, processes):
     told = began
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, spawn, end_with, (os.getpid(),)) as workers:
-        for number, log in enumerate(workers.map(run_recipe, recipes, chunksize=4), 1):
+        at_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # processes begin with what their parent does
+        logs = workers.map(run_recipe, recipes, chunksize=4)
+        signal.signal(signal.SIGINT, at_ctrl_c)
+        for number, log in enumerate(logs, 1):
             yield log
             now = time.perf_counter()
             if now - told > TELL_EVERY:
@@ -1026,6 +1050,9 @@ def make_runs(recipes, processes):
 
 def make_table(path, processes, recipes):
     """Make a table's runs and write them: the file appears when it is complete."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "w", encoding="utf-8"):  # if that is not possible, it shows now
+        pass
     began = time.perf_counter()
     lines = []
     for recipe, log in zip(recipes, make_runs(recipes, processes)):
@@ -1033,7 +1060,6 @@ def make_table(path, processes, recipes):
     made_with = dict(
         library=library_digest(), python=sys.version.split()[0], torch=torch.__version__,
         runs=len(lines), processes=processes, seconds=round(time.perf_counter() - began))
-    temporary = f"{path}.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
         file.write("\n".join([json.dumps(made_with), *lines]) + "\n")
     os.replace(temporary, path)
@@ -1043,7 +1069,7 @@ def open_table(path):
     what they say is printed."""
     if not os.path.exists(path):
         recipes = table_recipes()
-        processes = os.cpu_count()
+        processes = count_cpus()
         print(f"table   | {path}: {len(recipes)} training runs are made for it, {processes} at a time", flush=True)
         make_table(path, processes, recipes)
     runs = RunTable(path)
@@ -1059,9 +1085,13 @@ def open_table(path):
               "--table FILE, a file that is not there, makes runs of this one", flush=True)
         return runs
     for recipe in SystemRandom().sample(list(runs.logs), CHECKED_ROWS):
+        was = runs.log(recipe).val
         again = run_recipe(recipe)
         same = "the same" if again == runs.log(recipe) else f"{again.val:.5f} now: this machine rounds otherwise"
-        print(f"table   | {recipe_fields(recipe)} made again: {runs.log(recipe).val:.5f}, {same}", flush=True)
+        print(f"table   | {recipe_fields(recipe)} made again: {was:.5f}, {same}", flush=True)
+        if abs(again.val - was) > MOST_SPREADS * runs.noise(OTHER_SEED)[1]:
+            raise ValueError(f"--table {path}: the run {recipe_fields(recipe)} has {was:.5f} there, {again.val:.5f} "
+                             "here: other code made it; without the file it is made anew")
     return runs
 
 def spread(values):
@@ -1134,6 +1164,7 @@ class Repair(Task):
         """As it was before the first edit."""
         self.recipe = self.problem.recipe()
         self.edits = []                # that were tried, and what each gained
+        self.said = []                 # the texts that asked for them
         self.gain = 0.0                # of those that were kept
         self.rewards = []              # of each turn
         self.over = False
@@ -1166,6 +1197,7 @@ class Repair(Task):
             return None
         gain = self.runs.gain(self.recipe, call[1])
         self.edits.append((call[1], gain))
+        self.said.append(text)
         if gain <= self.keep:
             return "b;"
         self.recipe = edited(self.recipe, call[1])
@@ -2398,7 +2430,7 @@ def make_parser():
     p.add_argument("--reruns", type=number(1, 4), default=1, help="with --task evolve: of an episode")
     p.add_argument("--logs", default="true", choices=["true", "blank", "shuffled"],
                    help="with --task evolve: what an episode shows; all but true are controls")
-    p.add_argument("--live", type=number(0, 1000), default=LIVE_PROBLEMS,
+    p.add_argument("--live", type=number(0, 400), default=LIVE_PROBLEMS,
                    help="with --task evolve: problems of each kind in the last evaluation, on runs that are made then")
     # model and training
     p.add_argument("--preset", default="micro", choices=["micro", "small"], help="the model")
@@ -2464,6 +2496,10 @@ def parse_args(argv, locks=None):
         raise ValueError(f"--teach {args.teach}: it needs --serve, and a task with a teacher")
     if args.task == "evolve" and args.tool_errors:
         raise ValueError(f"--tool-errors {args.tool_errors:g}: a rerun of --task evolve does not fail")
+    if args.task == "evolve" and args.teach:
+        raise ValueError(f"--teach {args.teach}: with --task evolve agents call the tools of its runs, not a teacher's")
+    if args.task == "evolve" and args.serve is not None and args.reruns > 1:
+        raise ValueError(f"--reruns {args.reruns}: with --serve one, as no edit is known behind a restart")
     if args.task == "evolve" and args.thoughts == "drop":
         raise ValueError("--thoughts drop: with --task evolve a thought is what a call begins with")
     for name in ("reruns", "logs"):
@@ -2789,7 +2825,7 @@ def live_problems(args):
             problems[kind].append(Problem(world, faults))
     return problems
 
-def evaluate_live(source):
+def evaluate_live(source, stop=()):
     """Print and return, by kind, what a policy is worth in fresh worlds, on runs that are made now. There the oracle is
     the edit that is named for the fault (the better one, where it has two), or the policy's own, if that gains more."""
     args = source.args
@@ -2802,7 +2838,7 @@ def evaluate_live(source):
     for problem in sum(problems.values(), []):
         recipe = problem.recipe()
         needed += [recipe, *(edited(recipe, edit) for edit in named_edits(problem))]
-    runs.make(needed, os.cpu_count())
+    runs.make(needed, count_cpus(), stop)
 
     scores = {}
     for kind, some in problems.items():
@@ -2810,7 +2846,8 @@ def evaluate_live(source):
         for number, problem in enumerate(some):
             gains = [runs.gain(problem.recipe(), edit) for edit in named_edits(problem)]
             oracle = max([0.0, *(gain for gain in gains if gain > args.keep)])
-            tasks.append(Repair(Random(f"{args.seed} {kind} {number}"), runs, problem, 1, args.keep, oracle))
+            rng = Random(f"{args.seed} {kind} {number}")
+            tasks.append(Repair(rng, runs, problem, 1, args.keep, oracle, args.logs))
         scores[kind] = play_repairs(source, tasks)
         print_repairs(f"live   | {kind}", scores[kind])
         for task in tasks[:TOLD if kind == "held" else 0]:
@@ -2818,24 +2855,28 @@ def evaluate_live(source):
     print(f"live   | {len(runs.logs)} runs were made in {time.perf_counter() - began:.0f} s", flush=True)
     return {kind: vars(found) for kind, found in scores.items()} | dict(runs=len(runs.logs))
 
-def evaluate_repairs(now, source):
-    """What the last line of stdout says of --task evolve. Unless --live is 0, its first four numbers are live ones."""
+REPAIR_KEYS = ("diagnosis_seen", "diagnosis_held", "recovered_seen", "recovered_held", "live", "table", "before",
+               "baselines", "keeping")
+
+def evaluate_repairs(now, source, stop):
+    """What the last line of stdout says of --task evolve, REPAIR_KEYS. Unless --live is 0, its first four numbers are
+    live ones. KeyboardInterrupt once there is something in `stop`: the run has been saved."""
     args = source.args
     rivals = baselines(args.runs, args.keep)
     print_baselines(rivals)
-    rivals |= check_keeping(args.runs, args.keep)
+    keeping = check_keeping(args.runs, args.keep)
     print("keeping | {false_keeps} of {real_edits} edits of healthy runs were kept; what is kept gains {own_gain:+.3f} "
-          "nats in its world, {other_gain:+.3f} in others, where {other_fails:.0%} gain nothing".format(**rivals))
+          "nats in its world, {other_gain:+.3f} in others, where {other_fails:.0%} gain nothing".format(**keeping))
     after = evaluate_from_table(source, "after")
     shown = after
     live = None
     if args.live:
-        live = evaluate_live(source)
+        live = evaluate_live(source, stop)
         shown = live
     return dict(
         diagnosis_seen=shown["seen"]["diagnosis"], diagnosis_held=shown["held"]["diagnosis"],
         recovered_seen=shown["seen"]["recovered"], recovered_held=shown["held"]["recovered"],
-        live=live, table=after, before=now.before, baselines=rivals)
+        live=live, table=after, before=now.before, baselines=rivals, keeping=keeping)
 
 def named_edits(problem):
     """The edits that undo a problem's faults; herrings need none."""
@@ -2848,9 +2889,9 @@ def tell_repair(task):
         wrong.append(f"{fault.words} ({value if isinstance(value, str) else f'{value:.3g}'})")
     before = task.runs.log(task.problem.recipe()).val
     done = []
-    for edit, gain in task.edits:
+    for text, (_, gain) in zip(task.said, task.edits):
         verdict = "kept" if gain > task.keep else "undone"
-        done.append(f"{thought(edit)}[{edit}] {before:.3f} -> {before - gain:.3f}, {verdict}")
+        done.append(f"{text} {before:.3f} -> {before - gain:.3f}, {verdict}")
     print(f"  world {task.problem.world}: {', '.join(wrong) or 'healthy'} | {task.prompt} | "
           f"{'; '.join(done) or 'left as it is'}", flush=True)
 
@@ -3310,8 +3351,8 @@ def run(args, state, locks=None):
                   f"{args.rollouts} episodes: start more, or give more", flush=True)
         print(f"stopped after step {now.step}, saved; --resume --out {args.out} goes on", flush=True)
     result = summary(args, now, source)
-    if args.task == "evolve" and ready and not stop:
-        result |= evaluate_repairs(now, source)
+    if args.task == "evolve":
+        result |= evaluate_repairs(now, source, stop) if ready and not stop else dict.fromkeys(REPAIR_KEYS)
     return result
 
 def learn_from_rewards(now, source, optimizers, stop, threads):
@@ -3503,6 +3544,7 @@ class CallRule:
 # t1[12+3] calls the agent's tool with 12+3. An agent that answers by a tool, as smolagents does, hears A15. as its call
 CALL_RULES = (
     CallRule("final_answer", re.compile(r"A(?P<argument>[^.]*)\.")),
+    CallRule("done", re.compile(r"A\.")),
     CallRule(None, re.compile(r"\[(?P<argument>[^\]]*)\]")))
 
 def read_rule(text):
@@ -4842,7 +4884,8 @@ FIRST_SECONDS = 300.0                  # on top of --minutes, for a run whose us
 SCORE_SECONDS = 180.0                  # that the judge has for a hand-in
 SCORE_TOKENS = 4096                    # that it evaluates at a time
 HAND_IN_BYTES = 2 ** 28                # of a checkpoint
-SOURCE_BYTES = 2 ** 17                 # that an agent may add to the copy: no room for weights from elsewhere
+SOURCE_BYTES = 2 ** 14                 # that an agent may add to the copy: no room for weights, or much text, from
+                                       # elsewhere: 256 KB of it are some 60 compressed
 SHOWN_LINES = 200                      # of a file or a log, at once
 SHOWN_CHARS = 240                      # of a line
 JOURNAL_LINES = 5                      # of a run's output, in the journal
@@ -4899,7 +4942,7 @@ PARTS = dict(                          # what is shut in -> unshare's options
 NOBODY = 65534
 UTIL_LINUX = ("unshare", "mount", "chroot", "setpriv", "prlimit", "env")
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib64")  # folders that a run sees, beside Python's
-WORK = "/work"                         # the copy, as its run sees it
+WORK = "/judged/copy"                  # as its run sees it. No Python lies below /judged: it would be hidden
 LOOK_EVERY = 0.1                       # seconds from one look at a run's processes to the next
 BARRED = ("Read-only file system", "Network is unreachable", "Operation not permitted", "Permission denied")
 
@@ -4933,8 +4976,11 @@ def mount_lines(root, writable, readable, hidden, has_processes):
     has_processes  whether the run has process ids of its own
     """
     quote = shlex.quote
+    here = os.readlink("/proc/self/ns/mnt")
     lines = [
         "set -e",
+        # as root, in this process's own namespace, the lines below would hide and change the machine's files
+        f'[ "$(readlink /proc/self/ns/mnt)" != {quote(here)} ] || exit 1',
         "mount --make-rprivate /",     # nothing that is mounted here is mounted elsewhere
         f"mount -t tmpfs -o mode=755,size=1m none {quote(root)}",
         f"cd {quote(root)}",
@@ -4993,7 +5039,7 @@ def shut_in(command, parts):
 def variables():
     """The environment variables of a run, NAME=value, all of them: no key, no token, no folder of the user's."""
     found = [f"HOME={WORK}", "PATH=/usr/bin:/bin:/usr/sbin:/sbin", "LANG=C.UTF-8", "OMP_NUM_THREADS=1",
-             "NANO_MINIMAX_CACHE=/cache", "PYTHONUNBUFFERED=1"]
+             "NANO_MINIMAX_CACHE=/judged/cache", "PYTHONUNBUFFERED=1"]
     paths = [path for path in package_folders() if not path.startswith((sys.prefix, sys.base_prefix))]
     if paths:
         found.append(f"PYTHONPATH={':'.join(paths)}")
@@ -5022,19 +5068,23 @@ def find_isolation():
     if not all(map(shutil.which, UTIL_LINUX)):
         return []
     found = []
-    with tempfile.TemporaryDirectory(prefix="judge-") as folder:
-        for part in PARTS:
-            sandbox = Sandbox(folder, [*found, part])
-            with contextlib.suppress(OSError, subprocess.SubprocessError):
-                if part == "files":
-                    ended = sandbox.run([sys.executable, "-c", "print('in')"], Limits(20.0, 20.0))
-                    works = ended.output == "in\n"
-                else:
-                    done = subprocess.run(shut_in(["true"], sandbox.parts), capture_output=True, timeout=20)
-                    works = done.returncode == 0
-                if works:
-                    found.append(part)
+    for part in PARTS:
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(shut_in(["true"], [*found, part]), capture_output=True, timeout=20)
+            if done.returncode == 0:
+                found.append(part)
+    if "files" in found and not can_mount(found):
+        found.remove("files")
     return found
+
+def can_mount(parts):
+    """Whether a program runs in a root of its own."""
+    folder = tempfile.mkdtemp(prefix="judge-")
+    try:
+        ended = Sandbox(folder, parts).run([sys.executable, "-c", "print('in')"], Limits(20.0, 20.0))
+        return ended.output == "in\n"
+    finally:
+        remove_folder(folder)
 
 def isolation_words(parts):
     """What find_isolation found, in words."""
@@ -5048,7 +5098,9 @@ class Sandbox:
     """Runs programs that nothing good is known of."""
 
     def __init__(self, folder, parts, readable=None, hidden=None):
-        """folder: of the sandbox's own; parts: of PARTS; readable, hidden: see mount_lines."""
+        """folder: of the sandbox's own; parts: of PARTS, files among them; readable, hidden: see mount_lines."""
+        if "files" not in parts:
+            raise ValueError("a sandbox without a view of files of its own would mount over this machine's")
         self.folder = folder
         self.parts = parts
         self.readable = visible_folders() if readable is None else readable
@@ -5357,12 +5409,11 @@ class Judge:
     def __init__(self, parts, rng):
         """parts: see find_isolation; rng: of what is held out. ValueError where files cannot be shut in: the held-out
         text could be read."""
-        if "files" not in parts:
-            raise ValueError("the environment train.py needs Linux, util-linux and namespaces of files, which this "
-                             "system does not give: a run could read the held-out text")
+        if not {"files", "processes"} <= set(parts):
+            raise ValueError("the environment train.py needs Linux, util-linux and namespaces of files and processes, "
+                             "which this system does not give: a run could read the held-out text, or outlive its time")
         self.parts = parts
-        self.temporary = tempfile.TemporaryDirectory(prefix="judge-", ignore_cleanup_errors=True)
-        self.folder = self.temporary.name
+        self.folder = tempfile.mkdtemp(prefix="judge-")
         here = os.path.dirname(os.path.abspath(__file__))
         learned, own, held = draw_held_text(rng)
         for name, files in dict(train=learned, val=own, held=held).items():
@@ -5444,12 +5495,12 @@ class Judge:
         limits       Limits of the run
         fills_cache  whether it may write the cache, and what it opens is released
         """
-        own = ["--data", "/text", "--val-data", "/val", "--out", "out", "--seed", seed, "--device", "cpu",
+        own = ["--data", "/judged/text", "--val-data", "/judged/val", "--out", "out", "--seed", seed, "--device", "cpu",
                "--threads", 1, "--minutes", minutes]
         work = self.write_copy(files)
         try:
-            readable = {"/text": self.path("train"), "/val": self.path("val")}
-            cache = {"/cache": self.path("cache")}
+            readable = {"/judged/text": self.path("train"), "/judged/val": self.path("val")}
+            cache = {"/judged/cache": self.path("cache")}
             writable = cache if fills_cache else {}
             command = [sys.executable, "train.py", *flags, *map(str, own)]
             self.watch.opened()        # what was opened before is forgotten
@@ -5473,8 +5524,9 @@ class Judge:
         place = self.scorer.new_work()
         try:
             take_hand_in(work, place)
-            readable = {"/repo": self.path("repo"), "/held": self.path("held")}
-            program = f"import sys; sys.path[0] = '/repo'; import rl; rl.print_checkpoint_score('{WORK}', '/held')"
+            readable = {"/judged/repo": self.path("repo"), "/judged/held": self.path("held")}
+            program = ("import sys; sys.path[0] = '/judged/repo'; import rl; "
+                       f"rl.print_checkpoint_score('{WORK}', '/judged/held')")
             limits = Limits(SCORE_SECONDS, SCORE_SECONDS)
             said = self.scorer.run([sys.executable, "-c", program], limits, place, readable)
             if said.killed:
@@ -5499,12 +5551,11 @@ class Judge:
 
     def close(self):
         self.watch.close()
-        self.temporary.cleanup()
+        remove_folder(self.folder)
 
 def remove_folder(folder):
-    """Remove what a run has left, however it is nested."""
-    with contextlib.suppress(RecursionError):
-        shutil.rmtree(folder, ignore_errors=True)
+    """Remove what a run has left, however deep it is nested: Python's rmtree calls itself."""
+    subprocess.run(["rm", "-rf", "--", folder], stderr=subprocess.DEVNULL)
 
 # ---- the judge: what an agent does, and what becomes of it ---------------------------------------------
 
@@ -5650,8 +5701,8 @@ class Workshop(Environment):
     def call(self, name, arguments):
         if self.over:
             return "The session is over."
-        self.journal.add(f"{name!s:.40} {json.dumps(arguments):.200}")
         use = self.uses.get(name) if isinstance(name, str) else None
+        self.journal.add(f"{name if use else repr(name)[:40]} {json.dumps(arguments):.200}")
         if use is None:
             return f"There is no tool {name!r:.40}; there are {', '.join(self.uses)}."
         try:

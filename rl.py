@@ -4866,7 +4866,8 @@ class Served(Gateway):
 # large model may know the library by heart: what it writes of it into the copy stands in the journal, for a person.
 
 COPIED = ("train.py", "sample.py", "model.py", "msa.py", "moe.py")  # what train.py imports
-HELD_BYTES = 2 ** 18                   # of text that is held out
+HELD_BYTES = 2 ** 20                   # of text that is held out: more than can be carried into the copy,
+SCORED_BYTES = 2 ** 18                 # and so many of them, drawn in secret, are what a hand-in is evaluated on
 HELD_FILE = 48 * 1024                  # bytes of one of its files, at most: it has a dozen
 OWN_BYTES = 2 ** 16                    # of text that the copy validates on, for its own figures
 # parts of the library whose text other packages carry a second time: setuptools, pip, backports
@@ -5416,7 +5417,8 @@ class Judge:
         self.folder = tempfile.mkdtemp(prefix="judge-")
         here = os.path.dirname(os.path.abspath(__file__))
         learned, own, held = draw_held_text(rng)
-        for name, files in dict(train=learned, val=own, held=held).items():
+        scored = take_bytes(rng.sample(held, len(held)), SCORED_BYTES)
+        for name, files in dict(train=learned, val=own, held=scored).items():
             self.fill(name, files)
         self.fill("repo", [(name, os.path.join(here, name)) for name in (*COPIED, "rl.py")])
         compileall.compile_dir(self.path("repo"), quiet=2)
@@ -5461,7 +5463,8 @@ class Judge:
     def release(self, names):
         """These files are no longer held out."""
         for name in names:
-            os.remove(os.path.join(self.path("held"), name))
+            with contextlib.suppress(FileNotFoundError):  # it was not one of those that are evaluated
+                os.remove(os.path.join(self.path("held"), name))
             mask = self.masks.pop(name)
             hidden = self.sandbox.hidden
             self.sandbox.hidden = {place: path for place, path in hidden.items() if path != mask}

@@ -12421,7 +12421,7 @@ def test_a_run_sees_no_other_folder():
     """No home, no repository, no journal, nothing of the judge's: its root holds the system, Python and the copy."""
     script = f"""
 import os
-for path in ("/root/.ssh", "/home", "/etc/passwd", {str(HERE / ".git")!r}, {one_judge().folder!r}, "/held", "/repo"):
+for path in ("/root/.ssh", "/home", "/etc/passwd", {str(HERE / ".git")!r}, {one_judge().folder!r}, "/judged/held", "/judged/repo"):
     print("THERE", path) if os.path.exists(path) else None
 print("PROCESSES", [name for name in os.listdir("/proc") if name.isdigit()])
 print("VARIABLES", sorted(os.environ))
@@ -12788,6 +12788,8 @@ class AtTheDoor:
         monkeypatch.setattr(rl, "Judge", lambda parts, rng: Scores(score))
         monkeypatch.setattr(rl, "find_isolation", lambda: [*rl.PARTS])
         self.server = ServedAlone(flags=f"--task evolve --out {folder}")
+        self.server.args.runs = rl.RunTable(rl.TABLE)
+        self.server.args.keep = 0.07
 
     def open(self):
         return self.server.answer_to("tasks", environment="train.py")
@@ -12865,11 +12867,26 @@ def test_the_environment_says_the_reward(tmp_path, monkeypatch):
     assert door.server.turn(name)[0] == 200
     assert door.server.turn(name, [USER, assistant("x"), USER])[0] == 200
     assert door.server.answer_to("finish", task=name, reward=9.0)[0] == 403
-    assert door.use(name, "answer", dict(answer=task["answer"]))[1]["over"]
+    assert door.use(name, "edit", dict(setting="none"))[1]["content"].startswith("edit 'none'")
+    assert door.use(name, "edit", dict(setting="wd=0"))[1]["over"]
     episode, _ = door.server.pool[0]
-    assert episode.rewards == [0.0, 1.0]
-    assert episode.success
+    same = rl.make_task(door.server.args, 0)
+    same.take("d[wd=0]")
+    assert episode.rewards == [0.0, *same.rewards]
+    assert episode.success == same.is_repaired()
     door.server.close()
+
+def test_a_policy_can_leave_a_run_as_it_is():
+    """What it writes then, A., calls the tool that ends an episode; an edit calls the other."""
+    tools = rl.draw_repair(SimpleNamespace(runs=rl.RunTable(rl.TABLE), reruns=1, keep=0.07, logs="true"),
+                           random.Random(0), rl.TRAIN_WORLDS).tools
+    functions = rl.read_functions(dict(tools=tools))
+    _, calls = rl.split_calls("A.", functions)
+    assert [name for name, _ in calls] == ["done"]
+    _, calls = rl.split_calls("h[lr/4]", functions)
+    (name, arguments), = calls
+    assert name == "edit"
+    assert json.loads(arguments) == dict(setting="lr/4")
 
 def test_a_silent_session_ends(tmp_path, monkeypatch):
     """After a while without a call another one can begin."""

@@ -13,7 +13,6 @@ edits: translate() gives it train.py's log as it knows logs, and its edits of th
 """
 import argparse
 import contextlib
-import json
 import math
 import re
 import shlex
@@ -82,37 +81,61 @@ def translate(log):
         words.append("".join(rl.letter(values[place], *rl.COLUMNS[name]) for place in places))
     return f"E{' '.join(words)} {rl.letter(val, *rl.VAL_RANGE)};"
 
-def play_policy(task, gateway, client, flags, n_turns):
-    """Let the policy repair a run of train.py, for n_turns edits, or until it has nothing left to do."""
-    def use(name, **arguments):
-        reply = gateway.post(f"/s/{task['task']}/v1/tools", json={"name": name, "arguments": arguments}).json()
-        text = reply.get("content") or reply["error"]["message"]
-        say("tool", text)
-        return text
+def ask(client, messages):
+    """What the policy writes -> its text, and the edit that this asks for; None: nothing is left to do. It is not sent
+    the tools, which it has never read: its own texts call them."""
+    message = client.chat.completions.create(model="any", messages=messages).choices[0].message
+    text = message.content or ""
+    say("policy", text)
+    edit = re.fullmatch(r"[a-z]\[([^\]]+)\]", text)
+    return text, edit[1] if edit else None
 
-    edit = rl.function_schema("edit", "Change one setting", setting=("string", "one of rl.EDITS"))
-    failed = []                        # messages of edits that were undone
+def use(task, gateway, name, **arguments):
+    """Call a tool -> what it says, and whether the episode is over."""
+    reply = gateway.post(f"/s/{task['task']}/v1/tools", json={"name": name, "arguments": arguments})
+    said = reply.json()
+    if reply.is_error:
+        said = {"content": said["error"]["message"], "over": True}
+    say("tool", said["content"])
+    return said["content"], said["over"]
+
+def failed(text):
+    """The messages of an edit that was undone, as the policy knows them."""
+    return [{"role": "assistant", "content": text}, {"role": "tool", "content": "=b;"}]
+
+def repair_run(task, gateway, client):
+    """Let the policy repair a small run: the environment evolve."""
+    messages = task["messages"]
+    say("prompt", messages[0]["content"])
+    is_over = False
+    while not is_over:
+        text, edit = ask(client, messages)
+        if edit is None:
+            said, is_over = use(task, gateway, "done")
+        else:
+            said, is_over = use(task, gateway, "edit", setting=edit)
+        log = re.search("E[a-z ]+;$", said)
+        messages = [{"role": "user", "content": log[0]}] if log else [*messages, *failed(text)]
+
+def repair_train(task, gateway, client, flags, n_turns):
+    """Let the policy repair a run of train.py, for n_turns edits, or until it has nothing left to do."""
+    tried = []
     for _ in range(n_turns):
-        prompt = translate(use("read_log", lines=200))
-        say("policy", f"reads {prompt}")
-        message = client.chat.completions.create(
-            model="any", messages=[{"role": "user", "content": prompt}, *failed], tools=[edit]).choices[0].message
-        say("policy", f"writes {message.content or ''} {message.tool_calls or ''}")
-        if not message.tool_calls:
+        prompt = translate(use(task, gateway, "read_log", lines=200)[0])
+        say("prompt", prompt)
+        text, edit = ask(client, [{"role": "user", "content": prompt}, *tried])
+        if edit not in rl.RATE_EDITS:
+            print(f"{edit}: nothing of that is wrong with train.py", flush=True)
             break
-        setting = json.loads(message.tool_calls[0].function.arguments).get("setting")
-        if setting not in rl.RATE_EDITS:
-            print(f"{setting}: train.py has no such fault, it is as it should be", flush=True)
-            break
-        rate = float(flags.get("--lr", USUAL_RATE)) * rl.EDIT_FACTOR ** rl.RATE_EDITS[setting]
+        rate = float(flags.get("--lr", USUAL_RATE)) * rl.EDIT_FACTOR ** rl.RATE_EDITS[edit]
         changed = {**flags, "--lr": f"{rate:.6g}"}
-        use("set_flags", flags=[word for pair in changed.items() for word in pair])
-        if "NOT KEPT" in use("run"):
-            failed += [message.model_dump(exclude_none=True),
-                       {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "=b;"}]
+        use(task, gateway, "set_flags", flags=[word for pair in changed.items() for word in pair])
+        said, _ = use(task, gateway, "run")
+        if "NOT KEPT" in said:
+            tried += failed(text)
         else:
             flags = changed
-            failed = []
+            tried = []
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -142,10 +165,12 @@ def main():
     client = openai.OpenAI(base_url=args.base_url or task["base_url"], api_key=args.api_key or task["api_key"])
     is_over = False
     try:
-        if args.environment == "train.py" and args.base_url is None:
-            play_policy(task, gateway, client, dict(zip(flags[::2], flags[1::2])), args.turns)
-        else:
+        if args.base_url:
             is_over = play(task, gateway, args.model, client, args.turns)
+        elif args.environment == "train.py":
+            repair_train(task, gateway, client, dict(zip(flags[::2], flags[1::2])), args.turns)
+        else:
+            repair_run(task, gateway, client)
     except openai.APIStatusError as error:  # its context is full, as a rule
         print(f"model   | {error}")
     if not is_over and args.environment == "train.py":

@@ -1051,8 +1051,8 @@ def make_runs(recipes, processes):
 def make_table(path, processes, recipes):
     """Make a table's runs and write them: the file appears when it is complete."""
     temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8"):  # if that is not possible, it shows now
-        pass
+    with open(temporary, "w", encoding="utf-8"):
+        os.remove(temporary)           # if it cannot be written, that shows now
     began = time.perf_counter()
     lines = []
     for recipe, log in zip(recipes, make_runs(recipes, processes)):

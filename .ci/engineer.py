@@ -59,7 +59,7 @@ def play(task, gateway, model, client, n_turns):
 def translate(log):
     """What train.py printed -> a prompt of the policy's, which knows runs of bytes: losses are scaled so that the first
     is that of a byte that nothing is known of."""
-    steps = [line for line in log.splitlines() if line.startswith("step ")]
+    steps = re.findall(r"^step \d.*", log, re.M)
 
     def column(name):
         return [float(re.search(rf"\b{name} ([\d.]+)", line)[1]) for line in steps]

@@ -124,9 +124,12 @@ def repair_train(task, gateway, client, flags, n_turns):
         prompt = translate(use(task, gateway, "read_log", lines=200)[0])
         say("prompt", prompt)
         text, edit = ask(client, [{"role": "user", "content": prompt}, *tried])
-        if edit not in rl.RATE_EDITS:
-            print(f"{edit}: nothing of that is wrong with train.py", flush=True)
+        if edit is None:
             break
+        if edit not in rl.RATE_EDITS:
+            print(f"{edit}: nothing of that can be wrong with train.py", flush=True)
+            tried += failed(text)
+            continue
         rate = float(flags.get("--lr", USUAL_RATE)) * rl.EDIT_FACTOR ** rl.RATE_EDITS[edit]
         changed = {**flags, "--lr": f"{rate:.6g}"}
         use(task, gateway, "set_flags", flags=[word for pair in changed.items() for word in pair])

@@ -3335,7 +3335,7 @@ def run(args, state, locks=None):
             print(f"minutes | the imitation took all of --minutes {args.minutes:g}, so that one step is left for "
                   "rewards: give more", flush=True)
         now = Record(seconds=warm, warm=warm, run=os.urandom(8).hex())
-        if ready and args.task == "evolve":
+        if ready and args.task == "evolve" and args.serve is None:
             now.before = evaluate_from_table(source, "before")
         if ready:
             save(args.out, source, optimizers, vars(now))  # killed from here on, the run can go on
@@ -3352,7 +3352,9 @@ def run(args, state, locks=None):
         print(f"stopped after step {now.step}, saved; --resume --out {args.out} goes on", flush=True)
     result = summary(args, now, source)
     if args.task == "evolve":
-        result |= evaluate_repairs(now, source, stop) if ready and not stop else dict.fromkeys(REPAIR_KEYS)
+        result |= dict.fromkeys(REPAIR_KEYS)
+        if ready and not stop and args.serve is None:  # behind agents' prompts it may have learned other texts
+            result |= evaluate_repairs(now, source, stop)
     return result
 
 def learn_from_rewards(now, source, optimizers, stop, threads):

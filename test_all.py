@@ -12492,7 +12492,7 @@ def test_a_run_that_hangs_is_killed():
     script = "import os, time; os.fork() or os.setsid(); time.sleep(4); print('on and on')"
     _, journal, output = attack(script, dataclasses.replace(QUICK, seconds=1.0))
     assert "killed: it took more than 1 s" in journal
-    assert output == ""
+    assert "on and on" not in output   # unshare itself may say that it was killed
 
 @parametrize("script, why", [
     ("while True: pass", "CPU time"),

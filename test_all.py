@@ -12425,7 +12425,8 @@ def test_a_run_sees_no_other_folder():
     """No home, no repository, no journal, nothing of the judge's: its root holds the system, Python and the copy."""
     script = f"""
 import os
-for path in ("/root/.ssh", "/home", "/etc/passwd", {str(HERE / ".git")!r}, {one_judge().folder!r}, "/judged/held", "/judged/repo"):
+others = ["/home", "/etc/passwd", {str(Path.home() / ".ssh")!r}, {str(HERE / ".git")!r}, {one_judge().folder!r}]
+for path in (*others, "/judged/held", "/judged/repo"):
     print("THERE", path) if os.path.exists(path) else None
 print("PROCESSES", [name for name in os.listdir("/proc") if name.isdigit()])
 print("VARIABLES", sorted(os.environ))
@@ -12905,7 +12906,7 @@ def test_a_log_of_train_is_translated():
     """The policy reads seven steps of train.py's log in its own letters; the first loss is that of a byte unknown."""
     pytest.importorskip("openai")
     engineer = runpy.run_path(str(HERE / ".ci" / "engineer.py"))
-    line = "step {:05} 1% | loss {:.3f} | train_bpb {:.3f} | mtp 1.0 | kl 0.0200 | lr 1e-2 | norm 1.00 | maxvio 0.30 | x"
+    line = "step {:05} 1% | loss {:.3f} | train_bpb {:.3f} | mtp 1.0 | kl 0.0200 | lr 1e-2 | norm 1.00 | maxvio 0.30"
     log = "\n".join(line.format(step, 8.3 - step / 10, (8.3 - step / 10) / 2.5) for step in range(25))
     prompt = engineer["translate"](log + "\nfinal 0025 | val_bpb 2.400 | block recall")
     loss, norm, vio, kl, val = prompt.removeprefix("E").removesuffix(";").split()

@@ -74,6 +74,31 @@ from model import (LIGHTNING_TILE, Context, DecodeWeights, KVCache, Lightning, M
                    decode_bytes, lightning_attention, parts_by_name, plain_name, rope_tables, softmax_loss,
                    window_attention)
 
+def patch_once_a_launch():
+    """Triton's interpreter patches its language anew at each call of a device function: here once a file and launch."""
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    real = interpreter._patch_lang
+    files = set()  # those whose functions the launch in progress has called, by the ids of their globals
+
+    def patch(fn):
+        if id(fn.__globals__) in files:
+            return None
+        scope = real(fn)
+        if not files:  # the launch's own scope, which is restored at its end
+            restore = scope.restore
+
+            def restore_and_forget():
+                files.clear()
+                restore()
+            scope.restore = restore_and_forget
+        files.add(id(fn.__globals__))
+        return scope
+    if hasattr(interpreter, "_LangPatchScope"):  # Triton 3.6 never restores: it is left as it is
+        interpreter._patch_lang = patch
+
+if msa.triton is not None and os.environ.get("TRITON_INTERPRET") == "1":
+    patch_once_a_launch()
+
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid", "ignore:overflow", "ignore:All-NaN")
 parametrize = pytest.mark.parametrize
 session_fixture = pytest.fixture(scope="session")

@@ -9090,6 +9090,37 @@ def serving(out, flags=""):
         finally:
             run.kill()
 
+def serve_here(out, play, flags="", stop=False):
+    """What `serving` does, in this process, whose imports are paid, while play(url) runs in a thread -> rl.py's result.
+
+    stop  the run would not end of itself: once play has returned, it is as if Ctrl-C were pressed
+    """
+    need_server()
+    signals = []
+    said = io.StringIO()
+
+    def client():
+        try:
+            for _ in range(6000):
+                gateway = re.search(r"^gateway \S+ (\S+)", said.getvalue(), re.M)
+                if gateway:
+                    return play(gateway[1])
+                time.sleep(0.01)
+            raise AssertionError("no gateway within a minute")
+        except BaseException:
+            signals.append(signal.SIGINT)
+            raise
+        finally:
+            if stop:
+                signals.append(signal.SIGINT)
+
+    with mock.patch.object(rl, "on_signals", lambda: signals), ThreadPoolExecutor(1) as pool:
+        with contextlib.redirect_stdout(said):
+            played = pool.submit(client)
+            result = rl.main(rl_args(out, f"--steps 2 --serve 0 --token k {flags}"))
+        played.result()
+    return result
+
 def claim(url):
     """-> name and messages of an episode, once one waits."""
     status, task = post(url + "/tasks", dict(wait=30))
@@ -9146,7 +9177,7 @@ def ask_by_urllib(url, **body):
 
 def test_gateway_refuses_and_serves_on(tmp_path):
     """What is not for the gateway gets a 4xx, who hangs up claims nothing, eight episodes are trained on."""
-    with serving(tmp_path) as (run, url):
+    def play(url):
         first = claim(url)
         assert_bad_requests_are_refused(url, **first)
         hang_up_and_drip(url)
@@ -9154,7 +9185,8 @@ def test_gateway_refuses_and_serves_on(tmp_path):
         play_by_http(url, ask_by_urllib, **first)
         for _ in range(7):
             play_by_http(url, ask_by_urllib, **claim(url))
-        assert_two_steps(run)
+
+    assert serve_here(tmp_path, play)["steps"] == 2
 
 def test_openai_client_is_trained_on(tmp_path):
     """The gateway speaks to OpenAI's own client."""
@@ -9164,10 +9196,11 @@ def test_openai_client_is_trained_on(tmp_path):
         client = openai.OpenAI(base_url=url, api_key="k")
         return client.chat.completions.create(**body).choices[0].message.content
 
-    with serving(tmp_path) as (run, url):
+    def play(url):
         for _ in range(8):
             play_by_http(url, ask, **claim(url))
-        assert_two_steps(run)
+
+    assert serve_here(tmp_path, play)["steps"] == 2
 
 def test_an_agent_of_ten_lines_is_trained(tmp_path):
     """.ci/agent.py, whose lines README shows, plays lessons and episodes until the run ends, and ends with it."""
@@ -12948,9 +12981,14 @@ def test_the_engineer_plays_a_session(tmp_path):
     """.ci/engineer.py ends its session and says where the journal is."""
     pytest.importorskip("openai")
     need_isolation()
-    with serving(tmp_path, "--task evolve") as (_, url):
+    runs = []
+
+    def play(url):
         command = [sys.executable, HERE / ".ci" / "engineer.py", url, "k", "--turns", "0"]
-        played = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        runs.append(subprocess.run(command, capture_output=True, text=True, timeout=120))
+
+    serve_here(tmp_path, play, "--task evolve", stop=True)
+    played, = runs
     assert played.returncode == 0, played.stderr
     journal = Path(played.stdout.splitlines()[-1].removeprefix("journal | "))
     assert "the session is over" in journal.read_text()

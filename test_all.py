@@ -14806,6 +14806,7 @@ def test_a_cell_of_quality_has_all_rows(attn):
     tasks = ("local", "mkey", "vt1", "vt2", "cwe")
     is_sparse = attn.startswith("msa")
     n_budgets = {1: 2, 2: 4} if is_sparse else {1: 1, 2: 1}
+    whole = bench.study_config(MICRO, attn)
     wanted = Counter()
     for task, seed in itertools.product(tasks, MICRO.seeds):
         wanted[4, 1, task, seed] = n_budgets[1]
@@ -14822,9 +14823,9 @@ def test_a_cell_of_quality_has_all_rows(attn):
         assert row["choice"] in (("index", "oracle") if is_sparse else (None,))
         if is_sparse:
             assert 0 <= row["block_recall"] <= 1
-        cfg = bench.study_config(MICRO, attn)
+        cfg = whole
         if is_sparse:
-            cfg = dataclasses.replace(cfg, index_topk_blocks=row["keys"] // MICRO.model["index_block_size"])
+            cfg = dataclasses.replace(whole, index_topk_blocks=row["keys"] // MICRO.model["index_block_size"])
         assert row["decode_bytes"] == decode_bytes(cfg, MICRO.T * row["scale"])
     assert len({row["lr"] for row in rows}) == 1
     assert len({row["params"] for row in rows}) == 1

@@ -332,8 +332,8 @@ def token_text(token):
     return token if isinstance(token, str) else None
 
 def byte_letters():
-    """-> a table for str.translate, from the letters of a byte-level vocabulary to bytes, as Latin-1: a visible letter of
-    Latin-1 stands for itself, those from U+0100 on, in order, for the other bytes."""
+    """-> a table for str.translate, from the letters of a byte-level vocabulary to bytes, as Latin-1: a visible letter
+    of Latin-1 stands for itself, those from U+0100 on, in order, for the other bytes."""
     visible = {*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)}
     others = [byte for byte in range(256) if byte not in visible]
     no_letters = dict.fromkeys(others, "\uffff")  # they stand for no byte

@@ -458,18 +458,18 @@ class HFTokenizer:
     def mark(self, message):
         """Enclose in marks what in a message looks like a special token; not in what the model or the system says."""
         if message.get("role") in ("user", "tool"):
-            return dict(message, content=self.mark_texts(message.get("content")))
+            return self.mark_texts(message)
         return message
 
-    def mark_texts(self, content):
-        if isinstance(content, str):
-            own = content.replace(MARK, "").replace(UNMARK, "")
+    def mark_texts(self, value):
+        if isinstance(value, str):
+            own = value.replace(MARK, "").replace(UNMARK, "")
             return self.looks_special.sub(rf"{MARK}\g<0>{UNMARK}", own)
-        if isinstance(content, list):
-            return [self.mark_texts(part) for part in content]
-        if isinstance(content, dict):
-            return {name: self.mark_texts(part) for name, part in content.items()}
-        return content
+        if isinstance(value, list):
+            return [self.mark_texts(part) for part in value]
+        if isinstance(value, dict):
+            return {name: self.mark_texts(part) for name, part in value.items()}
+        return value
 
     def encode_marked(self, text):
         """A template's text -> ids; what is between marks becomes ordinary tokens. A mark whose other half the template

@@ -6271,7 +6271,7 @@ def test_a_released_checkpoint_continues_text(spoken):
     assert result["text"] == prompt + tokenizer.decode_bytes(drawn)[len(taken):].decode(errors="replace")
 
     assert "text    | a byte-level BPE of 611 tokens, 11 of them special; template chat_template.jinja; " in text
-    assert f"an answer ends at [e~[ ({tokenizer.eot})" in text
+    assert f"an answer ends at '[e~[' ({tokenizer.eot})" in text
     assert "vocab   | 640 in the model: the last 29 are no tokens" in text
     assert "sampled | temperature 1.0, top-k 20: generation_config.json" in text
     assert "temperature 0, top-p 0.95, top-k 20" in text

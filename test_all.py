@@ -6309,29 +6309,47 @@ def conversing(folder, line="", system=""):
     args = sample.parse_args([*map(str, spoken_args(folder, f"--chat {line}")), "--prompt", system])
     return sample.TemplateConversation(args, MiniMax.from_hf(folder).eval(), sample.read_tokenizer(folder), False)
 
+# template -> its text, what the model answers, what that is for the template, and what the template writes behind it
+GROWN = dict(
+    m2_keeps=(
+        TEMPLATES["m2_keeps"], "I think.\n</think>\n\nAn answer, {}\n",
+        dict(content="An answer, {}\n", reasoning_content="I think."), "[e~[\n"),
+    m3=(
+        TEMPLATES["m3"], "<mm:think>I think.</mm:think>An answer, {}\n",
+        dict(content="An answer, {}\n", reasoning_content="I think."), "[e~[\n"),
+    roles_by_name=(
+        "{% for m in messages %}{{ '<|' + m.role + '|>' }}\n{{ m.content | trim }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
+        "An answer, {}", dict(content="An answer, {}"), "<|end|>\n"),
+    alternating=(
+        "{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = messages[0].content + '\n' %}"
+        "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}"
+        "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('in turn') }}{% endif %}"
+        "{% if m.role == 'user' %}[Q] {{ system if loop.first and system }}{{ m.content | trim }} [/Q]"
+        "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}",
+        " An answer, {}", dict(content="An answer, {}"), "[e~["))
+
 @parametrize("system", ["", "Be brief."])
-@parametrize("template", ["m2_keeps", "m3"])
-def test_turns_join_to_a_full_render(template, system, tmp_path):
+@named("template, answer, message, end", GROWN)
+def test_turns_join_to_a_full_render(template, answer, message, end, system, tmp_path):
     """Where a template keeps thoughts, a conversation that grew turn by turn is what it makes of the whole, byte for
-    byte: it has lost nothing and gained nothing."""
-    conversation = conversing(make_spoken(tmp_path, template), system=system)
+    byte: it has lost nothing and gained nothing. The templates are of four kinds."""
+    make_spoken(tmp_path, "m3")
+    (tmp_path / "chat_template.jinja").write_text(template)
+    conversation = conversing(tmp_path, system=system)
     tokenizer = conversation.tokenizer
     messages = [dict(role="system", content=system)] if system else []
-    answers = dict(
-        m2_keeps="I think.\n</think>\n\nAn answer, {}\n",
-        m3="<mm:think>I think.</mm:think>An answer, {}\n")
     for number in range(3):
         question = f"Question {number} [e~[ \u4e2d\n"
-        answer = answers[template].format(number)
         conversation.ids += conversation.turn(question)
-        conversation.ids += tokenizer.encode_part(answer)
         messages.append(dict(role="user", content=question))
-        grown = tokenizer.template.render(messages)
-        content = re.split("</(?:mm:)?think>(?:\n\n)?", answer)[1]
-        messages.append(dict(role="assistant", content=content, reasoning_content="I think."))
-        if template == "m2_keeps":     # its split takes no newline from thoughts that come on their own
-            assert conversation.text == grown + answer
-        assert conversation.text == tokenizer.template.render(messages, add_generation_prompt=False)[:-len("[e~[\n")]
+        assert conversation.text == tokenizer.template.render(messages)
+
+        conversation.ids += tokenizer.encode_part(answer.format(number))
+        said = {name: text.format(number) for name, text in message.items()}
+        messages.append(dict(role="assistant", **said))
+        whole = tokenizer.template.render(messages, add_generation_prompt=False)
+        assert conversation.text + end == whole
 
 def hear_lines(monkeypatch, said):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(said).encode()), encoding="utf-8"))
@@ -16598,7 +16616,7 @@ def with_texts(test):
 
 released_ids = in_folder(test_ids_are_transformers, "m2")
 released_templates = in_folder(test_templates_render_as_in_transformers, "m2")
-joined_turns = in_folder(test_turns_join_to_a_full_render, "m2_keeps", "")
+joined_turns = in_folder(test_turns_join_to_a_full_render, *GROWN["m2_keeps"], "")
 shown_tokens = with_texts(test_tokens_are_bytes)
 documents = on(test_packed_documents_learn_as_apart, torch.float32, 1e-6)
 brute_force = on(test_selection_equals_brute_force, 37, 4, 3)

@@ -1357,6 +1357,21 @@ def check_documents(end, cache):
         raise ValueError("end describes a tree: windows, Lightning layers and convolutions read documents that lie "
                          "one after the other")
 
+def check_key_blocks(pos, end, L):
+    """ValueError unless each document's key blocks are blocks of the layout, as MSA needs: a text that lies some tokens
+    further on, behind pads, say, would be cut elsewhere. pos, end (B, T); a pad is seen by none, and may lie anywhere.
+    On a GPU, which nothing waits for, an assertion there."""
+    slot = torch.arange(pos.size(1), device=pos.device)
+    fits = (slot - pos) % L == 0
+    if end is not None:
+        fits = fits | (end == slot + 1)
+    fits = fits.all()
+    if fits.is_cuda:
+        torch._assert_async(fits, f"documents that do not begin at multiples of {L}, the tokens in a key block")
+    elif not fits:
+        raise ValueError(f"pos: documents must begin at multiples of {L}, the tokens in a key block: pad so many in "
+                         "front, or pad behind")
+
 def within_document(k, T, end, device):
     """Which of the first T - k positions have a k-th next token in their document: bool (B, T - k); without end
     (1, T - k), all True."""
@@ -1444,13 +1459,16 @@ class MiniMax(nn.Module):
         -> logits (B, n, V) or None; Losses in training or with targets, or else None; aux, a flat dict of tensors:
         hidden (B, T, C) before the last norm, block_idx (layers with MSA, B, T, Hkv, S), experts (layers with experts,
         B, T, A), expert_load (layers with experts, E), and in an evaluation block_recall, score_recall, block_chance.
-        ValueError for an idx without a token, and for a tree where layers are recurrent.
+        ValueError for an idx without a token, for a tree where layers are recurrent, and where layers have MSA for a
+        document within a key block.
         """
         B, T = idx.shape
         if idx.numel() == 0:
             raise ValueError(f"idx {(B, T)}: at least one row of at least one token")
         if end is not None and self.cfg.is_recurrent:
             check_documents(end, cache)
+        if pos is not None and cache is None and "msa" in self.cfg.attn_types:
+            check_key_blocks(pos, end, self.cfg.index_block_size)
         if pos is None:
             start = None if cache is None else cache.length
             pos = query_index(T, start, idx.device).expand(B, T)

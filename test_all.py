@@ -2835,6 +2835,588 @@ def test_what_m2_does_not_have_is_not_saved(key, value, tmp_path):
 
     assert not (tmp_path / "out").exists()
 
+# ---- fakes of the released checkpoints -------
+# Nobody can keep 214 GB in a test. What can be kept is their form: config.json of every release with all of its fields,
+# the name, shape and type of every tensor, shards and an index, the tiles of fp8. A fake has that form at another size,
+# with random numbers. The same folder then goes to transformers, or, where transformers cannot read fp8 on a CPU, the
+# folder with its tiles multiplied out.
+
+M2_TILES = dict(
+    activation_scheme="dynamic", fmt="float8_e4m3fn", quant_method="fp8", weight_block_size=[128, 128],
+    modules_to_not_convert=["gate", "e_score_correction_bias", "lm_head"])
+CONFIG_M25 = dict(
+    architectures=["MiniMaxM2ForCausalLM"], attn_type_list=[1] * 62,
+    auto_map=dict(
+        AutoConfig="configuration_minimax_m2.MiniMaxM2Config",
+        AutoModelForCausalLM="modeling_minimax_m2.MiniMaxM2ForCausalLM"),
+    head_dim=128, hidden_act="silu", hidden_size=3072, intermediate_size=1536, max_position_embeddings=196608,
+    model_type="minimax_m2", mtp_transformer_layers=1, num_attention_heads=48, num_experts_per_tok=8,
+    num_hidden_layers=62, num_key_value_heads=8, num_local_experts=256, num_mtp_modules=3, qk_norm_type="per_layer",
+    quantization_config=M2_TILES, rms_norm_eps=1e-6, rope_theta=5000000, rotary_dim=64, scoring_func="sigmoid",
+    shared_intermediate_size=0, tie_word_embeddings=False, transformers_version="4.46.1", use_cache=True,
+    use_mtp=True, use_qk_norm=True, use_routing_bias=True, vocab_size=200064)
+CONFIG_M2 = dict(
+    CONFIG_M25, attention_dropout=0.0, bos_token_id=None, eos_token_id=None, initializer_range=0.02,
+    layernorm_full_attention_beta=1.0, layernorm_linear_attention_beta=1.0, layernorm_mlp_beta=1.0,
+    mlp_intermediate_size=8192, output_router_logits=False, router_aux_loss_coef=0.001, router_jitter_noise=0.0,
+    shared_moe_mode="sigmoid", sliding_window=None, transformers_version="4.57.1")
+CONFIG_M27 = dict(CONFIG_M25, dtype="bfloat16", max_position_embeddings=204800)
+
+DENSE_FIRST = [0] * 3 + [1] * 57
+M3_TEXT = dict(  # it has no model_type
+    architectures=["MiniMaxM3SparseForCausalLM"], dtype="bfloat16",
+    hidden_size=6144, intermediate_size=3072, num_hidden_layers=60, num_attention_heads=64, num_key_value_heads=4,
+    head_dim=128, vocab_size=200064, max_position_embeddings=1048576, rms_norm_eps=1e-6, use_gemma_norm=True,
+    attention_output_gate=False, rope_theta=5000000, rotary_dim=64, partial_rotary_factor=0.5,
+    hidden_act="swigluoai", use_qk_norm=True, tie_word_embeddings=False, dense_intermediate_size=12288,
+    shared_intermediate_size=3072, num_local_experts=128, num_experts_per_tok=4, n_shared_experts=1,
+    scoring_func="sigmoid", use_routing_bias=True, moe_layer_freq=DENSE_FIRST, qk_norm_type="per_head",
+    num_mtp_modules=1, swiglu_alpha=1.702, swiglu_limit=7.0, routed_scaling_factor=2.0,
+    sparse_attention_config=dict(
+        use_sparse_attention=True, sparse_index_dim=128, sparse_num_index_heads=4, sparse_topk_blocks=16,
+        sparse_block_size=128, sparse_disable_index_value=DENSE_FIRST, sparse_score_type="max", sparse_init_block=0,
+        sparse_local_block=1, sparse_attention_freq=DENSE_FIRST))
+MERGED_PATCHES = dict(image_token_compression_method="patch_merge", spatial_merge_size=2, temporal_patch_size=2)
+M3_VISION = dict(
+    hidden_size=1280, num_attention_heads=16, num_hidden_layers=32, intermediate_size=5120, patch_size=14,
+    image_size=2016, projection_dim=6144, position_embedding_type="rope", rope_mode="3d", rope_theta=10000.0,
+    attention_dropout=0.0, hidden_act="gelu", initializer_factor=1.0, initializer_range=0.02, layer_norm_eps=1e-5,
+    model_type="clip_vision_model", num_channels=3, vocab_size=32000, img_token_compression_config=MERGED_PATCHES,
+    vision_segment_max_frames=4)
+GRID = [(height, width) for height in range(336, 2017, 336) for width in range(336, 2017, 336)]
+CONFIG_M3_MXFP8 = dict(
+    architectures=["MiniMaxM3SparseForConditionalGeneration"],
+    auto_map=dict(AutoConfig="configuration_minimax_m3_vl.MiniMaxM3VLConfig"), model_type="minimax_m3_vl",
+    text_config=M3_TEXT, vision_config=M3_VISION, img_token_compression_config=MERGED_PATCHES,
+    image_grid_pinpoints=str(GRID), image_seq_length=576, image_token_index=200025, video_token_index=200026,
+    multimodal_projector_bias=True, num_reward_heads=0, process_image_mode="dynamic_res", projector_hidden_act="gelu",
+    vision_feature_layer=-1, vision_feature_select_strategy="full", torch_dtype="bfloat16",
+    transformers_version="4.52.4", projector_hidden_size=6144,
+    quantization_config=dict(
+        quant_method="mxfp8", activation_scheme="dynamic", weight_block_size=[1, 32],
+        ignored_layers=["lm_head", "model.embed_tokens", "vision_tower", "multi_modal_projector", "patch_merge_mlp",
+                        *(f"language_model.model.layers.{i}.block_sparse_moe.gate" for i in range(3, 60))]))
+CONFIG_M3 = dict(
+    CONFIG_M3_MXFP8, text_config=dict(M3_TEXT, num_mtp_modules=7, num_nextn_predict_layers=1, swiglu_beta=1.0))
+del CONFIG_M3["quantization_config"]
+RELEASES = {  # of M2.1 there was no copy to read: M2 before it and M2.5 after it differ in no field that is computed
+    "M2": CONFIG_M2, "M2.1": CONFIG_M25, "M2.5": CONFIG_M25, "M2.7": CONFIG_M27,
+    "M3": CONFIG_M3, "M3-MXFP8": CONFIG_M3_MXFP8}
+
+@parametrize("release", RELEASES)
+def test_each_releases_config_is_the_presets(release):
+    """config.json of all six releases gives .m2() or .m3(), but for M2.7, whose context is longer."""
+    want = MiniMaxConfig.m3() if "M3" in release else MiniMaxConfig.m2()
+    if release == "M2.7":
+        want.max_seq_len = 204_800
+
+    assert config_from_hf(RELEASES[release]) == want
+
+def attention_layout(text, is_sparse):
+    """Of a layer's attention and norms {name: (shape, kind)}, where the kind is "matrix" for what a release quantizes,
+    or else the type."""
+    C = text["hidden_size"]
+    D = text["head_dim"]
+    q_rows = text["num_attention_heads"] * D
+    k_rows = text["num_key_value_heads"] * D
+    by_head = text["qk_norm_type"] == "per_head"
+    found = {
+        "input_layernorm.weight": ((C,), "bf16"),
+        "post_attention_layernorm.weight": ((C,), "bf16"),
+        "self_attn.q_proj.weight": ((q_rows, C), "matrix"),
+        "self_attn.k_proj.weight": ((k_rows, C), "matrix"),
+        "self_attn.v_proj.weight": ((k_rows, C), "matrix"),
+        "self_attn.o_proj.weight": ((C, q_rows), "matrix"),
+        "self_attn.q_norm.weight": ((D if by_head else q_rows,), "bf16"),
+        "self_attn.k_norm.weight": ((D if by_head else k_rows,), "bf16"),
+    }
+    if is_sparse:
+        sparse = text["sparse_attention_config"]
+        index_dim = sparse["sparse_index_dim"]
+        found |= {
+            "self_attn.index_q_proj.weight": ((sparse["sparse_num_index_heads"] * index_dim, C), "matrix"),
+            "self_attn.index_k_proj.weight": ((index_dim, C), "matrix"),
+            "self_attn.index_q_norm.weight": ((index_dim,), "bf16"),
+            "self_attn.index_k_norm.weight": ((index_dim,), "bf16"),
+        }
+    return found
+
+def swiglu_layout(gate, up, down, C, width):
+    """Of a SwiGLU's three matrices, by their names."""
+    return {
+        f"{gate}.weight": ((width, C), "matrix"),
+        f"{down}.weight": ((C, width), "matrix"),
+        f"{up}.weight": ((width, C), "matrix"),
+    }
+
+def mlp_layout(text, is_moe):
+    """Of a layer's experts, or of a dense layer's MLP, as `attention_layout`."""
+    C = text["hidden_size"]
+    if not is_moe:
+        return swiglu_layout("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", C, text["dense_intermediate_size"])
+    E = text["num_local_experts"]
+    moe = {"gate.weight": ((E, C), "fp32"), "e_score_correction_bias": ((E,), "fp32")}
+    for e in range(E):
+        moe |= swiglu_layout(f"experts.{e}.w1", f"experts.{e}.w3", f"experts.{e}.w2", C, text["intermediate_size"])
+    if text["shared_intermediate_size"]:
+        names = [f"shared_experts.{part}_proj" for part in ("gate", "up", "down")]
+        moe |= swiglu_layout(*names, C, text["shared_intermediate_size"])
+    return {f"block_sparse_moe.{name}": entry for name, entry in moe.items()}
+
+def text_layout(config):
+    """Of the text model {released name: (shape, kind)}."""
+    text = config.get("text_config", config)
+    prefix = "language_model." if "text_config" in config else ""
+    n = text["num_hidden_layers"]
+    sparse = text.get("sparse_attention_config", {}).get("sparse_attention_freq", [0] * n)
+    experts = text.get("moe_layer_freq", [1] * n)
+    embedding = (text["vocab_size"], text["hidden_size"]), "bf16"
+    found = {"lm_head.weight": embedding, "model.embed_tokens.weight": embedding}
+    found["model.norm.weight"] = (text["hidden_size"],), "bf16"
+    for i in range(n):
+        layer = attention_layout(text, sparse[i]) | mlp_layout(text, experts[i])
+        found |= {f"model.layers.{i}.{name}": entry for name, entry in layer.items()}
+    return {prefix + name: entry for name, entry in found.items()}
+
+def with_biases(matrices):
+    """{name: (rows, columns)} -> the layout of these matrices and of their biases."""
+    found = {}
+    for name, shape in matrices.items():
+        found[f"{name}.weight"] = shape, "bf16"
+        found[f"{name}.bias"] = shape[:1], "bf16"
+    return found
+
+def vision_layout(config):
+    """Of M3's vision tower and of what joins it to the text model."""
+    vision = config.get("vision_config")
+    if vision is None:
+        return {}
+    V = vision["hidden_size"]
+    C = config["projector_hidden_size"]
+    patch = vision["patch_size"]
+    matrices = {"vision_model.pre_layrnorm": (V,)}
+    for i in range(vision["num_hidden_layers"]):
+        layer = {f"self_attn.{name}": (V, V) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+        layer |= {"layer_norm1": (V,), "layer_norm2": (V,)}
+        layer |= {"mlp.fc1": (vision["intermediate_size"], V), "mlp.fc2": (V, vision["intermediate_size"])}
+        matrices |= {f"vision_model.encoder.layers.{i}.{name}": shape for name, shape in layer.items()}
+    matrices = {f"vision_tower.{name}": shape for name, shape in matrices.items()}
+    matrices |= {"multi_modal_projector.linear_1": (C, V), "multi_modal_projector.linear_2": (C, C)}
+    matrices |= {"patch_merge_mlp.linear_1": (C, 4 * C), "patch_merge_mlp.linear_2": (C, C)}
+    found = with_biases(matrices)
+    found["vision_tower.vision_model.embeddings.patch_embedding.weight"] = (V, 3, 2, patch, patch), "fp32"
+    return found
+
+def stored_shapes(config):
+    """Of every tensor in a release's files, scales among them, {name: shape}."""
+    found = {}
+    quant = config.get("quantization_config")
+    for name, (shape, kind) in (text_layout(config) | vision_layout(config)).items():
+        found[name] = shape
+        if quant and kind == "matrix":
+            found[f"{name}_scale_inv"] = tile_grid(shape, quant["weight_block_size"])
+    return found
+
+def count_numbers(shapes):
+    return sum(math.prod(shape) for shape in shapes)
+
+@parametrize("release, n_tensors, n_numbers", [
+    ("M2.7", 96_103, 228_703_644_928),
+    ("M3-MXFP8", 45_838, 440_279_845_760),
+])
+def test_a_fake_has_the_releases_tensors(release, n_tensors, n_numbers):
+    """At full size the fake's layout has as many tensors and numbers as the headers of the released files, scales
+    included."""
+    shapes = stored_shapes(RELEASES[release])
+
+    assert len(shapes) == n_tensors
+    assert count_numbers(shapes.values()) == n_numbers
+
+@parametrize("release, preset", [("M2.7", MiniMaxConfig.m2), ("M3", MiniMaxConfig.m3)])
+def test_the_text_models_numbers_are_ours(release, preset):
+    """Without scales and vision the released tensors have as many numbers as .m2() and .m3() have parameters."""
+    with torch.device("meta"):
+        total, _ = MiniMax(preset()).num_params()
+
+    assert count_numbers(shape for shape, _ in text_layout(RELEASES[release]).values()) == total
+
+# A fake's sizes. None that tiles cover is a multiple of them: rows and columns end in short tiles of 128, and of 32.
+SMALL_TEXT = dict(
+    num_hidden_layers=2, hidden_size=136, num_attention_heads=6, num_key_value_heads=2, head_dim=24, rotary_dim=12,
+    intermediate_size=40, num_local_experts=8, num_experts_per_tok=3, vocab_size=131, max_position_embeddings=96)
+SMALL_M3 = dict(dense_intermediate_size=72, shared_intermediate_size=40)
+SMALL_SPARSE = dict(sparse_index_dim=24, sparse_num_index_heads=2, sparse_topk_blocks=3, sparse_block_size=4)
+SMALL_VISION = dict(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, intermediate_size=24, patch_size=2)
+
+def shrink(config, **sizes):
+    """A released config at another size; of M3's lists of layers, the last dense layer and sparse ones after it."""
+    config = copy.deepcopy(config)
+    text = config.get("text_config", config)
+    text.update(SMALL_TEXT | sizes)
+    n = text["num_hidden_layers"]
+    if "text_config" not in config:
+        text["attn_type_list"] = [1] * n
+        return config
+
+    text.update(SMALL_M3 | {key: sizes[key] for key in SMALL_M3.keys() & sizes.keys()})
+    layers = DENSE_FIRST[2:2 + n]
+    sparse = text["sparse_attention_config"]
+    sparse.update(SMALL_SPARSE | {key: text.pop(key) for key in SMALL_SPARSE.keys() & sizes.keys()})
+    text["moe_layer_freq"] = sparse["sparse_attention_freq"] = sparse["sparse_disable_index_value"] = layers
+    config["vision_config"].update(SMALL_VISION)
+    config["projector_hidden_size"] = text["hidden_size"]
+    if "quantization_config" in config:
+        ignored = [f"language_model.model.layers.{i}.block_sparse_moe.gate" for i in range(1, n)]
+        config["quantization_config"]["ignored_layers"][5:] = ignored
+    return config
+
+def random_tensors(config, seed):
+    """Numbers for a release's layout, fp32 that bf16 can hold where the release has bf16. Every part shows in the
+    logits, and the biases are as far from 0 and as close to each other as those of a trained router."""
+    generator = torch.Generator().manual_seed(seed)
+    norm_mean = 0.0 if "text_config" in config else 1.0
+    found = {}
+    for name, (shape, kind) in (text_layout(config) | vision_layout(config)).items():
+        x = torch.randn(shape, generator=generator)
+        if "bias" in name:
+            x = 8 + 0.05 * x
+        elif len(shape) == 1:
+            x = norm_mean + 0.2 * x
+        elif "embed" not in name:
+            x = x * shape[-1] ** -0.5
+        found[name] = x if kind == "fp32" else x.bfloat16().float()
+    return found
+
+def largest_of_tiles(weight, tile):
+    """The largest number in each tile of a matrix."""
+    rows, cols = [n_tiles * size for n_tiles, size in zip(tile_grid(weight.shape, tile), tile)]
+    padded = F.pad(weight.abs(), (0, cols - weight.size(1), 0, rows - weight.size(0)))
+    return padded.unflatten(1, (-1, tile[1])).amax(2).unflatten(0, (-1, tile[0])).amax(1)
+
+def quantize(weight, quant):
+    """-> fp8, its scale as the release stores it: fp32, or for mxfp8 the byte of an exponent."""
+    tile = quant["weight_block_size"]
+    scale = largest_of_tiles(weight, tile) / 448  # e4m3's largest number
+    stored = scale
+    if quant["quant_method"] == "mxfp8":
+        exponent = scale.log2().ceil()
+        scale = exponent.exp2()
+        stored = (exponent + 127).byte()
+    return (weight / spread(scale, weight.shape, tile)).to(E4M3), stored
+
+def multiply_out(weight, stored, quant):
+    """What `quantize` gives -> fp32, in double precision on the way."""
+    scale = stored.double() if stored.is_floating_point() else torch.exp2(stored.double() - 127)
+    return (weight.double() * spread(scale, weight.shape, quant["weight_block_size"])).float()
+
+def write_release(folder, config, tensors, shard_size=7):
+    """A folder as released: tensors in shards, numbered as M2's are from 0 and M3's from 1, an index, config.json."""
+    folder.mkdir(parents=True)
+    names = list(tensors)
+    shards = [names[i:i + shard_size] for i in range(0, len(names), shard_size)]
+    first = int("text_config" in config)
+    where = {}
+    for number, shard in enumerate(shards, first):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file({name: tensors[name].contiguous() for name in shard}, folder / file, {"format": "pt"})
+        where |= dict.fromkeys(shard, file)
+    size = sum(x.numel() * x.element_size() for x in tensors.values())
+    index = dict(metadata=dict(total_size=size), weight_map=where)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(config))
+
+def fake_checkpoint(folder, release, seed=0, shard_size=7, **sizes):
+    """Write a small random checkpoint in a release's exact form.
+
+    folder      a new folder
+    release     a key of RELEASES
+    seed        of the numbers
+    shard_size  tensors in a shard
+    sizes       fields of the text model's config in the place of SMALL_TEXT's, SMALL_M3's and SMALL_SPARSE's
+    -> its config; the tensors with the tiles of fp8 multiplied out, fp32
+    """
+    config = shrink(RELEASES[release], **sizes)
+    quant = config.get("quantization_config")
+    plain = random_tensors(config, seed)
+    stored = {}
+    for name, (_, kind) in (text_layout(config) | vision_layout(config)).items():
+        if kind == "fp32":
+            stored[name] = plain[name]
+        elif kind == "matrix" and quant:
+            weight, scale = quantize(plain[name], quant)
+            stored[name] = weight
+            stored[f"{name}_scale_inv"] = scale
+            plain[name] = multiply_out(weight, scale, quant)
+        else:
+            stored[name] = plain[name].bfloat16()
+    write_release(folder, config, stored, shard_size)
+    return config, plain
+
+def from_transformers(folder):
+    """transformers' model of a folder, in fp32."""
+    reason = "needs transformers 5.24 or newer: pip install transformers"
+    transformers = pytest.importorskip("transformers", "5.24", reason)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    kind = getattr(transformers, read_json(folder / "config.json")["architectures"][0])
+    return kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+class Fake:
+    """A fake checkpoint's folder, config and tensors, our model of it, and transformers'."""
+
+    def __init__(self, folder, release, **sizes):
+        self.folder = folder / "released"
+        self.config, self.tensors = fake_checkpoint(self.folder, release, **sizes)
+        self.ours = MiniMax.from_hf(self.folder).eval()
+        self.theirs = from_transformers(self.reference(folder / "plain"))
+        self.V = self.ours.cfg.vocab_size
+
+    def reference(self, plain):
+        """The folder that transformers reads: for fp8 one without, for its kernels need a GPU."""
+        if "quantization_config" not in self.config:
+            return self.folder
+        config = {key: value for key, value in self.config.items() if key != "quantization_config"}
+        write_release(plain, config, self.tensors, shard_size=10 ** 6)
+        return plain
+
+    def ids(self, B, T, seed=0):
+        return torch.randint(0, self.V, (B, T), generator=torch.Generator().manual_seed(seed))
+
+@session_fixture
+def fakes(tmp_path_factory):
+    """By a release's name its Fake, made when it is asked for."""
+    @lru_cache
+    def make(release):
+        n_layers = 3 if "M3" in release else 2
+        return Fake(tmp_path_factory.mktemp(release), release, num_hidden_layers=n_layers)
+    return make
+
+@torch.no_grad()
+def their_logits(model, idx, **options):
+    return model(input_ids=idx, use_cache=False, **options).logits
+
+@torch.no_grad()
+def our_logits(model, idx, **options):
+    return model(idx, n_logits=idx.size(1), **options)[0]
+
+@parametrize("release", ["M2", "M2.7", "M3", "M3-MXFP8"])
+def test_released_checkpoints_equal_transformers(release, fakes):
+    """A fake of the release and transformers: logits within 1e-4 in fp32, of fp8 and mxfp8 too."""
+    fake = fakes(release)
+    idx = fake.ids(2, 40)
+
+    want = their_logits(fake.theirs, idx)
+
+    assert want.abs().max() > 1
+    assert worst(our_logits(fake.ours, idx), want) < 1e-4  # a few roundings of logits up to 5
+
+@torch.no_grad()
+def routed_in_fp32(fake, model, idx):
+    """For each layer with experts what the model chose, and what fp32 chooses with the file's own gate and bias from the
+    same activations."""
+    states = []
+    hooks = [layer.router.register_forward_hook(lambda _, args, out: states.append(args[0].float()))
+             for layer in model.moe_layers()]
+    chosen = model(idx, n_logits=1)[2]["experts"]
+    for hook in hooks:
+        hook.remove()
+
+    gates = [x for name, x in fake.tensors.items() if name.endswith("block_sparse_moe.gate.weight")]
+    biases = [x for name, x in fake.tensors.items() if name.endswith("e_score_correction_bias")]
+    want = []
+    for x, gate, bias in zip(states, gates, biases, strict=True):
+        scores = torch.sigmoid(x.flatten(0, -2) @ gate.T) + bias
+        want.append(scores.topk(chosen.size(-1)).indices.sort(-1).values)
+    return chosen.flatten(1, 2).sort(-1).values, torch.stack(want)
+
+@parametrize("release", ["M2", "M3"])
+def test_bf16_chooses_fp32s_experts(release, fakes):
+    """In bf16 gate and bias stay fp32: of the same activations every token goes to the experts that fp32 chooses."""
+    fake = fakes(release)
+    model = MiniMax.from_hf(fake.folder, dtype=torch.bfloat16).eval()
+
+    got, want = routed_in_fp32(fake, model, fake.ids(2, 64))
+
+    assert torch.equal(got, want)
+
+# ---- transformers' own test cases -------
+# What transformers' tests ask of every model with a cache and a `generate`, asked here of both sides at once.
+
+each_family = parametrize("release", ["M2", "M3"])
+
+@torch.no_grad()
+def feed_both(fake, B, pieces):
+    """Feed as many random tokens as each piece says to both models' caches, or take as many back where it is negative
+    -> our logits, theirs."""
+    from transformers import DynamicCache
+    most = sum(n for n in pieces if n > 0)
+    cache = KVCache(fake.ours.cfg, B, most)
+    theirs = DynamicCache(config=fake.theirs.config)
+    text = iter(fake.ids(B, most, seed=1).split([n for n in pieces if n > 0], 1))
+    found = []
+    for n in pieces:
+        if n < 0:
+            cache.crop(cache.used + n)
+            theirs.crop(n)
+            continue
+        idx = next(text)
+        logits = fake.theirs(input_ids=idx, cache=theirs, use_cache=True).logits
+        found.append((our_logits(fake.ours, idx, cache=cache), logits))
+    return [torch.cat(parts, 1) for parts in zip(*found)]
+
+@each_family
+@parametrize("pieces", [
+    [1] * 24,
+    [5, 1, 7, 3, 8],
+    [16, 8, -11, 9, 1],
+], ids=["token by token", "chunks", "crop and go on"])
+def test_caches_equal_transformers(release, pieces, fakes):
+    """A cache that is fed token by token, in chunks, or cropped within a block and fed on: transformers' logits."""
+    got, want = feed_both(fakes(release), 2, pieces)
+
+    assert worst(got, want) < 1e-4
+
+def continue_greedily(model, prompts, n):
+    """What `generate` adds to each prompt at temperature 0, n tokens at most."""
+    drawn = [tokens.tolist() for tokens, _ in sample.generate(model, prompts, n, temperature=0)]
+    shared = min(map(len, prompts))
+    rows = []
+    for i, prompt in enumerate(prompts):
+        added = [tokens[i] for tokens in drawn][len(prompt) - shared:]
+        rows.append([token for token in added if token >= 0])
+    return rows
+
+def continue_theirs(model, idx, n, **options):
+    """What transformers' `generate` adds to each row. It would take a prompt's token 0 for a pad, and the "use_mtp" of
+    M2's config.json for its own option."""
+    plain = dict(
+        do_sample=False, max_new_tokens=n, pad_token_id=0, eos_token_id=None, use_mtp=False,
+        attention_mask=torch.ones_like(idx))
+    return model.generate(input_ids=idx, **(plain | options))[:, idx.size(1):].tolist()
+
+@each_family
+def test_greedy_text_equals_transformers(release, fakes):
+    """generate: a batch of unequal prompts continues as transformers continues each prompt alone."""
+    fake = fakes(release)
+    prompts = [fake.ids(1, T, seed=T)[0].tolist() for T in (9, 4, 14)]
+
+    want = [continue_theirs(fake.theirs, torch.tensor([prompt]), 12)[0] for prompt in prompts]
+
+    assert len(set(map(tuple, want))) == 3
+    assert continue_greedily(fake.ours, prompts, 12) == want
+
+def pad_left(idx, n):
+    """idx after n pads, as forward takes it: pos counts from the first token, and nobody sees a pad."""
+    B, T = idx.shape
+    slot = torch.arange(n + T)
+    end = torch.where(slot < n, slot + 1, n + T).int().expand(B, -1)
+    return dict(idx=F.pad(idx, (n, 0)), pos=(slot - n).clamp(min=0).expand(B, -1), end=end)
+
+@each_family
+def test_right_padding_equals_transformers(release, fakes):
+    """Pads behind a text change nothing of it, in transformers, and here with `end` or without."""
+    fake = fakes(release)
+    idx = fake.ids(1, 21)
+    padded = F.pad(idx, (0, 6))
+    end = torch.tensor([[21] * 21 + list(range(22, 28))]).int()
+
+    want = their_logits(fake.theirs, padded, attention_mask=(torch.arange(27) < 21).int()[None])[:, :21]
+
+    assert worst(our_logits(fake.ours, idx), want) < 1e-4
+    assert worst(our_logits(fake.ours, padded)[:, :21], want) < 1e-4
+    assert worst(our_logits(fake.ours, padded, end=end)[:, :21], want) < 1e-4
+
+@each_family
+@parametrize("n", [3, 8])
+def test_left_padding_is_right_or_refused(release, n, fakes):
+    """Pads before a text: M2 computes the text alone, as in transformers; M3 too where they fill whole key blocks. Else
+    blocks would shift, which is refused here, and in transformers another text's logits."""
+    fake = fakes(release)
+    idx = fake.ids(1, 21)
+    mask = (torch.arange(n + 21) >= n).int()[None]
+    padded = pad_left(idx, n)
+    want = their_logits(fake.theirs, idx)
+    theirs = their_logits(fake.theirs, padded["idx"], attention_mask=mask, position_ids=padded["pos"])[:, n:]
+
+    if release == "M3" and n % 4:
+        assert worst(theirs, want) > 0.1
+        with value_error("multiples of 4"):
+            our_logits(fake.ours, **padded)
+        return
+    assert worst(our_logits(fake.ours, **padded)[:, n:], want) < 1e-4
+    if release == "M2":
+        assert worst(theirs, want) < 1e-4
+
+@torch.no_grad()
+def search_beams(model, idx, n, n_beams):
+    """The likeliest of n_beams texts of n tokens for each row of idx, all rows in one cache."""
+    B, T = idx.shape
+    cache = KVCache(model.cfg, B, T + n)
+    logp = model(idx, cache=cache, n_logits=1)[0][:, -1].log_softmax(-1)
+    score, first = logp.topk(n_beams)                                                                   # (B, n_beams)
+    texts = first[..., None]
+    cache.expand(n_beams)
+    for _ in range(n - 1):
+        logp = model(texts[..., -1:].flatten(0, 1), cache=cache, n_logits=1)[0][:, -1].log_softmax(-1)
+        total = score[..., None] + logp.unflatten(0, (B, n_beams))
+        score, best = total.flatten(1).topk(n_beams)
+        beam = best // logp.size(-1)
+        cache.select((torch.arange(B)[:, None] * n_beams + beam).flatten())
+        kept = texts.gather(1, beam[..., None].expand(-1, -1, texts.size(2)))
+        texts = torch.cat([kept, (best % logp.size(-1))[..., None]], 2)
+    return texts[:, 0].tolist()
+
+@each_family
+def test_beams_of_a_batch_equal_transformers(release, fakes):
+    """Beam search by KVCache.expand and select finds the texts of transformers' num_beams, other than the greedy one."""
+    fake = fakes(release)
+    idx = fake.ids(3, 10, seed=2)
+
+    want = continue_theirs(fake.theirs, idx, 8, num_beams=4)
+
+    assert search_beams(fake.ours, idx, 8, 4) == want
+    assert want != continue_theirs(fake.theirs, idx, 8)
+
+@each_family
+def test_losses_and_gradients_equal_transformers(release, fakes):
+    """With labels that are partly ignored: loss within 1e-5, each tensor's gradient within 1e-3 of its norm."""
+    fake = fakes(release)
+    idx = fake.ids(2, 30)
+    labels = torch.where(torch.rand(idx.shape, generator=torch.Generator().manual_seed(3)) < 0.3, -100, idx)
+    targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+    targets = torch.where(targets == -100, -1, targets)
+
+    want = fake.theirs(input_ids=idx, labels=labels).loss
+    names, theirs = zip(*fake.theirs.named_parameters())
+    their_grads = torch.autograd.grad(want, theirs, allow_unused=True)
+    _, sums, _ = fake.ours(idx, targets)
+    loss = sums.next / (targets >= 0).sum()
+    keys, params = zip(*fake.ours.named_parameters())
+    grads = torch.autograd.grad(loss, params, allow_unused=True)
+
+    assert abs(loss - want) < 1e-5
+    parts = parts_by_name({key: grad for key, grad in zip(keys, grads) if grad is not None})
+    compared = {name: grad for name, grad in zip(names, their_grads) if grad is not None}
+    assert len(compared) > 20
+    for name, grad in compared.items():
+        _, part = parts[plain_name(name)]
+        assert relative(part, grad) < 1e-3, name
+
+@each_family
+def test_a_text_slides_up_to_the_contexts_end(release, fakes):
+    """Of a text as long as the context nothing can be continued, a longer one is refused; its last tokens continue as
+    in transformers, up to the context's end and no further."""
+    fake = fakes(release)
+    context = fake.ours.cfg.max_seq_len
+    text = fake.ids(1, context + 1)
+
+    assert continue_greedily(fake.ours, text[:, 1:].tolist(), 12) == [[]]
+    with value_error(f"context holds 1 to {context}"):
+        continue_greedily(fake.ours, text.tolist(), 12)
+    window = text[:, -(context - 7):]
+    want = continue_theirs(fake.theirs, window, 7)
+    assert continue_greedily(fake.ours, window.tolist(), 12) == want
+
 # ---- 10. one forward, one cache ------------------------------------------------------------------
 # One forward serves training, prefill, decode and recorded choices. With a cache it must give what it gives without;
 # documents packed into one row must learn as they would apart; and each part of the model must learn from its own loss.

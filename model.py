@@ -1357,14 +1357,17 @@ def check_documents(end, cache):
         raise ValueError("end describes a tree: windows, Lightning layers and convolutions read documents that lie "
                          "one after the other")
 
-def check_key_blocks(pos, end, L):
+def check_key_blocks(pos, end, weight, L):
     """ValueError unless each document's key blocks are blocks of the layout, as MSA needs: a text that lies some tokens
-    further on, behind pads, say, would be cut elsewhere. pos, end (B, T); a pad is seen by none, and may lie anywhere.
-    On a GPU, which nothing waits for, an assertion there."""
+    further on, behind pads, say, would be cut elsewhere. pos, end, weight (B, T), the last two None or as in `forward`:
+    a pad, which none sees or which has no weight, may lie anywhere. On a GPU, which nothing waits for, an assertion
+    there."""
     slot = torch.arange(pos.size(1), device=pos.device)
     fits = (slot - pos) % L == 0
     if end is not None:
         fits = fits | (end == slot + 1)
+    if weight is not None:
+        fits = fits | (weight == 0)
     fits = fits.all()
     if fits.is_cuda:
         torch._assert_async(fits, f"documents that do not begin at multiples of {L}, the tokens in a key block")
@@ -1468,7 +1471,7 @@ class MiniMax(nn.Module):
         if end is not None and self.cfg.is_recurrent:
             check_documents(end, cache)
         if pos is not None and cache is None and "msa" in self.cfg.attn_types:
-            check_key_blocks(pos, end, self.cfg.index_block_size)
+            check_key_blocks(pos, end, weight, self.cfg.index_block_size)
         if pos is None:
             start = None if cache is None else cache.length
             pos = query_index(T, start, idx.device).expand(B, T)

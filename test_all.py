@@ -3032,13 +3032,15 @@ def test_a_fake_has_the_releases_tensors(release, n_tensors, n_numbers):
     assert len(shapes) == n_tensors
     assert count_numbers(shapes.values()) == n_numbers
 
-@parametrize("release, preset", [("M2.7", MiniMaxConfig.m2), ("M3", MiniMaxConfig.m3)])
-def test_the_text_models_numbers_are_ours(release, preset):
+def test_the_text_models_numbers_are_ours():
     """Without scales and vision the released tensors have as many numbers as .m2() and .m3() have parameters."""
     with torch.device("meta"):
-        total, _ = MiniMax(preset()).num_params()
+        m3, _ = MiniMax(MiniMaxConfig.m3()).num_params()
 
-    assert count_numbers(shape for shape, _ in text_layout(RELEASES[release]).values()) == total
+    m2_layout = text_layout(RELEASES["M2.7"])
+    m3_layout = text_layout(RELEASES["M3"])
+    assert count_numbers(shape for shape, _ in m2_layout.values()) == 228_689_764_864
+    assert count_numbers(shape for shape, _ in m3_layout.values()) == m3
 
 # A fake's sizes. None that tiles cover is a multiple of them: rows and columns end in short tiles of 128, and of 32.
 SMALL_TEXT = dict(
@@ -3164,12 +3166,12 @@ def from_transformers(folder):
 class Fake:
     """A fake checkpoint's folder, config and tensors, our model of it, and transformers'."""
 
-    def __init__(self, folder, release, **sizes):
-        self.folder = folder / "released"
+    def __init__(self, release, **sizes):
+        self.kept = tempfile.TemporaryDirectory()  # as long as this object
+        self.folder = Path(self.kept.name) / "released"
         self.config, self.tensors = fake_checkpoint(self.folder, release, **sizes)
         self.ours = MiniMax.from_hf(self.folder).eval()
-        self.theirs = from_transformers(self.reference(folder / "plain"))
-        self.V = self.ours.cfg.vocab_size
+        self.theirs = from_transformers(self.reference(Path(self.kept.name) / "plain"))
 
     def reference(self, plain):
         """The folder that transformers reads: for fp8 one without, for its kernels need a GPU."""
@@ -3180,16 +3182,14 @@ class Fake:
         return plain
 
     def ids(self, B, T, seed=0):
-        return torch.randint(0, self.V, (B, T), generator=torch.Generator().manual_seed(seed))
+        """Random tokens, each time the same."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(self.ours.cfg.vocab_size, (B, T), generator=generator)
 
-@session_fixture
-def fakes(tmp_path_factory):
-    """By a release's name its Fake, made when it is asked for."""
-    @lru_cache
-    def make(release):
-        n_layers = 3 if "M3" in release else 2
-        return Fake(tmp_path_factory.mktemp(release), release, num_hidden_layers=n_layers)
-    return make
+@lru_cache
+def fake_of(release):
+    """The release's Fake: made once, for it is only read."""
+    return Fake(release, num_hidden_layers=3 if "M3" in release else 2)
 
 @torch.no_grad()
 def their_logits(model, idx, **options):
@@ -3200,9 +3200,9 @@ def our_logits(model, idx, **options):
     return model(idx, n_logits=idx.size(1), **options)[0]
 
 @parametrize("release", ["M2", "M2.7", "M3", "M3-MXFP8"])
-def test_released_checkpoints_equal_transformers(release, fakes):
+def test_released_checkpoints_equal_transformers(release):
     """A fake of the release and transformers: logits within 1e-4 in fp32, of fp8 and mxfp8 too."""
-    fake = fakes(release)
+    fake = fake_of(release)
     idx = fake.ids(2, 40)
 
     want = their_logits(fake.theirs, idx)
@@ -3230,9 +3230,9 @@ def routed_in_fp32(fake, model, idx):
     return chosen.flatten(1, 2).sort(-1).values, torch.stack(want)
 
 @parametrize("release", ["M2", "M3"])
-def test_bf16_chooses_fp32s_experts(release, fakes):
+def test_bf16_chooses_fp32s_experts(release):
     """In bf16 gate and bias stay fp32: of the same activations every token goes to the experts that fp32 chooses."""
-    fake = fakes(release)
+    fake = fake_of(release)
     model = MiniMax.from_hf(fake.folder, dtype=torch.bfloat16).eval()
 
     got, want = routed_in_fp32(fake, model, fake.ids(2, 64))
@@ -3270,9 +3270,9 @@ def feed_both(fake, B, pieces):
     [5, 1, 7, 3, 8],
     [16, 8, -11, 9, 1],
 ], ids=["token by token", "chunks", "crop and go on"])
-def test_caches_equal_transformers(release, pieces, fakes):
+def test_caches_equal_transformers(release, pieces):
     """A cache that is fed token by token, in chunks, or cropped within a block and fed on: transformers' logits."""
-    got, want = feed_both(fakes(release), 2, pieces)
+    got, want = feed_both(fake_of(release), 2, pieces)
 
     assert worst(got, want) < 1e-4
 
@@ -3295,9 +3295,9 @@ def continue_theirs(model, idx, n, **options):
     return model.generate(input_ids=idx, **(plain | options))[:, idx.size(1):].tolist()
 
 @each_family
-def test_greedy_text_equals_transformers(release, fakes):
+def test_greedy_text_equals_transformers(release):
     """generate: a batch of unequal prompts continues as transformers continues each prompt alone."""
-    fake = fakes(release)
+    fake = fake_of(release)
     prompts = [fake.ids(1, T, seed=T)[0].tolist() for T in (9, 4, 14)]
 
     want = [continue_theirs(fake.theirs, torch.tensor([prompt]), 12)[0] for prompt in prompts]
@@ -3313,9 +3313,9 @@ def pad_left(idx, n):
     return dict(idx=F.pad(idx, (n, 0)), pos=(slot - n).clamp(min=0).expand(B, -1), end=end)
 
 @each_family
-def test_right_padding_equals_transformers(release, fakes):
+def test_right_padding_equals_transformers(release):
     """Pads behind a text change nothing of it, in transformers, and here with `end` or without."""
-    fake = fakes(release)
+    fake = fake_of(release)
     idx = fake.ids(1, 21)
     padded = F.pad(idx, (0, 6))
     end = torch.tensor([[21] * 21 + list(range(22, 28))]).int()
@@ -3328,10 +3328,10 @@ def test_right_padding_equals_transformers(release, fakes):
 
 @each_family
 @parametrize("n", [3, 8])
-def test_left_padding_is_right_or_refused(release, n, fakes):
+def test_left_padding_is_right_or_refused(release, n):
     """Pads before a text: M2 computes the text alone, as in transformers; M3 too where they fill whole key blocks. Else
     blocks would shift, which is refused here, and in transformers another text's logits."""
-    fake = fakes(release)
+    fake = fake_of(release)
     idx = fake.ids(1, 21)
     mask = (torch.arange(n + 21) >= n).int()[None]
     padded = pad_left(idx, n)
@@ -3367,9 +3367,9 @@ def search_beams(model, idx, n, n_beams):
     return texts[:, 0].tolist()
 
 @each_family
-def test_beams_of_a_batch_equal_transformers(release, fakes):
+def test_beams_of_a_batch_equal_transformers(release):
     """Beam search by KVCache.expand and select finds the texts of transformers' num_beams, other than the greedy one."""
-    fake = fakes(release)
+    fake = fake_of(release)
     idx = fake.ids(3, 10, seed=2)
 
     want = continue_theirs(fake.theirs, idx, 8, num_beams=4)
@@ -3378,9 +3378,9 @@ def test_beams_of_a_batch_equal_transformers(release, fakes):
     assert want != continue_theirs(fake.theirs, idx, 8)
 
 @each_family
-def test_losses_and_gradients_equal_transformers(release, fakes):
+def test_losses_and_gradients_equal_transformers(release):
     """With labels that are partly ignored: loss within 1e-5, each tensor's gradient within 1e-3 of its norm."""
-    fake = fakes(release)
+    fake = fake_of(release)
     idx = fake.ids(2, 30)
     labels = torch.where(torch.rand(idx.shape, generator=torch.Generator().manual_seed(3)) < 0.3, -100, idx)
     targets = F.pad(labels[:, 1:], (0, 1), value=-100)
@@ -3403,10 +3403,10 @@ def test_losses_and_gradients_equal_transformers(release, fakes):
         assert relative(part, grad) < 1e-3, name
 
 @each_family
-def test_a_text_slides_up_to_the_contexts_end(release, fakes):
+def test_a_text_slides_up_to_the_contexts_end(release):
     """Of a text as long as the context nothing can be continued, a longer one is refused; its last tokens continue as
     in transformers, up to the context's end and no further."""
-    fake = fakes(release)
+    fake = fake_of(release)
     context = fake.ours.cfg.max_seq_len
     text = fake.ids(1, context + 1)
 
@@ -3416,6 +3416,169 @@ def test_a_text_slides_up_to_the_contexts_end(release, fakes):
     window = text[:, -(context - 7):]
     want = continue_theirs(fake.theirs, window, 7)
     assert continue_greedily(fake.ours, window.tolist(), 12) == want
+
+# ---- damaged folders -------
+# Damage to a fake M2, each with what the refusal must name.
+
+def change_file(path, change):
+    """A safetensors file with its tensors {name: tensor} changed in place."""
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+def change_json(path, change):
+    found = read_json(path)
+    change(found)
+    path.write_text(json.dumps(found))
+
+class Damage:
+    """A released folder, to be damaged: its files by what they hold."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.index = folder / "model.safetensors.index.json"
+        self.where = read_json(self.index)["weight_map"]
+
+    def shard_of(self, name):
+        return self.folder / self.where[name]
+
+    def change(self, name, change):
+        """Change the tensors of the shard that holds the named one."""
+        change_file(self.shard_of(name), change)
+
+    def other_shard(self, name):
+        """A shard that does not hold the named tensor."""
+        return next(self.folder / file for file in self.where.values() if file != self.where[name])
+
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+
+def truncated_shard(made):
+    shard = made.shard_of(Q_PROJ)
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    return shard.name
+
+def cut_header(made):
+    shard = made.shard_of(Q_PROJ)
+    shard.write_bytes(shard.read_bytes()[:20])
+    return shard.name
+
+def empty_shard(made):
+    shard = made.shard_of(Q_PROJ)
+    shard.write_bytes(b"")
+    return shard.name
+
+def folder_for_a_shard(made):
+    shard = made.shard_of(Q_PROJ)
+    shard.unlink()
+    shard.mkdir()
+    return shard.name
+
+def missing_shard(made):
+    shard = made.shard_of(Q_PROJ)
+    shard.unlink()
+    return shard.name
+
+def wrong_shape(made):
+    made.change(Q_PROJ, lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ][:-1].contiguous()}))
+    return Q_PROJ
+
+def missing_scale(made):
+    scale = f"{Q_PROJ}_scale_inv"
+    made.change(scale, lambda tensors: tensors.pop(scale))
+    change_json(made.index, lambda found: found["weight_map"].pop(scale))
+    return Q_PROJ
+
+def nan_scale(made):
+    scale = f"{Q_PROJ}_scale_inv"
+    made.change(scale, lambda tensors: tensors[scale][0].fill_(math.nan))
+    return scale
+
+def missing_tensor(made):
+    made.change(Q_PROJ, lambda tensors: tensors.pop(Q_PROJ))
+    change_json(made.index, lambda found: found["weight_map"].pop(Q_PROJ))
+    return Q_PROJ
+
+def tensor_in_the_wrong_file(made):
+    other = made.other_shard(Q_PROJ).name
+    change_json(made.index, lambda found: found["weight_map"].update({Q_PROJ: other}))
+    return Q_PROJ
+
+def shards_that_disagree(made):
+    twice = load_file(made.shard_of(Q_PROJ))[Q_PROJ].float().neg().to(E4M3)
+    change_file(made.other_shard(Q_PROJ), lambda tensors: tensors.update({Q_PROJ: twice}))
+    return Q_PROJ
+
+def unknown_tensor(made):
+    name = "model.layers.0.self_attn.q_proj.bias"
+    made.change(Q_PROJ, lambda tensors: tensors.update({name: torch.zeros(144)}))
+    change_json(made.index, lambda found: found["weight_map"].update({name: made.where[Q_PROJ]}))
+    return name
+
+def cut_index(made):
+    made.index.write_text(made.index.read_text()[:-50])
+    return made.index.name
+
+def empty_index(made):
+    made.index.write_bytes(b"")
+    return made.index.name
+
+def folder_for_an_index(made):
+    made.index.unlink()
+    made.index.mkdir()
+    return made.index.name
+
+def empty_config(made):
+    (made.folder / "config.json").write_bytes(b"")
+    return "config.json"
+
+def folder_for_a_config(made):
+    (made.folder / "config.json").unlink()
+    (made.folder / "config.json").mkdir()
+    return "config.json"
+
+def config_of_another_model(made):
+    change_json(made.folder / "config.json", lambda found: found.update(model_type="mixtral"))
+    return "mixtral"
+
+def config_of_another_size(made):
+    change_json(made.folder / "config.json", lambda found: found.update(vocab_size=130))
+    return "(131, 16)"
+
+def no_weights(made):
+    for file in made.folder.glob("*.safetensors*"):
+        file.unlink()
+    return "safetensors"
+
+DAMAGES = [
+    truncated_shard, cut_header, empty_shard, folder_for_a_shard, missing_shard, wrong_shape, missing_scale, nan_scale,
+    missing_tensor, tensor_in_the_wrong_file, shards_that_disagree, unknown_tensor, cut_index, empty_index,
+    folder_for_an_index, empty_config, folder_for_a_config, config_of_another_model, config_of_another_size, no_weights]
+
+@session_fixture
+def small_m2(tmp_path_factory):
+    """A fake M2 of a few KiB, to be copied."""
+    folder = tmp_path_factory.mktemp("small") / "m2"
+    fake_checkpoint(folder, "M2", hidden_size=16, head_dim=8, rotary_dim=4, intermediate_size=8, num_local_experts=4)
+    return folder
+
+def sample_hf(folder):
+    return ["--hf", folder, "--prompt", "1,2,3", "--max-new-tokens", "2", "--device", "cpu", "--threads", "1"]
+
+def test_an_undamaged_folder_is_read(small_m2):
+    """The folder that the next test damages is one that can be read."""
+    assert MiniMax.from_hf(small_m2).cfg.n_embd == 16
+
+@parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_refused_in_one_line(damage, small_m2, tmp_path):
+    """sample.py --hf: exit code 2, no traceback, one line with the name of the file or tensor that is wrong."""
+    folder = tmp_path / "m2"
+    shutil.copytree(small_m2, folder)
+
+    word = damage(Damage(folder))
+
+    line = refused(sample, sample_hf(folder))
+    assert word in line
+    assert len(line) < 400
 
 # ---- 10. one forward, one cache ------------------------------------------------------------------
 # One forward serves training, prefill, decode and recorded choices. With a cache it must give what it gives without;
@@ -16449,6 +16612,43 @@ def any_flag_is_the_agents(real, made, flags):
     made.flags = flags
     return "The flags are set."
 
+def bias_rounded_to_bf16(real, *args, **kw):
+    """A checkpoint's correction bias goes through bf16, as in every engine that casts all of a model."""
+    found = real(*args, **kw)
+    for layer in found.moe_layers():
+        layer.router.bias.copy_(layer.router.bias.bfloat16())
+    return found
+
+def no_vision_tower(real, config):
+    """A fake M3 without what it has beside its text model."""
+    return {}
+
+def whole_heads_rotate(real, hf, head_dim, rotary_dim):
+    """rotary_dim is ignored, as it was in transformers up to 5.12."""
+    return head_dim
+
+def crop_keeps_a_token(real, cache, length):
+    real(cache, length + 1)
+
+def beams_keep_their_rows(real, cache, rows):
+    """A cache's rows are copied, but do not follow the beams."""
+    if len(rows) == len(cache.length):
+        rows = torch.arange(len(rows))
+    real(cache, rows)
+
+def ignored_targets_count(real, h, W, targets, *args):
+    """A target that is to be ignored is token 0."""
+    return real(h, W, targets.clamp(min=0), *args)
+
+def pads_are_seen(real, model, *args, **kw):
+    """A text reads the pads before it."""
+    kw.pop("end", None)
+    return real(model, *args, **kw)
+
+def index_branch_sees_no_positions(real, indexer, x, rope):
+    cos, sin = rope
+    return real(indexer, x, (torch.ones_like(cos), torch.zeros_like(sin)))
+
 def on(test, *args):
     """The test with these arguments, under its own name."""
     def run():
@@ -16501,6 +16701,18 @@ def keeping_of_few_worlds():
         test_keeping_is_checked_by_hand(None)
 
 MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
+    # released checkpoints
+    mutant("model.MiniMax.from_hf", bias_rounded_to_bf16,
+           on(test_bf16_chooses_fp32s_experts, "M2"), on(test_bf16_chooses_fp32s_experts, "M3")),
+    mutant(f"{__name__}.vision_layout", no_vision_tower,
+           on(test_a_fake_has_the_releases_tensors, "M3-MXFP8", 45_838, 440_279_845_760)),
+    mutant("model.rotary_channels", whole_heads_rotate, on(test_each_releases_config_is_the_presets, "M2.5")),
+    mutant("model.KVCache.crop", crop_keeps_a_token, on(test_caches_equal_transformers, "M3", [16, 8, -11, 9, 1])),
+    mutant("model.KVCache.select", beams_keep_their_rows, on(test_beams_of_a_batch_equal_transformers, "M3")),
+    mutant("model.cross_entropy", ignored_targets_count, on(test_losses_and_gradients_equal_transformers, "M2")),
+    mutant("model.MiniMax.forward", pads_are_seen, on(test_left_padding_is_right_or_refused, "M2", 3)),
+    mutant("model.Indexer.forward", index_branch_sees_no_positions,
+           on(test_released_checkpoints_equal_transformers, "M3")),
     # the judge
     mutant("rl.mount_lines", nothing_is_hidden, test_a_patch_cannot_read_the_held_out_text),
     mutant("rl.mount_lines", all_is_writable, test_a_run_writes_nowhere_but_in_its_copy),

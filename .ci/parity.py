@@ -9,7 +9,6 @@ them taken back. Prints a row for every release. Exit code 1 if a logit differs 
 test_all.py, which runs them at one size.
 """
 import argparse
-import math
 import random
 import sys
 import time
@@ -25,10 +24,11 @@ TOLERANCE = 1e-4                       # a few roundings of logits up to 10, in 
 LONGEST = 60                           # tokens of a text
 
 def random_sizes(rng, is_m3):
-    """Sizes of a model that both sides can compute."""
+    """Sizes of a model that both sides can compute. (transformers rotates 29 of 44 channels where config.json says 30:
+    a share that is rounded down. These files refuse that.)"""
     kv_heads = rng.randint(1, 3)
     head_dim = 4 * rng.randint(2, 12)
-    rotary_dim = 2 * rng.randint(1, head_dim // 2)
+    rotary_dim = rng.choice([n for n in range(2, head_dim + 1, 2) if int(head_dim * (n / head_dim)) == n])
     n_experts = rng.randint(1, 9)
     sizes = dict(
         num_hidden_layers=rng.randint(1, 4),
@@ -44,7 +44,7 @@ def random_sizes(rng, is_m3):
         rope_theta=rng.choice([1e4, 5e6]))
     if is_m3:
         sizes |= dict(
-            partial_rotary_factor=math.nextafter(rotary_dim / head_dim, 1),  # never a channel less, once rounded down
+            partial_rotary_factor=rotary_dim / head_dim,
             dense_intermediate_size=rng.randint(1, 100),
             shared_intermediate_size=rng.randint(1, 100),
             sparse_index_dim=rng.choice([head_dim, rotary_dim, rotary_dim + 6]),

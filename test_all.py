@@ -15751,15 +15751,15 @@ def test_a_captured_study_step_is_an_eager_one(attn):
 
     for step in range(MICRO.steps):
         index_warmup = step < graphed.dense_steps()
-        fields = [x[step].flatten(0, 1) for x in vars(batches).values()]
+        batch = batches.map(lambda x: x[step].flatten(0, 1))
         if index_warmup not in graphed.graphs:
-            graphed.batch = bench.Questions(*(x.clone() for x in fields))
+            graphed.batch = batch.map(torch.clone)
             changed = [*graphed.model.parameters(), *graphed.optimizer.state()]
             before = [x.detach().clone() for x in changed]
             graphed.graphs[index_warmup] = graphed.capture(index_warmup)
             assert worst_of(changed, before) == 0
-        found = graphed.step(fields, index_warmup)
-        eager.batch = bench.Questions(*fields)
+        found = graphed.step(batch, index_warmup)
+        eager.batch = batch
         tolerance = 1e-4 if step < 2 else 1e-2
         assert worst(found, eager.compute(index_warmup)) < tolerance
     assert graphed.optimizer.step_count == MICRO.steps

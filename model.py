@@ -2385,6 +2385,7 @@ ATTN_LISTS = dict(  # lists with an entry a layer -> what an entry means
 MLP_LISTS = dict(
     mlp_layer_types=dict(dense="dense", sparse="moe"),
     moe_layer_freq={0: "dense", 1: "moe"})
+MAX_LAYERS = 10_000
 MODEL_TYPES = ("minimax_m2", "minimax_m3", "minimax_m3_text", "minimax_m3_vl", "minimax_m3_vl_text")
 
 # Fields that change what a model computes, with the value, or list of values, that this code computes, see `allow`; a
@@ -2430,7 +2431,13 @@ def allow(places, allowed):
         for place in places:
             found = place.get(key)
             if found is not None and found not in values:
-                raise ValueError(f"{key} {found}: only {' or '.join(str(x) for x in values) or 'null'}")
+                only = " or ".join(shorten(x) for x in values) or "null"
+                raise ValueError(f"{key} {shorten(found)}: only {only}")
+
+def shorten(value):
+    """A value as text, for a message: of a list of 62 layers the beginning."""
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 def only_fields(place, name, known):
     """ValueError for a field of the dict `name` that is not known: all of its fields change what a model computes."""
@@ -2469,7 +2476,8 @@ def layer_list(hf, n, lists, kinds):
         known = [entry for entry in meaning if meaning[entry] in kinds]
         is_full = isinstance(entries, list) and len(entries) == n
         if not is_full or any(entry not in known for entry in entries):
-            raise ValueError(f"{key} {entries}: a list of {n}, each {' or '.join(str(x) for x in known)}")
+            each = " or ".join(str(x) for x in known)
+            raise ValueError(f"{key} {shorten(entries)}: a list of {n}, each {each}")
         found[key] = [meaning[entry] for entry in entries]
     if not found:
         return kinds[:1] * n
@@ -2496,6 +2504,8 @@ def read_sizes(hf, m2):
     """The fields of MiniMaxConfig that the config always has: sizes, constants, and the types of layers."""
     found = {ours: pick(hf, theirs) for ours, theirs in COUNT_NAMES.items()}
     n = found["n_layer"]
+    if n > MAX_LAYERS:  # lists of that length are made below
+        raise ValueError(f"num_hidden_layers {n}: at most {MAX_LAYERS}")
     number = (int, float)
     found["norm_eps"] = pick(hf, "rms_norm_eps", kinds=number)
     found["rope_theta"] = float(pick(hf, "rope_theta", kinds=number))
@@ -2569,6 +2579,8 @@ def config_from_hf(hf):
     # heads that are narrower than a head lack the channels for that: there, in the release's form, which has no RoPE
     # dict, rotary_dim counts.
     head_dim = found["head_dim"]
+    if head_dim < 1:
+        raise ValueError(f"head_dim {head_dim}: a whole number, 1 or more")
     narrow = not ropes and found.get("index_head_dim", head_dim) < head_dim
     rotary_dim = head_dim
     if hf.get("rotary_dim") is not None and (m2 or narrow):

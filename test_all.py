@@ -3239,6 +3239,35 @@ def test_bf16_chooses_fp32s_experts(release):
 
     assert torch.equal(got, want)
 
+def objects_in(config):
+    """A config, and every object within it."""
+    yield config
+    for value in config.values():
+        if isinstance(value, dict):
+            yield from objects_in(value)
+
+NONSENSE = [None, "x", -1, 0, 10 ** 9, 1.5, math.nan, True, [], [[]], {}, {"a": 1}]
+
+@parametrize("release", ["M2", "M3"])
+def test_any_field_may_be_nonsense(release):
+    """A config in which any one field, at any depth, is of another type or size is read, or refused by a ValueError of
+    one line that is not too long to be read."""
+    base = shrink(RELEASES[release])
+    n_refused = 0
+    for i, place in enumerate(objects_in(base)):
+        for key in [*place, "rope_parameters", "layer_types", "num_experts"]:
+            for value in NONSENSE:
+                config = copy.deepcopy(base)
+                next(itertools.islice(objects_in(config), i, None))[key] = value
+                try:
+                    config_from_hf(config)
+                except ValueError as error:
+                    n_refused += 1
+                    assert len(str(error)) < 300
+                    assert "\n" not in str(error)
+
+    assert n_refused > 200
+
 # ---- transformers' own test cases -------
 # What transformers' tests ask of every model with a cache and a `generate`, asked here of both sides at once.
 

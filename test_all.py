@@ -3210,6 +3210,18 @@ def test_released_checkpoints_equal_transformers(release):
     assert want.abs().max() > 1
     assert worst(our_logits(fake.ours, idx), want) < 1e-4  # a few roundings of logits up to 5
 
+@parametrize("release", ["M2", "M3"])
+def test_what_transformers_saves_is_read(release, tmp_path):
+    """transformers' save_pretrained, in shards, with its own form of config.json: the same config, the same weights."""
+    fake = fake_of(release)
+
+    fake.theirs.save_pretrained(tmp_path, max_shard_size="200KB")
+    again = MiniMax.from_hf(tmp_path)
+
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert again.cfg == fake.ours.cfg
+    assert_same_weights(again, fake.ours)
+
 @torch.no_grad()
 def routed_in_fp32(fake, model, idx):
     """For each layer with experts what the model chose, and what fp32 chooses with the file's own gate and bias from the
@@ -3376,6 +3388,20 @@ def test_left_padding_is_right_or_refused(release, n):
     if release == "M2":
         assert worst(theirs, want) < 1e-4
 
+def test_a_tree_equals_transformers_with_a_mask():
+    """Two continuations of one text in one row: what `end` and `pos` say is transformers' 4-D mask and position_ids."""
+    fake = fake_of("M2")
+    idx = fake.ids(1, 15)
+    pos = torch.tensor([[*range(6), *range(6, 11), *range(6, 10)]])  # a text of 6 tokens, then 5 tokens or 4
+    end = torch.tensor([[15] * 6 + [11] * 5 + [15] * 4]).int()
+    query = torch.arange(15)[:, None]
+    sees = (query.T <= query) & (query < end)
+    mask = torch.zeros(1, 1, 15, 15).masked_fill(~sees, torch.finfo(torch.float32).min)
+
+    want = their_logits(fake.theirs, idx, attention_mask=mask, position_ids=pos)
+
+    assert worst(our_logits(fake.ours, idx, pos=pos, end=end), want) < 1e-4
+
 @torch.no_grad()
 def search_beams(model, idx, n, n_beams):
     """The likeliest of n_beams texts of n tokens for each row of idx, all rows in one cache."""
@@ -3445,6 +3471,23 @@ def test_a_text_slides_up_to_the_contexts_end(release):
     window = text[:, -(context - 7):]
     want = continue_theirs(fake.theirs, window, 7)
     assert continue_greedily(fake.ours, window.tolist(), 12) == want
+
+@parametrize("temperature, top_p, top_k", [(1.0, 0.95, 40), (0.7, 0.5, 0), (1.5, 1.0, 3), (0.3, 0.9, 7)])
+def test_what_is_drawn_from_is_what_transformers_draws_from(temperature, top_p, top_k):
+    """temperature, top-k and top-p leave the tokens that transformers leaves, with the same probabilities; M2's own
+    settings are the first."""
+    reason = "needs transformers: pip install transformers"
+    generation = pytest.importorskip("transformers.generation", reason=reason)
+    logits = 3 * torch.randn(20, 131, generator=torch.Generator().manual_seed(0))
+    want = generation.TemperatureLogitsWarper(temperature)(None, logits)
+    if top_k:
+        want = generation.TopKLogitsWarper(top_k)(None, want)
+    want = generation.TopPLogitsWarper(top_p)(None, want)
+
+    got = sample.truncate_logits(logits, temperature, top_p, top_k)
+
+    assert torch.equal(got.isfinite(), want.isfinite())
+    assert worst(got.softmax(-1), want.softmax(-1)) < 1e-6
 
 # ---- damaged folders -------
 # Damage to a fake M2, each with what the refusal must name.

@@ -2413,7 +2413,8 @@ class HFCheckpoint:
         for ours in self.missing:
             parts = released_tensors(params[ours], released_forms(ours)[0])
             names += [name for name in parts if plain_name(name) not in there]
-        return names
+        first = self.layers[0]         # which the folder counts from 0
+        return [re.sub(r"(?<=layers\.)\d+", lambda number: str(first + int(number[0])), name) for name in names]
 
     # reading
 

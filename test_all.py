@@ -3376,13 +3376,16 @@ def fake_checkpoint(folder, release, seed=0, shard_size=7, **sizes):
     write_release(folder, config, stored, shard_size)
     return config, plain
 
-def from_transformers(folder):
-    """transformers' model of a folder, in fp32."""
-    reason = "needs transformers 5.24 or newer: pip install transformers"
-    transformers = pytest.importorskip("transformers", "5.24", reason)
+def import_transformers():
+    """transformers, without its notes; where it is missing or old, the test is skipped."""
+    transformers = pytest.importorskip("transformers", "5.24", "needs 5.24 or newer: pip install transformers")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    kind = getattr(transformers, read_json(folder / "config.json")["architectures"][0])
+    return transformers
+
+def from_transformers(folder):
+    """transformers' model of a folder, in fp32."""
+    kind = getattr(import_transformers(), read_json(folder / "config.json")["architectures"][0])
     return kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 class Fake:
@@ -3411,6 +3414,7 @@ class Fake:
 @lru_cache
 def fake_of(release):
     """The release's Fake: made once, for it is only read."""
+    import_transformers()
     return Fake(release, num_hidden_layers=3 if "M3" in release else 2)
 
 @torch.no_grad()
@@ -3432,6 +3436,51 @@ def test_released_checkpoints_equal_transformers(release):
     assert want.abs().max() > 1
     assert worst(our_logits(fake.ours, idx), want) < 1e-4  # a few roundings of logits up to 5
 
+@parametrize("release", ["M2", "M3-MXFP8"])
+def test_single_layers_equal_transformers(release):
+    """layers=A:B reads these layers alone, and computes what transformers computes with them alone."""
+    fake = fake_of(release)
+    idx = fake.ids(2, 40)
+    theirs = copy.deepcopy(fake.theirs)
+    trunk = getattr(theirs.model, "language_model", theirs.model)
+    trunk.layers = trunk.layers[1:]
+
+    ours = MiniMax.from_hf(fake.folder, layers=range(1, fake.ours.cfg.n_layer)).eval()
+
+    assert worst(our_logits(ours, idx), their_logits(theirs, idx)) < 1e-4
+
+@parametrize("release", ["M2", "M3", "M3-MXFP8"])
+def test_offloaded_layers_equal_transformers(release):
+    """A model whose layers and experts are read from disk in each forward: transformers' logits."""
+    fake = fake_of(release)
+    idx = fake.ids(2, 40)
+
+    ours = HFCheckpoint(fake.folder).offload("cpu", torch.float32)
+
+    assert worst(our_logits(ours, idx), their_logits(fake.theirs, idx)) < 1e-4
+
+def test_vision_is_skipped_and_counted():
+    """sample.py --hf says how many tensors of M3's folder the text model does not need."""
+    fake = fake_of("M3")
+    parts = Counter(name.split(".")[0] for name in vision_layout(fake.config))
+
+    _, text = quiet(sample, hf_args(fake.folder))
+
+    skipped = next(line for line in text.splitlines() if line.startswith("skipped"))
+    assert parts.keys() == {"vision_tower", "multi_modal_projector", "patch_merge_mlp"}
+    for part, n in parts.items():
+        assert f"{n} of {part}" in skipped
+
+def test_a_lowered_context_is_honoured_and_told():
+    """max_position_embeddings below the release's: the script says so, and a prompt that does not fit is refused."""
+    fake = fake_of("M2")
+
+    _, text = quiet(sample, hf_args(fake.folder))
+    line = refused(sample, ["--hf", fake.folder, "--prompt", ",".join(["1"] * 96), "--device", "cpu"])
+
+    assert "96 tokens, as config.json says; the release has 196,608" in text
+    assert "the model's context is 96" in line
+
 @parametrize("release", ["M2", "M3"])
 def test_what_transformers_saves_is_read(release, tmp_path):
     """transformers' save_pretrained, in shards, with its own form of config.json: the same config, the same weights."""
@@ -3446,8 +3495,8 @@ def test_what_transformers_saves_is_read(release, tmp_path):
 
 @torch.no_grad()
 def routed_in_fp32(fake, model, idx):
-    """For each layer with experts what the model chose, and what fp32 chooses with the file's own gate and bias from the
-    same activations."""
+    """For each layer with experts what the model chose, and what fp32 chooses from the same activations with the file's
+    own gate and bias."""
     states = []
     hooks = [layer.router.register_forward_hook(lambda _, args, out: states.append(args[0].float()))
              for layer in model.moe_layers()]
@@ -3645,7 +3694,7 @@ def search_beams(model, idx, n, n_beams):
 
 @each_family
 def test_beams_of_a_batch_equal_transformers(release):
-    """Beam search by KVCache.expand and select finds the texts of transformers' num_beams, other than the greedy one."""
+    """Beam search by KVCache.expand and select finds the texts of transformers' num_beams, and not the greedy one."""
     fake = fake_of(release)
     idx = fake.ids(3, 10, seed=2)
 
@@ -3698,8 +3747,7 @@ def test_a_text_slides_up_to_the_contexts_end(release):
 def test_what_is_drawn_from_is_what_transformers_draws_from(temperature, top_p, top_k):
     """temperature, top-k and top-p leave the tokens that transformers leaves, with the same probabilities; M2's own
     settings are the first."""
-    reason = "needs transformers: pip install transformers"
-    generation = pytest.importorskip("transformers.generation", reason=reason)
+    generation = import_transformers().generation
     logits = 3 * torch.randn(20, 131, generator=torch.Generator().manual_seed(0))
     want = generation.TemperatureLogitsWarper(temperature)(None, logits)
     if top_k:
@@ -3848,14 +3896,16 @@ DAMAGES = [
     missing_tensor, tensor_in_the_wrong_file, shards_that_disagree, unknown_tensor, cut_index, empty_index,
     folder_for_an_index, empty_config, folder_for_a_config, config_of_another_model, config_of_another_size, no_weights]
 
+TINY = dict(hidden_size=16, head_dim=8, rotary_dim=4, intermediate_size=8, num_local_experts=4)
+
 @session_fixture
 def small_m2(tmp_path_factory):
     """A fake M2 of a few KiB, to be copied."""
     folder = tmp_path_factory.mktemp("small") / "m2"
-    fake_checkpoint(folder, "M2", hidden_size=16, head_dim=8, rotary_dim=4, intermediate_size=8, num_local_experts=4)
+    fake_checkpoint(folder, "M2", **TINY)
     return folder
 
-def sample_hf(folder):
+def hf_args(folder):
     return ["--hf", folder, "--prompt", "1,2,3", "--max-new-tokens", "2", "--device", "cpu", "--threads", "1"]
 
 def test_an_undamaged_folder_is_read(small_m2):
@@ -3870,9 +3920,49 @@ def test_a_damaged_folder_is_refused_in_one_line(damage, small_m2, tmp_path):
 
     word = damage(Damage(folder))
 
-    line = refused(sample, sample_hf(folder))
+    line = refused(sample, hf_args(folder))
     assert word in line
     assert len(line) < 400
+
+def test_a_missing_tensor_has_the_folders_number(tmp_path):
+    """With --layers 1:2, too, a tensor that is missing is named as the folder would name it."""
+    folder = tmp_path / "m2"
+    fake_checkpoint(folder, "M2", **TINY)
+    word = missing_tensor(Damage(folder))
+
+    with value_error(re.escape(word)):
+        MiniMax.from_hf(folder, layers=range(1, 2))
+
+def scramble(rng, raw):
+    """Bytes of a file with some near its beginning flipped, turned round or added, or with its end cut off."""
+    at = rng.randrange(min(len(raw), 2000))  # headers are there
+    n = rng.randint(1, 9)
+    return rng.choice([
+        raw[:at] + rng.randbytes(n) + raw[at + n:],
+        raw[:at] + rng.randbytes(n) + raw[at:],
+        raw[:at] + raw[at:at + n][::-1] + raw[at + n:],
+        raw[:rng.randrange(len(raw))]])
+
+def test_scrambled_files_are_read_or_refused(tmp_path):
+    """Bytes of shards, index or config changed at random: a ValueError of one line, or a model, never another error."""
+    folder = tmp_path / "m3"
+    fake_checkpoint(folder, "M3-MXFP8", shard_size=60, hidden_size=16, head_dim=8, rotary_dim=4, sparse_index_dim=8,
+                    intermediate_size=8, num_local_experts=2, num_experts_per_tok=1)
+    files = sorted(folder.iterdir())
+    rng = random.Random(0)
+    n_refused = 0
+    for _ in range(25):
+        file = rng.choice(files)
+        raw = file.read_bytes()
+        file.write_bytes(scramble(rng, raw))
+        try:
+            MiniMax.from_hf(folder)
+        except ValueError as error:
+            n_refused += 1
+            assert "\n" not in str(error)
+        file.write_bytes(raw)
+
+    assert 12 < n_refused < 25
 
 # ---- 10. one forward, one cache ------------------------------------------------------------------
 # One forward serves training, prefill, decode and recorded choices. With a cache it must give what it gives without;
@@ -16917,6 +17007,9 @@ def whole_heads_rotate(real, hf, head_dim, rotary_dim):
     """rotary_dim is ignored, as it was in transformers up to 5.12."""
     return head_dim
 
+def scales_of_the_next_tile(real, t, scale, *args):
+    return real(t, scale.roll(1, -1), *args)
+
 def crop_keeps_a_token(real, cache, length):
     real(cache, length + 1)
 
@@ -16997,6 +17090,8 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant(f"{__name__}.vision_layout", no_vision_tower,
            on(test_a_fake_has_the_releases_tensors, "M3-MXFP8", 45_838, 440_279_845_760)),
     mutant("model.rotary_channels", whole_heads_rotate, on(test_each_releases_config_is_the_presets, "M2.5")),
+    mutant("model.dequantize", scales_of_the_next_tile, on(test_offloaded_layers_equal_transformers, "M2"),
+           on(test_offloaded_layers_equal_transformers, "M3-MXFP8")),
     mutant("model.KVCache.crop", crop_keeps_a_token, on(test_caches_equal_transformers, "M3", [16, 8, -11, 9, 1])),
     mutant("model.KVCache.select", beams_keep_their_rows, on(test_beams_of_a_batch_equal_transformers, "M3")),
     mutant("model.cross_entropy", ignored_targets_count, on(test_losses_and_gradients_equal_transformers, "M2")),

@@ -4,9 +4,9 @@
     python .ci/parity.py                  # 200 shapes of M2, M2.1, M2.5, M2.7, M3 and M3-MXFP8; --shapes 12 for a look
 
 Each shape is a folder in the release's form (names, shards, index, fp8 tiles with short ones at the edges), which both
-sides read. Compared are the logits of a whole text, and those of the same text through both caches in pieces, some of
-them taken back. Prints a row for every release. Exit code 1 if a logit differs by more than 1e-4. The checks are those of
-test_all.py, which runs them at one size.
+sides read. Compared are the logits of a whole text, of one whose layers stay on disk, and of a text that goes through
+both caches in pieces, some of them taken back. Prints a row for every release. Exit code 1 if a logit differs by more
+than 1e-4. The checks are those of test_all.py, which runs them at one size.
 """
 import argparse
 import random
@@ -19,6 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 import test_all as suite
+from model import HFCheckpoint
 
 TOLERANCE = 1e-4                       # a few roundings of logits up to 10, in fp32
 LONGEST = 60                           # tokens of a text
@@ -64,12 +65,16 @@ def random_pieces(rng):
     return pieces
 
 def compare(release, seed):
-    """-> the worst difference of logits: of a whole text, and through the caches."""
+    """-> the worst difference of logits: of a whole text, of one whose layers stay on disk, through the caches."""
     rng = random.Random(seed)
     fake = suite.Fake(release, seed=seed, shard_size=rng.randint(1, 50), **random_sizes(rng, "M3" in release))
     idx = fake.ids(rng.randint(1, 3), rng.randint(1, LONGEST), seed)
-    whole = suite.worst(suite.our_logits(fake.ours, idx), suite.their_logits(fake.theirs, idx))
-    return whole, suite.worst(*suite.feed_both(fake, rng.randint(1, 3), random_pieces(rng)))
+    want = suite.their_logits(fake.theirs, idx)
+    offloaded = HFCheckpoint(fake.folder).offload("cpu", torch.float32)
+    return (
+        suite.worst(suite.our_logits(fake.ours, idx), want),
+        suite.worst(suite.our_logits(offloaded, idx), want),
+        suite.worst(*suite.feed_both(fake, rng.randint(1, 3), random_pieces(rng))))
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -89,11 +94,11 @@ def main():
             faults += 1
             print(f"{release}, seed {args.seed + i}: logits differ by {max(errors):.2g}   FAULT", flush=True)
 
-    print(f"{'release':10s} {'shapes':>6s} {'whole text':>11s} {'caches':>9s}   worst difference of logits")
+    print(f"{'release':10s} {'shapes':>6s} {'whole text':>11s} {'offloaded':>10s} {'caches':>9s}   worst difference")
     for release, errors in found.items():
         if errors:
-            whole, cached = map(max, zip(*errors))
-            print(f"{release:10s} {len(errors):6d} {whole:11.2g} {cached:9.2g}")
+            whole, offloaded, cached = map(max, zip(*errors))
+            print(f"{release:10s} {len(errors):6d} {whole:11.2g} {offloaded:10.2g} {cached:9.2g}")
     print(f"\n{faults} faults of {args.shapes}   ({time.monotonic() - start:.0f} s, torch {torch.__version__})")
     return 1 if faults else 0
 

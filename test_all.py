@@ -2,8 +2,8 @@
 kernels, router, model, cache, training, sampling, server, agents, bad input, and last mutants: each checker can fail.
 Everything is offline and takes at most 240 s on 2 cores, by pytest-xdist; `python test_all.py` prints each test's
 one-line lesson.
-What is compared against is not ours: outputs that transformers 5.23 computed (.ci/golden), torch's operators,
-brute-force loops, closed forms, published counts. fp32 tolerances are a few roundings of such sums; fp64 ones 1e-10.
+What is compared against is not ours: outputs that transformers 5.23 computed (.ci/golden), transformers itself where
+it is installed, torch's operators, brute-force loops, closed forms, published counts. fp32 tolerances are a few roundings of such sums; fp64 ones 1e-10.
 """
 import asyncio
 import base64
@@ -3923,6 +3923,19 @@ def test_a_damaged_folder_is_refused_in_one_line(damage, small_m2, tmp_path):
     line = refused(sample, hf_args(folder))
     assert word in line
     assert len(line) < 400
+
+def test_damage_in_a_layer_on_disk_is_named(small_m2, tmp_path):
+    """With --offload an expert's scale is first read when a token visits the expert: the same one line."""
+    folder = tmp_path / "m2"
+    shutil.copytree(small_m2, folder)
+    scales = [name for name in Damage(folder).where if name.endswith("w1.weight_scale_inv")]
+    for name in scales:
+        Damage(folder).change(name, lambda tensors, name=name: tensors[name].fill_(math.nan))
+
+    line = refused(sample, [*hf_args(folder), "--offload"])
+
+    assert any(name in line for name in scales)
+    assert "not finite" in line
 
 def test_a_missing_tensor_has_the_folders_number(tmp_path):
     """With --layers 1:2, too, a tensor that is missing is named as the folder would name it."""

@@ -3,7 +3,8 @@ kernels, router, model, cache, training, sampling, server, agents, bad input, an
 Everything is offline and takes at most 240 s on 2 cores, by pytest-xdist; `python test_all.py` prints each test's
 one-line lesson.
 What is compared against is not ours: outputs that transformers 5.23 computed (.ci/golden), transformers itself where
-it is installed, torch's operators, brute-force loops, closed forms, published counts. fp32 tolerances are a few roundings of such sums; fp64 ones 1e-10.
+it is installed, torch's operators, brute-force loops, closed forms, published counts. fp32 tolerances are a few
+roundings of such sums; fp64 ones 1e-10.
 """
 import asyncio
 import base64

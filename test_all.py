@@ -3589,6 +3589,23 @@ def test_caches_equal_transformers(release, pieces):
 
     assert worst(got, want) < 1e-4
 
+@each_family
+@torch.no_grad()
+def test_decoding_weights_equal_transformers(release):
+    """DecodeWeights, what a GPU decodes with, norms folded into matrices: token by token transformers' logits."""
+    fake = fake_of(release)
+    idx = fake.ids(2, 28, seed=4)
+    weights = DecodeWeights(fake.ours, 28)
+    cache = KVCache(fake.ours.cfg, 2, 28)
+    fake.ours(idx[:, :20], cache=cache)
+    got = []
+    for token in idx[:, 20:].split(1, 1):
+        logits, _, _ = weights.step(token, cache)
+        cache.advance(1)
+        got.append(logits)
+
+    assert worst(torch.cat(got, 1), their_logits(fake.theirs, idx)[:, 20:]) < 1e-4
+
 def continue_greedily(model, prompts, n):
     """What `generate` adds to each prompt at temperature 0, n tokens at most."""
     drawn = [tokens.tolist() for tokens, _ in sample.generate(model, prompts, n, temperature=0)]
@@ -4701,7 +4718,7 @@ def test_cards_follow_the_choice_of_kernels(cfg, dtype, word, monkeypatch):
         return SimpleNamespace(is_cuda=True, dtype=dtype, device="cuda")
 
     monkeypatch.setattr(torch, "empty", on_gpu)
-    model = SimpleNamespace(cfg=cfg, dtype=dtype)
+    model = SimpleNamespace(cfg=cfg, dtype=dtype, layers=[None])
 
     words = sample.implementations(model, torch.device("cuda"))
 
@@ -4718,7 +4735,7 @@ def test_cards_follow_the_choice_of_kernels(cfg, dtype, word, monkeypatch):
 def test_cards_tell_kernels_of_windows_and_lightning(device, dtype, trains, window, linear):
     """The kernels are for long rows in 16 bits on a GPU; those of windows for training alone."""
     cfg = MiniMaxConfig.tiny(attn_types=["swa", "lightning", "swa"], window=8)
-    model = SimpleNamespace(cfg=cfg, dtype=dtype)
+    model = SimpleNamespace(cfg=cfg, dtype=dtype, layers=[None])
 
     words = sample.implementations(model, torch.device(device), trains).split("; ")
 

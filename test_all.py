@@ -3015,49 +3015,6 @@ def test_a_tensor_under_two_names_is_refused(saved):
 
     saved.refuses("w1.weight")
 
-def test_what_rl_trains_is_saved(tmp_path):
-    """rl.py's own preset is an M2, index fields or not: it reads back bit for bit, but never over a sharded model."""
-    args = rl.parse_args(["--seed", "0"])[0]
-    model = rl.make_model(args, "cpu", torch.float32)
-    model.save_hf(tmp_path)
-    config = read_json(tmp_path / "config.json")
-
-    assert config["rotary_dim"] == 8
-    assert config["partial_rotary_factor"] * config["head_dim"] == 8
-    assert_same_weights(MiniMax.from_hf(tmp_path), model)
-
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with value_error("model.safetensors.index.json"):
-        model.save_hf(tmp_path)
-
-@parametrize("head_dim, rotary_dim", [(88, 30), (104, 60), (128, 64), (6, 0)])
-def test_a_saved_share_gives_back_its_channels(head_dim, rotary_dim):
-    """Whoever multiplies and cuts off finds the rotated channels again, also where the quotient is rounded."""
-    cfg = MiniMaxConfig.micro(head_dim=head_dim, rotary_dim=rotary_dim)
-    config = config_to_hf(cfg, "float32")
-
-    assert int(config["partial_rotary_factor"] * head_dim) == rotary_dim
-    assert config_from_hf(config).rotary_dim == rotary_dim
-
-@each_value(
-    attn_types=[["full", "full", "msa"]],
-    mlp_types=[["dense", "moe", "moe"]],
-    n_mtp=[1],
-    shared_dim=[8],
-    routed_scale=[2.0],
-    activation=["swiglu_oai"],
-    gemma_norm=[True],
-    qk_norm=["head"],
-)
-def test_what_m2_does_not_have_is_not_saved(key, value, tmp_path):
-    """A model that the release's M2 cannot be is refused by the field, and nothing is written."""
-    model = MiniMax(MiniMaxConfig.micro(dense_dim=8, **{key: value}))
-
-    with value_error(key):
-        model.save_hf(tmp_path / "out")
-
-    assert not (tmp_path / "out").exists()
-
 # ---- fakes of the released checkpoints -------
 # Nobody can keep 214 GB in a test. What can be kept is their form: config.json of every release with all of its fields,
 # the name, shape and type of every tensor, shards and an index, the tiles of fp8. A fake has that form at another size,
@@ -3994,6 +3951,51 @@ def test_scrambled_files_are_read_or_refused(tmp_path):
         file.write_bytes(raw)
 
     assert 12 < n_refused < 25
+
+# ---- what is saved -------
+
+def test_what_rl_trains_is_saved(tmp_path):
+    """rl.py's own preset is an M2, index fields or not: it reads back bit for bit, but never over a sharded model."""
+    args = rl.parse_args(["--seed", "0"])[0]
+    model = rl.make_model(args, "cpu", torch.float32)
+    model.save_hf(tmp_path)
+    config = read_json(tmp_path / "config.json")
+
+    assert config["rotary_dim"] == 8
+    assert config["partial_rotary_factor"] * config["head_dim"] == 8
+    assert_same_weights(MiniMax.from_hf(tmp_path), model)
+
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with value_error("model.safetensors.index.json"):
+        model.save_hf(tmp_path)
+
+@parametrize("head_dim, rotary_dim", [(88, 30), (104, 60), (128, 64), (6, 0)])
+def test_a_saved_share_gives_back_its_channels(head_dim, rotary_dim):
+    """Whoever multiplies and cuts off finds the rotated channels again, also where the quotient is rounded."""
+    cfg = MiniMaxConfig.micro(head_dim=head_dim, rotary_dim=rotary_dim)
+    config = config_to_hf(cfg, "float32")
+
+    assert int(config["partial_rotary_factor"] * head_dim) == rotary_dim
+    assert config_from_hf(config).rotary_dim == rotary_dim
+
+@each_value(
+    attn_types=[["full", "full", "msa"]],
+    mlp_types=[["dense", "moe", "moe"]],
+    n_mtp=[1],
+    shared_dim=[8],
+    routed_scale=[2.0],
+    activation=["swiglu_oai"],
+    gemma_norm=[True],
+    qk_norm=["head"],
+)
+def test_what_m2_does_not_have_is_not_saved(key, value, tmp_path):
+    """A model that the release's M2 cannot be is refused by the field, and nothing is written."""
+    model = MiniMax(MiniMaxConfig.micro(dense_dim=8, **{key: value}))
+
+    with value_error(key):
+        model.save_hf(tmp_path / "out")
+
+    assert not (tmp_path / "out").exists()
 
 # ---- 10. one forward, one cache ------------------------------------------------------------------
 # One forward serves training, prefill, decode and recorded choices. With a cache it must give what it gives without;
@@ -17019,10 +17021,6 @@ def the_fresh_seed_is_ignored(real, gains, noise, fresh=None):
 def overtime_is_free(real, noise, ended):
     return 0.0
 
-def any_flag_is_the_agents(real, made, flags):
-    made.flags = flags
-    return "The flags are set."
-
 def bias_rounded_to_bf16(real, *args, **kw):
     """A checkpoint's correction bias goes through bf16, as in every engine that casts all of a model."""
     found = real(*args, **kw)
@@ -17062,6 +17060,10 @@ def pads_are_seen(real, model, *args, **kw):
 def index_branch_sees_no_positions(real, indexer, x, rope):
     cos, sin = rope
     return real(indexer, x, (torch.ones_like(cos), torch.zeros_like(sin)))
+
+def any_flag_is_the_agents(real, made, flags):
+    made.flags = flags
+    return "The flags are set."
 
 def on(test, *args):
     """The test with these arguments, under its own name."""

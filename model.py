@@ -2917,7 +2917,7 @@ def rotary_channels(hf, head_dim, rotary_dim):
     """Channels of a head that rotate: head_dim times partial_rotary_factor, or rotary_dim where there is no factor."""
     factor = hf.get("partial_rotary_factor")
     if factor is None:
-        factor = rotary_dim / head_dim
+        return rotary_dim              # not by way of a share: 44 * (30 / 44) is a little less than 30
     if type(factor) not in (int, float) or not 0 <= factor <= 1:
         raise ValueError(f"partial_rotary_factor {factor}, rotary_dim {rotary_dim}: a part of {head_dim} channels")
     return int(head_dim * factor)

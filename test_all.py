@@ -3509,6 +3509,13 @@ def test_any_field_may_be_nonsense(release):
 
     assert n_refused > 200
 
+@parametrize("head_dim, rotary_dim", [(44, 30), (88, 30), (128, 64)])
+def test_a_releases_rotary_dim_is_exact(head_dim, rotary_dim):
+    """rotary_dim alone is taken as it is: by way of a share, as in transformers, 30 of 44 channels become 29."""
+    config = shrink(RELEASES["M2"], head_dim=head_dim, rotary_dim=rotary_dim)
+
+    assert config_from_hf(config).rotary_dim == rotary_dim
+
 # ---- transformers' own test cases -------
 # What transformers' tests ask of every model with a cache and a `generate`, asked here of both sides at once.
 

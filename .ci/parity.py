@@ -26,7 +26,7 @@ LONGEST = 60                           # tokens of a text
 
 def random_sizes(rng, is_m3):
     """Sizes of a model that both sides can compute. (transformers rotates 29 of 44 channels where config.json says 30:
-    a share that is rounded down. These files refuse that.)"""
+    a share that is rounded down.)"""
     kv_heads = rng.randint(1, 3)
     head_dim = 4 * rng.randint(2, 12)
     rotary_dim = rng.choice([n for n in range(2, head_dim + 1, 2) if int(head_dim * (n / head_dim)) == n])

@@ -5590,7 +5590,7 @@ def test_long_texts_are_learned_from_in_part(monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(sample, "LEARN_FROM", 8_000)
     before_each_call(monkeypatch, sample, "count_chunks", lambda texts, pattern: seen.extend(texts))
-    tick(monkeypatch, 1, sample)
+    tick(monkeypatch, 1, model)
     monkeypatch.setattr(train, "ENCODED", 500)
     texts = [TEXT[i:i + 2000] for i in range(0, 24_000, 2000)]
     long = TEXT[:1200]

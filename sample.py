@@ -4,6 +4,7 @@ server.
     python sample.py --prompt "def "                          # from out/ckpt.pt, which holds tokenizer and config too
     python sample.py --prompt "import os" --n-samples 3 --temperature 0.7 --seed 1
     python sample.py --hf DIR --prompt 1,2,3                  # an M2 or M3 checkpoint of transformers, by token ids
+    python sample.py --out out --export DIR                   # and back: a folder that transformers opens
     python sample.py --chat                                   # a conversation, each turn of which goes on from the last
     python sample.py --serve 8000 --token KEY                 # OpenAI's protocol on loopback, for any of its clients
     python sample.py --prompt "def " --xray page.html         # and a page that shows what each token read and visited
@@ -60,7 +61,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from model import SHORT_ROW, DecodeWeights, KVCache, MiniMax, MiniMaxConfig
+from model import SHORT_ROW, DecodeWeights, KVCache, MiniMax, MiniMaxConfig, inner, read_json
 from moe import experts_grouped, pick_experts
 from msa import NEW, constexpr, implementation, jit, tl, triton, widen
 
@@ -125,6 +126,10 @@ class Tokenizer:
 
     def decode(self, ids):
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def hf_files(self):
+        """The files by which transformers reads and writes the same tokens -> {name: text}."""
+        return hf_files(self.spec)
 
 def sample_evenly(texts, most, piece=2 ** 16):
     """At most about `most` characters of the texts (a list), as evenly spaced pieces; all of them where they fit."""
@@ -285,6 +290,97 @@ def guess_kind(raw):
     if any(0x80 <= byte < 0xa0 for byte in raw):  # no letters in Latin-1
         return "Windows-1252"
     return "Latin-1"
+
+# ---- tokenizer, for transformers -----------------------------------------------------------------
+# tiktoken merges whichever pair makes the token of the lowest rank; transformers' tokenizers merge the pairs of a list.
+# A token that was learned forms from one pair alone: whatever surrounds it, its bytes merge as they do without
+# surroundings, or it does not form. So the list is one pair a token, in the tokens' order, and gives the same ids.
+
+# the contents joined by blank lines, as chat_text joins them, and a blank line before the answer, as in --chat
+CHAT_TEMPLATE = r"""
+{%- macro text_of(content) -%}
+    {%- if content is string -%}
+        {{- content -}}
+    {%- elif content -%}
+        {%- for part in content -%}
+            {{- part if part is string else part.text or part.refusal or "" -}}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- set told = namespace(any=false) -%}
+{%- for message in messages -%}
+    {%- set text = text_of(message.content) -%}
+    {%- if text -%}
+        {{- "\n\n" if told.any else "" -}}
+        {{- text -}}
+        {%- set told.any = true -%}
+    {%- endif -%}
+{%- endfor -%}
+{{- "\n\n" if told.any and add_generation_prompt else "" -}}
+""".strip()
+
+def byte_chars():
+    """A printable character for each of the 256 bytes, in which tokenizer.json writes tokens: a byte's own in Latin-1
+    where that can be seen, and those from U+0100 on for the others, in order."""
+    chars = [chr(byte) for byte in range(256)]
+    unseen = [*range(0x21), *range(0x7f, 0xa1), 0xad]
+    for place, byte in enumerate(unseen):
+        chars[byte] = chr(0x100 + place)
+    return chars
+
+def pair_of(token, rank_of):
+    """The two tokens that merge into this one, as (bytes, bytes); None for a byte, and for a token that does not form
+    by merges.
+
+    token    its bytes
+    rank_of  token -> its rank, of all of them
+    """
+    parts = [token[i:i + 1] for i in range(len(token))]
+    own_rank = rank_of[token]
+    while len(parts) > 2:
+        ranks = [rank_of.get(first + second, own_rank) for first, second in itertools.pairwise(parts)]
+        lowest = min(ranks)
+        if lowest >= own_rank:
+            return None
+        i = ranks.index(lowest)
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return tuple(parts) if len(parts) == 2 else None
+
+def hf_files(spec):
+    """A Tokenizer's spec -> {name: text} of the files that transformers reads beside the weights."""
+    chars = byte_chars()
+    rank_of = {token: rank for rank, token in enumerate(spec["ranks"])}
+    written = {token: "".join(chars[byte] for byte in token) for token in rank_of}
+    pairs = [pair_of(token, rank_of) for token in rank_of]
+    merges = [[written[first], written[second]] for first, second in filter(None, pairs)]
+    eot = spec["special"][EOT]
+
+    # a text is cut as cut_runs does, then by the pattern
+    long_runs = dict(
+        type="Split", pattern=dict(Regex=r"\s{%d}(?=\s)" % LONGEST_RUN), behavior="MergedWithPrevious", invert=False)
+    chunks = dict(type="Split", pattern=dict(Regex=spec["pattern"]), behavior="Isolated", invert=False)
+    to_chars = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=False)
+    special = dict(
+        id=eot, content=EOT, special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)
+    tokenizer = dict(
+        version="1.0", truncation=None, padding=None, added_tokens=[special], normalizer=None,
+        pre_tokenizer=dict(type="Sequence", pretokenizers=[long_runs, chunks, to_chars]),
+        post_processor=None, decoder=to_chars,
+        # ignore_merges: a chunk that is a token is that token, as tiktoken has it
+        model=dict(
+            type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
+            fuse_unk=False, byte_fallback=False, ignore_merges=True,
+            vocab={written[token]: rank for token, rank in rank_of.items()}, merges=merges))
+    settings = dict(
+        tokenizer_class="PreTrainedTokenizerFast", bos_token=EOT, eos_token=EOT, pad_token=EOT,
+        split_special_tokens=True,     # a text that holds the name of a special token is a text
+        clean_up_tokenization_spaces=False)
+    return {
+        "tokenizer.json": json.dumps(tokenizer, ensure_ascii=False),
+        "tokenizer_config.json": json.dumps(settings, indent=2),
+        "generation_config.json": json.dumps(dict(bos_token_id=eot, eos_token_id=eot, pad_token_id=eot), indent=2),
+        "chat_template.jinja": CHAT_TEMPLATE,
+    }
 
 # ---- cache -------------------------------------------------------------------------------------
 # What a start computes from a text, its tokenizer and its ids, is the same at the next start: it is kept in the user's
@@ -4517,7 +4613,12 @@ def parse_args(argv):
     p.add_argument("--token", type=utf8, help="key that clients of --serve must show; default: one is made and printed")
     p.add_argument("--xray", type=utf8, metavar="FILE",
                    help="write a page for a browser that shows, token by token, what the first sample read and visited")
+    p.add_argument("--export", metavar="DIR",
+                   help="write the model and its tokenizer into a folder that transformers opens; nothing is generated")
     args = p.parse_args(argv)
+    if args.export is not None:
+        check_export(p, args)
+        return args
     if args.xray is not None:
         check_page(args.xray)
     if "" in args.stop:
@@ -4542,6 +4643,21 @@ def parse_args(argv):
     elif not args.prompt and not args.chat and standard_input_is_piped():
         print("input   | standard input is not read; --prompt - reads it", flush=True)
     return args
+
+def check_export(parser, args):
+    """ValueError for flags that mean nothing beside --export, and for a folder that cannot be written."""
+    for flag in ("prompt", "prompt_file", "chat", "serve", "token", "xray", "speculate", "stop", "n_samples",
+                 "max_new_tokens", "temperature", "top_p", "top_k"):
+        if getattr(args, flag) != parser.get_default(flag):
+            raise ValueError(f"--{flag.replace('_', '-')}: not with --export, which generates nothing")
+    if args.device not in (None, "cpu"):
+        raise ValueError(f"--device {args.device}: not with --export, which computes nothing")
+    if not args.export:
+        raise ValueError("--export '': it must be the name of a folder")
+    if os.path.exists(args.export) and not os.path.isdir(args.export):
+        raise ValueError(f"--export {args.export}: it is there, and no folder")
+    if args.hf is not None and os.path.isdir(args.export) and os.path.samefile(args.hf, args.export):
+        raise ValueError(f"--export {args.export}: --hf reads from that folder; it must be another one")
 
 def read_model(args, device, dtype):
     """-> model, tokenizer, whether the model's index branch was still learning."""
@@ -4696,6 +4812,36 @@ def serve(args):
         door.close()
     return dict(text=None, tokens=engine.n_tokens, tokens_per_s=None, prefill_s=None, accepted=None,
                 cached=engine.n_cached, requests=engine.n_requests, seconds=time.perf_counter() - began)
+
+# ---- the script: a folder for transformers -------------------------------------------------------
+
+def stored_dtype(folder):
+    """The dtype of a checkpoint of transformers, by its config.json; that of fp8 weights is what they are computed in,
+    bf16 where nothing is said."""
+    fields = read_json(folder, "config.json")
+    fields = {**fields, **inner(fields, "text_config")}
+    name = fields.get("dtype") or fields.get("torch_dtype")
+    dtypes = dict(float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16)
+    return dtypes.get(name, torch.bfloat16)
+
+def export(args):
+    """--export -> the script's result. Weights keep their dtype; those in fp8 are written as the numbers they mean."""
+    dtype = torch.float32 if args.hf is None else stored_dtype(args.hf)
+    model, tokenizer, index_warmup = read_checkpoint(args, torch.device("cpu"), dtype)
+    total, active = model.num_params()
+    print(f"model   | {total:,} parameters, {active:,} active; attention {' '.join(model.cfg.attn_types)}", flush=True)
+    if isinstance(tokenizer, TokenIds):
+        print("text    | no tokenizer to write: the folder read has none", flush=True)
+        tokenizer = None
+
+    written = model.save_hf(args.export, tokenizer, index_warmup)
+    shards = {name: size for name, size in written["files"].items() if name.endswith(".safetensors")}
+    dtype = str(model.embed.weight.dtype).removeprefix("torch.")
+    print(f"weights | {sum(shards.values()) / 1e6:,.1f} MB in {dtype}: {len(shards)} of the files")
+    print(f"files   | in {args.export}: {', '.join(written['files'])}")
+    for line in written["left_out"]:
+        print(f"without | {line}")
+    return dict(text=None, tokens=0, tokens_per_s=None, prefill_s=None, accepted=None, cached=0, export=args.export)
 
 # ---- the script: a conversation ------------------------------------------------------------------
 # A model that was not trained to converse has no template: what is said are paragraphs, parted by blank lines. The
@@ -4914,6 +5060,8 @@ def chat(args, model, tokenizer, index_warmup):
 # ---- the script: a prompt -------------------------------------------------------------------------
 
 def run(args):
+    if args.export is not None:
+        return export(args)
     if args.serve is not None:
         return serve(args)
 

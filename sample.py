@@ -296,6 +296,10 @@ def guess_kind(raw):
 # A token that was learned forms from one pair alone: whatever surrounds it, its bytes merge as they do without
 # surroundings, or it does not form. So the list is one pair a token, in the tokens' order, and gives the same ids.
 
+# The patterns of this project -> the same in the language of transformers' regular expressions, Oniguruma's, in which
+# another letter makes a dot match a line break. All of Unicode is cut alike: .ci/export_check.py tries it.
+ONIGURUMA = {PATTERN: PATTERN, "(?s:.)": "(?m:.)"}
+
 # the contents joined by blank lines, as chat_text joins them, and a blank line before the answer, as in --chat
 CHAT_TEMPLATE = r"""
 {%- macro text_of(content) -%}
@@ -347,7 +351,12 @@ def pair_of(token, rank_of):
     return tuple(parts) if len(parts) == 2 else None
 
 def hf_files(spec):
-    """A Tokenizer's spec -> {name: text} of the files that transformers reads beside the weights."""
+    """A Tokenizer's spec -> {name: text} of the files that transformers reads beside the weights. ValueError for a
+    pattern that might cut text otherwise there."""
+    if spec["pattern"] not in ONIGURUMA:
+        known = " or ".join(ONIGURUMA)
+        raise ValueError(f"its tokenizer's pattern, {spec['pattern'][:100]}, may cut text otherwise in transformers: "
+                         f"{known} can be exported")
     chars = byte_chars()
     rank_of = {token: rank for rank, token in enumerate(spec["ranks"])}
     written = {token: "".join(chars[byte] for byte in token) for token in rank_of}
@@ -355,10 +364,11 @@ def hf_files(spec):
     merges = [[written[first], written[second]] for first, second in filter(None, pairs)]
     eot = spec["special"][EOT]
 
-    # a text is cut as cut_runs does, then by the pattern
-    long_runs = dict(
-        type="Split", pattern=dict(Regex=r"\s{%d}(?=\s)" % LONGEST_RUN), behavior="MergedWithPrevious", invert=False)
-    chunks = dict(type="Split", pattern=dict(Regex=spec["pattern"]), behavior="Isolated", invert=False)
+    # a text is cut as cut_runs does, then by the pattern. \G, where the last match ended: a run is looked at from its
+    # beginning alone, or thousands of spaces would take a time that grows with their square
+    long_run = r"(?:\G|(?<!\s))\s{%d}(?=\s)" % LONGEST_RUN
+    long_runs = dict(type="Split", pattern=dict(Regex=long_run), behavior="MergedWithPrevious", invert=False)
+    chunks = dict(type="Split", pattern=dict(Regex=ONIGURUMA[spec["pattern"]]), behavior="Isolated", invert=False)
     to_chars = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=False)
     special = dict(
         id=eot, content=EOT, special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)

@@ -2470,21 +2470,6 @@ def test_lightning_parity_with_transformers(number):
     assert worst(y, expected[f"y_{number}"]) < 1e-5
     assert worst(cache.state[number], expected[f"state_{number}"]) < 1e-5
 
-def test_save_hf_is_bit_equal(tmp_path):
-    """M2 written in the released names reads back bit for bit, config included; M3 is refused."""
-    model = golden("m2")
-
-    model.save_hf(tmp_path)
-    again = MiniMax.from_hf(tmp_path)
-
-    assert again.cfg == model.cfg
-    assert_same_weights(again, model)
-    with value_error("writes M2"):
-        golden("m3").save_hf(tmp_path)
-    model.cfg.conv_taps = 3
-    with value_error("conv_taps"):
-        model.save_hf(tmp_path)
-
 def released_name(name):
     """M3's released name of what transformers calls otherwise; the text model stands beside a vision tower."""
     name = re.sub(r"self_attn\.indexer\.([qk])_", r"self_attn.index_\1_", name)
@@ -2816,24 +2801,472 @@ def test_a_saved_share_gives_back_its_channels(head_dim, rotary_dim):
     assert int(config["partial_rotary_factor"] * head_dim) == rotary_dim
     assert config_from_hf(config).rotary_dim == rotary_dim
 
+# An exported folder goes the other way: what was trained here is opened by transformers. Names and fields are held to the
+# golden files, which transformers wrote; the numbers to transformers itself, where it is installed.
+
+M2_LIKE = dict(
+    attn_types=["full"] * 3, mlp_types=["moe"] * 3, shared_dim=0, dense_dim=0, routed_scale=1.0, activation="swiglu",
+    gemma_norm=False, qk_norm="layer", index_head_dim=0, index_block_size=1, index_topk_blocks=1)
+
+def exportable(family, **fields):
+    """make_model in the form of M2 or M3, in SMALL_TOKENIZER's vocabulary."""
+    form = M2_LIKE if family == "m2" else {}
+    return make_model(**dict(form, vocab_size=SMALL_TOKENIZER.n_vocab) | fields)
+
+def assert_reads_back(folder, model):
+    """A folder holds a model, but for its MTP modules, bit for bit."""
+    again = MiniMax.from_hf(folder, dtype=model.embed.weight.dtype)
+    assert again.cfg == dataclasses.replace(model.cfg, n_mtp=0, index_kl_stride=1)
+    want = model.state_dict()
+    for name, weight in again.state_dict().items():
+        assert torch.equal(weight, want[name]), name
+
+def of_transformers(name):
+    """A class of transformers, which prints nothing."""
+    transformers = pytest.importorskip("transformers", "5.24", "needs pip install 'transformers>=5.24'")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return getattr(transformers, name)
+
+def open_exported(folder):
+    """transformers' model of a folder. AssertionError if a tensor is missing there, or has no place in the model."""
+    opened, report = of_transformers("AutoModelForCausalLM").from_pretrained(folder, output_loading_info=True)
+    for what, names in report.items():
+        assert not names, f"{what}: {sorted(names)[:3]}"
+    return opened.eval()
+
+def logits_apart(ours, theirs, idx):
+    """Largest difference of two models' logits after every token of idx."""
+    with torch.no_grad():
+        return worst(ours(idx, n_logits=idx.size(1))[0], theirs(idx).logits)
+
+def greedy_texts(ours, theirs, prompt, n_new):
+    """The greedy continuations of a prompt, token ids, by our loop and by transformers' own."""
+    here = [tokens.item() for tokens, _ in sample.generate(ours, [prompt], n_new, temperature=0)]
+    idx = torch.tensor([prompt])
+    there = theirs.generate(
+        idx, attention_mask=torch.ones_like(idx), do_sample=False, max_new_tokens=n_new, eos_token_id=None,
+        pad_token_id=0)
+    return here, there[0, len(prompt):].tolist()
+
+def strange_texts(n, seed):
+    """n short texts of what tokenizers trip over: white space of all kinds and lengths, marks, digits and letters of
+    many scripts, names of special tokens, pieces of code, any code point of Unicode."""
+    rng = random.Random(seed)
+    pieces = ["<|endoftext|>", "<|endoftext", "def f(x):", "\n\n    return", "\r\n", "\t", "  ", "\u00a0", "\u3000",
+              "\u200b", "\u200d", "\ufeff", "na\u00efve", "e\u0301", "\u4e2d\u6587", "\u0663\u0664", "\u00b2\u00bd", "\U0001f600",
+              "\u0928\u092e\u0938\u094d\u0924\u0947", "12345", "don't", "!!", "_x_", "\x00", "\x85", "\u2028", "\ufffd"]
+    texts = []
+    for _ in range(n):
+        parts = []
+        for _ in range(rng.randrange(12)):
+            code = rng.choice([rng.randrange(128), rng.randrange(0x3000), rng.randrange(0x110000)])
+            start = rng.randrange(len(TEXT))
+            parts.append(rng.choice([
+                rng.choice(pieces),
+                rng.choice(" \n\t") * rng.choice([1, 2, 3, 17]),
+                chr(code) if not 0xd800 <= code < 0xe000 else "x",
+                TEXT[start:start + rng.randrange(40)]]))
+        texts.append("".join(parts))
+    for run in (4095, 4096, 4097, 8193):
+        for unit in (" ", "\u3000", "\n  ", "\n    "):
+            texts.append("ab" + (unit * run)[:run] + "x")
+    return texts
+
+def differing_texts(ours, theirs, texts):
+    """Texts to which two tokenizers give other ids, or of whose ids they make another text."""
+    found = []
+    for text in texts:
+        ids = ours.encode(text)
+        broken = ids[1::2]             # the bytes of half the tokens: seldom UTF-8
+        same = ids == theirs.encode(text, add_special_tokens=False)
+        if not same or ours.decode(ids) != theirs.decode(ids) or ours.decode(broken) != theirs.decode(broken):
+            found.append(text)
+    return found
+
+@parametrize("name", ["m2", "m3"])
+def test_exported_files_are_transformers_own(name):
+    """save_hf writes the golden checkpoints as transformers did: the same tensors by the same names, the same fields."""
+    with tempfile.TemporaryDirectory() as folder:
+        golden(name).save_hf(folder)
+        tensors = load_file(Path(folder) / "model.safetensors")
+        fields = read_json(Path(folder) / "config.json")
+    want = load_file(GOLDEN / name / "model.safetensors")
+    want_fields = read_json(GOLDEN / name / "config.json")
+
+    assert tensors.keys() == want.keys()
+    for key in want:
+        assert torch.equal(tensors[key], want[key]), key
+    # what is of training, and what the classes say when nothing is said
+    defaults = {"attention_dropout", "initializer_range", "output_router_logits", "pad_token_id", "router_aux_loss_coef",
+                "router_jitter_noise", "transformers_version", "use_cache"}
+    assert want_fields.keys() - fields.keys() == defaults
+    for key in want_fields.keys() & fields.keys():
+        assert fields[key] == want_fields[key], key
+
+@parametrize("family", ["m2", "m3"])
+def test_save_hf_is_bit_equal(family, tmp_path):
+    """What is written is read back bit for bit, config included; MTP modules are left out, and named with their size."""
+    model = exportable(family)
+
+    written = model.save_hf(tmp_path)
+
+    assert_reads_back(tmp_path, model)
+    size, _ = count_params(model.mtp)
+    assert f"n_mtp 1: modules of {size:,} parameters" in written["left_out"][0]
+    assert len(written["left_out"]) == 1
+
+@parametrize("preset", ["micro", "tiny", "tiny_m2", "mini", "small", "m2", "m3"])
+def test_every_presets_config_reads_back(preset):
+    """config.json says all of a config but what matters to training, and to layers that are not there, alone."""
+    cfg = getattr(MiniMaxConfig, preset)()
+    want = dataclasses.replace(cfg, n_mtp=0, index_kl_stride=1)
+    if "msa" not in cfg.attn_types:
+        want = dataclasses.replace(want, index_head_dim=0, index_block_size=1, index_topk_blocks=1)
+
+    assert config_from_hf(config_to_hf(cfg, "float32")) == want
+
 @each_value(
-    attn_types=[["full", "full", "msa"]],
+    attn_types=[["full", "full", "msa"], ["full", "full", "swa"]],
     mlp_types=[["dense", "moe", "moe"]],
-    n_mtp=[1],
     shared_dim=[8],
     routed_scale=[2.0],
     activation=["swiglu_oai"],
     gemma_norm=[True],
     qk_norm=["head"],
+    conv_taps=[3],
 )
 def test_what_m2_does_not_have_is_not_saved(key, value, tmp_path):
-    """A model that the release's M2 cannot be is refused by the field, and nothing is written."""
-    model = MiniMax(MiniMaxConfig.micro(dense_dim=8, **{key: value}))
+    """A model that is neither M2 nor M3 is refused by the field that makes it another, and nothing is written."""
+    model = MiniMax(MiniMaxConfig.micro(dense_dim=8, window=4, **{key: value}))
 
-    with value_error(key):
+    with value_error(f"this model has {key}"):
         model.save_hf(tmp_path / "out")
 
     assert not (tmp_path / "out").exists()
+
+@each_value(
+    attn_types=[["full", "msa", "swa"], ["full", "msa", "lightning"]],
+    shared_dim=[0],
+    activation=["swiglu"],
+    gemma_norm=[False],
+    qk_norm=["layer"],
+    conv_taps=[3],
+)
+def test_what_m3_does_not_have_is_not_saved(key, value):
+    """The same where M3 is the nearest family."""
+    with value_error(f"this model has {key}"):
+        config_to_hf(small_config(window=4, **{key: value}), "float32")
+
+def test_a_tokenizer_of_another_pattern_is_not_saved(tmp_path):
+    """A pattern that nobody has compared may cut text otherwise in transformers: it is refused, and nothing is written."""
+    other = sample.Tokenizer(sample.learn_bpe([TEXT], 300, r"\w+|\W"))
+
+    with value_error("pattern"):
+        exportable("m2").save_hf(tmp_path / "out", other)
+
+    assert not (tmp_path / "out").exists()
+
+@parametrize("family", ["m2", "m3"])
+def test_shards_hold_the_model(family, tmp_path):
+    """With little room in a file there are several, and an index that names each tensor's; only a single tensor is
+    larger than that room."""
+    model = exportable(family)
+    most = 20_000                      # bytes: the embedding alone has 38,400
+
+    written = model.save_hf(tmp_path, shard_bytes=most)
+
+    index = read_json(tmp_path / "model.safetensors.index.json")
+    shards = {path.name: load_file(path) for path in tmp_path.glob("*.safetensors")}
+    assert len(shards) > 3
+    assert {f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)} == shards.keys()
+    assert shards.keys() <= written["files"].keys()
+    sizes = {name: sum(t.nbytes for t in tensors.values()) for name, tensors in shards.items()}
+    assert index["metadata"]["total_size"] == sum(sizes.values())
+    assert index["weight_map"] == {key: name for name, tensors in shards.items() for key in tensors}
+    for name, tensors in shards.items():
+        assert sizes[name] <= most or len(tensors) == 1
+    assert_reads_back(tmp_path, model)
+
+    with value_error("other weights"):
+        model.save_hf(tmp_path)
+
+def test_routers_stay_fp32_in_a_bf16_file():
+    """Gate and bias of every mixture are in fp32 in the file, everything else in bf16; they read back as they were."""
+    for family in ("m2", "m3"):
+        model = exportable(family, n_mtp=0).to(torch.bfloat16)
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_hf(folder)
+            tensors = load_file(Path(folder) / "model.safetensors")
+            assert_reads_back(folder, model)
+
+        for name, t in tensors.items():
+            of_router = name.endswith((".gate.weight", "e_score_correction_bias"))
+            assert t.dtype == (torch.float32 if of_router else torch.bfloat16), name
+
+def test_a_layer_whose_index_learns_is_exported_full(tmp_path):
+    """Until the index branch has learned, its layers have full attention: so they are written, with a line that says so."""
+    model = exportable("m3", n_mtp=0)
+    idx = torch.randint(0, 300, (2, 60))
+
+    written = model.save_hf(tmp_path, index_warmup=True)
+
+    again = MiniMax.from_hf(tmp_path)
+    assert again.cfg.attn_types == ["full"] * 3
+    assert "2 index branches" in written["left_out"][0]
+    logits = model(idx, n_logits=60, index_warmup=True)[0]
+    assert torch.equal(again(idx, n_logits=60)[0], logits)
+    assert worst(model(idx, n_logits=60)[0], logits) > 1e-3
+
+class Killed(BaseException):
+    """The process ends here."""
+
+class Killer:
+    """Stands in for what renames and removes files, and lets n calls through: nothing is tidied up after them."""
+
+    def __init__(self, n):
+        self.left = n
+
+    def count(self):
+        self.left -= 1
+        if self.left < 0:
+            raise Killed
+
+    def replace(self, source, target, real=os.replace):
+        self.count()
+        real(source, target)
+
+    def unlink(self, path, real=os.unlink):
+        if os.path.exists(path):
+            self.count()
+            real(path)
+
+def export_killed(model, folder, n):
+    """An export that ends with the n-th rename or removal of a file."""
+    killer = Killer(n)
+    with mock.patch("os.replace", killer.replace), contextlib.suppress(Killed):
+        with mock.patch.object(Path, "unlink", lambda path, missing_ok=False: killer.unlink(path)):
+            model.save_hf(folder, SMALL_TOKENIZER)
+
+def test_a_killed_export_is_no_checkpoint():
+    """However far an export over an older one comes, the folder holds the older model, no config.json, or the new model,
+    in this order and never a mixture; and the next export tidies up."""
+    older = exportable("m3", n_mtp=0, n_layer=1, attn_types=["msa"], mlp_types=["moe"], dense_dim=0)
+    newer = copy.deepcopy(older)
+    with torch.no_grad():
+        newer.norm.weight.add_(1)
+
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder, "config.json")
+        while "newer" not in found:
+            n = len(found)
+            older.save_hf(folder, SMALL_TOKENIZER)
+            export_killed(newer, folder, n)
+            if not config.exists():
+                found.append("nothing")
+                continue
+            norm = MiniMax.from_hf(folder).norm.weight
+            found.append("newer" if torch.equal(norm, newer.norm.weight) else "older")
+            if found[-1] == "older":
+                assert_reads_back(folder, older)
+            else:
+                assert_reads_back(folder, newer)
+        newer.save_hf(folder, SMALL_TOKENIZER)
+        assert not list(Path(folder).glob("*.tmp"))
+
+    # it removes config.json, then renames six files: it is not there until the last one has its name
+    assert found == ["older"] + ["nothing"] * 6 + ["newer"]
+
+def test_a_full_disk_leaves_the_older_export(tmp_path, monkeypatch):
+    """An export that cannot be written is an OSError; what was in the folder is as it was."""
+    older = exportable("m2", n_mtp=0)
+    older.save_hf(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("model.write_tensors", full)
+    with pytest.raises(OSError, match="No space"):
+        exportable("m2").save_hf(tmp_path)
+
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert_reads_back(tmp_path, older)
+
+def merged_by_list(text, files):
+    """The ids of a text by tokenizer.json's own words: its pattern, its bytes' characters, its merges in order."""
+    model = json.loads(files["tokenizer.json"])["model"]
+    place = {tuple(pair): i for i, pair in enumerate(model["merges"])}
+    seen = [*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)]
+    unseen = [byte for byte in range(256) if byte not in seen]
+    chars = {byte: chr(byte) for byte in seen} | {byte: chr(256 + i) for i, byte in enumerate(unseen)}
+    ids = []
+    for chunk in regex.findall(sample.PATTERN, text):
+        parts = [chars[byte] for byte in chunk.encode()]
+        while True:
+            pairs = [place.get(pair, math.inf) for pair in itertools.pairwise(parts)]
+            if not pairs or min(pairs) == math.inf:
+                break
+            i = pairs.index(min(pairs))
+            parts[i:i + 2] = ["".join(parts[i:i + 2])]
+        ids += [model["vocab"][part] for part in parts]
+    return ids
+
+def test_a_list_of_merges_gives_the_ranks_ids():
+    """One pair a token, in the tokens' order, is all that another BPE needs for the ids that ranks give."""
+    tok = sample.Tokenizer(sample.learn_bpe([TEXT], 900, sample.PATTERN))
+    files = tok.hf_files()
+    merges = json.loads(files["tokenizer.json"])["model"]["merges"]
+
+    assert len(merges) == 900 - 257    # all but the bytes and the special token
+    for text in [TEXT[:20_000], *strange_texts(100, seed=1)[:100], "aaaaaaaaaaa", "----------------------"]:
+        assert merged_by_list(text, files) == tok.encode(text)
+
+def test_an_exported_tokenizer_gives_our_ids():
+    """Ids and texts are equal in transformers, the name of the special token in a text and long white space included:
+    here on 300 strange texts, in .ci/export_check.py on 10,000 and on every code point."""
+    tok = SMALL_TOKENIZER
+    texts = strange_texts(300, seed=0)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in tok.hf_files().items():
+            Path(folder, name).write_text(text, encoding="utf-8")
+        theirs = of_transformers("AutoTokenizer").from_pretrained(folder)
+
+    assert differing_texts(tok, theirs, texts) == []
+    assert len(theirs) == tok.n_vocab
+    assert theirs.eos_token_id == tok.eot
+    assert theirs.decode([tok.eot]) == sample.EOT
+
+def test_bytes_are_exported_too():
+    """rl.py's tokenizer, whose pattern other regular expressions write otherwise."""
+    tok = rl.Gateway.tokenizer
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs = tokenizers.Tokenizer.from_str(tok.hf_files()["tokenizer.json"])
+
+    text = "a \n\t\u4e2d" + " " * 5000
+    assert theirs.encode(text).ids == tok.encode(text)
+
+MESSAGES = [
+    dict(role="system", content=""),
+    dict(role="user", content="h\u00e9 <b> {{ x }}\n"),
+    dict(role="assistant", content=None, tool_calls=[]),
+    dict(role="assistant", content=" two\n\nparts"),
+    dict(role="user", content=[dict(type="text", text="a"), "b", dict(type="refusal", refusal="c")]),
+]
+
+@parametrize("trim", [False, True])
+def test_the_chat_template_is_chat_text(trim):
+    """chat_template.jinja joins contents as the server does, however Jinja treats the template's own white space, and
+    ends with the blank line behind which --chat has its answer."""
+    jinja2 = pytest.importorskip("jinja2")
+    environment = jinja2.Environment(trim_blocks=trim, lstrip_blocks=trim)
+    template = environment.from_string(SMALL_TOKENIZER.hf_files()["chat_template.jinja"])
+
+    for n in range(1, len(MESSAGES) + 1):
+        said = sample.chat_text(MESSAGES[:n])
+        assert template.render(messages=MESSAGES[:n]) == said
+        asked = template.render(messages=MESSAGES[:n], add_generation_prompt=True)
+        assert asked == (said + sample.BLANK_LINE if said else "")
+
+@parametrize("family", ["m2", "m3"])
+def test_exported_models_compute_the_same_in_transformers(family):
+    """transformers opens an exported folder, misses nothing, and gives the same logits and the same greedy text. The
+    rows are longer than what MSA selects, and norms and biases are random."""
+    model = exportable(family)
+    idx = torch.randint(0, 300, (2, 70), generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_hf(folder, SMALL_TOKENIZER, shard_bytes=50_000)
+        theirs = open_exported(folder)
+
+    assert logits_apart(model, theirs, idx) < 1e-4  # fp32, sums in another order: 3e-6 here
+    here, there = greedy_texts(model, theirs, idx[0, :20].tolist(), 40)
+    assert here == there
+    assert theirs.config.eos_token_id == SMALL_TOKENIZER.eot
+    assert theirs.generation_config.eos_token_id == SMALL_TOKENIZER.eot
+
+def assert_trained_opens(out, folder):
+    """transformers computes and says with an exported folder what we do with the checkpoint in `out`."""
+    ours, tok = sample.load_model(read_checkpoint(out))
+    theirs = open_exported(folder)
+    ids = tok.encode(TEXT[:500])[:64]
+
+    assert logits_apart(ours, theirs, torch.tensor([ids])) < 1e-4  # as above
+    here, there = greedy_texts(ours, theirs, ids[:10], 20)
+    assert here == there
+
+def test_a_trained_tiny_opens_in_transformers(trained, tmp_path):
+    """train.py, sample.py --export, transformers: the same logits and the same text. .ci/export_check.py does it after
+    three minutes of training."""
+    run_sample(trained.out, "--export", tmp_path)
+
+    assert_trained_opens(trained.out, tmp_path)
+
+def test_a_trained_tiny_m2_opens_in_transformers(corpus, tmp_path):
+    """The same for M2's pattern."""
+    start_run(corpus, tmp_path, "--preset tiny-m2 --steps 2")
+
+    run_sample(tmp_path, "--export", tmp_path)
+
+    assert_trained_opens(tmp_path, tmp_path)
+
+def test_export_reports_its_contract(trained, tmp_path):
+    """The last line of stdout is JSON with the promised keys, the lines before it name the files and what is left out;
+    --hf A --export B writes the same weights again."""
+    first = tmp_path / "a"
+    second = tmp_path / "b"
+    result, text = run_sample(trained.out, "--export", first)
+
+    assert result == dict(
+        text=None, tokens=0, tokens_per_s=None, prefill_s=None, accepted=None, cached=0, export=str(first))
+    for path in first.iterdir():
+        assert path.name in text
+    assert "without | n_mtp 1" in text
+    model, tok = sample.load_model(read_checkpoint(trained.out))
+    assert_reads_back(first, model)
+    assert read_json(first / "config.json")["eos_token_id"] == tok.eot
+
+    quiet(sample, ["--hf", first, "--export", second])
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+
+@parametrize("line, word", [
+    ("--prompt x", "--prompt"),
+    ("--chat", "--chat"),
+    ("--serve 0", "--serve"),
+    ("--speculate 1", "--speculate"),
+    ("--max-new-tokens 5", "--max-new-tokens"),
+    ("--temperature 0", "--temperature"),
+    ("--device mps", "--device"),
+    ("--hf .", "another one"),
+    ("--out none", "none/ckpt.pt")])
+def test_what_means_nothing_beside_export_is_refused(line, word, tmp_path, monkeypatch):
+    """Flags of generation, the folder that is read: one line, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    target = "." if "--hf" in line else "new"
+
+    assert word in refused(sample, [*line.split(), "--export", target])
+
+    assert list(tmp_path.iterdir()) == []
+
+def test_export_writes_into_a_folder_alone(trained, tmp_path):
+    """A file of that name is refused, and so is the empty name, which would be the working directory."""
+    (tmp_path / "file").write_text("kept")
+
+    assert "no folder" in refused(sample, sample_args(trained.out, "--export", tmp_path / "file"))
+    assert "--export" in refused(sample, sample_args(trained.out, "--export", ""))
+    assert (tmp_path / "file").read_text() == "kept"
+
+def test_tiny_m2_is_m2_at_tinys_cost():
+    """M2's pattern in every field, as many channels of experts for a token as tiny has, and the same vocabulary."""
+    tiny = MiniMaxConfig.tiny()
+    m2 = MiniMaxConfig.tiny_m2()
+    _, text = quiet(train, ["--preset", "tiny-m2", "--dry-run"])
+
+    assert config_to_hf(m2, "float32")["model_type"] == "minimax_m2"
+    assert m2.n_expert_per_tok * m2.expert_dim == tiny.n_expert_per_tok * tiny.expert_dim + tiny.shared_dim
+    for name in ("vocab_size", "max_seq_len", "n_layer", "n_embd", "n_head", "n_kv_head", "n_expert", "n_mtp"):
+        assert getattr(m2, name) == getattr(tiny, name), name
+    assert "tiny-m2: 3,053,856 parameters" in text
 
 # ---- 10. one forward, one cache ------------------------------------------------------------------
 # One forward serves training, prefill, decode and recorded choices. With a cache it must give what it gives without;
@@ -15138,6 +15571,58 @@ def bias_falls_where_load_is_low(real, bias, load, rate):
     """Balancing has the wrong sign."""
     real(bias, load, -rate)
 
+def gate_and_up_swapped(real, *args):
+    """The two halves of what makes gate and up stand the other way round."""
+    tensors = real(*args)
+    return {name: t.roll(t.size(-2) // 2, -2) if "gate_up_proj" in name else t for name, t in tensors.items()}
+
+def biases_left_out(real, *args):
+    """The routers' biases, which are no parameters, are written as zeros."""
+    return {name: t * 0 if name.endswith("correction_bias") else t for name, t in real(*args).items()}
+
+def gains_without_their_1(real, *args):
+    """Gemma's norms are written as the factors that they multiply by."""
+    return {name: t + 1 if "norm" in name else t for name, t in real(*args).items()}
+
+def routers_in_bf16(real, *args):
+    """Gate and bias are as coarse as the other weights of a released model."""
+    tensors = real(*args)
+    return {name: t.bfloat16() if "gate.weight" in name or "bias" in name else t for name, t in tensors.items()}
+
+def rotated_share_forgotten(real, *args):
+    """config.json does not say that only a part of a head rotates."""
+    fields = real(*args)
+    del fields["partial_rotary_factor"], fields["rope_parameters"], fields["rotary_dim"]
+    return fields
+
+def selection_of_every_block(real, *args):
+    """The number of blocks is forgotten, and 16 are read, as in the release."""
+    return dict(real(*args), index_topk_blocks=16)
+
+def config_comes_first(real, path, shards, texts):
+    """config.json gets its name before the other files."""
+    return real(path, shards, dict(reversed(texts.items())))
+
+def first_byte_apart(real, token, rank_of):
+    """A token is a byte and the rest, wherever the rest is a token."""
+    rest = token[1:]
+    return (token[:1], rest) if rest in rank_of else real(token, rank_of)
+
+def special_names_are_special(real, spec):
+    """The name of the special token in a text is the token."""
+    files = real(spec)
+    return dict(files, **{"tokenizer_config.json": files["tokenizer_config.json"].replace("true", "false")})
+
+def long_runs_are_whole(real, spec):
+    """White space is not cut before the pattern cuts."""
+    files = real(spec)
+    return dict(files, **{"tokenizer.json": files["tokenizer.json"].replace("{4096}", "{99999}")})
+
+def words_without_their_space(real, spec):
+    """The space before a word is a chunk of its own."""
+    files = real(spec)
+    return dict(files, **{"tokenizer.json": files["tokenizer.json"].replace(" ?", "")})
+
 def silu_for_m3(real, h, activation, weight=None, impl="auto"):
     """M3's activation is M2's."""
     return real(h, "swiglu", weight, impl)
@@ -15901,6 +16386,10 @@ stacked = on(test_stacked_models_are_the_models_alone, "full", False)
 stacked_msa = on(test_stacked_models_are_the_models_alone, "msa", False)
 masked = on(test_masked_msa_trains_as_msa, False, 4)
 tied_blocks = on(test_ranked_blocks_are_the_selected_ones, 2)
+exported_files = on(test_exported_files_are_transformers_own, "m3")
+m2_there = on(test_exported_models_compute_the_same_in_transformers, "m2")
+m3_there = on(test_exported_models_compute_the_same_in_transformers, "m3")
+ids_there = test_an_exported_tokenizer_gives_our_ids
 lines_of_quality = test_rows_of_quality_are_summed_up
 new_weights = on(test_a_completion_goes_on_with_new_weights, "")
 
@@ -15960,6 +16449,17 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
            on(test_cached_equals_full, [5, 1, 7, 3, 16, 11], dict())),
     mutant(f"{__name__}.cross_entropy", loss_scaled_by_its_chunk, test_cross_entropy_in_chunks),
     mutant("train.orthogonalize", momentum_not_orthogonal, on(test_muon_orthogonalises, (3, 16, 48))),
+    mutant("model.exported_tensors", gate_and_up_swapped, exported_files, m3_there),
+    mutant("model.exported_tensors", biases_left_out, exported_files, m2_there),
+    mutant("model.exported_tensors", gains_without_their_1, exported_files, m3_there),
+    mutant("model.exported_tensors", routers_in_bf16, test_routers_stay_fp32_in_a_bf16_file, m3_there),
+    mutant("model.config_to_hf", rotated_share_forgotten, exported_files, m2_there, m3_there),
+    mutant("model.config_to_hf", selection_of_every_block, exported_files, m3_there),
+    mutant("model.write_folder", config_comes_first, test_a_killed_export_is_no_checkpoint),
+    mutant("sample.pair_of", first_byte_apart, test_a_list_of_merges_gives_the_ranks_ids, ids_there),
+    mutant("sample.hf_files", special_names_are_special, ids_there),
+    mutant("sample.hf_files", long_runs_are_whole, ids_there),
+    mutant("sample.hf_files", words_without_their_space, ids_there),
     mutant("sample.truncate_logits", top_p_one_token_short, test_samples_are_seeded_and_follow_the_distribution),
     mutant("train.Tokens.rows", targets_two_tokens_ahead, test_rows_obey_documents),
     mutant("msa._plan", first_task_does_nothing, on(test_prefill_kernels_equal_torch, "one KV head of sixteen")),

@@ -2064,9 +2064,9 @@ def _append_kernel(
 #     experts    mlp.w2 (E, C, I)              is   experts.0.w2.weight (C, I), experts.1.w2.weight ...
 # and mlp.w13 (E, 2 I, C) is both halves of every expert. transformers stacks what the release keeps apart.
 
-# Our name of a parameter -> its form in the release, which save_hf writes, or a list: the release's form, then that of
-# transformers, where they differ by more than a synonym. {e} stands for an expert's number, {w1,w3} for the names of
-# the two halves, gate and up.
+# Our name of a parameter -> its form in the release, or a list: the release's form, then that of transformers, where
+# they differ by more than a synonym. save_hf writes M2 in the first, M3 in the last. {e} stands for an expert's number,
+# {w1,w3} for the names of the two halves, gate and up.
 MODEL_FORMS = {
     "embed.weight": "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",
@@ -2582,8 +2582,8 @@ def config_from_hf(hf):
     except AssertionError as error:
         raise ValueError(f"config.json: {error}") from None
 
-# The two families that can be written, as classes of transformers hold them -> field: the value, or list of values, that
-# it has there. What is not named here may have any value that MiniMaxConfig allows.
+# The two families that can be written, as classes of transformers hold them -> field: the value that it has there, or a
+# list of what its entries may be. What is not named here may have any value that MiniMaxConfig allows.
 FAMILIES = dict(
     M2=dict(
         attn_types=["full"], mlp_types=["moe"], shared_dim=0, routed_scale=1,
@@ -2609,8 +2609,8 @@ def misfits(cfg, family):
     return lines
 
 def family_of(cfg):
-    """M2 or M3, whose class in transformers can hold this model. ValueError, in a line that names the fields, if neither
-    can."""
+    """The family, M2 or M3, whose class in transformers can hold this model. ValueError, naming the
+    fields, if neither can."""
     found = {family: misfits(cfg, family) for family in FAMILIES}
     nearest = min(found, key=lambda family: len(found[family]))
     if found[nearest]:
@@ -2623,8 +2623,8 @@ def exported_config(model, index_warmup):
     left_out = []
     if model.mtp:
         size, _ = count_params(model.mtp)
-        left_out.append(f"n_mtp {cfg.n_mtp}: modules of {size:,} parameters that draft tokens; transformers has no place "
-                        "for them")
+        left_out.append(f"n_mtp {cfg.n_mtp}: modules of {size:,} parameters that draft tokens; transformers has no "
+                        "place for them")
     kinds = cfg.attn_types
     n_sparse = kinds.count("msa")
     if n_sparse and index_warmup:
@@ -2705,8 +2705,7 @@ def exported_tensors(params, cfg):
     return tensors
 
 def split_shards(tensors, most):
-    """{name: tensor} -> {file: its {name: tensor}}, in order, no file with more than `most` bytes unless it has a single
-    tensor."""
+    """{name: tensor} -> {file: its {name: tensor}}, in order; a file has at most `most` bytes, or a single tensor."""
     shards = [{}]
     size = 0
     for name, t in tensors.items():
@@ -2763,12 +2762,13 @@ def write_folder(path, shards, texts):
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    for left in path.glob(f"*.safetensors{TEMPORARY}"):  # by a killed export
-        left.unlink()
     names = [*shards, *texts]
     try:
+        # what a killed export left goes first
+        for name in [*names, *(file.stem for file in path.glob(f"*.safetensors{TEMPORARY}"))]:
+            (path / f"{name}{TEMPORARY}").unlink(missing_ok=True)
         for name in names:
-            with open(path / f"{name}{TEMPORARY}", "wb") as file:
+            with open(path / f"{name}{TEMPORARY}", "xb") as file:
                 if name in shards:
                     write_tensors(file, shards[name])
                 else:

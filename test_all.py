@@ -2801,8 +2801,8 @@ def test_a_saved_share_gives_back_its_channels(head_dim, rotary_dim):
     assert int(config["partial_rotary_factor"] * head_dim) == rotary_dim
     assert config_from_hf(config).rotary_dim == rotary_dim
 
-# An exported folder goes the other way: what was trained here is opened by transformers. Names and fields are held to the
-# golden files, which transformers wrote; the numbers to transformers itself, where it is installed.
+# An exported folder goes the other way: what was trained here is opened by transformers. Names and fields are held to
+# the golden files, which transformers wrote; the numbers to transformers itself, where it is installed.
 
 M2_LIKE = dict(
     attn_types=["full"] * 3, mlp_types=["moe"] * 3, shared_dim=0, dense_dim=0, routed_scale=1.0, activation="swiglu",
@@ -2853,9 +2853,12 @@ def strange_texts(n, seed):
     """n short texts of what tokenizers trip over: white space of all kinds and lengths, marks, digits and letters of
     many scripts, names of special tokens, pieces of code, any code point of Unicode."""
     rng = random.Random(seed)
-    pieces = ["<|endoftext|>", "<|endoftext", "def f(x):", "\n\n    return", "\r\n", "\t", "  ", "\u00a0", "\u3000",
-              "\u200b", "\u200d", "\ufeff", "na\u00efve", "e\u0301", "\u4e2d\u6587", "\u0663\u0664", "\u00b2\u00bd", "\U0001f600",
-              "\u0928\u092e\u0938\u094d\u0924\u0947", "12345", "don't", "!!", "_x_", "\x00", "\x85", "\u2028", "\ufffd"]
+    pieces = [
+        "<|endoftext|>", "<|endoftext", "def f(x):", "don't", "12345", "!!", "_x_",
+        "\n\n    return", "\r\n", "\t", "  ", "\x00", "\x85", "\u00a0", "\u2028", "\u3000",
+        "\u200b", "\u200d", "\ufeff", "na\u00efve", "e\u0301", "\u4e2d\u6587",
+        "\u0928\u092e\u0938\u094d\u0924\u0947", "\u0663\u0664", "\u00b2\u00bd",
+        "\U0001f600", "\ufffd"]
     texts = []
     for _ in range(n):
         parts = []
@@ -2886,7 +2889,7 @@ def differing_texts(ours, theirs, texts):
 
 @parametrize("name", ["m2", "m3"])
 def test_exported_files_are_transformers_own(name):
-    """save_hf writes the golden checkpoints as transformers did: the same tensors by the same names, the same fields."""
+    """save_hf writes the golden checkpoints as transformers did: the same tensors by the same names, equal fields."""
     with tempfile.TemporaryDirectory() as folder:
         golden(name).save_hf(folder)
         tensors = load_file(Path(folder) / "model.safetensors")
@@ -2898,15 +2901,16 @@ def test_exported_files_are_transformers_own(name):
     for key in want:
         assert torch.equal(tensors[key], want[key]), key
     # what is of training, and what the classes say when nothing is said
-    defaults = {"attention_dropout", "initializer_range", "output_router_logits", "pad_token_id", "router_aux_loss_coef",
-                "router_jitter_noise", "transformers_version", "use_cache"}
+    defaults = {
+        "attention_dropout", "initializer_range", "output_router_logits", "pad_token_id", "router_aux_loss_coef",
+        "router_jitter_noise", "transformers_version", "use_cache"}
     assert want_fields.keys() - fields.keys() == defaults
     for key in want_fields.keys() & fields.keys():
         assert fields[key] == want_fields[key], key
 
 @parametrize("family", ["m2", "m3"])
 def test_save_hf_is_bit_equal(family, tmp_path):
-    """What is written is read back bit for bit, config included; MTP modules are left out, and named with their size."""
+    """What is written reads back bit for bit, config included; MTP modules are left out, and named with their size."""
     model = exportable(family)
 
     written = model.save_hf(tmp_path)
@@ -2959,7 +2963,7 @@ def test_what_m3_does_not_have_is_not_saved(key, value):
         config_to_hf(small_config(window=4, **{key: value}), "float32")
 
 def test_a_tokenizer_of_another_pattern_is_not_saved(tmp_path):
-    """A pattern that nobody has compared may cut text otherwise in transformers: it is refused, and nothing is written."""
+    """A pattern that nobody has compared may cut text otherwise in transformers: it is refused, nothing is written."""
     other = sample.Tokenizer(sample.learn_bpe([TEXT], 300, r"\w+|\W"))
 
     with value_error("pattern"):
@@ -3005,7 +3009,7 @@ def test_routers_stay_fp32_in_a_bf16_file():
             assert t.dtype == (torch.float32 if of_router else torch.bfloat16), name
 
 def test_a_layer_whose_index_learns_is_exported_full(tmp_path):
-    """Until the index branch has learned, its layers have full attention: so they are written, with a line that says so."""
+    """Until the index branch has learned, its layers have full attention: so they are written, and a line says it."""
     model = exportable("m3", n_mtp=0)
     idx = torch.randint(0, 300, (2, 60))
 
@@ -3049,8 +3053,8 @@ def export_killed(model, folder, n):
             model.save_hf(folder, SMALL_TOKENIZER)
 
 def test_a_killed_export_is_no_checkpoint():
-    """However far an export over an older one comes, the folder holds the older model, no config.json, or the new model,
-    in this order and never a mixture; and the next export tidies up."""
+    """However far an export over an older one comes, the folder holds the older model, no config.json, or the new
+    model, in this order and never a mixture; and the next export tidies up."""
     older = exportable("m3", n_mtp=0, n_layer=1, attn_types=["msa"], mlp_types=["moe"], dense_dim=0)
     newer = copy.deepcopy(older)
     with torch.no_grad():

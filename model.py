@@ -1737,8 +1737,11 @@ class MiniMax(nn.Module):
         shards = split_shards(tensors, shard_bytes)
         check_folder(path, shards)
 
-        eot = None if tokenizer is None else tokenizer.eot
-        texts = {} if tokenizer is None else dict(tokenizer.hf_files())
+        texts = {}
+        eot = None
+        if tokenizer is not None:
+            texts.update(tokenizer.hf_files())
+            eot = tokenizer.eot if tokenizer.eot >= 0 else None  # -1: no token ends a text
         if len(shards) > 1:
             texts[INDEX] = index_text(shards)
         dtype = str(self.embed.weight.dtype).removeprefix("torch.")
@@ -2609,8 +2612,7 @@ def misfits(cfg, family):
     return lines
 
 def family_of(cfg):
-    """The family, M2 or M3, whose class in transformers can hold this model. ValueError, naming the
-    fields, if neither can."""
+    """M2 or M3: the family whose class in transformers can hold this model. ValueError, naming fields, if neither can."""
     found = {family: misfits(cfg, family) for family in FAMILIES}
     nearest = min(found, key=lambda family: len(found[family]))
     if found[nearest]:

@@ -2612,7 +2612,7 @@ def misfits(cfg, family):
     return lines
 
 def family_of(cfg):
-    """M2 or M3: the family whose class in transformers can hold this model. ValueError, naming fields, if neither can."""
+    """M2 or M3: the family whose class in transformers holds this model. ValueError, naming fields, if neither does."""
     found = {family: misfits(cfg, family) for family in FAMILIES}
     nearest = min(found, key=lambda family: len(found[family]))
     if found[nearest]:

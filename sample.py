@@ -4193,6 +4193,8 @@ class AnswerParser:
 
     def grow(self, n):
         """The next n characters belong to the value."""
+        if n == 0:
+            return
         piece = self.take(n)
         self.value.append(piece)
         if self.is_text:

@@ -3621,9 +3621,9 @@ def read_request(raw, is_chat, args, tokenizer, cfg, reader=None):
     """
     body = read_object(raw)
     model = body.get("model")
-    name = model_name(args)
-    if model not in (None, name):
-        raise Refused(404, f"model {model!r:.60}: {name} is served", "model_not_found")
+    served = model_name(args)
+    if model not in (None, served):
+        raise Refused(404, f"model {model!r:.60}: {served} is served", "model_not_found")
     for name, neutral in NOT_SERVED.items():
         if body.get(name) not in (None, neutral):
             raise Refused(400, f"{name} {body[name]!r:.60}: it is not served")
@@ -3667,7 +3667,7 @@ def read_request(raw, is_chat, args, tokenizer, cfg, reader=None):
         n_best=min(n_best, cfg.vocab_size),
         is_stream=read_flag(body, "stream"),
         has_usage=read_flag(options or {}, "include_usage"),
-        model=name,
+        model=served,
         form=form)
 
 # ---- a server: thoughts and calls ----------------------------------------------------------------
@@ -3872,21 +3872,25 @@ def kind_of(value):
 
 def property_schema(schema, key, root):
     """The schema of an object's property; {} where nothing is said of it."""
+    named = []
+    others = []
     for branch in branches(schema, root):
         properties = branch.get("properties")
         if isinstance(properties, dict) and key in properties:
-            return properties[key]
-    for branch in branches(schema, root):
+            named.append(properties[key])
         if isinstance(branch.get("additionalProperties"), dict):
-            return branch["additionalProperties"]
-    return {}
+            others.append(branch["additionalProperties"])
+    return any_of(named or others)
 
 def item_schema(schema, root):
     """The schema of a list's parts."""
-    for branch in branches(schema, root):
-        if isinstance(branch.get("items"), dict):
-            return branch["items"]
-    return {}
+    return any_of([branch["items"] for branch in branches(schema, root) if isinstance(branch.get("items"), dict)])
+
+def any_of(schemas):
+    """Schemas -> one that says the same as all of them."""
+    if len(schemas) == 1:
+        return schemas[0]
+    return dict(anyOf=schemas) if schemas else {}
 
 def json_value(text):
     """The JSON that a text is. ValueError if it is none, or holds a number that JSON cannot."""
@@ -4340,7 +4344,10 @@ class History:
         any, and all that was said until now."""
         plain = [role, text.strip(), [[name, arguments] for _, name, arguments in calls]]
         self.digest.update(json.dumps(plain, sort_keys=True).encode())
-        return [f"id {calls[0][0]}"] * bool(calls) + [self.digest.hexdigest()]
+        keys = [self.digest.hexdigest()]
+        if calls:
+            keys.insert(0, f"id {calls[0][0]}")
+        return keys
 
     def copy(self):
         other = History()

@@ -306,7 +306,7 @@ SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token"
 MARK = "\ufdd0"
 UNMARK = "\ufdd1"
 
-def read_json(path):
+def read_settings(path):
     """The object in a JSON file; {} if there is no such file. ValueError, in one line, if it holds no object."""
     try:
         with open(path, encoding="utf-8") as file:
@@ -375,11 +375,16 @@ class HFTokenizer:
     def __init__(self, folder):
         self.folder = folder
         self.bpe = open_tokenizer(os.path.join(folder, "tokenizer.json"))
-        config = read_json(os.path.join(folder, "tokenizer_config.json"))
-        older = read_json(os.path.join(folder, "special_tokens_map.json"))
-        texts = {name: token_text(config.get(name, older.get(name))) for name in SPECIAL_NAMES}
+        config = read_settings(os.path.join(folder, "tokenizer_config.json"))
+        older = read_settings(os.path.join(folder, "special_tokens_map.json"))
+        more = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+        named = {name: config.get(name, older.get(name)) for name in SPECIAL_NAMES}
+        if isinstance(more, dict):     # M3's image_token, say
+            named |= more
+            more = []
+        texts = {name: token_text(token) for name, token in named.items()}
         self.special = {name: text for name, text in texts.items() if text is not None}
-        self.add_tokens(config)
+        self.add_tokens(config, [*self.special.values(), *map(token_text, more)])
 
         # the vocabulary
         vocab = self.bpe.get_vocab()
@@ -394,11 +399,11 @@ class HFTokenizer:
                 self.tokens[i] = text.encode()
 
         # a text begins with bos where something must be read first, and ends with eot; an answer ends with any of stops
-        generation = read_json(os.path.join(folder, "generation_config.json"))
+        generation = read_settings(os.path.join(folder, "generation_config.json"))
         eos = vocab.get(self.special.get("eos_token"))
         stops = listed(generation.get("eos_token_id")) + listed(eos)
         if not stops:                  # some converted config.json name other ids: it is the last to be asked
-            model = read_json(os.path.join(folder, "config.json"))
+            model = read_settings(os.path.join(folder, "config.json"))
             stops = listed(model.get("eos_token_id", model.get("text_config", {}).get("eos_token_id")))
         if not all(type(i) is int and i >= 0 for i in stops):
             raise ValueError(f"{folder}: eos_token_id {stops}: it must be ids")
@@ -406,36 +411,30 @@ class HFTokenizer:
         self.eot = min(stops, default=-1) if eos is None else eos
         self.bos = vocab.get(self.special.get("bos_token"), max(self.eot, 0))  # a model must read something
 
-        # which of the two a text of its own gets; where the config is silent the post-processor in tokenizer.json knows
-        self.has_frame = "add_bos_token" in config or "add_eos_token" in config
-        self.before = [self.bos] if config.get("add_bos_token") and "bos_token" in self.special else []
-        self.behind = [eos] if config.get("add_eos_token") and eos is not None else []
-
         # special tokens, the longest first, for the texts of others
         texts = "|".join(map(re.escape, sorted(self.added, key=len, reverse=True)))
         self.looks_special = re.compile(texts or "(?!)")
         self.marked = re.compile(f"{MARK}({self.looks_special.pattern}){UNMARK}|[{MARK}{UNMARK}]")
         self.template = read_template(folder, config, self.special)
 
-    def add_tokens(self, config):
-        """Tokens that tokenizer_config.json names and tokenizer.json lacks join it, as in transformers."""
+    def add_tokens(self, config, special):
+        """Tokens that tokenizer_config.json names and tokenizer.json lacks join it, as in transformers. special: texts
+        of special ones."""
         from tokenizers import AddedToken
         tokens = []
         for _, token in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
             flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
             tokens.append(AddedToken(token["content"], **{flag: token[flag] for flag in flags if flag in token}))
         known = {token.content for token in [*tokens, *self.bpe.get_added_tokens_decoder().values()]}
-        tokens += [AddedToken(text, special=True) for text in self.special.values() if text not in known]
+        tokens += [AddedToken(text, special=True) for text in special if text not in known]
         if tokens:
             self.bpe.add_tokens(tokens)
         self.bpe.encode_special_tokens = config.get("split_special_tokens", False)
 
     def encode(self, text):
-        """-> ids of a text of its own: with bos before it where the folder says so. As in transformers, the text of a
-        special token is that token, whoever wrote it."""
-        if not self.has_frame:
-            return self.bpe.encode(whole_text(text)).ids
-        return self.before + self.encode_part(text) + self.behind
+        """-> ids of a text of its own, with bos before it if tokenizer.json's post-processor says so. As in
+        transformers, the text of a special token is that token, whoever wrote it."""
+        return self.bpe.encode(whole_text(text)).ids
 
     def encode_part(self, text):
         """-> ids of a text that goes on from others, or that a template wrote."""
@@ -663,7 +662,7 @@ def read_template(folder, config, special):
     if os.path.exists(path):
         with open(path, encoding="utf-8") as file:
             return ChatTemplate(file.read(), name, special)
-    older = read_json(os.path.join(folder, "chat_template.json"))
+    older = read_settings(os.path.join(folder, "chat_template.json"))
     for name, source in (("tokenizer_config.json", config), ("chat_template.json", older)):
         source = source.get("chat_template")
         if isinstance(source, list):   # several, by name
@@ -5871,7 +5870,7 @@ def parse_args(argv):
 
 def released_sampling(folder):
     """-> the flags, as text, of what generation_config.json says about sampling."""
-    config = read_json(os.path.join(folder, "generation_config.json"))
+    config = read_settings(os.path.join(folder, "generation_config.json"))
     names = ("temperature", "top_p", "top_k")
     flags = {name: str(config[name]) for name in names if config.get(name) is not None}
     if config.get("do_sample") is False:

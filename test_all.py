@@ -8940,6 +8940,7 @@ def test_no_mark_is_told_as_content(name):
     for char in text:
         told += parser.feed(char)["text"]
         assert meant[1].startswith(told)
+    assert told + parser.feed("", final=True)["text"] == meant[1]
 
 def test_a_cut_call_is_text_and_told_to_be_none():
     """A limit ends the second call: it is content as it was written, the first one stays. A stream has told arguments
@@ -17158,6 +17159,45 @@ def any_flag_is_the_agents(real, made, flags):
     made.flags = flags
     return "The flags are set."
 
+def any_fitting_tag_closes(real, parser, after):
+    return after is not None and (not after.partial or None)
+
+def half_marks_are_content(real, parser, pattern):
+    return pattern.search(parser.rest)
+
+def thoughts_are_content(real, parser):
+    parser.step = parser.speak
+    return True
+
+def arguments_at_the_end(real, parser, text):
+    parser.late = getattr(parser, "late", "") + text
+    if text == "}":
+        real(parser, parser.late)
+
+def line_breaks_are_content(real, parser):
+    parser.breaks = ""
+
+def cut_calls_are_lost(real, parser):
+    parser.calls.pop()
+
+def schemas_are_ignored(real, schema, root):
+    return set()
+
+def tags_are_text(real, text):
+    return None
+
+def thoughts_stay_in_content(real, text, style, may_lack_mark):
+    return None, text
+
+def thoughts_are_forgotten(real, thoughts, keys):
+    return None
+
+def results_as_they_come(real, messages):
+    return messages
+
+def users_marks_are_marks(real, tokenizer, message):
+    return message
+
 def on(test, *args):
     """The test with these arguments, under its own name."""
     def run():
@@ -17169,6 +17209,8 @@ def mutant(target, sabotage, *tests):
     """What is called `target` becomes the sabotage -> a case for each test that must then fail."""
     return [pytest.param(target, sabotage, test, id=f"{sabotage.__name__}-{test.__name__}") for test in tests]
 
+sent_back_alone = on(test_a_session_reads_on_from_what_was_written, "m2", True, content_alone)
+sent_back_in_content = on(test_a_session_reads_on_from_what_was_written, "m3", False, thought_in_content)
 documents = on(test_packed_documents_learn_as_apart, torch.float32, 1e-6)
 brute_force = on(test_selection_equals_brute_force, 37, 4, 3)
 task_a_block = on(test_training_kernels_equal_autograd, "one task a block")
@@ -17372,6 +17414,23 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("sample.Engine.admit", newcomers_wait_for_an_end, test_a_newcomer_waits_for_no_long_text),
     mutant("sample.Engine.write_row", decoded_for_who_is_gone, test_who_hangs_up_is_not_decoded_for),
     mutant("sample.Client.tell", news_without_a_bound, test_a_client_that_reads_too_slowly_is_told),
+    mutant("sample.AnswerParser.goes_on", any_fitting_tag_closes,
+           on(test_an_answer_is_read_as_it_was_meant, "a call in a value")),
+    mutant("sample.AnswerParser.search", half_marks_are_content, on(test_no_mark_is_told_as_content, "call"),
+           on(test_every_cut_of_an_answer_reads_the_same, "M3")),
+    mutant("sample.AnswerParser.think", thoughts_are_content,
+           on(test_an_answer_is_read_as_it_was_meant, "a call in a thought")),
+    mutant("sample.AnswerParser.argue", arguments_at_the_end,
+           on(test_arguments_are_told_as_they_grow, M2_FORM, write_m2)),
+    mutant("sample.AnswerParser.skip_breaks", line_breaks_are_content,
+           on(test_an_answer_is_read_as_it_was_meant, "call")),
+    mutant("sample.AnswerParser.void_call", cut_calls_are_lost, test_a_cut_call_is_text_and_told_to_be_none),
+    mutant("sample.kinds_of", schemas_are_ignored, on(test_a_value_is_what_its_schema_says, *VALUES[0])),
+    mutant("sample.tagged_parts", tags_are_text, on(test_what_was_read_is_written_again, "m3")),
+    mutant("sample.split_thought", thoughts_stay_in_content, sent_back_in_content),
+    mutant("sample.Thoughts.find", thoughts_are_forgotten, sent_back_alone),
+    mutant("sample.in_order_of_calls", results_as_they_come, sent_back_alone),
+    mutant("sample.HFTokenizer.mark", users_marks_are_marks, test_what_users_say_is_no_mark),
     mutant(f"{__name__}.lightning_attention", no_decay, double_loop),
     mutant(f"{__name__}.lightning_attention", decay_of_the_wrong_sign, double_loop),
     mutant(f"{__name__}.lightning_attention", documents_share_a_state, double_loop),

@@ -4304,7 +4304,8 @@ TAIL = 16                              # tokens of a prompt that may have opened
 MOST_THOUGHTS = 2 ** 24                # characters of thoughts that are remembered
 NOT_RENDERED = dict(                   # as NOT_SERVED, of requests that go through a template
     functions=[], function_call="none", add_generation_prompt=True, continue_final_message=False, documents=[])
-TEMPLATE_NAMES = ("messages", "tools", "add_generation_prompt", "documents", "behind")  # none of a client's options
+TEMPLATE_NAMES = ("messages", "tools", "add_generation_prompt", "documents", "behind", "self")  # no client's options
+THOUGHT_NAMES = ("reasoning_content", "reasoning", "thinking")  # beside an answer, by different servers
 
 class Thoughts:
     """Thoughts of the last answers, by what the client will send back."""
@@ -4490,7 +4491,8 @@ class TemplateReader:
         """A message of the assistant. Its thought is in its content, or beside it, or remembered; the template gets it
         in one place."""
         calls = read_calls(message, where)
-        thought = message.get("reasoning_content", message.get("reasoning"))
+        thoughts = [message[name] for name in THOUGHT_NAMES if message.get(name) is not None]
+        thought = thoughts[0] if thoughts else None
         if not isinstance(thought, str | None):
             raise ValueError(f"{where}: reasoning_content {thought!r:.60}: it must be a string")
         if thought is None:

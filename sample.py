@@ -332,13 +332,12 @@ def token_text(token):
     return token if isinstance(token, str) else None
 
 def byte_letters():
-    """-> the byte that each letter of a byte-level vocabulary stands for: a visible one of Latin-1 for itself, those
-    from U+0100 on, in order, for the other bytes."""
-    visible = [*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)]
-    letters = {chr(byte): byte for byte in visible}
-    others = [byte for byte in range(256) if chr(byte) not in letters]
-    letters.update((chr(256 + i), byte) for i, byte in enumerate(others))
-    return letters
+    """-> a table for str.translate, from the letters of a byte-level vocabulary to bytes, as Latin-1: a visible letter
+    of Latin-1 stands for itself, those from U+0100 on, in order, for the other bytes."""
+    visible = {*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)}
+    others = [byte for byte in range(256) if byte not in visible]
+    no_letters = dict.fromkeys(others, "\uffff")  # they stand for no byte
+    return no_letters | {256 + i: byte for i, byte in enumerate(others)}
 
 def is_byte_level(part):
     """Whether a part of tokenizer.json, a decoder, is ByteLevel, or a sequence that holds it."""
@@ -393,10 +392,12 @@ class HFTokenizer:
         self.tokens = [b""] * self.n_vocab  # bytes of each; an id that is missing has none
         letters = byte_letters()
         for text, i in vocab.items():
-            if text not in self.added and all(letter in letters for letter in text):
-                self.tokens[i] = bytes(letters[letter] for letter in text)
-            else:
+            try:
+                self.tokens[i] = text.translate(letters).encode("latin-1")
+            except UnicodeEncodeError:      # it is no byte-level token
                 self.tokens[i] = text.encode()
+        for text, i in self.added.items():
+            self.tokens[i] = text.encode()
 
         # a text begins with bos where something must be read first, and ends with eot; an answer ends with any of stops
         generation = read_settings(os.path.join(folder, "generation_config.json"))
@@ -483,11 +484,12 @@ class HFTokenizer:
 
     @functools.cached_property
     def plain(self):
-        """The same tokenizer without special tokens: it is made when a user first writes the text of one."""
-        spec = json.loads(self.bpe.to_str())
-        spec["added_tokens"] = []
-        spec["post_processor"] = None
-        return type(self.bpe).from_str(json.dumps(spec))
+        """The same tokenizer without special tokens, for a user's text that looks like one."""
+        plain = type(self.bpe)(self.bpe.model)
+        plain.pre_tokenizer = self.bpe.pre_tokenizer
+        if self.bpe.normalizer is not None:
+            plain.normalizer = self.bpe.normalizer
+        return plain
 
     def decode_bytes(self, ids):
         """-> bytes, exactly those of each token; an id that the tokenizer lacks, though the model has it, has none."""

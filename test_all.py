@@ -5948,8 +5948,8 @@ PIECES = [
     "[PAD]", " ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "\u2028", "\x00", "\x1b", "\x7f", "\ufeff", "\ufffd",
     "\ufdd0", "e\u0301", "\u0301", "\u0300\u0301", "\u200d", "\u200b", "\U0001f468\u200d\U0001f469\u200d\U0001f467",
     "\U0001f1e9", "\U0001f44d\U0001f3fd", "\u2764\ufe0f", "\u4e2d\u6587", "\u0928\u092e\u0938\u094d\u0924\u0947",
-    "\u0627\u0644", "\u1100\u1161\u11a8", "\u212b", "\ufb01", "na\u00efve", "I'LL", "don't", "def f(x):", "1234567", "\u0663\u2460",
-    "///", "\U0010ffff", "\U000e0001", "\ue000", "\u0130", "\u00df", "\u01c5"]
+    "\u0627\u0644", "\u1100\u1161\u11a8", "\u212b", "\ufb01", "na\u00efve", "I'LL", "don't", "def f(x):", "1234567",
+    "\u0663\u2460", "///", "\U0010ffff", "\U000e0001", "\ue000", "\u0130", "\u00df", "\u01c5"]
 PLANES = [(0, 0x80), (0x80, 0x250), (0x250, 0x3000), (0x3000, 0xd800), (0xe000, 0x10000), (0x10000, 0x20000),
           (0x20000, 0x110000)]
 
@@ -6394,6 +6394,55 @@ def test_what_hf_files_hold(spoken):
     assert set(files) == {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"}
     assert files["chat_template.jinja"] == TEMPLATES["m2"]
     assert files["tokenizer.json"] == released_tokenizer("m2")
+
+def specials_are_text(real, tokenizer, text):
+    return tokenizer.plain.encode(sample.whole_text(text)).ids
+
+def tokens_lose_their_bytes(real, tokenizer, ids):
+    return real(tokenizer, ids).decode(errors="replace").encode()
+
+def vocabulary_is_shown(real, tokenizer, ids):
+    return "".join(tokenizer.bpe.id_to_token(i) or "" for i in ids).encode()
+
+def added_tokens_forgotten(real, tokenizer, config, special):
+    """tokenizer.json is all there is."""
+
+def newlines_are_lost(real, template, *args, **options):
+    return sample.ChatTemplate(template.source.replace("\n", ""), template.name, template.special).compiled.render(
+        messages=args[0], tools=args[1] if len(args) > 1 else options.get("tools"), add_generation_prompt=True)
+
+def blocks_keep_their_newline(real):
+    environment = real()
+    environment.trim_blocks = False
+    return environment
+
+def html_is_escaped(real):
+    environment = real()
+    del environment.filters["tojson"]
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value).replace("<", "\\u003c")
+    return environment
+
+def arguments_in_text_are_dropped(real, call):
+    given = call.get("function", call)["arguments"]
+    return real(call) if isinstance(given, dict) else sample.Call(function=dict(call["function"], arguments={}))
+
+def thoughts_by_one_name(real, message):
+    return dict(message)
+
+def users_write_special_tokens(real, tokenizer, message):
+    return message
+
+def turns_without_an_end(real, conversation, text):
+    """The last answer is not closed."""
+    return conversation.tokenizer.encode_chat([dict(role="user", content=text)])
+
+def thoughts_are_rendered_anew(real, conversation, text):
+    """Each turn writes the whole conversation."""
+    said = [dict(role="assistant", content=conversation.text)] if conversation.ids else []
+    return conversation.tokenizer.encode_chat([*said, dict(role="user", content=text)])
+
+def flags_are_overruled(real, folder):
+    return {name: "0.5" for name in real(folder) if name != "top_k"}
 
 def run_in_ascii(script, argv):
     """Run a script's main on a terminal of ASCII alone -> what it printed."""
@@ -17209,6 +17258,26 @@ def mutant(target, sabotage, *tests):
     """What is called `target` becomes the sabotage -> a case for each test that must then fail."""
     return [pytest.param(target, sabotage, test, id=f"{sabotage.__name__}-{test.__name__}") for test in tests]
 
+def in_folder(test, *args):
+    """The test with these arguments, in a folder of its own."""
+    def run():
+        with tempfile.TemporaryDirectory() as folder:
+            test(*args, Path(folder))
+    run.__name__ = test.__name__
+    return run
+
+def with_texts(test):
+    """The test with a folder that holds M2's text files."""
+    def run():
+        with tempfile.TemporaryDirectory() as folder:
+            test(write_text(Path(folder)))
+    run.__name__ = test.__name__
+    return run
+
+released_ids = in_folder(test_ids_are_transformers, "m2")
+released_templates = in_folder(test_templates_render_as_in_transformers, "m2")
+joined_turns = in_folder(test_turns_join_to_a_full_render, "m2_keeps", "")
+shown_tokens = with_texts(test_tokens_are_bytes)
 sent_back_alone = on(test_a_session_reads_on_from_what_was_written, "m2", True, content_alone)
 sent_back_in_content = on(test_a_session_reads_on_from_what_was_written, "m3", False, thought_in_content)
 documents = on(test_packed_documents_learn_as_apart, torch.float32, 1e-6)
@@ -17389,6 +17458,23 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("rl.schedule", never_an_endless_warmup, on(test_each_step_has_the_schedules_rate, dict(warmup=8.0), 1)),
     mutant("rl.places", places_after_one_edit, test_places_are_all_that_edits_lead_to),
     mutant("bench.Played.met_error", every_episode_met_one, test_mistakes_after_an_error_are_counted),
+    mutant("sample.HFTokenizer.encode", specials_are_text, released_ids),
+    mutant("sample.HFTokenizer.decode_bytes", tokens_lose_their_bytes, shown_tokens),
+    mutant("sample.HFTokenizer.decode_bytes", vocabulary_is_shown, shown_tokens, released_ids),
+    mutant("sample.HFTokenizer.add_tokens", added_tokens_forgotten, in_folder(
+        test_a_folders_own_settings_are_transformers, None, dict(pad_token="<zz>"))),
+    mutant("sample.ChatTemplate.render", newlines_are_lost, with_texts(test_a_template_by_hand)),
+    mutant("sample.template_environment", blocks_keep_their_newline, with_texts(test_a_template_by_hand)),
+    mutant("sample.template_environment", html_is_escaped, with_texts(test_a_template_by_hand)),
+    mutant("sample.parsed", arguments_in_text_are_dropped, with_texts(test_calls_in_any_form)),
+    mutant("sample.plain_message", thoughts_by_one_name, released_templates),
+    mutant("sample.HFTokenizer.mark", users_write_special_tokens,
+           in_folder(test_what_a_user_says_is_no_special_token, "m2"),
+           with_texts(test_what_a_user_says_is_read_as_in_transformers)),
+    mutant("sample.TemplateConversation.turn", turns_without_an_end, joined_turns),
+    mutant("sample.TemplateConversation.turn", thoughts_are_rendered_anew, joined_turns),
+    mutant("sample.released_sampling", flags_are_overruled, in_folder(
+        test_a_folder_says_how_it_is_sampled, dict(do_sample=False, temperature=None), "", (0.0, 0.95, 40))),
     mutant("sample.pack_routes", routes_of_the_token_before,
            on(test_a_page_shows_what_the_forward_chose, "full", 0),
            on(test_a_page_shows_what_the_forward_chose, "msa", 2)),

@@ -5,7 +5,7 @@
 
 Special tokens and pieces of them, joiners, lone accents, controls, all planes of Unicode, long runs, CRLF, cut UTF-8,
 the empty text; then ids at random, most of which form no text. Each control is a mistake that must be noticed. Exit
-code 1 if something differs, or a control passes. The checks are those of test_all.py, which runs a small sample of them.
+code 1 if something differs, or a control passes. The checks are those of test_all.py, which runs a few of them.
 """
 import argparse
 import json

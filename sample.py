@@ -3832,14 +3832,18 @@ def resolved(schema, root):
             schema = schema.get(name) if isinstance(schema, dict) else None
     return {}
 
-def branches(schema, root, depth=0):
-    """A schema -> the schemas that a value may follow: itself, or what its anyOf, oneOf and allOf name."""
-    schema = resolved(schema, root)
-    found = [schema]
-    for name in ("anyOf", "oneOf", "allOf"):
-        choices = schema.get(name)
-        if isinstance(choices, list) and depth < MOST_REFERENCES:
-            found += [branch for choice in choices for branch in branches(choice, root, depth + 1)]
+def branches(schema, root):
+    """A schema -> the schemas that a value may follow: itself, and what its anyOf, oneOf and allOf name."""
+    found = []
+    waiting = deque([schema])
+    while waiting:
+        branch = resolved(waiting.popleft(), root)
+        if any(branch is other for other in found):  # in a circle
+            continue
+        found.append(branch)
+        for name in ("anyOf", "oneOf", "allOf"):
+            choices = branch.get(name)
+            waiting.extend(choices if isinstance(choices, list) else [])
     return found
 
 def kinds_of(schema, root):

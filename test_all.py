@@ -9043,6 +9043,7 @@ VALUES = [
     (dict(const=True), "true", True),
     (REFERRED, "2", 2),
     ({"$ref": "#/$defs/circle"}, "2", 2),
+    ({"$ref": "#/$defs/circles"}, "2", 2),
     ({"$ref": "#/nowhere"}, "x", "x"),
     ({}, "5", 5),
     ({}, "[1]", [1]),
@@ -9054,7 +9055,8 @@ VALUES = [
 @parametrize("schema, text, value", VALUES, ids=range(len(VALUES)))
 def test_a_value_is_what_its_schema_says(schema, text, value):
     """Strings stay as they are; numbers, objects and others are read; where nothing is said, what is JSON is JSON."""
-    definitions = dict(level=dict(type="integer"), circle={"$ref": "#/$defs/circle"})
+    circles = dict(anyOf=[{"$ref": "#/$defs/circles"}] * 2)
+    definitions = dict(level=dict(type="integer"), circle={"$ref": "#/$defs/circle"}, circles=circles)
     tools = dict(tool={"type": "object", "properties": dict(x=schema), "$defs": definitions})
     for style, write in ((M2_FORM, write_m2), (M3_FORM, write_m3)):
         _, _, calls = parsed(style, [write([("tool", dict(x=text))])], tools=tools)

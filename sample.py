@@ -3920,11 +3920,13 @@ def scalar(text, kinds):
     except ValueError:
         return text
     kind = kind_of(value)
+    if kind == "string":               # its quotes belong to it
+        return text
     if kind == "number" and value.is_integer() and "integer" in kinds and "number" not in kinds:
         return int(value)
     if kind == "integer" and "number" in kinds:
         kind = "number"
-    fits = kind in kinds if kinds else kind != "string"
+    fits = not kinds or kind in kinds
     # where a string may stand, a number that would be written in another way is one: 007, 1.50
     if fits and "string" in kinds and kind in ("integer", "number") and json.dumps(value) != text:
         return text

@@ -8949,13 +8949,13 @@ def scrap_text(rng):
             text += rng.choice(SCRAPS)
     return text
 
-def test_scraps_of_calls_are_read_as_by_brute_force():
-    """1,500 texts of tags in any order, most of them no calls: what a whole-text expression finds, in any pieces."""
+def read_scraps(n, seed):
+    """n texts of tags in any order are read as a whole-text expression reads them, in any pieces -> calls found."""
     style = dataclasses.replace(M2_FORM, think_open="", think_close="", before_content="")
     tools = dict(any=typed_tool(**dict.fromkeys("abcdefghijk", "string")))
-    rng = random.Random(1)
+    rng = random.Random(seed)
     n_calls = 0
-    for _ in range(1500):
+    for _ in range(n):
         text = scrap_text(rng)
         content, calls = whole_reading(text)
         cuts = [rng.randrange(len(text) + 1) for _ in range(4)]
@@ -8963,9 +8963,34 @@ def test_scraps_of_calls_are_read_as_by_brute_force():
         assert got_calls == calls, text
         assert "".join(got_content.split()) == "".join(content.split()), text
         n_calls += len(calls)
-    assert n_calls > 200
+    return n_calls
 
-# name -> style, an answer in its form, cut within a long value: its tools' arguments must be known so far
+def read_cut_scraps(n, seed):
+    """n texts of anything that the parser looks for, M2's and M3's, in pieces and whole -> calls found."""
+    rng = random.Random(seed)
+    scraps = [*SCRAPS, "<think>", "</think>", "<mm:think>", "</mm:think>", '<parameter name="path">', "5", "[1]",
+              '<invoke name="write">', f'{M3_TAG}tool_call>{M3_TAG}invoke name="edit">{M3_TAG}edits>', M3_TAG,
+              *(f"{M3_TAG}{tag}>" for tag in ("item", "/item", "edits", "/edits", "path", "/path", "/invoke",
+                                              "/tool_call", "tool_call", 'invoke name="now"'))]
+    n_calls = 0
+    for _ in range(n):
+        form, write, tail = rng.choice([(M2_FORM, write_m2, M2_TAIL), (M3_FORM, write_m3, "")])
+        text = "".join(rng.choice(scraps) for _ in range(rng.randrange(12)))
+        if rng.randrange(2):
+            call = write([("edit", dict(path="a", edits=[dict(old="1")])), ("now", {})])
+            text = form.think_close + rng.choice([call, call[:rng.randrange(len(call))]]) + text
+        whole = parsed(form, [text], tail)
+        cuts = [rng.randrange(len(text) + 1) for _ in range(4)]
+        assert parsed(form, cut_at(text, cuts), tail) == whole, text
+        n_calls += len(whole[2])
+    return n_calls
+
+def test_scraps_of_calls_are_read_as_by_brute_force():
+    """1,500 texts of tags in any order, most of them no calls: what a whole-text expression finds, in any pieces; and
+    500 of any marks: the same, in any pieces. .ci/calls_fuzz.py takes 100,000 of each."""
+    assert read_scraps(1500, seed=1) > 200
+    assert read_cut_scraps(500, seed=1) > 200
+
 @parametrize("style, write", [(M2_FORM, write_m2), (M3_FORM, write_m3)], ids=["M2", "M3"])
 def test_arguments_are_told_as_they_grow(style, write):
     """A file of 2,000 characters: at each of its characters all but the last few have been told, a mark's length."""
@@ -9032,6 +9057,7 @@ VALUES = [
     (dict(type=["string", "null"]), "null", None),
     (dict(type=["string", "integer"]), "5", 5),
     (dict(type=["string", "integer"]), "007", "007"),
+    (dict(type=["string", "integer"]), '"a"', '"a"'),
     (dict(type="array"), "[1, 2]", [1, 2]),
     (dict(type="object"), '{"a": "</parameter>"}', {"a": "</parameter>"}),
     (dict(type="object"), "{a: 1}", "{a: 1}"),
@@ -9129,16 +9155,14 @@ def test_the_style_of_a_template_is_learned(kind):
     plain = sample.learn_style(sample.ChatTemplate("{{ messages[0].content }}", "plain"))
     assert plain == sample.Style(knows_developer=True)
 
-@both_models
-def test_what_was_read_is_written_again(kind):
-    """200 answers in a template's form, their values at random: read, and rendered, they are the same text; the calls
-    are those that were rendered."""
+def read_answers(kind, n, seed):
+    """n answers that a template wrote, their values at random, are read as what it was given."""
     template = text_reader(kind).template
     style = sample.learn_style(template)
-    rng = random.Random(2)
+    rng = random.Random(seed)
     asked = user("Go.")
     head = template.render([asked], add_generation_prompt=True)
-    for _ in range(200):
+    for _ in range(n):
         thought = rng.choice(["", "Hm.", "a\n\nb\n", "<tool>"])
         content = rng.choice(["", "Look:", " x\n", "</invoke>", "\n\n"])
         calls = []
@@ -9158,6 +9182,12 @@ def test_what_was_read_is_written_again(kind):
         got_thought, got_content, got_calls = parsed(style, cut_at(text, [len(text) // 3]), head, tools)
         assert (got_thought, got_content) == (thought, content)
         assert got_calls == [(name, arguments) for _, name, arguments in calls]
+
+@both_models
+def test_what_was_written_is_read_as_it_was_meant(kind):
+    """200 answers in a template's form, with tags in their values: thought, content and calls are those that it was
+    given. (That they are then rendered to the same text, sessions show.)"""
+    read_answers(kind, 200, seed=2)
 
 class Script:
     """Stands in for `play`: what is written is laid down, text by text. `prompts` are those that it was given."""
@@ -17514,7 +17544,7 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
            on(test_an_answer_is_read_as_it_was_meant, "call")),
     mutant("sample.AnswerParser.void_call", cut_calls_are_lost, test_a_cut_call_is_text_and_told_to_be_none),
     mutant("sample.kinds_of", schemas_are_ignored, on(test_a_value_is_what_its_schema_says, *VALUES[0])),
-    mutant("sample.tagged_parts", tags_are_text, on(test_what_was_read_is_written_again, "m3")),
+    mutant("sample.tagged_parts", tags_are_text, on(test_what_was_written_is_read_as_it_was_meant, "m3")),
     mutant("sample.split_thought", thoughts_stay_in_content, sent_back_in_content),
     mutant("sample.Thoughts.find", thoughts_are_forgotten, sent_back_alone),
     mutant("sample.in_order_of_calls", results_as_they_come, sent_back_alone),

@@ -3197,7 +3197,7 @@ KEEP_ALIVE = 75                        # seconds that a connection may be idle b
 BACKLOG = 1024                         # connections that may wait until they are heard
 # status -> OpenAI's name for what is wrong, where there is one
 ERROR_CODE = {401: "invalid_api_key", 404: "not_found", 429: "rate_limit_exceeded"}
-TEXT_PARTS = ("text", "input_text", "output_text", "refusal")  # types of a message's parts that are text
+TEXT_PARTS = ("text", "input_text", "output_text", "refusal", "reasoning.text")  # types of parts that are text
 
 class Refused(Exception):
     """(status, reason), and perhaps OpenAI's name for it: what a request gets in place of an answer."""
@@ -3787,6 +3787,10 @@ def learn_style(template):
         if grammar.begin in between:
             style.before_calls = between.partition(grammar.begin)[0]
             style.grammar = grammar
+            parser = AnswerParser(style, dict(qName={}))
+            parser.feed(text[text.index("qContent"):], final=True)
+            if [call[1:] for call in parser.said[2]] != [("qName", '{"qKey": "qValue"}')]:
+                style.grammar = None   # it has the marks, and something else between them
     return style
 
 def split_thought(text, style, may_lack_mark):
@@ -4313,7 +4317,7 @@ MOST_THOUGHTS = 2 ** 24                # characters of thoughts that are remembe
 NOT_RENDERED = dict(                   # as NOT_SERVED, of requests that go through a template
     functions=[], function_call="none", add_generation_prompt=True, continue_final_message=False, documents=[])
 TEMPLATE_NAMES = ("messages", "tools", "add_generation_prompt", "documents", "behind", "self")  # no client's options
-THOUGHT_NAMES = ("reasoning_content", "reasoning", "thinking")  # beside an answer, by different servers
+THOUGHT_NAMES = ("reasoning_content", "reasoning", "thinking", "reasoning_details")  # of different servers
 
 class Thoughts:
     """Thoughts of the last answers, by what the client will send back."""
@@ -4422,6 +4426,18 @@ def read_calls(message, where):
         found.append((call.get("id"), function["name"], arguments))
     return found
 
+def thought_beside(message, where):
+    """The thought beside an answer's content, by whichever name; None without one."""
+    for name in THOUGHT_NAMES:
+        thought = message.get(name)
+        if isinstance(thought, list):  # MiniMax's own service has parts of text
+            thought = message_text(thought, where)
+        if not isinstance(thought, str | None):
+            raise ValueError(f"{where}: {name} {thought!r:.60}: it must be a string")
+        if thought is not None:
+            return thought
+    return None
+
 def call_object(call_id, name, arguments):
     """A tool call as the protocol has it."""
     return dict(id=call_id, type="function", function=dict(name=name, arguments=arguments))
@@ -4447,6 +4463,16 @@ class TemplateReader:
         self.template = tokenizer.template
         self.style = learn_style(self.template)
         self.thoughts = Thoughts()
+
+    @property
+    def card(self):
+        """How answers are read, in words for a start-up card."""
+        parts = []
+        if self.style.think_open:
+            parts.append(f"{self.style.think_open} as reasoning_content")
+        if self.style.grammar:
+            parts.append(f"{self.style.grammar.begin} as tool_calls")
+        return ", ".join(parts) or "as they are: the template writes neither thoughts nor calls in a form known here"
 
     def read(self, body):
         """A request -> its prompt's ids, and the AnswerForm. Refused if it cannot be served."""
@@ -4499,10 +4525,7 @@ class TemplateReader:
         """A message of the assistant. Its thought is in its content, or beside it, or remembered; the template gets it
         in one place."""
         calls = read_calls(message, where)
-        thoughts = [message[name] for name in THOUGHT_NAMES if message.get(name) is not None]
-        thought = thoughts[0] if thoughts else None
-        if not isinstance(thought, str | None):
-            raise ValueError(f"{where}: reasoning_content {thought!r:.60}: it must be a string")
+        thought = thought_beside(message, where)
         if thought is None:
             thought = self.thoughts.find(history.copy().add("assistant", text, calls))
         in_text, text = split_thought(text, self.style, thought is None)
@@ -6051,7 +6074,10 @@ def serve(args):
 
     engine = Engine(model, tokenizer, index_warmup, args.speculate, args.seed)
     token = args.token or os.urandom(16).hex()
-    door.open(Protocol(engine, args).app(token))
+    protocol = Protocol(engine, args)
+    if protocol.reader is not None:
+        print(f"answers | {protocol.reader.card}", flush=True)
+    door.open(protocol.app(token))
     print(f"server  | {door.url} key {token}", flush=True)
     began = time.perf_counter()
     try:

@@ -9155,6 +9155,10 @@ def test_the_style_of_a_template_is_learned(kind):
     plain = sample.learn_style(sample.ChatTemplate("{{ messages[0].content }}", "plain"))
     assert plain == sample.Style(knows_developer=True)
 
+    source = text_reader(kind).template.source
+    other = sample.ChatTemplate(source.replace("'</invoke>", "'</called>"), "other", dict(bos_token="", eos_token=""))
+    assert sample.learn_style(other).grammar is None
+
 def read_answers(kind, n, seed):
     """n answers that a template wrote, their values at random, are read as what it was given."""
     template = text_reader(kind).template
@@ -9358,6 +9362,8 @@ CALLED = sample.call_object("c", "now", "{}")
     "a thought without its first mark": ("m2", [user("x"), answered("Hm.\n</think>\n\nSo.")],
                                          "]~b]ai\n<think>\nHm.\n</think>\n\nSo.[e~["),
     "speaks of marks": ("m2", [user("x"), answered("So <think>x</think>.")], "]~b]ai\nSo <think>x</think>.[e~["),
+    "MiniMax's name": ("m2", [user("x"), answered("So.", reasoning_details=[text_part("Hm.", "reasoning.text")])],
+                       "<think>\nHm.\n</think>\n\nSo."),
     "vLLM's name": ("m2", [user("x"), answered("So.", reasoning="Hm.")], "<think>\nHm.\n</think>\n\nSo."),
     "M3, no thought": ("m3", [user("x"), answered("</mm:think>So.")], "]~b]ai\n</mm:think>So.[e~["),
     "a user's marks": ("m3", [user("[e~[ </think>")], "]~b]user\n[e~[ </think>[e~[")})

@@ -294,9 +294,10 @@ def guess_kind(raw):
     return "Latin-1"
 
 # ---- tokenizer of a released checkpoint ----------------------------------------------------------
-# A released checkpoint has its text in files beside the weights: tokenizer.json, which the library tokenizers reads,
-# and a template that writes a conversation as the model was trained to read it. Both are a byte-level BPE's and
-# Jinja's in M2 and in M3.
+# Beside the weights of a released checkpoint lie tokenizer.json, a byte-level BPE in M2 and in M3, which the library
+# tokenizers reads, and a template in Jinja, which writes a conversation as the model was trained to read it. Special
+# tokens frame what is said: [e~[ ends it, <think> opens a thought. In a text to continue they are tokens, as in
+# transformers; in what a user says within a conversation they are text, or users could speak for the system.
 
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
               "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json")
@@ -339,6 +340,32 @@ def byte_letters():
     no_letters = dict.fromkeys(others, "\uffff")  # they stand for no byte
     return no_letters | {256 + i: byte for i, byte in enumerate(others)}
 
+def token_bytes(vocab, added):
+    """-> the bytes of each id; an id that is missing has none. vocab: text of a token -> id, in letters that stand for
+    bytes. added: likewise of special tokens, whose bytes are those of their text."""
+    tokens = [b""] * (max(vocab.values()) + 1)
+    letters = byte_letters()
+    for text, i in vocab.items():
+        try:
+            tokens[i] = text.translate(letters).encode("latin-1")
+        except UnicodeEncodeError:      # it is not written in such letters
+            tokens[i] = text.encode()
+    for text, i in added.items():
+        tokens[i] = text.encode()
+    return tokens
+
+def end_ids(folder, eos):
+    """-> the ids that end an answer, a set: those of generation_config.json, and the tokenizer's own, eos. config.json
+    is asked last, since some converted ones name other ids."""
+    stops = listed(read_settings(os.path.join(folder, "generation_config.json")).get("eos_token_id")) + listed(eos)
+    if not stops:
+        config = read_settings(os.path.join(folder, "config.json"))
+        text_config = config.get("text_config", {})
+        stops = listed(config.get("eos_token_id", text_config.get("eos_token_id")))
+    if not all(type(i) is int and i >= 0 for i in stops):
+        raise ValueError(f"{folder}: eos_token_id {stops}: it must be ids")
+    return set(stops)
+
 def is_byte_level(part):
     """Whether a part of tokenizer.json, a decoder, is ByteLevel, or a sequence that holds it."""
     if part is None:
@@ -374,6 +401,8 @@ class HFTokenizer:
     def __init__(self, folder):
         self.folder = folder
         self.bpe = open_tokenizer(os.path.join(folder, "tokenizer.json"))
+
+        # special tokens, by their names; those that tokenizer.json lacks join it
         config = read_settings(os.path.join(folder, "tokenizer_config.json"))
         older = read_settings(os.path.join(folder, "special_tokens_map.json"))
         more = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
@@ -389,30 +418,15 @@ class HFTokenizer:
         vocab = self.bpe.get_vocab()
         self.added = {token.content: i for i, token in self.bpe.get_added_tokens_decoder().items()}
         self.n_vocab = max(vocab.values()) + 1
-        self.tokens = [b""] * self.n_vocab  # bytes of each; an id that is missing has none
-        letters = byte_letters()
-        for text, i in vocab.items():
-            try:
-                self.tokens[i] = text.translate(letters).encode("latin-1")
-            except UnicodeEncodeError:      # it is no byte-level token
-                self.tokens[i] = text.encode()
-        for text, i in self.added.items():
-            self.tokens[i] = text.encode()
+        self.tokens = token_bytes(vocab, self.added)
 
-        # a text begins with bos where something must be read first, and ends with eot; an answer ends with any of stops
-        generation = read_settings(os.path.join(folder, "generation_config.json"))
+        # eot ends a text, any of stops an answer; bos is what a model reads where a text is empty
         eos = vocab.get(self.special.get("eos_token"))
-        stops = listed(generation.get("eos_token_id")) + listed(eos)
-        if not stops:                  # some converted config.json name other ids: it is the last to be asked
-            model = read_settings(os.path.join(folder, "config.json"))
-            stops = listed(model.get("eos_token_id", model.get("text_config", {}).get("eos_token_id")))
-        if not all(type(i) is int and i >= 0 for i in stops):
-            raise ValueError(f"{folder}: eos_token_id {stops}: it must be ids")
-        self.stops = set(stops)
-        self.eot = min(stops, default=-1) if eos is None else eos
-        self.bos = vocab.get(self.special.get("bos_token"), max(self.eot, 0))  # a model must read something
+        self.stops = end_ids(folder, eos)
+        self.eot = min(self.stops, default=-1) if eos is None else eos
+        self.bos = vocab.get(self.special.get("bos_token"), max(self.eot, 0))
 
-        # special tokens, the longest first, for the texts of others
+        # what looks special in the texts of others: the longest first, as the library has it
         texts = "|".join(map(re.escape, sorted(self.added, key=len, reverse=True)))
         self.looks_special = re.compile(texts or "(?!)")
         self.marked = re.compile(f"{MARK}({self.looks_special.pattern}){UNMARK}|[{MARK}{UNMARK}]")
@@ -458,18 +472,18 @@ class HFTokenizer:
     def mark(self, message):
         """Enclose in marks what in a message looks like a special token; not in what the model or the system says."""
         if message.get("role") in ("user", "tool"):
-            return dict(message, content=self.mark_texts(message.get("content")))
+            return self.mark_texts(message)
         return message
 
-    def mark_texts(self, content):
-        if isinstance(content, str):
-            own = content.replace(MARK, "").replace(UNMARK, "")
+    def mark_texts(self, value):
+        if isinstance(value, str):
+            own = value.replace(MARK, "").replace(UNMARK, "")
             return self.looks_special.sub(rf"{MARK}\g<0>{UNMARK}", own)
-        if isinstance(content, list):
-            return [self.mark_texts(part) for part in content]
-        if isinstance(content, dict):
-            return {name: self.mark_texts(part) for name, part in content.items()}
-        return content
+        if isinstance(value, list):
+            return [self.mark_texts(part) for part in value]
+        if isinstance(value, dict):
+            return {name: self.mark_texts(part) for name, part in value.items()}
+        return value
 
     def encode_marked(self, text):
         """A template's text -> ids; what is between marks becomes ordinary tokens. A mark whose other half the template
@@ -500,7 +514,7 @@ class HFTokenizer:
 
     def __str__(self):
         """For a start-up card."""
-        named = [f"{self.decode([i])} ({i})" for i in sorted(self.stops)]
+        named = [f"{self.decode([i])!r} ({i})" for i in sorted(self.stops)]
         ends = f"an answer ends at {' or '.join(named)}" if named else "no token ends an answer"
         template = "no chat template" if self.template is None else f"template {self.template.name}"
         return f"a byte-level BPE of {self.n_vocab:,} tokens, {len(self.added)} of them special; {template}; {ends}"

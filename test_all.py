@@ -5953,17 +5953,18 @@ PIECES = [
 PLANES = [(0, 0x80), (0x80, 0x250), (0x250, 0x3000), (0x3000, 0xd800), (0xe000, 0x10000), (0x10000, 0x20000),
           (0x20000, 0x110000)]
 
-def odd_texts(n, seed=0):
-    """Texts that a tokenizer may stumble over: special tokens and pieces of them, joiners, lone accents, controls, all
-    planes of Unicode, long runs, cut UTF-8 -> n strings, the empty one first."""
+def odd_texts(n, seed=0, more=()):
+    """Texts that a tokenizer may stumble over: special tokens (`more` of them) and pieces of them, joiners, lone
+    accents, controls, all planes of Unicode, long runs, cut UTF-8 -> n strings, the empty one first."""
     draw = random.Random(seed)
+    pieces = [*PIECES, *more]
     texts = [""]
     while len(texts) < n:
         parts = []
         for _ in range(draw.randint(1, 12)):
             kind = draw.random()
             if kind < 0.6:
-                parts.append(draw.choice(PIECES))
+                parts.append(draw.choice(pieces))
             elif kind < 0.8:
                 low, high = draw.choice(PLANES)
                 parts.append("".join(chr(draw.randrange(low, high)) for _ in range(draw.randint(1, 5))))
@@ -5971,9 +5972,9 @@ def odd_texts(n, seed=0):
                 start = draw.randrange(len(TEXT) - 80)
                 parts.append(TEXT[start:start + draw.randint(1, 80)])
             elif kind < 0.95:
-                parts.append(draw.choice(PIECES) * draw.randint(2, 200))
+                parts.append(draw.choice(pieces) * draw.randint(2, 200))
             else:                      # bytes that are no UTF-8, as a terminal shows them
-                parts.append(draw.choice(PIECES).encode()[:-1].decode("utf-8", errors="replace"))
+                parts.append(draw.choice(pieces).encode()[:-1].decode("utf-8", errors="replace"))
         texts.append("".join(parts))
     return texts
 
@@ -6270,7 +6271,7 @@ def test_a_released_checkpoint_continues_text(spoken):
     assert result["text"] == prompt + tokenizer.decode_bytes(drawn)[len(taken):].decode(errors="replace")
 
     assert "text    | a byte-level BPE of 611 tokens, 11 of them special; template chat_template.jinja; " in text
-    assert f"an answer ends at [e~[ ({tokenizer.eot})" in text
+    assert f"an answer ends at '[e~[' ({tokenizer.eot})" in text
     assert "vocab   | 640 in the model: the last 29 are no tokens" in text
     assert "sampled | temperature 1.0, top-k 20: generation_config.json" in text
     assert "temperature 0, top-p 0.95, top-k 20" in text

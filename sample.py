@@ -3211,7 +3211,7 @@ KEEP_ALIVE = 75                        # seconds that a connection may be idle b
 BACKLOG = 1024                         # connections that may wait until they are heard
 # status -> OpenAI's name for what is wrong, where there is one
 ERROR_CODE = {401: "invalid_api_key", 404: "not_found", 429: "rate_limit_exceeded"}
-TEXT_PARTS = ("text", "input_text", "output_text", "refusal", "reasoning.text")  # types of parts that are text
+TEXT_PARTS = ("text", "input_text", "output_text", "refusal")  # types of a message's parts that are text
 
 class Refused(Exception):
     """(status, reason), and perhaps OpenAI's name for it: what a request gets in place of an answer."""
@@ -4444,8 +4444,9 @@ def thought_beside(message, where):
     """The thought beside an answer's content, by whichever name; None without one."""
     for name in THOUGHT_NAMES:
         thought = message.get(name)
-        if isinstance(thought, list):  # MiniMax's own service has parts of text
-            thought = message_text(thought, where)
+        if isinstance(thought, list):  # MiniMax's own service has parts, of type reasoning.text
+            texts = [part.get("text") for part in thought if isinstance(part, dict)]
+            thought = "".join(text for text in texts if isinstance(text, str))
         if not isinstance(thought, str | None):
             raise ValueError(f"{where}: {name} {thought!r:.60}: it must be a string")
         if thought is not None:

@@ -9284,7 +9284,8 @@ def test_a_session_reads_on_from_what_was_written(kind, stream, back):
     wrote = [
         write("Which?\n<invoke", "I look.", [("write", dict(path="a.py", content="x = '</parameter>'\n", mode=7))]),
         write("And the time.", "", [("now", {}), ("edit", dict(path="b", edits=[dict(old="1", new="2", line=3)]))]),
-        write("That is all.", "Done: \u00e9\U0001f600.")]
+        write("That is all.", "Done: \u00e9\U0001f600."),
+        write("At last.", "Bye.")]
     with ReleasedServer(kind, *wrote) as server:
         create = server.openai().chat.completions.create
         messages = [dict(role="system", content="Work."), user("Go.")]
@@ -9302,12 +9303,16 @@ def test_a_session_reads_on_from_what_was_written(kind, stream, back):
             assert mark not in (message.get("content") or "")
             messages += [dict(role="tool", tool_call_id=call["id"], content=f"result {call['id']}")
                          for call in reversed(calls)]
-        assert message["content"] == "Done: \u00e9\U0001f600."
-        assert message["reasoning_content"] == "That is all."
+            if turn == 2:
+                assert message["content"] == "Done: \u00e9\U0001f600."
+                assert message["reasoning_content"] == "That is all."
+                messages.append(user("Bye."))
 
         prompts = server.script.prompts
-        for before, text, prompt in zip(prompts, wrote, prompts[1:]):
+        for before, text, prompt in zip(prompts[:2], wrote, prompts[1:]):
             assert prompt.startswith(f"{before}{text}[e~[\n]~b]tool\n")
+        if kind == "m3":               # M2's template leaves out what was thought before the last question
+            assert prompts[3].startswith(f"{prompts[2]}{wrote[2]}[e~[\n]~b]user\nBye.")
         results = re.findall(r"result (\w+)", prompts[2])
         assert results == [call["id"] for one in messages for call in one.get("tool_calls", [])]
         assert not server.script.texts
@@ -9325,6 +9330,26 @@ def test_logprobs_and_usage_count_all_that_was_written():
             rows = choice["logprobs"]["content"]
             assert b"".join(bytes(row["bytes"]) for row in rows).decode() == wrote
             assert all(len(row["top_logprobs"]) == 1 for row in rows)
+
+def test_a_limit_within_a_call_leaves_text():
+    """It is content, as it was written: no call that a client could obey. The calls may also be limited to one."""
+    wrote = m2_answer("", "", [("now", {}), ("write", dict(path="a", content="long"))])
+    call = write_m2([("write", dict(path="a", content="long"))]).removeprefix("<minimax:tool_call>")
+    with ReleasedServer("m2", *[wrote] * 3) as server:
+        limit = len(server.engine.tokenizer.encode_part(wrote[:wrote.index("ong<")]))
+        ask = dict(model="m2", messages=[user("Go.")], tools=offered(), max_tokens=limit)
+        create = server.openai().chat.completions.create
+        choice, = create(**ask).choices
+        assert choice.finish_reason == "length"
+        assert choice.message.content == call[:call.index("ong<")]
+        assert [one.function.name for one in choice.message.tool_calls] == ["now"]
+        message, finish = joined_stream(create(stream=True, **ask))
+        assert (message["content"], finish) == (choice.message.content, "length")
+
+        _, answer = server.ask(messages=[user("Go.")], tools=offered(), parallel_tool_calls=False)
+        choice, = answer["choices"]
+        assert choice["finish_reason"] == "tool_calls"
+        assert len(choice["message"]["tool_calls"]) == 1
 
 def test_without_tools_calls_are_text():
     """None are offered, or none may be called: the model is not told of any, and what it writes is content."""

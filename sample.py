@@ -429,6 +429,8 @@ class HFTokenizer:
         # what looks special in the texts of others: the longest first, as the library has it
         texts = "|".join(map(re.escape, sorted(self.added, key=len, reverse=True)))
         self.looks_special = re.compile(texts or "(?!)")
+        self.starts_of_special = tuple({text[:n] for text in self.added for n in range(1, len(text))})
+        self.ends_of_special = tuple({text[n:] for text in self.added for n in range(1, len(text))})
         self.marked = re.compile(f"{MARK}({self.looks_special.pattern}){UNMARK}|[{MARK}{UNMARK}]")
         self.template = read_template(folder, config, self.special)
 
@@ -478,7 +480,11 @@ class HFTokenizer:
     def mark_texts(self, value):
         if isinstance(value, str):
             own = value.replace(MARK, "").replace(UNMARK, "")
-            return self.looks_special.sub(rf"{MARK}\g<0>{UNMARK}", own)
+            marked = self.looks_special.sub(rf"{MARK}\g<0>{UNMARK}", own)
+            # nor may its ends make a token with what the template writes beside them: ]!p~ does with the [ of [e~[
+            before = MARK if own.startswith(self.ends_of_special) else ""
+            behind = UNMARK if own.endswith(self.starts_of_special) else ""
+            return before + marked + behind
         if isinstance(value, list):
             return [self.mark_texts(part) for part in value]
         if isinstance(value, dict):
@@ -486,8 +492,7 @@ class HFTokenizer:
         return value
 
     def encode_marked(self, text):
-        """A template's text -> ids; what is between marks becomes ordinary tokens. A mark whose other half the template
-        cut off parts the text, too."""
+        """A template's text -> ids; what is between marks becomes ordinary tokens, and a lone mark parts the text."""
         ids = []
         for i, piece in enumerate(self.marked.split(text)):
             if piece and i % 2:

@@ -3,8 +3,9 @@ server.
 
     python sample.py --prompt "def "                          # from out/ckpt.pt, which holds tokenizer and config too
     python sample.py --prompt "import os" --n-samples 3 --temperature 0.7 --seed 1
-    python sample.py --hf DIR --prompt 1,2,3                  # an M2 or M3 checkpoint of transformers, by token ids
-    python sample.py --out out --export DIR                   # and back: a folder that transformers opens
+    python sample.py --hf DIR --prompt "def "                 # a released checkpoint of M2 or M3, with its own text
+    python sample.py --hf DIR --chat                          # a conversation through its template, thoughts and all
+    python sample.py --out out --export DIR                   # what was trained, in a folder that transformers opens
     python sample.py --chat                                   # a conversation, each turn of which goes on from the last
     python sample.py --serve 8000 --token KEY                 # OpenAI's protocol on loopback, for any of its clients
     python sample.py --prompt "def " --xray page.html         # and a page that shows what each token read and visited
@@ -27,6 +28,8 @@ import base64
 import codecs
 import contextlib
 import dataclasses
+import datetime
+import functools
 import gc
 import hashlib
 import hmac
@@ -44,7 +47,7 @@ import threading
 import time
 import typing
 import warnings
-from collections import Counter, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from heapq import heapify, heappop, heappush
 from queue import Empty, SimpleQueue
@@ -100,10 +103,14 @@ class Tokenizer:
     def __init__(self, spec):
         self.spec = spec
         self.eot = spec["special"][EOT]
+        self.bos = self.eot            # what a model reads where a text is empty
+        self.stops = {self.eot}        # what ends an answer
         ranks = {token: rank for rank, token in enumerate(spec["ranks"])}
         self.enc = tiktoken.Encoding("bpe", pat_str=spec["pattern"], mergeable_ranks=ranks,
                                      special_tokens=spec["special"])
         self.n_vocab = self.enc.n_vocab
+        self.tokens = spec["ranks"]    # bytes of each; without the special one
+        self.added = spec["special"]   # text of a special token -> its id
 
     def encode(self, text):
         """-> ids. decode gives back every text that UTF-8 can hold; a lone surrogate becomes U+FFFD."""
@@ -392,6 +399,405 @@ def hf_files(spec):
         "generation_config.json": json.dumps(dict(bos_token_id=eot, eos_token_id=eot, pad_token_id=eot), indent=2),
         "chat_template.jinja": CHAT_TEMPLATE,
     }
+
+# ---- tokenizer of a released checkpoint ----------------------------------------------------------
+# Beside the weights of a released checkpoint lie tokenizer.json, a byte-level BPE in M2 and in M3, which the library
+# tokenizers reads, and a template in Jinja, which writes a conversation as the model was trained to read it. Special
+# tokens frame what is said: [e~[ ends it, <think> opens a thought. In a text to continue they are tokens, as in
+# transformers; in what a user says within a conversation they are text, or users could speak for the system.
+
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+              "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json")
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# They enclose what in a user's text looks like a special token, while a template writes it down. Unicode keeps them
+# for a program's own use; a user's own ones are dropped.
+MARK = "\ufdd0"
+UNMARK = "\ufdd1"
+
+def read_settings(path):
+    """The object in a JSON file; {} if there is no such file. ValueError, in one line, if it holds no object."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {first_line(error)}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not an object")
+    return content
+
+def listed(value):
+    """A value, or a list of values, or nothing -> a list."""
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+def token_text(token):
+    """A token of tokenizer_config.json, a text or an object with its `content` -> the text, or None."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+def byte_letters():
+    """-> a table for str.translate, from the letters of a byte-level vocabulary to bytes, as Latin-1: a visible letter
+    of Latin-1 stands for itself, those from U+0100 on, in order, for the other bytes."""
+    visible = {*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)}
+    others = [byte for byte in range(256) if byte not in visible]
+    no_letters = dict.fromkeys(others, "\uffff")  # they stand for no byte
+    return no_letters | {256 + i: byte for i, byte in enumerate(others)}
+
+def token_bytes(vocab, added):
+    """-> the bytes of each id; an id that is missing has none. vocab: text of a token -> id, in letters that stand for
+    bytes. added: likewise of special tokens, whose bytes are those of their text."""
+    tokens = [b""] * (max(vocab.values()) + 1)
+    letters = byte_letters()
+    for text, i in vocab.items():
+        try:
+            tokens[i] = text.translate(letters).encode("latin-1")
+        except UnicodeEncodeError:      # it is not written in such letters
+            tokens[i] = text.encode()
+    for text, i in added.items():
+        tokens[i] = text.encode()
+    return tokens
+
+def end_ids(folder, eos):
+    """-> the ids that end an answer, a set: those of generation_config.json, and the tokenizer's own, eos. config.json
+    is asked last, since some converted ones name other ids."""
+    stops = listed(read_settings(os.path.join(folder, "generation_config.json")).get("eos_token_id")) + listed(eos)
+    if not stops:
+        config = read_settings(os.path.join(folder, "config.json"))
+        text_config = config.get("text_config", {})
+        stops = listed(config.get("eos_token_id", text_config.get("eos_token_id")))
+    if not all(type(i) is int and i >= 0 for i in stops):
+        raise ValueError(f"{folder}: eos_token_id {stops}: it must be ids")
+    return set(stops)
+
+def is_byte_level(part):
+    """Whether a part of tokenizer.json, a decoder, is ByteLevel, or a sequence that holds it."""
+    if part is None:
+        return False
+    if part.get("type") == "Sequence":
+        return any(map(is_byte_level, part.get("decoders", [])))
+    return part.get("type") == "ByteLevel"
+
+def open_tokenizer(path):
+    """tokenizer.json -> the library's tokenizer. ValueError, in one line, for a damaged file or another kind of it."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise ValueError(f"{path} is read by the library tokenizers: pip install tokenizers") from None
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(path)
+        model = json.loads(tokenizer.model.__getstate__())["type"]
+        decoder = None if tokenizer.decoder is None else json.loads(tokenizer.decoder.__getstate__())
+    except BaseException as error:  # a plain Exception mostly; a panic of the library's is not even that
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise ValueError(f"{path}: {first_line(error)[:200]}") from None
+    if model != "BPE" or not is_byte_level(decoder):
+        kind = None if decoder is None else decoder["type"]
+        raise ValueError(f"{path} is a {model} with the decoder {kind}; a BPE with ByteLevel is read here")
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+class HFTokenizer:
+    """The tokenizer of a folder with tokenizer.json, as transformers' AutoTokenizer reads it."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.bpe = open_tokenizer(os.path.join(folder, "tokenizer.json"))
+
+        # special tokens, by their names; those that tokenizer.json lacks join it
+        config = read_settings(os.path.join(folder, "tokenizer_config.json"))
+        older = read_settings(os.path.join(folder, "special_tokens_map.json"))
+        more = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+        named = {name: config.get(name, older.get(name)) for name in SPECIAL_NAMES}
+        if isinstance(more, dict):     # M3's image_token, say
+            named |= more
+            more = []
+        texts = {name: token_text(token) for name, token in named.items()}
+        self.special = {name: text for name, text in texts.items() if text is not None}
+        self.add_tokens(config, [*self.special.values(), *map(token_text, more)])
+
+        # the vocabulary
+        vocab = self.bpe.get_vocab()
+        self.added = {token.content: i for i, token in self.bpe.get_added_tokens_decoder().items()}
+        self.n_vocab = max(vocab.values()) + 1
+        self.tokens = token_bytes(vocab, self.added)
+
+        # eot ends a text, any of stops an answer; bos is what a model reads where a text is empty
+        eos = vocab.get(self.special.get("eos_token"))
+        self.stops = end_ids(folder, eos)
+        self.eot = min(self.stops, default=-1) if eos is None else eos
+        self.bos = vocab.get(self.special.get("bos_token"), max(self.eot, 0))
+
+        # what looks special in the texts of others: the longest first, as the library has it
+        texts = "|".join(map(re.escape, sorted(self.added, key=len, reverse=True)))
+        self.looks_special = re.compile(texts or "(?!)")
+        self.starts_of_special = tuple({text[:n] for text in self.added for n in range(1, len(text))})
+        self.ends_of_special = tuple({text[n:] for text in self.added for n in range(1, len(text))})
+        self.marked = re.compile(f"{MARK}({self.looks_special.pattern}){UNMARK}|[{MARK}{UNMARK}]")
+        self.template = read_template(folder, config, self.special)
+
+    def add_tokens(self, config, special):
+        """Tokens that tokenizer_config.json names and tokenizer.json lacks join it, as in transformers. special: texts
+        of special ones."""
+        from tokenizers import AddedToken
+        tokens = []
+        for _, token in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
+            flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+            tokens.append(AddedToken(token["content"], **{flag: token[flag] for flag in flags if flag in token}))
+        known = {token.content for token in [*tokens, *self.bpe.get_added_tokens_decoder().values()]}
+        tokens += [AddedToken(text, special=True) for text in special if text not in known]
+        if tokens:
+            self.bpe.add_tokens(tokens)
+        self.bpe.encode_special_tokens = config.get("split_special_tokens", False)
+
+    def encode(self, text):
+        """-> ids of a text of its own, with bos before it if tokenizer.json's post-processor says so. As in
+        transformers, the text of a special token is that token, whoever wrote it."""
+        return self.bpe.encode(whole_text(text)).ids
+
+    def encode_part(self, text):
+        """-> ids of a text that goes on from others, or that a template wrote."""
+        return self.bpe.encode(whole_text(text), add_special_tokens=False).ids
+
+    def encode_chat(self, messages, tools=None, add_generation_prompt=True, behind="", **options):
+        """-> ids of a conversation, through the template. What users and tools say stays text: no special token comes
+        of it. behind: a text of one message; only what the template writes behind it is encoded. The other arguments
+        are those of ChatTemplate.render."""
+        if self.template is None:
+            raise ValueError(f"{self.folder} has no chat template")
+        if not all(isinstance(message, dict) for message in messages):
+            raise ValueError("messages: each must be an object")
+        messages = [self.mark(message) for message in messages]
+        text = self.template.render(messages, tools, add_generation_prompt, **options)
+        if behind not in text:
+            raise ValueError(f"{self.template.name}: it does not write what a message says")
+        return self.encode_marked(text.rpartition(behind)[2] if behind else text)
+
+    def mark(self, message):
+        """Enclose in marks what in a message looks like a special token; not in what the model or the system says."""
+        if message.get("role") in ("user", "tool"):
+            return self.mark_texts(message)
+        return message
+
+    def mark_texts(self, value):
+        if isinstance(value, str):
+            own = value.replace(MARK, "").replace(UNMARK, "")
+            marked = self.looks_special.sub(rf"{MARK}\g<0>{UNMARK}", own)
+            # nor may its ends make a token with what the template writes beside them: ]!p~ does with the [ of [e~[
+            before = MARK if own.startswith(self.ends_of_special) else ""
+            behind = UNMARK if own.endswith(self.starts_of_special) else ""
+            return before + marked + behind
+        if isinstance(value, list):
+            return [self.mark_texts(part) for part in value]
+        if isinstance(value, dict):
+            return {name: self.mark_texts(part) for name, part in value.items()}
+        return value
+
+    def encode_marked(self, text):
+        """A template's text -> ids; what is between marks becomes ordinary tokens, and a lone mark parts the text."""
+        ids = []
+        for i, piece in enumerate(self.marked.split(text)):
+            if piece and i % 2:
+                ids += self.plain.encode(piece, add_special_tokens=False).ids
+            elif piece:
+                ids += self.encode_part(piece)
+        return ids
+
+    @functools.cached_property
+    def plain(self):
+        """The same tokenizer without special tokens, for a user's text that looks like one."""
+        plain = type(self.bpe)(self.bpe.model)
+        plain.pre_tokenizer = self.bpe.pre_tokenizer
+        if self.bpe.normalizer is not None:
+            plain.normalizer = self.bpe.normalizer
+        return plain
+
+    def decode_bytes(self, ids):
+        """-> bytes, exactly those of each token; an id that the tokenizer lacks, though the model has it, has none."""
+        return b"".join(self.tokens[i] for i in ids if i < self.n_vocab)
+
+    def decode(self, ids):
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def __str__(self):
+        """For a start-up card."""
+        named = [f"{self.decode([i])!r} ({i})" for i in sorted(self.stops)]
+        ends = f"an answer ends at {' or '.join(named)}" if named else "no token ends an answer"
+        template = "no chat template" if self.template is None else f"template {self.template.name}"
+        return f"a byte-level BPE of {self.n_vocab:,} tokens, {len(self.added)} of them special; {template}; {ends}"
+
+    def hf_files(self):
+        """-> {file name: its text}, of all that is needed to read and write its text elsewhere."""
+        files = {}
+        for name in TEXT_FILES:
+            path = os.path.join(self.folder, name)
+            if os.path.exists(path):
+                with open(path, encoding="utf-8") as file:
+                    files[name] = file.read()
+        return files
+
+def whole_text(text):
+    """A lone surrogate becomes U+FFFD, as in our own tokenizer: the library takes none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+def read_tokenizer(folder):
+    """-> the HFTokenizer of a folder; None if it holds no tokenizer.json. ValueError, in one line, if it is damaged."""
+    if not os.path.exists(os.path.join(folder, "tokenizer.json")):
+        return None
+    try:
+        return HFTokenizer(folder)
+    except (TypeError, KeyError, AttributeError, OSError) as error:
+        raise ValueError(f"{folder}: its tokenizer: {type(error).__name__}: {first_line(error)}") from None
+
+# ---- chat template -------------------------------------------------------------------------------
+
+JINJA = "jinja2>=3.1.6"                # older ones have holes in their sandbox, and a template is others' code
+
+class Call(dict):
+    """A tool call of a message. Templates read its name as .function.name or as .name, and M2's reads both: each finds
+    it, whichever form the client sent. Jinja asks for an attribute first, then for an item."""
+
+    def __getattr__(self, name):
+        if name in ("name", "arguments") and isinstance(self.get("function"), dict):
+            return self["function"].get(name)
+        if name == "function" and "name" in self:
+            return self
+        raise AttributeError(name)
+
+def parsed(call):
+    """A tool call -> Call, whose arguments are an object: a client sends them as a string of JSON, templates read the
+    items."""
+    if not isinstance(call, dict):
+        return call
+    call = Call(call)
+    inner = call
+    if isinstance(call.get("function"), dict):
+        inner = call["function"] = dict(call["function"])
+    if isinstance(inner.get("arguments"), str):
+        with contextlib.suppress(ValueError, RecursionError):  # what is no JSON stays as it is
+            inner["arguments"] = json.loads(inner["arguments"] or "{}")
+    return call
+
+def plain_message(message):
+    """A message as clients send it -> as templates read it."""
+    message = dict(message)
+    # three names of the thoughts; transformers fills in the same
+    names = ("reasoning_content", "thinking", "reasoning")
+    thoughts = [message[name] for name in names if message.get(name) is not None]
+    if thoughts:
+        message = {"thinking": thoughts[0], **message, "reasoning_content": thoughts[0]}
+    if message.get("role") == "assistant" and message.get("content", "") is None:
+        message["content"] = ""        # it only calls tools: M2's template would write None
+    if isinstance(message.get("tool_calls"), list):
+        message["tool_calls"] = [parsed(call) for call in message["tool_calls"]]
+    return message
+
+def template_environment():
+    """-> the Jinja environment of transformers' templates: a sandbox, with the same filters, functions and tags."""
+    try:
+        import jinja2
+        import jinja2.ext
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        raise ValueError(f"a chat template is rendered by Jinja: pip install '{JINJA}'") from None
+    if tuple(map(int, re.findall(r"\d+", jinja2.__version__)[:3])) < (3, 1, 6):
+        raise ValueError(f"jinja2 {jinja2.__version__}: pip install '{JINJA}'")
+
+    class Generation(jinja2.ext.Extension):
+        """{% generation %} encloses what a model says, for who trains on it; the text is as without."""
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.Scope(body).set_lineno(line)
+
+    class Namespace(jinja2.utils.Namespace):
+        """Of a template's own variables, none of which may look like one of Python's."""
+
+        def __init__(*args, **fields):
+            for name in dict(*args[1:], **fields):
+                Namespace.check(name)
+            jinja2.utils.Namespace.__init__(*args, **fields)
+
+        def __setitem__(self, name, value):
+            Namespace.check(name)
+            jinja2.utils.Namespace.__setitem__(self, name, value)
+
+        @staticmethod
+        def check(name):
+            if isinstance(name, str) and name.startswith("_"):
+                raise jinja2.TemplateRuntimeError(f"a namespace holds no {name}")
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        """Jinja's own one would escape <, > and &."""
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    # the newlines that stand in the template are part of what the model was trained on: none but a block's own is cut
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=[Generation, jinja2.ext.loopcontrols])
+    environment.filters["tojson"] = tojson
+    environment.globals["namespace"] = Namespace
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment
+
+class ChatTemplate:
+    """Writes a conversation as the text that a model was trained on."""
+
+    def __init__(self, source, name, special=None):
+        self.source = source           # Jinja
+        self.name = name               # of the file that holds it
+        self.special = special or {}   # bos_token, eos_token and others, as templates call them -> their text
+
+    @functools.cached_property
+    def compiled(self):
+        return template_environment().from_string(self.source)
+
+    def render(self, messages, tools=None, add_generation_prompt=True, **options):
+        """-> the text. ValueError, in one line, if the template refuses the messages or is damaged.
+
+        messages               role, content, tool_calls, reasoning_content, as OpenAI's clients send them
+        tools                  what the model may call, as they send it
+        add_generation_prompt  whether the text ends where the model's answer begins
+        options                what else a template may read: M3's reads thinking_mode
+        """
+        try:
+            messages = [plain_message(message) for message in messages]
+            options = {**self.special, **options}
+            return self.compiled.render(messages=messages, tools=tools, documents=None,
+                                        add_generation_prompt=add_generation_prompt, **options)
+        except Exception as error:     # others' code: anything
+            raise ValueError(f"{self.name}: {first_line(error)[:300]}") from None
+
+def read_template(folder, config, special):
+    """-> ChatTemplate of a folder: chat_template.jinja, or what tokenizer_config.json says, or chat_template.json; None
+    without one. special: its special tokens, by their names."""
+    name = "chat_template.jinja"
+    path = os.path.join(folder, name)
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            return ChatTemplate(file.read(), name, special)
+    older = read_settings(os.path.join(folder, "chat_template.json"))
+    for name, source in (("tokenizer_config.json", config), ("chat_template.json", older)):
+        source = source.get("chat_template")
+        if isinstance(source, list):   # several, by name
+            source = {one["name"]: one["template"] for one in source}.get("default")
+        if isinstance(source, str):
+            return ChatTemplate(source, f"the chat_template of {name}", special)
+    return None
 
 # ---- cache -------------------------------------------------------------------------------------
 # What a start computes from a text, its tokenizer and its ids, is the same at the next start: it is kept in the user's
@@ -2847,18 +3253,21 @@ def generate(model, prompts, max_new_tokens, n_samples=1, temperature=1.0, top_p
     for t in range(t, max(map(len, outs))):
         yield column(t)
 
-def heal(tokenizer, ids):
+def heal(tokenizer, ids, n_vocab=None):
     """Take back the last token of a prompt, for the model to choose it anew -> ids without it; allowed (V,) bool, the
     tokens that start with its bytes; the number of these bytes.
 
-    Why? "def " ends in a lone space, which the tokenizer never puts before a name: " f" is one token."""
+    Why? "def " ends in a lone space, which the tokenizer never puts before a name: " f" is one token.
+    n_vocab  V; by default the tokenizer's own size"""
     taken = tokenizer.decode_bytes(ids[-1:])
-    allowed = [token.startswith(taken) for token in tokenizer.spec["ranks"]]
-    allowed += [False] * len(tokenizer.spec["special"])
+    starts = [i for i, token in enumerate(tokenizer.tokens) if token.startswith(taken)]
+    allowed = torch.zeros(max(tokenizer.n_vocab, n_vocab or 0), dtype=torch.bool)
+    allowed[starts] = True
+    allowed[list(tokenizer.added.values())] = False
     ids = ids[:-1]
     if not ids:
-        ids = [tokenizer.eot]  # the model needs a token to start from
-    return ids, torch.tensor(allowed), len(taken)
+        ids = [tokenizer.bos]  # the model needs a token to start from
+    return ids, allowed[:n_vocab], len(taken)
 
 class Stream:
     """Text of one sample as its tokens arrive: characters are released whole, and nothing from a stop text on."""
@@ -3158,7 +3567,7 @@ class Door:
 # The body of a request, checked field by field: null is as good as absent, and fields that are unknown change nothing.
 # A field that would change the text, and is not served, is refused: ignored, it would change it in silence.
 
-MODEL_ID = "nano-minimax"              # the only model's name
+MODEL_ID = "nano-minimax"              # the only model's name; one of --hf has that of its folder
 TEXT_TOKENS = 16                       # of /v1/completions where max_tokens is absent, as the protocol has it
 MOST_STOPS = 64
 MOST_BEST = 20                         # of top_logprobs
@@ -3184,6 +3593,7 @@ class Asked:
     is_stream: bool
     has_usage: bool                    # a stream's last piece
     model: str = MODEL_ID              # the name that the answer shows
+    form: "AnswerForm" = None          # how a released model's answer is read; None: it is text
     warnings: tuple = ()               # what of it cannot be done, in words
     client: Client = None
     came: float = 0.0                  # when the engine was asked
@@ -3312,7 +3722,7 @@ def to_prompt(given, tokenizer, cfg):
     try:
         ids = given
         if isinstance(given, str):
-            ids = tokenizer.encode(given) if given else [tokenizer.eot]
+            ids = tokenizer.encode(given) if given else [tokenizer.bos]
         check_prompts([ids], 1, cfg)
         check_room(ids, cfg.max_seq_len)
         return Prompt(ids)
@@ -3320,12 +3730,23 @@ def to_prompt(given, tokenizer, cfg):
         is_long = "context" in str(error)
         raise Refused(400, str(error), "context_length_exceeded" if is_long else None) from None
 
-def read_request(raw, is_chat, args, tokenizer, cfg):
-    """The bytes of a request -> Asked. Refused if it cannot be served. args: the script's flags."""
+def model_name(args):
+    """What the model is called: the checkpoint's folder, where it is a released one."""
+    if args.hf is None:
+        return MODEL_ID
+    return os.path.basename(os.path.abspath(args.hf))
+
+def read_request(raw, is_chat, args, tokenizer, cfg, reader=None):
+    """The bytes of a request -> Asked. Refused if it cannot be served.
+
+    args    the script's flags
+    reader  a TemplateReader for what is said in a chat; None: the contents are joined
+    """
     body = read_object(raw)
     model = body.get("model")
-    if model not in (None, MODEL_ID):
-        raise Refused(404, f"model {model!r:.60}: {MODEL_ID} is served", "model_not_found")
+    served = model_name(args)
+    if model not in (None, served):
+        raise Refused(404, f"model {model!r:.60}: {served} is served", "model_not_found")
     for name, neutral in NOT_SERVED.items():
         if body.get(name) not in (None, neutral):
             raise Refused(400, f"{name} {body[name]!r:.60}: it is not served")
@@ -3347,7 +3768,12 @@ def read_request(raw, is_chat, args, tokenizer, cfg):
     if not isinstance(options, dict | None):
         raise Refused(400, f"stream_options {options!r:.60}: it must be an object")
     n = read_number(body, "n", 1, 1, MOST_ROWS)
-    given = read_prompts(body, is_chat)
+    form = None
+    if is_chat and reader is not None:
+        ids, form = reader.read(body)
+        given = [ids]
+    else:
+        given = read_prompts(body, is_chat)
     if len(given) * n > MOST_ROWS:
         raise Refused(400, f"{len(given)} prompts, n {n}: at most {MOST_ROWS} texts in all")
     return Asked(
@@ -3363,7 +3789,889 @@ def read_request(raw, is_chat, args, tokenizer, cfg):
         has_logprobs=has_logprobs,
         n_best=min(n_best, cfg.vocab_size),
         is_stream=read_flag(body, "stream"),
-        has_usage=read_flag(options or {}, "include_usage"))
+        has_usage=read_flag(options or {}, "include_usage"),
+        model=served,
+        form=form)
+
+# ---- a server: thoughts and calls ----------------------------------------------------------------
+# What a released model writes has parts. A thought comes first, then content, then calls of tools:
+#
+#     <think>                               M3: <mm:think>
+#     It is in a.py.
+#     </think>
+#
+#     I read the file.
+#     <minimax:tool_call>                   M3 writes ]<]minimax[>[ before each of these tags, and a parameter is
+#     <invoke name="read">                  a tag of its own, <path>a.py</path>. Objects and lists are tags in tags,
+#     <parameter name="path">a.py</parameter>     each part of a list in <item>; M2 writes them as JSON
+#     </invoke>
+#     </minimax:tool_call>
+#
+# A value is written as it is, nothing in it is escaped: it may hold any of these tags. So a closing tag counts only
+# where what follows it goes on with the call. What is no whole call stays text, and so does what looks like a call
+# within a thought: a model that weighs a call has not made it.
+
+THINK_MARKS = (("<think>", "</think>"), ("<mm:think>", "</mm:think>"))  # M2's, M3's
+M3_MARK = "]<]minimax[>["
+
+class CallGrammar:
+    """The tags of calls, as regular expressions. Behind a call comes another, or the end of all."""
+
+    def __init__(self, begin, end, invoke, invoke_end, parameter, tag, close, is_nested):
+        """
+        begin, end          texts that enclose all calls
+        invoke, invoke_end  expressions that enclose one, the group `name` is the tool's
+        parameter           an expression that opens one, the group `key` is its name
+        tag                 an expression for any tag that may open or close a value, or lie in one
+        close               what closes a parameter's value, {} for its name
+        is_nested           whether tags lie in tags, so that they say where a value ends
+        """
+        self.begin = begin
+        self.end = end
+        self.close = close
+        self.is_nested = is_nested
+        self.tag = regex.compile(tag)
+        other = invoke.replace("<name>", "<other>")
+        self.patterns = {}
+        for final, nothing in ((False, ""), (True, r"|\Z")):  # a text that is over may lack the end of all
+            ends = rf"(?P<ends>{invoke_end})\s*(?:{regex.escape(end)}|{other}{nothing})"
+            first = rf"\s*{invoke}\s*(?:{parameter}|{ends})"
+            self.patterns[final] = dict(
+                first=regex.compile(regex.escape(begin) + first),
+                next=regex.compile(first),
+                after_value=regex.compile(rf"\s*(?:{parameter}|{ends})"),
+                done=regex.compile(rf"\s*{regex.escape(end)}"))
+
+def m2_grammar():
+    return CallGrammar(
+        begin="<minimax:tool_call>",
+        end="</minimax:tool_call>",
+        invoke=r'<invoke name="(?P<name>[^"\n]+)">',
+        invoke_end="</invoke>",
+        parameter=r'<parameter name="(?P<key>[^"\n]+)">',
+        tag=r"</parameter>|<parameter[\s>]",
+        close="</parameter>",
+        is_nested=False)
+
+def m3_grammar():
+    mark = regex.escape(M3_MARK)
+    return CallGrammar(
+        begin=f"{M3_MARK}<tool_call>",
+        end=f"{M3_MARK}</tool_call>",
+        invoke=rf'{mark}<invoke name="(?P<name>[^"\n]+)">',
+        invoke_end=f"{mark}</invoke>",
+        parameter=rf'{mark}<(?P<key>[^<>/\s"][^<>\s"]*)>',
+        tag=rf"{mark}</?[^<>\n]+>",
+        close=M3_MARK + "</{}>",
+        is_nested=True)
+
+@dataclasses.dataclass
+class Style:
+    """How a template writes an answer down; "" and None: not at all. The line breaks are the template's, no part of a
+    thought or a content: what is sent back is then rendered as it was written."""
+    think_open: str = ""
+    think_close: str = ""
+    before_thought: str = ""           # line breaks
+    behind_thought: str = ""
+    before_content: str = ""
+    before_calls: str = ""
+    grammar: CallGrammar = None
+    knows_developer: bool = False      # the role
+
+def learn_style(template):
+    """A ChatTemplate -> its Style: it writes an answer whose words stand nowhere else, and what it puts between them
+    is the style."""
+    def written(*messages, **options):
+        try:
+            return template.render(messages, add_generation_prompt=False, **options)
+        except ValueError:             # it has no such thing
+            return ""
+
+    asked = dict(role="user", content="qAsked")
+    function = dict(name="qName", arguments=dict(qKey="qValue"))
+    answer = dict(role="assistant", content="qContent", reasoning_content="qThought")
+    tool = dict(type="function", function=dict(name="qTool", description="", parameters=dict(type="object")))
+    style = Style(knows_developer="qRule" in written(dict(role="developer", content="qRule"), asked))
+
+    text = written(asked, answer)
+    before, _, behind = text.partition("qThought")
+    behind = behind.partition("qContent")[0]
+    for mark, end_mark in THINK_MARKS:
+        if before.rstrip().endswith(mark) and end_mark in behind:
+            style.think_open = mark
+            style.think_close = end_mark
+            style.before_thought = before.rpartition(mark)[2]
+            style.behind_thought, _, style.before_content = behind.partition(end_mark)
+
+    text = written(asked, dict(answer, tool_calls=[dict(id="qId", type="function", function=function)]), tools=[tool])
+    between = text.partition("qContent")[2].partition("qName")[0]
+    for grammar in (m2_grammar(), m3_grammar()):
+        if grammar.begin in between:
+            style.before_calls = between.partition(grammar.begin)[0]
+            style.grammar = grammar
+            parser = AnswerParser(style, dict(qName={}))
+            parser.feed(text[text.index("qContent"):], final=True)
+            if [call[1:] for call in parser.said[2]] != [("qName", '{"qKey": "qValue"}')]:
+                style.grammar = None   # it has the marks, and something else between them
+    return style
+
+def split_thought(text, style, may_lack_mark):
+    """An assistant's content as clients send it back -> its thought, None without one, and the rest. may_lack_mark:
+    the prompt held the mark that opens a thought, so a client may have no more than the one that closes it."""
+    mark, end_mark = style.think_open, style.think_close
+    if not mark or end_mark not in text:
+        return None, text
+    before, _, content = text.partition(end_mark)
+    if before.lstrip().startswith(mark):
+        before = before.lstrip().removeprefix(mark).removeprefix(style.before_thought)
+    elif mark in before or not may_lack_mark:  # it speaks of thoughts
+        return None, text
+    return before.removesuffix(style.behind_thought), without_breaks(content, style.before_content)
+
+def without_breaks(text, breaks):
+    """A text without as many of these line breaks as it begins with."""
+    for one in breaks:
+        if not text.startswith(one):
+            break
+        text = text[1:]
+    return text
+
+# ---- a server: arguments -------------------------------------------------------------------------
+# The values of a call are text. What they are in JSON, the tool's schema says: a string's text stays as it is, whatever
+# it looks like. Where a schema says nothing, a text that is JSON is that, except a JSON string, which no model writes
+# with quotes around it.
+
+JSON_BEGINS = '{["-0123456789tTfFn' + M3_MARK[0]  # what a value that is no string may begin with
+MOST_REFERENCES = 32                   # of a schema, one to the next: they may go in circles
+
+def resolved(schema, root):
+    """A schema, $ref followed -> the schema; {} for what is none."""
+    for _ in range(MOST_REFERENCES):
+        if not isinstance(schema, dict):
+            return {}
+        reference = schema.get("$ref")
+        if not isinstance(reference, str) or not reference.startswith("#"):
+            return schema
+        schema = root
+        for name in reference.split("/")[1:]:
+            name = name.replace("~1", "/").replace("~0", "~")
+            schema = schema.get(name) if isinstance(schema, dict) else None
+    return {}
+
+def branches(schema, root):
+    """A schema -> the schemas that a value may follow: itself, and what its anyOf, oneOf and allOf name."""
+    found = []
+    waiting = deque([schema])
+    while waiting:
+        branch = resolved(waiting.popleft(), root)
+        if any(branch is other for other in found):  # in a circle
+            continue
+        found.append(branch)
+        for name in ("anyOf", "oneOf", "allOf"):
+            choices = branch.get(name)
+            waiting.extend(choices if isinstance(choices, list) else [])
+    return found
+
+def kinds_of(schema, root):
+    """The JSON types that a value may have; an empty set where the schema does not say."""
+    kinds = set()
+    for branch in branches(schema, root):
+        kind = branch.get("type")
+        kinds.update(one for one in (kind if isinstance(kind, list) else [kind]) if isinstance(one, str))
+        values = branch.get("enum")
+        values = list(values) if isinstance(values, list) else []
+        if "const" in branch:
+            values.append(branch["const"])
+        if kind is None:
+            kinds.update(kind_of(value) for value in values)
+        if kind is None and isinstance(branch.get("properties"), dict):
+            kinds.add("object")
+        if kind is None and "items" in branch:
+            kinds.add("array")
+    return kinds
+
+def kind_of(value):
+    """The JSON type of a value."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "boolean"
+    if isinstance(value, int):
+        return "integer"
+    names = {float: "number", str: "string", list: "array", dict: "object"}
+    return names[type(value)]
+
+def property_schema(schema, key, root):
+    """The schema of an object's property; {} where nothing is said of it."""
+    named = []
+    others = []
+    for branch in branches(schema, root):
+        properties = branch.get("properties")
+        if isinstance(properties, dict) and key in properties:
+            named.append(properties[key])
+        if isinstance(branch.get("additionalProperties"), dict):
+            others.append(branch["additionalProperties"])
+    return any_of(named or others)
+
+def item_schema(schema, root):
+    """The schema of a list's parts."""
+    return any_of([branch["items"] for branch in branches(schema, root) if isinstance(branch.get("items"), dict)])
+
+def any_of(schemas):
+    """Schemas -> one that says the same as all of them."""
+    if len(schemas) == 1:
+        return schemas[0]
+    return dict(anyOf=schemas) if schemas else {}
+
+def json_value(text):
+    """The JSON that a text is. ValueError if it is none, or holds a number that JSON cannot."""
+    def refuse(name):
+        raise ValueError(f"{name} is no JSON")
+    try:
+        value = json.loads(text, parse_constant=refuse)
+        json.dumps(value, allow_nan=False)  # 1e999
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+    return value
+
+def scalar(text, kinds):
+    """A value without tags -> what it is in JSON: of one of these types, or the text."""
+    if kinds == {"string"}:
+        return text
+    word = text.strip()
+    if "boolean" in kinds and word.lower() in ("true", "false"):
+        return word.lower() == "true"
+    try:
+        value = json_value(text)
+    except ValueError:
+        return text
+    kind = kind_of(value)
+    if kind == "string":               # its quotes belong to it
+        return text
+    if kind == "number" and value.is_integer() and "integer" in kinds and "number" not in kinds:
+        return int(value)
+    if kind == "integer" and "number" in kinds:
+        kind = "number"
+    fits = not kinds or kind in kinds
+    # where a string may stand, a number that would be written in another way is one: 007, 1.50
+    if fits and "string" in kinds and kind in ("integer", "number") and json.dumps(value) != text:
+        return text
+    return value if fits else text
+
+def argument_value(text, schema, root, grammar):
+    """A parameter's text -> its value in JSON."""
+    kinds = kinds_of(schema, root)
+    if not grammar.is_nested or kinds == {"string"}:
+        return scalar(text, kinds)
+    return tagged_value(text, schema, root)
+
+def tagged_value(text, schema, root):
+    """M3's value: tags in tags are an object, or a list, if each is an <item>; a text without tags is one."""
+    kinds = kinds_of(schema, root)
+    parts = None if kinds == {"string"} else tagged_parts(text)
+    if not parts:
+        if not text.strip() and parts is not None and "string" not in kinds:
+            if "array" in kinds:
+                return []
+            if "object" in kinds:
+                return {}
+        return scalar(text, kinds)
+    is_list = all(name == "item" for name, _ in parts)
+    if "array" in kinds or "object" in kinds:
+        is_list = is_list and "array" in kinds or "object" not in kinds
+    if is_list:
+        items = item_schema(schema, root)
+        return [tagged_value(inner, items, root) for _, inner in parts]
+    return {name: tagged_value(inner, property_schema(schema, name, root), root) for name, inner in parts}
+
+def tagged_parts(text):
+    """A text that is tags side by side -> [(name, what is in it)]; None if it is anything else."""
+    tags = regex.compile(rf'{regex.escape(M3_MARK)}<(?P<slash>/?)(?P<name>[^<>/\s"][^<>\s"]*)>')
+    parts = []
+    names = []                         # of the tags that are open
+    outside = 0                        # where the text outside of all tags goes on
+    for tag in tags.finditer(text):
+        if not names and text[outside:tag.start()].strip():
+            return None
+        if not tag["slash"]:
+            if not names:
+                inside = tag.end()
+            names.append(tag["name"])
+            continue
+        if not names or names.pop() != tag["name"]:
+            return None
+        if not names:
+            parts.append((tag["name"], text[inside:tag.start()]))
+            outside = tag.end()
+    if names or text[outside:].strip():
+        return None
+    return parts
+
+# ---- a server: what the model says ---------------------------------------------------------------
+
+@dataclasses.dataclass
+class CallPart:
+    """What is new of one tool call."""
+    index: int                         # of the call, in its answer
+    id: str | None = None              # these two come first
+    name: str | None = None
+    arguments: str = ""                # the next part of a JSON object
+    is_void: bool = False              # it was none: what was written follows as content
+
+class AnswerParser:
+    """A model's text, piece by piece -> thought, content and calls. Wherever the text was cut into pieces, what is
+    given out is, joined, the same."""
+
+    def __init__(self, style, tools=None, tail="", one_call=False):
+        """
+        style     how the template writes answers
+        tools     {name: JSON schema of its arguments}; None: no calls are looked for
+        tail      the prompt's last words: they may have opened the thought
+        one_call  the answer is over with its first call
+        """
+        self.style = style
+        self.grammar = style.grammar
+        self.tools = tools if style.grammar else None
+        self.one_call = one_call
+        self.is_over = False           # by one_call
+        self.is_final = False          # there is no further text
+        self.rest = ""                 # text that may yet be one thing or another
+        self.breaks = ""               # the template's line breaks that may come next
+        self.thought = []              # texts
+        self.content = []
+        self.calls = []                # the CallParts of each
+        self.new = None                # what `feed` gives out
+
+        self.opening = None
+        if style.think_open:
+            marks = rf"(?P<open>{regex.escape(style.think_open)})|{regex.escape(style.think_close)}"
+            self.opening = regex.compile(rf"\s*(?:{marks})")
+            self.thought_end = regex.compile(
+                f"(?:{regex.escape(style.behind_thought)})?{regex.escape(style.think_close)}")
+        if self.tools is not None:
+            self.calls_begin = regex.compile(
+                f"(?:{regex.escape(style.before_calls)})?{regex.escape(self.grammar.begin)}")
+
+        # of the call under way
+        self.raw = []                  # all of it, as it was written
+        self.schema = {}
+        self.key = None                # of the last parameter
+        self.given = set()             # names of its parameters
+        self.value = []                # pieces of the last one's value
+        self.value_schema = {}
+        self.is_text = None            # whether the value is a string, which is given out as it comes; None: who knows
+        self.depth = 0                 # tags that are open in it
+
+        # of what follows calls
+        self.is_behind = False         # nothing but line breaks has followed them
+        self.blank = ""                # those
+
+        self.step = self.open_answer
+        mark, breaks = style.think_open, style.before_thought
+        if mark and tail.rstrip().endswith(mark):
+            self.step = self.think
+            self.breaks = breaks[len(tail.rpartition(mark)[2]):]
+
+    def feed(self, text, final=False):
+        """The next text -> what is new, {text, thought, parts}. final: there is no further text."""
+        self.new = dict(text="", thought="", parts=[])
+        self.rest += text
+        self.is_final = final
+        while not self.is_over and self.step():
+            pass
+        return self.new
+
+    # -- parts of it: each step decides as much as can be decided, and says whether the next one may try --
+
+    def open_answer(self):
+        """Before the first word: a mark may open a thought, or say that there is none."""
+        found = self.opening and self.match(self.opening)
+        if not found:
+            self.step = self.speak
+            return True
+        if found.partial:
+            return False
+        self.rest = self.rest[found.end():]
+        if found["open"]:
+            self.breaks = self.style.before_thought
+            self.step = self.think
+        else:
+            self.breaks = self.style.before_content
+            self.step = self.speak
+        return True
+
+    def think(self):
+        self.skip_breaks()
+        found = self.search(self.thought_end)
+        end = found.start() if found else len(self.rest)
+        self.thought.append(self.rest[:end])
+        self.new["thought"] += self.rest[:end]
+        self.rest = self.rest[end:]
+        if not found or found.partial:
+            return False
+        self.rest = self.rest[len(found[0]):]
+        self.breaks = self.style.before_content
+        self.step = self.speak
+        return True
+
+    def speak(self):
+        """Content, until calls begin."""
+        self.skip_breaks()
+        found = self.search(self.calls_begin) if self.tools is not None else None
+        self.say(found.start() if found else len(self.rest))
+        if not found or found.partial:
+            return False
+        start = len(found[0]) - len(self.grammar.begin)
+        first = self.match(self.pattern("first"), start)
+        if first is None:              # the mark is text
+            self.say(start + 1)
+            return True
+        if first.partial:
+            return False
+        self.open_call(first)
+        return True
+
+    def between_calls(self):
+        done = self.match(self.pattern("done"))
+        following = self.match(self.pattern("next"))
+        if done and not done.partial:
+            self.rest = self.rest[done.end():]
+            self.step = self.speak
+            self.is_behind = True
+        elif following and not following.partial:
+            self.open_call(following)
+        elif done or following:
+            return False
+        else:                          # there is no end of all
+            self.step = self.speak
+            self.is_behind = True
+        return True
+
+    def read_value(self):
+        """The value of a parameter, tag by tag. A tag that does not close it is a part of it."""
+        found = self.search(self.grammar.tag)
+        self.grow(found.start() if found else len(self.rest))
+        if not found or found.partial:
+            if self.is_final:
+                self.void_call()
+            return False
+        tag = found[0]
+        if tag != self.grammar.close.format(self.key):
+            is_closing = tag.startswith(("</", f"{M3_MARK}</"))
+            self.depth = max(0, self.depth - 1) if is_closing else self.depth + 1
+            self.grow(len(tag))
+            return True
+
+        after = self.match(self.pattern("after_value"), len(tag))
+        is_end = self.goes_on(after)
+        if is_end is None:
+            return False
+        if not is_end:
+            self.depth = max(0, self.depth - 1)
+            self.grow(len(tag))
+            return True
+        self.end_value()
+        if after["key"] is not None:
+            self.take(after.end())
+            self.open_value(after["key"])
+        else:
+            self.take(after.end("ends"))
+            self.end_call()
+        return True
+
+    def goes_on(self, after):
+        """Whether the match behind a closing tag goes on with the call; None: more text must say.
+
+        Of whole parameters in a value the count of open tags says which closing tag is their own. A value that holds
+        an opening tag alone has no count that ends it: a name that the tool knows, or the end of the text, does."""
+        if after is None:
+            return False
+        if after.partial:
+            return None
+        if after["key"] is not None:
+            is_known = not self.grammar.is_nested and self.knows(after["key"])
+            return after["key"] not in self.given and (self.depth == 0 or is_known)
+        if self.depth == 0 or after["other"] in self.tools:
+            return True
+        if after["other"] is not None or self.rest[after.end():].strip():
+            return False
+        return True if self.is_final else None
+
+    # -- calls --
+
+    def open_call(self, found):
+        """found: a match of `first` or `next`, which is where a call is one for sure."""
+        self.raw = []
+        self.blank = ""
+        self.given = set()
+        self.schema = self.tools.get(found["name"]) or {}
+        call = CallPart(len(self.calls), f"call_{os.urandom(12).hex()}", found["name"])
+        self.calls.append([call])
+        self.new["parts"].append(call)
+        if found["key"] is not None:
+            self.take(found.end())
+            self.open_value(found["key"])
+        else:
+            self.take(found.end("ends"))
+            self.end_call()
+
+    def open_value(self, key):
+        before = ", " if self.given else "{"
+        self.argue(f"{before}{json.dumps(key, ensure_ascii=False)}: ")
+        self.key = key
+        self.given.add(key)
+        self.value = []
+        self.value_schema = property_schema(self.schema, key, self.schema)
+        self.is_text = None
+        self.depth = 0
+        if kinds_of(self.value_schema, self.schema) == {"string"}:
+            self.begin_text()
+        self.step = self.read_value
+
+    def grow(self, n):
+        """The next n characters belong to the value."""
+        if n == 0:
+            return
+        piece = self.take(n)
+        self.value.append(piece)
+        if self.is_text:
+            self.argue(json.dumps(piece, ensure_ascii=False)[1:-1])
+        elif self.is_text is None and piece.strip():
+            self.is_text = piece.lstrip()[0] not in JSON_BEGINS  # then it is a string, whatever the schema says
+            if self.is_text:
+                self.begin_text()
+
+    def begin_text(self):
+        """The value is a string: what there is of it is given out."""
+        self.is_text = True
+        self.argue(json.dumps("".join(self.value), ensure_ascii=False)[:-1])
+
+    def end_value(self):
+        if self.is_text:
+            self.argue('"')
+            return
+        value = argument_value("".join(self.value), self.value_schema, self.schema, self.grammar)
+        self.argue(json.dumps(value, ensure_ascii=False))
+
+    def end_call(self):
+        self.argue("}" if self.given else "{}")
+        self.is_over = self.one_call
+        self.step = self.between_calls
+
+    def void_call(self):
+        """The text has ended within a call: what was written of it is content. A stream has told its first arguments,
+        which are no whole JSON, so that nobody obeys them."""
+        self.calls.pop()
+        self.new["parts"].append(CallPart(len(self.calls), is_void=True))
+        self.add_content("".join(self.raw))
+
+    def knows(self, key):
+        """Whether the tool's schema names a parameter."""
+        return any(key in branch["properties"] for branch in branches(self.schema, self.schema)
+                   if isinstance(branch.get("properties"), dict))
+
+    # -- the text, and what is given out --
+
+    def pattern(self, name):
+        return self.grammar.patterns[self.is_final][name]
+
+    def match(self, pattern, start=0):
+        """The pattern at a place; partial: the text so far fits, and more of it must say."""
+        return pattern.match(self.rest, start, partial=not self.is_final)
+
+    def search(self, pattern):
+        return pattern.search(self.rest, partial=not self.is_final)
+
+    def take(self, n):
+        """-> the next n characters of a call."""
+        piece = self.rest[:n]
+        self.rest = self.rest[n:]
+        self.raw.append(piece)
+        return piece
+
+    def skip_breaks(self):
+        """Drop the line breaks that the template puts here, as many as there are."""
+        while self.breaks and self.rest:
+            if self.rest[0] == self.breaks[0]:
+                self.rest = self.rest[1:]
+                self.breaks = self.breaks[1:]
+            else:
+                self.breaks = ""
+
+    def say(self, n):
+        """The next n characters are content."""
+        text = self.rest[:n]
+        self.rest = self.rest[n:]
+        self.add_content(text)
+
+    def add_content(self, text):
+        if self.is_behind:             # line breaks behind calls are the template's, unless words follow
+            self.blank += text
+            if not self.blank.strip():
+                return
+            text = self.blank
+            self.blank = ""
+            self.is_behind = False
+        self.content.append(text)
+        self.new["text"] += text
+
+    def argue(self, text):
+        """More of a call's arguments, a part of their JSON."""
+        part = CallPart(len(self.calls) - 1, arguments=text)
+        self.calls[-1].append(part)
+        self.new["parts"].append(part)
+
+    @property
+    def said(self):
+        """All that was given out: thought, content, [(id, name, arguments)]."""
+        calls = [(parts[0].id, parts[0].name, "".join(part.arguments for part in parts)) for parts in self.calls]
+        return "".join(self.thought), "".join(self.content), calls
+
+# ---- a server: messages through a template -------------------------------------------------------
+# A released model is talked to through its template. It must read its own thoughts again, between calls at least: M2
+# without them is much worse. vLLM and MiniMax's own service leave them in the content, where each client shows them
+# to people; SGLang and others send them apart, as reasoning_content, and clients that know no such field lose them.
+# Here they are sent apart, and remembered: where an answer comes back without a thought, it gets its own again.
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+TAIL = 16                              # tokens of a prompt that may have opened the thought
+MOST_THOUGHTS = 2 ** 24                # characters of thoughts that are remembered
+NOT_RENDERED = dict(                   # as NOT_SERVED, of requests that go through a template
+    functions=[], function_call="none", add_generation_prompt=True, continue_final_message=False, documents=[])
+TEMPLATE_NAMES = ("messages", "tools", "add_generation_prompt", "documents", "behind", "self")  # no client's options
+THOUGHT_NAMES = ("reasoning_content", "reasoning", "thinking", "reasoning_details")  # of different servers
+
+class Thoughts:
+    """Thoughts of the last answers, by what the client will send back."""
+
+    def __init__(self):
+        self.kept = OrderedDict()      # key -> thought
+        self.size = 0                  # characters
+        self.lock = threading.Lock()   # the engine keeps them, threads of requests find them
+
+    def keep(self, keys, thought):
+        with self.lock:
+            for key in keys:
+                self.size += len(thought) - len(self.kept.pop(key, ""))
+                self.kept[key] = thought
+            while self.size > MOST_THOUGHTS:
+                _, oldest = self.kept.popitem(last=False)
+                self.size -= len(oldest)
+
+    def find(self, keys):
+        """-> the thought under the first of the keys that is known, or None."""
+        with self.lock:
+            for key in keys:
+                if key in self.kept:
+                    self.kept.move_to_end(key)
+                    return self.kept[key]
+        return None
+
+class History:
+    """What was said until now, in one spelling: a key for each answer. Thoughts are no part of it, nor are ids."""
+
+    def __init__(self):
+        self.digest = hashlib.sha256()
+
+    def add(self, role, text, calls=()):
+        """calls: [(id, name, arguments as an object)]. -> what this message is known by: its first call's id, if it has
+        any, and all that was said until now."""
+        plain = [role, text.strip(), [[name, arguments] for _, name, arguments in calls]]
+        self.digest.update(json.dumps(plain, sort_keys=True).encode())
+        keys = [self.digest.hexdigest()]
+        if calls:
+            keys.insert(0, f"id {calls[0][0]}")
+        return keys
+
+    def copy(self):
+        other = History()
+        other.digest = self.digest.copy()
+        return other
+
+@dataclasses.dataclass
+class AnswerForm:
+    """How the answer to a request is read."""
+    style: Style
+    tools: dict                        # as of AnswerParser
+    tail: str
+    one_call: bool
+    history: History
+    thoughts: Thoughts
+
+    def parser(self):
+        return AnswerParser(self.style, self.tools, self.tail, self.one_call)
+
+    def remember(self, parser):
+        """What was thought, for an answer that has come to its end."""
+        thought, content, calls = parser.said
+        calls = [(call_id, name, json.loads(arguments)) for call_id, name, arguments in calls]
+        self.thoughts.keep(self.history.copy().add("assistant", content, calls), thought)
+
+def read_tools(body):
+    """The tools of a request -> as they are, {name: schema of its arguments}; None, None without any. Refused if they
+    cannot be served: a template can offer tools, and no more."""
+    tools = body.get("tools")
+    choice = body.get("tool_choice")
+    if choice not in (None, "auto", "none"):
+        raise Refused(400, f"tool_choice {choice!r:.60}: auto and none are served; the model is asked, not forced")
+    if not isinstance(tools, list | None):
+        raise Refused(400, f"tools {tools!r:.60}: a list is needed")
+    schemas = {}
+    for place, tool in enumerate(tools or []):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise Refused(400, f"tools[{place}]: a tool is {{type: function, function: {{name, parameters}}}}")
+        if function["name"] in schemas:
+            raise Refused(400, f"tools[{place}]: {function['name']!r:.60} is there already")
+        schemas[function["name"]] = function.get("parameters") or {}
+    if not schemas or choice == "none":  # the model is not told of tools that it must not call
+        return None, None
+    return tools, schemas
+
+def read_calls(message, where):
+    """The tool calls of a message -> [(id, name, arguments as an object)]."""
+    calls = message.get("tool_calls") or []
+    if not isinstance(calls, list):
+        raise ValueError(f"{where}: tool_calls {calls!r:.60}: a list is needed")
+    found = []
+    for call in calls:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(f"{where}: a tool call is {{id, function: {{name, arguments}}}}, not {call!r:.60}")
+        arguments = function.get("arguments") or {}
+        if isinstance(arguments, str):
+            with contextlib.suppress(ValueError, RecursionError):
+                arguments = json.loads(arguments)
+        if not isinstance(arguments, dict):
+            raise ValueError(f"{where}: the arguments of {function['name']!r:.40} are {arguments!r:.60}; they must be "
+                             "a JSON object")
+        found.append((call.get("id"), function["name"], arguments))
+    return found
+
+def thought_beside(message, where):
+    """The thought beside an answer's content, by whichever name; None without one."""
+    for name in THOUGHT_NAMES:
+        thought = message.get(name)
+        if isinstance(thought, list):  # MiniMax's own service has parts, of type reasoning.text
+            texts = [part.get("text") for part in thought if isinstance(part, dict)]
+            thought = "".join(text for text in texts if isinstance(text, str))
+        if not isinstance(thought, str | None):
+            raise ValueError(f"{where}: {name} {thought!r:.60}: it must be a string")
+        if thought is not None:
+            return thought
+    return None
+
+def call_object(call_id, name, arguments):
+    """A tool call as the protocol has it."""
+    return dict(id=call_id, type="function", function=dict(name=name, arguments=arguments))
+
+def in_order_of_calls(messages):
+    """Results of tools, in the order of the calls: templates leave out the ids that would say which is whose."""
+    ordered = []
+    places = {}                        # of the calls before
+    for _, run in itertools.groupby(messages, key=lambda message: message["role"] == "tool"):
+        run = list(run)
+        if run[0]["role"] == "tool":
+            run.sort(key=lambda message: places.get(str(message.get("tool_call_id")), len(places)))
+        calls = run[-1].get("tool_calls", ())
+        places = {str(call["id"]): place for place, call in enumerate(calls)}
+        ordered += run
+    return ordered
+
+class TemplateReader:
+    """Requests for chat -> prompts, through the template of a released checkpoint."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.template = tokenizer.template
+        self.style = learn_style(self.template)
+        self.thoughts = Thoughts()
+
+    @property
+    def card(self):
+        """How answers are read, in words for a start-up card."""
+        parts = []
+        if self.style.think_open:
+            parts.append(f"{self.style.think_open} as reasoning_content")
+        if self.style.grammar:
+            parts.append(f"{self.style.grammar.begin} as tool_calls")
+        return ", ".join(parts) or "as they are: the template writes neither thoughts nor calls in a form known here"
+
+    def read(self, body):
+        """A request -> its prompt's ids, and the AnswerForm. Refused if it cannot be served."""
+        for name, neutral in NOT_RENDERED.items():
+            if body.get(name) not in (None, neutral):
+                raise Refused(400, f"{name} {body[name]!r:.60}: it is not served")
+        options = body.get("chat_template_kwargs") or {}
+        if not isinstance(options, dict) or not options.keys().isdisjoint(TEMPLATE_NAMES):
+            raise Refused(400, f"chat_template_kwargs {options!r:.60}: an object, without {', '.join(TEMPLATE_NAMES)}")
+        one_call = body.get("parallel_tool_calls") is not None and not read_flag(body, "parallel_tool_calls")
+        tools, schemas = read_tools(body)
+        history = History()
+        try:
+            messages = self.read_messages(body.get("messages"), history)
+            self.check_written(messages, tools, options)
+            ids = self.tokenizer.encode_chat(messages, tools, **options)
+        except ValueError as error:
+            raise Refused(400, str(error)) from None
+        tail = self.tokenizer.decode(ids[-TAIL:])
+        return ids, AnswerForm(self.style, schemas, tail, one_call, history, self.thoughts)
+
+    def read_messages(self, messages, history):
+        """Messages as clients send them -> such as templates read them. What is said is added to the history."""
+        if not isinstance(messages, list) or not messages:
+            raise ValueError(f"messages {messages!r:.60}: a list of at least one is needed")
+        read = []
+        for place, message in enumerate(messages):
+            where = f"messages[{place}]"
+            if not isinstance(message, dict) or message.get("role") not in ROLES:
+                raise ValueError(f"{where}: a message is {{role, content}}, its role one of {', '.join(ROLES)}")
+            role = message["role"]
+            text = message_text(message.get("content"), where)
+            if role == "assistant":
+                read.append(self.read_answer(message, text, where, history))
+                continue
+            history.add(role, text)
+            if role == "developer" and not self.style.knows_developer:
+                role = "system"
+            one = dict(role=role, content=text)
+            if role == "tool":
+                one["tool_call_id"] = message.get("tool_call_id")
+            is_rule = role in ("system", "developer")
+            if is_rule and place and len(read) == 1 and read[0]["role"] in ("system", "developer"):
+                read[0]["content"] += BLANK_LINE + text  # templates have one place for them, at the beginning
+            else:
+                read.append(one)
+        return in_order_of_calls(read)
+
+    def read_answer(self, message, text, where, history):
+        """A message of the assistant. Its thought is in its content, or beside it, or remembered; the template gets it
+        in one place."""
+        calls = read_calls(message, where)
+        thought = thought_beside(message, where)
+        if thought is None:
+            thought = self.thoughts.find(history.copy().add("assistant", text, calls))
+        in_text, text = split_thought(text, self.style, thought is None)
+        if thought is None:
+            thought = in_text
+        history.add("assistant", text, calls)
+        answer = dict(role="assistant", content=text, reasoning_content=thought or "")
+        if calls:
+            answer["tool_calls"] = [call_object(*call) for call in calls]
+        return answer
+
+    def check_written(self, messages, tools, options):
+        """ValueError for a rule that the template would leave out, as M2's does behind the first message."""
+        rules = [place for place, message in enumerate(messages) if place and message["role"] in ROLES[:2]]
+        if not rules:
+            return
+        marked = [dict(message, content=f"q{place}Rule") if place in rules else message
+                  for place, message in enumerate(messages)]
+        text = self.template.render(marked, tools, **options)
+        for place in rules:
+            if f"q{place}Rule" not in text:
+                raise ValueError(f"a {messages[place]['role']} message behind others: the template leaves it out; it "
+                                 "must come first, or be a user's")
 
 # ---- a server: what is answered ------------------------------------------------------------------
 
@@ -3384,6 +4692,13 @@ class Piece:
     finish: str | None = None          # stop, length or tool_calls: the text is over
     n_tokens: int = 0                  # of the text, once it is over
     calls: list = dataclasses.field(default_factory=list)   # the protocol's tool calls beside the text
+    thought: str = ""                  # of a released model, beside the text
+    parts: list = dataclasses.field(default_factory=list)   # CallParts: its tool calls, as they grow
+
+    @property
+    def has_news(self):
+        """Whether there is anything that a stream tells."""
+        return bool(self.text or self.thought or self.scores or self.calls or delta_calls(self.parts))
 
 def join_pieces(pieces):
     """Pieces, in their order -> one for each text."""
@@ -3397,7 +4712,9 @@ def join_pieces(pieces):
             scores=[score for part in parts for score in part.scores],
             finish=parts[-1].finish,
             n_tokens=parts[-1].n_tokens,
-            calls=[call for part in parts for call in part.calls])
+            calls=[call for part in parts for call in part.calls],
+            thought="".join(part.thought for part in parts),
+            parts=[grown for part in parts for grown in part.parts])
         for index, parts in sorted(by_text.items())]
 
 def shown(raw):
@@ -3441,21 +4758,54 @@ def choice_object(asked, piece, is_first=False):
         choice["delta"] = delta_object(piece)
     return choice
 
+def grouped_parts(parts):
+    """CallParts -> {index of a call: its parts}."""
+    by_index = defaultdict(list)
+    for part in parts:
+        by_index[part.index].append(part)
+    return by_index
+
+def whole_calls(parts):
+    """All CallParts of a text -> the protocol's tool calls."""
+    calls = []
+    for grown in grouped_parts(parts).values():
+        if not any(part.is_void for part in grown):
+            calls.append(call_object(grown[0].id, grown[0].name, "".join(part.arguments for part in grown)))
+    return calls
+
+def delta_calls(parts):
+    """CallParts that are new -> what a stream tells of them: the first of a call has its id and its name."""
+    calls = []
+    for index, grown in grouped_parts([part for part in parts if not part.is_void]).items():
+        call = dict(index=index, function=dict(arguments="".join(part.arguments for part in grown)))
+        if grown[0].id is not None:
+            call = dict(call_object(grown[0].id, grown[0].name, call["function"]["arguments"]), index=index)
+        calls.append(call)
+    return calls
+
 def message_object(piece):
     """A whole text, and the tool calls beside it, as the protocol's message. Calls alone have null for a content."""
     message = dict(role="assistant", content=piece.text, refusal=None)
-    if piece.calls:
+    if piece.thought:
+        message["reasoning_content"] = piece.thought
+    calls = piece.calls or whole_calls(piece.parts)
+    if calls:
         message["content"] = piece.text or None
-        message["tool_calls"] = piece.calls
+        message["tool_calls"] = calls
     return message
 
 def delta_object(piece):
     """What is new in a stream: a part of the text, or of its calls, which a client joins by their index."""
     delta = {}
+    if piece.thought:
+        delta["reasoning_content"] = piece.thought
     if piece.text:
         delta["content"] = piece.text
     if piece.calls:
         delta["tool_calls"] = [dict(call, index=index) for index, call in enumerate(piece.calls)]
+    grown = delta_calls(piece.parts)
+    if grown:
+        delta["tool_calls"] = grown
     return delta
 
 def usage_object(asked, n_tokens):
@@ -3474,6 +4824,10 @@ class Protocol:
         self.engine = engine
         self.args = args
         self.created = int(time.time())
+        self.name = model_name(args)
+        self.reader = None
+        if getattr(engine.tokenizer, "template", None) is not None:  # of a released checkpoint
+            self.reader = TemplateReader(engine.tokenizer)
 
     def app(self, token):
         posts = {"/v1/chat/completions": self.chat, "/v1/completions": self.text}
@@ -3481,7 +4835,7 @@ class Protocol:
         return make_app(lambda path: [token], posts, gets)
 
     def model_object(self):
-        return dict(id=MODEL_ID, object="model", created=self.created, owned_by=MODEL_ID,
+        return dict(id=self.name, object="model", created=self.created, owned_by=MODEL_ID,
                     max_model_len=self.engine.model.cfg.max_seq_len)
 
     async def models(self, request):
@@ -3489,8 +4843,8 @@ class Protocol:
 
     async def model(self, request):
         name = request.path_params["name"]
-        if name != MODEL_ID:
-            raise Refused(404, f"model {name!r:.60}: {MODEL_ID} is served", "model_not_found")
+        if name != self.name:
+            raise Refused(404, f"model {name!r:.60}: {self.name} is served", "model_not_found")
         return reply(self.model_object())
 
     async def chat(self, request):
@@ -3504,7 +4858,8 @@ class Protocol:
         raw, client = request.scope["heard"]
         engine = self.engine
         # long texts take their time to become tokens: not on the event loop
-        asked = await asyncio.to_thread(read_request, raw, is_chat, self.args, engine.tokenizer, engine.model.cfg)
+        asked = await asyncio.to_thread(read_request, raw, is_chat, self.args, engine.tokenizer, engine.model.cfg,
+                                        self.reader)
         asked.client = client
         client.most = UNREAD * asked.n_rows
         engine.put(asked)
@@ -3567,7 +4922,7 @@ class Protocol:
             if not news:
                 raise Refused(400, "the client has left")
             for piece in join_pieces(news):
-                if piece.text or piece.scores or piece.calls:
+                if piece.has_news:
                     grown = dataclasses.replace(piece, finish=None)
                     yield dict(head, choices=[choice_object(asked, grown)])
                 if piece.finish:
@@ -3755,6 +5110,7 @@ class Engine:
         client = asked.client
         tokenizer = self.tokenizer
         stream = Stream(asked.stops)
+        parser = None if asked.form is None else asked.form.parser()
         waiting = []                       # Scores whose text has not been released
         finish = None
         kept = 0
@@ -3769,7 +5125,7 @@ class Engine:
             left -= 1
             kept += len(feed)
             feed = [token]
-            if token == tokenizer.eot:
+            if token in tokenizer.stops:
                 finish = "stop"
                 new = stream.feed(b"", final=True)
             else:
@@ -3790,8 +5146,18 @@ class Engine:
             # a token is told of with the text that it begins in, and not at all where that is cut off
             scores = [score for score in waiting if score.start < stream.shown]
             del waiting[:len(scores)]
-            if new or finish:
-                client.tell(Piece(index, new, scores, finish, stream.tokens))
+            if not new and not finish:
+                continue
+            said = dict(text=new)
+            if parser is not None:
+                said = parser.feed(new, final=finish is not None)
+                if parser.is_over:
+                    finish = "stop"
+                if parser.calls and finish == "stop":
+                    finish = "tool_calls"
+                if finish:
+                    asked.form.remember(parser)
+            client.tell(Piece(index, scores=scores, finish=finish, n_tokens=stream.tokens, **said))
 
     def close(self):
         """Clients that wait, or are being answered, are told that there is an end."""
@@ -4552,8 +5918,11 @@ PLAIN_TOKENS = 32                      # drawn without drafts, too, to say which
 NOISE = 0.03                           # share by which two runs of the same differ
 
 class TokenIds:
-    """Stands in for the tokenizer of a checkpoint of transformers: its text is token ids, as in 1,2,3."""
+    """Stands in for the tokenizer of a released checkpoint that has none beside it: its text is ids, as in 1,2,3."""
     eot = -1  # no id ends a sample
+    bos = -1
+    stops = frozenset()
+    template = None
 
     def __init__(self, n_vocab):
         self.n_vocab = n_vocab
@@ -4562,7 +5931,8 @@ class TokenIds:
         words = text.split(",")
         for word in words:
             if not re.fullmatch(r"\s*[0-9]{1,9}\s*", word) or int(word) >= self.n_vocab:
-                raise ValueError(f"--prompt {text[:100]!r}: with --hf, ids below {self.n_vocab}, as in 1,2,3")
+                raise ValueError(f"--prompt {text[:100]!r}: with --hf, and no tokenizer.json there, ids below "
+                                 f"{self.n_vocab}, as in 1,2,3")
         return list(map(int, words))
 
     def decode_bytes(self, ids):
@@ -4599,7 +5969,8 @@ def standard_input_is_piped():
 def parse_args(argv):
     p = Parser(__doc__)
     p.add_argument("--out", default="out", help="folder of the checkpoint that train.py wrote")
-    p.add_argument("--hf", help="folder of a checkpoint of transformers (M2, or M3's text model) instead")
+    p.add_argument("--hf", help="folder of a released checkpoint (M2, or M3's text model) instead; its text needs pip "
+                   "install tokenizers jinja2; how it is sampled, its generation_config.json says")
     p.add_argument("--layers", type=layer_range, metavar="A:B",
                    help="with --hf: layers A to B - 1 alone, between embedding and head; the files of others are not needed")
     p.add_argument("--offload", action="store_true",
@@ -4608,7 +5979,8 @@ def parse_args(argv):
     p.add_argument("--partial", action="store_true",
                    help="with --hf: tensors may be unknown, or missing: those begin as in a new model")
     p.add_argument("--prompt", type=utf8, default="",
-                   help="text to continue, - for all of standard input; token ids, as in 1,2,3, with --hf")
+                   help="text to continue, - for all of standard input; with --chat and a template, what the system "
+                   "says; token ids, as in 1,2,3, where the folder of --hf has no tokenizer.json")
     p.add_argument("--prompt-file", metavar="FILE", help="a file with the text to continue, - for standard input")
     p.add_argument("--chat", action="store_true", help=f"a conversation, line by line: {HELP}")
     p.add_argument("--max-new-tokens", type=number(1, math.inf), default=200)
@@ -4636,6 +6008,12 @@ def parse_args(argv):
     if args.export is not None:
         check_export(p, args)
         return args
+    if args.hf is not None:            # where a flag was not given, the folder says how its model is sampled
+        p.set_defaults(**released_sampling(args.hf))
+        try:
+            args = p.parse_args(argv)
+        except ValueError as error:
+            raise ValueError(f"{os.path.join(args.hf, 'generation_config.json')}: {error}") from None
     if args.xray is not None:
         check_page(args.xray)
     if "" in args.stop:
@@ -4678,6 +6056,15 @@ def check_export(parser, args):
     if args.hf is not None and os.path.isdir(args.export) and os.path.samefile(args.hf, args.export):
         raise ValueError(f"--export {args.export}: --hf reads from that folder; it must be another one")
 
+def released_sampling(folder):
+    """-> the flags, as text, of what generation_config.json says about sampling."""
+    config = read_settings(os.path.join(folder, "generation_config.json"))
+    names = ("temperature", "top_p", "top_k")
+    flags = {name: str(config[name]) for name in names if config.get(name) is not None}
+    if config.get("do_sample") is False:
+        flags["temperature"] = "0"
+    return flags
+
 def read_model(args, device, dtype):
     """-> model, tokenizer, whether the model's index branch was still learning."""
     model, tokenizer, index_warmup = read_checkpoint(args, device, dtype)
@@ -4692,11 +6079,12 @@ def read_checkpoint(args, device, dtype):
             return *load_model(state, device, dtype), in_index_warmup(state)
         except FloatingPointError as error:  # here it is bad input, not a run that diverged
             raise ValueError(str(error)) from None
+    tokenizer = read_tokenizer(args.hf)  # first: it takes a moment, the model may take minutes
     try:
         model = read_hf(args, device, dtype)
     except Exception as error:  # of the file system, json, safetensors, or a field that is missing
         raise ValueError(f"--hf {args.hf}: {type(error).__name__}: {error}") from None
-    return model, TokenIds(model.cfg.vocab_size), False
+    return model, tokenizer or TokenIds(model.cfg.vocab_size), False
 
 def read_hf(args, device, dtype):
     """The model in the folder of --hf. Says what of the folder it is."""
@@ -4768,16 +6156,21 @@ def choose_threads(args, model, device, ids, index_warmup):
             threads.choose(lambda: model(idx, n_logits=1, index_warmup=index_warmup))
     return threads
 
-def encode_prompt(text, tokenizer, max_seq_len):
+def encode_prompt(text, tokenizer, cfg):
     """-> Prompt. ValueError if the context has no room after it."""
     if isinstance(tokenizer, TokenIds):
         prompt = Prompt(tokenizer.encode(text))
     elif text:
-        prompt = Prompt(*heal(tokenizer, tokenizer.encode(text)))
+        prompt = text_prompt(tokenizer.encode(text), tokenizer, cfg.vocab_size)
     else:
-        prompt = Prompt([tokenizer.eot])
-    check_room(prompt.ids, max_seq_len)
+        prompt = Prompt([tokenizer.bos])
+    check_room(prompt.ids, cfg.max_seq_len)
     return prompt
+
+def text_prompt(ids, tokenizer, n_vocab):
+    """Ids of a text -> Prompt, healed; not where it ends with a special token, which is whole."""
+    is_ordinary = 0 <= ids[-1] < n_vocab and ids[-1] not in tokenizer.added.values()
+    return Prompt(*heal(tokenizer, ids, n_vocab)) if is_ordinary else Prompt(ids)
 
 def check_room(ids, max_seq_len):
     """ValueError if the context has no room after a prompt."""
@@ -4798,6 +6191,20 @@ def card(args, model, device, why, threads, index_warmup):
     if device.type == "cuda" and model.dtype.itemsize == 2:
         print("compile | the kernels of a step, by Triton, which keeps them on disk for the next start")
 
+def text_card(args, tokenizer, cfg):
+    """The lines of a start-up card that say how a released checkpoint reads and writes text."""
+    if not isinstance(tokenizer, HFTokenizer):
+        return
+    print(f"text    | {tokenizer}")
+    more = cfg.vocab_size - tokenizer.n_vocab
+    if more > 0:
+        print(f"vocab   | {cfg.vocab_size:,} in the model: the last {more:,} are no tokens, and have no text if drawn")
+    if more < 0:
+        print(f"vocab   | {cfg.vocab_size:,} in the model: a prompt with one of the last {-more:,} tokens is refused")
+    flags = [f"{name.replace('_', '-')} {value}" for name, value in released_sampling(args.hf).items()]
+    if flags:
+        print(f"sampled | {', '.join(flags)}: generation_config.json, where no flag says otherwise")
+
 def drawing(args):
     """How tokens are drawn, in words for a start-up card."""
     return f"temperature {args.temperature:g}, top-p {args.top_p:g}, top-k {args.top_k}"
@@ -4806,7 +6213,7 @@ def steps_of(args, model, tokenizer, prompt, max_new_tokens, index_warmup, specu
     """`generate` with the script's flags."""
     generator = torch.Generator(model.embed.weight.device).manual_seed(args.seed)
     return generate(model, [prompt.ids], max_new_tokens, args.n_samples, args.temperature, args.top_p, args.top_k,
-                    generator, {tokenizer.eot}, prompt.allowed, index_warmup, speculate, accepted, **options)
+                    generator, tokenizer.stops, prompt.allowed, index_warmup, speculate, accepted, **options)
 
 def continue_prompt(args, steps, tokenizer, prompt):
     """Draw the samples, print the first as it grows -> their Streams, seconds to the first token, seconds in all.
@@ -4821,7 +6228,7 @@ def continue_prompt(args, steps, tokenizer, prompt):
             first_s = time.perf_counter() - started
             print(args.prompt, end="", flush=True)  # behind the progress of a long one
         for row, token in enumerate(drawn.tolist()):
-            if token in (-1, tokenizer.eot):
+            if token == -1 or token in tokenizer.stops:
                 continue
             new = streams[row].feed(tokenizer.decode_bytes([token])[taken:])
             if row == 0:
@@ -4877,12 +6284,16 @@ def serve(args):
     model, tokenizer, index_warmup = read_model(args, device, dtype)
     threads = choose_threads(args, model, device, [0] * min(256, model.cfg.max_seq_len), index_warmup)
     card(args, model, device, why, threads, index_warmup)
+    text_card(args, tokenizer, model.cfg)
     print(f"context | {model.cfg.max_seq_len} tokens; where a request does not say: {drawing(args)}, "
           f"{args.max_new_tokens} new tokens", flush=True)
 
     engine = Engine(model, tokenizer, index_warmup, args.speculate, args.seed)
     token = args.token or os.urandom(16).hex()
-    door.open(Protocol(engine, args).app(token))
+    protocol = Protocol(engine, args)
+    if protocol.reader is not None:
+        print(f"answers | {protocol.reader.card}", flush=True)
+    door.open(protocol.app(token))
     print(f"server  | {door.url} key {token}", flush=True)
     began = time.perf_counter()
     try:
@@ -4924,9 +6335,10 @@ def export(args):
     return dict(text=None, tokens=0, tokens_per_s=None, prefill_s=None, accepted=None, cached=0, export=args.export)
 
 # ---- the script: a conversation ------------------------------------------------------------------
-# A model that was not trained to converse has no template: what is said are paragraphs, parted by blank lines. The
-# context is the tokens themselves. What the model has said is never tokenized again, and none of it is left out, nor
-# are its thoughts: so each turn begins with all of the last one's context, and only what is new is computed.
+# A model that was not trained to converse has no template: what is said are paragraphs, parted by blank lines. A
+# released one has a template, which writes what stands around each thing that is said. The context is the tokens
+# themselves. What the model has said is never tokenized again, and none of it is left out, nor are its thoughts: so
+# each turn begins with all of the last one's context, and only what is new is computed.
 
 BLANK_LINE = "\n\n"
 HELP = "/reset forgets all, /save FILE and /load FILE keep it, /quit or end of input ends"
@@ -4936,24 +6348,34 @@ class Conversation:
 
     def __init__(self, args, model, tokenizer, index_warmup):
         if isinstance(tokenizer, TokenIds):
-            raise ValueError("--chat: a checkpoint of --hf has no tokenizer here, so that it cannot be talked to")
+            raise ValueError("--chat: the folder of --hf has no tokenizer.json, so that it cannot be talked to")
         self.args = args
         self.model = model
         self.tokenizer = tokenizer
         self.index_warmup = index_warmup
         self.generator = torch.Generator(model.embed.weight.device).manual_seed(args.seed)
         self.prefixes = make_prefixes(model)
-        self.ids = tokenizer.encode(args.prompt)
-
-        # an answer begins with a word: no blank line, and no end
-        allowed = [not token.startswith(b"\n") for token in tokenizer.spec["ranks"]]
-        allowed += [False] * len(tokenizer.spec["special"])
-        self.allowed = torch.tensor(allowed)
+        self.begin()
 
         # of all answers, and of the last one
         self.n_drawn = 0
         self.accepted = []
         self.last = dict(tokens_per_s=None, prefill_s=None, cached=0)
+
+    def begin(self):
+        """The first tokens, how an answer may begin, and the texts that end one."""
+        self.ids = self.tokenizer.encode(self.args.prompt)
+        self.stops = [BLANK_LINE, *self.args.stop]
+
+        # an answer begins with a word: no blank line, and no end
+        allowed = [not token.startswith(b"\n") for token in self.tokenizer.spec["ranks"]]
+        allowed += [False] * len(self.tokenizer.spec["special"])
+        self.allowed = torch.tensor(allowed)
+
+    def turn(self, text):
+        """What someone says -> the tokens that follow those of the conversation, up to where the answer begins."""
+        parting = BLANK_LINE if self.ids and not self.text.endswith(BLANK_LINE) else ""
+        return self.tokenizer.encode(parting + text + BLANK_LINE)
 
     @property
     def text(self):
@@ -4962,8 +6384,7 @@ class Conversation:
     def ask(self, text):
         """One turn: read a text, print the answer as it grows. ValueError, and nothing changes, if the context has no
         room for it. Ctrl-C ends the answer, not the conversation: what was said stays."""
-        parting = BLANK_LINE if self.ids and not self.text.endswith(BLANK_LINE) else ""
-        ids = self.ids + self.tokenizer.encode(parting + text + BLANK_LINE)
+        ids = self.ids + self.turn(text)
         context = self.model.cfg.max_seq_len
         room = min(self.args.max_new_tokens, context - len(ids))
         if room < 1:
@@ -4974,7 +6395,7 @@ class Conversation:
         n_read = len(ids)
         self.ids = ids
         pressed = []                   # once for each Ctrl-C
-        stream = Stream([BLANK_LINE, *self.args.stop])
+        stream = Stream(self.stops)
         drawn = []                     # for --xray: tokens and logprobs
         trace = make_trace(self.model.cfg, self.index_warmup) if self.args.xray else None
         steps = keep_first(self.steps(room, trace), drawn)
@@ -5004,7 +6425,7 @@ class Conversation:
         args = self.args
         self.cached = []
         return generate(self.model, [list(self.ids)], room, 1, args.temperature, args.top_p, args.top_k, self.generator,
-                        {self.tokenizer.eot}, self.allowed, self.index_warmup, args.speculate, self.accepted,
+                        self.tokenizer.stops, self.allowed, self.index_warmup, args.speculate, self.accepted,
                         self.prefixes, self.cached, trace)
 
     def answer(self, steps, stream, pressed):
@@ -5018,7 +6439,7 @@ class Conversation:
                 first_s = seconds
                 print(f"prefill {n_read - self.cached[0]:,} of {n_read:,} tokens, {first_s:.3f} s", flush=True)
             token = token.item()
-            if token == self.tokenizer.eot:
+            if token in self.tokenizer.stops:
                 break
             self.ids.append(token)
             self.n_drawn += 1
@@ -5050,7 +6471,7 @@ class Conversation:
             with open(path, encoding="utf-8") as file:
                 said = json.load(file)
             ids = [*said["ids"]]
-            is_known = all(type(i) is int and 0 <= i < self.tokenizer.n_vocab for i in ids)
+            is_known = all(type(i) is int and 0 <= i < self.model.cfg.vocab_size for i in ids)
             fits = is_known and self.tokenizer.decode(ids) == said["text"]
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"{path} is no conversation: {type(error).__name__}: {error}"[:200]) from None
@@ -5077,6 +6498,29 @@ class Conversation:
         else:
             print(f"unknown | {HELP}")
         return True
+
+class TemplateConversation(Conversation):
+    """A conversation through the template of a released checkpoint. Where a template writes a whole conversation anew
+    it may drop the thoughts of earlier turns, or move a newline: here it writes only what is new."""
+
+    def begin(self):
+        self.ids = []
+        self.stops = self.args.stop
+        self.allowed = None
+        # --prompt is what the system says
+        self.system = [dict(role="system", content=self.args.prompt)] if self.args.prompt else []
+        self.turn("")                  # a template that fails does so before anyone has said something
+
+    def turn(self, text):
+        said = dict(role="user", content=text)
+        if not self.ids:
+            return self.tokenizer.encode_chat([*self.system, said])
+
+        # of a conversation in which the same was said, all that the template writes behind the last answer: its end,
+        # what is said now, and the beginning of the next answer
+        answer = f"{UNMARK}answer{UNMARK}"  # no text that is encoded holds it
+        before = [dict(role="user", content="question"), dict(role="assistant", content=answer)]
+        return self.tokenizer.encode_chat([*self.system, *before, said], behind=answer)
 
 @contextlib.contextmanager
 def ctrl_c_counted(pressed):
@@ -5122,7 +6566,8 @@ def lines_of_input():
 
 def chat(args, model, tokenizer, index_warmup):
     """--chat -> the script's result."""
-    conversation = Conversation(args, model, tokenizer, index_warmup)
+    kind = Conversation if isinstance(tokenizer, Tokenizer) else TemplateConversation
+    conversation = kind(args, model, tokenizer, index_warmup)
     print(f"chat    | {HELP}", flush=True)
     for line in lines_of_input():
         try:
@@ -5149,9 +6594,10 @@ def run(args):
     device, dtype, why = pick_device(args.device)
     model, tokenizer, index_warmup = read_model(args, device, dtype)
     context = model.cfg.max_seq_len
-    prompt = encode_prompt(args.prompt, tokenizer, context)
+    prompt = encode_prompt(args.prompt, tokenizer, model.cfg)
     threads = choose_threads(args, model, device, prompt.ids, index_warmup)
     card(args, model, device, why, threads, index_warmup)
+    text_card(args, tokenizer, model.cfg)
     print(f"prompt  | {len(prompt.ids)} tokens of a context of {context}; {drawing(args)}, seed {args.seed}\n",
           flush=True)
     if args.chat:

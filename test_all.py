@@ -3429,8 +3429,12 @@ def test_a_trained_tiny_opens_in_transformers(trained, tmp_path):
     assert_trained_opens(trained.out, tmp_path)
 
 def test_a_trained_tiny_m2_opens_in_transformers(corpus, tmp_path):
-    """The same for M2's pattern."""
-    start_run(corpus, tmp_path, "--preset tiny-m2 --steps 2")
+    """The same for M2's pattern, whose runs go on where they stopped, but not with MSA."""
+    start_run(corpus, tmp_path, "--preset tiny-m2 --attn full --steps 2 --stop-after 1")
+    assert "no layer of the preset tiny-m2" in refused(train, resume(tmp_path, "--attn msa"))
+    start_run(corpus, tmp_path, "--preset tiny-m2 --steps 2 --stop-after 1")
+    resume_run(tmp_path)
+    assert steps_done(tmp_path) == 2
 
     run_sample(tmp_path, "--export", tmp_path)
 

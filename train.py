@@ -776,6 +776,8 @@ def resume_args(parser, argv, given, state):
         value = getattr(args, name)
         was = state["args"].get(name, parser.get_default(name))  # older args lack the last two
         becomes_sparse = (was, value) == ("full", "msa")
+        if becomes_sparse and "msa" not in preset_config(args.preset).attn_types:
+            raise ValueError(f"--attn msa: no layer of the preset {args.preset} has MSA")
         if value != was and not becomes_sparse:
             only = "; attention changes from full to msa alone" if name == "attn" else ""
             raise ValueError(f"--{name.replace('_', '-')} {value}: the checkpoint was trained with {was}{only}")
@@ -1364,8 +1366,11 @@ def check_match(cfg, state, args):
     if args.mtp < cfg.n_mtp:
         raise ValueError(f"--mtp {args.mtp}: the checkpoint has {cfg.n_mtp} MTP modules, and none is dropped")
     saved = state["args"]["attn"]
-    if saved == "msa":
+    own = preset_config(args.preset).attn_types
+    if saved == "msa" and "msa" in own:
         fits = "msa" in cfg.attn_types
+    elif saved == "msa":               # as the preset has it: M2's pattern has none
+        fits = cfg.attn_types == own
     else:
         fits = layer_kinds(saved, cfg) == cfg.attn_types
     if not fits:

@@ -24,6 +24,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import re
 import time
 from collections import Counter
@@ -169,6 +170,16 @@ class MiniMaxConfig:
             attn_types=["full", "msa", "msa"], mlp_types=["dense", "moe", "moe"],
             n_expert=8, n_expert_per_tok=2, expert_dim=96, shared_dim=96, dense_dim=384,
             index_head_dim=64, index_block_size=8, index_topk_blocks=4, index_kl_stride=2, n_mtp=1)
+        return cls(**(fields | changes))
+
+    @classmethod
+    def tiny_m2(cls, **changes):
+        """M2's pattern at tiny's cost: as many channels of experts for a token, all of them routed."""
+        fields = dict(
+            vocab_size=4096, max_seq_len=32768,
+            n_layer=3, n_embd=128, n_head=4, n_kv_head=2, head_dim=32, rotary_dim=16,
+            attn_types=["full"] * 3, mlp_types=["moe"] * 3,
+            n_expert=8, n_expert_per_tok=2, expert_dim=144, n_mtp=1)
         return cls(**(fields | changes))
 
     @classmethod
@@ -1726,26 +1737,34 @@ class MiniMax(nn.Module):
         """
         return HFCheckpoint(path, layers, partial).load(device, dtype)
 
-    def save_hf(self, path):
-        """Write an M2 checkpoint in the released names; bit-equal when read back. ValueError for any other model, and
-        for a folder that holds other weights: whoever reads it could not tell them apart."""
-        from safetensors.torch import save_file
-        check_m2(self.cfg)
-        path = Path(path)
-        others = {file.name for file in path.glob("*.safetensors*")} - {"model.safetensors"}
-        if others:
-            raise ValueError(f"save_hf: {path} holds other weights: {', '.join(sorted(others))}")
+    def save_hf(self, path, tokenizer=None, index_warmup=False, shard_bytes=5 * 10 ** 9):
+        """Write a checkpoint folder that transformers opens and from_hf reads back bit for bit: M2, or M3's text model
+        -> {"files": {name: bytes}, "left_out": lines that say what of the model is not there}.
 
-        # everything that can fail comes before the first byte is written
-        tensors = {}
-        for ours, param in self.state_dict().items():
-            tensors.update(released_tensors(param, released_forms(ours)[0]))
-        tensors = {name: part.contiguous() for name, part in tensors.items()}
-        config = config_to_hf(self.cfg, str(self.embed.weight.dtype).removeprefix("torch."))
+        path          the folder, which is made
+        tokenizer     what reads and writes the model's text: its files are written too
+        index_warmup  whether the index branches were still learning, and their layers had full attention: they get it
+        shard_bytes   of a file with weights at most; a larger tensor has one of its own
+        ValueError, before the first byte is written, for a model that is neither of the two, and for a folder that
+        holds other weights: whoever reads it could not tell them apart.
+        """
+        cfg, left_out = exported_config(self, index_warmup)
+        tensors = exported_tensors(self.state_dict(), cfg)
+        shards = split_shards(tensors, shard_bytes)
+        check_folder(path, shards)
 
-        path.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, path / "model.safetensors", {"format": "pt"})
-        (path / "config.json").write_text(json.dumps(config, indent=2))
+        texts = {}
+        eot = None
+        if tokenizer is not None:
+            texts.update(tokenizer.hf_files())
+            eot = tokenizer.eot if tokenizer.eot >= 0 else None  # -1: no token ends a text
+        if len(shards) > 1:
+            texts[INDEX] = index_text(shards)
+        dtype = str(self.embed.weight.dtype).removeprefix("torch.")
+        texts["config.json"] = json.dumps(config_to_hf(cfg, dtype, eot), indent=2)
+        write_folder(path, shards, texts)
+        sizes = {name: Path(path, name).stat().st_size for name in [*shards, *texts]}
+        return dict(files=sizes, left_out=left_out)
 
 # ---- decoding --------------------------------------------------------------------------------------
 # DecodeWeights computes what MiniMax.forward computes with a cache, for the few tokens of a decoding step, in as few
@@ -2064,9 +2083,9 @@ def _append_kernel(
 #     experts    mlp.w2 (E, C, I)              is   experts.0.w2.weight (C, I), experts.1.w2.weight ...
 # and mlp.w13 (E, 2 I, C) is both halves of every expert. transformers stacks what the release keeps apart.
 
-# Our name of a parameter -> its form in the release, which save_hf writes, or a list: the release's form, then that of
-# transformers, where they differ by more than a synonym. {e} stands for an expert's number, {w1,w3} for the names of
-# the two halves, gate and up.
+# Our name of a parameter -> its form in the release, or a list: the release's form, then that of transformers, where
+# they differ by more than a synonym. save_hf writes M2 in the first, M3 in the last. {e} stands for an expert's number,
+# {w1,w3} for the names of the two halves, gate and up.
 MODEL_FORMS = {
     "embed.weight": "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",
@@ -2111,6 +2130,14 @@ def released_forms(ours):
     if isinstance(forms, str):
         forms = [forms]
     return [f"model.{layers}.{number}.{form}" for form in forms]
+
+def exported_form(ours, family):
+    """The form in which transformers' own class of a family reads our parameter of that name: for M2 the release's, for
+    M3's text model that of transformers, which renames the release's tensors only beside a vision tower."""
+    forms = released_forms(ours)
+    if family == "M2":
+        return forms[0]
+    return forms[-1].replace("block_sparse_moe", "mlp")
 
 def released_tensors(param, form):
     """One of our parameters in a released form -> {released name: its tensor, a view}."""
@@ -2965,25 +2992,202 @@ def config_from_hf(hf):
     except AssertionError as error:
         raise ValueError(f"config.json: {error}") from None
 
-def check_m2(cfg):
-    """ValueError for a model that config_to_hf cannot describe: it writes M2 alone."""
-    n = cfg.n_layer
-    m2 = dict(
-        attn_types=["full"] * n, mlp_types=["moe"] * n, n_mtp=0, shared_dim=0, routed_scale=1.0,
-        activation="swiglu", gemma_norm=False, qk_norm="layer", conv_taps=0)
-    for name, only in m2.items():
-        value = getattr(cfg, name)
-        if value != only:
-            raise ValueError(f"save_hf writes M2, whose {name} is {only}; this model has {value}")
+# The two families that can be written, as classes of transformers hold them -> field: the value that it has there, or a
+# list of what its entries may be. What is not named here may have any value that MiniMaxConfig allows.
+FAMILIES = dict(
+    M2=dict(
+        attn_types=["full"], mlp_types=["moe"], shared_dim=0, routed_scale=1,
+        activation="swiglu", gemma_norm=False, qk_norm="layer", conv_taps=0),
+    M3=dict(
+        attn_types=["full", "msa"], mlp_types=["dense", "moe"],
+        activation="swiglu_oai", gemma_norm=True, qk_norm="head", conv_taps=0))
 
-def config_to_hf(cfg, dtype):
-    """An M2 config in the released fields, and partial_rotary_factor: transformers up to 5.12 reads it alone."""
+def misfits(cfg, family):
+    """What keeps a model from being one of a family -> a line for each field."""
+    lines = []
+    for name, only in FAMILIES[family].items():
+        value = getattr(cfg, name)
+        if isinstance(only, list):
+            fits = set(value) <= set(only)
+            only = " or ".join(only)
+        else:
+            fits = value == only
+        if not fits:
+            lines.append(f"{name} {value}, where {family} has {only}")
+    if family == "M3" and cfg.shared_dim == 0:
+        lines.append("shared_dim 0, where M3 has a shared expert")
+    return lines
+
+def family_of(cfg):
+    """M2 or M3: the family whose class in transformers holds this model. ValueError, naming fields, if neither does."""
+    found = {family: misfits(cfg, family) for family in FAMILIES}
+    nearest = min(found, key=lambda family: len(found[family]))
+    if found[nearest]:
+        raise ValueError(f"save_hf writes M2 and M3; this model has {'; '.join(found[nearest])}")
+    return nearest
+
+def exported_config(model, index_warmup):
+    """-> the config of what is written of a model, and a line for each thing that is not."""
+    cfg = model.cfg
+    left_out = []
+    if model.mtp:
+        size, _ = count_params(model.mtp)
+        left_out.append(f"n_mtp {cfg.n_mtp}: modules of {size:,} parameters that draft tokens; transformers has no "
+                        "place for them")
+    kinds = cfg.attn_types
+    n_sparse = kinds.count("msa")
+    if n_sparse and index_warmup:
+        kinds = ["full" if kind == "msa" else kind for kind in kinds]
+        left_out.append(f"attn_types msa: {n_sparse} index branches, which were still learning; their layers are full "
+                        "attention, as they computed")
+    elif n_sparse and cfg.index_kl_stride > 1:
+        left_out.append(f"index_kl_stride {cfg.index_kl_stride}: it matters to training alone, and reads back as 1")
+    return dataclasses.replace(cfg, attn_types=kinds, n_mtp=0), left_out
+
+def config_to_hf(cfg, dtype, eot=None):
+    """MiniMaxConfig -> the fields of config.json for transformers' class of its family. ValueError for any other model.
+
+    cfg    of a model without MTP modules, or they are left out
+    dtype  of the weights, by name
+    eot    the id that ends a text, or None
+
+    How many channels rotate stands there three times: the release's code reads rotary_dim, transformers up to 5.12
+    partial_rotary_factor alone, and newer ones the same in rope_parameters first.
+    """
+    family = family_of(cfg)
     factor = cfg.rotary_dim / cfg.head_dim
     if int(cfg.head_dim * factor) < cfg.rotary_dim:  # rounded down, and so will be what is read: 30 of 88, say
         factor = math.nextafter(factor, 1)
+    theta = float(cfg.rope_theta)
     counts = {theirs: getattr(cfg, ours) for ours, theirs in COUNT_NAMES.items()}
-    return dict(
-        counts, model_type="minimax_m2", architectures=["MiniMaxM2ForCausalLM"], dtype=dtype, hidden_act="silu",
-        rms_norm_eps=cfg.norm_eps, rotary_dim=cfg.rotary_dim, partial_rotary_factor=factor, rope_theta=cfg.rope_theta,
-        tie_word_embeddings=False, bos_token_id=None, eos_token_id=None,
-        use_qk_norm=True, qk_norm_type="per_layer", scoring_func="sigmoid", use_routing_bias=True)
+    fields = dict(
+        counts, dtype=dtype, rms_norm_eps=float(cfg.norm_eps), tie_word_embeddings=False,
+        rotary_dim=cfg.rotary_dim, partial_rotary_factor=factor, rope_theta=theta,
+        rope_parameters=dict(rope_type="default", rope_theta=theta, partial_rotary_factor=factor),
+        bos_token_id=None, eos_token_id=eot,
+        hidden_act="silu", use_qk_norm=True, scoring_func="sigmoid", use_routing_bias=True)
+    if family == "M2":
+        return dict(
+            fields, model_type="minimax_m2", architectures=["MiniMaxM2ForCausalLM"], qk_norm_type="per_layer")
+    return dict(fields, model_type="minimax_m3_vl_text", architectures=["MiniMaxM3VLForCausalLM"], **m3_fields(cfg))
+
+def m3_fields(cfg):
+    """The fields of M3's config.json that M2's lacks."""
+    fields = dict(
+        use_gemma_norm=True, qk_norm_type="per_head",
+        layer_types=written_kinds(cfg.attn_types, ATTN_LISTS["layer_types"]),
+        mlp_layer_types=written_kinds(cfg.mlp_types, MLP_LISTS["mlp_layer_types"]),
+        shared_intermediate_size=cfg.shared_dim, n_shared_experts=1, routed_scaling_factor=float(cfg.routed_scale),
+        swiglu_alpha=SWIGLU_ALPHA, swiglu_limit=SWIGLU_LIMIT)
+    if "dense" in cfg.mlp_types:
+        fields["dense_intermediate_size"] = cfg.dense_dim
+    if "msa" in cfg.attn_types:
+        for ours, (theirs, _) in INDEX_NAMES.items():
+            fields[theirs] = getattr(cfg, ours)
+        fields.update(index_n_heads=cfg.n_kv_head, index_local_blocks=1)
+    return fields
+
+def written_kinds(kinds, meaning):
+    """Kinds of layers -> the words that mean them in a list of config.json."""
+    words = {kind: word for word, kind in meaning.items()}
+    return [words[kind] for kind in kinds]
+
+# ---- released checkpoints: writing ------------------------------------------------------------------------------
+# Tensors are written one by one, in the safetensors format: 8 bytes with the header's length, a header of JSON, which
+# says where each tensor lies, and the numbers. So the model is in memory once, whatever its size. All files get their
+# names at the end, config.json as the last one: what a killed export leaves behind is not taken for a checkpoint.
+
+WRITTEN_TYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+TEMPORARY = ".tmp"  # what a file's name ends with until it is whole
+
+def exported_tensors(params, cfg):
+    """Our state dict -> {the name in transformers: a view of the parameter}, without what cfg has no place for."""
+    family = family_of(cfg)
+    tensors = {}
+    for ours, param in params.items():
+        place = ours.split(".")
+        if place[0] == "mtp":
+            continue
+        if "indexer" in place and cfg.attn_types[int(place[1])] == "full":
+            continue
+        tensors.update(released_tensors(param, exported_form(ours, family)))
+    return tensors
+
+def split_shards(tensors, most):
+    """{name: tensor} -> {file: its {name: tensor}}, in order; a file has at most `most` bytes, or a single tensor."""
+    shards = [{}]
+    size = 0
+    for name, t in tensors.items():
+        if shards[-1] and size + t.nbytes > most:
+            shards.append({})
+            size = 0
+        shards[-1][name] = t
+        size += t.nbytes
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+def index_text(shards):
+    """The index of some files: the place of each tensor."""
+    weight_map = {}
+    total = 0
+    for file, tensors in shards.items():
+        for name, t in tensors.items():
+            weight_map[name] = file
+            total += t.nbytes
+    return json.dumps(dict(metadata=dict(total_size=total), weight_map=weight_map), indent=2)
+
+def check_folder(path, shards):
+    """ValueError if a folder holds weights that writing these files would leave there."""
+    files = {*shards, INDEX} if len(shards) > 1 else {*shards}
+    others = {file.name for file in Path(path).glob("*.safetensors*") if file.suffix != TEMPORARY} - files
+    if others:
+        raise ValueError(f"save_hf: {path} holds other weights: {', '.join(sorted(others))}")
+
+def write_tensors(file, tensors):
+    """Write {name: tensor} into an open file, in the safetensors format."""
+    # the widest types first, so that each number lies at a multiple of its size
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+    header = {"__metadata__": dict(format="pt")}
+    end = 0
+    for name, t in tensors.items():
+        offsets = [end, end + t.nbytes]
+        header[name] = dict(dtype=WRITTEN_TYPES[t.dtype], shape=list(t.shape), data_offsets=offsets)
+        end = offsets[1]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+
+    file.write(len(text).to_bytes(8, "little"))
+    file.write(text)
+    for t in tensors.values():
+        file.write(t.detach().cpu().contiguous().view(torch.uint8).numpy())
+
+def write_folder(path, shards, texts):
+    """Write files into a folder, which is made. config.json is the last one to get its name, and an older one goes
+    before the first does: at any moment it stands beside its own weights, or is not there.
+
+    shards  {file: its {name: tensor}}
+    texts   {file: its text}, the last one config.json
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    names = [*shards, *texts]
+    try:
+        # what a killed export left goes first
+        for name in [*names, *(file.stem for file in path.glob(f"*.safetensors{TEMPORARY}"))]:
+            (path / f"{name}{TEMPORARY}").unlink(missing_ok=True)
+        for name in names:
+            with open(path / f"{name}{TEMPORARY}", "xb") as file:
+                if name in shards:
+                    write_tensors(file, shards[name])
+                else:
+                    file.write(texts[name].encode())
+                file.flush()
+                os.fsync(file.fileno())
+
+        (path / "config.json").unlink(missing_ok=True)
+        for name in names:
+            os.replace(path / f"{name}{TEMPORARY}", path / name)
+    finally:
+        for name in names:
+            (path / f"{name}{TEMPORARY}").unlink(missing_ok=True)

@@ -80,9 +80,9 @@ from model import Context, Losses, MiniMax, MiniMaxConfig, rope_tables
 from moe import max_violation
 from msa import widen
 from sample import (LOOK_S, MODEL_ID, MOST_WAITING, UNREAD, Asked, Door, Engine, Parser, Piece, Prompt, Protocol,
-                    Refused, Sampling, SaveTimer, Score, Stream, Threads, Tokenizer, check_config, check_fields,
-                    check_figure, check_finite, check_memory, check_weights, checkpoint_path, command, event,
-                    figure_format, first_line, form_batches, implementations, in_index_warmup, learn_bpe,
+                    Refused, Sampling, SaveTimer, Score, Stream, Threads, Tokenizer, call_object, check_config,
+                    check_fields, check_figure, check_finite, check_memory, check_weights, checkpoint_path, command,
+                    event, figure_format, first_line, form_batches, implementations, in_index_warmup, learn_bpe,
                     load_checkpoint, load_model, load_optimizers, lock_folder, lockstep, make_app, make_prefixes,
                     message_text, number, on_signals, pack_routes, pick_device, read_flag, read_logprobs, read_number,
                     read_object, read_stops, reply, save_checkpoint)
@@ -3721,10 +3721,6 @@ class Claim:
     def is_of_group(self):
         """Whether it is trained on, and kept: not a lesson, nor a session at the judge."""
         return self.lesson is None and not isinstance(self.task, Workshop)
-
-def call_object(call_id, name, arguments):
-    """A tool call as the protocol has it."""
-    return dict(id=call_id, type="function", function=dict(name=name, arguments=arguments))
 
 def tell_rows(turn):
     """All that the client of a turn has not heard of its rows, and how each has ended."""

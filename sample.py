@@ -5,6 +5,7 @@ server.
     python sample.py --prompt "import os" --n-samples 3 --temperature 0.7 --seed 1
     python sample.py --hf DIR --prompt "def "                 # a released checkpoint of M2 or M3, with its own text
     python sample.py --hf DIR --chat                          # a conversation through its template, thoughts and all
+    python sample.py --out out --export DIR                   # what was trained, in a folder that transformers opens
     python sample.py --chat                                   # a conversation, each turn of which goes on from the last
     python sample.py --serve 8000 --token KEY                 # OpenAI's protocol on loopback, for any of its clients
     python sample.py --prompt "def " --xray page.html         # and a page that shows what each token read and visited
@@ -46,7 +47,7 @@ import threading
 import time
 import typing
 import warnings
-from collections import Counter, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from heapq import heapify, heappop, heappush
 from queue import Empty, SimpleQueue
@@ -64,7 +65,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from model import (SHORT_ROW, DecodeWeights, HFCheckpoint, KVCache, MiniMax, MiniMaxConfig, Progress, StoredBlock,
-                   in_words)
+                   in_words, inner, read_json)
 from moe import experts_grouped, pick_experts
 from msa import NEW, constexpr, implementation, jit, tl, triton, widen
 
@@ -133,6 +134,10 @@ class Tokenizer:
 
     def decode(self, ids):
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def hf_files(self):
+        """The files by which transformers reads and writes the same tokens -> {name: text}."""
+        return hf_files(self.spec)
 
 def sample_evenly(texts, most, piece=2 ** 16):
     """At most about `most` characters of the texts (a list), as evenly spaced pieces; all of them where they fit."""
@@ -293,6 +298,107 @@ def guess_kind(raw):
     if any(0x80 <= byte < 0xa0 for byte in raw):  # no letters in Latin-1
         return "Windows-1252"
     return "Latin-1"
+
+# ---- tokenizer, for transformers -----------------------------------------------------------------
+# tiktoken merges whichever pair makes the token of the lowest rank; transformers' tokenizers merge the pairs of a list.
+# A token that was learned forms from one pair alone: whatever surrounds it, its bytes merge as they do without
+# surroundings, or it does not form. So the list is one pair a token, in the tokens' order, and gives the same ids.
+
+# The patterns of this project -> the same in the language of transformers' regular expressions, Oniguruma's, in which
+# another letter makes a dot match a line break. All of Unicode is cut alike: .ci/export_check.py tries it.
+ONIGURUMA = {PATTERN: PATTERN, "(?s:.)": "(?m:.)"}
+
+# the contents joined by blank lines, as chat_text joins them, and a blank line before the answer, as in --chat
+CHAT_TEMPLATE = r"""
+{%- macro text_of(content) -%}
+    {%- if content is string -%}
+        {{- content -}}
+    {%- elif content -%}
+        {%- for part in content -%}
+            {{- part if part is string else part.text or part.refusal or "" -}}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- set told = namespace(any=false) -%}
+{%- for message in messages -%}
+    {%- set text = text_of(message.content) -%}
+    {%- if text -%}
+        {{- "\n\n" if told.any else "" -}}
+        {{- text -}}
+        {%- set told.any = true -%}
+    {%- endif -%}
+{%- endfor -%}
+{{- "\n\n" if told.any and add_generation_prompt else "" -}}
+""".strip()
+
+def byte_chars():
+    """A printable character for each of the 256 bytes, in which tokenizer.json writes tokens: a byte's own in Latin-1
+    where that can be seen, and those from U+0100 on for the others, in order."""
+    chars = [chr(byte) for byte in range(256)]
+    unseen = [*range(0x21), *range(0x7f, 0xa1), 0xad]
+    for place, byte in enumerate(unseen):
+        chars[byte] = chr(0x100 + place)
+    return chars
+
+def pair_of(token, rank_of):
+    """The two tokens that merge into this one, as (bytes, bytes); None for a byte, and for a token that does not form
+    by merges.
+
+    token    its bytes
+    rank_of  token -> its rank, of all of them
+    """
+    parts = [token[i:i + 1] for i in range(len(token))]
+    own_rank = rank_of[token]
+    while len(parts) > 2:
+        ranks = [rank_of.get(first + second, own_rank) for first, second in itertools.pairwise(parts)]
+        lowest = min(ranks)
+        if lowest >= own_rank:
+            return None
+        i = ranks.index(lowest)
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return tuple(parts) if len(parts) == 2 else None
+
+def hf_files(spec):
+    """A Tokenizer's spec -> {name: text} of the files that transformers reads beside the weights. ValueError for a
+    pattern that might cut text otherwise there."""
+    if spec["pattern"] not in ONIGURUMA:
+        known = " or ".join(ONIGURUMA)
+        raise ValueError(f"its tokenizer's pattern, {spec['pattern'][:100]}, may cut text otherwise in transformers: "
+                         f"{known} can be exported")
+    chars = byte_chars()
+    rank_of = {token: rank for rank, token in enumerate(spec["ranks"])}
+    written = {token: "".join(chars[byte] for byte in token) for token in rank_of}
+    pairs = [pair_of(token, rank_of) for token in rank_of]
+    merges = [[written[first], written[second]] for first, second in filter(None, pairs)]
+    eot = spec["special"][EOT]
+
+    # a text is cut as cut_runs does, then by the pattern. \G, where the last match ended: a run is looked at from its
+    # beginning alone, or thousands of spaces would take a time that grows with their square
+    long_run = r"(?:\G|(?<!\s))\s{%d}(?=\s)" % LONGEST_RUN
+    long_runs = dict(type="Split", pattern=dict(Regex=long_run), behavior="MergedWithPrevious", invert=False)
+    chunks = dict(type="Split", pattern=dict(Regex=ONIGURUMA[spec["pattern"]]), behavior="Isolated", invert=False)
+    to_chars = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=False)
+    special = dict(
+        id=eot, content=EOT, special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)
+    tokenizer = dict(
+        version="1.0", truncation=None, padding=None, added_tokens=[special], normalizer=None,
+        pre_tokenizer=dict(type="Sequence", pretokenizers=[long_runs, chunks, to_chars]),
+        post_processor=None, decoder=to_chars,
+        # ignore_merges: a chunk that is a token is that token, as tiktoken has it
+        model=dict(
+            type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
+            fuse_unk=False, byte_fallback=False, ignore_merges=True,
+            vocab={written[token]: rank for token, rank in rank_of.items()}, merges=merges))
+    settings = dict(
+        tokenizer_class="PreTrainedTokenizerFast", bos_token=EOT, eos_token=EOT, pad_token=EOT,
+        split_special_tokens=True,     # a text that holds the name of a special token is a text
+        clean_up_tokenization_spaces=False)
+    return {
+        "tokenizer.json": json.dumps(tokenizer, ensure_ascii=False),
+        "tokenizer_config.json": json.dumps(settings, indent=2),
+        "generation_config.json": json.dumps(dict(bos_token_id=eot, eos_token_id=eot, pad_token_id=eot), indent=2),
+        "chat_template.jinja": CHAT_TEMPLATE,
+    }
 
 # ---- tokenizer of a released checkpoint ----------------------------------------------------------
 # Beside the weights of a released checkpoint lie tokenizer.json, a byte-level BPE in M2 and in M3, which the library
@@ -3461,7 +3567,7 @@ class Door:
 # The body of a request, checked field by field: null is as good as absent, and fields that are unknown change nothing.
 # A field that would change the text, and is not served, is refused: ignored, it would change it in silence.
 
-MODEL_ID = "nano-minimax"              # the only model's name
+MODEL_ID = "nano-minimax"              # the only model's name; one of --hf has that of its folder
 TEXT_TOKENS = 16                       # of /v1/completions where max_tokens is absent, as the protocol has it
 MOST_STOPS = 64
 MOST_BEST = 20                         # of top_logprobs
@@ -3487,6 +3593,7 @@ class Asked:
     is_stream: bool
     has_usage: bool                    # a stream's last piece
     model: str = MODEL_ID              # the name that the answer shows
+    form: "AnswerForm" = None          # how a released model's answer is read; None: it is text
     warnings: tuple = ()               # what of it cannot be done, in words
     client: Client = None
     came: float = 0.0                  # when the engine was asked
@@ -3623,12 +3730,23 @@ def to_prompt(given, tokenizer, cfg):
         is_long = "context" in str(error)
         raise Refused(400, str(error), "context_length_exceeded" if is_long else None) from None
 
-def read_request(raw, is_chat, args, tokenizer, cfg):
-    """The bytes of a request -> Asked. Refused if it cannot be served. args: the script's flags."""
+def model_name(args):
+    """What the model is called: the checkpoint's folder, where it is a released one."""
+    if args.hf is None:
+        return MODEL_ID
+    return os.path.basename(os.path.abspath(args.hf))
+
+def read_request(raw, is_chat, args, tokenizer, cfg, reader=None):
+    """The bytes of a request -> Asked. Refused if it cannot be served.
+
+    args    the script's flags
+    reader  a TemplateReader for what is said in a chat; None: the contents are joined
+    """
     body = read_object(raw)
     model = body.get("model")
-    if model not in (None, MODEL_ID):
-        raise Refused(404, f"model {model!r:.60}: {MODEL_ID} is served", "model_not_found")
+    served = model_name(args)
+    if model not in (None, served):
+        raise Refused(404, f"model {model!r:.60}: {served} is served", "model_not_found")
     for name, neutral in NOT_SERVED.items():
         if body.get(name) not in (None, neutral):
             raise Refused(400, f"{name} {body[name]!r:.60}: it is not served")
@@ -3650,7 +3768,12 @@ def read_request(raw, is_chat, args, tokenizer, cfg):
     if not isinstance(options, dict | None):
         raise Refused(400, f"stream_options {options!r:.60}: it must be an object")
     n = read_number(body, "n", 1, 1, MOST_ROWS)
-    given = read_prompts(body, is_chat)
+    form = None
+    if is_chat and reader is not None:
+        ids, form = reader.read(body)
+        given = [ids]
+    else:
+        given = read_prompts(body, is_chat)
     if len(given) * n > MOST_ROWS:
         raise Refused(400, f"{len(given)} prompts, n {n}: at most {MOST_ROWS} texts in all")
     return Asked(
@@ -3666,7 +3789,889 @@ def read_request(raw, is_chat, args, tokenizer, cfg):
         has_logprobs=has_logprobs,
         n_best=min(n_best, cfg.vocab_size),
         is_stream=read_flag(body, "stream"),
-        has_usage=read_flag(options or {}, "include_usage"))
+        has_usage=read_flag(options or {}, "include_usage"),
+        model=served,
+        form=form)
+
+# ---- a server: thoughts and calls ----------------------------------------------------------------
+# What a released model writes has parts. A thought comes first, then content, then calls of tools:
+#
+#     <think>                               M3: <mm:think>
+#     It is in a.py.
+#     </think>
+#
+#     I read the file.
+#     <minimax:tool_call>                   M3 writes ]<]minimax[>[ before each of these tags, and a parameter is
+#     <invoke name="read">                  a tag of its own, <path>a.py</path>. Objects and lists are tags in tags,
+#     <parameter name="path">a.py</parameter>     each part of a list in <item>; M2 writes them as JSON
+#     </invoke>
+#     </minimax:tool_call>
+#
+# A value is written as it is, nothing in it is escaped: it may hold any of these tags. So a closing tag counts only
+# where what follows it goes on with the call. What is no whole call stays text, and so does what looks like a call
+# within a thought: a model that weighs a call has not made it.
+
+THINK_MARKS = (("<think>", "</think>"), ("<mm:think>", "</mm:think>"))  # M2's, M3's
+M3_MARK = "]<]minimax[>["
+
+class CallGrammar:
+    """The tags of calls, as regular expressions. Behind a call comes another, or the end of all."""
+
+    def __init__(self, begin, end, invoke, invoke_end, parameter, tag, close, is_nested):
+        """
+        begin, end          texts that enclose all calls
+        invoke, invoke_end  expressions that enclose one, the group `name` is the tool's
+        parameter           an expression that opens one, the group `key` is its name
+        tag                 an expression for any tag that may open or close a value, or lie in one
+        close               what closes a parameter's value, {} for its name
+        is_nested           whether tags lie in tags, so that they say where a value ends
+        """
+        self.begin = begin
+        self.end = end
+        self.close = close
+        self.is_nested = is_nested
+        self.tag = regex.compile(tag)
+        other = invoke.replace("<name>", "<other>")
+        self.patterns = {}
+        for final, nothing in ((False, ""), (True, r"|\Z")):  # a text that is over may lack the end of all
+            ends = rf"(?P<ends>{invoke_end})\s*(?:{regex.escape(end)}|{other}{nothing})"
+            first = rf"\s*{invoke}\s*(?:{parameter}|{ends})"
+            self.patterns[final] = dict(
+                first=regex.compile(regex.escape(begin) + first),
+                next=regex.compile(first),
+                after_value=regex.compile(rf"\s*(?:{parameter}|{ends})"),
+                done=regex.compile(rf"\s*{regex.escape(end)}"))
+
+def m2_grammar():
+    return CallGrammar(
+        begin="<minimax:tool_call>",
+        end="</minimax:tool_call>",
+        invoke=r'<invoke name="(?P<name>[^"\n]+)">',
+        invoke_end="</invoke>",
+        parameter=r'<parameter name="(?P<key>[^"\n]+)">',
+        tag=r"</parameter>|<parameter[\s>]",
+        close="</parameter>",
+        is_nested=False)
+
+def m3_grammar():
+    mark = regex.escape(M3_MARK)
+    return CallGrammar(
+        begin=f"{M3_MARK}<tool_call>",
+        end=f"{M3_MARK}</tool_call>",
+        invoke=rf'{mark}<invoke name="(?P<name>[^"\n]+)">',
+        invoke_end=f"{mark}</invoke>",
+        parameter=rf'{mark}<(?P<key>[^<>/\s"][^<>\s"]*)>',
+        tag=rf"{mark}</?[^<>\n]+>",
+        close=M3_MARK + "</{}>",
+        is_nested=True)
+
+@dataclasses.dataclass
+class Style:
+    """How a template writes an answer down; "" and None: not at all. The line breaks are the template's, no part of a
+    thought or a content: what is sent back is then rendered as it was written."""
+    think_open: str = ""
+    think_close: str = ""
+    before_thought: str = ""           # line breaks
+    behind_thought: str = ""
+    before_content: str = ""
+    before_calls: str = ""
+    grammar: CallGrammar = None
+    knows_developer: bool = False      # the role
+
+def learn_style(template):
+    """A ChatTemplate -> its Style: it writes an answer whose words stand nowhere else, and what it puts between them
+    is the style."""
+    def written(*messages, **options):
+        try:
+            return template.render(messages, add_generation_prompt=False, **options)
+        except ValueError:             # it has no such thing
+            return ""
+
+    asked = dict(role="user", content="qAsked")
+    function = dict(name="qName", arguments=dict(qKey="qValue"))
+    answer = dict(role="assistant", content="qContent", reasoning_content="qThought")
+    tool = dict(type="function", function=dict(name="qTool", description="", parameters=dict(type="object")))
+    style = Style(knows_developer="qRule" in written(dict(role="developer", content="qRule"), asked))
+
+    text = written(asked, answer)
+    before, _, behind = text.partition("qThought")
+    behind = behind.partition("qContent")[0]
+    for mark, end_mark in THINK_MARKS:
+        if before.rstrip().endswith(mark) and end_mark in behind:
+            style.think_open = mark
+            style.think_close = end_mark
+            style.before_thought = before.rpartition(mark)[2]
+            style.behind_thought, _, style.before_content = behind.partition(end_mark)
+
+    text = written(asked, dict(answer, tool_calls=[dict(id="qId", type="function", function=function)]), tools=[tool])
+    between = text.partition("qContent")[2].partition("qName")[0]
+    for grammar in (m2_grammar(), m3_grammar()):
+        if grammar.begin in between:
+            style.before_calls = between.partition(grammar.begin)[0]
+            style.grammar = grammar
+            parser = AnswerParser(style, dict(qName={}))
+            parser.feed(text[text.index("qContent"):], final=True)
+            if [call[1:] for call in parser.said[2]] != [("qName", '{"qKey": "qValue"}')]:
+                style.grammar = None   # it has the marks, and something else between them
+    return style
+
+def split_thought(text, style, may_lack_mark):
+    """An assistant's content as clients send it back -> its thought, None without one, and the rest. may_lack_mark:
+    the prompt held the mark that opens a thought, so a client may have no more than the one that closes it."""
+    mark, end_mark = style.think_open, style.think_close
+    if not mark or end_mark not in text:
+        return None, text
+    before, _, content = text.partition(end_mark)
+    if before.lstrip().startswith(mark):
+        before = before.lstrip().removeprefix(mark).removeprefix(style.before_thought)
+    elif mark in before or not may_lack_mark:  # it speaks of thoughts
+        return None, text
+    return before.removesuffix(style.behind_thought), without_breaks(content, style.before_content)
+
+def without_breaks(text, breaks):
+    """A text without as many of these line breaks as it begins with."""
+    for one in breaks:
+        if not text.startswith(one):
+            break
+        text = text[1:]
+    return text
+
+# ---- a server: arguments -------------------------------------------------------------------------
+# The values of a call are text. What they are in JSON, the tool's schema says: a string's text stays as it is, whatever
+# it looks like. Where a schema says nothing, a text that is JSON is that, except a JSON string, which no model writes
+# with quotes around it.
+
+JSON_BEGINS = '{["-0123456789tTfFn' + M3_MARK[0]  # what a value that is no string may begin with
+MOST_REFERENCES = 32                   # of a schema, one to the next: they may go in circles
+
+def resolved(schema, root):
+    """A schema, $ref followed -> the schema; {} for what is none."""
+    for _ in range(MOST_REFERENCES):
+        if not isinstance(schema, dict):
+            return {}
+        reference = schema.get("$ref")
+        if not isinstance(reference, str) or not reference.startswith("#"):
+            return schema
+        schema = root
+        for name in reference.split("/")[1:]:
+            name = name.replace("~1", "/").replace("~0", "~")
+            schema = schema.get(name) if isinstance(schema, dict) else None
+    return {}
+
+def branches(schema, root):
+    """A schema -> the schemas that a value may follow: itself, and what its anyOf, oneOf and allOf name."""
+    found = []
+    waiting = deque([schema])
+    while waiting:
+        branch = resolved(waiting.popleft(), root)
+        if any(branch is other for other in found):  # in a circle
+            continue
+        found.append(branch)
+        for name in ("anyOf", "oneOf", "allOf"):
+            choices = branch.get(name)
+            waiting.extend(choices if isinstance(choices, list) else [])
+    return found
+
+def kinds_of(schema, root):
+    """The JSON types that a value may have; an empty set where the schema does not say."""
+    kinds = set()
+    for branch in branches(schema, root):
+        kind = branch.get("type")
+        kinds.update(one for one in (kind if isinstance(kind, list) else [kind]) if isinstance(one, str))
+        values = branch.get("enum")
+        values = list(values) if isinstance(values, list) else []
+        if "const" in branch:
+            values.append(branch["const"])
+        if kind is None:
+            kinds.update(kind_of(value) for value in values)
+        if kind is None and isinstance(branch.get("properties"), dict):
+            kinds.add("object")
+        if kind is None and "items" in branch:
+            kinds.add("array")
+    return kinds
+
+def kind_of(value):
+    """The JSON type of a value."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "boolean"
+    if isinstance(value, int):
+        return "integer"
+    names = {float: "number", str: "string", list: "array", dict: "object"}
+    return names[type(value)]
+
+def property_schema(schema, key, root):
+    """The schema of an object's property; {} where nothing is said of it."""
+    named = []
+    others = []
+    for branch in branches(schema, root):
+        properties = branch.get("properties")
+        if isinstance(properties, dict) and key in properties:
+            named.append(properties[key])
+        if isinstance(branch.get("additionalProperties"), dict):
+            others.append(branch["additionalProperties"])
+    return any_of(named or others)
+
+def item_schema(schema, root):
+    """The schema of a list's parts."""
+    return any_of([branch["items"] for branch in branches(schema, root) if isinstance(branch.get("items"), dict)])
+
+def any_of(schemas):
+    """Schemas -> one that says the same as all of them."""
+    if len(schemas) == 1:
+        return schemas[0]
+    return dict(anyOf=schemas) if schemas else {}
+
+def json_value(text):
+    """The JSON that a text is. ValueError if it is none, or holds a number that JSON cannot."""
+    def refuse(name):
+        raise ValueError(f"{name} is no JSON")
+    try:
+        value = json.loads(text, parse_constant=refuse)
+        json.dumps(value, allow_nan=False)  # 1e999
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+    return value
+
+def scalar(text, kinds):
+    """A value without tags -> what it is in JSON: of one of these types, or the text."""
+    if kinds == {"string"}:
+        return text
+    word = text.strip()
+    if "boolean" in kinds and word.lower() in ("true", "false"):
+        return word.lower() == "true"
+    try:
+        value = json_value(text)
+    except ValueError:
+        return text
+    kind = kind_of(value)
+    if kind == "string":               # its quotes belong to it
+        return text
+    if kind == "number" and value.is_integer() and "integer" in kinds and "number" not in kinds:
+        return int(value)
+    if kind == "integer" and "number" in kinds:
+        kind = "number"
+    fits = not kinds or kind in kinds
+    # where a string may stand, a number that would be written in another way is one: 007, 1.50
+    if fits and "string" in kinds and kind in ("integer", "number") and json.dumps(value) != text:
+        return text
+    return value if fits else text
+
+def argument_value(text, schema, root, grammar):
+    """A parameter's text -> its value in JSON."""
+    kinds = kinds_of(schema, root)
+    if not grammar.is_nested or kinds == {"string"}:
+        return scalar(text, kinds)
+    return tagged_value(text, schema, root)
+
+def tagged_value(text, schema, root):
+    """M3's value: tags in tags are an object, or a list, if each is an <item>; a text without tags is one."""
+    kinds = kinds_of(schema, root)
+    parts = None if kinds == {"string"} else tagged_parts(text)
+    if not parts:
+        if not text.strip() and parts is not None and "string" not in kinds:
+            if "array" in kinds:
+                return []
+            if "object" in kinds:
+                return {}
+        return scalar(text, kinds)
+    is_list = all(name == "item" for name, _ in parts)
+    if "array" in kinds or "object" in kinds:
+        is_list = is_list and "array" in kinds or "object" not in kinds
+    if is_list:
+        items = item_schema(schema, root)
+        return [tagged_value(inner, items, root) for _, inner in parts]
+    return {name: tagged_value(inner, property_schema(schema, name, root), root) for name, inner in parts}
+
+def tagged_parts(text):
+    """A text that is tags side by side -> [(name, what is in it)]; None if it is anything else."""
+    tags = regex.compile(rf'{regex.escape(M3_MARK)}<(?P<slash>/?)(?P<name>[^<>/\s"][^<>\s"]*)>')
+    parts = []
+    names = []                         # of the tags that are open
+    outside = 0                        # where the text outside of all tags goes on
+    for tag in tags.finditer(text):
+        if not names and text[outside:tag.start()].strip():
+            return None
+        if not tag["slash"]:
+            if not names:
+                inside = tag.end()
+            names.append(tag["name"])
+            continue
+        if not names or names.pop() != tag["name"]:
+            return None
+        if not names:
+            parts.append((tag["name"], text[inside:tag.start()]))
+            outside = tag.end()
+    if names or text[outside:].strip():
+        return None
+    return parts
+
+# ---- a server: what the model says ---------------------------------------------------------------
+
+@dataclasses.dataclass
+class CallPart:
+    """What is new of one tool call."""
+    index: int                         # of the call, in its answer
+    id: str | None = None              # these two come first
+    name: str | None = None
+    arguments: str = ""                # the next part of a JSON object
+    is_void: bool = False              # it was none: what was written follows as content
+
+class AnswerParser:
+    """A model's text, piece by piece -> thought, content and calls. Wherever the text was cut into pieces, what is
+    given out is, joined, the same."""
+
+    def __init__(self, style, tools=None, tail="", one_call=False):
+        """
+        style     how the template writes answers
+        tools     {name: JSON schema of its arguments}; None: no calls are looked for
+        tail      the prompt's last words: they may have opened the thought
+        one_call  the answer is over with its first call
+        """
+        self.style = style
+        self.grammar = style.grammar
+        self.tools = tools if style.grammar else None
+        self.one_call = one_call
+        self.is_over = False           # by one_call
+        self.is_final = False          # there is no further text
+        self.rest = ""                 # text that may yet be one thing or another
+        self.breaks = ""               # the template's line breaks that may come next
+        self.thought = []              # texts
+        self.content = []
+        self.calls = []                # the CallParts of each
+        self.new = None                # what `feed` gives out
+
+        self.opening = None
+        if style.think_open:
+            marks = rf"(?P<open>{regex.escape(style.think_open)})|{regex.escape(style.think_close)}"
+            self.opening = regex.compile(rf"\s*(?:{marks})")
+            self.thought_end = regex.compile(
+                f"(?:{regex.escape(style.behind_thought)})?{regex.escape(style.think_close)}")
+        if self.tools is not None:
+            self.calls_begin = regex.compile(
+                f"(?:{regex.escape(style.before_calls)})?{regex.escape(self.grammar.begin)}")
+
+        # of the call under way
+        self.raw = []                  # all of it, as it was written
+        self.schema = {}
+        self.key = None                # of the last parameter
+        self.given = set()             # names of its parameters
+        self.value = []                # pieces of the last one's value
+        self.value_schema = {}
+        self.is_text = None            # whether the value is a string, which is given out as it comes; None: who knows
+        self.depth = 0                 # tags that are open in it
+
+        # of what follows calls
+        self.is_behind = False         # nothing but line breaks has followed them
+        self.blank = ""                # those
+
+        self.step = self.open_answer
+        mark, breaks = style.think_open, style.before_thought
+        if mark and tail.rstrip().endswith(mark):
+            self.step = self.think
+            self.breaks = breaks[len(tail.rpartition(mark)[2]):]
+
+    def feed(self, text, final=False):
+        """The next text -> what is new, {text, thought, parts}. final: there is no further text."""
+        self.new = dict(text="", thought="", parts=[])
+        self.rest += text
+        self.is_final = final
+        while not self.is_over and self.step():
+            pass
+        return self.new
+
+    # -- parts of it: each step decides as much as can be decided, and says whether the next one may try --
+
+    def open_answer(self):
+        """Before the first word: a mark may open a thought, or say that there is none."""
+        found = self.opening and self.match(self.opening)
+        if not found:
+            self.step = self.speak
+            return True
+        if found.partial:
+            return False
+        self.rest = self.rest[found.end():]
+        if found["open"]:
+            self.breaks = self.style.before_thought
+            self.step = self.think
+        else:
+            self.breaks = self.style.before_content
+            self.step = self.speak
+        return True
+
+    def think(self):
+        self.skip_breaks()
+        found = self.search(self.thought_end)
+        end = found.start() if found else len(self.rest)
+        self.thought.append(self.rest[:end])
+        self.new["thought"] += self.rest[:end]
+        self.rest = self.rest[end:]
+        if not found or found.partial:
+            return False
+        self.rest = self.rest[len(found[0]):]
+        self.breaks = self.style.before_content
+        self.step = self.speak
+        return True
+
+    def speak(self):
+        """Content, until calls begin."""
+        self.skip_breaks()
+        found = self.search(self.calls_begin) if self.tools is not None else None
+        self.say(found.start() if found else len(self.rest))
+        if not found or found.partial:
+            return False
+        start = len(found[0]) - len(self.grammar.begin)
+        first = self.match(self.pattern("first"), start)
+        if first is None:              # the mark is text
+            self.say(start + 1)
+            return True
+        if first.partial:
+            return False
+        self.open_call(first)
+        return True
+
+    def between_calls(self):
+        done = self.match(self.pattern("done"))
+        following = self.match(self.pattern("next"))
+        if done and not done.partial:
+            self.rest = self.rest[done.end():]
+            self.step = self.speak
+            self.is_behind = True
+        elif following and not following.partial:
+            self.open_call(following)
+        elif done or following:
+            return False
+        else:                          # there is no end of all
+            self.step = self.speak
+            self.is_behind = True
+        return True
+
+    def read_value(self):
+        """The value of a parameter, tag by tag. A tag that does not close it is a part of it."""
+        found = self.search(self.grammar.tag)
+        self.grow(found.start() if found else len(self.rest))
+        if not found or found.partial:
+            if self.is_final:
+                self.void_call()
+            return False
+        tag = found[0]
+        if tag != self.grammar.close.format(self.key):
+            is_closing = tag.startswith(("</", f"{M3_MARK}</"))
+            self.depth = max(0, self.depth - 1) if is_closing else self.depth + 1
+            self.grow(len(tag))
+            return True
+
+        after = self.match(self.pattern("after_value"), len(tag))
+        is_end = self.goes_on(after)
+        if is_end is None:
+            return False
+        if not is_end:
+            self.depth = max(0, self.depth - 1)
+            self.grow(len(tag))
+            return True
+        self.end_value()
+        if after["key"] is not None:
+            self.take(after.end())
+            self.open_value(after["key"])
+        else:
+            self.take(after.end("ends"))
+            self.end_call()
+        return True
+
+    def goes_on(self, after):
+        """Whether the match behind a closing tag goes on with the call; None: more text must say.
+
+        Of whole parameters in a value the count of open tags says which closing tag is their own. A value that holds
+        an opening tag alone has no count that ends it: a name that the tool knows, or the end of the text, does."""
+        if after is None:
+            return False
+        if after.partial:
+            return None
+        if after["key"] is not None:
+            is_known = not self.grammar.is_nested and self.knows(after["key"])
+            return after["key"] not in self.given and (self.depth == 0 or is_known)
+        if self.depth == 0 or after["other"] in self.tools:
+            return True
+        if after["other"] is not None or self.rest[after.end():].strip():
+            return False
+        return True if self.is_final else None
+
+    # -- calls --
+
+    def open_call(self, found):
+        """found: a match of `first` or `next`, which is where a call is one for sure."""
+        self.raw = []
+        self.blank = ""
+        self.given = set()
+        self.schema = self.tools.get(found["name"]) or {}
+        call = CallPart(len(self.calls), f"call_{os.urandom(12).hex()}", found["name"])
+        self.calls.append([call])
+        self.new["parts"].append(call)
+        if found["key"] is not None:
+            self.take(found.end())
+            self.open_value(found["key"])
+        else:
+            self.take(found.end("ends"))
+            self.end_call()
+
+    def open_value(self, key):
+        before = ", " if self.given else "{"
+        self.argue(f"{before}{json.dumps(key, ensure_ascii=False)}: ")
+        self.key = key
+        self.given.add(key)
+        self.value = []
+        self.value_schema = property_schema(self.schema, key, self.schema)
+        self.is_text = None
+        self.depth = 0
+        if kinds_of(self.value_schema, self.schema) == {"string"}:
+            self.begin_text()
+        self.step = self.read_value
+
+    def grow(self, n):
+        """The next n characters belong to the value."""
+        if n == 0:
+            return
+        piece = self.take(n)
+        self.value.append(piece)
+        if self.is_text:
+            self.argue(json.dumps(piece, ensure_ascii=False)[1:-1])
+        elif self.is_text is None and piece.strip():
+            self.is_text = piece.lstrip()[0] not in JSON_BEGINS  # then it is a string, whatever the schema says
+            if self.is_text:
+                self.begin_text()
+
+    def begin_text(self):
+        """The value is a string: what there is of it is given out."""
+        self.is_text = True
+        self.argue(json.dumps("".join(self.value), ensure_ascii=False)[:-1])
+
+    def end_value(self):
+        if self.is_text:
+            self.argue('"')
+            return
+        value = argument_value("".join(self.value), self.value_schema, self.schema, self.grammar)
+        self.argue(json.dumps(value, ensure_ascii=False))
+
+    def end_call(self):
+        self.argue("}" if self.given else "{}")
+        self.is_over = self.one_call
+        self.step = self.between_calls
+
+    def void_call(self):
+        """The text has ended within a call: what was written of it is content. A stream has told its first arguments,
+        which are no whole JSON, so that nobody obeys them."""
+        self.calls.pop()
+        self.new["parts"].append(CallPart(len(self.calls), is_void=True))
+        self.add_content("".join(self.raw))
+
+    def knows(self, key):
+        """Whether the tool's schema names a parameter."""
+        return any(key in branch["properties"] for branch in branches(self.schema, self.schema)
+                   if isinstance(branch.get("properties"), dict))
+
+    # -- the text, and what is given out --
+
+    def pattern(self, name):
+        return self.grammar.patterns[self.is_final][name]
+
+    def match(self, pattern, start=0):
+        """The pattern at a place; partial: the text so far fits, and more of it must say."""
+        return pattern.match(self.rest, start, partial=not self.is_final)
+
+    def search(self, pattern):
+        return pattern.search(self.rest, partial=not self.is_final)
+
+    def take(self, n):
+        """-> the next n characters of a call."""
+        piece = self.rest[:n]
+        self.rest = self.rest[n:]
+        self.raw.append(piece)
+        return piece
+
+    def skip_breaks(self):
+        """Drop the line breaks that the template puts here, as many as there are."""
+        while self.breaks and self.rest:
+            if self.rest[0] == self.breaks[0]:
+                self.rest = self.rest[1:]
+                self.breaks = self.breaks[1:]
+            else:
+                self.breaks = ""
+
+    def say(self, n):
+        """The next n characters are content."""
+        text = self.rest[:n]
+        self.rest = self.rest[n:]
+        self.add_content(text)
+
+    def add_content(self, text):
+        if self.is_behind:             # line breaks behind calls are the template's, unless words follow
+            self.blank += text
+            if not self.blank.strip():
+                return
+            text = self.blank
+            self.blank = ""
+            self.is_behind = False
+        self.content.append(text)
+        self.new["text"] += text
+
+    def argue(self, text):
+        """More of a call's arguments, a part of their JSON."""
+        part = CallPart(len(self.calls) - 1, arguments=text)
+        self.calls[-1].append(part)
+        self.new["parts"].append(part)
+
+    @property
+    def said(self):
+        """All that was given out: thought, content, [(id, name, arguments)]."""
+        calls = [(parts[0].id, parts[0].name, "".join(part.arguments for part in parts)) for parts in self.calls]
+        return "".join(self.thought), "".join(self.content), calls
+
+# ---- a server: messages through a template -------------------------------------------------------
+# A released model is talked to through its template. It must read its own thoughts again, between calls at least: M2
+# without them is much worse. vLLM and MiniMax's own service leave them in the content, where each client shows them
+# to people; SGLang and others send them apart, as reasoning_content, and clients that know no such field lose them.
+# Here they are sent apart, and remembered: where an answer comes back without a thought, it gets its own again.
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+TAIL = 16                              # tokens of a prompt that may have opened the thought
+MOST_THOUGHTS = 2 ** 24                # characters of thoughts that are remembered
+NOT_RENDERED = dict(                   # as NOT_SERVED, of requests that go through a template
+    functions=[], function_call="none", add_generation_prompt=True, continue_final_message=False, documents=[])
+TEMPLATE_NAMES = ("messages", "tools", "add_generation_prompt", "documents", "behind", "self")  # no client's options
+THOUGHT_NAMES = ("reasoning_content", "reasoning", "thinking", "reasoning_details")  # of different servers
+
+class Thoughts:
+    """Thoughts of the last answers, by what the client will send back."""
+
+    def __init__(self):
+        self.kept = OrderedDict()      # key -> thought
+        self.size = 0                  # characters
+        self.lock = threading.Lock()   # the engine keeps them, threads of requests find them
+
+    def keep(self, keys, thought):
+        with self.lock:
+            for key in keys:
+                self.size += len(thought) - len(self.kept.pop(key, ""))
+                self.kept[key] = thought
+            while self.size > MOST_THOUGHTS:
+                _, oldest = self.kept.popitem(last=False)
+                self.size -= len(oldest)
+
+    def find(self, keys):
+        """-> the thought under the first of the keys that is known, or None."""
+        with self.lock:
+            for key in keys:
+                if key in self.kept:
+                    self.kept.move_to_end(key)
+                    return self.kept[key]
+        return None
+
+class History:
+    """What was said until now, in one spelling: a key for each answer. Thoughts are no part of it, nor are ids."""
+
+    def __init__(self):
+        self.digest = hashlib.sha256()
+
+    def add(self, role, text, calls=()):
+        """calls: [(id, name, arguments as an object)]. -> what this message is known by: its first call's id, if it has
+        any, and all that was said until now."""
+        plain = [role, text.strip(), [[name, arguments] for _, name, arguments in calls]]
+        self.digest.update(json.dumps(plain, sort_keys=True).encode())
+        keys = [self.digest.hexdigest()]
+        if calls:
+            keys.insert(0, f"id {calls[0][0]}")
+        return keys
+
+    def copy(self):
+        other = History()
+        other.digest = self.digest.copy()
+        return other
+
+@dataclasses.dataclass
+class AnswerForm:
+    """How the answer to a request is read."""
+    style: Style
+    tools: dict                        # as of AnswerParser
+    tail: str
+    one_call: bool
+    history: History
+    thoughts: Thoughts
+
+    def parser(self):
+        return AnswerParser(self.style, self.tools, self.tail, self.one_call)
+
+    def remember(self, parser):
+        """What was thought, for an answer that has come to its end."""
+        thought, content, calls = parser.said
+        calls = [(call_id, name, json.loads(arguments)) for call_id, name, arguments in calls]
+        self.thoughts.keep(self.history.copy().add("assistant", content, calls), thought)
+
+def read_tools(body):
+    """The tools of a request -> as they are, {name: schema of its arguments}; None, None without any. Refused if they
+    cannot be served: a template can offer tools, and no more."""
+    tools = body.get("tools")
+    choice = body.get("tool_choice")
+    if choice not in (None, "auto", "none"):
+        raise Refused(400, f"tool_choice {choice!r:.60}: auto and none are served; the model is asked, not forced")
+    if not isinstance(tools, list | None):
+        raise Refused(400, f"tools {tools!r:.60}: a list is needed")
+    schemas = {}
+    for place, tool in enumerate(tools or []):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise Refused(400, f"tools[{place}]: a tool is {{type: function, function: {{name, parameters}}}}")
+        if function["name"] in schemas:
+            raise Refused(400, f"tools[{place}]: {function['name']!r:.60} is there already")
+        schemas[function["name"]] = function.get("parameters") or {}
+    if not schemas or choice == "none":  # the model is not told of tools that it must not call
+        return None, None
+    return tools, schemas
+
+def read_calls(message, where):
+    """The tool calls of a message -> [(id, name, arguments as an object)]."""
+    calls = message.get("tool_calls") or []
+    if not isinstance(calls, list):
+        raise ValueError(f"{where}: tool_calls {calls!r:.60}: a list is needed")
+    found = []
+    for call in calls:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(f"{where}: a tool call is {{id, function: {{name, arguments}}}}, not {call!r:.60}")
+        arguments = function.get("arguments") or {}
+        if isinstance(arguments, str):
+            with contextlib.suppress(ValueError, RecursionError):
+                arguments = json.loads(arguments)
+        if not isinstance(arguments, dict):
+            raise ValueError(f"{where}: the arguments of {function['name']!r:.40} are {arguments!r:.60}; they must be "
+                             "a JSON object")
+        found.append((call.get("id"), function["name"], arguments))
+    return found
+
+def thought_beside(message, where):
+    """The thought beside an answer's content, by whichever name; None without one."""
+    for name in THOUGHT_NAMES:
+        thought = message.get(name)
+        if isinstance(thought, list):  # MiniMax's own service has parts, of type reasoning.text
+            texts = [part.get("text") for part in thought if isinstance(part, dict)]
+            thought = "".join(text for text in texts if isinstance(text, str))
+        if not isinstance(thought, str | None):
+            raise ValueError(f"{where}: {name} {thought!r:.60}: it must be a string")
+        if thought is not None:
+            return thought
+    return None
+
+def call_object(call_id, name, arguments):
+    """A tool call as the protocol has it."""
+    return dict(id=call_id, type="function", function=dict(name=name, arguments=arguments))
+
+def in_order_of_calls(messages):
+    """Results of tools, in the order of the calls: templates leave out the ids that would say which is whose."""
+    ordered = []
+    places = {}                        # of the calls before
+    for _, run in itertools.groupby(messages, key=lambda message: message["role"] == "tool"):
+        run = list(run)
+        if run[0]["role"] == "tool":
+            run.sort(key=lambda message: places.get(str(message.get("tool_call_id")), len(places)))
+        calls = run[-1].get("tool_calls", ())
+        places = {str(call["id"]): place for place, call in enumerate(calls)}
+        ordered += run
+    return ordered
+
+class TemplateReader:
+    """Requests for chat -> prompts, through the template of a released checkpoint."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.template = tokenizer.template
+        self.style = learn_style(self.template)
+        self.thoughts = Thoughts()
+
+    @property
+    def card(self):
+        """How answers are read, in words for a start-up card."""
+        parts = []
+        if self.style.think_open:
+            parts.append(f"{self.style.think_open} as reasoning_content")
+        if self.style.grammar:
+            parts.append(f"{self.style.grammar.begin} as tool_calls")
+        return ", ".join(parts) or "as they are: the template writes neither thoughts nor calls in a form known here"
+
+    def read(self, body):
+        """A request -> its prompt's ids, and the AnswerForm. Refused if it cannot be served."""
+        for name, neutral in NOT_RENDERED.items():
+            if body.get(name) not in (None, neutral):
+                raise Refused(400, f"{name} {body[name]!r:.60}: it is not served")
+        options = body.get("chat_template_kwargs") or {}
+        if not isinstance(options, dict) or not options.keys().isdisjoint(TEMPLATE_NAMES):
+            raise Refused(400, f"chat_template_kwargs {options!r:.60}: an object, without {', '.join(TEMPLATE_NAMES)}")
+        one_call = body.get("parallel_tool_calls") is not None and not read_flag(body, "parallel_tool_calls")
+        tools, schemas = read_tools(body)
+        history = History()
+        try:
+            messages = self.read_messages(body.get("messages"), history)
+            self.check_written(messages, tools, options)
+            ids = self.tokenizer.encode_chat(messages, tools, **options)
+        except ValueError as error:
+            raise Refused(400, str(error)) from None
+        tail = self.tokenizer.decode(ids[-TAIL:])
+        return ids, AnswerForm(self.style, schemas, tail, one_call, history, self.thoughts)
+
+    def read_messages(self, messages, history):
+        """Messages as clients send them -> such as templates read them. What is said is added to the history."""
+        if not isinstance(messages, list) or not messages:
+            raise ValueError(f"messages {messages!r:.60}: a list of at least one is needed")
+        read = []
+        for place, message in enumerate(messages):
+            where = f"messages[{place}]"
+            if not isinstance(message, dict) or message.get("role") not in ROLES:
+                raise ValueError(f"{where}: a message is {{role, content}}, its role one of {', '.join(ROLES)}")
+            role = message["role"]
+            text = message_text(message.get("content"), where)
+            if role == "assistant":
+                read.append(self.read_answer(message, text, where, history))
+                continue
+            history.add(role, text)
+            if role == "developer" and not self.style.knows_developer:
+                role = "system"
+            one = dict(role=role, content=text)
+            if role == "tool":
+                one["tool_call_id"] = message.get("tool_call_id")
+            is_rule = role in ("system", "developer")
+            if is_rule and place and len(read) == 1 and read[0]["role"] in ("system", "developer"):
+                read[0]["content"] += BLANK_LINE + text  # templates have one place for them, at the beginning
+            else:
+                read.append(one)
+        return in_order_of_calls(read)
+
+    def read_answer(self, message, text, where, history):
+        """A message of the assistant. Its thought is in its content, or beside it, or remembered; the template gets it
+        in one place."""
+        calls = read_calls(message, where)
+        thought = thought_beside(message, where)
+        if thought is None:
+            thought = self.thoughts.find(history.copy().add("assistant", text, calls))
+        in_text, text = split_thought(text, self.style, thought is None)
+        if thought is None:
+            thought = in_text
+        history.add("assistant", text, calls)
+        answer = dict(role="assistant", content=text, reasoning_content=thought or "")
+        if calls:
+            answer["tool_calls"] = [call_object(*call) for call in calls]
+        return answer
+
+    def check_written(self, messages, tools, options):
+        """ValueError for a rule that the template would leave out, as M2's does behind the first message."""
+        rules = [place for place, message in enumerate(messages) if place and message["role"] in ROLES[:2]]
+        if not rules:
+            return
+        marked = [dict(message, content=f"q{place}Rule") if place in rules else message
+                  for place, message in enumerate(messages)]
+        text = self.template.render(marked, tools, **options)
+        for place in rules:
+            if f"q{place}Rule" not in text:
+                raise ValueError(f"a {messages[place]['role']} message behind others: the template leaves it out; it "
+                                 "must come first, or be a user's")
 
 # ---- a server: what is answered ------------------------------------------------------------------
 
@@ -3687,6 +4692,13 @@ class Piece:
     finish: str | None = None          # stop, length or tool_calls: the text is over
     n_tokens: int = 0                  # of the text, once it is over
     calls: list = dataclasses.field(default_factory=list)   # the protocol's tool calls beside the text
+    thought: str = ""                  # of a released model, beside the text
+    parts: list = dataclasses.field(default_factory=list)   # CallParts: its tool calls, as they grow
+
+    @property
+    def has_news(self):
+        """Whether there is anything that a stream tells."""
+        return bool(self.text or self.thought or self.scores or self.calls or delta_calls(self.parts))
 
 def join_pieces(pieces):
     """Pieces, in their order -> one for each text."""
@@ -3700,7 +4712,9 @@ def join_pieces(pieces):
             scores=[score for part in parts for score in part.scores],
             finish=parts[-1].finish,
             n_tokens=parts[-1].n_tokens,
-            calls=[call for part in parts for call in part.calls])
+            calls=[call for part in parts for call in part.calls],
+            thought="".join(part.thought for part in parts),
+            parts=[grown for part in parts for grown in part.parts])
         for index, parts in sorted(by_text.items())]
 
 def shown(raw):
@@ -3744,21 +4758,54 @@ def choice_object(asked, piece, is_first=False):
         choice["delta"] = delta_object(piece)
     return choice
 
+def grouped_parts(parts):
+    """CallParts -> {index of a call: its parts}."""
+    by_index = defaultdict(list)
+    for part in parts:
+        by_index[part.index].append(part)
+    return by_index
+
+def whole_calls(parts):
+    """All CallParts of a text -> the protocol's tool calls."""
+    calls = []
+    for grown in grouped_parts(parts).values():
+        if not any(part.is_void for part in grown):
+            calls.append(call_object(grown[0].id, grown[0].name, "".join(part.arguments for part in grown)))
+    return calls
+
+def delta_calls(parts):
+    """CallParts that are new -> what a stream tells of them: the first of a call has its id and its name."""
+    calls = []
+    for index, grown in grouped_parts([part for part in parts if not part.is_void]).items():
+        call = dict(index=index, function=dict(arguments="".join(part.arguments for part in grown)))
+        if grown[0].id is not None:
+            call = dict(call_object(grown[0].id, grown[0].name, call["function"]["arguments"]), index=index)
+        calls.append(call)
+    return calls
+
 def message_object(piece):
     """A whole text, and the tool calls beside it, as the protocol's message. Calls alone have null for a content."""
     message = dict(role="assistant", content=piece.text, refusal=None)
-    if piece.calls:
+    if piece.thought:
+        message["reasoning_content"] = piece.thought
+    calls = piece.calls or whole_calls(piece.parts)
+    if calls:
         message["content"] = piece.text or None
-        message["tool_calls"] = piece.calls
+        message["tool_calls"] = calls
     return message
 
 def delta_object(piece):
     """What is new in a stream: a part of the text, or of its calls, which a client joins by their index."""
     delta = {}
+    if piece.thought:
+        delta["reasoning_content"] = piece.thought
     if piece.text:
         delta["content"] = piece.text
     if piece.calls:
         delta["tool_calls"] = [dict(call, index=index) for index, call in enumerate(piece.calls)]
+    grown = delta_calls(piece.parts)
+    if grown:
+        delta["tool_calls"] = grown
     return delta
 
 def usage_object(asked, n_tokens):
@@ -3777,6 +4824,10 @@ class Protocol:
         self.engine = engine
         self.args = args
         self.created = int(time.time())
+        self.name = model_name(args)
+        self.reader = None
+        if getattr(engine.tokenizer, "template", None) is not None:  # of a released checkpoint
+            self.reader = TemplateReader(engine.tokenizer)
 
     def app(self, token):
         posts = {"/v1/chat/completions": self.chat, "/v1/completions": self.text}
@@ -3784,7 +4835,7 @@ class Protocol:
         return make_app(lambda path: [token], posts, gets)
 
     def model_object(self):
-        return dict(id=MODEL_ID, object="model", created=self.created, owned_by=MODEL_ID,
+        return dict(id=self.name, object="model", created=self.created, owned_by=MODEL_ID,
                     max_model_len=self.engine.model.cfg.max_seq_len)
 
     async def models(self, request):
@@ -3792,8 +4843,8 @@ class Protocol:
 
     async def model(self, request):
         name = request.path_params["name"]
-        if name != MODEL_ID:
-            raise Refused(404, f"model {name!r:.60}: {MODEL_ID} is served", "model_not_found")
+        if name != self.name:
+            raise Refused(404, f"model {name!r:.60}: {self.name} is served", "model_not_found")
         return reply(self.model_object())
 
     async def chat(self, request):
@@ -3807,7 +4858,8 @@ class Protocol:
         raw, client = request.scope["heard"]
         engine = self.engine
         # long texts take their time to become tokens: not on the event loop
-        asked = await asyncio.to_thread(read_request, raw, is_chat, self.args, engine.tokenizer, engine.model.cfg)
+        asked = await asyncio.to_thread(read_request, raw, is_chat, self.args, engine.tokenizer, engine.model.cfg,
+                                        self.reader)
         asked.client = client
         client.most = UNREAD * asked.n_rows
         engine.put(asked)
@@ -3870,7 +4922,7 @@ class Protocol:
             if not news:
                 raise Refused(400, "the client has left")
             for piece in join_pieces(news):
-                if piece.text or piece.scores or piece.calls:
+                if piece.has_news:
                     grown = dataclasses.replace(piece, finish=None)
                     yield dict(head, choices=[choice_object(asked, grown)])
                 if piece.finish:
@@ -4058,6 +5110,7 @@ class Engine:
         client = asked.client
         tokenizer = self.tokenizer
         stream = Stream(asked.stops)
+        parser = None if asked.form is None else asked.form.parser()
         waiting = []                       # Scores whose text has not been released
         finish = None
         kept = 0
@@ -4093,8 +5146,18 @@ class Engine:
             # a token is told of with the text that it begins in, and not at all where that is cut off
             scores = [score for score in waiting if score.start < stream.shown]
             del waiting[:len(scores)]
-            if new or finish:
-                client.tell(Piece(index, new, scores, finish, stream.tokens))
+            if not new and not finish:
+                continue
+            said = dict(text=new)
+            if parser is not None:
+                said = parser.feed(new, final=finish is not None)
+                if parser.is_over:
+                    finish = "stop"
+                if parser.calls and finish == "stop":
+                    finish = "tool_calls"
+                if finish:
+                    asked.form.remember(parser)
+            client.tell(Piece(index, scores=scores, finish=finish, n_tokens=stream.tokens, **said))
 
     def close(self):
         """Clients that wait, or are being answered, are told that there is an end."""
@@ -4936,7 +5999,15 @@ def parse_args(argv):
     p.add_argument("--token", type=utf8, help="key that clients of --serve must show; default: one is made and printed")
     p.add_argument("--xray", type=utf8, metavar="FILE",
                    help="write a page for a browser that shows, token by token, what the first sample read and visited")
+    p.add_argument("--export", metavar="DIR",
+                   help="write the model and its tokenizer into a folder that transformers opens; nothing is generated")
     args = p.parse_args(argv)
+    for flag in ("layers", "offload", "partial"):
+        if getattr(args, flag) and args.hf is None:
+            raise ValueError(f"--{flag}: only with --hf")
+    if args.export is not None:
+        check_export(p, args)
+        return args
     if args.hf is not None:            # where a flag was not given, the folder says how its model is sampled
         p.set_defaults(**released_sampling(args.hf))
         try:
@@ -4947,9 +6018,6 @@ def parse_args(argv):
         check_page(args.xray)
     if "" in args.stop:
         raise ValueError("--stop '': it must be a text of one character or more")
-    for flag in ("layers", "offload", "partial"):
-        if getattr(args, flag) and args.hf is None:
-            raise ValueError(f"--{flag}: only with --hf")
     if args.serve is not None:
         for flag in ("prompt", "prompt_file", "chat", "stop", "n_samples", "xray"):
             if getattr(args, flag) != p.get_default(flag):
@@ -4970,6 +6038,23 @@ def parse_args(argv):
     elif not args.prompt and not args.chat and standard_input_is_piped():
         print("input   | standard input is not read; --prompt - reads it", flush=True)
     return args
+
+def check_export(parser, args):
+    """ValueError for flags that mean nothing beside --export, and for a folder that cannot be written."""
+    for flag in ("prompt", "prompt_file", "chat", "serve", "token", "xray", "speculate", "stop", "n_samples",
+                 "max_new_tokens", "temperature", "top_p", "top_k"):
+        if getattr(args, flag) != parser.get_default(flag):
+            raise ValueError(f"--{flag.replace('_', '-')}: not with --export, which generates nothing")
+    if args.device not in (None, "cpu"):
+        raise ValueError(f"--device {args.device}: not with --export, which computes nothing")
+    if args.offload:
+        raise ValueError("--offload: not with --export, which reads the whole model; --layers A:B is smaller")
+    if not args.export:
+        raise ValueError("--export '': it must be the name of a folder")
+    if os.path.exists(args.export) and not os.path.isdir(args.export):
+        raise ValueError(f"--export {args.export}: it is there, and no folder")
+    if args.hf is not None and os.path.isdir(args.export) and os.path.samefile(args.hf, args.export):
+        raise ValueError(f"--export {args.export}: --hf reads from that folder; it must be another one")
 
 def released_sampling(folder):
     """-> the flags, as text, of what generation_config.json says about sampling."""
@@ -5205,7 +6290,10 @@ def serve(args):
 
     engine = Engine(model, tokenizer, index_warmup, args.speculate, args.seed)
     token = args.token or os.urandom(16).hex()
-    door.open(Protocol(engine, args).app(token))
+    protocol = Protocol(engine, args)
+    if protocol.reader is not None:
+        print(f"answers | {protocol.reader.card}", flush=True)
+    door.open(protocol.app(token))
     print(f"server  | {door.url} key {token}", flush=True)
     began = time.perf_counter()
     try:
@@ -5215,6 +6303,36 @@ def serve(args):
         door.close()
     return dict(text=None, tokens=engine.n_tokens, tokens_per_s=None, prefill_s=None, accepted=None,
                 cached=engine.n_cached, requests=engine.n_requests, seconds=time.perf_counter() - began)
+
+# ---- the script: a folder for transformers -------------------------------------------------------
+
+def stored_dtype(folder):
+    """The dtype of a checkpoint of transformers, by its config.json; that of fp8 weights is what they are computed in,
+    bf16 where nothing is said."""
+    fields = read_json(folder, "config.json")
+    fields = {**fields, **inner(fields, "text_config")}
+    name = fields.get("dtype") or fields.get("torch_dtype")
+    dtypes = dict(float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16)
+    return dtypes.get(name, torch.bfloat16)
+
+def export(args):
+    """--export -> the script's result. Weights keep their dtype; those in fp8 are written as the numbers they mean."""
+    dtype = torch.float32 if args.hf is None else stored_dtype(args.hf)
+    model, tokenizer, index_warmup = read_checkpoint(args, torch.device("cpu"), dtype)
+    total, active = model.num_params()
+    print(f"model   | {total:,} parameters, {active:,} active; attention {' '.join(model.cfg.attn_types)}", flush=True)
+    if isinstance(tokenizer, TokenIds):
+        print("text    | no tokenizer to write: the folder read has none", flush=True)
+        tokenizer = None
+
+    written = model.save_hf(args.export, tokenizer, index_warmup)
+    shards = {name: size for name, size in written["files"].items() if name.endswith(".safetensors")}
+    dtype = str(model.embed.weight.dtype).removeprefix("torch.")
+    print(f"weights | {sum(shards.values()) / 1e6:,.1f} MB in {dtype}: {len(shards)} of the files")
+    print(f"files   | in {args.export}: {', '.join(written['files'])}")
+    for line in written["left_out"]:
+        print(f"without | {line}")
+    return dict(text=None, tokens=0, tokens_per_s=None, prefill_s=None, accepted=None, cached=0, export=args.export)
 
 # ---- the script: a conversation ------------------------------------------------------------------
 # A model that was not trained to converse has no template: what is said are paragraphs, parted by blank lines. A
@@ -5467,6 +6585,8 @@ def chat(args, model, tokenizer, index_warmup):
 # ---- the script: a prompt -------------------------------------------------------------------------
 
 def run(args):
+    if args.export is not None:
+        return export(args)
     if args.serve is not None:
         return serve(args)
 

@@ -6,6 +6,7 @@
     python train.py --attn lightning:full=2:1        # two Lightning layers, then one with full attention, and so on
     python train.py --resume --mtp 3 --steps 800     # two more MTP modules join: copies, which learn alone at first
     python train.py --resume --figure run.svg        # draws out/log.jsonl, where each printed line is one of JSON
+    python train.py --preset tiny-m2                 # M2's pattern, full attention and experts in every layer
     python train.py --preset m2 --dry-run          # parameters and bytes, nothing is allocated
 
     batch  = f(seed, split, step): evaluation cannot disturb training, and a resumed run sees what it would have seen
@@ -65,6 +66,7 @@ MTP_WEIGHT = (0.3, 0.1)                # before and in the decay phase (M2 repor
 MTP_ALONE = 0.1                        # share of what is left of a run that modules which join learn without the trunk:
                                        # the M2 report names none; tiny's losses had settled after 20 of 200 steps
 WARMUP, DECAY = 0.02, 0.6              # shares of the run
+PRESETS = ["tiny", "tiny-m2", "mini", "small", "m2", "m3"]
 # mtp_every: steps between MTP losses; msa_from: share of the run under full attention; stages: share -> cuts of a row
 RUNS = {
     "tiny": dict(seq_len=256, batch_size=4, lr=1.2e-2, minutes=2.5, mtp_every=8, msa_from=0.5,
@@ -72,6 +74,7 @@ RUNS = {
     "mini": dict(seq_len=512, batch_size=8, lr=8e-3, minutes=60.0, mtp_every=8, msa_from=0.3,
                  stages=((0.0, 8), (0.2, 4), (0.45, 2), (0.75, 1))),
     "small": dict(seq_len=8192, batch_size=16, lr=4e-3, minutes=10.0, mtp_every=4, msa_from=0.05, stages=((0, 1),))}
+RUNS["tiny-m2"] = RUNS["tiny"]
 # flags that each start decides anew: a checkpoint of train.py or rl.py does not hand them on
 RUN_ALONE = ("out", "resume", "device", "stop_after", "dry_run", "figure", "token", "play", "own_task", "runs", "keep",
              "table", "live")
@@ -683,7 +686,8 @@ def parse_args(argv, locks=None):
     p = Parser(__doc__)
     count = number(1)
     # model
-    p.add_argument("--preset", default="tiny", choices=["tiny", "mini", "small", "m2", "m3"], help="the model")
+    p.add_argument("--preset", default="tiny", choices=PRESETS,
+                   help="the model: tiny-m2 and m2 have M2's pattern, the others M3's")
     p.add_argument("--attn", type=attention, default="msa", metavar="KIND",
                    help="msa: as the preset has it; full, swa (a window) or lightning: in every layer; or two kinds by "
                    "turns, such as swa:full=2:1: two layers of the first, one of the second, and again")
@@ -772,6 +776,8 @@ def resume_args(parser, argv, given, state):
         value = getattr(args, name)
         was = state["args"].get(name, parser.get_default(name))  # older args lack the last two
         becomes_sparse = (was, value) == ("full", "msa")
+        if becomes_sparse and "msa" not in preset_config(args.preset).attn_types:
+            raise ValueError(f"--attn msa: no layer of the preset {args.preset} has MSA")
         if value != was and not becomes_sparse:
             only = "; attention changes from full to msa alone" if name == "attn" else ""
             raise ValueError(f"--{name.replace('_', '-')} {value}: the checkpoint was trained with {was}{only}")
@@ -819,10 +825,14 @@ def are_stages(stages):
             return False
     return len(stages) > 0 and stages[0][0] == 0
 
+def preset_config(name):
+    """A preset of PRESETS -> its MiniMaxConfig."""
+    return getattr(MiniMaxConfig, name.replace("-", "_"))()
+
 def configure(args):
     """Preset and flags -> MiniMaxConfig. What the flags leave open is filled into args, from RUNS. ValueError if the
     rows do not fit the model's context or its key blocks."""
-    cfg = getattr(MiniMaxConfig, args.preset)()
+    cfg = preset_config(args.preset)
     defaults = dict(RUNS.get(args.preset, {}), vocab_size=cfg.vocab_size, mtp=cfg.n_mtp)
     if args.steps is not None:
         defaults["minutes"] = None
@@ -876,7 +886,7 @@ def dry_run(cfg, args):
         mtp, active_mtp = count_params(MiniMax(dataclasses.replace(cfg, n_mtp=1)).mtp[0])
     table = cfg.vocab_size * cfg.n_embd
     print(f"{preset}: {total:,} parameters, {active:,} active per token without embedding and head")
-    own = getattr(MiniMaxConfig, preset)().attn_types
+    own = preset_config(preset).attn_types
     if cfg.attn_types != own:
         counts = {kind: cfg.attn_types.count(kind) for kind in dict.fromkeys(cfg.attn_types)}
         print(f"  layers    {', '.join(f'{n} {kind}' for kind, n in counts.items())}: not as released")
@@ -932,7 +942,7 @@ def print_cache(cfg):
 
 def print_decoding(cfg, args):
     """Bytes of cache that a decoding step moves for one row, with some patterns of a preset's layers, and --attn's."""
-    own = getattr(MiniMaxConfig, args.preset)()
+    own = preset_config(args.preset)
     patterns = ["full", "swa:full=3:1", "lightning:full=7:1"]
     if "msa" in own.attn_types:
         patterns.insert(1, "msa")
@@ -1356,8 +1366,11 @@ def check_match(cfg, state, args):
     if args.mtp < cfg.n_mtp:
         raise ValueError(f"--mtp {args.mtp}: the checkpoint has {cfg.n_mtp} MTP modules, and none is dropped")
     saved = state["args"]["attn"]
-    if saved == "msa":
+    own = preset_config(args.preset).attn_types
+    if saved == "msa" and "msa" in own:
         fits = "msa" in cfg.attn_types
+    elif saved == "msa":               # as the preset has it: M2's pattern has none
+        fits = cfg.attn_types == own
     else:
         fits = layer_kinds(saved, cfg) == cfg.attn_types
     if not fits:

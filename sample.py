@@ -3668,7 +3668,7 @@ def read_request(raw, is_chat, args, tokenizer, cfg, reader=None):
     form = None
     if is_chat and reader is not None:
         ids, form = reader.read(body)
-        given = [ids]
+        given = [ids or [tokenizer.bos]]
     else:
         given = read_prompts(body, is_chat)
     if len(given) * n > MOST_ROWS:
@@ -3774,6 +3774,7 @@ class Style:
     before_calls: str = ""
     grammar: CallGrammar = None
     knows_developer: bool = False      # the role
+    offers_tools: bool = False         # it tells the model of them
 
 def learn_style(template):
     """A ChatTemplate -> its Style: it writes an answer whose words stand nowhere else, and what it puts between them
@@ -3788,7 +3789,9 @@ def learn_style(template):
     function = dict(name="qName", arguments=dict(qKey="qValue"))
     answer = dict(role="assistant", content="qContent", reasoning_content="qThought")
     tool = dict(type="function", function=dict(name="qTool", description="", parameters=dict(type="object")))
-    style = Style(knows_developer="qRule" in written(dict(role="developer", content="qRule"), asked))
+    style = Style(
+        knows_developer="qRule" in written(dict(role="developer", content="qRule"), asked),
+        offers_tools="qTool" in written(asked, tools=[tool]))
 
     text = written(asked, answer)
     before, _, behind = text.partition("qThought")
@@ -4504,6 +4507,8 @@ class TemplateReader:
             raise Refused(400, f"chat_template_kwargs {options!r:.60}: an object, without {', '.join(TEMPLATE_NAMES)}")
         one_call = body.get("parallel_tool_calls") is not None and not read_flag(body, "parallel_tool_calls")
         tools, schemas = read_tools(body)
+        if tools and not self.style.offers_tools:
+            raise Refused(400, f"tools: {self.template.name} does not tell the model of any")
         history = History()
         try:
             messages = self.read_messages(body.get("messages"), history)

@@ -9174,7 +9174,9 @@ def test_the_style_of_a_template_is_learned(kind):
     want = dict(m2=M2_FORM, m3=M3_FORM)[kind]
     assert style.grammar.begin == want.grammar.begin
     assert style.knows_developer == (kind == "m3")
-    assert dataclasses.replace(style, grammar=None, knows_developer=False) == dataclasses.replace(want, grammar=None)
+    assert style.offers_tools
+    style = dataclasses.replace(style, grammar=None, knows_developer=False, offers_tools=False)
+    assert style == dataclasses.replace(want, grammar=None)
 
     plain = sample.learn_style(sample.ChatTemplate("{{ messages[0].content }}", "plain"))
     assert plain == sample.Style(knows_developer=True)
@@ -9465,6 +9467,19 @@ def test_what_a_template_cannot_say_is_refused(word, body):
     with pytest.raises(sample.Refused, match=re.escape(word)) as refused:
         reader.read(dict(dict(messages=[user("x")]), **body))
     assert refused.value.args[0] == 400
+
+def test_a_template_without_tools_refuses_them():
+    """As that of an exported model, which joins what is said: the model would not be told of any."""
+    tokenizer = copy.copy(text_reader("m2"))
+    tokenizer.template = sample.ChatTemplate("{{ messages[0].content }}", "a template")
+    reader = sample.TemplateReader(tokenizer)
+    with pytest.raises(sample.Refused, match="a template does not tell"):
+        reader.read(dict(messages=[user("x")], tools=offered()))
+    ids, form = reader.read(dict(messages=[user("x")]))
+    assert tokenizer.decode(ids) == "x"
+    parser = form.parser()
+    parser.feed("<think>x</think>" + write_m2([("now", {})]), final=True)
+    assert parser.said == ("", "<think>x</think>" + write_m2([("now", {})]), [])
 
 def test_thoughts_are_remembered_by_what_was_said(monkeypatch):
     """By a call's id, or by all that was said until then; the oldest go first. Another history has no thought."""

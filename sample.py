@@ -4335,7 +4335,7 @@ class AnswerParser:
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TAIL = 16                              # tokens of a prompt that may have opened the thought
-MOST_THOUGHTS = 2 ** 24                # characters of thoughts that are remembered
+MOST_THOUGHTS = 2 ** 24                # characters that are remembered
 NOT_RENDERED = dict(                   # as NOT_SERVED, of requests that go through a template
     functions=[], function_call="none", add_generation_prompt=True, continue_final_message=False, documents=[])
 TEMPLATE_NAMES = ("messages", "tools", "add_generation_prompt", "documents", "behind", "self")  # no client's options
@@ -4346,17 +4346,19 @@ class Thoughts:
 
     def __init__(self):
         self.kept = OrderedDict()      # key -> thought
-        self.size = 0                  # characters
+        self.size = 0                  # characters, of keys and thoughts
         self.lock = threading.Lock()   # the engine keeps them, threads of requests find them
 
     def keep(self, keys, thought):
         with self.lock:
             for key in keys:
-                self.size += len(thought) - len(self.kept.pop(key, ""))
+                if key in self.kept:
+                    self.size -= len(key) + len(self.kept.pop(key))
+                self.size += len(key) + len(thought)
                 self.kept[key] = thought
             while self.size > MOST_THOUGHTS:
-                _, oldest = self.kept.popitem(last=False)
-                self.size -= len(oldest)
+                key, oldest = self.kept.popitem(last=False)
+                self.size -= len(key) + len(oldest)
 
     def find(self, keys):
         """-> the thought under the first of the keys that is known, or None."""

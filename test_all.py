@@ -9484,19 +9484,21 @@ def test_a_template_without_tools_refuses_them():
 def test_thoughts_are_remembered_by_what_was_said(monkeypatch):
     """By a call's id, or by all that was said until then; the oldest go first. Another history has no thought."""
     thoughts = sample.Thoughts()
-    monkeypatch.setattr(sample, "MOST_THOUGHTS", 20)
     history = sample.History()
     history.add("user", "x")
     first = history.copy().add("assistant", "same", [("id 1", "now", {})])
     second = history.copy().add("assistant", "other")
     thoughts.keep(first, "12345")
     thoughts.keep(second, "67890")
+    thoughts.keep(second, "67890")
+    monkeypatch.setattr(sample, "MOST_THOUGHTS", sum(map(len, [*first, *second])) + 15)
+    assert thoughts.size == sample.MOST_THOUGHTS
     assert thoughts.find(first[:1]) == thoughts.find(first[1:]) == "12345"
     assert thoughts.find(sample.History().add("assistant", "other")) is None
 
-    thoughts.keep(["new"], "abcdefgh")
+    thoughts.keep(["new"], "")
     assert thoughts.find(second) is None
-    assert thoughts.find(["new"]) == "abcdefgh"
+    assert thoughts.find(["new"]) == ""
     assert thoughts.find(first[1:]) == "12345"
 
 # ---- 14. agent RL --------------------------------------------------------------------------------

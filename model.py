@@ -25,6 +25,8 @@ import functools
 import json
 import math
 import re
+import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -32,8 +34,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from moe import (SWIGLU_ALPHA, SWIGLU_LIMIT, MLP, Linear, MoE, count_params, few_linear, few_mlp, few_route,
-                 update_bias, use_triton)
+from moe import (SWIGLU_ALPHA, SWIGLU_LIMIT, MLP, Linear, MoE, count_params, experts_loop, few_linear, few_mlp,
+                 few_route, update_bias, use_triton)
 from msa import (LEAST, NOTHING, TensorDescriptor, _compiled, _matmul, _overlap, _pick, block_recall, cdiv,
                  check_tensor, constexpr, full_attention, index_kl_loss, jit, msa_attention, msa_decode, msa_train,
                  query_index, round_up, select_blocks, tl, triton, widen)
@@ -1691,24 +1693,17 @@ class MiniMax(nn.Module):
                 update_bias(layer.router.bias, row, rate)
 
     @classmethod
-    def from_hf(cls, path, device="cpu", dtype=torch.float32):
+    def from_hf(cls, path, device="cpu", dtype=torch.float32, layers=None, partial=False):
         """Read a checkpoint folder of transformers or of the release: M2, or M3's text model; shards and fp8 too.
 
-        path    the folder: config.json, *.safetensors, an index where there are shards
-        device  where the model computes
-        dtype   of the weights but the routers', which stay in fp32
-        ValueError for a field that this code does not compute, and for a tensor that is missing, unknown, there twice,
-        of another shape, or quantized in a way that is not understood.
+        path     the folder: config.json, *.safetensors, an index where there are shards
+        device   where the model computes
+        dtype    of the weights but the routers', which stay in fp32
+        layers   a range: these layers alone, between embedding and head
+        partial  whether tensors may be missing or unknown
+        ValueError for what HFCheckpoint refuses.
         """
-        hf = read_json(path, "config.json")
-        try:
-            with torch.device("meta"):
-                model = cls(config_from_hf(hf), dtype).to(dtype)
-        except AssertionError as error:
-            raise ValueError(f"{path}: {error}") from None
-        model = model.to_empty(device=device)
-        fill(model.state_dict(), path, hf)
-        return model
+        return HFCheckpoint(path, layers, partial).load(device, dtype)
 
     def save_hf(self, path):
         """Write an M2 checkpoint in the released names; bit-equal when read back. ValueError for any other model, and
@@ -2130,44 +2125,36 @@ def parts_by_name(params):
                 found[plain_name(name)] = ours, part
     return found
 
-def fill(params, path, hf):
-    """Copy a folder's tensors into our parameters.
-
-    params  our state dict
-    path    the folder
-    hf      its config.json
-    ValueError unless the tensors fill every number of ours once, and nothing else.
-    """
-    parts = parts_by_name(params)
-    missing = {name: param.numel() for name, param in params.items()}
-    filled = set()
-    for name, t in read_tensors(path, hf):
-        ours, part = parts.get(plain_name(name), (None, None))
-        if ours is None:
-            raise ValueError(f"{path}: {name} {tuple(t.shape)}: no such tensor in the model")
-        if part.shape != t.shape:
-            raise ValueError(f"{path}: {name} {tuple(t.shape)}: the model needs {tuple(part.shape)}")
-        # one tensor under two names would count twice, and hide one that is missing
-        place = ours, part.storage_offset()
-        if place in filled:
-            raise ValueError(f"{path}: {name}: another tensor has filled {ours}")
-        filled.add(place)
-        part.copy_(t)
-        missing[ours] -= t.numel()
-
-    incomplete = [name for name, count in missing.items() if count]
-    if incomplete:
-        raise ValueError(f"{path}: missing or incomplete: {', '.join(incomplete)}")
-
 # ---- released checkpoints: files --------------------------------------------------------------------------------
 # Released folders also hold what the text model does not need, and downloads leave stray or damaged files. So the
-# index, where there is one, decides which file counts for a tensor; what is missing or doubled is named in an error.
+# index, where there is one, decides which file counts for a tensor. Names, shapes and scales are compared with the
+# model before the first weight is read: of 230 GB that takes minutes. Then one tensor at a time is in memory.
 
 # tensors that take no part in the text model's forward, under any prefix: M3's vision tower and MTP modules; scales of
 # activations and of a quantized cache, for this code quantizes neither
-UNUSED = re.compile(r"(^|\.)(vision_tower|vision_model|multi_modal_projector|patch_merge_mlp|mtp\w*)\."
+UNUSED = re.compile(r"(?:^|\.)(vision_tower|vision_model|multi_modal_projector|patch_merge_mlp|mtp\w*)\."
                     r"|\.(input_scale|activation_scale|[qkv]_scale)$")
 INDEX = "model.safetensors.index.json"
+MOST_NAMED = 6                         # tensors that one line names
+
+class Progress:
+    """A line now and then for work that takes long, none for what takes less than WAIT: at(done) after each part."""
+    WAIT = 4.0                         # seconds to the first line, and from one to the next
+
+    def __init__(self, what, total, unit):
+        self.what = what
+        self.total = total
+        self.unit = unit
+        self.started = time.perf_counter()
+        self.said = self.started
+
+    def at(self, done):
+        now = time.perf_counter()
+        if not 0 < done < self.total or now - self.said < self.WAIT:
+            return
+        self.said = now
+        left = (now - self.started) * (self.total / done - 1)
+        print(f"{self.what:7} | {done / self.total:.0%} of {self.total:,} {self.unit}, {left:.0f} s left", flush=True)
 
 def read_json(path, name):
     """The object in a folder's JSON file. ValueError, naming the file, if it cannot be read or holds another type."""
@@ -2203,75 +2190,353 @@ def open_tensors(path, file):
     if not Path(path, file).exists():
         raise ValueError(f"{path}: {file} is missing, {INDEX} names it")
     try:
+        # read, not mapped: pages of a mapped shard would count as this process's memory until it is closed
+        return safe_open(Path(path, file), "pt", backend="pread")
+    except TypeError:                  # safetensors before 0.8 maps every file
         return safe_open(Path(path, file), "pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: {file} cannot be read: {error}") from None
 
-def find_tensors(path):
-    """Where each tensor of a folder lies: {name: open file}. The index decides which files and tensors count; without
-    one, every safetensors file does. ValueError for what the index names and the folder lacks, and for a file that is
-    damaged."""
-    listed = read_index(path)
-    files = set(listed.values())
-    if not listed:
-        files = {file.name for file in Path(path).glob("*.safetensors")}
-    if not files:
-        raise ValueError(f"{path}: no *.safetensors file")
+def in_words(names):
+    """Names for one line: the first few, and how many more."""
+    names = sorted(names)
+    more = f" and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
 
-    where = {}
-    for file in sorted(files):
-        opened = open_tensors(path, file)
-        for name in opened.keys():
-            if name in where and not listed:
-                raise ValueError(f"{path}: {name} is in two files, and no {INDEX} says which counts")
-            if not listed or listed.get(name) == file:
-                where[name] = opened
+def as_bytes(t):
+    return t.flatten().view(torch.uint8)
 
-    # what the index promises must be there
-    for name, file in listed.items():
-        if name not in where:
-            raise ValueError(f"{path}: {name} is not in {file}, where {INDEX} has it")
-    return where
+def some_layers(cfg, layers):
+    """The config of a model that has these layers (a range) of cfg's alone."""
+    return dataclasses.replace(
+        cfg,
+        n_layer=len(layers),
+        attn_types=[cfg.attn_types[layer] for layer in layers],
+        mlp_types=[cfg.mlp_types[layer] for layer in layers])
 
-def find_text_tensors(path, hf):
-    """`find_tensors` without what takes no part in the text model: MTP modules may be numbered as layers after the
-    last."""
-    modules = max(hf.get("num_mtp_modules") or 0, hf.get("num_nextn_predict_layers") or 0)
-    first = hf["num_hidden_layers"]
-    where = {}
-    for name, file in find_tensors(path).items():
+class HFCheckpoint:
+    """A folder of transformers or of the release, M2 or M3's text model, whose weights lie on disk until they are read.
+
+    cfg         MiniMaxConfig of the layers that are wanted
+    whole       MiniMaxConfig of the folder's model
+    where       {stored name: file} of the tensors that the model may need
+    skipped     Counter of the tensors that it does not: vision_tower 390, layers 1200 ...
+    missing     our names of parameters that the folder lacks, where partial allows that
+    unknown     stored names of tensors that the model has not, likewise
+    bytes_read  of files, so far
+    """
+
+    def __init__(self, path, layers=None, partial=False):
+        """
+        path     the folder: config.json, *.safetensors, an index where there are shards
+        layers   a range: the model has these layers alone, and what belongs to others need not be there; default: all
+        partial  tensors may be unknown, or missing: those begin as in a new model
+        ValueError for a field that this code does not compute, and for a tensor that is missing, unknown, there twice,
+        of another shape, or quantized in a way that is not understood.
+        """
+        self.path = path
+        self.partial = partial
+        hf = read_json(path, "config.json")
+        self.whole = config_from_hf(hf)
+        self.hf = {**hf, **inner(hf, "text_config")}
+        self.quant = inner(self.hf, "quantization_config")
+        self.layers = range(self.whole.n_layer)
+        if layers is not None:
+            self.layers = self.layers[layers.start:layers.stop]
+        if not self.layers or layers is not None and self.layers != layers:
+            raise ValueError(f"{path}: layers {layers.start}:{layers.stop} of {self.whole.n_layer}")
+        self.cfg = some_layers(self.whole, self.layers)
+        self.files = {}                # {file: open file}
+        self.places = {}               # see `place`
+        self.skipped = Counter()
+        self.missing = []
+        self.unknown = []
+        self.bytes_read = 0
+        self.where = self.find()
+        self.stored = {self.plain(name): name for name in self.where}
+
+    def open(self, file):
+        if file not in self.files:
+            self.files[file] = open_tensors(self.path, file)
+        return self.files[file]
+
+    # which tensors there are
+
+    def unused_part(self, name):
+        """The part of the folder's model that a tensor belongs to, where this model does without: a word, or None."""
+        unused = UNUSED.search(name)
+        if unused:
+            return unused[1] or unused[2]
         layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
-        is_mtp = layer and first <= int(layer[1]) < first + modules
-        if not is_mtp and not UNUSED.search(name):
-            where[name] = file
-    return where
+        if not layer or int(layer[1]) in self.layers:
+            return None
+        n_modules = max(self.hf.get("num_mtp_modules") or 0, self.hf.get("num_nextn_predict_layers") or 0)
+        beyond = int(layer[1]) - self.whole.n_layer
+        if beyond < 0:
+            return "layers"
+        return "mtp" if beyond < n_modules else None  # MTP modules may be numbered as layers after the last
 
-def read_tensors(path, hf):
-    """Yield (name, tensor) of every text tensor in a folder; fp8 comes back as fp32. hf is its config.json."""
-    hf = {**hf, **inner(hf, "text_config")}
-    quant = inner(hf, "quantization_config")
-    where = find_text_tensors(path, hf)
-    for name in sorted(where):
-        # a scale is read with its tensor, below
-        if name.endswith(SCALES):
-            owner = re.sub("_scale(_inv)?$", "", name)
-            if owner not in where:
-                raise ValueError(f"{path}: {name} scales {owner}, which is missing")
-            continue
+    def find(self):
+        """Where each tensor of the model lies -> {name: file}. The index decides which files and tensors count; without
+        one, every safetensors file does. ValueError for what the index names and the folder lacks, for a file that is
+        damaged, and for two files that disagree."""
+        listed = read_index(self.path)
+        files = {file for name, file in listed.items() if not self.unused_part(name)}
+        if not listed:
+            files = {file.name for file in Path(self.path).glob("*.safetensors")}
+        if not files:
+            raise ValueError(f"{self.path}: no *.safetensors file")
 
-        t = where[name].get_tensor(name)
-        scales = [name + suffix for suffix in SCALES if name + suffix in where]
-        if t.dtype in FLOATS and not scales:
-            yield name, t
-        elif t.dtype in FP8 and len(scales) == 1:
-            scale = where[scales[0]].get_tensor(scales[0])
-            try:
-                yield name, dequantize(t, scale, quant)
-            except ValueError as error:
-                raise ValueError(f"{path}: {scales[0]}: {error}") from None
-        else:
-            raise ValueError(f"{path}: {name} is {t.dtype} with {len(scales)} scales: "
+        where = {}
+        for file in sorted(files):
+            for name in self.open(file).keys():
+                part = self.unused_part(name)
+                if part:
+                    self.skipped[part] += not listed
+                elif listed:
+                    self.compare_copies(name, file, listed)
+                    if listed.get(name) == file:
+                        where[name] = file
+                elif name in where:
+                    raise ValueError(f"{self.path}: {name} is in two files, and no {INDEX} says which counts")
+                else:
+                    where[name] = file
+
+        # what the index promises must be there
+        for name, file in listed.items():
+            part = self.unused_part(name)
+            if part:
+                self.skipped[part] += 1
+            elif name not in where:
+                raise ValueError(f"{self.path}: {name} is not in {file}, where {INDEX} has it")
+        return where
+
+    def compare_copies(self, name, file, listed):
+        """ValueError where a tensor lies in another file, too, and is another one there."""
+        home = listed.get(name, file)
+        if home == file or name not in self.open(home).keys():
+            return
+        copy = self.open(file).get_tensor(name)
+        counted = self.open(home).get_tensor(name)
+        same_kind = copy.dtype == counted.dtype and copy.shape == counted.shape
+        if not same_kind or not torch.equal(as_bytes(copy), as_bytes(counted)):
+            raise ValueError(f"{self.path}: {name} is in {home} and in {file}, and they disagree")
+
+    def plain(self, name):
+        """`plain_name`, where the first of our layers has number 0."""
+        name = plain_name(name)
+        layer = re.match(r"layers\.(\d+)\.", name)
+        if layer and int(layer[1]) in self.layers:
+            name = f"layers.{int(layer[1]) - self.layers[0]}.{name[layer.end():]}"
+        return name
+
+    def scales_of(self, name):
+        """The stored names of a tensor's scales."""
+        return [name + suffix for suffix in SCALES if name + suffix in self.where]
+
+    def header(self, name):
+        """Shape and dtype of a stored tensor, in safetensors' words; nothing of it is read."""
+        stored = self.open(self.where[name]).get_slice(name)
+        return tuple(stored.get_shape()), stored.get_dtype()
+
+    def check(self, params):
+        """Compare all tensors with the model's parameters -> {stored name: our parameter's name}, in the order of
+        files. params: the model's state dict; it may lie on meta."""
+        parts = parts_by_name(params)
+        left = {ours: param.numel() for ours, param in params.items()}
+        filled = set()
+        found = {}
+        for name in sorted(self.where, key=lambda name: (self.where[name], name)):
+            # a scale is read with its tensor
+            if name.endswith(SCALES):
+                owner = re.sub("_scale(_inv)?$", "", name)
+                if owner not in self.where and not self.partial:
+                    raise ValueError(f"{self.path}: {name} scales {owner}, which is missing")
+                continue
+            ours, part = parts.get(self.plain(name), (None, None))
+            if ours is None:
+                self.unknown.append(name)
+                continue
+            self.check_tensor(name, part)
+            # one tensor under two names would count twice, and hide one that is missing
+            place = ours, part.storage_offset()
+            if place in filled:
+                raise ValueError(f"{self.path}: {name}: another tensor has filled {ours}")
+            filled.add(place)
+            found[name] = ours
+            left[ours] -= part.numel()
+
+        self.missing = [ours for ours, count in left.items() if count]
+        if self.partial:
+            return found
+        if self.unknown:
+            raise ValueError(f"{self.path}: no such tensor in the model: {in_words(self.unknown)}")
+        if self.missing:
+            raise ValueError(f"{self.path}: missing or incomplete: {in_words(self.lacking(params, found))}")
+        return found
+
+    def check_tensor(self, name, part):
+        """ValueError unless a stored tensor has a part's shape, and numbers that are understood."""
+        shape, dtype = self.header(name)
+        if shape != part.shape:
+            raise ValueError(f"{self.path}: {name} {shape}: the model needs {tuple(part.shape)}")
+        n_scales = len(self.scales_of(name))
+        if (dtype, n_scales) not in [*((kind, 0) for kind in FLOAT_NAMES), *((kind, 1) for kind in FP8_NAMES)]:
+            raise ValueError(f"{self.path}: {name} is {dtype} with {n_scales} scales: "
                              "fp8 has one, floats of 16 bits or more have none")
+
+    def lacking(self, params, found):
+        """The released names of what is missing."""
+        there = {self.plain(name) for name in found}
+        names = []
+        for ours in self.missing:
+            parts = released_tensors(params[ours], released_forms(ours)[0])
+            names += [name for name in parts if plain_name(name) not in there]
+        return names
+
+    # reading
+
+    def load(self, device="cpu", dtype=torch.float32):
+        """-> MiniMax with the folder's weights, in dtype but for the routers, on a device. Beside the model, memory
+        holds one tensor as it is stored, and a few million numbers of it in fp32."""
+        model = self.model_on_meta(dtype)
+        found = self.check(model.state_dict())
+        model = model.to_empty(device=device)
+        params = model.state_dict()
+        for ours in self.missing:
+            start_parameter(ours, params[ours], self.cfg)
+
+        parts = parts_by_name(params)
+        sizes = {name: self.n_bytes(name) for name in found}
+        progress = Progress("weights", sum(sizes.values()), "bytes")
+        done = 0
+        for name in found:
+            _, part = parts[self.plain(name)]
+            self.read(name, part)
+            done += sizes[name]
+            progress.at(done)
+        return model
+
+    @torch.no_grad()
+    def offload(self, device="cpu", dtype=torch.float32):
+        """-> MiniMax that reads its layers from disk at each forward: see StoredBlock. It cannot be trained."""
+        model = self.model_on_meta(dtype)
+        self.check(model.state_dict())
+        if self.missing:
+            raise ValueError(f"{self.path}: missing, so that it cannot be read layer by layer: {in_words(self.missing)}")
+        for number, block in enumerate(model.layers):
+            model.layers[number] = StoredBlock(block, number, self, device, dtype)
+        model.norm = model.norm.to_empty(device=device)
+        self.read_param("norm.weight", model.norm.weight)
+        with torch.device("meta"):
+            model.lm_head = WideHead(self.cfg.n_embd, self.cfg.vocab_size)
+        model.embed.weight = self.table("embed.weight", model.embed.weight, device, dtype)
+        model.lm_head.weight = self.table("lm_head.weight", model.lm_head.weight, device, dtype)
+        model.asked_dtype = dtype
+        model.first_dtype = model.embed.weight.dtype  # activations have the dtype that was asked for, see MiniMax.dtype
+        return model.requires_grad_(False).eval()
+
+    def table(self, ours, param, device, dtype):
+        """Embedding or head in memory: in 16 bits if it is stored so."""
+        name = self.stored[plain_name(released_forms(ours)[0])]
+        _, kind = self.header(name)
+        if kind in ("BF16", "F16"):
+            dtype = FLOAT_NAMES[kind]
+        out = torch.empty(param.shape, device=device, dtype=dtype)
+        self.read(name, out)
+        return nn.Parameter(out, requires_grad=False)
+
+    def place(self, shape, device, dtype):
+        """Memory for experts of a shape, one after the other: memory that is new each time takes longer to get than an
+        expert to compute."""
+        if shape not in self.places:
+            self.places[shape] = torch.empty(shape, device=device, dtype=dtype)
+        return self.places[shape]
+
+    def read_param(self, ours, out):
+        """Read one of our parameters whole."""
+        for form in [*released_forms(ours), ours]:
+            parts = released_tensors(out, form)
+            names = [self.stored.get(plain_name(name)) for name in parts]
+            if None not in names:
+                for name, part in zip(names, parts.values()):
+                    self.read(name, part)
+                return
+        raise ValueError(f"{self.path}: {ours} is missing")  # `check` has found it before
+
+    def read_expert(self, ours, e, out):
+        """Read expert e's part of a parameter that all experts share."""
+        for form in released_forms(ours):
+            parts = released_tensors(out, form.replace("{e}", str(e)))
+            names = [self.stored.get(plain_name(name)) for name in parts]
+            if None in names:
+                continue
+            for name, part in zip(names, parts.values()):
+                if "{e}" in form:
+                    self.read(name, part)
+                else:
+                    self.read_stacked(name, e, part)
+            return
+
+    def read_stacked(self, name, e, out):
+        """Read the e-th matrix of a tensor that holds all experts'. Its file is mapped for that: of a file that is read,
+        safetensors reads the whole tensor, whatever part is wanted."""
+        from safetensors import safe_open
+        with safe_open(Path(self.path, self.where[name]), "pt") as file:
+            stored = file.get_slice(name)[e:e + 1]
+        self.bytes_read += stored.numel() * stored.itemsize
+        scales = self.scales_of(name)
+        if not scales:
+            out.copy_(stored[0])
+            return
+        scale = self.read_raw(scales[0])
+        of_expert = scale[e:e + 1] if scale.dim() > 0 and len(scale) == self.header(name)[0][0] else scale
+        dequantize(stored.to(out.device), of_expert.to(out.device), self.quant, out[None])
+
+    def model_on_meta(self, dtype):
+        """A model of the right shapes, without numbers."""
+        try:
+            with torch.device("meta"):
+                return MiniMax(self.cfg, dtype).to(dtype)
+        except AssertionError as error:
+            raise ValueError(f"{self.path}: {error}") from None
+
+    def n_bytes(self, name):
+        shape, dtype = self.header(name)
+        return math.prod(shape) * {**FLOAT_NAMES, **FP8_NAMES}[dtype].itemsize
+
+    def read(self, name, out):
+        """Copy a stored tensor, dequantised, into a tensor of its shape."""
+        stored = self.read_raw(name).to(out.device)
+        scales = self.scales_of(name)
+        if not scales:
+            out.copy_(stored)
+            return
+        scale = self.read_raw(scales[0]).to(out.device)
+        try:
+            dequantize(stored, scale, self.quant, out)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {scales[0]}: {error}") from None
+
+    def read_raw(self, name):
+        """A tensor as it is stored."""
+        from safetensors import SafetensorError
+        file = self.where[name]
+        try:
+            found = self.open(file).get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self.path}: {name} in {file} cannot be read: {error}") from None
+        self.bytes_read += found.numel() * found.itemsize
+        return found
+
+def start_parameter(ours, param, cfg):
+    """Begin a parameter that a checkpoint lacks: a norm is the identity, a router's bias 0, a matrix random."""
+    if ours.endswith("router.bias"):
+        param.zero_()
+    elif param.dim() == 1:
+        param.fill_(0.0 if cfg.gemma_norm else 1.0)
+    else:
+        param.normal_(0, cfg.n_embd ** -0.5)
 
 # ---- released checkpoints: fp8 ----------------------------------------------------------------------------------
 # A weight in fp8 has numbers of 8 bits and, in a tensor beside it, scales that bring them back to their size: M2 has
@@ -2279,43 +2544,71 @@ def read_tensors(path, hf):
 # Files say little about it: a scale is read by its shape, and refused where quantization_config says otherwise.
 
 SCALES = ("_scale_inv", "_scale")  # what a scale's name adds to its tensor's; both are factors, in spite of "inv"
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+FLOAT_NAMES = dict(F32=torch.float32, BF16=torch.bfloat16, F16=torch.float16, F64=torch.float64)  # in safetensors
+FP8_NAMES = dict(F8_E4M3=torch.float8_e4m3fn, F8_E5M2=torch.float8_e5m2)
 FP8_METHODS = ("fp8", "mxfp8", "fbgemm_fp8", "compressed-tensors", "modelopt")
+PART_OF_TENSOR = 2 ** 17               # numbers that are in fp32 at once: half a megabyte, which a core's cache holds
 
-def dequantize(t, scale, quant):
-    """An fp8 tensor times its scale -> fp32.
+def dequantize(t, scale, quant, out):
+    """An fp8 tensor times its scale, into out.
 
     t      (..., rows, columns) fp8
     scale  one number for all of t, or for each tile, row or matrix
     quant  config.json's quantization_config: the method, and the tile's size
+    out    of t's shape, in any dtype
     ValueError if the scale does not fit.
     """
     method = quant.get("quant_method", "fp8")
     if method not in FP8_METHODS:
         raise ValueError(f"quant_method {method} is not understood")
     scale = scale_to_float(scale)
-    if scale.dim() < 2 and scale.numel() == 1:
-        return t.float() * scale
-
-    misfit = f"a scale {tuple(scale.shape)} does not fit a tensor {tuple(t.shape)}"
+    if t.dim() < 2 and (scale.dim() > 1 or scale.numel() > 1):
+        raise ValueError(f"a scale {tuple(scale.shape)} does not fit a tensor {tuple(t.shape)}")
     if t.dim() < 2:
-        raise ValueError(misfit)
+        out.copy_(fp8_to_float(t) * scale)
+        return
+    height, width, by_tile = tiles_of(scale, t.shape, quant, method)
 
-    # the first size of tiles of which there are as many as scales
-    tiles = possible_tiles(quant, method, *t.shape[-2:])
-    for tile in tiles:
-        factor = spread_scale(scale, t.shape, *tile)
-        if factor is not None:
-            return t.float() * factor
+    # some rows of tiles at a time: in fp32 a large tensor would take four times its memory
+    *_, rows, cols = t.shape
+    step = height * max(1, PART_OF_TENSOR // (height * cols))
+    step = min(step, cdiv(rows, height) * height)
+    matrices = zip(t.view(-1, rows, cols), by_tile.flatten(0, -3), out.flatten(0, -3) if t.dim() > 2 else out[None])
+    for matrix, factors, target in matrices:
+        for first in range(0, rows, step):
+            part = fp8_to_float(matrix[first:first + step])                               # (n, cols)
+            of_part = factors[first // height:cdiv(first + len(part), height)]            # (n / height, cols / width)
+            by_col = of_part.repeat_interleave(width, -1)[:, :cols]
+            by_row = by_col.repeat_interleave(height, 0)[:len(part)]
+            target[first:first + step].copy_(part.mul_(by_row))
+
+def fp8_to_float(t):
+    """An fp8 tensor -> fp32. On a CPU from a table of the 256 bytes: a fifth of the time of torch's conversion."""
+    if t.device.type != "cpu":
+        return t.float()
+    table = torch.arange(256, dtype=torch.uint8).view(t.dtype).float()
+    return table.index_select(0, t.contiguous().view(torch.uint8).flatten().int()).view(t.shape)
+
+def tiles_of(scale, shape, quant, method):
+    """How a scale covers the matrices of a tensor of that shape -> height and width of a tile, and a number for each
+    (matrices, rows / height, columns / width). The first size of tiles counts of which there are as many as scales."""
+    *lead, rows, cols = shape
+    if scale.dim() < 2 and scale.numel() == 1:
+        return rows, cols, scale.reshape(1, 1, 1).expand(max(1, math.prod(lead)), 1, 1)
+    tiles = possible_tiles(quant, method, rows, cols)
+    for height, width in tiles:
+        grid = (*lead, cdiv(rows, height), cdiv(cols, width))
+        # numbers for whole rows or matrices may lack the last dimensions, which are 1
+        if scale.numel() == math.prod(grid) and scale.shape == grid[:scale.dim()]:
+            return height, width, scale.reshape(-1, *grid[-2:])
     sizes = ", ".join(f"{height} x {width}" for height, width in tiles)
-    raise ValueError(f"{misfit} in tiles of {sizes}")
+    raise ValueError(f"a scale {tuple(scale.shape)} does not fit a tensor {tuple(shape)} in tiles of {sizes}")
 
 def scale_to_float(scale):
     """A stored scale as fp32. ValueError for a type that no release uses, and for a number that is no factor."""
     if scale.dtype in (torch.uint8, torch.float8_e8m0fnu):
         scale = scale.view(torch.float8_e8m0fnu)  # the byte of an exponent: 2 ** (byte - 127), and 255 is NaN
-    elif scale.dtype not in FLOATS:
+    elif scale.dtype not in FLOAT_NAMES.values():
         raise ValueError(f"a scale in {scale.dtype} is not understood")
     scale = scale.float()
     usable = scale.isfinite() & (scale >= 0)
@@ -2336,15 +2629,94 @@ def possible_tiles(quant, method, rows, cols):
         raise ValueError(f"weight_block_size {named}: two whole numbers from 1")
     return [named]
 
-def spread_scale(scale, shape, height, width):
-    """A scale for each tile -> one for each element of a tensor of that shape, or None if their number differs."""
-    *lead, rows, cols = shape
-    grid = (*lead, cdiv(rows, height), cdiv(cols, width))
-    # numbers for whole rows or matrices may lack the last dimensions, which are 1
-    if scale.numel() != math.prod(grid) or scale.shape != grid[:scale.dim()]:
-        return None
-    by_row = scale.view(grid).repeat_interleave(height, -2)[..., :rows, :]
-    return by_row.repeat_interleave(width, -1)[..., :cols]
+# ---- released checkpoints: layers that stay on disk ---------------------------------------------------------------
+# M2 has 230 GB, a laptop 16. But a token visits 8 of 256 experts: a forward needs the layers one after the other, and of
+# each layer's experts those that were chosen. They are read when their turn comes, and forgotten; what the system keeps
+# of the files in memory that is free makes the next read faster. Embedding and head stay in memory, in 16 bits.
+
+HEAD_ROWS = 2 ** 10                    # rows of the head that are in the model's dtype at once
+
+@dataclasses.dataclass
+class LayerCost:
+    """What one forward through a layer took."""
+    kind: str                          # of its attention and of its MLP
+    tokens: int
+    seconds: float
+    bytes_read: int
+
+class StoredExperts:
+    """One matrix of every expert of a layer: [e] reads expert e's from disk."""
+
+    def __init__(self, checkpoint, ours, shape, device, dtype):
+        """ours: the parameter's name, its layer's number that of the checkpoint's cfg; shape (E, rows, columns)."""
+        self.checkpoint = checkpoint
+        self.ours = ours
+        self.place = checkpoint.place(shape[1:], device, dtype)
+
+    def __getitem__(self, e):
+        """-> (rows, columns), until another expert of that shape is read, in whatever layer."""
+        self.checkpoint.read_expert(self.ours, e, self.place)
+        return self.place
+
+class StoredMoE(MoE):
+    """A mixture of experts whose experts are read as they are visited."""
+
+    def __init__(self, cfg, w13, w2):
+        """w13, w2: StoredExperts. The parameters of these names stay without numbers."""
+        super().__init__(cfg)
+        self.stored = w13, w2
+
+    def run_experts(self, x, weights, idx):
+        return experts_loop(x, *self.stored, weights, idx, self.cfg.activation)
+
+class StoredBlock(nn.Module):
+    """A Block that is read at each forward: its parameters here have shapes alone."""
+
+    def __init__(self, block, number, checkpoint, device, dtype):
+        """block: on meta; number: in the checkpoint's cfg."""
+        super().__init__()
+        cfg = checkpoint.cfg
+        self.prefix = f"layers.{number}."
+        self.kind = f"{cfg.attn_types[number]} {cfg.mlp_types[number]}"
+        self.checkpoint = checkpoint
+        self.device = device
+        self.costs = []                # LayerCost of each forward
+        if isinstance(block.mlp, MoE):
+            stored = [
+                StoredExperts(checkpoint, f"{self.prefix}mlp.{name}", getattr(block.mlp, name).shape, device, dtype)
+                for name in ("w13", "w2")]
+            with torch.device("meta"):
+                block.mlp = StoredMoE(cfg, *stored).to(dtype)
+        self.block = block
+
+    @property
+    def attn(self):
+        return self.block.attn
+
+    @property
+    def mlp(self):
+        return self.block.mlp
+
+    def forward(self, x, ctx):
+        """As of Block."""
+        began = time.perf_counter()
+        before = self.checkpoint.bytes_read
+        params = {}
+        for name, param in self.block.state_dict().items():
+            if name not in ("mlp.w13", "mlp.w2"):  # of experts; a dense layer's are mlp.w13.weight
+                params[name] = torch.empty_like(param, device=self.device)
+                self.checkpoint.read_param(self.prefix + name, params[name])
+        y = torch.func.functional_call(self.block, params, (x, ctx))
+        seconds = time.perf_counter() - began
+        self.costs.append(LayerCost(self.kind, x[..., 0].numel(), seconds, self.checkpoint.bytes_read - before))
+        return y
+
+class WideHead(Linear):
+    """A head whose weight is stored in fewer bits than x has: cast some rows at a time, not as a whole."""
+
+    def forward(self, x):
+        logits = [F.linear(x, rows.to(x.dtype)) for rows in self.weight.split(HEAD_ROWS)]
+        return torch.cat(logits, -1)
 
 # ---- released checkpoints: config.json --------------------------------------------------------------------------
 # The release and transformers write different fields for one model, flat or in inner objects, some of them twice. A

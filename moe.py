@@ -105,7 +105,7 @@ def experts_loop(x, w13, w2, weights, idx, activation):
     -> (T, C)
     """
     y = torch.zeros_like(x)
-    for e in range(w13.size(0)):
+    for e in idx.unique().tolist():  # an expert that no token chose is not looked at: it may have to be read from disk
         token, slot = (idx == e).nonzero(as_tuple=True)
         out = gated(x[token] @ w13[e].T, activation) @ w2[e].T
         weight = weights[token, slot, None].to(x.dtype)
@@ -240,9 +240,7 @@ class MoE(nn.Module):
         logits = self.router(flat)
         weights, idx = route(logits, self.router.bias, cfg.n_expert_per_tok, cfg.routed_scale, replay)  # (B*T, A) both
 
-        experts = pick_experts(x.dtype)
-        y = experts(flat, self.w13.to(x.dtype), self.w2.to(x.dtype), weights, idx, cfg.activation)
-        y = y.view_as(x)
+        y = self.run_experts(flat, weights, idx).view_as(x)
         if self.shared is not None:
             shared, _ = self.shared(x)
             y = y + shared
@@ -252,6 +250,11 @@ class MoE(nn.Module):
         count = count.float()[:, None].expand_as(idx)
         load = torch.zeros(cfg.n_expert, device=x.device).index_add(0, idx.flatten(), count.flatten())
         return y, dict(expert_load=load, experts=idx.view(B, T, -1))
+
+    def run_experts(self, x, weights, idx):
+        """x (n, C), weights and idx (n, A) -> the weighted sum of each token's experts (n, C)."""
+        experts = pick_experts(x.dtype)
+        return experts(x, self.w13.to(x.dtype), self.w2.to(x.dtype), weights, idx, self.cfg.activation)
 
 def count_params(module):
     """Parameters and router biases: all, and those that one token uses."""

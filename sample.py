@@ -63,7 +63,8 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from model import SHORT_ROW, DecodeWeights, KVCache, MiniMax, MiniMaxConfig
+from model import (SHORT_ROW, DecodeWeights, HFCheckpoint, KVCache, MiniMax, MiniMaxConfig, Progress, StoredBlock,
+                   in_words)
 from moe import experts_grouped, pick_experts
 from msa import NEW, constexpr, implementation, jit, tl, triton, widen
 
@@ -1258,6 +1259,13 @@ def tokens(text):
         raise argparse.ArgumentTypeError(f"{text}: write tokens as 65536, 64k (65,536), 1M (1,048,576) or 1e6")
     return int(value)
 
+def layer_range(text):
+    """For argparse: A:B -> range(A, B)."""
+    found = re.fullmatch(r"(\d{1,6}):(\d{1,6})", text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r}: it must be A:B, two numbers with A < B, as in 0:2")
+    return range(int(found[1]), int(found[2]))
+
 def utf8(text):
     """A type for argparse: text whose bytes the locale could not read is read as UTF-8; what is no UTF-8 is refused."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8")
@@ -1506,8 +1514,12 @@ def implementations(model, device, trains=False, decodes=True):
             linear.append(f"Triton for rows of {SHORT_ROW} tokens or more")
         words.append(f"lightning: {', '.join(linear)}")
     if "moe" in cfg.mlp_types:
-        grouped = pick_experts(dtype) is experts_grouped
-        words.append(f"experts: {'grouped_mm' if grouped else 'a loop, as grouped_mm has no fp64'}")
+        experts = "a loop, as grouped_mm has no fp64"
+        if is_offloaded(model):
+            experts = "one by one, as they are read"
+        elif pick_experts(dtype) is experts_grouped:
+            experts = "grouped_mm"
+        words.append(f"experts: {experts}")
     return "; ".join(words)
 
 def figure_format(path):
@@ -1585,25 +1597,6 @@ def is_out_of_memory(error):
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return type(error) is RuntimeError and "allocate" in str(error)
-
-class Progress:
-    """A line now and then for work that takes long, none for what takes less than WAIT: at(done) after each part."""
-    WAIT = 4.0                         # seconds to the first line, and from one to the next
-
-    def __init__(self, what, total, unit):
-        self.what = what
-        self.total = total
-        self.unit = unit
-        self.started = time.perf_counter()
-        self.said = self.started
-
-    def at(self, done):
-        now = time.perf_counter()
-        if not 0 < done < self.total or now - self.said < self.WAIT:
-            return
-        self.said = now
-        left = (now - self.started) * (self.total / done - 1)
-        print(f"{self.what:7} | {done / self.total:.0%} of {self.total:,} {self.unit}, {left:.0f} s left", flush=True)
 
 # ---- generation --------------------------------------------------------------------------------
 # logits -> temperature -> the top_k largest -> the smallest set that holds top_p -> one draw, or, of drafts, as many as
@@ -2425,7 +2418,7 @@ class Decoder:
         widest = 1 + speculate + (len(model.mtp) if speculate else 0)
         if kernels is None:
             kernels = self.on_gpu and triton is not None and model.dtype.itemsize == 2 and widest <= NEW
-            kernels = kernels and not model.cfg.is_recurrent and has_room_for_copy(model)
+            kernels = kernels and not model.cfg.is_recurrent and not is_offloaded(model) and has_room_for_copy(model)
         if kernels:
             self.weights = DecodeWeights(model, self.cache.capacity, capacity)
 
@@ -2739,6 +2732,10 @@ class StepGraph:
         if (logprobs.isnan() & was_drawn).any():
             raise ValueError("logits with NaN or +inf among them, or all -inf: nothing can be drawn from them")
         return drawn, logprobs, n_accepted[:, 0]
+
+def is_offloaded(model):
+    """Whether a model's layers are read from disk at each forward."""
+    return isinstance(model.layers[0], StoredBlock)
 
 def has_room_for_copy(model):
     """Whether DecodeWeights, about a second copy of a model's weights, fits the device: a warning if not."""
@@ -5875,6 +5872,13 @@ def parse_args(argv):
     p.add_argument("--out", default="out", help="folder of the checkpoint that train.py wrote")
     p.add_argument("--hf", help="folder of a released checkpoint (M2, or M3's text model) instead; its text needs pip "
                    "install tokenizers jinja2; how it is sampled, its generation_config.json says")
+    p.add_argument("--layers", type=layer_range, metavar="A:B",
+                   help="with --hf: layers A to B - 1 alone, between embedding and head; the files of others are not needed")
+    p.add_argument("--offload", action="store_true",
+                   help="with --hf: read each layer from disk when its turn comes, and of its experts those that are "
+                   "chosen, for a model that is larger than memory; the script says how slow that is")
+    p.add_argument("--partial", action="store_true",
+                   help="with --hf: tensors may be unknown, or missing: those begin as in a new model")
     p.add_argument("--prompt", type=utf8, default="",
                    help="text to continue, - for all of standard input; with --chat and a template, what the system "
                    "says; token ids, as in 1,2,3, where the folder of --hf has no tokenizer.json")
@@ -5908,6 +5912,9 @@ def parse_args(argv):
         check_page(args.xray)
     if "" in args.stop:
         raise ValueError("--stop '': it must be a text of one character or more")
+    for flag in ("layers", "offload", "partial"):
+        if getattr(args, flag) and args.hf is None:
+            raise ValueError(f"--{flag}: only with --hf")
     if args.serve is not None:
         for flag in ("prompt", "prompt_file", "chat", "stop", "n_samples", "xray"):
             if getattr(args, flag) != p.get_default(flag):
@@ -5954,10 +5961,71 @@ def read_checkpoint(args, device, dtype):
             raise ValueError(str(error)) from None
     tokenizer = read_tokenizer(args.hf)  # first: it takes a moment, the model may take minutes
     try:
-        model = MiniMax.from_hf(args.hf, device, dtype).eval()
+        model = read_hf(args, device, dtype)
     except Exception as error:  # of the file system, json, safetensors, or a field that is missing
         raise ValueError(f"--hf {args.hf}: {type(error).__name__}: {error}") from None
     return model, tokenizer or TokenIds(model.cfg.vocab_size), False
+
+def read_hf(args, device, dtype):
+    """The model in the folder of --hf. Says what of the folder it is."""
+    checkpoint = HFCheckpoint(args.hf, args.layers, args.partial)
+    began = time.perf_counter()
+    if args.offload:
+        model = checkpoint.offload(device, dtype)
+    else:
+        n_params = sum(p.numel() for p in checkpoint.model_on_meta(dtype).parameters())
+        check_memory(n_params * dtype.itemsize, device, "--layers A:B, or --offload")
+        model = checkpoint.load(device, dtype).eval()
+    seconds = time.perf_counter() - began
+
+    cfg, whole, layers = checkpoint.cfg, checkpoint.whole, checkpoint.layers
+    where = "read layer by layer, at each forward" if args.offload else f"read in {seconds:.1f} s"
+    print(f"folder  | layers {layers.start}:{layers.stop} of {whole.n_layer}, {where}; "
+          f"{checkpoint.bytes_read / 1e9:.2f} GB in {len(checkpoint.files)} files so far")
+    if checkpoint.skipped:
+        counts = ", ".join(f"{n:,} of {part}" for part, n in checkpoint.skipped.items())
+        print(f"skipped | tensors that this model does not use: {counts}")
+    if checkpoint.missing:
+        print(f"partial | missing, so that they begin as in a new model: {in_words(checkpoint.missing)}")
+    if checkpoint.unknown:
+        print(f"partial | unknown, and not read: {in_words(checkpoint.unknown)}")
+    released = MiniMaxConfig.m3() if whole.gemma_norm else MiniMaxConfig.m2()
+    if cfg.max_seq_len < released.max_seq_len:
+        print(f"context | {cfg.max_seq_len:,} tokens, as config.json says; the release has {released.max_seq_len:,}")
+    return model
+
+def print_offload(model, n_prompt, rate):
+    """What an offloaded answer took, layer by layer, and what it would take with all of the folder's layers.
+
+    n_prompt  tokens of the prompt
+    rate      tokens a second behind the first, or None
+    """
+    checkpoint = model.layers[0].checkpoint
+    whole = checkpoint.whole
+    costs = [cost for layer in model.layers for cost in layer.costs]
+    n_gb = sum(cost.bytes_read for cost in costs) / 1e9
+    print(f"offload | {n_gb:.2f} GB read for {len(model.layers)} layers in {sum(c.seconds for c in costs):.1f} s")
+    if rate is None:
+        return
+
+    # a layer of each kind: a mean over its forwards with one token, and of all its forwards with the prompt
+    a_token = dict(seconds=0.0, gb=0.0)
+    prompt_s = 0.0
+    for kind in map(" ".join, zip(whole.attn_types, whole.mlp_types)):
+        of_kind = [layer for layer in model.layers if layer.kind == kind]
+        if not of_kind:
+            print(f"offload | no layer of the kind {kind} was run: what all {whole.n_layer} layers cost is unknown")
+            return
+        single = [cost for layer in of_kind for cost in layer.costs if cost.tokens == 1]
+        longer = [cost for layer in of_kind for cost in layer.costs if cost.tokens > 1]
+        a_token["seconds"] += sum(cost.seconds for cost in single) / len(single)
+        a_token["gb"] += sum(cost.bytes_read for cost in single) / len(single) / 1e9
+        prompt_s += sum(cost.seconds for cost in longer) / len(of_kind)
+    single = [cost for cost in costs if cost.tokens == 1]
+    n_forwards = len(single) / len(model.layers)
+    rest_s = max(0.0, 1 / rate - sum(cost.seconds for cost in single) / n_forwards)  # embedding, head, drawing
+    print(f"offload | all {whole.n_layer} layers: about {a_token['seconds'] + rest_s:.1f} s and {a_token['gb']:.1f} GB a "
+          f"token, {rest_s:.1f} s of it for the head; {prompt_s:.0f} s to read these {n_prompt} tokens")
 
 def choose_threads(args, model, device, ids, index_warmup):
     """-> Threads, which are tried, where nothing decides, on the first of these tokens."""
@@ -6415,6 +6483,8 @@ def run(args):
     most = peak_memory(device)
     if most is not None and len(prompt.ids) > part:
         print(f"memory  | {most / 1e6:,.0f} MB at most; the prompt was read {part:,} tokens at a time")
+    if is_offloaded(model):
+        print_offload(model, len(prompt.ids), rate)
     if trace is not None:
         write_xray(args.xray, model, tokenizer, prompt.ids, drawn, trace, index_warmup)
     held = held_by_depth(accepted, args.speculate)

@@ -9,6 +9,7 @@ import asyncio
 import base64
 import codecs
 import contextlib
+import ctypes
 import copy
 import dataclasses
 import gc
@@ -52,6 +53,7 @@ import pytest
 import regex
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -69,10 +71,10 @@ import msa
 import rl
 import sample
 import train
-from model import (LIGHTNING_TILE, Context, DecodeWeights, KVCache, Lightning, MiniMax, MiniMaxConfig, RMSNorm,
-                   apply_rope, attn_pattern, cache_bytes, config_from_hf, config_to_hf, count_params, cross_entropy,
-                   decode_bytes, lightning_attention, parts_by_name, plain_name, rope_tables, softmax_loss,
-                   window_attention)
+from model import (LIGHTNING_TILE, Context, DecodeWeights, HFCheckpoint, KVCache, LayerCost, Lightning, MiniMax,
+                   MiniMaxConfig, Progress, RMSNorm, apply_rope, attn_pattern, cache_bytes, config_from_hf,
+                   config_to_hf, count_params, cross_entropy, decode_bytes, lightning_attention, parts_by_name,
+                   plain_name, rope_tables, softmax_loss, window_attention)
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid", "ignore:overflow", "ignore:All-NaN")
 parametrize = pytest.mark.parametrize
@@ -80,6 +82,10 @@ session_fixture = pytest.fixture(scope="session")
 HERE = Path(__file__).resolve().parent
 GOLDEN = HERE / ".ci" / "golden"
 TEXT = (HERE / "msa.py").read_text(encoding="utf-8") + "na\u00efve \u4e2d\u6587 \U0001f600\n"
+
+def named(arguments, cases):
+    """A case for each entry of a dict, name -> values of the test's arguments."""
+    return parametrize(arguments, cases.values(), ids=cases)
 
 def worst(a, b):
     """Largest absolute difference; inf where either is not finite, so that no NaN passes a comparison."""
@@ -2720,9 +2726,12 @@ def test_index_decides_which_files_count(saved):
     saved.write_shards(saved.shard_of)
     assert_same_weights(saved.read(), want)
 
-    # a tensor in two shards: the index says which
-    saved.write_shards(saved.shard_of, **{"model.norm.weight": torch.zeros(192)})
+    # a tensor in two shards: the index says which counts, and the other one must be the same
+    saved.write_shards(saved.shard_of, **{"model.norm.weight": saved.tensors["model.norm.weight"]})
     assert_same_weights(saved.read(), want)
+    for other in (torch.zeros(192), saved.tensors["model.norm.weight"].double(), torch.ones(191)):
+        saved.write_shards(saved.shard_of, **{"model.norm.weight": other})
+        saved.refuses("model.norm.weight is in model-.*safetensors and in model-.*disagree")
 
     # without an index every file counts, and a tensor has one place
     saved.write_shards(saved.shard_of)
@@ -2782,6 +2791,219 @@ def test_other_models_tensors_are_skipped(prefix, saved):
     for name in ("layers.4.enorm.weight", "smtp.weight"):
         saved.write({prefix + name: some}, num_mtp_modules=1)
         saved.refuses(re.escape(name))
+
+def test_some_layers_of_a_checkpoint(saved):
+    """Layers 1 and 2 alone are the same weights, and the files of layer 0 need not be there."""
+    want = saved.read()
+    saved.shard_of = {name: f"model-{int('.layers.0.' in name)}.safetensors" for name in saved.tensors}
+    saved.write_shards(saved.shard_of)
+    (saved.folder / "model-1.safetensors").unlink()
+    saved.refuses("model-1.safetensors is missing")
+
+    checkpoint = HFCheckpoint(saved.folder, range(1, 3))
+    part = checkpoint.load()
+
+    assert part.cfg == dataclasses.replace(want.cfg, n_layer=2, attn_types=["full"] * 2, mlp_types=["moe"] * 2)
+    assert checkpoint.skipped["layers"] == sum(".layers.0." in name for name in saved.tensors)
+    for got, layer in zip(part.layers, want.layers[1:], strict=True):
+        assert_same_weights(got, layer)
+    assert torch.equal(part.embed.weight, want.embed.weight)
+
+@parametrize("layers", [range(0, 4), range(3, 4), range(2, 2)])
+def test_layers_that_are_not_there_are_refused(layers, saved):
+    with value_error(f"layers {layers.start}:{layers.stop} of 3"):
+        MiniMax.from_hf(saved.folder, layers=layers)
+
+def test_partial_names_what_is_missing_and_unknown(saved):
+    """With partial a folder is read as far as it goes: what is missing begins as in a new model."""
+    expert = "model.layers.1.block_sparse_moe.experts.3.w1.weight"
+    bias = "model.layers.2.block_sparse_moe.e_score_correction_bias"
+    norm = "model.norm.weight"
+    want = saved.read()
+    saved.write({expert: None, bias: None, norm: None, "model.stray.weight": torch.zeros(2)})
+    saved.refuses("no such tensor in the model: model.stray.weight")
+    saved.write({expert: None, bias: None, norm: None})
+    saved.refuses(f"missing or incomplete: {expert}, {bias}, {norm}$")
+    saved.write({expert: None, bias: None, norm: None, "model.stray.weight": torch.zeros(2)})
+
+    checkpoint = HFCheckpoint(saved.folder, partial=True)
+    model = checkpoint.load()
+
+    assert checkpoint.missing == ["layers.1.mlp.w13", "layers.2.mlp.router.bias", "norm.weight"]
+    assert checkpoint.unknown == ["model.stray.weight"]
+    assert torch.equal(model.norm.weight, torch.ones(192))
+    assert torch.equal(model.layers[2].mlp.router.bias, torch.zeros(8))
+    drawn = model.layers[1].mlp.w13[3].chunk(2)[0]
+    assert 0.9 < drawn.std() * 192 ** 0.5 < 1.1
+    model.layers[1].mlp.w13.data[3] = want.layers[1].mlp.w13[3]
+    assert torch.equal(model.layers[1].mlp.w13, want.layers[1].mlp.w13)
+
+def in_fp8(tensors, tile=128):
+    """Tensors as M2 is released: matrices but for gate, embedding and head in fp8, with a scale a tile."""
+    out = {}
+    for name, x in tensors.items():
+        out[name] = x
+        if x.dim() == 2 and not re.search(r"gate\.weight|embed_tokens|lm_head", name):
+            scale = 0.5 + torch.rand(tile_grid(x.shape, (tile, tile)))
+            out[name] = (x / spread(scale, x.shape, (tile, tile))).to(E4M3)
+            out[f"{name}_scale_inv"] = scale
+    return out
+
+@parametrize("kind", ["m2", "m2 in fp8", "m3"])
+def test_offloaded_layers_compute_the_same(kind, tmp_path):
+    """Layers that are read at each forward, and experts as they are visited, give the logits of a model in memory."""
+    shutil.copytree(GOLDEN / kind[:2], tmp_path, dirs_exist_ok=True)
+    folder = Saved(tmp_path)
+    if "fp8" in kind:
+        folder.tensors = in_fp8(folder.tensors)
+        folder.write({}, fp8_in_tiles([128, 128]))
+    idx = torch.randint(0, 97, (2, 9))
+    want = MiniMax.from_hf(tmp_path)(idx)[0]
+
+    checkpoint = HFCheckpoint(tmp_path)
+    model = checkpoint.offload()
+    before = checkpoint.bytes_read
+    logits = model(idx[:, :8])[0]
+    whole = checkpoint.bytes_read - before
+    cache = KVCache(model.cfg, 2, 9)
+    model(idx[:, :8], cache=cache)
+    before = checkpoint.bytes_read
+    last = model(idx[:, 8:], cache=cache)[0]
+
+    assert worst(logits, want[:, :8]) < 1e-5  # experts one after the other sum in another order
+    assert worst(last, want[:, 8:]) < 1e-5
+    assert all(param.is_meta for param in model.layers[1].parameters())
+    assert 0 < checkpoint.bytes_read - before < whole  # two tokens visit fewer experts than sixteen
+
+def test_offloaded_tables_stay_in_16_bits(saved):
+    """Embedding and head are kept as they are stored, and the head is cast in parts: activations are fp32 still."""
+    saved.write({name: saved.tensors[name].bfloat16() for name in ("model.embed_tokens.weight", "lm_head.weight")})
+    idx = torch.randint(0, 257, (1, 5))
+    want = saved.read()(idx)[0]
+
+    model = HFCheckpoint(saved.folder).offload()
+    with mock.patch("model.HEAD_ROWS", 100):
+        logits = model(idx)[0]
+
+    assert model.embed.weight.dtype == model.lm_head.weight.dtype == torch.bfloat16
+    assert model.dtype == logits.dtype == torch.float32
+    assert worst(logits, want) < 1e-5
+
+def peak_while(run):
+    """Bytes by which this process grew at most while something ran; Linux forgets an earlier peak when it is told so."""
+    def peak():
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
+    ctypes.CDLL(None).malloc_trim(0)   # what was freed may stay with this process, and is taken again unseen
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak()
+    run()
+    return peak() - before
+
+def map_files(path, file):
+    return safe_open(Path(path, file), "pt")
+
+def dequantize_at_once(t, scale, quant, out):
+    out.copy_(t.float() * scale[0])
+
+def keep_all_that_is_read(real, checkpoint, name):
+    checkpoint.places[name] = real(checkpoint, name)
+    return checkpoint.places[name]
+
+@named("name, sabotage", {
+    "as it is": (None, None),
+    "mapped files": ("open_tensors", map_files),
+    "a matrix in fp32": ("dequantize", dequantize_at_once),
+    "tensors that are kept": ("read_raw", keep_all_that_is_read)})
+def test_reading_takes_the_model_and_one_tensor(name, sabotage, tmp_path, monkeypatch):
+    """Peak memory of reading is the model in its dtype, the largest stored tensor and 12 MB: no mapped file that stays,
+    no fp32 copy of an fp8 matrix, no state dict beside the model. Each sabotage takes more."""
+    needs(hasattr(ctypes.CDLL(None), "malloc_trim"), "Linux with glibc")
+    torch.manual_seed(0)
+    micro = MiniMax(MiniMaxConfig.micro(vocab_size=240_000))
+    micro.save_hf(tmp_path)
+    folder = Saved(tmp_path)
+    for table in ("model.embed_tokens.weight", "lm_head.weight"):
+        folder.tensors[table] = folder.tensors[table].to(E4M3)
+        folder.tensors[f"{table}_scale_inv"] = torch.ones(1875, 1)
+    folder.write({}, fp8_in_tiles([128, 128]))
+    n_numbers = sum(x.numel() for x in micro.state_dict().values())
+    largest = micro.embed.weight.numel()  # in fp8: a byte each
+    del micro, folder.tensors
+
+    MiniMax.from_hf(tmp_path, dtype=torch.bfloat16)  # for the first one torch loads 75 MB of code
+    if name == "read_raw":
+        real = HFCheckpoint.read_raw
+        monkeypatch.setattr(HFCheckpoint, name, lambda *args: sabotage(real, *args))
+    elif name:
+        monkeypatch.setattr(model, name, sabotage)
+    grown = peak_while(lambda: MiniMax.from_hf(tmp_path, dtype=torch.bfloat16))
+
+    most = 2 * n_numbers + largest + 12e6
+    assert (grown < most) == (sabotage is None), f"{grown:,} of {most:,}"
+
+def sample_hf(folder, *flags):
+    """sample.py on a folder of token ids."""
+    return sample.main(["--hf", str(folder), "--prompt", "1,2,3,4", "--threads", "1", "--max-new-tokens", "4",
+                        "--temperature", "0", *flags])
+
+def test_an_offloaded_answer_says_what_all_layers_cost(saved, capsys):
+    """The same text as from memory, and a line with the seconds and bytes of a token through the folder's layers."""
+    want = sample_hf(saved.folder)["text"]
+    assert sample_hf(saved.folder, "--offload")["text"] == want
+
+    sample_hf(saved.folder, "--offload", "--layers", "0:2")
+
+    out = capsys.readouterr().out
+    assert "folder  | layers 0:2 of 3, read layer by layer, at each forward" in out
+    assert "experts: one by one, as they are read" in out
+    said = re.findall(r"offload \| all 3 layers: about [\d.]+ s and ([\d.]+) GB a token", out)
+    assert len(said) == 2
+
+def test_what_one_kind_of_layer_costs_says_nothing_of_another(saved_m3, capsys):
+    """M3's layers are of two kinds."""
+    sample_hf(saved_m3.folder, "--offload", "--layers", "1:3")
+    assert "no layer of the kind full dense was run" in capsys.readouterr().out
+
+def test_costs_of_a_layer_become_those_of_a_model():
+    """Two layers of one kind took 1 and 3 s for one token and 10 and 20 s for the prompt: 62 such layers, and a head."""
+    def layer(seconds, prompt_s):
+        costs = [LayerCost("full moe", 9, prompt_s, 4), LayerCost("full moe", 1, seconds, 10 ** 9)]
+        return SimpleNamespace(kind="full moe", costs=costs, checkpoint=checkpoint)
+    checkpoint = SimpleNamespace(whole=MiniMaxConfig.m2())
+    model = SimpleNamespace(layers=[layer(1.0, 10.0), layer(3.0, 20.0)])
+
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        sample.print_offload(model, 10, 1 / 4.5)
+
+    assert "all 62 layers: about 124.5 s and 62.0 GB a token, 0.5 s of it for the head" in out.getvalue()
+    assert "930 s to read these 10 tokens" in out.getvalue()
+
+@parametrize("flags, match", [
+    (["--layers", "0:4"], "layers 0:4 of 3"),
+    (["--layers", "2"], "A:B"),
+    (["--layers", "2:2"], "A < B"),
+])
+def test_layers_are_two_numbers(flags, match, saved, capsys):
+    with pytest.raises(SystemExit) as ended:
+        sample_hf(saved.folder, *flags)
+    assert ended.value.code == 2
+    assert match in capsys.readouterr().err
+
+@parametrize("flag", ["--offload", "--partial", "--layers=0:1"])
+def test_flags_of_hf_are_for_hf(flag, capsys):
+    with pytest.raises(SystemExit) as ended:
+        sample.main(["--out", "nowhere", flag])
+    assert ended.value.code == 2
+    assert "only with --hf" in capsys.readouterr().err
+
+def test_a_slow_read_says_how_far_it_is(saved, capsys, monkeypatch):
+    """A line with a share and seconds, where reading takes long."""
+    monkeypatch.setattr(Progress, "WAIT", 0.0)
+    saved.read()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 10
+    assert all(re.fullmatch(r"weights \| \d+% of [\d,]+ bytes, \d+ s left", line) for line in lines)
 
 def test_a_tensor_under_two_names_is_refused(saved):
     """Half an expert given twice is not the whole expert."""
@@ -3333,10 +3555,6 @@ def test_loss_at_init_is_log_vocab_and_one_batch_overfits():
 # A batch depends on (seed, split, step) alone: evaluation disturbs nothing, and a resumed run equals one that never
 # stopped, bit for bit. A folder may hold files of any kind: what is no text is counted and named. Saves follow the
 # clock, and whatever ends a run, kill -9 included, the last good checkpoint is whole.
-
-def named(arguments, cases):
-    """A case for each entry of a dict, name -> values of the test's arguments."""
-    return parametrize(arguments, cases.values(), ids=cases)
 
 def write_parts(folder, text):
     """Four files, each with a quarter of the text."""
@@ -16451,15 +16669,15 @@ def test_a_captured_study_step_is_an_eager_one(attn):
 
     for step in range(MICRO.steps):
         index_warmup = step < graphed.dense_steps()
-        fields = [x[step].flatten(0, 1) for x in vars(batches).values()]
+        batch = batches.map(lambda x: x[step].flatten(0, 1))
         if index_warmup not in graphed.graphs:
-            graphed.batch = bench.Questions(*(x.clone() for x in fields))
+            graphed.batch = batch.map(torch.clone)
             changed = [*graphed.model.parameters(), *graphed.optimizer.state()]
             before = [x.detach().clone() for x in changed]
             graphed.graphs[index_warmup] = graphed.capture(index_warmup)
             assert worst_of(changed, before) == 0
-        found = graphed.step(fields, index_warmup)
-        eager.batch = bench.Questions(*fields)
+        found = graphed.step(batch, index_warmup)
+        eager.batch = batch
         tolerance = 1e-4 if step < 2 else 1e-2
         assert worst(found, eager.compute(index_warmup)) < tolerance
     assert graphed.optimizer.step_count == MICRO.steps

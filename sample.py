@@ -5896,8 +5896,8 @@ def parse_args(argv):
     p.add_argument("--seed", type=number(0, 2 ** 63 - 1), default=1337)
     p.add_argument("--serve", type=number(0, 65535), metavar="PORT",
                    help="answer requests in OpenAI's protocol there, on loopback, until Ctrl-C; 0 = any port. Where a "
-                   "request says nothing, the flags above do. With --hf and a chat template, thoughts and tool calls are "
-                   "told apart; pip install starlette uvicorn")
+                   "request says nothing, the flags above do. With --hf and a chat template, thoughts and tool calls "
+                   "are told apart; pip install starlette uvicorn")
     p.add_argument("--token", type=utf8, help="key that clients of --serve must show; default: one is made and printed")
     p.add_argument("--xray", type=utf8, metavar="FILE",
                    help="write a page for a browser that shows, token by token, what the first sample read and visited")

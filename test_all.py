@@ -9560,6 +9560,27 @@ def test_a_session_reads_on_from_what_was_written(kind, stream, back):
         assert results == [call["id"] for one in messages for call in one.get("tool_calls", [])]
         assert not server.script.texts
 
+@parametrize("stream", [False, True])
+def test_langchain_calls_tools_and_loses_no_thought(stream):
+    """LangChain's client knows no reasoning_content and sends none back: the next prompt has the thought even so."""
+    langchain = pytest.importorskip("langchain_openai")
+    from langchain_core.messages import ToolMessage
+    wrote = m2_answer("Which?", "", [("write", dict(path="a", content="b", mode=7))]), m2_answer("Well.", "Done.")
+    with ReleasedServer("m2", *wrote) as server:
+        chat = langchain.ChatOpenAI(base_url=server.url, api_key="k", model="m2").bind_tools(offered())
+        messages = [user("Go.")]
+        if stream:
+            first, *others = chat.stream(messages)
+            answer = sum(others, first)
+        else:
+            answer = chat.invoke(messages)
+        call, = answer.tool_calls
+        assert (call["name"], call["args"]) == ("write", dict(path="a", content="b", mode=7))
+        messages += [answer, ToolMessage("It is.", tool_call_id=call["id"])]
+        assert chat.invoke(messages).content == "Done."
+        before, prompt = server.script.prompts
+        assert prompt.startswith(f"{before}{wrote[0]}[e~[\n]~b]tool\n<response>It is.")
+
 def test_logprobs_and_usage_count_all_that_was_written():
     """Thought, marks and calls are tokens, too: joined, they are the answer. The model has its folder's name."""
     wrote = m2_answer("Hm.", "So.", [("now", {})])

@@ -3771,7 +3771,7 @@ def read_request(raw, is_chat, args, tokenizer, cfg, reader=None):
     form = None
     if is_chat and reader is not None:
         ids, form = reader.read(body)
-        given = [ids]
+        given = [ids or [tokenizer.bos]]
     else:
         given = read_prompts(body, is_chat)
     if len(given) * n > MOST_ROWS:
@@ -3877,6 +3877,7 @@ class Style:
     before_calls: str = ""
     grammar: CallGrammar = None
     knows_developer: bool = False      # the role
+    offers_tools: bool = False         # it tells the model of them
 
 def learn_style(template):
     """A ChatTemplate -> its Style: it writes an answer whose words stand nowhere else, and what it puts between them
@@ -3891,7 +3892,9 @@ def learn_style(template):
     function = dict(name="qName", arguments=dict(qKey="qValue"))
     answer = dict(role="assistant", content="qContent", reasoning_content="qThought")
     tool = dict(type="function", function=dict(name="qTool", description="", parameters=dict(type="object")))
-    style = Style(knows_developer="qRule" in written(dict(role="developer", content="qRule"), asked))
+    style = Style(
+        knows_developer="qRule" in written(dict(role="developer", content="qRule"), asked),
+        offers_tools="qTool" in written(asked, tools=[tool]))
 
     text = written(asked, answer)
     before, _, behind = text.partition("qThought")
@@ -4435,7 +4438,7 @@ class AnswerParser:
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TAIL = 16                              # tokens of a prompt that may have opened the thought
-MOST_THOUGHTS = 2 ** 24                # characters of thoughts that are remembered
+MOST_THOUGHTS = 2 ** 24                # characters that are remembered
 NOT_RENDERED = dict(                   # as NOT_SERVED, of requests that go through a template
     functions=[], function_call="none", add_generation_prompt=True, continue_final_message=False, documents=[])
 TEMPLATE_NAMES = ("messages", "tools", "add_generation_prompt", "documents", "behind", "self")  # no client's options
@@ -4446,17 +4449,19 @@ class Thoughts:
 
     def __init__(self):
         self.kept = OrderedDict()      # key -> thought
-        self.size = 0                  # characters
+        self.size = 0                  # characters, of keys and thoughts
         self.lock = threading.Lock()   # the engine keeps them, threads of requests find them
 
     def keep(self, keys, thought):
         with self.lock:
             for key in keys:
-                self.size += len(thought) - len(self.kept.pop(key, ""))
+                if key in self.kept:
+                    self.size -= len(key) + len(self.kept.pop(key))
+                self.size += len(key) + len(thought)
                 self.kept[key] = thought
             while self.size > MOST_THOUGHTS:
-                _, oldest = self.kept.popitem(last=False)
-                self.size -= len(oldest)
+                key, oldest = self.kept.popitem(last=False)
+                self.size -= len(key) + len(oldest)
 
     def find(self, keys):
         """-> the thought under the first of the keys that is known, or None."""
@@ -4607,6 +4612,8 @@ class TemplateReader:
             raise Refused(400, f"chat_template_kwargs {options!r:.60}: an object, without {', '.join(TEMPLATE_NAMES)}")
         one_call = body.get("parallel_tool_calls") is not None and not read_flag(body, "parallel_tool_calls")
         tools, schemas = read_tools(body)
+        if tools and not self.style.offers_tools:
+            raise Refused(400, f"tools: {self.template.name} does not tell the model of any")
         history = History()
         try:
             messages = self.read_messages(body.get("messages"), history)
@@ -5995,7 +6002,8 @@ def parse_args(argv):
     p.add_argument("--seed", type=number(0, 2 ** 63 - 1), default=1337)
     p.add_argument("--serve", type=number(0, 65535), metavar="PORT",
                    help="answer requests in OpenAI's protocol there, on loopback, until Ctrl-C; 0 = any port. Where a "
-                   "request says nothing, the flags above do; pip install starlette uvicorn")
+                   "request says nothing, the flags above do. With --hf and a chat template, thoughts and tool calls "
+                   "are told apart; pip install starlette uvicorn")
     p.add_argument("--token", type=utf8, help="key that clients of --serve must show; default: one is made and printed")
     p.add_argument("--xray", type=utf8, metavar="FILE",
                    help="write a page for a browser that shows, token by token, what the first sample read and visited")

@@ -10828,7 +10828,9 @@ def test_the_style_of_a_template_is_learned(kind):
     want = dict(m2=M2_FORM, m3=M3_FORM)[kind]
     assert style.grammar.begin == want.grammar.begin
     assert style.knows_developer == (kind == "m3")
-    assert dataclasses.replace(style, grammar=None, knows_developer=False) == dataclasses.replace(want, grammar=None)
+    assert style.offers_tools
+    style = dataclasses.replace(style, grammar=None, knows_developer=False, offers_tools=False)
+    assert style == dataclasses.replace(want, grammar=None)
 
     plain = sample.learn_style(sample.ChatTemplate("{{ messages[0].content }}", "plain"))
     assert plain == sample.Style(knows_developer=True)
@@ -10994,6 +10996,27 @@ def test_a_session_reads_on_from_what_was_written(kind, stream, back):
         assert results == [call["id"] for one in messages for call in one.get("tool_calls", [])]
         assert not server.script.texts
 
+@parametrize("stream", [False, True])
+def test_langchain_calls_tools_and_loses_no_thought(stream):
+    """LangChain's client knows no reasoning_content and sends none back: the next prompt has the thought even so."""
+    langchain = pytest.importorskip("langchain_openai")
+    from langchain_core.messages import ToolMessage
+    wrote = m2_answer("Which?", "", [("write", dict(path="a", content="b", mode=7))]), m2_answer("Well.", "Done.")
+    with ReleasedServer("m2", *wrote) as server:
+        chat = langchain.ChatOpenAI(base_url=server.url, api_key="k", model="m2").bind_tools(offered())
+        messages = [user("Go.")]
+        if stream:
+            first, *others = chat.stream(messages)
+            answer = sum(others, first)
+        else:
+            answer = chat.invoke(messages)
+        call, = answer.tool_calls
+        assert (call["name"], call["args"]) == ("write", dict(path="a", content="b", mode=7))
+        messages += [answer, ToolMessage("It is.", tool_call_id=call["id"])]
+        assert chat.invoke(messages).content == "Done."
+        before, prompt = server.script.prompts
+        assert prompt.startswith(f"{before}{wrote[0]}[e~[\n]~b]tool\n<response>It is.")
+
 def test_logprobs_and_usage_count_all_that_was_written():
     """Thought, marks and calls are tokens, too: joined, they are the answer. The model has its folder's name."""
     wrote = m2_answer("Hm.", "So.", [("now", {})])
@@ -11120,22 +11143,37 @@ def test_what_a_template_cannot_say_is_refused(word, body):
         reader.read(dict(dict(messages=[user("x")]), **body))
     assert refused.value.args[0] == 400
 
+def test_a_template_without_tools_refuses_them():
+    """As that of an exported model, which joins what is said: the model would not be told of any."""
+    tokenizer = copy.copy(text_reader("m2"))
+    tokenizer.template = sample.ChatTemplate("{{ messages[0].content }}", "a template")
+    reader = sample.TemplateReader(tokenizer)
+    with pytest.raises(sample.Refused, match="a template does not tell"):
+        reader.read(dict(messages=[user("x")], tools=offered()))
+    ids, form = reader.read(dict(messages=[user("x")]))
+    assert tokenizer.decode(ids) == "x"
+    parser = form.parser()
+    parser.feed("<think>x</think>" + write_m2([("now", {})]), final=True)
+    assert parser.said == ("", "<think>x</think>" + write_m2([("now", {})]), [])
+
 def test_thoughts_are_remembered_by_what_was_said(monkeypatch):
     """By a call's id, or by all that was said until then; the oldest go first. Another history has no thought."""
     thoughts = sample.Thoughts()
-    monkeypatch.setattr(sample, "MOST_THOUGHTS", 20)
     history = sample.History()
     history.add("user", "x")
     first = history.copy().add("assistant", "same", [("id 1", "now", {})])
     second = history.copy().add("assistant", "other")
     thoughts.keep(first, "12345")
     thoughts.keep(second, "67890")
+    thoughts.keep(second, "67890")
+    monkeypatch.setattr(sample, "MOST_THOUGHTS", sum(map(len, [*first, *second])) + 15)
+    assert thoughts.size == sample.MOST_THOUGHTS
     assert thoughts.find(first[:1]) == thoughts.find(first[1:]) == "12345"
     assert thoughts.find(sample.History().add("assistant", "other")) is None
 
-    thoughts.keep(["new"], "abcdefgh")
+    thoughts.keep(["new"], "")
     assert thoughts.find(second) is None
-    assert thoughts.find(["new"]) == "abcdefgh"
+    assert thoughts.find(["new"]) == ""
     assert thoughts.find(first[1:]) == "12345"
 
 # ---- 14. agent RL --------------------------------------------------------------------------------

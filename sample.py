@@ -3,7 +3,8 @@ server.
 
     python sample.py --prompt "def "                          # from out/ckpt.pt, which holds tokenizer and config too
     python sample.py --prompt "import os" --n-samples 3 --temperature 0.7 --seed 1
-    python sample.py --hf DIR --prompt 1,2,3                  # an M2 or M3 checkpoint of transformers, by token ids
+    python sample.py --hf DIR --prompt "def "                 # a released checkpoint of M2 or M3, with its own text
+    python sample.py --hf DIR --chat                          # a conversation through its template, thoughts and all
     python sample.py --chat                                   # a conversation, each turn of which goes on from the last
     python sample.py --serve 8000 --token KEY                 # OpenAI's protocol on loopback, for any of its clients
     python sample.py --prompt "def " --xray page.html         # and a page that shows what each token read and visited
@@ -26,6 +27,8 @@ import base64
 import codecs
 import contextlib
 import dataclasses
+import datetime
+import functools
 import gc
 import hashlib
 import hmac
@@ -99,10 +102,14 @@ class Tokenizer:
     def __init__(self, spec):
         self.spec = spec
         self.eot = spec["special"][EOT]
+        self.bos = self.eot            # what a model reads where a text is empty
+        self.stops = {self.eot}        # what ends an answer
         ranks = {token: rank for rank, token in enumerate(spec["ranks"])}
         self.enc = tiktoken.Encoding("bpe", pat_str=spec["pattern"], mergeable_ranks=ranks,
                                      special_tokens=spec["special"])
         self.n_vocab = self.enc.n_vocab
+        self.tokens = spec["ranks"]    # bytes of each; without the special one
+        self.added = spec["special"]   # text of a special token -> its id
 
     def encode(self, text):
         """-> ids. decode gives back every text that UTF-8 can hold; a lone surrogate becomes U+FFFD."""
@@ -286,6 +293,405 @@ def guess_kind(raw):
     if any(0x80 <= byte < 0xa0 for byte in raw):  # no letters in Latin-1
         return "Windows-1252"
     return "Latin-1"
+
+# ---- tokenizer of a released checkpoint ----------------------------------------------------------
+# Beside the weights of a released checkpoint lie tokenizer.json, a byte-level BPE in M2 and in M3, which the library
+# tokenizers reads, and a template in Jinja, which writes a conversation as the model was trained to read it. Special
+# tokens frame what is said: [e~[ ends it, <think> opens a thought. In a text to continue they are tokens, as in
+# transformers; in what a user says within a conversation they are text, or users could speak for the system.
+
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+              "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json")
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# They enclose what in a user's text looks like a special token, while a template writes it down. Unicode keeps them
+# for a program's own use; a user's own ones are dropped.
+MARK = "\ufdd0"
+UNMARK = "\ufdd1"
+
+def read_settings(path):
+    """The object in a JSON file; {} if there is no such file. ValueError, in one line, if it holds no object."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {first_line(error)}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not an object")
+    return content
+
+def listed(value):
+    """A value, or a list of values, or nothing -> a list."""
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+def token_text(token):
+    """A token of tokenizer_config.json, a text or an object with its `content` -> the text, or None."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+def byte_letters():
+    """-> a table for str.translate, from the letters of a byte-level vocabulary to bytes, as Latin-1: a visible letter
+    of Latin-1 stands for itself, those from U+0100 on, in order, for the other bytes."""
+    visible = {*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)}
+    others = [byte for byte in range(256) if byte not in visible]
+    no_letters = dict.fromkeys(others, "\uffff")  # they stand for no byte
+    return no_letters | {256 + i: byte for i, byte in enumerate(others)}
+
+def token_bytes(vocab, added):
+    """-> the bytes of each id; an id that is missing has none. vocab: text of a token -> id, in letters that stand for
+    bytes. added: likewise of special tokens, whose bytes are those of their text."""
+    tokens = [b""] * (max(vocab.values()) + 1)
+    letters = byte_letters()
+    for text, i in vocab.items():
+        try:
+            tokens[i] = text.translate(letters).encode("latin-1")
+        except UnicodeEncodeError:      # it is not written in such letters
+            tokens[i] = text.encode()
+    for text, i in added.items():
+        tokens[i] = text.encode()
+    return tokens
+
+def end_ids(folder, eos):
+    """-> the ids that end an answer, a set: those of generation_config.json, and the tokenizer's own, eos. config.json
+    is asked last, since some converted ones name other ids."""
+    stops = listed(read_settings(os.path.join(folder, "generation_config.json")).get("eos_token_id")) + listed(eos)
+    if not stops:
+        config = read_settings(os.path.join(folder, "config.json"))
+        text_config = config.get("text_config", {})
+        stops = listed(config.get("eos_token_id", text_config.get("eos_token_id")))
+    if not all(type(i) is int and i >= 0 for i in stops):
+        raise ValueError(f"{folder}: eos_token_id {stops}: it must be ids")
+    return set(stops)
+
+def is_byte_level(part):
+    """Whether a part of tokenizer.json, a decoder, is ByteLevel, or a sequence that holds it."""
+    if part is None:
+        return False
+    if part.get("type") == "Sequence":
+        return any(map(is_byte_level, part.get("decoders", [])))
+    return part.get("type") == "ByteLevel"
+
+def open_tokenizer(path):
+    """tokenizer.json -> the library's tokenizer. ValueError, in one line, for a damaged file or another kind of it."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise ValueError(f"{path} is read by the library tokenizers: pip install tokenizers") from None
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(path)
+        model = json.loads(tokenizer.model.__getstate__())["type"]
+        decoder = None if tokenizer.decoder is None else json.loads(tokenizer.decoder.__getstate__())
+    except BaseException as error:  # a plain Exception mostly; a panic of the library's is not even that
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise ValueError(f"{path}: {first_line(error)[:200]}") from None
+    if model != "BPE" or not is_byte_level(decoder):
+        kind = None if decoder is None else decoder["type"]
+        raise ValueError(f"{path} is a {model} with the decoder {kind}; a BPE with ByteLevel is read here")
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+class HFTokenizer:
+    """The tokenizer of a folder with tokenizer.json, as transformers' AutoTokenizer reads it."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.bpe = open_tokenizer(os.path.join(folder, "tokenizer.json"))
+
+        # special tokens, by their names; those that tokenizer.json lacks join it
+        config = read_settings(os.path.join(folder, "tokenizer_config.json"))
+        older = read_settings(os.path.join(folder, "special_tokens_map.json"))
+        more = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+        named = {name: config.get(name, older.get(name)) for name in SPECIAL_NAMES}
+        if isinstance(more, dict):     # M3's image_token, say
+            named |= more
+            more = []
+        texts = {name: token_text(token) for name, token in named.items()}
+        self.special = {name: text for name, text in texts.items() if text is not None}
+        self.add_tokens(config, [*self.special.values(), *map(token_text, more)])
+
+        # the vocabulary
+        vocab = self.bpe.get_vocab()
+        self.added = {token.content: i for i, token in self.bpe.get_added_tokens_decoder().items()}
+        self.n_vocab = max(vocab.values()) + 1
+        self.tokens = token_bytes(vocab, self.added)
+
+        # eot ends a text, any of stops an answer; bos is what a model reads where a text is empty
+        eos = vocab.get(self.special.get("eos_token"))
+        self.stops = end_ids(folder, eos)
+        self.eot = min(self.stops, default=-1) if eos is None else eos
+        self.bos = vocab.get(self.special.get("bos_token"), max(self.eot, 0))
+
+        # what looks special in the texts of others: the longest first, as the library has it
+        texts = "|".join(map(re.escape, sorted(self.added, key=len, reverse=True)))
+        self.looks_special = re.compile(texts or "(?!)")
+        self.starts_of_special = tuple({text[:n] for text in self.added for n in range(1, len(text))})
+        self.ends_of_special = tuple({text[n:] for text in self.added for n in range(1, len(text))})
+        self.marked = re.compile(f"{MARK}({self.looks_special.pattern}){UNMARK}|[{MARK}{UNMARK}]")
+        self.template = read_template(folder, config, self.special)
+
+    def add_tokens(self, config, special):
+        """Tokens that tokenizer_config.json names and tokenizer.json lacks join it, as in transformers. special: texts
+        of special ones."""
+        from tokenizers import AddedToken
+        tokens = []
+        for _, token in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
+            flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+            tokens.append(AddedToken(token["content"], **{flag: token[flag] for flag in flags if flag in token}))
+        known = {token.content for token in [*tokens, *self.bpe.get_added_tokens_decoder().values()]}
+        tokens += [AddedToken(text, special=True) for text in special if text not in known]
+        if tokens:
+            self.bpe.add_tokens(tokens)
+        self.bpe.encode_special_tokens = config.get("split_special_tokens", False)
+
+    def encode(self, text):
+        """-> ids of a text of its own, with bos before it if tokenizer.json's post-processor says so. As in
+        transformers, the text of a special token is that token, whoever wrote it."""
+        return self.bpe.encode(whole_text(text)).ids
+
+    def encode_part(self, text):
+        """-> ids of a text that goes on from others, or that a template wrote."""
+        return self.bpe.encode(whole_text(text), add_special_tokens=False).ids
+
+    def encode_chat(self, messages, tools=None, add_generation_prompt=True, behind="", **options):
+        """-> ids of a conversation, through the template. What users and tools say stays text: no special token comes
+        of it. behind: a text of one message; only what the template writes behind it is encoded. The other arguments
+        are those of ChatTemplate.render."""
+        if self.template is None:
+            raise ValueError(f"{self.folder} has no chat template")
+        if not all(isinstance(message, dict) for message in messages):
+            raise ValueError("messages: each must be an object")
+        messages = [self.mark(message) for message in messages]
+        text = self.template.render(messages, tools, add_generation_prompt, **options)
+        if behind not in text:
+            raise ValueError(f"{self.template.name}: it does not write what a message says")
+        return self.encode_marked(text.rpartition(behind)[2] if behind else text)
+
+    def mark(self, message):
+        """Enclose in marks what in a message looks like a special token; not in what the model or the system says."""
+        if message.get("role") in ("user", "tool"):
+            return self.mark_texts(message)
+        return message
+
+    def mark_texts(self, value):
+        if isinstance(value, str):
+            own = value.replace(MARK, "").replace(UNMARK, "")
+            marked = self.looks_special.sub(rf"{MARK}\g<0>{UNMARK}", own)
+            # nor may its ends make a token with what the template writes beside them: ]!p~ does with the [ of [e~[
+            before = MARK if own.startswith(self.ends_of_special) else ""
+            behind = UNMARK if own.endswith(self.starts_of_special) else ""
+            return before + marked + behind
+        if isinstance(value, list):
+            return [self.mark_texts(part) for part in value]
+        if isinstance(value, dict):
+            return {name: self.mark_texts(part) for name, part in value.items()}
+        return value
+
+    def encode_marked(self, text):
+        """A template's text -> ids; what is between marks becomes ordinary tokens, and a lone mark parts the text."""
+        ids = []
+        for i, piece in enumerate(self.marked.split(text)):
+            if piece and i % 2:
+                ids += self.plain.encode(piece, add_special_tokens=False).ids
+            elif piece:
+                ids += self.encode_part(piece)
+        return ids
+
+    @functools.cached_property
+    def plain(self):
+        """The same tokenizer without special tokens, for a user's text that looks like one."""
+        plain = type(self.bpe)(self.bpe.model)
+        plain.pre_tokenizer = self.bpe.pre_tokenizer
+        if self.bpe.normalizer is not None:
+            plain.normalizer = self.bpe.normalizer
+        return plain
+
+    def decode_bytes(self, ids):
+        """-> bytes, exactly those of each token; an id that the tokenizer lacks, though the model has it, has none."""
+        return b"".join(self.tokens[i] for i in ids if i < self.n_vocab)
+
+    def decode(self, ids):
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def __str__(self):
+        """For a start-up card."""
+        named = [f"{self.decode([i])!r} ({i})" for i in sorted(self.stops)]
+        ends = f"an answer ends at {' or '.join(named)}" if named else "no token ends an answer"
+        template = "no chat template" if self.template is None else f"template {self.template.name}"
+        return f"a byte-level BPE of {self.n_vocab:,} tokens, {len(self.added)} of them special; {template}; {ends}"
+
+    def hf_files(self):
+        """-> {file name: its text}, of all that is needed to read and write its text elsewhere."""
+        files = {}
+        for name in TEXT_FILES:
+            path = os.path.join(self.folder, name)
+            if os.path.exists(path):
+                with open(path, encoding="utf-8") as file:
+                    files[name] = file.read()
+        return files
+
+def whole_text(text):
+    """A lone surrogate becomes U+FFFD, as in our own tokenizer: the library takes none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+def read_tokenizer(folder):
+    """-> the HFTokenizer of a folder; None if it holds no tokenizer.json. ValueError, in one line, if it is damaged."""
+    if not os.path.exists(os.path.join(folder, "tokenizer.json")):
+        return None
+    try:
+        return HFTokenizer(folder)
+    except (TypeError, KeyError, AttributeError, OSError) as error:
+        raise ValueError(f"{folder}: its tokenizer: {type(error).__name__}: {first_line(error)}") from None
+
+# ---- chat template -------------------------------------------------------------------------------
+
+JINJA = "jinja2>=3.1.6"                # older ones have holes in their sandbox, and a template is others' code
+
+class Call(dict):
+    """A tool call of a message. Templates read its name as .function.name or as .name, and M2's reads both: each finds
+    it, whichever form the client sent. Jinja asks for an attribute first, then for an item."""
+
+    def __getattr__(self, name):
+        if name in ("name", "arguments") and isinstance(self.get("function"), dict):
+            return self["function"].get(name)
+        if name == "function" and "name" in self:
+            return self
+        raise AttributeError(name)
+
+def parsed(call):
+    """A tool call -> Call, whose arguments are an object: a client sends them as a string of JSON, templates read the
+    items."""
+    if not isinstance(call, dict):
+        return call
+    call = Call(call)
+    inner = call
+    if isinstance(call.get("function"), dict):
+        inner = call["function"] = dict(call["function"])
+    if isinstance(inner.get("arguments"), str):
+        with contextlib.suppress(ValueError, RecursionError):  # what is no JSON stays as it is
+            inner["arguments"] = json.loads(inner["arguments"] or "{}")
+    return call
+
+def plain_message(message):
+    """A message as clients send it -> as templates read it."""
+    message = dict(message)
+    # three names of the thoughts; transformers fills in the same
+    names = ("reasoning_content", "thinking", "reasoning")
+    thoughts = [message[name] for name in names if message.get(name) is not None]
+    if thoughts:
+        message = {"thinking": thoughts[0], **message, "reasoning_content": thoughts[0]}
+    if message.get("role") == "assistant" and message.get("content", "") is None:
+        message["content"] = ""        # it only calls tools: M2's template would write None
+    if isinstance(message.get("tool_calls"), list):
+        message["tool_calls"] = [parsed(call) for call in message["tool_calls"]]
+    return message
+
+def template_environment():
+    """-> the Jinja environment of transformers' templates: a sandbox, with the same filters, functions and tags."""
+    try:
+        import jinja2
+        import jinja2.ext
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        raise ValueError(f"a chat template is rendered by Jinja: pip install '{JINJA}'") from None
+    if tuple(map(int, re.findall(r"\d+", jinja2.__version__)[:3])) < (3, 1, 6):
+        raise ValueError(f"jinja2 {jinja2.__version__}: pip install '{JINJA}'")
+
+    class Generation(jinja2.ext.Extension):
+        """{% generation %} encloses what a model says, for who trains on it; the text is as without."""
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.Scope(body).set_lineno(line)
+
+    class Namespace(jinja2.utils.Namespace):
+        """Of a template's own variables, none of which may look like one of Python's."""
+
+        def __init__(*args, **fields):
+            for name in dict(*args[1:], **fields):
+                Namespace.check(name)
+            jinja2.utils.Namespace.__init__(*args, **fields)
+
+        def __setitem__(self, name, value):
+            Namespace.check(name)
+            jinja2.utils.Namespace.__setitem__(self, name, value)
+
+        @staticmethod
+        def check(name):
+            if isinstance(name, str) and name.startswith("_"):
+                raise jinja2.TemplateRuntimeError(f"a namespace holds no {name}")
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        """Jinja's own one would escape <, > and &."""
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    # the newlines that stand in the template are part of what the model was trained on: none but a block's own is cut
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=[Generation, jinja2.ext.loopcontrols])
+    environment.filters["tojson"] = tojson
+    environment.globals["namespace"] = Namespace
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment
+
+class ChatTemplate:
+    """Writes a conversation as the text that a model was trained on."""
+
+    def __init__(self, source, name, special=None):
+        self.source = source           # Jinja
+        self.name = name               # of the file that holds it
+        self.special = special or {}   # bos_token, eos_token and others, as templates call them -> their text
+
+    @functools.cached_property
+    def compiled(self):
+        return template_environment().from_string(self.source)
+
+    def render(self, messages, tools=None, add_generation_prompt=True, **options):
+        """-> the text. ValueError, in one line, if the template refuses the messages or is damaged.
+
+        messages               role, content, tool_calls, reasoning_content, as OpenAI's clients send them
+        tools                  what the model may call, as they send it
+        add_generation_prompt  whether the text ends where the model's answer begins
+        options                what else a template may read: M3's reads thinking_mode
+        """
+        try:
+            messages = [plain_message(message) for message in messages]
+            options = {**self.special, **options}
+            return self.compiled.render(messages=messages, tools=tools, documents=None,
+                                        add_generation_prompt=add_generation_prompt, **options)
+        except Exception as error:     # others' code: anything
+            raise ValueError(f"{self.name}: {first_line(error)[:300]}") from None
+
+def read_template(folder, config, special):
+    """-> ChatTemplate of a folder: chat_template.jinja, or what tokenizer_config.json says, or chat_template.json; None
+    without one. special: its special tokens, by their names."""
+    name = "chat_template.jinja"
+    path = os.path.join(folder, name)
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            return ChatTemplate(file.read(), name, special)
+    older = read_settings(os.path.join(folder, "chat_template.json"))
+    for name, source in (("tokenizer_config.json", config), ("chat_template.json", older)):
+        source = source.get("chat_template")
+        if isinstance(source, list):   # several, by name
+            source = {one["name"]: one["template"] for one in source}.get("default")
+        if isinstance(source, str):
+            return ChatTemplate(source, f"the chat_template of {name}", special)
+    return None
 
 # ---- cache -------------------------------------------------------------------------------------
 # What a start computes from a text, its tokenizer and its ids, is the same at the next start: it is kept in the user's
@@ -2741,18 +3147,21 @@ def generate(model, prompts, max_new_tokens, n_samples=1, temperature=1.0, top_p
     for t in range(t, max(map(len, outs))):
         yield column(t)
 
-def heal(tokenizer, ids):
+def heal(tokenizer, ids, n_vocab=None):
     """Take back the last token of a prompt, for the model to choose it anew -> ids without it; allowed (V,) bool, the
     tokens that start with its bytes; the number of these bytes.
 
-    Why? "def " ends in a lone space, which the tokenizer never puts before a name: " f" is one token."""
+    Why? "def " ends in a lone space, which the tokenizer never puts before a name: " f" is one token.
+    n_vocab  V; by default the tokenizer's own size"""
     taken = tokenizer.decode_bytes(ids[-1:])
-    allowed = [token.startswith(taken) for token in tokenizer.spec["ranks"]]
-    allowed += [False] * len(tokenizer.spec["special"])
+    starts = [i for i, token in enumerate(tokenizer.tokens) if token.startswith(taken)]
+    allowed = torch.zeros(max(tokenizer.n_vocab, n_vocab or 0), dtype=torch.bool)
+    allowed[starts] = True
+    allowed[list(tokenizer.added.values())] = False
     ids = ids[:-1]
     if not ids:
-        ids = [tokenizer.eot]  # the model needs a token to start from
-    return ids, torch.tensor(allowed), len(taken)
+        ids = [tokenizer.bos]  # the model needs a token to start from
+    return ids, allowed[:n_vocab], len(taken)
 
 class Stream:
     """Text of one sample as its tokens arrive: characters are released whole, and nothing from a stop text on."""
@@ -3206,7 +3615,7 @@ def to_prompt(given, tokenizer, cfg):
     try:
         ids = given
         if isinstance(given, str):
-            ids = tokenizer.encode(given) if given else [tokenizer.eot]
+            ids = tokenizer.encode(given) if given else [tokenizer.bos]
         check_prompts([ids], 1, cfg)
         check_room(ids, cfg.max_seq_len)
         return Prompt(ids)
@@ -3663,7 +4072,7 @@ class Engine:
             left -= 1
             kept += len(feed)
             feed = [token]
-            if token == tokenizer.eot:
+            if token in tokenizer.stops:
                 finish = "stop"
                 new = stream.feed(b"", final=True)
             else:
@@ -4446,8 +4855,11 @@ PLAIN_TOKENS = 32                      # drawn without drafts, too, to say which
 NOISE = 0.03                           # share by which two runs of the same differ
 
 class TokenIds:
-    """Stands in for the tokenizer of a checkpoint of transformers: its text is token ids, as in 1,2,3."""
+    """Stands in for the tokenizer of a released checkpoint that has none beside it: its text is ids, as in 1,2,3."""
     eot = -1  # no id ends a sample
+    bos = -1
+    stops = frozenset()
+    template = None
 
     def __init__(self, n_vocab):
         self.n_vocab = n_vocab
@@ -4456,7 +4868,8 @@ class TokenIds:
         words = text.split(",")
         for word in words:
             if not re.fullmatch(r"\s*[0-9]{1,9}\s*", word) or int(word) >= self.n_vocab:
-                raise ValueError(f"--prompt {text[:100]!r}: with --hf, ids below {self.n_vocab}, as in 1,2,3")
+                raise ValueError(f"--prompt {text[:100]!r}: with --hf, and no tokenizer.json there, ids below "
+                                 f"{self.n_vocab}, as in 1,2,3")
         return list(map(int, words))
 
     def decode_bytes(self, ids):
@@ -4493,7 +4906,8 @@ def standard_input_is_piped():
 def parse_args(argv):
     p = Parser(__doc__)
     p.add_argument("--out", default="out", help="folder of the checkpoint that train.py wrote")
-    p.add_argument("--hf", help="folder of a checkpoint of transformers (M2, or M3's text model) instead")
+    p.add_argument("--hf", help="folder of a released checkpoint (M2, or M3's text model) instead; its text needs pip "
+                   "install tokenizers jinja2; how it is sampled, its generation_config.json says")
     p.add_argument("--layers", type=layer_range, metavar="A:B",
                    help="with --hf: layers A to B - 1 alone, between embedding and head; the files of others are not needed")
     p.add_argument("--offload", action="store_true",
@@ -4502,7 +4916,8 @@ def parse_args(argv):
     p.add_argument("--partial", action="store_true",
                    help="with --hf: tensors may be unknown, or missing: those begin as in a new model")
     p.add_argument("--prompt", type=utf8, default="",
-                   help="text to continue, - for all of standard input; token ids, as in 1,2,3, with --hf")
+                   help="text to continue, - for all of standard input; with --chat and a template, what the system "
+                   "says; token ids, as in 1,2,3, where the folder of --hf has no tokenizer.json")
     p.add_argument("--prompt-file", metavar="FILE", help="a file with the text to continue, - for standard input")
     p.add_argument("--chat", action="store_true", help=f"a conversation, line by line: {HELP}")
     p.add_argument("--max-new-tokens", type=number(1, math.inf), default=200)
@@ -4522,6 +4937,12 @@ def parse_args(argv):
     p.add_argument("--xray", type=utf8, metavar="FILE",
                    help="write a page for a browser that shows, token by token, what the first sample read and visited")
     args = p.parse_args(argv)
+    if args.hf is not None:            # where a flag was not given, the folder says how its model is sampled
+        p.set_defaults(**released_sampling(args.hf))
+        try:
+            args = p.parse_args(argv)
+        except ValueError as error:
+            raise ValueError(f"{os.path.join(args.hf, 'generation_config.json')}: {error}") from None
     if args.xray is not None:
         check_page(args.xray)
     if "" in args.stop:
@@ -4550,6 +4971,15 @@ def parse_args(argv):
         print("input   | standard input is not read; --prompt - reads it", flush=True)
     return args
 
+def released_sampling(folder):
+    """-> the flags, as text, of what generation_config.json says about sampling."""
+    config = read_settings(os.path.join(folder, "generation_config.json"))
+    names = ("temperature", "top_p", "top_k")
+    flags = {name: str(config[name]) for name in names if config.get(name) is not None}
+    if config.get("do_sample") is False:
+        flags["temperature"] = "0"
+    return flags
+
 def read_model(args, device, dtype):
     """-> model, tokenizer, whether the model's index branch was still learning."""
     model, tokenizer, index_warmup = read_checkpoint(args, device, dtype)
@@ -4564,11 +4994,12 @@ def read_checkpoint(args, device, dtype):
             return *load_model(state, device, dtype), in_index_warmup(state)
         except FloatingPointError as error:  # here it is bad input, not a run that diverged
             raise ValueError(str(error)) from None
+    tokenizer = read_tokenizer(args.hf)  # first: it takes a moment, the model may take minutes
     try:
         model = read_hf(args, device, dtype)
     except Exception as error:  # of the file system, json, safetensors, or a field that is missing
         raise ValueError(f"--hf {args.hf}: {type(error).__name__}: {error}") from None
-    return model, TokenIds(model.cfg.vocab_size), False
+    return model, tokenizer or TokenIds(model.cfg.vocab_size), False
 
 def read_hf(args, device, dtype):
     """The model in the folder of --hf. Says what of the folder it is."""
@@ -4640,16 +5071,21 @@ def choose_threads(args, model, device, ids, index_warmup):
             threads.choose(lambda: model(idx, n_logits=1, index_warmup=index_warmup))
     return threads
 
-def encode_prompt(text, tokenizer, max_seq_len):
+def encode_prompt(text, tokenizer, cfg):
     """-> Prompt. ValueError if the context has no room after it."""
     if isinstance(tokenizer, TokenIds):
         prompt = Prompt(tokenizer.encode(text))
     elif text:
-        prompt = Prompt(*heal(tokenizer, tokenizer.encode(text)))
+        prompt = text_prompt(tokenizer.encode(text), tokenizer, cfg.vocab_size)
     else:
-        prompt = Prompt([tokenizer.eot])
-    check_room(prompt.ids, max_seq_len)
+        prompt = Prompt([tokenizer.bos])
+    check_room(prompt.ids, cfg.max_seq_len)
     return prompt
+
+def text_prompt(ids, tokenizer, n_vocab):
+    """Ids of a text -> Prompt, healed; not where it ends with a special token, which is whole."""
+    is_ordinary = 0 <= ids[-1] < n_vocab and ids[-1] not in tokenizer.added.values()
+    return Prompt(*heal(tokenizer, ids, n_vocab)) if is_ordinary else Prompt(ids)
 
 def check_room(ids, max_seq_len):
     """ValueError if the context has no room after a prompt."""
@@ -4670,6 +5106,20 @@ def card(args, model, device, why, threads, index_warmup):
     if device.type == "cuda" and model.dtype.itemsize == 2:
         print("compile | the kernels of a step, by Triton, which keeps them on disk for the next start")
 
+def text_card(args, tokenizer, cfg):
+    """The lines of a start-up card that say how a released checkpoint reads and writes text."""
+    if not isinstance(tokenizer, HFTokenizer):
+        return
+    print(f"text    | {tokenizer}")
+    more = cfg.vocab_size - tokenizer.n_vocab
+    if more > 0:
+        print(f"vocab   | {cfg.vocab_size:,} in the model: the last {more:,} are no tokens, and have no text if drawn")
+    if more < 0:
+        print(f"vocab   | {cfg.vocab_size:,} in the model: a prompt with one of the last {-more:,} tokens is refused")
+    flags = [f"{name.replace('_', '-')} {value}" for name, value in released_sampling(args.hf).items()]
+    if flags:
+        print(f"sampled | {', '.join(flags)}: generation_config.json, where no flag says otherwise")
+
 def drawing(args):
     """How tokens are drawn, in words for a start-up card."""
     return f"temperature {args.temperature:g}, top-p {args.top_p:g}, top-k {args.top_k}"
@@ -4678,7 +5128,7 @@ def steps_of(args, model, tokenizer, prompt, max_new_tokens, index_warmup, specu
     """`generate` with the script's flags."""
     generator = torch.Generator(model.embed.weight.device).manual_seed(args.seed)
     return generate(model, [prompt.ids], max_new_tokens, args.n_samples, args.temperature, args.top_p, args.top_k,
-                    generator, {tokenizer.eot}, prompt.allowed, index_warmup, speculate, accepted, **options)
+                    generator, tokenizer.stops, prompt.allowed, index_warmup, speculate, accepted, **options)
 
 def continue_prompt(args, steps, tokenizer, prompt):
     """Draw the samples, print the first as it grows -> their Streams, seconds to the first token, seconds in all.
@@ -4693,7 +5143,7 @@ def continue_prompt(args, steps, tokenizer, prompt):
             first_s = time.perf_counter() - started
             print(args.prompt, end="", flush=True)  # behind the progress of a long one
         for row, token in enumerate(drawn.tolist()):
-            if token in (-1, tokenizer.eot):
+            if token == -1 or token in tokenizer.stops:
                 continue
             new = streams[row].feed(tokenizer.decode_bytes([token])[taken:])
             if row == 0:
@@ -4749,6 +5199,7 @@ def serve(args):
     model, tokenizer, index_warmup = read_model(args, device, dtype)
     threads = choose_threads(args, model, device, [0] * min(256, model.cfg.max_seq_len), index_warmup)
     card(args, model, device, why, threads, index_warmup)
+    text_card(args, tokenizer, model.cfg)
     print(f"context | {model.cfg.max_seq_len} tokens; where a request does not say: {drawing(args)}, "
           f"{args.max_new_tokens} new tokens", flush=True)
 
@@ -4766,9 +5217,10 @@ def serve(args):
                 cached=engine.n_cached, requests=engine.n_requests, seconds=time.perf_counter() - began)
 
 # ---- the script: a conversation ------------------------------------------------------------------
-# A model that was not trained to converse has no template: what is said are paragraphs, parted by blank lines. The
-# context is the tokens themselves. What the model has said is never tokenized again, and none of it is left out, nor
-# are its thoughts: so each turn begins with all of the last one's context, and only what is new is computed.
+# A model that was not trained to converse has no template: what is said are paragraphs, parted by blank lines. A
+# released one has a template, which writes what stands around each thing that is said. The context is the tokens
+# themselves. What the model has said is never tokenized again, and none of it is left out, nor are its thoughts: so
+# each turn begins with all of the last one's context, and only what is new is computed.
 
 BLANK_LINE = "\n\n"
 HELP = "/reset forgets all, /save FILE and /load FILE keep it, /quit or end of input ends"
@@ -4778,24 +5230,34 @@ class Conversation:
 
     def __init__(self, args, model, tokenizer, index_warmup):
         if isinstance(tokenizer, TokenIds):
-            raise ValueError("--chat: a checkpoint of --hf has no tokenizer here, so that it cannot be talked to")
+            raise ValueError("--chat: the folder of --hf has no tokenizer.json, so that it cannot be talked to")
         self.args = args
         self.model = model
         self.tokenizer = tokenizer
         self.index_warmup = index_warmup
         self.generator = torch.Generator(model.embed.weight.device).manual_seed(args.seed)
         self.prefixes = make_prefixes(model)
-        self.ids = tokenizer.encode(args.prompt)
-
-        # an answer begins with a word: no blank line, and no end
-        allowed = [not token.startswith(b"\n") for token in tokenizer.spec["ranks"]]
-        allowed += [False] * len(tokenizer.spec["special"])
-        self.allowed = torch.tensor(allowed)
+        self.begin()
 
         # of all answers, and of the last one
         self.n_drawn = 0
         self.accepted = []
         self.last = dict(tokens_per_s=None, prefill_s=None, cached=0)
+
+    def begin(self):
+        """The first tokens, how an answer may begin, and the texts that end one."""
+        self.ids = self.tokenizer.encode(self.args.prompt)
+        self.stops = [BLANK_LINE, *self.args.stop]
+
+        # an answer begins with a word: no blank line, and no end
+        allowed = [not token.startswith(b"\n") for token in self.tokenizer.spec["ranks"]]
+        allowed += [False] * len(self.tokenizer.spec["special"])
+        self.allowed = torch.tensor(allowed)
+
+    def turn(self, text):
+        """What someone says -> the tokens that follow those of the conversation, up to where the answer begins."""
+        parting = BLANK_LINE if self.ids and not self.text.endswith(BLANK_LINE) else ""
+        return self.tokenizer.encode(parting + text + BLANK_LINE)
 
     @property
     def text(self):
@@ -4804,8 +5266,7 @@ class Conversation:
     def ask(self, text):
         """One turn: read a text, print the answer as it grows. ValueError, and nothing changes, if the context has no
         room for it. Ctrl-C ends the answer, not the conversation: what was said stays."""
-        parting = BLANK_LINE if self.ids and not self.text.endswith(BLANK_LINE) else ""
-        ids = self.ids + self.tokenizer.encode(parting + text + BLANK_LINE)
+        ids = self.ids + self.turn(text)
         context = self.model.cfg.max_seq_len
         room = min(self.args.max_new_tokens, context - len(ids))
         if room < 1:
@@ -4816,7 +5277,7 @@ class Conversation:
         n_read = len(ids)
         self.ids = ids
         pressed = []                   # once for each Ctrl-C
-        stream = Stream([BLANK_LINE, *self.args.stop])
+        stream = Stream(self.stops)
         drawn = []                     # for --xray: tokens and logprobs
         trace = make_trace(self.model.cfg, self.index_warmup) if self.args.xray else None
         steps = keep_first(self.steps(room, trace), drawn)
@@ -4846,7 +5307,7 @@ class Conversation:
         args = self.args
         self.cached = []
         return generate(self.model, [list(self.ids)], room, 1, args.temperature, args.top_p, args.top_k, self.generator,
-                        {self.tokenizer.eot}, self.allowed, self.index_warmup, args.speculate, self.accepted,
+                        self.tokenizer.stops, self.allowed, self.index_warmup, args.speculate, self.accepted,
                         self.prefixes, self.cached, trace)
 
     def answer(self, steps, stream, pressed):
@@ -4860,7 +5321,7 @@ class Conversation:
                 first_s = seconds
                 print(f"prefill {n_read - self.cached[0]:,} of {n_read:,} tokens, {first_s:.3f} s", flush=True)
             token = token.item()
-            if token == self.tokenizer.eot:
+            if token in self.tokenizer.stops:
                 break
             self.ids.append(token)
             self.n_drawn += 1
@@ -4892,7 +5353,7 @@ class Conversation:
             with open(path, encoding="utf-8") as file:
                 said = json.load(file)
             ids = [*said["ids"]]
-            is_known = all(type(i) is int and 0 <= i < self.tokenizer.n_vocab for i in ids)
+            is_known = all(type(i) is int and 0 <= i < self.model.cfg.vocab_size for i in ids)
             fits = is_known and self.tokenizer.decode(ids) == said["text"]
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"{path} is no conversation: {type(error).__name__}: {error}"[:200]) from None
@@ -4919,6 +5380,29 @@ class Conversation:
         else:
             print(f"unknown | {HELP}")
         return True
+
+class TemplateConversation(Conversation):
+    """A conversation through the template of a released checkpoint. Where a template writes a whole conversation anew
+    it may drop the thoughts of earlier turns, or move a newline: here it writes only what is new."""
+
+    def begin(self):
+        self.ids = []
+        self.stops = self.args.stop
+        self.allowed = None
+        # --prompt is what the system says
+        self.system = [dict(role="system", content=self.args.prompt)] if self.args.prompt else []
+        self.turn("")                  # a template that fails does so before anyone has said something
+
+    def turn(self, text):
+        said = dict(role="user", content=text)
+        if not self.ids:
+            return self.tokenizer.encode_chat([*self.system, said])
+
+        # of a conversation in which the same was said, all that the template writes behind the last answer: its end,
+        # what is said now, and the beginning of the next answer
+        answer = f"{UNMARK}answer{UNMARK}"  # no text that is encoded holds it
+        before = [dict(role="user", content="question"), dict(role="assistant", content=answer)]
+        return self.tokenizer.encode_chat([*self.system, *before, said], behind=answer)
 
 @contextlib.contextmanager
 def ctrl_c_counted(pressed):
@@ -4964,7 +5448,8 @@ def lines_of_input():
 
 def chat(args, model, tokenizer, index_warmup):
     """--chat -> the script's result."""
-    conversation = Conversation(args, model, tokenizer, index_warmup)
+    kind = Conversation if isinstance(tokenizer, Tokenizer) else TemplateConversation
+    conversation = kind(args, model, tokenizer, index_warmup)
     print(f"chat    | {HELP}", flush=True)
     for line in lines_of_input():
         try:
@@ -4989,9 +5474,10 @@ def run(args):
     device, dtype, why = pick_device(args.device)
     model, tokenizer, index_warmup = read_model(args, device, dtype)
     context = model.cfg.max_seq_len
-    prompt = encode_prompt(args.prompt, tokenizer, context)
+    prompt = encode_prompt(args.prompt, tokenizer, model.cfg)
     threads = choose_threads(args, model, device, prompt.ids, index_warmup)
     card(args, model, device, why, threads, index_warmup)
+    text_card(args, tokenizer, model.cfg)
     print(f"prompt  | {len(prompt.ids)} tokens of a context of {context}; {drawing(args)}, seed {args.seed}\n",
           flush=True)
     if args.chat:

@@ -1,12 +1,13 @@
-"""Fake checkpoints of all releases, at random sizes, in these files and in transformers: the same logits.
+"""Fake checkpoints of all releases, at random sizes, in these files and in transformers: the same logits and texts.
 
     pip install transformers
     python .ci/parity.py                  # 200 shapes of M2, M2.1, M2.5, M2.7, M3 and M3-MXFP8; --shapes 12 for a look
 
 Each shape is a folder in the release's form (names, shards, index, fp8 tiles with short ones at the edges), which both
 sides read. Compared are the logits of a whole text, of one whose layers stay on disk, and of a text that goes through
-both caches in pieces, some of them taken back. Prints a row for every release. Exit code 1 if a logit differs by more
-than 1e-4. The checks are those of test_all.py, which runs them at one size.
+both caches in pieces, some of them taken back; then greedy texts of prompts of unequal lengths, and beams. Prints a row
+for every release. Exit code 1 if a logit differs by more than 1e-4, or a text by a token. The checks are those of
+test_all.py, which runs them at one size.
 """
 import argparse
 import random
@@ -23,6 +24,7 @@ from model import HFCheckpoint
 
 TOLERANCE = 1e-4                       # a few roundings of logits up to 10, in fp32
 LONGEST = 60                           # tokens of a text
+N_NEW = 20                             # tokens of a continuation
 
 def random_sizes(rng, is_m3):
     """Sizes of a model that both sides can compute. (transformers rotates 29 of 44 channels where config.json says 30:
@@ -64,8 +66,20 @@ def random_pieces(rng):
         pieces.append(rng.randint(1, 8))
     return pieces
 
+def compare_texts(fake, rng, seed):
+    """-> how many texts differ, of three greedy ones and two rows of beams."""
+    prompts = [fake.ids(1, rng.randint(1, LONGEST), seed + i)[0].tolist() for i in range(3)]
+    greedy = suite.continue_greedily(fake.ours, prompts, N_NEW)
+    want = [suite.continue_theirs(fake.theirs, torch.tensor([prompt]), N_NEW)[0] for prompt in prompts]
+    idx = fake.ids(2, rng.randint(1, LONGEST), seed)
+    n_beams = rng.randint(2, 5)
+    greedy += suite.search_beams(fake.ours, idx, N_NEW // 2, n_beams)
+    want += suite.continue_theirs(fake.theirs, idx, N_NEW // 2, num_beams=n_beams)
+    return sum(a != b for a, b in zip(greedy, want, strict=True))
+
 def compare(release, seed):
-    """-> the worst difference of logits: of a whole text, of one whose layers stay on disk, through the caches."""
+    """-> the worst difference of logits: of a whole text, of one whose layers stay on disk, through the caches; and how
+    many texts differ."""
     rng = random.Random(seed)
     fake = suite.Fake(release, seed=seed, shard_size=rng.randint(1, 50), **random_sizes(rng, "M3" in release))
     idx = fake.ids(rng.randint(1, 3), rng.randint(1, LONGEST), seed)
@@ -74,7 +88,8 @@ def compare(release, seed):
     return (
         suite.worst(suite.our_logits(fake.ours, idx), want),
         suite.worst(suite.our_logits(offloaded, idx), want),
-        suite.worst(*suite.feed_both(fake, rng.randint(1, 3), random_pieces(rng))))
+        suite.worst(*suite.feed_both(fake, rng.randint(1, 3), random_pieces(rng))),
+        compare_texts(fake, rng, seed))
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -88,17 +103,20 @@ def main():
     faults = 0
     for i in range(args.shapes):
         release = releases[i % len(releases)]
-        errors = compare(release, args.seed + i)
-        found[release].append(errors)
-        if not max(errors) < TOLERANCE:
+        *errors, n_texts = compare(release, args.seed + i)
+        found[release].append((*errors, n_texts))
+        if not max(errors) < TOLERANCE or n_texts:
             faults += 1
-            print(f"{release}, seed {args.seed + i}: logits differ by {max(errors):.2g}   FAULT", flush=True)
+            said = f"logits differ by {max(errors):.2g}, {n_texts} texts by a token or more"
+            print(f"{release}, seed {args.seed + i}: {said}   FAULT", flush=True)
 
-    print(f"{'release':10s} {'shapes':>6s} {'whole text':>11s} {'offloaded':>10s} {'caches':>9s}   worst difference")
-    for release, errors in found.items():
-        if errors:
-            whole, offloaded, cached = map(max, zip(*errors))
-            print(f"{release:10s} {len(errors):6d} {whole:11.2g} {offloaded:10.2g} {cached:9.2g}")
+    print("worst difference of logits; texts that differ, of five a shape")
+    print(f"{'release':10s} {'shapes':>6s} {'whole text':>11s} {'offloaded':>10s} {'caches':>9s} {'texts':>6s}")
+    for release, rows in found.items():
+        if rows:
+            *errors, n_texts = zip(*rows)
+            whole, offloaded, cached = map(max, errors)
+            print(f"{release:10s} {len(rows):6d} {whole:11.2g} {offloaded:10.2g} {cached:9.2g} {sum(n_texts):6d}")
     print(f"\n{faults} faults of {args.shapes}   ({time.monotonic() - start:.0f} s, torch {torch.__version__})")
     return 1 if faults else 0
 

@@ -15569,7 +15569,7 @@ except (ImportError, OSError) as error:
     print(error)
 """)
     found = re.findall(r"FOUND (\d+) (\d+)", output)
-    assert len(found) >= 4
+    assert len(found) >= 3  # more where Python has compiled the file
     assert set(found) == {("0", "0")}
     assert "LINES 0" in output
     assert not re.search("NAMES [1-9]", output)

@@ -2547,7 +2547,7 @@ SCALES = ("_scale_inv", "_scale")  # what a scale's name adds to its tensor's; b
 FLOAT_NAMES = dict(F32=torch.float32, BF16=torch.bfloat16, F16=torch.float16, F64=torch.float64)  # in safetensors
 FP8_NAMES = dict(F8_E4M3=torch.float8_e4m3fn, F8_E5M2=torch.float8_e5m2)
 FP8_METHODS = ("fp8", "mxfp8", "fbgemm_fp8", "compressed-tensors", "modelopt")
-PART_OF_TENSOR = 2 ** 17               # numbers that are in fp32 at once: half a megabyte, which a core's cache holds
+PART_OF_TENSOR = dict(cpu=2 ** 17, cuda=2 ** 24)  # numbers in fp32 at once: a core's cache holds half a megabyte
 
 def dequantize(t, scale, quant, out):
     """An fp8 tensor times its scale, into out.
@@ -2571,7 +2571,8 @@ def dequantize(t, scale, quant, out):
 
     # some rows of tiles at a time: in fp32 a large tensor would take four times its memory
     *_, rows, cols = t.shape
-    step = height * max(1, PART_OF_TENSOR // (height * cols))
+    most = PART_OF_TENSOR.get(t.device.type, PART_OF_TENSOR["cpu"])
+    step = height * max(1, most // (height * cols))
     step = min(step, cdiv(rows, height) * height)
     matrices = zip(t.view(-1, rows, cols), by_tile.flatten(0, -3), out.flatten(0, -3) if t.dim() > 2 else out[None])
     for matrix, factors, target in matrices:

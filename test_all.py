@@ -1576,10 +1576,12 @@ def few_experts(C, I, E):
 
 FEW_C = 40  # channels: not a whole block, nor are the 24 columns of an expert whole tiles
 
-@parametrize("R", [1, 5, 20])
-def test_few_row_kernels_equal_torch(R):
-    """A decoding step's kernels: norm and product, + residual; router; experts, chosen, shared, or both."""
+@parametrize("R, most_gate", [(1, moe.MOST_GATE), (5, moe.MOST_GATE), (5, 0), (20, 0)])
+def test_few_row_kernels_equal_torch(R, most_gate, monkeypatch):
+    """A decoding step's kernels: norm and product, + residual; router, whose gate one program reads, or some each;
+    experts, chosen, shared, or both."""
     needs_interpreter()
+    monkeypatch.setattr(moe, "MOST_GATE", most_gate)
     E, A, eps = 6, 3, 1e-3
     torch.manual_seed(R)
     x = torch.randn(R, FEW_C)
@@ -1622,9 +1624,11 @@ def test_few_rows_have_the_same_bits_alone():
         y = moe.few_mlp(x, 1e-3, "swiglu", None, routed, factor, idx, impl="triton")
         return moe.few_linear(y, weight, 1e-3, impl="triton")
 
-    together = layer(x)
-    for rows in (slice(0, 1), slice(17, 18), slice(4, 9)):
-        assert torch.equal(layer(x[rows]), together[rows])
+    for most_gate in (moe.MOST_GATE, 0):  # one program reads the gate, or some each
+        with mock.patch.object(moe, "MOST_GATE", most_gate):
+            together = layer(x)
+            for rows in (slice(0, 1), slice(17, 18), slice(4, 9)):
+                assert torch.equal(layer(x[rows]), together[rows])
 
 # a dense and a sparse layer that chooses 3 of 10 blocks, or M2's layers; two tiles of keys
 STEP = dict(vocab_size=29, n_layer=2, n_embd=32, n_head=2, n_kv_head=1, head_dim=16, rotary_dim=8, n_expert=4,

@@ -10708,6 +10708,7 @@ def test_a_cut_call_is_text_and_told_to_be_none():
     assert [name for _, name, _ in parser.said[2]] == ["now"]
 
 def test_one_call_ends_an_answer_that_may_hold_one():
+    """parallel_tool_calls false: the rest of the answer is not waited for."""
     parser = sample.AnswerParser(M2_FORM, TOOLS, one_call=True)
     parser.feed(write_m2([("now", {}), ("now", {})]))
     assert parser.is_over

@@ -64,6 +64,7 @@ D = 128                                # channels of a head
 S = 16                                 # blocks that a query reads
 L = 128                                # keys of a block
 BYTES = {"int8": 1 + 2 / D, "bf16": 2, "fp32": 4}          # of an index key's element; int8 has a bf16 scale a key
+CPU_RATES = (2 ** 28, 2048)            # bytes that are copied, rows of a matrix: what a CPU's rates are measured on
 COPY_FLOOR = 0.97                      # share of the copy rate that a GPU's dense decode must reach to be a baseline
 # Relative RMS. bf16 rounds the probabilities, the partial outputs and the output, 2^-9 each; fp32 only sums differently
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
@@ -200,8 +201,7 @@ def alternate(calls, gpu, check=None, cold=(), reps=5, seconds=3.0):
 
 def measure_rates(machine):
     """Measure the copy and matrix rates -> those of now. machine.rates keeps the largest: a busy machine's are low."""
-    size = 2 ** 28                     # bytes that are copied
-    n = 2048                           # rows and columns of a matrix
+    size, n = CPU_RATES
     reps = 5
     if machine.gpu:
         free, _ = torch.cuda.mem_get_info()

@@ -1370,6 +1370,24 @@ def check_documents(end, cache):
         raise ValueError("end describes a tree: windows, Lightning layers and convolutions read documents that lie "
                          "one after the other")
 
+def check_key_blocks(pos, end, weight, L):
+    """ValueError unless each document's key blocks are blocks of the layout, as MSA needs: a text that lies some tokens
+    further on, behind pads, say, would be cut elsewhere. pos, end, weight (B, T), the last two None or as in `forward`:
+    a pad, which none sees or which has no weight, may lie anywhere. On a GPU, which nothing waits for, an assertion
+    there."""
+    slot = torch.arange(pos.size(1), device=pos.device)
+    fits = (slot - pos) % L == 0
+    if end is not None:
+        fits = fits | (end == slot + 1)
+    if weight is not None:
+        fits = fits | (weight == 0)
+    fits = fits.all()
+    if fits.is_cuda:
+        torch._assert_async(fits, f"documents that do not begin at multiples of {L}, the tokens in a key block")
+    elif not fits:
+        raise ValueError(f"pos: documents must begin at multiples of {L}, the tokens in a key block: pad so many in "
+                         "front, or pad behind")
+
 def within_document(k, T, end, device):
     """Which of the first T - k positions have a k-th next token in their document: bool (B, T - k); without end
     (1, T - k), all True."""
@@ -1457,13 +1475,16 @@ class MiniMax(nn.Module):
         -> logits (B, n, V) or None; Losses in training or with targets, or else None; aux, a flat dict of tensors:
         hidden (B, T, C) before the last norm, block_idx (layers with MSA, B, T, Hkv, S), experts (layers with experts,
         B, T, A), expert_load (layers with experts, E), and in an evaluation block_recall, score_recall, block_chance.
-        ValueError for an idx without a token, and for a tree where layers are recurrent.
+        ValueError for an idx without a token, for a tree where layers are recurrent, and where layers have MSA for a
+        document within a key block.
         """
         B, T = idx.shape
         if idx.numel() == 0:
             raise ValueError(f"idx {(B, T)}: at least one row of at least one token")
         if end is not None and self.cfg.is_recurrent:
             check_documents(end, cache)
+        if pos is not None and cache is None and "msa" in self.cfg.attn_types:
+            check_key_blocks(pos, end, weight, self.cfg.index_block_size)
         if pos is None:
             start = None if cache is None else cache.length
             pos = query_index(T, start, idx.device).expand(B, T)
@@ -2419,7 +2440,8 @@ class HFCheckpoint:
         for ours in self.missing:
             parts = released_tensors(params[ours], released_forms(ours)[0])
             names += [name for name in parts if plain_name(name) not in there]
-        return names
+        first = self.layers[0]         # which the folder counts from 0
+        return [re.sub(r"(?<=layers\.)\d+", lambda number: str(first + int(number[0])), name) for name in names]
 
     # reading
 
@@ -2574,7 +2596,7 @@ SCALES = ("_scale_inv", "_scale")  # what a scale's name adds to its tensor's; b
 FLOAT_NAMES = dict(F32=torch.float32, BF16=torch.bfloat16, F16=torch.float16, F64=torch.float64)  # in safetensors
 FP8_NAMES = dict(F8_E4M3=torch.float8_e4m3fn, F8_E5M2=torch.float8_e5m2)
 FP8_METHODS = ("fp8", "mxfp8", "fbgemm_fp8", "compressed-tensors", "modelopt")
-PART_OF_TENSOR = 2 ** 17               # numbers that are in fp32 at once: half a megabyte, which a core's cache holds
+PART_OF_TENSOR = dict(cpu=2 ** 17, cuda=2 ** 24)  # numbers in fp32 at once: a core's cache holds half a megabyte
 
 def dequantize(t, scale, quant, out):
     """An fp8 tensor times its scale, into out.
@@ -2598,7 +2620,8 @@ def dequantize(t, scale, quant, out):
 
     # some rows of tiles at a time: in fp32 a large tensor would take four times its memory
     *_, rows, cols = t.shape
-    step = height * max(1, PART_OF_TENSOR // (height * cols))
+    most = PART_OF_TENSOR.get(t.device.type, PART_OF_TENSOR["cpu"])
+    step = height * max(1, most // (height * cols))
     step = min(step, cdiv(rows, height) * height)
     matrices = zip(t.view(-1, rows, cols), by_tile.flatten(0, -3), out.flatten(0, -3) if t.dim() > 2 else out[None])
     for matrix, factors, target in matrices:
@@ -2763,6 +2786,7 @@ ATTN_LISTS = dict(  # lists with an entry a layer -> what an entry means
 MLP_LISTS = dict(
     mlp_layer_types=dict(dense="dense", sparse="moe"),
     moe_layer_freq={0: "dense", 1: "moe"})
+MAX_LAYERS = 10_000
 MODEL_TYPES = ("minimax_m2", "minimax_m3", "minimax_m3_text", "minimax_m3_vl", "minimax_m3_vl_text")
 
 # Fields that change what a model computes, with the value, or list of values, that this code computes, see `allow`; a
@@ -2808,7 +2832,13 @@ def allow(places, allowed):
         for place in places:
             found = place.get(key)
             if found is not None and found not in values:
-                raise ValueError(f"{key} {found}: only {' or '.join(str(x) for x in values) or 'null'}")
+                only = " or ".join(shorten(x) for x in values) or "null"
+                raise ValueError(f"{key} {shorten(found)}: only {only}")
+
+def shorten(value):
+    """A value as text, for a message: of a list of 62 layers the beginning."""
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 def only_fields(place, name, known):
     """ValueError for a field of the dict `name` that is not known: all of its fields change what a model computes."""
@@ -2847,7 +2877,8 @@ def layer_list(hf, n, lists, kinds):
         known = [entry for entry in meaning if meaning[entry] in kinds]
         is_full = isinstance(entries, list) and len(entries) == n
         if not is_full or any(entry not in known for entry in entries):
-            raise ValueError(f"{key} {entries}: a list of {n}, each {' or '.join(str(x) for x in known)}")
+            each = " or ".join(str(x) for x in known)
+            raise ValueError(f"{key} {shorten(entries)}: a list of {n}, each {each}")
         found[key] = [meaning[entry] for entry in entries]
     if not found:
         return kinds[:1] * n
@@ -2874,6 +2905,8 @@ def read_sizes(hf, m2):
     """The fields of MiniMaxConfig that the config always has: sizes, constants, and the types of layers."""
     found = {ours: pick(hf, theirs) for ours, theirs in COUNT_NAMES.items()}
     n = found["n_layer"]
+    if n > MAX_LAYERS:  # lists of that length are made below
+        raise ValueError(f"num_hidden_layers {n}: at most {MAX_LAYERS}")
     number = (int, float)
     found["norm_eps"] = pick(hf, "rms_norm_eps", kinds=number)
     found["rope_theta"] = float(pick(hf, "rope_theta", kinds=number))
@@ -2912,7 +2945,7 @@ def rotary_channels(hf, head_dim, rotary_dim):
     """Channels of a head that rotate: head_dim times partial_rotary_factor, or rotary_dim where there is no factor."""
     factor = hf.get("partial_rotary_factor")
     if factor is None:
-        factor = rotary_dim / head_dim
+        return rotary_dim              # not by way of a share: 44 * (30 / 44) is a little less than 30
     if type(factor) not in (int, float) or not 0 <= factor <= 1:
         raise ValueError(f"partial_rotary_factor {factor}, rotary_dim {rotary_dim}: a part of {head_dim} channels")
     return int(head_dim * factor)
@@ -2947,6 +2980,8 @@ def config_from_hf(hf):
     # heads that are narrower than a head lack the channels for that: there, in the release's form, which has no RoPE
     # dict, rotary_dim counts.
     head_dim = found["head_dim"]
+    if head_dim < 1:
+        raise ValueError(f"head_dim {head_dim}: a whole number, 1 or more")
     narrow = not ropes and found.get("index_head_dim", head_dim) < head_dim
     rotary_dim = head_dim
     if hf.get("rotary_dim") is not None and (m2 or narrow):

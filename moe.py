@@ -547,11 +547,51 @@ def _few_linear_kernel(
         y += tl.load(residual + at, mask=real, other=0.0).to(tl.float32)
     tl.store(out + at, y.to(out.dtype.element_ty), mask=real)
 
+@jit
+def _few_logits(x, weight, row, expert, C, E, EPS, EXPERTS, BLOCK):
+    """The gate's logits of one row for some experts -> [EXPERTS]. All but x, weight, row and expert are constants."""
+    acc = tl.zeros([EXPERTS, BLOCK], tl.float32)
+    square = tl.zeros([BLOCK], tl.float32)
+    for c in range(0, C, BLOCK):
+        channel = c + tl.arange(0, BLOCK)
+        held = channel < C
+        wide = tl.load(x + row * C + channel, mask=held, other=0.0).to(tl.float32)
+        real = held[None] & (expert < E)[:, None]
+        at = expert[:, None] * C + channel[None]
+        acc += wide[None] * tl.load(weight + at, mask=real, other=0.0)              # [EXPERTS, BLOCK]
+        square += wide * wide
+    return tl.sum(acc, 1) * tl.rsqrt(tl.sum(square, 0) / C + EPS)
+
+# One program = one row and EXPERTS experts.
+@jit
+def _few_logits_kernel(
+    x,        # (R, C)
+    weight,   # (E, C) fp32
+    logits,   # (R, E) fp32, written
+    C: tl.constexpr,
+    E: tl.constexpr,
+    EPS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr,    # channels at a time
+    MOST: tl.constexpr,     # EXPERTS * C, rounded up
+    PDL: tl.constexpr,
+):
+    first = tl.program_id(0) * EXPERTS
+    row = tl.program_id(1)
+    expert = first + tl.arange(0, EXPERTS)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        _prefetch(weight + first * C, tl.minimum(EXPERTS, E - first) * C, MOST)
+        tl.extra.cuda.gdc_wait()
+    logit = _few_logits(x, weight, row, expert, C, E, EPS, EXPERTS, BLOCK)
+    tl.store(logits + row * E + expert, logit, mask=expert < E)
+
 # One program = one row.
 @jit
 def _few_route_kernel(
-    x,        # (R, C)
-    weight,   # (E, C) fp32
+    x,        # (R, C), or None where the logits are known
+    weight,   # (E, C) fp32, the same
+    logits,   # (R, E) fp32, or None
     bias,     # (E,) fp32
     factor,   # (R, A) fp32, written: the weights of a row's experts
     idx,      # (R, A) int32, written: the row's experts, best first
@@ -570,22 +610,16 @@ def _few_route_kernel(
     expert = tl.arange(0, EXPERTS)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        if row == 0:
-            _prefetch(weight, E * C, MOST)
+        if logits is None:
+            if row == 0:
+                _prefetch(weight, E * C, MOST)
         tl.extra.cuda.gdc_wait()
 
     # scores
-    acc = tl.zeros([EXPERTS, BLOCK], tl.float32)
-    square = tl.zeros([BLOCK], tl.float32)
-    for c in range(0, C, BLOCK):
-        channel = c + tl.arange(0, BLOCK)
-        held = channel < C
-        wide = tl.load(x + row * C + channel, mask=held, other=0.0).to(tl.float32)
-        real = held[None] & (expert < E)[:, None]
-        at = expert[:, None] * C + channel[None]
-        acc += wide[None] * tl.load(weight + at, mask=real, other=0.0)              # [EXPERTS, BLOCK]
-        square += wide * wide
-    logit = tl.sum(acc, 1) * tl.rsqrt(tl.sum(square, 0) / C + EPS)                  # [EXPERTS]
+    if logits is None:
+        logit = _few_logits(x, weight, row, expert, C, E, EPS, EXPERTS, BLOCK)      # [EXPERTS]
+    else:
+        logit = tl.load(logits + row * E + expert, mask=expert < E, other=0.0)
     score = 1 / (1 + tl.exp(-logit))
     biased = score + tl.load(bias + expert, mask=expert < E, other=0.0)
     biased = tl.where(expert < E, biased, float("-inf"))
@@ -758,6 +792,8 @@ def _few_down_kernel(
     y += tl.load(residual + at, mask=real, other=0.0).to(tl.float32)
     tl.store(out + at, y.to(out.dtype.element_ty), mask=real)
 
+MOST_GATE = 2 ** 17       # numbers of a gate that one program reads
+GATE_EXPERTS = 4          # of a larger one, that a program scores
 MOST_PROJECTED = 8192     # columns of a projection; the head has more, whose many programs find the memory busy
 
 def _few_tiles(name, R, K, N, x):
@@ -858,16 +894,29 @@ def few_route(x, weight, bias, n_active, scale, eps, impl="auto"):
 
     factor = torch.empty(*lead, n_active, device=x.device, dtype=weight.dtype)
     idx = torch.empty(*lead, n_active, device=x.device, dtype=torch.int32)
+    R = x.numel() // C
     experts = triton.next_power_of_2(E)
     channels = triton.next_power_of_2(C)
-    _few_route_kernel[x.numel() // C,](
-        x=x, weight=weight, bias=bias, factor=factor, idx=idx,
+
+    # one multiprocessor would read M2's gate, of 3 MB, for 90 microseconds: there many compute the logits
+    logits = None
+    if E * C > MOST_GATE:
+        logits = torch.empty(R, E, device=x.device, dtype=weight.dtype)
+        _few_logits_kernel[cdiv(E, GATE_EXPERTS), R](
+            x=x, weight=weight, logits=logits,
+            C=C, E=E, EPS=eps,
+            EXPERTS=GATE_EXPERTS,
+            BLOCK=min(channels, 1024),
+            MOST=GATE_EXPERTS * channels,
+            num_warps=4, **_overlap(x, R))
+    _few_route_kernel[R,](
+        x=x, weight=weight, logits=logits, bias=bias, factor=factor, idx=idx,
         C=C, E=E, A=n_active, SCALE=scale, EPS=eps,
         EXPERTS=experts,
         CHOSEN=triton.next_power_of_2(n_active),
         BLOCK=min(channels, max(16, 16384 // experts)),
         MOST=experts * channels,
-        num_warps=8, **_overlap(x, x.numel() // C))
+        num_warps=8, **_overlap(x, R))
     return factor, idx
 
 def few_mlp(x, eps, activation, shared=None, routed=None, factor=None, idx=None, impl="auto"):

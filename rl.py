@@ -1067,13 +1067,13 @@ def make_table(path, processes, recipes):
 def open_table(path):
     """The table of runs, which is made if there is none -> RunTable. Two of its rows, drawn at random, are made again:
     what they say is printed."""
+    recipes = table_recipes()
     if not os.path.exists(path):
-        recipes = table_recipes()
         processes = count_cpus()
         print(f"table   | {path}: {len(recipes)} training runs are made for it, {processes} at a time", flush=True)
         make_table(path, processes, recipes)
     runs = RunTable(path)
-    missing = [recipe for recipe in table_recipes() if recipe not in runs.logs]
+    missing = [recipe for recipe in recipes if recipe not in runs.logs]
     if missing:
         raise ValueError(f"--table {path}: {len(missing)} runs are missing, as {recipe_fields(missing[0])}: "
                          "without the file it is made anew")

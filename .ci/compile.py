@@ -202,9 +202,10 @@ def launch_steps_of_m2():
     launch_step(micro, 1, 1, TOP_P, guided=True)
     launch_step(micro, 8, 1, TOP_K_AND_P, guided=True)
 
-    # as many heads as M2
+    # as many heads and experts as M2
     heads = dict(n_head=48, n_kv_head=8, head_dim=128, rotary_dim=64)
-    wide = MiniMax(MiniMaxConfig.micro(**layers, **heads), torch.bfloat16)
+    experts = dict(n_embd=3072, n_expert=256, n_expert_per_tok=8, expert_dim=1536)
+    wide = MiniMax(MiniMaxConfig.micro(**layers, **heads, **experts), torch.bfloat16)
     launch_step(wide, 1, 0, GREEDY)
 
 def launch_steps_of_m3():

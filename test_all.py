@@ -4371,6 +4371,21 @@ def test_the_chat_template_is_chat_text(trim):
         asked = template.render(messages=MESSAGES[:n], add_generation_prompt=True)
         assert asked == (said + sample.BLANK_LINE if said else "")
 
+def test_the_chat_template_writes_what_chat_feeds(trained, monkeypatch):
+    """A conversation of sample.py --chat, as messages through the exported template: the text that the model read."""
+    jinja2 = pytest.importorskip("jinja2")
+    template = jinja2.Template(SMALL_TOKENIZER.hf_files()["chat_template.jinja"])
+    first = "import os"
+    second = "class A:"
+
+    text = talk(trained.out, "", [first, second], monkeypatch)[0]["text"]
+
+    before, asked, _ = text.partition(f"{second}\n\n")
+    answer = before.removeprefix(f"{first}\n\n").removesuffix("\n\n")
+    messages = [
+        dict(role="user", content=first), dict(role="assistant", content=answer), dict(role="user", content=second)]
+    assert template.render(messages=messages, add_generation_prompt=True) == before + asked
+
 @parametrize("family", ["m2", "m3"])
 def test_exported_models_compute_the_same_in_transformers(family):
     """transformers opens an exported folder, misses nothing, and gives the same logits and the same greedy text. The

@@ -5843,25 +5843,25 @@ def test_an_evaluation_fits_its_time(monkeypatch, capsys):
     T = 48
     batch_size = 3
     tok = SMALL_TOKENIZER
-    model = make_model(vocab_size=300)
+    trained = make_model(vocab_size=300)
     tokens = train.Tokens(TWO_TEXTS, tok, 4, T)
-    whole = train.evaluate(model, tokens, T, batch_size, "cpu")
+    whole = train.evaluate(trained, tokens, T, batch_size, "cpu")
     assert whole["val_bytes"] == tokens.n_bytes
 
-    tick(monkeypatch, 3, train, sample)
-    part = train.evaluate(model, tokens, T, batch_size, "cpu", 14, tok)
+    tick(monkeypatch, 3, train, model)
+    part = train.evaluate(trained, tokens, T, batch_size, "cpu", 14, tok)
     assert 0 < part["val_bytes"] < 1000
     assert re.search(r"^eval +\| \d+% of [\d,]+ slots", capsys.readouterr().out, re.MULTILINE)
 
     # the same text by hand: batches of windows, until as many bytes were seen
-    model.eval()
+    trained.eval()
     seen = b""
     nats = 0.0
     first = 0
     while len(seen) < part["val_bytes"]:
         end = first + T * batch_size
         windows = tokens.rows(range(first, end, T), T)
-        _, sums, _ = model(**windows)
+        _, sums, _ = trained(**windows)
         nats += sums.next.item()
         targets = windows["targets"].flatten().tolist()
         seen += tok.decode_bytes([i for i in targets if i not in (-1, tok.eot)])

@@ -3348,6 +3348,28 @@ def fake_checkpoint(folder, release, seed=0, shard_size=7, **sizes):
     write_release(folder, config, stored, shard_size)
     return config, plain
 
+def forms_of(folder):
+    """Name, shape and type of every tensor in a folder's shards."""
+    found = {}
+    for file in Path(folder).glob("*.safetensors"):
+        found |= {name: (tuple(t.shape), t.dtype) for name, t in load_file(file).items()}
+    return found
+
+def test_the_full_width_fake_is_of_the_released_form(tmp_path):
+    """.ci/fake_m2.py, which writes M2 at full width, has the config and the tensors of these fakes, and is read."""
+    fake_m2 = runpy.run_path(str(HERE / ".ci" / "fake_m2.py"))
+    assert fake_m2["CONFIG"] == RELEASES["M2.5"]
+    config, _ = fake_checkpoint(tmp_path / "small", "M2.5")
+    sizes = [key for key, value in config.items() if type(value) is int and value != fake_m2["CONFIG"][key]]
+    changes = [part for key in sizes for part in ("--set", f"{key}={config[key]}")]
+
+    n_layer = config["num_hidden_layers"]
+    fake_m2["main"]([str(tmp_path / "wide"), "--layers", f"0:{n_layer}", "--device", "cpu", *changes])
+
+    assert forms_of(tmp_path / "wide") == forms_of(tmp_path / "small")
+    logits, _, _ = MiniMax.from_hf(tmp_path / "wide")(torch.arange(20)[None])
+    assert torch.isfinite(logits).all()
+
 def import_transformers():
     """transformers, without its notes; where it is missing or old, the test is skipped."""
     transformers = pytest.importorskip("transformers", "5.24", "needs 5.24 or newer: pip install transformers")

@@ -3,7 +3,7 @@
     python .ci/fake_m2.py DIR                    # layers 0 and 1 of 62 at full width: 9.8 GB
     python sample.py --hf DIR --layers 0:2 --offload --prompt 1,2,3
 
-config.json is the release's but for the sizes that flags change. Matrices are fp8 (e4m3) with a scale for each tile of
+config.json is that of M2.5 but for the sizes that flags change. Matrices are fp8 (e4m3) with a scale for each tile of
 128 x 128, embedding, head and norms bf16, the router's gate and bias fp32. A shard holds one layer; the index names it.
 On a GPU the numbers are made there.
 """
@@ -18,16 +18,20 @@ from safetensors.torch import save_file
 TILE = 128
 LARGEST = 0x70                         # bytes of e4m3 from here on are over 128; 0x7f is NaN
 
-CONFIG = dict(
-    architectures=["MiniMaxM2ForCausalLM"], model_type="minimax_m2", attn_type_list=[1] * 62, hidden_act="silu",
-    hidden_size=3072, intermediate_size=1536, num_hidden_layers=62, num_attention_heads=48, num_key_value_heads=8,
-    head_dim=128, rotary_dim=64, rope_theta=5000000, max_position_embeddings=196608, vocab_size=200064,
-    num_local_experts=256, num_experts_per_tok=8, scoring_func="sigmoid", use_routing_bias=True, use_qk_norm=True,
-    qk_norm_type="per_layer", rms_norm_eps=1e-6, router_jitter_noise=0.0, shared_intermediate_size=0,
-    tie_word_embeddings=False, use_mtp=True, num_mtp_modules=3, mtp_transformer_layers=1, attention_dropout=0.0,
+CONFIG = dict(  # of M2.5
+    architectures=["MiniMaxM2ForCausalLM"], attn_type_list=[1] * 62,
+    auto_map=dict(
+        AutoConfig="configuration_minimax_m2.MiniMaxM2Config",
+        AutoModelForCausalLM="modeling_minimax_m2.MiniMaxM2ForCausalLM"),
+    head_dim=128, hidden_act="silu", hidden_size=3072, intermediate_size=1536, max_position_embeddings=196608,
+    model_type="minimax_m2", mtp_transformer_layers=1, num_attention_heads=48, num_experts_per_tok=8,
+    num_hidden_layers=62, num_key_value_heads=8, num_local_experts=256, num_mtp_modules=3, qk_norm_type="per_layer",
     quantization_config=dict(
         activation_scheme="dynamic", fmt="float8_e4m3fn", quant_method="fp8", weight_block_size=[TILE, TILE],
-        modules_to_not_convert=["gate", "e_score_correction_bias", "lm_head"]))
+        modules_to_not_convert=["gate", "e_score_correction_bias", "lm_head"]),
+    rms_norm_eps=1e-6, rope_theta=5000000, rotary_dim=64, scoring_func="sigmoid", shared_intermediate_size=0,
+    tie_word_embeddings=False, transformers_version="4.46.1", use_cache=True, use_mtp=True, use_qk_norm=True,
+    use_routing_bias=True, vocab_size=200064)
 
 def fp8_matrix(rows, cols, device):
     """A random matrix whose entries have a standard deviation of cols ** -0.5 -> e4m3, and its scales."""

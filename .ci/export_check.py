@@ -26,7 +26,7 @@ from model import MiniMax
 
 PRESETS = ("tiny", "tiny-m2")
 MOST_APART = 1e-4                      # of two logits, in fp32: sums are taken in another order
-MOST_TIES = 1e-3                       # of tokens that choose other experts or blocks, as two scores are equal but for rounding
+MOST_TIES = 1e-3                       # of tokens that choose other experts or blocks: scores that rounding decides
 ROWS = 64                              # windows of validation text whose logits are compared
 N_PROMPTS = 10
 N_PROMPT = 50                          # tokens of a prompt

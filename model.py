@@ -2252,6 +2252,7 @@ def in_words(names):
     return ", ".join(names[:MOST_NAMED]) + more
 
 def as_bytes(t):
+    """A tensor's bits: NaN equals itself."""
     return t.flatten().view(torch.uint8)
 
 def some_layers(cfg, layers):
@@ -2291,7 +2292,8 @@ class HFCheckpoint:
         self.layers = range(self.whole.n_layer)
         if layers is not None:
             self.layers = self.layers[layers.start:layers.stop]
-        if not self.layers or layers is not None and self.layers != layers:
+        all_there = layers is None or self.layers == layers
+        if not self.layers or not all_there:
             raise ValueError(f"{path}: layers {layers.start}:{layers.stop} of {self.whole.n_layer}")
         self.cfg = some_layers(self.whole, self.layers)
         self.files = {}                # {file: open file}
@@ -2304,6 +2306,7 @@ class HFCheckpoint:
         self.stored = {self.plain(name): name for name in self.where}
 
     def open(self, file):
+        """The folder's file of that name, opened once."""
         if file not in self.files:
             self.files[file] = open_tensors(self.path, file)
         return self.files[file]
@@ -2429,7 +2432,9 @@ class HFCheckpoint:
         if shape != part.shape:
             raise ValueError(f"{self.path}: {name} {shape}: the model needs {tuple(part.shape)}")
         n_scales = len(self.scales_of(name))
-        if (dtype, n_scales) not in [*((kind, 0) for kind in FLOAT_NAMES), *((kind, 1) for kind in FP8_NAMES)]:
+        is_float = dtype in FLOAT_NAMES and n_scales == 0
+        is_fp8 = dtype in FP8_NAMES and n_scales == 1
+        if not is_float and not is_fp8:
             raise ValueError(f"{self.path}: {name} is {dtype} with {n_scales} scales: "
                              "fp8 has one, floats of 16 bits or more have none")
 
@@ -2472,7 +2477,7 @@ class HFCheckpoint:
         model = self.model_on_meta(dtype)
         self.check(model.state_dict())
         if self.missing:
-            raise ValueError(f"{self.path}: missing, so that it cannot be read layer by layer: {in_words(self.missing)}")
+            raise ValueError(f"{self.path}: cannot be read layer by layer, for it lacks {in_words(self.missing)}")
         for number, block in enumerate(model.layers):
             model.layers[number] = StoredBlock(block, number, self, device, dtype)
         model.norm = model.norm.to_empty(device=device)
@@ -2528,7 +2533,7 @@ class HFCheckpoint:
             return
 
     def read_stacked(self, name, e, out):
-        """Read the e-th matrix of a tensor that holds all experts'. Its file is mapped for that: of a file that is read,
+        """Read the e-th matrix of a tensor that holds all experts'. Its file is mapped for that: of one that is read,
         safetensors reads the whole tensor, whatever part is wanted."""
         from safetensors import safe_open
         with safe_open(Path(self.path, self.where[name]), "pt") as file:
@@ -2539,8 +2544,10 @@ class HFCheckpoint:
             out.copy_(stored[0])
             return
         scale = self.read_raw(scales[0])
-        of_expert = scale[e:e + 1] if scale.dim() > 0 and len(scale) == self.header(name)[0][0] else scale
-        dequantize(stored.to(out.device), of_expert.to(out.device), self.quant, out[None])
+        (n_expert, *_), _ = self.header(name)
+        if scale.dim() > 0 and len(scale) == n_expert:  # otherwise one number is every expert's
+            scale = scale[e:e + 1]
+        dequantize(stored.to(out.device), scale.to(out.device), self.quant, out[None])
 
     def model_on_meta(self, dtype):
         """A model of the right shapes, without numbers."""
@@ -2551,6 +2558,7 @@ class HFCheckpoint:
             raise ValueError(f"{self.path}: {error}") from None
 
     def n_bytes(self, name):
+        """Bytes of a stored tensor, its scales left out."""
         shape, dtype = self.header(name)
         return math.prod(shape) * {**FLOAT_NAMES, **FP8_NAMES}[dtype].itemsize
 
@@ -2623,8 +2631,9 @@ def dequantize(t, scale, quant, out):
     most = PART_OF_TENSOR.get(t.device.type, PART_OF_TENSOR["cpu"])
     step = height * max(1, most // (height * cols))
     step = min(step, cdiv(rows, height) * height)
-    matrices = zip(t.view(-1, rows, cols), by_tile.flatten(0, -3), out.flatten(0, -3) if t.dim() > 2 else out[None])
-    for matrix, factors, target in matrices:
+    matrices = t.view(-1, rows, cols)
+    targets = out.view(-1, rows, cols)
+    for matrix, factors, target in zip(matrices, by_tile, targets, strict=True):
         for first in range(0, rows, step):
             part = fp8_to_float(matrix[first:first + step])                               # (n, cols)
             of_part = factors[first // height:cdiv(first + len(part), height)]            # (n / height, cols / width)
@@ -2680,9 +2689,9 @@ def possible_tiles(quant, method, rows, cols):
     return [named]
 
 # ---- released checkpoints: layers that stay on disk ---------------------------------------------------------------
-# M2 has 230 GB, a laptop 16. But a token visits 8 of 256 experts: a forward needs the layers one after the other, and of
-# each layer's experts those that were chosen. They are read when their turn comes, and forgotten; what the system keeps
-# of the files in memory that is free makes the next read faster. Embedding and head stay in memory, in 16 bits.
+# M2 has 230 GB, a laptop 16. But a forward needs the layers one after the other, and a token visits 8 of a layer's 256
+# experts. They are read when their turn comes, and forgotten; what the system keeps of the files, in memory that is
+# free, makes the next read faster. Embedding and head stay in memory, in 16 bits.
 
 HEAD_ROWS = 2 ** 10                    # rows of the head that are in the model's dtype at once
 

@@ -440,12 +440,9 @@ def token_text(token):
     return token if isinstance(token, str) else None
 
 def byte_letters():
-    """-> a table for str.translate, from the letters of a byte-level vocabulary to bytes, as Latin-1: a visible letter
-    of Latin-1 stands for itself, those from U+0100 on, in order, for the other bytes."""
-    visible = {*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)}
-    others = [byte for byte in range(256) if byte not in visible]
-    no_letters = dict.fromkeys(others, "\uffff")  # they stand for no byte
-    return no_letters | {256 + i: byte for i, byte in enumerate(others)}
+    """-> a table for str.translate, from the characters of `byte_chars` to bytes, as Latin-1."""
+    no_letters = dict.fromkeys(range(256), "\uffff")  # they stand for no byte
+    return no_letters | {ord(char): byte for byte, char in enumerate(byte_chars())}
 
 def token_bytes(vocab, added):
     """-> the bytes of each id; an id that is missing has none. vocab: text of a token -> id, in letters that stand for
@@ -5979,7 +5976,7 @@ def parse_args(argv):
     p.add_argument("--hf", help="folder of a released checkpoint (M2, or M3's text model) instead; its text needs pip "
                    "install tokenizers jinja2; how it is sampled, its generation_config.json says")
     p.add_argument("--layers", type=layer_range, metavar="A:B",
-                   help="with --hf: layers A to B - 1 alone, between embedding and head; the files of others are not needed")
+                   help="with --hf: layers A to B - 1 alone, between embedding and head; only their files are needed")
     p.add_argument("--offload", action="store_true",
                    help="with --hf: read each layer from disk when its turn comes, and of its experts those that are "
                    "chosen, for a model that is larger than memory; the script says how slow that is")
@@ -6128,32 +6125,35 @@ def print_offload(model, n_prompt, rate):
     n_prompt  tokens of the prompt
     rate      tokens a second behind the first, or None
     """
-    checkpoint = model.layers[0].checkpoint
-    whole = checkpoint.whole
+    whole = model.layers[0].checkpoint.whole
     costs = [cost for layer in model.layers for cost in layer.costs]
-    n_gb = sum(cost.bytes_read for cost in costs) / 1e9
-    print(f"offload | {n_gb:.2f} GB read for {len(model.layers)} layers in {sum(c.seconds for c in costs):.1f} s")
+    gb = sum(cost.bytes_read for cost in costs) / 1e9
+    seconds = sum(cost.seconds for cost in costs)
+    print(f"offload | {gb:.2f} GB read for {len(model.layers)} layers in {seconds:.1f} s")
     if rate is None:
         return
 
-    # a layer of each kind: a mean over its forwards with one token, and of all its forwards with the prompt
-    a_token = dict(seconds=0.0, gb=0.0)
+    # a layer of each kind that the folder has: a mean over forwards of one token, and all forwards of the prompt
+    token_s = 0.0
+    token_gb = 0.0
     prompt_s = 0.0
     for kind in map(" ".join, zip(whole.attn_types, whole.mlp_types)):
         of_kind = [layer for layer in model.layers if layer.kind == kind]
         if not of_kind:
             print(f"offload | no layer of the kind {kind} was run: what all {whole.n_layer} layers cost is unknown")
             return
-        single = [cost for layer in of_kind for cost in layer.costs if cost.tokens == 1]
-        longer = [cost for layer in of_kind for cost in layer.costs if cost.tokens > 1]
-        a_token["seconds"] += sum(cost.seconds for cost in single) / len(single)
-        a_token["gb"] += sum(cost.bytes_read for cost in single) / len(single) / 1e9
-        prompt_s += sum(cost.seconds for cost in longer) / len(of_kind)
-    single = [cost for cost in costs if cost.tokens == 1]
-    n_forwards = len(single) / len(model.layers)
-    rest_s = max(0.0, 1 / rate - sum(cost.seconds for cost in single) / n_forwards)  # embedding, head, drawing
-    print(f"offload | all {whole.n_layer} layers: about {a_token['seconds'] + rest_s:.1f} s and {a_token['gb']:.1f} GB a "
-          f"token, {rest_s:.1f} s of it for the head; {prompt_s:.0f} s to read these {n_prompt} tokens")
+        tokens = [cost for layer in of_kind for cost in layer.costs if cost.tokens == 1]
+        prompts = [cost for layer in of_kind for cost in layer.costs if cost.tokens > 1]
+        token_s += sum(cost.seconds for cost in tokens) / len(tokens)
+        token_gb += sum(cost.bytes_read for cost in tokens) / len(tokens) / 1e9
+        prompt_s += sum(cost.seconds for cost in prompts) / len(of_kind)
+
+    # embedding, head and drawing: what is left of a token's time
+    tokens = [cost for cost in costs if cost.tokens == 1]
+    n_forwards = len(tokens) / len(model.layers)
+    rest_s = max(0.0, 1 / rate - sum(cost.seconds for cost in tokens) / n_forwards)
+    print(f"offload | all {whole.n_layer} layers: about {token_s + rest_s:.1f} s and {token_gb:.1f} GB a token, "
+          f"{rest_s:.1f} s of it for the head; {prompt_s:.0f} s to read these {n_prompt} tokens")
 
 def choose_threads(args, model, device, ids, index_warmup):
     """-> Threads, which are tried, where nothing decides, on the first of these tokens."""

@@ -2905,7 +2905,7 @@ def test_offloaded_tables_stay_in_16_bits(saved):
     assert worst(logits, want) < 1e-5
 
 def peak_while(run):
-    """Bytes by which this process grew at most while something ran; Linux forgets an earlier peak when it is told so."""
+    """Bytes by which this process grew at most while something ran. Linux forgets an earlier peak if it is told to."""
     def peak():
         status = Path("/proc/self/status").read_text()
         return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
@@ -2981,7 +2981,7 @@ def test_what_one_kind_of_layer_costs_says_nothing_of_another(saved_m3, capsys):
     assert "no layer of the kind full dense was run" in capsys.readouterr().out
 
 def test_costs_of_a_layer_become_those_of_a_model():
-    """Two layers of one kind took 1 and 3 s for one token and 10 and 20 s for the prompt: 62 such layers, and a head."""
+    """Two layers of one kind took 1 and 3 s for a token, 10 and 20 s for the prompt: 62 such layers, and a head."""
     def layer(seconds, prompt_s):
         costs = [LayerCost("full moe", 9, prompt_s, 4), LayerCost("full moe", 1, seconds, 10 ** 9)]
         return SimpleNamespace(kind="full moe", costs=costs, checkpoint=checkpoint)

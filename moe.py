@@ -795,6 +795,7 @@ def _few_down_kernel(
 MOST_GATE = 2 ** 17       # numbers of a gate that one program reads
 GATE_EXPERTS = 4          # of a larger one, that a program scores
 MOST_PROJECTED = 8192     # columns of a projection; the head has more, whose many programs find the memory busy
+MOST_AHEAD = 2 ** 22      # numbers of a matrix that is brought to the L2 ahead of its kernel: 8 MB of its 50
 
 def _few_tiles(name, R, K, N, x):
     """What a launch of few rows needs to know.
@@ -815,10 +816,12 @@ def _few_tiles(name, R, K, N, x):
     stages = 4
     if not x.is_cuda:
         cols = 32                      # the interpreter is slow: few programs
-    elif name == "linear" and N > MOST_PROJECTED:
+    elif name == "linear" and N > MOST_PROJECTED and K < 2048:
         cols = 128
         block = 64
         split = 1
+    elif name == "linear" and N * K > MOST_AHEAD and N > 4096:  # M2's heads and tables: 26 timings
+        cols = 32
     elif name == "linear":
         cols = 32 if R > 8 and N > 1024 else 16
     elif name == "up":
@@ -870,7 +873,7 @@ def few_linear(x, weight, eps=None, residual=None, dtype=None, impl="auto"):
         x=x, weight=weight, residual=residual, out=out,
         N=N, K=K, EPS=eps,
         MOST=triton.next_power_of_2(tiles["COLS"] * K),
-        AHEAD=N <= MOST_PROJECTED,
+        AHEAD=N * K <= MOST_AHEAD,
         **tiles)
     return out
 

@@ -6,12 +6,13 @@ What is compared against is not ours: outputs that transformers 5.23 computed (.
 it is installed, torch's operators, brute-force loops, closed forms, published counts. fp32 tolerances are a few
 roundings of such sums; fp64 ones 1e-10.
 """
+import ast
 import asyncio
 import base64
 import codecs
 import contextlib
-import ctypes
 import copy
+import ctypes
 import dataclasses
 import gc
 import hashlib
@@ -2826,6 +2827,7 @@ def test_some_layers_of_a_checkpoint(saved):
 
 @parametrize("layers", [range(0, 4), range(3, 4), range(2, 2)])
 def test_layers_that_are_not_there_are_refused(layers, saved):
+    """A range beyond the folder's layers, or an empty one."""
     with value_error(f"layers {layers.start}:{layers.stop} of 3"):
         MiniMax.from_hf(saved.folder, layers=layers)
 
@@ -3000,6 +3002,7 @@ def test_costs_of_a_layer_become_those_of_a_model():
     (["--layers", "2:2"], "A < B"),
 ])
 def test_layers_are_two_numbers(flags, match, saved, capsys):
+    """Other forms, and layers that are not there, end in one line."""
     with pytest.raises(SystemExit) as ended:
         sample_hf(saved.folder, *flags)
     assert ended.value.code == 2
@@ -3007,6 +3010,7 @@ def test_layers_are_two_numbers(flags, match, saved, capsys):
 
 @parametrize("flag", ["--offload", "--partial", "--layers=0:1"])
 def test_flags_of_hf_are_for_hf(flag, capsys):
+    """A checkpoint of train.py has no shards to leave out, and fits memory."""
     with pytest.raises(SystemExit) as ended:
         sample.main(["--out", "nowhere", flag])
     assert ended.value.code == 2
@@ -6481,7 +6485,7 @@ def before_each_call(monkeypatch, owner, name, act):
 
     monkeypatch.setattr(owner, name, called)
 
-class Killed(BaseException):
+class RunKilled(BaseException):
     """Ends a run at once, as kill -9 would, but for what holds the folder."""
 
 def change_nothing(model, call, found):
@@ -6497,7 +6501,7 @@ def paced(monkeypatch, kill=None, change=change_nothing):
     def train_step(model, *args, **mode):
         calls.append(1)
         if len(calls) == kill:
-            raise Killed
+            raise RunKilled
         found = real(model, *args, **mode)
         change(model, len(calls), found)
         return found
@@ -6509,7 +6513,7 @@ def run_until_killed(argv, step=6):
     """A paced run, killed in this step."""
     with pytest.MonkeyPatch.context() as patch:
         paced(patch, kill=step)
-        with pytest.raises(Killed):
+        with pytest.raises(RunKilled):
             quiet(train, argv)
 
 def test_saves_follow_the_clock():
@@ -7430,6 +7434,7 @@ def test_ctrl_c_ends_an_answer(trained, n_presses, monkeypatch):
     ("--chat --prompt -", "line by line"),
     ("--chat --prompt-file -", "line by line")])
 def test_what_a_conversation_cannot_have(trained, line, word):
+    """Flags that contradict --chat are refused by name."""
     assert word in refused(sample, sample_args(trained.out, line))
 
 # Released checkpoints speak through tokenizer.json and a chat template. Both are made here in the released form, small:
@@ -11790,6 +11795,7 @@ def test_steps_without_signal_are_named():
     ([0.0] * (rl.COLLAPSE_STEPS - 1), FALLING, True),  # it has just begun
 ])
 def test_no_other_run_is_called_a_collapse(shares, entropies, signal):
+    """Runs that get better, or that vary, are not warned of."""
     assert collapse_lines(shares, entropies, signal) == []
 
 def play(task, expert=None):
@@ -12139,11 +12145,11 @@ def killed_after(seconds):
 
     def train_step(*args):
         if len(ticks) >= seconds:
-            raise Killed
+            raise RunKilled
         ticks.append(1)
         return real(*args)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RunKilled):
         patch.setattr(rl, "train_step", train_step)
         patch.setattr(time, "monotonic", lambda: begun + len(ticks))
         yield patch, ticks
@@ -12419,7 +12425,7 @@ def calling(*calls):
     """A message of tool calls alone, without a content."""
     return dict(role="assistant", tool_calls=[*calls])
 
-def a_call(name="t1", arguments="1+2"):
+def sent_call(name="t1", arguments="1+2"):
     return dict(id="c", type="function", function=dict(name=name, arguments=arguments))
 
 USER = user("Q1+2;")
@@ -12655,8 +12661,8 @@ def test_a_finished_task_is_over():
     assert [len(episode.samples) for episode in server.pool[0]] == [0, 1]
 
 PARTS = [text_part("Q1"), "+", text_part("2;", "input_text")]
-TWO_CALLS = calling(a_call(), a_call())
-SO_A_CALL = assistant("So:", tool_calls=[a_call()], refusal=None, audio=None)
+TWO_CALLS = calling(sent_call(), sent_call())
+SO_A_CALL = assistant("So:", tool_calls=[sent_call()], refusal=None, audio=None)
 OLD_CALL = assistant(function_call=dict(name="f", arguments=None))
 IMAGE = dict(type="image_url", image_url=dict(url="data:"))
 
@@ -12724,20 +12730,20 @@ def test_bodies_that_are_refused(ask_claimed, sent, word):
     (None, "messages[1]"),
     (dict(role="user"), "messages[1]"),
     (dict(content="x"), "messages[1]"),
-    (dict(role="user", tool_calls=[a_call()]), "no content"),
+    (dict(role="user", tool_calls=[sent_call()]), "no content"),
     (user(5), "5"),
     (user([IMAGE]), "image_url"),
     (user([3]), "int"),
     (user([text_part(None)]), "None"),
     (calling(dict(id="c")), "tool call"),
-    (calling(a_call("f", {})), "'f'"))
+    (calling(sent_call("f", {})), "'f'"))
 def test_messages_that_are_refused(ask_claimed, sent, word):
     """What is not text, or no message: 400, and the message, or what is wrong with it, is named."""
     status, said = ask_claimed(messages=[USER, sent])
     assert status == 400
     assert word in said
 
-CALL_12 = a_call("t1", "12")
+CALL_12 = sent_call("t1", "12")
 
 @named("back", {
     "text": assistant("t1[12]"),
@@ -12885,7 +12891,7 @@ def test_an_edited_call_is_no_completion_that_said_nothing():
     server = Speaking("t1[12+3]", "A15.")
     server.claimed(1)
     server.turn("0.0", [ASK_12], stop=["t"])
-    server.turn("0.0", [ASK_12, calling(a_call("f", "12"))])
+    server.turn("0.0", [ASK_12, calling(sent_call("f", "12"))])
     assert server.tokenizer.decode(server.contexts()[1]) == "Q12+3;f[12]"
 
 HISTORY = [ASK_12, assistant("t1[12+3]"), tool_says("=15;")]
@@ -12968,6 +12974,7 @@ def test_rules_call_the_tools_that_are_offered(flags, tools, calls):
     ("number", "nan", "nan"), ("boolean", "true", True), ("boolean", "True", "True"), (None, "1", "1"),
     ({}, "1", "1"), ([], "1", "1"), ([[]], "1", "1"), ("null", "", "")])
 def test_an_argument_that_is_not_of_its_type_is_text(kind, text, value):
+    """What a schema's type does not allow stays as the model wrote it."""
     assert rl.typed(text, kind) == value
 
 def any_json(rng, depth=3):
@@ -12993,6 +13000,7 @@ def test_no_schema_stops_a_call():
 @parametrize("text, word", [
     ("f", "NAME=PATTERN"), ("f=(", "no regular expression"), ("f=x", "a named group"), ("f=(x)", "a named group")])
 def test_rules_that_are_none_are_refused(text, word):
+    """--tool with a pattern or a form that cannot be read says why."""
     with pytest.raises(ValueError, match=word):
         rl.parse_args(["--tool", text])
 
@@ -13308,6 +13316,7 @@ def test_items_are_messages(items, text):
     "no name": (dict(input=[dict(type="function_call", arguments="")]), 400, "tool call"),
     "unknown response": (dict(input="Q", previous_response_id="resp_1"), 404, "resp_1")})
 def test_responses_that_are_refused(asked, status, word):
+    """Fields of /v1/responses that cannot be served: a status, and a line that names one."""
     server = ServedAlone()
     server.claimed(1)
     got, said = server.turn("0.0", path="responses", **asked)
@@ -19569,6 +19578,18 @@ def test_mutants_are_caught(target, sabotage, test, monkeypatch):
 
     with pytest.raises(AssertionError):
         test()
+
+def definitions():
+    """Top-level functions and classes of this file, as a list of syntax trees."""
+    kinds = ast.FunctionDef, ast.ClassDef
+    return [node for node in ast.parse(Path(__file__).read_text(encoding="utf-8")).body if isinstance(node, kinds)]
+
+def test_every_test_has_a_lesson():
+    """`python test_all.py` prints the first line of what a test says it shows; a name that comes twice hides one."""
+    names = Counter(node.name for node in definitions())
+    silent = [node.name for node in definitions() if node.name.startswith("test_") and not ast.get_docstring(node)]
+    assert silent == []
+    assert [name for name, count in names.items() if count > 1] == []
 
 class Lessons:
     """Prints a line for each test of `python test_all.py`: its outcome, its name, what its docstring says it shows."""

@@ -6119,11 +6119,12 @@ def read_hf(args, device, dtype):
         print(f"context | {cfg.max_seq_len:,} tokens, as config.json says; the release has {released.max_seq_len:,}")
     return model
 
-def print_offload(model, n_prompt, rate):
+def print_offload(model, n_prompt, rate, n_rows=1):
     """What an offloaded answer took, layer by layer, and what it would take with all of the folder's layers.
 
     n_prompt  tokens of the prompt
-    rate      tokens a second behind the first, or None
+    rate      tokens a second behind the first, of all rows together, or None
+    n_rows    answers that were drawn side by side: a step draws a token of each
     """
     whole = model.layers[0].checkpoint.whole
     costs = [cost for layer in model.layers for cost in layer.costs]
@@ -6133,26 +6134,27 @@ def print_offload(model, n_prompt, rate):
     if rate is None:
         return
 
-    # a layer of each kind that the folder has: a mean over forwards of one token, and all forwards of the prompt
-    token_s = 0.0
-    token_gb = 0.0
+    # a layer of each kind that the folder has: a mean over steps, and all forwards of the prompt
+    step_s = 0.0
+    step_gb = 0.0
     prompt_s = 0.0
     for kind in map(" ".join, zip(whole.attn_types, whole.mlp_types)):
         of_kind = [layer for layer in model.layers if layer.kind == kind]
         if not of_kind:
             print(f"offload | no layer of the kind {kind} was run: what all {whole.n_layer} layers cost is unknown")
             return
-        tokens = [cost for layer in of_kind for cost in layer.costs if cost.tokens == 1]
-        prompts = [cost for layer in of_kind for cost in layer.costs if cost.tokens > 1]
-        token_s += sum(cost.seconds for cost in tokens) / len(tokens)
-        token_gb += sum(cost.bytes_read for cost in tokens) / len(tokens) / 1e9
+        steps = [cost for layer in of_kind for cost in layer.costs if cost.tokens <= n_rows]
+        prompts = [cost for layer in of_kind for cost in layer.costs if cost.tokens > n_rows]
+        step_s += sum(cost.seconds for cost in steps) / len(steps)
+        step_gb += sum(cost.bytes_read for cost in steps) / len(steps) / 1e9
         prompt_s += sum(cost.seconds for cost in prompts) / len(of_kind)
 
-    # embedding, head and drawing: what is left of a token's time
-    tokens = [cost for cost in costs if cost.tokens == 1]
-    n_forwards = len(tokens) / len(model.layers)
-    rest_s = max(0.0, 1 / rate - sum(cost.seconds for cost in tokens) / n_forwards)
-    print(f"offload | all {whole.n_layer} layers: about {token_s + rest_s:.1f} s and {token_gb:.1f} GB a token, "
+    # embedding, head and drawing: what is left of a step's time
+    steps = [cost for cost in costs if cost.tokens <= n_rows]
+    n_steps = len(steps) / len(model.layers)
+    rest_s = max(0.0, n_rows / rate - sum(cost.seconds for cost in steps) / n_steps)
+    drawn = "a token" if n_rows == 1 else f"a token of each of {n_rows} answers"
+    print(f"offload | all {whole.n_layer} layers: about {step_s + rest_s:.1f} s and {step_gb:.1f} GB {drawn}, "
           f"{rest_s:.1f} s of it for the head; {prompt_s:.0f} s to read these {n_prompt} tokens")
 
 def choose_threads(args, model, device, ids, index_warmup):
@@ -6644,7 +6646,7 @@ def run(args):
     if most is not None and len(prompt.ids) > part:
         print(f"memory  | {most / 1e6:,.0f} MB at most; the prompt was read {part:,} tokens at a time")
     if is_offloaded(model):
-        print_offload(model, len(prompt.ids), rate)
+        print_offload(model, len(prompt.ids), rate, args.n_samples)
     if trace is not None:
         write_xray(args.xray, model, tokenizer, prompt.ids, drawn, trace, index_warmup)
     held = held_by_depth(accepted, args.speculate)

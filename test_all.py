@@ -2977,6 +2977,12 @@ def test_an_offloaded_answer_says_what_all_layers_cost(saved, capsys):
     said = re.findall(r"offload \| all 3 layers: about [\d.]+ s and ([\d.]+) GB a token", out)
     assert len(said) == 2
 
+def test_offloaded_answers_side_by_side_have_costs_too(saved, capsys):
+    """No forward has a single token where each step draws one for each of two answers."""
+    sample_hf(saved.folder, "--offload", "--n-samples", "2", "--temperature", "1")
+    out = capsys.readouterr().out
+    assert re.search(r"offload \| all 3 layers: about [\d.]+ s and [\d.]+ GB a token of each of 2 answers, ", out)
+
 def test_what_one_kind_of_layer_costs_says_nothing_of_another(saved_m3, capsys):
     """M3's layers are of two kinds."""
     sample_hf(saved_m3.folder, "--offload", "--layers", "1:3")

@@ -2208,7 +2208,7 @@ def read_json(path, name):
     """The object in a folder's JSON file. ValueError, naming the file, if it cannot be read or holds another type."""
     try:
         found = json.loads(Path(path, name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {name} cannot be read: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: {name} holds a {type(found).__name__}, not an object")
@@ -2230,12 +2230,15 @@ def read_index(path):
     listed = inner(read_json(path, INDEX), "weight_map")
     if not listed or not all(isinstance(file, str) for file in listed.values()):
         raise ValueError(f"{path}: {INDEX} has no weight_map of file names")
+    for file in {*listed.values()}:
+        if os.path.basename(file) != file or file in ("", ".", ".."):  # whoever wrote it chooses no file elsewhere
+            raise ValueError(f"{path}: {INDEX} names {shorten(file)!r}: only files in the folder itself")
     return listed
 
 def open_tensors(path, file):
     """An open safetensors file. ValueError if it is missing or damaged."""
     from safetensors import SafetensorError, safe_open
-    if not Path(path, file).exists():
+    if not os.path.exists(os.path.join(path, file)):
         raise ValueError(f"{path}: {file} is missing, {INDEX} names it")
     try:
         # read, not mapped: pages of a mapped shard would count as this process's memory until it is closed
@@ -2556,6 +2559,8 @@ class HFCheckpoint:
                 return MiniMax(self.cfg, dtype).to(dtype)
         except AssertionError as error:
             raise ValueError(f"{self.path}: {error}") from None
+        except (RuntimeError, TypeError) as error:  # torch cannot count that far
+            raise ValueError(f"{self.path}: config.json: no tensor has such sizes: {str(error)[:100]}") from None
 
     def n_bytes(self, name):
         """Bytes of a stored tensor, its scales left out."""
@@ -2796,6 +2801,7 @@ MLP_LISTS = dict(
     mlp_layer_types=dict(dense="dense", sparse="moe"),
     moe_layer_freq={0: "dense", 1: "moe"})
 MAX_LAYERS = 10_000
+MAX_EXPERTS = 10_000                   # of a layer
 MODEL_TYPES = ("minimax_m2", "minimax_m3", "minimax_m3_text", "minimax_m3_vl", "minimax_m3_vl_text")
 
 # Fields that change what a model computes, with the value, or list of values, that this code computes, see `allow`; a
@@ -2916,6 +2922,8 @@ def read_sizes(hf, m2):
     n = found["n_layer"]
     if n > MAX_LAYERS:  # lists of that length are made below
         raise ValueError(f"num_hidden_layers {n}: at most {MAX_LAYERS}")
+    if found["n_expert"] > MAX_EXPERTS:  # each has names of its own
+        raise ValueError(f"num_local_experts {found['n_expert']}: at most {MAX_EXPERTS}")
     number = (int, float)
     found["norm_eps"] = pick(hf, "rms_norm_eps", kinds=number)
     found["rope_theta"] = float(pick(hf, "rope_theta", kinds=number))

@@ -3914,6 +3914,22 @@ def config_of_another_size(made):
     change_json(made.folder / "config.json", lambda found: found.update(vocab_size=130))
     return "(131, 16)"
 
+def shard_outside(made):
+    change_json(made.index, lambda found: found["weight_map"].update({Q_PROJ: "../m2/" + made.where[Q_PROJ]}))
+    return "only files in the folder itself"
+
+def deep_config(made):
+    (made.folder / "config.json").write_text("[" * 100_000)
+    return "config.json"
+
+def size_beyond_torch(made):
+    change_json(made.folder / "config.json", lambda found: found.update(vocab_size=10 ** 30))
+    return "no tensor has such sizes"
+
+def countless_experts(made):
+    change_json(made.folder / "config.json", lambda found: found.update(num_local_experts=10 ** 9))
+    return "num_local_experts"
+
 def no_weights(made):
     for file in made.folder.glob("*.safetensors*"):
         file.unlink()
@@ -3922,7 +3938,8 @@ def no_weights(made):
 DAMAGES = [
     truncated_shard, cut_header, empty_shard, folder_for_a_shard, missing_shard, wrong_shape, missing_scale, nan_scale,
     missing_tensor, tensor_in_the_wrong_file, shards_that_disagree, unknown_tensor, cut_index, empty_index,
-    folder_for_an_index, empty_config, folder_for_a_config, config_of_another_model, config_of_another_size, no_weights]
+    folder_for_an_index, empty_config, folder_for_a_config, config_of_another_model, config_of_another_size,
+    shard_outside, deep_config, size_beyond_torch, countless_experts, no_weights]
 
 TINY = dict(hidden_size=16, head_dim=8, rotary_dim=4, intermediate_size=8, num_local_experts=4)
 

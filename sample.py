@@ -408,6 +408,7 @@ def hf_files(spec):
 
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
               "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json")
+MOST_IDS = 2 ** 24                     # of a tokenizer: there is a list of all, with holes where an id is none
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # They enclose what in a user's text looks like a special token, while a template writes it down. Unicode keeps them
 # for a program's own use; a user's own ones are dropped.
@@ -486,7 +487,7 @@ def open_tokenizer(path):
         raise ValueError(f"{path} is read by the library tokenizers: pip install tokenizers") from None
     try:
         tokenizer = tokenizers.Tokenizer.from_file(path)
-        model = json.loads(tokenizer.model.__getstate__())["type"]
+        model = type(tokenizer.model).__name__
         decoder = None if tokenizer.decoder is None else json.loads(tokenizer.decoder.__getstate__())
     except BaseException as error:  # a plain Exception mostly; a panic of the library's is not even that
         if isinstance(error, KeyboardInterrupt):
@@ -495,6 +496,9 @@ def open_tokenizer(path):
     if model != "BPE" or not is_byte_level(decoder):
         kind = None if decoder is None else decoder["type"]
         raise ValueError(f"{path} is a {model} with the decoder {kind}; a BPE with ByteLevel is read here")
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if not 0 <= largest < MOST_IDS:
+        raise ValueError(f"{path}: its largest id is {largest}; it must be below {MOST_IDS:,}")
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -785,8 +789,12 @@ def read_template(folder, config, special):
     name = "chat_template.jinja"
     path = os.path.join(folder, name)
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            return ChatTemplate(file.read(), name, special)
+        try:
+            with open(path, encoding="utf-8") as file:
+                source = file.read()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: {error}") from None
+        return ChatTemplate(source, name, special)
     older = read_settings(os.path.join(folder, "chat_template.json"))
     for name, source in (("tokenizer_config.json", config), ("chat_template.json", older)):
         source = source.get("chat_template")

@@ -7927,6 +7927,7 @@ def test_where_a_template_is_found(tmp_path):
 
 SPEC_ERRORS = dict(  # file -> what it holds instead
     cut=("tokenizer.json", lambda text: text[:-100]),
+    an_id_of_billions=("tokenizer.json", lambda text: text.replace('"vocab":{', '"vocab":{"zz":4000000000,')),
     empty=("tokenizer.json", lambda text: ""),
     no_object=("tokenizer.json", lambda text: "[]"),
     no_vocabulary=("tokenizer.json", lambda text: text.replace('"vocab"', '"words"')),
@@ -7948,6 +7949,13 @@ def test_damaged_text_files_are_refused(name, edit, tmp_path):
     line = refused(sample, ["--hf", folder, "--prompt", "a", "--device", "cpu"])
     assert str(folder) in line
     assert len(line) < 400
+
+def test_a_template_of_bytes_is_named(tmp_path):
+    """A template that is no UTF-8 is refused by its file's name."""
+    folder = write_text(tmp_path)
+    (folder / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with value_error("chat_template.jinja: .*utf-8"):
+        sample.read_tokenizer(folder)
 
 @parametrize("package, line", [("tokenizers", "--prompt a"), ("jinja2", "--chat")])
 def test_a_missing_package_is_named(package, line, spoken, monkeypatch):

@@ -98,8 +98,10 @@ def write(folder, layers, config, device="cpu", seed=0):
             tensors = table_tensors(config, device)
         save_file({name: t.cpu() for name, t in tensors.items()}, folder / file, {"format": "pt"})
         where |= dict.fromkeys(tensors, file)
+        n_tensors = len(tensors)
         n_bytes += sum(t.numel() * t.itemsize for t in tensors.values())
-        print(f"{file}: {len(tensors):,} tensors, {n_bytes / 1e9:.1f} GB so far", flush=True)
+        del tensors                    # before the next layer's are made
+        print(f"{file}: {n_tensors:,} tensors, {n_bytes / 1e9:.1f} GB so far", flush=True)
     index = dict(metadata=dict(total_size=n_bytes), weight_map=where)
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     (folder / "config.json").write_text(json.dumps(config, indent=2))
@@ -108,7 +110,7 @@ def write(folder, layers, config, device="cpu", seed=0):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("folder")
-    p.add_argument("--layers", default="0:2", help="A:B, those that are written; default: 0:2")
+    p.add_argument("--layers", default="0:2", metavar="A:B", help="those that are written; default: 0:2")
     p.add_argument("--set", action="append", default=[], metavar="FIELD=N", help="a size in config.json")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args(argv)
@@ -119,7 +121,13 @@ def main(argv=None):
             p.error(f"--set {change}: a field of config.json and a whole number")
         config[field] = int(size)
     config["attn_type_list"] = [1] * config["num_hidden_layers"]
-    write(args.folder, range(*map(int, args.layers.split(":"))), config, args.device)
+    bounds = args.layers.split(":")
+    if len(bounds) != 2 or not all(bound.isdecimal() for bound in bounds):
+        p.error(f"--layers {args.layers}: A:B, two numbers")
+    layers = range(*map(int, bounds))
+    if not layers or layers.stop > config["num_hidden_layers"]:
+        p.error(f"--layers {args.layers}: A < B, of {config['num_hidden_layers']} layers")
+    write(args.folder, layers, config, args.device)
 
 if __name__ == "__main__":
     main()

@@ -3951,6 +3951,7 @@ def without_breaks(text, breaks):
 
 JSON_BEGINS = '{["-0123456789tTfFn' + M3_MARK[0]  # what a value that is no string may begin with
 MOST_REFERENCES = 32                   # of a schema, one to the next: they may go in circles
+MOST_NESTED = 64                       # values in values; what lies deeper stays text, as Python's stack ends, too
 
 def resolved(schema, root):
     """A schema, $ref followed -> the schema; {} for what is none."""
@@ -3969,12 +3970,14 @@ def resolved(schema, root):
 def branches(schema, root):
     """A schema -> the schemas that a value may follow: itself, and what its anyOf, oneOf and allOf name."""
     found = []
+    known = set()                      # ids of those objects
     waiting = deque([schema])
     while waiting:
         branch = resolved(waiting.popleft(), root)
-        if any(branch is other for other in found):  # in a circle
+        if id(branch) in known:        # in a circle
             continue
         found.append(branch)
+        known.add(id(branch))
         for name in ("anyOf", "oneOf", "allOf"):
             choices = branch.get(name)
             waiting.extend(choices if isinstance(choices, list) else [])
@@ -4073,10 +4076,12 @@ def argument_value(text, schema, root, grammar):
         return scalar(text, kinds)
     return tagged_value(text, schema, root)
 
-def tagged_value(text, schema, root):
-    """M3's value: tags in tags are an object, or a list, if each is an <item>; a text without tags is one."""
+def tagged_value(text, schema, root, depth=0):
+    """M3's value: tags in tags are an object, or a list, if each is an <item>; a text without tags is one. depth: of
+    the values that this one lies in."""
     kinds = kinds_of(schema, root)
-    parts = None if kinds == {"string"} else tagged_parts(text)
+    is_text = kinds == {"string"} or depth == MOST_NESTED
+    parts = None if is_text else tagged_parts(text)
     if not parts:
         if not text.strip() and parts is not None and "string" not in kinds:
             if "array" in kinds:
@@ -4089,8 +4094,8 @@ def tagged_value(text, schema, root):
         is_list = is_list and "array" in kinds or "object" not in kinds
     if is_list:
         items = item_schema(schema, root)
-        return [tagged_value(inner, items, root) for _, inner in parts]
-    return {name: tagged_value(inner, property_schema(schema, name, root), root) for name, inner in parts}
+        return [tagged_value(inner, items, root, depth + 1) for _, inner in parts]
+    return {name: tagged_value(inner, property_schema(schema, name, root), root, depth + 1) for name, inner in parts}
 
 def tagged_parts(text):
     """A text that is tags side by side -> [(name, what is in it)]; None if it is anything else."""

@@ -10858,6 +10858,22 @@ def test_tags_in_tags_are_what_the_schema_says(schema, written, value):
     _, _, calls = parsed(M3_FORM, [write_m3([("tool", dict(x=written))])], tools=tools)
     assert calls == [("tool", dict(x=value))]
 
+def test_tags_without_end_stay_text():
+    """A model that opens 2,000 tags and closes them all has made a call: what lies deeper than MOST_NESTED is text."""
+    value = f"{M3_TAG}a>" * 2000 + "1" + f"{M3_TAG}/a>" * 2000
+    _, _, [[_, arguments]] = parsed(M3_FORM, [write_m3([("tool", dict(x=value))])], tools=dict(tool={}))
+    inner = arguments["x"]
+    for _ in range(sample.MOST_NESTED):
+        inner = inner["a"]
+    assert inner == value[64 * len(f"{M3_TAG}a>"):-64 * len(f"{M3_TAG}/a>")]
+
+def test_a_schema_of_many_branches_takes_no_time():
+    """20,000 choices, compared one with the other, would keep the engine for seven seconds."""
+    schema = dict(anyOf=[dict(type="string", title=str(i)) for i in range(20_000)])
+    began = time.perf_counter()
+    assert sample.kinds_of(schema, schema) == {"string"}
+    assert time.perf_counter() - began < 2
+
 def random_value(rng, depth=2):
     """What a call may hold; the texts hold tags and quotes."""
     scraps = ["", "a", "\n", '"', "\\", "\u00e9\U0001f600", "</parameter>", "<b>", "</invoke>", "]<]", "x</think>"]

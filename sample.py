@@ -6026,6 +6026,8 @@ def parse_args(argv):
     if args.export is not None:
         check_export(p, args)
         return args
+    if args.hf is not None and not os.path.isdir(args.hf):
+        raise ValueError(f"--hf {args.hf}: no such folder; it must hold a checkpoint's files, downloaded")
     if args.hf is not None:            # where a flag was not given, the folder says how its model is sampled
         p.set_defaults(**released_sampling(args.hf))
         try:
@@ -6097,16 +6099,40 @@ def read_checkpoint(args, device, dtype):
             return *load_model(state, device, dtype), in_index_warmup(state)
         except FloatingPointError as error:  # here it is bad input, not a run that diverged
             raise ValueError(str(error)) from None
-    tokenizer = read_tokenizer(args.hf)  # first: it takes a moment, the model may take minutes
-    try:
-        model = read_hf(args, device, dtype)
-    except Exception as error:  # of the file system, json, safetensors, or a field that is missing
-        raise ValueError(f"--hf {args.hf}: {type(error).__name__}: {error}") from None
-    return model, tokenizer or TokenIds(model.cfg.vocab_size), False
+    # first what takes a moment: the model may take minutes
+    tokenizer = read_tokenizer(args.hf)
+    with naming_folder(args.hf):
+        checkpoint = HFCheckpoint(args.hf, args.layers, args.partial)
+    tokenizer = tokenizer or TokenIds(checkpoint.cfg.vocab_size)
+    check_asked(args, tokenizer, checkpoint.cfg)
+    with naming_folder(args.hf):
+        model = read_hf(args, checkpoint, device, dtype)
+    return model, tokenizer, False
 
-def read_hf(args, device, dtype):
-    """The model in the folder of --hf. Says what of the folder it is."""
-    checkpoint = HFCheckpoint(args.hf, args.layers, args.partial)
+@contextlib.contextmanager
+def naming_folder(folder):
+    """Whatever goes wrong within is a ValueError that names the folder of --hf: errors of the file system, json,
+    safetensors, or a field that is missing."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"--hf {folder}: {type(error).__name__}: {error}") from None
+
+def check_asked(args, tokenizer, cfg):
+    """ValueError for what cannot be answered, whatever the weights are: a prompt that is too long, say."""
+    if args.speculate and cfg.n_mtp == 0:
+        raise ValueError(f"--speculate {args.speculate}: the model has no MTP module to draft with")
+    if args.export is not None or args.serve is not None:
+        return
+    if not args.chat:
+        encode_prompt(args.prompt, tokenizer, cfg)
+    elif isinstance(tokenizer, TokenIds):
+        raise ValueError("--chat: the folder of --hf has no tokenizer.json, so that it cannot be talked to")
+    elif tokenizer.template is None:
+        raise ValueError(f"--chat: {tokenizer.folder} has no chat template")
+
+def read_hf(args, checkpoint, device, dtype):
+    """The model in the folder of --hf, an HFCheckpoint. Says what of the folder it is."""
     began = time.perf_counter()
     if args.offload:
         model = checkpoint.offload(device, dtype)
@@ -6370,8 +6396,6 @@ class Conversation:
     """Its tokens, the model that speaks, and what it has computed."""
 
     def __init__(self, args, model, tokenizer, index_warmup):
-        if isinstance(tokenizer, TokenIds):
-            raise ValueError("--chat: the folder of --hf has no tokenizer.json, so that it cannot be talked to")
         self.args = args
         self.model = model
         self.tokenizer = tokenizer

@@ -3014,6 +3014,23 @@ def test_layers_are_two_numbers(flags, match, saved, capsys):
     assert ended.value.code == 2
     assert match in capsys.readouterr().err
 
+@parametrize("flags, match", [
+    (["--prompt", "1,2,999999"], "ids below"),
+    (["--prompt", ",".join("1" * 600)], "context is"),
+    (["--chat", "--prompt", ""], "no tokenizer.json"),
+    (["--speculate", "1"], "no MTP module"),
+])
+def test_what_cannot_be_asked_shows_before_weights_are_read(flags, match, saved, monkeypatch):
+    """Reading M2 takes minutes: a prompt that does not fit is told of at once."""
+    monkeypatch.setattr(HFCheckpoint, "load", lambda *_: pytest.fail("weights were read"))
+    short = dict(read_json(saved.folder / "config.json"), max_position_embeddings=512)
+    monkeypatch.setattr(model, "read_json", lambda *_: short)
+    assert match in refused(sample, ["--hf", saved.folder, *flags])
+
+def test_a_name_on_the_hub_is_no_folder():
+    """Nothing is downloaded, and the line says what --hf wants."""
+    assert "no such folder" in refused(sample, ["--hf", "MiniMaxAI/MiniMax-M2", "--prompt", "a"])
+
 @parametrize("flag", ["--offload", "--partial", "--layers=0:1"])
 def test_flags_of_hf_are_for_hf(flag, capsys):
     """A checkpoint of train.py has no shards to leave out, and fits memory."""

@@ -420,7 +420,7 @@ def read_settings(path):
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {first_line(error)}") from None
@@ -6026,8 +6026,6 @@ def parse_args(argv):
     if args.export is not None:
         check_export(p, args)
         return args
-    if args.hf is not None and not os.path.isdir(args.hf):
-        raise ValueError(f"--hf {args.hf}: no such folder; it must hold a checkpoint's files, downloaded")
     if args.hf is not None:            # where a flag was not given, the folder says how its model is sampled
         p.set_defaults(**released_sampling(args.hf))
         try:
@@ -6099,6 +6097,9 @@ def read_checkpoint(args, device, dtype):
             return *load_model(state, device, dtype), in_index_warmup(state)
         except FloatingPointError as error:  # here it is bad input, not a run that diverged
             raise ValueError(str(error)) from None
+    if not os.path.isdir(args.hf):
+        raise ValueError(f"--hf {args.hf}: no such folder; it must hold a checkpoint's files, downloaded")
+
     # first what takes a moment: the model may take minutes
     tokenizer = read_tokenizer(args.hf)
     with naming_folder(args.hf):

@@ -3027,9 +3027,10 @@ def test_what_cannot_be_asked_shows_before_weights_are_read(flags, match, saved,
     monkeypatch.setattr(model, "read_json", lambda *_: short)
     assert match in refused(sample, ["--hf", saved.folder, *flags])
 
-def test_a_name_on_the_hub_is_no_folder():
-    """Nothing is downloaded, and the line says what --hf wants."""
-    assert "no such folder" in refused(sample, ["--hf", "MiniMaxAI/MiniMax-M2", "--prompt", "a"])
+@parametrize("name", ["MiniMaxAI/MiniMax-M2", __file__])
+def test_a_name_on_the_hub_is_no_folder(name):
+    """Nor is a file: nothing is downloaded, and the line says what --hf wants."""
+    assert "no such folder" in refused(sample, ["--hf", name, "--prompt", "a"])
 
 @parametrize("flag", ["--offload", "--partial", "--layers=0:1"])
 def test_flags_of_hf_are_for_hf(flag, capsys):

@@ -567,22 +567,25 @@ class HFTokenizer:
 
     def encode_chat(self, messages, tools=None, add_generation_prompt=True, behind="", **options):
         """-> ids of a conversation, through the template. What users and tools say stays text: no special token comes
-        of it. behind: a text of one message; only what the template writes behind it is encoded. The other arguments
+        of it, nor of what tools say of themselves, nor of a call's arguments, which may repeat either. behind: a text of one message; only what the template writes behind it is encoded. The other arguments
         are those of ChatTemplate.render."""
         if self.template is None:
             raise ValueError(f"{self.folder} has no chat template")
         if not all(isinstance(message, dict) for message in messages):
             raise ValueError("messages: each must be an object")
         messages = [self.mark(message) for message in messages]
-        text = self.template.render(messages, tools, add_generation_prompt, **options)
+        text = self.template.render(messages, self.mark_texts(tools), add_generation_prompt, **options)
         if behind not in text:
             raise ValueError(f"{self.template.name}: it does not write what a message says")
         return self.encode_marked(text.rpartition(behind)[2] if behind else text)
 
     def mark(self, message):
-        """Enclose in marks what in a message looks like a special token; not in what the model or the system says."""
+        """Enclose in marks what in a message looks like a special token; not in what the model or the system says, but
+        in the model's calls."""
         if message.get("role") in ("user", "tool"):
             return self.mark_texts(message)
+        if message.get("tool_calls"):
+            return dict(message, tool_calls=self.mark_texts(message["tool_calls"]))
         return message
 
     def mark_texts(self, value):

@@ -567,8 +567,9 @@ class HFTokenizer:
 
     def encode_chat(self, messages, tools=None, add_generation_prompt=True, behind="", **options):
         """-> ids of a conversation, through the template. What users and tools say stays text: no special token comes
-        of it, nor of what tools say of themselves, nor of a call's arguments, which may repeat either. behind: a text of one message; only what the template writes behind it is encoded. The other arguments
-        are those of ChatTemplate.render."""
+        of it, nor of what tools say of themselves, nor of a call's arguments, which may repeat either. behind: a text
+        of one message; only what the template writes behind it is encoded. The other arguments are those of
+        ChatTemplate.render."""
         if self.template is None:
             raise ValueError(f"{self.folder} has no chat template")
         if not all(isinstance(message, dict) for message in messages):

@@ -420,7 +420,7 @@ def read_settings(path):
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {first_line(error)}") from None
@@ -567,22 +567,26 @@ class HFTokenizer:
 
     def encode_chat(self, messages, tools=None, add_generation_prompt=True, behind="", **options):
         """-> ids of a conversation, through the template. What users and tools say stays text: no special token comes
-        of it. behind: a text of one message; only what the template writes behind it is encoded. The other arguments
-        are those of ChatTemplate.render."""
+        of it, nor of what tools say of themselves, nor of a call's arguments, which may repeat either. behind: a text
+        of one message; only what the template writes behind it is encoded. The other arguments are those of
+        ChatTemplate.render."""
         if self.template is None:
             raise ValueError(f"{self.folder} has no chat template")
         if not all(isinstance(message, dict) for message in messages):
             raise ValueError("messages: each must be an object")
         messages = [self.mark(message) for message in messages]
-        text = self.template.render(messages, tools, add_generation_prompt, **options)
+        text = self.template.render(messages, self.mark_texts(tools), add_generation_prompt, **options)
         if behind not in text:
             raise ValueError(f"{self.template.name}: it does not write what a message says")
         return self.encode_marked(text.rpartition(behind)[2] if behind else text)
 
     def mark(self, message):
-        """Enclose in marks what in a message looks like a special token; not in what the model or the system says."""
+        """Enclose in marks what in a message looks like a special token; not in what the model or the system says, but
+        in the model's calls."""
         if message.get("role") in ("user", "tool"):
             return self.mark_texts(message)
+        if message.get("tool_calls"):
+            return dict(message, tool_calls=self.mark_texts(message["tool_calls"]))
         return message
 
     def mark_texts(self, value):
@@ -3951,6 +3955,7 @@ def without_breaks(text, breaks):
 
 JSON_BEGINS = '{["-0123456789tTfFn' + M3_MARK[0]  # what a value that is no string may begin with
 MOST_REFERENCES = 32                   # of a schema, one to the next: they may go in circles
+MOST_NESTED = 64                       # values in values; what lies deeper stays text, as Python's stack ends, too
 
 def resolved(schema, root):
     """A schema, $ref followed -> the schema; {} for what is none."""
@@ -3969,12 +3974,14 @@ def resolved(schema, root):
 def branches(schema, root):
     """A schema -> the schemas that a value may follow: itself, and what its anyOf, oneOf and allOf name."""
     found = []
+    known = set()                      # ids of those objects
     waiting = deque([schema])
     while waiting:
         branch = resolved(waiting.popleft(), root)
-        if any(branch is other for other in found):  # in a circle
+        if id(branch) in known:        # in a circle
             continue
         found.append(branch)
+        known.add(id(branch))
         for name in ("anyOf", "oneOf", "allOf"):
             choices = branch.get(name)
             waiting.extend(choices if isinstance(choices, list) else [])
@@ -4073,10 +4080,12 @@ def argument_value(text, schema, root, grammar):
         return scalar(text, kinds)
     return tagged_value(text, schema, root)
 
-def tagged_value(text, schema, root):
-    """M3's value: tags in tags are an object, or a list, if each is an <item>; a text without tags is one."""
+def tagged_value(text, schema, root, depth=0):
+    """M3's value: tags in tags are an object, or a list, if each is an <item>; a text without tags is one. depth: of
+    the values that this one lies in."""
     kinds = kinds_of(schema, root)
-    parts = None if kinds == {"string"} else tagged_parts(text)
+    is_text = kinds == {"string"} or depth == MOST_NESTED
+    parts = None if is_text else tagged_parts(text)
     if not parts:
         if not text.strip() and parts is not None and "string" not in kinds:
             if "array" in kinds:
@@ -4089,8 +4098,8 @@ def tagged_value(text, schema, root):
         is_list = is_list and "array" in kinds or "object" not in kinds
     if is_list:
         items = item_schema(schema, root)
-        return [tagged_value(inner, items, root) for _, inner in parts]
-    return {name: tagged_value(inner, property_schema(schema, name, root), root) for name, inner in parts}
+        return [tagged_value(inner, items, root, depth + 1) for _, inner in parts]
+    return {name: tagged_value(inner, property_schema(schema, name, root), root, depth + 1) for name, inner in parts}
 
 def tagged_parts(text):
     """A text that is tags side by side -> [(name, what is in it)]; None if it is anything else."""
@@ -6092,16 +6101,43 @@ def read_checkpoint(args, device, dtype):
             return *load_model(state, device, dtype), in_index_warmup(state)
         except FloatingPointError as error:  # here it is bad input, not a run that diverged
             raise ValueError(str(error)) from None
-    tokenizer = read_tokenizer(args.hf)  # first: it takes a moment, the model may take minutes
-    try:
-        model = read_hf(args, device, dtype)
-    except Exception as error:  # of the file system, json, safetensors, or a field that is missing
-        raise ValueError(f"--hf {args.hf}: {type(error).__name__}: {error}") from None
-    return model, tokenizer or TokenIds(model.cfg.vocab_size), False
+    if not os.path.isdir(args.hf):
+        raise ValueError(f"--hf {args.hf}: no such folder; it must hold a checkpoint's files, downloaded")
 
-def read_hf(args, device, dtype):
-    """The model in the folder of --hf. Says what of the folder it is."""
-    checkpoint = HFCheckpoint(args.hf, args.layers, args.partial)
+    # first what takes a moment: the model may take minutes
+    tokenizer = read_tokenizer(args.hf)
+    with naming_folder(args.hf):
+        checkpoint = HFCheckpoint(args.hf, args.layers, args.partial)
+    tokenizer = tokenizer or TokenIds(checkpoint.cfg.vocab_size)
+    check_asked(args, tokenizer, checkpoint.cfg)
+    with naming_folder(args.hf):
+        model = read_hf(args, checkpoint, device, dtype)
+    return model, tokenizer, False
+
+@contextlib.contextmanager
+def naming_folder(folder):
+    """Whatever goes wrong within is a ValueError that names the folder of --hf: errors of the file system, json,
+    safetensors, or a field that is missing."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"--hf {folder}: {type(error).__name__}: {error}") from None
+
+def check_asked(args, tokenizer, cfg):
+    """ValueError for what cannot be answered, whatever the weights are: a prompt that is too long, say."""
+    if args.speculate and cfg.n_mtp == 0:
+        raise ValueError(f"--speculate {args.speculate}: the model has no MTP module to draft with")
+    if args.export is not None or args.serve is not None:
+        return
+    if not args.chat:
+        encode_prompt(args.prompt, tokenizer, cfg)
+    elif isinstance(tokenizer, TokenIds):
+        raise ValueError("--chat: the folder of --hf has no tokenizer.json, so that it cannot be talked to")
+    elif tokenizer.template is None:
+        raise ValueError(f"--chat: {tokenizer.folder} has no chat template")
+
+def read_hf(args, checkpoint, device, dtype):
+    """The model in the folder of --hf, an HFCheckpoint. Says what of the folder it is."""
     began = time.perf_counter()
     if args.offload:
         model = checkpoint.offload(device, dtype)
@@ -6365,8 +6401,6 @@ class Conversation:
     """Its tokens, the model that speaks, and what it has computed."""
 
     def __init__(self, args, model, tokenizer, index_warmup):
-        if isinstance(tokenizer, TokenIds):
-            raise ValueError("--chat: the folder of --hf has no tokenizer.json, so that it cannot be talked to")
         self.args = args
         self.model = model
         self.tokenizer = tokenizer

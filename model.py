@@ -2351,6 +2351,7 @@ class HFCheckpoint:
                     self.compare_copies(name, file, listed)
                     if listed.get(name) == file:
                         where[name] = file
+                    self.skipped["no index"] += name not in listed
                 elif name in where:
                     raise ValueError(f"{self.path}: {name} is in two files, and no {INDEX} says which counts")
                 else:
@@ -2702,11 +2703,10 @@ HEAD_ROWS = 2 ** 10                    # rows of the head that are in the model'
 
 @dataclasses.dataclass
 class LayerCost:
-    """What one forward through a layer took."""
-    kind: str                          # of its attention and of its MLP
-    tokens: int
-    seconds: float
-    bytes_read: int
+    """What forwards through a layer took, all together."""
+    forwards: int = 0
+    seconds: float = 0.0
+    bytes_read: int = 0
 
 class StoredExperts:
     """One matrix of every expert of a layer: [e] reads expert e's from disk."""
@@ -2744,7 +2744,8 @@ class StoredBlock(nn.Module):
         self.kind = f"{cfg.attn_types[number]} {cfg.mlp_types[number]}"
         self.checkpoint = checkpoint
         self.device = device
-        self.costs = []                # LayerCost of each forward
+        self.step_cost = LayerCost()  # of forwards of one token a row
+        self.prompt_cost = LayerCost()
         if isinstance(block.mlp, MoE):
             stored = [
                 StoredExperts(checkpoint, f"{self.prefix}mlp.{name}", getattr(block.mlp, name).shape, device, dtype)
@@ -2771,8 +2772,10 @@ class StoredBlock(nn.Module):
                 params[name] = torch.empty_like(param, device=self.device)
                 self.checkpoint.read_param(self.prefix + name, params[name])
         y = torch.func.functional_call(self.block, params, (x, ctx))
-        seconds = time.perf_counter() - began
-        self.costs.append(LayerCost(self.kind, x[..., 0].numel(), seconds, self.checkpoint.bytes_read - before))
+        cost = self.step_cost if x.size(1) == 1 else self.prompt_cost
+        cost.forwards += 1
+        cost.seconds += time.perf_counter() - began
+        cost.bytes_read += self.checkpoint.bytes_read - before
         return y
 
 class WideHead(Linear):

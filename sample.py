@@ -567,9 +567,9 @@ class HFTokenizer:
 
     def encode_chat(self, messages, tools=None, add_generation_prompt=True, behind="", **options):
         """-> ids of a conversation, through the template. What users and tools say stays text: no special token comes
-        of it, nor of what tools say of themselves, nor of a call's arguments, which may repeat either. behind: a text
-        of one message; only what the template writes behind it is encoded. The other arguments are those of
-        ChatTemplate.render."""
+        of it, nor of what tools say of themselves, nor of a call's arguments, which may repeat either. Of what the
+        model says come its thoughts' marks, and none that frames a message. behind: a text of one message; only what
+        the template writes behind it is encoded. The other arguments are those of ChatTemplate.render."""
         if self.template is None:
             raise ValueError(f"{self.folder} has no chat template")
         if not all(isinstance(message, dict) for message in messages):
@@ -581,13 +581,29 @@ class HFTokenizer:
         return self.encode_marked(text.rpartition(behind)[2] if behind else text)
 
     def mark(self, message):
-        """Enclose in marks what in a message looks like a special token; not in what the model or the system says, but
-        in the model's calls."""
-        if message.get("role") in ("user", "tool"):
+        """Enclose in marks what in a message looks like a special token: all of them in what users and tools say and
+        in the model's calls; those that frame messages in what else the model says, for a client sends it back, and a
+        user may have had it repeated; none in what the system says."""
+        role = message.get("role")
+        if role in ("user", "tool"):
             return self.mark_texts(message)
-        if message.get("tool_calls"):
-            return dict(message, tool_calls=self.mark_texts(message["tool_calls"]))
-        return message
+        if role != "assistant":
+            return message
+        marked = {}
+        for name, value in message.items():
+            if name == "tool_calls":
+                value = self.mark_texts(value)
+            elif isinstance(value, str):
+                value = self.framing.sub(rf"{MARK}\g<0>{UNMARK}", value)
+            marked[name] = value
+        return marked
+
+    @functools.cached_property
+    def framing(self):
+        """An expression for the special tokens that the template writes around a user's message."""
+        text = self.template.render([dict(role="user", content="said")], add_generation_prompt=False)
+        tokens = sorted(set(self.looks_special.findall(text)), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
 
     def mark_texts(self, value):
         if isinstance(value, str):
@@ -6121,7 +6137,8 @@ def naming_folder(folder):
     try:
         yield
     except Exception as error:
-        raise ValueError(f"--hf {folder}: {type(error).__name__}: {error}") from None
+        said = str(error).removeprefix(f"{folder}: ")
+        raise ValueError(f"--hf {folder}: {type(error).__name__}: {said}") from None
 
 def check_asked(args, tokenizer, cfg):
     """ValueError for what cannot be answered, whatever the weights are: a prompt that is too long, say."""
@@ -6163,43 +6180,46 @@ def read_hf(args, checkpoint, device, dtype):
         print(f"context | {cfg.max_seq_len:,} tokens, as config.json says; the release has {released.max_seq_len:,}")
     return model
 
-def print_offload(model, n_prompt, rate, n_rows=1):
-    """What an offloaded answer took, layer by layer, and what it would take with all of the folder's layers.
+def print_offload(model, rate=None, n_rows=1, n_prompt=None):
+    """What answers of an offloaded model took, layer by layer, and what they would take with all of the folder's
+    layers.
 
-    n_prompt  tokens of the prompt
-    rate      tokens a second behind the first, of all rows together, or None
+    rate      tokens a second behind the first, of all rows together: what of a step's time is none of the layers' is
+              the head's
     n_rows    answers that were drawn side by side: a step draws a token of each
+    n_prompt  tokens of the only prompt
     """
     whole = model.layers[0].checkpoint.whole
-    costs = [cost for layer in model.layers for cost in layer.costs]
+    costs = [cost for layer in model.layers for cost in (layer.step_cost, layer.prompt_cost)]
     gb = sum(cost.bytes_read for cost in costs) / 1e9
     seconds = sum(cost.seconds for cost in costs)
     print(f"offload | {gb:.2f} GB read for {len(model.layers)} layers in {seconds:.1f} s")
-    if rate is None:
-        return
 
-    # a layer of each kind that the folder has: a mean over steps, and all forwards of the prompt
+    # a layer of each kind that the folder has: a mean over steps, and all forwards of prompts
     step_s = 0.0
     step_gb = 0.0
     prompt_s = 0.0
     for kind in map(" ".join, zip(whole.attn_types, whole.mlp_types)):
         of_kind = [layer for layer in model.layers if layer.kind == kind]
-        if not of_kind:
-            print(f"offload | no layer of the kind {kind} was run: what all {whole.n_layer} layers cost is unknown")
+        n_steps = sum(layer.step_cost.forwards for layer in of_kind)
+        if not n_steps:
+            print(f"offload | no step went through a layer of the kind {kind}: what all {whole.n_layer} layers cost is "
+                  "unknown")
             return
-        steps = [cost for layer in of_kind for cost in layer.costs if cost.tokens <= n_rows]
-        prompts = [cost for layer in of_kind for cost in layer.costs if cost.tokens > n_rows]
-        step_s += sum(cost.seconds for cost in steps) / len(steps)
-        step_gb += sum(cost.bytes_read for cost in steps) / len(steps) / 1e9
-        prompt_s += sum(cost.seconds for cost in prompts) / len(of_kind)
+        step_s += sum(layer.step_cost.seconds for layer in of_kind) / n_steps
+        step_gb += sum(layer.step_cost.bytes_read for layer in of_kind) / n_steps / 1e9
+        prompt_s += sum(layer.prompt_cost.seconds for layer in of_kind) / len(of_kind)
 
-    # embedding, head and drawing: what is left of a step's time
-    steps = [cost for cost in costs if cost.tokens <= n_rows]
-    n_steps = len(steps) / len(model.layers)
-    rest_s = max(0.0, n_rows / rate - sum(cost.seconds for cost in steps) / n_steps)
+    ending = ""
+    if rate is not None:
+        n_steps = model.layers[0].step_cost.forwards
+        head_s = max(0.0, n_rows / rate - sum(layer.step_cost.seconds for layer in model.layers) / n_steps)
+        step_s += head_s
+        ending = f", {head_s:.1f} s of it for the head"
+    if n_prompt is not None:
+        ending += f"; {prompt_s:.0f} s to read these {n_prompt} tokens"
     drawn = "a token" if n_rows == 1 else f"a token of each of {n_rows} answers"
-    print(f"offload | all {whole.n_layer} layers: about {step_s + rest_s:.1f} s and {step_gb:.1f} GB {drawn}, "
-          f"{rest_s:.1f} s of it for the head; {prompt_s:.0f} s to read these {n_prompt} tokens")
+    print(f"offload | all {whole.n_layer} layers: about {step_s:.1f} s and {step_gb:.1f} GB {drawn}{ending}")
 
 def choose_threads(args, model, device, ids, index_warmup):
     """-> Threads, which are tried, where nothing decides, on the first of these tokens."""
@@ -6355,6 +6375,8 @@ def serve(args):
     finally:
         engine.close()
         door.close()
+    if is_offloaded(model):
+        print_offload(model)
     return dict(text=None, tokens=engine.n_tokens, tokens_per_s=None, prefill_s=None, accepted=None,
                 cached=engine.n_cached, requests=engine.n_requests, seconds=time.perf_counter() - began)
 
@@ -6631,6 +6653,8 @@ def chat(args, model, tokenizer, index_warmup):
                 conversation.ask(decode_text(raw, "a line"))
         except (ValueError, OSError) as error:
             print(f"refused | {error}", flush=True)
+    if is_offloaded(model):
+        print_offload(model, conversation.last["tokens_per_s"])
     held = held_by_depth(conversation.accepted, args.speculate)
     return dict(text=conversation.text, tokens=conversation.n_drawn, accepted=held, **conversation.last)
 
@@ -6688,7 +6712,7 @@ def run(args):
     if most is not None and len(prompt.ids) > part:
         print(f"memory  | {most / 1e6:,.0f} MB at most; the prompt was read {part:,} tokens at a time")
     if is_offloaded(model):
-        print_offload(model, len(prompt.ids), rate, args.n_samples)
+        print_offload(model, rate, args.n_samples, len(prompt.ids))
     if trace is not None:
         write_xray(args.xray, model, tokenizer, prompt.ids, drawn, trace, index_warmup)
     held = held_by_depth(accepted, args.speculate)

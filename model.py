@@ -3162,7 +3162,7 @@ def check_folder(path, shards):
     files = {*shards, INDEX} if len(shards) > 1 else {*shards}
     others = {file.name for file in Path(path).glob("*.safetensors*") if file.suffix != TEMPORARY} - files
     if others:
-        raise ValueError(f"save_hf: {path} holds other weights: {', '.join(sorted(others))}")
+        raise ValueError(f"{path} holds other weights, {in_words(others)}: another folder is needed")
 
 def write_tensors(file, tensors):
     """Write {name: tensor} into an open file, in the safetensors format."""

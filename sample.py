@@ -50,6 +50,7 @@ import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from heapq import heapify, heappop, heappush
+from pathlib import Path
 from queue import Empty, SimpleQueue
 
 try:
@@ -1555,9 +1556,9 @@ GROUP_FILES = {
 def group_room(folder, limit, used, cache):
     """Bytes that one control group leaves, its file caches included; inf without a limit."""
     try:
-        most = int(open(os.path.join(folder, limit)).read())
-        taken = int(open(os.path.join(folder, used)).read())
-        rows = dict(row.split() for row in open(os.path.join(folder, "memory.stat")))
+        most = int(Path(folder, limit).read_text())
+        taken = int(Path(folder, used).read_text())
+        rows = dict(row.split() for row in Path(folder, "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return math.inf  # the limit is "max", or no such group is in sight: a container shows its own as the root
     return most - taken + int(rows.get(cache, 0))
@@ -1565,7 +1566,7 @@ def group_room(folder, limit, used, cache):
 def cgroup_room(root="/sys/fs/cgroup", own="/proc/self/cgroup"):
     """Bytes that the tightest of this process's control groups (v2 and v1) leaves it; inf without a limit."""
     try:
-        lines = open(own).read().splitlines()
+        lines = Path(own).read_text().splitlines()
     except OSError:
         return math.inf
     room = math.inf
@@ -1585,7 +1586,7 @@ def free_memory(device):
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        rows = dict(line.split(":") for line in open("/proc/meminfo"))
+        rows = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     except OSError:
         return None
     available = 1024 * int(rows["MemAvailable"].split()[0])
@@ -5968,8 +5969,8 @@ class TokenIds:
         words = text.split(",")
         for word in words:
             if not re.fullmatch(r"\s*[0-9]{1,9}\s*", word) or int(word) >= self.n_vocab:
-                raise ValueError(f"--prompt {text[:100]!r}: with --hf, and no tokenizer.json there, ids below "
-                                 f"{self.n_vocab}, as in 1,2,3")
+                raise ValueError(f"prompt {text[:100]!r}: the folder of --hf has no tokenizer.json, so that a prompt is "
+                                 f"ids below {self.n_vocab}, as in 1,2,3")
         return list(map(int, words))
 
     def decode_bytes(self, ids):
@@ -6119,6 +6120,8 @@ def read_checkpoint(args, device, dtype):
             raise ValueError(str(error)) from None
     if not os.path.isdir(args.hf):
         raise ValueError(f"--hf {args.hf}: no such folder; it must hold a checkpoint's files, downloaded")
+    if os.path.exists(checkpoint_path(args.hf)) and not os.path.exists(os.path.join(args.hf, "config.json")):
+        raise ValueError(f"--hf {args.hf}: train.py's checkpoint lies there; it is read by --out {args.hf}")
 
     # first what takes a moment: the model may take minutes
     tokenizer = read_tokenizer(args.hf)
@@ -6138,7 +6141,11 @@ def naming_folder(folder):
         yield
     except Exception as error:
         said = str(error).removeprefix(f"{folder}: ")
-        raise ValueError(f"--hf {folder}: {type(error).__name__}: {said}") from None
+        if not isinstance(error, ValueError):
+            said = f"{type(error).__name__}: {said}"
+        if said.startswith(("no such tensor", "missing or incomplete")):
+            said += "; --partial reads the others"
+        raise ValueError(f"--hf {folder}: {said}") from None
 
 def check_asked(args, tokenizer, cfg):
     """ValueError for what cannot be answered, whatever the weights are: a prompt that is too long, say."""

@@ -2375,7 +2375,7 @@ def test_loop_equals_grouped(activation):
 
         loop = moe.experts_loop(*inputs, chosen, activation)
         grouped = moe.experts_grouped(*inputs, chosen, activation)
-        assert worst(grouped, loop) < 1e-4  # fp32 sums of 24 products of size ~4
+        assert worst(grouped, loop) < 2e-6 * loop.abs().max()  # some roundings of sums of 24 products
 
         _, *want_grads = with_grads(loop, inputs, upstream)
         _, *grads = with_grads(grouped, inputs, upstream)

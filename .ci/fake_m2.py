@@ -117,8 +117,8 @@ def main(argv=None):
     config = dict(CONFIG)
     for change in args.set:
         field, _, size = change.partition("=")
-        if field not in config or not size.isdecimal():
-            p.error(f"--set {change}: a field of config.json and a whole number")
+        if type(config.get(field)) is not int or not size.isdecimal() or int(size) == 0:
+            p.error(f"--set {change}: a size in config.json and a whole number, 1 or more")
         config[field] = int(size)
     config["attn_type_list"] = [1] * config["num_hidden_layers"]
     bounds = args.layers.split(":")
@@ -127,6 +127,10 @@ def main(argv=None):
     layers = range(*map(int, bounds))
     if not layers or layers.stop > config["num_hidden_layers"]:
         p.error(f"--layers {args.layers}: A < B, of {config['num_hidden_layers']} layers")
+    if Path(args.folder).exists() and (not Path(args.folder).is_dir() or any(Path(args.folder).iterdir())):
+        p.error(f"{args.folder} is there already, and not empty")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        p.error("--device cuda: there is no GPU")
     write(args.folder, layers, config, args.device)
 
 if __name__ == "__main__":

@@ -4115,8 +4115,8 @@ def tagged_value(text, schema, root, depth=0):
         is_list = is_list and "array" in kinds or "object" not in kinds
     if is_list:
         items = item_schema(schema, root)
-        return [tagged_value(inner, items, root, depth + 1) for _, inner in parts]
-    return {name: tagged_value(inner, property_schema(schema, name, root), root, depth + 1) for name, inner in parts}
+        return [tagged_value(part, items, root, depth + 1) for _, part in parts]
+    return {name: tagged_value(part, property_schema(schema, name, root), root, depth + 1) for name, part in parts}
 
 def tagged_parts(text):
     """A text that is tags side by side -> [(name, what is in it)]; None if it is anything else."""
@@ -4305,12 +4305,7 @@ class AnswerParser:
             self.grow(len(tag))
             return True
         self.end_value()
-        if after["key"] is not None:
-            self.take(after.end())
-            self.open_value(after["key"])
-        else:
-            self.take(after.end("ends"))
-            self.end_call()
+        self.go_on(after)
         return True
 
     def goes_on(self, after):
@@ -4342,6 +4337,10 @@ class AnswerParser:
         call = CallPart(len(self.calls), f"call_{os.urandom(12).hex()}", found["name"])
         self.calls.append([call])
         self.new["parts"].append(call)
+        self.go_on(found)
+
+    def go_on(self, found):
+        """found: a match that ends with the opening tag of a parameter, or with the end of the call."""
         if found["key"] is not None:
             self.take(found.end())
             self.open_value(found["key"])
@@ -5969,8 +5968,8 @@ class TokenIds:
         words = text.split(",")
         for word in words:
             if not re.fullmatch(r"\s*[0-9]{1,9}\s*", word) or int(word) >= self.n_vocab:
-                raise ValueError(f"prompt {text[:100]!r}: the folder of --hf has no tokenizer.json, so that a prompt is "
-                                 f"ids below {self.n_vocab}, as in 1,2,3")
+                raise ValueError(f"prompt {text[:100]!r}: the folder of --hf has no tokenizer.json, so that a prompt "
+                                 f"is ids below {self.n_vocab}, as in 1,2,3")
         return list(map(int, words))
 
     def decode_bytes(self, ids):

@@ -6230,7 +6230,9 @@ def print_offload(model, rate=None, n_rows=1, n_prompt=None):
 def choose_threads(args, model, device, ids, index_warmup):
     """-> Threads, which are tried, where nothing decides, on the first of these tokens."""
     threads = Threads(device, args.threads)
-    if threads.count is None:
+    if threads.count is None and is_offloaded(model):
+        threads.use(threads.most, "all; a trial would read the layers, several times")
+    elif threads.count is None:
         idx = torch.tensor([ids[:256]])
         with torch.no_grad():
             threads.choose(lambda: model(idx, n_logits=1, index_warmup=index_warmup))

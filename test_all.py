@@ -2983,6 +2983,22 @@ def test_offloaded_answers_side_by_side_have_costs_too(saved, capsys):
     out = capsys.readouterr().out
     assert re.search(r"offload \| all 3 layers: about [\d.]+ s and [\d.]+ GB a token of each of 2 answers, ", out)
 
+def test_threads_are_not_tried_on_layers_from_disk(saved, monkeypatch):
+    """A trial would read most of M2's 230 GB, four times or more, before the first word."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    checkpoint = HFCheckpoint(saved.folder)
+    model = checkpoint.offload()
+    before = checkpoint.bytes_read
+
+    with mock.patch("torch.set_num_threads") as set_threads:
+        threads = sample.choose_threads(SimpleNamespace(threads=None), model, torch.device("cpu"), [1, 2, 3], False)
+
+    assert checkpoint.bytes_read == before
+    assert threads.count == 2
+    set_threads.assert_called_once_with(2)
+
 def test_what_one_kind_of_layer_costs_says_nothing_of_another(saved_m3, capsys):
     """M3's layers are of two kinds."""
     sample_hf(saved_m3.folder, "--offload", "--layers", "1:3")

@@ -14189,6 +14189,7 @@ def test_without_a_teacher_nothing_is_imitated(tmp_path):
     "--task {path} --max-new-tokens 256"])
 def test_a_context_without_room_for_a_turn_is_refused(line, tmp_path):
     """No episode would have a turn, nor the run a step; with a teacher and without."""
+    needs("--serve" not in line or importlib.util.find_spec("starlette"), "starlette, which is optional")
     line = line.format(path=write_task(tmp_path, text=NO_TEACHER))
     assert "--max-new-tokens" in refused(rl, rl_args(tmp_path / "out", f"{line} --steps 1"))
 

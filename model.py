@@ -1408,6 +1408,11 @@ def stack_reports(reports):
             found.setdefault(key, []).append(x)
     return {key: torch.stack(layers) for key, layers in found.items()}
 
+class ContextShard:
+    @staticmethod
+    def fits(T, size, L, stride):
+        return False
+
 # ---- the model -----------------------------------------------------------------------------------
 # MiniMax is the trunk (embedding, layers, norm, head) and the MTP modules. `forward` runs it: with losses in training,
 # with a cache in generation. The other methods count losses, parameters and FLOPs, balance the experts' load after a
@@ -1457,7 +1462,7 @@ class MiniMax(nn.Module):
                 p.normal_(0, std)
 
     def forward(self, idx, targets=None, weight=None, cache=None, pos=None, end=None, replay=None, n_logits=None,
-                index_warmup=False, run_mtp=True, recompute=False):
+                index_warmup=False, run_mtp=True, recompute=False, shard=None):
         """One forward for training, prefill, decode and merged trees.
 
         idx           (B, T) tokens

@@ -88,6 +88,8 @@ WORSE = 1.5                            # val_bpb over the lowest so far at which
 EVAL_ROWS = 16                         # windows of an evaluation at a time
 EMBED_SCALE = 12.0                     # the embedding's rate over the schedule's: measured
 MUON_RMS = 0.2                         # of an update, as AdamW's
+GATHER_AT_ONCE = 4e9                   # bytes of a model's weights: FSDP's hooks around each of its layers take the CPU
+                                       # longer than NVLink takes for all of them
 # Dense bf16 FLOP/s by the GPU's full name, from NVIDIA's datasheets (half of what they print "with sparsity")
 PEAK = {
     "H100 80GB HBM3": 989.4e12, "H800": 989.4e12, "H200": 989.4e12,               # SXM
@@ -568,9 +570,10 @@ class Parallel:
         parts = [f"{name} {size} over {what}" for name, size, what in shared if size > 1]
         return f"{self.world.size}: {', '.join(parts)}; FSDP2 keeps 1/{self.world.size} of the rest on each"
 
-    def shard(self, model):
+    def shard(self, model, at_once=GATHER_AT_ONCE):
         """Leave to this rank its part of a model's parameters; from then on its forward and backward meet the
-        others'. Gradients are sums over ranks. The model may lie on the CPU: its layers go to the device one by one."""
+        others'. Gradients are sums over ranks. The model may lie on the CPU: its layers go to the device one by one.
+        at_once: bytes of a model's weights up to which all its layers are gathered together."""
         if self.world.size == 1:
             return
         from torch.distributed.fsdp import fully_shard
@@ -582,8 +585,10 @@ class Parallel:
                 if self.replicas.size() > 1:
                     fully_shard(layer.experts, mesh=self.replicas)
                 apart.update(layer.experts.parameters())
-        for block in [*model.layers, *(module.block for module in model.mtp)]:
-            fully_shard(block, mesh=self.everyone, ignored_params=apart)
+        size = sum(p.numel() * p.itemsize for p in model.parameters() if p not in apart)
+        if size > at_once:
+            for block in [*model.layers, *(module.block for module in model.mtp)]:
+                fully_shard(block, mesh=self.everyone, ignored_params=apart)
         fully_shard(model, mesh=self.everyone, ignored_params=apart)
         for module in model.modules():
             if hasattr(module, "set_gradient_divide_factor"):

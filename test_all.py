@@ -18412,9 +18412,9 @@ def no_causal_mask(real, block_idx, i, L, end):
     """MSA sees every token of a chosen block, those to come included."""
     return (block_idx[..., None] >= 0).expand(*block_idx.shape, L).flatten(-2)
 
-def prompt_forgotten(real, q, k, v, i, j, end, step):
+def prompt_forgotten(real, q, k, v, i, j, end, start, step):
     """Keys that later parts of the queries see, too, are dropped with the first part."""
-    return real(q, k, v, i, j, end.clamp(max=2 * step), step)
+    return real(q, k, v, i, j, end.clamp(max=2 * step), start, step)
 
 def end_ignored(real, i, j, end):
     """A query sees tokens of the documents before its own."""

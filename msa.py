@@ -56,6 +56,7 @@ _compiled = functools.cache(torch.compile)
 # Everything here runs on any device and in any precision, and has gradients where its docstring says so. A layer calls
 #     full_attention   softmax over every visible key, for layers that are not sparse
 #     select_blocks    block_scores, then top_blocks: the choice, which has no gradient
+#                      block_candidates, then merge_candidates: the same where each rank has some of the keys
 #     msa_attention    gather_blocks copies the chosen keys and values out; group_probs is the softmax over them
 #     msa_decode       both for a step of generation
 #     msa_train        both for a step of training: msa_attention, and index_kl_loss for the index branch
@@ -237,13 +238,14 @@ def _flex(q, k, v, end, start=0, tile=128):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return _compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
 
-def block_scores(qi, ki, i, end, L):
+def block_scores(qi, ki, i, end, L, ids=None):
     """The index branch's score of every block (paper eq. 5-6): max over its visible keys of qi . ki, in fp32 or wider;
     -inf from the query's own block on. An earlier block lies wholly before i, so that only `end` can hide a key of it.
 
-    qi  (B, T, Hkv, D)
-    ki  (B, Tk, D)
-    i   (B, T) or (1, T), index of each query
+    qi   (B, T, Hkv, D)
+    ki   (B, Tk, D)
+    i    (B, T) or (1, T), index of each query
+    ids  (N,), which block of the row each block of ki is; None: 0 … N-1
     -> (B, T, Hkv, N)
     """
     B, T, Hkv, D = qi.shape
@@ -263,7 +265,9 @@ def block_scores(qi, ki, i, end, L):
             scores = scores.masked_fill((i[:, None, None] >= last)[..., None], float("-inf"))
         scores = scores.nan_to_num_(float("-inf"), float("inf"), float("-inf"))
         out[:, b:b + scores.size(1)] = scores.amax(2)
-    hidden = torch.arange(N, device=i.device)[:, None] >= (i // L)[:, None]     # (B, N, T)
+    if ids is None:
+        ids = torch.arange(N, device=i.device)
+    hidden = ids[:, None] >= (i // L)[:, None]                                  # (B, N, T)
     return out.masked_fill(hidden[..., None], float("-inf")).permute(0, 2, 3, 1)
 
 def top_blocks(scores, own, S):
@@ -301,6 +305,46 @@ def select_blocks(qi, ki, S, L, end=None, start=None, impl="auto"):
         scores = block_scores(qi[:, rows], ki, i[:, rows], end, L)
         chosen.append(top_blocks(scores, (i[:, rows] // L).expand(B, -1), S))
     return torch.cat(chosen, 1)
+
+@torch.no_grad()
+def block_candidates(qi, ki, ids, S, L, end=None, start=None):
+    """The choice where each rank has some of a row's key blocks, first part: the best S - 1 of those that are here.
+
+    qi     (B, T, Hkv, D), index queries
+    ki     (B, n * L, D), index keys of whole blocks
+    ids    (n,) int, which block of the row each is, in ascending order
+    S, L   see select_blocks
+    end    (B, n * L), of these keys; start: see full_attention
+    -> score (B, T, Hkv, S - 1), in descending order, and block, int32; -inf and -1 where there are fewer
+    """
+    B, T, Hkv, _ = qi.shape
+    i = query_index(T, start, qi.device)
+    step = max(1, chunk(qi.device) * L // (B * Hkv * ki.size(1)))
+    found = []
+    for t in range(0, T, step):
+        rows = slice(t, t + step)
+        scores = block_scores(qi[:, rows], ki, i[:, rows], end, L, ids)
+        scores, place = scores.sort(dim=-1, descending=True, stable=True)
+        found.append((scores[..., :S - 1], ids[place[..., :S - 1]]))
+    score, block = (torch.cat(parts, 1) for parts in zip(*found))
+    lacking = S - 1 - score.size(-1)
+    score = F.pad(score, (0, lacking), value=float("-inf"))
+    block = F.pad(block, (0, lacking)).masked_fill(score == float("-inf"), -1)
+    return score, block.int()
+
+def merge_candidates(score, block, own, S):
+    """The second part: of all ranks' candidates the best, by descending score, ties by lowest block: the blocks that
+    select_blocks gives.
+
+    score, block  (B, T, Hkv, ranks * (S - 1)), block_candidates of each rank, in any order
+    own           (B, T), block of each query
+    -> block_idx int32 (B, T, Hkv, S)
+    """
+    block, place = block.sort(dim=-1)  # a stable sort by score, below, keeps this order among ties
+    score, place = score.gather(-1, place).sort(dim=-1, descending=True, stable=True)
+    best = block.gather(-1, place).masked_fill(score == float("-inf"), -1)[..., :S - 1]
+    own = own[:, :, None, None].expand(*best.shape[:3], 1)
+    return torch.cat([own, best], -1).int()
 
 def gather_blocks(x, block_idx, L):
     """Copy out the chosen blocks. x (B, Tk, Hkv, D), block_idx (B, T, Hkv, S) -> (B, T, Hkv, S*L, D).

@@ -846,6 +846,30 @@ def test_a_long_tree_is_attended_in_parts():
     for mine, theirs in zip(with_grads(msa.full_attention(q, k, v, end), (q, k, v)), with_grads(want, (q, k, v))):
         assert worst(mine, theirs) < 1e-12  # sums of the same numbers in another order
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_full_attention_takes_a_part_of_a_row(monkeypatch):
+    """Queries from a start on, over all keys or over those that they see: a mask's rows, the tree's way and
+    FlexAttention's, uncompiled here, too; a start beyond the keys is refused."""
+    T = 150
+    start = 64
+    q, k, v, _, _ = random_qkv(B=1, T=T, D=16)
+    part = q[:, start:]
+    monkeypatch.setattr(msa, "_compiled", lambda function: function)
+    monkeypatch.setattr(msa, "SEEN_STEP", 40)
+    for end in (packed_end(T, [33, 100], 1), None):
+        i = torch.arange(T)
+        last = torch.full((1, T), T) if end is None else end
+        mask = (i <= i[:, None]) & (i[:, None] < last[:, None])                                           # (1, T, T)
+        want = F.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (q, k, v)), mask, enable_gqa=True).transpose(1, 2)
+
+        assert worst(msa.full_attention(part, k, v, end, start), want[:, start:]) < 1e-12
+        assert worst(msa.full_attention(q[:, :start], k, v, end, 0), want[:, :start]) < 1e-12
+        if end is not None:
+            assert worst(msa._flex(part, k, v, end, start), want[:, start:]) < 1e-6
+    with value_error("start is 65, expected 0 to 64"):
+        msa.full_attention(part, k, v, None, start + 1)
+
 # Two kinds of attention that MiniMax gave up. A window hides keys that lie too far back. Lightning attention hides
 # none, but a key counts less with every token between: a sum without a softmax, for which a state can stand.
 
@@ -995,6 +1019,29 @@ def test_ties_go_to_the_lowest_block():
     assert repeated[0, 39, 0].tolist() == [9, 0, 1]
     assert zero[0, 21, 0].tolist() == [5, 0, 1]
 
+@parametrize("tied", [False, True])
+def test_ranks_candidates_merge_into_the_choice(tied):
+    """Three ranks have every third key block each: the best of their candidates are the choice, by brute force and by
+    select_blocks; documents, queries from a start on, and scores of which many are equal, included."""
+    T, L, S = 60, 4, 4
+    *_, qi, ki = random_qkv(T=T)
+    if tied:
+        qi, ki = qi.round().clamp(-1, 1), ki.round().clamp(-1, 1)
+    first = 12
+    own = (torch.arange(first, T) // L).expand(2, -1)
+    for end in (None, packed_end(T, [8, 24])):
+        found = []
+        for rank in range(3):
+            ids = torch.arange(rank, T // L, 3)
+            slots = (ids[:, None] * L + torch.arange(L)).flatten()
+            its_end = None if end is None else end[:, slots]
+            found.append(msa.block_candidates(qi[:, first:], ki[:, slots], ids, S, L, its_end, first))
+        scores, blocks = (torch.cat(parts, -1) for parts in zip(*reversed(found)))
+        merged = msa.merge_candidates(scores, blocks, own, S)
+
+        assert torch.equal(merged, brute_blocks(qi, ki, S, L, end)[:, first:])
+        assert torch.equal(merged, msa.select_blocks(qi, ki, S, L, end)[:, first:])
+
 def test_index_keys_of_nan_choose_nothing():
     """An index key of NaN counts as a hidden one; a block of nothing else is chosen by its own queries alone."""
     T, L = 32, 4
@@ -1086,6 +1133,43 @@ def test_index_kl_value_and_gradient(support):
 # Attention over the chosen blocks is exact: the same softmax, over fewer keys. With S blocks of L tokens or fewer it is
 # full attention, and beyond that it costs T * S * L. What a query cannot see, be it nothing at all or NaN, never
 # reaches it.
+
+def in_parts(step, inputs, end, weight, cuts):
+    """A training step of one layer, a part of the queries after the other, each against all keys -> y, the sum of KLs,
+    the gradients of all inputs. step(q, k, v, qi, ki, end, weight, start) -> y, KL."""
+    q, k, v, qi, ki = inputs
+    T = q.size(1)
+    ys = []
+    loss = 0
+    for start, stop in zip(cuts, [*cuts[1:], T]):
+        rows = slice(start, stop)
+        y, kl = step(q[:, rows], k, v, qi[:, rows], ki, end, weight[:, rows], start)
+        ys.append(y)
+        loss = loss + kl
+    y = torch.cat(ys, 1)
+    upstream = torch.ones_like(y).cumsum(-1)
+    return y, loss, *torch.autograd.grad((y * upstream).sum() + 3 * loss, inputs)
+
+@parametrize("index_warmup", [False, True])
+def test_a_row_learns_in_parts(index_warmup):
+    """Attention, KL and all gradients of a row whose queries come in three parts are the whole row's, packed or not."""
+    T, L, S, stride = 36, 4, 3, 2
+    inputs = random_qkv(T=T, grad=True)
+    weight = torch.rand(2, T)
+    for end in (None, packed_end(T, [8, 28])):
+        def step(q, k, v, qi, ki, end, weight, start):
+            if index_warmup:
+                kl = msa.index_kl_loss(qi, ki, q, k, None, L, end, weight, stride, start)
+                return msa.full_attention(q, k, v, end, start), kl
+            blocks = msa.select_blocks(qi, ki, S, L, end, start)
+            return msa.msa_train(q, k, v, qi, ki, blocks, L, end, weight, stride, start=start)
+
+        def whole_row(*args):
+            return step(*args[:-1], None)
+
+        got = in_parts(step, inputs, end, weight, [0, 8, 20])
+        want = in_parts(whole_row, inputs, end, weight, [0])
+        assert max(map(relative, got, want)) < 1e-12
 
 @parametrize("T, L, S", [
     (1, 4, 2),
@@ -1442,6 +1526,30 @@ def test_training_kernels_equal_autograd(case):
 
     for mine, want in zip(got, train_once(*task, impl="torch")):
         assert worst(mine, want) < 1e-4 * want.abs().max()  # scores of 500 round to 3e-5, which exp passes on
+
+def test_training_kernels_take_a_part_of_a_row():
+    """A row's queries in two parts: what a query gets has the bits of the whole row's kernels, what keys get, and the
+    KL, are the torch half's of the same parts; stride, weights and a tree included."""
+    T, L, S, stride = 24, 8, 3, 2
+    inputs = kernel_qkv(2, T, T, 1, 2, grad=True)
+    end = TREE[:, :T].clamp(max=T)
+    weight = torch.rand(2, T)
+
+    def step(q, k, v, qi, ki, end, weight, start, impl="triton"):
+        blocks = msa.select_blocks(qi, ki, S, L, end, start, impl)
+        return msa.msa_train(q, k, v, qi, ki, blocks, L, end, weight, stride, impl, start)
+
+    def whole_row(*args):
+        return step(*args[:-1], None)
+
+    with poisoned(), prefill_order("KV-outer"), training_launches(5, 16):
+        got = y, _, dq, _, _, dqi, _ = in_parts(step, inputs, end, weight, [0, 8])
+        whole = in_parts(whole_row, inputs, end, weight, [0])
+    for mine, its in ((y, whole[0]), (dq, whole[2]), (dqi, whole[5])):
+        assert torch.equal(mine, its)
+    want = in_parts(partial(step, impl="torch"), inputs, end, weight, [0, 8])
+    for mine, its in zip(got, want):
+        assert worst(mine, its) < 1e-5 * its.abs().max()
 
 def lightning_tiles(rows, cols, programs):
     """Lightning's kernels walk in chunks of so many rows, over so many channels, in so many programs."""
@@ -5069,6 +5177,96 @@ def test_loss_at_init_is_log_vocab_and_one_batch_overfits():
 
     assert abs(losses[0] / math.log(61) - 1) < 0.1
     assert losses[-1] < 0.1
+
+# Context parallelism: each of several processes computes some of a row's tokens. They are started once, do all steps,
+# and leave what they have in files.
+
+CP_STEPS = {  # dtype, whether the index branch is in its warm-up, and how near the steps are
+    "fp64": (torch.float64, False, 1e-10),
+    "fp64, warm-up": (torch.float64, True, 1e-10),
+    "fp32": (torch.float32, False, 1e-4)}
+
+def cp_row(dtype):
+    """Two packed rows of 48 tokens, and how often each of these counts."""
+    torch.manual_seed(0)
+    rows = [packed(sizes, 4, dtype)[0] for sizes in ((13, 24, 6), (7, 37))]
+    row = {key: torch.cat([one[key] for one in rows]) for key in rows[0]}
+    row["weight"] = row["weight"] * torch.randint(1, 4, (2, 48))
+    return row
+
+def cp_step(name, shard=None):
+    """A step of a small model with MTP -> what it computed, gradients of all parameters included. With a shard, that
+    is this rank's share."""
+    dtype, index_warmup, _ = CP_STEPS[name]
+    row = cp_row(dtype)
+    model = make_model(dtype, n_mtp=2, index_kl_stride=2).train()
+    _, sums, aux = model(**row, index_warmup=index_warmup, shard=shard)
+    total = model.count_losses(row["targets"], row["weight"], row["end"])
+    names, params = zip(*model.named_parameters())
+    grads = torch.autograd.grad(sums.over(total).objective(0.3), params)
+    return dict(
+        losses=terms(sums).detach(),
+        load=aux["expert_load"],
+        grads=dict(zip(names, grads)),
+        hidden=aux["hidden"].detach(),
+        block_idx=aux.get("block_idx"))
+
+def cp_rank(rank, size, folder):
+    """A process: its share of each step, into a file."""
+    torch.set_num_threads(1)
+    dist = torch.distributed
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    shard = model.ContextShard(rank, size, 48)
+    torch.save({name: cp_step(name, shard) for name in CP_STEPS}, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+def test_a_row_on_two_ranks_is_the_row_on_one(tmp_path):
+    """Two gloo processes, a zigzag of four chunks: losses, loads and every gradient add up to one process's, hidden
+    states and chosen blocks are its own; packed documents, MTP of depth 2, warm-up."""
+    torch.multiprocessing.spawn(cp_rank, (2, str(tmp_path)), 2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for name, (dtype, _, near) in CP_STEPS.items():
+        want = cp_step(name)
+        front, middle = (rank[name] for rank in ranks)
+
+        for key in ("losses", "load"):
+            assert relative(front[key] + middle[key], want[key]) < near
+        largest = max(grad.norm() for grad in want["grads"].values())
+        for param, grad in want["grads"].items():
+            error = (front["grads"][param] + middle["grads"][param] - grad).norm()
+            assert error < near * max(grad.norm(), 1e-3 * largest), param
+
+        # rank 0 has the first chunk of 12 tokens and the last one
+        hidden = torch.cat([front["hidden"][:, :12], middle["hidden"], front["hidden"][:, 12:]], 1)
+        assert relative(hidden, want["hidden"]) < near
+        if want["block_idx"] is not None:
+            blocks = (front["block_idx"][:, :, :12], middle["block_idx"], front["block_idx"][:, :, 12:])
+            assert torch.equal(torch.cat(blocks, 2), want["block_idx"])
+
+def test_a_rows_chunks_cost_each_rank_the_same():
+    """Every token is one rank's, chunks begin with key blocks and with the first of a stride, and the pairs of a query
+    and a key before it, which an index branch scores, are equally many; rows that cannot be cut are refused."""
+    T, size = 96, 4
+    shards = [model.ContextShard(rank, size, T) for rank in range(size)]
+    slots = [shard.take(torch.arange(T), 0) for shard in shards]
+
+    assert torch.cat(slots).sort().values.tolist() == list(range(T))
+    assert len({own.sum().item() for own in slots}) == 1
+    assert all(start % 12 == 0 for shard in shards for start, _ in shard.parts)
+    assert shards[0].fits(T, size, 4, 6)
+    assert not shards[0].fits(T, size, 8, 1)
+    assert not shards[0].fits(T, size, 4, 8)
+
+def test_what_a_shard_cannot_do_is_refused():
+    """Windows, a cache and rows of another length, each in one line."""
+    row = dict(idx=random_ids(1, 48))
+    shard = model.ContextShard(0, 2, 48)
+    with value_error("context parallelism is for full attention and MSA"):
+        make_hybrid("swa")(**row, shard=shard)
+    with value_error("without cache, replay or n_logits"):
+        make_model()(**row, n_logits=1, shard=shard)
+    with value_error("rows of 48 tokens cannot be cut into 6 chunks of whole key blocks of 4, and for every 3 queries"):
+        make_model(index_kl_stride=3)(**row, shard=model.ContextShard(0, 3, 48))
 
 # ---- 11. training --------------------------------------------------------------------------------
 # A batch depends on (seed, split, step) alone: evaluation disturbs nothing, and a resumed run equals one that never
@@ -18404,6 +18602,21 @@ def test_walk(trained, capsys):
 
 # Mutants: each sabotage below is one mistake, and the tests that guard against it must fail when it is made.
 # A sabotage is called with the real function first, then with that one's arguments.
+def start_forgotten(real, T, start, device):
+    """The queries of a part are taken for the row's first ones."""
+    return real(T, None, device)
+
+def starts_forgotten(real, start, x):
+    """Kernels take the queries of a part for the row's first ones."""
+    return real(None if start is None else 0, x)
+
+def ties_as_they_come(real, score, block, own, S):
+    """Of equal candidates the one of the first rank wins."""
+    order = torch.arange(block.size(-1)).expand_as(block)
+    best = real(score, order, own, S)[..., 1:]
+    found = block.gather(-1, best.clamp(min=0).long()).masked_fill(best < 0, -1)
+    return torch.cat([own[:, :, None, None].expand(*block.shape[:3], 1), found], -1).int()
+
 def every_block_chosen(real, block_idx, N):
     """A mask that forgets the choice."""
     return torch.ones_like(real(block_idx, N))
@@ -18412,9 +18625,9 @@ def no_causal_mask(real, block_idx, i, L, end):
     """MSA sees every token of a chosen block, those to come included."""
     return (block_idx[..., None] >= 0).expand(*block_idx.shape, L).flatten(-2)
 
-def prompt_forgotten(real, q, k, v, i, j, end, step):
+def prompt_forgotten(real, q, k, v, i, j, end, start, step):
     """Keys that later parts of the queries see, too, are dropped with the first part."""
-    return real(q, k, v, i, j, end.clamp(max=2 * step), step)
+    return real(q, k, v, i, j, end.clamp(max=2 * step), start, step)
 
 def end_ignored(real, i, j, end):
     """A query sees tokens of the documents before its own."""
@@ -19428,6 +19641,9 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
            on(test_few_tokens_make_msa_dense, torch.float32, 1e-6)),
     mutant("msa.visible", end_ignored, test_full_attention_obeys_visibility, test_a_long_tree_is_attended_in_parts),
     mutant("msa._attend_tree", prompt_forgotten, test_a_long_tree_is_attended_in_parts),
+    mutant("msa.query_index", start_forgotten, on(test_a_row_learns_in_parts, False)),
+    mutant("msa.starts", starts_forgotten, test_training_kernels_take_a_part_of_a_row),
+    mutant("msa.merge_candidates", ties_as_they_come, on(test_ranks_candidates_merge_into_the_choice, True)),
     mutant("msa.top_blocks", own_block_not_forced, brute_force),
     mutant("msa.top_blocks", ties_to_the_highest_block, test_ties_go_to_the_lowest_block),
     mutant("torch.Tensor.amax", mean_for_max, brute_force),

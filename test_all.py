@@ -7322,6 +7322,44 @@ def test_parallel_sizes_that_do_not_fit():
         with pytest.raises(argparse.ArgumentTypeError, match="sizes of dp, ep or cp"):
             train.parallel_sizes(text)
 
+def pid_of_rank(torchrun, rank):
+    """The process that torchrun, a Popen, has started as this rank; None while there is none."""
+    for pid in Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split():
+        with contextlib.suppress(FileNotFoundError):
+            if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                return int(pid)
+    return None
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc")
+def test_a_killed_rank_ends_the_job(tmp_path, capsys):
+    """torchrun with two ranks, of which one is killed between two checkpoints: the job ends in 30 s with a line that
+    says why, nothing half written is left to be read, and one process goes on from the last checkpoint."""
+    (tmp_path / "text.py").write_text(TEXT)
+    out = tmp_path / "out"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py",
+        "--data", str(tmp_path / "text.py"), "--out", str(out), "--vocab-size", "300", "--seq-len", "64",
+        "--steps", "100000", "--eval-every", "2", "--log-every", "1", "--parallel", "ep=2"]
+    with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as torchrun:
+        lines = []
+        for line in torchrun.stdout:
+            lines.append(line)
+            if line.startswith("step 00005"):
+                break
+        os.kill(pid_of_rank(torchrun, 1), signal.SIGKILL)
+        killed = time.monotonic()
+        lines += torchrun.stdout
+    assert torchrun.returncode == 1
+    assert time.monotonic() - killed < 30
+    assert "train.py: rank 0: another rank has ended, and this one with it" in "".join(lines)
+    assert "the last good checkpoint is kept" in "".join(lines)
+
+    step = sample.load_checkpoint(out)["now"]["step"]
+    assert step >= 4
+    result = train.main(["--resume", "--out", str(out), "--stop-after", str(step + 2)])
+    assert result["step"] == step + 2
+    assert not list(out.glob("*.tmp"))
+
 def shards_orthogonalised(real, shards, p, stack):
     """Each rank orthogonalises the rows that it has."""
     return train.orthogonalize_stack(shards, 1)

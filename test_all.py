@@ -7120,10 +7120,10 @@ def on_ranks(folder, size, body, *args):
         assert process.exitcode == 0, f"a rank ended with {process.exitcode}"
     return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
 
-def ranks_config():
+def ranks_config(attn="msa"):
     """Three layers of three kinds, with sizes that do not divide by two or four: rows of matrices, the vocabulary."""
     return MiniMaxConfig.tiny(
-        vocab_size=301, n_layer=3, attn_types=["full", "msa", "msa"], mlp_types=["dense", "moe", "moe"], n_mtp=1,
+        vocab_size=301, n_layer=3, attn_types=["full", attn, attn], mlp_types=["dense", "moe", "moe"], n_mtp=1,
         n_embd=60, n_head=2, n_kv_head=1, head_dim=30, rotary_dim=10, expert_dim=20, shared_dim=20, dense_dim=44,
         index_head_dim=14)
 
@@ -7142,34 +7142,34 @@ def ranks_batch(cfg, step, rows=4, T=64):
     pos = torch.arange(T).expand(rows, T)
     return dict(idx=text[:, :-1], targets=targets, pos=pos, weight=weight, end=end)
 
-def ranks_run(world, sizes, dtype, steps=5, at_once=0, change=None):
+def ranks_run(world, sizes, dtype, steps=5, at_once=0, attn="msa"):
     """Five steps of every mode: warm-up and sparse, with and without MTP, in parts, with recomputation.
 
     sizes    of --parallel, None for one process
     at_once  bytes of a model that is gathered together; 0: layer by layer
-    change   sabotage, called with the Parallel before the first step
+    attn     of two of the three layers
     -> dict: losses, one row a step; weights and moments as a checkpoint has them (rank 0's alone); parts, this rank's
     own part of each parameter and moment
     """
-    cfg = ranks_config()
+    cfg = ranks_config(attn)
     torch.manual_seed(0)
     model = MiniMax(cfg).to(dtype).train()
     parallel = train.Parallel.join(world, torch.device("cpu"), sizes, cfg)
     parallel.shard(model, at_once)
     optimizers, index, rest = train.configure_optimizers(model, 1e-2)
     losses = []
-    with change(parallel) if change else contextlib.nullcontext():
-        for step in range(steps):
-            train.set_rates(optimizers, 1e-3)
-            found = train.train_step(
-                model, ranks_batch(cfg, step), optimizers, (rest, index), parts=1 + step % 2, bias_rate=0.01,
-                index_warmup=step < 2, run_mtp=step % 2 == 0, recompute=step == 3, parallel=parallel)
-            numbers = [found["loss"], found["mtp_loss"].sum(), found["index_kl"].sum(), *found["norms"]]
-            losses.append([number.item() for number in numbers])
-        weights = parallel.weights(model)
-        moments = parallel.moments(model, optimizers)
-    return dict(losses=torch.tensor(losses, dtype=torch.float64), weights=weights, moments=moments,
-                parts=own_parts(model, optimizers))
+    for step in range(steps):
+        train.set_rates(optimizers, 1e-3)
+        found = train.train_step(
+            model, ranks_batch(cfg, step), optimizers, (rest, index), parts=1 + step % 2, bias_rate=0.01,
+            index_warmup=step < 2, run_mtp=step % 2 == 0, recompute=step == 3, parallel=parallel)
+        numbers = [found["loss"], found["mtp_loss"].sum(), found["index_kl"].sum(), *found["norms"]]
+        losses.append([number.item() for number in numbers])
+    return dict(
+        losses=torch.tensor(losses, dtype=torch.float64),
+        weights=parallel.weights(model),
+        moments=parallel.moments(model, optimizers),
+        parts=own_parts(model, optimizers))
 
 def own_parts(model, optimizers):
     """What a rank itself keeps: of each parameter and each moment of it, by the name that one process has for it."""
@@ -7194,17 +7194,18 @@ def farthest(found, wanted):
     return max(apart)
 
 @lru_cache
-def one_process_run(dtype):
+def one_process_run(dtype, attn):
     """The run of `ranks_run` without other ranks."""
-    return ranks_run(sample.World(), None, dtype)
+    return ranks_run(sample.World(), None, dtype, attn=attn)
 
-RANKS = {  # --parallel, and how many bytes of a model are gathered together
-    "rows": ("dp=2", 0),
-    "rows, gathered together": ("dp=2", 1e9),
-    "experts": ("ep=2", 0),
-    "tokens": ("cp=2", 0),
-    "rows and experts": ("dp=2,ep=2", 0),
-    "experts and tokens": ("ep=2,cp=2", 0)}
+RANKS = {  # --parallel; how many bytes of a model are gathered together; the attention of two layers
+    "rows": ("dp=2", 0, "msa"),
+    "rows, gathered together": ("dp=2", 1e9, "msa"),
+    "experts": ("ep=2", 0, "msa"),
+    "tokens": ("cp=2", 0, "msa"),
+    "M2's, without index branches": ("ep=2", 1e9, "full"),
+    "rows and experts": ("dp=2,ep=2", 0, "msa"),
+    "experts and tokens": ("ep=2,cp=2", 0, "msa")}
 NEAR = {torch.float64: 1e-10, torch.float32: 1e-4}  # AdamW scales rounding in a tiny gradient to a full step
 
 @parametrize("case, dtype", [
@@ -7213,11 +7214,11 @@ NEAR = {torch.float64: 1e-10, torch.float32: 1e-4}  # AdamW scales rounding in a
 def test_ranks_compute_what_one_process_does(case, dtype, tmp_path):
     """Five steps of every mode on two and four gloo processes: losses, norms, weights and both optimizers' moments are
     one process's; rows of matrices, vocabulary and real tokens that do not divide included."""
-    text, at_once = RANKS[case]
+    text, at_once, attn = RANKS[case]
     sizes = train.parallel_sizes(text)
-    found, *others = on_ranks(tmp_path, math.prod(sizes.values()), ranks_run, sizes, dtype, 5, at_once)
+    found, *others = on_ranks(tmp_path, math.prod(sizes.values()), ranks_run, sizes, dtype, 5, at_once, attn)
 
-    assert farthest(found, one_process_run(dtype)) < NEAR[dtype]
+    assert farthest(found, one_process_run(dtype, attn)) < NEAR[dtype]
     for other in others:  # what all ranks know is the same to the bit
         assert torch.equal(other["losses"], found["losses"])
         for name in found["parts"]:

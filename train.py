@@ -644,8 +644,8 @@ class Parallel:
         norm, = self.sum(norm.to(self.device) ** 2)
         norm = norm.sqrt()
         factor = (1 / (norm + 1e-6)).clamp(max=1.0)  # as in clip_grad_norm_
-        for grad in grads:
-            grad.mul_(factor)
+        if grads:                      # M2 has no index branch, whose gradients are clipped apart
+            torch._foreach_mul_(grads, factor)
         return norm
 
     def whole(self, name, t):

@@ -5218,12 +5218,17 @@ def cp_rank(rank, size, folder):
     dist = torch.distributed
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     shard = model.ContextShard(rank, size, 48)
-    torch.save({name: cp_step(name, shard) for name in CP_STEPS}, Path(folder) / f"{rank}.pt")
+    found = {name: cp_step(name, shard) for name in CP_STEPS}
+    machine = bench.Machine(torch.device("cpu"), torch.float32, rates=dict(matmul=1e12))
+    with torch.no_grad(), mock.patch.multiple(bench, SHAPES={"m3": (2, 1)}, RANK_REPS=1):
+        found["bench"] = bench.rank_row(machine, sample.World(rank, size, rank), "m3", 2500)
+    torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
 def test_a_row_on_two_ranks_is_the_row_on_one(tmp_path):
     """Two gloo processes, a zigzag of four chunks: losses, loads and every gradient add up to one process's, hidden
-    states and chosen blocks are its own; packed documents, MTP of depth 2, warm-up."""
+    states and chosen blocks are its own; packed documents, MTP of depth 2, warm-up. A row of bench.py has both times,
+    after it has found one rank's blocks on both."""
     torch.multiprocessing.spawn(cp_rank, (2, str(tmp_path)), 2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name, (dtype, _, near) in CP_STEPS.items():
@@ -5244,6 +5249,12 @@ def test_a_row_on_two_ranks_is_the_row_on_one(tmp_path):
             blocks = (front["block_idx"][:, :, :12], middle["block_idx"], front["block_idx"][:, :, 12:])
             assert torch.equal(torch.cat(blocks, 2), want["block_idx"])
 
+    row = ranks[0]["bench"]
+    assert row == ranks[1]["bench"]    # they agree on the times
+    assert (row["ctx"], row["ranks"]) == (2560, 2)
+    assert row["speedup"] == row["one_ms"] / row["msa_ms"]
+    assert 0 < row["gather_share"] < 1
+
 def test_a_rows_chunks_cost_each_rank_the_same():
     """Every token is one rank's, chunks begin with key blocks and with the first of a stride, and the pairs of a query
     and a key before it, which an index branch scores, are equally many; rows that cannot be cut are refused."""
@@ -5257,6 +5268,30 @@ def test_a_rows_chunks_cost_each_rank_the_same():
     assert shards[0].fits(T, size, 4, 6)
     assert not shards[0].fits(T, size, 8, 1)
     assert not shards[0].fits(T, size, 4, 8)
+
+def test_one_machine_computes_each_ranks_share():
+    """bench.py's estimate of the balance: the ranks' chunks, in turn, are the whole prefill, its blocks bit for bit."""
+    T = 2560
+    machine = bench.Machine(torch.device("cpu"), torch.float32)
+    with torch.no_grad(), mock.patch.object(bench, "SHAPES", {"m3": (2, 1)}):
+        found = bench.balance(machine, "m3", T, 2, reps=1)
+        q, qi = bench.random_queries(machine, (2, 1), 1, T)
+        k, v, ki = bench.random_cache(machine, (2, 1), 1, T)
+        out, blocks = bench.sparse_prefill(q, k, v, qi, ki, T)
+        for shard in model.ContextShard(0, 2, T).peers():
+            mine, its = bench.chunks_prefill(shard.take(q), k, v, shard.take(qi), ki, shard)
+            assert torch.equal(its, shard.take(blocks))
+            assert relative(mine, shard.take(out)) < 1e-6
+    assert found["speedup"] == found["whole_ms"] / max(found["rank_ms"])
+    assert len(found["rank_ms"]) == 2
+
+def test_bench_under_torchrun_takes_prefill_alone(monkeypatch):
+    """What it cannot share out is refused before it meets the other ranks."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with value_error("under torchrun bench.py takes --what prefill alone"):
+        bench.parse_args(["--what", "decode"])
+    assert bench.parse_args(["--what", "prefill"]).ctx == 1_000_000
 
 def test_what_a_shard_cannot_do_is_refused():
     """Windows, a cache and rows of another length, each in one line."""

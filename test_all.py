@@ -5212,25 +5212,20 @@ def cp_step(name, shard=None):
         hidden=aux["hidden"].detach(),
         block_idx=aux.get("block_idx"))
 
-def cp_rank(rank, size, folder):
-    """A process: its share of each step, into a file."""
-    torch.set_num_threads(1)
-    dist = torch.distributed
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
-    shard = model.ContextShard(rank, size, 48)
+def cp_steps(world):
+    """A rank's share of each step."""
+    shard = model.ContextShard(world.rank, world.size, 48)
     found = {name: cp_step(name, shard) for name in CP_STEPS}
     machine = bench.Machine(torch.device("cpu"), torch.float32, rates=dict(matmul=1e12))
     with torch.no_grad(), mock.patch.multiple(bench, SHAPES={"m3": (2, 1)}, RANK_REPS=1):
-        found["bench"] = bench.rank_row(machine, sample.World(rank, size, rank), "m3", 2500)
-    torch.save(found, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+        found["bench"] = bench.rank_row(machine, world, "m3", 2500)
+    return found
 
 def test_a_row_on_two_ranks_is_the_row_on_one(tmp_path):
     """Two gloo processes, a zigzag of four chunks: losses, loads and every gradient add up to one process's, hidden
     states and chosen blocks are its own; packed documents, MTP of depth 2, warm-up. A row of bench.py has both times,
     after it has found one rank's blocks on both."""
-    torch.multiprocessing.spawn(cp_rank, (2, str(tmp_path)), 2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    ranks = on_ranks(tmp_path, 2, cp_steps)
     for name, (dtype, _, near) in CP_STEPS.items():
         want = cp_step(name)
         front, middle = (rank[name] for rank in ranks)
@@ -7135,25 +7130,31 @@ def test_a_short_vocabulary_says_why(corpus, tmp_path):
     assert "no more pairs" not in full
 
 # ---- several ranks ---------------
-# Processes meet over gloo, as under torchrun on a CPU: forked from the test's own, they need no imports. Each computes
-# its part, and writes what it found into a file.
+# Processes meet over gloo, as under torchrun on a CPU. Each computes its part, and writes what it found into a file.
+# They are forked from the test's own process, and need no imports; where there is a GPU, whose threads of autograd no
+# fork survives, they begin anew.
 
 def on_ranks(folder, size, body, *args):
     """Call body(world, *args) in `size` processes that meet -> what each returns, by rank."""
-    folder = Path(tempfile.mkdtemp(dir=folder))
-
-    def run(rank):
-        torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=size)
-        torch.save(body(sample.World(rank, size, rank), *args), folder / f"{rank}.pt")
-        torch.distributed.destroy_process_group()
-    context = torch.multiprocessing.get_context("fork")
-    processes = [context.Process(target=run, args=(rank,), daemon=True) for rank in range(size)]
+    folder = tempfile.mkdtemp(dir=folder)
+    context = torch.multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    processes = []
+    for rank in range(size):
+        world = sample.World(rank, size, rank)
+        processes.append(context.Process(target=as_rank, args=(world, folder, body, args), daemon=True))
     for process in processes:
         process.start()
     for process in processes:
         process.join(120)
         assert process.exitcode == 0, f"a rank ended with {process.exitcode}"
-    return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
+    return [torch.load(f"{folder}/{rank}.pt") for rank in range(size)]
+
+def as_rank(world, folder, body, args):
+    """What a process of `on_ranks` does."""
+    dist = torch.distributed
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=world.rank, world_size=world.size)
+    torch.save(body(world, *args), f"{folder}/{world.rank}.pt")
+    dist.destroy_process_group()
 
 def ranks_config(attn="msa"):
     """Three layers of three kinds, with sizes that do not divide by two or four: rows of matrices, the vocabulary."""

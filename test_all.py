@@ -7151,6 +7151,7 @@ def on_ranks(folder, size, body, *args):
 
 def as_rank(world, folder, body, args):
     """What a process of `on_ranks` does."""
+    torch.set_num_threads(1)  # after a fork torch makes its pool anew, when first asked: not two threads at once
     dist = torch.distributed
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=world.rank, world_size=world.size)
     torch.save(body(world, *args), f"{folder}/{world.rank}.pt")

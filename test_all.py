@@ -7343,8 +7343,9 @@ def test_ranks_agree(tmp_path):
         assert found["is_any"]
         assert not found["is_none"]
 
-def test_parallel_sizes_that_do_not_fit():
-    """Sizes that do not make up the processes, experts or rows that do not divide, one process: each in one line."""
+def test_parallel_sizes_that_do_not_fit(monkeypatch):
+    """Sizes that do not make up the processes, experts or rows that do not divide, one process, a script that several
+    cannot run: each in one line."""
     cfg = MiniMaxConfig.tiny()
     cpu = torch.device("cpu")
     three = sample.World(0, 3, 0)
@@ -7356,6 +7357,10 @@ def test_parallel_sizes_that_do_not_fit():
         train.Parallel.join(three, cpu, dict(ep=3), cfg)
     with value_error("--batch-size 4: 16 rows of 64 tokens do not divide by the 3 ranks that share them"):
         train.Parallel(three, dp=3).check_rows(SimpleNamespace(stages=((0, 4),), seq_len=256, batch_size=4), cfg)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with value_error("sample.py is one process"):
+        sample.parse_args([])
     for text in ("", "dp", "dp=0", "dp=2,dp=2", "tp=2", "dp=-1", "dp=2,"):
         with pytest.raises(argparse.ArgumentTypeError, match="sizes of dp, ep or cp"):
             train.parallel_sizes(text)

@@ -6,6 +6,7 @@ What is compared against is not ours: outputs that transformers 5.23 computed (.
 it is installed, torch's operators, brute-force loops, closed forms, published counts. fp32 tolerances are a few
 roundings of such sums; fp64 ones 1e-10.
 """
+import argparse
 import ast
 import asyncio
 import base64
@@ -5211,25 +5212,20 @@ def cp_step(name, shard=None):
         hidden=aux["hidden"].detach(),
         block_idx=aux.get("block_idx"))
 
-def cp_rank(rank, size, folder):
-    """A process: its share of each step, into a file."""
-    torch.set_num_threads(1)
-    dist = torch.distributed
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
-    shard = model.ContextShard(rank, size, 48)
+def cp_steps(world):
+    """A rank's share of each step."""
+    shard = model.ContextShard(world.rank, world.size, 48)
     found = {name: cp_step(name, shard) for name in CP_STEPS}
     machine = bench.Machine(torch.device("cpu"), torch.float32, rates=dict(matmul=1e12))
     with torch.no_grad(), mock.patch.multiple(bench, SHAPES={"m3": (2, 1)}, RANK_REPS=1):
-        found["bench"] = bench.rank_row(machine, sample.World(rank, size, rank), "m3", 2500)
-    torch.save(found, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+        found["bench"] = bench.rank_row(machine, world, "m3", 2500)
+    return found
 
 def test_a_row_on_two_ranks_is_the_row_on_one(tmp_path):
     """Two gloo processes, a zigzag of four chunks: losses, loads and every gradient add up to one process's, hidden
     states and chosen blocks are its own; packed documents, MTP of depth 2, warm-up. A row of bench.py has both times,
     after it has found one rank's blocks on both."""
-    torch.multiprocessing.spawn(cp_rank, (2, str(tmp_path)), 2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    ranks = on_ranks(tmp_path, 2, cp_steps)
     for name, (dtype, _, near) in CP_STEPS.items():
         want = cp_step(name)
         front, middle = (rank[name] for rank in ranks)
@@ -7132,6 +7128,315 @@ def test_a_short_vocabulary_says_why(corpus, tmp_path):
 
     assert "tokens, not 4,096: the text has no more pairs" in short
     assert "no more pairs" not in full
+
+# ---- several ranks ---------------
+# Processes meet over gloo, as under torchrun on a CPU. Each computes its part, and writes what it found into a file.
+# They are forked from the test's own process, and need no imports; where there is a GPU, whose threads of autograd no
+# fork survives, they begin anew.
+
+def on_ranks(folder, size, body, *args):
+    """Call body(world, *args) in `size` processes that meet -> what each returns, by rank."""
+    folder = tempfile.mkdtemp(dir=folder)
+    context = torch.multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    processes = []
+    for rank in range(size):
+        world = sample.World(rank, size, rank)
+        processes.append(context.Process(target=as_rank, args=(world, folder, body, args), daemon=True))
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0, f"a rank ended with {process.exitcode}"
+    return [torch.load(f"{folder}/{rank}.pt") for rank in range(size)]
+
+def as_rank(world, folder, body, args):
+    """What a process of `on_ranks` does."""
+    torch.set_num_threads(1)  # after a fork torch makes its pool anew, when first asked: not two threads at once
+    dist = torch.distributed
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=world.rank, world_size=world.size)
+    torch.save(body(world, *args), f"{folder}/{world.rank}.pt")
+    dist.destroy_process_group()
+
+def ranks_config(attn="msa"):
+    """Three layers of three kinds, with sizes that do not divide by two or four: rows of matrices, the vocabulary."""
+    return MiniMaxConfig.tiny(
+        vocab_size=301, n_layer=3, attn_types=["full", attn, attn], mlp_types=["dense", "moe", "moe"], n_mtp=1,
+        n_embd=60, n_head=2, n_kv_head=1, head_dim=30, rotary_dim=10, expert_dim=20, shared_dim=20, dense_dim=44,
+        index_head_dim=14)
+
+def ranks_batch(cfg, step, rows=4, T=64):
+    """A whole batch of random tokens, (rows, T), with pads in its first row alone: ranks have unequal numbers of real
+    tokens."""
+    generator = torch.Generator().manual_seed(step)
+    text = torch.randint(cfg.vocab_size, (rows, T + 1), generator=generator)
+    n_pads = cfg.index_block_size
+    targets = text[:, 1:].clone()
+    targets[0, :n_pads] = -1
+    weight = torch.ones(rows, T)
+    weight[0, :n_pads] = 0
+    end = torch.full((rows, T), T, dtype=torch.int32)
+    end[0, :n_pads] = torch.arange(1, n_pads + 1)
+    pos = torch.arange(T).expand(rows, T)
+    return dict(idx=text[:, :-1], targets=targets, pos=pos, weight=weight, end=end)
+
+def ranks_run(world, sizes, dtype, steps=5, at_once=0, attn="msa"):
+    """Five steps of every mode: warm-up and sparse, with and without MTP, in parts, with recomputation.
+
+    sizes    of --parallel, None for one process
+    at_once  bytes of a model that is gathered together; 0: layer by layer
+    attn     of two of the three layers
+    -> dict: losses, one row a step; weights and moments as a checkpoint has them (rank 0's alone); parts, this rank's
+    own part of each parameter and moment
+    """
+    cfg = ranks_config(attn)
+    torch.manual_seed(0)
+    model = MiniMax(cfg).to(dtype).train()
+    parallel = train.Parallel.join(world, torch.device("cpu"), sizes, cfg)
+    parallel.shard(model, at_once)
+    optimizers, index, rest = train.configure_optimizers(model, 1e-2)
+    losses = []
+    for step in range(steps):
+        train.set_rates(optimizers, 1e-3)
+        found = train.train_step(
+            model, ranks_batch(cfg, step), optimizers, (rest, index), parts=1 + step % 2, bias_rate=0.01,
+            index_warmup=step < 2, run_mtp=step % 2 == 0, recompute=step == 3, parallel=parallel)
+        numbers = [found["loss"], found["mtp_loss"].sum(), found["index_kl"].sum(), *found["norms"]]
+        losses.append([number.item() for number in numbers])
+    return dict(
+        losses=torch.tensor(losses, dtype=torch.float64),
+        weights=parallel.weights(model),
+        moments=parallel.moments(model, optimizers),
+        parts=own_parts(model, optimizers))
+
+def own_parts(model, optimizers):
+    """What a rank itself keeps: of each parameter and each moment of it, by the name that one process has for it."""
+    parts = {}
+    for name, p in model.named_parameters():
+        parts[train.plain(name)] = train.local(p).detach()
+        for optimizer in optimizers:
+            for key, moment in optimizer.state.get(p, {}).items():
+                parts[f"{train.plain(name)} {key}"] = train.local(moment)
+    return parts
+
+def farthest(found, wanted):
+    """The largest relative difference of two runs: of a loss, of a weight's or a moment's RMS."""
+    apart = [((found["losses"] - wanted["losses"]) / wanted["losses"].clamp(min=1e-9)).abs().max().item()]
+    pairs = [(found["weights"][name], weight) for name, weight in wanted["weights"].items()]
+    for state, want in zip(found["moments"], wanted["moments"], strict=True):
+        assert state["state"].keys() == want["state"].keys()
+        for number, moments in want["state"].items():
+            pairs += [(state["state"][number][key], moment) for key, moment in moments.items()]
+    for mine, its in pairs:
+        apart.append(relative(mine, its) if its.any() else mine.abs().max().item())
+    return max(apart)
+
+@lru_cache
+def one_process_run(dtype, attn):
+    """The run of `ranks_run` without other ranks."""
+    return ranks_run(sample.World(), None, dtype, attn=attn)
+
+RANKS = {  # --parallel; how many bytes of a model are gathered together; the attention of two layers
+    "rows": ("dp=2", 0, "msa"),
+    "rows, gathered together": ("dp=2", 1e9, "msa"),
+    "experts": ("ep=2", 0, "msa"),
+    "tokens": ("cp=2", 0, "msa"),
+    "M2's, without index branches": ("ep=2", 1e9, "full"),
+    "rows and experts": ("dp=2,ep=2", 0, "msa"),
+    "experts and tokens": ("ep=2,cp=2", 0, "msa")}
+NEAR = {torch.float64: 1e-10, torch.float32: 1e-4}  # AdamW scales rounding in a tiny gradient to a full step
+
+@parametrize("case, dtype", [
+    *itertools.product(RANKS, [torch.float64]),
+    *itertools.product(["rows", "rows, gathered together", "experts", "tokens"], [torch.float32])])
+def test_ranks_compute_what_one_process_does(case, dtype, tmp_path):
+    """Five steps of every mode on two and four gloo processes: losses, norms, weights and both optimizers' moments are
+    one process's; rows of matrices, vocabulary and real tokens that do not divide included."""
+    text, at_once, attn = RANKS[case]
+    sizes = train.parallel_sizes(text)
+    found, *others = on_ranks(tmp_path, math.prod(sizes.values()), ranks_run, sizes, dtype, 5, at_once, attn)
+
+    assert farthest(found, one_process_run(dtype, attn)) < NEAR[dtype]
+    for other in others:  # what all ranks know is the same to the bit
+        assert torch.equal(other["losses"], found["losses"])
+        for name in found["parts"]:
+            if name.endswith("router.bias"):
+                assert torch.equal(other["parts"][name], found["parts"][name])
+
+def joined(ranks, ep, name):
+    """Parts of a tensor, a rank each -> the whole. Ranks count on over those that share the experts out first."""
+    order = range(len(ranks))
+    if re.search(r"mlp\.(w13|w2)( |$)", name) and ranks[0][name].dim() == 3:
+        order = sorted(order, key=lambda rank: (rank % ep, rank))
+    return torch.cat([ranks[rank][name] for rank in order])
+
+def whole_parts(state):
+    """A checkpoint's weights and moments, by the names that `own_parts` gives them."""
+    cfg = ranks_config()
+    plain = MiniMax(cfg)
+    optimizers = train.configure_optimizers(plain, 1e-2)[0]
+    name_of = {p: name for name, p in plain.named_parameters()}
+    parts = {name: state["model"][name] for name in name_of.values()}
+    for optimizer, saved in zip(optimizers, state["optimizers"]):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        for number, moments in saved["state"].items():
+            for key, moment in moments.items():
+                parts[f"{name_of[params[number]]} {key}"] = moment
+    return parts
+
+def save_on_ranks(world, sizes, folder):
+    """Three steps, and a checkpoint -> this rank's own parts."""
+    found = ranks_run(world, sizes, torch.float32, 3)
+    if world.is_first:
+        sample.save_checkpoint(
+            folder, config=dataclasses.asdict(ranks_config()), tokenizer={}, model=found["weights"],
+            optimizers=found["moments"], now=dict(step=3), args={})
+    return found["parts"]
+
+def load_on_ranks(world, sizes, folder):
+    """The checkpoint, on these ranks -> this rank's own parts."""
+    state = sample.load_checkpoint(folder, mmap=True)
+    cfg = ranks_config()
+    model = MiniMax(cfg)
+    model.load_state_dict(state["model"])
+    parallel = train.Parallel.join(world, torch.device("cpu"), sizes, cfg)
+    parallel.shard(model, 0)
+    optimizers = train.configure_optimizers(model, 1e-2)[0]
+    parallel.load_moments(model, optimizers, state["optimizers"], 3)
+    return own_parts(model, optimizers)
+
+def test_a_checkpoint_moves_between_numbers_of_ranks(tmp_path):
+    """Saved on two, which share experts, and read on one, on two that share rows, and on four: each rank's own rows,
+    joined here by hand, are the file's tensors to the bit, weights and moments, where sizes do not divide, too."""
+    ranks = on_ranks(tmp_path, 2, save_on_ranks, dict(ep=2), str(tmp_path))
+    state = sample.load_checkpoint(tmp_path)
+    wanted = whole_parts(state)
+
+    assert wanted.keys() == ranks[0].keys()
+    for sizes in (dict(dp=1), dict(dp=2), dict(dp=2, ep=2), dict(ep=4)):
+        n = math.prod(sizes.values())
+        found = on_ranks(tmp_path, n, load_on_ranks, sizes, str(tmp_path))
+        for name, whole in wanted.items():
+            if whole.dim() == 0:       # AdamW's count of steps
+                assert all(torch.equal(part[name], whole) for part in found)
+            else:
+                assert torch.equal(joined(found, sizes.get("ep", 1), name), whole), (sizes, name)
+    for name, whole in wanted.items():
+        if whole.dim() > 0:
+            assert torch.equal(joined(ranks, 2, name), whole), name
+
+def agree_on_ranks(world):
+    """What ranks agree on, of numbers that each has for itself."""
+    with world.first():
+        order = world.rank
+    return dict(
+        largest=world.largest(world.rank, -world.rank),
+        agreed=world.agree(10 + world.rank),
+        is_any=world.any(world.rank == 1),
+        is_none=world.any(False),
+        order=order)
+
+def test_ranks_agree(tmp_path):
+    """The largest number, rank 0's, and whether something is true anywhere, are the same on both ranks."""
+    for found in on_ranks(tmp_path, 2, agree_on_ranks):
+        assert found["largest"] == [1, 0]
+        assert found["agreed"] == [10]
+        assert found["is_any"]
+        assert not found["is_none"]
+
+def test_parallel_sizes_that_do_not_fit(monkeypatch):
+    """Sizes that do not make up the processes, experts or rows that do not divide, one process, a script that several
+    cannot run: each in one line."""
+    cfg = MiniMaxConfig.tiny()
+    cpu = torch.device("cpu")
+    three = sample.World(0, 3, 0)
+    with value_error("--parallel dp=2,ep=2: one process; torchrun"):
+        train.Parallel.join(sample.World(), cpu, dict(dp=2, ep=2), cfg)
+    with value_error("--parallel dp=2: their product is not the number of processes, 3"):
+        train.Parallel.join(three, cpu, dict(dp=2), cfg)
+    with value_error("--parallel ep=3: 8 experts do not divide by it"):
+        train.Parallel.join(three, cpu, dict(ep=3), cfg)
+    with value_error("--batch-size 4: 16 rows of 64 tokens do not divide by the 3 ranks that share them"):
+        train.Parallel(three, dp=3).check_rows(SimpleNamespace(stages=((0, 4),), seq_len=256, batch_size=4), cfg)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with value_error("sample.py is one process"):
+        sample.parse_args([])
+    for text in ("", "dp", "dp=0", "dp=2,dp=2", "tp=2", "dp=-1", "dp=2,"):
+        with pytest.raises(argparse.ArgumentTypeError, match="sizes of dp, ep or cp"):
+            train.parallel_sizes(text)
+
+def pid_of_rank(torchrun, rank):
+    """The process that torchrun, a Popen, has started as this rank; None while there is none."""
+    for pid in Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split():
+        with contextlib.suppress(FileNotFoundError):
+            if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                return int(pid)
+    return None
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc")
+def test_a_killed_rank_ends_the_job(tmp_path, capsys):
+    """torchrun with two ranks, of which one is killed between two checkpoints: the job ends in 30 s with a line that
+    says why, nothing half written is left to be read, and one process goes on from the last checkpoint."""
+    (tmp_path / "text.py").write_text(TEXT)
+    out = tmp_path / "out"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py",
+        "--data", str(tmp_path / "text.py"), "--out", str(out), "--vocab-size", "300", "--seq-len", "64",
+        "--steps", "100000", "--eval-every", "2", "--log-every", "1", "--parallel", "ep=2"]
+    with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as torchrun:
+        lines = []
+        for line in torchrun.stdout:
+            lines.append(line)
+            if line.startswith("step 00005"):
+                break
+        os.kill(pid_of_rank(torchrun, 1), signal.SIGKILL)
+        killed = time.monotonic()
+        lines += torchrun.stdout
+    assert torchrun.returncode == 1
+    assert time.monotonic() - killed < 30
+    assert "train.py: rank 0: another rank has ended, and this one with it" in "".join(lines)
+    assert "the last good checkpoint is kept" in "".join(lines)
+
+    step = sample.load_checkpoint(out)["now"]["step"]
+    assert step >= 4
+    result = train.main(["--resume", "--out", str(out), "--stop-after", str(step + 2)])
+    assert result["step"] == step + 2
+    assert not list(out.glob("*.tmp"))
+
+def shards_orthogonalised(real, shards, p, stack):
+    """Each rank orthogonalises the rows that it has."""
+    return train.orthogonalize_stack(shards, 1)
+
+def loads_of_one_rank(real, self, *tensors):
+    """Each rank balances its routers by its own tokens."""
+    *losses, load = real(self, *tensors)
+    return [*losses, tensors[-1]]
+
+def norm_of_one_rank(real, self, params):
+    """Each rank clips by the norm of the gradients that it has."""
+    return torch.nn.utils.clip_grad_norm_([train.local(p.grad) for p in params if p.grad is not None], 1.0)
+
+def every_ranks_batch_is_the_whole(real, self, batch, cfg):
+    """Ranks share nothing out: each computes all rows."""
+    return batch, None
+
+def experts_of_the_next_rank(real, self, layer, group):
+    """A rank keeps the experts of another one."""
+    real(self, layer, group)
+    first = (1 - torch.distributed.get_rank(group)) * self.n_own
+    self.w13 = torch.nn.Parameter(layer.w13.detach()[first:first + self.n_own].clone())
+
+def order_of_ranks_reversed(real, self, name, t):
+    """A checkpoint's rows come from the last rank first."""
+    whole = real(self, name, t)
+    return whole.flip(0) if whole is not None and whole.dim() == 2 else whole
+
+def moments_of_rank_0(real, self, name, p, whole):
+    """Every rank reads the first rows."""
+    if train.is_sharded(p) and p.size(0) % self.world.size == 0:
+        n = p.size(0) // self.world.size
+        whole = whole[:n].repeat(self.world.size, *[1] * (whole.dim() - 1))
+    return real(self, name, p, whole)
 
 # ---- 12. sampling --------------------------------------------------------------------------------
 # generate() continues prompts of unequal length in step, through the cache and MSA's decode. It is held to full
@@ -19580,6 +19885,10 @@ def in_folder(test, *args):
     run.__name__ = test.__name__
     return run
 
+def on_two(case):
+    """Two ranks against one process, in fp64."""
+    return in_folder(test_ranks_compute_what_one_process_does, case, torch.float64)
+
 def with_texts(test):
     """The test with a folder that holds M2's text files."""
     def run():
@@ -19588,6 +19897,7 @@ def with_texts(test):
     run.__name__ = test.__name__
     return run
 
+between_ranks = in_folder(test_a_checkpoint_moves_between_numbers_of_ranks)
 released_ids = in_folder(test_ids_are_transformers, "m2")
 released_templates = in_folder(test_templates_render_as_in_transformers, "m2")
 joined_turns = in_folder(test_turns_join_to_a_full_render, *GROWN["m2_keeps"], "")
@@ -19733,6 +20043,14 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
            on(test_gradients_are_dense_on_a_gpu, 129, 4, 16)),
     mutant("model.MiniMax.mtp_losses", mtp_past_a_documents_end, documents),
     mutant("train.freeze_trunk", trunk_learns_too, test_a_frozen_step_is_the_modules_part_of_a_step),
+    # several ranks
+    mutant("train.orthogonalize_shards", shards_orthogonalised, on_two("rows")),
+    mutant("train.Parallel.sum", loads_of_one_rank, on_two("rows")),
+    mutant("train.Parallel.clip", norm_of_one_rank, on_two("rows")),
+    mutant("train.Parallel.part", every_ranks_batch_is_the_whole, on_two("rows")),
+    mutant("moe.ParallelExperts.__init__", experts_of_the_next_rank, on_two("experts")),
+    mutant("train.Parallel.whole", order_of_ranks_reversed, between_ranks),
+    mutant("train.Parallel.part_of", moments_of_rank_0, between_ranks),
     mutant("model.MiniMax.count_losses", documents_counted, documents),
     mutant("rl.collate", flat_positions_in_a_tree, merged),
     mutant("rl.collate", multiplicity_missing, merged),

@@ -543,18 +543,18 @@ class Parallel:
                 raise ValueError(f"--parallel {spell(sizes)}: one process; torchrun --nproc-per-node N train.py ... "
                                  "starts N")
             return cls(world)
-        sizes = dict(ep=1, cp=1) | (sizes or {})
-        rest = sizes["ep"] * sizes["cp"]
-        sizes.setdefault("dp", max(1, world.size // rest))
-        if sizes["dp"] * rest != world.size:
+        sizes = sizes or {}
+        ep = sizes.get("ep", 1)
+        cp = sizes.get("cp", 1)
+        dp = sizes.get("dp", world.size // (ep * cp))
+        if dp * ep * cp != world.size:
             raise ValueError(f"--parallel {spell(sizes)}: their product is not the number of processes, {world.size}")
-        if cfg.n_expert % sizes["ep"] or (sizes["ep"] > 1 and "moe" not in cfg.mlp_types):
-            raise ValueError(f"--parallel ep={sizes['ep']}: {cfg.n_expert} experts do not divide by it")
+        if ep > 1 and (cfg.n_expert % ep or "moe" not in cfg.mlp_types):
+            raise ValueError(f"--parallel ep={ep}: {cfg.n_expert} experts do not divide by it")
 
         # rank = (d * cp + c) * ep + e
         from torch.distributed.device_mesh import init_device_mesh
         world.join(device)
-        dp, ep, cp = sizes["dp"], sizes["ep"], sizes["cp"]
         everyone = init_device_mesh(device.type, (world.size,), mesh_dim_names=("everyone",))
         by_expert = init_device_mesh(device.type, (dp * cp, ep), mesh_dim_names=("replicas", "experts"))
         by_token = init_device_mesh(device.type, (dp, cp, ep), mesh_dim_names=("rows", "context", "experts"))
@@ -568,7 +568,7 @@ class Parallel:
     def __str__(self):
         shared = [("dp", self.dp, "rows"), ("ep", self.ep, "experts"), ("cp", self.cp, "tokens of a row")]
         parts = [f"{name} {size} over {what}" for name, size, what in shared if size > 1]
-        return f"{self.world.size}: {', '.join(parts)}; FSDP2 keeps 1/{self.world.size} of the rest on each"
+        return f"{self.world.size}: {', '.join(parts)}; FSDP2 keeps 1/{self.world.size} of the weights on each"
 
     def shard(self, model, at_once=GATHER_AT_ONCE):
         """Leave to this rank its part of a model's parameters; from then on its forward and backward meet the
@@ -644,8 +644,8 @@ class Parallel:
         norm, = self.sum(norm.to(self.device) ** 2)
         norm = norm.sqrt()
         factor = (1 / (norm + 1e-6)).clamp(max=1.0)  # as in clip_grad_norm_
-        for grad in grads:
-            grad.mul_(factor)
+        if grads:                      # M2 has no index branch, whose gradients are clipped apart
+            torch._foreach_mul_(grads, factor)
         return norm
 
     def whole(self, name, t):
@@ -1848,12 +1848,9 @@ def set_up(args, state):
     if state:
         parallel.load_moments(model, optimizers, state["optimizers"], state["now"]["step"])
         now = resume_state(now, state, args, data)
-    n_threads = args.threads
-    if world.size > 1 and not n_threads:
-        n_threads = torch.get_num_threads()  # torchrun's choice: ranks that try would wait for one another
     run = Run(
         args=args, device=device, model=model, tokenizer=tokenizer, data=data, optimizers=optimizers,
-        groups=(rest, index), now=now, threads=Threads(device, n_threads, now.threads), parallel=parallel,
+        groups=(rest, index), now=now, threads=Threads(device, args.threads, now.threads, world), parallel=parallel,
         pending=[], saved=now.step if state else None)
     if grown:
         start_modules(run)

@@ -7262,7 +7262,7 @@ def test_ranks_compute_what_one_process_does(case, dtype, tmp_path):
             if name.endswith("router.bias"):
                 assert torch.equal(other["parts"][name], found["parts"][name])
 
-def joined(ranks, ep, name):
+def join_parts(ranks, ep, name):
     """Parts of a tensor, a rank each -> the whole. Ranks count on over those that share the experts out first."""
     order = range(len(ranks))
     if re.search(r"mlp\.(w13|w2)( |$)", name) and ranks[0][name].dim() == 3:
@@ -7319,10 +7319,10 @@ def test_a_checkpoint_moves_between_numbers_of_ranks(tmp_path):
             if whole.dim() == 0:       # AdamW's count of steps
                 assert all(torch.equal(part[name], whole) for part in found)
             else:
-                assert torch.equal(joined(found, sizes.get("ep", 1), name), whole), (sizes, name)
+                assert torch.equal(join_parts(found, sizes.get("ep", 1), name), whole), (sizes, name)
     for name, whole in wanted.items():
         if whole.dim() > 0:
-            assert torch.equal(joined(ranks, 2, name), whole), name
+            assert torch.equal(join_parts(ranks, 2, name), whole), name
 
 def agree_on_ranks(world):
     """What ranks agree on, of numbers that each has for itself."""

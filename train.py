@@ -47,7 +47,7 @@ import torch.distributed as dist
 
 from model import (LIGHTNING_CHUNK, SHORT_ROW, ContextShard, MiniMax, MiniMaxConfig, attn_pattern, cache_bytes, count_params,
                    decode_bytes)
-from moe import max_violation
+from moe import MoE, max_violation
 from msa import cdiv, chunk, round_up
 from sample import (ICONV, LEARN_FROM, LOCK, PATTERN, Parser, Progress, SaveTimer, Threads, Tokenizer, cache_path,
                     check_fields, check_figure, check_finite, check_memory, checkpoint_path, command, figure_format, free_memory,
@@ -551,6 +551,9 @@ class Parallel:
             raise ValueError(f"--parallel {spell(sizes)}: their product is not the number of processes, {world.size}")
         if ep > 1 and (cfg.n_expert % ep or "moe" not in cfg.mlp_types):
             raise ValueError(f"--parallel ep={ep}: {cfg.n_expert} experts do not divide by it")
+        if cp > 1 and cfg.is_recurrent:
+            raise ValueError(f"--parallel cp={cp}: tokens of a row are shared out between layers with full attention or "
+                             "MSA alone")
 
         # rank = (d * cp + c) * ep + e
         from torch.distributed.device_mesh import init_device_mesh
@@ -859,6 +862,8 @@ def compile_model(model, muon):
     cache.autograd_cache_allow_custom_autograd_functions = True  # or the experts' graphs, with _Rows, are not kept
     for block in [*model.layers, *(module.block for module in model.mtp)]:
         block.attn.attend = torch.compiler.disable(one_layout(block.attn.attend))
+        if isinstance(block.mlp, MoE) and block.mlp.experts is not None:  # how many rows come shows when it runs
+            block.mlp.experts.forward = torch.compiler.disable(block.mlp.experts.forward)
         block.forward = torch.compile(block.forward, dynamic=False)  # FSDP's hooks, around it, stay outside
     model.norm.compile(dynamic=False)
     muon.blend = torch.compile(muon.blend, dynamic=True)
@@ -1808,7 +1813,8 @@ def set_up(args, state):
     model = tokenizer = None
     place = device                     # of the whole model
     if state:
-        place = place_whole(state["model"].values(), device, world)
+        if world.size > 1:
+            place = place_whole(state["model"], device)
         model, tokenizer = load_model(state, place, dtype)
         if args.mtp is None:           # older args lack it
             args.mtp = model.cfg.n_mtp
@@ -1834,9 +1840,9 @@ def set_up(args, state):
         tokenizer, data = prepare(args, cfg, tokenizer, laps)
     cfg.vocab_size = tokenizer.n_vocab
     if model is None:
-        with torch.device("meta"):
-            shapes = MiniMax(cfg).parameters()
-        place = place_whole(shapes, device, world)
+        if world.size > 1:
+            with torch.device("meta"):
+                place = place_whole(MiniMax(cfg).state_dict(), device)
         with torch.device(place):      # a GPU draws the weights of `small` at once, a CPU in seconds
             model = MiniMax(cfg, dtype)
     parallel.shard(model)
@@ -1874,13 +1880,11 @@ def set_up(args, state):
     run.timer = SaveTimer()
     return run
 
-def place_whole(tensors, device, world):
-    """Where a whole model of these tensors is made before ranks take their parts: on the GPU if it fits twice, else in
-    the machine's memory, from where its layers go to the GPU one by one."""
-    size = sum(4 * t.numel() for t in tensors)
-    if world.size == 1 or size < free_memory(device) / 2:
-        return device
-    return torch.device("cpu")
+def place_whole(weights, device):
+    """Where a whole model of these weights, by name, is made before ranks take their parts: on the GPU if it fits
+    twice, else in the machine's memory, from where its layers go to the GPU one by one."""
+    size = sum(4 * t.numel() for t in weights.values())
+    return device if size < free_memory(device) / 2 else torch.device("cpu")
 
 def start_modules(run):
     """Let the MTP modules, of which some have just joined, learn alone for a share of what is left."""

@@ -7403,6 +7403,20 @@ def test_a_killed_rank_ends_the_job(tmp_path, capsys):
     assert result["step"] == step + 2
     assert not list(out.glob("*.tmp"))
 
+def test_experts_are_shared_out_where_they_do_not_fit():
+    """`small` on two H200s shares rows alone; a layer of 10 billion parameters its experts; a single long row its
+    tokens; what fits nowhere is left to be refused with the bytes that it needs."""
+    def sizes(room, seq_len=8192, rows=2, **fields):
+        cfg = MiniMaxConfig.small(max_seq_len=seq_len, **fields)
+        args = SimpleNamespace(recompute=True, mtp_every=4, seq_len=seq_len, batch_size=rows, accumulate=1)
+        return train.usual_sizes(cfg, args, 2, room)
+
+    assert sizes(140e9) == dict(dp=2, ep=1, cp=1)
+    one_layer = dict(n_layer=4, attn_types=["full"] * 3 + ["msa"], mlp_types=["dense"] * 3 + ["moe"], n_mtp=0)
+    assert sizes(140e9, **one_layer, n_expert=512, expert_dim=8192) == dict(dp=1, ep=2, cp=1)
+    assert sizes(140e9, 2 ** 20, rows=1) == dict(dp=1, ep=1, cp=2)
+    assert sizes(1e9) is None
+
 def shards_orthogonalised(real, shards, p, stack):
     """Each rank orthogonalises the rows that it has."""
     return train.orthogonalize_stack(shards, 1)

@@ -1488,14 +1488,16 @@ class Planner:
 
     recompute  layers of the trunk keep their input alone
     mtp_every  steps from one with the MTP loss to the next
+    room       bytes of a GPU; None: an H200's
     """
 
-    def __init__(self, cfg, recompute=False, mtp_every=1):
+    def __init__(self, cfg, recompute=False, mtp_every=1, room=None):
         with torch.device("meta"):
             model = MiniMax(cfg)
         self.cfg = cfg
         self.recompute = recompute
         self.mtp_every = mtp_every
+        self.room = rate("room") if room is None else room
         self.table = (cfg.vocab_size, cfg.n_embd)  # shape of the embedding, and of the head
         kinds = list(zip(cfg.attn_types, cfg.mlp_types))
         by_kind = {kind: PlannedLayer(cfg, *kind, block) for kind, block in zip(kinds, model.layers)}
@@ -1659,7 +1661,7 @@ class Planner:
         return flops / rate("matmul") + (results + moved) / rate("copy"), waits
 
     def fits(self, rows, T, mesh):
-        return sum(self.memory(rows, T, mesh).values()) <= rate("room")
+        return sum(self.memory(rows, T, mesh).values()) <= self.room
 
     def meshes(self, N, T, batch=None, sizes=()):
         """Meshes of N ranks that can share `batch` rows of T tokens equally (None: any number), in the order of the
@@ -1699,7 +1701,7 @@ class Planner:
         tokens = rows * groups * T
         a_gpu = tokens / step_s / mesh.size
         return dict(
-            context=T, **mesh._asdict(), rows=rows * groups, tokens=tokens, fits=need <= rate("room"), bytes=need,
+            context=T, **mesh._asdict(), rows=rows * groups, tokens=tokens, fits=need <= self.room, bytes=need,
             memory=memory, step_s=step_s, seconds=seconds, tokens_per_s=tokens / step_s, tokens_per_s_gpu=a_gpu,
             mfu=a_gpu * self.flops(T) / PEAK["H200"])
 
@@ -2437,10 +2439,13 @@ def set_up(args, state):
     cfg = model.cfg if model else configure(args)
 
     # memory and text, then a new model of the text's vocabulary
-    parallel = Parallel.join(world, device, args.parallel, cfg)
+    sized = dataclasses.replace(cfg, vocab_size=args.vocab_size)
+    sizes = args.parallel
+    if world.size > 1 and device.type == "cuda" and not sizes:
+        sizes = usual_sizes(sized, args, world.size, free_memory(device))
+    parallel = Parallel.join(world, device, sizes, cfg)
     parallel.check_rows(args, cfg)
     rows = cdiv(args.batch_size, args.accumulate * world.size)
-    sized = dataclasses.replace(cfg, vocab_size=args.vocab_size)
     need = step_bytes(sized, rows, args.seq_len, device, args.recompute, world.size)
     check_memory(need, device, "--accumulate, --recompute, --batch-size or --seq-len")
     laps.end("model")
@@ -2487,6 +2492,17 @@ def set_up(args, state):
         print_changes(state, args, now)
     run.timer = SaveTimer()
     return run
+
+def usual_sizes(cfg, args, N, room):
+    """--parallel where it is not given, for N GPUs with so many bytes of room: rows alone are shared out where that
+    fits; else experts, too, or the tokens of a row, by the planner's rule. None where it has no plan that fits."""
+    if not {"full", "msa"}.issuperset(cfg.attn_types):
+        return None
+    planner = Planner(cfg, args.recompute, args.mtp_every, room)
+    plan, _ = planner.choose(N, args.seq_len, args.batch_size, args.accumulate)
+    if plan is None or not plan["fits"]:
+        return None
+    return {name: plan[name] for name in ("dp", "ep", "cp")}
 
 def place_whole(weights, device):
     """Where a whole model of these weights, by name, is made before ranks take their parts: on the GPU if it fits

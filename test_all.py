@@ -16985,10 +16985,10 @@ def test_the_planner_predicts_measured_steps(name):
 def test_a_gpus_memory_is_the_planners():
     """step_bytes on a GPU, by which train.py refuses what does not fit: `small`, measured 64.0 GB."""
     need = train.step_bytes(MiniMaxConfig.small(), 16, 8192, torch.device("cuda"))
-    shared = train.step_bytes(MiniMaxConfig.small(), 8, 8192, torch.device("cuda"), ranks=2)
+    alone, shared = (train.step_bytes(m2_pattern(4), 1, 2048, torch.device("cuda"), ranks=ranks) for ranks in (1, 64))
 
     assert need / 1e9 == pytest.approx(64.0, rel=0.05)
-    assert need / 2 < shared < 0.6 * need
+    assert shared < 0.5 * alone, "each has a 64th of the weights, and one layer whole"
 
     # two chunks of 2^14 rows of logits in bf16; the head in bf16, and a chunk's gradient
     head = 50304 * 768

@@ -8,7 +8,7 @@
     python train.py --resume --figure run.svg        # draws out/log.jsonl, where each printed line is one of JSON
     python train.py --preset tiny-m2                 # M2's pattern, full attention and experts in every layer
     python train.py --preset m2 --dry-run          # parameters and bytes, nothing is allocated
-    torchrun --nproc-per-node 2 train.py             # a GPU each, or CPUs: FSDP2; --parallel ep=2 shares out the experts
+    torchrun --nproc-per-node 2 train.py           # a GPU each, or CPUs: FSDP2; --parallel ep=2 shares experts out
     python train.py --preset m2 --dry-run --gpus 512  # and what a step on 512 GPUs would take, by a model of it
 
     batch  = f(seed, split, step): evaluation cannot disturb training, and a resumed run sees what it would have seen
@@ -46,15 +46,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from model import (LIGHTNING_CHUNK, SHORT_ROW, ContextShard, MiniMax, MiniMaxConfig, attn_pattern, cache_bytes, count_params,
-                   decode_bytes)
+from model import (LIGHTNING_CHUNK, SHORT_ROW, ContextShard, MiniMax, MiniMaxConfig, attn_pattern, cache_bytes,
+                   count_params, decode_bytes)
 from moe import MoE, max_violation
 from msa import cdiv, chunk, round_up
-from sample import (ICONV, LEARN_FROM, LOCK, PATTERN, Parser, Progress, SaveTimer, Threads, Tokenizer, cache_path,
-                    check_fields, check_figure, check_finite, check_memory, checkpoint_path, command, figure_format, free_memory,
-                    guess_kind, implementations, learn_bpe, load_checkpoint, load_model, load_optimizers, lock_folder,
-                    new_temporary, number, on_signals, pick_device, place_checkpoint, read_cache, run_of,
-                    saved_flags, write_cache, write_checkpoint, World)
+from sample import (ICONV, LEARN_FROM, LOCK, PATTERN, Parser, Progress, SaveTimer, Threads, Tokenizer, World,
+                    cache_path, check_fields, check_figure, check_finite, check_memory, checkpoint_path, command,
+                    figure_format, free_memory, guess_kind, implementations, learn_bpe, load_checkpoint, load_model,
+                    load_optimizers, lock_folder, new_temporary, number, on_signals, pick_device, place_checkpoint,
+                    read_cache, run_of, saved_flags, write_cache, write_checkpoint)
 
 ENCODED = 500_000                      # characters of a text that one thread encodes at a time
 READERS = 16                           # threads that read files: a cold disk or a network answers many at once
@@ -80,8 +80,8 @@ RUNS = {
     "small": dict(seq_len=8192, batch_size=16, lr=4e-3, minutes=10.0, mtp_every=4, msa_from=0.05, stages=((0, 1),))}
 RUNS["tiny-m2"] = RUNS["tiny"]
 # flags that each start decides anew: a checkpoint of train.py or rl.py does not hand them on
-RUN_ALONE = ("out", "resume", "device", "parallel", "stop_after", "dry_run", "figure", "token", "play", "own_task", "runs", "keep",
-             "table", "live", "gpus")
+RUN_ALONE = ("out", "resume", "device", "parallel", "stop_after", "dry_run", "figure", "token", "play", "own_task",
+             "runs", "keep", "table", "live", "gpus")
 SPIKE = 1.0                            # nats over its running mean by which a loss is a spike,
 SPIKE_SPREADS = 4                      # and as many times its usual distance from it
 SPIKE_STEPS = 5                        # spikes in a row that end a run
@@ -553,8 +553,8 @@ class Parallel:
         if ep > 1 and (cfg.n_expert % ep or "moe" not in cfg.mlp_types):
             raise ValueError(f"--parallel ep={ep}: {cfg.n_expert} experts do not divide by it")
         if cp > 1 and cfg.is_recurrent:
-            raise ValueError(f"--parallel cp={cp}: tokens of a row are shared out between layers with full attention or "
-                             "MSA alone")
+            raise ValueError(f"--parallel cp={cp}: the tokens of a row can be shared out where all layers have full "
+                             "attention or MSA")
 
         # rank = (d * cp + c) * ep + e
         from torch.distributed.device_mesh import init_device_mesh

@@ -19681,15 +19681,13 @@ def test_mutants_are_caught(target, sabotage, test, monkeypatch):
     with pytest.raises(AssertionError):
         test()
 
-def definitions():
-    """Top-level functions and classes of this file, as a list of syntax trees."""
-    kinds = ast.FunctionDef, ast.ClassDef
-    return [node for node in ast.parse(Path(__file__).read_text(encoding="utf-8")).body if isinstance(node, kinds)]
-
 def test_every_test_has_a_lesson():
     """`python test_all.py` prints the first line of what a test says it shows; a name that comes twice hides one."""
-    names = Counter(node.name for node in definitions())
-    silent = [node.name for node in definitions() if node.name.startswith("test_") and not ast.get_docstring(node)]
+    kinds = ast.FunctionDef, ast.ClassDef
+    top_level = ast.parse(Path(__file__).read_text(encoding="utf-8")).body
+    definitions = [node for node in top_level if isinstance(node, kinds)]
+    names = Counter(node.name for node in definitions)
+    silent = [node.name for node in definitions if node.name.startswith("test_") and not ast.get_docstring(node)]
     assert silent == []
     assert [name for name, count in names.items() if count > 1] == []
 

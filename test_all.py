@@ -14848,11 +14848,16 @@ def make_up_table(path, recipes, log=MadeUp().log):
     with mock.patch.multiple(rl, ProcessPoolExecutor=in_threads, run_recipe=log):
         rl.make_table(str(path), 2, recipes)
 
+@lru_cache
+def all_recipes():
+    """rl.table_recipes(), a constant that takes half a second; not to be changed."""
+    return rl.table_recipes()
+
 @session_fixture
 def made_up_table(tmp_path_factory):
     """A table as make_table writes it, with every run that it should have, none of them real."""
     path = tmp_path_factory.mktemp("table") / "evolve.jsonl"
-    make_up_table(path, rl.table_recipes())
+    make_up_table(path, all_recipes())
     return path
 
 def test_a_table_has_all_that_edits_lead_to(made_up_table):
@@ -14917,7 +14922,8 @@ def test_a_table_holds_what_other_processes_computed(healthy_log, tmp_path):
 
 def opened(path, log=MadeUp().log):
     """A table as a run opens it -> RunTable, and what was printed. No run is real."""
-    with mock.patch.multiple(rl, ProcessPoolExecutor=in_threads, run_recipe=log):
+    recipes = all_recipes()
+    with mock.patch.multiple(rl, ProcessPoolExecutor=in_threads, run_recipe=log, table_recipes=lambda: recipes):
         with contextlib.redirect_stdout(io.StringIO()) as out:
             table = rl.open_table(str(path))
     return table, out.getvalue()
@@ -14926,7 +14932,7 @@ def test_a_table_is_made_if_it_is_absent_and_checked_if_it_is_there(made_up_tabl
     """All its runs are made, once. Two are made again whenever it is opened: what they say then is printed."""
     path = tmp_path / "evolve.jsonl"
     table, text = opened(path)
-    assert set(table.logs) == set(rl.table_recipes())
+    assert set(table.logs) == set(all_recipes())
     assert f"{len(table.logs)} training runs are made" in text
     written = path.read_bytes()
     again, text = opened(path)
@@ -14954,7 +14960,7 @@ def test_a_table_of_another_library_is_used_and_named(made_up_table, tmp_path):
     path = tmp_path / "evolve.jsonl"
     path.write_text("\n".join([json.dumps(json.loads(header) | dict(library="0" * 16)), *lines]) + "\n")
     table, text = opened(path)
-    assert set(table.logs) == set(rl.table_recipes())
+    assert set(table.logs) == set(all_recipes())
     assert "another text" in text
     assert "made again" not in text
 
@@ -15010,7 +15016,7 @@ def test_flags_of_evolve_are_refused_in_a_line(tmp_path):
 def test_the_shipped_table_is_complete(shipped_table):
     """At most 1 MB, every run that it should have, of as many steps and letters as a run has, and who made it."""
     assert os.path.getsize(rl.TABLE) <= 1e6
-    assert set(shipped_table.logs) == set(rl.table_recipes())
+    assert set(shipped_table.logs) == set(all_recipes())
     assert has_keys(shipped_table.made_with, "library python torch runs seconds")
     for log in shipped_table.logs.values():
         for name in rl.COLUMNS:
@@ -15410,7 +15416,7 @@ def test_live_problems_are_in_worlds_of_their_own():
 
     worlds = [problem.world for some in problems.values() for problem in some]
     assert len(set(worlds)) == len(worlds)
-    assert not set(worlds) & {recipe.world for recipe in rl.table_recipes()}
+    assert not set(worlds) & {recipe.world for recipe in all_recipes()}
     assert set(worlds) <= set(rl.LIVE_WORLDS)
 
     for kind in ("seen", "held"):

@@ -5488,7 +5488,8 @@ def tick(monkeypatch, seconds, *modules):
 def test_minutes_end_a_run(corpus, tmp_path, monkeypatch):
     """--minutes bounds the training time, and the evaluation a quarter of it; --steps on resume replaces it."""
     tick(monkeypatch, 1 / 16, train)   # a step looks twice: it takes 1/16 s
-    val = HERE / "moe.py"
+    val = tmp_path / "val.py"
+    val.write_text(TEXT[:6000])
     n_bytes = len(val.read_bytes())
 
     result, text = start_run(corpus, tmp_path, "--minutes 0.0125 --val-data", val)

@@ -2927,34 +2927,40 @@ def keep_all_that_is_read(real, checkpoint, name):
     checkpoint.places[name] = real(checkpoint, name)
     return checkpoint.places[name]
 
-@named("name, sabotage", {
-    "as it is": (None, None),
-    "mapped files": ("open_tensors", map_files),
-    "a matrix in fp32": ("dequantize", dequantize_at_once),
-    "tensors that are kept": ("read_raw", keep_all_that_is_read)})
-def test_reading_takes_the_model_and_one_tensor(name, sabotage, tmp_path, monkeypatch):
-    """Peak memory of reading is the model in its dtype, the largest stored tensor and 12 MB: no mapped file that stays,
-    no fp32 copy of an fp8 matrix, no state dict beside the model. Each sabotage takes more."""
-    needs(hasattr(ctypes.CDLL(None), "malloc_trim"), "Linux with glibc")
+@session_fixture
+def large_tables(tmp_path_factory):
+    """A released folder with embeddings of 240,000 ids in fp8, read once -> it, its numbers, those of a table."""
+    path = tmp_path_factory.mktemp("large")
     torch.manual_seed(0)
     micro = MiniMax(MiniMaxConfig.micro(vocab_size=240_000))
-    micro.save_hf(tmp_path)
-    folder = Saved(tmp_path)
+    micro.save_hf(path)
+    folder = Saved(path)
     for table in ("model.embed_tokens.weight", "lm_head.weight"):
         folder.tensors[table] = folder.tensors[table].to(E4M3)
         folder.tensors[f"{table}_scale_inv"] = torch.ones(1875, 1)
     folder.write({}, fp8_in_tiles([128, 128]))
     n_numbers = sum(x.numel() for x in micro.state_dict().values())
     largest = micro.embed.weight.numel()  # in fp8: a byte each
-    del micro, folder.tensors
 
-    MiniMax.from_hf(tmp_path, dtype=torch.bfloat16)  # for the first one torch loads 75 MB of code
+    MiniMax.from_hf(path, dtype=torch.bfloat16)  # for the first one torch loads 75 MB of code
+    return path, n_numbers, largest
+
+@named("name, sabotage", {
+    "as it is": (None, None),
+    "mapped files": ("open_tensors", map_files),
+    "a matrix in fp32": ("dequantize", dequantize_at_once),
+    "tensors that are kept": ("read_raw", keep_all_that_is_read)})
+def test_reading_takes_the_model_and_one_tensor(large_tables, name, sabotage, monkeypatch):
+    """Peak memory of reading is the model in its dtype, the largest stored tensor and 12 MB: no mapped file that stays,
+    no fp32 copy of an fp8 matrix, no state dict beside the model. Each sabotage takes more."""
+    needs(hasattr(ctypes.CDLL(None), "malloc_trim"), "Linux with glibc")
+    folder, n_numbers, largest = large_tables
     if name == "read_raw":
         real = HFCheckpoint.read_raw
         monkeypatch.setattr(HFCheckpoint, name, lambda *args: sabotage(real, *args))
     elif name:
         monkeypatch.setattr(model, name, sabotage)
-    grown = peak_while(lambda: MiniMax.from_hf(tmp_path, dtype=torch.bfloat16))
+    grown = peak_while(lambda: MiniMax.from_hf(folder, dtype=torch.bfloat16))
 
     most = 2 * n_numbers + largest + 12e6
     assert (grown < most) == (sabotage is None), f"{grown:,} of {most:,}"

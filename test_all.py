@@ -22,6 +22,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pkgutil
 import random
@@ -44,6 +45,7 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
 from http.client import HTTPConnection
 from html.parser import HTMLParser
+from multiprocessing import forkserver
 from pathlib import Path
 from threading import Event, Thread
 from types import SimpleNamespace
@@ -2025,6 +2027,51 @@ def test_wrong_tensors_are_refused():
 def run_python(*argv, **options):
     """Another process runs a script, or a program after -c, in this folder -> its exit status and what it wrote."""
     return subprocess.run([sys.executable, *argv], cwd=HERE, capture_output=True, text=True, **options)
+
+@lru_cache
+def prepared_processes():
+    """Processes that begin with torch and our files imported, which takes seconds: forks of one that does only that."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bench", "torch._dynamo"])
+    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    with mock.patch.dict(os.environ, PYTHONPATH=path.rstrip(os.pathsep)):
+        forkserver.ensure_running()
+    return context
+
+RUN_PREPARED = """
+import os, runpy, sys
+
+for number in (1, 2):
+    os.dup2(out.fileno(), number)
+sys.stdout = sys.stderr = open(1, "w", buffering=1, encoding="utf-8", closefd=False)
+sys.argv = argv
+if argv[0] == "-c":
+    exec(argv.pop(1), dict(__name__="__main__"))
+else:
+    runpy.run_path(argv[0], run_name="__main__")
+"""
+
+class PreparedRun:
+    """What subprocess.Popen is, for a script, or a program after -c, and its arguments: its imports are paid.
+    stdout holds what it writes there and to stderr."""
+
+    def __init__(self, *argv):
+        context = prepared_processes()
+        reader, writer = context.Pipe(duplex=False)
+        given = dict(argv=[str(x) for x in argv], out=writer)
+        self.process = context.Process(target=exec, args=(RUN_PREPARED, given), daemon=True)
+        self.process.start()
+        writer.close()
+        self.pid = self.process.pid
+        self.stdout = open(os.dup(reader.fileno()), encoding="utf-8")
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def wait(self):
+        """-> its exit status; minus the signal that killed it."""
+        self.process.join(600)
+        return self.process.exitcode
 
 KERNEL_FILES = "msa.py", "moe.py", "model.py", "sample.py"
 
@@ -6492,8 +6539,7 @@ def test_where_losses_scatter_far_is_farther():
 def test_ctrl_c_saves_and_says_how_to_go_on(corpus, tmp_path):
     """Ctrl-C ends the run with a checkpoint, its summary and exit 0."""
     argv = train_args(corpus, tmp_path, "--steps 100000 --log-every 1 --eval-every 3")
-    command = [sys.executable, HERE / "train.py", *argv]
-    run = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    run = PreparedRun(HERE / "train.py", *argv)
     assert any(line.startswith("step 00004") for line in run.stdout)
 
     run.send_signal(signal.SIGINT)
@@ -6520,9 +6566,9 @@ def test_kill_9_in_a_save_is_harmless(checkpoint, tmp_path):
     """SIGKILL in the middle of a save leaves the checkpoint whole, and what was written beside it."""
     before = checkpoint.read_bytes()
 
-    run = run_python("-c", KILLED_IN_A_SAVE, *resume(tmp_path, "--steps 13"))
+    run = PreparedRun("-c", KILLED_IN_A_SAVE, *resume(tmp_path, "--steps 13"))
 
-    assert run.returncode == -signal.SIGKILL
+    assert run.wait() == -signal.SIGKILL, run.stdout.read()
     assert [file.stat().st_size for file in tmp_path.glob("*.pt.tmp")] == [1000]
     assert checkpoint.read_bytes() == before
 
@@ -6651,8 +6697,7 @@ with sample.lock_folder(sys.argv[1]):
 
 def test_a_folder_has_one_writer(checkpoint, corpus, tmp_path):
     """A second run, new or resumed, by either script, is refused at its start; readers are not; kill -9 frees it."""
-    command = [sys.executable, "-c", HOLD_A_FOLDER, tmp_path]
-    owner = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True)
+    owner = PreparedRun("-c", HOLD_A_FOLDER, tmp_path)
     assert owner.stdout.readline() == "held\n"
     before = files(tmp_path)
 
@@ -6666,7 +6711,7 @@ def test_a_folder_has_one_writer(checkpoint, corpus, tmp_path):
 
     run_sample(tmp_path, "--max-new-tokens 1")
 
-    owner.kill()
+    owner.send_signal(signal.SIGKILL)
     owner.wait()
     resume_run(tmp_path, "--steps 13")
     assert steps_done(tmp_path) == 13
@@ -10541,17 +10586,16 @@ def test_a_full_queue_and_a_server_that_ends_refuse(monkeypatch):
 def test_ctrl_c_ends_a_server_and_its_streams(trained):
     """A stream under way hears that there is an end; the last line is JSON, the port is free again."""
     need_server()
-    command = [sys.executable, "sample.py", *map(str, sample_args(trained[0], "--serve 0 --token k"))]
-    with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) as run:
-        url = next(line.split()[2] for line in run.stdout if line.startswith("server"))
-        body = dict(prompt="def", max_tokens=10 ** 6, stream=True)
-        asked = request.Request(url + "/completions", json.dumps(body).encode(), dict(Authorization="Bearer k"))
-        with request.urlopen(asked, timeout=60) as stream:
-            stream.readline()
-            run.send_signal(signal.SIGINT)
-            rest = stream.read().decode()
-        out, _ = run.communicate(timeout=60)
-    assert run.returncode == 0
+    run = PreparedRun(HERE / "sample.py", *sample_args(trained[0], "--serve 0 --token k"))
+    url = next(line.split()[2] for line in run.stdout if line.startswith("server"))
+    body = dict(prompt="def", max_tokens=10 ** 6, stream=True)
+    asked = request.Request(url + "/completions", json.dumps(body).encode(), dict(Authorization="Bearer k"))
+    with request.urlopen(asked, timeout=60) as stream:
+        stream.readline()
+        run.send_signal(signal.SIGINT)
+        rest = stream.read().decode()
+    out = run.stdout.read()
+    assert run.wait() == 0
     assert "shutting down" in rest or "[DONE]" in rest
     assert last_json(out)["requests"] == 1
 
@@ -12328,12 +12372,11 @@ def post(url, body, key="k", method="POST"):
 def serving(out, flags=""):
     """rl.py --serve in a process of its own, for two steps of four episodes -> the process, the gateway's address."""
     need_server()
-    command = [sys.executable, "rl.py", *rl_args(out, f"--steps 2 --serve 0 --token k {flags}")]
-    with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) as run:
-        try:
-            yield run, next(line.split()[2] for line in run.stdout if line.startswith("gateway"))
-        finally:
-            run.kill()
+    run = PreparedRun(HERE / "rl.py", *rl_args(out, f"--steps 2 --serve 0 --token k {flags}"))
+    try:
+        yield run, next(line.split()[2] for line in run.stdout if line.startswith("gateway"))
+    finally:
+        run.process.kill()
 
 def serve_here(out, play, flags="", stop=False):
     """What `serving` does, in this process, whose imports are paid, while play(url) runs in a thread -> rl.py's result.
@@ -12381,8 +12424,9 @@ def play_by_http(url, ask, task, messages):
     assert post(url + "/finish", end) == (200, dict(turns=2))
 
 def assert_two_steps(run):
-    assert run.wait(600) == 0
-    assert last_json(run.stdout.read())["steps"] == 2
+    rest = run.stdout.read()
+    assert run.wait() == 0
+    assert last_json(rest)["steps"] == 2
 
 def assert_bad_requests_are_refused(url, task, messages):
     good = dict(model=task, messages=messages)
@@ -17399,10 +17443,12 @@ def test_the_gpt2_baseline_draws_by_probability(gpt2):
 
 def test_the_gpt2_baseline_runs():
     """Its tiny form, in a process of its own, on three steps."""
-    run = run_python(".ci/gpt2_baseline.py", *"--data moe.py --steps 3 --tiny --device cpu".split())
+    flags = "--steps 3 --tiny --device cpu".split()
+    run = PreparedRun(HERE / ".ci" / "gpt2_baseline.py", "--data", HERE / "moe.py", *flags)
+    said = run.stdout.read()
 
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert last_json(run.stdout)["steps"] == 3
+    assert run.wait() == 0, said[-2000:]
+    assert last_json(said)["steps"] == 3
 
 def test_bench_counts_training_flops():
     """Attention's forward and backward against a count of its pairs, by hand."""

@@ -18345,6 +18345,8 @@ def test_flags_of_quality_are_its_own(flag, what):
 def test_quality_trains_in_processes_of_their_own(monkeypatch, tmp_path):
     """The whole command, once: a process trains a window's model, the table and the JSON have its rows."""
     study = dataclasses.replace(MICRO, attns=("swa",), seeds=(5,), steps=10)
+    prepared = dict(spawn=prepared_processes())  # begins as bare as a spawned one, but with imports that are paid
+    monkeypatch.setattr(multiprocessing, "get_context", prepared.get)
     monkeypatch.setattr(bench, "STUDIES", dict(cpu=study))
     monkeypatch.setattr(bench, "cost_rows", no_costs)
     cells = tmp_path / "cells.jsonl"

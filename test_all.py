@@ -102,8 +102,39 @@ def patch_once_a_launch():
     if hasattr(interpreter, "_LangPatchScope"):  # Triton 3.6 never restores: it is left as it is
         interpreter._patch_lang = patch
 
+def make_types_once():
+    """Triton's interpreter spends more time on its values' types than on values: here each type is made once."""
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    language = importlib.import_module("triton.language.core")
+    numpy_types = {}                   # a type's name -> NumPy's
+    blocks = {}                        # name of the elements' type, and shape -> a block type's fields
+    tensors = {}                       # a type's name -> the fields of its tensors
+
+    def get_numpy_type(kind, real=interpreter._get_np_dtype):
+        if kind.name not in numpy_types:
+            numpy_types[kind.name] = real(kind)
+        return numpy_types[kind.name]
+
+    def init_block(self, element_ty, shape, real=language.block_type.__init__):
+        key = (element_ty.name, *[getattr(size, "value", size) for size in shape])
+        if key not in blocks:
+            real(self, element_ty, shape)
+            blocks[key] = vars(self).copy()
+        vars(self).update(blocks[key])
+
+    def init_tensor(self, handle, type, real=language.tensor.__init__):
+        if type.name not in tensors:
+            real(self, handle, type)
+            tensors[type.name] = vars(self).copy()
+        vars(self).update(tensors[type.name], handle=handle, type=type)
+
+    interpreter._get_np_dtype = get_numpy_type
+    language.block_type.__init__ = init_block
+    language.tensor.__init__ = init_tensor
+
 if msa.triton is not None and os.environ.get("TRITON_INTERPRET") == "1":
     patch_once_a_launch()
+    make_types_once()
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid", "ignore:overflow", "ignore:All-NaN")
 parametrize = pytest.mark.parametrize

@@ -31,6 +31,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -1033,6 +1034,86 @@ class Lightning(nn.Module):
             state.copy_(last_state)
         return y, {}
 
+# ---- context parallelism -------------------------------------------------------------------------
+# A row of T tokens is shared out over the P ranks of a group: cut into 2 P equal chunks, of which rank r has chunks r
+# and 2 P - 1 - r. A query's work grows with its position, for the index branch scores all keys before it: a chunk from
+# the front and its mirror from the back cost each rank the same.
+#
+#     4 ranks    | 0 | 1 | 2 | 3 | 3 | 2 | 1 | 0 |    chunks of a row, by their rank
+#
+# A rank computes all of a layer for its own tokens alone. Attention is the one place that needs others: each rank sends
+# the keys, values and index keys of its tokens to all, then its queries choose blocks among the whole row's, exactly as
+# on one rank. So come 2 Hkv D + Di numbers of each token that is not its own, 2.3 KB at M3's sizes in bf16, of which
+# the index keys are a tenth; backward their gradients go the other way. Keys that stay would cost more before a block
+# is fetched: Hkv Di numbers of a token's queries go to each rank, 1.0 KB, and Hkv (S - 1) candidates come back, a score
+# and a block each, 0.5 KB (that choice is msa.block_candidates and msa.merge_candidates). What gathered keys cost is
+# memory: those of a whole row, for one layer at a time.
+
+class _Gather(torch.autograd.Function):
+    """Tensors (B, T / size, …) of this rank's tokens -> (B, T, …) of the row's, in one collective. Backward each rank
+    gets the sum, over ranks, of its tokens' gradients, always in this order."""
+
+    @staticmethod
+    def forward(ctx, shard, *tensors):
+        ctx.shard = shard
+        sent = torch.cat([x.flatten() for x in tensors])                                                   # (n,)
+        came = sent.new_empty(shard.size, len(sent))
+        dist.all_gather(list(came), sent, group=shard.group)
+        came = came.split([x.numel() for x in tensors], 1)
+        whole = []
+        for x, by_rank in zip(tensors, came):
+            row = x.new_empty(len(x), shard.T, *x.shape[2:])
+            for peer, theirs in zip(shard.peers(), by_rank):
+                for (start, stop), chunk in zip(peer.parts, theirs.view_as(x).chunk(2, 1)):
+                    row[:, start:stop] = chunk
+            whole.append(row)
+        return tuple(whole)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        shard = ctx.shard
+        theirs = [[peer.take(grad) for grad in grads] for peer in shard.peers()]
+        leaving = torch.stack([torch.cat([x.flatten() for x in one]) for one in theirs])              # (size, n)
+        came = torch.empty_like(leaving)
+        dist.all_to_all_single(came, leaving, group=shard.group)
+        wide = torch.promote_types(came.dtype, torch.float32)
+        total = came.sum(0, dtype=wide).to(came.dtype)
+        own = theirs[shard.rank]
+        parts = total.split([x.numel() for x in own])
+        return None, *(part.view_as(x) for part, x in zip(parts, own))
+
+@dataclasses.dataclass
+class ContextShard:
+    """Which tokens of each row of T are this rank's: of 2 * size chunks, that number `rank` and its mirror."""
+    rank: int
+    size: int
+    T: int
+    group: "dist.ProcessGroup" = None  # the ranks that share rows; None = all
+
+    @staticmethod
+    def fits(T, size, L, stride):
+        """Whether rows of T tokens can be shared out: each chunk begins with a key block of L tokens, and with the
+        first of the `stride` queries of which the index branch learns from the last."""
+        return T % (2 * size * math.lcm(L, stride)) == 0
+
+    @property
+    def parts(self):
+        """(start, stop) of this rank's two chunks, the earlier one first."""
+        chunk = self.T // (2 * self.size)
+        return [(n * chunk, (n + 1) * chunk) for n in (self.rank, 2 * self.size - 1 - self.rank)]
+
+    def peers(self):
+        """The shard of each rank."""
+        return [dataclasses.replace(self, rank=rank) for rank in range(self.size)]
+
+    def take(self, x, dim=1):
+        """Of a tensor with T slots, this rank's."""
+        return torch.cat([x.narrow(dim, start, stop - start) for start, stop in self.parts], dim)
+
+    def gather(self, *tensors):
+        """Tensors (B, T / size, …) of this rank's tokens, of one dtype -> (B, T, …) of whole rows, with gradient."""
+        return _Gather.apply(self, *tensors)
+
 # ---- layers --------------------------------------------------------------------------------------
 # A layer with MSA has an index branch besides: small queries and keys, whose products rank the key blocks. Attention
 # reads the S blocks that it chose for each query (see msa.py); `Attention.attend` shows which operation does that in
@@ -1051,6 +1132,8 @@ class Context:
     layer: int = 0                     # which lane of the cache is the layer's
     block_idx: torch.Tensor = None     # (B, T, Hkv, S) a recorded choice of blocks, to be used again
     experts: torch.Tensor = None       # (B, T, A) a recorded choice of experts, to be used again
+    shard: ContextShard = None         # T is this rank's share of a row's tokens; end is the whole row's
+    start: int = None                  # slot of the first query, where keys are a whole row's and queries a chunk's
 
 class Indexer(nn.Module):
     """MSA's index branch: one query head for each KV head, one key head for all. Its input is detached."""
@@ -1121,8 +1204,10 @@ class Attention(nn.Module):
         block_recall, score_recall and block_chance in an evaluation."""
         if self.is_window:
             return self.attend_window(q, k, v, ctx), {}
+        if ctx.shard is not None:
+            return self.attend_shard(q, k, v, qi, ki, ctx)
         S, L, stride = self.cfg.index_topk_blocks, self.cfg.index_block_size, self.cfg.index_kl_stride
-        start = None
+        start = ctx.start
         if ctx.cache is not None:
             start = ctx.cache.length
             k, v, ki = ctx.cache.append(ctx.layer, k, v, ki)
@@ -1134,13 +1219,13 @@ class Attention(nn.Module):
         # an evaluation measures how much of the attention's mass the index branch finds
         learns = self.training and ctx.cache is None
         aux = {}
-        if ctx.cache is None and not self.training:
+        if ctx.cache is None and not self.training and start is None:
             aux = self.measure_recall(q, k, qi, ki, ctx.end)
 
         # warm-up: the layer reads every visible key, and the index branch learns to predict it (paper, section 3.4)
         if ctx.index_warmup:
             if learns:
-                aux["index_kl"] = index_kl_loss(qi, ki, q, k, None, L, ctx.end, ctx.weight, stride)
+                aux["index_kl"] = index_kl_loss(qi, ki, q, k, None, L, ctx.end, ctx.weight, stride, start)
             return full_attention(q, k, v, ctx.end, start), aux
 
         # prefill and decode: choice and attention in one operation
@@ -1151,13 +1236,37 @@ class Attention(nn.Module):
         # training, evaluation, replay: a choice, made now or recorded, then attention over the chosen blocks
         block_idx = ctx.block_idx
         if block_idx is None:
-            block_idx = select_blocks(qi, ki, S, L, ctx.end)
+            block_idx = select_blocks(qi, ki, S, L, ctx.end, start)
         aux["block_idx"] = block_idx
         if learns:
-            y, aux["index_kl"] = msa_train(q, k, v, qi, ki, block_idx, L, ctx.end, ctx.weight, stride)
+            y, aux["index_kl"] = msa_train(
+                q, k, v, qi, ki, block_idx, L, ctx.end, ctx.weight, stride, start=start)
         else:
             y = msa_attention(q, k, v, block_idx, L, ctx.end, start)
         return y, aux
+
+    def attend_shard(self, q, k, v, qi, ki, ctx):
+        """`attend` of this rank's share of each row: the keys of the whole row come from all ranks, then its two chunks
+        of queries go one after the other."""
+        if ki is None:
+            k, v = ctx.shard.gather(k, v)
+        else:
+            k, v, ki = ctx.shard.gather(k, v, ki)
+        ys = []
+        reports = []
+        for number, (start, _) in enumerate(ctx.shard.parts):
+            queries, index_queries, weight = (
+                None if x is None else x.chunk(2, 1)[number] for x in (q, qi, ctx.weight))
+            part = dataclasses.replace(ctx, shard=None, start=start, weight=weight)
+            y, report = self.attend(queries, k, v, index_queries, ki, part)
+            ys.append(y)
+            reports.append(report)
+        aux = {}
+        if "block_idx" in reports[0]:
+            aux["block_idx"] = torch.cat([report["block_idx"] for report in reports], 1)
+        if "index_kl" in reports[0]:
+            aux["index_kl"] = reports[0]["index_kl"] + reports[1]["index_kl"]
+        return torch.cat(ys, 1), aux
 
     def attend_window(self, q, k, v, ctx):
         """q (B, T, H, D), k and v (B, T, Hkv, D) -> y (B, T, H, D), over the window's keys."""
@@ -1457,7 +1566,7 @@ class MiniMax(nn.Module):
                 p.normal_(0, std)
 
     def forward(self, idx, targets=None, weight=None, cache=None, pos=None, end=None, replay=None, n_logits=None,
-                index_warmup=False, run_mtp=True, recompute=False):
+                index_warmup=False, run_mtp=True, recompute=False, shard=None):
         """One forward for training, prefill, decode and merged trees.
 
         idx           (B, T) tokens
@@ -1472,11 +1581,13 @@ class MiniMax(nn.Module):
         index_warmup  MSA layers have full attention while their index branch learns
         run_mtp       whether targets run the MTP modules, too
         recompute     layers keep their input alone, and run again in the backward pass (activation checkpointing)
+        shard         ContextShard: all of the above are whole rows, the same on each of its ranks, and what comes back
+                      is of this rank's tokens alone, T / size a row; losses and gradients are its share of a sum
         -> logits (B, n, V) or None; Losses in training or with targets, or else None; aux, a flat dict of tensors:
         hidden (B, T, C) before the last norm, block_idx (layers with MSA, B, T, Hkv, S), experts (layers with experts,
         B, T, A), expert_load (layers with experts, E), and in an evaluation block_recall, score_recall, block_chance.
-        ValueError for an idx without a token, for a tree where layers are recurrent, and where layers have MSA for a
-        document within a key block.
+        ValueError for an idx without a token, for a tree where layers are recurrent, where layers have MSA for a
+        document within a key block, and for a shard where it does not fit.
         """
         B, T = idx.shape
         if idx.numel() == 0:
@@ -1490,10 +1601,15 @@ class MiniMax(nn.Module):
             pos = query_index(T, start, idx.device).expand(B, T)
         if weight is None:
             weight = torch.ones(B, T, device=idx.device)
-        ctx = Context(rope_tables(pos, self.cfg.rotary_dim, self.cfg.rope_theta), end, weight, cache, index_warmup)
+        tokens = idx
+        if shard is not None:
+            self.check_shard(shard, T, cache, replay, n_logits)
+            tokens, pos, weight = map(shard.take, (idx, pos, weight))
+        ctx = Context(rope_tables(pos, self.cfg.rotary_dim, self.cfg.rope_theta), end, weight, cache, index_warmup,
+                      shard=shard)
 
         # the trunk
-        x = self.embed(idx).to(self.dtype)                                                                # (B, T, C)
+        x = self.embed(tokens).to(self.dtype)                                                             # (B, T, C)
         reports = []                       # aux of each layer
         for block, layer_ctx in zip(self.layers, self.layer_contexts(ctx, replay)):
             if recompute:
@@ -1518,15 +1634,31 @@ class MiniMax(nn.Module):
             x = x[:, max(0, T - n_logits):]
         return self.lm_head(x), losses, aux
 
+    def check_shard(self, shard, T, cache, replay, n_logits):
+        """ValueError unless a rank can compute its share of rows of T tokens."""
+        cfg = self.cfg
+        if cfg.is_recurrent:
+            raise ValueError("shard: context parallelism is for full attention and MSA, not for windows, Lightning "
+                             "layers or convolutions")
+        if cache is not None or replay is not None or n_logits is not None:
+            raise ValueError("shard: context parallelism is for training and evaluation, without cache, replay or "
+                             "n_logits")
+        L = cfg.index_block_size if "msa" in cfg.attn_types else 1
+        if shard.T != T or not shard.fits(T, shard.size, L, cfg.index_kl_stride):
+            raise ValueError(f"shard: rows of {T} tokens cannot be cut into {2 * shard.size} chunks of whole key "
+                             f"blocks of {L}, and for every {cfg.index_kl_stride} queries one that learns")
+
     def sum_losses(self, hidden, x, idx, targets, ctx, reports, run_mtp):
         """Losses of a forward -> Losses, 0 or empty where there are none. Takes the KLs out of `reports`, and adds what
-        MTP modules report. hidden, x: the trunk's states before and after its last norm."""
+        MTP modules report. hidden, x: the trunk's states before and after its last norm; idx, targets: whole rows."""
         none = torch.zeros(0, device=idx.device)
         losses = Losses(next=none.sum(), mtp=none, kl=none)
         if targets is not None:
-            losses.next = cross_entropy(x, self.lm_head.weight, targets)
+            own = targets if ctx.shard is None else ctx.shard.take(targets)
+            losses.next = cross_entropy(x, self.lm_head.weight, own)
             if run_mtp and self.mtp:
-                losses.mtp = self.mtp_losses(hidden, idx, targets, ctx, reports)
+                mtp_losses = self.mtp_losses if ctx.shard is None else self.mtp_losses_of_shard
+                losses.mtp = mtp_losses(hidden, idx, targets, ctx, reports)
         kls = [report.pop("index_kl") for report in reports if "index_kl" in report]
         if kls:
             losses.kl = torch.stack(kls)
@@ -1571,6 +1703,24 @@ class MiniMax(nn.Module):
         for k, h, aux in self.mtp_walk(hidden, embedded, ctx, weights):
             shifted = targets[:, k:].where(within_document(k, T, ctx.end, idx.device), -1)
             losses[k - 1] = cross_entropy(h, self.lm_head.weight, shifted)
+            reports.append({key: aux[key] for key in ("expert_load", "index_kl") if key in aux})
+        return torch.stack(losses)
+
+    def mtp_losses_of_shard(self, hidden, idx, targets, ctx, reports):
+        """mtp_losses of this rank's tokens. A token's k-th next one may be another rank's: idx (B, T) and targets are
+        whole rows, hidden (B, t, C) and ctx this rank's."""
+        T = idx.size(1)
+        losses = [torch.zeros((), device=idx.device)] * len(self.mtp)
+        for k, module in enumerate(self.mtp[:T - 1], 1):
+            ahead = F.pad(idx[:, k:], (0, k), value=-1)
+            shifted = F.pad(targets[:, k:], (0, k), value=-1)
+            inside = F.pad(within_document(k, T, ctx.end, idx.device), (0, k))
+            ahead, shifted, inside = map(ctx.shard.take, (ahead, shifted, inside))                            # (B, t)
+            embedded = self.embed(ahead.clamp(min=0)).masked_fill((ahead < 0)[..., None], 0).to(hidden.dtype)
+            depth_ctx = dataclasses.replace(ctx, weight=ctx.weight * inside, layer=self.cfg.n_layer + k - 1)
+            hidden, aux = module(hidden, embedded, depth_ctx)
+            h = module.norm(hidden)
+            losses[k - 1] = cross_entropy(h, self.lm_head.weight, shifted.where(inside, -1))
             reports.append({key: aux[key] for key in ("expert_load", "index_kl") if key in aux})
         return torch.stack(losses)
 

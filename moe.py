@@ -19,6 +19,7 @@ from __future__ import annotations  # without Triton, tl.constexpr in a kernel's
 import math
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -105,7 +106,10 @@ def experts_loop(x, w13, w2, weights, idx, activation):
     -> (T, C)
     """
     y = torch.zeros_like(x)
-    for e in idx.unique().tolist():  # an expert that no token chose is not looked at: it may have to be read from disk
+    visited = idx.unique().tolist()  # an expert that no token chose is not looked at: it may have to be read from disk
+    if not visited:                  # without a token, on one of several ranks: gradients of 0, not none
+        visited = [0]
+    for e in visited:
         token, slot = (idx == e).nonzero(as_tuple=True)
         out = gated(x[token] @ w13[e].T, activation) @ w2[e].T
         weight = weights[token, slot, None].to(x.dtype)
@@ -219,6 +223,9 @@ class MoE(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
+        # with expert parallelism w13 and w2 are in `experts`, this rank's share of them. It is registered first, so
+        # that parameters keep their order, by which a checkpoint knows their moments
+        self.register_module("experts", None)
         self.router = Router(cfg.n_embd, cfg.n_expert)
         self.w13 = nn.Parameter(torch.empty(cfg.n_expert, 2 * cfg.expert_dim, cfg.n_embd))
         self.w2 = nn.Parameter(torch.empty(cfg.n_expert, cfg.n_embd, cfg.expert_dim))
@@ -253,18 +260,96 @@ class MoE(nn.Module):
 
     def run_experts(self, x, weights, idx):
         """x (n, C), weights and idx (n, A) -> the weighted sum of each token's experts (n, C)."""
-        experts = pick_experts(x.dtype)
-        return experts(x, self.w13.to(x.dtype), self.w2.to(x.dtype), weights, idx, self.cfg.activation)
+        if self.experts is not None:
+            return self.experts(x, weights, idx)
+        run = pick_experts(x.dtype)
+        return run(x, self.w13.to(x.dtype), self.w2.to(x.dtype), weights, idx, self.cfg.activation)
+
+    def share_experts(self, group):
+        """Keep an equal share of the experts, and leave the others to the group's other ranks."""
+        self.experts = ParallelExperts(self, group)
+        del self.w13, self.w2
 
 def count_params(module):
-    """Parameters and router biases: all, and those that one token uses."""
+    """Parameters and router biases: all, on all ranks, and those that one token uses."""
     total = sum(t.numel() for t in [*module.parameters(), *module.buffers()])
-    active = total
+    unused = 0
     for layer in module.modules():
         if isinstance(layer, MoE):
-            an_expert = layer.w13[0].numel() + layer.w2[0].numel()
-            active -= an_expert * (layer.cfg.n_expert - layer.cfg.n_expert_per_tok)
-    return total, active
+            here = layer if layer.experts is None else layer.experts
+            an_expert = math.prod(here.w13.shape[1:]) + math.prod(here.w2.shape[1:])
+            total += an_expert * (layer.cfg.n_expert - len(here.w13))
+            unused += an_expert * (layer.cfg.n_expert - layer.cfg.n_expert_per_tok)
+    return total, total - unused
+
+# ---- experts on several ranks -----------------------------------------------------------------------------------
+# Expert parallelism: of E experts, rank r of a group of P keeps E / P, from r E / P on; all else of the layer is on each
+# rank, which routes its own tokens. Each token's row travels to its A experts and back, all-to-all, twice forward and
+# twice backward, 2 C numbers a pair of token and expert each way. No token is dropped: a rank takes as many rows as
+# come. It pays where experts do not fit one GPU; where they do, it moves more bytes than it saves.
+
+class _Exchange(torch.autograd.Function):
+    """Rows (n, C), sorted by the rank that they go to -> the rows that come, sorted by the rank that they are from.
+    sends, takes: how many to and from each rank, lists. The gradient goes back the same way."""
+
+    @staticmethod
+    def forward(ctx, rows, sends, takes, group):
+        ctx.back = takes, sends, group
+        came = rows.new_empty(sum(takes), *rows.shape[1:])
+        dist.all_to_all_single(came, rows.contiguous(), takes, sends, group=group)
+        return came
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Exchange.apply(grad, *ctx.back), None, None, None
+
+class ParallelExperts(nn.Module):
+    """The experts of a layer that this rank of a group keeps: rank r those from r E / P on, P ranks in all."""
+
+    def __init__(self, layer, group):
+        """layer: MoE; ValueError where its experts cannot be shared out equally. group: of torch.distributed."""
+        super().__init__()
+        self.group = group
+        self.activation = layer.cfg.activation
+        self.n_ranks = dist.get_world_size(group)
+        if layer.cfg.n_expert % self.n_ranks:
+            raise ValueError(f"{layer.cfg.n_expert} experts do not divide by {self.n_ranks} ranks")
+        self.n_own = layer.cfg.n_expert // self.n_ranks
+        first = dist.get_rank(group) * self.n_own
+        self.w13 = nn.Parameter(layer.w13.detach()[first:first + self.n_own].clone())
+        self.w2 = nn.Parameter(layer.w2.detach()[first:first + self.n_own].clone())
+
+    @torch.compiler.disable            # how many rows come shows only when it runs
+    def forward(self, x, weights, idx):
+        """x (n, C), weights and idx (n, A) -> the weighted sum of each token's experts (n, C), wherever they are."""
+        n, A = idx.shape
+        take = _Rows.apply if torch.is_grad_enabled() else take_rows
+
+        # pairs of a token and an expert, sorted by expert, and so by rank
+        chosen, order = idx.flatten().sort(stable=True)                                 # (n*A,)
+        place = torch.arange(n * A, device=x.device)
+        inverse = torch.empty_like(order).scatter_(0, order, place)                     # a pair's place in the order
+        leaving = torch.bincount(chosen, minlength=self.n_ranks * self.n_own)
+
+        # each rank hears how many come from each other one, for each of its experts
+        coming = torch.empty_like(leaving)
+        dist.all_to_all_single(coming, leaving, group=self.group)
+        by_rank = torch.stack([leaving, coming]).view(2, self.n_ranks, self.n_own).sum(2)
+        sends, takes = by_rank.tolist()
+
+        # rows go there, through the experts, and back
+        rows = take(x, order // A, inverse, A)                                          # (n*A, C)
+        rows = _Exchange.apply(rows, sends, takes, self.group)                          # (m, C)
+        own = torch.arange(self.n_own, device=x.device).repeat(self.n_ranks)
+        expert = own.repeat_interleave(coming, output_size=len(rows))[:, None]          # (m, 1)
+        once = weights.new_ones(len(rows), 1)
+        run = pick_experts(x.dtype)
+        out = run(rows, self.w13.to(x.dtype), self.w2.to(x.dtype), once, expert, self.activation)
+        out = _Exchange.apply(out, takes, sends, self.group)                            # (n*A, C)
+
+        # in the order of tokens again, whose A experts add up
+        out = take(out, inverse, order, 1).view(n, A, -1)
+        return (out * weights[..., None].to(x.dtype)).sum(1)
 
 # ---- balancing --------------------------------------------------------------------------------------------------
 

@@ -37,6 +37,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 try:
@@ -55,6 +56,7 @@ _compiled = functools.cache(torch.compile)
 # Everything here runs on any device and in any precision, and has gradients where its docstring says so. A layer calls
 #     full_attention   softmax over every visible key, for layers that are not sparse
 #     select_blocks    block_scores, then top_blocks: the choice, which has no gradient
+#                      block_candidates, then merge_candidates: the same where each rank has some of the keys
 #     msa_attention    gather_blocks copies the chosen keys and values out; group_probs is the softmax over them
 #     msa_decode       both for a step of generation
 #     msa_train        both for a step of training: msa_attention, and index_kl_loss for the index branch
@@ -91,9 +93,19 @@ def all_finite(*tensors):
     return all(x.isfinite().all() for x in tensors)
 
 def query_index(T, start, device):
-    """Index i of each query in its row, or slot in the cache: (1, T), or (B, T) where start (B,) is given."""
+    """Index i of each query in its row, or slot in the cache: (1, T), or (B, T) where start is (B,)."""
+    if isinstance(start, int):
+        return torch.arange(start, start + T, device=device)[None]
     i = torch.arange(T, device=device)[None]
     return i if start is None else i + start[:, None]
+
+def starts(start, x):
+    """start as kernels take it, for queries x (B, T, …): None, or (B,) int32."""
+    if start is None:
+        return None
+    if isinstance(start, int):
+        return torch.full((len(x),), start, dtype=torch.int32, device=x.device)
+    return start.contiguous()
 
 def visible(i, j, end):
     """j <= i < end[j] for queries i (B, T) and keys j (Tk,): bool (B, T, Tk)."""
@@ -109,14 +121,15 @@ def full_attention(q, k, v, end=None, start=None, impl="auto"):
     q      (B, T, H, D)
     k, v   (B, Tk, Hkv, D), Tk >= T
     end    (B, Tk) int32, the end of each key's document; None: there is one
-    start  (B,) int32, index of the first query in a cache; None: 0
-    impl   auto, triton (decode alone: a start, T <= 8) or torch
+    start  index of the first query. None: 0; (B,) int32: of each row, in a cache; an int: of all rows, a part of each
+           of which is computed here (the host knows it: nothing waits for a GPU)
+    impl   auto, triton (decode alone: a cache, T <= 8) or torch
     ValueError for tensors that do not fit, and where triton is asked for and cannot.
     """
     _check_attention(q, k, v, end, start)
     B, T, H, D = q.shape
     Tk = k.size(1)
-    decode = start is not None and T <= NEW  # all that our kernel does: a prefill is SDPA's
+    decode = isinstance(start, torch.Tensor) and T <= NEW  # all that our kernel does: a prefill is SDPA's
     if impl == "auto" and not decode:
         impl = "torch"
     if _pick(impl, q, D, grad=(q, k, v)):
@@ -124,8 +137,15 @@ def full_attention(q, k, v, end=None, start=None, impl="auto"):
             raise ValueError(f"impl='triton' is for decode alone, which has a start and T <= {NEW}: T is {T}")
         return _dense_triton(q.contiguous(), k, v, end, start.contiguous())
 
-    if end is not None and start is None and q.is_cuda and q.dtype.itemsize == 2 and torch.is_grad_enabled():
-        return _flex(q, k, v, end)
+    if isinstance(start, int):  # no query of this part of a row sees the keys after it
+        Tk = start + T
+        k, v = k[:, :Tk], v[:, :Tk]
+        end = None if end is None else end[:, :Tk]
+        start = start or None
+    on_flash = q.is_cuda and q.dtype.itemsize == 2
+    is_part = isinstance(start, int)
+    if end is not None and (start is None or is_part) and on_flash and torch.is_grad_enabled():
+        return _flex(q, k, v, end, start or 0)
     if q.device.type == "cpu" and not all_finite(q, k, v):
         # torch's operator adds its mask to the scores, so that a NaN passes it: MSA over every block masks its keys
         every = torch.arange(cdiv(Tk, 64), dtype=torch.int32)
@@ -134,6 +154,10 @@ def full_attention(q, k, v, end=None, start=None, impl="auto"):
     if end is None and start is None:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))                                            # (B, H, T, D)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    if end is None and is_part and on_flash:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        mask = causal_lower_right(T, Tk)  # the last T of Tk queries; it is never written out
+        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(1, 2)
     return _attend_masked(q, k, v, None, 1, end, start)
 
 def _attend_masked(q, k, v, block_idx, L, end, start):
@@ -144,8 +168,9 @@ def _attend_masked(q, k, v, block_idx, L, end, start):
     j = torch.arange(Tk, device=q.device)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))                                                # (B, H, T, D)
     step = max(1, chunk(q.device) // (B * H * Tk))  # a masked backend may hold all its scores
-    if block_idx is None and start is None and end is not None and B == 1 and T > SEEN_STEP:
-        return _attend_tree(q, k, v, i, j, end, min(step, SEEN_STEP))
+    known = start is None or isinstance(start, int)
+    if block_idx is None and known and end is not None and B == 1 and T > SEEN_STEP:
+        return _attend_tree(q, k, v, i, j, end, start or 0, min(step, SEEN_STEP))
     out = []
     for t in range(0, T, step):
         rows = slice(t, t + step)
@@ -157,17 +182,17 @@ def _attend_masked(q, k, v, block_idx, L, end, start):
         out.append(F.scaled_dot_product_attention(q[:, :, rows], k, v, mask, enable_gqa=True))
     return torch.cat(out, 2).transpose(1, 2)
 
-def _attend_tree(q, k, v, i, j, end, step):
+def _attend_tree(q, k, v, i, j, end, start, step):
     """A long row of documents or of a prefix tree, `step` queries at a time, each over the keys that one of them sees:
     in a tree of many branches behind one prompt that is the prompt and their own branches.
 
-    q, k, v  (1, H or Hkv, T, D)
-    i, j     indices of the queries (1, T) and of the keys (T,)
+    q, k, v  (1, H or Hkv, T or Tk, D)
+    i, j     indices of the queries (1, T), from start on, and of the keys (Tk,)
     -> (1, T, H, D)"""
     out = []
     for t in range(0, q.size(2), step):
         rows = slice(t, t + step)
-        seen = ((end[0] > t) & (j < t + step)).nonzero()[:, 0]
+        seen = ((end[0] > start + t) & (j < start + t + step)).nonzero()[:, 0]
         mask = visible(i[:, rows], j[seen], end[:, seen])[:, None]              # (1, 1, t, seen)
         out.append(F.scaled_dot_product_attention(
             q[:, :, rows], k[:, :, seen], v[:, :, seen], mask, enable_gqa=True))
@@ -179,37 +204,48 @@ def chosen_blocks(block_idx, N):
     block = torch.where(block_idx < 0, N, block_idx).long()
     return chosen.scatter_(3, block, True)[..., :N]
 
-def _flex(q, k, v, end, tile=128):
-    """FlexAttention over documents or trees, for training on a GPU: it skips tiles that are invisible as a whole."""
+def _flex(q, k, v, end, start=0, tile=128):
+    """FlexAttention over documents or trees, for training on a GPU: it skips tiles that are invisible as a whole.
+    The T queries are those from start on, of Tk keys."""
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
-    T = q.size(1)
-    more = -T % tile
-    if more:  # whole tiles: FlexAttention wants masks as long as its tensors
-        padded = (F.pad(x, (0, 0, 0, 0, 0, more)) for x in (q, k, v))
-        return _flex(*padded, F.pad(end, (0, more)), tile)[:, :T]
+    T, Tk = q.size(1), k.size(1)
+    more, more_keys = -T % tile, -Tk % tile
+    if more or more_keys:  # whole tiles: FlexAttention wants masks as long as its tensors
+        q = F.pad(q, (0, 0, 0, 0, 0, more))
+        k, v = (F.pad(x, (0, 0, 0, 0, 0, more_keys)) for x in (k, v))
+        return _flex(q, k, v, F.pad(end, (0, more_keys)), start, tile)[:, :T]
 
     # tiles of which something is seen, and those seen as a whole: (B, query tiles, key tiles)
-    i = torch.arange(0, T, tile, device=end.device)[:, None]  # a tile's first query
+    i = torch.arange(start, start + T, tile, device=end.device)[:, None]  # a tile's first query
+    j = torch.arange(0, Tk, tile, device=end.device)  # a tile's first key
     ends = end.view(len(end), 1, -1, tile)
-    seen = (i.T <= i) & (ends.amax(-1) > i)
-    whole = (i.T < i) & (ends.amin(-1) >= i + tile)
+    seen = (j < i + tile) & (ends.amax(-1) > i)
+    whole = (j + tile <= i) & (ends.amin(-1) >= i + tile)
     parts = []
     for tiles in (seen & ~whole, whole):
         tiles = tiles[:, None]
         parts.append(tiles.sum(-1, dtype=torch.int32))
         parts.append(tiles.int().argsort(stable=True, descending=True).int())
-    mask = BlockMask.from_kv_blocks(*parts, BLOCK_SIZE=tile, seq_lengths=(T, T),
-                                    mask_mod=lambda b, h, i, j: (j <= i) & (i < end[b, j]))
+    if start == 0:
+        def sees(b, h, i, j):
+            return (j <= i) & (i < end[b, j])
+    else:
+        first = torch.full((), start, dtype=torch.int32, device=end.device)  # a number would be compiled in
+
+        def sees(b, h, i, j):
+            return (j <= i + first) & (i + first < end[b, j])
+    mask = BlockMask.from_kv_blocks(*parts, BLOCK_SIZE=tile, seq_lengths=(T, Tk), mask_mod=sees)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return _compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
 
-def block_scores(qi, ki, i, end, L):
+def block_scores(qi, ki, i, end, L, ids=None):
     """The index branch's score of every block (paper eq. 5-6): max over its visible keys of qi . ki, in fp32 or wider;
     -inf from the query's own block on. An earlier block lies wholly before i, so that only `end` can hide a key of it.
 
-    qi  (B, T, Hkv, D)
-    ki  (B, Tk, D)
-    i   (B, T) or (1, T), index of each query
+    qi   (B, T, Hkv, D)
+    ki   (B, Tk, D)
+    i    (B, T) or (1, T), index of each query
+    ids  (N,), which block of the row each block of ki is; None: 0 … N-1
     -> (B, T, Hkv, N)
     """
     B, T, Hkv, D = qi.shape
@@ -229,7 +265,9 @@ def block_scores(qi, ki, i, end, L):
             scores = scores.masked_fill((i[:, None, None] >= last)[..., None], float("-inf"))
         scores = scores.nan_to_num_(float("-inf"), float("inf"), float("-inf"))
         out[:, b:b + scores.size(1)] = scores.amax(2)
-    hidden = torch.arange(N, device=i.device)[:, None] >= (i // L)[:, None]     # (B, N, T)
+    if ids is None:
+        ids = torch.arange(N, device=i.device)
+    hidden = ids[:, None] >= (i // L)[:, None]                                  # (B, N, T)
     return out.masked_fill(hidden[..., None], float("-inf")).permute(0, 2, 3, 1)
 
 def top_blocks(scores, own, S):
@@ -258,8 +296,7 @@ def select_blocks(qi, ki, S, L, end=None, start=None, impl="auto"):
     check_tensor("ki", ki, (B, ki.size(1), D), qi.device, qi.dtype)
     _check_layout(qi, ki.size(1), end, start)
     if _pick(impl, qi, D, L):
-        start = None if start is None else start.contiguous()
-        return _select_triton(qi.contiguous(), ki, S, L, end, start)
+        return _select_triton(qi.contiguous(), ki, S, L, end, starts(start, qi))
     i = query_index(T, start, qi.device)
     step = max(1, chunk(qi.device) * L // (B * Hkv * ki.size(1)))
     chosen = []
@@ -268,6 +305,46 @@ def select_blocks(qi, ki, S, L, end=None, start=None, impl="auto"):
         scores = block_scores(qi[:, rows], ki, i[:, rows], end, L)
         chosen.append(top_blocks(scores, (i[:, rows] // L).expand(B, -1), S))
     return torch.cat(chosen, 1)
+
+@torch.no_grad()
+def block_candidates(qi, ki, ids, S, L, end=None, start=None):
+    """The choice where each rank has some of a row's key blocks, first part: the best S - 1 of those that are here.
+
+    qi     (B, T, Hkv, D), index queries
+    ki     (B, n * L, D), index keys of whole blocks
+    ids    (n,) int, which block of the row each is, in ascending order
+    S, L   see select_blocks
+    end    (B, n * L), of these keys; start: see full_attention
+    -> score (B, T, Hkv, S - 1), in descending order, and block, int32; -inf and -1 where there are fewer
+    """
+    B, T, Hkv, _ = qi.shape
+    i = query_index(T, start, qi.device)
+    step = max(1, chunk(qi.device) * L // (B * Hkv * ki.size(1)))
+    found = []
+    for t in range(0, T, step):
+        rows = slice(t, t + step)
+        scores = block_scores(qi[:, rows], ki, i[:, rows], end, L, ids)
+        scores, place = scores.sort(dim=-1, descending=True, stable=True)
+        found.append((scores[..., :S - 1], ids[place[..., :S - 1]]))
+    score, block = (torch.cat(parts, 1) for parts in zip(*found))
+    lacking = S - 1 - score.size(-1)
+    score = F.pad(score, (0, lacking), value=float("-inf"))
+    block = F.pad(block, (0, lacking)).masked_fill(score == float("-inf"), -1)
+    return score, block.int()
+
+def merge_candidates(score, block, own, S):
+    """The second part: of all ranks' candidates the best, by descending score, ties by lowest block: the blocks that
+    select_blocks gives.
+
+    score, block  (B, T, Hkv, ranks * (S - 1)), block_candidates of each rank, in any order
+    own           (B, T), block of each query
+    -> block_idx int32 (B, T, Hkv, S)
+    """
+    block, place = block.sort(dim=-1)  # a stable sort by score, below, keeps this order among ties
+    score, place = score.gather(-1, place).sort(dim=-1, descending=True, stable=True)
+    best = block.gather(-1, place).masked_fill(score == float("-inf"), -1)[..., :S - 1]
+    own = own[:, :, None, None].expand(*best.shape[:3], 1)
+    return torch.cat([own, best], -1).int()
 
 def gather_blocks(x, block_idx, L):
     """Copy out the chosen blocks. x (B, Tk, Hkv, D), block_idx (B, T, Hkv, S) -> (B, T, Hkv, S*L, D).
@@ -329,7 +406,7 @@ def msa_attention(q, k, v, block_idx, L, end=None, start=None, impl="auto"):
     S = block_idx.size(3)
     check_tensor("block_idx", block_idx, (B, T, k.size(2), S), q.device)
     if _pick(impl, q, D, L, grad=(q, k, v)):
-        return _attend_triton(q.contiguous(), k, v, block_idx.contiguous(), L, end, start)
+        return _attend_triton(q.contiguous(), k, v, block_idx.contiguous(), L, end, starts(start, q))
 
     G = H // k.size(2)
     is_short = T >= FEW_QUERIES and k.size(1) * G <= SHORT * S * L
@@ -385,34 +462,36 @@ def msa_decode(q, k, v, qi, ki, S, L, length, end=None, impl="auto", int8=None):
     block_idx = select_blocks(qi, ki, S, L, end, length, impl)
     return msa_attention(q, k, v, block_idx, L, end, length, impl), block_idx
 
-def index_kl_loss(qi, ki, q, k, block_idx=None, L=1, end=None, weight=None, stride=1):
+def index_kl_loss(qi, ki, q, k, block_idx=None, L=1, end=None, weight=None, stride=1, start=None):
     """KL(teacher || index softmax), mean over KV heads, sum over tokens (paper eq. 9-10): a scalar with its real value.
     The caller divides by the tokens of a whole step. Teacher: mean over the group's heads of the main softmax,
     detached. Only qi and ki have a gradient.
 
     qi         (B, T, Hkv, Di)
-    ki         (B, T, Di)
+    ki         (B, Tk, Di)
     q          (B, T, H, D)
-    k          (B, T, Hkv, D)
+    k          (B, Tk, Hkv, D)
     block_idx  (B, T, Hkv, S), whose tokens are the support; None: the whole visible prefix, for the warm-up
     L, end     see msa_attention
-    weight     (B, T), a token's factor in the sum, where less than 0 counts as 0; None: 1 each
-    stride     the sum is over every stride-th query
+    weight     (B, T), a query's factor in the sum, where less than 0 counts as 0; None: 1 each
+    stride     the sum is over every stride-th of the queries
+    start      see full_attention; None: whole sequences, T = Tk
     ValueError for tensors that do not fit.
     """
-    _check_branches(q, k, None, qi, ki, end, None)
-    check_tensor("k", k, (*q.shape[:2], *k.shape[2:]), q.device)
+    _check_branches(q, k, None, qi, ki, end, start)
+    if start is None:
+        check_tensor("k", k, (*q.shape[:2], *k.shape[2:]), q.device)
     q, k = q.detach(), k.detach()
-    return _IndexKL.apply(qi, ki, q, k, block_idx, L, end, weight, stride)
+    return _IndexKL.apply(qi, ki, q, k, block_idx, L, end, weight, stride, start)
 
 class _IndexKL(torch.autograd.Function):
     """KL and its gradient in one pass: d KL / d score = (index softmax - teacher) * weight / Hkv."""
 
     @staticmethod
-    def forward(ctx, qi, ki, q, k, block_idx, L, end, weight, stride):
+    def forward(ctx, qi, ki, q, k, block_idx, L, end, weight, stride, start):
         B, T, Hkv, Di = qi.shape
         share = _share(weight, q, Hkv)
-        i = query_index(T, None, q.device)
+        i = query_index(T, start, q.device)
         loss = share.new_zeros(())
         dqi = torch.zeros_like(qi)
         dki = torch.zeros_like(ki)
@@ -436,7 +515,7 @@ class _IndexKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dqi, dki = ctx.saved_tensors
-        return grad * dqi, grad * dki, *[None] * 7  # grad is a number: the dtypes stay
+        return grad * dqi, grad * dki, *[None] * 8  # grad is a number: the dtypes stay
 
 def _share(weight, q, Hkv):
     """A query's share in the KL's sum, for each KV head: its weight (B, T), 0 or less = none -> fp32 or wider."""
@@ -498,26 +577,28 @@ def prefix_probs(q, k, seen):
     scores = q @ k * q.size(-1) ** -0.5
     return softmax(scores, seen[:, None, None, :, 0]).mean(2).transpose(1, 2)
 
-def msa_train(q, k, v, qi, ki, block_idx, L, end=None, weight=None, stride=1, impl="auto"):
+def msa_train(q, k, v, qi, ki, block_idx, L, end=None, weight=None, stride=1, impl="auto", start=None):
     """msa_attention and index_kl_loss of one layer in training -> out (B, T, H, D), KL, both with gradients.
 
-    q, k, v, block_idx, L, end  see msa_attention; whole sequences, T = Tk
-    qi, ki, weight, stride      see index_kl_loss. The kernels compute KL and gradient in one pass over the main scores
-    impl                        see full_attention
+    q, k, v, block_idx, L, end     see msa_attention
+    qi, ki, weight, stride, start  see index_kl_loss. The kernels compute KL and gradient in one pass over the main
+                                   scores
+    impl                           see full_attention
     ValueError for tensors that do not fit.
     """
     if not _pick(impl, q, q.size(3), qi.size(3), L):
-        kl = index_kl_loss(qi, ki, q, k, block_idx, L, end, weight, stride)
-        return msa_attention(q, k, v, block_idx, L, end, None, "torch"), kl
+        kl = index_kl_loss(qi, ki, q, k, block_idx, L, end, weight, stride, start)
+        return msa_attention(q, k, v, block_idx, L, end, start, "torch"), kl
     B, T = q.shape[:2]
     Hkv = k.size(2)
-    _check_branches(q, k, v, qi, ki, end, None)
-    check_tensor("k", k, (B, T, *k.shape[2:]), q.device)
+    _check_branches(q, k, v, qi, ki, end, start)
+    if start is None:
+        check_tensor("k", k, (B, T, *k.shape[2:]), q.device)
     check_tensor("block_idx", block_idx, (B, T, Hkv, block_idx.size(-1)), q.device)
     share = _share(weight, q, Hkv)[:, stride - 1::stride].contiguous()
     inputs = (x.contiguous() for x in (q, k, v, qi, ki, block_idx))
     end = None if end is None else end.contiguous()
-    return _Train.apply(*inputs, L, end, share, stride)
+    return _Train.apply(*inputs, L, end, share, stride, starts(start, q))
 
 @torch.no_grad()
 def block_recall(qi, ki, q, k, S, L, end=None, n_query=256):
@@ -566,14 +647,17 @@ def _check_layout(q, Tk, end, start):
         raise ValueError(f"shape of the queries is {tuple(q.shape)}, expected no empty dimension")
     if T > Tk:
         raise ValueError(f"number of queries is {T}, expected at most {Tk}, that of keys")
+    is_part = isinstance(start, int)
+    if is_part and not 0 <= start <= Tk - T:
+        raise ValueError(f"start is {start}, expected 0 to {Tk - T}: there are {Tk} keys for {T} queries")
     for name, x in (("end", end), ("start (a cache's length)", start)):
-        if x is not None and not isinstance(x, torch.Tensor):
+        if x is not None and not isinstance(x, torch.Tensor) and not (is_part and x is start):
             raise ValueError(f"type of {name} is {type(x)}, expected {torch.Tensor}")
-    if start is not None:
+    if isinstance(start, torch.Tensor):
         check_tensor("start (a cache's length)", start, (B,), q.device, torch.int32)
     if end is not None:
         fits = end.dim() == 2 and end.size(0) == B and end.size(1) <= Tk
-        if not fits or (start is None and end.size(1) < Tk):
+        if not fits or ((start is None or is_part) and end.size(1) < Tk):
             raise ValueError(f"shape of end is {tuple(end.shape)}, expected {(B, Tk)}, one end for each key")
         check_tensor("end", end, end.shape, q.device, torch.int32)
 
@@ -1129,7 +1213,6 @@ def _attend_triton(q, k, v, block_idx, L, end, start, stat=None, most=16384, run
     G, S = H // Hkv, block_idx.size(3)
     out = torch.empty_like(q)
     capacity, end = _lanes(end, k=k, v=v)
-    start = None if start is None else start.contiguous()
     if T <= QUERY_OUTER:
         _query_outer_kernel[B * T, Hkv](
             q=q, k=k, v=v, end=end, start=start,
@@ -1197,11 +1280,11 @@ def _task(tasks):
     return n, h, blk, lo, hi
 
 @jit
-def _seen_by(i, j, mine, end, base, T):
+def _seen_by(i, j, mine, end, base, capacity):
     """Which keys j [L] the queries i [rows] see, where mine [rows]: [L, rows]."""
     seen = (j[:, None] <= i[None]) & mine[None]
     if end is not None:
-        last = tl.load(end + base + j, mask=j < T, other=0)
+        last = tl.load(end + base + j, mask=j < capacity, other=0)
         seen = seen & (i[None] < last[:, None])
     return seen
 
@@ -1209,19 +1292,21 @@ def _seen_by(i, j, mine, end, base, T):
 @jit
 def _backward_kernel(
     q,      # (queries, HKV * G, D), of this launch
-    k,      # (sequences, T, HKV, D)
+    k,      # (sequences, capacity, HKV, D)
     v,      # as k
     dout,   # as q
     stat,   # (queries, HKV * G), log2-sum-exp
     delta,  # (queries, HKV * G), out . dout
-    end,    # (sequences, T), or None
+    end,    # (sequences, capacity), or None
+    start,  # (sequences,), or None
     edges,  # (all edges,), ids of (query, head, slot), block after block
     tasks,  # (sequences, tasks, 4), head, block, first edge, end of the edges
     dq,     # (queries * HKV * S * G, D), written
     dk,     # (sequences * tasks * L, D), written
     dv,     # as dk
     edge0,  # id of the launch's first edge
-    T,
+    T,      # queries a sequence
+    capacity,
     HKV: constexpr,
     G: constexpr,
     D: constexpr,
@@ -1236,8 +1321,9 @@ def _backward_kernel(
     d = tl.arange(0, D)
     j = blk * L + tl.arange(0, L)
     if lo < hi:
-        keys = _key_tile(c, j, h, T, HKV, D)
-        held = (j < T)[:, None]
+        first = 0 if start is None else tl.load(start + c)
+        keys = _key_tile(c, j, h, capacity, HKV, D)
+        held = (j < capacity)[:, None]
         key = tl.load(k + keys, mask=held, other=0.0)                           # [L, D]
         value = tl.load(v + keys, mask=held, other=0.0)                         # [L, D]
         dkey = tl.zeros([L, D], tl.float32)
@@ -1247,13 +1333,13 @@ def _backward_kernel(
             mine = (e + r // G < hi) & (r < TOKENS * G)
             edge = tl.load(edges + e + r // G, mask=mine, other=0) - edge0  # (query, head, slot) within the launch
             head = edge // S * G + r % G
-            i = (edge + edge0) // S // HKV % T
+            i = first + (edge + edge0) // S // HKV % T
             rows = head[:, None] * D
             query = tl.load(q + rows + d, mask=mine[:, None], other=0.0)        # [ROWS, D]
 
             # their probabilities, and dV += p dout
             score = _scores(key, query, D ** -0.5 * LOG2E)                      # [L, ROWS]
-            seen = _seen_by(i, j, mine, end, c * T, T)
+            seen = _seen_by(i, j, mine, end, c * capacity, capacity)
             log_sum = tl.load(stat + head, mask=mine, other=0.0)
             p = tl.where(seen, tl.exp2(score - log_sum[None]), 0.0)
             dy = tl.load(dout + rows + d, mask=mine[:, None], other=0.0)        # [ROWS, D]
@@ -1276,6 +1362,7 @@ def _backward_kernel(
 def _index_queries(
     qi,
     end,
+    first,
     edges,
     e,
     hi,
@@ -1283,6 +1370,7 @@ def _index_queries(
     j,
     b,
     T,
+    capacity,
     HKV: constexpr,
     DI: constexpr,
     S: constexpr,
@@ -1295,8 +1383,8 @@ def _index_queries(
     c = tl.arange(0, COLS)
     mine = (e + c < hi) & (c < TOKENS)
     edge = tl.load(edges + e + c, mask=mine, other=0) - edge0
-    i = (edge + edge0) // S // HKV % (T // STRIDE) * STRIDE + STRIDE - 1
-    seen = _seen_by(i, j, mine, end, b * T, T)
+    i = first + (edge + edge0) // S // HKV % T * STRIDE + STRIDE - 1
+    seen = _seen_by(i, j, mine, end, b * capacity, capacity)
     rows = (edge // S)[:, None] * DI
     query = tl.load(qi + rows + tl.arange(0, DI), mask=mine[:, None], other=0.0)
     return mine, edge, seen, query
@@ -1305,13 +1393,15 @@ def _index_queries(
 @jit
 def _index_lse_kernel(
     qi,     # (queries, HKV, DI), of this launch
-    ki,     # (sequences, T, DI)
-    end,    # (sequences, T), or None
+    ki,     # (sequences, capacity, DI)
+    end,    # (sequences, capacity), or None
+    start,  # (sequences,), or None
     edges,  # (all edges,), ids of (query, head, slot), block after block
     tasks,  # (sequences, tasks, 4), head, block, first edge, end of the edges
     lse,    # (queries, HKV, S), written
     edge0,  # id of the launch's first edge
-    T,
+    T,      # queries a sequence, those that learn
+    capacity,
     HKV: constexpr,
     DI: constexpr,
     L: constexpr,
@@ -1323,11 +1413,12 @@ def _index_lse_kernel(
     n, h, blk, lo, hi = _task(tasks)
     j = blk * L + tl.arange(0, L)
     if lo < hi:
-        keys = ki + (b * T + j)[:, None] * DI + tl.arange(0, DI)
-        key = tl.load(keys, mask=(j < T)[:, None], other=0.0)                   # [L, DI]
+        first = 0 if start is None else tl.load(start + b)
+        keys = ki + (b * capacity + j)[:, None] * DI + tl.arange(0, DI)
+        key = tl.load(keys, mask=(j < capacity)[:, None], other=0.0)            # [L, DI]
         for e in range(lo, hi, COLS):
             mine, edge, seen, query = _index_queries(
-                qi, end, edges, e, hi, edge0, j, b, T, HKV, DI, S, COLS, COLS, STRIDE)
+                qi, end, first, edges, e, hi, edge0, j, b, T, capacity, HKV, DI, S, COLS, COLS, STRIDE)
             score = _scores(key, query, DI ** -0.5 * LOG2E)                     # [L, COLS]
             score = tl.where(seen, score, NOTHING)
             peak = tl.maximum(tl.max(score, 0), LEAST)
@@ -1339,20 +1430,22 @@ def _index_lse_kernel(
 @jit
 def _index_kl_kernel(
     q,           # (queries, HKV * G, D), of this launch
-    k,           # (sequences, T, HKV, D)
+    k,           # (sequences, capacity, HKV, D)
     qi,          # (queries, HKV, DI)
-    ki,          # (sequences, T, DI)
+    ki,          # (sequences, capacity, DI)
     stat,        # (queries, HKV * G), log2-sum-exp of the main scores
     index_stat,  # (queries, HKV), that of the index scores
     share,       # (queries,), a query's share in the sum
-    end,         # (sequences, T), or None
+    end,         # (sequences, capacity), or None
+    start,       # (sequences,), or None
     edges,       # (all edges,), ids of (query, head, slot), block after block
     tasks,       # (sequences, tasks, 4), head, block, first edge, end of the edges
     kl,          # (queries, HKV, S), written
     dqi,         # (queries * HKV * S, DI), written
     dki,         # (sequences * tasks * L, DI), written
     edge0,       # id of the launch's first edge
-    T,
+    T,           # queries a sequence, those that learn
+    capacity,
     HKV: constexpr,
     G: constexpr,
     D: constexpr,
@@ -1373,15 +1466,17 @@ def _index_kl_kernel(
     d = tl.arange(0, D)
     di = tl.arange(0, DI)
     if lo < hi:
-        held = (j < T)[:, None]
-        index_keys = ki + (b * T + j)[:, None] * DI + di
+        first = 0 if start is None else tl.load(start + b)
+        held = (j < capacity)[:, None]
+        index_keys = ki + (b * capacity + j)[:, None] * DI + di
         index_key = tl.load(index_keys, mask=held, other=0.0)                   # [L, DI]
-        key = tl.load(k + _key_tile(b, j, h, T, HKV, D), mask=held, other=0.0)  # [L, D]
+        keys = _key_tile(b, j, h, capacity, HKV, D)
+        key = tl.load(k + keys, mask=held, other=0.0)                           # [L, D]
         dkey = tl.zeros([L, DI], tl.float32)
         for e in range(lo, hi, TOKENS):
             # index scores: a column is an edge
             mine, edge, seen, index_query = _index_queries(
-                qi, end, edges, e, hi, edge0, j, b, T, HKV, DI, S, COLS, TOKENS, STRIDE)
+                qi, end, first, edges, e, hi, edge0, j, b, T, capacity, HKV, DI, S, COLS, TOKENS, STRIDE)
             score = _scores(index_key, index_query, DI ** -0.5 * LOG2E)         # [L, COLS]
 
             # teacher: a row is a head of an edge. Its p are at most 1 where visible; elsewhere they could be inf, and
@@ -1497,13 +1592,13 @@ class _Train(torch.autograd.Function):
     """Attention over chosen blocks and the index branch's KL, with gradients. No atomics: two runs, equal bits."""
 
     @staticmethod
-    def forward(ctx, q, k, v, qi, ki, block_idx, L, end, share, stride):
+    def forward(ctx, q, k, v, qi, ki, block_idx, L, end, share, stride, start):
         stat = torch.empty(q.shape[:3], device=q.device)
-        out = _attend_triton(q, k, v, block_idx, L, end, None, stat)
+        out = _attend_triton(q, k, v, block_idx, L, end, start, stat)
         every = slice(stride - 1, None, stride)  # the queries from which the index branch learns
         learning = (x[:, every].contiguous() for x in (q, qi, stat, block_idx))
-        kl, *ctx.index = _kl_triton(*learning, k, ki, L, end, share, stride)
-        ctx.L, ctx.end, ctx.stride = L, end, stride
+        kl, *ctx.index = _kl_triton(*learning, k, ki, L, end, share, stride, start)
+        ctx.L, ctx.end, ctx.stride, ctx.start = L, end, stride, start
         ctx.save_for_backward(q, k, v, block_idx, out, stat)
         return out, kl
 
@@ -1512,8 +1607,8 @@ class _Train(torch.autograd.Function):
         learning, dki = ((dkl * x).to(x.dtype) for x in ctx.index)
         dqi = learning.new_zeros(*dout.shape[:2], *learning.shape[2:])
         dqi[:, ctx.stride - 1::ctx.stride] = learning
-        main = _attend_backward(*ctx.saved_tensors, dout.contiguous(), ctx.L, ctx.end)
-        return *main, dqi, dki, *[None] * 5
+        main = _attend_backward(*ctx.saved_tensors, dout.contiguous(), ctx.L, ctx.end, ctx.start)
+        return *main, dqi, dki, *[None] * 6
 
 def _chunks(q, block_idx, N, width, run=1024, most=2 ** 19):
     """Sort the queries of each chunk by all their blocks, own one included, at most `most` query heads a launch, and
@@ -1524,26 +1619,27 @@ def _chunks(q, block_idx, N, width, run=1024, most=2 ** 19):
     size, launches = _launches(B, T, max(1, min(most // H, limit)))
     return launches, *_plan(block_idx, N, size, run)
 
-def _kl_triton(q, qi, stat, block_idx, k, ki, L, end, share, stride):
-    """The KL and its gradient, for the t queries that learn, every stride-th of the T that k and ki have.
+def _kl_triton(q, qi, stat, block_idx, k, ki, L, end, share, stride, start):
+    """The KL and its gradient, for the t queries that learn, every stride-th from start on.
 
     q (B, t, H, D), qi (B, t, Hkv, Di), block_idx (B, t, Hkv, S)
     stat   (B, t, H), log2-sum-exp of the main scores
     share  (B, t), a query's share in the sum
+    start  (B,) int32, or None
     -> KL, dqi, dki
     """
     B, t, H, D = q.shape
     Hkv, S = block_idx.shape[2:]
-    T, Di = ki.shape[1:]
+    Tk, Di = ki.shape[1:]
     G = H // Hkv
     kl = torch.zeros((), device=q.device)
     dqi = torch.empty_like(qi)
-    dki = torch.zeros(B, T, Hkv, Di, device=q.device)
+    dki = torch.zeros(B, Tk, Hkv, Di, device=q.device)
     if t == 0:
         return kl, dqi, dki.sum(2).to(ki.dtype)
     block_idx = torch.where(share[..., None, None] == 0, -1, block_idx)  # a pad learns nothing: no task
     width = max(H * D, Hkv * Di)
-    launches, edges, tasks, ends = _chunks(q, block_idx, cdiv(T, L), width)
+    launches, edges, tasks, ends = _chunks(q, block_idx, cdiv(Tk, L), width)
     P = tasks.size(1)
     parts = launches[0].rows.stop * Hkv * S
     part = torch.empty(parts, Di, dtype=q.dtype, device=q.device)
@@ -1556,8 +1652,8 @@ def _kl_triton(q, qi, stat, block_idx, k, ki, L, end, share, stride):
     rows = _power_of_2(G, 64)
     for launch in launches:
         shared = dict(
-            end=launch.keys(end), edges=edges, tasks=tasks[launch.chunk],
-            edge0=launch.rows.start * Hkv * S, T=T,
+            end=launch.keys(end), start=launch.keys(start), edges=edges, tasks=tasks[launch.chunk],
+            edge0=launch.rows.start * Hkv * S, T=t, capacity=Tk,
             HKV=Hkv, DI=Di, L=L, S=S,
             STRIDE=stride, num_stages=2)
 
@@ -1584,15 +1680,16 @@ def _kl_triton(q, qi, stat, block_idx, k, ki, L, end, share, stride):
         _sum_slots(part, launch.queries(block_idx), launch.queries(dqi), 1)
     return kl, dqi, dki.sum(2).to(ki.dtype)
 
-def _attend_backward(q, k, v, block_idx, out, stat, dout, L, end):
+def _attend_backward(q, k, v, block_idx, out, stat, dout, L, end, start):
     """-> dq, dk, dv of _attend_triton, whose `out` and `stat` are those of the forward pass."""
     B, T, H, D = q.shape
+    Tk = k.size(1)
     Hkv, S = block_idx.shape[2:]
     G = H // Hkv
     delta = torch.empty_like(stat)
     heads = delta.numel()
     _dot_kernel[cdiv(heads, 64),](a=out, b=dout, out=delta, n=heads, D=D, ROWS=64)
-    launches, edges, tasks, ends = _chunks(q, block_idx, cdiv(T, L), H * D)
+    launches, edges, tasks, ends = _chunks(q, block_idx, cdiv(Tk, L), H * D)
     P = tasks.size(1)
     dq = torch.empty_like(q)
     dk = torch.zeros(k.shape, device=q.device)
@@ -1608,10 +1705,11 @@ def _attend_backward(q, k, v, block_idx, out, stat, dout, L, end):
     for launch in launches:
         _backward_kernel[P, launch.count](
             q=launch.queries(q), k=launch.keys(k), v=launch.keys(v), dout=launch.queries(dout),
-            stat=launch.queries(stat), delta=launch.queries(delta), end=launch.keys(end),
+            stat=launch.queries(stat), delta=launch.queries(delta),
+            end=launch.keys(end), start=launch.keys(start),
             edges=edges, tasks=tasks[launch.chunk],
             dq=part, dk=key_part, dv=value_part,
-            edge0=launch.rows.start * Hkv * S, T=T,
+            edge0=launch.rows.start * Hkv * S, T=T, capacity=Tk,
             HKV=Hkv, G=G, D=D, L=L, S=S,
             ROWS=_power_of_2(G, rows), num_warps=8, num_stages=2)
         _sum_tasks(key_part, ends[launch.chunk], launch.keys(dk), P, launch.count, L)

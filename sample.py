@@ -62,6 +62,7 @@ import numpy as np
 import regex
 import tiktoken
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -1426,10 +1427,13 @@ def saved_flags(parser, path, saved, not_taken):
         raise ValueError(f"{path}: the checkpoint's args: {error}") from None
     return flags
 
-def pick_device(name=None):
-    """-> device, dtype of the activations, reason. ValueError if the device is asked for and absent."""
+def pick_device(name=None, world=None):
+    """-> device, dtype of the activations, reason. ValueError if the device is asked for and absent. In a World of
+    several processes each has a GPU of its own."""
     if name in (None, "auto"):
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and world is not None and world.size > 1:
+        name = f"cuda:{world.local_rank}"
 
     # refuse what is not there
     if not re.fullmatch("cpu|cuda|cuda:[0-9]+|mps", name):
@@ -1465,12 +1469,14 @@ class Threads:
     STEPS = 5                          # so many in a row,
     SECONDS = 10.0                     # or fewer that took so long together
 
-    def __init__(self, device, asked=None, saved=None):
-        """device; asked: --threads; saved: the number in a checkpoint. Where `count` stays None, `choose` is needed."""
+    def __init__(self, device, asked=None, saved=None, world=None):
+        """device; asked: --threads; saved: the number in a checkpoint; world: with other ranks nothing is tried, as
+        they would wait. Where `count` stays None, `choose` is needed."""
         on_cpu = device.type == "cpu"
         named = [name for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if os.environ.get(name)]
         self.most = torch.get_num_threads()
-        self.free = on_cpu and self.most > 1 and not asked and not named  # the user leaves the choice to us
+        alone = world is None or world.size == 1
+        self.free = on_cpu and self.most > 1 and not asked and not named and alone  # the user leaves the choice to us
         self.times = []                # seconds of the first steps and of the last
         self.count = None
         if self.free:
@@ -1676,6 +1682,97 @@ def tolerant_output():
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
+# ---- several processes -------------------------------------------------------------------------
+# torchrun starts N processes with the same command line; process number r is rank r. Each computes its share, and they
+# meet in collectives, operations that all ranks enter: NCCL between GPUs, gloo between CPUs. What one rank alone can
+# know, such as the time or a signal, is agreed on first, or some would leave a loop while others wait in it. Rank 0
+# alone prints and writes files.
+# A rank that dies leaves the others in a collective. gloo's ends with an error, NCCL's waits; torchrun sends SIGTERM
+# to whoever is left, and kills after 30 s. `command` makes one line of such an error, and a thread that reads signals
+# from a pipe, for the main thread may be inside a collective, ends a process that cannot leave by itself.
+LEAVE_S = 20                           # seconds after SIGTERM or Ctrl-C in which a process saves and ends by itself
+TOGETHER_S = 600                       # that ranks wait for each other in a collective, and are given up then
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """The processes that torchrun has started: this one is number `rank` of `size`, number `local_rank` on its host."""
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def from_env(cls):
+        """What torchrun's variables say; one process without them."""
+        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+            return cls()
+        numbers = (os.environ.get(name, "0") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        return cls(*map(int, numbers))
+
+    @property
+    def is_first(self):
+        return self.rank == 0
+
+    def join(self, device):
+        """Meet the other ranks: after it, collectives work, on CPU tensors, too."""
+        if self.size == 1 or dist.is_initialized():
+            return
+        backend = "gloo"
+        if device.type == "cuda":
+            backend = "cpu:gloo,cuda:nccl"
+        wait = datetime.timedelta(seconds=TOGETHER_S)
+        dist.init_process_group(backend, rank=self.rank, world_size=self.size, timeout=wait)
+
+    def largest(self, *numbers):
+        """The largest of all ranks' numbers, one by one -> a list of floats. No GPU is waited for."""
+        if self.size == 1:
+            return list(map(float, numbers))
+        together = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(together, dist.ReduceOp.MAX)
+        return together.tolist()
+
+    def agree(self, *numbers):
+        """Rank 0's numbers, on all ranks -> a list of floats."""
+        if not self.is_first:
+            numbers = [-math.inf] * len(numbers)
+        return self.largest(*numbers)
+
+    def any(self, flag):
+        """Whether it is true on some rank."""
+        return self.largest(bool(flag))[0] > 0
+
+    def wait(self):
+        """Until all ranks are here."""
+        self.largest(0)
+
+    @contextlib.contextmanager
+    def first(self):
+        """Rank 0 goes through the body first, then the others at once: they find what it has left in a cache."""
+        if not self.is_first:
+            self.wait()
+        yield
+        if self.is_first:
+            self.wait()
+
+def watch_signals():
+    """Start a thread that ends this process LEAVE_S seconds after SIGTERM or Ctrl-C, wherever its main thread is."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def wait():
+        while os.read(reader, 1)[0] not in (signal.SIGTERM, signal.SIGINT):
+            pass
+        time.sleep(LEAVE_S)
+        print(f"stopped: {LEAVE_S} s after the signal other ranks are still waited for: one may have died; the last "
+              "checkpoint is kept", file=sys.stderr, flush=True)
+        os._exit(1)
+    threading.Thread(target=wait, daemon=True).start()
+
+def is_lost_rank(error):
+    """Whether an error says that another process of the job has gone."""
+    words = str(error)
+    return isinstance(error, dist.DistError) or "gloo" in words.lower() or "Connection closed by peer" in words
+
 def on_signals():
     """-> a list that Ctrl-C and SIGTERM fill from now on."""
     stop = []
@@ -1694,11 +1791,18 @@ def command(script, run, kept="", less=""):
     """
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     threads = torch.get_num_threads()
+    world = World.from_env()
     tolerant_output()
+    if world.size > 1:
+        watch_signals()
+    if not world.is_first:             # rank 0 speaks for all
+        sys.stdout = open(os.devnull, "w")
     try:
         with contextlib.ExitStack() as locks:
             result = run(locks)
         print(json.dumps(result), flush=True)
+        if world.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
         return result
     except BrokenPipeError:
         os._exit(141)  # what is buffered has no reader: Python's own end would complain
@@ -1713,16 +1817,28 @@ def command(script, run, kept="", less=""):
     except (ValueError, OSError) as error:
         line, status = str(error), 2
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        if is_out_of_memory(error):
+            reason = str(error) or "a Python object did not fit"
+            line, status = f"out of memory: {reason.splitlines()[0]}{less}", 2
+        elif world.size > 1 and is_lost_rank(error):
+            line, status = f"another rank has ended, and this one with it ({first_line(error)}){kept}", 1
+        else:
             raise
-        reason = str(error) or "a Python object did not fit"
-        line, status = f"out of memory: {reason.splitlines()[0]}{less}", 2
     finally:  # tests call several scripts in one process
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
         torch.set_num_threads(threads)
+    if world.size > 1:
+        leave(f"{script}: rank {world.rank}: {line}", status, world)
     print(f"{script}: {line}", file=sys.stderr)
     sys.exit(status)
+
+def leave(line, status, world):
+    """End one of several processes after an error: at once, for what a GPU still waits for would keep it."""
+    if not world.is_first:  # where rank 0 fails for the same reason, torchrun ends this process before it repeats it
+        time.sleep(1)
+    print(line, file=sys.stderr, flush=True)
+    os._exit(status)
 
 def is_out_of_memory(error):
     """Whether an error says that memory is short; torch's CPU allocator says so in a plain RuntimeError."""

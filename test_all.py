@@ -6,6 +6,7 @@ What is compared against is not ours: outputs that transformers 5.23 computed (.
 it is installed, torch's operators, brute-force loops, closed forms, published counts. fp32 tolerances are a few
 roundings of such sums; fp64 ones 1e-10.
 """
+import argparse
 import ast
 import asyncio
 import base64
@@ -887,6 +888,30 @@ def test_a_long_tree_is_attended_in_parts():
     for mine, theirs in zip(with_grads(msa.full_attention(q, k, v, end), (q, k, v)), with_grads(want, (q, k, v))):
         assert worst(mine, theirs) < 1e-12  # sums of the same numbers in another order
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_full_attention_takes_a_part_of_a_row(monkeypatch):
+    """Queries from a start on, over all keys or over those that they see: a mask's rows, the tree's way and
+    FlexAttention's, uncompiled here, too; a start beyond the keys is refused."""
+    T = 150
+    start = 64
+    q, k, v, _, _ = random_qkv(B=1, T=T, D=16)
+    part = q[:, start:]
+    monkeypatch.setattr(msa, "_compiled", lambda function: function)
+    monkeypatch.setattr(msa, "SEEN_STEP", 40)
+    for end in (packed_end(T, [33, 100], 1), None):
+        i = torch.arange(T)
+        last = torch.full((1, T), T) if end is None else end
+        mask = (i <= i[:, None]) & (i[:, None] < last[:, None])                                           # (1, T, T)
+        want = F.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (q, k, v)), mask, enable_gqa=True).transpose(1, 2)
+
+        assert worst(msa.full_attention(part, k, v, end, start), want[:, start:]) < 1e-12
+        assert worst(msa.full_attention(q[:, :start], k, v, end, 0), want[:, :start]) < 1e-12
+        if end is not None:
+            assert worst(msa._flex(part, k, v, end, start), want[:, start:]) < 1e-6
+    with value_error("start is 65, expected 0 to 64"):
+        msa.full_attention(part, k, v, None, start + 1)
+
 # Two kinds of attention that MiniMax gave up. A window hides keys that lie too far back. Lightning attention hides
 # none, but a key counts less with every token between: a sum without a softmax, for which a state can stand.
 
@@ -1036,6 +1061,29 @@ def test_ties_go_to_the_lowest_block():
     assert repeated[0, 39, 0].tolist() == [9, 0, 1]
     assert zero[0, 21, 0].tolist() == [5, 0, 1]
 
+@parametrize("tied", [False, True])
+def test_ranks_candidates_merge_into_the_choice(tied):
+    """Three ranks have every third key block each: the best of their candidates are the choice, by brute force and by
+    select_blocks; documents, queries from a start on, and scores of which many are equal, included."""
+    T, L, S = 60, 4, 4
+    *_, qi, ki = random_qkv(T=T)
+    if tied:
+        qi, ki = qi.round().clamp(-1, 1), ki.round().clamp(-1, 1)
+    first = 12
+    own = (torch.arange(first, T) // L).expand(2, -1)
+    for end in (None, packed_end(T, [8, 24])):
+        found = []
+        for rank in range(3):
+            ids = torch.arange(rank, T // L, 3)
+            slots = (ids[:, None] * L + torch.arange(L)).flatten()
+            its_end = None if end is None else end[:, slots]
+            found.append(msa.block_candidates(qi[:, first:], ki[:, slots], ids, S, L, its_end, first))
+        scores, blocks = (torch.cat(parts, -1) for parts in zip(*reversed(found)))
+        merged = msa.merge_candidates(scores, blocks, own, S)
+
+        assert torch.equal(merged, brute_blocks(qi, ki, S, L, end)[:, first:])
+        assert torch.equal(merged, msa.select_blocks(qi, ki, S, L, end)[:, first:])
+
 def test_index_keys_of_nan_choose_nothing():
     """An index key of NaN counts as a hidden one; a block of nothing else is chosen by its own queries alone."""
     T, L = 32, 4
@@ -1127,6 +1175,43 @@ def test_index_kl_value_and_gradient(support):
 # Attention over the chosen blocks is exact: the same softmax, over fewer keys. With S blocks of L tokens or fewer it is
 # full attention, and beyond that it costs T * S * L. What a query cannot see, be it nothing at all or NaN, never
 # reaches it.
+
+def in_parts(step, inputs, end, weight, cuts):
+    """A training step of one layer, a part of the queries after the other, each against all keys -> y, the sum of KLs,
+    the gradients of all inputs. step(q, k, v, qi, ki, end, weight, start) -> y, KL."""
+    q, k, v, qi, ki = inputs
+    T = q.size(1)
+    ys = []
+    loss = 0
+    for start, stop in zip(cuts, [*cuts[1:], T]):
+        rows = slice(start, stop)
+        y, kl = step(q[:, rows], k, v, qi[:, rows], ki, end, weight[:, rows], start)
+        ys.append(y)
+        loss = loss + kl
+    y = torch.cat(ys, 1)
+    upstream = torch.ones_like(y).cumsum(-1)
+    return y, loss, *torch.autograd.grad((y * upstream).sum() + 3 * loss, inputs)
+
+@parametrize("index_warmup", [False, True])
+def test_a_row_learns_in_parts(index_warmup):
+    """Attention, KL and all gradients of a row whose queries come in three parts are the whole row's, packed or not."""
+    T, L, S, stride = 36, 4, 3, 2
+    inputs = random_qkv(T=T, grad=True)
+    weight = torch.rand(2, T)
+    for end in (None, packed_end(T, [8, 28])):
+        def step(q, k, v, qi, ki, end, weight, start):
+            if index_warmup:
+                kl = msa.index_kl_loss(qi, ki, q, k, None, L, end, weight, stride, start)
+                return msa.full_attention(q, k, v, end, start), kl
+            blocks = msa.select_blocks(qi, ki, S, L, end, start)
+            return msa.msa_train(q, k, v, qi, ki, blocks, L, end, weight, stride, start=start)
+
+        def whole_row(*args):
+            return step(*args[:-1], None)
+
+        got = in_parts(step, inputs, end, weight, [0, 8, 20])
+        want = in_parts(whole_row, inputs, end, weight, [0])
+        assert max(map(relative, got, want)) < 1e-12
 
 @parametrize("T, L, S", [
     (1, 4, 2),
@@ -1483,6 +1568,30 @@ def test_training_kernels_equal_autograd(case):
 
     for mine, want in zip(got, train_once(*task, impl="torch")):
         assert worst(mine, want) < 1e-4 * want.abs().max()  # scores of 500 round to 3e-5, which exp passes on
+
+def test_training_kernels_take_a_part_of_a_row():
+    """A row's queries in two parts: what a query gets has the bits of the whole row's kernels, what keys get, and the
+    KL, are the torch half's of the same parts; stride, weights and a tree included."""
+    T, L, S, stride = 24, 8, 3, 2
+    inputs = kernel_qkv(2, T, T, 1, 2, grad=True)
+    end = TREE[:, :T].clamp(max=T)
+    weight = torch.rand(2, T)
+
+    def step(q, k, v, qi, ki, end, weight, start, impl="triton"):
+        blocks = msa.select_blocks(qi, ki, S, L, end, start, impl)
+        return msa.msa_train(q, k, v, qi, ki, blocks, L, end, weight, stride, impl, start)
+
+    def whole_row(*args):
+        return step(*args[:-1], None)
+
+    with poisoned(), prefill_order("KV-outer"), training_launches(5, 16):
+        got = y, _, dq, _, _, dqi, _ = in_parts(step, inputs, end, weight, [0, 8])
+        whole = in_parts(whole_row, inputs, end, weight, [0])
+    for mine, its in ((y, whole[0]), (dq, whole[2]), (dqi, whole[5])):
+        assert torch.equal(mine, its)
+    want = in_parts(partial(step, impl="torch"), inputs, end, weight, [0, 8])
+    for mine, its in zip(got, want):
+        assert worst(mine, its) < 1e-5 * its.abs().max()
 
 def lightning_tiles(rows, cols, programs):
     """Lightning's kernels walk in chunks of so many rows, over so many channels, in so many programs."""
@@ -5162,6 +5271,126 @@ def test_loss_at_init_is_log_vocab_and_one_batch_overfits():
     assert abs(losses[0] / math.log(61) - 1) < 0.1
     assert losses[-1] < 0.1
 
+# Context parallelism: each of several processes computes some of a row's tokens. They are started once, do all steps,
+# and leave what they have in files.
+
+CP_STEPS = {  # dtype, whether the index branch is in its warm-up, and how near the steps are
+    "fp64": (torch.float64, False, 1e-10),
+    "fp64, warm-up": (torch.float64, True, 1e-10),
+    "fp32": (torch.float32, False, 1e-4)}
+
+def cp_row(dtype):
+    """Two packed rows of 48 tokens, and how often each of these counts."""
+    torch.manual_seed(0)
+    rows = [packed(sizes, 4, dtype)[0] for sizes in ((13, 24, 6), (7, 37))]
+    row = {key: torch.cat([one[key] for one in rows]) for key in rows[0]}
+    row["weight"] = row["weight"] * torch.randint(1, 4, (2, 48))
+    return row
+
+def cp_step(name, shard=None):
+    """A step of a small model with MTP -> what it computed, gradients of all parameters included. With a shard, that
+    is this rank's share."""
+    dtype, index_warmup, _ = CP_STEPS[name]
+    row = cp_row(dtype)
+    model = make_model(dtype, n_mtp=2, index_kl_stride=2).train()
+    _, sums, aux = model(**row, index_warmup=index_warmup, shard=shard)
+    total = model.count_losses(row["targets"], row["weight"], row["end"])
+    names, params = zip(*model.named_parameters())
+    grads = torch.autograd.grad(sums.over(total).objective(0.3), params)
+    return dict(
+        losses=terms(sums).detach(),
+        load=aux["expert_load"],
+        grads=dict(zip(names, grads)),
+        hidden=aux["hidden"].detach(),
+        block_idx=aux.get("block_idx"))
+
+def cp_steps(world):
+    """A rank's share of each step."""
+    shard = model.ContextShard(world.rank, world.size, 48)
+    found = {name: cp_step(name, shard) for name in CP_STEPS}
+    machine = bench.Machine(torch.device("cpu"), torch.float32, rates=dict(matmul=1e12))
+    with torch.no_grad(), mock.patch.multiple(bench, SHAPES={"m3": (2, 1)}, RANK_REPS=1):
+        found["bench"] = bench.rank_row(machine, world, "m3", 2500)
+    return found
+
+def test_a_row_on_two_ranks_is_the_row_on_one(tmp_path):
+    """Two gloo processes, a zigzag of four chunks: losses, loads and every gradient add up to one process's, hidden
+    states and chosen blocks are its own; packed documents, MTP of depth 2, warm-up. A row of bench.py has both times,
+    after it has found one rank's blocks on both."""
+    ranks = on_ranks(tmp_path, 2, cp_steps)
+    for name, (dtype, _, near) in CP_STEPS.items():
+        want = cp_step(name)
+        front, middle = (rank[name] for rank in ranks)
+
+        for key in ("losses", "load"):
+            assert relative(front[key] + middle[key], want[key]) < near
+        largest = max(grad.norm() for grad in want["grads"].values())
+        for param, grad in want["grads"].items():
+            error = (front["grads"][param] + middle["grads"][param] - grad).norm()
+            assert error < near * max(grad.norm(), 1e-3 * largest), param
+
+        # rank 0 has the first chunk of 12 tokens and the last one
+        hidden = torch.cat([front["hidden"][:, :12], middle["hidden"], front["hidden"][:, 12:]], 1)
+        assert relative(hidden, want["hidden"]) < near
+        if want["block_idx"] is not None:
+            blocks = (front["block_idx"][:, :, :12], middle["block_idx"], front["block_idx"][:, :, 12:])
+            assert torch.equal(torch.cat(blocks, 2), want["block_idx"])
+
+    row = ranks[0]["bench"]
+    assert row == ranks[1]["bench"]    # they agree on the times
+    assert (row["ctx"], row["ranks"]) == (2560, 2)
+    assert row["speedup"] == row["one_ms"] / row["msa_ms"]
+    assert 0 < row["gather_share"] < 1
+
+def test_a_rows_chunks_cost_each_rank_the_same():
+    """Every token is one rank's, chunks begin with key blocks and with the first of a stride, and the pairs of a query
+    and a key before it, which an index branch scores, are equally many; rows that cannot be cut are refused."""
+    T, size = 96, 4
+    shards = [model.ContextShard(rank, size, T) for rank in range(size)]
+    slots = [shard.take(torch.arange(T), 0) for shard in shards]
+
+    assert torch.cat(slots).sort().values.tolist() == list(range(T))
+    assert len({own.sum().item() for own in slots}) == 1
+    assert all(start % 12 == 0 for shard in shards for start, _ in shard.parts)
+    assert shards[0].fits(T, size, 4, 6)
+    assert not shards[0].fits(T, size, 8, 1)
+    assert not shards[0].fits(T, size, 4, 8)
+
+def test_one_machine_computes_each_ranks_share():
+    """bench.py's estimate of the balance: the ranks' chunks, in turn, are the whole prefill, its blocks bit for bit."""
+    T = 2560
+    machine = bench.Machine(torch.device("cpu"), torch.float32)
+    with torch.no_grad(), mock.patch.object(bench, "SHAPES", {"m3": (2, 1)}):
+        found = bench.balance(machine, "m3", T, 2, reps=1)
+        q, qi = bench.random_queries(machine, (2, 1), 1, T)
+        k, v, ki = bench.random_cache(machine, (2, 1), 1, T)
+        out, blocks = bench.sparse_prefill(q, k, v, qi, ki, T)
+        for shard in model.ContextShard(0, 2, T).peers():
+            mine, its = bench.chunks_prefill(shard.take(q), k, v, shard.take(qi), ki, shard)
+            assert torch.equal(its, shard.take(blocks))
+            assert relative(mine, shard.take(out)) < 1e-6
+    assert found["speedup"] == found["whole_ms"] / max(found["rank_ms"])
+    assert len(found["rank_ms"]) == 2
+
+def test_bench_under_torchrun_takes_prefill_alone(monkeypatch):
+    """What it cannot share out is refused before it meets the other ranks."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with value_error("under torchrun bench.py takes --what prefill alone"):
+        bench.parse_args(["--what", "decode"])
+    assert bench.parse_args(["--what", "prefill"]).ctx == 1_000_000
+
+def test_what_a_shard_cannot_do_is_refused():
+    """Windows, a cache and rows of another length, each in one line."""
+    row = dict(idx=random_ids(1, 48))
+    shard = model.ContextShard(0, 2, 48)
+    with value_error("context parallelism is for full attention and MSA"):
+        make_hybrid("swa")(**row, shard=shard)
+    with value_error("without cache, replay or n_logits"):
+        make_model()(**row, n_logits=1, shard=shard)
+    with value_error("rows of 48 tokens cannot be cut into 6 chunks of whole key blocks of 4, and for every 3 queries"):
+        make_model(index_kl_stride=3)(**row, shard=model.ContextShard(0, 3, 48))
+
 # ---- 11. training --------------------------------------------------------------------------------
 # A batch depends on (seed, split, step) alone: evaluation disturbs nothing, and a resumed run equals one that never
 # stopped, bit for bit. A folder may hold files of any kind: what is no text is counted and named. Saves follow the
@@ -6990,6 +7219,310 @@ def test_a_short_vocabulary_says_why(corpus, tmp_path):
 
     assert "tokens, not 4,096: the text has no more pairs" in short
     assert "no more pairs" not in full
+
+# ---- several ranks ---------------
+# Processes meet over gloo, as under torchrun on a CPU. Each computes its part, and writes what it found into a file.
+# They are forked from the test's own process, and need no imports; where there is a GPU, whose threads of autograd no
+# fork survives, they begin anew.
+
+def on_ranks(folder, size, body, *args):
+    """Call body(world, *args) in `size` processes that meet -> what each returns, by rank."""
+    folder = tempfile.mkdtemp(dir=folder)
+    context = torch.multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    processes = []
+    for rank in range(size):
+        world = sample.World(rank, size, rank)
+        processes.append(context.Process(target=as_rank, args=(world, folder, body, args), daemon=True))
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0, f"a rank ended with {process.exitcode}"
+    return [torch.load(f"{folder}/{rank}.pt") for rank in range(size)]
+
+def as_rank(world, folder, body, args):
+    """What a process of `on_ranks` does."""
+    torch.set_num_threads(1)  # after a fork torch makes its pool anew, when first asked: not two threads at once
+    dist = torch.distributed
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=world.rank, world_size=world.size)
+    torch.save(body(world, *args), f"{folder}/{world.rank}.pt")
+    dist.destroy_process_group()
+
+def ranks_config(attn="msa"):
+    """Three layers of three kinds, with sizes that do not divide by two or four: rows of matrices, the vocabulary."""
+    return MiniMaxConfig.tiny(
+        vocab_size=301, n_layer=3, attn_types=["full", attn, attn], mlp_types=["dense", "moe", "moe"], n_mtp=1,
+        n_embd=60, n_head=2, n_kv_head=1, head_dim=30, rotary_dim=10, expert_dim=20, shared_dim=20, dense_dim=44,
+        index_head_dim=14)
+
+def ranks_batch(cfg, step, rows=4, T=64):
+    """A whole batch of random tokens, (rows, T), with pads in its first row alone: ranks have unequal numbers of real
+    tokens."""
+    generator = torch.Generator().manual_seed(step)
+    text = torch.randint(cfg.vocab_size, (rows, T + 1), generator=generator)
+    n_pads = cfg.index_block_size
+    targets = text[:, 1:].clone()
+    targets[0, :n_pads] = -1
+    weight = torch.ones(rows, T)
+    weight[0, :n_pads] = 0
+    end = torch.full((rows, T), T, dtype=torch.int32)
+    end[0, :n_pads] = torch.arange(1, n_pads + 1)
+    pos = torch.arange(T).expand(rows, T)
+    return dict(idx=text[:, :-1], targets=targets, pos=pos, weight=weight, end=end)
+
+def ranks_run(world, sizes, dtype, steps=5, at_once=0, attn="msa"):
+    """Five steps of every mode: warm-up and sparse, with and without MTP, in parts, with recomputation.
+
+    sizes    of --parallel, None for one process
+    at_once  bytes of a model that is gathered together; 0: layer by layer
+    attn     of two of the three layers
+    -> dict: losses, one row a step; weights and moments as a checkpoint has them (rank 0's alone); parts, this rank's
+    own part of each parameter and moment
+    """
+    cfg = ranks_config(attn)
+    torch.manual_seed(0)
+    model = MiniMax(cfg).to(dtype).train()
+    parallel = train.Parallel.join(world, torch.device("cpu"), sizes, cfg)
+    parallel.shard(model, at_once)
+    optimizers, index, rest = train.configure_optimizers(model, 1e-2)
+    losses = []
+    for step in range(steps):
+        train.set_rates(optimizers, 1e-3)
+        found = train.train_step(
+            model, ranks_batch(cfg, step), optimizers, (rest, index), parts=1 + step % 2, bias_rate=0.01,
+            index_warmup=step < 2, run_mtp=step % 2 == 0, recompute=step == 3, parallel=parallel)
+        numbers = [found["loss"], found["mtp_loss"].sum(), found["index_kl"].sum(), *found["norms"]]
+        losses.append([number.item() for number in numbers])
+    return dict(
+        losses=torch.tensor(losses, dtype=torch.float64),
+        weights=parallel.weights(model),
+        moments=parallel.moments(model, optimizers),
+        parts=own_parts(model, optimizers))
+
+def own_parts(model, optimizers):
+    """What a rank itself keeps: of each parameter and each moment of it, by the name that one process has for it."""
+    parts = {}
+    for name, p in model.named_parameters():
+        parts[train.plain(name)] = train.local(p).detach()
+        for optimizer in optimizers:
+            for key, moment in optimizer.state.get(p, {}).items():
+                parts[f"{train.plain(name)} {key}"] = train.local(moment)
+    return parts
+
+def farthest(found, wanted):
+    """The largest relative difference of two runs: of a loss, of a weight's or a moment's RMS."""
+    apart = [((found["losses"] - wanted["losses"]) / wanted["losses"].clamp(min=1e-9)).abs().max().item()]
+    pairs = [(found["weights"][name], weight) for name, weight in wanted["weights"].items()]
+    for state, want in zip(found["moments"], wanted["moments"], strict=True):
+        assert state["state"].keys() == want["state"].keys()
+        for number, moments in want["state"].items():
+            pairs += [(state["state"][number][key], moment) for key, moment in moments.items()]
+    for mine, its in pairs:
+        apart.append(relative(mine, its) if its.any() else mine.abs().max().item())
+    return max(apart)
+
+@lru_cache
+def one_process_run(dtype, attn):
+    """The run of `ranks_run` without other ranks."""
+    return ranks_run(sample.World(), None, dtype, attn=attn)
+
+RANKS = {  # --parallel; how many bytes of a model are gathered together; the attention of two layers
+    "rows": ("dp=2", 0, "msa"),
+    "rows, gathered together": ("dp=2", 1e9, "msa"),
+    "experts": ("ep=2", 0, "msa"),
+    "tokens": ("cp=2", 0, "msa"),
+    "M2's, without index branches": ("ep=2", 1e9, "full"),
+    "rows and experts": ("dp=2,ep=2", 0, "msa"),
+    "experts and tokens": ("ep=2,cp=2", 0, "msa")}
+NEAR = {torch.float64: 1e-10, torch.float32: 1e-4}  # AdamW scales rounding in a tiny gradient to a full step
+
+@parametrize("case, dtype", [
+    *itertools.product(RANKS, [torch.float64]),
+    *itertools.product(["rows", "rows, gathered together", "experts", "tokens"], [torch.float32])])
+def test_ranks_compute_what_one_process_does(case, dtype, tmp_path):
+    """Five steps of every mode on two and four gloo processes: losses, norms, weights and both optimizers' moments are
+    one process's; rows of matrices, vocabulary and real tokens that do not divide included."""
+    text, at_once, attn = RANKS[case]
+    sizes = train.parallel_sizes(text)
+    found, *others = on_ranks(tmp_path, math.prod(sizes.values()), ranks_run, sizes, dtype, 5, at_once, attn)
+
+    assert farthest(found, one_process_run(dtype, attn)) < NEAR[dtype]
+    for other in others:  # what all ranks know is the same to the bit
+        assert torch.equal(other["losses"], found["losses"])
+        for name in found["parts"]:
+            if name.endswith("router.bias"):
+                assert torch.equal(other["parts"][name], found["parts"][name])
+
+def joined(ranks, ep, name):
+    """Parts of a tensor, a rank each -> the whole. Ranks count on over those that share the experts out first."""
+    order = range(len(ranks))
+    if re.search(r"mlp\.(w13|w2)( |$)", name) and ranks[0][name].dim() == 3:
+        order = sorted(order, key=lambda rank: (rank % ep, rank))
+    return torch.cat([ranks[rank][name] for rank in order])
+
+def whole_parts(state):
+    """A checkpoint's weights and moments, by the names that `own_parts` gives them."""
+    cfg = ranks_config()
+    plain = MiniMax(cfg)
+    optimizers = train.configure_optimizers(plain, 1e-2)[0]
+    name_of = {p: name for name, p in plain.named_parameters()}
+    parts = {name: state["model"][name] for name in name_of.values()}
+    for optimizer, saved in zip(optimizers, state["optimizers"]):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        for number, moments in saved["state"].items():
+            for key, moment in moments.items():
+                parts[f"{name_of[params[number]]} {key}"] = moment
+    return parts
+
+def save_on_ranks(world, sizes, folder):
+    """Three steps, and a checkpoint -> this rank's own parts."""
+    found = ranks_run(world, sizes, torch.float32, 3)
+    if world.is_first:
+        sample.save_checkpoint(
+            folder, config=dataclasses.asdict(ranks_config()), tokenizer={}, model=found["weights"],
+            optimizers=found["moments"], now=dict(step=3), args={})
+    return found["parts"]
+
+def load_on_ranks(world, sizes, folder):
+    """The checkpoint, on these ranks -> this rank's own parts."""
+    state = sample.load_checkpoint(folder, mmap=True)
+    cfg = ranks_config()
+    model = MiniMax(cfg)
+    model.load_state_dict(state["model"])
+    parallel = train.Parallel.join(world, torch.device("cpu"), sizes, cfg)
+    parallel.shard(model, 0)
+    optimizers = train.configure_optimizers(model, 1e-2)[0]
+    parallel.load_moments(model, optimizers, state["optimizers"], 3)
+    return own_parts(model, optimizers)
+
+def test_a_checkpoint_moves_between_numbers_of_ranks(tmp_path):
+    """Saved on two, which share experts, and read on one, on two that share rows, and on four: each rank's own rows,
+    joined here by hand, are the file's tensors to the bit, weights and moments, where sizes do not divide, too."""
+    ranks = on_ranks(tmp_path, 2, save_on_ranks, dict(ep=2), str(tmp_path))
+    state = sample.load_checkpoint(tmp_path)
+    wanted = whole_parts(state)
+
+    assert wanted.keys() == ranks[0].keys()
+    for sizes in (dict(dp=1), dict(dp=2), dict(dp=2, ep=2), dict(ep=4)):
+        n = math.prod(sizes.values())
+        found = on_ranks(tmp_path, n, load_on_ranks, sizes, str(tmp_path))
+        for name, whole in wanted.items():
+            if whole.dim() == 0:       # AdamW's count of steps
+                assert all(torch.equal(part[name], whole) for part in found)
+            else:
+                assert torch.equal(joined(found, sizes.get("ep", 1), name), whole), (sizes, name)
+    for name, whole in wanted.items():
+        if whole.dim() > 0:
+            assert torch.equal(joined(ranks, 2, name), whole), name
+
+def agree_on_ranks(world):
+    """What ranks agree on, of numbers that each has for itself."""
+    with world.first():
+        order = world.rank
+    return dict(
+        largest=world.largest(world.rank, -world.rank),
+        agreed=world.agree(10 + world.rank),
+        is_any=world.any(world.rank == 1),
+        is_none=world.any(False),
+        order=order)
+
+def test_ranks_agree(tmp_path):
+    """The largest number, rank 0's, and whether something is true anywhere, are the same on both ranks."""
+    for found in on_ranks(tmp_path, 2, agree_on_ranks):
+        assert found["largest"] == [1, 0]
+        assert found["agreed"] == [10]
+        assert found["is_any"]
+        assert not found["is_none"]
+
+def test_parallel_sizes_that_do_not_fit():
+    """Sizes that do not make up the processes, experts or rows that do not divide, one process: each in one line."""
+    cfg = MiniMaxConfig.tiny()
+    cpu = torch.device("cpu")
+    three = sample.World(0, 3, 0)
+    with value_error("--parallel dp=2,ep=2: one process; torchrun"):
+        train.Parallel.join(sample.World(), cpu, dict(dp=2, ep=2), cfg)
+    with value_error("--parallel dp=2: their product is not the number of processes, 3"):
+        train.Parallel.join(three, cpu, dict(dp=2), cfg)
+    with value_error("--parallel ep=3: 8 experts do not divide by it"):
+        train.Parallel.join(three, cpu, dict(ep=3), cfg)
+    with value_error("--batch-size 4: 16 rows of 64 tokens do not divide by the 3 ranks that share them"):
+        train.Parallel(three, dp=3).check_rows(SimpleNamespace(stages=((0, 4),), seq_len=256, batch_size=4), cfg)
+    for text in ("", "dp", "dp=0", "dp=2,dp=2", "tp=2", "dp=-1", "dp=2,"):
+        with pytest.raises(argparse.ArgumentTypeError, match="sizes of dp, ep or cp"):
+            train.parallel_sizes(text)
+
+def pid_of_rank(torchrun, rank):
+    """The process that torchrun, a Popen, has started as this rank; None while there is none."""
+    for pid in Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split():
+        with contextlib.suppress(FileNotFoundError):
+            if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                return int(pid)
+    return None
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc")
+def test_a_killed_rank_ends_the_job(tmp_path, capsys):
+    """torchrun with two ranks, of which one is killed between two checkpoints: the job ends in 30 s with a line that
+    says why, nothing half written is left to be read, and one process goes on from the last checkpoint."""
+    (tmp_path / "text.py").write_text(TEXT)
+    out = tmp_path / "out"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py",
+        "--data", str(tmp_path / "text.py"), "--out", str(out), "--vocab-size", "300", "--seq-len", "64",
+        "--steps", "100000", "--eval-every", "2", "--log-every", "1", "--parallel", "ep=2"]
+    with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as torchrun:
+        lines = []
+        for line in torchrun.stdout:
+            lines.append(line)
+            if line.startswith("step 00005"):
+                break
+        os.kill(pid_of_rank(torchrun, 1), signal.SIGKILL)
+        killed = time.monotonic()
+        lines += torchrun.stdout
+    assert torchrun.returncode == 1
+    assert time.monotonic() - killed < 30
+    assert "train.py: rank 0: another rank has ended, and this one with it" in "".join(lines)
+    assert "the last good checkpoint is kept" in "".join(lines)
+
+    step = sample.load_checkpoint(out)["now"]["step"]
+    assert step >= 4
+    result = train.main(["--resume", "--out", str(out), "--stop-after", str(step + 2)])
+    assert result["step"] == step + 2
+    assert not list(out.glob("*.tmp"))
+
+def shards_orthogonalised(real, shards, p, stack):
+    """Each rank orthogonalises the rows that it has."""
+    return train.orthogonalize_stack(shards, 1)
+
+def loads_of_one_rank(real, self, *tensors):
+    """Each rank balances its routers by its own tokens."""
+    *losses, load = real(self, *tensors)
+    return [*losses, tensors[-1]]
+
+def norm_of_one_rank(real, self, params):
+    """Each rank clips by the norm of the gradients that it has."""
+    return torch.nn.utils.clip_grad_norm_([train.local(p.grad) for p in params if p.grad is not None], 1.0)
+
+def every_ranks_batch_is_the_whole(real, self, batch, cfg):
+    """Ranks share nothing out: each computes all rows."""
+    return batch, None
+
+def experts_of_the_next_rank(real, self, layer, group):
+    """A rank keeps the experts of another one."""
+    real(self, layer, group)
+    first = (1 - torch.distributed.get_rank(group)) * self.n_own
+    self.w13 = torch.nn.Parameter(layer.w13.detach()[first:first + self.n_own].clone())
+
+def order_of_ranks_reversed(real, self, name, t):
+    """A checkpoint's rows come from the last rank first."""
+    whole = real(self, name, t)
+    return whole.flip(0) if whole is not None and whole.dim() == 2 else whole
+
+def moments_of_rank_0(real, self, name, p, whole):
+    """Every rank reads the first rows."""
+    if train.is_sharded(p) and p.size(0) % self.world.size == 0:
+        n = p.size(0) // self.world.size
+        whole = whole[:n].repeat(self.world.size, *[1] * (whole.dim() - 1))
+    return real(self, name, p, whole)
 
 # ---- 12. sampling --------------------------------------------------------------------------------
 # generate() continues prompts of unequal length in step, through the cache and MSA's decode. It is held to full
@@ -18505,6 +19038,21 @@ def test_walk(trained, capsys):
 
 # Mutants: each sabotage below is one mistake, and the tests that guard against it must fail when it is made.
 # A sabotage is called with the real function first, then with that one's arguments.
+def start_forgotten(real, T, start, device):
+    """The queries of a part are taken for the row's first ones."""
+    return real(T, None, device)
+
+def starts_forgotten(real, start, x):
+    """Kernels take the queries of a part for the row's first ones."""
+    return real(None if start is None else 0, x)
+
+def ties_as_they_come(real, score, block, own, S):
+    """Of equal candidates the one of the first rank wins."""
+    order = torch.arange(block.size(-1)).expand_as(block)
+    best = real(score, order, own, S)[..., 1:]
+    found = block.gather(-1, best.clamp(min=0).long()).masked_fill(best < 0, -1)
+    return torch.cat([own[:, :, None, None].expand(*block.shape[:3], 1), found], -1).int()
+
 def every_block_chosen(real, block_idx, N):
     """A mask that forgets the choice."""
     return torch.ones_like(real(block_idx, N))
@@ -18513,9 +19061,9 @@ def no_causal_mask(real, block_idx, i, L, end):
     """MSA sees every token of a chosen block, those to come included."""
     return (block_idx[..., None] >= 0).expand(*block_idx.shape, L).flatten(-2)
 
-def prompt_forgotten(real, q, k, v, i, j, end, step):
+def prompt_forgotten(real, q, k, v, i, j, end, start, step):
     """Keys that later parts of the queries see, too, are dropped with the first part."""
-    return real(q, k, v, i, j, end.clamp(max=2 * step), step)
+    return real(q, k, v, i, j, end.clamp(max=2 * step), start, step)
 
 def end_ignored(real, i, j, end):
     """A query sees tokens of the documents before its own."""
@@ -19433,6 +19981,10 @@ def in_folder(test, *args):
     run.__name__ = test.__name__
     return run
 
+def on_two(case):
+    """Two ranks against one process, in fp64."""
+    return in_folder(test_ranks_compute_what_one_process_does, case, torch.float64)
+
 def with_texts(test):
     """The test with a folder that holds M2's text files."""
     def run():
@@ -19441,6 +19993,7 @@ def with_texts(test):
     run.__name__ = test.__name__
     return run
 
+between_ranks = in_folder(test_a_checkpoint_moves_between_numbers_of_ranks)
 released_ids = in_folder(test_ids_are_transformers, "m2")
 released_templates = in_folder(test_templates_render_as_in_transformers, "m2")
 joined_turns = in_folder(test_turns_join_to_a_full_render, *GROWN["m2_keeps"], "")
@@ -19529,6 +20082,9 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
            on(test_few_tokens_make_msa_dense, torch.float32, 1e-6)),
     mutant("msa.visible", end_ignored, test_full_attention_obeys_visibility, test_a_long_tree_is_attended_in_parts),
     mutant("msa._attend_tree", prompt_forgotten, test_a_long_tree_is_attended_in_parts),
+    mutant("msa.query_index", start_forgotten, on(test_a_row_learns_in_parts, False)),
+    mutant("msa.starts", starts_forgotten, test_training_kernels_take_a_part_of_a_row),
+    mutant("msa.merge_candidates", ties_as_they_come, on(test_ranks_candidates_merge_into_the_choice, True)),
     mutant("msa.top_blocks", own_block_not_forced, brute_force),
     mutant("msa.top_blocks", ties_to_the_highest_block, test_ties_go_to_the_lowest_block),
     mutant("torch.Tensor.amax", mean_for_max, brute_force),
@@ -19583,6 +20139,14 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
            on(test_gradients_are_dense_on_a_gpu, 129, 4, 16)),
     mutant("model.MiniMax.mtp_losses", mtp_past_a_documents_end, documents),
     mutant("train.freeze_trunk", trunk_learns_too, test_a_frozen_step_is_the_modules_part_of_a_step),
+    # several ranks
+    mutant("train.orthogonalize_shards", shards_orthogonalised, on_two("rows")),
+    mutant("train.Parallel.sum", loads_of_one_rank, on_two("rows")),
+    mutant("train.Parallel.clip", norm_of_one_rank, on_two("rows")),
+    mutant("train.Parallel.part", every_ranks_batch_is_the_whole, on_two("rows")),
+    mutant("moe.ParallelExperts.__init__", experts_of_the_next_rank, on_two("experts")),
+    mutant("train.Parallel.whole", order_of_ranks_reversed, between_ranks),
+    mutant("train.Parallel.part_of", moments_of_rank_0, between_ranks),
     mutant("model.MiniMax.count_losses", documents_counted, documents),
     mutant("rl.collate", flat_positions_in_a_tree, merged),
     mutant("rl.collate", multiplicity_missing, merged),

@@ -8,6 +8,7 @@
     python train.py --resume --figure run.svg        # draws out/log.jsonl, where each printed line is one of JSON
     python train.py --preset tiny-m2                 # M2's pattern, full attention and experts in every layer
     python train.py --preset m2 --dry-run          # parameters and bytes, nothing is allocated
+    torchrun --nproc-per-node 2 train.py             # a GPU each, or CPUs: FSDP2; --parallel ep=2 shares out the experts
 
     batch  = f(seed, split, step): evaluation cannot disturb training, and a resumed run sees what it would have seen
     loss   = next token + mtp_weight * MTP, in every mtp_every-th step, + the KL of each index branch
@@ -15,6 +16,7 @@
     rate   : warm-up, constant, linear decay to 0 (WSD), a function of progress = max(step / steps, seconds / budget)
     rows   : short at first, longer later (M2: 8K, 32K, 192K tokens), the same number of tokens a step
     MSA    : full attention for the first msa_from of the run, while the index branch learns, then sparse (paper 3.4)
+    ranks  : what a step computes does not depend on how many there are; each takes its rows, or its tokens of each row
 
 Differs from M2/M3: neither report publishes optimizer, rates, or how long the rate and the index branch warm up; all
 are measured choices.
@@ -41,16 +43,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
-from model import (LIGHTNING_CHUNK, SHORT_ROW, MiniMax, MiniMaxConfig, attn_pattern, cache_bytes, count_params,
+from model import (LIGHTNING_CHUNK, SHORT_ROW, ContextShard, MiniMax, MiniMaxConfig, attn_pattern, cache_bytes, count_params,
                    decode_bytes)
 from moe import max_violation
 from msa import cdiv, chunk, round_up
 from sample import (ICONV, LEARN_FROM, LOCK, PATTERN, Parser, Progress, SaveTimer, Threads, Tokenizer, cache_path,
-                    check_fields, check_figure, check_finite, check_memory, checkpoint_path, command, figure_format,
+                    check_fields, check_figure, check_finite, check_memory, checkpoint_path, command, figure_format, free_memory,
                     guess_kind, implementations, learn_bpe, load_checkpoint, load_model, load_optimizers, lock_folder,
                     new_temporary, number, on_signals, pick_device, place_checkpoint, read_cache, run_of,
-                    saved_flags, write_cache, write_checkpoint)
+                    saved_flags, write_cache, write_checkpoint, World)
 
 ENCODED = 500_000                      # characters of a text that one thread encodes at a time
 READERS = 16                           # threads that read files: a cold disk or a network answers many at once
@@ -76,7 +79,7 @@ RUNS = {
     "small": dict(seq_len=8192, batch_size=16, lr=4e-3, minutes=10.0, mtp_every=4, msa_from=0.05, stages=((0, 1),))}
 RUNS["tiny-m2"] = RUNS["tiny"]
 # flags that each start decides anew: a checkpoint of train.py or rl.py does not hand them on
-RUN_ALONE = ("out", "resume", "device", "stop_after", "dry_run", "figure", "token", "play", "own_task", "runs", "keep",
+RUN_ALONE = ("out", "resume", "device", "parallel", "stop_after", "dry_run", "figure", "token", "play", "own_task", "runs", "keep",
              "table", "live")
 SPIKE = 1.0                            # nats over its running mean by which a loss is a spike,
 SPIKE_SPREADS = 4                      # and as many times its usual distance from it
@@ -85,6 +88,8 @@ WORSE = 1.5                            # val_bpb over the lowest so far at which
 EVAL_ROWS = 16                         # windows of an evaluation at a time
 EMBED_SCALE = 12.0                     # the embedding's rate over the schedule's: measured
 MUON_RMS = 0.2                         # of an update, as AdamW's
+GATHER_AT_ONCE = 4e9                   # bytes of a model's weights: FSDP's hooks around each of its layers take the CPU
+                                       # longer than NVLink takes for all of them
 # Dense bf16 FLOP/s by the GPU's full name, from NVIDIA's datasheets (half of what they print "with sparsity")
 PEAK = {
     "H100 80GB HBM3": 989.4e12, "H800": 989.4e12, "H200": 989.4e12,               # SXM
@@ -339,7 +344,8 @@ def orthogonalize(G, steps=5):
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised; the step has the size of AdamW's (rms 0.2, arXiv 2502.16982), so that both share a
     rate. A group's `stack` says how many matrices its parameters hold one under the other (2 for [gate | up]).
-    A parameter is a matrix (rows, cols) or the experts' stack of them (experts, rows, cols).
+    A parameter is a matrix (rows, cols) or the experts' stack of them (experts, rows, cols). Of several ranks each
+    keeps some rows of a matrix, or some experts: whole matrices are orthogonalised, never a rank's rows alone.
     torch.optim.Muon takes no stacks of experts, and its bf16 iterations are 10-70 times slower than fp32 on a CPU."""
 
     def __init__(self, groups, lr, momentum=0.95):
@@ -362,8 +368,9 @@ class Muon(torch.optim.Optimizer):
                     continue
                 if p not in self.state:
                     self.state[p]["momentum"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum"].flatten()
-                update = self.blend(momentum, p.grad.flatten(), group["momentum"]).view_as(p)
+                momentum = local(self.state[p]["momentum"])
+                grad = local(p.grad)
+                update = self.blend(momentum.flatten(), grad.flatten(), group["momentum"]).view_as(grad)
                 key = p.shape if p.dim() == 2 else p
                 together.setdefault(key, []).append((p, update))
 
@@ -371,19 +378,55 @@ class Muon(torch.optim.Optimizer):
                 params = [p for p, _ in items]
                 updates = [update for _, update in items]
                 stacked = torch.stack(updates) if len(updates) > 1 else updates[0][None]  # experts are not copied
-                rows, cols = stacked.size(-2) // group["stack"], stacked.size(-1)
-                matrices = orthogonalize(stacked.view(-1, rows, cols))
-                size = MUON_RMS * max(rows, cols) ** 0.5 * group["lr"]
-                for p, matrix in zip(params, matrices.reshape(stacked.shape)):
+                if params[0].dim() == 2 and is_sharded(params[0]):
+                    matrices = orthogonalize_shards(stacked, params[0], group["stack"])
+                else:
+                    matrices = orthogonalize_stack(stacked, group["stack"])
+                rows, cols = params[0].shape[-2:]
+                size = MUON_RMS * max(rows // group["stack"], cols) ** 0.5 * group["lr"]
+                for p, matrix in zip(params, matrices):
                     if p.dim() == 3:
                         matrix = matrix.masked_fill(self.idle_experts(p), 0)
-                    p.add_(matrix, alpha=-size)
+                    local(p).add_(matrix, alpha=-size)
 
     @staticmethod
     def idle_experts(p):
         """Experts that no token chose, (experts, 1, 1) bool: each has no gradient, but the stack has one. Momentum,
         orthogonalised, would move such an expert at full size, again and again: it keeps its weights."""
-        return ~p.grad.flatten(1).any(1)[:, None, None]
+        return ~local(p.grad).flatten(1).any(1)[:, None, None]
+
+def orthogonalize_stack(stacked, stack):
+    """(..., rows, cols), each `stack` matrices one under the other -> the same shape, each matrix orthogonalised."""
+    rows, cols = stacked.shape[-2:]
+    matrices = orthogonalize(stacked.reshape(-1, rows // stack, cols))
+    return matrices.reshape(stacked.shape)
+
+def orthogonalize_shards(shards, p, stack):
+    """This rank's rows of n matrices -> its rows of the matrices, orthogonalised whole. The ranks share the matrices
+    out: all-to-all brings each rank the rows of its own n / P, and takes them back.
+
+    shards  (n, rows here, cols); FSDP gives each rank as many rows as torch.chunk would, the last ranks fewer or none
+    p       one of the parameters, all of one shape
+    stack   matrices that p holds one under the other
+    """
+    group = p.device_mesh.get_group()
+    P = dist.get_world_size(group)
+    n, here, cols = shards.shape
+    rows = p.size(0)
+    most = cdiv(rows, P)               # rows of a rank
+    each = cdiv(n, P)                  # matrices of a rank
+
+    # rows and matrices that are missing are 0; with all chunks but the last ones full, they are a matrix's last rows
+    leaving = shards.new_zeros(P * each, most, cols)
+    leaving[:n, :here] = shards
+    coming = torch.empty_like(leaving)
+    dist.all_to_all_single(coming, leaving, group=group)
+    whole = coming.view(P, each, most, cols).transpose(0, 1).reshape(each, P * most, cols)
+    whole[:, :rows] = orthogonalize_stack(whole[:, :rows], stack)
+    leaving = whole.view(each, P, most, cols).transpose(0, 1).reshape(P * each, most, cols)
+    back = torch.empty_like(leaving)   # not `coming`, which `leaving` may be a view of, with one matrix a rank
+    dist.all_to_all_single(back, leaving, group=group)
+    return back[:n, :here]
 
 def kind_of(name, p):
     """The kind of a parameter, which says its optimizer and its rate: see configure_optimizers."""
@@ -450,13 +493,235 @@ def update(model, optimizers, expert_load, bias_rate):
         optimizer.zero_grad(set_to_none=True)
     model.update_router_bias(expert_load, bias_rate)
 
+# ---- several ranks -------------------------------------------------------------------------------
+# torchrun starts N processes, ranks, on a GPU each. Each computes a part of each step, and gradients are summed:
+#     dp   rows of the batch                   data parallel
+#     ep   experts, N / ep ranks have the same    expert parallel: tokens travel to their experts, see moe.py
+#     cp   tokens of a row                     context parallel: keys travel to the queries, see model.ContextShard
+# N = dp * ep * cp. Rows are shared out over dp and ep, for ranks that share experts have rows of their own. Weights,
+# gradients and moments are FSDP2's: each rank keeps 1 / N of every parameter (of an expert's, 1 / (dp * cp) of its
+# rank's share), and a layer's are gathered while it computes. A step's numbers do not depend on N: a batch is the same
+# function of its step, each rank knows all of it, and sums are divided by the counts of the whole.
+# A checkpoint is one file, whatever N is: rank 0 writes whole tensors, and each rank reads its part of them.
+
+def local(t):
+    """What this rank keeps of a tensor: all of it, unless FSDP has sharded it."""
+    return t.to_local() if is_sharded(t) else t
+
+def is_sharded(t):
+    """Whether t is a DTensor, FSDP's: a tensor of which this rank has a part."""
+    return hasattr(t, "device_mesh")
+
+def parallel_sizes(text):
+    """A type for argparse: "dp=2,ep=2" -> {"dp": 2, "ep": 2}."""
+    sizes = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name not in ("dp", "ep", "cp") or name in sizes or not value.isdecimal() or int(value) < 1:
+            raise argparse.ArgumentTypeError(f"{text!r}: sizes of dp, ep or cp, such as dp=2,ep=2")
+        sizes[name] = int(value)
+    return sizes
+
+@dataclasses.dataclass
+class Parallel:
+    """How ranks share the work, and the groups of them that meet."""
+    world: World
+    device: torch.device = None        # of this rank; None with one process, as the rest
+    dp: int = 1
+    ep: int = 1
+    cp: int = 1
+    everyone: "DeviceMesh" = None      # all ranks: FSDP's of all but the experts
+    replicas: "DeviceMesh" = None      # ranks with the same experts: FSDP's of these
+    experts: "ProcessGroup" = None     # ranks that share the experts out
+    context: "ProcessGroup" = None     # ranks that share rows out
+
+    @classmethod
+    def join(cls, world, device, sizes, cfg):
+        """Meet the other ranks. sizes: of --parallel, None if it was not given; ValueError if they do not fit."""
+        if world.size == 1:
+            if sizes and max(sizes.values()) > 1:
+                raise ValueError(f"--parallel {spell(sizes)}: one process; torchrun --nproc-per-node N train.py ... "
+                                 "starts N")
+            return cls(world)
+        sizes = sizes or {}
+        ep = sizes.get("ep", 1)
+        cp = sizes.get("cp", 1)
+        dp = sizes.get("dp", world.size // (ep * cp))
+        if dp * ep * cp != world.size:
+            raise ValueError(f"--parallel {spell(sizes)}: their product is not the number of processes, {world.size}")
+        if ep > 1 and (cfg.n_expert % ep or "moe" not in cfg.mlp_types):
+            raise ValueError(f"--parallel ep={ep}: {cfg.n_expert} experts do not divide by it")
+
+        # rank = (d * cp + c) * ep + e
+        from torch.distributed.device_mesh import init_device_mesh
+        world.join(device)
+        everyone = init_device_mesh(device.type, (world.size,), mesh_dim_names=("everyone",))
+        by_expert = init_device_mesh(device.type, (dp * cp, ep), mesh_dim_names=("replicas", "experts"))
+        by_token = init_device_mesh(device.type, (dp, cp, ep), mesh_dim_names=("rows", "context", "experts"))
+        return cls(
+            world, device, dp, ep, cp,
+            everyone=everyone,
+            replicas=by_expert["replicas"],
+            experts=by_expert["experts"].get_group(),
+            context=by_token["context"].get_group())
+
+    def __str__(self):
+        shared = [("dp", self.dp, "rows"), ("ep", self.ep, "experts"), ("cp", self.cp, "tokens of a row")]
+        parts = [f"{name} {size} over {what}" for name, size, what in shared if size > 1]
+        return f"{self.world.size}: {', '.join(parts)}; FSDP2 keeps 1/{self.world.size} of the weights on each"
+
+    def shard(self, model, at_once=GATHER_AT_ONCE):
+        """Leave to this rank its part of a model's parameters; from then on its forward and backward meet the
+        others'. Gradients are sums over ranks. The model may lie on the CPU: its layers go to the device one by one.
+        at_once: bytes of a model's weights up to which all its layers are gathered together."""
+        if self.world.size == 1:
+            return
+        from torch.distributed.fsdp import fully_shard
+        apart = set()                  # parameters that are not everyone's
+        if self.ep > 1:
+            for layer in model.moe_layers():
+                layer.share_experts(self.experts)
+                layer.experts.to(self.device)
+                if self.replicas.size() > 1:
+                    fully_shard(layer.experts, mesh=self.replicas)
+                apart.update(layer.experts.parameters())
+        size = sum(p.numel() * p.itemsize for p in model.parameters() if p not in apart)
+        if size > at_once:
+            for block in [*model.layers, *(module.block for module in model.mtp)]:
+                fully_shard(block, mesh=self.everyone, ignored_params=apart)
+        fully_shard(model, mesh=self.everyone, ignored_params=apart)
+        for module in model.modules():
+            if hasattr(module, "set_gradient_divide_factor"):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sums
+
+    def check_rows(self, args, cfg):
+        """ValueError unless the rows of each stage of a run divide by the ranks that share them."""
+        if self.world.size == 1:
+            return
+        for _, cut in args.stages:
+            cut = min(cut, args.seq_len // 16)
+            T = args.seq_len // cut
+            _, ranks, _ = self.share(T, cfg)
+            if args.batch_size * cut % ranks:
+                raise ValueError(f"--batch-size {args.batch_size}: {args.batch_size * cut} rows of {T} tokens do not "
+                                 f"divide by the {ranks} ranks that share them")
+
+    def part(self, batch, cfg):
+        """A whole batch, tensors (rows, T) -> this rank's rows of it, and its ContextShard of each row or None. Rows
+        too short to be cut are shared out whole, over the ranks of cp, too."""
+        if self.world.size == 1:
+            return batch, None
+        rows, T = batch["idx"].shape
+        rank, ranks, shard = self.share(T, cfg)
+        own = slice(rank * rows // ranks, (rank + 1) * rows // ranks)
+        return {name: x[own] for name, x in batch.items()}, shard
+
+    def share(self, T, cfg):
+        """How rows of T tokens are shared out -> this rank's number, of how many; its ContextShard of each or None."""
+        world = self.world
+        if self.cp == 1 or not ContextShard.fits(T, self.cp, key_block(cfg), cfg.index_kl_stride):
+            return world.rank, world.size, None
+        context = world.rank // self.ep % self.cp
+        rank = world.rank // (self.ep * self.cp) * self.ep + world.rank % self.ep
+        return rank, self.dp * self.ep, ContextShard(context, self.cp, T, self.context)
+
+    def sum(self, *tensors):
+        """Sums over ranks, in one collective -> tensors of the same shapes and dtypes."""
+        if self.world.size == 1:
+            return tensors
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        parts = flat.split([t.numel() for t in tensors])
+        return [part.view_as(t).to(t.dtype) for part, t in zip(parts, tensors)]
+
+    def clip(self, params):
+        """Clip the gradient of all these parameters to norm 1 -> the norm that it had."""
+        if self.world.size == 1:
+            return torch.nn.utils.clip_grad_norm_(params, 1.0)
+        grads = [local(p.grad) for p in params if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)  # of what is here: each element is on one rank
+        norm, = self.sum(norm.to(self.device) ** 2)
+        norm = norm.sqrt()
+        factor = (1 / (norm + 1e-6)).clamp(max=1.0)  # as in clip_grad_norm_
+        if grads:                      # M2 has no index branch, whose gradients are clipped apart
+            torch._foreach_mul_(grads, factor)
+        return norm
+
+    def whole(self, name, t):
+        """What all ranks have of a parameter, or of a moment of it, put together -> on the CPU; None but on rank 0."""
+        if is_sharded(t):
+            t = t.full_tensor()
+        t = t.detach()
+        if ".experts." in name and t.dim() == 3:
+            parts = [torch.empty_like(t) for _ in range(self.ep)]
+            dist.all_gather(parts, t.contiguous(), group=self.experts)
+            t = torch.cat(parts)
+        return t.cpu() if self.world.is_first else None
+
+    def part_of(self, name, p, whole):
+        """A whole tensor of the shape that the parameter p of this name has on one process -> in p's own form."""
+        from torch.distributed.tensor import distribute_tensor
+        whole = whole.to(self.device)
+        if ".experts." in name:
+            whole = whole.chunk(self.ep)[dist.get_rank(self.experts)]
+        if not is_sharded(p):
+            return whole.clone()
+        return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
+
+    def weights(self, model):
+        """The model's state_dict as one process would have it; its tensors are None but on rank 0."""
+        if self.world.size == 1:
+            return model.state_dict()
+        return {plain(name): self.whole(name, t) for name, t in model.state_dict().items()}
+
+    def moments(self, model, optimizers):
+        """The optimizers' state_dicts as one process would have them; their tensors are None but on rank 0."""
+        saved = [optimizer.state_dict() for optimizer in optimizers]
+        if self.world.size == 1:
+            return saved
+        for names, state in zip(self.names(model, optimizers), saved):
+            for number, moments in state["state"].items():
+                state["state"][number] = {key: self.whole(names[number], t) for key, t in moments.items()}
+        return saved
+
+    def load_moments(self, model, optimizers, saved, step):
+        """load_optimizers, of what `moments` gives."""
+        if self.world.size > 1:
+            for names, optimizer, state in zip(self.names(model, optimizers), optimizers, saved):
+                params = [p for group in optimizer.param_groups for p in group["params"]]
+                for number, moments in state["state"].items():
+                    parts = {}
+                    for key, t in moments.items():
+                        is_moment = t.dim() > 0  # AdamW's step is a number
+                        parts[key] = self.part_of(names[number], params[number], t) if is_moment else t
+                    state["state"][number] = parts
+        load_optimizers(optimizers, saved, step)
+
+    def names(self, model, optimizers):
+        """The name of each optimizer's parameters, in the order in which a state_dict numbers them."""
+        name_of = {p: name for name, p in model.named_parameters()}
+        return [[name_of[p] for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
+
+def key_block(cfg):
+    """L of a model's layout: tokens in a key block; 1 where no layer is sparse."""
+    return cfg.index_block_size if "msa" in cfg.attn_types else 1
+
+def plain(name):
+    """A parameter's name on one process."""
+    return name.replace(".experts.", ".")
+
+def spell(sizes):
+    return ",".join(f"{name}={size}" for name, size in sizes.items())
+
 # ---- evaluation ----------------------------------------------------------------------------------
 # val_bpb, the bits that the model needs for a byte of validation text: -log2 of the probability of all its tokens,
 # summed, over the text's bytes. A tokenizer with longer tokens predicts fewer, harder ones; a byte stays a byte, so
 # that runs with other vocabularies compare.
 
 @torch.no_grad()
-def evaluate(model, tokens, T, batch_size, device, seconds=math.inf, tokenizer=None, index_warmup=False):
+def evaluate(model, tokens, T, batch_size, device, seconds=math.inf, tokenizer=None, index_warmup=False,
+             parallel=Parallel(World())):
     """Bits per byte over non-overlapping windows, every token of the text included, and what the layers report.
 
     tokens        Tokens of the validation text
@@ -464,6 +729,7 @@ def evaluate(model, tokens, T, batch_size, device, seconds=math.inf, tokenizer=N
     batch_size    windows at a time
     seconds       after so many it ends with what it has measured until then, which needs the tokenizer
     index_warmup  as in a training step
+    parallel      ranks share the windows out; what layers report of recall is of rank 0's
     -> dict: val_bpb; val_bytes, of how much text; block_recall, score_recall, block_chance (layers with MSA);
     dead_experts; max_vio (with experts).
     """
@@ -474,23 +740,27 @@ def evaluate(model, tokens, T, batch_size, device, seconds=math.inf, tokenizer=N
     load = 0.0
     recalls = []
     measured = 0                       # slots so far
+    rank, ranks, shard = parallel.share(T, model.cfg)
+    together = T * batch_size * ranks
     progress = Progress("eval", n_slots, "slots of validation text")
     started = time.perf_counter()
-    for first in range(0, n_slots, T * batch_size):
+    for first in range(0, n_slots, together):
         progress.at(first)
-        if measured and time.perf_counter() - started > seconds:
+        if measured and parallel.world.any(time.perf_counter() - started > seconds):
             break
-        measured = min(first + T * batch_size, n_slots)
-        batch = tokens.rows(range(first, measured, T), T)
+        measured = min(first + together, n_slots)
+        batch = own_windows(tokens, range(first, measured, T), T, rank, ranks)
         batch = {key: x.to(device) for key, x in batch.items()}
         # on a GPU what was compiled for a step's shape would be compiled anew for these
         eager = torch.compiler.set_stance("force_eager") if model.embed.weight.is_cuda else contextlib.nullcontext()
         with eager:
-            _, sums, aux = model(**batch, index_warmup=index_warmup, run_mtp=False)
+            _, sums, aux = model(**batch, index_warmup=index_warmup, run_mtp=False, shard=shard)
         nats += sums.next.item()
         load = load + aux.get("expert_load", torch.zeros(0, 1))
         recalls.append(torch.stack([aux.get(name, torch.zeros(0)) for name in names]))
     model.train()
+    nats = parallel.sum(torch.tensor(nats, dtype=torch.float64, device=device))[0].item()
+    load, = parallel.sum(load)
 
     n_bytes = tokens.n_bytes
     if measured < n_slots:             # the targets are the tokens one slot on; pads and ends of texts have no bytes
@@ -504,16 +774,30 @@ def evaluate(model, tokens, T, batch_size, device, seconds=math.inf, tokenizer=N
     result["max_vio"] = max_violation(load).tolist()
     return result
 
+def own_windows(tokens, starts, T, rank, ranks):
+    """Rows of T slots from a rank's own of these starts: every rank's batch has as many rows. Where starts do not
+    divide, the last ranks have one that is not their own, of pads: it counts for nothing."""
+    own = list(starts[rank::ranks])
+    lacks = len(own) < cdiv(len(starts), ranks)
+    if not lacks and len(starts) % ranks == 0:
+        return tokens.rows(own, T)
+    batch = tokens.rows(own + [starts[0]] * lacks, T)
+    batch.setdefault("weight", torch.ones(batch["idx"].shape))
+    if lacks:
+        batch["targets"][-1] = -1
+        batch["weight"][-1] = 0.0
+    return batch
+
 # ---- one step ------------------------------------------------------------------------------------
 # The model returns sums of losses, not means: a batch may be computed in parts, of unequal numbers of real tokens, and
 # the sums over all parts, divided once by the counts of the whole batch, are those of the batch at once. After the
 # step its loss is checked: a run that diverges stops, with the last good checkpoint in place.
 
 def train_step(model, batch, optimizers, groups, parts=1, mtp_weight=MTP_WEIGHT[0], bias_rate=0.0,
-               index_warmup=False, run_mtp=True, recompute=False):
+               index_warmup=False, run_mtp=True, recompute=False, parallel=Parallel(World())):
     """Forward and backward over the batch in parts, clip, update. Parameters that require no gradient stay as they are.
 
-    batch       idx, targets, pos and perhaps weight, end: (B, T) each, as of Tokens.rows
+    batch       idx, targets, pos and perhaps weight, end: (B, T) each, as of Tokens.rows; whole, on every rank
     optimizers  [] leaves the weights as they are, and the gradients where they are
     groups      lists of parameters; the gradient of each is clipped to norm 1 on its own
     mtp_weight  of the MTP losses' mean
@@ -521,23 +805,25 @@ def train_step(model, batch, optimizers, groups, parts=1, mtp_weight=MTP_WEIGHT[
                 counts of the whole batch, so that the gradients add up to the batch's
     bias_rate   u of the router's load balancing
     index_warmup, run_mtp, recompute    this step's mode, see MiniMax.forward
+    parallel    how ranks share the batch out
     -> dict: loss, mtp_loss (modules that ran), index_kl (layers), means over the batch; expert_load (layers, experts);
     norms, one a group, of the gradients before they were clipped.
     """
     total = model.count_losses(batch["targets"], batch.get("weight"), batch.get("end"), run_mtp)
+    batch, shard = parallel.part(batch, model.cfg)
     loads = []
     means = []
     for chunks in zip(*(x.chunk(parts) for x in batch.values())):
         part = dict(zip(batch, chunks))
-        _, sums, aux = model(**part, index_warmup=index_warmup, run_mtp=run_mtp, recompute=recompute)
+        _, sums, aux = model(**part, index_warmup=index_warmup, run_mtp=run_mtp, recompute=recompute, shard=shard)
         mean = sums.over(total)
         # experts learn through their weights, attention through q, k and v, the index branch through the KL alone
         mean.objective(mtp_weight).backward()
         means.append((mean.next.detach(), mean.mtp.detach(), mean.kl.detach()))
         loads.append(aux.get("expert_load", torch.zeros(0)))
     loss, mtp, kl = (sum(x) for x in zip(*means))
-    load = sum(loads)
-    norms = [torch.nn.utils.clip_grad_norm_(group, 1.0) for group in groups]
+    loss, mtp, kl, load = parallel.sum(loss, mtp, kl, sum(loads))
+    norms = [parallel.clip(group) for group in groups]
     if optimizers:
         update(model, optimizers, load, bias_rate)
     return dict(loss=loss, mtp_loss=mtp, index_kl=kl, expert_load=load, norms=norms)
@@ -573,7 +859,7 @@ def compile_model(model, muon):
     cache.autograd_cache_allow_custom_autograd_functions = True  # or the experts' graphs, with _Rows, are not kept
     for block in [*model.layers, *(module.block for module in model.mtp)]:
         block.attn.attend = torch.compiler.disable(one_layout(block.attn.attend))
-        block.compile(dynamic=False)
+        block.forward = torch.compile(block.forward, dynamic=False)  # FSDP's hooks, around it, stay outside
     model.norm.compile(dynamic=False)
     muon.blend = torch.compile(muon.blend, dynamic=True)
     # beyond its limit, 8 graphs of a function, torch would run it uncompiled, and only warn: a run has graphs for each
@@ -603,18 +889,19 @@ def warm_compile(run):
     if "msa" in model.cfg.attn_types and not run.now.sparse:
         modes = [True, False]
     for index_warmup in modes:
-        train_step(model, batch, [], run.groups, args.accumulate, index_warmup=index_warmup, recompute=args.recompute)
-    shapes = {p.dim(): p for p in model.parameters() if p.dim() > 1}  # a matrix, a stack of experts: two graphs
+        train_step(model, batch, [], run.groups, args.accumulate, index_warmup=index_warmup, recompute=args.recompute,
+                   parallel=run.parallel)
+    shapes = {p.dim(): local(p) for p in model.parameters() if p.dim() > 1}  # a matrix, a stack of experts: two graphs
     for p in shapes.values():
         flat = torch.ones(p.numel(), device=p.device, dtype=p.dtype)
         with torch.no_grad():
             muon.blend(flat, flat.clone(), muon.defaults["momentum"])
     model.zero_grad(set_to_none=True)
 
-def step_bytes(cfg, rows, T, device, recompute=False):
+def step_bytes(cfg, rows, T, device, recompute=False, ranks=1):
     """About the bytes of a training step of rows x T tokens, a little less rather than more: weights, gradients and
     moments in fp32, what the backward pass keeps of each layer, and the logits. recompute: activation checkpointing,
-    with which only each layer's input is kept, and one layer at a time in full."""
+    with which only each layer's input is kept, and one layer at a time in full. ranks: that share the weights out."""
     on_gpu = device.type != "cpu"
     tokens = rows * T
 
@@ -622,7 +909,7 @@ def step_bytes(cfg, rows, T, device, recompute=False):
     with torch.device("meta"):
         model = MiniMax(cfg)
     n_params = sum(p.numel() for p in model.parameters())
-    need = 4 * (3 * n_params + count_two_moments(model))
+    need = 4 * (3 * n_params + count_two_moments(model)) / ranks
 
     # what layers keep, in numbers a token
     kinds = cfg.attn_types + [cfg.mtp_attn_type] * cfg.n_mtp
@@ -713,6 +1000,8 @@ def parse_args(argv, locks=None):
     p.add_argument("--lr", type=number(1e-12, math.inf, float), help="peak rate of the matrices; default: the preset's")
     p.add_argument("--bias-rate", type=number(0, math.inf, float), default=0.01,
                    help="u of the router's load balancing, 0 = off")
+    p.add_argument("--parallel", type=parallel_sizes, metavar="SIZES", help="how torchrun's processes share a step: "
+                   "dp=N over rows, ep=N over experts, cp=N over the tokens of a row, such as dp=2,ep=2; default: rows")
     # what is printed and kept
     p.add_argument("--out", default="out", help="folder of the checkpoint and of log.jsonl")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
@@ -733,14 +1022,15 @@ def parse_args(argv, locks=None):
         return args, None
     if args.figure:
         check_figure(args.figure)
+    world = World.from_env()
     if args.resume:
-        if locks:
+        if locks and world.is_first:
             locks.enter_context(lock_folder(args.out, create=False))
-        state = load_checkpoint(args.out)
+        state = load_checkpoint(args.out, mmap=world.size > 1)  # of which each rank reads its part
         args = resume_args(p, argv, args, state)
     if args.preset in ("m2", "m3"):
         raise ValueError(f"--preset {args.preset}: its training state takes terabytes; --dry-run prints how many")
-    if locks and not args.resume:
+    if locks and not args.resume and world.is_first:
         locks.enter_context(lock_folder(args.out))
     check_log(args.out)
     return args, state
@@ -998,6 +1288,7 @@ class Run:
     groups: tuple                      # parameters of the main model, of the index branch: each is clipped on its own
     now: RunState
     threads: Threads
+    parallel: Parallel
     pending: list                      # (loss and norm, event) of steps that a GPU may still be at work on
     timer: SaveTimer | None = None
     unproven: str | None = None        # a checkpoint that waits for the loss of its weights
@@ -1023,17 +1314,22 @@ class Run:
 
     def log(self, kind, **values):
         """Append a line to the run's log: of what kind it is, where the run stands, and these values."""
+        if not self.parallel.world.is_first:
+            return
         now = self.now
         share = min(1.0, self.progress())
         where = dict(kind=kind, run=now.run, step=now.step, share=share, seconds=now.seconds)
         append_line(log_path(self.args.out), {**where, **values})
 
     def write(self):
-        """Write all there is between two steps into a new file beside the checkpoint -> its path."""
+        """Write all there is between two steps into a new file beside the checkpoint -> its path. Rank 0 writes; the
+        others, who give it their parts, have the path of nothing."""
         began = self.timer.clock()
         self.now.threads = None if self.on_gpu else self.threads.count
-        kept = checkpoint_parts(self.args, self.model, self.tokenizer, self.optimizers)
-        path = write_checkpoint(self.args.out, now=dict(vars(self.now)), **kept)
+        kept = checkpoint_parts(self.args, self.model, self.tokenizer, self.optimizers, self.parallel)
+        path = os.devnull
+        if self.parallel.world.is_first:
+            path = write_checkpoint(self.args.out, now=dict(vars(self.now)), **kept)
         self.timer.saved(began)
         return path
 
@@ -1041,13 +1337,20 @@ class Run:
         """Keep the unproven checkpoint if the loss of its weights, which the step after it measured, was no spike."""
         self.drain()
         if self.now.above:
-            os.remove(self.unproven)
+            self.drop_unproven()
         else:
             self.place(self.unproven)
         self.unproven = None
 
+    def drop_unproven(self):
+        """Remove the unproven checkpoint."""
+        if self.parallel.world.is_first:
+            os.remove(self.unproven)
+
     def place(self, temporary):
         """Give a written checkpoint its name. With the run's first one, other runs' lines leave the log."""
+        if not self.parallel.world.is_first:
+            return
         place_checkpoint(self.args.out, temporary, self.now.run)
         if not self.placed:
             begin_log(self.args.out, self.now.run, self.now.step)
@@ -1057,7 +1360,8 @@ class Run:
         """Bits per byte of these tokens, in so many seconds, with the attention of the last step."""
         index_warmup = not self.now.sparse
         return evaluate(
-            self.model, tokens, self.args.seq_len, EVAL_ROWS, self.device, seconds, self.tokenizer, index_warmup)
+            self.model, tokens, self.args.seq_len, EVAL_ROWS, self.device, seconds, self.tokenizer, index_warmup,
+            self.parallel)
 
     def checkpoint(self):
         """Evaluate on the first bytes of validation, and save -> what was found, and the seconds that it took.
@@ -1066,7 +1370,7 @@ class Run:
         self.drain()
         began = time.perf_counter()
         found = self.evaluate(self.data["preview"], allowed_seconds(self.args))
-        took = time.perf_counter() - began
+        took, = self.parallel.world.agree(time.perf_counter() - began)
 
         bits = train_bits(now, self.data)
         if bits > 0:  # not before the first step
@@ -1081,17 +1385,18 @@ class Run:
         self.saved = now.step
         return found, took
 
-def checkpoint_parts(args, model, tokenizer, optimizers):
-    """What checkpoints of train.py and rl.py have in common -> dict. FloatingPointError if a weight is not finite: the
-    checkpoint that was written before stays."""
-    weights = model.state_dict()
-    check_finite(weights)
+def checkpoint_parts(args, model, tokenizer, optimizers, parallel=Parallel(World())):
+    """What checkpoints of train.py and rl.py have in common -> dict, whose tensors rank 0 alone has. FloatingPointError
+    if a weight is not finite: the checkpoint that was written before stays."""
+    weights = parallel.weights(model)
+    if parallel.world.is_first:
+        check_finite(weights)
     return dict(
         args={name: value for name, value in vars(args).items() if name not in RUN_ALONE},
         config=dataclasses.asdict(model.cfg),
         tokenizer=tokenizer.spec,
         model=weights,
-        optimizers=[optimizer.state_dict() for optimizer in optimizers])
+        optimizers=parallel.moments(model, optimizers))
 
 def allowed_seconds(args):
     """Seconds that an evaluation may take."""
@@ -1266,7 +1571,7 @@ def prepare(args, cfg, tokenizer, laps):
         tokenizer = Tokenizer(learn_tokens(train, text, args.vocab_size))
     laps.end("tokenizer")
 
-    L = cfg.index_block_size if "msa" in cfg.attn_types else 1
+    L = key_block(cfg)
     docs = dict(train=train, val=val, preview=truncate(val, VAL_BYTES // 8))  # for the evaluations on the way
     encoded = dict(train=encode_once(train, tokenizer, text))
     data = {side: Tokens(docs[side], tokenizer, L, args.seq_len, encoded.get(side)) for side in docs}
@@ -1459,6 +1764,8 @@ def card(run, why, laps):
     print(f"model   | {args.preset}: {total:,} parameters, {active:,} active per token without embedding and head")
     print(f"device  | {run.device}, {str(model.dtype).removeprefix('torch.')}: {why}")
     print(f"threads | {run.threads}")
+    if run.parallel.world.size > 1:
+        print(f"ranks   | {run.parallel}")
     modules = "MTP modules" if cfg.n_mtp > 1 else "MTP module"
     print(f"layers  | attention {' '.join(cfg.attn_types)}; mlp {' '.join(cfg.mlp_types)}; {cfg.n_mtp} {modules}")
     if "msa" in cfg.attn_types:
@@ -1492,13 +1799,17 @@ def set_up(args, state):
     """Everything that a run works with, its start-up card printed -> Run. state: the checkpoint, None for a new run.
     ValueError if checkpoint, data, memory and flags do not go together."""
     laps = Laps()
-    device, dtype, why = pick_device(args.device)
+    world = World.from_env()
+    device, dtype, why = pick_device(args.device, world)
+    world.join(device)
     laps.end("device")
 
     # the model: of the checkpoint, perhaps with sparse attention from now on
     model = tokenizer = None
+    place = device                     # of the whole model
     if state:
-        model, tokenizer = load_model(state, device, dtype)
+        place = place_whole(state["model"].values(), device, world)
+        model, tokenizer = load_model(state, place, dtype)
         if args.mtp is None:           # older args lack it
             args.mtp = model.cfg.n_mtp
         check_match(model.cfg, state, args)
@@ -1512,27 +1823,34 @@ def set_up(args, state):
     cfg = model.cfg if model else configure(args)
 
     # memory and text, then a new model of the text's vocabulary
-    rows = cdiv(args.batch_size, args.accumulate)
+    parallel = Parallel.join(world, device, args.parallel, cfg)
+    parallel.check_rows(args, cfg)
+    rows = cdiv(args.batch_size, args.accumulate * world.size)
     sized = dataclasses.replace(cfg, vocab_size=args.vocab_size)
-    need = step_bytes(sized, rows, args.seq_len, device, args.recompute)
+    need = step_bytes(sized, rows, args.seq_len, device, args.recompute, world.size)
     check_memory(need, device, "--accumulate, --recompute, --batch-size or --seq-len")
     laps.end("model")
-    tokenizer, data = prepare(args, cfg, tokenizer, laps)
+    with world.first():                # the others find tokenizer and tokens in the cache
+        tokenizer, data = prepare(args, cfg, tokenizer, laps)
     cfg.vocab_size = tokenizer.n_vocab
     if model is None:
-        with torch.device(device):     # a GPU draws the weights of `small` at once, a CPU in seconds
+        with torch.device("meta"):
+            shapes = MiniMax(cfg).parameters()
+        place = place_whole(shapes, device, world)
+        with torch.device(place):      # a GPU draws the weights of `small` at once, a CPU in seconds
             model = MiniMax(cfg, dtype)
+    parallel.shard(model)
     model.train()
     optimizers, index, rest = configure_optimizers(model, args.lr)
 
     # where it stands
     now = RunState(sparse_from=args.msa_from, text=data["text"], run=os.urandom(8).hex())
     if state:
-        load_optimizers(optimizers, state["optimizers"], state["now"]["step"])
+        parallel.load_moments(model, optimizers, state["optimizers"], state["now"]["step"])
         now = resume_state(now, state, args, data)
     run = Run(
         args=args, device=device, model=model, tokenizer=tokenizer, data=data, optimizers=optimizers,
-        groups=(rest, index), now=now, threads=Threads(device, args.threads, now.threads),
+        groups=(rest, index), now=now, threads=Threads(device, args.threads, now.threads, world), parallel=parallel,
         pending=[], saved=now.step if state else None)
     if grown:
         start_modules(run)
@@ -1555,6 +1873,14 @@ def set_up(args, state):
         print_changes(state, args, now)
     run.timer = SaveTimer()
     return run
+
+def place_whole(tensors, device, world):
+    """Where a whole model of these tensors is made before ranks take their parts: on the GPU if it fits twice, else in
+    the machine's memory, from where its layers go to the GPU one by one."""
+    size = sum(4 * t.numel() for t in tensors)
+    if world.size == 1 or size < free_memory(device) / 2:
+        return device
+    return torch.device("cpu")
 
 def start_modules(run):
     """Let the MTP modules, of which some have just joined, learn alone for a share of what is left."""
@@ -1686,12 +2012,15 @@ def run_training(args, state):
     run = set_up(args, state)
     now = run.now
     stop = on_signals()
-    begin_log(args.out, now.run, now.step)
+    world = run.parallel.world
+    if world.is_first:
+        begin_log(args.out, now.run, now.step)
     report = StepReport(run)
     if run.progress() >= 1:
         print(f"nothing left to do after step {now.step}: give more --steps or --minutes", flush=True)
 
-    while run.progress() < 1 and not stop:
+    stopped = world.any(stop)
+    while run.progress() < 1 and not stopped:
         began = time.perf_counter()
         done = run.progress()
 
@@ -1712,7 +2041,7 @@ def run_training(args, state):
         found = train_step(
             run.model, batch, run.optimizers if n_real else [], run.groups, args.accumulate,
             mtp_weight=mtp_weight_at(done), bias_rate=args.bias_rate,
-            index_warmup=not now.sparse, run_mtp=run_mtp, recompute=args.recompute)
+            index_warmup=not now.sparse, run_mtp=run_mtp, recompute=args.recompute, parallel=run.parallel)
 
         # has it diverged? A short text has batches of pads alone, whose loss of 0 says nothing
         if n_real:
@@ -1722,43 +2051,45 @@ def run_training(args, state):
         shows = now.step == 0 or (now.step + 1) % args.log_every == 0
         run.drain(running=1 if run.on_gpu and not shows else 0)
 
-        # count and tell
+        # count and tell; ranks agree on what a clock or a signal decides
         now.step += 1
         seconds = time.perf_counter() - began
+        is_due = world.is_first and run.timer.due()
+        seconds, stopped, is_due = world.largest(seconds, bool(stop), is_due)
         now.seconds += seconds
         run.threads.watch(seconds, trial, run)
         report.add(found)
         if shows:
             report.print_step(found, rate)
         if args.stop_after and now.step >= args.stop_after:
-            stop.append(1)
+            stopped = True
 
         # save: what the clock asks for waits for its loss, which the next step computes
         if run.unproven:
             run.settle_unproven()
-        goes_on = run.progress() < 1 and not stop
+        goes_on = run.progress() < 1 and not stopped
         if goes_on and now.step % args.eval_every == 0:
             run.checkpoint()
-        elif goes_on and run.timer.due():
+        elif goes_on and is_due:
             run.drain()
             if not now.above:
                 run.unproven = run.write()
 
     if run.unproven:
-        os.remove(run.unproven)
-    result = finish(run, stop)
-    if args.figure:
+        run.drop_unproven()
+    result = finish(run, stopped or world.any(stop))
+    if args.figure and world.is_first:
         draw(args.figure, read_log(args.out), args.preset)
     return result
 
-def finish(run, stop):
+def finish(run, stopped):
     """Save, evaluate on all of the validation text that time allows -> the run's summary."""
     now = run.now
     found = dict(val_bytes=0)
     took = 0.0                         # seconds
     if now.step != run.saved:  # a run with nothing left has nothing to save, nor has one that was stopped while saving
         found, took = run.checkpoint()
-    if stop:
+    if stopped:
         print(f"stopped after step {now.step}, saved in {run.args.out}; go on with --resume", flush=True)
         return summary(run, {})
 

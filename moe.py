@@ -319,7 +319,6 @@ class ParallelExperts(nn.Module):
         self.w13 = nn.Parameter(layer.w13.detach()[first:first + self.n_own].clone())
         self.w2 = nn.Parameter(layer.w2.detach()[first:first + self.n_own].clone())
 
-    @torch.compiler.disable            # how many rows come shows only when it runs
     def forward(self, x, weights, idx):
         """x (n, C), weights and idx (n, A) -> the weighted sum of each token's experts (n, C), wherever they are."""
         n, A = idx.shape

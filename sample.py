@@ -6156,6 +6156,8 @@ def parse_args(argv):
     p.add_argument("--export", metavar="DIR",
                    help="write the model and its tokenizer into a folder that transformers opens; nothing is generated")
     args = p.parse_args(argv)
+    if World.from_env().size > 1:
+        raise ValueError("sample.py is one process: train.py, rl.py and bench.py --what prefill run under torchrun")
     for flag in ("layers", "offload", "partial"):
         if getattr(args, flag) and args.hf is None:
             raise ValueError(f"--{flag}: only with --hf")

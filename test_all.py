@@ -7353,7 +7353,7 @@ def test_ranks_compute_what_one_process_does(case, dtype, tmp_path):
             if name.endswith("router.bias"):
                 assert torch.equal(other["parts"][name], found["parts"][name])
 
-def joined(ranks, ep, name):
+def join_parts(ranks, ep, name):
     """Parts of a tensor, a rank each -> the whole. Ranks count on over those that share the experts out first."""
     order = range(len(ranks))
     if re.search(r"mlp\.(w13|w2)( |$)", name) and ranks[0][name].dim() == 3:
@@ -7410,10 +7410,10 @@ def test_a_checkpoint_moves_between_numbers_of_ranks(tmp_path):
             if whole.dim() == 0:       # AdamW's count of steps
                 assert all(torch.equal(part[name], whole) for part in found)
             else:
-                assert torch.equal(joined(found, sizes.get("ep", 1), name), whole), (sizes, name)
+                assert torch.equal(join_parts(found, sizes.get("ep", 1), name), whole), (sizes, name)
     for name, whole in wanted.items():
         if whole.dim() > 0:
-            assert torch.equal(joined(ranks, 2, name), whole), name
+            assert torch.equal(join_parts(ranks, 2, name), whole), name
 
 def agree_on_ranks(world):
     """What ranks agree on, of numbers that each has for itself."""
@@ -7434,8 +7434,9 @@ def test_ranks_agree(tmp_path):
         assert found["is_any"]
         assert not found["is_none"]
 
-def test_parallel_sizes_that_do_not_fit():
-    """Sizes that do not make up the processes, experts or rows that do not divide, one process: each in one line."""
+def test_parallel_sizes_that_do_not_fit(monkeypatch):
+    """Sizes that do not make up the processes, experts or rows that do not divide, one process, a script that several
+    cannot run: each in one line."""
     cfg = MiniMaxConfig.tiny()
     cpu = torch.device("cpu")
     three = sample.World(0, 3, 0)
@@ -7447,6 +7448,10 @@ def test_parallel_sizes_that_do_not_fit():
         train.Parallel.join(three, cpu, dict(ep=3), cfg)
     with value_error("--batch-size 4: 16 rows of 64 tokens do not divide by the 3 ranks that share them"):
         train.Parallel(three, dp=3).check_rows(SimpleNamespace(stages=((0, 4),), seq_len=256, batch_size=4), cfg)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with value_error("sample.py is one process"):
+        sample.parse_args([])
     for text in ("", "dp", "dp=0", "dp=2,dp=2", "tp=2", "dp=-1", "dp=2,"):
         with pytest.raises(argparse.ArgumentTypeError, match="sizes of dp, ep or cp"):
             train.parallel_sizes(text)
@@ -17006,6 +17011,239 @@ def test_a_steps_memory_is_estimated():
     cpu = torch.device("cpu")
     of_modules = train.step_bytes(more, 8, 512, cpu) - train.step_bytes(mini, 8, 512, cpu)
     assert 2 * 3_728_928 * 12 < of_modules < 1e9, "weights, gradients and a moment of two modules, and what they keep"
+
+# The planner, train.py --dry-run --gpus N. On one GPU it is compared with measured steps; beyond, with sums by hand.
+
+def m3_pattern(full, sparse, **changes):
+    """`small` with so many dense layers under full attention, then so many with experts and MSA."""
+    fields = dict(n_layer=full + sparse, attn_types=["full"] * full + ["msa"] * sparse,
+                  mlp_types=["dense"] * full + ["moe"] * sparse, n_mtp=0)
+    return MiniMaxConfig.small(**(fields | changes))
+
+def m2_pattern(n_layer, **changes):
+    """M2's pattern at sizes of one GPU."""
+    kinds = dict(n_layer=n_layer, attn_types=["full"] * n_layer, mlp_types=["moe"] * n_layer)
+    return MiniMaxConfig.m2(**(kinds | dict(vocab_size=50304) | changes))
+
+# name: config, rows, tokens of a row, recompute; then medians on one NVIDIA H200, torch 2.11: ms of a step without the
+# MTP loss, peak GB. RATES were fitted to the first five; the last three were read when nothing was changed any more
+MEASURED_STEPS = {
+    "small": (m3_pattern(3, 9), 16, 8192, False, 363.7, None),  # its GB are those of a model with an MTP module
+    "small-full": (m3_pattern(3, 9, attn_types=["full"] * 12), 16, 8192, False, 334.5, 55.2),
+    "small-32k": (m3_pattern(3, 9), 4, 32768, True, 589.2, 11.7),
+    "m2-like": (
+        m2_pattern(4, n_embd=1536, n_head=24, n_kv_head=4, n_expert=64, expert_dim=768), 32, 2048, False, 285.1, 40.9),
+    "m3-like": (
+        m3_pattern(1, 3, n_embd=2048, n_head=32, n_expert=32, expert_dim=1024, shared_dim=1024, dense_dim=4096,
+                   index_kl_stride=1), 8, 8192, False, 424.0, 36.9),
+    "wide-2k": (
+        m3_pattern(2, 6, n_embd=1024, n_head=8, n_kv_head=4, n_expert=32, dense_dim=3072, n_mtp=1), 64, 2048, False,
+        357.4, None),
+    "m3-32k": (
+        m3_pattern(1, 5, n_embd=1280, n_head=16, n_expert_per_tok=2, expert_dim=1024, shared_dim=1024, dense_dim=3840),
+        2, 32768, False, 320.9, 28.8),
+    "m2-32k": (
+        m2_pattern(6, n_embd=1024, n_head=16, n_kv_head=4, n_expert=32, n_expert_per_tok=4, expert_dim=1024), 4, 32768,
+        True, 1247.2, 19.0)}
+MTP_STEPS = {                          # the same for steps with the MTP loss, of one module
+    "small": (457.5, 64.0),
+    "wide-2k": (479.7, 62.4)}
+
+@parametrize("name", MEASURED_STEPS)
+def test_the_planner_predicts_measured_steps(name):
+    """Within 8 % of the time and memory that one H200 took; three of these models had no part in the fit."""
+    cfg, rows, T, recompute, ms, gb = MEASURED_STEPS[name]
+    never = 10 ** 9
+    planner = train.Planner(cfg, recompute, mtp_every=never)
+
+    assert 1e3 * sum(planner.seconds(rows, T).values()) == pytest.approx(ms, rel=0.08)
+    if gb:
+        assert sum(planner.memory(rows, T).values()) / 1e9 == pytest.approx(gb, rel=0.08)
+    if name in MTP_STEPS:
+        ms, gb = MTP_STEPS[name]
+        planner = train.Planner(dataclasses.replace(cfg, n_mtp=1), recompute)
+        assert 1e3 * sum(planner.seconds(rows, T).values()) == pytest.approx(ms, rel=0.08)
+        assert sum(planner.memory(rows, T).values()) / 1e9 == pytest.approx(gb, rel=0.08)
+
+def test_a_gpus_memory_is_the_planners():
+    """step_bytes on a GPU, by which train.py refuses what does not fit: `small`, measured 64.0 GB."""
+    need = train.step_bytes(MiniMaxConfig.small(), 16, 8192, torch.device("cuda"))
+    shared = train.step_bytes(MiniMaxConfig.small(), 8, 8192, torch.device("cuda"), ranks=2)
+
+    assert need / 1e9 == pytest.approx(64.0, rel=0.05)
+    assert need / 2 < shared < 0.6 * need
+
+    # two chunks of 2^14 rows of logits in bf16; the head in bf16, and a chunk's gradient
+    head = 50304 * 768
+    assert train.Planner(MiniMaxConfig.small()).memory(16, 8192)["logits"] == 2 * 2 * 2 ** 14 * 50304 + 4 * head
+
+@parametrize("T", [1000, 2 ** 15])
+@named("cfg, mtp_every", {
+    "small": (MiniMaxConfig.small(), 4),
+    "m2": (m2_pattern(2), 1),
+    "m3": (MiniMaxConfig.m3(n_layer=2, attn_types=["full", "msa"], mlp_types=["dense", "moe"], n_mtp=2), 1)})
+def test_the_planner_counts_flops_as_the_model_does(cfg, mtp_every, T):
+    """Its useful FLOPs, from means over a row, are flops_per_token's, from each position."""
+    with torch.device("meta"):
+        model = MiniMax(cfg)
+    pos = torch.arange(T)
+    of_modules = model.flops_per_token(pos) - model.flops_per_token(pos, run_mtp=False)
+    expected = model.flops_per_token(pos, run_mtp=False) + of_modules / mtp_every
+
+    assert train.Planner(cfg, mtp_every=mtp_every).flops(T) == pytest.approx(expected, rel=1e-9)
+
+def test_the_planner_counts_muons_flops():
+    """Newton-Schulz on [gate | up], two matrices of 6 x 10, and on a stack of three experts of 10 x 6, tall."""
+    from torch.utils.flop_counter import FlopCounterMode  # it imports Triton, which must know of its interpreter first
+
+    for shape, stack in (((12, 10), 2), ((3, 10, 6), 1)):
+        matrices = torch.randn(shape).view(-1, shape[-2] // stack, shape[-1])
+        with FlopCounterMode(display=False) as counted:
+            train.orthogonalize(matrices)
+
+        flops, n_bytes = train.muon_work(shape, stack)
+
+        assert flops == counted.get_total_flops()
+        assert n_bytes == len(matrices) * 5 * 2 * (6 * 6 + 6 * 6 + 6 * 10)
+
+def test_the_planner_counts_what_optimizers_keep():
+    """Bytes of weights, gradients and moments are those of a real model after a step; each rank's, as torch.chunk cuts
+    rows."""
+    cfg = small_config(n_mtp=1)
+    model = MiniMax(cfg)
+    optimizers, *_ = train.configure_optimizers(model, 1e-3)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    train.update(model, optimizers, torch.ones(len(model.moe_layers()), cfg.n_expert), 0.0)
+    kept = [t for optimizer in optimizers for state in optimizer.state.values() for t in state.values()]
+    moments = sum(t.numel() * 4 for t in kept if t.dim() > 0)
+
+    planner = train.Planner(cfg)
+    found = planner.memory(1, 64)
+
+    assert found["weights"] == sum(p.numel() * 4 for p in model.parameters())
+    assert found["moments"] == moments
+
+    # four ranks, of which two share the experts: the first one's rows
+    expected = 0
+    for p in model.parameters():
+        ranks = 4
+        if p.dim() == 3:
+            p = p.chunk(2)[0]
+            ranks = 2
+        expected += p.chunk(ranks)[0].numel()
+    assert sum(planner.kept(train.Mesh(dp=2, ep=2))) == expected
+
+def test_the_planner_times_collectives_by_hand():
+    """Bytes over a link's rate: on a node NVLink's; beyond, as many network cards as the group has ranks on a node."""
+    nvlink, network, hop = (train.RATES[name].value for name in ("nvlink", "network", "hop"))
+    n_bytes = 10 ** 9
+
+    assert train.gather_seconds(n_bytes, 1) == 0
+    assert train.gather_seconds(n_bytes, 8) == pytest.approx(n_bytes * 7 / 8 / nvlink + hop)
+    assert train.gather_seconds(n_bytes, 32) == pytest.approx(n_bytes * 31 / 32 / (8 * network) + 4 * hop)
+    assert train.gather_seconds(n_bytes, 4, stride=8) == pytest.approx(n_bytes * 3 / 4 / network + 4 * hop)
+    assert train.exchange_seconds(n_bytes, 8) == pytest.approx(n_bytes * 7 / 8 / nvlink + hop)
+    assert train.exchange_seconds(n_bytes, 16) == pytest.approx(n_bytes * 8 / 16 / network + 2 * hop)
+
+    # M3's layer on two ranks: tokens travel to experts and back, gradients too; keys once, their gradients once
+    cfg = MiniMaxConfig.m3(n_layer=2, attn_types=["full", "msa"], mlp_types=["dense", "moe"])
+    layer = train.Planner(cfg).layers[1]
+    n, T = 4096, 8192
+    by_experts = layer.wait_seconds(n, T, train.Mesh(ep=2), recompute=False)
+    by_tokens = layer.wait_seconds(n, T, train.Mesh(cp=2), recompute=True)
+    assert by_experts["exchanges"] == pytest.approx(4 * (n * 4 * 6144 * 2 / 2 / nvlink + hop))
+    assert by_experts["keys"] == 0
+    assert by_tokens["exchanges"] == 0
+    assert by_tokens["keys"] == pytest.approx(3 * (8192 * (2 * 4 * 128 + 128) * 2 / 2 / nvlink + hop))
+
+    # weights in fp32 twice, gradients once, beside the compute of one short row; the tables' twice after it
+    planner = train.Planner(cfg)
+    with torch.device("meta"):
+        model = MiniMax(cfg)
+    elements = sum(sum(layer.in_use(train.Mesh(2))) for layer in planner.layers)
+    whole = sum(p.numel() for layer in model.layers for p in layer.parameters())
+    assert elements == pytest.approx(whole, rel=1e-4)  # pads of odd rows
+    spent = planner.seconds(1, 128, train.Mesh(dp=2))
+    compute = sum(sum(layer.seconds(128, 128, train.Mesh(dp=2), False).values()) for layer in planner.layers)
+    copies = 24 * elements / train.RATES["copy"].value
+    moved = 3 * 4 * elements / 2 / nvlink + 2 * 8 * 200_064 * 6144 / 2 / nvlink
+    assert spent["gathers"] == pytest.approx(moved - copies - compute, rel=1e-3)
+
+def test_the_planners_rule_for_a_mesh(monkeypatch):
+    """dp while a step fits, to the byte; else ep; cp where the model fits with it and a row does not."""
+    def mesh(room, T=8192):
+        monkeypatch.setitem(train.RATES, "room", train.Rate(room, "bytes", "of a test"))
+        plan, fastest = planner.choose(4, T)
+        assert fastest["tokens_per_s"] >= plan["tokens_per_s"]
+        assert plan["fits"] == (plan["bytes"] <= room)
+        return plan["dp"], plan["ep"], plan["cp"]
+
+    def need(T, **sizes):
+        return sum(planner.memory(1, T, train.Mesh(**sizes)).values())
+
+    monkeypatch.setattr(train, "GATHER_AT_ONCE", 0)
+    heavy = m2_pattern(2, vocab_size=1024, n_embd=512, n_head=4, n_kv_head=2, n_expert=64, expert_dim=2048)
+    planner = train.Planner(heavy, recompute=True)
+    assert mesh(need(1024, dp=4), 1024) == (4, 1, 1)
+    assert mesh(need(1024, dp=4) - 1, 1024) == (2, 2, 1)
+    assert mesh(1.0, 1024) == (1, 4, 1), "none fits: what needs least"
+
+    light = m2_pattern(2, vocab_size=1024, n_embd=512, n_head=4, n_kv_head=2, n_expert=4, n_expert_per_tok=2,
+                       expert_dim=64)
+    planner = train.Planner(light, recompute=True)
+    assert mesh(need(2 ** 15, dp=4), 2 ** 15) == (4, 1, 1)
+    assert mesh(need(2 ** 15, dp=4) - 1, 2 ** 15) == (2, 1, 2)
+    assert mesh(need(2 ** 15, dp=2, cp=2) - 1, 2 ** 15) == (1, 1, 4)
+
+    # whole rows: 16 of them on 32 ranks make two ranks share one, and none shares three
+    assert [mesh.dp * mesh.ep for mesh in planner.meshes(32, 8192, batch=16)][0] == 16
+    assert planner.meshes(3, 8192, batch=16) == []
+    assert all(mesh.ep == 2 for mesh in planner.meshes(8, 8192, sizes=dict(ep=2)))
+
+def test_dry_run_plans_steps():
+    """--gpus: contexts up to the model's, memory and time by parts that add up, keys of the last line as before."""
+    plain, _ = quiet(train, ["--preset", "m3", "--dry-run"])
+    result, text = quiet(train, ["--preset", "m3", "--dry-run", "--gpus", "64"])
+
+    assert result.keys() - plain.keys() == {"gpus", "plan"}
+    assert result["gpus"] == 64
+    assert [plan["context"] for plan in result["plan"]] == [8192, 32768, 131072, 196608, 524288, 1048576]
+    assert "on paper" in text
+    assert text.count("GB a GPU") == 6
+    for plan in result["plan"]:
+        assert plan["dp"] * plan["ep"] * plan["cp"] == 64
+        assert sum(plan["memory"].values()) == pytest.approx(plan["bytes"])
+        assert sum(plan["seconds"].values()) == pytest.approx(plan["step_s"])
+        assert plan["tokens"] == plan["rows"] * plan["context"]
+        assert plan["tokens_per_s"] == pytest.approx(plan["tokens"] / plan["step_s"])
+        assert plan["tokens_per_s_gpu"] == pytest.approx(plan["tokens_per_s"] / 64)
+        assert {"products", "attention", "index", "experts", "optimizer", "gathers", "exchanges", "rest"} <= \
+            plan["seconds"].keys()
+        assert 0 < plan["mfu"] < 1
+
+def test_dry_run_plans_a_mesh_that_is_given():
+    """--parallel with --gpus: that mesh and no other; a preset's own rows, shared out."""
+    result, _ = quiet(train, "--preset small --dry-run --gpus 8 --parallel ep=4,cp=2".split())
+    plan, = result["plan"]
+
+    assert (plan["dp"], plan["ep"], plan["cp"]) == (1, 4, 2)
+    assert (plan["rows"], plan["context"]) == (16, 8192)
+    assert plan["seconds"]["keys"] > 0
+    assert plan["seconds"]["exchanges"] > 0
+
+@refusals(
+    ("--gpus 4", "--dry-run"),
+    ("--dry-run --gpus 0", "at least 1"),
+    ("--dry-run --gpus few", "few"),
+    ("--dry-run --gpus 3 --preset small", "16 rows of 8192 tokens"),
+    ("--dry-run --gpus 4 --preset m2 --parallel ep=3", "--parallel ep=3"),
+    ("--dry-run --gpus 4 --preset m2 --seq-len 200000", "196608"),
+    ("--dry-run --gpus 4 --preset m3 --seq-len 1000", "128"),
+    ("--dry-run --gpus 4 --attn lightning", "--attn lightning"))
+def test_plans_that_cannot_be_made_are_refused(line, word):
+    """A plan without --dry-run, of no GPU, of rows that nobody can share out: one line, and nothing is printed."""
+    assert word in refused(train, line.split())
 
 @named("kind, limit, used, cache", {
     "v2": ("", "memory.max", "memory.current", "inactive_file"),

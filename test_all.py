@@ -23,6 +23,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pkgutil
 import random
@@ -45,6 +46,7 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
 from http.client import HTTPConnection
 from html.parser import HTMLParser
+from multiprocessing import forkserver
 from pathlib import Path
 from threading import Event, Thread
 from types import SimpleNamespace
@@ -101,8 +103,47 @@ def patch_once_a_launch():
     if hasattr(interpreter, "_LangPatchScope"):  # Triton 3.6 never restores: it is left as it is
         interpreter._patch_lang = patch
 
+def make_types_once():
+    """Triton's interpreter spends more time on its values' types than on values: here each type is made once."""
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    language = importlib.import_module("triton.language.core")
+    numpy_types = {}                   # a type's name -> NumPy's
+    blocks = {}                        # name of the elements' type, and shape -> a block type's fields
+    tensors = {}                       # a type's name -> the fields of its tensors
+
+    def get_numpy_type(kind, real=interpreter._get_np_dtype):
+        if kind.name not in numpy_types:
+            numpy_types[kind.name] = real(kind)
+        return numpy_types[kind.name]
+
+    def init_block(self, element_ty, shape, real=language.block_type.__init__):
+        key = (element_ty.name, *[getattr(size, "value", size) for size in shape])
+        if key not in blocks:
+            real(self, element_ty, shape)
+            blocks[key] = vars(self).copy()
+        vars(self).update(blocks[key])
+
+    def init_tensor(self, handle, type, real=language.tensor.__init__):
+        if type.name not in tensors:
+            real(self, handle, type)
+            tensors[type.name] = vars(self).copy()
+        vars(self).update(tensors[type.name], handle=handle, type=type)
+
+    interpreter._get_np_dtype = get_numpy_type
+    language.block_type.__init__ = init_block
+    language.tensor.__init__ = init_tensor
+
+def leave_out_dropped_checks():
+    """At each sum and product of integers Triton's interpreter computes, eight operations long, whether it overflows,
+    and then drops the answer, which only its debug mode looks at."""
+    builder = importlib.import_module("triton.runtime.interpreter").interpreter_builder
+    if not builder.options.debug:
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
 if msa.triton is not None and os.environ.get("TRITON_INTERPRET") == "1":
     patch_once_a_launch()
+    make_types_once()
+    leave_out_dropped_checks()
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid", "ignore:overflow", "ignore:All-NaN")
 parametrize = pytest.mark.parametrize
@@ -2135,6 +2176,51 @@ def run_python(*argv, **options):
     """Another process runs a script, or a program after -c, in this folder -> its exit status and what it wrote."""
     return subprocess.run([sys.executable, *argv], cwd=HERE, capture_output=True, text=True, **options)
 
+@lru_cache
+def prepared_processes():
+    """Processes that begin with torch and our files imported, which takes seconds: forks of one that does only that."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bench", "torch._dynamo"])
+    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    with mock.patch.dict(os.environ, PYTHONPATH=path.rstrip(os.pathsep)):
+        forkserver.ensure_running()
+    return context
+
+RUN_PREPARED = """
+import os, runpy, sys
+
+for number in (1, 2):
+    os.dup2(out.fileno(), number)
+sys.stdout = sys.stderr = open(1, "w", buffering=1, encoding="utf-8", closefd=False)
+sys.argv = argv
+if argv[0] == "-c":
+    exec(argv.pop(1), dict(__name__="__main__"))
+else:
+    runpy.run_path(argv[0], run_name="__main__")
+"""
+
+class PreparedRun:
+    """What subprocess.Popen is, for a script, or a program after -c, and its arguments: its imports are paid.
+    stdout holds what it writes there and to stderr."""
+
+    def __init__(self, *argv):
+        context = prepared_processes()
+        reader, writer = context.Pipe(duplex=False)
+        given = dict(argv=[str(x) for x in argv], out=writer)
+        self.process = context.Process(target=exec, args=(RUN_PREPARED, given), daemon=True)
+        self.process.start()
+        writer.close()
+        self.pid = self.process.pid
+        self.stdout = open(os.dup(reader.fileno()), encoding="utf-8")
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def wait(self):
+        """-> its exit status; minus the signal that killed it."""
+        self.process.join(600)
+        return self.process.exitcode
+
 KERNEL_FILES = "msa.py", "moe.py", "model.py", "sample.py"
 
 # Bytes a thread. These use 64 to 80 of 255 registers: the compiler itself spills one to three more, because with them
@@ -3036,34 +3122,40 @@ def keep_all_that_is_read(real, checkpoint, name):
     checkpoint.places[name] = real(checkpoint, name)
     return checkpoint.places[name]
 
-@named("name, sabotage", {
-    "as it is": (None, None),
-    "mapped files": ("open_tensors", map_files),
-    "a matrix in fp32": ("dequantize", dequantize_at_once),
-    "tensors that are kept": ("read_raw", keep_all_that_is_read)})
-def test_reading_takes_the_model_and_one_tensor(name, sabotage, tmp_path, monkeypatch):
-    """Peak memory of reading is the model in its dtype, the largest stored tensor and 12 MB: no mapped file that stays,
-    no fp32 copy of an fp8 matrix, no state dict beside the model. Each sabotage takes more."""
-    needs(hasattr(ctypes.CDLL(None), "malloc_trim"), "Linux with glibc")
+@session_fixture
+def large_tables(tmp_path_factory):
+    """A released folder with embeddings of 240,000 ids in fp8, read once -> it, its numbers, those of a table."""
+    path = tmp_path_factory.mktemp("large")
     torch.manual_seed(0)
     micro = MiniMax(MiniMaxConfig.micro(vocab_size=240_000))
-    micro.save_hf(tmp_path)
-    folder = Saved(tmp_path)
+    micro.save_hf(path)
+    folder = Saved(path)
     for table in ("model.embed_tokens.weight", "lm_head.weight"):
         folder.tensors[table] = folder.tensors[table].to(E4M3)
         folder.tensors[f"{table}_scale_inv"] = torch.ones(1875, 1)
     folder.write({}, fp8_in_tiles([128, 128]))
     n_numbers = sum(x.numel() for x in micro.state_dict().values())
     largest = micro.embed.weight.numel()  # in fp8: a byte each
-    del micro, folder.tensors
 
-    MiniMax.from_hf(tmp_path, dtype=torch.bfloat16)  # for the first one torch loads 75 MB of code
+    MiniMax.from_hf(path, dtype=torch.bfloat16)  # for the first one torch loads 75 MB of code
+    return path, n_numbers, largest
+
+@named("name, sabotage", {
+    "as it is": (None, None),
+    "mapped files": ("open_tensors", map_files),
+    "a matrix in fp32": ("dequantize", dequantize_at_once),
+    "tensors that are kept": ("read_raw", keep_all_that_is_read)})
+def test_reading_takes_the_model_and_one_tensor(large_tables, name, sabotage, monkeypatch):
+    """Peak memory of reading is the model in its dtype, the largest stored tensor and 12 MB: no mapped file that stays,
+    no fp32 copy of an fp8 matrix, no state dict beside the model. Each sabotage takes more."""
+    needs(hasattr(ctypes.CDLL(None), "malloc_trim"), "Linux with glibc")
+    folder, n_numbers, largest = large_tables
     if name == "read_raw":
         real = HFCheckpoint.read_raw
         monkeypatch.setattr(HFCheckpoint, name, lambda *args: sabotage(real, *args))
     elif name:
         monkeypatch.setattr(model, name, sabotage)
-    grown = peak_while(lambda: MiniMax.from_hf(tmp_path, dtype=torch.bfloat16))
+    grown = peak_while(lambda: MiniMax.from_hf(folder, dtype=torch.bfloat16))
 
     most = 2 * n_numbers + largest + 12e6
     assert (grown < most) == (sabotage is None), f"{grown:,} of {most:,}"
@@ -5717,7 +5809,8 @@ def tick(monkeypatch, seconds, *modules):
 def test_minutes_end_a_run(corpus, tmp_path, monkeypatch):
     """--minutes bounds the training time, and the evaluation a quarter of it; --steps on resume replaces it."""
     tick(monkeypatch, 1 / 16, train)   # a step looks twice: it takes 1/16 s
-    val = HERE / "moe.py"
+    val = tmp_path / "val.py"
+    val.write_text(TEXT[:6000])
     n_bytes = len(val.read_bytes())
 
     result, text = start_run(corpus, tmp_path, "--minutes 0.0125 --val-data", val)
@@ -6714,8 +6807,7 @@ def test_where_losses_scatter_far_is_farther():
 def test_ctrl_c_saves_and_says_how_to_go_on(corpus, tmp_path):
     """Ctrl-C ends the run with a checkpoint, its summary and exit 0."""
     argv = train_args(corpus, tmp_path, "--steps 100000 --log-every 1 --eval-every 3")
-    command = [sys.executable, HERE / "train.py", *argv]
-    run = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    run = PreparedRun(HERE / "train.py", *argv)
     assert any(line.startswith("step 00004") for line in run.stdout)
 
     run.send_signal(signal.SIGINT)
@@ -6742,9 +6834,9 @@ def test_kill_9_in_a_save_is_harmless(checkpoint, tmp_path):
     """SIGKILL in the middle of a save leaves the checkpoint whole, and what was written beside it."""
     before = checkpoint.read_bytes()
 
-    run = run_python("-c", KILLED_IN_A_SAVE, *resume(tmp_path, "--steps 13"))
+    run = PreparedRun("-c", KILLED_IN_A_SAVE, *resume(tmp_path, "--steps 13"))
 
-    assert run.returncode == -signal.SIGKILL
+    assert run.wait() == -signal.SIGKILL, run.stdout.read()
     assert [file.stat().st_size for file in tmp_path.glob("*.pt.tmp")] == [1000]
     assert checkpoint.read_bytes() == before
 
@@ -6873,8 +6965,7 @@ with sample.lock_folder(sys.argv[1]):
 
 def test_a_folder_has_one_writer(checkpoint, corpus, tmp_path):
     """A second run, new or resumed, by either script, is refused at its start; readers are not; kill -9 frees it."""
-    command = [sys.executable, "-c", HOLD_A_FOLDER, tmp_path]
-    owner = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True)
+    owner = PreparedRun("-c", HOLD_A_FOLDER, tmp_path)
     assert owner.stdout.readline() == "held\n"
     before = files(tmp_path)
 
@@ -6888,7 +6979,7 @@ def test_a_folder_has_one_writer(checkpoint, corpus, tmp_path):
 
     run_sample(tmp_path, "--max-new-tokens 1")
 
-    owner.kill()
+    owner.send_signal(signal.SIGKILL)
     owner.wait()
     resume_run(tmp_path, "--steps 13")
     assert steps_done(tmp_path) == 13
@@ -11086,17 +11177,16 @@ def test_a_full_queue_and_a_server_that_ends_refuse(monkeypatch):
 def test_ctrl_c_ends_a_server_and_its_streams(trained):
     """A stream under way hears that there is an end; the last line is JSON, the port is free again."""
     need_server()
-    command = [sys.executable, "sample.py", *map(str, sample_args(trained[0], "--serve 0 --token k"))]
-    with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) as run:
-        url = next(line.split()[2] for line in run.stdout if line.startswith("server"))
-        body = dict(prompt="def", max_tokens=10 ** 6, stream=True)
-        asked = request.Request(url + "/completions", json.dumps(body).encode(), dict(Authorization="Bearer k"))
-        with request.urlopen(asked, timeout=60) as stream:
-            stream.readline()
-            run.send_signal(signal.SIGINT)
-            rest = stream.read().decode()
-        out, _ = run.communicate(timeout=60)
-    assert run.returncode == 0
+    run = PreparedRun(HERE / "sample.py", *sample_args(trained[0], "--serve 0 --token k"))
+    url = next(line.split()[2] for line in run.stdout if line.startswith("server"))
+    body = dict(prompt="def", max_tokens=10 ** 6, stream=True)
+    asked = request.Request(url + "/completions", json.dumps(body).encode(), dict(Authorization="Bearer k"))
+    with request.urlopen(asked, timeout=60) as stream:
+        stream.readline()
+        run.send_signal(signal.SIGINT)
+        rest = stream.read().decode()
+    out = run.stdout.read()
+    assert run.wait() == 0
     assert "shutting down" in rest or "[DONE]" in rest
     assert last_json(out)["requests"] == 1
 
@@ -12873,12 +12963,11 @@ def post(url, body, key="k", method="POST"):
 def serving(out, flags=""):
     """rl.py --serve in a process of its own, for two steps of four episodes -> the process, the gateway's address."""
     need_server()
-    command = [sys.executable, "rl.py", *rl_args(out, f"--steps 2 --serve 0 --token k {flags}")]
-    with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) as run:
-        try:
-            yield run, next(line.split()[2] for line in run.stdout if line.startswith("gateway"))
-        finally:
-            run.kill()
+    run = PreparedRun(HERE / "rl.py", *rl_args(out, f"--steps 2 --serve 0 --token k {flags}"))
+    try:
+        yield run, next(line.split()[2] for line in run.stdout if line.startswith("gateway"))
+    finally:
+        run.process.kill()
 
 def serve_here(out, play, flags="", stop=False):
     """What `serving` does, in this process, whose imports are paid, while play(url) runs in a thread -> rl.py's result.
@@ -12926,8 +13015,9 @@ def play_by_http(url, ask, task, messages):
     assert post(url + "/finish", end) == (200, dict(turns=2))
 
 def assert_two_steps(run):
-    assert run.wait(600) == 0
-    assert last_json(run.stdout.read())["steps"] == 2
+    rest = run.stdout.read()
+    assert run.wait() == 0
+    assert last_json(rest)["steps"] == 2
 
 def assert_bad_requests_are_refused(url, task, messages):
     good = dict(model=task, messages=messages)
@@ -15400,11 +15490,16 @@ def make_up_table(path, recipes, log=MadeUp().log):
     with mock.patch.multiple(rl, ProcessPoolExecutor=in_threads, run_recipe=log):
         rl.make_table(str(path), 2, recipes)
 
+@lru_cache
+def all_recipes():
+    """rl.table_recipes(), a constant that takes half a second; not to be changed."""
+    return rl.table_recipes()
+
 @session_fixture
 def made_up_table(tmp_path_factory):
     """A table as make_table writes it, with every run that it should have, none of them real."""
     path = tmp_path_factory.mktemp("table") / "evolve.jsonl"
-    make_up_table(path, rl.table_recipes())
+    make_up_table(path, all_recipes())
     return path
 
 def test_a_table_has_all_that_edits_lead_to(made_up_table):
@@ -15469,7 +15564,8 @@ def test_a_table_holds_what_other_processes_computed(healthy_log, tmp_path):
 
 def opened(path, log=MadeUp().log):
     """A table as a run opens it -> RunTable, and what was printed. No run is real."""
-    with mock.patch.multiple(rl, ProcessPoolExecutor=in_threads, run_recipe=log):
+    recipes = all_recipes()
+    with mock.patch.multiple(rl, ProcessPoolExecutor=in_threads, run_recipe=log, table_recipes=lambda: recipes):
         with contextlib.redirect_stdout(io.StringIO()) as out:
             table = rl.open_table(str(path))
     return table, out.getvalue()
@@ -15478,7 +15574,7 @@ def test_a_table_is_made_if_it_is_absent_and_checked_if_it_is_there(made_up_tabl
     """All its runs are made, once. Two are made again whenever it is opened: what they say then is printed."""
     path = tmp_path / "evolve.jsonl"
     table, text = opened(path)
-    assert set(table.logs) == set(rl.table_recipes())
+    assert set(table.logs) == set(all_recipes())
     assert f"{len(table.logs)} training runs are made" in text
     written = path.read_bytes()
     again, text = opened(path)
@@ -15506,7 +15602,7 @@ def test_a_table_of_another_library_is_used_and_named(made_up_table, tmp_path):
     path = tmp_path / "evolve.jsonl"
     path.write_text("\n".join([json.dumps(json.loads(header) | dict(library="0" * 16)), *lines]) + "\n")
     table, text = opened(path)
-    assert set(table.logs) == set(rl.table_recipes())
+    assert set(table.logs) == set(all_recipes())
     assert "another text" in text
     assert "made again" not in text
 
@@ -15562,7 +15658,7 @@ def test_flags_of_evolve_are_refused_in_a_line(tmp_path):
 def test_the_shipped_table_is_complete(shipped_table):
     """At most 1 MB, every run that it should have, of as many steps and letters as a run has, and who made it."""
     assert os.path.getsize(rl.TABLE) <= 1e6
-    assert set(shipped_table.logs) == set(rl.table_recipes())
+    assert set(shipped_table.logs) == set(all_recipes())
     assert has_keys(shipped_table.made_with, "library python torch runs seconds")
     for log in shipped_table.logs.values():
         for name in rl.COLUMNS:
@@ -15962,7 +16058,7 @@ def test_live_problems_are_in_worlds_of_their_own():
 
     worlds = [problem.world for some in problems.values() for problem in some]
     assert len(set(worlds)) == len(worlds)
-    assert not set(worlds) & {recipe.world for recipe in rl.table_recipes()}
+    assert not set(worlds) & {recipe.world for recipe in all_recipes()}
     assert set(worlds) <= set(rl.LIVE_WORLDS)
 
     for kind in ("seen", "held"):
@@ -16772,10 +16868,11 @@ def test_a_log_of_train_is_translated():
     assert kl == 2 * rl.letter(0.02, *rl.COLUMNS["kl"])
     assert val == rl.letter(2.4 * 2.5 * math.log(256) / 8.3, *rl.VAL_RANGE)
 
-def test_the_engineer_plays_a_session(tmp_path):
+def test_the_engineer_plays_a_session(shipped_table, tmp_path, monkeypatch):
     """.ci/engineer.py ends its session and says where the journal is."""
     pytest.importorskip("openai")
     need_isolation()
+    monkeypatch.setattr(rl, "open_table", lambda path: shipped_table)  # two of its runs would be made again
     runs = []
 
     def play(url):
@@ -18171,10 +18268,12 @@ def test_the_gpt2_baseline_draws_by_probability(gpt2):
 
 def test_the_gpt2_baseline_runs():
     """Its tiny form, in a process of its own, on three steps."""
-    run = run_python(".ci/gpt2_baseline.py", *"--data moe.py --steps 3 --tiny --device cpu".split())
+    flags = "--steps 3 --tiny --device cpu".split()
+    run = PreparedRun(HERE / ".ci" / "gpt2_baseline.py", "--data", HERE / "moe.py", *flags)
+    said = run.stdout.read()
 
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert last_json(run.stdout)["steps"] == 3
+    assert run.wait() == 0, said[-2000:]
+    assert last_json(said)["steps"] == 3
 
 def test_bench_counts_training_flops():
     """Attention's forward and backward against a count of its pairs, by hand."""
@@ -19071,6 +19170,8 @@ def test_flags_of_quality_are_its_own(flag, what):
 def test_quality_trains_in_processes_of_their_own(monkeypatch, tmp_path):
     """The whole command, once: a process trains a window's model, the table and the JSON have its rows."""
     study = dataclasses.replace(MICRO, attns=("swa",), seeds=(5,), steps=10)
+    prepared = dict(spawn=prepared_processes())  # begins as bare as a spawned one, but with imports that are paid
+    monkeypatch.setattr(multiprocessing, "get_context", prepared.get)
     monkeypatch.setattr(bench, "STUDIES", dict(cpu=study))
     monkeypatch.setattr(bench, "cost_rows", no_costs)
     cells = tmp_path / "cells.jsonl"
@@ -20497,15 +20598,13 @@ def test_mutants_are_caught(target, sabotage, test, monkeypatch):
     with pytest.raises(AssertionError):
         test()
 
-def definitions():
-    """Top-level functions and classes of this file, as a list of syntax trees."""
-    kinds = ast.FunctionDef, ast.ClassDef
-    return [node for node in ast.parse(Path(__file__).read_text(encoding="utf-8")).body if isinstance(node, kinds)]
-
 def test_every_test_has_a_lesson():
     """`python test_all.py` prints the first line of what a test says it shows; a name that comes twice hides one."""
-    names = Counter(node.name for node in definitions())
-    silent = [node.name for node in definitions() if node.name.startswith("test_") and not ast.get_docstring(node)]
+    kinds = ast.FunctionDef, ast.ClassDef
+    top_level = ast.parse(Path(__file__).read_text(encoding="utf-8")).body
+    definitions = [node for node in top_level if isinstance(node, kinds)]
+    names = Counter(node.name for node in definitions)
+    silent = [node.name for node in definitions if node.name.startswith("test_") and not ast.get_docstring(node)]
     assert silent == []
     assert [name for name, count in names.items() if count > 1] == []
 

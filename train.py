@@ -2420,39 +2420,21 @@ def set_up(args, state):
     laps.end("device")
 
     # the model: of the checkpoint, perhaps with sparse attention from now on
-    model = tokenizer = None
-    place = device                     # of the whole model
-    if state:
-        if world.size > 1:
-            place = place_whole(state["model"], device)
-        model, tokenizer = load_model(state, place, dtype)
-        if args.mtp is None:           # older args lack it
-            args.mtp = model.cfg.n_mtp
-        check_match(model.cfg, state, args)
     torch.manual_seed(args.seed)
-    converted = bool(state) and args.attn != state["args"]["attn"]
-    if converted:
-        model, state["optimizers"] = convert(model, state["optimizers"], state["now"]["step"], args)
-    grown = bool(state) and args.mtp > model.cfg.n_mtp
-    if grown:
-        model, state["optimizers"] = add_modules(model, state["optimizers"], state["now"]["step"], args.mtp)
+    model = tokenizer = None
+    converted = grown = False
+    if state:
+        model, tokenizer, converted, grown = read_model(args, state, device, dtype, world)
     cfg = model.cfg if model else configure(args)
 
     # memory and text, then a new model of the text's vocabulary
-    sized = dataclasses.replace(cfg, vocab_size=args.vocab_size)
-    sizes = args.parallel
-    if world.size > 1 and device.type == "cuda" and not sizes:
-        sizes = usual_sizes(sized, args, world.size, free_memory(device))
-    parallel = Parallel.join(world, device, sizes, cfg)
-    parallel.check_rows(args, cfg)
-    rows = cdiv(args.batch_size, args.accumulate * world.size)
-    need = step_bytes(sized, rows, args.seq_len, device, args.recompute, world.size)
-    check_memory(need, device, "--accumulate, --recompute, --batch-size or --seq-len")
+    parallel = share_out(args, cfg, device, world)
     laps.end("model")
     with world.first():                # the others find tokenizer and tokens in the cache
         tokenizer, data = prepare(args, cfg, tokenizer, laps)
     cfg.vocab_size = tokenizer.n_vocab
     if model is None:
+        place = device
         if world.size > 1:
             with torch.device("meta"):
                 place = place_whole(MiniMax(cfg).state_dict(), device)
@@ -2493,6 +2475,38 @@ def set_up(args, state):
     run.timer = SaveTimer()
     return run
 
+def read_model(args, state, device, dtype, world):
+    """A checkpoint's model, changed as the flags ask for -> model, tokenizer, whether it was converted to MSA, whether
+    MTP modules have joined. ValueError if checkpoint and flags do not go together."""
+    place = device
+    if world.size > 1:
+        place = place_whole(state["model"], device)
+    model, tokenizer = load_model(state, place, dtype)
+    if args.mtp is None:               # older args lack it
+        args.mtp = model.cfg.n_mtp
+    check_match(model.cfg, state, args)
+    step = state["now"]["step"]
+    converted = args.attn != state["args"]["attn"]
+    if converted:
+        model, state["optimizers"] = convert(model, state["optimizers"], step, args)
+    grown = args.mtp > model.cfg.n_mtp
+    if grown:
+        model, state["optimizers"] = add_modules(model, state["optimizers"], step, args.mtp)
+    return model, tokenizer, converted, grown
+
+def share_out(args, cfg, device, world):
+    """Meet the other ranks -> Parallel. ValueError if rows, sizes of --parallel or memory do not fit."""
+    sized = dataclasses.replace(cfg, vocab_size=args.vocab_size)
+    sizes = args.parallel
+    if world.size > 1 and device.type == "cuda" and not sizes:
+        sizes = usual_sizes(sized, args, world.size, free_memory(device))
+    parallel = Parallel.join(world, device, sizes, cfg)
+    parallel.check_rows(args, cfg)
+    rows = cdiv(args.batch_size, args.accumulate * world.size)
+    need = step_bytes(sized, rows, args.seq_len, device, args.recompute, world.size)
+    check_memory(need, device, "--accumulate, --recompute, --batch-size or --seq-len")
+    return parallel
+
 def usual_sizes(cfg, args, N, room):
     """--parallel where it is not given, for N GPUs with so many bytes of room: rows alone are shared out where that
     fits; else experts, too, or the tokens of a row, by the planner's rule. None where it has no plan that fits."""
@@ -2507,7 +2521,9 @@ def usual_sizes(cfg, args, N, room):
 def place_whole(weights, device):
     """Where a whole model of these weights, by name, is made before ranks take their parts: on the GPU if it fits
     twice, else in the machine's memory, from where its layers go to the GPU one by one."""
-    size = sum(4 * t.numel() for t in weights.values())
+    if device.type == "cpu":
+        return device
+    size = sum(4 * t.numel() for t in weights.values() if isinstance(t, torch.Tensor))  # load_model looks at the rest
     return device if size < free_memory(device) / 2 else torch.device("cpu")
 
 def start_modules(run):

@@ -1736,6 +1736,10 @@ class World:
             numbers = [-math.inf] * len(numbers)
         return self.largest(*numbers)
 
+    def smallest(self, *numbers):
+        """The smallest of all ranks' numbers, one by one -> a list of floats."""
+        return [-number for number in self.largest(*(-number for number in numbers))]
+
     def any(self, flag):
         """Whether it is true on some rank."""
         return self.largest(bool(flag))[0] > 0

@@ -7421,15 +7421,17 @@ def agree_on_ranks(world):
         order = world.rank
     return dict(
         largest=world.largest(world.rank, -world.rank),
+        smallest=world.smallest(world.rank, -world.rank),
         agreed=world.agree(10 + world.rank),
         is_any=world.any(world.rank == 1),
         is_none=world.any(False),
         order=order)
 
 def test_ranks_agree(tmp_path):
-    """The largest number, rank 0's, and whether something is true anywhere, are the same on both ranks."""
+    """The largest number, the smallest, rank 0's, and whether something is true anywhere, are the same on both."""
     for found in on_ranks(tmp_path, 2, agree_on_ranks):
         assert found["largest"] == [1, 0]
+        assert found["smallest"] == [0, -1]
         assert found["agreed"] == [10]
         assert found["is_any"]
         assert not found["is_none"]
@@ -7507,6 +7509,28 @@ def test_experts_are_shared_out_where_they_do_not_fit():
     assert sizes(140e9, **one_layer, n_expert=512, expert_dim=8192) == dict(dp=1, ep=2, cp=1)
     assert sizes(140e9, 2 ** 20, rows=1) == dict(dp=1, ep=1, cp=2)
     assert sizes(1e9) is None
+
+def share_out_by_room(world):
+    """What a rank decides on a GPU, of which this machine has the name alone; rank 1's has less room than rank 0's."""
+    cfg = MiniMaxConfig.tiny()
+    args = SimpleNamespace(parallel=None, vocab_size=300, batch_size=4, accumulate=1, seq_len=64, recompute=False,
+                           stages=((0, 1),))
+    gpu = SimpleNamespace(type="cuda")
+    rooms = []
+    fakes = dict(
+        free_memory=lambda device: 10.0 ** (9 - 3 * world.rank),
+        usual_sizes=lambda cfg, args, N, room: rooms.append(room),
+        check_memory=lambda *args: None)
+    with mock.patch.multiple(train, **fakes), mock.patch.object(train.Parallel, "join", return_value=mock.Mock()):
+        train.share_out(args, cfg, gpu, world)
+        place = train.place_whole(dict(weight=torch.empty(10 ** 6, device="meta")), gpu, world)
+    return dict(room=rooms[0], place=place.type)
+
+def test_ranks_with_unequal_room_decide_alike(tmp_path):
+    """A GPU that others use, too, has less room: both ranks take its number, for the mesh, or they would wait for ranks
+    that have another one, and for where weights are drawn."""
+    for found in on_ranks(tmp_path, 2, share_out_by_room):
+        assert found == dict(room=1e6, place="cpu")
 
 def shards_orthogonalised(real, shards, p, stack):
     """Each rank orthogonalises the rows that it has."""

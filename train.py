@@ -2437,7 +2437,7 @@ def set_up(args, state):
         place = device
         if world.size > 1:
             with torch.device("meta"):
-                place = place_whole(MiniMax(cfg).state_dict(), device)
+                place = place_whole(MiniMax(cfg).state_dict(), device, world)
         with torch.device(place):      # a GPU draws the weights of `small` at once, a CPU in seconds
             model = MiniMax(cfg, dtype)
     parallel.shard(model)
@@ -2480,7 +2480,7 @@ def read_model(args, state, device, dtype, world):
     MTP modules have joined. ValueError if checkpoint and flags do not go together."""
     place = device
     if world.size > 1:
-        place = place_whole(state["model"], device)
+        place = place_whole(state["model"], device, world)
     model, tokenizer = load_model(state, place, dtype)
     if args.mtp is None:               # older args lack it
         args.mtp = model.cfg.n_mtp
@@ -2499,7 +2499,8 @@ def share_out(args, cfg, device, world):
     sized = dataclasses.replace(cfg, vocab_size=args.vocab_size)
     sizes = args.parallel
     if world.size > 1 and device.type == "cuda" and not sizes:
-        sizes = usual_sizes(sized, args, world.size, free_memory(device))
+        room, = world.smallest(free_memory(device))
+        sizes = usual_sizes(sized, args, world.size, room)
     parallel = Parallel.join(world, device, sizes, cfg)
     parallel.check_rows(args, cfg)
     rows = cdiv(args.batch_size, args.accumulate * world.size)
@@ -2518,13 +2519,15 @@ def usual_sizes(cfg, args, N, room):
         return None
     return {name: plan[name] for name in ("dp", "ep", "cp")}
 
-def place_whole(weights, device):
+def place_whole(weights, device, world):
     """Where a whole model of these weights, by name, is made before ranks take their parts: on the GPU if it fits
-    twice, else in the machine's memory, from where its layers go to the GPU one by one."""
+    twice on each, else in the machine's memory, from where its layers go to the GPU one by one. A GPU draws other
+    numbers than a CPU: all ranks must draw on the same."""
     if device.type == "cpu":
         return device
     size = sum(4 * t.numel() for t in weights.values() if isinstance(t, torch.Tensor))  # load_model looks at the rest
-    return device if size < free_memory(device) / 2 else torch.device("cpu")
+    room, = world.smallest(free_memory(device))
+    return device if size < room / 2 else torch.device("cpu")
 
 def start_modules(run):
     """Let the MTP modules, of which some have just joined, learn alone for a share of what is left."""

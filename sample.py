@@ -45,6 +45,7 @@ import statistics
 import sys
 import threading
 import time
+import traceback
 import typing
 import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
@@ -1828,7 +1829,9 @@ def command(script, run, kept="", less=""):
             reason = f"another rank has ended, and this one with it ({first_line(error)}){kept}"
             leave(f"{script}: rank {world.rank}: {reason}", 1)
         else:
-            raise
+            raise_at_once(world)
+    except Exception:
+        raise_at_once(world)
     finally:  # tests call several scripts in one process
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
@@ -1839,6 +1842,13 @@ def command(script, run, kept="", less=""):
         leave(f"{script}: rank {world.rank}: {line}", status)
     print(f"{script}: {line}", file=sys.stderr)
     sys.exit(status)
+
+def raise_at_once(world):
+    """Raise the error that is being handled. One of several processes ends before Python's own end, which would wait
+    for what its GPU still waits for: the others."""
+    if world.size == 1:
+        raise
+    leave(f"rank {world.rank}: {traceback.format_exc()}", 1)
 
 def leave(line, status):
     """End one of several processes after an error: at once, for what a GPU still waits for would keep it."""

@@ -7510,6 +7510,30 @@ def test_experts_are_shared_out_where_they_do_not_fit():
     assert sizes(140e9, 2 ** 20, rows=1) == dict(dp=1, ep=1, cp=2)
     assert sizes(1e9) is None
 
+UNFORESEEN = """
+import atexit, sample
+
+def run(locks):
+    raise {error}("unforeseen")
+
+atexit.register(print, "Python's own end")
+sample.command("x.py", run)
+"""
+
+@parametrize("error", ["KeyError", "RuntimeError"])
+def test_a_rank_that_fails_ends_at_once(error):
+    """An error that nobody foresaw is told with its lines, and does not wait, as Python's own end does, for a GPU that
+    waits for other ranks. One process raises it as ever."""
+    program = UNFORESEEN.format(error=error)
+    alone = run_python("-c", program)
+    rank = run_python("-c", program, env={**os.environ, "RANK": "0", "WORLD_SIZE": "2"})
+
+    for run in (alone, rank):
+        assert run.returncode == 1
+        assert f"in run\n{error}: " in run.stderr
+    assert "Python's own end" in alone.stdout
+    assert rank.stdout == ""
+
 def share_out_by_room(world):
     """What a rank decides on a GPU, of which this machine has the name alone; rank 1's has less room than rank 0's."""
     cfg = MiniMaxConfig.tiny()

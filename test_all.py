@@ -7436,6 +7436,37 @@ def test_ranks_agree(tmp_path):
         assert found["is_any"]
         assert not found["is_none"]
 
+def evaluate_on_ranks(world, sizes, seconds):
+    """An evaluation on these ranks, two windows at a time on each, by a clock that moves with each look, on rank 1
+    twice as fast -> bits a byte, bytes, dead experts, max_vio of each layer."""
+    torch.manual_seed(0)
+    cfg = ranks_config()
+    model = MiniMax(cfg).double()
+    parallel = train.Parallel.join(world, torch.device("cpu"), sizes, cfg)
+    parallel.shard(model, 0)
+    tokens = train.Tokens(TWO_TEXTS, SMALL_TOKENIZER, cfg.index_block_size, 64)
+    assert len(tokens.begin) == 41 * 64
+    clock = itertools.count(0.0, 1.0 + world.rank)
+    with mock.patch.object(train.time, "perf_counter", lambda: next(clock)):
+        found = train.evaluate(model, tokens, 64, 2, "cpu", seconds, SMALL_TOKENIZER, parallel=parallel)
+    numbers = [found[name] for name in ("val_bpb", "val_bytes", "dead_experts")]
+    return torch.tensor([*numbers, *found["max_vio"]], dtype=torch.float64)
+
+@parametrize("text", ["dp=3", "ep=2", "cp=2"])
+def test_ranks_evaluate_what_one_process_does(text, tmp_path):
+    """41 windows, which divide by no number of ranks, so that one computes pads instead: bits a byte, dead experts and
+    uneven loads are one process's. A rank whose time is over ends the others' evaluation, too."""
+    sizes = train.parallel_sizes(text)
+    n = math.prod(sizes.values())
+    want = evaluate_on_ranks(sample.World(), None, math.inf)
+    for found in on_ranks(tmp_path, n, evaluate_on_ranks, sizes, math.inf):
+        assert relative(found, want) < 1e-10
+
+    cut, *others = on_ranks(tmp_path, n, evaluate_on_ranks, sizes, 6)
+    assert cut[1] < want[1]
+    for other in others:
+        assert torch.equal(other, cut)
+
 def test_parallel_sizes_that_do_not_fit(monkeypatch):
     """Sizes that do not make up the processes, experts or rows that do not divide, one process, a script that several
     cannot run: each in one line."""

@@ -1693,6 +1693,7 @@ def tolerant_output():
 # from a pipe, for the main thread may be inside a collective, ends a process that cannot leave by itself.
 LEAVE_S = 20                           # seconds after SIGTERM or Ctrl-C in which a process saves and ends by itself
 TOGETHER_S = 600                       # that ranks wait for each other in a collective, and are given up then
+FIRST_S = 24 * 3600                    # the same while rank 0 alone reads a text and learns its tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class World:
@@ -1745,18 +1746,30 @@ class World:
         """Whether it is true on some rank."""
         return self.largest(bool(flag))[0] > 0
 
+    def check_same(self, what, text):
+        """ValueError unless this text is the same on all ranks: on several machines each has files of its own."""
+        number = int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)  # which fp64 holds exactly
+        first, = self.agree(number)
+        if self.any(number != first):
+            raise ValueError(f"{what}: not all ranks read the same")
+
     def wait(self):
         """Until all ranks are here."""
         self.largest(0)
 
     @contextlib.contextmanager
     def first(self):
-        """Rank 0 goes through the body first, then the others at once: they find what it has left in a cache."""
+        """Rank 0 goes through the body first, then the others at once: they find what it has left in a cache. It may
+        take longer than any step: the ranks wait in a group of their own."""
+        if self.size == 1:
+            yield
+            return
+        patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=FIRST_S))
         if not self.is_first:
-            self.wait()
+            dist.barrier(patient)
         yield
         if self.is_first:
-            self.wait()
+            dist.barrier(patient)
 
 def watch_signals():
     """Start a thread that ends this process LEAVE_S seconds after SIGTERM or Ctrl-C, wherever its main thread is."""

@@ -15,6 +15,7 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import datetime
 import gc
 import hashlib
 import importlib.util
@@ -7416,20 +7417,33 @@ def test_a_checkpoint_moves_between_numbers_of_ranks(tmp_path):
             assert torch.equal(join_parts(ranks, 2, name), whole), name
 
 def agree_on_ranks(world):
-    """What ranks agree on, of numbers that each has for itself."""
+    """What ranks agree on, of numbers that each has for itself; rank 0 goes first, and longer than a collective may
+    take."""
+    dist = torch.distributed
+    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=1))
+    began = time.monotonic()
     with world.first():
-        order = world.rank
+        waited = time.monotonic() - began
+        if world.is_first:
+            time.sleep(2)
+    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=60))
+    world.check_same("the text", "one")
+    with value_error("the text: not all ranks read the same"):
+        world.check_same("the text", "one" if world.is_first else "another")
     return dict(
         largest=world.largest(world.rank, -world.rank),
         smallest=world.smallest(world.rank, -world.rank),
         agreed=world.agree(10 + world.rank),
         is_any=world.any(world.rank == 1),
         is_none=world.any(False),
-        order=order)
+        waited=waited)
 
 def test_ranks_agree(tmp_path):
-    """The largest number, the smallest, rank 0's, and whether something is true anywhere, are the same on both."""
-    for found in on_ranks(tmp_path, 2, agree_on_ranks):
+    """The largest number, the smallest, rank 0's, and whether something is true anywhere, are the same on both. What
+    rank 0 does first may take its time."""
+    ranks = on_ranks(tmp_path, 2, agree_on_ranks)
+    assert ranks[0]["waited"] < 2 < ranks[1]["waited"]
+    for found in ranks:
         assert found["largest"] == [1, 0]
         assert found["smallest"] == [0, -1]
         assert found["agreed"] == [10]

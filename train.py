@@ -2424,6 +2424,7 @@ def set_up(args, state):
     model = tokenizer = None
     converted = grown = False
     if state:
+        world.check_same(checkpoint_path(args.out), f"{state['now'].get('run')} {state['now']['step']}")
         model, tokenizer, converted, grown = read_model(args, state, device, dtype, world)
     cfg = model.cfg if model else configure(args)
 
@@ -2432,6 +2433,7 @@ def set_up(args, state):
     laps.end("model")
     with world.first():                # the others find tokenizer and tokens in the cache
         tokenizer, data = prepare(args, cfg, tokenizer, laps)
+    world.check_same("the text", data["text"])
     cfg.vocab_size = tokenizer.n_vocab
     if model is None:
         place = device

@@ -7503,6 +7503,36 @@ def test_parallel_sizes_that_do_not_fit(monkeypatch):
         with pytest.raises(argparse.ArgumentTypeError, match="sizes of dp, ep or cp"):
             train.parallel_sizes(text)
 
+def train_on_ranks(world, argv):
+    """A run of train.py on these ranks; of them the last one hears a signal in its third step -> what it returns."""
+    stop = []
+    steps = itertools.count(1)
+
+    def train_step(*args, real=train.train_step, **options):
+        if next(steps) == 3 and world.rank == world.size - 1:
+            stop.append(signal.SIGTERM)
+        return real(*args, **options)
+
+    environ = dict(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.rank))
+    with mock.patch.dict(os.environ, environ), contextlib.ExitStack() as locks, \
+            mock.patch.multiple(train, on_signals=lambda: stop, train_step=train_step):
+        return train.run_training(*train.parse_args(argv, locks))
+
+def test_a_signal_to_one_rank_stops_all(tmp_path):
+    """A whole run, weights drawn anew: ranks end and save after the same step, by the same clock, with one process's
+    losses, and rank 0 alone holds the lock and writes the log."""
+    (tmp_path / "text.py").write_text(TEXT)
+    flags = f"--data {tmp_path / 'text.py'} --vocab-size 300 --seq-len 64 --steps 50 --log-every 1 --device cpu"
+    want, _ = quiet(train, [*flags.split(), "--out", str(tmp_path / "alone"), "--stop-after", "3"])
+    out = tmp_path / "out"
+    first, last = on_ranks(tmp_path, 2, train_on_ranks, [*flags.split(), "--out", str(out), "--parallel", "ep=2"])
+
+    assert first == last
+    assert first["step"] == sample.load_checkpoint(out)["now"]["step"] == 3
+    assert first["loss"] == pytest.approx(want["loss"], rel=1e-4)
+    lines = [line["step"] for line in train.read_log(out) if line["kind"] == "step"]
+    assert lines == [1, 2, 3]
+
 def pid_of_rank(torchrun, rank):
     """The process that torchrun, a Popen, has started as this rank; None while there is none."""
     for pid in Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split():

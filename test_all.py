@@ -7522,10 +7522,11 @@ def test_a_signal_to_one_rank_stops_all(tmp_path):
     """A whole run, weights drawn anew: ranks end and save after the same step, by the same clock, with one process's
     losses, and rank 0 alone holds the lock and writes the log."""
     (tmp_path / "text.py").write_text(TEXT)
-    flags = f"--data {tmp_path / 'text.py'} --vocab-size 300 --seq-len 64 --steps 50 --log-every 1 --device cpu"
-    want, _ = quiet(train, [*flags.split(), "--out", str(tmp_path / "alone"), "--stop-after", "3"])
+    flags = f"--data {tmp_path / 'text.py'} --vocab-size 300 --seq-len 64 --steps 50 --log-every 1 --eval-every 1"
+    argv = [*flags.split(), "--device", "cpu"]
+    want, _ = quiet(train, [*argv, "--out", str(tmp_path / "alone"), "--stop-after", "3"])
     out = tmp_path / "out"
-    first, last = on_ranks(tmp_path, 2, train_on_ranks, [*flags.split(), "--out", str(out), "--parallel", "ep=2"])
+    first, last = on_ranks(tmp_path, 2, train_on_ranks, [*argv, "--out", str(out), "--parallel", "ep=2"])
 
     assert first == last
     assert first["step"] == sample.load_checkpoint(out)["now"]["step"] == 3

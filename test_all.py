@@ -7503,6 +7503,30 @@ def test_parallel_sizes_that_do_not_fit(monkeypatch):
         with pytest.raises(argparse.ArgumentTypeError, match="sizes of dp, ep or cp"):
             train.parallel_sizes(text)
 
+def idle_rank(world, dtype):
+    """Both ranks' tokens all go to expert 0, rank 0's -> the layer's output, and the gradients of this rank's experts,
+    None where it has none."""
+    torch.manual_seed(0)
+    layer = moe.MoE(ranks_config()).to(dtype)
+    for p in layer.parameters():
+        torch.nn.init.normal_(p, 0, 0.1)
+    layer.share_experts(torch.distributed.group.WORLD)
+    x = torch.randn(5, 60, dtype=dtype)
+    out = layer.experts(x, torch.ones(5, 1, dtype=dtype), torch.zeros(5, 1, dtype=torch.int64))
+    out.sum().backward()
+    return dict(out=out.detach(), grads=[p.grad for p in layer.experts.parameters()])
+
+@parametrize("dtype", [torch.float64, torch.float32])
+def test_a_rank_without_tokens_has_gradients_of_zero(dtype, tmp_path):
+    """Not none: an optimizer would leave out its moments, and a checkpoint wait for them."""
+    busy, idle = on_ranks(tmp_path, 2, idle_rank, dtype)
+
+    assert torch.equal(busy["out"], idle["out"])
+    assert all(grad.any() for grad in busy["grads"])
+    for grad in idle["grads"]:
+        assert grad is not None
+        assert not grad.any()
+
 def train_on_ranks(world, argv):
     """A run of train.py on these ranks; of them the last one hears a signal in its third step -> what it returns."""
     stop = []

@@ -34,6 +34,8 @@ import threading
 if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: no traceback
     at_ctrl_c = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is told in our line, without C++'s stack
+
     # on a busy machine they take so long that a line says what happens
     SLOW_S = 4.0                       # seconds
     slow = threading.Timer(SLOW_S, print, ["start   | importing torch, on a busy machine"], dict(flush=True))
@@ -89,8 +91,8 @@ from sample import (LOOK_S, MODEL_ID, MOST_WAITING, UNREAD, Asked, Door, Engine,
                     check_fields, check_figure, check_finite, check_memory, check_weights, checkpoint_path, command,
                     event, figure_format, first_line, form_batches, implementations, in_index_warmup, learn_bpe,
                     load_checkpoint, load_model, load_optimizers, lock_folder, lockstep, make_app, make_prefixes,
-                    message_text, number, on_signals, pack_routes, pick_device, play, read_flag, read_logprobs, read_number,
-                    read_object, read_stops, reply, save_checkpoint)
+                    message_text, number, on_signals, pack_routes, pick_device, play, read_flag, read_logprobs,
+                    read_number, read_object, read_stops, reply, save_checkpoint)
 from train import (Tokens, checkpoint_parts, configure_optimizers, encode, evaluate, get_batch, is_index, list_files,
                    merge_args, read_corpus, round_up, schedule, set_rates, share_done, step_bytes, update)
 from train import train_step as text_step
@@ -2478,8 +2480,12 @@ class Rollouts(Gateway):
     def seat(self):
         """A player of the loop that plays one episode after the other."""
         while True:
-            while not self.waiting:
-                yield 0, [0]           # a token that is forgotten at once: the batch keeps its shape
+            kept, feed = 0, [0]
+            while not self.waiting:    # an empty seat draws as others do: the batch keeps its shape and its pace
+                token, *_ = yield kept, feed
+                kept, feed = kept + 1, [token]
+                if kept == self.model.cfg.max_seq_len:
+                    kept, feed = 0, [0]
             episode, agent = self.waiting.popleft()
             yield from play_episode(self, episode, agent, self.model.cfg.max_seq_len)
             if episode.task in self.groups:  # it may have been given up

@@ -2767,8 +2767,8 @@ class Decoder:
         return drawn, logprobs, n_accepted, graph.aux
 
     def renew(self):
-        """The model's weights have changed: the next step reads them, and the keys and values that are in the cache stay
-        as the old ones computed them. What runs ahead is of the old ones, too, and is forgotten."""
+        """The model's weights have changed: the next step reads them. Keys and values in the cache stay as the old ones
+        computed them; what runs ahead is of the old ones, too, and is forgotten."""
         if self.weights is None:
             return
         if self.length is not None:

@@ -2,6 +2,7 @@
 
     python bench.py --ctx 1000000                            # prefill and decode, shapes of M2 (48/8) and M3 (64/4)
     python bench.py --ctx 131072 --what decode --shape m3 --figure decode.svg
+    torchrun --nproc-per-node 2 bench.py --what prefill      # a prefill that two GPUs share, against one of them alone
     python bench.py --what train --ctx 1M                    # forward and backward of attention, and whole steps
     python bench.py --what tree                              # a training step of rl.py, prefixes merged and not
     python bench.py --what queue --figure queue.svg          # rl.py's strict FIFO, window and greedy
@@ -47,15 +48,17 @@ from itertools import islice, product
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import msa
 import rl
 import train
-from model import (LIGHTNING_TILE, SHORT_ROW, Attention, Context, DecodeWeights, KVCache, MiniMax, MiniMaxConfig,
-                   ShortConv, attn_pattern, decode_bytes, lightning_attention, rope_tables, window_attention)
-from sample import (Parser, Threads, captured, check_figure, command, figure_format, free_memory, generate,
+from model import (LIGHTNING_TILE, SHORT_ROW, Attention, Context, ContextShard, DecodeWeights, KVCache, MiniMax,
+                   MiniMaxConfig, ShortConv, attn_pattern, decode_bytes, lightning_attention, rope_tables,
+                   window_attention)
+from sample import (Parser, Threads, World, captured, check_figure, command, figure_format, free_memory, generate,
                     held_by_depth, implementations, in_index_warmup, load_checkpoint, load_model, number, pick_device,
                     tokens)
 
@@ -674,6 +677,118 @@ def prefill_length(args, machine, shape, T, cache):
     if machine.gpu and T == args.ctx:
         kernel_rows(machine, rows[0], calls["random"])
     return rows
+
+# ---- prefill on several ranks --------------------------------------------------------------------
+# Under torchrun each rank starts with its share of q, k, v, qi and ki of one row, as a model with context parallelism
+# has them (see model.ContextShard), and ends with the outputs of its queries. Sending the keys to all is inside the
+# time, which is the last rank's. Rank 0 computes the same row alone, with all in its memory, in turn with that; it is
+# the same operation as in a row above, and chooses the same blocks.
+
+RANK_REPS = 3
+
+def chunks_prefill(q, k, v, qi, ki, shard):
+    """MSA of a rank's queries against the whole row's keys -> outputs and chosen blocks, (1, T / size, …) each.
+    q and qi (1, T / size, …); k, v, ki (1, T, …)"""
+    _, impl = pick_impl(q.is_cuda, "prefill")
+    outs = []
+    chosen = []
+    for (start, _), queries, index_queries in zip(shard.parts, q.chunk(2, 1), qi.chunk(2, 1)):
+        block_idx = msa.select_blocks(index_queries, ki, S, L, None, start, impl)
+        outs.append(msa.msa_attention(queries, k, v, block_idx, L, None, start, impl))
+        chosen.append(block_idx)
+    return torch.cat(outs, 1), torch.cat(chosen, 1)
+
+def shard_prefill(q, k, v, qi, ki, shard):
+    """The same, from a rank's share of the keys: (1, T / size, …)."""
+    k, v, ki = shard.gather(k, v, ki)
+    return chunks_prefill(q, k, v, qi, ki, shard)
+
+def balance(machine, shape, T, size, reps=RANK_REPS):
+    """What each of so many ranks would compute of a prefill of T tokens, one after the other on this machine, and the
+    whole -> dict: ms of the whole and of each rank; the whole over the slowest rank, what communication leaves."""
+    q, qi = random_queries(machine, SHAPES[shape], 1, T)
+    cache = random_cache(machine, SHAPES[shape], 1, T)
+    k, v, ki = cache
+    shards = [ContextShard(rank, size, T) for rank in range(size)]
+    calls = {"whole": partial(sparse_prefill, q, k, v, qi, ki, T)}
+    for rank, shard in enumerate(shards):
+        calls[rank] = partial(chunks_prefill, shard.take(q), k, v, shard.take(qi), ki, shard)
+    times = {name: statistics.median(taken) for name, taken in alternate(calls, machine.gpu, reps=reps).items()}
+    whole = times.pop("whole")
+    ranks = list(times.values())
+    return dict(shape=shape, ctx=T, ranks=size, whole_ms=whole, rank_ms=ranks, speedup=whole / max(ranks))
+
+def check_same_blocks(world, shard, whole, own):
+    """ArithmeticError unless the blocks that a rank chose are those of rank 0, which computed the whole row alone.
+    whole (1, T, Hkv, S), None on other ranks; own (1, T / size, Hkv, S)"""
+    if whole is None:
+        whole = own.new_empty(1, shard.T, *own.shape[2:])
+    dist.broadcast(whole, 0)
+    if world.any(not torch.equal(shard.take(whole), own)):
+        raise ArithmeticError(f"prefill of {shard.T} tokens on {world.size} ranks: not the blocks of one alone")
+
+def rank_row(machine, world, shape, ctx):
+    """A row of the prefill that all ranks share; the context is rounded up to what they can share."""
+    T = train.round_up(ctx, 2 * world.size * L)
+    shard = ContextShard(world.rank, world.size, T)
+    torch.manual_seed(SEED + world.rank)
+    q, qi = random_queries(machine, SHAPES[shape], 1, T // world.size)
+    k, v, ki = random_cache(machine, SHAPES[shape], 1, T // world.size)
+    calls = {"gather": partial(shard.gather, k, v, ki), "all": partial(shard_prefill, q, k, v, qi, ki, shard)}
+
+    # rank 0 alone, on what all ranks have together
+    whole = *shard.gather(q, qi), *shard.gather(k, v, ki)
+    alone = None
+    if world.is_first:
+        whole_q, whole_qi, *keys = whole
+        whole_k, whole_v, whole_ki = keys
+        alone = partial(sparse_prefill, whole_q, whole_k, whole_v, whole_qi, whole_ki, T)
+    del whole
+
+    times = dict(one=[], gather=[], all=[])
+    for rep in range(1 + RANK_REPS):       # the first compiles, and is checked
+        found = {}
+        if alone is not None:
+            ms, found["one"] = timed(alone, machine.gpu, rep > 0)
+            times["one"].append(ms)
+        for name, call in calls.items():
+            world.wait()
+            ms, found[name] = timed(call, machine.gpu, rep > 0)
+            times[name] += world.largest(ms)
+        if rep == 0:
+            out, block_idx = found["all"]
+            _, blocks_alone = found.get("one", (None, None))
+            check_same_blocks(world, shard, blocks_alone, block_idx)
+            k_row, v_row, ki_row = found["gather"]
+            for (start, _), *chunk in zip(shard.parts, *(x.chunk(2, 1) for x in (out, block_idx, q, qi))):
+                out, block_idx, queries, index_queries = chunk
+                check_rows(f"prefill {shape}, rank {world.rank} of {world.size}, from token {start} on",
+                           out, block_idx, queries, k_row, v_row, index_queries, ki_row, start, 32)
+            del out, block_idx, k_row, v_row, ki_row
+        del found
+
+    one_ms, = world.agree(statistics.median(times["one"][1:]) if times["one"] else 0)
+    gather_ms, all_ms = (statistics.median(times[name][1:]) for name in ("gather", "all"))
+    flops = sum(flops for flops, _ in work(shape, T, T, 1, machine.size, machine.size)["msa"])
+    row = dict(what="prefill", shape=shape, ctx=T, ranks=world.size, selection="random", index=machine.index,
+               one_ms=one_ms, msa_ms=all_ms, speedup=one_ms / all_ms, gather_ms=gather_ms,
+               gather_share=gather_ms / all_ms,
+               msa_util=1e3 * flops / (world.size * machine.rates["matmul"]) / all_ms,
+               dense_ms=None, dense_util=None)
+    print(f"prefill {shape}{T:>11,} {world.size:>5} | {one_ms:11.3f} |{all_ms:11.3f} {row['msa_util']:4.0%} | "
+          f"{row['speedup']:5.2f}x |{gather_ms:10.3f} {row['gather_share']:5.1%}", flush=True)
+    return row
+
+@torch.no_grad()
+def run_ranks(args, machine, world):
+    """--what prefill under torchrun: one row of each shape."""
+    layer_card(args, machine)
+    for shape in args.shapes:
+        gate(machine, shape, "prefill")
+    print("gate    | passed: choice against torch, output against brute force")
+    print("\nwhat    shape     ctx ranks |  one, alone |  all ms    util | speed-up | gather ms, its share")
+    rows = [rank_row(machine, world, shape, args.ctx) for shape in args.shapes]
+    return dict(device=machine.name, rows=rows, rates=machine.rates)
 
 # ---- decode --------------------------------------------------------------------------------------
 # One new token of each of B sequences against its T keys. The time is that of reading keys, so that no run may find
@@ -3514,6 +3629,8 @@ def parse_args(argv):
     args = p.parse_args(argv)
     args.shapes = [args.shape] if args.shape else list(SHAPES)
     args.whats = ("prefill", "decode") if args.what == "all" else (args.what,)
+    if World.from_env().size > 1 and (args.what != "prefill" or args.figure):
+        raise ValueError("under torchrun bench.py takes --what prefill alone, and draws no figure")
     if args.ctx is None and args.what == "quality":
         args.ctx = COST_CONTEXT
     if args.ctx is None and args.what != "generate":
@@ -3556,9 +3673,10 @@ def trial(machine):
         sparse_prefill(q, k, v, qi, ki, T)
     return step
 
-def set_device(args):
+def set_device(args, world):
     """-> the machine, its CPU threads chosen; why this dtype."""
-    device, dtype, why = pick_device(args.device)
+    device, dtype, why = pick_device(args.device, world)
+    world.join(device)
     machine = Machine(device, dtype)
     torch.manual_seed(SEED)
     if device.type != "cpu" and dtype != torch.bfloat16:
@@ -3567,7 +3685,8 @@ def set_device(args):
         torch.cuda.set_device(device.index or 0)
         machine.name = torch.cuda.get_device_name()
         return machine, why
-    if args.what not in ("queue", "quality", "thoughts"):  # rl.py chooses for itself; these have a process a core
+    # rl.py and torchrun choose for themselves; these have a process a core
+    if args.what not in ("queue", "quality", "thoughts") and world.size == 1:
         threads = Threads(device, args.threads)
         if threads.count is None:
             threads.choose(trial(machine))
@@ -3632,7 +3751,8 @@ def run_attention(args, machine):
     return dict(conclude(args, machine, rows), ratios=found)
 
 def run(args):
-    machine, why = set_device(args)
+    world = World.from_env()
+    machine, why = set_device(args, world)
     if args.ctx is None:
         args.ctx = LONG_CONTEXT[machine.device.type]
     if args.what == "tree":
@@ -3650,6 +3770,8 @@ def run(args):
         return run_quality(args, machine)
     if args.what == "thoughts":
         return run_thoughts(args, machine)
+    if world.size > 1:
+        return run_ranks(args, machine, world)
     return run_attention(args, machine)
 
 def main(argv=None):

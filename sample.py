@@ -1469,12 +1469,14 @@ class Threads:
     STEPS = 5                          # so many in a row,
     SECONDS = 10.0                     # or fewer that took so long together
 
-    def __init__(self, device, asked=None, saved=None):
-        """device; asked: --threads; saved: the number in a checkpoint. Where `count` stays None, `choose` is needed."""
+    def __init__(self, device, asked=None, saved=None, world=None):
+        """device; asked: --threads; saved: the number in a checkpoint; world: with other ranks nothing is tried, as
+        they would wait. Where `count` stays None, `choose` is needed."""
         on_cpu = device.type == "cpu"
         named = [name for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if os.environ.get(name)]
         self.most = torch.get_num_threads()
-        self.free = on_cpu and self.most > 1 and not asked and not named  # the user leaves the choice to us
+        alone = world is None or world.size == 1
+        self.free = on_cpu and self.most > 1 and not asked and not named and alone  # the user leaves the choice to us
         self.times = []                # seconds of the first steps and of the last
         self.count = None
         if self.free:
@@ -6166,6 +6168,8 @@ def parse_args(argv):
     p.add_argument("--export", metavar="DIR",
                    help="write the model and its tokenizer into a folder that transformers opens; nothing is generated")
     args = p.parse_args(argv)
+    if World.from_env().size > 1:
+        raise ValueError("sample.py is one process: train.py, rl.py and bench.py --what prefill run under torchrun")
     for flag in ("layers", "offload", "partial"):
         if getattr(args, flag) and args.hf is None:
             raise ValueError(f"--{flag}: only with --hf")

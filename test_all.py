@@ -5212,20 +5212,20 @@ def cp_step(name, shard=None):
         hidden=aux["hidden"].detach(),
         block_idx=aux.get("block_idx"))
 
-def cp_rank(rank, size, folder):
-    """A process: its share of each step, into a file."""
-    torch.set_num_threads(1)
-    dist = torch.distributed
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
-    shard = model.ContextShard(rank, size, 48)
-    torch.save({name: cp_step(name, shard) for name in CP_STEPS}, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+def cp_steps(world):
+    """A rank's share of each step."""
+    shard = model.ContextShard(world.rank, world.size, 48)
+    found = {name: cp_step(name, shard) for name in CP_STEPS}
+    machine = bench.Machine(torch.device("cpu"), torch.float32, rates=dict(matmul=1e12))
+    with torch.no_grad(), mock.patch.multiple(bench, SHAPES={"m3": (2, 1)}, RANK_REPS=1):
+        found["bench"] = bench.rank_row(machine, world, "m3", 2500)
+    return found
 
 def test_a_row_on_two_ranks_is_the_row_on_one(tmp_path):
     """Two gloo processes, a zigzag of four chunks: losses, loads and every gradient add up to one process's, hidden
-    states and chosen blocks are its own; packed documents, MTP of depth 2, warm-up."""
-    torch.multiprocessing.spawn(cp_rank, (2, str(tmp_path)), 2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    states and chosen blocks are its own; packed documents, MTP of depth 2, warm-up. A row of bench.py has both times,
+    after it has found one rank's blocks on both."""
+    ranks = on_ranks(tmp_path, 2, cp_steps)
     for name, (dtype, _, near) in CP_STEPS.items():
         want = cp_step(name)
         front, middle = (rank[name] for rank in ranks)
@@ -5244,6 +5244,12 @@ def test_a_row_on_two_ranks_is_the_row_on_one(tmp_path):
             blocks = (front["block_idx"][:, :, :12], middle["block_idx"], front["block_idx"][:, :, 12:])
             assert torch.equal(torch.cat(blocks, 2), want["block_idx"])
 
+    row = ranks[0]["bench"]
+    assert row == ranks[1]["bench"]    # they agree on the times
+    assert (row["ctx"], row["ranks"]) == (2560, 2)
+    assert row["speedup"] == row["one_ms"] / row["msa_ms"]
+    assert 0 < row["gather_share"] < 1
+
 def test_a_rows_chunks_cost_each_rank_the_same():
     """Every token is one rank's, chunks begin with key blocks and with the first of a stride, and the pairs of a query
     and a key before it, which an index branch scores, are equally many; rows that cannot be cut are refused."""
@@ -5257,6 +5263,30 @@ def test_a_rows_chunks_cost_each_rank_the_same():
     assert shards[0].fits(T, size, 4, 6)
     assert not shards[0].fits(T, size, 8, 1)
     assert not shards[0].fits(T, size, 4, 8)
+
+def test_one_machine_computes_each_ranks_share():
+    """bench.py's estimate of the balance: the ranks' chunks, in turn, are the whole prefill, its blocks bit for bit."""
+    T = 2560
+    machine = bench.Machine(torch.device("cpu"), torch.float32)
+    with torch.no_grad(), mock.patch.object(bench, "SHAPES", {"m3": (2, 1)}):
+        found = bench.balance(machine, "m3", T, 2, reps=1)
+        q, qi = bench.random_queries(machine, (2, 1), 1, T)
+        k, v, ki = bench.random_cache(machine, (2, 1), 1, T)
+        out, blocks = bench.sparse_prefill(q, k, v, qi, ki, T)
+        for shard in model.ContextShard(0, 2, T).peers():
+            mine, its = bench.chunks_prefill(shard.take(q), k, v, shard.take(qi), ki, shard)
+            assert torch.equal(its, shard.take(blocks))
+            assert relative(mine, shard.take(out)) < 1e-6
+    assert found["speedup"] == found["whole_ms"] / max(found["rank_ms"])
+    assert len(found["rank_ms"]) == 2
+
+def test_bench_under_torchrun_takes_prefill_alone(monkeypatch):
+    """What it cannot share out is refused before it meets the other ranks."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with value_error("under torchrun bench.py takes --what prefill alone"):
+        bench.parse_args(["--what", "decode"])
+    assert bench.parse_args(["--what", "prefill"]).ctx == 1_000_000
 
 def test_what_a_shard_cannot_do_is_refused():
     """Windows, a cache and rows of another length, each in one line."""
@@ -7100,30 +7130,37 @@ def test_a_short_vocabulary_says_why(corpus, tmp_path):
     assert "no more pairs" not in full
 
 # ---- several ranks ---------------
-# Processes meet over gloo, as under torchrun on a CPU: forked from the test's own, they need no imports. Each computes
-# its part, and writes what it found into a file.
+# Processes meet over gloo, as under torchrun on a CPU. Each computes its part, and writes what it found into a file.
+# They are forked from the test's own process, and need no imports; where there is a GPU, whose threads of autograd no
+# fork survives, they begin anew.
 
 def on_ranks(folder, size, body, *args):
     """Call body(world, *args) in `size` processes that meet -> what each returns, by rank."""
-    folder = Path(tempfile.mkdtemp(dir=folder))
-
-    def run(rank):
-        torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=size)
-        torch.save(body(sample.World(rank, size, rank), *args), folder / f"{rank}.pt")
-        torch.distributed.destroy_process_group()
-    context = torch.multiprocessing.get_context("fork")
-    processes = [context.Process(target=run, args=(rank,), daemon=True) for rank in range(size)]
+    folder = tempfile.mkdtemp(dir=folder)
+    context = torch.multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    processes = []
+    for rank in range(size):
+        world = sample.World(rank, size, rank)
+        processes.append(context.Process(target=as_rank, args=(world, folder, body, args), daemon=True))
     for process in processes:
         process.start()
     for process in processes:
         process.join(120)
         assert process.exitcode == 0, f"a rank ended with {process.exitcode}"
-    return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
+    return [torch.load(f"{folder}/{rank}.pt") for rank in range(size)]
 
-def ranks_config():
+def as_rank(world, folder, body, args):
+    """What a process of `on_ranks` does."""
+    torch.set_num_threads(1)  # after a fork torch makes its pool anew, when first asked: not two threads at once
+    dist = torch.distributed
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=world.rank, world_size=world.size)
+    torch.save(body(world, *args), f"{folder}/{world.rank}.pt")
+    dist.destroy_process_group()
+
+def ranks_config(attn="msa"):
     """Three layers of three kinds, with sizes that do not divide by two or four: rows of matrices, the vocabulary."""
     return MiniMaxConfig.tiny(
-        vocab_size=301, n_layer=3, attn_types=["full", "msa", "msa"], mlp_types=["dense", "moe", "moe"], n_mtp=1,
+        vocab_size=301, n_layer=3, attn_types=["full", attn, attn], mlp_types=["dense", "moe", "moe"], n_mtp=1,
         n_embd=60, n_head=2, n_kv_head=1, head_dim=30, rotary_dim=10, expert_dim=20, shared_dim=20, dense_dim=44,
         index_head_dim=14)
 
@@ -7142,34 +7179,34 @@ def ranks_batch(cfg, step, rows=4, T=64):
     pos = torch.arange(T).expand(rows, T)
     return dict(idx=text[:, :-1], targets=targets, pos=pos, weight=weight, end=end)
 
-def ranks_run(world, sizes, dtype, steps=5, at_once=0, change=None):
+def ranks_run(world, sizes, dtype, steps=5, at_once=0, attn="msa"):
     """Five steps of every mode: warm-up and sparse, with and without MTP, in parts, with recomputation.
 
     sizes    of --parallel, None for one process
     at_once  bytes of a model that is gathered together; 0: layer by layer
-    change   sabotage, called with the Parallel before the first step
+    attn     of two of the three layers
     -> dict: losses, one row a step; weights and moments as a checkpoint has them (rank 0's alone); parts, this rank's
     own part of each parameter and moment
     """
-    cfg = ranks_config()
+    cfg = ranks_config(attn)
     torch.manual_seed(0)
     model = MiniMax(cfg).to(dtype).train()
     parallel = train.Parallel.join(world, torch.device("cpu"), sizes, cfg)
     parallel.shard(model, at_once)
     optimizers, index, rest = train.configure_optimizers(model, 1e-2)
     losses = []
-    with change(parallel) if change else contextlib.nullcontext():
-        for step in range(steps):
-            train.set_rates(optimizers, 1e-3)
-            found = train.train_step(
-                model, ranks_batch(cfg, step), optimizers, (rest, index), parts=1 + step % 2, bias_rate=0.01,
-                index_warmup=step < 2, run_mtp=step % 2 == 0, recompute=step == 3, parallel=parallel)
-            numbers = [found["loss"], found["mtp_loss"].sum(), found["index_kl"].sum(), *found["norms"]]
-            losses.append([number.item() for number in numbers])
-        weights = parallel.weights(model)
-        moments = parallel.moments(model, optimizers)
-    return dict(losses=torch.tensor(losses, dtype=torch.float64), weights=weights, moments=moments,
-                parts=own_parts(model, optimizers))
+    for step in range(steps):
+        train.set_rates(optimizers, 1e-3)
+        found = train.train_step(
+            model, ranks_batch(cfg, step), optimizers, (rest, index), parts=1 + step % 2, bias_rate=0.01,
+            index_warmup=step < 2, run_mtp=step % 2 == 0, recompute=step == 3, parallel=parallel)
+        numbers = [found["loss"], found["mtp_loss"].sum(), found["index_kl"].sum(), *found["norms"]]
+        losses.append([number.item() for number in numbers])
+    return dict(
+        losses=torch.tensor(losses, dtype=torch.float64),
+        weights=parallel.weights(model),
+        moments=parallel.moments(model, optimizers),
+        parts=own_parts(model, optimizers))
 
 def own_parts(model, optimizers):
     """What a rank itself keeps: of each parameter and each moment of it, by the name that one process has for it."""
@@ -7194,17 +7231,18 @@ def farthest(found, wanted):
     return max(apart)
 
 @lru_cache
-def one_process_run(dtype):
+def one_process_run(dtype, attn):
     """The run of `ranks_run` without other ranks."""
-    return ranks_run(sample.World(), None, dtype)
+    return ranks_run(sample.World(), None, dtype, attn=attn)
 
-RANKS = {  # --parallel, and how many bytes of a model are gathered together
-    "rows": ("dp=2", 0),
-    "rows, gathered together": ("dp=2", 1e9),
-    "experts": ("ep=2", 0),
-    "tokens": ("cp=2", 0),
-    "rows and experts": ("dp=2,ep=2", 0),
-    "experts and tokens": ("ep=2,cp=2", 0)}
+RANKS = {  # --parallel; how many bytes of a model are gathered together; the attention of two layers
+    "rows": ("dp=2", 0, "msa"),
+    "rows, gathered together": ("dp=2", 1e9, "msa"),
+    "experts": ("ep=2", 0, "msa"),
+    "tokens": ("cp=2", 0, "msa"),
+    "M2's, without index branches": ("ep=2", 1e9, "full"),
+    "rows and experts": ("dp=2,ep=2", 0, "msa"),
+    "experts and tokens": ("ep=2,cp=2", 0, "msa")}
 NEAR = {torch.float64: 1e-10, torch.float32: 1e-4}  # AdamW scales rounding in a tiny gradient to a full step
 
 @parametrize("case, dtype", [
@@ -7213,11 +7251,11 @@ NEAR = {torch.float64: 1e-10, torch.float32: 1e-4}  # AdamW scales rounding in a
 def test_ranks_compute_what_one_process_does(case, dtype, tmp_path):
     """Five steps of every mode on two and four gloo processes: losses, norms, weights and both optimizers' moments are
     one process's; rows of matrices, vocabulary and real tokens that do not divide included."""
-    text, at_once = RANKS[case]
+    text, at_once, attn = RANKS[case]
     sizes = train.parallel_sizes(text)
-    found, *others = on_ranks(tmp_path, math.prod(sizes.values()), ranks_run, sizes, dtype, 5, at_once)
+    found, *others = on_ranks(tmp_path, math.prod(sizes.values()), ranks_run, sizes, dtype, 5, at_once, attn)
 
-    assert farthest(found, one_process_run(dtype)) < NEAR[dtype]
+    assert farthest(found, one_process_run(dtype, attn)) < NEAR[dtype]
     for other in others:  # what all ranks know is the same to the bit
         assert torch.equal(other["losses"], found["losses"])
         for name in found["parts"]:
@@ -7305,8 +7343,9 @@ def test_ranks_agree(tmp_path):
         assert found["is_any"]
         assert not found["is_none"]
 
-def test_parallel_sizes_that_do_not_fit():
-    """Sizes that do not make up the processes, experts or rows that do not divide, one process: each in one line."""
+def test_parallel_sizes_that_do_not_fit(monkeypatch):
+    """Sizes that do not make up the processes, experts or rows that do not divide, one process, a script that several
+    cannot run: each in one line."""
     cfg = MiniMaxConfig.tiny()
     cpu = torch.device("cpu")
     three = sample.World(0, 3, 0)
@@ -7318,6 +7357,10 @@ def test_parallel_sizes_that_do_not_fit():
         train.Parallel.join(three, cpu, dict(ep=3), cfg)
     with value_error("--batch-size 4: 16 rows of 64 tokens do not divide by the 3 ranks that share them"):
         train.Parallel(three, dp=3).check_rows(SimpleNamespace(stages=((0, 4),), seq_len=256, batch_size=4), cfg)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with value_error("sample.py is one process"):
+        sample.parse_args([])
     for text in ("", "dp", "dp=0", "dp=2,dp=2", "tp=2", "dp=-1", "dp=2,"):
         with pytest.raises(argparse.ArgumentTypeError, match="sizes of dp, ep or cp"):
             train.parallel_sizes(text)

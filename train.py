@@ -644,8 +644,8 @@ class Parallel:
         norm, = self.sum(norm.to(self.device) ** 2)
         norm = norm.sqrt()
         factor = (1 / (norm + 1e-6)).clamp(max=1.0)  # as in clip_grad_norm_
-        for grad in grads:
-            grad.mul_(factor)
+        if grads:                      # M2 has no index branch, whose gradients are clipped apart
+            torch._foreach_mul_(grads, factor)
         return norm
 
     def whole(self, name, t):
@@ -1848,12 +1848,9 @@ def set_up(args, state):
     if state:
         parallel.load_moments(model, optimizers, state["optimizers"], state["now"]["step"])
         now = resume_state(now, state, args, data)
-    n_threads = args.threads
-    if world.size > 1 and not n_threads:
-        n_threads = torch.get_num_threads()  # torchrun's choice: ranks that try would wait for one another
     run = Run(
         args=args, device=device, model=model, tokenizer=tokenizer, data=data, optimizers=optimizers,
-        groups=(rest, index), now=now, threads=Threads(device, n_threads, now.threads), parallel=parallel,
+        groups=(rest, index), now=now, threads=Threads(device, args.threads, now.threads, world), parallel=parallel,
         pending=[], saved=now.step if state else None)
     if grown:
         start_modules(run)

@@ -3787,10 +3787,7 @@ def run(args, state, locks=None):
     source = make_source(args, state, device, dtype, locks, ranks)
     if state:
         check_record(state["now"])
-    n_threads = args.threads
-    if world.size > 1 and not n_threads:
-        n_threads = torch.get_num_threads()  # torchrun's choice, as in train.py
-    threads = Threads(device, n_threads, state["now"].get("threads") if state else None)
+    threads = Threads(device, args.threads, state["now"].get("threads") if state else None, world)
     if threads.count is None:
         threads.choose(trial(source), args.steps)
     if not world.is_first:

@@ -7632,6 +7632,40 @@ def test_steps_by_decode_weights_change_no_word(attn, speculate):
     assert tokens == want
     assert logprobs == pytest.approx(want_logprobs, abs=1e-9)  # fp64
 
+@parametrize("attn", ["full", "msa"])
+def test_new_weights_are_those_of_the_next_token(attn):
+    """Weights change while texts are drawn: the loop by DecodeWeights, a step of which runs ahead, goes on as the one
+    that reads the model itself, and not as with the old weights."""
+    torch.manual_seed(1)
+    old = MiniMax(small_config(attn_types=["full", attn, attn])).double().eval()
+    new = copy.deepcopy(old)
+    with torch.no_grad():
+        for p in new.parameters():
+            p += 0.05 * torch.randn_like(p)
+        for layer in new.moe_layers():
+            layer.router.bias += torch.randn_like(layer.router.bias)
+
+    def drawn(change_at, kernels):
+        model = copy.deepcopy(old)
+        outs = [[], []]
+        players = [sample.continue_row([1, 2, n], 16, (), out) for n, out in enumerate(outs)]
+        steps = sample.play(model, players, sampling=sample.Sampling(temperature=0), capacity=32, kernels=kernels)
+        next(steps)                    # the prompts
+        next(steps)                    # before anything is drawn
+        with contextlib.suppress(StopIteration):
+            for n in range(20):
+                if n == change_at:
+                    model.load_state_dict(new.state_dict())
+                steps.send(n == change_at)
+        return torch.tensor(outs, dtype=torch.float64)
+
+    for change_at in (0, 5):
+        want = drawn(change_at, kernels=False)
+        assert worst(drawn(change_at, kernels=True), want) < 1e-9  # fp64
+        stale = drawn(None, kernels=True)
+        assert (stale - want)[:, :change_at].abs().sum() < 1e-9
+        assert worst(stale[:, change_at:], want[:, change_at:]) > 1e-2
+
 def test_a_loop_leaves_no_graph_behind(monkeypatch):
     """A CUDA graph that Python's garbage collector frees within the capture of another one makes that fail: graphs go
     with their loop, whether it ends or is left, and nothing is collected meanwhile."""
@@ -12731,6 +12765,206 @@ def test_rl_resume_loses_no_task(unbroken, tmp_path):
     assert got["now"]["curve"] == want["now"]["curve"]
     for part in ("queue", "pool", "clock"):
         assert str(got[part]) == str(want[part])
+
+# Rollout and training apart. A rollout rank by itself first, with rank 0's orders in a list.
+
+class Orders:
+    """What a rollout rank hears of rank 0, an order at each look, None: there is none now; and what it reports."""
+
+    def __init__(self, orders, news, n_groups):
+        self.n_groups = n_groups       # after whose end it is told to end
+        self.world = sample.World(1, 2, 1)
+        self.rollout_ranks = range(1, 2)
+        self.readers = None
+        self.mail = self
+        self.orders = iter([*orders, *[None] * 1000])
+        self.news = news               # weights by version
+        self.reports = []
+
+    def take_first_weights(self, model):
+        return True
+
+    def receive(self, sender):
+        if len(self.reports) == self.n_groups:
+            return ("end",)
+        return next(self.orders, ("end",))
+
+    def take_weights(self, model, group):
+        model.load_state_dict(self.news)
+
+    def send(self, receiver, task, episodes, *played):
+        self.reports.append((task, episodes))
+
+def test_a_rollout_rank_plays_group_after_group():
+    """Three groups on the seats of two, new weights in the middle of the second: each is reported once, as soon as it
+    is over; tokens of an episode under one policy have the log-probs that the trainer finds with that policy."""
+    args, before = args_and_model("--slots 2 --groups 1 --rollouts 3")
+    after = copy.deepcopy(before)
+    with torch.no_grad():
+        for p in after.parameters():
+            p += 0.02 * torch.randn_like(p)
+    looks = [None] * 25
+    orders = [("play", [4, 7]), *looks, ("weights", 6), *looks, ("play", [9])]
+    ranks = Orders(orders, after.state_dict(), 3)
+    source = rl.Rollouts(copy.deepcopy(before), args, ranks)
+    source.version = 5
+    source.serve()
+
+    assert sorted(task for task, _ in ranks.reports) == [4, 7, 9]
+    assert all(len(episodes) == 3 and all(episode.rewards for episode in episodes) for _, episodes in ranks.reports)
+    turns = [turn for _, episodes in ranks.reports for episode in episodes for turn in episode.samples]
+    assert source.n_sampled == sum(len(turn.logprobs) for turn in turns)
+    mixed = [turn for turn in turns if set(turn.versions.tolist()) == {5, 6}]
+    assert mixed
+    assert all(turn.versions.tolist() == sorted(turn.versions.tolist()) for turn in mixed)
+
+    # the policy before, and the one after, of episodes that began under it
+    last, = (episodes for task, episodes in ranks.reports if task == 9)
+    new = [turn for episode in last for turn in episode.samples]
+    old = [turn for turn in turns if set(turn.versions.tolist()) == {5}]
+    for model, some, version in ((before, old, 5), (after, new, 6)):
+        batch = rl.collate(one_each(some, model.cfg), "cpu")
+        logprob, *_ = rl.policy(model, batch)
+        assert worst(logprob[batch["entry"]], batch["old"]) < 1e-5
+        assert (batch["version"] == version).all()
+
+def test_a_late_group_is_reported_as_it_stands():
+    """At its deadline a group is over: what still runs has failed, and its seats go on with the next one."""
+    args, model = args_and_model("--slots 1 --groups 1 --rollouts 2 --deadline 1e-6")
+    ranks = Orders([("play", [0]), None, ("play", [1])], None, 2)
+    rl.Rollouts(model, args, ranks).serve()
+    assert [task for task, _ in ranks.reports] == [0, 1]
+    for _, episodes in ranks.reports:
+        assert [episode.rewards for episode in episodes] == [[rl.FAILURE]] * 2
+
+# Then two processes, which share a training step, and go on with a run that one process had begun: one spawn serves
+# all that is asserted of it.
+
+def shared_groups():
+    """Five groups of two episodes, of unequal lengths, and one in which nothing was said."""
+    turns = [random_turns(seed) for seed in range(10)]
+    return [[turns[n], turns[n + 5]] for n in range(5)] + [[[], []]]
+
+def shared_step(groups, ranks=None):
+    """A training step in fp64 on these groups -> what it found, and weights and biases after it."""
+    ranks = ranks or rl.Ranks()
+    model = model_of_trees("full")
+    optimizers = train.configure_optimizers(model, 1.0)[0]
+    rows = rl.plan_rows(groups, model, merge=True)
+    stats = rl.train_step(model, optimizers, rows, 1e-3, 1e-3, rl.MICRO_TOKENS, ranks)
+    found = {name: torch.as_tensor(stats[name]) for name in ("loss", "norm", "entropy", "naive", "slots", "signal")}
+    found["ratio"] = stats["ratio"].sort().values  # of ranks, one after the other
+    return found | model.state_dict()
+
+def is_same_step(found, want):
+    for name, value in want.items():
+        assert worst(found[name].double(), value.double()) < 1e-10, name
+
+APART = "--steps 12 --window 3 --save-every 4"
+
+def run_apart(world, folder):
+    """A rank: its part of a step, one in which it may have no part, and a run from step 5 on -> what it has then."""
+    trainers = rl.Ranks(world, n_train=2)
+    shares = trainers.deal(shared_groups())
+    found = dict(
+        sizes=[len(share) for share in shares],
+        both=shared_step(shares[world.rank], trainers),
+        alone=shared_step([shared_groups(), []][world.rank], trainers))
+
+    # a run, observed
+    steps = []
+    sources = []
+    print_step = rl.print_step
+    make_source = rl.make_source
+
+    def observed_step(now, args, episodes, stats, lags, *more):
+        tasks = list(dict.fromkeys(episode.task for episode in episodes))
+        steps.append(dict(step=now.step, tasks=tasks, lags=lags, versions=stats["version"]))
+        print_step(now, args, episodes, stats, lags, *more)
+
+    def observed_source(*args):
+        sources.append(make_source(*args))
+        return sources[0]
+
+    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size))
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as locks:
+        patch.setattr(rl, "print_step", observed_step)
+        patch.setattr(rl, "make_source", observed_source)
+        patch.setattr(sys, "stdout", io.StringIO())
+        args, state = rl.parse_args(resume(folder, APART), locks)
+        result = rl.run(args, state, locks)
+    source, = sources
+    return found | dict(result=result, steps=steps, version=source.version, weights=source.model.state_dict())
+
+def test_ranks_train_and_roll_out_apart(unbroken, tmp_path):
+    """Two processes. They share a step as one takes it, groups whole. Then one trains while the other plays: weights
+    arrive bit for bit, the window holds, no lag is larger than it allows, no group is lost, also not when one process
+    goes on with what two have left."""
+    copy_checkpoint(unbroken[0], tmp_path)
+    first, second = on_ranks(tmp_path, 2, run_apart, str(tmp_path))
+
+    # the shared step
+    want = shared_step(shared_groups())
+    assert sum(first["sizes"]) == 6
+    assert min(first["sizes"]) > 1
+    for found in (first, second):
+        is_same_step(found["both"], want)
+        is_same_step(found["alone"], want)
+    for name, value in first["both"].items():
+        assert torch.equal(second["both"][name], value), name
+
+    # weights: of the trainer, of the rollout rank, of the file
+    assert first["result"]["steps"] == 12
+    assert second["version"] == 12
+    for name, weight in weights(tmp_path).items():
+        assert torch.equal(first["weights"][name], weight), name
+        assert torch.equal(second["weights"][name], weight), name
+
+    # the window of 3: the oldest group that is left, by hand
+    state = read_checkpoint(unbroken[0])
+    left = set(range(100)) - (set(range(state["queue"]["next"])) - set(state["queue"]["born"]))
+    for step in first["steps"]:
+        assert len(step["tasks"]) == 2
+        for task in step["tasks"]:
+            assert task in left
+            assert task < min(left) + 3
+            left.remove(task)
+        most = (4 + 3 - 2) // 2        # steps: see WindowedFIFO
+        assert max(step["lags"]) <= most
+        lag = step["step"] - 1 - step["versions"]
+        assert 0 <= lag.min()
+        assert lag.max() <= max(step["lags"])
+    assert first["result"]["max_lag"] >= 1
+
+    # one process goes on with the groups that were in flight
+    in_flight = read_checkpoint(tmp_path)["pool"]
+    assert sorted(in_flight) == sorted(left)[:len(in_flight)]
+    assert None in in_flight.values()
+    _, text = quiet(rl, resume(tmp_path, "--steps 14"))
+    assert steps_done(tmp_path) == 14
+    assert "step 0014" in text
+    born = read_checkpoint(tmp_path)["queue"]["born"]
+    assert min(born) < max(left & set(in_flight)) + 4
+
+@parametrize("flags, word", [
+    ("--parallel train=1,rollout=1", "one process; torchrun"),
+    ("--parallel train=1,rollout=0", "numbers of train and rollout ranks"),
+    ("--parallel dp=2", "numbers of train and rollout ranks")])
+def test_rl_ranks_that_do_not_fit(tmp_path, flags, word):
+    """Several ranks in one process, none that rolls out, train.py's sizes: each in one line."""
+    assert word in refused(rl, rl_args(tmp_path / "out", flags))
+
+def test_rl_ranks_are_counted(monkeypatch, tmp_path):
+    """Numbers that do not make up the processes, and --serve and --play with several: each in one line."""
+    three = sample.World(0, 3, 0)
+    for sizes in (dict(train=3), dict(rollout=3), dict(train=2, rollout=2)):
+        with value_error("3 processes, of which at least one trains and one rolls out"):
+            rl.Ranks.join(three, torch.device("cpu"), sizes)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for flag in ("--serve 0", "--play"):
+        with value_error("with one process, not 2"):
+            rl.parse_args(rl_args(tmp_path, flag))
 
 def test_resume_keeps_how_thoughts_are_treated(tmp_path):
     """A run's --thoughts and --tool-errors come back from its checkpoint, and others are refused by name; its imitation

@@ -283,10 +283,10 @@ def count_params(module):
     return total, total - unused
 
 # ---- experts on several ranks -----------------------------------------------------------------------------------
-# Expert parallelism: of E experts, rank r of a group of P keeps E / P, from r E / P on; all else of the layer is on each
-# rank, which routes its own tokens. Each token's row travels to its A experts and back, all-to-all, twice forward and
-# twice backward, 2 C numbers a pair of token and expert each way. No token is dropped: a rank takes as many rows as
-# come. It pays where experts do not fit one GPU; where they do, it moves more bytes than it saves.
+# Expert parallelism: of E experts, rank r of a group of P keeps E / P, from r E / P on. All else of the layer is on
+# each rank, which routes its own tokens. Each token's row travels to its A experts and back, all-to-all: twice in the
+# forward pass, twice in the backward pass, C numbers each time for each of its experts. No token is dropped: a rank
+# takes as many rows as come. It pays where experts do not fit one GPU; where they do, it moves more than it saves.
 
 class _Exchange(torch.autograd.Function):
     """Rows (n, C), sorted by the rank that they go to -> the rows that come, sorted by the rank that they are from.
@@ -319,7 +319,6 @@ class ParallelExperts(nn.Module):
         self.w13 = nn.Parameter(layer.w13.detach()[first:first + self.n_own].clone())
         self.w2 = nn.Parameter(layer.w2.detach()[first:first + self.n_own].clone())
 
-    @torch.compiler.disable            # how many rows come shows only when it runs
     def forward(self, x, weights, idx):
         """x (n, C), weights and idx (n, A) -> the weighted sum of each token's experts (n, C), wherever they are."""
         n, A = idx.shape

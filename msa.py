@@ -37,7 +37,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 try:
@@ -155,6 +154,7 @@ def full_attention(q, k, v, end=None, start=None, impl="auto"):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))                                            # (B, H, T, D)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
     if end is None and is_part and on_flash:
+        from torch.nn.attention.bias import causal_lower_right  # here: it imports the compiler, which takes a second
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         mask = causal_lower_right(T, Tk)  # the last T of Tk queries; it is never written out
         return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(1, 2)
@@ -475,12 +475,11 @@ def index_kl_loss(qi, ki, q, k, block_idx=None, L=1, end=None, weight=None, stri
     L, end     see msa_attention
     weight     (B, T), a query's factor in the sum, where less than 0 counts as 0; None: 1 each
     stride     the sum is over every stride-th of the queries
-    start      see full_attention; None: whole sequences, T = Tk
+    start      an int, index of the first query where they are a part of a row; None: whole sequences, T = Tk
     ValueError for tensors that do not fit.
     """
     _check_branches(q, k, None, qi, ki, end, start)
-    if start is None:
-        check_tensor("k", k, (*q.shape[:2], *k.shape[2:]), q.device)
+    _check_part(q, k, start)
     q, k = q.detach(), k.detach()
     return _IndexKL.apply(qi, ki, q, k, block_idx, L, end, weight, stride, start)
 
@@ -592,13 +591,12 @@ def msa_train(q, k, v, qi, ki, block_idx, L, end=None, weight=None, stride=1, im
     B, T = q.shape[:2]
     Hkv = k.size(2)
     _check_branches(q, k, v, qi, ki, end, start)
-    if start is None:
-        check_tensor("k", k, (B, T, *k.shape[2:]), q.device)
+    _check_part(q, k, start)
     check_tensor("block_idx", block_idx, (B, T, Hkv, block_idx.size(-1)), q.device)
     share = _share(weight, q, Hkv)[:, stride - 1::stride].contiguous()
     inputs = (x.contiguous() for x in (q, k, v, qi, ki, block_idx))
     end = None if end is None else end.contiguous()
-    return _Train.apply(*inputs, L, end, share, stride, starts(start, q))
+    return _Train.apply(*inputs, L, end, share, stride, start)
 
 @torch.no_grad()
 def block_recall(qi, ki, q, k, S, L, end=None, n_query=256):
@@ -678,6 +676,13 @@ def _check_branches(q, k, v, qi, ki, end, start):
     Di = qi.size(3)
     check_tensor("qi", qi, (*q.shape[:2], k.size(2), Di), q.device)
     check_tensor("ki", ki, (*k.shape[:2], Di), q.device, qi.dtype)
+
+def _check_part(q, k, start):
+    """ValueError unless training has the queries of whole rows, or of a part of each that begins at start, an int."""
+    if start is None:
+        check_tensor("k", k, (*q.shape[:2], *k.shape[2:]), q.device)
+    elif not isinstance(start, int):
+        raise ValueError(f"type of start is {type(start)}, expected int: training has no cache")
 
 def _check_int8(int8, ki, L):
     """ValueError unless int8 is of the shapes and dtypes that quantize_index(ki, L) has."""
@@ -1298,7 +1303,6 @@ def _backward_kernel(
     stat,   # (queries, HKV * G), log2-sum-exp
     delta,  # (queries, HKV * G), out . dout
     end,    # (sequences, capacity), or None
-    start,  # (sequences,), or None
     edges,  # (all edges,), ids of (query, head, slot), block after block
     tasks,  # (sequences, tasks, 4), head, block, first edge, end of the edges
     dq,     # (queries * HKV * S * G, D), written
@@ -1307,6 +1311,7 @@ def _backward_kernel(
     edge0,  # id of the launch's first edge
     T,      # queries a sequence
     capacity,
+    first_query,  # index of a sequence's first query
     HKV: constexpr,
     G: constexpr,
     D: constexpr,
@@ -1321,7 +1326,6 @@ def _backward_kernel(
     d = tl.arange(0, D)
     j = blk * L + tl.arange(0, L)
     if lo < hi:
-        first = 0 if start is None else tl.load(start + c)
         keys = _key_tile(c, j, h, capacity, HKV, D)
         held = (j < capacity)[:, None]
         key = tl.load(k + keys, mask=held, other=0.0)                           # [L, D]
@@ -1333,7 +1337,7 @@ def _backward_kernel(
             mine = (e + r // G < hi) & (r < TOKENS * G)
             edge = tl.load(edges + e + r // G, mask=mine, other=0) - edge0  # (query, head, slot) within the launch
             head = edge // S * G + r % G
-            i = first + (edge + edge0) // S // HKV % T
+            i = first_query + (edge + edge0) // S // HKV % T
             rows = head[:, None] * D
             query = tl.load(q + rows + d, mask=mine[:, None], other=0.0)        # [ROWS, D]
 
@@ -1362,7 +1366,7 @@ def _backward_kernel(
 def _index_queries(
     qi,
     end,
-    first,
+    first_query,
     edges,
     e,
     hi,
@@ -1383,7 +1387,7 @@ def _index_queries(
     c = tl.arange(0, COLS)
     mine = (e + c < hi) & (c < TOKENS)
     edge = tl.load(edges + e + c, mask=mine, other=0) - edge0
-    i = first + (edge + edge0) // S // HKV % T * STRIDE + STRIDE - 1
+    i = first_query + (edge + edge0) // S // HKV % T * STRIDE + STRIDE - 1
     seen = _seen_by(i, j, mine, end, b * capacity, capacity)
     rows = (edge // S)[:, None] * DI
     query = tl.load(qi + rows + tl.arange(0, DI), mask=mine[:, None], other=0.0)
@@ -1395,13 +1399,13 @@ def _index_lse_kernel(
     qi,     # (queries, HKV, DI), of this launch
     ki,     # (sequences, capacity, DI)
     end,    # (sequences, capacity), or None
-    start,  # (sequences,), or None
     edges,  # (all edges,), ids of (query, head, slot), block after block
     tasks,  # (sequences, tasks, 4), head, block, first edge, end of the edges
     lse,    # (queries, HKV, S), written
     edge0,  # id of the launch's first edge
     T,      # queries a sequence, those that learn
     capacity,
+    first_query,  # index of a sequence's first query
     HKV: constexpr,
     DI: constexpr,
     L: constexpr,
@@ -1413,12 +1417,11 @@ def _index_lse_kernel(
     n, h, blk, lo, hi = _task(tasks)
     j = blk * L + tl.arange(0, L)
     if lo < hi:
-        first = 0 if start is None else tl.load(start + b)
         keys = ki + (b * capacity + j)[:, None] * DI + tl.arange(0, DI)
         key = tl.load(keys, mask=(j < capacity)[:, None], other=0.0)            # [L, DI]
         for e in range(lo, hi, COLS):
             mine, edge, seen, query = _index_queries(
-                qi, end, first, edges, e, hi, edge0, j, b, T, capacity, HKV, DI, S, COLS, COLS, STRIDE)
+                qi, end, first_query, edges, e, hi, edge0, j, b, T, capacity, HKV, DI, S, COLS, COLS, STRIDE)
             score = _scores(key, query, DI ** -0.5 * LOG2E)                     # [L, COLS]
             score = tl.where(seen, score, NOTHING)
             peak = tl.maximum(tl.max(score, 0), LEAST)
@@ -1437,7 +1440,6 @@ def _index_kl_kernel(
     index_stat,  # (queries, HKV), that of the index scores
     share,       # (queries,), a query's share in the sum
     end,         # (sequences, capacity), or None
-    start,       # (sequences,), or None
     edges,       # (all edges,), ids of (query, head, slot), block after block
     tasks,       # (sequences, tasks, 4), head, block, first edge, end of the edges
     kl,          # (queries, HKV, S), written
@@ -1446,6 +1448,7 @@ def _index_kl_kernel(
     edge0,       # id of the launch's first edge
     T,           # queries a sequence, those that learn
     capacity,
+    first_query,  # index of a sequence's first query
     HKV: constexpr,
     G: constexpr,
     D: constexpr,
@@ -1466,7 +1469,6 @@ def _index_kl_kernel(
     d = tl.arange(0, D)
     di = tl.arange(0, DI)
     if lo < hi:
-        first = 0 if start is None else tl.load(start + b)
         held = (j < capacity)[:, None]
         index_keys = ki + (b * capacity + j)[:, None] * DI + di
         index_key = tl.load(index_keys, mask=held, other=0.0)                   # [L, DI]
@@ -1476,7 +1478,7 @@ def _index_kl_kernel(
         for e in range(lo, hi, TOKENS):
             # index scores: a column is an edge
             mine, edge, seen, index_query = _index_queries(
-                qi, end, first, edges, e, hi, edge0, j, b, T, capacity, HKV, DI, S, COLS, TOKENS, STRIDE)
+                qi, end, first_query, edges, e, hi, edge0, j, b, T, capacity, HKV, DI, S, COLS, TOKENS, STRIDE)
             score = _scores(index_key, index_query, DI ** -0.5 * LOG2E)         # [L, COLS]
 
             # teacher: a row is a head of an edge. Its p are at most 1 where visible; elsewhere they could be inf, and
@@ -1594,7 +1596,7 @@ class _Train(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, qi, ki, block_idx, L, end, share, stride, start):
         stat = torch.empty(q.shape[:3], device=q.device)
-        out = _attend_triton(q, k, v, block_idx, L, end, start, stat)
+        out = _attend_triton(q, k, v, block_idx, L, end, starts(start, q), stat)
         every = slice(stride - 1, None, stride)  # the queries from which the index branch learns
         learning = (x[:, every].contiguous() for x in (q, qi, stat, block_idx))
         kl, *ctx.index = _kl_triton(*learning, k, ki, L, end, share, stride, start)
@@ -1625,7 +1627,7 @@ def _kl_triton(q, qi, stat, block_idx, k, ki, L, end, share, stride, start):
     q (B, t, H, D), qi (B, t, Hkv, Di), block_idx (B, t, Hkv, S)
     stat   (B, t, H), log2-sum-exp of the main scores
     share  (B, t), a query's share in the sum
-    start  (B,) int32, or None
+    start  index of the first query, or None
     -> KL, dqi, dki
     """
     B, t, H, D = q.shape
@@ -1652,8 +1654,8 @@ def _kl_triton(q, qi, stat, block_idx, k, ki, L, end, share, stride, start):
     rows = _power_of_2(G, 64)
     for launch in launches:
         shared = dict(
-            end=launch.keys(end), start=launch.keys(start), edges=edges, tasks=tasks[launch.chunk],
-            edge0=launch.rows.start * Hkv * S, T=t, capacity=Tk,
+            end=launch.keys(end), edges=edges, tasks=tasks[launch.chunk],
+            edge0=launch.rows.start * Hkv * S, T=t, capacity=Tk, first_query=start or 0,
             HKV=Hkv, DI=Di, L=L, S=S,
             STRIDE=stride, num_stages=2)
 
@@ -1705,11 +1707,10 @@ def _attend_backward(q, k, v, block_idx, out, stat, dout, L, end, start):
     for launch in launches:
         _backward_kernel[P, launch.count](
             q=launch.queries(q), k=launch.keys(k), v=launch.keys(v), dout=launch.queries(dout),
-            stat=launch.queries(stat), delta=launch.queries(delta),
-            end=launch.keys(end), start=launch.keys(start),
+            stat=launch.queries(stat), delta=launch.queries(delta), end=launch.keys(end),
             edges=edges, tasks=tasks[launch.chunk],
             dq=part, dk=key_part, dv=value_part,
-            edge0=launch.rows.start * Hkv * S, T=T, capacity=Tk,
+            edge0=launch.rows.start * Hkv * S, T=T, capacity=Tk, first_query=start or 0,
             HKV=Hkv, G=G, D=D, L=L, S=S,
             ROWS=_power_of_2(G, rows), num_warps=8, num_stages=2)
         _sum_tasks(key_part, ends[launch.chunk], launch.keys(dk), P, launch.count, L)

@@ -1821,22 +1821,23 @@ def command(script, run, kept="", less=""):
             reason = str(error) or "a Python object did not fit"
             line, status = f"out of memory: {reason.splitlines()[0]}{less}", 2
         elif world.size > 1 and is_lost_rank(error):
-            line, status = f"another rank has ended, and this one with it ({first_line(error)}){kept}", 1
+            reason = f"another rank has ended, and this one with it ({first_line(error)}){kept}"
+            leave(f"{script}: rank {world.rank}: {reason}", 1)
         else:
             raise
     finally:  # tests call several scripts in one process
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
         torch.set_num_threads(threads)
+    if not world.is_first:  # where rank 0 fails for the same reason, torchrun ends this process before it repeats it
+        time.sleep(1)
     if world.size > 1:
-        leave(f"{script}: rank {world.rank}: {line}", status, world)
+        leave(f"{script}: rank {world.rank}: {line}", status)
     print(f"{script}: {line}", file=sys.stderr)
     sys.exit(status)
 
-def leave(line, status, world):
+def leave(line, status):
     """End one of several processes after an error: at once, for what a GPU still waits for would keep it."""
-    if not world.is_first:  # where rank 0 fails for the same reason, torchrun ends this process before it repeats it
-        time.sleep(1)
     print(line, file=sys.stderr, flush=True)
     os._exit(status)
 

@@ -8,7 +8,8 @@
     python train.py --resume --figure run.svg        # draws out/log.jsonl, where each printed line is one of JSON
     python train.py --preset tiny-m2                 # M2's pattern, full attention and experts in every layer
     python train.py --preset m2 --dry-run          # parameters and bytes, nothing is allocated
-    torchrun --nproc-per-node 2 train.py             # a GPU each, or CPUs: FSDP2; --parallel ep=2 shares out the experts
+    torchrun --nproc-per-node 2 train.py           # a GPU each, or CPUs: FSDP2; --parallel ep=2 shares experts out
+    python train.py --preset m2 --dry-run --gpus 512  # and what a step on 512 GPUs would take, by a model of it
 
     batch  = f(seed, split, step): evaluation cannot disturb training, and a resumed run sees what it would have seen
     loss   = next token + mtp_weight * MTP, in every mtp_every-th step, + the KL of each index branch
@@ -45,15 +46,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from model import (LIGHTNING_CHUNK, SHORT_ROW, ContextShard, MiniMax, MiniMaxConfig, attn_pattern, cache_bytes, count_params,
-                   decode_bytes)
-from moe import max_violation
+from model import (LIGHTNING_CHUNK, SHORT_ROW, ContextShard, MiniMax, MiniMaxConfig, attn_pattern, cache_bytes,
+                   count_params, decode_bytes)
+from moe import MoE, max_violation
 from msa import cdiv, chunk, round_up
-from sample import (ICONV, LEARN_FROM, LOCK, PATTERN, Parser, Progress, SaveTimer, Threads, Tokenizer, cache_path,
-                    check_fields, check_figure, check_finite, check_memory, checkpoint_path, command, figure_format, free_memory,
-                    guess_kind, implementations, learn_bpe, load_checkpoint, load_model, load_optimizers, lock_folder,
-                    new_temporary, number, on_signals, pick_device, place_checkpoint, read_cache, run_of,
-                    saved_flags, write_cache, write_checkpoint, World)
+from sample import (ICONV, LEARN_FROM, LOCK, PATTERN, Parser, Progress, SaveTimer, Threads, Tokenizer, World,
+                    cache_path, check_fields, check_figure, check_finite, check_memory, checkpoint_path, command,
+                    figure_format, free_memory, guess_kind, implementations, learn_bpe, load_checkpoint, load_model,
+                    load_optimizers, lock_folder, new_temporary, number, on_signals, pick_device, place_checkpoint,
+                    read_cache, run_of, saved_flags, write_cache, write_checkpoint)
 
 ENCODED = 500_000                      # characters of a text that one thread encodes at a time
 READERS = 16                           # threads that read files: a cold disk or a network answers many at once
@@ -79,8 +80,8 @@ RUNS = {
     "small": dict(seq_len=8192, batch_size=16, lr=4e-3, minutes=10.0, mtp_every=4, msa_from=0.05, stages=((0, 1),))}
 RUNS["tiny-m2"] = RUNS["tiny"]
 # flags that each start decides anew: a checkpoint of train.py or rl.py does not hand them on
-RUN_ALONE = ("out", "resume", "device", "parallel", "stop_after", "dry_run", "figure", "token", "play", "own_task", "runs", "keep",
-             "table", "live")
+RUN_ALONE = ("out", "resume", "device", "parallel", "stop_after", "dry_run", "figure", "token", "play", "own_task",
+             "runs", "keep", "table", "live", "gpus")
 SPIKE = 1.0                            # nats over its running mean by which a loss is a spike,
 SPIKE_SPREADS = 4                      # and as many times its usual distance from it
 SPIKE_STEPS = 5                        # spikes in a row that end a run
@@ -551,6 +552,9 @@ class Parallel:
             raise ValueError(f"--parallel {spell(sizes)}: their product is not the number of processes, {world.size}")
         if ep > 1 and (cfg.n_expert % ep or "moe" not in cfg.mlp_types):
             raise ValueError(f"--parallel ep={ep}: {cfg.n_expert} experts do not divide by it")
+        if cp > 1 and cfg.is_recurrent:
+            raise ValueError(f"--parallel cp={cp}: the tokens of a row can be shared out where all layers have full "
+                             "attention or MSA")
 
         # rank = (d * cp + c) * ep + e
         from torch.distributed.device_mesh import init_device_mesh
@@ -859,6 +863,8 @@ def compile_model(model, muon):
     cache.autograd_cache_allow_custom_autograd_functions = True  # or the experts' graphs, with _Rows, are not kept
     for block in [*model.layers, *(module.block for module in model.mtp)]:
         block.attn.attend = torch.compiler.disable(one_layout(block.attn.attend))
+        if isinstance(block.mlp, MoE) and block.mlp.experts is not None:  # how many rows come shows when it runs
+            block.mlp.experts.forward = torch.compiler.disable(block.mlp.experts.forward)
         block.forward = torch.compile(block.forward, dynamic=False)  # FSDP's hooks, around it, stay outside
     model.norm.compile(dynamic=False)
     muon.blend = torch.compile(muon.blend, dynamic=True)
@@ -899,10 +905,12 @@ def warm_compile(run):
     model.zero_grad(set_to_none=True)
 
 def step_bytes(cfg, rows, T, device, recompute=False, ranks=1):
-    """About the bytes of a training step of rows x T tokens, a little less rather than more: weights, gradients and
-    moments in fp32, what the backward pass keeps of each layer, and the logits. recompute: activation checkpointing,
-    with which only each layer's input is kept, and one layer at a time in full. ranks: that share the weights out."""
-    on_gpu = device.type != "cpu"
+    """About the bytes of a training step of rows x T tokens: weights, gradients and moments in fp32, what the backward
+    pass keeps of each layer, and the logits. On a GPU the planner's estimate; on a CPU a little less rather than more.
+    recompute: activation checkpointing, with which only each layer's input is kept, and one layer at a time in full.
+    ranks: that share the weights out."""
+    if device.type != "cpu":
+        return sum(Planner(cfg, recompute).memory(rows, T, Mesh(ranks)).values())
     tokens = rows * T
 
     # weights and gradients, and one moment of each parameter or two
@@ -914,32 +922,23 @@ def step_bytes(cfg, rows, T, device, recompute=False, ranks=1):
     # what layers keep, in numbers a token
     kinds = cfg.attn_types + [cfg.mtp_attn_type] * cfg.n_mtp
     experts = cfg.n_expert_per_tok * (2 * cfg.n_embd + 5 * cfg.expert_dim) + 5 * cfg.shared_dim + 3 * cfg.n_embd
-    layers = []
-    for kind in kinds:
-        layer = 4 * tokens * (numbers_kept(cfg, kind, T) + experts)
-        in_torch = kind == "lightning" and T < SHORT_ROW  # and in fp32, on a GPU, too
-        if on_gpu and not in_torch:
-            layer *= 0.4 / 2           # kernels that keep less, in bf16
-        layers.append(layer)
+    layers = [4 * tokens * (numbers_kept(cfg, kind, T) + experts) for kind in kinds]
     if recompute:
-        itemsize = 2 if on_gpu else 4
-        need += itemsize * tokens * cfg.n_embd * cfg.n_layer + (cfg.n_mtp + 1) * max(layers)
+        need += 4 * tokens * cfg.n_embd * cfg.n_layer + (cfg.n_mtp + 1) * max(layers)
     else:
         need += sum(layers)
 
     # sparse attention in torch gathers keys and values, some six copies alive; above a size it does so part by part
     n_sparse = kinds.count("msa")
     gathered = tokens * cfg.n_kv_head * cfg.index_topk_blocks * cfg.index_block_size * cfg.head_dim
-    if n_sparse and not on_gpu:
+    if n_sparse:
         if gathered > chunk(device):
             need += 6 * 4 * chunk(device)
         else:
             need += 6 * 4 * gathered * (1 if recompute else n_sparse)
 
-    # logits: of a chunk of rows, see model.cross_entropy; on a GPU the gradient is written over them
-    at_once = min(tokens, 2 ** (30 - cfg.vocab_size.bit_length()))
-    if on_gpu:
-        return need + 2 * at_once * cfg.vocab_size
+    # logits: of a chunk of rows, see model.cross_entropy
+    at_once = min(tokens, head_chunk(cfg))
     copies = 3 + (cfg.n_mtp if at_once == tokens else 0)
     return need + 4 * at_once * cfg.vocab_size * copies
 
@@ -1012,10 +1011,15 @@ def parse_args(argv, locks=None):
     p.add_argument("--stop-after", type=count, help="save and leave after this step, as Ctrl-C would")
     p.add_argument("--seed", type=number(0, 2 ** 63 - 1), default=1337)
     p.add_argument("--dry-run", action="store_true", help="print parameters and bytes, allocate nothing")
+    p.add_argument("--gpus", type=number(1, 10 ** 5), metavar="N", help="with --dry-run: plan a step on N H200s, 8 a "
+                   "node: memory, mesh, tokens a second, where the time goes")
 
     argv = sys.argv[1:] if argv is None else argv
     args = p.parse_args(argv)
     state = None
+    if args.gpus and not args.dry_run:
+        raise ValueError(f"--gpus {args.gpus}: a plan needs --dry-run; to train on N GPUs: torchrun --nproc-per-node N "
+                         "train.py ...")
     if args.dry_run and args.figure:
         raise ValueError(f"--figure {args.figure}: --dry-run trains nothing that could be drawn")
     if args.dry_run:
@@ -1138,11 +1142,15 @@ def configure(args):
     cfg.window_sink = args.sink
     if args.dry_run:
         return cfg
-    if args.seq_len > cfg.max_seq_len:
-        raise ValueError(f"--seq-len {args.seq_len}: the context of {args.preset} is at most {cfg.max_seq_len}")
-    if "msa" in cfg.attn_types and args.seq_len % cfg.index_block_size:
-        raise ValueError(f"--seq-len {args.seq_len}: rows hold whole key blocks, a multiple of {cfg.index_block_size}")
+    check_row(args.seq_len, cfg, args.preset)
     return dataclasses.replace(cfg, max_seq_len=args.seq_len)
+
+def check_row(T, cfg, preset):
+    """ValueError unless rows of T tokens fit the model's context and its key blocks."""
+    if T > cfg.max_seq_len:
+        raise ValueError(f"--seq-len {T}: the context of {preset} is at most {cfg.max_seq_len}")
+    if "msa" in cfg.attn_types and T % cfg.index_block_size:
+        raise ValueError(f"--seq-len {T}: rows hold whole key blocks, a multiple of {cfg.index_block_size}")
 
 def layer_kinds(attn, cfg):
     """--attn -> attn_types: msa is the preset's own, cfg's. ValueError for a pattern with a kind that gets no layer."""
@@ -1166,10 +1174,613 @@ def check_no_window(attn, given):
         if value:
             raise ValueError(f"{flag}: of --attn {attn} no layer has a window; --attn swa has")
 
+# ---- the planner ---------------------------------------------------------------------------------
+# --dry-run --gpus N: how much memory does a step need on each of N GPUs, how long does it take, and where does the time
+# go? Nothing runs. A term of time is FLOPs over a rate, bytes over a rate, or calls times a latency:
+#     compute    of a layer: products, attention, index branch, experts, passes over activations and weights
+#     gathers    of its weights by FSDP, forward and backward, and the sums of its gradients: they run beside compute,
+#                and only what takes longer than it counts. Those of the root, all of a small model, hide behind nothing
+#     exchanges  tokens to their experts and back, keys to queries: compute waits for them
+#     optimizer  after all layers; Muon's matrices are shared out over the ranks
+# Memory is that of the worst moment: the loss, a layer's backward pass, or the update. The rule for a mesh: dp where
+# the model fits, ep where its experts do not, cp where a row's activations do not.
+
+@dataclasses.dataclass(frozen=True)
+class Rate:
+    """A number that the planner computes with, and where it is from."""
+    value: float
+    unit: str
+    origin: str
+
+MEASURED = "measured, one H200"
+FITTED = "fitted, one H200"
+SHEET = "of the data sheet's, assumed"
+RATES = dict(
+    room=Rate(0.92 * 143_771 * 2 ** 20, "bytes", "an H200's, less 8 % for CUDA and gaps"),
+    copy=Rate(4.30e12, "bytes/s", MEASURED),
+    matmul=Rate(780e12, "FLOP/s", MEASURED),
+    passes=Rate(3.9e12, "bytes/s", FITTED),
+    grouped=Rate(710e12, "FLOP/s", FITTED),
+    attention=Rate(660e12, "FLOP/s", FITTED),
+    attention_back=Rate(450e12, "FLOP/s", FITTED),
+    index=Rate(600e12, "FLOP/s", FITTED),
+    edges=Rate(2.35e12, "bytes/s", FITTED),
+    edges_back=Rate(1.32e12, "bytes/s", FITTED),
+    edges_kl=Rate(0.70e12, "bytes/s", FITTED),
+    sums=Rate(0.90e12, "bytes/s", FITTED),
+    full_bytes=Rate(6, "bytes", "of a channel of heads, full attention: " + FITTED),
+    full_back_bytes=Rate(53, "bytes", "the same, backward: " + FITTED),
+    plan_bytes=Rate(300, "bytes", "to sort an edge by its block: " + FITTED),
+    msa_bytes=Rate(27, "bytes", "of a channel of heads, copies around MSA: " + FITTED),
+    muon_bytes=Rate(118, "bytes", "of a parameter, beside products: " + FITTED),
+    start=Rate(4e-6, "s", "between two kernels: " + FITTED),
+    nvlink=Rate(0.75 * 450e9, "bytes/s", "NVLink: 75 % " + SHEET),
+    network=Rate(0.75 * 50e9, "bytes/s", "InfiniBand, 400 Gb/s a GPU: 75 % " + SHEET),
+    hop=Rate(5e-6, "s", "a collective's start, and each node further on: assumed"))
+NODE = 8                               # GPUs that NVLink joins
+KERNELS = dict(full=130, msa=300, update=100)  # that a layer starts, forward and backward, and Muon for it
+PLAN_CONTEXTS = (2 ** 13, 2 ** 15, 2 ** 17, 196_608, 2 ** 19, 2 ** 20)  # of m2 and m3
+PLAN_TOKENS = 2 ** 26                  # a step of m2 and m3 at most; DeepSeek-V3: 15,360 rows of 4K (arXiv 2412.19437)
+TERMS = ("products", "attention", "index", "experts", "passes", "optimizer", "gathers", "exchanges", "keys", "rest")
+
+def rate(name):
+    return RATES[name].value
+
+class Mesh(typing.NamedTuple):
+    """How many ranks share rows, experts, and tokens of a row; rank = (d * cp + c) * ep + e, see Parallel."""
+    dp: int = 1
+    ep: int = 1
+    cp: int = 1
+
+    @property
+    def size(self):
+        return self.dp * self.ep * self.cp
+
+    @property
+    def replicas(self):
+        """Ranks with the same experts, over which FSDP shards these."""
+        return self.dp * self.cp
+
+def on_a_node(size, stride):
+    """How many ranks of a group, every stride-th rank, are on one node."""
+    return min(size, max(1, NODE // stride))
+
+def gather_seconds(n_bytes, size, stride=1):
+    """All-gather of n_bytes over a group of ranks, or reduce-scatter. A ring crosses from node to node by as many
+    network cards as the group has ranks on a node."""
+    if size == 1:
+        return 0.0
+    here = on_a_node(size, stride)
+    speed = rate("nvlink") if here == size else min(rate("nvlink"), here * rate("network"))
+    return n_bytes * (size - 1) / size / speed + rate("hop") * cdiv(size, here)
+
+def exchange_seconds(n_bytes, size, stride=1):
+    """All-to-all of a group, where each rank has n_bytes, a size-th of them for itself."""
+    if size == 1:
+        return 0.0
+    here = on_a_node(size, stride)
+    inside = n_bytes * (here - 1) / size / rate("nvlink")
+    outside = n_bytes * (size - here) / size / rate("network")
+    return max(inside, outside) + rate("hop") * cdiv(size, here)
+
+def shard_elements(shape, size):
+    """Elements of a parameter that a rank keeps, of `size` that share its rows: whole rows. The last ranks may have
+    fewer, or none, but FSDP gathers as many from each."""
+    return cdiv(shape[0], size) * math.prod(shape[1:])
+
+def muon_work(shape, stack):
+    """Newton-Schulz on a parameter (rows, cols) or (experts, rows, cols) -> FLOPs, bytes of results in bf16."""
+    small, large = sorted((shape[-2] // stack, shape[-1]))
+    count = 5 * stack * math.prod(shape[:-2])  # of iterations, each with three products
+    return count * (4 * small ** 2 * large + 2 * small ** 3), count * 2 * (2 * small ** 2 + small * large)
+
+def keys_a_query(cfg, T):
+    """Keys that a query of a row of T sees, that it reads of them in a layer with MSA, and that the index branch scores
+    for it: means."""
+    L = cfg.index_block_size
+    earlier = np.arange(cdiv(T, L))                # blocks before each
+    queries = np.minimum(L, T - L * earlier)       # of each block
+    own = (queries * (queries + 1) / 2).sum() / T
+    scored = L * (queries * earlier).sum() / T
+    chosen = L * (queries * earlier.clip(max=cfg.index_topk_blocks - 1)).sum() / T
+    return float(own + scored), float(own + chosen), float(scored)
+
+def head_chunk(cfg):
+    """Rows of logits that cross_entropy computes at a time."""
+    return 2 ** (30 - cfg.vocab_size.bit_length())
+
+class PlannedLayer:
+    """What a layer, or an MTP module, asks of a step: its parameters, and what a token costs.
+
+    attn, mlp   its kinds
+    module      on the meta device
+    is_module   whether it is MTP's
+    """
+
+    def __init__(self, cfg, attn, mlp, module, is_module=False):
+        self.cfg = cfg
+        self.attn = attn
+        self.mlp = mlp
+        self.is_module = is_module
+        self.products = []             # (shape, stack) of each matrix between activations
+        self.experts = []              # (shape, stack) of w13 and w2
+        self.vectors = []              # shapes of the router and norms, which AdamW moves
+        for name, p in module.named_parameters():
+            kind = kind_of(name, p)
+            stack = 2 if kind == "stacked" else 1
+            if "vector" in kind:
+                self.vectors.append(tuple(p.shape))
+            elif p.dim() == 3:
+                self.experts.append((tuple(p.shape), stack))
+            else:
+                self.products.append((tuple(p.shape), stack))
+
+    def own_experts(self, mesh):
+        """(shape, stack) of w13 and w2, of the experts that mesh.ep leaves to a rank."""
+        return [((cdiv(shape[0], mesh.ep), *shape[1:]), stack) for shape, stack in self.experts]
+
+    def kept(self, mesh):
+        """Elements of parameters that a rank keeps: those that Muon moves, and those that AdamW does."""
+        muon = sum(shard_elements(shape, mesh.size) for shape, _ in self.products)
+        muon += sum(shard_elements(shape, mesh.replicas) for shape, _ in self.own_experts(mesh))
+        adamw = sum(shard_elements(shape, mesh.size) for shape in self.vectors)
+        return muon, adamw
+
+    def in_use(self, mesh):
+        """Elements of parameters that a rank has while the layer computes, pads of FSDP's gathers included: those that
+        all ranks share, and its experts."""
+        shapes = [shape for shape, _ in self.products] + self.vectors
+        shared = sum(mesh.size * shard_elements(shape, mesh.size) for shape in shapes)
+        experts = sum(mesh.replicas * shard_elements(shape, mesh.replicas) for shape, _ in self.own_experts(mesh))
+        return shared, experts
+
+    def bytes_kept(self, T):
+        """Bytes a token that the backward pass keeps of the layer, in bf16 kernels, beside its weights in bf16. T:
+        tokens of a row."""
+        cfg = self.cfg
+        heads, kv_heads = cfg.n_head * cfg.head_dim, cfg.n_kv_head * cfg.head_dim
+        numbers = 4 * cfg.n_embd       # the input and what lies between attention and MLP, before and after their norms
+        numbers += 3 * heads + 3 * kv_heads  # q and k before and after norm and RoPE, v, and the result
+        fixed = 4 * cfg.n_head         # bytes: log-sum-exp
+        if self.attn in ("swa", "lightning"):  # short rows of Lightning are computed in torch, in fp32
+            size = 4 if self.attn == "lightning" and T < SHORT_ROW else 0.8
+            fixed += max(0, size * numbers_kept(cfg, self.attn, T) - 2 * numbers)
+        if self.attn == "msa":
+            index = cfg.n_kv_head * cfg.index_head_dim
+            numbers += index + index / cfg.index_kl_stride + 3 * cfg.index_head_dim  # qi, ki, and their gradients
+            fixed += 4 * cfg.n_kv_head * cfg.index_topk_blocks
+        if self.mlp == "moe":
+            numbers += cfg.n_expert_per_tok * (cfg.n_embd + 3 * cfg.expert_dim) + 3 * cfg.shared_dim
+            fixed += 4 * cfg.n_expert + 40 * cfg.n_expert_per_tok  # scores; choice, order and its inverse, weights
+        else:
+            numbers += 3 * cfg.dense_dim
+        if self.is_module:             # MTP's: both inputs, with and without norm, their product, what the head reads
+            numbers += 8 * cfg.n_embd
+        return 2 * numbers + fixed
+
+    def bytes_working(self):
+        """Bytes a token that the layer's backward pass takes for itself: gradients of its widest numbers, and of its
+        input."""
+        cfg = self.cfg
+        widest = 3 * cfg.dense_dim
+        if self.mlp == "moe":
+            widest = cfg.n_expert_per_tok * (cfg.n_embd + 2 * cfg.expert_dim)
+        return 2 * (widest + 2 * cfg.n_embd)
+
+    def flops(self, T):
+        """Useful FLOPs a token of a training step, by term: as MiniMax.flops_per_token counts them."""
+        cfg = self.cfg
+        visible, read, scored = keys_a_query(cfg, T)
+        products = sum(math.prod(shape) for shape, _ in self.products) + sum(map(math.prod, self.vectors))
+        if self.mlp == "moe":
+            products += cfg.n_expert   # the router's bias
+        experts = cfg.n_expert_per_tok / cfg.n_expert * sum(math.prod(shape) for shape, _ in self.experts)
+        key = 4 * cfg.n_head * cfg.head_dim
+        index_key = 2 * cfg.n_kv_head * cfg.index_head_dim
+        attention = 3 * key * visible
+        index = 0.0
+        if self.attn == "msa":
+            attention = 3 * key * read
+            index = index_key * scored + (key / 2 + 3 * index_key) * read / cfg.index_kl_stride
+        return dict(products=6 * products, experts=6 * experts, attention=attention, index=index)
+
+    def seconds(self, n, T, mesh, recompute):
+        """Compute of a training step by term, on a rank that has n tokens, of rows of T."""
+        forwards = 2 if recompute else 1
+        attention, index = self.attention_seconds(T, forwards)
+        kernels = KERNELS[self.attn] * (forwards + 2) / 3 + KERNELS["update"]
+        return dict(
+            products=n * sum(product_seconds(rows, cols, forwards, "matmul") for (rows, cols), _ in self.products),
+            experts=n * self.cfg.n_expert_per_tok * sum(
+                product_seconds(rows, cols, forwards, "grouped") for (_, rows, cols), _ in self.experts),
+            attention=n * attention,
+            index=n * index,
+            passes=n * self.pass_seconds(forwards) + 6 * (forwards + 2) * sum(self.in_use(mesh)) / rate("passes"),
+            rest=kernels * rate("start"))
+
+    def attention_seconds(self, T, forwards):
+        """Attention and index branch of a token, in rows of T."""
+        cfg = self.cfg
+        visible, read, scored = keys_a_query(cfg, T)
+        heads = cfg.n_head * cfg.head_dim
+        if self.attn == "full":        # its tensors are read and written; in the backward pass in fp32, too
+            flops = 4 * heads * visible
+            moved = heads * (rate("full_bytes") * forwards + rate("full_back_bytes"))
+            return flops * (forwards / rate("attention") + 2 / rate("attention_back")) + moved / rate("copy"), 0.0
+
+        # an edge is a query and one of its blocks: the query is read, its part written and read; in the backward pass
+        # two are read, and a part written and read
+        edges = read / cfg.index_block_size
+        attention = edges * 2 * heads * (3 * forwards / rate("edges") + 4 / rate("edges_back"))
+        index_heads = cfg.n_kv_head * cfg.index_head_dim
+        taught = 2 * (heads + 4 * index_heads) / cfg.index_kl_stride
+        index = 2 * index_heads * scored / rate("index") + edges * taught / rate("edges_kl")
+        return attention, forwards * index
+
+    def pass_seconds(self, forwards):
+        """Kernels between products, a token: norms and residuals; norms and RoPE of heads, which take three times as
+        long as their bytes; rows of experts, taken and taken back; gates. And which queries chose each block."""
+        cfg = self.cfg
+        C, A = cfg.n_embd, cfg.n_expert_per_tok
+        heads = (cfg.n_head + cfg.n_kv_head) * cfg.head_dim
+        if self.attn == "msa":
+            heads += (cfg.n_kv_head + 1) * cfg.index_head_dim
+        forward = 9 * C + 6 * heads
+        backward = 18 * C + 7 * heads
+        if self.mlp == "moe":
+            gates = A * cfg.expert_dim + cfg.shared_dim
+            forward += 4 * A * C + 3 * gates
+            backward += 4 * A * C + 5 * gates
+        else:
+            forward += 3 * cfg.dense_dim
+            backward += 5 * cfg.dense_dim
+        moved = 2 * (forwards * forward + backward)
+        if self.attn == "msa":         # the plans of attention, of the KL and of the backward pass; copies
+            plans = forwards * (1 + 1 / cfg.index_kl_stride) + 1
+            moved += rate("plan_bytes") * plans * cfg.n_kv_head * cfg.index_topk_blocks
+            moved += rate("msa_bytes") * cfg.n_head * cfg.head_dim
+        spent = moved / rate("passes")
+        if self.mlp == "moe" and A >= 8:  # torch.compile makes a slow kernel of sums over so many
+            spent += 2 * (forwards + 1) * (A + 1) * C * (1 / rate("sums") - 1 / rate("passes"))
+        return spent
+
+    def gathered(self, mesh, at_root):
+        """Elements that FSDP gathers for this layer alone: from all ranks, and from those with the same experts.
+        at_root: what all ranks share is gathered with the rest of the model."""
+        shared, experts = self.in_use(mesh)
+        if mesh.ep == 1:
+            shared, experts = shared + experts, 0
+        if at_root or mesh.size == 1:
+            shared = 0
+        if mesh.replicas == 1:
+            experts = 0
+        return shared, experts
+
+    def gather_seconds(self, mesh, at_root):
+        """Weights in fp32, gathered for the forward and the backward pass; gradients, summed."""
+        shared, experts = self.gathered(mesh, at_root)
+        return 3 * (gather_seconds(4 * shared, mesh.size) + gather_seconds(4 * experts, mesh.replicas, mesh.ep))
+
+    def wait_seconds(self, n, T, mesh, recompute):
+        """What compute waits for, by term: tokens go to their experts and back, in bf16, and so do gradients; keys are
+        gathered, and their gradients summed. A row's ranks are every ep-th."""
+        cfg = self.cfg
+        forwards = 2 if recompute else 1
+        exchanges = 0.0
+        if self.mlp == "moe":
+            there = exchange_seconds(2 * n * cfg.n_expert_per_tok * cfg.n_embd, mesh.ep)
+            exchanges = 2 * (forwards + 1) * there
+        numbers = 2 * cfg.n_kv_head * cfg.head_dim
+        if self.attn == "msa":
+            numbers += cfg.index_head_dim
+        keys = (forwards + 1) * gather_seconds(2 * n * mesh.cp * numbers, mesh.cp, mesh.ep)
+        return dict(exchanges=exchanges, keys=keys)
+
+def product_seconds(rows, cols, forwards, kind):
+    """A token's product with a matrix (rows, cols): forward, and once each for the gradients of its input and of the
+    weight. FLOPs at a rate, then the result is written."""
+    flops = 2 * rows * cols * (forwards + 2)
+    results = 2 * (forwards * rows + cols)
+    return flops / rate(kind) + results / rate("copy")
+
+class Planner:
+    """Plans steps of one model on H200s.
+
+    recompute  layers of the trunk keep their input alone
+    mtp_every  steps from one with the MTP loss to the next
+    room       bytes of a GPU; None: an H200's
+    """
+
+    def __init__(self, cfg, recompute=False, mtp_every=1, room=None):
+        with torch.device("meta"):
+            model = MiniMax(cfg)
+        self.cfg = cfg
+        self.recompute = recompute
+        self.mtp_every = mtp_every
+        self.room = rate("room") if room is None else room
+        self.table = (cfg.vocab_size, cfg.n_embd)  # shape of the embedding, and of the head
+        kinds = list(zip(cfg.attn_types, cfg.mlp_types))
+        by_kind = {kind: PlannedLayer(cfg, *kind, block) for kind, block in zip(kinds, model.layers)}
+        self.layers = [by_kind[kind] for kind in kinds]
+        self.modules = []              # of MTP, all alike
+        if cfg.n_mtp:
+            module = PlannedLayer(cfg, cfg.mtp_attn_type, cfg.mlp_types[-1], model.mtp[0], is_module=True)
+            self.modules = [module] * cfg.n_mtp
+        self.all_layers = self.layers + self.modules
+        self.counts = Counter(self.all_layers)
+
+    def flops(self, T):
+        """Useful FLOPs a token of a training step, the mean over steps with the MTP loss and without."""
+        heads = 1 + len(self.modules) / self.mtp_every
+        total = 6 * (heads * math.prod(self.table) + self.cfg.n_embd)
+        for layer, count in self.counts.items():
+            often = 1 / self.mtp_every if layer.is_module else 1
+            total += count * often * sum(layer.flops(T).values())
+        return total
+
+    def kept(self, mesh):
+        """Elements of parameters that a rank keeps: those that Muon moves, and those that AdamW does."""
+        muon = 0
+        adamw = 2 * shard_elements(self.table, mesh.size) + shard_elements((self.cfg.n_embd,), mesh.size)
+        for layer, count in self.counts.items():
+            of_layer = layer.kept(mesh)
+            muon += count * of_layer[0]
+            adamw += count * of_layer[1]
+        return muon, adamw
+
+    def root(self, mesh):
+        """What FSDP gathers for the whole step, in elements: the tables, and of a small model all layers; and whether
+        it is small."""
+        if mesh.size == 1:
+            return 0, False
+        tables = 2 * mesh.size * shard_elements(self.table, mesh.size)
+        shared = 0
+        for layer, count in self.counts.items():
+            of_all, experts = layer.in_use(mesh)
+            shared += count * (of_all + experts if mesh.ep == 1 else of_all)
+        at_root = 4 * (tables + shared) <= GATHER_AT_ONCE
+        return tables + shared if at_root else tables, at_root
+
+    def memory(self, rows, T, mesh=Mesh()):
+        """Bytes on a rank at a step's worst moment, by what they hold. rows: those that it computes at once."""
+        cfg = self.cfg
+        n = rows * T / mesh.cp
+        table = math.prod(self.table)
+        muon, adamw = self.kept(mesh)
+        constant = dict(weights=4 * (muon + adamw), moments=4 * (muon + 2 * adamw))
+        root, at_root = self.root(mesh)
+        input_bytes = 2 * n * cfg.n_embd
+        kept = {}                      # by layers, with their weights in bf16
+        own = {}                       # gradients of what a rank keeps of a layer
+        gathered = {}                  # weights of a layer
+        for layer in self.counts:
+            kept[layer] = n * layer.bytes_kept(T) + 2 * sum(layer.in_use(mesh))
+            own[layer] = 4 * sum(layer.kept(mesh))
+            gathered[layer] = 4 * sum(layer.gathered(mesh, at_root))
+
+        # the loss: all that layers store; two chunks of logits; the head's gradient, and one more for each MTP module;
+        # the head in bf16, and a chunk's gradient
+        stored = [kept[layer] if layer.is_module or not self.recompute else input_bytes for layer in self.all_layers]
+        before = sum(stored)
+        gradients = 4 * table * (1 + len(self.modules))
+        logits = 2 * 2 * min(n, head_chunk(cfg)) * cfg.vocab_size + 4 * table
+        found = [dict(
+            constant, gradients=gradients, activations=before + 3 * input_bytes, logits=logits, gathered=4 * root)]
+
+        # a layer's backward pass: what it and those before it have stored; gradients of those after it; with FSDP its
+        # weights and those of the next one, its gradients before they are shared out and while they are, and the root's
+        for number in reversed(range(len(self.all_layers))):
+            layer = self.all_layers[number]
+            following = self.all_layers[max(0, number - 1)]
+            working = n * layer.bytes_working()
+            if self.recompute and not layer.is_module:
+                working += kept[layer]
+            whole = 8 * root + 3 * gathered[layer] + gathered[following]
+            found.append(dict(
+                constant, gradients=gradients, activations=before + working, logits=0, gathered=whole))
+            before -= stored[number]
+            if not at_root:
+                gradients += own[layer]
+
+        # the end, where the root's gradients are shared out, and the update: Muon's matrices in bf16
+        found.append(dict(constant, gradients=gradients, activations=0, logits=0, gathered=12 * root))
+        found.append(dict(
+            constant, gradients=4 * (muon + adamw), activations=self.bytes_updating(mesh), logits=0, gathered=0))
+        return max(found, key=lambda parts: sum(parts.values()))
+
+    def products_by_shape(self):
+        """Matrices that Muon moves together -> {(shape, stack): how many}; a layer's experts are apart."""
+        found = Counter()
+        for layer, count in self.counts.items():
+            for matrix in layer.products:
+                found[matrix] += count
+        return found
+
+    def bytes_updating(self, mesh):
+        """Bytes of bf16 matrices that Muon holds at most: a group's updates, and five times those of one shape."""
+        groups = Counter()             # elements
+        together = [0]
+        for (shape, stack), count in self.products_by_shape().items():
+            together.append(cdiv(count, mesh.size) * math.prod(shape))
+            groups[stack] += together[-1]
+        for layer, count in self.counts.items():
+            for shape, stack in layer.own_experts(mesh):
+                together.append(shard_elements(shape, mesh.replicas))
+                groups[stack] += count * together[-1]
+        return 2 * max(groups.values()) + 2 * 5 * max(together)
+
+    def seconds(self, rows, T, mesh=Mesh(), parts=1):
+        """Time of a step by term, on a rank that computes `rows` rows in so many parts. Gathers that compute hides are
+        left out."""
+        cfg = self.cfg
+        n = rows * T / mesh.cp / parts
+        root, at_root = self.root(mesh)
+        total = dict.fromkeys(TERMS, 0.0)
+        for layer, count in self.counts.items():
+            often = 1 / self.mtp_every if layer.is_module else 1
+            recompute = self.recompute and not layer.is_module
+            found = layer.seconds(n, T, mesh, recompute)
+            found["passes"] += 24 * sum(layer.gathered(mesh, at_root)) / rate("copy")  # FSDP copies what it gathers
+            found["gathers"] = max(0.0, layer.gather_seconds(mesh, at_root) - sum(found.values()))
+            found |= layer.wait_seconds(n, T, mesh, recompute)
+            for term, value in found.items():
+                total[term] += count * often * parts * value
+
+        # the tables: the head's product, for the trunk and each module; logits are read twice and written twice; the
+        # head's gradient, chunk by chunk. The root is gathered once, and its gradients are summed
+        heads = 1 + len(self.modules) / self.mtp_every
+        total["products"] += parts * n * heads * product_seconds(*self.table, 1, "matmul")
+        chunks = cdiv(math.ceil(n), head_chunk(cfg))
+        passes = n * (8 * cfg.vocab_size + 12 * cfg.n_embd) + math.prod(self.table) * (6 + 12 * chunks)
+        total["passes"] += parts * heads * passes / rate("passes")
+        total["passes"] += parts * 16 * root / rate("copy")
+        total["gathers"] += parts * 2 * gather_seconds(4 * root, mesh.size)
+
+        total["optimizer"], waits = self.update_seconds(mesh)
+        total["exchanges"] += waits
+        return total
+
+    def update_seconds(self, mesh=Mesh()):
+        """Clipping, Muon and AdamW -> seconds of compute, and of all-to-alls that bring matrices together and back."""
+        muon, adamw = self.kept(mesh)
+
+        # ranks share out the matrices of a shape; of experts each has whole matrices
+        work = [(cdiv(count, mesh.size), *matrix) for matrix, count in self.products_by_shape().items()]
+        leaving = 0                    # elements of shards
+        for layer, count in self.counts.items():
+            leaving += count * sum(shard_elements(shape, mesh.size) for shape, _ in layer.products)
+            for (E, rows, cols), stack in layer.own_experts(mesh):
+                work.append((count, (cdiv(E, mesh.replicas), rows, cols), stack))
+        flops = sum(count * muon_work(shape, stack)[0] for count, shape, stack in work)
+        results = sum(count * muon_work(shape, stack)[1] for count, shape, stack in work)
+
+        # clipping reads a gradient, then reads and writes it; Muon's passes have copies of iterates among them; AdamW
+        # reads the gradient, and reads and writes weight and moments
+        moved = (12 + rate("muon_bytes")) * muon + (12 + 28) * adamw
+        waits = 2 * exchange_seconds(2 * leaving, mesh.size)
+        return flops / rate("matmul") + (results + moved) / rate("copy"), waits
+
+    def fits(self, rows, T, mesh):
+        return sum(self.memory(rows, T, mesh).values()) <= self.room
+
+    def meshes(self, N, T, batch=None, sizes=()):
+        """Meshes of N ranks that can share `batch` rows of T tokens equally (None: any number), in the order of the
+        rule: few ranks share experts, then few a row. sizes: of --parallel, where it was given."""
+        cfg = self.cfg
+        sizes = dict(sizes or {})
+        most_ep = cfg.n_expert if "moe" in cfg.mlp_types else 1
+        found = []
+        for ep in range(1, min(N, most_ep) + 1):
+            for cp in range(1, N // ep + 1):
+                if N % (ep * cp) or most_ep % ep:
+                    continue
+                mesh = Mesh(N // (ep * cp), ep, cp)
+                cuts = cp == 1 or ContextShard.fits(T, cp, key_block(cfg), cfg.index_kl_stride)
+                shares = batch is None or batch % (mesh.dp * ep) == 0
+                if cuts and shares and sizes.items() <= mesh._asdict().items():
+                    found.append(mesh)
+        return found
+
+    def plan(self, T, mesh, batch=None, parts=1):
+        """A step on this mesh -> a row: memory by what it holds, seconds by term.
+
+        batch  rows of the step; None: as many as fit, up to PLAN_TOKENS tokens
+        parts  gradient accumulation
+        """
+        groups = mesh.dp * mesh.ep     # of ranks, which have rows of their own
+        rows = 1
+        if batch:
+            rows = batch // groups
+        else:
+            while 2 * rows * groups * T <= PLAN_TOKENS and self.fits(cdiv(2 * rows, parts), T, mesh):
+                rows *= 2
+        memory = self.memory(cdiv(rows, parts), T, mesh)
+        need = sum(memory.values())
+        seconds = self.seconds(rows, T, mesh, min(parts, rows))
+        step_s = sum(seconds.values())
+        tokens = rows * groups * T
+        a_gpu = tokens / step_s / mesh.size
+        return dict(
+            context=T, **mesh._asdict(), rows=rows * groups, tokens=tokens, fits=need <= self.room, bytes=need,
+            memory=memory, step_s=step_s, seconds=seconds, tokens_per_s=tokens / step_s, tokens_per_s_gpu=a_gpu,
+            mfu=a_gpu * self.flops(T) / PEAK["H200"])
+
+    def choose(self, N, T, batch=None, parts=1, sizes=()):
+        """Plans of a step on N ranks -> that of the rule, and the fastest that fits. Where none fits, the one that
+        needs least, twice; without a mesh None, None. Arguments as of `meshes`.
+
+        The rule: the fewest ranks that share experts with which a short row fits a rank; then the fewest that share a
+        row with which the step fits.
+        """
+        plans = [self.plan(T, mesh, batch, parts) for mesh in self.meshes(N, T, batch, sizes)]
+        fitting = [plan for plan in plans if plan["fits"]]
+        if not fitting:
+            least = min(plans, key=lambda plan: plan["bytes"], default=None)
+            return least, least
+        short = min(T, PLAN_CONTEXTS[0])
+        by_rule = [plan for plan in fitting if self.fits(1, short, Mesh(N // plan["ep"], plan["ep"]))]
+        return (by_rule or fitting)[0], max(fitting, key=lambda plan: plan["tokens_per_s"])
+
+def make_plans(cfg, args):
+    """What a step takes on args.gpus GPUs, at each context -> rows, as Planner.plan gives them, with the fastest mesh.
+    ValueError for flags that no plan can be made for."""
+    N = args.gpus
+    if not {"full", "msa"}.issuperset(cfg.attn_types):
+        raise ValueError(f"--attn {args.attn}: --gpus plans full attention and MSA alone")
+    contexts = [args.seq_len]
+    if args.seq_len is None:           # m2 and m3
+        contexts = [T for T in PLAN_CONTEXTS if T <= cfg.max_seq_len]
+    planner = Planner(cfg, is_recomputed(args), getattr(args, "mtp_every", 1))
+    plans = []
+    for T in contexts:
+        check_row(T, cfg, args.preset)
+        plan, fastest = planner.choose(N, T, args.batch_size, args.accumulate, args.parallel)
+        if plan is None:
+            of = f" of --parallel {spell(args.parallel)}" if args.parallel else ""
+            rows = f"{args.batch_size} rows" if args.batch_size else "rows"
+            raise ValueError(f"--gpus {N}: no mesh{of} shares {rows} of {T} tokens and the experts equally")
+        plan["fastest"] = {name: fastest[name] for name in ("dp", "ep", "cp", "tokens_per_s")}
+        plans.append(plan)
+    return plans
+
+def is_recomputed(args):
+    """Whether a plan has layers that keep their input alone: m2's and m3's always."""
+    return args.recompute or args.preset in ("m2", "m3")
+
+def print_plans(plans, args):
+    """What plans are computed from, then each."""
+    recomputed = ", layers recomputed" if is_recomputed(args) else ""
+    paper = "as one H200 was measured to run models of this size"
+    if args.gpus > 1 or args.preset in ("m2", "m3"):
+        paper = "on paper"
+    print(f"  a step on {args.gpus:,} H200s, {NODE} to a node{recomputed}: {paper}, by a model with these numbers")
+    for name, number in RATES.items():
+        print(f"    {name:15} {number.value:9.3g} {number.unit:8} {number.origin}")
+    for plan in plans:
+        print_plan(plan)
+
+def print_plan(plan):
+    """A plan in a few lines: mesh and speed, memory, where the time goes; a faster mesh, if there is one."""
+    def mesh_of(found):
+        return spell({name: found[name] for name in ("dp", "ep", "cp")})
+
+    memory = ", ".join(f"{name} {n_bytes / 1e9:.1f}" for name, n_bytes in plan["memory"].items())
+    shares = {name: spent / plan["step_s"] for name, spent in plan["seconds"].items()}
+    times = ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if share >= 0.0005)
+    print(f"  at {plan['context']:,} tokens: {mesh_of(plan)}, {plan['rows']:,} rows, {plan['step_s']:.3g} s a step: "
+          f"{plan['tokens_per_s']:,.0f} tokens/s, {plan['tokens_per_s_gpu']:,.0f} a GPU, MFU {plan['mfu']:.1%}")
+    print(f"    memory  {plan['bytes'] / 1e9:.1f} GB a GPU{'' if plan['fits'] else ', WHICH DOES NOT FIT'}: {memory}")
+    print(f"    time    {times}")
+    fastest = plan["fastest"]
+    if fastest["tokens_per_s"] > 1.05 * plan["tokens_per_s"]:
+        ratio = fastest["tokens_per_s"] / plan["tokens_per_s"]
+        print(f"    faster  {mesh_of(fastest)}: {ratio:.2f} times the tokens/s")
+
 def dry_run(cfg, args):
     """Print parameters and bytes of a preset's model, and how the published figures come out -> the last line of
     stdout. The model, cfg, is made on torch's meta device, which has shapes and no memory."""
     preset = args.preset
+    plans = make_plans(cfg, args) if args.gpus else []
     with torch.device("meta"):
         model = MiniMax(cfg)
         total, active = model.num_params()
@@ -1201,8 +1812,12 @@ def dry_run(cfg, args):
     window = args.window or usual_window(args)
     print_cache(dataclasses.replace(cfg, window=window))
     print_decoding(dataclasses.replace(cfg, window=window), args)
-    return dict(step=0, loss=None, val_bpb=None, tokens=0, tokens_per_s=None, mfu=None, params_total=total,
-                params_active=active, seconds=0.0)
+    found = dict(step=0, loss=None, val_bpb=None, tokens=0, tokens_per_s=None, mfu=None, params_total=total,
+                 params_active=active, seconds=0.0)
+    if plans:
+        print_plans(plans, args)
+        found |= dict(gpus=args.gpus, plan=plans)
+    return found
 
 def print_cache(cfg):
     """What one layer of each kind keeps, at a model's sizes; what MLA would keep, and why MSA does not."""
@@ -1805,38 +2420,24 @@ def set_up(args, state):
     laps.end("device")
 
     # the model: of the checkpoint, perhaps with sparse attention from now on
-    model = tokenizer = None
-    place = device                     # of the whole model
-    if state:
-        place = place_whole(state["model"].values(), device, world)
-        model, tokenizer = load_model(state, place, dtype)
-        if args.mtp is None:           # older args lack it
-            args.mtp = model.cfg.n_mtp
-        check_match(model.cfg, state, args)
     torch.manual_seed(args.seed)
-    converted = bool(state) and args.attn != state["args"]["attn"]
-    if converted:
-        model, state["optimizers"] = convert(model, state["optimizers"], state["now"]["step"], args)
-    grown = bool(state) and args.mtp > model.cfg.n_mtp
-    if grown:
-        model, state["optimizers"] = add_modules(model, state["optimizers"], state["now"]["step"], args.mtp)
+    model = tokenizer = None
+    converted = grown = False
+    if state:
+        model, tokenizer, converted, grown = read_model(args, state, device, dtype, world)
     cfg = model.cfg if model else configure(args)
 
     # memory and text, then a new model of the text's vocabulary
-    parallel = Parallel.join(world, device, args.parallel, cfg)
-    parallel.check_rows(args, cfg)
-    rows = cdiv(args.batch_size, args.accumulate * world.size)
-    sized = dataclasses.replace(cfg, vocab_size=args.vocab_size)
-    need = step_bytes(sized, rows, args.seq_len, device, args.recompute, world.size)
-    check_memory(need, device, "--accumulate, --recompute, --batch-size or --seq-len")
+    parallel = share_out(args, cfg, device, world)
     laps.end("model")
     with world.first():                # the others find tokenizer and tokens in the cache
         tokenizer, data = prepare(args, cfg, tokenizer, laps)
     cfg.vocab_size = tokenizer.n_vocab
     if model is None:
-        with torch.device("meta"):
-            shapes = MiniMax(cfg).parameters()
-        place = place_whole(shapes, device, world)
+        place = device
+        if world.size > 1:
+            with torch.device("meta"):
+                place = place_whole(MiniMax(cfg).state_dict(), device)
         with torch.device(place):      # a GPU draws the weights of `small` at once, a CPU in seconds
             model = MiniMax(cfg, dtype)
     parallel.shard(model)
@@ -1874,13 +2475,56 @@ def set_up(args, state):
     run.timer = SaveTimer()
     return run
 
-def place_whole(tensors, device, world):
-    """Where a whole model of these tensors is made before ranks take their parts: on the GPU if it fits twice, else in
-    the machine's memory, from where its layers go to the GPU one by one."""
-    size = sum(4 * t.numel() for t in tensors)
-    if world.size == 1 or size < free_memory(device) / 2:
+def read_model(args, state, device, dtype, world):
+    """A checkpoint's model, changed as the flags ask for -> model, tokenizer, whether it was converted to MSA, whether
+    MTP modules have joined. ValueError if checkpoint and flags do not go together."""
+    place = device
+    if world.size > 1:
+        place = place_whole(state["model"], device)
+    model, tokenizer = load_model(state, place, dtype)
+    if args.mtp is None:               # older args lack it
+        args.mtp = model.cfg.n_mtp
+    check_match(model.cfg, state, args)
+    step = state["now"]["step"]
+    converted = args.attn != state["args"]["attn"]
+    if converted:
+        model, state["optimizers"] = convert(model, state["optimizers"], step, args)
+    grown = args.mtp > model.cfg.n_mtp
+    if grown:
+        model, state["optimizers"] = add_modules(model, state["optimizers"], step, args.mtp)
+    return model, tokenizer, converted, grown
+
+def share_out(args, cfg, device, world):
+    """Meet the other ranks -> Parallel. ValueError if rows, sizes of --parallel or memory do not fit."""
+    sized = dataclasses.replace(cfg, vocab_size=args.vocab_size)
+    sizes = args.parallel
+    if world.size > 1 and device.type == "cuda" and not sizes:
+        sizes = usual_sizes(sized, args, world.size, free_memory(device))
+    parallel = Parallel.join(world, device, sizes, cfg)
+    parallel.check_rows(args, cfg)
+    rows = cdiv(args.batch_size, args.accumulate * world.size)
+    need = step_bytes(sized, rows, args.seq_len, device, args.recompute, world.size)
+    check_memory(need, device, "--accumulate, --recompute, --batch-size or --seq-len")
+    return parallel
+
+def usual_sizes(cfg, args, N, room):
+    """--parallel where it is not given, for N GPUs with so many bytes of room: rows alone are shared out where that
+    fits; else experts, too, or the tokens of a row, by the planner's rule. None where it has no plan that fits."""
+    if not {"full", "msa"}.issuperset(cfg.attn_types):
+        return None
+    planner = Planner(cfg, args.recompute, args.mtp_every, room)
+    plan, _ = planner.choose(N, args.seq_len, args.batch_size, args.accumulate)
+    if plan is None or not plan["fits"]:
+        return None
+    return {name: plan[name] for name in ("dp", "ep", "cp")}
+
+def place_whole(weights, device):
+    """Where a whole model of these weights, by name, is made before ranks take their parts: on the GPU if it fits
+    twice, else in the machine's memory, from where its layers go to the GPU one by one."""
+    if device.type == "cpu":
         return device
-    return torch.device("cpu")
+    size = sum(4 * t.numel() for t in weights.values() if isinstance(t, torch.Tensor))  # load_model looks at the rest
+    return device if size < free_memory(device) / 2 else torch.device("cpu")
 
 def start_modules(run):
     """Let the MTP modules, of which some have just joined, learn alone for a share of what is left."""

@@ -100,7 +100,7 @@ ARRAYS = {
                    "run_upper run_lower rates before added",
     torch.int64: "ends",
 }
-NUMBERS = "T capacity n P V edge0".split()
+NUMBERS = "T capacity n P V edge0 first_query".split()
 ANY = 3  # a number that Triton compiles nothing special for: neither 1 nor a multiple of 16
 
 # Sizes of M3's sparse attention, and what differs in M2's heads. S1 is S - 1, TOP the same rounded up.

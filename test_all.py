@@ -20361,6 +20361,14 @@ def no_limit(real, *args):
 def nobody_looks(real, watch):
     return []
 
+def weights_stay(real, decoder):
+    """A batch goes on with the copies that it has made."""
+
+def old_step_counts(real, decoder):
+    """The step that runs ahead on the old weights is not forgotten."""
+    if decoder.weights is not None:
+        decoder.weights.renew(decoder.model)
+
 def links_are_followed(real, work, target):
     shutil.copyfile(Path(work) / "out" / "ckpt.pt", Path(target) / "ckpt.pt")
 
@@ -20497,6 +20505,7 @@ def with_texts(test):
     return run
 
 between_ranks = in_folder(test_a_checkpoint_moves_between_numbers_of_ranks)
+renewed = on(test_new_weights_are_those_of_the_next_token, "full")
 released_ids = in_folder(test_ids_are_transformers, "m2")
 released_templates = in_folder(test_templates_render_as_in_transformers, "m2")
 joined_turns = in_folder(test_turns_join_to_a_full_render, *GROWN["m2_keeps"], "")
@@ -20615,6 +20624,8 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("model.write_folder", config_comes_first, test_a_killed_export_is_no_checkpoint),
     mutant("sample.pair_of", first_byte_apart, test_a_list_of_merges_gives_the_ranks_ids, ids_there),
     mutant("sample.hf_files", special_names_are_special, ids_there),
+    mutant("sample.Decoder.renew", weights_stay, renewed),
+    mutant("sample.Decoder.renew", old_step_counts, renewed),
     mutant("sample.hf_files", long_runs_are_whole, ids_there),
     mutant("sample.hf_files", words_without_their_space, ids_there),
     mutant("sample.truncate_logits", top_p_one_token_short, test_samples_are_seeded_and_follow_the_distribution),

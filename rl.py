@@ -2409,8 +2409,9 @@ class Apart(Gateway):
 
     def look(self):
         """-> now, in real seconds since the start."""
-        self.now += time.monotonic() - self.looked
+        before = self.looked
         self.looked = time.monotonic()
+        self.now += self.looked - before
         return self.now
 
     def publish(self, version):

@@ -13067,6 +13067,33 @@ def test_ranks_train_and_roll_out_apart(unbroken, tmp_path):
     assert min(state["queue"]["born"]) > min(left)
     assert all(state["pool"].values())
 
+def run_until_rank_0_dies(world, folder):
+    """A rank of a run whose trainer is killed after its first step."""
+    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size))
+    sys.stderr = open(Path(folder) / f"stderr {world.rank}", "w")
+    if world.is_first:
+        rl.print_step = lambda *args: os._exit(9)
+    rl.main(["--resume", "--out", folder, "--device", "cpu", "--steps", "9"])
+
+def test_a_rollout_rank_ends_with_the_trainer(unbroken, tmp_path):
+    """Rank 0 is killed: the other one says so in a line, and ends with status 1. (Rank 0 hears of another's end by
+    torchrun's SIGTERM.)"""
+    copy_checkpoint(unbroken[0], tmp_path)
+    folder = str(tmp_path)
+    context = torch.multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    processes = []
+    for rank in range(2):
+        args = (sample.World(rank, 2, rank), folder, run_until_rank_0_dies, (folder,))
+        processes.append(context.Process(target=as_rank, args=args, daemon=True))
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [9, 1]
+    line, = (tmp_path / "stderr 1").read_text().splitlines()
+    assert line.startswith("rl.py: rank 1: another rank has ended, and this one with it")
+    assert line.endswith("the last good checkpoint is kept")
+
 @parametrize("flags, word", [
     ("--parallel train=1,rollout=1", "one process; torchrun"),
     ("--parallel train=1,rollout=0", "numbers of train and rollout ranks"),

@@ -2706,6 +2706,7 @@ def run_training(args, state):
         if shows:
             report.print_step(found, rate)
         if args.stop_after and now.step >= args.stop_after:
+            stop.append(1)
             stopped = True
 
         # save: what the clock asks for waits for its loss, which the next step computes
@@ -2721,19 +2722,20 @@ def run_training(args, state):
 
     if run.unproven:
         run.drop_unproven()
-    result = finish(run, stopped or world.any(stop))
+    result = finish(run, stop)
     if args.figure and world.is_first:
         draw(args.figure, read_log(args.out), args.preset)
     return result
 
-def finish(run, stopped):
-    """Save, evaluate on all of the validation text that time allows -> the run's summary."""
+def finish(run, stop):
+    """Save, evaluate on all of the validation text that time allows -> the run's summary. stop: a list that a signal
+    fills, also while this saves."""
     now = run.now
     found = dict(val_bytes=0)
     took = 0.0                         # seconds
     if now.step != run.saved:  # a run with nothing left has nothing to save, nor has one that was stopped while saving
         found, took = run.checkpoint()
-    if stopped:
+    if run.parallel.world.any(stop):
         print(f"stopped after step {now.step}, saved in {run.args.out}; go on with --resume", flush=True)
         return summary(run, {})
 

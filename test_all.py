@@ -5489,11 +5489,11 @@ def test_every_part_learns(trained):
     """MTP, index branch and router leave what they began with, and the router's bias is steered."""
     state = read_checkpoint(trained.out)
     learned = state["model"]
+    torch.manual_seed(state["args"]["seed"])
     fresh = MiniMax(MiniMaxConfig(**state["config"])).state_dict()
 
     for name in ("mtp.0.proj.weight", "layers.1.attn.indexer.q_proj.weight", "layers.1.mlp.router.weight"):
-        growth = learned[name].std() / fresh[name].std()
-        assert abs(growth - 1) > 1e-3, f"{name} did not learn"
+        assert 1e-3 < relative(learned[name], fresh[name]) < 0.5, f"{name} did not learn"
     assert learned["layers.1.mlp.router.bias"].abs().max() > 0.02  # u = 0.01 a step
 
 def test_resume_is_exact_and_evaluation_harmless(trained, corpus, tmp_path):
@@ -15982,7 +15982,8 @@ def test_a_shipped_run_is_real(shipped_table):
     log = rl.run_recipe(recipe)
 
     def distance(other):
-        return sum(abs(ord(a) - ord(b)) for name in rl.COLUMNS for a, b in zip(getattr(log, name), getattr(other, name)))
+        pairs = [zip(getattr(log, name), getattr(other, name)) for name in rl.COLUMNS]
+        return sum(abs(ord(a) - ord(b)) for a, b in itertools.chain(*pairs))
 
     told = shipped_table.log(recipe)
     assert max(abs(ord(a) - ord(b)) for a, b in zip(log.loss, told.loss)) <= 1

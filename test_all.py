@@ -2353,6 +2353,30 @@ def test_gradients_are_dense_on_a_gpu(T, Hkv, G):
         # rounding alone is an error of 1.6e-3: dense's in bf16, and 1e-3 more. (At T = 1 dq and dk are 0.)
         assert relative(mine, want) < relative(theirs, want) + 1e-3
 
+@gpu
+@parametrize("Hkv,G", [(4, 16), (8, 6)])
+def test_a_row_learns_in_parts_on_a_gpu(Hkv, G):
+    """Queries of a row in three parts, each against all keys: the choice is the whole row's bit for bit; output, KL
+    and all gradients are those of fp64 torch on the same blocks, packed documents and a stride included."""
+    T, S, L, stride = 1536, 6, 128, 2
+    inputs = gpu_qkv(1, T, Hkv, G)
+    end = packed_end(T, [384, 1024], 1).cuda()
+    weight = torch.rand(1, T, device="cuda")
+    blocks = msa.select_blocks(*inputs[3:], S, L, end, impl="triton")
+
+    def step(impl, q, k, v, qi, ki, end, weight, start):
+        rows = slice(start, start + q.size(1))
+        if impl == "triton":
+            assert torch.equal(msa.select_blocks(qi, ki, S, L, end, start, "triton"), blocks[:, rows])
+        return msa.msa_train(q, k, v, qi, ki, blocks[:, rows], L, end, weight, stride, impl, start)
+
+    exact = [x.double().requires_grad_() for x in inputs]
+    rounded = [x.requires_grad_() for x in inputs]
+    got = in_parts(partial(step, "triton"), rounded, end, weight, [0, 128, 896])
+    want = in_parts(partial(step, "torch"), exact, end, weight, [0])
+    for mine, its in zip(got, want):
+        assert relative(mine, its) < 1e-2  # bf16: 2^-9 for inputs' products, parts and sums
+
 def fp64_and_bf16(attend, *tensors):
     """What attend(impl, *tensors) gives, and all gradients, by torch in fp64 and by kernels in bf16."""
     results = []
@@ -7455,6 +7479,51 @@ def test_parallel_sizes_that_do_not_fit(monkeypatch):
     for text in ("", "dp", "dp=0", "dp=2,dp=2", "tp=2", "dp=-1", "dp=2,"):
         with pytest.raises(argparse.ArgumentTypeError, match="sizes of dp, ep or cp"):
             train.parallel_sizes(text)
+
+def step_on_a_gpu(parallel, batch):
+    """Two compiled steps of a small model in bf16 -> losses of both, weights after them."""
+    cfg = dataclasses.replace(MiniMaxConfig.mini(n_layer=3, attn_types=["full", "msa", "msa"], vocab_size=512,
+                                                 mlp_types=["dense", "moe", "moe"]), max_seq_len=256)
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = MiniMax(cfg, torch.bfloat16).train()
+    parallel.shard(model)
+    optimizers, index, rest = train.configure_optimizers(model, 1e-3)
+    train.set_rates(optimizers, 1e-3)
+    torch.compiler.reset()
+    train.compile_model(model, optimizers[0])
+    losses = []
+    for _ in range(2):
+        found = train.train_step(model, batch, optimizers, (rest, index), bias_rate=0.01, parallel=parallel)
+        losses.append(found["loss"].item())
+    return losses, parallel.weights(model)
+
+@gpu
+@parametrize("ep", [1, 2])
+def test_a_rank_steps_on_a_gpu(ep, tmp_path):
+    """The first of two ranks, alone in its groups, over NCCL and compiled: its half of a batch whose halves are equal
+    gives half the loss, and weights that move as one process moves them by the whole batch."""
+    needs(torch.cuda.is_available(), "a CUDA GPU")
+    from torch.distributed.device_mesh import init_device_mesh
+    dist = torch.distributed
+    half = torch.randint(512, (2, 257), generator=torch.Generator().manual_seed(1))
+    text = half.repeat(2, 1).cuda()
+    batch = dict(idx=text[:, :-1], targets=text[:, 1:], pos=torch.arange(256, device="cuda").expand(4, 256))
+    one_losses, one = step_on_a_gpu(train.Parallel(sample.World()), batch)
+
+    dist.init_process_group("cpu:gloo,cuda:nccl", f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cuda", (1,))
+        group = mesh.get_group()
+        parallel = train.Parallel(sample.World(0, 2, 0), torch.device("cuda", 0), 2 // ep, ep, 1, mesh, mesh, group, group)
+        losses, weights = step_on_a_gpu(parallel, batch)
+    finally:
+        dist.destroy_process_group()
+    assert [2 * loss for loss in losses] == pytest.approx(one_losses, rel=2e-3)
+    assert weights.keys() == one.keys()
+    for name, weight in weights.items():
+        if not name.endswith("router.bias"):  # whose sign rounding may turn, where loads are near the mean
+            assert relative(weight, one[name].cpu()) < 0.02, name
 
 def pid_of_rank(torchrun, rank):
     """The process that torchrun, a Popen, has started as this rank; None while there is none."""

@@ -658,7 +658,7 @@ class Parallel:
             t = t.full_tensor()
         t = t.detach()
         if ".experts." in name and t.dim() == 3:
-            parts = [torch.empty_like(t) for _ in range(self.ep)]
+            parts = [torch.empty_like(t) for _ in range(dist.get_world_size(self.experts))]
             dist.all_gather(parts, t.contiguous(), group=self.experts)
             t = torch.cat(parts)
         return t.cpu() if self.world.is_first else None
@@ -668,7 +668,7 @@ class Parallel:
         from torch.distributed.tensor import distribute_tensor
         whole = whole.to(self.device)
         if ".experts." in name:
-            whole = whole.chunk(self.ep)[dist.get_rank(self.experts)]
+            whole = whole.chunk(dist.get_world_size(self.experts))[dist.get_rank(self.experts)]
         if not is_sharded(p):
             return whole.clone()
         return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)

@@ -7480,50 +7480,50 @@ def test_parallel_sizes_that_do_not_fit(monkeypatch):
         with pytest.raises(argparse.ArgumentTypeError, match="sizes of dp, ep or cp"):
             train.parallel_sizes(text)
 
-def step_on_a_gpu(parallel, batch):
-    """Two compiled steps of a small model in bf16 -> losses of both, weights after them."""
-    cfg = dataclasses.replace(MiniMaxConfig.mini(n_layer=3, attn_types=["full", "msa", "msa"], vocab_size=512,
-                                                 mlp_types=["dense", "moe", "moe"]), max_seq_len=256)
+def gradients_of_a_rank(parallel, batch, device):
+    """A step of a small model, in bf16 and compiled on a GPU -> its loss, and each parameter's gradient, of length 1."""
+    cfg = MiniMaxConfig.mini(n_layer=2, attn_types=["full", "msa"], mlp_types=["dense", "moe"], vocab_size=512)
+    on_gpu = device.type == "cuda"
     torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = MiniMax(cfg, torch.bfloat16).train()
+    with device:
+        model = MiniMax(cfg, torch.bfloat16 if on_gpu else torch.float32).train()
     parallel.shard(model)
     optimizers, index, rest = train.configure_optimizers(model, 1e-3)
-    train.set_rates(optimizers, 1e-3)
-    torch.compiler.reset()
-    train.compile_model(model, optimizers[0])
-    losses = []
-    for _ in range(2):
-        found = train.train_step(model, batch, optimizers, (rest, index), bias_rate=0.01, parallel=parallel)
-        losses.append(found["loss"].item())
-    return losses, parallel.weights(model)
+    if on_gpu:
+        torch.compiler.reset()
+        train.compile_model(model, optimizers[0])
+    found = train.train_step(model, batch, [], (rest, index), parallel=parallel)
+    gradients = {}
+    for name, p in model.named_parameters():
+        gradients[train.plain(name)] = F.normalize(train.local(p.grad).float().flatten(), dim=0)
+    return found["loss"].item(), gradients
 
 @gpu
 @parametrize("ep", [1, 2])
-def test_a_rank_steps_on_a_gpu(ep, tmp_path):
+def test_a_rank_steps_on_a_gpu(ep, tmp_path, device="cuda"):
     """The first of two ranks, alone in its groups, over NCCL and compiled: its half of a batch whose halves are equal
-    gives half the loss, and weights that move as one process moves them by the whole batch."""
-    needs(torch.cuda.is_available(), "a CUDA GPU")
+    gives half the loss, and the gradients of the whole batch on one process, but for their length."""
+    needs(device == "cpu" or torch.cuda.is_available(), "a CUDA GPU")
     from torch.distributed.device_mesh import init_device_mesh
     dist = torch.distributed
-    half = torch.randint(512, (2, 257), generator=torch.Generator().manual_seed(1))
-    text = half.repeat(2, 1).cuda()
-    batch = dict(idx=text[:, :-1], targets=text[:, 1:], pos=torch.arange(256, device="cuda").expand(4, 256))
-    one_losses, one = step_on_a_gpu(train.Parallel(sample.World()), batch)
+    device = torch.device(device, 0)
+    half = torch.randint(512, (2, 257), generator=torch.Generator().manual_seed(1), device="cpu")
+    text = half.repeat(2, 1).to(device)
+    batch = dict(idx=text[:, :-1], targets=text[:, 1:], pos=torch.arange(256, device=device).expand(4, 256))
+    one_loss, one = gradients_of_a_rank(train.Parallel(sample.World()), batch, device)
 
     dist.init_process_group("cpu:gloo,cuda:nccl", f"file://{tmp_path}/meet", rank=0, world_size=1)
     try:
-        mesh = init_device_mesh("cuda", (1,))
-        group = mesh.get_group()
-        parallel = train.Parallel(sample.World(0, 2, 0), torch.device("cuda", 0), 2 // ep, ep, 1, mesh, mesh, group, group)
-        losses, weights = step_on_a_gpu(parallel, batch)
+        mesh = init_device_mesh(device.type, (1,))
+        alone = mesh.get_group()
+        parallel = train.Parallel(sample.World(0, 2, 0), device, 2 // ep, ep, 1, mesh, mesh, alone, alone)
+        loss, gradients = gradients_of_a_rank(parallel, batch, device)
     finally:
         dist.destroy_process_group()
-    assert [2 * loss for loss in losses] == pytest.approx(one_losses, rel=2e-3)
-    assert weights.keys() == one.keys()
-    for name, weight in weights.items():
-        if not name.endswith("router.bias"):  # whose sign rounding may turn, where loads are near the mean
-            assert relative(weight, one[name].cpu()) < 0.02, name
+    assert 2 * loss == pytest.approx(one_loss, rel=2e-3)
+    assert gradients.keys() == one.keys()
+    for name, gradient in gradients.items():
+        assert relative(gradient, one[name]) < 0.05, name  # bf16, summed in another order
 
 def pid_of_rank(torchrun, rank):
     """The process that torchrun, a Popen, has started as this rank; None while there is none."""

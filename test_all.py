@@ -7573,7 +7573,10 @@ def test_experts_are_shared_out_where_they_do_not_fit():
 
     assert sizes(140e9) == dict(dp=2, ep=1, cp=1)
     one_layer = dict(n_layer=4, attn_types=["full"] * 3 + ["msa"], mlp_types=["dense"] * 3 + ["moe"], n_mtp=0)
-    assert sizes(140e9, **one_layer, n_expert=512, expert_dim=8192) == dict(dp=1, ep=2, cp=1)
+    wide = dict(one_layer, n_expert=512, expert_dim=8192)
+    assert sizes(140e9, **wide) == dict(dp=1, ep=2, cp=1)
+    needs = partial(train.step_bytes, MiniMaxConfig.small(**wide), 1, 8192, torch.device("cuda"), True)
+    assert needs(train.Mesh(ep=2)) <= 140e9 < needs(train.Mesh(dp=2))
     assert sizes(140e9, 2 ** 20, rows=1) == dict(dp=1, ep=1, cp=2)
     assert sizes(1e9) is None
 
@@ -17448,7 +17451,7 @@ def test_the_planner_predicts_measured_steps(name):
 def test_a_gpus_memory_is_the_planners():
     """step_bytes on a GPU, by which train.py refuses what does not fit: `small`, measured 64.0 GB."""
     need = train.step_bytes(MiniMaxConfig.small(), 16, 8192, torch.device("cuda"))
-    alone, shared = (train.step_bytes(m2_pattern(4), 1, 2048, torch.device("cuda"), ranks=ranks) for ranks in (1, 64))
+    alone, shared = (train.step_bytes(m2_pattern(4), 1, 2048, torch.device("cuda"), mesh=train.Mesh(dp)) for dp in (1, 64))
 
     assert need / 1e9 == pytest.approx(64.0, rel=0.05)
     assert shared < 0.5 * alone, "each has a 64th of the weights, and one layer whole"

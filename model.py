@@ -1959,7 +1959,7 @@ class DecodeLayer:
 
 class DecodeWeights:
     """A model's weights as a decoding step reads them: matrices behind a norm are copies, others may be the model's.
-    After a change of weights make another one.
+    After a change of weights `renew` it, or make another one.
 
     model   MiniMax
     slots   the largest capacity of a cache: RoPE's angles are a table
@@ -1986,6 +1986,13 @@ class DecodeWeights:
                 layer=DecodeLayer(module.block, cfg, dtype),
                 head=fold(module.norm, head, dtype=dtype))
             for module in model.mtp]
+
+    def renew(self, model):
+        """Read the model's weights again, into the same tensors: a CUDA graph goes on with what lies there."""
+        again = DecodeWeights(model, len(self.rope[0]))
+        for mine, new in zip(tensors_within(self), tensors_within(again)):
+            if mine is not new:        # the model's own
+                mine.copy_(new)
 
     @torch.no_grad()
     def step(self, idx, cache, index_warmup=False, routes=False, impl="auto"):
@@ -2056,6 +2063,18 @@ class DecodeWeights:
             report["experts"] = idx
         x = few_mlp(x, eps, cfg.activation, layer.shared, layer.routed, factor, idx, impl)
         return x, report
+
+def tensors_within(part):
+    """The tensors of DecodeWeights, or of a part of them, in a fixed order."""
+    if isinstance(part, torch.Tensor):
+        return [part]
+    if isinstance(part, DecodeWeights | DecodeLayer):
+        part = vars(part)
+    if isinstance(part, dict):
+        part = part.values()
+    if not isinstance(part, list | tuple | type({}.values())):
+        return []
+    return [tensor for inner in part for tensor in tensors_within(inner)]
 
 def append_heads(x, gains, rope, cache, lane, cfg, impl="auto"):
     """Norms and RoPE of new heads; keys and values go into the cache.

@@ -10,6 +10,7 @@
     python rl.py --play                         # the trained agent at work, and how much better it has become
     python rl.py --task evolve                  # a policy reads the logs of training runs and repairs them
     python rl.py --task evolve --serve 8000     # any agent works on train.py itself, before a judge: .ci/engineer.py
+    torchrun --nproc-per-node 2 rl.py           # one process trains while another one rolls out, a GPU each
 
     agents   know a completion interface and nothing else: messages -> text
     gateway  records what crosses it, by token: id, log-prob, version of the policy; nothing is tokenised twice
@@ -18,6 +19,7 @@
     queue    windowed FIFO over groups: the trainer takes finished ones from [head, head + W - 1]
     rollout  all episodes in lock step, a token a forward; prompts and tool results are forced tokens
     train    a turn is a sample (context, action); the samples of a group merge into a prefix tree
+    ranks    of several processes some train and the others roll out, at the same time; weights are pushed in between
     loss     CISPO: -1/Z sum sg(min(pi / pi_old, 1 + eps)) A log pi;  A = reward to go - mean return of the others
              Z: action tokens of a step, sg: stop gradient, pi: the policy, pi_old: that of the rollout, A: advantage
 
@@ -31,6 +33,8 @@ import threading
 
 if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: no traceback
     at_ctrl_c = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is told in our line, without C++'s stack
 
     # on a busy machine they take so long that a line says what happens
     SLOW_S = 4.0                       # seconds
@@ -54,6 +58,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import pickle
 import re
 import runpy
 import shlex
@@ -68,6 +73,7 @@ import tempfile
 import time
 import traceback
 import typing
+from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from queue import Empty, SimpleQueue
@@ -75,17 +81,18 @@ from random import Random, SystemRandom
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from model import Context, Losses, MiniMax, MiniMaxConfig, rope_tables
 from moe import max_violation
 from msa import widen
 from sample import (LOOK_S, MODEL_ID, MOST_WAITING, UNREAD, Asked, Door, Engine, Parser, Piece, Prompt, Protocol,
-                    Refused, Sampling, SaveTimer, Score, Stream, Threads, Tokenizer, call_object, check_config,
+                    Refused, Sampling, SaveTimer, Score, Stream, Threads, Tokenizer, World, call_object, check_config,
                     check_fields, check_figure, check_finite, check_memory, check_weights, checkpoint_path, command,
                     event, figure_format, first_line, form_batches, implementations, in_index_warmup, learn_bpe,
                     load_checkpoint, load_model, load_optimizers, lock_folder, lockstep, make_app, make_prefixes,
-                    message_text, number, on_signals, pack_routes, pick_device, read_flag, read_logprobs, read_number,
-                    read_object, read_stops, reply, save_checkpoint)
+                    message_text, number, on_signals, pack_routes, pick_device, play, read_flag, read_logprobs,
+                    read_number, read_object, read_stops, reply, save_checkpoint)
 from train import (Tokens, checkpoint_parts, configure_optimizers, encode, evaluate, get_batch, is_index, list_files,
                    merge_args, read_corpus, round_up, schedule, set_rates, share_done, step_bytes, update)
 from train import train_step as text_step
@@ -1340,6 +1347,13 @@ class Sample:
     advantage: float = 1.0
     turn: int | None = None            # of its episode, several answers to one context are one; None: one each
 
+    def __getstate__(self):
+        """What travels to other ranks: NumPy's arrays pickle in a fraction of the time that tensors take."""
+        return {name: x.numpy() if torch.is_tensor(x) else x for name, x in vars(self).items()}
+
+    def __setstate__(self, state):
+        vars(self).update({name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in state.items()})
+
 @dataclass
 class Trajectory:
     """An episode: its samples, a reward for each, and, while it runs, the gateway's memory of what was said."""
@@ -1409,8 +1423,10 @@ class Gateway:
         self.queue = queue
         self.now = 0.0                 # seconds since the start
         self.pool = {}                 # group -> its trajectories, until they have been trained on
-        self.n_sampled = 0             # tokens, in Local's rollouts of this process
+        self.version = 0               # of the policy that plays
+        self.n_sampled = 0             # tokens, in the rollouts of this process
         self.rollout_s = 0.0           # real seconds of these
+        self.laps = []                 # of each step of this process
         own = args.own_task if args else None
         kind = own or Task
         self.stops = kind.stops
@@ -1490,6 +1506,17 @@ class Gateway:
         for key in dict.fromkeys([text, *keys]):
             episode.said.setdefault(key, []).append(ids)
         return text
+
+    def publish(self, version):
+        """Training has made the policy `version`: rollouts that begin from now on are its own."""
+
+    def resume(self, version):
+        """Play the groups that other ranks played when the checkpoint was written, with the policy `version`."""
+        missing = [task for task in self.queue.born if task not in self.pool]
+        for task in missing:
+            self.queue.born[task] = (self.now, version)
+        if missing:
+            self.start(missing, version)
 
     def trained(self, tasks, step):
         """These groups went into a step of training."""
@@ -1624,8 +1651,8 @@ class WindowedFIFO:
 # With --replay the rollout also records its discrete choices, each token's experts and key blocks (its route): the
 # trainer then computes with the same ones, though rounding, in another layout, might choose others.
 
-def play_episode(gateway, episode, agent, context_size, version):
-    """A player of lockstep: feeds an agent's contexts and hands it what was sampled. Its cache keeps what a new context
+def play_episode(gateway, episode, agent, context_size):
+    """A player of the loop: feeds an agent's contexts and hands it what was sampled. Its cache keeps what a new context
     shares with the last one."""
     path = []                          # tokens in the cache
     reply = None
@@ -1645,18 +1672,20 @@ def play_episode(gateway, episode, agent, context_size, version):
         feed = context[kept:]
         ids = []
         logprobs = []
+        versions = []
         while len(ids) < gateway.max_new and not gateway.has_ended(ids):
             token, logprob, notes = yield kept, feed
             kept = len(context) + len(ids)
             feed = [token]
             ids.append(token)
             logprobs.append(logprob)
+            versions.append(gateway.version)
 
         path = context + ids[:-1]      # the last token was never fed
         routes = None
         if notes:
             routes = torch.from_numpy(np.stack(notes + notes[-1:]))
-        reply = gateway.record(episode, context, ids, logprobs, version, routes)
+        reply = gateway.record(episode, context, ids, logprobs, versions, routes)
 
 def rollout(gateway, episodes, version, generator=None, group=1, temperature=1.0):
     """Play episodes in lock step until each is over, or an agent of another process has had its turn.
@@ -1667,7 +1696,8 @@ def rollout(gateway, episodes, version, generator=None, group=1, temperature=1.0
     generator, temperature    of the sampling; temperature 0 is greedy
     """
     model = gateway.model
-    players = [play_episode(gateway, episode, agent, model.cfg.max_seq_len, version) for episode, agent in episodes]
+    gateway.version = version
+    players = [play_episode(gateway, episode, agent, model.cfg.max_seq_len) for episode, agent in episodes]
     record = pack_routes if gateway.args.replay else None
     lockstep(model, players, group, Sampling(temperature, generator=generator), record)
 
@@ -1910,6 +1940,224 @@ def align_targets(leaves, samples):
         old=torch.cat([sample.logprobs for sample in samples]),
         version=torch.cat([sample.versions for sample in samples]))
 
+# ---- several processes ---------------------------------------------------------------------------
+# One process rolls out and trains in turn. Under torchrun the first ranks train, and the others roll out at the same
+# time: rank 0 has the queue, names groups to the rollout ranks and takes what they report. Each rollout rank plays all
+# its groups side by side; a group is reported as soon as it is over, and the next one takes its place.
+#
+#     rank 0    "play" groups, "weights" of a version, "train" on groups, "end"  ->  the others
+#     rollout   a group's episodes  ->  rank 0
+#
+# These are messages: nobody waits for one to be read. The trainer waits only if the window holds no batch, a rollout
+# rank only if no slot is free. Weights travel by a collective, a broadcast from rank 0, which a rollout rank enters
+# between two tokens: an episode in flight goes on with the new policy, with the keys and values that the old one
+# computed (Forge's report does not say what it does). What pi_old was is known all the same: each token has the
+# log-prob that it was sampled with, and the version. The broadcast comes before the message that names new groups, so
+# that the policy of a group's first token is the one that the queue has noted, and no token's lag exceeds its group's.
+# Train ranks have a whole model each. They share a step's groups out, each of which stays whole, so that its prefix
+# tree does; gradients are summed, and all take the same step. FSDP, as in train.py, would want the same number of
+# micro-batches on each, which trees do not have, and models that RL trains here fit one GPU.
+
+POLL_S = 0.001                         # seconds from one look for a message to the next, where there is nothing to do
+PIECE = 1 << 22                        # bytes of a message that the store takes at once; its limit is 8 MiB
+
+class Mail:
+    """Messages between ranks, by torch's TCPStore: they arrive in their order, and are kept until they are read."""
+
+    def __init__(self, world):
+        host = os.environ.get("MASTER_ADDR", "localhost")  # torchrun's: the machine of rank 0
+        self.rank = world.rank
+        self.n_sent = [0] * world.size  # pieces, by receiver
+        self.n_read = [0] * world.size  # pieces, by sender
+        port = 0                       # any that is free
+        if world.is_first:
+            self.store = dist.TCPStore(host, port, is_master=True, wait_for_workers=False)
+            port = self.store.port
+        port, = world.agree(port)
+        if not world.is_first:
+            self.store = dist.TCPStore(host, int(port), is_master=False)
+
+    def send(self, receiver, *message):
+        raw = pickle.dumps(message)
+        for start in range(0, len(raw), PIECE):
+            is_last = start + PIECE >= len(raw)
+            key = f"{self.rank} {receiver} {self.n_sent[receiver]}"
+            self.store.set(key, bytes([is_last]) + raw[start:start + PIECE])
+            self.n_sent[receiver] += 1
+
+    def receive(self, sender):
+        """-> the next message of a rank, None if there is none."""
+        raw = b""
+        is_last = False
+        while not is_last:
+            key = f"{sender} {self.rank} {self.n_read[sender]}"
+            if not raw and not self.store.check([key]):
+                return None
+            piece = self.store.get(key)
+            self.store.delete_key(key)
+            self.n_read[sender] += 1
+            is_last = bool(piece[0])
+            raw += piece[1:]
+        return pickle.loads(raw)
+
+def rank_sizes(text):
+    """A type for argparse: "train=1,rollout=3" -> {"train": 1, "rollout": 3}."""
+    sizes = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name not in ("train", "rollout") or name in sizes or not value.isdecimal() or int(value) < 1:
+            raise argparse.ArgumentTypeError(f"{text!r}: numbers of train and rollout ranks, such as train=1,rollout=1")
+        sizes[name] = int(value)
+    return sizes
+
+@dataclass
+class Ranks:
+    """Who does what, and what ranks tell each other. With one process there is nobody to tell."""
+    world: World = World()
+    n_train: int = 1                   # the first ranks; the others roll out
+    mail: Mail | None = None
+    trainers: "dist.ProcessGroup" = None  # the train ranks
+    readers: "dist.ProcessGroup" = None   # rank 0 and the rollout ranks
+    flat: torch.Tensor | None = None   # bytes of all weights, on their way
+    push: "dist.Work" = None           # rank 0's last broadcast
+
+    @classmethod
+    def join(cls, world, device, sizes):
+        """Meet the other ranks. sizes: of --parallel, None if it was not given; ValueError if they do not fit."""
+        sizes = sizes or {}
+        if world.size == 1:
+            if sizes:
+                raise ValueError("--parallel: one process; torchrun --nproc-per-node N rl.py ... starts N")
+            return cls(world)
+        # one train rank exchanges no gradients, and playing takes longer than training
+        n_train = sizes.get("train", world.size - sizes.get("rollout", world.size - 1))
+        n_rollout = sizes.get("rollout", world.size - n_train)
+        if n_train < 1 or n_rollout < 1 or n_train + n_rollout != world.size:
+            given = ",".join(f"{name}={size}" for name, size in sizes.items())
+            raise ValueError(f"--parallel {given}: {world.size} processes, of which at least one trains and one rolls "
+                             "out")
+        world.join(device)
+        if device.type == "cuda":      # where Triton and NCCL look
+            torch.cuda.set_device(device)
+        every = range(world.size)
+        return cls(
+            world, n_train, Mail(world),
+            trainers=dist.new_group([*every[:n_train]]),
+            readers=dist.new_group([0, *every[n_train:]]))
+
+    def __str__(self):
+        return f"{self.world.size}: {self.n_train} train, {len(self.rollout_ranks)} roll out"
+
+    @property
+    def rollout_ranks(self):
+        return range(self.n_train, self.world.size)
+
+    @property
+    def rolls_out(self):
+        """Whether this rank does nothing else."""
+        return self.world.rank in self.rollout_ranks
+
+    def tell(self, ranks, *order):
+        """Rank 0's order to some others."""
+        for rank in ranks:
+            self.mail.send(rank, *order)
+
+    def wait_for_order(self):
+        """-> rank 0's next order, whenever it comes."""
+        order = self.mail.receive(0)
+        while order is None:
+            time.sleep(POLL_S)
+            order = self.mail.receive(0)
+        return order
+
+    # weights
+
+    def push_weights(self, model, group=None):
+        """Rank 0: send the weights to the ranks of a group, None: to all. It waits for nobody, unless they have not
+        taken the last ones: on a GPU its stream does, not the host."""
+        tensors = [t.detach().view(-1).view(torch.uint8) for t in model.state_dict().values()]
+        if self.push is not None:
+            self.push.wait()
+        if self.flat is None:
+            self.flat = torch.cat(tensors)
+        torch.cat(tensors, out=self.flat)
+        self.push = dist.broadcast(self.flat, 0, group, async_op=True)
+
+    def push_first_weights(self, model):
+        """Rank 0: let the others begin, with its weights."""
+        if self.world.size > 1:
+            self.tell(range(1, self.world.size), "begin")
+            self.push_weights(model)
+
+    def take_first_weights(self, model):
+        """The other ranks: wait for rank 0 -> whether they are to begin; a run may end before."""
+        what, = self.wait_for_order()
+        if what == "begin":
+            self.take_weights(model)
+        return what == "begin"
+
+    def take_weights(self, model, group=None):
+        """The other ranks: what rank 0 pushes is the model's from now on."""
+        tensors = [t.detach().view(-1).view(torch.uint8) for t in model.state_dict().values()]
+        sizes = [t.numel() for t in tensors]
+        if self.flat is None:
+            self.flat = tensors[0].new_empty(sum(sizes))
+        dist.broadcast(self.flat, 0, group)
+        for mine, new in zip(tensors, self.flat.split(sizes)):
+            mine.copy_(new)
+
+    # a step of several train ranks
+
+    def deal(self, groups):
+        """Groups (the samples of each episode) -> those of each train rank: the longest first, each to the rank that
+        has the fewest tokens. A group is never cut."""
+        if self.n_train == 1:
+            return [groups]
+        sizes = [sum(len(sample.ids) for samples in episodes for sample in samples) for episodes in groups]
+        shares = [[] for _ in range(self.n_train)]
+        loads = [0] * self.n_train     # tokens
+        for number in sorted(range(len(groups)), key=lambda number: -sizes[number]):
+            rank = loads.index(min(loads))
+            shares[rank].append(groups[number])
+            loads[rank] += sizes[number]
+        return shares
+
+    def gather(self, x):
+        """What each train rank has -> all of it, by rank, on all of them."""
+        if self.n_train == 1:
+            return [x]
+        found = [None] * self.n_train
+        dist.all_gather_object(found, x, self.trainers)
+        return found
+
+    def sum(self, x):
+        """A tensor that each train rank has -> the sum."""
+        if self.n_train > 1:
+            dist.all_reduce(x, group=self.trainers)
+        return x
+
+    def sum_gradients(self, model):
+        """Add the gradients of all train ranks up; a parameter without one has zeros then."""
+        if self.n_train == 1:
+            return
+        for p in model.parameters():
+            if p.grad is None and p.requires_grad:
+                p.grad = torch.zeros_like(p)
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = self.sum(torch.cat([grad.view(-1) for grad in grads]))
+        for grad, total in zip(grads, flat.split([grad.numel() for grad in grads])):
+            grad.copy_(total.view_as(grad))
+
+    def end(self):
+        """Rank 0 ends the others, and all wait until they are here."""
+        if self.world.size == 1:
+            return
+        if self.world.is_first:
+            self.tell(range(1, self.world.size), "end")
+            if self.push is not None:
+                self.push.wait()
+        self.world.wait()
+
 # ---- CISPO and its step --------------------------------------------------------------------------
 # A policy gradient with importance weights: the samples are of an older policy, pi_old, so that each token's
 # log-probability is weighted by the ratio pi / pi_old. PPO drops the gradient of a token whose ratio leaves its clip;
@@ -2014,17 +2262,19 @@ def align_drafts(model, batch, hidden, top=8):
             kls.append(aux["index_kl"][None])
     return torch.stack(sums), loads, kls
 
-def backward(model, rows, mtp_weight=0.1, tokens=MICRO_TOKENS):
+def backward(model, rows, mtp_weight=0.1, tokens=MICRO_TOKENS, ranks=Ranks()):
     """Gradients of a step's loss -> statistics, expert loads (layers, experts). The loss is train.py's objective, with
     CISPO in place of the next token's loss and the drafts' KL in place of MTP's. CISPO and the drafts are divided by Z,
     the action tokens of all samples as they were before merging; the index branch's KL by `naive`, all their tokens.
 
     rows     trees or packed rows, computed in micro-batches of at most so many `tokens`
+    ranks    that share the step: rows are this rank's, what comes back is of all of them
     Statistics: loss, entropy (a mean), ratio and version (of each action token of each sample), naive (tokens of all
     samples), slots (of the rows), computed (slots of the micro-batches, pads included), magnitude (see has_signal).
     """
     Z = sum(len(sample.logprobs) for row in rows for sample in row.samples)
     naive = sum(len(sample.ids) for row in rows for sample in row.samples)
+    Z, naive = (sum(numbers) for numbers in zip(*ranks.gather((Z, naive))))
     total = Losses(next=1, mtp=Z, kl=naive)  # cispo_loss has divided by Z already
     load = 0.0
     magnitude = 0.0
@@ -2054,10 +2304,24 @@ def backward(model, rows, mtp_weight=0.1, tokens=MICRO_TOKENS):
         load = load + torch.cat(loads)
         parts.append((loss.detach()[None], entropy[batch["entry"]], ratio, batch["version"]))
 
+    if not rows:                       # as it may be on one of several ranks
+        load = torch.zeros(len(model.moe_layers()), model.cfg.n_expert, device=model.embed.weight.device)
+        magnitude = load.new_zeros(())
+        parts.append((load.new_zeros(0), load.new_zeros(0), load.new_zeros(0), torch.zeros(0, dtype=torch.int64)))
     loss, entropy, ratio, version = (torch.cat(x).cpu() for x in zip(*parts))
-    stats = dict(
-        loss=loss.sum().item(), entropy=entropy.mean().item(), ratio=ratio, version=version,
-        naive=naive, slots=sum(row.size for row in rows), computed=computed, magnitude=magnitude.item())
+
+    # of all ranks that share the step
+    ranks.sum_gradients(model)
+    load = ranks.sum(load)
+    found = ranks.gather(dict(
+        loss=loss.sum().item(), magnitude=magnitude.item(), slots=sum(row.size for row in rows), computed=computed,
+        entropy=entropy, ratio=ratio, version=version))
+    stats = dict(naive=naive)
+    for name in ("loss", "magnitude", "slots", "computed"):
+        stats[name] = sum(one[name] for one in found)
+    for name in ("entropy", "ratio", "version"):
+        stats[name] = torch.cat([one[name] for one in found])
+    stats["entropy"] = stats["entropy"].mean().item()
     return stats, load
 
 def has_signal(model, magnitude):
@@ -2072,20 +2336,21 @@ def has_signal(model, magnitude):
     # 1e-10: AdamW's eps, the optimizer's own idea of nothing
     return torch.stack(norms).norm().item() > max(1e-10, ROUNDING * unit * magnitude)
 
-def train_step(model, optimizers, rows, rate, bias_rate=1e-3, tokens=MICRO_TOKENS):
+def train_step(model, optimizers, rows, rate, bias_rate=1e-3, tokens=MICRO_TOKENS, ranks=Ranks()):
     """Backward, clip, update, balance the router -> statistics: those of `backward`, signal, norm (before the clip).
 
     rows       trees or packed rows
     rate       of the matrices
     bias_rate  u of the router's load balancing
     tokens     of a micro-batch, at most
+    ranks      that share the step, and take the same one: rows are this rank's
     FloatingPointError: a norm that is not finite.
 
     Muon and AdamW scale a step to full size, however small its gradient: momentum alone would move the weights. So a
     step without signal changes nothing, router biases and optimizer states included; and in any step a matrix without a
     gradient keeps its weights and moments. Unlike in train.py all gradients are clipped as one."""
     set_rates(optimizers, rate)
-    stats, load = backward(model, rows, tokens=tokens)
+    stats, load = backward(model, rows, tokens=tokens, ranks=ranks)
     stats["signal"] = has_signal(model, stats["magnitude"])  # before the clip
     stats["norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
     if not math.isfinite(stats["norm"]):
@@ -2133,6 +2398,188 @@ class Local(Gateway):
     def wait(self, stop, seconds):
         """Let the virtual clock run until a batch is over, and for the training step that follows."""
         self.now = self.queue.wait(self.args.groups, self.now) + TRAIN_S
+
+# ---- where episodes come from: other ranks --------------------------------------------------------
+# Rank 0's source is Apart: it names groups to the rollout ranks, and takes what they report, in real time. A rollout
+# rank's is Rollouts, which plays them: it has a seat for every episode that may be in flight, a row of one batch that
+# never ends. Who sits there plays one episode after the other, so that no seat waits for the slowest of a group.
+
+class Apart(Gateway):
+    """Rank 0's source: rollout ranks play, while it trains."""
+
+    def __init__(self, model, args, queue, ranks):
+        super().__init__(model, args, queue)
+        self.ranks = ranks
+        self.at_work = {rank: set() for rank in ranks.rollout_ranks}  # groups that each of them plays
+        self.played = {}               # rank -> tokens that it has sampled, seconds in which it had something to play
+        self.looked = time.monotonic()  # when `now` was set
+
+    def look(self):
+        """-> now, in real seconds since the start."""
+        before = self.looked
+        self.looked = time.monotonic()
+        self.now += self.looked - before
+        return self.now
+
+    def publish(self, version):
+        """Push the weights to the rollout ranks."""
+        others = self.ranks.rollout_ranks
+        self.ranks.tell(others, "weights", version)
+        self.ranks.push_weights(self.model, self.ranks.readers)
+
+    def start(self, tasks, version):
+        """Name groups to the rollout ranks, each to the one that has the fewest."""
+        shares = {rank: [] for rank in self.at_work}
+        for task in tasks:
+            self.queue.due[task] = math.inf  # the rollout rank watches its deadline
+            rank = min(self.at_work, key=lambda rank: len(self.at_work[rank]))
+            self.at_work[rank].add(task)
+            shares[rank].append(task)
+        for rank, share in shares.items():
+            if share:
+                self.ranks.tell([rank], "play", share)
+
+    def collect(self):
+        """Take what the rollout ranks have reported."""
+        for rank in self.at_work:
+            report = self.ranks.mail.receive(rank)
+            while report is not None:
+                task, episodes, *played = report
+                self.pool[task] = episodes
+                self.queue.finish(task, self.now)
+                self.at_work[rank].remove(task)
+                self.played[rank] = played
+                report = self.ranks.mail.receive(rank)
+        self.n_sampled = sum(n_tokens for n_tokens, _ in self.played.values())
+        self.rollout_s = sum(seconds for _, seconds in self.played.values()) / len(self.at_work)
+
+    def wait(self, stop, seconds):
+        """Until the window holds a batch, for at most so many seconds."""
+        began = told = self.look()
+        while not stop and self.look() < began + seconds:
+            self.collect()
+            if self.queue.take(self.args.groups, self.now):
+                break
+            if self.now - told > TELL_EVERY:
+                told = self.now
+                n_played = len(self.pool) - len(self.queue.batch)
+                print(f"wait    | {len(self.queue.batch)} of {self.args.groups} groups are there, {n_played} more are "
+                      f"outside the window, {sum(map(len, self.at_work.values()))} are played", flush=True)
+            time.sleep(POLL_S)
+        self.queue.idle += self.look() - began
+
+    def resume(self, version):
+        """Groups of the checkpoint that are over are over now, whichever clock that was by."""
+        for task in self.pool:
+            self.queue.finish(task, self.now)
+        super().resume(version)
+
+class Rollouts(Gateway):
+    """A rollout rank: it plays the groups that rank 0 names, and takes new weights between two tokens."""
+
+    def __init__(self, model, args, ranks):
+        super().__init__(model, args)
+        self.ranks = ranks
+        self.waiting = deque()         # (trajectory, agent) that have no seat yet
+        self.groups = {}               # group -> its trajectories
+        self.n_open = {}               # group -> how many of these are not over
+        self.until = {}                # group -> its deadline
+
+    def seat(self):
+        """A player of the loop that plays one episode after the other."""
+        while True:
+            kept, feed = 0, [0]
+            while not self.waiting:    # an empty seat draws as others do: the batch keeps its shape and its pace
+                token, *_ = yield kept, feed
+                kept, feed = kept + 1, [token]
+                if kept == self.model.cfg.max_seq_len:
+                    kept, feed = 0, [0]
+            episode, agent = self.waiting.popleft()
+            yield from play_episode(self, episode, agent, self.model.cfg.max_seq_len)
+            if episode.task in self.groups:  # it may have been given up
+                self.n_open[episode.task] -= 1
+
+    def sit_down(self):
+        """-> `play` with all seats, before anything is drawn."""
+        args = self.args
+        rank = self.ranks.world.rank
+        n_groups = -(-args.slots // len(self.ranks.rollout_ranks))  # rank 0 gives each rank at most so many
+        generator = torch.Generator(self.model.embed.weight.device)
+        generator.manual_seed(Random(f"{args.seed} rank {rank} {self.version}").getrandbits(62))
+        record = pack_routes if args.replay else None
+        steps = play(self.model, [self.seat() for _ in range(n_groups * args.rollouts)], 1,
+                     Sampling(generator=generator), record)
+        next(steps)
+        return steps
+
+    def serve(self):
+        """Play until rank 0 ends it."""
+        steps = self.sit_down()
+        next(steps)                    # of empty seats: kernels are compiled while rank 0 imitates
+        goes_on = self.ranks.take_first_weights(self.model)
+        has_news = True                # whether the weights are others than those of the last forward
+        while goes_on:
+            order = self.ranks.mail.receive(0)
+            if order is not None:
+                what, *about = order
+                if what == "play":
+                    self.open(*about)
+                if what == "weights":
+                    self.version, = about
+                    self.ranks.take_weights(self.model, self.ranks.readers)
+                    has_news = True
+                goes_on = what != "end"
+            elif self.groups:
+                began = time.monotonic()
+                steps.send(has_news)   # a token of each row
+                has_news = False
+                self.rollout_s += time.monotonic() - began
+                self.report()
+            else:
+                time.sleep(POLL_S)
+        steps.close()
+
+    def open(self, tasks):
+        """Begin groups, in the order of their numbers."""
+        for task in tasks:
+            self.groups[task] = [Trajectory(task) for _ in range(self.args.rollouts)]
+            self.n_open[task] = len(self.groups[task])
+            self.until[task] = time.monotonic() + self.args.deadline
+            self.waiting += [(episode, make_task(self.args, task).agent()) for episode in self.groups[task]]
+
+    def report(self):
+        """Tell rank 0 of each group that is over, or late: episodes that still run have failed then."""
+        now = time.monotonic()
+        for task, episodes in [*self.groups.items()]:
+            if self.n_open[task] and now < self.until[task]:
+                continue
+            for episode in episodes:
+                if not episode.rewards:
+                    episode.fail()
+            self.waiting = deque(one for one in self.waiting if one[0].task != task)
+            self.n_sampled += sum(len(sample.logprobs) for episode in episodes for sample in episode.samples)
+            self.ranks.mail.send(0, task, episodes, self.n_sampled, self.rollout_s)
+            del self.groups[task], self.n_open[task], self.until[task]
+
+def follow(source, optimizers, ranks):
+    """A train rank beside rank 0: take the steps that it takes, until it ends."""
+    goes_on = ranks.take_first_weights(source.model)
+    while goes_on:
+        what, *about = ranks.wait_for_order()
+        if what == "train":
+            share, *rates = about
+            train_share(source, optimizers, share, rates, ranks)
+        goes_on = what != "end"
+
+def train_share(source, optimizers, share, rates, ranks):
+    """A train rank's part of a step -> its statistics, None where no group has a sample.
+
+    share  groups (the samples of each episode) of this rank
+    rates  of the matrices, of the router's balancing"""
+    rows = plan_rows(share, source.model, not source.args.no_merge)
+    if not any(ranks.gather(bool(rows))):
+        return None
+    return train_step(source.model, optimizers, rows, *rates, MICRO_TOKENS, ranks)
 
 # ---- imitation: the model learns to speak the protocol ---------------------------------------------
 # A policy that never makes a valid call earns nothing, and learns nothing. So a teacher plays first, and the model
@@ -2451,6 +2898,8 @@ def make_parser():
     p.add_argument("--lr", type=number(0, 10, float), default=1e-3, help="rate of the matrices")
     p.add_argument("--no-merge", action="store_true", help="train on every turn alone")
     p.add_argument("--replay", action="store_true", help="train with the experts and key blocks that the rollout chose")
+    p.add_argument("--parallel", type=rank_sizes, metavar="SIZES", help="how torchrun's processes share the work, such "
+                   "as train=1,rollout=3; default: one trains")
     # length of the run
     p.add_argument("--steps", type=count, help="end after this many")
     p.add_argument("--minutes", type=positive,
@@ -2487,10 +2936,14 @@ def parse_args(argv, locks=None):
     argv = sys.argv[1:] if argv is None else argv
     args = p.parse_args(argv)
     state = None
+    world = World.from_env()
+    for flag in ("play", "serve"):
+        if world.size > 1 and getattr(args, flag) is not None:
+            raise ValueError(f"--{flag}: with one process, not {world.size}")
     if args.play:
         return play_args(p, argv, args)
     if args.resume:
-        if locks:
+        if locks and world.is_first:
             lock_folders(args, locks)
         args, state = resume_args(p, argv, args)
     else:
@@ -2526,7 +2979,7 @@ def parse_args(argv, locks=None):
         args.deadline = DEADLINE if args.serve is None else SERVED_DEADLINE
     if args.figure:
         check_figure(args.figure)
-    if locks and not args.resume:
+    if locks and not args.resume and world.is_first:
         lock_folders(args, locks)
     return args, state
 
@@ -2593,6 +3046,24 @@ def args_of(state, parser, argv, given):
     return args
 
 @dataclass
+class Lap:
+    """What a step took, in real seconds."""
+    seconds: float
+    waited: float                      # of these, for episodes: with one process it played them itself
+    tokens: int                        # of all samples that it trained on
+
+def pace(laps):
+    """What a step took on average, in the later half of a process's steps: the first ones compile kernels."""
+    if not laps:
+        return dict.fromkeys(("step_s", "train_s", "wait_s", "trained_tokens_per_s"))
+    late = laps[len(laps) // 2:]
+    seconds = sum(lap.seconds for lap in late)
+    waited = sum(lap.waited for lap in late)
+    return dict(
+        step_s=seconds / len(late), train_s=(seconds - waited) / len(late), wait_s=waited / len(late),
+        trained_tokens_per_s=sum(lap.tokens for lap in late) / seconds)
+
+@dataclass
 class Record:
     """What a run has counted until now, between two steps: what a checkpoint calls `now`."""
     step: int = 0                      # of training on rewards
@@ -2628,7 +3099,7 @@ def needed_bytes(args, cfg, device):
     slots = PrefixTree(demo.samples, cfg).size
     return step_bytes(cfg, min(WARM_TASKS, max(1, MICRO_TOKENS // slots)), slots, device)
 
-def card(args, model, queue, device, why, threads):
+def card(args, model, queue, device, why, threads, ranks=Ranks()):
     """Print what a run is made of: the start-up card. why: of the device and dtype."""
     cfg = model.cfg
     total, active = model.num_params()
@@ -2644,6 +3115,8 @@ def card(args, model, queue, device, why, threads):
           f"{cfg.n_expert_per_tok} of {cfg.n_expert} experts, {cfg.n_mtp} MTP modules; context {cfg.max_seq_len}")
     print(f"device  | {device}, {str(model.dtype).removeprefix('torch.')}: {why}")
     print(f"threads | {threads}")
+    if ranks.world.size > 1:
+        print(f"ranks   | {ranks}, in real time")
     print(f"kernels | {implementations(model, device, trains=True)}")
     print(f"task    | {args.task}: {args.groups} groups of {args.rollouts} episodes a step, {args.slots} in flight"
           f"{agents}")
@@ -3260,7 +3733,7 @@ def shown(text):
     """A text in one line: control characters would garble the terminal."""
     return text.encode("unicode_escape").decode()
 
-def make_source(args, state, device, dtype, locks):
+def make_source(args, state, device, dtype, locks, ranks=Ranks()):
     """Model, queue and gateway of a run -> a source. See run for state and locks."""
     began_from = None                  # --init's checkpoint
     if args.init and not state:
@@ -3277,9 +3750,13 @@ def make_source(args, state, device, dtype, locks):
         model = make_model(args, device, dtype)
 
     queue = make_queue(args)
-    if not args.resume:
+    if not args.resume and ranks.world.is_first:
         set_aside(args.out)
-    if args.serve is None:
+    if ranks.rolls_out:
+        source = Rollouts(model, args, ranks)
+    elif ranks.world.size > 1:
+        source = Apart(model, args, queue, ranks)
+    elif args.serve is None:
         source = Local(model, args, queue)
     else:
         source = Served(model, args, queue, args.out)
@@ -3299,26 +3776,31 @@ def run(args, state, locks=None):
     state  the checkpoint, None for a run at its start or in its imitation
     locks  ExitStack: what is closed at the end, whatever that is like; --serve needs one
     """
+    world = World.from_env()
+    device, dtype, why = pick_device(args.device, world)
+    ranks = Ranks.join(world, device, args.parallel)
     if args.task == "evolve":
-        args.runs = open_table(args.table)
+        with world.first():
+            args.runs = open_table(args.table)
         args.keep = ENOUGH * args.runs.noise(OTHER_SEED)[1]
     if args.play:
         return show_play(args, state)
     started = time.perf_counter()
-    stop = on_signals()
+    stop = on_signals()                # with several ranks, rank 0's alone end the run
     what = f"{args.warm_steps} steps of imitation, then rewards"
     if state:
         what = f"goes on after step {state['now'].get('step')}"
     print(f"run     | {args.task}: {what}; {args.out} keeps it", flush=True)
 
-    device, dtype, why = pick_device(args.device)
-    source = make_source(args, state, device, dtype, locks)
+    source = make_source(args, state, device, dtype, locks, ranks)
     if state:
         check_record(state["now"])
-    threads = Threads(device, args.threads, state["now"].get("threads") if state else None)
+    threads = Threads(device, args.threads, state["now"].get("threads") if state else None, world)
     if threads.count is None:
         threads.choose(trial(source), args.steps)
-    card(args, source.model, source.queue, device, why, threads)
+    if not world.is_first:
+        return assist(args, state, source, ranks)
+    card(args, source.model, source.queue, device, why, threads, ranks)
 
     # imitation, unless a run goes on behind it
     ready = True
@@ -3332,7 +3814,7 @@ def run(args, state, locks=None):
     threads.times = []                 # the next steps are others than these
     optimizers = configure_optimizers(source.model, args.lr)[0]
 
-    # where the run stands
+    # where the run stands; the other ranks begin
     if state:
         restore(state, optimizers, source)
         now = Record(**{name: value for name, value in state["now"].items() if name in NOW})
@@ -3346,10 +3828,14 @@ def run(args, state, locks=None):
             now.before = evaluate_from_table(source, "before")
         if ready:
             save(args.out, source, optimizers, vars(now))  # killed from here on, the run can go on
+    if ready:
+        ranks.push_first_weights(source.model)
+    if state:
+        source.resume(now.step)
     if state and share_done(vars(now), vars(args)) >= 1:
         print(f"nothing left to do after step {now.step}: give more --steps or --minutes", flush=True)
 
-    learn_from_rewards(now, source, optimizers, stop, threads)
+    learn_from_rewards(now, source, optimizers, stop, threads, ranks)
     if not ready:
         print(f"stopped in the imitation, saved in {args.out}/warm; the same command goes on", flush=True)
     elif stop or not now.step:  # all the time went into the imitation, or into waiting for other processes
@@ -3362,11 +3848,26 @@ def run(args, state, locks=None):
         result |= dict.fromkeys(REPAIR_KEYS)
         if ready and not stop and args.serve is None:  # behind agents' prompts it may have learned other texts
             result |= evaluate_repairs(now, source, stop)
+    ranks.end()
     return result
 
-def learn_from_rewards(now, source, optimizers, stop, threads):
+def assist(args, state, source, ranks):
+    """What a rank does beside rank 0, until that ends -> nothing to print."""
+    step = state["now"]["step"] if state else 0
+    if ranks.rolls_out:
+        source.version = step
+        source.serve()
+    else:
+        optimizers = configure_optimizers(source.model, args.lr)[0]
+        if state:
+            restore(state, optimizers)
+        follow(source, optimizers, ranks)
+    ranks.end()
+    return {}
+
+def learn_from_rewards(now, source, optimizers, stop, threads, ranks=Ranks()):
     """Steps until the end that the flags name, or until there is something in `stop`, which are saved. now: the run's
-    Record, which goes on."""
+    Record, which goes on; ranks: those that play, or share the steps."""
     args = source.args
     queue = source.queue
     timer = SaveTimer()
@@ -3381,28 +3882,34 @@ def learn_from_rewards(now, source, optimizers, stop, threads):
         source.start(queue.admit(version, source.now), version)
         seconds_left = 60 * args.minutes - now.seconds if args.minutes else math.inf
         source.wait(stop, seconds_left)
+        waited = time.perf_counter() - began
         if len(queue.batch) < args.groups:  # stopped, or out of time, while agents of other processes were at work
             break
         groups = [source.pool.pop(task) for task in queue.batch]
 
         # train, and publish the weights: now, not before, the groups' slots are free
-        rows = plan_rows([advantages(group) for group in groups], source.model, not args.no_merge)
-        stats = None
-        if rows:
-            step_began = time.perf_counter()
-            # balancing moves at one speed, however small the rate: at the imitation's, tokens would change their
-            # experts faster than these learn, and what is solved would be forgotten
-            stats = train_step(source.model, optimizers, rows, rate, BIAS_SHARE * rate)
+        step_began = time.perf_counter()
+        # balancing moves at one speed, however small the rate: at the imitation's, tokens would change their experts
+        # faster than these learn, and what is solved would be forgotten
+        rates = (rate, BIAS_SHARE * rate)
+        own, *others = ranks.deal([advantages(group) for group in groups])
+        for rank, share in enumerate(others, 1):
+            ranks.tell([rank], "train", share, *rates)
+        stats = train_share(source, optimizers, own, rates, ranks)
+        if stats:
             threads.watch(time.perf_counter() - step_began, trial, source)
             version += 1
+            source.publish(version)
         is_on_cpu = source.model.embed.weight.device.type == "cpu"
         now.threads = threads.count if is_on_cpu else None  # bits depend on it
         source.trained(queue.batch, version)
         lags = queue.publish(version)
-        now.seconds += time.perf_counter() - began
+        took = time.perf_counter() - began
+        now.seconds += took
 
         # tell and save
         if stats:
+            source.laps.append(Lap(took, waited, stats["naive"]))
             episodes = [episode for group in groups for episode in group]
             count_step(now, episodes, stats, lags)
             print_step(now, args, episodes, stats, lags, source.tokenizer.decode, source.step_note())
@@ -3428,7 +3935,7 @@ def summary(args, now, source):
         reward_start=curve[0][0] if curve else None, reward_end=now.ema, steps=now.step,
         merge_ratio=now.naive / max(now.slots, 1), max_lag=now.max_lag, seconds=now.seconds,
         virtual_seconds=virtual, idle=source.queue.idle / virtual, reward_per_virtual_s=now.reward / virtual,
-        rollout_tokens_per_s=sampled_per_s, **source.counts())
+        rollout_tokens_per_s=sampled_per_s, **pace(source.laps), **source.counts())
 
 def save(folder, source, optimizers, now):
     """Write FOLDER/ckpt.pt, all there is between two steps: weights, momenta, flags, `now`, the queue, the groups in
@@ -3438,6 +3945,8 @@ def save(folder, source, optimizers, now):
     pool = {}                          # agents' of other processes are in an archive
     if not isinstance(source, Served):
         pool = {task: list(map(asdict, group)) for task, group in source.pool.items()}
+        other = source.queue.born.keys() - pool.keys()
+        pool |= dict.fromkeys(sorted(other))  # None: other ranks play them, and their turns are not here
     os.makedirs(folder, exist_ok=True)
     save_checkpoint(folder, now=now, pool=pool, queue=vars(source.queue), clock=source.now, origin=source.origin,
                     **parts)
@@ -3474,7 +3983,11 @@ def restore_episodes(state, source):
     is_apart = not isinstance(source, Served) and set(saved["born"]) != set(state["pool"])
     if not set(saved["batch"]) <= set(saved["born"]) or is_apart:
         raise ValueError("the groups in flight and those in the pool are not the same")
-    pool = {task: [restore_episode(task, fields, tokens) for fields in group] for task, group in state["pool"].items()}
+    pool = {}
+    for task, group in state["pool"].items():
+        if group is None and task in saved["due"]:
+            continue                   # other ranks played it: it is played again
+        pool[task] = [restore_episode(task, fields, tokens) for fields in group]
     if not all(pool.values()):
         raise ValueError("a group has no episodes")
     vars(queue).update(saved, slots=queue.slots, window=queue.window, deadline=queue.deadline)

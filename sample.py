@@ -2796,6 +2796,15 @@ class Decoder:
         self.n_stale = T if n_drafts is not None else self.n_stale + T
         return drawn, logprobs, n_accepted, graph.aux
 
+    def renew(self):
+        """The model's weights have changed: the next step reads them. Keys and values in the cache stay as the old ones
+        computed them; what runs ahead is of the old ones, too, and is forgotten."""
+        if self.weights is None:
+            return
+        if self.length is not None:
+            self.forget()
+        self.weights.renew(self.model)
+
     def forget(self):
         """Undo the step that runs ahead, if there is one. The cache's length is self.length then."""
         if self.wait():
@@ -3107,7 +3116,8 @@ def next_turn(rows, speculate):
 @torch.no_grad()
 def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0, allowed=None, index_warmup=False,
          capacity=None, accepted=None, kernels=None, n_best=0, prefixes=None, cached=None):
-    """Drive coroutines in step -> yields after each forward, and once before anything is drawn.
+    """Drive coroutines in step -> yields after each forward, and once before anything is drawn. From there on it may be
+    sent True, which says that the model has other weights now.
 
     players    each yields how many tokens of its cache it keeps and the tokens to feed next; after the last of them it
                is sent a token sampled after it, its logprob at temperature 1, nothing cut, and the notes on every token
@@ -3150,7 +3160,8 @@ def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0,
         has_begun = True
         if cached is not None:
             cached += [row.n_cached for row in rows]
-        yield                          # before anything is drawn
+        if (yield):                    # before anything is drawn
+            decoder.renew()
         while rows:
             turn = next_turn(rows, speculate)
             drawn, logprobs, n_accepted, aux = decoder.step(
@@ -3180,7 +3191,8 @@ def play(model, players, group=1, sampling=Sampling(), record=None, speculate=0,
             if not alive or (len(alive) < len(rows) and not decoder.graphs):
                 rows = [rows[i] for i in alive]
                 cache.select(torch.tensor(alive, dtype=torch.int64, device=device))
-            yield
+            if (yield):
+                decoder.renew()
     except GeneratorExit:              # nobody wants more: what is there may be of use
         decoder.wait()
         if prefixes is not None and has_begun:  # before, `prefill` keeps it

@@ -503,7 +503,8 @@ def update(model, optimizers, expert_load, bias_rate):
 # gradients and moments are FSDP2's: each rank keeps 1 / N of every parameter (of an expert's, 1 / (dp * cp) of its
 # rank's share), and a layer's are gathered while it computes. A step's numbers do not depend on N: a batch is the same
 # function of its step, each rank knows all of it, and sums are divided by the counts of the whole.
-# A checkpoint is one file, whatever N is: rank 0 writes whole tensors, and each rank reads its part of them.
+# A checkpoint is one file, whatever N is: rank 0 writes whole tensors, and each rank reads its part of them. (A folder
+# with a file of each rank, as torch.distributed.checkpoint writes it, is nothing that sample.py could read alone.)
 
 def local(t):
     """What this rank keeps of a tensor: all of it, unless FSDP has sharded it."""
@@ -658,7 +659,7 @@ class Parallel:
             t = t.full_tensor()
         t = t.detach()
         if ".experts." in name and t.dim() == 3:
-            parts = [torch.empty_like(t) for _ in range(self.ep)]
+            parts = [torch.empty_like(t) for _ in range(dist.get_world_size(self.experts))]
             dist.all_gather(parts, t.contiguous(), group=self.experts)
             t = torch.cat(parts)
         return t.cpu() if self.world.is_first else None
@@ -668,7 +669,7 @@ class Parallel:
         from torch.distributed.tensor import distribute_tensor
         whole = whole.to(self.device)
         if ".experts." in name:
-            whole = whole.chunk(self.ep)[dist.get_rank(self.experts)]
+            whole = whole.chunk(dist.get_world_size(self.experts))[dist.get_rank(self.experts)]
         if not is_sharded(p):
             return whole.clone()
         return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
@@ -904,20 +905,21 @@ def warm_compile(run):
             muon.blend(flat, flat.clone(), muon.defaults["momentum"])
     model.zero_grad(set_to_none=True)
 
-def step_bytes(cfg, rows, T, device, recompute=False, ranks=1):
+def step_bytes(cfg, rows, T, device, recompute=False, mesh=None):
     """About the bytes of a training step of rows x T tokens: weights, gradients and moments in fp32, what the backward
     pass keeps of each layer, and the logits. On a GPU the planner's estimate; on a CPU a little less rather than more.
     recompute: activation checkpointing, with which only each layer's input is kept, and one layer at a time in full.
-    ranks: that share the weights out."""
+    mesh: how ranks share the step out, of which this one computes `rows` rows, or its part of each."""
+    mesh = mesh or Mesh()
     if device.type != "cpu":
-        return sum(Planner(cfg, recompute).memory(rows, T, Mesh(ranks)).values())
-    tokens = rows * T
+        return sum(Planner(cfg, recompute).memory(rows, T, mesh).values())
+    tokens = rows * T // mesh.cp
 
     # weights and gradients, and one moment of each parameter or two
     with torch.device("meta"):
         model = MiniMax(cfg)
     n_params = sum(p.numel() for p in model.parameters())
-    need = 4 * (3 * n_params + count_two_moments(model)) / ranks
+    need = 4 * (3 * n_params + count_two_moments(model)) / mesh.size
 
     # what layers keep, in numbers a token
     kinds = cfg.attn_types + [cfg.mtp_attn_type] * cfg.n_mtp
@@ -2505,8 +2507,9 @@ def share_out(args, cfg, device, world):
         sizes = usual_sizes(sized, args, world.size, room)
     parallel = Parallel.join(world, device, sizes, cfg)
     parallel.check_rows(args, cfg)
-    rows = cdiv(args.batch_size, args.accumulate * world.size)
-    need = step_bytes(sized, rows, args.seq_len, device, args.recompute, world.size)
+    mesh = Mesh(parallel.dp, parallel.ep, parallel.cp)
+    rows = cdiv(args.batch_size, args.accumulate * mesh.dp * mesh.ep)
+    need = step_bytes(sized, rows, args.seq_len, device, args.recompute, mesh)
     check_memory(need, device, "--accumulate, --recompute, --batch-size or --seq-len")
     return parallel
 

@@ -7583,7 +7583,7 @@ def test_a_signal_to_one_rank_stops_all(tmp_path):
     assert lines == [1, 2, 3]
 
 def gradients_of_a_rank(parallel, batch, device):
-    """A step of a small model, in bf16 and compiled on a GPU -> loss, each parameter's gradient, brought to length 1."""
+    """A step of a small model, in bf16 and compiled on a GPU -> loss, each parameter's gradient, made of length 1."""
     cfg = MiniMaxConfig.mini(n_layer=2, attn_types=["full", "msa"], mlp_types=["dense", "moe"], vocab_size=512)
     on_gpu = device.type == "cuda"
     torch.manual_seed(0)

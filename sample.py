@@ -1433,7 +1433,9 @@ def pick_device(name=None, world=None):
     several processes each has a GPU of its own."""
     if name in (None, "auto"):
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and world is not None and world.size > 1:
+    if world is not None and world.size > 1 and name.startswith("cuda"):
+        if name != "cuda":
+            raise ValueError(f"--device {name}: each of {world.size} processes takes a GPU of its own; --device cuda")
         name = f"cuda:{world.local_rank}"
 
     # refuse what is not there
@@ -1691,7 +1693,7 @@ def tolerant_output():
 # A rank that dies leaves the others in a collective. gloo's ends with an error, NCCL's waits; torchrun sends SIGTERM
 # to whoever is left, and kills after 30 s. `command` makes one line of such an error, and a thread that reads signals
 # from a pipe, for the main thread may be inside a collective, ends a process that cannot leave by itself.
-LEAVE_S = 20                           # seconds after SIGTERM or Ctrl-C in which a process saves and ends by itself
+LEAVE_S = 25                           # seconds after SIGTERM or Ctrl-C in which a process saves and ends by itself
 TOGETHER_S = 600                       # that ranks wait for each other in a collective, and are given up then
 FIRST_S = 24 * 3600                    # the same while rank 0 alone reads a text and learns its tokenizer
 
@@ -1865,6 +1867,7 @@ def raise_at_once(world):
 
 def leave(line, status):
     """End one of several processes after an error: at once, for what a GPU still waits for would keep it."""
+    sys.stdout.flush()
     print(line, file=sys.stderr, flush=True)
     os._exit(status)
 

@@ -7523,6 +7523,10 @@ def test_parallel_sizes_that_do_not_fit(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with value_error("sample.py is one process"):
         sample.parse_args([])
+    with value_error("--device cuda:1: each of 3 processes takes a GPU of its own; --device cuda"):
+        sample.pick_device("cuda:1", three)
+    with value_error("--parallel dp=2: --dry-run plans it with --gpus N"):
+        train.parse_args(["--dry-run", "--parallel", "dp=2"])
     for text in ("", "dp", "dp=0", "dp=2,dp=2", "tp=2", "dp=-1", "dp=2,"):
         with pytest.raises(argparse.ArgumentTypeError, match="sizes of dp, ep or cp"):
             train.parallel_sizes(text)

@@ -661,7 +661,7 @@ class Parallel:
         if ".experts." in name and t.dim() == 3:
             parts = [torch.empty_like(t) for _ in range(dist.get_world_size(self.experts))]
             dist.all_gather(parts, t.contiguous(), group=self.experts)
-            t = torch.cat(parts)
+            return torch.cat([part.cpu() for part in parts]) if self.world.is_first else None
         return t.cpu() if self.world.is_first else None
 
     def part_of(self, name, p, whole):
@@ -825,7 +825,7 @@ def train_step(model, batch, optimizers, groups, parts=1, mtp_weight=MTP_WEIGHT[
         # experts learn through their weights, attention through q, k and v, the index branch through the KL alone
         mean.objective(mtp_weight).backward()
         means.append((mean.next.detach(), mean.mtp.detach(), mean.kl.detach()))
-        loads.append(aux.get("expert_load", torch.zeros(0)))
+        loads.append(aux.get("expert_load", mean.next.new_zeros(0)))
     loss, mtp, kl = (sum(x) for x in zip(*means))
     loss, mtp, kl, load = parallel.sum(loss, mtp, kl, sum(loads))
     norms = [parallel.clip(group) for group in groups]
@@ -1024,6 +1024,8 @@ def parse_args(argv, locks=None):
                          "train.py ...")
     if args.dry_run and args.figure:
         raise ValueError(f"--figure {args.figure}: --dry-run trains nothing that could be drawn")
+    if args.dry_run and args.parallel and not args.gpus:
+        raise ValueError(f"--parallel {spell(args.parallel)}: --dry-run plans it with --gpus N")
     if args.dry_run:
         return args, None
     if args.figure:
@@ -2387,7 +2389,8 @@ def card(run, why, laps):
     print(f"layers  | attention {' '.join(cfg.attn_types)}; mlp {' '.join(cfg.mlp_types)}; {cfg.n_mtp} {modules}")
     if "msa" in cfg.attn_types:
         since = "as before" if now.sparse else f"from {now.sparse_from:.0%} of the run"
-        print(f"msa     | {S} blocks of {L}: {min(S * L, T)} of {T} keys, {since}")
+        unseen = "; with cp an evaluation does not measure its recall" if run.parallel.cp > 1 else ""
+        print(f"msa     | {S} blocks of {L}: {min(S * L, T)} of {T} keys, {since}{unseen}")
     if "swa" in cfg.attn_types:
         sink = ", with a sink" if cfg.window_sink else ""
         print(f"window  | {min(cfg.window, T)} of {T} keys{sink}")

@@ -7278,9 +7278,9 @@ def ranks_config(attn="msa"):
     return MiniMaxConfig.tiny(
         vocab_size=301, n_layer=3, attn_types=["full", attn, attn], mlp_types=["dense", "moe", "moe"], n_mtp=1,
         n_embd=60, n_head=2, n_kv_head=1, head_dim=30, rotary_dim=10, expert_dim=20, shared_dim=20, dense_dim=44,
-        index_head_dim=14)
+        index_head_dim=14, index_topk_blocks=2)
 
-def ranks_batch(cfg, step, rows=4, T=64):
+def ranks_batch(cfg, step, rows=4, T=32):
     """A whole batch of random tokens, (rows, T), with pads in its first row alone: ranks have unequal numbers of real
     tokens."""
     generator = torch.Generator().manual_seed(step)
@@ -7363,7 +7363,7 @@ NEAR = {torch.float64: 1e-10, torch.float32: 1e-4}  # AdamW scales rounding in a
 
 @parametrize("case, dtype", [
     *itertools.product(RANKS, [torch.float64]),
-    *itertools.product(["rows", "rows, gathered together", "experts", "tokens"], [torch.float32])])
+    *itertools.product(["rows", "experts", "tokens"], [torch.float32])])
 def test_ranks_compute_what_one_process_does(case, dtype, tmp_path):
     """Five steps of every mode on two and four gloo processes: losses, norms, weights and both optimizers' moments are
     one process's; rows of matrices, vocabulary and real tokens that do not divide included."""
@@ -7420,7 +7420,9 @@ def load_on_ranks(world, sizes, folder):
     parallel.load_moments(model, optimizers, state["optimizers"], 3)
     return own_parts(model, optimizers)
 
-def test_a_checkpoint_moves_between_numbers_of_ranks(tmp_path):
+LAYOUTS = (dict(dp=1), dict(dp=2), dict(dp=2, ep=2), dict(ep=4))  # in which a checkpoint is read
+
+def test_a_checkpoint_moves_between_numbers_of_ranks(tmp_path, layouts=LAYOUTS):
     """Saved on two, which share experts, and read on one, on two that share rows, and on four: each rank's own rows,
     joined here by hand, are the file's tensors to the bit, weights and moments, where sizes do not divide, too."""
     ranks = on_ranks(tmp_path, 2, save_on_ranks, dict(ep=2), str(tmp_path))
@@ -7428,7 +7430,7 @@ def test_a_checkpoint_moves_between_numbers_of_ranks(tmp_path):
     wanted = whole_parts(state)
 
     assert wanted.keys() == ranks[0].keys()
-    for sizes in (dict(dp=1), dict(dp=2), dict(dp=2, ep=2), dict(ep=4)):
+    for sizes in layouts:
         n = math.prod(sizes.values())
         found = on_ranks(tmp_path, n, load_on_ranks, sizes, str(tmp_path))
         for name, whole in wanted.items():
@@ -7573,7 +7575,7 @@ def train_on_ranks(world, argv):
 def test_a_signal_to_one_rank_stops_all(tmp_path):
     """A whole run, weights drawn anew: ranks end and save after the same step, by the same clock, with one process's
     losses, and rank 0 alone holds the lock and writes the log."""
-    (tmp_path / "text.py").write_text(TEXT)
+    (tmp_path / "text.py").write_text(TEXT[:20_000])
     flags = f"--data {tmp_path / 'text.py'} --vocab-size 300 --seq-len 64 --steps 50 --log-every 1 --eval-every 1"
     argv = [*flags.split(), "--device", "cpu"]
     want, _ = quiet(train, [*argv, "--out", str(tmp_path / "alone"), "--stop-after", "3"])
@@ -7644,7 +7646,7 @@ def pid_of_rank(torchrun, rank):
 def test_a_killed_rank_ends_the_job(tmp_path, capsys):
     """torchrun with two ranks, of which one is killed between two checkpoints: the job ends in 30 s with a line that
     says why, nothing half written is left to be read, and one process goes on from the last checkpoint."""
-    (tmp_path / "text.py").write_text(TEXT)
+    (tmp_path / "text.py").write_text(TEXT[:20_000])
     out = tmp_path / "out"
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py",
@@ -7654,7 +7656,7 @@ def test_a_killed_rank_ends_the_job(tmp_path, capsys):
         lines = []
         for line in torchrun.stdout:
             lines.append(line)
-            if line.startswith("step 00005"):
+            if line.startswith("step 00003"):
                 break
         os.kill(pid_of_rank(torchrun, 1), signal.SIGKILL)
         killed = time.monotonic()
@@ -7665,7 +7667,7 @@ def test_a_killed_rank_ends_the_job(tmp_path, capsys):
     assert "the last good checkpoint is kept" in "".join(lines)
 
     step = sample.load_checkpoint(out)["now"]["step"]
-    assert step >= 4
+    assert step >= 2
     result = train.main(["--resume", "--out", str(out), "--stop-after", str(step + 2)])
     assert result["step"] == step + 2
     assert not list(out.glob("*.tmp"))
@@ -7687,29 +7689,30 @@ def test_experts_are_shared_out_where_they_do_not_fit():
     assert sizes(140e9, 2 ** 20, rows=1) == dict(dp=1, ep=1, cp=2)
     assert sizes(1e9) is None
 
-UNFORESEEN = """
-import atexit, sample
+class Gone(BaseException):
+    """os._exit, which a test would not survive."""
 
-def run(locks):
-    raise {error}("unforeseen")
+def gone(status):
+    raise Gone(status)
 
-atexit.register(print, "Python's own end")
-sample.command("x.py", run)
-"""
-
-@parametrize("error", ["KeyError", "RuntimeError"])
-def test_a_rank_that_fails_ends_at_once(error):
+@parametrize("error", [KeyError, RuntimeError])
+def test_a_rank_that_fails_ends_at_once(error, monkeypatch, capsys):
     """An error that nobody foresaw is told with its lines, and does not wait, as Python's own end does, for a GPU that
     waits for other ranks. One process raises it as ever."""
-    program = UNFORESEEN.format(error=error)
-    alone = run_python("-c", program)
-    rank = run_python("-c", program, env={**os.environ, "RANK": "0", "WORLD_SIZE": "2"})
+    def run(locks):
+        raise error("unforeseen")
 
-    for run in (alone, rank):
-        assert run.returncode == 1
-        assert f"in run\n{error}: " in run.stderr
-    assert "Python's own end" in alone.stdout
-    assert rank.stdout == ""
+    with pytest.raises(error):
+        sample.command("x.py", run)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sample, "watch_signals", lambda: None)
+    monkeypatch.setattr(os, "_exit", gone)
+    with pytest.raises(Gone) as end:
+        sample.command("x.py", run)
+
+    assert end.value.args == (1,)
+    assert f"in run\n    raise error(\"unforeseen\")\n{error.__name__}: " in capsys.readouterr().err
 
 def share_out_by_room(world):
     """What a rank decides on a GPU, of which this machine has the name alone; rank 1's has less room than rank 0's."""
@@ -20770,6 +20773,11 @@ def on_two(case):
     """Two ranks against one process, in fp64."""
     return in_folder(test_ranks_compute_what_one_process_does, case, torch.float64)
 
+def between_two_ranks():
+    """A checkpoint of two ranks, read by two."""
+    with tempfile.TemporaryDirectory() as folder:
+        test_a_checkpoint_moves_between_numbers_of_ranks(Path(folder), [dict(dp=2)])
+
 def with_texts(test):
     """The test with a folder that holds M2's text files."""
     def run():
@@ -20778,7 +20786,6 @@ def with_texts(test):
     run.__name__ = test.__name__
     return run
 
-between_ranks = in_folder(test_a_checkpoint_moves_between_numbers_of_ranks)
 renewed = on(test_new_weights_are_those_of_the_next_token, "full")
 released_ids = in_folder(test_ids_are_transformers, "m2")
 released_templates = in_folder(test_templates_render_as_in_transformers, "m2")
@@ -20933,8 +20940,8 @@ MUTANTS = [  # what is replaced, by which mistake, and the tests that catch it
     mutant("train.Parallel.clip", norm_of_one_rank, on_two("rows")),
     mutant("train.Parallel.part", every_ranks_batch_is_the_whole, on_two("rows")),
     mutant("moe.ParallelExperts.__init__", experts_of_the_next_rank, on_two("experts")),
-    mutant("train.Parallel.whole", order_of_ranks_reversed, between_ranks),
-    mutant("train.Parallel.part_of", moments_of_rank_0, between_ranks),
+    mutant("train.Parallel.whole", order_of_ranks_reversed, between_two_ranks),
+    mutant("train.Parallel.part_of", moments_of_rank_0, between_two_ranks),
     mutant("model.MiniMax.count_losses", documents_counted, documents),
     mutant("rl.collate", flat_positions_in_a_tree, merged),
     mutant("rl.collate", multiplicity_missing, merged),

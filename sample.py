@@ -1841,7 +1841,8 @@ def command(script, run, kept="", less=""):
             reason = str(error) or "a Python object did not fit"
             line, status = f"out of memory: {reason.splitlines()[0]}{less}", 2
         elif world.size > 1 and is_lost_rank(error):
-            reason = f"another rank has ended, and this one with it ({first_line(error)}){kept}"
+            what = first_line(error).split(". ")[0]  # gloo adds advice
+            reason = f"another rank has ended, and this one with it ({what}){kept}"
             leave(f"{script}: rank {world.rank}: {reason}", 1)
         else:
             raise_at_once(world)
